@@ -1,0 +1,64 @@
+"""Every error phireg raises on purpose: what went wrong, where, and what to do.
+
+The command line prints ``message`` and ``hint`` and ends with ``exit_code``; a user never sees a
+traceback for bad input. Exit codes are part of the interface (docs/command-line.md).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PhiregError(Exception):
+    """Base of all expected errors.
+
+    Args:
+        message: what is wrong and where (file, tensor, option), in one or more lines.
+        hint: what the user can do about it.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n  {self.hint}"
+
+
+class UsageError(PhiregError):
+    """The request itself makes no sense (an option, a name, a combination)."""
+
+    exit_code = 2
+
+
+class SourceError(PhiregError):
+    """The source directory cannot be read as an unquantized model."""
+
+    exit_code = 3
+
+
+class PlanError(PhiregError):
+    """The plan has problems; nothing was written."""
+
+    exit_code = 3
+
+
+class CheckError(PhiregError):
+    """A checkpoint is not what its manifest or the reader's rules say."""
+
+    exit_code = 4
+
+
+class PluginError(PhiregError):
+    """A family cannot be found, loaded or used."""
+
+    exit_code = 5
+
+
+class OutputError(PhiregError):
+    """The output cannot be written: it exists, the disk is full, another run holds it."""
+
+    exit_code = 6
