@@ -1,0 +1,98 @@
+"""Everything a plugin imports. What is not here is phireg's own business and may change."""
+
+from phireg.config.fields import (
+    ConfigError,
+    Entry,
+    Fields,
+    FieldTable,
+    boolean,
+    check,
+    const,
+    derive,
+    factors,
+    field,
+    ignore,
+    integer,
+    number,
+    positive,
+    refuse,
+    text,
+    when,
+)
+from phireg.config.hf import HFConfig
+from phireg.errors import SourceError
+from phireg.family import Family, PublishedModel
+from phireg.findings import Severity
+from phireg.hookspecs import hookimpl
+from phireg.layout.rules import Linear, Norm, Policy, Rule, Rules, Table, one_of
+from phireg.layout.spans import Axis, LayoutError
+from phireg.layout.words import (
+    columns,
+    fuse,
+    order,
+    pad,
+    parts,
+    replicable,
+    select,
+    src,
+    tied,
+    ungroup,
+)
+from phireg.quant.rules import QuantRules
+
+COLUMN = Policy.COLUMN
+ROW = Policy.ROW
+COPY = Policy.COPY
+
+__all__ = [
+    # families and hooks
+    "Family",
+    "PublishedModel",
+    "hookimpl",
+    "HFConfig",
+    "SourceError",
+    # config tables
+    "FieldTable",
+    "Entry",
+    "Fields",
+    "field",
+    "const",
+    "derive",
+    "when",
+    "check",
+    "refuse",
+    "ignore",
+    "ConfigError",
+    "Severity",
+    "integer",
+    "number",
+    "positive",
+    "boolean",
+    "text",
+    "factors",
+    # weight rules
+    "Rules",
+    "Rule",
+    "Linear",
+    "Norm",
+    "Table",
+    "one_of",
+    "COLUMN",
+    "ROW",
+    "COPY",
+    "Policy",
+    "Axis",
+    "LayoutError",
+    "src",
+    "fuse",
+    "parts",
+    "order",
+    "select",
+    "ungroup",
+    "tied",
+    "pad",
+    "replicable",
+    "columns",
+    # quantization
+    "QuantRules",
+]

@@ -1,0 +1,304 @@
+"""Config translation as a table: how a source config.json becomes the checkpoint's.
+
+A table is data. Every source key must be read by an entry or ignored with a reason, every target
+key has one producer, and all problems are reported together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from typing import Any
+
+from phireg.config.hf import HFConfig
+from phireg.findings import Finding, Severity
+
+Fields = Mapping[str, Any]
+"""Target fields produced so far, by TensorRT-LLM's names."""
+
+Kind = Callable[[Any], Any]
+"""Checks and normalises one value; raises ValueError saying what was expected."""
+
+
+class ConfigError(ValueError):
+    """Raised by a derived field that cannot be computed; the text says why and what would work."""
+
+
+def integer(minimum: int = 1, maximum: int = 2**24) -> Kind:
+    """A whole number within bounds (bounds keep a damaged config from exhausting memory)."""
+
+    def kind(value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError("expected a whole number")
+        if not minimum <= value <= maximum:
+            raise ValueError(f"expected a whole number from {minimum} to {maximum}")
+        return value
+
+    return kind
+
+
+def number(value: Any) -> float:
+    """A finite number."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError("expected a finite number")
+    return float(value)
+
+
+def positive(value: Any) -> float:
+    """A finite number above zero."""
+    result = number(value)
+    if result <= 0:
+        raise ValueError("expected a number above zero")
+    return result
+
+
+def boolean(value: Any) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return value
+
+
+def text(value: Any) -> str:
+    """A string."""
+    if not isinstance(value, str):
+        raise ValueError("expected a string")
+    return value
+
+
+def factors(value: Any) -> list[float]:
+    """A list of positive numbers (rope factors), kept exactly as written."""
+    if not isinstance(value, list) or not value:
+        raise ValueError("expected a list of numbers")
+    return [positive(item) for item in value]
+
+
+@dataclass(slots=True)
+class _Run:
+    hf: HFConfig
+    fields: dict[str, Any] = dataclass_field(default_factory=dict)
+    findings: list[Finding] = dataclass_field(default_factory=list)
+
+    def report(self, severity: Severity, subject: str, detail: str) -> None:
+        self.findings.append(Finding(severity, "config", subject, detail))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of a field table; made by the functions of this module.
+
+    Attributes:
+        to: target keys it produces.
+        doc: the line as documentation.
+        apply: does it.
+    """
+
+    to: tuple[str, ...]
+    doc: str
+    apply: Callable[[_Run], None]
+
+
+_REQUIRED: Any = object()
+
+
+def const(to: str, value: Any) -> Entry:
+    """``to`` is always ``value``."""
+
+    def apply(run: _Run) -> None:
+        run.fields[to] = value
+
+    return Entry((to,), f"{to} = {value!r}", apply)
+
+
+def field(
+    *keys: str,
+    kind: Kind,
+    to: str | None = None,
+    default: Any = _REQUIRED,
+    via: Mapping[Any, Any] | None = None,
+) -> Entry:
+    """``to`` is the value of the first of ``keys`` that is present.
+
+    Args:
+        keys: source keys, dotted to reach into blocks; those present must agree.
+        kind: what the value must be.
+        to: target key; the first source key by default.
+        default: value when no key is present, or a function of the fields so far; without one the
+            field is required.
+        via: translation of values; a value it does not know is an error naming those it knows.
+    """
+    target = to or keys[0]
+
+    def apply(run: _Run) -> None:
+        present = {key: run.hf.get(key) for key in keys if run.hf.has(key)}
+        if not present:
+            if default is _REQUIRED:
+                run.report(Severity.ERROR, keys[0], f"missing{_or_spelt(keys)}")
+            else:
+                run.fields[target] = default(run.fields) if callable(default) else default
+            return
+        key, value = next(iter(present.items()))
+        for other, second in present.items():
+            if second != value:
+                run.report(
+                    Severity.ERROR, key, f"is {_show(value)}, but {other} is {_show(second)}"
+                )
+                return
+        try:
+            value = kind(value)
+        except ValueError as problem:
+            run.report(Severity.ERROR, key, f"{problem}, found {_show(value)}")
+            return
+        if via is not None and value not in via:
+            known = ", ".join(map(str, via))
+            run.report(Severity.ERROR, key, f"{value!r} is not supported; supported: {known}")
+            return
+        run.fields[target] = value if via is None else via[value]
+
+    return Entry((target,), f"{target} <- {' | '.join(keys)}", apply)
+
+
+def derive(to: str, function: Callable[[Fields, HFConfig], Any], doc: str) -> Entry:
+    """``to`` is computed from the fields so far and the source.
+
+    ``function`` may raise :class:`ConfigError`. A field it needs that could not be read is a
+    problem already reported, so the entry is skipped.
+    """
+
+    def apply(run: _Run) -> None:
+        try:
+            run.fields[to] = function(run.fields, run.hf)
+        except KeyError:
+            return
+        except ConfigError as problem:
+            run.report(Severity.ERROR, to, str(problem))
+
+    return Entry((to,), f"{to} = {doc}", apply)
+
+
+def check(
+    subject: str,
+    function: Callable[[Fields, HFConfig], str | None],
+    *,
+    severity: Severity = Severity.ERROR,
+) -> Entry:
+    """Report what ``function`` says, if it says anything."""
+
+    def apply(run: _Run) -> None:
+        try:
+            detail = function(run.fields, run.hf)
+        except KeyError:
+            return
+        if detail:
+            run.report(severity, subject, detail)
+
+    return Entry((), f"checked: {subject}", apply)
+
+
+def refuse(key: str, *, unless: Sequence[Any], why: str) -> Entry:
+    """``key`` must be absent or one of ``unless``: the reader cannot express anything else."""
+
+    def apply(run: _Run) -> None:
+        value = run.hf.get(key)
+        if value is not None and value not in unless:
+            run.report(Severity.ERROR, key, f"is {_show(value)}: {why}")
+
+    return Entry((), f"{key} must be absent or one of {list(unless)}: {why}", apply)
+
+
+def ignore(*keys: str, why: str) -> Entry:
+    """These keys have no counterpart, for a reason."""
+
+    def apply(run: _Run) -> None:
+        for key in keys:
+            run.hf.get(key)
+
+    return Entry((), f"ignored, {why}: {', '.join(keys)}", apply)
+
+
+def when(
+    condition: Callable[[HFConfig], bool], *entries: Entry, otherwise: Sequence[Entry] = ()
+) -> Entry:
+    """Apply ``entries`` if the source satisfies ``condition``, else ``otherwise``."""
+
+    def apply(run: _Run) -> None:
+        for entry in entries if condition(run.hf) else otherwise:
+            entry.apply(run)
+
+    name = condition.__name__
+    lines = [f"if {name}: {entry.doc}" for entry in entries]
+    lines += [f"unless {name}: {entry.doc}" for entry in otherwise]
+    produced = dict.fromkeys(key for entry in (*entries, *otherwise) for key in entry.to)
+    return Entry(tuple(produced), "\n".join(lines), apply)
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """The outcome of a table.
+
+    Attributes:
+        fields: target keys and values; incomplete if there are errors.
+        findings: problems, warnings and notes, all of them.
+    """
+
+    fields: dict[str, Any]
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no error."""
+        return not any(finding.severity is Severity.ERROR for finding in self.findings)
+
+
+class FieldTable:
+    """An immutable table of entries.
+
+    Raises:
+        ValueError: two entries produce the same target key.
+    """
+
+    def __init__(self, *entries: Entry) -> None:
+        produced: set[str] = set()
+        for entry in entries:
+            if twice := produced & set(entry.to):
+                raise ValueError(f"field table: {sorted(twice)} has two producers")
+            produced |= set(entry.to)
+        self.entries = entries
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def replace(self, *entries: Entry) -> FieldTable:
+        """The same table with entries of the same target keys replaced, others appended."""
+        by_target = {entry.to: entry for entry in entries if entry.to}
+        kept = [by_target.pop(entry.to, entry) for entry in self.entries]
+        return FieldTable(*kept, *by_target.values(), *(e for e in entries if not e.to))
+
+    def translate(self, hf: HFConfig) -> Translation:
+        """Apply the table to a source config.
+
+        A source key no entry looked at is a warning; inside a block the table reads from it is an
+        error, because an unknown key there (of rope scaling, say) changes the mathematics.
+        """
+        run = _Run(hf)
+        for entry in self.entries:
+            entry.apply(run)
+        for key in hf.unread():
+            severity = Severity.ERROR if "." in key else Severity.WARNING
+            run.report(severity, key, "is not known to this family and has no effect here")
+        return Translation(run.fields, tuple(run.findings))
+
+    def describe(self) -> tuple[str, ...]:
+        """The table as documentation, a line per field or rule."""
+        return tuple(line for entry in self.entries for line in entry.doc.splitlines())
+
+
+def _or_spelt(keys: Sequence[str]) -> str:
+    return f" (or spelt {', '.join(keys[1:])})" if len(keys) > 1 else ""
+
+
+def _show(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

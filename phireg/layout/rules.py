@@ -1,0 +1,156 @@
+"""Rules: which target module is made of which source modules, and how it is sharded.
+
+A rule names modules, not tensors: ``attention.qkv`` covers the weight, the bias and every scale of
+that linear, each along the axes it lives on (``phireg.quant.companions``). Rules know neither
+ranks nor data, so parallelism cannot leak into a mapping.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from phireg.layout.spans import Axis, LayoutError
+from phireg.layout.words import columns
+
+
+class Policy(enum.Enum):
+    """How a module is divided over tensor-parallel ranks."""
+
+    COLUMN = "column"
+    """Output features are cut, part by part; each rank holds its rows of the weight and bias."""
+    ROW = "row"
+    """Input features are cut; the bias stands whole on every rank and is added once, after the
+    partial sums are reduced (TensorRT-LLM's RowLinear)."""
+    COPY = "copy"
+    """Every rank holds all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """Declared alternatives for the rows of a module; the first whose sources exist is taken."""
+
+    alternatives: tuple[Axis, ...]
+
+
+def one_of(*alternatives: Axis) -> OneOf:
+    """Declare that a module's rows may come from differently named or stored sources."""
+    return OneOf(alternatives)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One target module.
+
+    Attributes:
+        target: module path in the checkpoint, e.g. ``transformer.layers.0.attention.qkv``.
+        alternatives: index maps of the output axis over source modules, the canonical one first.
+        cols: index map of the input axis, or None for a module with one axis (a norm).
+        policy: how it is sharded.
+        tensors: the companions an unquantized module has (``weight``, and ``bias`` if it has one).
+        where: file and line that made the rule, for error messages.
+    """
+
+    target: str
+    alternatives: tuple[Axis, ...]
+    cols: Axis | None
+    policy: Policy
+    tensors: tuple[str, ...]
+    where: str = field(compare=False)
+
+
+# The names below are capitalised on purpose: a mapping reads as a list of modules, and mypy,
+# editors and people know them by TensorRT-LLM's class names.
+
+
+def Linear(  # noqa: N802
+    target: str,
+    rows: Axis | OneOf,
+    cols: int | Axis,
+    policy: Policy,
+    *,
+    bias: bool = False,
+) -> Rule:
+    """A linear layer: ``weight`` [rows, cols] and, with ``bias``, ``bias`` [rows]."""
+    return _rule(target, rows, cols, policy, ("weight", "bias") if bias else ("weight",))
+
+
+def Norm(target: str, rows: Axis | OneOf, *, bias: bool = False) -> Rule:  # noqa: N802
+    """A norm: ``weight`` [rows] and, with ``bias``, ``bias`` [rows], on every rank."""
+    return _rule(target, rows, None, Policy.COPY, ("weight", "bias") if bias else ("weight",))
+
+
+def Table(target: str, rows: Axis | OneOf, cols: int | Axis) -> Rule:  # noqa: N802
+    """A lookup table, whole on every rank: ``weight`` [rows, cols]."""
+    return _rule(target, rows, cols, Policy.COPY, ("weight",))
+
+
+def _rule(
+    target: str,
+    rows: Axis | OneOf,
+    cols: int | Axis | None,
+    policy: Policy,
+    tensors: tuple[str, ...],
+) -> Rule:
+    alternatives = rows.alternatives if isinstance(rows, OneOf) else (rows,)
+    lengths = {axis.length for axis in alternatives}
+    if len(lengths) != 1:
+        raise LayoutError(f"{target}: the alternatives have {sorted(lengths)} rows")
+    axis = columns(cols) if isinstance(cols, int) else cols
+    return Rule(target, alternatives, axis, policy, tensors, _caller())
+
+
+def _caller() -> str:
+    """File (with its folder) and line of the first frame outside this package's words and rules."""
+    here = str(Path(__file__).parent)
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
+        frame = frame.f_back
+    path = Path(frame.f_code.co_filename)
+    return f"{path.parent.name}/{path.name}:{frame.f_lineno}"
+
+
+class Rules(Mapping[str, Rule]):
+    """An immutable set of rules, keyed by target module.
+
+    Args:
+        rules: one per target module.
+        drop: source tensors that are not carried over if present, each with the reason.
+
+    Raises:
+        LayoutError: two rules make the same target.
+    """
+
+    def __init__(self, *rules: Rule, drop: Mapping[str, str] | None = None) -> None:
+        by_target: dict[str, Rule] = {}
+        for rule in rules:
+            other = by_target.setdefault(rule.target, rule)
+            if other is not rule:
+                raise LayoutError(f"{rule.target} is made twice: {other.where} and {rule.where}")
+        self._rules = MappingProxyType(by_target)
+        self.drop: Mapping[str, str] = MappingProxyType(dict(drop or {}))
+
+    def __getitem__(self, target: str) -> Rule:
+        return self._rules[target]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rules)
+
+    def __len__(self) -> int:
+        return len(self._rules)
+
+    def replace(self, *rules: Rule) -> Rules:
+        """The same rules with those of the same targets replaced, for derived families.
+
+        Raises:
+            LayoutError: a rule's target is not among the present ones.
+        """
+        unknown = [rule.target for rule in rules if rule.target not in self]
+        if unknown:
+            raise LayoutError(f"nothing to replace: no rule makes {', '.join(unknown)}")
+        merged = {**self._rules, **{rule.target: rule for rule in rules}}
+        return Rules(*merged.values(), drop=self.drop)

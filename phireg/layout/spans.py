@@ -1,0 +1,268 @@
+"""The normal form of an index map, and everything that is derived from it.
+
+An :class:`Axis` is a sequence of named parts; a :class:`Part` is a sequence of spans of source
+rows. "Row" means a position along whichever axis the map describes: an output feature, an input feature
+or a vocabulary entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+
+class LayoutError(ValueError):
+    """An index map that cannot be built, cut or inverted; the text says which part and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """``count`` consecutive rows of ``source`` from row ``start``; ``source=None`` is zero rows.
+
+    ``shared`` marks rows that another span owns: they are used again because somebody said so
+    (tied embeddings, replicated KV heads).
+    """
+
+    source: str | None
+    start: int
+    count: int
+    shared: bool = False
+
+    @property
+    def stop(self) -> int:
+        """The row after the last one."""
+        return self.start + self.count
+
+    def cut(self, start: int, stop: int) -> Span:
+        """Rows ``start`` to ``stop`` of this span, counted from its own beginning."""
+        return replace(self, start=self.start + start, count=stop - start)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows that are sharded together: one segment of a fused axis.
+
+    Attributes:
+        name: what the rows are (``q``, ``gate``, ``rows``).
+        spans: where they come from, in target order.
+        unit: rows that must stay on one rank (a head, an interleaved pair).
+        replicable: when there are fewer units than ranks, whole units may be repeated.
+        padded: zero rows are appended until every rank gets the same number.
+    """
+
+    name: str
+    spans: tuple[Span, ...]
+    unit: int = 1
+    replicable: bool = False
+    padded: bool = False
+
+    @property
+    def length(self) -> int:
+        """Number of rows."""
+        return sum(span.count for span in self.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of a target tensor as an index map.
+
+    Attributes:
+        parts: the segments, in target order.
+        sources: every source the map reads, with the number of rows it must have.
+    """
+
+    parts: tuple[Part, ...]
+    sources: tuple[tuple[str, int], ...]
+
+    @property
+    def length(self) -> int:
+        """Number of rows."""
+        return sum(part.length for part in self.parts)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """All spans in target order, adjacent ones joined."""
+        return coalesce(span for part in self.parts for span in part.spans)
+
+
+def coalesce(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """Join spans that follow each other in their source; drop empty ones."""
+    joined: list[Span] = []
+    for span in spans:
+        if span.count == 0:
+            continue
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and (last.source, last.shared) == (span.source, span.shared)
+            and (span.source is None or last.stop == span.start)
+        ):
+            joined[-1] = replace(last, count=last.count + span.count)
+        else:
+            joined.append(span)
+    return tuple(joined)
+
+
+def take(spans: Iterable[Span], start: int, stop: int) -> tuple[Span, ...]:
+    """Rows ``start`` to ``stop`` of a sequence of spans."""
+    taken = []
+    position = 0
+    for span in spans:
+        first, last = max(start - position, 0), min(stop - position, span.count)
+        if first < last:
+            taken.append(span.cut(first, last))
+        position += span.count
+    return coalesce(taken)
+
+
+def possible_ranks(part: Part, tp_size: int) -> bool:
+    """Whether ``part`` can be cut over ``tp_size`` ranks (or repeated, if it says so)."""
+    if part.padded:
+        return True
+    units, rest = divmod(part.length, part.unit)
+    return rest == 0 and (
+        units % tp_size == 0 or (part.replicable and units > 0 and tp_size % units == 0)
+    )
+
+
+def shard(axis: Axis, tp_size: int, rank: int) -> Axis:
+    """What ``rank`` of ``tp_size`` holds of ``axis``: every part cut separately, in whole units.
+
+    Raises:
+        LayoutError: a part cannot be divided; the text names it and the sizes that would work.
+    """
+    if not 0 <= rank < tp_size:
+        raise LayoutError(f"rank {rank} does not exist among {tp_size} ranks")
+    parts = tuple(_shard_part(part, tp_size, rank) for part in axis.parts)
+    used = {span.source for part in parts for span in part.spans}
+    return Axis(parts, tuple(source for source in axis.sources if source[0] in used))
+
+
+def _shard_part(part: Part, tp_size: int, rank: int) -> Part:
+    if part.padded:
+        share = -(-part.length // tp_size)
+        fill = Span(None, 0, share * tp_size - part.length)
+        spans = take((*part.spans, fill), rank * share, (rank + 1) * share)
+        return replace(part, spans=spans, padded=False)
+    if not possible_ranks(part, tp_size):
+        raise LayoutError(
+            f"part '{part.name}': {_amount(part)} cannot be divided over {tp_size} ranks"
+        )
+    units = part.length // part.unit
+    if units % tp_size == 0:
+        share = part.length // tp_size
+        return replace(part, spans=take(part.spans, rank * share, (rank + 1) * share))
+    copies = tp_size // units
+    start = rank // copies * part.unit
+    spans = take(part.spans, start, start + part.unit)
+    if rank % copies:
+        spans = tuple(replace(span, shared=True) for span in spans)
+    return replace(part, spans=spans)
+
+
+def _amount(part: Part) -> str:
+    if part.unit == 1:
+        return f"{part.length} rows"
+    units, rest = divmod(part.length, part.unit)
+    return f"{units} units of {part.unit} rows" + (f" and {rest} rows" if rest else "")
+
+
+def blocks(axis: Axis, size: int) -> Axis:
+    """The same map for a tensor that has one entry per ``size`` rows (a block scale).
+
+    Raises:
+        LayoutError: a span, unit or source is not aligned to whole blocks.
+    """
+
+    def scaled(value: int, what: str) -> int:
+        if value % size:
+            raise LayoutError(f"{what} {value} is not a whole number of blocks of {size} rows")
+        return value // size
+
+    parts = []
+    for part in axis.parts:
+        spans = tuple(
+            replace(
+                span,
+                start=scaled(span.start, f"part '{part.name}': first row"),
+                count=scaled(span.count, f"part '{part.name}': row count"),
+            )
+            for span in part.spans
+        )
+        unit = 1 if part.unit == 1 else scaled(part.unit, f"part '{part.name}': unit")
+        parts.append(replace(part, spans=spans, unit=unit))
+    return Axis(
+        tuple(parts), tuple((name, scaled(rows, f"source {name}:")) for name, rows in axis.sources)
+    )
+
+
+def invert(targets: Mapping[str, Axis], sources: Mapping[str, int]) -> dict[str, Axis]:
+    """For every source, the axis over ``targets`` that rebuilds it.
+
+    ``targets`` may be whole tensors or shards (one entry each). Zero rows are dropped; of rows that
+    occur several times the one that owns them (``shared=False``) is read.
+
+    Raises:
+        LayoutError: a source row occurs in no target, or is owned by two.
+    """
+    problems = check_partition(targets, sources)
+    if problems:
+        raise LayoutError("; ".join(problems))
+    lengths = {name: axis.length for name, axis in targets.items()}
+    found: dict[str, list[tuple[int, Span]]] = {name: [] for name in sources}
+    for target, position, span in _placed(targets):
+        if span.source is not None and not span.shared:
+            found[span.source].append((span.start, Span(target, position, span.count)))
+    inverse = {}
+    for source, placed in found.items():
+        spans = coalesce(span for _, span in sorted(placed, key=lambda item: item[0]))
+        used = dict.fromkeys(span.source for span in spans if span.source is not None)
+        inverse[source] = Axis((Part("rows", spans),), tuple((t, lengths[t]) for t in used))
+    return inverse
+
+
+def check_partition(targets: Mapping[str, Axis], sources: Mapping[str, int]) -> list[str]:
+    """Every source row must be owned by exactly one target row; what is not, by range.
+
+    Returns:
+        One sentence per hole, overlap, or row outside its source; empty when the map is exact.
+    """
+    used: dict[str, list[tuple[int, int, str]]] = {name: [] for name in sources}
+    problems = []
+    for target, _, span in _placed(targets):
+        if span.source is None:
+            continue
+        if span.source not in sources:
+            problems.append(f"{target} reads {span.source}, which is not a source")
+        elif span.start < 0 or span.stop > sources[span.source]:
+            problems.append(
+                f"{target} reads rows {span.start} to {span.stop} of {span.source}, "
+                f"which has {sources[span.source]}"
+            )
+        elif not span.shared:
+            used[span.source].append((span.start, span.stop, target))
+    for source, ranges in used.items():
+        ordered = sorted(ranges)
+        end = 0
+        for start, stop, _ in ordered:
+            if start > end:
+                problems.append(f"rows {end} to {start} of {source} are used nowhere")
+            end = max(end, stop)
+        if end < sources[source]:
+            problems.append(f"rows {end} to {sources[source]} of {source} are used nowhere")
+        for (_, stop, first), (start, other, second) in pairwise(ordered):
+            if start < stop:
+                problems.append(
+                    f"rows {start} to {min(stop, other)} of {source} are used twice, "
+                    f"by {first} and {second}"
+                )
+    return problems
+
+
+def _placed(targets: Mapping[str, Axis]) -> Iterator[tuple[str, int, Span]]:
+    for target, axis in targets.items():
+        position = 0
+        for span in axis.spans:
+            yield target, position, span
+            position += span.count

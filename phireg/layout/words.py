@@ -1,0 +1,145 @@
+"""The vocabulary in which plugins write index maps. Every word returns a new :class:`Axis`.
+
+Sizes are stated, never guessed: they come from the config, and the plan checks them against the
+headers of the source files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from phireg.layout.spans import Axis, LayoutError, Part, Span, take
+
+
+def src(name: str, rows: int, *, unit: int = 1) -> Axis:
+    """The source module ``name`` as it is: ``rows`` rows, ``unit`` of them inseparable."""
+    return Axis((Part("rows", (Span(name, 0, rows),), unit),), ((name, rows),))
+
+
+def fuse(*, unit: int = 1, **axes: Axis) -> Axis:
+    """Concatenate ``axes`` as parts named by their keywords (q, k, v into one qkv)."""
+    parts = tuple(Part(name, axis.spans, unit) for name, axis in axes.items())
+    return Axis(parts, _sources(*axes.values()))
+
+
+def parts(axis: Axis, *, unit: int = 1, **lengths: int) -> Axis:
+    """Name the segments of an already fused axis, in source order.
+
+    Raises:
+        LayoutError: the lengths do not add up to the axis.
+    """
+    if sum(lengths.values()) != axis.length:
+        raise LayoutError(
+            f"{_names(axis)}: parts {lengths} add up to {sum(lengths.values())}, "
+            f"not to {axis.length} rows"
+        )
+    named = []
+    start = 0
+    for name, length in lengths.items():
+        named.append(Part(name, take(axis.spans, start, start + length), unit))
+        start += length
+    return replace(axis, parts=tuple(named))
+
+
+def order(axis: Axis, *names: str) -> Axis:
+    """The parts of ``axis`` in another order; every part must be named once.
+
+    Raises:
+        LayoutError: the names are not exactly the parts.
+    """
+    known = {part.name: part for part in axis.parts}
+    if sorted(names) != sorted(known):
+        raise LayoutError(f"{_names(axis)} has parts {sorted(known)}, order names {list(names)}")
+    return replace(axis, parts=tuple(known[name] for name in names))
+
+
+def select(axis: Axis, name: str) -> Axis:
+    """One named part of ``axis`` alone.
+
+    Raises:
+        LayoutError: there is no such part.
+    """
+    for part in axis.parts:
+        if part.name == name:
+            return replace(axis, parts=(part,))
+    raise LayoutError(f"{_names(axis)} has no part '{name}'")
+
+
+def ungroup(axis: Axis, *, groups: int, unit: int, **heads: int) -> Axis:
+    """De-interleave rows stored group by group into one part per kind.
+
+    The source holds ``groups`` groups; each has, in the order of the keywords, ``heads[kind]``
+    units of ``unit`` rows. Phi-3-small's query_key_value is
+    ``ungroup(x, groups=num_key_value_heads, unit=head_size, q=H // K, k=1, v=1)``.
+
+    Raises:
+        LayoutError: the sizes do not add up to the axis.
+    """
+    group = sum(heads.values()) * unit
+    if groups * group != axis.length:
+        raise LayoutError(
+            f"{_names(axis)}: {groups} groups of {group} rows are {groups * group}, "
+            f"not {axis.length} rows"
+        )
+    named = []
+    first = 0
+    for name, count in heads.items():
+        spans: list[Span] = []
+        for index in range(groups):
+            start = index * group + first
+            spans += take(axis.spans, start, start + count * unit)
+        named.append(Part(name, tuple(spans), unit))
+        first += count * unit
+    return replace(axis, parts=tuple(named))
+
+
+def tied(axis: Axis) -> Axis:
+    """The same rows again: another target owns them (lm_head of a model with tied embeddings)."""
+    return replace(
+        axis,
+        parts=tuple(
+            replace(part, spans=tuple(replace(span, shared=True) for span in part.spans))
+            for part in axis.parts
+        ),
+    )
+
+
+def pad(axis: Axis) -> Axis:
+    """Append zero rows, at sharding, until every rank holds the same number (vocabularies)."""
+    return replace(axis, parts=tuple(replace(part, padded=True) for part in axis.parts))
+
+
+def replicable(axis: Axis, *names: str) -> Axis:
+    """Allow whole units of the named parts to be repeated when there are more ranks than units.
+
+    TensorRT-LLM's attention holds at least one KV head per rank, so with fewer KV heads than ranks
+    the same head stands on several of them.
+    """
+    missing = set(names) - {part.name for part in axis.parts}
+    if missing:
+        raise LayoutError(f"{_names(axis)} has no part {sorted(missing)}")
+    return replace(
+        axis, parts=tuple(replace(part, replicable=part.name in names) for part in axis.parts)
+    )
+
+
+def columns(count: int, *, unit: int = 1) -> Axis:
+    """The input features of a linear, in order: ``count`` of them, ``unit`` inseparable."""
+    return src(OWN_COLUMNS, count, unit=unit)
+
+
+OWN_COLUMNS = ""
+"""The source name of a column axis: the columns of whichever tensor the rows come from."""
+
+
+def _sources(*axes: Axis) -> tuple[tuple[str, int], ...]:
+    merged: dict[str, int] = {}
+    for axis in axes:
+        for name, rows in axis.sources:
+            if merged.setdefault(name, rows) != rows:
+                raise LayoutError(f"{name} cannot have both {merged[name]} and {rows} rows")
+    return tuple(merged.items())
+
+
+def _names(axis: Axis) -> str:
+    return ", ".join(name or "columns" for name, _ in axis.sources)

@@ -1,0 +1,26 @@
+"""What a family says about quantization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from phireg.layout.rules import Rules
+
+
+@dataclass(frozen=True, slots=True)
+class QuantRules:
+    """The answer to ``phireg_quant_rules``.
+
+    Attributes:
+        linears: target modules the scheme quantizes; everything else stays in the checkpoint's
+            dtype.
+        exclude_modules: patterns TensorRT-LLM's reader must leave alone. A list given to the
+            reader replaces its own defaults, so it must name the embedding as well as the head:
+            with ``lm_head`` alone, weight-only readers would also quantize the embedding.
+        postprocess: modules that an exporter may have written in the source's row order, as rules
+            from such a checkpoint to a right one (target and source are both checkpoint names).
+    """
+
+    linears: tuple[str, ...]
+    exclude_modules: tuple[str, ...] = ("lm_head", "*vocab_embedding")
+    postprocess: Rules = field(default_factory=Rules)
