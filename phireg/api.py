@@ -1,5 +1,19 @@
 """Everything a plugin imports. What is not here is phireg's own business and may change."""
 
+from phireg.config.common import (
+    BOOKKEEPING,
+    CONSTANTS,
+    dimensions,
+    grouped_heads,
+    in_rope,
+    is_long_rope,
+    long_rope_factors,
+    long_rope_scale,
+    rotary_base,
+    rotary_dim,
+    same_as,
+    supported_rope,
+)
 from phireg.config.fields import (
     ConfigError,
     Entry,
@@ -70,6 +84,19 @@ __all__ = [
     "boolean",
     "text",
     "factors",
+    # entries and helpers shared by families
+    "BOOKKEEPING",
+    "CONSTANTS",
+    "dimensions",
+    "grouped_heads",
+    "rotary_base",
+    "rotary_dim",
+    "same_as",
+    "supported_rope",
+    "in_rope",
+    "is_long_rope",
+    "long_rope_factors",
+    "long_rope_scale",
     # weight rules
     "Rules",
     "Rule",

@@ -100,7 +100,8 @@ class Entry:
     apply: Callable[[_Run], None]
 
 
-_REQUIRED: Any = object()
+_UNSET: Any = object()
+"""Marks the absence of a default, None being a possible value."""
 
 
 def const(to: str, value: Any) -> Entry:
@@ -116,7 +117,8 @@ def field(
     *keys: str,
     kind: Kind,
     to: str | None = None,
-    default: Any = _REQUIRED,
+    default: Any = _UNSET,
+    null: Any = _UNSET,
     via: Mapping[Any, Any] | None = None,
 ) -> Entry:
     """``to`` is the value of the first of ``keys`` that is present.
@@ -127,6 +129,7 @@ def field(
         to: target key; the first source key by default.
         default: value when no key is present, or a function of the fields so far; without one the
             field is required.
+        null: value when the first key is there and null, if that differs from its absence.
         via: translation of values; a value it does not know is an error naming those it knows.
     """
     target = to or keys[0]
@@ -134,7 +137,9 @@ def field(
     def apply(run: _Run) -> None:
         present = {key: run.hf.get(key) for key in keys if run.hf.has(key)}
         if not present:
-            if default is _REQUIRED:
+            if null is not _UNSET and run.hf.is_null(keys[0]):
+                run.fields[target] = null
+            elif default is _UNSET:
                 run.report(Severity.ERROR, keys[0], f"missing{_or_spelt(keys)}")
             else:
                 run.fields[target] = default(run.fields) if callable(default) else default

@@ -10,8 +10,8 @@ class HFConfig:
     """A parsed config.json.
 
     Keys may be dotted to reach into a block (``rope_parameters.rope_theta``). A JSON null counts as
-    absent: transformers writes both for "not set". Every key looked at is remembered, so that what
-    nobody read can be reported (:meth:`unread`).
+    absent, since transformers writes both for "not set" (:meth:`is_null` tells them apart). Every
+    key looked at is remembered, so that what nobody read can be reported (:meth:`unread`).
 
     Args:
         data: the JSON object.
@@ -34,6 +34,10 @@ class HFConfig:
     def has(self, key: str) -> bool:
         """Whether a dotted key is present and not null."""
         return self.get(key) is not None
+
+    def is_null(self, key: str) -> bool:
+        """Whether a top-level key is present with the value null."""
+        return self.get(key) is None and key in self._data
 
     @property
     def architectures(self) -> tuple[str, ...]:

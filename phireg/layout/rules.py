@@ -48,19 +48,24 @@ class Rule:
 
     Attributes:
         target: module path in the checkpoint, e.g. ``transformer.layers.0.attention.qkv``.
-        alternatives: index maps of the output axis over source modules, the canonical one first.
+        weight: index maps of the output axis over source modules, the canonical one first.
+        bias: the same for the bias; empty if the module has none.
         cols: index map of the input axis, or None for a module with one axis (a norm).
         policy: how it is sharded.
-        tensors: the companions an unquantized module has (``weight``, and ``bias`` if it has one).
         where: file and line that made the rule, for error messages.
     """
 
     target: str
-    alternatives: tuple[Axis, ...]
+    weight: tuple[Axis, ...]
+    bias: tuple[Axis, ...]
     cols: Axis | None
     policy: Policy
-    tensors: tuple[str, ...]
     where: str = field(compare=False)
+
+    @property
+    def tensors(self) -> dict[str, tuple[Axis, ...]]:
+        """The companions of an unquantized module, each with its declared row maps."""
+        return {"weight": self.weight, "bias": self.bias} if self.bias else {"weight": self.weight}
 
 
 # The names below are capitalised on purpose: a mapping reads as a list of modules, and mypy,
@@ -73,20 +78,24 @@ def Linear(  # noqa: N802
     cols: int | Axis,
     policy: Policy,
     *,
-    bias: bool = False,
+    bias: bool | Axis | OneOf = False,
 ) -> Rule:
-    """A linear layer: ``weight`` [rows, cols] and, with ``bias``, ``bias`` [rows]."""
-    return _rule(target, rows, cols, policy, ("weight", "bias") if bias else ("weight",))
+    """A linear layer: ``weight`` [rows, cols] and, with ``bias``, ``bias`` [rows].
+
+    The bias comes from the modules the weight comes from, unless ``bias`` says other ones (a tied
+    head has the embedding's weight and its own bias).
+    """
+    return _rule(target, rows, cols, policy, bias)
 
 
 def Norm(target: str, rows: Axis | OneOf, *, bias: bool = False) -> Rule:  # noqa: N802
     """A norm: ``weight`` [rows] and, with ``bias``, ``bias`` [rows], on every rank."""
-    return _rule(target, rows, None, Policy.COPY, ("weight", "bias") if bias else ("weight",))
+    return _rule(target, rows, None, Policy.COPY, bias)
 
 
 def Table(target: str, rows: Axis | OneOf, cols: int | Axis) -> Rule:  # noqa: N802
     """A lookup table, whole on every rank: ``weight`` [rows, cols]."""
-    return _rule(target, rows, cols, Policy.COPY, ("weight",))
+    return _rule(target, rows, cols, Policy.COPY, False)
 
 
 def _rule(
@@ -94,14 +103,19 @@ def _rule(
     rows: Axis | OneOf,
     cols: int | Axis | None,
     policy: Policy,
-    tensors: tuple[str, ...],
+    bias: bool | Axis | OneOf,
 ) -> Rule:
-    alternatives = rows.alternatives if isinstance(rows, OneOf) else (rows,)
-    lengths = {axis.length for axis in alternatives}
+    weight = _alternatives(rows)
+    biases = (weight if bias else ()) if isinstance(bias, bool) else _alternatives(bias)
+    lengths = {axis.length for axis in (*weight, *biases)}
     if len(lengths) != 1:
         raise LayoutError(f"{target}: the alternatives have {sorted(lengths)} rows")
     axis = columns(cols) if isinstance(cols, int) else cols
-    return Rule(target, alternatives, axis, policy, tensors, _caller())
+    return Rule(target, weight, biases, axis, policy, _caller())
+
+
+def _alternatives(rows: Axis | OneOf) -> tuple[Axis, ...]:
+    return rows.alternatives if isinstance(rows, OneOf) else (rows,)
 
 
 def _caller() -> str:

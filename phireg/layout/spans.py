@@ -1,8 +1,8 @@
 """The normal form of an index map, and everything that is derived from it.
 
 An :class:`Axis` is a sequence of named parts; a :class:`Part` is a sequence of spans of source
-rows. "Row" means a position along whichever axis the map describes: an output feature, an input feature
-or a vocabulary entry.
+rows. "Row" means a position along whichever axis the map describes: an output feature, an input
+feature or a vocabulary entry.
 """
 
 from __future__ import annotations

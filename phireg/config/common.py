@@ -1,0 +1,233 @@
+"""Field-table entries that several families share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from phireg.config.fields import (
+    ConfigError,
+    Entry,
+    Fields,
+    check,
+    const,
+    derive,
+    factors,
+    field,
+    ignore,
+    integer,
+    positive,
+)
+from phireg.config.hf import HFConfig
+
+BLOCKS = ("rope_parameters", "rope_scaling")
+"""Where rope settings stand: transformers 5 writes the first, 4 the second."""
+
+LONG_ROPE_TYPES = ("longrope", "su")
+"""Two names of one thing: April 2024 checkpoints say ``su``, later ones ``longrope``."""
+
+
+def in_rope(key: str) -> tuple[str, ...]:
+    """The dotted spellings of a key of the rope block."""
+    return tuple(f"{block}.{key}" for block in BLOCKS)
+
+
+def rope_type(hf: HFConfig) -> str:
+    """The source's rope type; ``default`` when it names none."""
+    for key in (*in_rope("rope_type"), *in_rope("type")):
+        if hf.has(key):
+            return str(hf.get(key))
+    return "default"
+
+
+def is_long_rope(hf: HFConfig) -> bool:
+    """Whether the rope block says long rope, whatever the context length is."""
+    return rope_type(hf) in LONG_ROPE_TYPES
+
+
+def supported_rope(*types: str) -> Entry:
+    """Refuse a rope type other than ``types``, and a block without a type that scales."""
+
+    def problem(_: Fields, hf: HFConfig) -> str | None:
+        found = rope_type(hf)
+        if found not in types:
+            return f"rope type '{found}' is not supported; supported: {', '.join(types)}"
+        if found == "default" and any(
+            hf.has(key) for name in ("short_factor", "long_factor") for key in in_rope(name)
+        ):
+            return "has rope factors but no rope type; say 'longrope' if that is meant"
+        return None
+
+    return check("rope_scaling", problem)
+
+
+def dimensions(**aliases: str) -> tuple[Entry, ...]:
+    """hidden_size, num_hidden_layers, num_attention_heads, head_size and vocab_size.
+
+    Args:
+        aliases: another spelling of a source key, by the usual one (``hidden_size="n_embd"``).
+    """
+
+    def size(key: str, maximum: int) -> Entry:
+        keys = (key, aliases[key]) if key in aliases else (key,)
+        return field(*keys, kind=integer(1, maximum))
+
+    def head_size(fields: Fields, hf: HFConfig) -> int:
+        hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+        stated = hf.get("head_dim")
+        if isinstance(stated, int) and not isinstance(stated, bool) and 0 < stated <= 2**16:
+            return stated
+        if stated is not None:
+            raise ConfigError(f"head_dim is {stated!r}: expected a whole number above zero")
+        if hidden % heads:
+            raise ConfigError(f"hidden_size {hidden} cannot be divided by {heads} heads")
+        return int(hidden // heads)
+
+    return (
+        size("hidden_size", 2**20),
+        size("num_hidden_layers", 2**12),
+        size("num_attention_heads", 2**12),
+        size("vocab_size", 2**24),
+        size("max_position_embeddings", 2**31),
+        derive("head_size", head_size, "head_dim, or hidden_size / num_attention_heads"),
+    )
+
+
+def grouped_heads() -> tuple[Entry, ...]:
+    """num_key_value_heads, which must divide the attention heads."""
+
+    def divides(fields: Fields, _: HFConfig) -> str | None:
+        heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
+        return f"{heads} heads cannot share {kv_heads} KV heads" if heads % kv_heads else None
+
+    return (
+        field(
+            "num_key_value_heads",
+            kind=integer(1, 2**12),
+            default=lambda fields: fields["num_attention_heads"],
+        ),
+        check("num_key_value_heads", divides),
+    )
+
+
+def long_rope_factors(original: Entry) -> tuple[Entry, ...]:
+    """The long-rope fields. Their presence is what switches TensorRT-LLM's model to long rope.
+
+    Args:
+        original: the entry that produces ``original_max_position_embeddings``.
+    """
+
+    def fits(fields: Fields, _: HFConfig) -> str | None:
+        wanted = fields["rotary_embedding_dim"] // 2
+        found = {
+            name: len(fields[f"longrope_scaling_{name}_factors"]) for name in ("short", "long")
+        }
+        if set(found.values()) == {wanted}:
+            return None
+        return (
+            f"has {found['short']} short and {found['long']} long factors, "
+            f"not one for each of {wanted} rotary frequencies"
+        )
+
+    return (
+        const("position_embedding_type", "long_rope"),
+        original,
+        field(*in_rope("short_factor"), kind=factors, to="longrope_scaling_short_factors"),
+        field(*in_rope("long_factor"), kind=factors, to="longrope_scaling_long_factors"),
+        check("rope_scaling", fits),
+    )
+
+
+def long_rope_scale(maximum: int, original: int) -> float:
+    """The factor on cos and sin when the config states none: sqrt(1 + ln(s) / ln(original))."""
+    ratio = maximum / original
+    return 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(original))
+
+
+def rotary_base(*keys: str, default: float) -> Entry:
+    """Theta, under every spelling; readers call it ``rotary_base``."""
+    return field(
+        "rope_parameters.rope_theta", *keys, to="rotary_base", kind=positive, default=default
+    )
+
+
+def rotary_dim(fields: Fields, _: HFConfig) -> int:
+    """Number of rotated dimensions of a head, as readers compute it: int(head_size * rotary_pct).
+
+    Raises:
+        ConfigError: it is odd or not within the head.
+    """
+    head_size = fields["head_size"]
+    rotated = int(head_size * fields["rotary_pct"])
+    if rotated % 2 or not 0 < rotated <= head_size:
+        raise ConfigError(
+            f"{rotated} of a head's {head_size} dimensions cannot be rotated in pairs"
+        )
+    return rotated
+
+
+def same_as(source: str, to: str) -> Entry:
+    """Write ``to`` with the value of ``source``: another reader release knows it by that name."""
+
+    def value(fields: Fields, _: HFConfig) -> Any:
+        return fields[source]
+
+    return derive(to, value, source)
+
+
+CONSTANTS = (
+    const("logits_dtype", "float32"),
+    const("rotary_scaling", None),
+    const("qk_layernorm", False),
+    const("use_parallel_embedding", False),
+    const("embedding_sharding_dim", 0),
+    const("share_embedding_table", False),
+)
+"""Fields with one value in every checkpoint phireg writes.
+
+``rotary_scaling`` is null even for long rope: readers build that from the ``longrope_*`` fields and
+raise on type ``su``. Embeddings are whole on every rank, and lm_head always has its own tensor.
+"""
+
+BOOKKEEPING = (
+    ignore("architectures", "model_type", "auto_map", why="names the source's own code"),
+    ignore("torch_dtype", "dtype", why="read with --dtype auto"),
+    ignore(
+        "_name_or_path",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "transformers_version",
+        "unsloth_version",
+        "unsloth_fixed",
+        why="tells how the file was made",
+    ),
+    ignore(
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "num_labels",
+        "cross_attention_hidden_size",
+        "torchscript",
+        "pretraining_tp",
+        why="concerns generation or another task",
+    ),
+    ignore(
+        "attention_dropout",
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+        "initializer_range",
+        "gradient_checkpointing",
+        why="training only",
+    ),
+)
+"""Source keys without a counterpart that any family's config.json may have."""
