@@ -1,0 +1,1 @@
+"""Model directories as data: what a source checkpoint holds, and safetensors headers."""

@@ -1,0 +1,161 @@
+"""Regular files: opened without surprises, read at an offset, noticed when they change."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from phireg.errors import SourceError
+
+MAX_LISTED = 5
+"""How many defects or names one message spells out before it only counts."""
+
+
+class Stamp(NamedTuple):
+    """What tells one state of a file from another: size in bytes, modification time in ns."""
+
+    size: int
+    mtime_ns: int
+
+
+def stamp_of(fd: int) -> Stamp:
+    """The stamp of an open file."""
+    status = os.fstat(fd)
+    return Stamp(status.st_size, status.st_mtime_ns)
+
+
+def open_regular(path: Path) -> int:
+    """Open a regular file for reading; symbolic links are followed.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A file descriptor, which the caller closes.
+
+    Raises:
+        SourceError: there is no such file, it is not a regular file, or it may not be read.
+    """
+    try:
+        # O_NONBLOCK: opening a named pipe must not wait for a writer.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise SourceError(
+                f"{path}: a symbolic link to a file that is not there",
+                hint="download the model again: the cache it points into is incomplete",
+            ) from None
+        raise SourceError(f"{path}: no such file") from None
+    except ValueError:  # a NUL in the name
+        raise SourceError(f"{str(path)!r}: not a possible file name") from None
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be opened: {error.strerror}") from None
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        what = "a directory" if stat.S_ISDIR(mode) else "a device, pipe or socket"
+        raise SourceError(f"{path}: expected a file, this is {what}")
+    return fd
+
+
+def read_into(fd: int, path: Path, offset: int, view: memoryview) -> None:
+    """Fill a writable byte view from a file at an absolute offset.
+
+    Args:
+        fd: the open file; its own position is neither used nor moved.
+        path: the file's name, for messages.
+        offset: where to start, in bytes.
+        view: one-dimensional writable view of bytes.
+
+    Raises:
+        SourceError: the file ends before the view is full, or reading it fails.
+    """
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(fd, [view[done:]], offset + done)
+        except OSError as error:
+            raise SourceError(
+                f"{path}: reading at byte {offset + done} failed: {error.strerror}",
+                hint="check the disk, or download the file again",
+            ) from error
+        if count == 0:
+            raise SourceError(
+                f"{path}: the file ends at byte {offset + done}, "
+                f"{len(view) - done} bytes before the end of what was asked for"
+            )
+        done += count
+
+
+def read_bytes(fd: int, path: Path, offset: int, count: int) -> bytes:
+    """Read exactly ``count`` bytes at an absolute offset; errors as `read_into`."""
+    buffer = bytearray(count)
+    read_into(fd, path, offset, memoryview(buffer))
+    return bytes(buffer)
+
+
+def check_unchanged(fd: int, path: Path, stamp: Stamp) -> None:
+    """Refuse a file that is no longer in the state in which it was described.
+
+    Raises:
+        SourceError: size or modification time differ from ``stamp``.
+    """
+    if stamp_of(fd) != stamp:
+        raise SourceError(
+            f"{path}: the file changed while it was being used",
+            hint="wait until the download or copy is complete, then start again",
+        )
+
+
+def disguise(head: bytes) -> tuple[str, str] | None:
+    """Say what a file is that is not what its name promises.
+
+    Args:
+        head: the first bytes of the file (64 are enough).
+
+    Returns:
+        A description and a hint, or None when the bytes look like none of the known mix-ups.
+    """
+    text = head.lstrip()[:64].lower()
+    if head.startswith(b"version https://git-lfs"):
+        return (
+            "a git-lfs pointer, not the file itself",
+            "fetch the contents with: git lfs pull",
+        )
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return (
+            "an HTML or XML page, not the file itself",
+            "the download failed or needs a login; download the file again",
+        )
+    if head.startswith(b"PK\x03\x04"):
+        return (
+            "a zip archive (perhaps a PyTorch file under another name)",
+            "rename or re-save it in the format its name promises",
+        )
+    if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return (
+            "a Python pickle (perhaps an old PyTorch file under another name)",
+            "load it where you trust it and save it with safetensors.torch.save_file",
+        )
+    if head.startswith(b"GGUF"):
+        return "a GGUF file", "give the original Hugging Face checkpoint instead"
+    return None
+
+
+def listed(items: Iterable[str], total: int, limit: int = MAX_LISTED) -> str:
+    """Join the first names of a list for a message: ``'a', 'b' and 7 more``."""
+    shown = [repr(item[:200]) for item in islice(items, limit)]
+    rest = total - len(shown)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def bullets(defects: list[str], limit: int = MAX_LISTED) -> str:
+    """Lay out defects one per line; past ``limit`` they are only counted."""
+    lines = [f"\n  - {defect}" for defect in defects[:limit]]
+    if len(defects) > limit:
+        lines.append(f"\n  ... and {len(defects) - limit} more")
+    return "".join(lines)

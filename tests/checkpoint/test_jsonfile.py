@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phireg.checkpoint.jsonfile import parse_object, read_json_object
+from phireg.errors import SourceError
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.text(), json_values, max_size=5), st.booleans())
+def test_valid_objects_come_back_as_they_are(value, ascii_only):
+    assert parse_object(json.dumps(value, ensure_ascii=ascii_only).encode()) == value
+
+
+def refusal(tmp_path, content, **options):
+    path = tmp_path / "c.json"
+    path.write_bytes(content)
+    with pytest.raises(SourceError) as caught:
+        read_json_object(path, **options)
+    assert str(path) in caught.value.message
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "empty"),
+        (b" \n", "empty"),
+        (b'{"a": 1,\n "b": }', "line 2, column 7"),
+        (b'{"a": 1}\n{"b": 2}', "line 2, column 1"),
+        (b'{"a": "\xff"}', "line 1: not UTF-8"),
+        (b'{\n\n"a": "\xc3"}', "line 3: not UTF-8"),
+        (b'{"a": {"b": [{"c": 1, "c": 1}]}}', "'c' occurs twice"),
+        (b'{"a": [-Infinity]}', "-Infinity"),
+        (b'{"a": -1e400}', "too large"),
+        (b'"text"', "found a string"),
+        (b"null", "found null"),
+        (b"true", "found true or false"),
+        (b"3", "found a number"),
+        (b'{"a": "\\uD800"}', "surrogate"),
+        (b'{"a": ["x", "\\udc00\\ud800"]}', "surrogate"),
+        (b'{"a": "tab\there"}', "control character"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b"{'a': 1}", "line 1, column 2"),
+    ],
+)
+def test_refusals(tmp_path, content, expected):
+    assert expected in refusal(tmp_path, content)
+
+
+def test_a_surrogate_pair_is_text():
+    assert parse_object(b'{"a": "\\uD83D\\uDE00"}') == {"a": "\N{GRINNING FACE}"}
+
+
+def test_the_limit_is_a_limit(tmp_path):
+    content = b'{"a": 1}'
+    path = tmp_path / "c.json"
+    path.write_bytes(content)
+    assert read_json_object(path, limit=len(content)) == {"a": 1}
+    assert "more than the 7" in refusal(tmp_path, content, limit=7)
+
+
+def test_missing_file_and_directory(tmp_path):
+    with pytest.raises(SourceError, match="no such file"):
+        read_json_object(tmp_path / "none.json")
+    with pytest.raises(SourceError, match="a directory"):
+        read_json_object(tmp_path)

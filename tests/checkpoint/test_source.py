@@ -1,0 +1,276 @@
+"""Sources are judged by what safetensors' own reader says about the same files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from phireg.checkpoint import files
+from phireg.checkpoint.header import read_header
+from phireg.checkpoint.source import open_source
+from phireg.errors import SourceError
+from tests.damage import INDEX, make_tiny_phi3, shard_path, tiny_tensors, write_json
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    make_tiny_phi3(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def read_all(reader, tensor, block: int = 1 << 30) -> bytes:
+    data = bytearray(tensor.nbytes)
+    view = memoryview(data)
+    for start in range(0, tensor.nbytes, block):
+        reader.read_into(tensor, start, view[start : start + block])
+    return bytes(data)
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def assert_holds(source, expected: dict[str, np.ndarray], block: int = 1 << 30) -> None:
+    assert set(source.tensors) == set(expected)
+    with source.open() as reader:
+        for name, array in expected.items():
+            tensor = source.tensors[name]
+            assert (tensor.name, tensor.shape) == (name, array.shape)
+            assert read_all(reader, tensor, block) == array.tobytes()
+
+
+@pytest.mark.parametrize("block", [1 << 30, 7])
+def test_sharded(model, block):
+    source = open_source(model, "abc123")
+    assert_holds(source, tiny_tensors(), block)
+    assert source.revision == "abc123"
+    assert source.directory == model
+    assert source.notes == ()
+    assert [f.name for f in source.files] == [shard_path(model, i).name for i in range(3)]
+    for file in source.files:
+        assert file.size == (model / file.name).stat().st_size
+        assert file.header_digest == read_header(model / file.name).digest
+    index = json.loads((model / INDEX).read_text())["weight_map"]
+    assert {t.name: t.file for t in source.tensors.values()} == index
+    places = [(t.file, t.offset) for t in source.tensors.values()]
+    assert places == sorted(places)
+    with pytest.raises(TypeError):
+        source.tensors["x"] = None
+
+
+def test_offsets_are_absolute(model):
+    tensors = tiny_tensors()
+    for name, tensor in open_source(model).tensors.items():
+        raw = (model / tensor.file).read_bytes()
+        assert raw[tensor.offset : tensor.offset + tensor.nbytes] == tensors[name].tobytes()
+
+
+def test_single_file_without_index(tmp_path):
+    arrays = {"a": np.arange(6, dtype="f4").reshape(2, 3), "e": np.zeros((0, 3), "i8")}
+    save_file(arrays, tmp_path / "model.safetensors")
+    source = open_source(tmp_path)
+    assert_holds(source, arrays)
+    assert {t.dtype for t in source.tensors.values()} == {"F32", "I64"}  # the plan decides
+
+
+def test_snapshot_of_links_as_in_the_hugging_face_cache(model, tmp_path):
+    snapshot = tmp_path / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(model.iterdir())):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    assert_holds(open_source(snapshot), tiny_tensors())
+
+
+def test_shards_in_a_subdirectory(model):
+    (model / "weights").mkdir()
+    for shard in range(3):
+        path = shard_path(model, shard)
+        path.rename(model / "weights" / path.name)
+    index = json.loads((model / INDEX).read_text())
+    index["weight_map"] = {n: f"weights/{f}" for n, f in index["weight_map"].items()}
+    write_json(model / INDEX, index)
+    assert_holds(open_source(model), tiny_tensors())
+
+
+def test_notes(model):
+    save_file({"a": np.ones(2)}, model / "model.safetensors")
+    save_file({"a": np.ones(2)}, model / "extra.safetensors")
+    (model / "pytorch_model-00001-of-00001.bin").write_bytes(b"")
+    (model / "training_args.bin").write_bytes(b"")
+    (model / "adapter_model.safetensors").write_bytes(b"")
+    index = json.loads((model / INDEX).read_text())
+    index["metadata"]["total_size"] += 1
+    write_json(model / INDEX, index)
+    source = open_source(model)
+    notes = "\n".join(source.notes)
+    assert len(source.notes) == 4
+    assert "does not name them: 'extra.safetensors', 'model.safetensors'" in notes
+    assert "the .bin files are not: 'pytorch_model-00001-of-00001.bin'" in notes
+    assert "LoRA adapter lies beside the model and is not applied: adapter_model" in notes
+    total = sum(array.nbytes for array in tiny_tensors().values())
+    assert f"says {total + 1} bytes in total, the tensors have {total}" in notes
+    assert "training_args" not in notes
+    assert_holds(source, tiny_tensors())
+
+
+@pytest.mark.parametrize("metadata", [None, [], {"total_size": "5"}, {"total_size": True}])
+def test_odd_index_metadata_is_no_error(model, metadata):
+    index = json.loads((model / INDEX).read_text())
+    write_json(model / INDEX, index | {"metadata": metadata})
+    assert open_source(model).notes == ()
+
+
+def test_all_index_defects_come_together(model):
+    index = json.loads((model / INDEX).read_text())
+    index["weight_map"]["ghost"] = shard_path(model, 1).name
+    write_json(model / INDEX, index)
+    shard_path(model, 0).unlink()
+    raw = shard_path(model, 2).read_bytes()
+    shard_path(model, 2).write_bytes(raw[:-5])
+    with pytest.raises(SourceError) as caught:
+        open_source(model)
+    message = caught.value.message
+    assert f"missing files: {shard_path(model, 0).name!r}" in message
+    assert "lacks tensors listed for it: 'ghost'" in message
+    assert "5 bytes are missing" in message
+
+
+def test_no_tensors(tmp_path):
+    save_file({}, tmp_path / "model.safetensors")
+    with pytest.raises(SourceError, match="no tensors"):
+        open_source(tmp_path)
+
+
+def test_not_a_directory(model, tmp_path):
+    with pytest.raises(SourceError, match="no such directory"):
+        open_source(tmp_path / "none")
+    with pytest.raises(SourceError, match="this is a file"):
+        open_source(shard_path(model))
+    with pytest.raises(SourceError, match="cannot be read"):
+        open_source(tmp_path / "a\0b")
+    with pytest.raises(SourceError, match="cannot be read"):
+        open_source(tmp_path / ("a" * 5000))
+
+
+def test_ranges_outside_the_tensor_are_the_callers_mistake(model):
+    source = open_source(model)
+    tensor = source.tensors["model.norm.weight"]
+    with source.open() as reader:
+        reader.read_into(tensor, tensor.nbytes, memoryview(bytearray(0)))
+        for start, count in [(-1, 4), (0, tensor.nbytes + 1), (tensor.nbytes, 1)]:
+            with pytest.raises(ValueError):
+                reader.read_into(tensor, start, memoryview(bytearray(count)))
+
+
+def one(model):
+    source = open_source(model)
+    tensor = source.tensors["model.embed_tokens.weight"]
+    return source, tensor, model / tensor.file, memoryview(bytearray(tensor.nbytes))
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+@pytest.mark.parametrize("how", ["size", "mtime"])
+def test_a_changed_file_is_noticed(model, when, how):
+    source, tensor, path, view = one(model)
+    with source.open() as reader:
+        if when == "between":
+            reader.read_into(tensor, 0, view)
+        if how == "size":
+            with path.open("ab") as file:
+                file.write(b"x")
+        else:
+            os.utime(path, ns=(1, 1))
+        with pytest.raises(SourceError, match="changed while"):
+            reader.read_into(tensor, 0, view)
+
+
+def test_a_file_that_vanished(model):
+    source, tensor, path, view = one(model)
+    path.unlink()
+    with source.open() as reader, pytest.raises(SourceError, match="no such file"):
+        reader.read_into(tensor, 0, view)
+
+
+def test_a_file_cut_while_it_is_read(model):
+    source, tensor, path, view = one(model)
+    with source.open() as reader:
+        reader.read_into(tensor, 0, view)
+        os.truncate(path, tensor.offset + 10)
+        with pytest.raises(SourceError, match="file ends at byte"):
+            reader.read_into(tensor, 0, view)
+
+
+def test_io_errors_and_short_reads(model, monkeypatch):
+    source, tensor, path, view = one(model)
+    real = os.preadv
+    calls = []
+
+    def dribble(fd, buffers, offset):
+        calls.append(offset)
+        if len(calls) == 9:
+            raise OSError(5, "Input/output error")
+        return real(fd, [buffers[0][:3]], offset)
+
+    with source.open() as reader:
+        monkeypatch.setattr(files.os, "preadv", dribble)
+        reader.read_into(tensor, 1, view[:20])  # seven short reads
+        assert len(calls) == 7
+        assert view[:20] == path.read_bytes()[tensor.offset + 1 : tensor.offset + 21]
+        with pytest.raises(SourceError, match=r"failed: Input/output error"):
+            reader.read_into(tensor, 1, view[:20])
+
+
+def test_many_threads_one_reader(model):
+    source = open_source(model)
+    expected = tiny_tensors()
+    wrong = []
+    with source.open() as reader:
+
+        def work(seed):
+            order = np.random.default_rng(seed).permutation(sorted(source.tensors))
+            wrong.extend(
+                name
+                for name in order
+                if read_all(reader, source.tensors[name], 999) != expected[name].tobytes()
+            )
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(reader._descriptors) == 3
+    assert not wrong
+
+
+def test_files_are_closed(model):
+    before = open_files()
+    source = open_source(model)
+    with source.open() as reader:
+        for tensor in source.tensors.values():
+            read_all(reader, tensor)
+        assert open_files() == before + 3
+    assert open_files() == before
+
+
+def test_opening_safetensors_imports_no_torch(model):
+    code = (
+        "import sys; from pathlib import Path; from phireg.checkpoint.source import open_source\n"
+        "s = open_source(Path(sys.argv[1])); t = s.tensors['model.norm.weight']\n"
+        "s.open().read_into(t, 0, memoryview(bytearray(t.nbytes)))\n"
+        "sys.exit(bool({'torch', 'safetensors', 'transformers'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(model)], check=False)
+    assert run.returncode == 0

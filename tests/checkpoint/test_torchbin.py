@@ -1,0 +1,195 @@
+"""PyTorch .bin files: the expected bytes are numpy's, of tensors that never went through a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from phireg.checkpoint import torchbin
+from phireg.checkpoint.source import open_source
+from phireg.errors import SourceError
+
+torch.set_num_threads(1)
+
+
+def odd_tensors() -> dict[str, torch.Tensor]:
+    base = torch.arange(60 * 70, dtype=torch.float16).reshape(60, 70)
+    cube = torch.arange(5 * 6 * 7, dtype=torch.int32).reshape(5, 6, 7)
+    return {
+        "plain": base,
+        "shared": base,
+        "transposed": base.t(),
+        "window": base[3:50, 7:20],
+        "columns": base[:, ::3],
+        "rows": base[5:9],
+        "vector": base[:, 2],
+        "permuted": cube.permute(2, 0, 1),
+        "inner": cube[:, 1:3, ::2],
+        "expanded": torch.tensor([3.5, -1.0]).expand(4, 2),
+        "repeated": torch.tensor([1, 2, 3]).unsqueeze(1).expand(3, 5),
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+        "empty": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(torch.ones(3, 1)),
+        "bool": torch.tensor([True, False, True]),
+        "bf16": torch.randn(7, 5).bfloat16().t(),
+        "ones": torch.arange(4.0).reshape(4, 1, 1)[::2],
+    }
+
+
+def row_major(tensor: torch.Tensor) -> bytes:
+    bits = {2: torch.int16, 8: torch.int64, 4: torch.int32, 1: torch.uint8}
+    return tensor.detach().contiguous().view(bits[tensor.element_size()]).numpy().tobytes()
+
+
+@pytest.mark.parametrize("block", [1 << 30, 1, 13, 256])
+@pytest.mark.parametrize("gather", [1, 500, 1 << 24])
+def test_every_layout_reads_row_major(tmp_path, monkeypatch, block, gather):
+    monkeypatch.setattr(torchbin, "_GATHER_BYTES", gather)
+    tensors = odd_tensors()
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    source = open_source(tmp_path)
+    assert set(source.tensors) == set(tensors)
+    with source.open() as reader:
+        for name, tensor in tensors.items():
+            described = source.tensors[name]
+            assert described.shape == tuple(tensor.shape)
+            assert (described.file, described.offset) == ("pytorch_model.bin", 0)
+            assert described.nbytes == tensor.numel() * tensor.element_size()
+            if block == 1 and described.nbytes > 500:
+                continue
+            data = bytearray(described.nbytes)
+            for start in range(0, len(data), block):
+                reader.read_into(described, start, memoryview(data)[start : start + block])
+            assert bytes(data) == row_major(tensor), name
+
+
+def test_dtypes(tmp_path):
+    expected = {
+        "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+        "I8": torch.int8, "U8": torch.uint8, "I64": torch.int64, "BOOL": torch.bool,
+        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    }  # fmt: skip
+    tensors = {code: torch.zeros(3).to(dtype) for code, dtype in expected.items()}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    source = open_source(tmp_path)
+    assert {t.name for t in source.tensors.values()} == set(expected)
+    assert all(t.name == t.dtype for t in source.tensors.values())
+
+
+def test_sharded_with_index(tmp_path):
+    first, second = {"a": torch.ones(3), "b": torch.zeros(2, 2).t()}, {"c": torch.ones(4).half()}
+    torch.save(first, tmp_path / "pytorch_model-00001-of-00002.bin")
+    torch.save(second, tmp_path / "pytorch_model-00002-of-00002.bin")
+    weight_map = dict.fromkeys(first, "pytorch_model-00001-of-00002.bin")
+    weight_map |= dict.fromkeys(second, "pytorch_model-00002-of-00002.bin")
+    index = {"metadata": {"total_size": 36}, "weight_map": weight_map}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    source = open_source(tmp_path)
+    assert source.notes == ()
+    assert {t.name: t.file for t in source.tensors.values()} == weight_map
+    view = memoryview(bytearray(8))
+    with source.open() as reader:
+        reader.read_into(source.tensors["c"], 0, view)
+    assert bytes(view) == np.ones(4, "f2").tobytes()
+
+
+def test_digest_depends_on_the_listing_alone(tmp_path):
+    def digest(tensors):
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+        return open_source(tmp_path).files[0].header_digest
+
+    first = digest({"a": torch.ones(3), "b": torch.ones(2)})
+    assert digest({"b": torch.zeros(2), "a": torch.ones(3)}) == first
+    assert digest({"b": torch.zeros(3), "a": torch.ones(2)}) != first
+    assert digest({"a": torch.ones(3).half(), "b": torch.ones(2)}) != first
+
+
+def test_a_pickle_that_runs_code_is_not_run(tmp_path):
+    witness = tmp_path / "executed"
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {witness}",)
+
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(2), "evil": Evil()}, path)
+    with pytest.raises(SourceError) as caught:
+        open_source(tmp_path)
+    assert not witness.exists()
+    assert "running code" in caught.value.message
+    assert "weights_only" not in str(caught.value)  # torch's own advice would run it
+    torch.load(path, weights_only=False)  # the bait is real
+    assert witness.exists()
+
+
+def test_torchscript_is_refused(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "pytorch_model.bin")
+    with pytest.raises(SourceError):
+        open_source(tmp_path)
+
+
+def test_a_storage_that_is_larger_than_its_record_is_refused(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.arange(1000.0), "b": torch.arange(5000.0)}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data[:100] if name.endswith("data/0") else data)
+    with pytest.raises(SourceError, match=r"data of 'a' cannot be found|cannot load"):
+        open_source(tmp_path)
+
+
+def test_a_file_that_changed_is_noticed(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(3)}, path)
+    source = open_source(tmp_path)
+    os.utime(path, ns=(1, 1))
+    with source.open() as reader, pytest.raises(SourceError, match="changed while"):
+        reader.read_into(source.tensors["a"], 0, memoryview(bytearray(12)))
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+import torch
+from phireg.checkpoint.source import open_source
+
+def kilobytes(key):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1])
+
+Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+before = kilobytes("VmHWM")
+source = open_source(Path(sys.argv[1]))
+buffer = memoryview(bytearray(16 * 2**20))
+total = 0
+with source.open() as reader:
+    for tensor in source.tensors.values():
+        for start in range(0, tensor.nbytes, len(buffer)):
+            view = buffer[: min(len(buffer), tensor.nbytes - start)]
+            reader.read_into(tensor, start, view)
+            total += len(view)
+print(total, kilobytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+def test_resident_memory_stays_small(tmp_path: Path):
+    tensors = {f"w{i}": torch.full((50, 2**19), float(i), dtype=torch.float16) for i in range(6)}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    total, growth = map(int, run.stdout.split())
+    assert total == 6 * 50 * 2**20
+    assert growth < 40 * 1024  # the 16 MiB buffer, and a few imports
