@@ -149,10 +149,9 @@ class Family:
         except (LayoutError, PhiregError):
             raise
         except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
             raise PluginError(
                 f"family '{self.name}': {hook} failed with {type(error).__name__}: {error} "
-                f"({_place(frame.filename, frame.lineno or 0)})",
+                f"({_culprit(error)})",
                 hint="this is a defect of the plugin; report it to its authors.",
             ) from error
         if not isinstance(answer, kind):
@@ -163,28 +162,45 @@ class Family:
         return answer
 
 
+class _Answers:
+    """The hooks of one step that have a say: what a later step replaces is not even registered.
+
+    To pluggy an answer of None is no answer, so the base would speak for a variant that forgot to
+    return its rules; and a wrapper of the base would amend what the variant put in its place.
+    """
+
+
 def _register(name: str, steps: tuple[object, ...]) -> pluggy.PluginManager:
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(Steps)
     known = [hook for hook in vars(Steps) if hook.startswith(f"{PROJECT}_")]
+    answers: list[_Answers] = []
     implemented: set[str] = set()
     for step in steps:
-        found = False
+        own = _Answers()
         for attribute in dir(step):
             options = manager.parse_hookimpl_opts(step, attribute)
-            if options is None and not attribute.startswith(f"{PROJECT}_"):
+            function = getattr(step, attribute, None)
+            named = attribute.startswith(f"{PROJECT}_") and callable(function)
+            if options is None and not named:
                 continue
-            function = getattr(step, attribute)
             _check_hook(name, attribute, function, known, marked=options is not None)
-            found = True
             if options and not options.get("wrapper") and not options.get("hookwrapper"):
                 implemented.add(attribute)
-        if not found:
+                for below in answers:
+                    vars(below).pop(attribute, None)
+            setattr(own, attribute, function)
+        if not vars(own):
             raise PluginError(
                 f"family '{name}': the step {_step_name(step)} implements no hook",
                 hint=f"mark its functions with @hookimpl; the hooks are {', '.join(known)}.",
             )
-        manager.register(step)
+        answers.append(own)
+    try:
+        for own in answers:
+            manager.register(own)
+    except pluggy.PluginValidationError as error:
+        raise PluginError(f"family '{name}': {error}") from error
     if missing := [hook for hook in known if hook not in implemented]:
         raise PluginError(
             f"family '{name}': nobody implements {', '.join(missing)}",
@@ -218,6 +234,20 @@ def _check_hook(name: str, hook: str, function: Any, known: list[str], *, marked
                 hint="pluggy versions differ in whether such an argument is filled in; remove the "
                 "default.",
             )
+
+
+def _culprit(error: Exception) -> str:
+    """The line of the plugin that an exception came through last: not one of phireg or a library.
+
+    The frame after pluggy's last one is the hook; the plugin is what lies in the same folder.
+    """
+    library = Path(pluggy.__file__).parent
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [i for i, frame in enumerate(frames) if Path(frame.filename).parent == library]
+    plugin = frames[inside[-1] + 1 :] or frames[-1:]
+    folder = Path(plugin[0].filename).parent
+    own = [frame for frame in plugin if Path(frame.filename).parent == folder]
+    return _place(own[-1].filename, own[-1].lineno or 0)
 
 
 def _step_name(step: object) -> str:

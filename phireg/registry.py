@@ -97,7 +97,8 @@ def index(entry_points: Iterable[metadata.EntryPoint] | None = None) -> Index:
     found: dict[str, list[Candidate]] = {}
     for entry in entry_points:
         dist = entry.dist
-        name, version = (dist.name, dist.version) if dist else ("unknown", "?")
+        # A damaged installation has metadata without a name; it must not stop the others.
+        name, version = (dist.name or "unknown", dist.version or "?") if dist else ("unknown", "?")
         candidate = Candidate(entry.name, name, version, entry.value, entry)
         found.setdefault(entry.name, []).append(candidate)
     return {
@@ -137,8 +138,14 @@ def choose(hf: HFConfig, candidates: Index | None = None) -> Chosen:
 
     Raises:
         PluginError: several families claim the model.
-        SourceError: none does; the reasons are listed.
+        SourceError: none does (the reasons are listed), or the config does not name its model.
     """
+    if not hf.architectures and not hf.model_type:
+        raise SourceError(
+            "config.json names neither architectures nor a model_type, so nothing says which "
+            "family it belongs to",
+            hint="say which: --family NAME",
+        )
     known = index() if candidates is None else candidates
     claims: list[Chosen] = []
     warnings: list[str] = []
@@ -151,7 +158,14 @@ def choose(hf: HFConfig, candidates: Index | None = None) -> Chosen:
             continue
         if not family.auto:
             continue
-        reason = family.refusal(hf) or (family.tell_apart(hf) if family.tell_apart else None)
+        try:
+            reason = family.refusal(hf) or (family.tell_apart(hf) if family.tell_apart else None)
+        except Exception as error:
+            warnings.append(
+                f"{candidate.distribution} {candidate.version}: tell_apart of family "
+                f"'{family.name}' failed with {type(error).__name__}: {error}"
+            )
+            continue
         if reason is None:
             claims.append(Chosen(family, candidate))
         else:

@@ -32,12 +32,15 @@ def in_rope(key: str) -> tuple[str, ...]:
     return tuple(f"{block}.{key}" for block in BLOCKS)
 
 
+def _stated_rope_types(hf: HFConfig) -> dict[str, str]:
+    """The rope type under every spelling; transformers 4.43 and later write two in one block."""
+    keys = (*in_rope("rope_type"), *in_rope("type"))
+    return {key: str(hf.get(key)) for key in keys if hf.has(key)}
+
+
 def rope_type(hf: HFConfig) -> str:
     """The source's rope type; ``default`` when it names none."""
-    for key in (*in_rope("rope_type"), *in_rope("type")):
-        if hf.has(key):
-            return str(hf.get(key))
-    return "default"
+    return next(iter(_stated_rope_types(hf).values()), "default")
 
 
 def is_long_rope(hf: HFConfig) -> bool:
@@ -46,9 +49,13 @@ def is_long_rope(hf: HFConfig) -> bool:
 
 
 def supported_rope(*types: str) -> Entry:
-    """Refuse a rope type other than ``types``, and a block without a type that scales."""
+    """Refuse a rope type other than ``types``, types that disagree, and factors without a type."""
 
     def problem(_: Fields, hf: HFConfig) -> str | None:
+        stated = _stated_rope_types(hf)
+        if len({"longrope" if name in LONG_ROPE_TYPES else name for name in stated.values()}) > 1:
+            listed = ", ".join(f"{key} is '{name}'" for key, name in stated.items())
+            return f"names different rope types: {listed}"
         found = rope_type(hf)
         if found not in types:
             return f"rope type '{found}' is not supported; supported: {', '.join(types)}"
@@ -158,6 +165,8 @@ def rotary_dim(fields: Fields, _: HFConfig) -> int:
         ConfigError: it is odd or not within the head.
     """
     head_size = fields["head_size"]
+    if fields["rotary_pct"] > 1:
+        raise ConfigError(f"rotary_pct is {fields['rotary_pct']}: expected at most 1")
     rotated = int(head_size * fields["rotary_pct"])
     if rotated % 2 or not 0 < rotated <= head_size:
         raise ConfigError(

@@ -6,6 +6,7 @@ key has one producer, and all problems are reported together.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,9 +42,15 @@ def integer(minimum: int = 1, maximum: int = 2**24) -> Kind:
 
 def number(value: Any) -> float:
     """A finite number."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError("expected a finite number")
-    return float(value)
+    try:
+        result = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        result = math.inf
+    if not math.isfinite(result):
+        raise ValueError("expected a finite number")
+    return result
 
 
 def positive(value: Any) -> float:
@@ -69,7 +76,7 @@ def text(value: Any) -> str:
 
 
 def factors(value: Any) -> list[float]:
-    """A list of positive numbers (rope factors), kept exactly as written."""
+    """A list of positive numbers (rope factors), in float64 as the source has them."""
     if not isinstance(value, list) or not value:
         raise ValueError("expected a list of numbers")
     return [positive(item) for item in value]
@@ -80,6 +87,23 @@ class _Run:
     hf: HFConfig
     fields: dict[str, Any] = dataclass_field(default_factory=dict)
     findings: list[Finding] = dataclass_field(default_factory=list)
+    skipped: list[tuple[str, str]] = dataclass_field(default_factory=list)
+    """Subjects that could not be looked at, and the field each lacked."""
+
+    def compute(self, subject: str, function: Callable[[], Any]) -> Any:
+        """What ``function`` returns; ``_SKIPPED`` when it cannot, which is noted or reported."""
+        try:
+            return function()
+        except KeyError as lacking:
+            self.skipped.append((subject, str(lacking)))
+        except ConfigError as problem:
+            self.report(Severity.ERROR, subject, str(problem))
+        return _SKIPPED
+
+    def make(self, to: str, function: Callable[[], Any]) -> None:
+        value = self.compute(to, function)
+        if value is not _SKIPPED:
+            self.fields[to] = value
 
     def report(self, severity: Severity, subject: str, detail: str) -> None:
         self.findings.append(Finding(severity, "config", subject, detail))
@@ -103,12 +127,15 @@ class Entry:
 _UNSET: Any = object()
 """Marks the absence of a default, None being a possible value."""
 
+_SKIPPED: Any = object()
+"""Stands for a value that could not be computed."""
+
 
 def const(to: str, value: Any) -> Entry:
     """``to`` is always ``value``."""
 
     def apply(run: _Run) -> None:
-        run.fields[to] = value
+        run.fields[to] = copy.deepcopy(value)
 
     return Entry((to,), f"{to} = {value!r}", apply)
 
@@ -127,8 +154,8 @@ def field(
         keys: source keys, dotted to reach into blocks; those present must agree.
         kind: what the value must be.
         to: target key; the first source key by default.
-        default: value when no key is present, or a function of the fields so far; without one the
-            field is required.
+        default: value when no key is present, or a function of the fields so far (as in
+            :func:`derive`); without one the field is required.
         null: value when the first key is there and null, if that differs from its absence.
         via: translation of values; a value it does not know is an error naming those it knows.
     """
@@ -142,7 +169,10 @@ def field(
             elif default is _UNSET:
                 run.report(Severity.ERROR, keys[0], f"missing{_or_spelt(keys)}")
             else:
-                run.fields[target] = default(run.fields) if callable(default) else default
+                run.make(
+                    target,
+                    lambda: default(run.fields) if callable(default) else copy.deepcopy(default),
+                )
             return
         key, value = next(iter(present.items()))
         for other, second in present.items():
@@ -169,16 +199,11 @@ def derive(to: str, function: Callable[[Fields, HFConfig], Any], doc: str) -> En
     """``to`` is computed from the fields so far and the source.
 
     ``function`` may raise :class:`ConfigError`. A field it needs that could not be read is a
-    problem already reported, so the entry is skipped.
+    problem already reported, so the entry is skipped; without such a report it is an error.
     """
 
     def apply(run: _Run) -> None:
-        try:
-            run.fields[to] = function(run.fields, run.hf)
-        except KeyError:
-            return
-        except ConfigError as problem:
-            run.report(Severity.ERROR, to, str(problem))
+        run.make(to, lambda: function(run.fields, run.hf))
 
     return Entry((to,), f"{to} = {doc}", apply)
 
@@ -189,14 +214,11 @@ def check(
     *,
     severity: Severity = Severity.ERROR,
 ) -> Entry:
-    """Report what ``function`` says, if it says anything."""
+    """Report what ``function`` says, if it says anything; skipped like :func:`derive`."""
 
     def apply(run: _Run) -> None:
-        try:
-            detail = function(run.fields, run.hf)
-        except KeyError:
-            return
-        if detail:
+        detail = run.compute(subject, lambda: function(run.fields, run.hf))
+        if detail and detail is not _SKIPPED:
             run.report(severity, subject, detail)
 
     return Entry((), f"checked: {subject}", apply)
@@ -226,7 +248,13 @@ def ignore(*keys: str, why: str) -> Entry:
 def when(
     condition: Callable[[HFConfig], bool], *entries: Entry, otherwise: Sequence[Entry] = ()
 ) -> Entry:
-    """Apply ``entries`` if the source satisfies ``condition``, else ``otherwise``."""
+    """Apply ``entries`` if the source satisfies ``condition``, else ``otherwise``.
+
+    Raises:
+        ValueError: two entries of one branch produce the same target key.
+    """
+    for branch in (entries, otherwise):
+        _one_producer_each(branch)
 
     def apply(run: _Run) -> None:
         for entry in entries if condition(run.hf) else otherwise:
@@ -265,11 +293,7 @@ class FieldTable:
     """
 
     def __init__(self, *entries: Entry) -> None:
-        produced: set[str] = set()
-        for entry in entries:
-            if twice := produced & set(entry.to):
-                raise ValueError(f"field table: {sorted(twice)} has two producers")
-            produced |= set(entry.to)
+        _one_producer_each(entries)
         self.entries = entries
 
     def __iter__(self) -> Iterator[Entry]:
@@ -277,6 +301,7 @@ class FieldTable:
 
     def replace(self, *entries: Entry) -> FieldTable:
         """The same table with entries of the same target keys replaced, others appended."""
+        _one_producer_each(entries)
         by_target = {entry.to: entry for entry in entries if entry.to}
         kept = [by_target.pop(entry.to, entry) for entry in self.entries]
         return FieldTable(*kept, *by_target.values(), *(e for e in entries if not e.to))
@@ -287,17 +312,29 @@ class FieldTable:
         A source key no entry looked at is a warning; inside a block the table reads from it is an
         error, because an unknown key there (of rope scaling, say) changes the mathematics.
         """
-        run = _Run(hf)
+        run = _Run(hf.fresh())
         for entry in self.entries:
             entry.apply(run)
-        for key in hf.unread():
-            severity = Severity.ERROR if "." in key else Severity.WARNING
+        if not any(finding.severity is Severity.ERROR for finding in run.findings):
+            for subject, lacking in run.skipped:
+                run.report(Severity.ERROR, subject, f"needs {lacking}, which no entry above makes")
+        for key in run.hf.unread():
+            inside = "." in key or run.hf.looked_into(key)
+            severity = Severity.ERROR if inside else Severity.WARNING
             run.report(severity, key, "is not known to this family and has no effect here")
         return Translation(run.fields, tuple(run.findings))
 
     def describe(self) -> tuple[str, ...]:
         """The table as documentation, a line per field or rule."""
         return tuple(line for entry in self.entries for line in entry.doc.splitlines())
+
+
+def _one_producer_each(entries: Sequence[Entry]) -> None:
+    produced: set[str] = set()
+    for entry in entries:
+        if twice := produced & set(entry.to):
+            raise ValueError(f"field table: {sorted(twice)} has two producers")
+        produced |= set(entry.to)
 
 
 def _or_spelt(keys: Sequence[str]) -> str:

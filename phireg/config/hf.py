@@ -19,21 +19,31 @@ class HFConfig:
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         self._data = data
-        self._read: set[str] = set()
+        # phireg itself reads these for every family (Family.refusal).
+        self._read = {"architectures", "model_type"}
+
+    def fresh(self) -> HFConfig:
+        """The same config with nothing read yet."""
+        return HFConfig(self._data)
 
     def get(self, key: str) -> Any:
         """The value of a dotted key, or None if it is absent or null."""
         self._read.add(key)
-        value: Any = self._data
-        for name in key.split("."):
-            if not isinstance(value, Mapping):
-                return None
-            value = value.get(name)
-        return value
+        return self._value(key)
 
     def has(self, key: str) -> bool:
-        """Whether a dotted key is present and not null."""
-        return self.get(key) is not None
+        """Whether a dotted key is present and not null.
+
+        Asking for a block does not count as reading what is in it.
+        """
+        value = self._value(key)
+        if not isinstance(value, Mapping):
+            self._read.add(key)
+        return value is not None
+
+    def looked_into(self, key: str) -> bool:
+        """Whether anybody asked for a key inside the block ``key``."""
+        return any(read.startswith(f"{key}.") for read in self._read)
 
     def is_null(self, key: str) -> bool:
         """Whether a top-level key is present with the value null."""
@@ -53,18 +63,24 @@ class HFConfig:
     def unread(self) -> tuple[str, ...]:
         """Dotted keys with a value that nobody asked for, in file order.
 
-        A block counts leaf by leaf, unless it was read as a whole.
+        A block somebody looked into counts leaf by leaf, any other as one key.
         """
-        return tuple(key for key in _leaves(self._data, "") if not self._was_read(key))
+        return tuple(self._unread(self._data, ""))
 
-    def _was_read(self, key: str) -> bool:
-        names = key.split(".")
-        return any(".".join(names[: n + 1]) in self._read for n in range(len(names)))
+    def _unread(self, block: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        for name, value in block.items():
+            key = f"{prefix}{name}"
+            if value is None or key in self._read:
+                continue
+            if isinstance(value, Mapping) and self.looked_into(key):
+                yield from self._unread(value, f"{key}.")
+            else:
+                yield key
 
-
-def _leaves(block: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    for name, value in block.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        elif value is not None:
-            yield f"{prefix}{name}"
+    def _value(self, key: str) -> Any:
+        value: Any = self._data
+        for name in key.split("."):
+            if not isinstance(value, Mapping):
+                return None
+            value = value.get(name)
+        return value

@@ -110,6 +110,12 @@ def _rule(
     lengths = {axis.length for axis in (*weight, *biases)}
     if len(lengths) != 1:
         raise LayoutError(f"{target}: the alternatives have {sorted(lengths)} rows")
+    cuts = {
+        tuple((part.length, part.unit, part.replicable, part.padded) for part in axis.parts)
+        for axis in (*weight, *biases)
+    }
+    if len(cuts) != 1:
+        raise LayoutError(f"{target}: the alternatives would be divided over ranks differently")
     axis = columns(cols) if isinstance(cols, int) else cols
     return Rule(target, weight, biases, axis, policy, _caller())
 
@@ -161,10 +167,11 @@ class Rules(Mapping[str, Rule]):
         """The same rules with those of the same targets replaced, for derived families.
 
         Raises:
-            LayoutError: a rule's target is not among the present ones.
+            LayoutError: a rule's target is not among the present ones, or two rules make it.
         """
-        unknown = [rule.target for rule in rules if rule.target not in self]
+        new = Rules(*rules)
+        unknown = [target for target in new if target not in self]
         if unknown:
             raise LayoutError(f"nothing to replace: no rule makes {', '.join(unknown)}")
-        merged = {**self._rules, **{rule.target: rule for rule in rules}}
+        merged = {**self._rules, **new}
         return Rules(*merged.values(), drop=self.drop)

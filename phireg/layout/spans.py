@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 
 class LayoutError(ValueError):
@@ -29,6 +28,10 @@ class Span:
     count: int
     shared: bool = False
 
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise LayoutError(f"{self.source or 'columns'}: {self.count} rows are not possible")
+
     @property
     def stop(self) -> int:
         """The row after the last one."""
@@ -36,7 +39,8 @@ class Span:
 
     def cut(self, start: int, stop: int) -> Span:
         """Rows ``start`` to ``stop`` of this span, counted from its own beginning."""
-        return replace(self, start=self.start + start, count=stop - start)
+        first = 0 if self.source is None else self.start + start
+        return replace(self, start=first, count=stop - start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,10 @@ class Part:
     unit: int = 1
     replicable: bool = False
     padded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.unit < 1:
+            raise LayoutError(f"part '{self.name}': a unit of {self.unit} rows is not possible")
 
     @property
     def length(self) -> int:
@@ -130,7 +138,7 @@ def shard(axis: Axis, tp_size: int, rank: int) -> Axis:
     """What ``rank`` of ``tp_size`` holds of ``axis``: every part cut separately, in whole units.
 
     Raises:
-        LayoutError: a part cannot be divided; the text names it and the sizes that would work.
+        LayoutError: a part cannot be divided (the sizes that can be: :func:`possible_ranks`).
     """
     if not 0 <= rank < tp_size:
         raise LayoutError(f"rank {rank} does not exist among {tp_size} ranks")
@@ -141,7 +149,7 @@ def shard(axis: Axis, tp_size: int, rank: int) -> Axis:
 
 def _shard_part(part: Part, tp_size: int, rank: int) -> Part:
     if part.padded:
-        share = -(-part.length // tp_size)
+        share = -(-part.length // (tp_size * part.unit)) * part.unit
         fill = Span(None, 0, share * tp_size - part.length)
         spans = take((*part.spans, fill), rank * share, (rank + 1) * share)
         return replace(part, spans=spans, padded=False)
@@ -172,7 +180,8 @@ def blocks(axis: Axis, size: int) -> Axis:
     """The same map for a tensor that has one entry per ``size`` rows (a block scale).
 
     Raises:
-        LayoutError: a span, unit or source is not aligned to whole blocks.
+        LayoutError: a span, unit or source is not aligned to whole blocks, or a part is still to be
+            padded (how many rows it gets depends on the ranks: shard first).
     """
 
     def scaled(value: int, what: str) -> int:
@@ -182,6 +191,8 @@ def blocks(axis: Axis, size: int) -> Axis:
 
     parts = []
     for part in axis.parts:
+        if part.padded:
+            raise LayoutError(f"part '{part.name}' is padded when it is sharded: shard it first")
         spans = tuple(
             replace(
                 span,
@@ -244,19 +255,19 @@ def check_partition(targets: Mapping[str, Axis], sources: Mapping[str, int]) -> 
             used[span.source].append((span.start, span.stop, target))
     for source, ranges in used.items():
         ordered = sorted(ranges)
-        end = 0
-        for start, stop, _ in ordered:
+        end, owner = 0, ""
+        for start, stop, target in ordered:
             if start > end:
                 problems.append(f"rows {end} to {start} of {source} are used nowhere")
-            end = max(end, stop)
+            elif start < end:
+                problems.append(
+                    f"rows {start} to {min(stop, end)} of {source} are used twice, "
+                    f"by {owner} and {target}"
+                )
+            if stop > end:
+                end, owner = stop, target
         if end < sources[source]:
             problems.append(f"rows {end} to {sources[source]} of {source} are used nowhere")
-        for (_, stop, first), (start, other, second) in pairwise(ordered):
-            if start < stop:
-                problems.append(
-                    f"rows {start} to {min(stop, other)} of {source} are used twice, "
-                    f"by {first} and {second}"
-                )
     return problems
 
 

@@ -6,6 +6,8 @@ headers of the source files.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 from phireg.layout.spans import Axis, LayoutError, Part, Span, take
@@ -17,8 +19,12 @@ def src(name: str, rows: int, *, unit: int = 1) -> Axis:
 
 
 def fuse(*, unit: int = 1, **axes: Axis) -> Axis:
-    """Concatenate ``axes`` as parts named by their keywords (q, k, v into one qkv)."""
-    parts = tuple(Part(name, axis.spans, unit) for name, axis in axes.items())
+    """Concatenate ``axes`` as parts named by their keywords (q, k, v into one qkv).
+
+    Raises:
+        LayoutError: two axes state different lengths of one source.
+    """
+    parts = tuple(Part(name, axis.spans, _unit(unit, axis)) for name, axis in axes.items())
     return Axis(parts, _sources(*axes.values()))
 
 
@@ -26,8 +32,9 @@ def parts(axis: Axis, *, unit: int = 1, **lengths: int) -> Axis:
     """Name the segments of an already fused axis, in source order.
 
     Raises:
-        LayoutError: the lengths do not add up to the axis.
+        LayoutError: the lengths do not add up to the axis, or one is negative.
     """
+    _counted(axis, lengths)
     if sum(lengths.values()) != axis.length:
         raise LayoutError(
             f"{_names(axis)}: parts {lengths} add up to {sum(lengths.values())}, "
@@ -36,7 +43,7 @@ def parts(axis: Axis, *, unit: int = 1, **lengths: int) -> Axis:
     named = []
     start = 0
     for name, length in lengths.items():
-        named.append(Part(name, take(axis.spans, start, start + length), unit))
+        named.append(Part(name, take(axis.spans, start, start + length), _unit(unit, axis)))
         start += length
     return replace(axis, parts=tuple(named))
 
@@ -73,8 +80,9 @@ def ungroup(axis: Axis, *, groups: int, unit: int, **heads: int) -> Axis:
     ``ungroup(x, groups=num_key_value_heads, unit=head_size, q=H // K, k=1, v=1)``.
 
     Raises:
-        LayoutError: the sizes do not add up to the axis.
+        LayoutError: the sizes do not add up to the axis, or one is negative.
     """
+    _counted(axis, heads)
     group = sum(heads.values()) * unit
     if groups * group != axis.length:
         raise LayoutError(
@@ -119,7 +127,10 @@ def replicable(axis: Axis, *names: str) -> Axis:
     if missing:
         raise LayoutError(f"{_names(axis)} has no part {sorted(missing)}")
     return replace(
-        axis, parts=tuple(replace(part, replicable=part.name in names) for part in axis.parts)
+        axis,
+        parts=tuple(
+            replace(part, replicable=part.replicable or part.name in names) for part in axis.parts
+        ),
     )
 
 
@@ -139,6 +150,16 @@ def _sources(*axes: Axis) -> tuple[tuple[str, int], ...]:
             if merged.setdefault(name, rows) != rows:
                 raise LayoutError(f"{name} cannot have both {merged[name]} and {rows} rows")
     return tuple(merged.items())
+
+
+def _unit(unit: int, axis: Axis) -> int:
+    """A unit that also keeps together what the axis already keeps together."""
+    return math.lcm(unit, *(part.unit for part in axis.parts))
+
+
+def _counted(axis: Axis, amounts: Mapping[str, int]) -> None:
+    if negative := [name for name, amount in amounts.items() if amount < 0]:
+        raise LayoutError(f"{_names(axis)}: {', '.join(negative)} would be negative: {amounts}")
 
 
 def _names(axis: Axis) -> str:
