@@ -1,0 +1,249 @@
+"""Reading and writing directories in the published layout, and what config.json may say."""
+
+import json
+
+import pytest
+import torch
+from naive_phi3_small import Naive
+from safetensors import safe_open
+from test_math import relative
+from tiny_phi3_small import (
+    LONG,
+    LONG_ROPE,
+    TINY,
+    random_ids,
+    random_tensors,
+    source_shapes,
+    without,
+    write_checkpoint,
+)
+
+
+def read_file(path):
+    with safe_open(str(path), framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("config", [TINY, LONG], ids=["8k", "128k"])
+@torch.no_grad()
+def test_round_trip(reference, tmp_path, config):
+    tensors = random_tensors(config)
+    source = write_checkpoint(tmp_path / "source", config, tensors)
+    model, info = reference.Phi3SmallForCausalLM.from_pretrained(source, output_loading_info=True)
+    assert not any(info.values())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    ids = random_ids(config, 30)
+    expected = Naive(config, tensors)(ids.tolist())
+    assert relative(model.double()(ids[None]).logits[0], expected) < 1e-9
+
+    model.float().save_pretrained(tmp_path / "copy", safe_serialization=True)
+    copied = read_file(tmp_path / "copy" / "model.safetensors")
+    assert {name: tuple(value.shape) for name, value in copied.items()} == source_shapes(config)
+    assert all(torch.equal(copied[name], tensors[name]) for name in tensors)
+    saved = json.loads((tmp_path / "copy" / "config.json").read_text())
+    for key in without(config, "auto_map", "torch_dtype", "tie_word_embeddings"):
+        assert saved.get(key, TINY.get(key)) == config[key], key
+    again = reference.Phi3SmallForCausalLM.from_pretrained(tmp_path / "copy")
+    assert torch.equal(again.double()(ids[None]).logits, model.double()(ids[None]).logits)
+
+
+def test_frequencies_in_the_file_are_ignored(reference, tmp_path):
+    tensors = random_tensors(TINY)
+    for layer in range(TINY["num_hidden_layers"]):
+        tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.zeros(3)
+    source = write_checkpoint(tmp_path, TINY, tensors)
+    model, info = reference.Phi3SmallForCausalLM.from_pretrained(source, output_loading_info=True)
+    assert not any(info.values())
+    ids = random_ids(TINY, 12)
+    with torch.no_grad():
+        logits = model.double()(ids[None]).logits[0]
+    assert relative(logits, Naive(TINY, tensors)(ids.tolist())) < 1e-9
+
+
+@torch.no_grad()
+def test_untied_head(reference, tmp_path):
+    config = {**TINY, "tie_word_embeddings": False}
+    tensors = random_tensors(config)
+    tensors["lm_head.weight"] = torch.randn(53, 36, generator=torch.Generator().manual_seed(3))
+    source = write_checkpoint(tmp_path, config, tensors)
+    model = reference.Phi3SmallForCausalLM.from_pretrained(source).double()
+    ids = random_ids(config, 12)
+    assert relative(model(ids[None]).logits[0], Naive(config, tensors)(ids.tolist())) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision(reference, tmp_path, dtype):
+    tensors = {name: value.to(dtype) for name, value in random_tensors(LONG).items()}
+    name = str(dtype).removeprefix("torch.")
+    source = write_checkpoint(tmp_path, {**LONG, "torch_dtype": name}, tensors)
+    model = reference.Phi3SmallForCausalLM.from_pretrained(source, torch_dtype="auto")
+    assert model.dtype == dtype
+    ids = random_ids(LONG, 30)
+    logits = model(ids[None]).logits[0]
+    assert logits.dtype == torch.float32
+    wide = {name: value.float() for name, value in tensors.items()}
+    error = relative(logits, Naive(LONG, wide)(ids.tolist()), of=lambda e: (e**2).mean() ** 0.5)
+    assert error < (0.15 if dtype == torch.bfloat16 else 0.02)
+
+
+def test_published_defaults(reference):
+    config = reference.Phi3SmallConfig()
+    published_8k = {
+        "model_type": "phi3small",
+        "vocab_size": 100352,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 8192,
+        "rope_embedding_base": 1e6,
+        "rope_position_scale": 1.0,
+        "rope_scaling": None,
+        "layer_norm_epsilon": 1e-5,
+        "gegelu_limit": 20.0,
+        "gegelu_pad_to_256": True,
+        "ff_dim_multiplier": None,
+        "mup_use_scaling": True,
+        "mup_attn_multiplier": 1.0,
+        "mup_embedding_multiplier": 10.0,
+        "mup_width_multiplier": 8.0,
+        "blocksparse_block_size": 64,
+        "blocksparse_num_local_blocks": 16,
+        "blocksparse_vert_stride": 8,
+        "blocksparse_homo_head_pattern": False,
+        "dense_attention_every_n_layers": 2,
+        "tie_word_embeddings": True,
+        "bos_token_id": 100257,
+        "eos_token_id": 100257,
+        "use_cache": True,
+    }
+    assert {key: getattr(config, key) for key in published_8k} == published_8k
+
+
+def test_published_size(reference):
+    """Parameters of the published model, the tied head counted once."""
+    with torch.device("meta"):
+        model = reference.Phi3SmallForCausalLM(reference.Phi3SmallConfig())
+    sizes = {name: p.numel() for name, p in model.named_parameters() if name != "lm_head.weight"}
+    assert sum(sizes.values()) == 7_392_272_384
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "hidden", "pad", "expected"),
+    [(4, 4096, True, 11008), (4, 4096, False, 10920), (3, 36, False, 72), (3, 36, True, 256)],
+)
+def test_intermediate_size_from_the_multiplier(reference, multiplier, hidden, pad, expected):
+    config = reference.Phi3SmallConfig(
+        hidden_size=hidden,
+        num_attention_heads=4,
+        ff_dim_multiplier=multiplier,
+        ff_intermediate_size=None,
+        gegelu_pad_to_256=pad,
+    )
+    assert config.intermediate_size == expected
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_scaling": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+        {"rope_scaling": {"type": "default"}},
+    ],
+    ids=["null", "transformers 5", "named"],
+)
+def test_spellings_without_scaling(reference, tmp_path, spelling):
+    config = reference.Phi3SmallConfig(**TINY, **spelling)
+    assert config.rope_scaling is None
+    assert config.long_rope() is None
+    config.save_pretrained(tmp_path)
+    again = reference.Phi3SmallConfig.from_pretrained(tmp_path)
+    assert again.rope_scaling is None
+    assert again.rope_embedding_base == 1000000
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_scaling": LONG_ROPE},
+        {"rope_scaling": {**LONG_ROPE, "type": "longrope"}},
+        {
+            "rope_embedding_base": 5.0,
+            "rope_parameters": {
+                **LONG_ROPE,
+                "rope_type": "longrope",
+                "rope_theta": 1000000.0,
+                "partial_rotary_factor": 1.0,
+            },
+        },
+    ],
+    ids=["su", "longrope", "transformers 5"],
+)
+def test_spellings_of_long_rope(reference, tmp_path, spelling):
+    config = reference.Phi3SmallConfig(**{**LONG, "rope_scaling": None, **spelling})
+    config.save_pretrained(tmp_path)
+    for read in (config, reference.Phi3SmallConfig.from_pretrained(tmp_path)):
+        rope = read.long_rope()
+        assert rope.short == ([1.1, 1.3, 1.7], 1.2)
+        assert rope.long == ([2.0, 5.0, 9.0], 1.4)
+        assert rope.original_max_position_embeddings == 20
+        assert read.rope_embedding_base == 1000000
+
+
+def test_magnitudes_not_given(reference):
+    """131072 over 4096 gives the published Phi-3-mini-128k value, 1.1902380714238083."""
+    scaling = {**without(LONG_ROPE, "short_mscale"), "long_mscale": -1}
+    scaling["original_max_position_embeddings"] = 4096
+    long = {**LONG, "max_position_embeddings": 131072, "rope_scaling": scaling}
+    rope = reference.Phi3SmallConfig(**long).long_rope()
+    assert rope.short[1] == 1.0
+    assert rope.long[1] == pytest.approx(1.1902380714238083, rel=1e-15)
+    rope = reference.Phi3SmallConfig(**{**long, "max_position_embeddings": 4096}).long_rope()
+    assert rope.long[1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "silu"}, "hidden_act is 'silu'"),
+        ({"ff_intermediate_size": None}, "exactly one of"),
+        ({"ff_dim_multiplier": 4}, "exactly one of"),
+        ({"rope_scaling": {**LONG_ROPE, "type": "yarn"}}, "of type 'yarn'"),
+        ({"rope_scaling": {**LONG_ROPE, "attention_factor": 2.0}}, "attention_factor"),
+        ({"rope_scaling": {**LONG_ROPE, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": without(LONG_ROPE, "long_factor")}, "lacks 'long_factor'"),
+        (
+            {"rope_scaling": without(LONG_ROPE, "original_max_position_embeddings")},
+            "lacks 'original_max_position_embeddings'",
+        ),
+        ({"rope_scaling": {**LONG_ROPE, "short_factor": [1.0]}}, "1 short and 3 long factors"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(reference, change, message):
+    with pytest.raises(ValueError, match=message):
+        reference.Phi3SmallConfig(**{**TINY, **change})
+
+
+@torch.no_grad()
+def test_dummy_tokens(reference):
+    published = reference.Phi3SmallConfig().masked_token_indices()
+    # Every special id but endoftext, system, user, assistant and end.
+    used = {100257, 100261, 100262, 100263, 100266}
+    assert published == [i for i in range(100256, 100352) if i not in used]
+    assert len(published) == 91
+    assert reference.Phi3SmallConfig(dummy_token_indices=[]).masked_token_indices() == []
+    assert reference.Phi3SmallConfig(**TINY).masked_token_indices() == []
+
+    plain = reference.Phi3SmallForCausalLM(reference.Phi3SmallConfig(**TINY))
+    config = reference.Phi3SmallConfig(**TINY, dummy_token_indices=[3, 50])
+    model = reference.Phi3SmallForCausalLM(config)
+    model.load_state_dict(plain.state_dict())
+    ids = random_ids(TINY, 2, 5)
+    logits, expected = model(ids).logits, plain(ids).logits
+    assert (logits[..., [3, 50]] == torch.finfo(torch.float32).min).all()
+    others = [i for i in range(53) if i not in (3, 50)]
+    assert torch.equal(logits[..., others], expected[..., others])
