@@ -1,0 +1,1 @@
+"""Runs a planned conversion: the output directory, the ranks' files, the manifest."""

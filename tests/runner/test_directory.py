@@ -1,0 +1,922 @@
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from phireg.errors import OutputError
+from phireg.runner.directory import OutputDirectory
+
+ROOT = Path(__file__).parents[2]
+VICTIM = Path(__file__).with_name("dir_victim.py")
+OLD = {"config.json": '{"architecture": "Old"}', "rank0.safetensors": "old"}
+NEW = {
+    "config.json": '{"architecture": "New"}',
+    "rank0.safetensors": "new0",
+    "rank1.safetensors": "new1",
+}
+Usage = namedtuple("Usage", "total used free")
+
+
+def fill(directory, files):
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (directory / name).write_text(text)
+
+
+def content(directory):
+    """File name -> text of a flat directory."""
+    return {path.name: path.read_text() for path in directory.iterdir()}
+
+
+def names(directory):
+    return [path.name for path in directory.iterdir()]
+
+
+def tree(base):
+    return sorted(str(path.relative_to(base)) for path in base.rglob("*"))
+
+
+def open_output(target, *, overwrite=False, required_bytes=0):
+    return OutputDirectory(target, overwrite=overwrite, required_bytes=required_bytes)
+
+
+def convert(target, files=NEW, *, overwrite=False):
+    with open_output(target, overwrite=overwrite) as partial:
+        fill(partial, files)
+
+
+def leave_stale(base, **parts):
+    partial = base / "out.phireg-partial"
+    fill(partial, {".phireg-partial": json.dumps({"pid": 1, "host": "gone"})})
+    for name, files in parts.items():
+        fill(partial / name, files)
+    return partial
+
+
+def python(code, *arguments, **options):
+    """Start another Python with phireg importable; its output comes as text."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+# --- publishing -----------------------------------------------------------------------------
+
+
+def test_target_appears_complete_and_alone(tmp_path):
+    with open_output(tmp_path / "out") as partial:
+        fill(partial, NEW)
+        assert not (tmp_path / "out").exists()
+        # A sibling: on the same file system, so that the rename is atomic.
+        assert partial.relative_to(tmp_path).parts[0] == "out.phireg-partial"
+    assert content(tmp_path / "out") == NEW
+    assert names(tmp_path) == ["out"]
+
+
+def test_relative_target_and_a_later_chdir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with open_output(Path("out")) as partial:
+        os.chdir("elsewhere")
+        fill(partial, NEW)
+    assert content(tmp_path / "out") == NEW
+
+
+def test_missing_parents_are_created(tmp_path):
+    convert(tmp_path / "a/b/out")
+    assert content(tmp_path / "a/b/out") == NEW
+
+
+def test_empty_existing_directory_is_accepted(tmp_path):
+    (tmp_path / "out").mkdir()
+    convert(tmp_path / "out")
+    assert content(tmp_path / "out") == NEW
+    assert names(tmp_path) == ["out"]
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        convert(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+
+
+def test_every_file_is_synced_before_the_rename_and_the_parent_after(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, os.rename
+
+    def record_fsync(descriptor):
+        events.append(("fsync", os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def record_rename(source, target):
+        rename(source, target)
+        events.append(("rename", target))
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "rename", record_rename)
+    with open_output(tmp_path / "new/out") as partial:
+        fill(partial, NEW)
+        fill(partial / "sub", {"deep": "x"})
+    published = events.index(("rename", tmp_path / "new/out"))
+    before = {inode for what, inode in events[:published] if what == "fsync"}
+    after = {inode for what, inode in events[published:] if what == "fsync"}
+    out = tmp_path / "new/out"
+    for path in (out, *out.rglob("*")):
+        assert path.stat().st_ino in before, path
+    # The created parent has its own entry to make durable.
+    assert {(tmp_path / "new").stat().st_ino, tmp_path.stat().st_ino} <= after
+
+
+def test_directory_sync_that_a_file_system_does_not_have_is_no_error(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def fsync_of_files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync_of_files_only)
+    convert(tmp_path / "out")
+    assert content(tmp_path / "out") == NEW
+
+
+def test_failing_sync_of_a_file_publishes_nothing(tmp_path, monkeypatch):
+    with (
+        pytest.raises(OutputError, match="input/output error"),
+        open_output(tmp_path / "out") as partial,
+    ):
+        fill(partial, NEW)
+
+        def broken(_):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(os, "fsync", broken)
+    assert tree(tmp_path) == []
+
+
+# --- targets that are refused -----------------------------------------------------------------
+
+
+def test_existing_output_is_refused_and_kept(tmp_path):
+    fill(tmp_path / "out", OLD)
+    with pytest.raises(OutputError, match="exists and is not empty") as caught:
+        convert(tmp_path / "out")
+    assert "--overwrite" in caught.value.hint
+    assert content(tmp_path / "out") == OLD
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_refusals_come_before_the_work(tmp_path, overwrite):
+    fill(tmp_path / "out", {"notes.txt": "mine"})
+    with pytest.raises(OutputError), open_output(tmp_path / "out", overwrite=overwrite):
+        pytest.fail("started")
+
+
+def test_output_that_appears_while_writing_is_kept(tmp_path):
+    with (
+        pytest.raises(OutputError, match="exists and is not empty"),
+        open_output(tmp_path / "out") as partial,
+    ):
+        fill(partial, NEW)
+        fill(tmp_path / "out", OLD)
+    assert content(tmp_path / "out") == OLD
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_file_as_target_is_refused(tmp_path, overwrite):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputError, match="not a directory"):
+        convert(tmp_path / "out", overwrite=overwrite)
+    assert content(tmp_path) == {"out": "mine"}
+
+
+@pytest.mark.parametrize("below", ["out", "deeper/out"])
+def test_file_as_parent_is_refused(tmp_path, below):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="file is not a directory"):
+        convert(tmp_path / "file" / below)
+    assert content(tmp_path) == {"file": "mine"}
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "..", "a/..", "../.."])
+def test_names_that_cannot_be_created(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="does not name a directory"):
+        convert(Path(name))
+    assert tree(tmp_path) == []
+
+
+def test_link_to_the_root_is_refused(tmp_path):
+    (tmp_path / "out").symlink_to("/")
+    with pytest.raises(OutputError, match="does not name a directory"):
+        convert(tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["x.phireg-partial", "x.phireg-partial/out"])
+def test_names_kept_for_phireg_are_refused(tmp_path, name):
+    with pytest.raises(OutputError, match=r"ends with \.phireg-partial"):
+        convert(tmp_path / name)
+    assert tree(tmp_path) == []
+
+
+def test_too_long_name_is_refused_and_created_parents_go(tmp_path):
+    with pytest.raises(OutputError, match="name too long"):
+        convert(tmp_path / "parent" / ("n" * 250))
+    assert tree(tmp_path) == []
+
+
+def test_link_to_itself_is_refused(tmp_path):
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(OutputError, match="not a directory"):
+        convert(tmp_path / "out", overwrite=True)
+    assert names(tmp_path) == ["out"]
+
+
+NOBODY = """
+import os, sys
+from pathlib import Path
+from phireg.errors import OutputError
+from phireg.runner.directory import OutputDirectory
+if os.getuid() == 0:
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+try:
+    with OutputDirectory(Path(sys.argv[1]), overwrite=True, required_bytes=0):
+        pass
+except OutputError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def open_path():
+    """A directory that every user can reach; tmp_path is only the owner's."""
+    path = Path(tempfile.mkdtemp())
+    path.chmod(0o755)
+    yield path
+    for directory in path.rglob("*"):
+        directory.chmod(0o755)
+    shutil.rmtree(path)
+
+
+def test_parent_without_write_permission(open_path):
+    (open_path / "parent").mkdir()
+    (open_path / "parent").chmod(0o555)
+    child = python(NOBODY, open_path / "parent/out", cwd="/")
+    output, errors = child.communicate()
+    assert errors == ""
+    assert "permission denied" in output and "parent/out.phireg-partial" in output
+    assert tree(open_path) == ["parent"]
+
+
+def test_replaced_checkpoint_without_write_permission_is_refused_before_starting(open_path):
+    (open_path / "parent").mkdir()
+    (open_path / "parent").chmod(0o777)
+    fill(open_path / "parent/out", OLD)
+    (open_path / "parent/out").chmod(0o555)
+    output, errors = python(NOBODY, open_path / "parent/out", cwd="/").communicate()
+    assert errors == ""
+    assert "no permission to replace" in output
+    assert content(open_path / "parent/out") == OLD
+    assert names(open_path / "parent") == ["out"]
+
+
+# --- overwrite --------------------------------------------------------------------------------
+
+
+def test_overwrite_replaces_a_checkpoint_only_when_the_new_one_is_complete(tmp_path):
+    fill(tmp_path / "out", OLD)
+    with open_output(tmp_path / "out", overwrite=True) as partial:
+        fill(partial, NEW)
+        assert content(tmp_path / "out") == OLD
+    assert content(tmp_path / "out") == NEW
+    assert names(tmp_path) == ["out"]
+
+
+def test_overwrite_accepts_every_file_of_a_checkpoint(tmp_path):
+    known = [
+        "quant_cfg.json",
+        "phireg.json",
+        "rank1.safetensors",
+        "rank12.safetensors",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "cl100k_base.tiktoken",
+        "chat_template.jinja",
+    ]
+    fill(tmp_path / "out", OLD | dict.fromkeys(known, "x"))
+    convert(tmp_path / "out", overwrite=True)
+    assert content(tmp_path / "out") == NEW
+
+
+def test_overwrite_without_an_output_is_fine(tmp_path):
+    convert(tmp_path / "out", overwrite=True)
+    assert content(tmp_path / "out") == NEW
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["rank0.engine", "notes.txt", "rank.safetensors", "rank0.safetensors.bak", "Config.json"],
+)
+def test_overwrite_refuses_foreign_files_by_name(tmp_path, name):
+    fill(tmp_path / "out", OLD | {name: "mine"})
+    with pytest.raises(OutputError, match=name):
+        convert(tmp_path / "out", overwrite=True)
+    assert content(tmp_path / "out") == OLD | {name: "mine"}
+    assert names(tmp_path) == ["out"]
+
+
+def test_overwrite_refuses_subdirectories_and_links(tmp_path):
+    fill(tmp_path / "out", OLD)
+    fill(tmp_path / "out/tokenizer.json", {"mine": "x"})
+    with pytest.raises(OutputError, match=r"out/tokenizer\.json does not belong"):
+        convert(tmp_path / "out", overwrite=True)
+    shutil.rmtree(tmp_path / "out/tokenizer.json")
+    (tmp_path / "out/tokenizer.json").symlink_to("config.json")
+    with pytest.raises(OutputError, match=r"out/tokenizer\.json does not belong"):
+        convert(tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config.json": '{"architecture": "X"}'}, "no rank0.safetensors"),
+        ({"rank0.safetensors": ""}, "no config.json"),
+        ({"rank0.safetensors": "", "config.json": "{"}, "not JSON"),
+        ({"rank0.safetensors": "", "config.json": "[" * 100_000}, "not JSON"),
+        ({"rank0.safetensors": "", "config.json": '["architecture"]'}, "no architecture"),
+        ({"rank0.safetensors": "", "config.json": '{"architecture": 1}'}, "no architecture"),
+        # A Hugging Face model: "architectures", model.safetensors.
+        ({"config.json": '{"architectures": ["X"]}', "model.safetensors": ""}, "model.safetensors"),
+    ],
+)
+def test_overwrite_refuses_what_is_not_a_checkpoint(tmp_path, files, message):
+    fill(tmp_path / "out", files)
+    with pytest.raises(OutputError, match=message):
+        convert(tmp_path / "out", overwrite=True)
+    assert content(tmp_path / "out") == files
+    assert names(tmp_path) == ["out"]
+
+
+def test_overwrite_looks_again_before_replacing(tmp_path):
+    fill(tmp_path / "out", OLD)
+    with (
+        pytest.raises(OutputError, match=r"rank0\.engine"),
+        open_output(tmp_path / "out", overwrite=True) as partial,
+    ):
+        fill(partial, NEW)
+        fill(tmp_path / "out", {"rank0.engine": "mine"})
+    assert content(tmp_path / "out") == OLD | {"rank0.engine": "mine"}
+    assert names(tmp_path) == ["out"]
+
+
+def test_link_is_followed_and_stays(tmp_path):
+    fill(tmp_path / "disk/real", OLD)
+    (tmp_path / "out").symlink_to("disk/real")
+    convert(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out").readlink() == Path("disk/real")
+    assert content(tmp_path / "disk/real") == NEW
+    assert names(tmp_path / "disk") == ["real"]
+
+
+def test_link_to_a_missing_directory_creates_that(tmp_path):
+    (tmp_path / "out").symlink_to("disk/real")
+    convert(tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert content(tmp_path / "disk/real") == NEW
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_failing_rename_puts_the_old_one_back(tmp_path, monkeypatch, failing):
+    fill(tmp_path / "out", OLD)
+    rename, calls = os.rename, []
+
+    def rename_once_fails(source, target):
+        calls.append(source)
+        if len(calls) == failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", rename_once_fails)
+    with pytest.raises(OutputError, match="input/output error; nothing of it is left"):
+        convert(tmp_path / "out", overwrite=True)
+    assert content(tmp_path / "out") == OLD
+    assert names(tmp_path) == ["out"]
+
+
+def test_target_taken_between_the_renames_loses_neither(tmp_path, monkeypatch):
+    fill(tmp_path / "out", OLD)
+    rename = os.rename
+
+    def rename_and_intrude(source, target):
+        rename(source, target)
+        if source == tmp_path / "out":
+            fill(tmp_path / "out", {"notes.txt": "mine"})
+
+    monkeypatch.setattr(Path, "rename", rename_and_intrude)
+    with pytest.raises(OutputError, match="the former output is in") as caught:
+        convert(tmp_path / "out", overwrite=True)
+    monkeypatch.undo()
+    replaced = tmp_path / "out.phireg-partial/replaced"
+    assert str(replaced) in caught.value.message
+    assert content(tmp_path / "out") == {"notes.txt": "mine"}
+    assert content(replaced) == OLD
+    with pytest.raises(OutputError, match="something else is now at"):
+        convert(tmp_path / "out", overwrite=True)
+    assert content(replaced) == OLD
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        convert(tmp_path / "out")
+    assert content(tmp_path / "out") == OLD
+    assert names(tmp_path) == ["out"]
+
+
+def test_old_one_that_cannot_be_removed_is_reported_with_the_new_one_in_place(
+    tmp_path, monkeypatch
+):
+    fill(tmp_path / "out", OLD)
+
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(shutil, "rmtree", broken)
+    with pytest.raises(OutputError, match="out is complete, but finishing failed"):
+        convert(tmp_path / "out", overwrite=True)
+    monkeypatch.undo()
+    assert content(tmp_path / "out") == NEW
+    convert(tmp_path / "out", overwrite=True)
+    assert names(tmp_path) == ["out"]
+
+
+def test_half_removed_old_one_is_never_put_back(tmp_path, monkeypatch):
+    fill(tmp_path / "out", OLD)
+
+    def stops_halfway(directory, *_):
+        (directory / "rank0.safetensors").unlink()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(shutil, "rmtree", stops_halfway)
+    with pytest.raises(OutputError, match="finishing failed"):
+        convert(tmp_path / "out", overwrite=True)
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "out")
+    convert(tmp_path / "out")
+    assert content(tmp_path / "out") == NEW
+
+
+# --- failures in the block --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit, OutputError])
+def test_other_exceptions_pass_unchanged_and_leave_nothing(tmp_path, kind):
+    error = kind("stop")
+    with pytest.raises(kind) as caught, open_output(tmp_path / "a/b/out") as partial:
+        fill(partial, NEW)
+        raise error
+    assert caught.value is error
+    assert tree(tmp_path) == []
+
+
+def test_existing_parents_and_other_peoples_files_stay(tmp_path):
+    fill(tmp_path / "a", {})
+    with pytest.raises(ValueError), open_output(tmp_path / "a/b/out"):
+        (tmp_path / "a/b/mine").write_text("x")
+        raise ValueError
+    assert tree(tmp_path) == ["a", "a/b", "a/b/mine"]
+
+
+def test_interrupt_keeps_the_existing_output(tmp_path):
+    fill(tmp_path / "out", OLD)
+    with pytest.raises(KeyboardInterrupt), open_output(tmp_path / "out", overwrite=True) as partial:
+        fill(partial, NEW)
+        raise KeyboardInterrupt
+    assert content(tmp_path / "out") == OLD
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "quota"),
+        (errno.EFBIG, "a file is larger than"),
+        (errno.EIO, "input/output error"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "permission denied"),
+    ],
+)
+@pytest.mark.parametrize("named", [False, True])
+def test_write_errors_become_output_errors(tmp_path, number, message, named):
+    with (
+        pytest.raises(OutputError, match=message) as caught,
+        open_output(tmp_path / "out") as partial,
+    ):
+        fill(partial, NEW)
+        name = [str(partial / "rank0.safetensors")] if named else []
+        raise OSError(number, os.strerror(number), *name)
+    assert "nothing of it is left" in caught.value.message
+    assert str(tmp_path / "out") in caught.value.message
+    assert tree(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["/src/model.safetensors", b"model.safetensors", "out"])
+def test_errors_of_other_files_pass_unchanged(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    error = PermissionError(errno.EACCES, "Permission denied", name)
+    with pytest.raises(PermissionError) as caught, open_output(tmp_path / "out"):
+        raise error
+    assert caught.value is error
+    assert tree(tmp_path) == []
+
+
+def test_other_os_errors_pass_unchanged(tmp_path):
+    with pytest.raises(FileNotFoundError), open_output(tmp_path / "out") as partial:
+        (partial / "missing").read_text()
+    assert tree(tmp_path) == []
+
+
+FILE_SIZE = """
+import resource, sys
+from pathlib import Path
+from phireg.errors import OutputError
+from phireg.runner.directory import OutputDirectory
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    with OutputDirectory(Path(sys.argv[1]), overwrite=False, required_bytes=0) as partial:
+        (partial / "rank0.safetensors").write_bytes(bytes(10_000))
+except OutputError as error:
+    print(error)
+"""
+
+
+def test_real_file_size_limit(tmp_path):
+    output, errors = python(FILE_SIZE, tmp_path / "out").communicate()
+    assert errors == ""
+    assert "ulimit -f" in output and "nothing of it is left" in output
+    assert tree(tmp_path) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, 20 MiB large."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small file system needs root and mount(8)")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"mounting is not allowed here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_real_full_disk(small_disk):
+    fill(small_disk / "out", OLD)
+    with (
+        pytest.raises(OutputError, match=r"the disk is full.*nothing of it is left"),
+        open_output(small_disk / "out", overwrite=True, required_bytes=2**20) as partial,
+    ):
+        fill(partial, NEW)
+        with (partial / "rank2.safetensors").open("wb") as file:
+            for _ in range(21):
+                file.write(bytes(2**20))
+    assert content(small_disk / "out") == OLD
+    assert names(small_disk) == ["out"]
+    assert shutil.disk_usage(small_disk).used < 2**20
+
+
+def test_space_is_checked_for_real(small_disk):
+    with (
+        pytest.raises(OutputError, match=r"30 MiB .* are needed, (19\.\d+|20) MiB are free"),
+        open_output(small_disk / "out", required_bytes=30 * 2**20),
+    ):
+        pytest.fail("started")
+    assert tree(small_disk) == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_mount_point_is_refused(small_disk, overwrite):
+    with pytest.raises(OutputError, match="is a mount point"):
+        convert(small_disk, overwrite=overwrite)
+    assert names(small_disk.parent) == ["disk"]
+
+
+# --- disk space -------------------------------------------------------------------------------
+
+
+def test_too_little_space_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**50, 0, 3 * 2**30))
+    with (
+        pytest.raises(OutputError, match=r"15\.5 GiB .* are needed, 3 GiB are free\n"),
+        open_output(tmp_path / "a/out", required_bytes=31 * 2**29),
+    ):
+        pytest.fail("started")
+    assert tree(tmp_path) == []
+
+
+def test_space_of_the_output_to_be_replaced_does_not_count(tmp_path, monkeypatch):
+    fill(tmp_path / "out", OLD)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**50, 0, 2**30))
+    with (
+        pytest.raises(OutputError, match="is kept until the new one is complete"),
+        open_output(tmp_path / "out", overwrite=True, required_bytes=2**30),
+    ):
+        pytest.fail("started")
+    assert content(tmp_path / "out") == OLD
+
+
+def test_a_margin_is_kept_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**50, 0, 2**30))
+    with (
+        pytest.raises(OutputError, match="too little disk space"),
+        open_output(tmp_path / "out", required_bytes=2**30 - 2**20),
+    ):
+        pytest.fail("started")
+    with open_output(tmp_path / "out", required_bytes=2**30 - 2**26):
+        pass
+
+
+def test_leftovers_are_removed_before_space_is_checked(tmp_path, monkeypatch):
+    stale = leave_stale(tmp_path, unfinished=NEW)
+
+    def usage(_):
+        return Usage(2**50, 0, 0 if (stale / "unfinished").exists() else 2**30)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with open_output(tmp_path / "out", required_bytes=2**20) as partial:
+        fill(partial, NEW)
+    assert content(tmp_path / "out") == NEW
+
+
+# --- leftovers, other people's directories and other runs ---------------------------------------
+
+
+def test_stale_partial_directory_is_replaced(tmp_path):
+    leave_stale(tmp_path, unfinished={"rank7.safetensors": "half"})
+    convert(tmp_path / "out")
+    assert content(tmp_path / "out") == NEW
+    assert names(tmp_path) == ["out"]
+
+
+def test_empty_partial_directory_is_taken_over(tmp_path):
+    (tmp_path / "out.phireg-partial").mkdir()
+    convert(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "files", [{"notes.txt": "mine"}, NEW, {"notes.txt": "mine", ".phireg-partial": "{}"}]
+)
+def test_partial_directory_of_someone_else_is_left_alone(tmp_path, files):
+    fill(tmp_path / "out.phireg-partial", files)
+    with pytest.raises(OutputError, match=r"out\.phireg-partial .* left alone"):
+        convert(tmp_path / "out", overwrite=True)
+    assert names(tmp_path) == ["out.phireg-partial"]
+    assert content(tmp_path / "out.phireg-partial").keys() == files.keys()
+
+
+def test_file_and_link_in_place_of_the_partial_directory_are_left_alone(tmp_path):
+    partial = tmp_path / "out.phireg-partial"
+    partial.write_text("mine")
+    with pytest.raises(OutputError, match="is not a directory, so it is left alone"):
+        convert(tmp_path / "out")
+    assert partial.read_text() == "mine"
+    partial.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    partial.symlink_to("elsewhere")
+    with pytest.raises(OutputError, match="is not a directory, so it is left alone"):
+        convert(tmp_path / "out")
+    assert partial.is_symlink()
+    assert tree(tmp_path / "elsewhere") == []
+
+
+def test_marker_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "out.phireg-partial").mkdir()
+    (tmp_path / "out.phireg-partial/.phireg-partial").symlink_to(tmp_path / "mine")
+    with pytest.raises(OutputError, match="cannot write"):
+        convert(tmp_path / "out")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_leftovers_go_even_when_the_target_is_refused(tmp_path):
+    fill(tmp_path / "out", NEW)
+    leave_stale(tmp_path, replaced=OLD)
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        convert(tmp_path / "out")
+    assert content(tmp_path / "out") == NEW
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+def test_old_one_taken_away_by_a_killed_run_is_put_back(tmp_path, made_again):
+    leave_stale(tmp_path, unfinished=NEW, replaced=OLD)
+    if made_again:
+        (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        convert(tmp_path / "out")
+    assert content(tmp_path / "out") == OLD
+    assert names(tmp_path) == ["out"]
+
+
+def test_second_run_into_the_same_output_is_refused(tmp_path):
+    with open_output(tmp_path / "new/out") as partial:
+        fill(partial, NEW)
+        with pytest.raises(OutputError, match=rf"pid {os.getpid()} on .* is writing"):
+            convert(tmp_path / "new/out", OLD)
+        with pytest.raises(OutputError, match="is writing"):
+            convert(tmp_path / "new/out", OLD, overwrite=True)
+        assert content(partial) == NEW
+    assert content(tmp_path / "new/out") == NEW
+    assert names(tmp_path / "new") == ["out"]
+
+
+def test_run_of_another_process_is_seen_and_its_death_too(tmp_path):
+    code = """
+import sys, time
+from pathlib import Path
+from phireg.runner.directory import OutputDirectory
+with OutputDirectory(Path(sys.argv[1]), overwrite=False, required_bytes=0) as partial:
+    (partial / "config.json").write_text("half")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    child = python(code, tmp_path / "out")
+    assert child.stdout.readline() == "ready\n"
+    with pytest.raises(OutputError, match=rf"pid {child.pid} on"):
+        convert(tmp_path / "out")
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert not (tmp_path / "out").exists()
+    convert(tmp_path / "out")
+    assert content(tmp_path / "out") == NEW
+    assert names(tmp_path) == ["out"]
+
+
+def test_file_system_without_locks_is_refused(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.raises(OutputError, match="cannot lock"):
+        convert(tmp_path / "out")
+    monkeypatch.undo()
+    convert(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+
+
+def test_run_that_ends_between_our_open_and_our_lock(tmp_path, monkeypatch):
+    flock = fcntl.flock
+
+    def other_run_first(*arguments):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        convert(tmp_path / "out", OLD)
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", other_run_first)
+    # The lock is of a deleted file then: start over, and find the other run's output.
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        convert(tmp_path / "out")
+    assert content(tmp_path / "out") == OLD
+    assert names(tmp_path) == ["out"]
+
+
+def test_directories_that_vanish_under_our_feet_are_made_again(tmp_path, monkeypatch):
+    real_open = os.open
+
+    def vanish_first(*arguments, **options):
+        monkeypatch.setattr(os, "open", real_open)
+        (tmp_path / "a/out.phireg-partial").rmdir()
+        (tmp_path / "a").rmdir()
+        return real_open(*arguments, **options)
+
+    monkeypatch.setattr(os, "open", vanish_first)
+    convert(tmp_path / "a/out")
+    assert content(tmp_path / "a/out") == NEW
+
+
+RACE = """
+import os, sys, time
+from pathlib import Path
+from phireg.errors import OutputError
+from phireg.runner.directory import OutputDirectory
+base, me, start = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+results = []
+for number in range(40):
+    while time.time() < start + number * 0.02:
+        pass
+    try:
+        target = base / str(number) / "out"
+        with OutputDirectory(target, overwrite=False, required_bytes=0) as partial:
+            (partial / "config.json").write_text(me)
+            time.sleep(0.004)
+            assert (partial / "config.json").read_text() == me
+        results.append("won")
+    except OutputError as error:
+        assert "is writing" in str(error) or "not empty" in str(error), error
+        results.append("lost")
+print(" ".join(results))
+"""
+
+
+def test_of_two_runs_that_start_at_once_one_wins(tmp_path):
+    start = time.time() + 0.7
+    children = [python(RACE, tmp_path, name, start) for name in "ab"]
+    outputs = [child.communicate() for child in children]
+    assert [errors for _, errors in outputs] == ["", ""]
+    first, second = (output.split() for output, _ in outputs)
+    assert len(first) == len(second) == 40
+    for number, pair in enumerate(zip(first, second, strict=True)):
+        assert sorted(pair) == ["lost", "won"], number
+        winner = "ab"[pair.index("won")]
+        assert content(tmp_path / str(number) / "out") == {"config.json": winner}
+        assert names(tmp_path / str(number)) == ["out"]
+
+
+# --- kill -9 at every step ----------------------------------------------------------------------
+
+# What the target may be after a kill: None stands for absent.
+SCENARIOS = {
+    "fresh": [None, NEW],
+    "empty": [{}, NEW],
+    "overwrite": [OLD, None, NEW],
+    "interrupted": [OLD],
+    "stale": [None, NEW],
+    "put-back": [None, OLD, NEW],
+    "finish": [NEW, None],
+}
+
+
+def looks_finished(directory):
+    """Anything with a config.json that is not inside a directory marked as partial."""
+    return (directory / "config.json").exists() and not any(
+        (parent / ".phireg-partial").exists() for parent in (directory, *directory.parents)
+    )
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_kill_at_every_step(tmp_path, scenario):
+    command = [sys.executable, str(VICTIM), scenario, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    kills = int(result.stdout)
+    # Lock, marker, three files, their fsync, rename, removal: fewer kills would test nothing.
+    assert kills > 25
+    seen = []
+    for number in range(1, kills + 2):
+        base = tmp_path / str(number)
+        out = base / "out"
+        found = content(out) if out.exists() else None
+        seen.append(found)
+        assert found in SCENARIOS[scenario], number
+        assert set(names(base)) <= {"out", "out.phireg-partial"}, number
+        if found is None and scenario in ("overwrite", "put-back", "finish"):
+            # Between the two renames: nothing is lost.
+            replaced = base / "out.phireg-partial/replaced"
+            assert content(replaced) == (NEW if scenario == "finish" else OLD), number
+            assert content(base / "out.phireg-partial/unfinished") == NEW, number
+        finished = [path for path in base.rglob("*") if path.is_dir() and looks_finished(path)]
+        assert finished == ([out] if found else []), number
+
+        # Even a run that is refused afterwards puts the directory in order ...
+        try:
+            convert(out)
+        except OutputError as error:
+            assert "exists and is not empty" in error.message, number
+        assert content(out) in (OLD, NEW), number
+        assert names(base) == ["out"], number
+        # ... and the next one with --overwrite succeeds.
+        convert(out, NEW | {"phireg.json": "{}"}, overwrite=True)
+        assert content(out) == NEW | {"phireg.json": "{}"}, number
+        assert names(base) == ["out"], number
+    for possible in SCENARIOS[scenario]:
+        assert possible in seen, "a moment that no kill met"
+    assert seen[-1] == (OLD if scenario == "interrupted" else NEW)
