@@ -26,6 +26,7 @@ from phireg.api import (
     rotary_dim,
     same_as,
     supported_rope,
+    text,
 )
 
 TANH_GELU = dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_new")
@@ -84,7 +85,7 @@ def phireg_config_fields() -> FieldTable:
             kind=integer(1, 2**20),
             default=lambda fields: 4 * fields["hidden_size"],
         ),
-        field("hidden_act", "activation_function", kind=str, via=TANH_GELU),
+        field("hidden_act", "activation_function", kind=text, via=TANH_GELU),
         field(
             "layer_norm_eps", "layer_norm_epsilon", to="norm_epsilon", kind=positive, default=1e-5
         ),

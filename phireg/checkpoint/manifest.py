@@ -1,0 +1,108 @@
+"""The manifest ``phireg.json``: where a checkpoint came from, and digests of what was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from phireg.checkpoint.header import read_header
+from phireg.checkpoint.jsonfile import read_json_object
+from phireg.errors import SourceError
+
+MANIFEST = "phireg.json"
+FORMAT = 1
+_BLOCK = 4 * 1024 * 1024
+
+
+def file_digest(path: Path) -> str:
+    """xxh3_128 of a whole file, in hexadecimal."""
+    hashed = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            hashed.update(block)
+    return hashed.hexdigest()
+
+
+def rank_file_record(header: bytes, size: int, tensors: Mapping[str, str]) -> dict[str, Any]:
+    """The record of a rank file: its header and each tensor have a digest of their own.
+
+    Tensors are hashed one by one because a conversion fills them side by side.
+    """
+    return {
+        "size": size,
+        "header": xxhash.xxh3_128(header).hexdigest(),
+        "tensors": dict(sorted(tensors.items())),
+    }
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """The record of any other file."""
+    return {"size": path.stat().st_size, "digest": file_digest(path)}
+
+
+def write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
+    """Write the manifest."""
+    document = {"format": FORMAT, "hash": "xxh3_128", **content}
+    (directory / MANIFEST).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest, or None if there is none.
+
+    Raises:
+        SourceError: it is damaged, or of a format this phireg does not know.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        return None
+    manifest = read_json_object(path)
+    if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
+        raise SourceError(
+            f"{path} has format {manifest.get('format')!r}; this phireg knows format {FORMAT}",
+            hint="use the phireg that wrote the checkpoint, or convert it again.",
+        )
+    return manifest
+
+
+def check_files(directory: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Read every file the manifest lists and say what differs from it."""
+    for name, record in manifest["files"].items():
+        path = directory / name
+        if Path(name).name != name:
+            yield f"{name!r} is not a file name"
+        elif not path.is_file():
+            yield f"{name} is missing"
+        elif path.stat().st_size != record.get("size"):
+            yield f"{name} has {path.stat().st_size} bytes, the manifest says {record.get('size')}"
+        elif "tensors" in record:
+            yield from _check_rank_file(path, record)
+        elif file_digest(path) != record.get("digest"):
+            yield f"{name} differs from what was written"
+    for path in sorted(directory.glob("rank*.safetensors")):
+        if path.name not in manifest["files"]:
+            yield f"{path.name} is not in the manifest"
+
+
+def _check_rank_file(path: Path, record: Mapping[str, Any]) -> Iterator[str]:
+    try:
+        header = read_header(path)
+    except SourceError as error:
+        yield str(error)
+        return
+    if header.digest != record["header"]:
+        yield f"{path.name}: the header differs from what was written"
+        return
+    with path.open("rb") as file:
+        for name, entry in header.entries.items():
+            hashed = xxhash.xxh3_128()
+            file.seek(entry.start)
+            left = entry.end - entry.start
+            while left and (block := file.read(min(_BLOCK, left))):
+                hashed.update(block)
+                left -= len(block)
+            if hashed.hexdigest() != record["tensors"].get(name):
+                yield f"{path.name}: {name} differs from what was written"

@@ -1,0 +1,321 @@
+"""Building a plan: config table, weight rules, source headers and ranks brought together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from phireg.checkpoint.header import encode_header
+from phireg.checkpoint.schema import required_tensors
+from phireg.checkpoint.source import Source
+from phireg.config.hf import HFConfig
+from phireg.findings import Finding, Severity
+from phireg.layout.rules import Policy, Rule, Rules
+from phireg.layout.spans import (
+    Axis,
+    LayoutError,
+    Span,
+    check_partition,
+    possible_ranks,
+    shard,
+)
+from phireg.layout.words import OWN_COLUMNS
+from phireg.plan.model import DTYPES, ITEM_BYTES, Options, Output, Plan
+from phireg.plan.schedule import schedule
+from phireg.quant.schemes import WEIGHT_ONLY
+
+if TYPE_CHECKING:
+    from phireg.family import Family
+
+MOST_RANKS = 64
+"""TP sizes up to this one are tried when a size does not work."""
+
+
+def build_plan(family: Family, hf: HFConfig, source: Source, options: Options) -> Plan:
+    """Plan a conversion. Problems of the model are findings, all of them at once.
+
+    Args:
+        family: whose rules apply.
+        hf: the source's config.json.
+        source: its tensors, from headers.
+        options: dtype, ranks, weight-only precision.
+    """
+    return _Builder(family, hf, source, options).plan()
+
+
+class _Builder:
+    def __init__(self, family: Family, hf: HFConfig, source: Source, options: Options) -> None:
+        self.family = family
+        self.hf = hf
+        self.source = source
+        self.options = options
+        self.findings: list[Finding] = [
+            Finding(Severity.NOTE, "source", "", note) for note in source.notes
+        ]
+
+    def plan(self) -> Plan:
+        translation = self.family.config_fields().translate(self.hf)
+        self.findings += translation.findings
+        dtype = self.dtype()
+        outputs: tuple[Output, ...] = ()
+        config: dict[str, Any] = {}
+        if translation.ok:
+            config = self.config(translation.fields, dtype)
+            try:
+                rules = self.family.weight_rules(translation.fields, self.hf)
+            except LayoutError as problem:
+                self.error("layout", self.family.name, f"the config's sizes do not fit: {problem}")
+            else:
+                outputs = self.outputs(rules, DTYPES.get(dtype, ""))
+                self.check_schema(config, outputs)
+        else:
+            self.findings.append(
+                Finding(Severity.NOTE, "weights", "", "not checked, because the config has errors")
+            )
+        headers: tuple[bytes, ...] = ()
+        if any(finding.severity is Severity.ERROR for finding in self.findings):
+            outputs = ()
+        else:
+            headers, outputs = _place(outputs, self.options.tp_size)
+        return Plan(
+            family=self.family.name,
+            options=dataclasses.replace(self.options, dtype=dtype),
+            source=self.source,
+            config=config,
+            outputs=outputs,
+            headers=headers,
+            tasks=schedule(outputs, self.source.tensors),
+            findings=tuple(self.findings),
+        )
+
+    def error(self, code: str, subject: str, detail: str, where: str = "") -> None:
+        self.findings.append(Finding(Severity.ERROR, code, subject, detail, where))
+
+    def dtype(self) -> str:
+        """The checkpoint's dtype.
+
+        ``auto`` is what TensorRT-LLM's own converters do since 0.16: the source's, but float16 for
+        float32. A config that names none is answered from the tensors.
+        """
+        if self.options.dtype != "auto":
+            return self.options.dtype
+        stated = self.hf.get("dtype") or self.hf.get("torch_dtype")
+        if stated is None:
+            sizes: Counter[str] = Counter()
+            for tensor in self.source.tensors.values():
+                sizes[tensor.dtype] += tensor.nbytes
+            codes = {code: name for name, code in DTYPES.items()}
+            found = [codes[code] for code, _ in sizes.most_common() if code in codes]
+            stated = found[0] if found else "float16"
+        name = str(stated).removeprefix("torch.")
+        if name not in DTYPES:
+            self.error("dtype", "torch_dtype", f"is {stated!r}; known are {', '.join(DTYPES)}")
+            return "float16"
+        return "float16" if name == "float32" else name
+
+    def config(self, fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+        """The checkpoint's config.json: the family's fields and what phireg decides.
+
+        Readers refuse keys they do not know inside ``mapping`` and ``quantization``, so both hold
+        only what every release knows.
+        """
+        quantization: dict[str, Any] = {"quant_algo": None, "kv_cache_quant_algo": None}
+        if self.options.weight_only:
+            scheme = WEIGHT_ONLY[self.options.weight_only]
+            rules = self.family.quant_rules(fields, scheme)
+            quantization["quant_algo"] = scheme
+            quantization["exclude_modules"] = list(rules.exclude_modules)
+        ranks = self.options.tp_size
+        return {
+            "architecture": fields.get("architecture"),
+            "dtype": dtype,
+            **{key: value for key, value in fields.items() if key != "architecture"},
+            "mapping": {"world_size": ranks, "tp_size": ranks, "pp_size": 1},
+            "quantization": quantization,
+        }
+
+    def outputs(self, rules: Rules, code: str) -> tuple[Output, ...]:
+        """Every tensor of every rank, not placed in files yet; findings on the way."""
+        self.check_ranks(rules)
+        made: list[Output] = []
+        wanted: dict[str, str] = {}
+        owners: dict[str, dict[str, Axis]] = {"weight": {}, "bias": {}}
+        for rule in rules.values():
+            for companion, alternatives in rule.tensors.items():
+                rows = self.choose(alternatives, companion)
+                owners[companion][rule.target] = rows
+                self.check_sources(rule, companion, rows, wanted)
+                made += self.shards(rule, companion, rows, code)
+            if rule.cols is not None:
+                for problem in check_partition(
+                    {rule.target: rule.cols}, {OWN_COLUMNS: rule.cols.length}
+                ):
+                    self.error("columns", rule.target, problem.strip(), rule.where)
+        self.check_uses(owners, rules)
+        self.check_unmapped(wanted, rules)
+        return tuple(made)
+
+    def choose(self, alternatives: tuple[Axis, ...], companion: str) -> Axis:
+        """The first alternative whose sources all exist; else one of which some do; else the first.
+
+        What the others would have used is then found unmapped, so nothing is passed over.
+        """
+
+        def present(axis: Axis) -> list[bool]:
+            return [f"{name}.{companion}" in self.source.tensors for name, _ in axis.sources]
+
+        for test in (all, any):
+            for axis in alternatives:
+                if test(present(axis)):
+                    return axis
+        return alternatives[0]
+
+    def check_sources(self, rule: Rule, companion: str, rows: Axis, wanted: dict[str, str]) -> None:
+        cols = () if rule.cols is None or companion == "bias" else (rule.cols.length,)
+        for module, count in rows.sources:
+            name = f"{module}.{companion}"
+            expected = (count, *cols)
+            tensor = self.source.tensors.get(name)
+            if tensor is None:
+                if name not in wanted:
+                    self.error("missing", name, f"wanted by {rule.target}", rule.where)
+            elif tensor.shape != expected:
+                if name not in wanted:
+                    self.error(
+                        "shape",
+                        name,
+                        f"is {list(tensor.shape)}, the config says {list(expected)}",
+                        rule.where,
+                    )
+            elif tensor.dtype not in ITEM_BYTES and name not in wanted:
+                self.error(
+                    "dtype",
+                    name,
+                    f"is {tensor.dtype}; an unquantized weight is {', '.join(ITEM_BYTES)}",
+                    rule.where,
+                )
+            wanted[name] = rule.target
+
+    def shards(self, rule: Rule, companion: str, rows: Axis, code: str) -> Iterator[Output]:
+        tp_size = self.options.tp_size
+        cols = rule.cols if companion == "weight" else None
+        for rank in range(tp_size):
+            try:
+                rank_rows = shard(rows, tp_size, rank) if rule.policy is Policy.COLUMN else rows
+                rank_cols = (
+                    shard(cols, tp_size, rank) if cols and rule.policy is Policy.ROW else cols
+                )
+            except LayoutError:
+                return  # check_ranks has said so
+            yield Output(
+                rank=rank,
+                name=f"{rule.target}.{companion}",
+                dtype=code,
+                shape=(rank_rows.length, *(() if rank_cols is None else (rank_cols.length,))),
+                offset=0,
+                rows=tuple(
+                    dataclasses.replace(span, source=span.source and f"{span.source}.{companion}")
+                    for span in rank_rows.spans
+                ),
+                columns=_kept(rank_cols),
+            )
+
+    def check_ranks(self, rules: Rules) -> None:
+        """Every part must be divisible; the sizes that work for all of them are named."""
+        tp_size = self.options.tp_size
+        cut = [(rule, part) for rule in rules.values() for part in _cut_parts(rule)]
+        if all(possible_ranks(part, tp_size) for _, part in cut):
+            return
+        works = _working_sizes(rules)
+        for rule, part in cut:
+            if not possible_ranks(part, tp_size):
+                unit = f"units of {part.unit}" if part.unit > 1 else "rows"
+                self.error(
+                    "sharding",
+                    rule.target,
+                    f"part '{part.name}': {part.length // part.unit} {unit} cannot be divided "
+                    f"over {tp_size} ranks; tp sizes that work: {works}",
+                    rule.where,
+                )
+
+    def check_uses(self, owners: Mapping[str, Mapping[str, Axis]], rules: Rules) -> None:
+        for companion, axes in owners.items():
+            sources = {name: rows for axis in axes.values() for name, rows in axis.sources}
+            for problem in check_partition(axes, sources):
+                self.error("twice", companion, problem)
+
+    def check_unmapped(self, wanted: Mapping[str, str], rules: Rules) -> None:
+        for name in self.source.tensors:
+            if name in wanted:
+                continue
+            if name in rules.drop:
+                self.findings.append(Finding(Severity.NOTE, "dropped", name, rules.drop[name]))
+            else:
+                self.error("unmapped", name, "is in the source, and no rule maps it")
+
+    def check_schema(self, config: Mapping[str, Any], outputs: tuple[Output, ...]) -> None:
+        """Hold the family's targets against what the reader requires."""
+        required = required_tensors(config, self.options.tp_size)
+        if required is None:
+            self.findings.append(
+                Finding(
+                    Severity.WARNING,
+                    "schema",
+                    str(config["architecture"]),
+                    "phireg does not know what the reader requires of it",
+                )
+            )
+            return
+        if any(finding.code == "sharding" for finding in self.findings):
+            return
+        made = {output.name: output for output in outputs}
+        for name, shape in required.items():
+            if name not in made:
+                self.error("schema", name, "the reader requires it, and no rule makes it")
+            elif made[name].shape != shape:
+                self.error(
+                    "schema",
+                    name,
+                    f"would be {list(made[name].shape)}; the reader expects {list(shape)}",
+                )
+        for name in made.keys() - required.keys():
+            self.error("schema", name, "is made by a rule, and the reader does not know it")
+
+
+def tp_sizes(rules: Rules) -> list[int]:
+    """Numbers of ranks, up to :data:`MOST_RANKS`, over which all modules can be divided."""
+    parts = {part for rule in rules.values() for part in _cut_parts(rule)}
+    return [n for n in range(1, MOST_RANKS + 1) if all(possible_ranks(p, n) for p in parts)]
+
+
+def _working_sizes(rules: Rules) -> str:
+    return ", ".join(map(str, tp_sizes(rules)))
+
+
+def _cut_parts(rule: Rule) -> tuple[Any, ...]:
+    if rule.policy is Policy.COLUMN:
+        return rule.weight[0].parts
+    return rule.cols.parts if rule.policy is Policy.ROW and rule.cols else ()
+
+
+def _kept(cols: Axis | None) -> tuple[Span, ...] | None:
+    if cols is None:
+        return None
+    whole = (Span(OWN_COLUMNS, 0, dict(cols.sources)[OWN_COLUMNS]),)
+    return None if cols.spans == whole else cols.spans
+
+
+def _place(
+    outputs: tuple[Output, ...], tp_size: int
+) -> tuple[tuple[bytes, ...], tuple[Output, ...]]:
+    """Lay the outputs out in their rank files."""
+    headers = []
+    placed: list[Output] = []
+    for rank in range(tp_size):
+        mine = [output for output in outputs if output.rank == rank]
+        header, entries = encode_header([(o.name, o.dtype, o.shape) for o in mine])
+        headers.append(header)
+        placed += [dataclasses.replace(o, offset=entries[o.name].start) for o in mine]
+    return tuple(headers), tuple(placed)

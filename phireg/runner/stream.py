@@ -1,0 +1,178 @@
+"""Carrying out a plan: source blocks in, rank files out, hashed on the way.
+
+Every worker takes whole tasks and holds one block of source rows at a time, so memory is bounded
+whatever the tensors' sizes; a block is read once and written to every rank that needs it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+import xxhash
+
+from phireg.checkpoint.source import Reader, SourceTensor
+from phireg.plan.model import BLOCK_BYTES, Output, Plan, Step, Task, row_bytes
+from phireg.runner.cast import BITS, NO_LOSS, Bits, Loss, cast, one_thread_each
+
+WORKERS = 2
+"""More do not help: one core can hash and cast while another's copy is in the kernel."""
+
+Progress = Callable[[int], None]
+"""Told how many more output bytes have been written; called from worker threads."""
+
+
+class Cancelled(Exception):  # noqa: N818 - nothing is wrong
+    """Another worker failed; its error is the one to report."""
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """What a run did.
+
+    Attributes:
+        digests: xxh3_128 of the bytes of each output tensor, by rank and name.
+        losses: what casting lost, by source tensor; only those that lost something.
+    """
+
+    digests: Mapping[tuple[int, str], str]
+    losses: Mapping[str, Loss]
+
+
+def stream(
+    plan: Plan, directory: Path, *, workers: int = WORKERS, progress: Progress | None = None
+) -> Streamed:
+    """Write the rank files of ``plan`` into ``directory``.
+
+    Raises:
+        SourceError: a source file ended early, changed, or could not be read.
+        OSError: writing failed.
+    """
+    stop = Event()
+    results: list[Streamed] = []
+    with ExitStack() as stack:
+        reader = stack.enter_context(plan.source.open())
+        files = []
+        for rank, (header, size) in enumerate(zip(plan.headers, plan.file_sizes, strict=True)):
+            path = directory / f"rank{rank}.safetensors"
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            stack.callback(os.close, fd)
+            os.ftruncate(fd, size)
+            _write(fd, memoryview(header), 0)
+            files.append(fd)
+        stack.enter_context(one_thread_each(workers) if plan.casts else nullcontext())
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
+        carrier = _Carrier(plan, reader, files, stop, progress or (lambda count: None))
+        running = [pool.submit(carrier.carry, task) for task in plan.tasks]
+        try:
+            results = _collect(running)
+        except BaseException:
+            stop.set()
+            raise
+    digests: dict[tuple[int, str], str] = {}
+    losses: dict[str, Loss] = {}
+    for result in results:
+        digests.update(result.digests)
+        losses.update(result.losses)
+    return Streamed(digests, losses)
+
+
+def _collect(running: list[Future[Streamed]]) -> list[Streamed]:
+    done, waiting = wait(running, return_when=FIRST_EXCEPTION)
+    if waiting:
+        for future in done:
+            future.result()
+    return [future.result() for future in running]
+
+
+class _Carrier:
+    """One run's open files; its methods are called by all workers."""
+
+    def __init__(
+        self, plan: Plan, reader: Reader, files: list[int], stop: Event, progress: Progress
+    ) -> None:
+        self.plan = plan
+        self.reader = reader
+        self.files = files
+        self.stop = stop
+        self.progress = progress
+
+    def carry(self, task: Task) -> Streamed:
+        """Do one task."""
+        hashes: dict[int, xxhash.xxh3_128] = {}
+        losses: dict[str, Loss] = defaultdict(Loss)
+        for step in task.steps:
+            for write in step.writes:
+                hashes.setdefault(write.output, xxhash.xxh3_128())
+            if step.source is None:
+                self.fill(step, hashes)
+            else:
+                loss = self.copy(step, step.source, hashes)
+                if loss != NO_LOSS:
+                    losses[step.source.name] += loss
+        outputs = self.plan.outputs
+        digests = {
+            (outputs[i].rank, outputs[i].name): hashed.hexdigest() for i, hashed in hashes.items()
+        }
+        return Streamed(digests, losses)
+
+    def copy(self, step: Step, source: SourceTensor, hashes: Mapping[int, xxhash.xxh3_128]) -> Loss:
+        """Read the step's rows block by block and write each block wherever it goes."""
+        per_row = row_bytes(source)
+        per_block = max(1, BLOCK_BYTES // per_row)
+        buffer = np.empty(min(step.count, per_block) * per_row, np.uint8)
+        loss = NO_LOSS
+        for done in range(0, step.count, per_block):
+            if self.stop.is_set():
+                raise Cancelled
+            rows = min(per_block, step.count - done)
+            raw = buffer[: rows * per_row]
+            self.reader.read_into(source, (step.row + done) * per_row, raw.data)
+            block: Bits = raw.view(BITS[source.dtype])
+            target = self.plan.outputs[step.writes[0].output].dtype
+            if source.dtype != target:
+                block, lost = cast(block, source.dtype, target)
+                loss += lost
+            block = block.reshape(rows, -1)
+            for write in step.writes:
+                output = self.plan.outputs[write.output]
+                self.put(output, write.row + done, _columns(block, output), hashes[write.output])
+        return loss
+
+    def fill(self, step: Step, hashes: Mapping[int, xxhash.xxh3_128]) -> None:
+        """Write zero rows."""
+        for write in step.writes:
+            output = self.plan.outputs[write.output]
+            zeros = np.zeros((step.count, *output.shape[1:]), BITS[output.dtype])
+            self.put(output, write.row, zeros.reshape(step.count, -1), hashes[write.output])
+
+    def put(self, output: Output, row: int, rows: Bits, hashed: xxhash.xxh3_128) -> None:
+        """Write whole rows of an output and add them to its digest."""
+        view = rows.reshape(-1).view(np.uint8).data
+        per_row = len(view) // len(rows)
+        _write(self.files[output.rank], view, output.offset + row * per_row)
+        hashed.update(view)
+        self.progress(len(view))
+
+
+def _columns(block: Bits, output: Output) -> Bits:
+    """The columns of ``block`` that ``output`` keeps, contiguous."""
+    if output.columns is None:
+        return block
+    if len(output.columns) == 1:
+        only = output.columns[0]
+        return np.ascontiguousarray(block[:, only.start : only.stop])
+    return np.concatenate([block[:, span.start : span.stop] for span in output.columns], axis=1)
+
+
+def _write(fd: int, view: memoryview, offset: int) -> None:
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
