@@ -189,6 +189,7 @@ def test_a_hole_before_the_first_tensor_and_an_enclosed_tensor(tmp_path):
         read_header(write(tmp_path / "x", listing, bytes(24)))
     assert "a hole of 4 bytes between the header and 'outer'" in caught.value.message
     assert "'inner' overlaps 'outer' by 18 bytes" in caught.value.message
+    assert "trailing" not in caught.value.message
 
 
 def test_no_tensors_at_all_is_a_valid_header(tmp_path):
