@@ -1,0 +1,189 @@
+"""The parts of a decoder layer as plain functions: norm, linear, rotary, attention, MLP.
+
+``Weights`` are one rank's tensors of one layer under the names they have in the file, without the
+``transformer.layers.N.`` in front. Shapes: batch B, new tokens T, keys S, heads H and key/value
+heads G of one rank, head size D, rotary dimensions R, hidden size h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from phireg.executor.blueprint import Blueprint, Rope
+
+Weights: TypeAlias = Mapping[str, Tensor]
+Rotary: TypeAlias = "tuple[Tensor, Tensor]"
+# (query [B, H, T, D], key and value [B, G, T, D]) -> [B, H, T, D]
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+# partial sums of the ranks in this process -> their sum over all ranks
+Reduce: TypeAlias = Callable[[list[Tensor]], Tensor]
+
+# Queries attended to at a time: bounds the mask and the scores of long prompts.
+QUERY_CHUNK = 512
+
+
+def norm(blueprint: Blueprint, weights: Weights, name: str, x: Tensor) -> Tensor:
+    """LayerNorm, or RMSNorm that is rounded to the model's dtype before the weight is applied."""
+    weight = weights[f"{name}.weight"]
+    if blueprint.norm == "rms_norm":
+        return functional.rms_norm(x, x.shape[-1:], eps=blueprint.norm_epsilon) * weight
+    bias = weights[f"{name}.bias"]
+    return functional.layer_norm(x, x.shape[-1:], weight, bias, blueprint.norm_epsilon)
+
+
+def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
+    """X W^T + b of a column-parallel linear (each rank has its own outputs and their biases)."""
+    return functional.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+
+def row_linear(shards: list[Weights], name: str, xs: list[Tensor], reduce: Reduce) -> Tensor:
+    """X W^T over inputs split across ranks; the bias is added once, after the sum."""
+    partial = [functional.linear(x, w[f"{name}.weight"]) for w, x in zip(shards, xs, strict=True)]
+    total = reduce(partial)
+    bias = shards[0].get(f"{name}.bias")
+    return total if bias is None else total + bias
+
+
+def rotary_tables(rope: Rope, length: int, long: bool, device: torch.device) -> Rotary:
+    """Cos and sin for positions 0 to length - 1, float32 [length, R/2], mscale included."""
+    exponent = torch.arange(0, rope.dim, 2, dtype=torch.float32, device=device) / rope.dim
+    divisor = rope.base**exponent
+    mscale = 1.0
+    if rope.short is not None and rope.long is not None:
+        factors = rope.long if long else rope.short
+        mscale = rope.long_mscale if long else rope.short_mscale
+        divisor = divisor * torch.tensor(factors, dtype=torch.float32, device=device)
+    angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] / divisor
+    return angle.cos() * mscale, angle.sin() * mscale
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate the first R dimensions of [B, H, T, D] in float32; the rest passes through.
+
+    ``rotary`` broadcasts to [B, 1, T, R/2]. Dimension j < R/2 is paired with j + R/2.
+    """
+    cos, sin = rotary
+    half = cos.shape[-1]
+    left, right = x[..., :half].float(), x[..., half : 2 * half].float()
+    turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+    return torch.cat((turned, x[..., 2 * half :]), dim=-1)
+
+
+def attention(
+    blueprint: Blueprint, weights: Weights, u: Tensor, rotary: Rotary, attend: Attend
+) -> Tensor:
+    """One rank's heads, [B, T, h] -> [B, T, H * D], before the output projection."""
+    heads, kv_heads, size = blueprint.rank_heads, blueprint.rank_kv_heads, blueprint.head_size
+    rows = linear(weights, "attention.qkv", u).unflatten(-1, (-1, size)).transpose(1, 2)
+    query, key, value = rows.split([heads, kv_heads, kv_heads], dim=1)
+    output = attend(rotate(query, rotary), rotate(key, rotary), value)
+    return output.transpose(1, 2).flatten(2)
+
+
+def activate(blueprint: Blueprint, z: Tensor) -> Tensor:
+    """The MLP's nonlinearity on fc's output; gated ones halve the last dimension."""
+    if blueprint.activation == "swiglu":
+        up, gate = z.chunk(2, dim=-1)
+        return functional.silu(gate) * up
+    if blueprint.activation == "gegelu":
+        gate, value = z[..., 0::2], z[..., 1::2]
+        if blueprint.gegelu_limit is not None:
+            gate = gate.clamp(max=blueprint.gegelu_limit)
+            value = value.clamp(-blueprint.gegelu_limit, blueprint.gegelu_limit)
+        return gate * torch.sigmoid(1.702 * gate) * (value + 1)
+    return functional.gelu(z, approximate="tanh")
+
+
+def layer(
+    blueprint: Blueprint,
+    shards: list[Weights],
+    x: Tensor,
+    rotary: Rotary,
+    attends: list[Attend],
+    reduce: Reduce,
+    observe: Callable[[str, Tensor], None] | None = None,
+) -> Tensor:
+    """One decoder layer over the ranks in this process, in lockstep.
+
+    Args:
+        blueprint: what the tensors mean.
+        shards: each rank's tensors of this layer.
+        x: hidden states [B, T, h].
+        rotary: cos and sin, see ``rotate``.
+        attends: each rank's attention of its own heads.
+        reduce: sums partial outputs over all ranks.
+        observe: called with "attention", "mlp" (their outputs, biases included) and "hidden".
+
+    Returns:
+        Hidden states [B, T, h].
+    """
+    ranks = list(zip(shards, attends, strict=True))
+    u = norm(blueprint, shards[0], "input_layernorm", x)
+    heads = [attention(blueprint, weights, u, rotary, attend) for weights, attend in ranks]
+    attended = row_linear(shards, "attention.dense", heads, reduce)
+    if blueprint.residual == "sequential":
+        x = x + attended
+        u = norm(blueprint, shards[0], "post_layernorm", x)
+    gated = [activate(blueprint, linear(weights, "mlp.fc", u)) for weights in shards]
+    mlp = row_linear(shards, "mlp.proj", gated, reduce)
+    x = x + mlp if blueprint.residual == "sequential" else x + attended + mlp
+    if observe is not None:
+        observe("attention", attended)
+        observe("mlp", mlp)
+        observe("hidden", x)
+    return x
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Every token sees itself and all before it; shapes as ``Attend``."""
+    key, value = _per_query_head(query, key, value)
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    mask: Callable[[int, int, int], Tensor],
+) -> Tensor:
+    """Attention under any causal mask, a chunk of queries at a time.
+
+    Args:
+        query: [B, H, T, D], the last T of the S positions.
+        key: [B, G, S, D].
+        value: as ``key``.
+        scale: what q . k is multiplied by.
+        mask: (first, last, keys) -> bool that broadcasts to [B, H, last - first, keys]: what the
+            queries of the slots first to last - 1 see of the slots before ``keys``. Every query
+            must see one key at least.
+    """
+    key, value = _per_query_head(query, key, value)
+    total, new = key.shape[2], query.shape[2]
+    chunks = []
+    for start in range(0, new, QUERY_CHUNK):
+        stop = min(start + QUERY_CHUNK, new)
+        first, last = total - new + start, total - new + stop
+        chunks.append(
+            functional.scaled_dot_product_attention(
+                query[:, :, start:stop],
+                key[:, :, :last],
+                value[:, :, :last],
+                attn_mask=mask(first, last, last),
+                scale=scale,
+            )
+        )
+    return torch.cat(chunks, dim=2)
+
+
+def _per_query_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Query head j uses key/value head j // (H / G)."""
+    group = query.shape[1] // key.shape[1]
+    if group == 1:
+        return key, value
+    return key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)

@@ -1,0 +1,254 @@
+"""The executor: a checkpoint as a module, its ranks in lockstep in one process or one each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+
+from phireg.errors import UsageError
+from phireg.executor import blocks, blocksparse
+from phireg.executor.blocks import Attend, Rotary, Weights
+from phireg.executor.blueprint import Blueprint, read_blueprint
+from phireg.executor.weights import (
+    Source,
+    end_shapes,
+    layer_prefix,
+    layer_shapes,
+    open_ranks,
+    tensor_shapes,
+)
+
+# (layer, what, value): what is "embedding" (layer -1), "attention", "mlp" or "hidden".
+Observe = Callable[[int, str, Tensor], None]
+
+# Layers are kept in memory while they take no more than this part of what is free.
+_MEMORY_SHARE = 0.8
+
+
+def load(
+    checkpoint_dir: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    offload: bool | None = None,
+    distributed: bool = False,
+) -> Executor:
+    """Open a TensorRT-LLM checkpoint of the Phi family for running.
+
+    Args:
+        checkpoint_dir: directory with config.json and one rank{r}.safetensors per rank.
+        device: where to compute.
+        dtype: compute dtype (float32, float16 or bfloat16); None is the checkpoint's own. Norms,
+            rotary embedding and softmax are computed in float32 whatever it is.
+        offload: True reads every layer from the mapped file when it is needed and keeps none of
+            them; None does so only when the weights do not fit into free memory.
+        distributed: torch.distributed is initialised with one process per rank: this process
+            opens its own rank file only. Otherwise all ranks run here, in lockstep.
+
+    Raises:
+        CheckError: the directory is not a checkpoint the executor can run.
+        UsageError: the number of processes is not the checkpoint's number of ranks.
+    """
+    directory = Path(checkpoint_dir)
+    blueprint = read_blueprint(directory)
+    ranks = range(blueprint.tp_size)
+    if distributed:
+        if dist.get_world_size() != blueprint.tp_size:
+            raise UsageError(
+                f"{directory} has {blueprint.tp_size} rank(s) and {dist.get_world_size()} "
+                "process(es) were started",
+                hint=f"start it with torchrun --nproc-per-node {blueprint.tp_size}",
+            )
+        ranks = range(dist.get_rank(), dist.get_rank() + 1)
+    sources = open_ranks(directory, blueprint, ranks)
+    return Executor(blueprint, sources, ranks, device=device, dtype=dtype, offload=offload)
+
+
+class Executor(torch.nn.Module):  # type: ignore[misc]
+    """A checkpoint ready to run; ``load`` makes one from files.
+
+    Args:
+        blueprint: what the tensors mean.
+        sources: for each rank of this process, a function from a tensor's name to the tensor.
+        ranks: the numbers of those ranks: all of them, or one when each rank has its own process.
+        device: where to compute.
+        dtype: compute dtype, or None for the checkpoint's.
+        offload: see ``load``.
+    """
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        sources: Sequence[Source],
+        ranks: Sequence[int],
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | str | None = None,
+        offload: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.blueprint = blueprint
+        self.ranks = tuple(ranks)
+        self.device = torch.device(device)
+        name = dtype or blueprint.dtype
+        self.dtype: torch.dtype = getattr(torch, name) if isinstance(name, str) else name
+        self.offload = self._exceeds_memory() if offload is None else offload
+        self._sources = tuple(sources)
+        self._layers: list[list[Weights]] = []
+        self._ends: list[Weights] = []
+        if not self.offload:
+            self._layers = [self._read_layer(index) for index in range(blueprint.num_layers)]
+            self._ends = self._read_ends()
+
+    @property
+    def distributed(self) -> bool:
+        """Whether the other ranks run in other processes."""
+        return len(self.ranks) < self.blueprint.tp_size
+
+    def layer_weights(self, index: int) -> list[Weights]:
+        """The tensors of layer ``index``, for each rank of this process."""
+        return self._layers[index] if self._layers else self._read_layer(index)
+
+    def end_weights(self) -> list[Weights]:
+        """Embedding, final norm and lm_head under their full names, for each rank here."""
+        return self._ends or self._read_ends()
+
+    def forward(self, input_ids: Tensor, observe: Observe | None = None) -> Tensor:
+        """Logits of every position of every sequence, without a cache.
+
+        Args:
+            input_ids: int64 [batch, sequence], no padding.
+            observe: called with (layer, what, value) as the computation goes: (-1, "embedding",
+                ...), then for every layer "attention" and "mlp", the sub-modules' outputs with
+                their biases and summed over ranks, and "hidden", the layer's output. Values are
+                [batch, sequence, hidden_size] in the compute dtype.
+
+        Returns:
+            float32 [batch, sequence, vocab_size].
+        """
+        with torch.no_grad():
+            length = input_ids.shape[1]
+            ends = self.end_weights()
+            x = self.embed(ends, input_ids)
+            if observe is not None:
+                observe(-1, "embedding", x)
+            rope = self.blueprint.rope
+            rotary = blocks.rotary_tables(rope, length, length > rope.original, self.device)
+            for index in range(self.blueprint.num_layers):
+                attends = [self._attend(index, rank, length) for rank in self.ranks]
+                seen = None if observe is None else _of_layer(observe, index)
+                x = self.run_layer(self.layer_weights(index), x, rotary, attends, seen)
+            return self.logits(ends, x)
+
+    def embed(self, ends: list[Weights], ids: Tensor) -> Tensor:
+        """Token ids of any shape to hidden states in the compute dtype."""
+        table = ends[0]["transformer.vocab_embedding.weight"]
+        x = functional.embedding(ids.to(table.device), table).to(self.device, self.dtype)
+        multiplier = self.blueprint.embedding_multiplier
+        return x if multiplier == 1.0 else x * multiplier
+
+    def run_layer(
+        self,
+        shards: list[Weights],
+        x: Tensor,
+        rotary: Rotary,
+        attends: list[Attend],
+        observe: Callable[[str, Tensor], None] | None = None,
+    ) -> Tensor:
+        """One layer; see ``blocks.layer``."""
+        return blocks.layer(self.blueprint, shards, x, rotary, attends, self.reduce, observe)
+
+    def logits(self, ends: list[Weights], x: Tensor) -> Tensor:
+        """Final norm and lm_head: float32 [..., vocab_size], the padding of the vocabulary cut."""
+        u = blocks.norm(self.blueprint, ends[0], "transformer.ln_f", x)
+        parts = [blocks.linear(weights, "lm_head", u) for weights in ends]
+        if self.distributed:
+            own = parts[0].contiguous()
+            parts = [torch.empty_like(own) for _ in range(self.blueprint.tp_size)]
+            dist.all_gather(parts, own)
+        whole = torch.cat(parts, dim=-1)[..., : self.blueprint.vocab_size].float()
+        divisor = self.blueprint.logits_divisor
+        return whole if divisor == 1.0 else whole / divisor
+
+    def reduce(self, partial: list[Tensor]) -> Tensor:
+        """Sum of the ranks' partial outputs, in rank order."""
+        total = partial[0]
+        for part in partial[1:]:
+            total = total + part
+        if self.distributed:
+            dist.all_reduce(total)
+        return total
+
+    def _attend(self, layer: int, rank: int, length: int) -> Attend:
+        """Attention of a whole sequence without padding for one rank's heads."""
+        scale = self.blueprint.attention_scale
+        pattern = self.blueprint.sparse
+        offset = rank * self.blueprint.rank_heads
+        if (
+            pattern is None
+            or not self.blueprint.is_sparse(layer)
+            or blocksparse.always_dense(pattern, length)
+        ):
+            return lambda query, key, value: blocks.causal_attention(query, key, value, scale)
+        if self.device.type == "cuda" and blocksparse.tileable(pattern):
+            return lambda query, key, value: blocksparse.sparse_attention(
+                query, key, value, pattern, offset, scale
+            )
+
+        def mask(first: int, last: int, keys: int) -> Tensor:
+            slots = torch.arange(keys, device=self.device)
+            heads = torch.arange(offset, offset + self.blueprint.rank_heads, device=self.device)
+            return blocksparse.visible(
+                pattern, slots[first:last, None], slots, heads[:, None, None]
+            )
+
+        return lambda query, key, value: blocks.masked_attention(query, key, value, scale, mask)
+
+    def _read_layer(self, index: int) -> list[Weights]:
+        names = layer_shapes(self.blueprint)
+        prefix = layer_prefix(index)
+        return [
+            {name: self._moved(source(prefix + name)) for name in names} for source in self._sources
+        ]
+
+    def _read_ends(self) -> list[Weights]:
+        names = end_shapes(self.blueprint)
+        # An embedding that is only looked up may stay in the mapped file.
+        stays = "transformer.vocab_embedding.weight" if self.offload else ""
+        return [
+            {name: source(name) if name == stays else self._moved(source(name)) for name in names}
+            for source in self._sources
+        ]
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype)
+
+    def _exceeds_memory(self) -> bool:
+        shapes = tensor_shapes(self.blueprint).values()
+        count = sum(torch.Size(shape).numel() for shape in shapes) * len(self.ranks)
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        elif getattr(torch, self.blueprint.dtype) == self.dtype:
+            return False  # used where it is mapped; the system reads and drops pages itself
+        else:
+            free = _free_memory()
+        return bool(count * self.dtype.itemsize > _MEMORY_SHARE * free)
+
+
+def _of_layer(observe: Observe, layer: int) -> Callable[[str, Tensor], None]:
+    return lambda what, value: observe(layer, what, value)
+
+
+def _free_memory() -> int:
+    """Bytes of main memory that can be had without swapping."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,208 @@
+"""What the executor refuses to run, what it keeps in memory, and what it lets one watch."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_sources import (
+    phi2,
+    phi3,
+    phi3_small,
+    random_ids,
+    reference_logits,
+    relative_error,
+    small_long_rope,
+    write_checkpoint,
+)
+
+from phireg.errors import CheckError
+from phireg.executor import load, read_blueprint
+
+torch.set_num_threads(2)
+
+
+def edit_config(directory, **changes):
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+    return directory
+
+
+def edit_tensors(directory, rank, change):
+    path = directory / f"rank{rank}.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    return phi3_small(rope_scaling=small_long_rope(), max_position_embeddings=131072)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architecture": "LlamaForCausalLM"}, "'LlamaForCausalLM' is unknown"),
+        ({"architecture": "absent"}, "architecture is missing"),
+        ({"hidden_act": "relu"}, "'relu' is unknown"),
+        ({"hidden_act": "absent"}, "hidden_act is missing"),
+        ({"dtype": "float8"}, "dtype is 'float8'"),
+        ({"vocab_size": "absent"}, "vocab_size is missing"),
+        ({"vocab_size": "107"}, "vocab_size is '107', not a positive whole number"),
+        ({"hidden_size": 97}, "not a multiple of 8 heads"),
+        ({"num_key_value_heads": 3}, "cannot share 3 key/value heads"),
+        ({"rotary_base": "absent"}, "rotary_base (or rotary_embedding_base) is missing"),
+        ({"rotary_pct": 0.3}, "3 rotary dimensions of 12"),
+        ({"rotary_scaling": {"type": "linear"}}, "rotary_scaling is set"),
+        ({"position_embedding_type": "learned_absolute"}, "'learned_absolute'"),
+        ({"longrope_short_mscale": "absent"}, "longrope_short_mscale is missing"),
+        ({"longrope_scaling_long_factors": [1.0]}, "not a list of 6 numbers"),
+        ({"longrope_scaling_short_factors": [1.0] * 5 + [0]}, "not a positive number"),
+        ({"original_max_position_embeddings": "absent"}, "original_max_position_embeddings is mis"),
+        ({"mup_embedding_multiplier": "absent"}, "mup_embedding_multiplier is missing"),
+        ({"blocksparse_vertical_stride": "absent"}, "blocksparse_vertical_stride is missing"),
+        ({"blocksparse_homo_head_pattern": 1}, "not true or false"),
+        ({"dense_attention_every_n_layers": 0}, "dense_attention_every_n_layers is 0"),
+        ({"mapping": {"tp_size": 2, "world_size": 4}}, "world_size is 4"),
+        ({"mapping": {"tp_size": 1, "pp_size": 2}}, "pp_size is 2"),
+        ({"mapping": {"tp_size": 3}}, "cannot be split over 3 ranks"),
+        ({"quantization": {"quant_algo": "FP8"}}, "quant_algo is 'FP8'"),
+        ({"moe": {}}, "mixture-of-experts"),
+        ({"qk_layernorm": True}, "qk_layernorm is set"),
+    ],
+)  # fmt: skip
+def test_configurations_without_a_meaning_are_refused(changes, said, small_model, tmp_path):
+    edit_config(write_checkpoint(small_model, tmp_path), **changes)
+    with pytest.raises(CheckError) as caught:
+        load(tmp_path)
+    assert said in caught.value.message
+
+
+def test_no_config_and_no_json(tmp_path):
+    with pytest.raises(CheckError, match=r"config\.json: cannot be read"):
+        load(tmp_path)
+    for text in ("{", "[]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckError, match="is not"):
+            load(tmp_path)
+
+
+def test_defaults_of_the_reader(tmp_path):
+    edit_config(
+        write_checkpoint(phi3(), tmp_path), num_key_value_heads="absent", rotary_base="absent"
+    )
+    blueprint = read_blueprint(tmp_path)
+    assert blueprint.num_kv_heads == 8
+    assert blueprint.rope.base == 10000.0
+    # TensorRT-LLM gives phi-2's norms no epsilon; whatever the config says, it is 1e-5.
+    edit_config(write_checkpoint(phi2(), tmp_path), norm_epsilon=1e-2, mapping="absent")
+    blueprint = read_blueprint(tmp_path)
+    assert blueprint.norm_epsilon == 1e-5
+    assert blueprint.tp_size == 1
+
+
+def test_every_wrong_tensor_is_named(tmp_path):
+    write_checkpoint(phi2(), tmp_path, 2)
+
+    def change(tensors):
+        del tensors["transformer.layers.1.mlp.fc.bias"]
+        tensors["lm_head.bias"] = tensors["lm_head.bias"][:-1].clone()
+        name = "transformer.layers.0.attention.qkv.weight"
+        tensors[name] = tensors[name].half()
+        tensors["transformer.layers.0.attention.qkv.weights_scaling_factor"] = torch.ones(1)
+        tensors["rotary_inv_freq"] = torch.ones(2)  # TensorRT-LLM's own table: no problem
+
+    edit_tensors(tmp_path, 1, change)
+    with pytest.raises(CheckError) as caught:
+        load(tmp_path)
+    lines = caught.value.message.splitlines()[1:]
+    assert [line.strip() for line in lines] == [
+        "rank1.safetensors: transformer.layers.1.mlp.fc.bias is missing",
+        "rank1.safetensors: lm_head.bias has the shape [50], not [51]",
+        "rank1.safetensors: transformer.layers.0.attention.qkv.weight is float16, not float32",
+        "rank1.safetensors: transformer.layers.0.attention.qkv.weights_scaling_factor "
+        "is not a tensor of this architecture",
+    ]
+
+
+def test_rank_files_are_counted(tmp_path):
+    write_checkpoint(phi2(), tmp_path, 2)
+    (tmp_path / "rank1.safetensors").rename(tmp_path / "rank2.safetensors")
+    with pytest.raises(CheckError) as caught:
+        load(tmp_path)
+    assert "rank1.safetensors: is missing" in caught.value.message
+    assert "rank2.safetensors: config.json has only 2 rank(s)" in caught.value.message
+
+
+def test_a_damaged_file_is_no_traceback(tmp_path):
+    write_checkpoint(phi2(), tmp_path)
+    path = tmp_path / "rank0.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckError, match=r"rank0\.safetensors: cannot be read"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer.layers.2.attention.dense.bias", "transformer.ln_f.weight"]
+)
+def test_what_ranks_repeat_must_be_equal(name, tmp_path):
+    write_checkpoint(phi2(), tmp_path, 2)
+    edit_tensors(tmp_path, 1, lambda tensors: tensors[name].mul_(1.5))
+    with pytest.raises(CheckError, match=f"rank1.safetensors: {name} differs"):
+        load(tmp_path)
+
+
+def test_offload_keeps_no_layer_and_changes_nothing(small_model, tmp_path):
+    write_checkpoint(small_model, tmp_path, 2)
+    ids = random_ids(small_model, 1, 40)
+    executor = load(tmp_path, offload=True)
+    assert torch.equal(executor(ids), load(tmp_path, offload=False)(ids))
+    assert executor.layer_weights(0) is not executor.layer_weights(0)
+
+
+def test_weights_that_do_not_fit_are_read_layer_by_layer(tmp_path, monkeypatch):
+    write_checkpoint(phi2(), tmp_path, dtype=torch.float16)
+    monkeypatch.setattr("phireg.executor.model._free_memory", lambda: 100_000)
+    assert load(tmp_path, dtype="float32").offload
+    assert not load(tmp_path).offload  # same dtype: used where it is mapped
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.1), (torch.float16, 0.012)])
+def test_half_precision_stays_near_float32(dtype, bound, tmp_path):
+    model = phi3(num_key_value_heads=4)
+    write_checkpoint(model, tmp_path, 2, dtype=dtype)
+    for parameter in model.parameters():  # the same rounded weights
+        parameter.data = parameter.data.to(dtype).float()
+    ids = random_ids(model, 1, 12)
+    wanted = reference_logits(model, ids)
+    assert relative_error(load(tmp_path, dtype="float32")(ids), wanted) < 1e-4
+    assert 1e-4 < relative_error(load(tmp_path)(ids), wanted) < bound
+
+
+def test_sub_modules_can_be_watched(tmp_path):
+    """Against the values transformers' own modules give."""
+    model = phi2()
+    executor = load(write_checkpoint(model, tmp_path, 2))
+    ids = random_ids(model, 2, 9)
+    wanted, got = {}, {}
+
+    def keep(key):
+        def hook(_module, _inputs, output):
+            wanted[key] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    hooks = [model.model.embed_tokens.register_forward_hook(keep((-1, "embedding")))]
+    for i, layer in enumerate(model.model.layers):
+        hooks.append(layer.register_forward_hook(keep((i, "hidden"))))
+        hooks.append(layer.self_attn.register_forward_hook(keep((i, "attention"))))
+        hooks.append(layer.mlp.register_forward_hook(keep((i, "mlp"))))
+    reference_logits(model, ids)
+    for hook in hooks:
+        hook.remove()
+    executor(ids, observe=lambda layer, what, value: got.update({(layer, what): value}))
+    assert got.keys() == wanted.keys()
+    for key, value in got.items():
+        assert relative_error(value, wanted[key]) < 1e-4, key

@@ -1,0 +1,47 @@
+"""One process per rank, each with its own rank file, against the source model."""
+
+import shutil
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tiny_sources import (
+    phi3,
+    phi3_small,
+    random_ids,
+    reference_logits,
+    relative_error,
+    write_checkpoint,
+)
+
+from phireg.executor import load
+
+
+def _rank(rank, directory, models, ids, results):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2
+    )
+    for name in models:
+        executor = load(directory / name / str(rank), distributed=True)
+        torch.save(executor(ids), f"{results}/{name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_source_models_logits(tmp_path):
+    models = {"phi3": phi3(num_key_value_heads=2), "small": phi3_small()}
+    ids = random_ids(models["phi3"], 2, 60)
+    for name, model in models.items():
+        whole = tmp_path / name
+        whole.mkdir()
+        write_checkpoint(model, whole, 2)
+        for rank in range(2):  # a process sees no other rank's file
+            (whole / str(rank)).mkdir()
+            shutil.copy(whole / "config.json", whole / str(rank))
+            shutil.move(whole / f"rank{rank}.safetensors", whole / str(rank))
+    mp.spawn(_rank, (tmp_path, list(models), ids, tmp_path), nprocs=2)
+    for name, model in models.items():
+        wanted = reference_logits(model, ids)
+        for rank in range(2):
+            got = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
+            assert relative_error(got, wanted) < 1e-4

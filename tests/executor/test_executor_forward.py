@@ -1,0 +1,68 @@
+"""Logits of the executor against the source models' own code."""
+
+import pytest
+import torch
+from tiny_sources import (
+    phi2,
+    phi3,
+    phi3_long,
+    phi3_small,
+    random_ids,
+    reference_logits,
+    relative_error,
+    small_long_rope,
+    write_checkpoint,
+)
+
+from phireg.executor import load
+
+torch.set_num_threads(2)
+
+MODELS = {
+    "phi2": (phi2, {}),
+    "phi2-partial": (phi2, {"hidden_size": 160, "partial_rotary_factor": 0.5}),
+    "phi3": (phi3, {}),
+    "phi3-gqa": (phi3, {"num_key_value_heads": 2}),
+    "phi3-long": (phi3_long, {}),
+    "phi3-long-gqa": (phi3_long, {"num_key_value_heads": 4}),
+    "small": (phi3_small, {}),
+    "small-every-3": (phi3_small, {"dense_attention_every_n_layers": 3, "num_hidden_layers": 4}),
+    "small-homo": (phi3_small, {"blocksparse_homo_head_pattern": True}),
+    # more stripes than heads: the step from head to head is 2
+    "small-step": (phi3_small, {"blocksparse_vert_stride": 17, "num_key_value_heads": 2}),
+    "small-no-limit": (phi3_small, {"gegelu_limit": None}),
+    "small-long": (
+        phi3_small, {"rope_scaling": small_long_rope(), "max_position_embeddings": 131072}
+    ),
+}  # fmt: skip
+_BUILT = {}
+
+
+def built(name):
+    if name not in _BUILT:
+        make, changes = MODELS[name]
+        _BUILT[name] = make(**changes)
+    return _BUILT[name]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_the_source_models(name, ranks, tmp_path):
+    model = built(name)
+    executor = load(write_checkpoint(model, tmp_path, ranks))
+    for length in (5, 150):
+        ids = random_ids(model, 2, length)
+        wanted = reference_logits(model, ids)
+        got = executor(ids)
+        assert got.dtype == torch.float32
+        assert got.shape == wanted.shape
+        assert relative_error(got, wanted) < 1e-4
+
+
+@pytest.mark.parametrize("length", [31, 32, 33])
+@pytest.mark.parametrize("name", ["phi3-long", "small-long"])
+def test_long_rope_switches_above_the_original_length(name, length, tmp_path):
+    model = built(name)
+    executor = load(write_checkpoint(model, tmp_path))
+    ids = random_ids(model, 1, length)
+    assert relative_error(executor(ids), reference_logits(model, ids)) < 1e-4

@@ -1,0 +1,290 @@
+"""Tiny source models and a hand-written way from their tensors to a TensorRT-LLM checkpoint.
+
+Written from the format's description, apart from phireg's own mapping: a mistake there cannot hide
+in a matching mistake here.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import Phi3Config, Phi3ForCausalLM, PhiConfig, PhiForCausalLM
+
+REFERENCE = Path(__file__).parents[2] / "plugins" / "phi3_small" / "reference.py"
+
+
+def small_reference():
+    name = "phi3_small_reference_for_tests"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, REFERENCE)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def randomize(model, seed=0, boost=6.0):
+    """Weights, biases and norms at random, queries and keys large: wrong attention must show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                parameter.copy_(1 + 0.3 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.2 * noise)
+            else:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+            if any(part in name for part in ("q_proj", "k_proj", "qkv_proj", "query_key_value")):
+                parameter.mul_(boost**0.5)
+    return model.eval()
+
+
+def phi2(**changes):
+    config = {
+        "vocab_size": 101, "hidden_size": 80, "intermediate_size": 168, "num_hidden_layers": 3,
+        "num_attention_heads": 8, "max_position_embeddings": 128, "partial_rotary_factor": 0.4,
+        "hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "tie_word_embeddings": False,
+        "rope_theta": 5000.0,
+    } | changes  # fmt: skip
+    theta = config.pop("rope_theta")
+    config["rope_parameters"] = {
+        "rope_type": "default", "rope_theta": theta,
+        "partial_rotary_factor": config["partial_rotary_factor"],
+    }  # fmt: skip
+    model = PhiForCausalLM(PhiConfig(**config, attn_implementation="eager"))
+    return randomize(model)
+
+
+def phi3(**changes):
+    config = {
+        "vocab_size": 103, "hidden_size": 96, "intermediate_size": 136, "num_hidden_layers": 3,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 256,
+        "original_max_position_embeddings": 256, "rms_norm_eps": 1e-2, "pad_token_id": 0,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    } | changes  # fmt: skip
+    model = Phi3ForCausalLM(Phi3Config(**config, attn_implementation="eager"))
+    return randomize(model)
+
+
+def phi3_long(**changes):
+    """32 tokens of short factors, 131072 positions; 6 rotary pairs."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 5000.0, "partial_rotary_factor": 1.0,
+        "short_factor": [1.1, 1.2, 1.4, 1.7, 2.1, 2.6],
+        "long_factor": [2.0, 5.0, 9.5, 3.0, 12.0, 30.0],
+        "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    lengths = {"max_position_embeddings": 131072, "original_max_position_embeddings": 32}
+    return phi3(rope_parameters=rope, **lengths, **changes)
+
+
+def phi3_small(**changes):
+    config = {
+        "vocab_size": 107, "hidden_size": 96, "ff_intermediate_size": 136, "num_hidden_layers": 3,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256,
+        "rope_embedding_base": 5e3, "gegelu_limit": 0.5, "gegelu_pad_to_256": False,
+        "blocksparse_block_size": 4, "blocksparse_num_local_blocks": 2,
+        "blocksparse_vert_stride": 5,
+        "dense_attention_every_n_layers": 2, "layer_norm_epsilon": 1e-2,
+        "mup_width_multiplier": 3.0, "mup_embedding_multiplier": 7.0,
+    } | changes  # fmt: skip
+    reference = small_reference()
+    return randomize(reference.Phi3SmallForCausalLM(reference.Phi3SmallConfig(**config)), boost=30)
+
+
+def small_long_rope(pairs=6):
+    return {
+        "type": "longrope", "short_factor": [1.1 + 0.3 * i for i in range(pairs)],
+        "long_factor": [2.0 + 3.5 * i for i in range(pairs)],
+        "short_mscale": 1.1, "long_mscale": 1.4, "original_max_position_embeddings": 32,
+    }  # fmt: skip
+
+
+def split(tensor, rank, ranks, dim=0):
+    size = tensor.shape[dim] // ranks
+    return tensor.narrow(dim, rank * size, size).clone()
+
+
+def kv_split(tensor, kv_heads, rank, ranks):
+    """Rows of key or value heads; with more ranks than heads every head goes to several ranks."""
+    if ranks <= kv_heads:
+        return split(tensor, rank, ranks)
+    return split(tensor, rank * kv_heads // ranks, kv_heads)
+
+
+def padded_split(tensor, rank, ranks):
+    rows = -(-tensor.shape[0] // ranks)
+    padding = torch.zeros(rows * ranks - tensor.shape[0], *tensor.shape[1:], dtype=tensor.dtype)
+    return split(torch.cat((tensor, padding)), rank, ranks)
+
+
+def base_config(config, architecture, ranks):
+    return {
+        "architecture": architecture,
+        "dtype": "float32",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rotary_pct": 1.0,
+        "mapping": {"world_size": ranks, "tp_size": ranks, "pp_size": 1},
+    }
+
+
+def phi2_tensors(model, rank, ranks):
+    s, out = model.state_dict(), {}
+    out["transformer.vocab_embedding.weight"] = s["model.embed_tokens.weight"]
+    for kind in ("weight", "bias"):
+        out[f"transformer.ln_f.{kind}"] = s[f"model.final_layernorm.{kind}"]
+        out[f"lm_head.{kind}"] = padded_split(s[f"lm_head.{kind}"], rank, ranks)
+        for i in range(model.config.num_hidden_layers):
+            a, b = f"model.layers.{i}", f"transformer.layers.{i}"
+            out[f"{b}.input_layernorm.{kind}"] = s[f"{a}.input_layernorm.{kind}"]
+            out[f"{b}.attention.qkv.{kind}"] = torch.cat(
+                [split(s[f"{a}.self_attn.{x}_proj.{kind}"], rank, ranks) for x in "qkv"]
+            )
+            out[f"{b}.mlp.fc.{kind}"] = split(s[f"{a}.mlp.fc1.{kind}"], rank, ranks)
+            for new, old in (("attention.dense", "self_attn.dense"), ("mlp.proj", "mlp.fc2")):
+                tensor = s[f"{a}.{old}.{kind}"]
+                out[f"{b}.{new}.{kind}"] = (
+                    tensor if kind == "bias" else split(tensor, rank, ranks, dim=1)
+                )
+    return out
+
+
+def phi3_tensors(model, rank, ranks):
+    c, s, out = model.config, model.state_dict(), {}
+    size = c.hidden_size // c.num_attention_heads
+    q_rows, kv_rows = c.num_attention_heads * size, c.num_key_value_heads * size
+    out["transformer.vocab_embedding.weight"] = s["model.embed_tokens.weight"]
+    out["transformer.ln_f.weight"] = s["model.norm.weight"]
+    out["lm_head.weight"] = padded_split(s["lm_head.weight"], rank, ranks)
+    for i in range(c.num_hidden_layers):
+        a, b = f"model.layers.{i}", f"transformer.layers.{i}"
+        out[f"{b}.input_layernorm.weight"] = s[f"{a}.input_layernorm.weight"]
+        out[f"{b}.post_layernorm.weight"] = s[f"{a}.post_attention_layernorm.weight"]
+        q, k, v = s[f"{a}.self_attn.qkv_proj.weight"].split([q_rows, kv_rows, kv_rows])
+        k, v = (kv_split(x, c.num_key_value_heads, rank, ranks) for x in (k, v))
+        out[f"{b}.attention.qkv.weight"] = torch.cat([split(q, rank, ranks), k, v])
+        out[f"{b}.attention.dense.weight"] = split(
+            s[f"{a}.self_attn.o_proj.weight"], rank, ranks, dim=1
+        )
+        gate, up = s[f"{a}.mlp.gate_up_proj.weight"].split(c.intermediate_size)
+        out[f"{b}.mlp.fc.weight"] = torch.cat([split(up, rank, ranks), split(gate, rank, ranks)])
+        out[f"{b}.mlp.proj.weight"] = split(s[f"{a}.mlp.down_proj.weight"], rank, ranks, dim=1)
+    return out
+
+
+def small_tensors(model, rank, ranks):
+    c, s, out = model.config, model.state_dict(), {}
+    size = c.hidden_size // c.num_attention_heads
+    kv_heads, group = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
+    out["transformer.vocab_embedding.weight"] = s["model.embed_tokens.weight"]
+    out["lm_head.weight"] = padded_split(s["model.embed_tokens.weight"], rank, ranks)
+    for kind in ("weight", "bias"):
+        out[f"transformer.ln_f.{kind}"] = s[f"model.final_layernorm.{kind}"]
+        for i in range(c.num_hidden_layers):
+            a, b = f"model.layers.{i}", f"transformer.layers.{i}"
+            out[f"{b}.input_layernorm.{kind}"] = s[f"{a}.input_layernorm.{kind}"]
+            out[f"{b}.post_layernorm.{kind}"] = s[f"{a}.post_attention_layernorm.{kind}"]
+            rows = s[f"{a}.self_attn.query_key_value.{kind}"]
+            rows = rows.reshape(kv_heads, group + 2, size, *rows.shape[1:])
+            q, k, v = rows[:, :group], rows[:, group], rows[:, group + 1]
+            q = split(q.flatten(0, 2), rank, ranks)
+            k, v = (kv_split(x.flatten(0, 1), kv_heads, rank, ranks) for x in (k, v))
+            out[f"{b}.attention.qkv.{kind}"] = torch.cat([q, k, v])
+            out[f"{b}.mlp.fc.{kind}"] = split(s[f"{a}.mlp.up_proj.{kind}"], rank, ranks)
+            for new, old in (("attention.dense", "self_attn.dense"), ("mlp.proj", "mlp.down_proj")):
+                tensor = s[f"{a}.{old}.{kind}"]
+                out[f"{b}.{new}.{kind}"] = (
+                    tensor if kind == "bias" else split(tensor, rank, ranks, dim=1)
+                )
+    return out
+
+
+def checkpoint_config(model, ranks):
+    c = model.config
+    if isinstance(model, PhiForCausalLM):
+        return base_config(c, "PhiForCausalLM", ranks) | {
+            "intermediate_size": c.intermediate_size,
+            "hidden_act": "gelu_new",
+            "rotary_base": c.rope_parameters["rope_theta"],
+            "rotary_pct": c.rope_parameters["partial_rotary_factor"],
+        }
+    if isinstance(model, Phi3ForCausalLM):
+        rope = c.rope_parameters
+        config = base_config(c, "Phi3ForCausalLM", ranks) | {
+            "intermediate_size": c.intermediate_size,
+            "hidden_act": "swiglu",
+            "norm_epsilon": c.rms_norm_eps,
+            "rotary_base": rope["rope_theta"],
+        }
+        if rope["rope_type"] == "longrope":
+            config |= {
+                "original_max_position_embeddings": c.original_max_position_embeddings,
+                "longrope_scaling_short_factors": rope["short_factor"],
+                "longrope_scaling_long_factors": rope["long_factor"],
+            }
+        return config
+    config = base_config(c, "Phi3SmallForCausalLM", ranks) | {
+        "intermediate_size": c.ff_intermediate_size,
+        "hidden_act": "gegelu",
+        "norm_epsilon": c.layer_norm_epsilon,
+        "rotary_base": c.rope_embedding_base,
+        "gegelu_limit": c.gegelu_limit,
+        "mup_embedding_multiplier": c.mup_embedding_multiplier,
+        "mup_width_multiplier": c.mup_width_multiplier,
+        "blocksparse_block_size": c.blocksparse_block_size,
+        "blocksparse_num_local_blocks": c.blocksparse_num_local_blocks,
+        "blocksparse_vertical_stride": c.blocksparse_vert_stride,
+        "blocksparse_homo_head_pattern": c.blocksparse_homo_head_pattern,
+        "dense_attention_every_n_layers": c.dense_attention_every_n_layers,
+    }
+    if c.rope_scaling is not None:
+        config |= {
+            "original_max_position_embeddings": c.rope_scaling["original_max_position_embeddings"],
+            "longrope_scaling_short_factors": c.rope_scaling["short_factor"],
+            "longrope_scaling_long_factors": c.rope_scaling["long_factor"],
+            "longrope_short_mscale": c.rope_scaling["short_mscale"],
+            "longrope_long_mscale": c.rope_scaling["long_mscale"],
+        }
+    return config
+
+
+def rank_tensors(model, rank, ranks):
+    tensors = {"Phi": phi2_tensors, "Phi3": phi3_tensors, "Phi3Small": small_tensors}
+    kind = type(model).__name__.removesuffix("ForCausalLM")
+    return tensors[kind](model, rank, ranks)
+
+
+def write_checkpoint(model, directory, ranks=1, dtype=torch.float32):
+    config = checkpoint_config(model, ranks)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (directory / "config.json").write_text(json.dumps(config))
+    for rank in range(ranks):
+        tensors = rank_tensors(model, rank, ranks).items()
+        save_file(
+            {name: t.to(dtype).contiguous() for name, t in tensors},
+            directory / f"rank{rank}.safetensors",
+        )
+    return directory
+
+
+def relative_error(got, wanted):
+    return ((got - wanted).norm() / wanted.norm()).item()
+
+
+def reference_logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits.float()
+
+
+def random_ids(model, *shape, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.config.vocab_size, shape, generator=generator)
