@@ -1,0 +1,180 @@
+"""Conversion against its floor: `cp` and fsync of the same bytes.
+
+    python benchmarks/convert.py                 # Phi-3-mini, 7.6 GB
+    python benchmarks/convert.py --layers 4      # the same widths, fewer layers
+    python benchmarks/convert.py --json
+
+Makes a random checkpoint of a published shape, then runs every contender in turn, several rounds,
+each as a process of its own, with the page cache written back before it starts. Needs about four
+times the model's size on disk. The source is read from the page cache where it fits, by all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+LOAD_EVERYTHING = """
+import os, sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+source, target = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+state, out = model.state_dict(), {}
+for name, tensor in state.items():
+    if "gate_up_proj" in name:
+        gate, up = tensor.chunk(2)
+        tensor = torch.cat([up, gate])
+    for old, new in (("model.embed_tokens", "transformer.vocab_embedding"),
+                     ("model.norm", "transformer.ln_f"), ("model.layers", "transformer.layers"),
+                     ("self_attn.qkv_proj", "attention.qkv"),
+                     ("self_attn.o_proj", "attention.dense"),
+                     ("post_attention_layernorm", "post_layernorm"),
+                     ("mlp.gate_up_proj", "mlp.fc"), ("mlp.down_proj", "mlp.proj")):
+        name = name.replace(old, new)
+    out[name] = tensor.contiguous()
+os.mkdir(target)
+save_file(out, target + "/rank0.safetensors")
+fd = os.open(target + "/rank0.safetensors", os.O_RDONLY)
+os.fsync(fd)
+"""
+
+COPY = """
+import os, subprocess, sys
+source, target = sys.argv[1:]
+subprocess.run(["cp", "-r", source, target], check=True)
+for name in os.listdir(target):
+    fd = os.open(os.path.join(target, name), os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+"""
+
+
+@dataclass
+class Contender:
+    """One way to get the bytes to the other place, and its measurements."""
+
+    name: str
+    command: list[str]
+    floor: str
+    seconds: list[float] = field(default_factory=list)
+    peak_mb: list[float] = field(default_factory=list)
+
+
+def measured(command: list[str]) -> tuple[float, float]:
+    """Wall seconds, and peak resident MB of the largest process in its tree."""
+    os.sync()
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    errors = process.stderr.read() if process.stderr else b""
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(command[:4])} failed:\n{errors.decode()}")
+    return seconds, usage.ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, help="fewer layers than the published model")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--directory", type=Path, help="where to work (default: a temporary one)")
+    parser.add_argument("--skip-load-everything", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+
+    work = Path(tempfile.mkdtemp(prefix="phireg-benchmark-", dir=options.directory))
+    try:
+        results = run(work, options)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    if options.json:
+        print(json.dumps(results, indent=2))
+    else:
+        show(results)
+
+
+def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    from phireg import registry
+    from phireg.testing.factory import write_random_model
+
+    family = registry.load("phi3-mini").family
+    config = dict(family.published[0].config)
+    if options.layers:
+        config["num_hidden_layers"] = options.layers
+    source = work / "source"
+    write_random_model(family, config, source)
+    size = sum(file.stat().st_size for file in source.iterdir())
+
+    phireg = [sys.executable, "-m", "phireg", "convert", "--model-dir", str(source), "--quiet"]
+    phireg += ["--output-dir", "{out}"]
+    copy = "cp + fsync"
+    contenders = [
+        Contender(copy, [sys.executable, "-c", COPY, str(source), "{out}"], copy),
+        Contender("phireg, TP 1", phireg, copy),
+        Contender("phireg, TP 2", [*phireg, "--tp-size", "2"], copy),
+        Contender("phireg, TP 8", [*phireg, "--tp-size", "8"], copy),
+        Contender("phireg, to float16", [*phireg, "--dtype", "float16"], copy),
+    ]
+    if not options.skip_load_everything:
+        command = [sys.executable, "-c", LOAD_EVERYTHING, str(source), "{out}"]
+        contenders.append(Contender("load everything", command, copy))
+    out = work / "out"
+    for _ in range(options.rounds):
+        for contender in contenders:
+            command = [part.replace("{out}", str(out)) for part in contender.command]
+            seconds, peak = measured(command)
+            contender.seconds.append(seconds)
+            contender.peak_mb.append(peak)
+            shutil.rmtree(out)
+    small = {
+        "phireg --help": [sys.executable, "-m", "phireg", "--help"],
+        "phireg plan": [*phireg[:3], "plan", "--model-dir", str(source)],
+        "import torch": [sys.executable, "-c", "import torch"],
+    }
+    floor = contenders[0].seconds
+    return {
+        "model_bytes": size,
+        "rounds": options.rounds,
+        "contenders": {
+            c.name: {
+                "seconds": statistics.median(c.seconds),
+                "ratio": statistics.median(a / b for a, b in zip(c.seconds, floor, strict=True)),
+                "ratios": [a / b for a, b in zip(c.seconds, floor, strict=True)],
+                "peak_mb": max(c.peak_mb),
+            }
+            for c in contenders
+        },
+        "commands": {name: median_of(command, 5) for name, command in small.items()},
+    }
+
+
+def median_of(command: list[str], times: int) -> dict[str, float]:
+    """Median seconds and peak MB of a short command."""
+    seconds, peaks = zip(*(measured(command) for _ in range(times)), strict=True)
+    return {"seconds": statistics.median(seconds), "peak_mb": statistics.median(peaks)}
+
+
+def show(results: dict[str, Any]) -> None:
+    print(f"{results['model_bytes'] / 1e9:.2f} GB, {results['rounds']} rounds; medians")
+    print(f"{'':20} {'seconds':>8} {'x cp+fsync':>11} {'(range)':>14} {'peak MB':>8}")
+    for name, c in results["contenders"].items():
+        spread = f"{min(c['ratios']):.2f} - {max(c['ratios']):.2f}"
+        print(f"{name:20} {c['seconds']:8.2f} {c['ratio']:11.2f} {spread:>14} {c['peak_mb']:8.0f}")
+    for name, c in results["commands"].items():
+        print(f"{name:20} {c['seconds']:8.2f} {'':26} {c['peak_mb']:8.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Help for testing families: checkpoints made to order."""
