@@ -50,6 +50,10 @@ class Family:
             chosen for this config, or None if this one should.
         auto: whether ``--family auto`` considers it; a derived family does so only if it says so.
         published: hub models it converts.
+        reference: ``module:class`` of a transformers-compatible model that runs the source
+            checkpoint, where transformers itself has none.
+        tokenizer: ``module:function`` that loads a tokenizer from a directory, where transformers
+            needs remote code for it.
 
     Raises:
         PluginError: another API number, an unknown hook (with the nearest known one), an argument
@@ -68,6 +72,8 @@ class Family:
         tell_apart: Callable[[HFConfig], str | None] | None = None,
         auto: bool = True,
         published: tuple[PublishedModel, ...] = (),
+        reference: str | None = None,
+        tokenizer: str | None = None,
     ) -> None:
         if api != API:
             raise PluginError(
@@ -83,6 +89,8 @@ class Family:
         self.tell_apart = tell_apart
         self.auto = auto
         self.published = published
+        self.reference = reference
+        self.tokenizer = tokenizer
         self._hooks = _register(name, steps)
 
     def __repr__(self) -> str:
@@ -110,6 +118,8 @@ class Family:
             tell_apart=tell_apart,
             auto=tell_apart is not None,
             published=published,
+            reference=self.reference,
+            tokenizer=self.tokenizer,
         )
 
     def refusal(self, hf: HFConfig) -> str | None:

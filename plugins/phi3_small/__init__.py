@@ -32,4 +32,6 @@ FAMILY = Family(
             "microsoft/Phi-3-small-128k-instruct", {**SMALL_8K, "max_position_embeddings": 131072}
         ),
     ),
+    reference="phireg_plugins.phi3_small.reference:Phi3SmallForCausalLM",
+    tokenizer="phireg_plugins.phi3_small.tokenizer:load_tokenizer",
 )
