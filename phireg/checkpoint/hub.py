@@ -6,23 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from phireg.checkpoint.carried import CARRIED
 from phireg.errors import SourceError, UsageError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _PATH_LIKE = ("/", "./", "../", "~")
-_DATA = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "*.tiktoken",
-    "chat_template.jinja",
-]
+_DATA = ["config.json", *CARRIED]
 _SAFETENSORS = ["*.safetensors", "model.safetensors.index.json"]
 _BIN = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 

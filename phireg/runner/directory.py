@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import fnmatch
 import json
 import os
-import re
 import shutil
 import socket
 import stat
@@ -27,6 +27,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from phireg.checkpoint.carried import CARRIED
+from phireg.checkpoint.manifest import MANIFEST
 from phireg.errors import OutputError
 
 PARTIAL_SUFFIX = ".phireg-partial"
@@ -34,11 +36,7 @@ MARKER = ".phireg-partial"
 # Room for directory blocks, the marker and the tokenizer files beside the announced bytes.
 SPACE_MARGIN = 16 * 2**20
 
-_KNOWN_FILE = re.compile(
-    r"(config|quant_cfg|phireg|generation_config|tokenizer|tokenizer_config|special_tokens_map"
-    r"|added_tokens|vocab)\.json"
-    r"|rank[0-9]+\.safetensors|tokenizer\.model|merges\.txt|chat_template\.jinja|.+\.tiktoken"
-)
+_KNOWN_FILES = ("config.json", "quant_cfg.json", MANIFEST, "rank[0-9]*.safetensors", *CARRIED)
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -358,7 +356,7 @@ def _not_a_checkpoint(directory: Path) -> str | None:
     """Why ``directory`` is not a checkpoint and nothing else; None where it is."""
     with os.scandir(directory) as entries:
         for entry in entries:
-            if not entry.is_file(follow_symlinks=False) or not _KNOWN_FILE.fullmatch(entry.name):
+            if not entry.is_file(follow_symlinks=False) or not _is_known(entry.name):
                 return f"{entry.path} does not belong to one"
     if not (directory / "rank0.safetensors").exists():
         return f"{directory} has no rank0.safetensors"
@@ -393,3 +391,7 @@ def _fsync_tree(directory: str | Path) -> None:
             elif entry.is_file(follow_symlinks=False):
                 _fsync(entry.path)
     _fsync(directory)
+
+
+def _is_known(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _KNOWN_FILES)
