@@ -35,6 +35,7 @@ from phireg.checkpoint.source import open_source
 from phireg.config.hf import HFConfig
 from phireg.errors import PhiregError, PlanError, PluginError, SourceError, UsageError
 from phireg.family import Family
+from phireg.layout.spans import LayoutError
 from phireg.plan.admit import check_model
 from phireg.plan.build import build_plan, tp_sizes
 from phireg.plan.model import DTYPES, Options, Output, Plan
@@ -282,7 +283,7 @@ def families() -> tuple[FamilyInfo, ...]:
         try:
             family = candidate.load()
             sizes = {m.repo_id: _published_sizes(family, m.config) for m in family.published}
-        except PluginError as error:
+        except (PluginError, LayoutError) as error:
             infos.append(FamilyInfo(candidate, None, problem=str(error)))
         else:
             infos.append(FamilyInfo(candidate, family, sizes))
@@ -313,15 +314,18 @@ class Inspection:
     problems: tuple[str, ...]
 
 
-def inspect(checkpoint_dir: str | Path, *, check: bool = False) -> Inspection:
+def inspect(
+    checkpoint_dir: str | Path, *, check: bool = False, progress: Progress | None = None
+) -> Inspection:
     """Look into a TensorRT-LLM checkpoint.
 
     Args:
         checkpoint_dir: the directory.
         check: read all files and compare them with the manifest.
+        progress: told how many more bytes have been compared.
 
     Raises:
-        SourceError: it is not a checkpoint, or a file of it is damaged.
+        SourceError: it is not a checkpoint.
     """
     directory = Path(checkpoint_dir)
     if not directory.is_dir():
@@ -337,22 +341,29 @@ def inspect(checkpoint_dir: str | Path, *, check: bool = False) -> Inspection:
     world = mapping.get("world_size", 1) if isinstance(mapping, dict) else 1
     if not isinstance(world, int) or not 0 < world <= 4096:
         raise SourceError(f"{directory / 'config.json'}: mapping.world_size is {world!r}")
-    headers = [read_header(directory / f"rank{rank}.safetensors") for rank in range(world)]
-    ranks = tuple(
-        {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}
-        for header in headers
-    )
+    found: list[str] = []
+    ranks = tuple(_rank_tensors(directory / f"rank{n}.safetensors", found) for n in range(world))
     manifest = read_manifest(directory)
-    found = list(_structure(config, world, ranks))
+    found += _structure(config, world, ranks)
     if check:
         if manifest is None:
             raise SourceError(
                 f"{directory} has no phireg.json to check against",
                 hint="only checkpoints written by phireg carry digests.",
             )
-        found += check_files(directory, manifest)
+        found += check_files(directory, manifest, progress)
     sizes = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
     return Inspection(config, ranks, sizes, manifest, tuple(found))
+
+
+def _rank_tensors(path: Path, problems: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape by name; empty, with a further problem, for a file that cannot be read."""
+    try:
+        header = read_header(path)
+    except SourceError as error:
+        problems.append(error.message)
+        return {}
+    return {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}
 
 
 def _structure(
@@ -374,6 +385,8 @@ def _structure(
     found = []
     for rank, tensors in enumerate(ranks):
         file = f"rank{rank}.safetensors"
+        if not tensors:
+            continue
         for name, shape in required.items():
             if name not in tensors:
                 found.append(f"{file}: {name} is missing")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,18 @@ FORMAT = 1
 _BLOCK = 4 * 1024 * 1024
 
 
-def file_digest(path: Path) -> str:
+Progress = Callable[[int], None]
+"""Told how many more bytes have been read."""
+
+
+def file_digest(path: Path, progress: Progress | None = None) -> str:
     """xxh3_128 of a whole file, in hexadecimal."""
     hashed = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             hashed.update(block)
+            if progress:
+                progress(len(block))
     return hashed.hexdigest()
 
 
@@ -68,7 +74,9 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def check_files(directory: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+def check_files(
+    directory: Path, manifest: Mapping[str, Any], progress: Progress | None = None
+) -> Iterator[str]:
     """Read every file the manifest lists and say what differs from it."""
     for name, record in manifest["files"].items():
         path = directory / name
@@ -79,15 +87,17 @@ def check_files(directory: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
         elif path.stat().st_size != record.get("size"):
             yield f"{name} has {path.stat().st_size} bytes, the manifest says {record.get('size')}"
         elif "tensors" in record:
-            yield from _check_rank_file(path, record)
-        elif file_digest(path) != record.get("digest"):
+            yield from _check_rank_file(path, record, progress)
+        elif file_digest(path, progress) != record.get("digest"):
             yield f"{name} differs from what was written"
     for path in sorted(directory.glob("rank*.safetensors")):
         if path.name not in manifest["files"]:
             yield f"{path.name} is not in the manifest"
 
 
-def _check_rank_file(path: Path, record: Mapping[str, Any]) -> Iterator[str]:
+def _check_rank_file(
+    path: Path, record: Mapping[str, Any], progress: Progress | None
+) -> Iterator[str]:
     try:
         header = read_header(path)
     except SourceError as error:
@@ -104,5 +114,7 @@ def _check_rank_file(path: Path, record: Mapping[str, Any]) -> Iterator[str]:
             while left and (block := file.read(min(_BLOCK, left))):
                 hashed.update(block)
                 left -= len(block)
+                if progress:
+                    progress(len(block))
             if hashed.hexdigest() != record["tensors"].get(name):
                 yield f"{path.name}: {name} differs from what was written"

@@ -44,6 +44,19 @@ def fold(findings: Iterable[Finding]) -> list[tuple[Finding, int]]:
     return folded
 
 
+def fold_names(names: Iterable[str]) -> list[tuple[str, int]]:
+    """Names that differ in their layer only become one, with their number."""
+    groups: dict[str, list[int]] = {}
+    for name in names:
+        match = _LAYER.search(name)
+        generic = name if match is None else _LAYER.sub("{}", name, count=1)
+        groups.setdefault(generic, []).extend([int(match.group())] if match else [])
+    return [
+        (generic.replace("{}", ranges(numbers)) if numbers else generic, max(1, len(numbers)))
+        for generic, numbers in groups.items()
+    ]
+
+
 def ranges(numbers: Iterable[int]) -> str:
     """Write numbers as ``{0..3,5}``; a single one as itself."""
     runs: list[list[int]] = []
@@ -85,18 +98,23 @@ def as_json(plan: Plan, *, workers: int) -> dict[str, Any]:
         "buffer_bytes": plan.buffer_bytes(workers),
         "cast_tensors": plan.casts,
         "config": plan.config,
-        "findings": [
-            {
-                "severity": finding.severity.value,
-                "code": finding.code,
-                "subject": finding.subject,
-                "detail": finding.detail,
-                "where": finding.where,
-            }
-            for finding in plan.findings
-        ],
+        "findings": findings_json(plan.findings),
         "outputs": [output_json(plan, output) for output in plan.outputs],
     }
+
+
+def findings_json(findings: Iterable[Finding]) -> list[dict[str, str]]:
+    """Findings one by one, as they are."""
+    return [
+        {
+            "severity": finding.severity.value,
+            "code": finding.code,
+            "subject": finding.subject,
+            "detail": finding.detail,
+            "where": finding.where,
+        }
+        for finding in findings
+    ]
 
 
 def output_json(plan: Plan, output: Output) -> dict[str, Any]:
