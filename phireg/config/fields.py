@@ -175,7 +175,7 @@ def field(
                 )
             return
         key, value = next(iter(present.items()))
-        for other, second in present.items():
+        for other, second in list(present.items())[1:]:
             if second != value:
                 run.report(
                     Severity.ERROR, key, f"is {_show(value)}, but {other} is {_show(second)}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from phireg.layout.spans import Axis, LayoutError
+from phireg.layout.spans import LayoutError
 
 FOLLOWS: dict[str, tuple[str, ...]] = {
     "weight": ("rows", "cols"),
@@ -26,13 +26,14 @@ nothing (:func:`axes_of` tells them apart by shape, a weight having more than on
 """
 
 
-def axes_of(companion: str, shape: Sequence[int] | None, rows: Axis) -> tuple[str, ...]:
+def axes_of(companion: str, shape: Sequence[int] | None, rows: int) -> tuple[str, ...]:
     """The axes ``companion`` lives on: names out of ``rows`` and ``cols``, in tensor order.
 
     Args:
         companion: last component of the tensor name.
         shape: its shape where one exists already (a scale read from a checkpoint), else None.
-        rows: the module's output axis.
+        rows: number of output rows of the module whose companion it is. For a scale that was read
+            this is the source module; a target fused from single rows has more.
 
     Raises:
         LayoutError: the companion is not in the table.
@@ -41,7 +42,7 @@ def axes_of(companion: str, shape: Sequence[int] | None, rows: Axis) -> tuple[st
         follows = FOLLOWS[companion]
     except KeyError:
         raise LayoutError(f"'{companion}' is not a companion of a linear") from None
-    per_tensor = companion == "weights_scaling_factor" and shape is not None
-    if per_tensor and tuple(shape or ()) in {(), (1,)} and rows.length > 1:
-        return ()
+    if companion == "weights_scaling_factor" and shape is not None:
+        per_tensor = len(shape) == 0 or (tuple(shape) == (1,) and rows > 1)
+        return () if per_tensor else follows
     return follows

@@ -1,0 +1,89 @@
+"""A config.json that remembers what was read."""
+
+import pytest
+
+from phireg.config.hf import HFConfig
+
+
+def test_get_reaches_into_blocks():
+    hf = HFConfig({"a": 1, "block": {"inner": {"x": [2]}}, "text": "t"})
+    assert hf.get("a") == 1
+    assert hf.get("block.inner.x") == [2]
+    assert hf.get("block") == {"inner": {"x": [2]}}
+    for absent in ("b", "block.y", "block.inner.x.y", "text.length", "a.b"):
+        assert hf.get(absent) is None
+
+
+@pytest.mark.parametrize("falsy", [0, False, "", [], {}])
+def test_only_null_counts_as_absent(falsy):
+    hf = HFConfig({"key": falsy, "null": None})
+    assert hf.has("key")
+    assert hf.get("key") == falsy
+    assert not hf.has("null")
+    assert not hf.has("missing")
+
+
+def test_null_and_absent_can_be_told_apart():
+    hf = HFConfig({"null": None, "zero": 0})
+    assert hf.is_null("null")
+    assert not hf.is_null("zero")
+    assert not hf.is_null("missing")
+
+
+def test_unread_lists_what_nobody_asked_for():
+    hf = HFConfig({"z": 1, "a": 2, "null": None, "used": 3})
+    hf.get("used")
+    assert hf.unread() == ("z", "a"), "in file order; null is no value"
+    hf.has("z")
+    assert hf.unread() == ("a",)
+
+
+def test_a_block_somebody_looked_into_counts_leaf_by_leaf():
+    hf = HFConfig({"rope": {"type": "su", "beta": 1, "deep": {"x": 1, "y": 2}}, "map": {"a": {}}})
+    hf.get("rope.type")
+    hf.get("rope.deep.x")
+    assert hf.unread() == ("rope.beta", "rope.deep.y", "map")
+
+
+def test_a_block_read_as_a_whole_is_read():
+    hf = HFConfig({"rope": {"type": "su", "beta": 1}})
+    hf.get("rope")
+    hf.get("rope.type")
+    assert hf.unread() == ()
+
+
+def test_asking_whether_a_block_is_there_does_not_read_it():
+    hf = HFConfig({"rope": {"type": "su", "beta": 1}})
+    assert hf.has("rope")
+    assert hf.unread() == ("rope",)
+    assert hf.has("rope.type")
+    assert hf.unread() == ("rope.beta",)
+
+
+def test_looked_into_is_about_whole_names():
+    hf = HFConfig({})
+    hf.get("rope_scaling.type")
+    assert hf.looked_into("rope_scaling")
+    assert not hf.looked_into("rope")
+
+
+def test_a_fresh_copy_has_nothing_read():
+    hf = HFConfig({"a": 1, "architectures": ["X"], "model_type": "x"})
+    hf.get("a")
+    assert hf.fresh().unread() == ("a",), "what phireg itself reads is not the family's business"
+    assert hf.unread() == ()
+
+
+@pytest.mark.parametrize(
+    ("data", "architectures", "model_type"),
+    [
+        ({"architectures": ["A", "B"], "model_type": "phi3"}, ("A", "B"), "phi3"),
+        ({}, (), ""),
+        ({"architectures": None, "model_type": None}, (), ""),
+        ({"architectures": "A", "model_type": ""}, (), ""),
+        ({"architectures": []}, (), ""),
+    ],
+)
+def test_what_names_the_model(data, architectures, model_type):
+    hf = HFConfig(data)
+    assert (hf.architectures, hf.model_type) == (architectures, model_type)

@@ -1,0 +1,71 @@
+"""The entries all families share for rope, in the spellings of transformers 4 and 5."""
+
+import pytest
+
+from phireg.config.common import is_long_rope, rope_type, rotary_dim, supported_rope
+from phireg.config.fields import ConfigError, FieldTable
+from phireg.config.hf import HFConfig
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        ({}, "default"),
+        ({"rope_scaling": None}, "default"),
+        ({"rope_scaling": {"type": "su"}}, "su"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+        ({"rope_scaling": {"type": "yarn"}}, "yarn"),
+    ],
+)
+def test_rope_type(data, found):
+    assert rope_type(HFConfig(data)) == found
+    assert is_long_rope(HFConfig(data)) == (found in {"su", "longrope"})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"rope_scaling": {"type": "longrope", "rope_type": "longrope"}},
+        {"rope_scaling": {"type": "su", "rope_type": "longrope"}},
+        {"rope_scaling": {"type": "su"}, "rope_parameters": {"rope_type": "longrope"}},
+    ],
+)
+def test_one_type_under_two_names_is_fine(data):
+    """transformers 4.43 and later write both names into one block."""
+    table = FieldTable(supported_rope("default", "longrope", "su"))
+    assert table.translate(HFConfig(data)).findings == ()
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"rope_scaling": {"type": "longrope", "rope_type": "default"}}, "different rope types"),
+        (
+            {"rope_scaling": {"type": "su"}, "rope_parameters": {"rope_type": "default"}},
+            "different rope types: rope_parameters.rope_type is 'default', rope_scaling.type is",
+        ),
+        ({"rope_scaling": {"type": "yarn"}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"type": 5}}, "'5' is not supported"),
+        ({"rope_scaling": {"short_factor": [1]}}, "no rope type"),
+    ],
+)
+def test_other_types_are_refused(data, says):
+    table = FieldTable(supported_rope("default", "longrope", "su"))
+    findings = table.translate(HFConfig(data)).findings
+    assert any(f.subject == "rope_scaling" and says in f.detail for f in findings)
+
+
+@pytest.mark.parametrize(
+    ("head", "share", "rotated"), [(80, 0.4, 32), (96, 1.0, 96), (128, 0.75, 96)]
+)
+def test_rotary_dim(head, share, rotated):
+    assert rotary_dim({"head_size": head, "rotary_pct": share}, HFConfig({})) == rotated
+
+
+@pytest.mark.parametrize(
+    ("head", "share"), [(80, 0.0), (10, 0.5), (80, 1.5), (80, 1e308), (7, 1.0)]
+)
+def test_what_cannot_be_rotated_is_refused(head, share):
+    with pytest.raises(ConfigError):
+        rotary_dim({"head_size": head, "rotary_pct": share}, HFConfig({}))

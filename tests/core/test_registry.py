@@ -1,0 +1,323 @@
+"""The registry, with made-up distributions: only metadata is read until a family is asked for."""
+
+import sys
+import textwrap
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from phireg import registry
+from phireg.config.hf import HFConfig
+from phireg.errors import PluginError, SourceError
+from phireg.family import Family
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+BUILT_IN = {
+    "phi2": "phireg_plugins.phi2:FAMILY",
+    "phi3-mini": "phireg_plugins.phi3_mini:FAMILY",
+    "phi3-small": "phireg_plugins.phi3_small:FAMILY",
+    "phi3-medium": "phireg_plugins.phi3_medium:FAMILY",
+}
+
+PLUGIN = """
+from phireg.api import Family, FieldTable, QuantRules, Rules, hookimpl
+
+class Step:
+    @hookimpl
+    def phireg_config_fields(self):
+        return FieldTable()
+    @hookimpl
+    def phireg_weight_rules(self):
+        return Rules()
+    @hookimpl
+    def phireg_quant_rules(self):
+        return QuantRules(())
+
+def make(name, **more):
+    given = dict(
+        name=name, architectures=("Acme",), model_types=("acme",), steps=(Step(),), api=1
+    )
+    return Family(**{**given, **more})
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Write a plugin module; it can be imported during the test only."""
+    monkeypatch.syspath_prepend(tmp_path)
+    written = []
+
+    def write(module, body):
+        (tmp_path / f"{module}.py").write_text(PLUGIN + textwrap.dedent(body))
+        written.append(module)
+
+    yield write
+    for module in written:
+        sys.modules.pop(module, None)
+
+
+def offer(name, value, distribution="acme-phi", version="0.3"):
+    """An entry point as importlib.metadata makes it for an installed distribution."""
+    entry = metadata.EntryPoint(name, value, registry.GROUP)
+    dist = SimpleNamespace(name=distribution, version=version)
+    vars(entry)["dist"] = dist
+    return entry
+
+
+def failure(name, *offers):
+    with pytest.raises(PluginError) as caught:
+        registry.load(name, registry.index(offers))
+    assert caught.value.exit_code == 5
+    return caught.value
+
+
+def test_index_reads_names_and_imports_nothing(plugin):
+    plugin("acme_bomb", "raise SystemExit('imported')")
+    known = registry.index(
+        [
+            offer("zeta", "acme_bomb:FAMILY"),
+            offer("alpha", "acme_bomb:OTHER", "b-dist", "2"),
+            offer("alpha", "acme_bomb:OTHER", "a-dist", "1"),
+        ]
+    )
+    assert list(known) == ["alpha", "zeta"]
+    assert [candidate.qualified for candidate in known["alpha"]] == ["a-dist:alpha", "b-dist:alpha"]
+    assert (known["zeta"][0].distribution, known["zeta"][0].version) == ("acme-phi", "0.3")
+    assert known["zeta"][0].value == "acme_bomb:FAMILY"
+    assert "acme_bomb" not in sys.modules
+
+
+def test_load_imports_only_what_was_asked_for(plugin):
+    plugin("acme_good", "FAMILY = make('good')")
+    plugin("acme_bomb", "raise SystemExit('imported')")
+    known = registry.index([offer("good", "acme_good:FAMILY"), offer("bomb", "acme_bomb:FAMILY")])
+    chosen = registry.load("good", known)
+    assert isinstance(chosen.family, Family)
+    assert chosen.family.name == "good"
+    assert chosen.candidate.distribution == "acme-phi"
+    assert chosen.warnings == ()
+    assert "acme_good" in sys.modules
+    assert "acme_bomb" not in sys.modules
+
+
+def test_an_unknown_family_is_answered_with_the_nearest_and_all():
+    error = failure(
+        "phi3-mimi",
+        offer("phi3-mini", "x:F", "phireg", "0.1.0"),
+        offer("phi2", "x:F", "phireg", "0.1.0"),
+        offer("acme-phi4", "x:F"),
+    )
+    assert "no installed plugin offers a family 'phi3-mimi'" in error.message
+    assert "did you mean 'phi3-mini'?" in error.message
+    assert error.hint == "installed: acme-phi4 (acme-phi 0.3); phi2, phi3-mini (phireg 0.1.0)"
+
+
+def test_an_unknown_family_like_no_other():
+    assert "did you mean" not in failure("llama", offer("phi2", "x:F")).message
+    assert failure("llama").hint == "installed: none"
+
+
+def test_two_distributions_with_one_name(plugin):
+    plugin("acme_one", "FAMILY = make('phi3-small')")
+    plugin("acme_two", "FAMILY = make('phi3-small')")
+    offers = (
+        offer("phi3-small", "acme_one:FAMILY", "phireg", "0.1.0"),
+        offer("phi3-small", "acme_two:FAMILY", "acme-phi", "0.3"),
+    )
+    error = failure("phi3-small", *offers)
+    assert "family 'phi3-small' is offered 2 times" in error.message
+    assert "phireg 0.1.0  phi3-small = acme_one:FAMILY" in error.message
+    assert "acme-phi 0.3  phi3-small = acme_two:FAMILY" in error.message
+    assert "--family acme-phi:phi3-small  or  --family phireg:phi3-small" in error.hint
+    assert not {"acme_one", "acme_two"} & set(sys.modules), "asking which needs no import"
+    chosen = registry.load("acme-phi:phi3-small", registry.index(offers))
+    assert chosen.candidate.distribution == "acme-phi"
+    assert "acme_one" not in sys.modules
+
+
+def test_a_distribution_that_does_not_offer_the_family():
+    error = failure("other:phi2", offer("phi2", "x:F", "phireg"))
+    assert "no installed plugin offers a family 'other:phi2'" in error.message
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("import einops_of_acme", "ModuleNotFoundError: No module named 'einops_of_acme'"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("FAMILY = (", "SyntaxError"),
+        ("raise SystemExit('bye')", "SystemExit: bye"),
+        ("pass", "AttributeError"),
+    ],
+)
+def test_a_plugin_that_cannot_be_imported(plugin, body, says):
+    plugin("acme_bad", body)
+    plugin("acme_good", "FAMILY = make('good')")
+    offers = (offer("bad", "acme_bad:FAMILY"), offer("good", "acme_good:FAMILY"))
+    error = failure("bad", *offers)
+    assert "family 'bad' is offered by acme-phi 0.3 (acme_bad:FAMILY)" in error.message
+    assert says in error.message
+    assert "other families are not affected" in error.hint
+    assert registry.load("good", registry.index(offers)).family.name == "good"
+
+
+def test_a_malformed_entry_point():
+    assert "cannot be loaded" in failure("bad", offer("bad", "not a module at all!")).message
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("FAMILY = make('x', api=2)", "plugin API 2; this phireg speaks API 1"),
+        ("FAMILY = make('x', steps=())", "nobody implements"),
+    ],
+)
+def test_what_the_family_itself_refuses_names_the_distribution(plugin, body, says):
+    plugin("acme_x", body)
+    error = failure("x", offer("x", "acme_x:FAMILY"))
+    assert error.message.startswith("acme-phi 0.3: ")
+    assert says in error.message
+    assert error.hint
+
+
+def test_something_else_than_a_family(plugin):
+    plugin("acme_x", "FAMILY = {'name': 'x'}")
+    error = failure("x", offer("x", "acme_x:FAMILY"))
+    assert error.message == "acme-phi 0.3: acme_x:FAMILY is a dict, not a phireg.api.Family"
+
+
+def test_another_name_than_the_entry_points(plugin):
+    plugin("acme_x", "FAMILY = make('y')")
+    error = failure("x", offer("x", "acme_x:FAMILY"))
+    assert "the entry point is called 'x', but the family calls itself 'y'" in error.message
+
+
+def test_damaged_metadata_does_not_stop_the_others(plugin):
+    plugin("acme_good", "FAMILY = make('good')")
+    nobody = metadata.EntryPoint("good", "x:F", registry.GROUP)
+    nameless = offer("good", "x:F", None, None)
+    known = registry.index([nameless, nobody, offer("good", "acme_good:FAMILY")])
+    assert [c.distribution for c in known["good"]] == ["acme-phi", "unknown", "unknown"]
+    assert registry.load("acme-phi:good", known).family.name == "good"
+
+
+# --family auto
+
+
+def choose(config, *offers):
+    return registry.choose(HFConfig(config), registry.index(offers))
+
+
+ACME = {"architectures": ["Acme"], "model_type": "acme"}
+
+
+def test_choose_takes_the_one_that_claims_the_model(plugin):
+    plugin("acme_a", "FAMILY = make('a')")
+    plugin("acme_b", "FAMILY = make('b', architectures=('Other',), model_types=('other',))")
+    chosen = choose(ACME, offer("a", "acme_a:FAMILY"), offer("b", "acme_b:FAMILY"))
+    assert (chosen.family.name, chosen.candidate.name, chosen.warnings) == ("a", "a", ())
+
+
+def test_choose_asks_families_to_tell_apart(plugin):
+    plugin("acme_a", "FAMILY = make('a', tell_apart=lambda hf: 'it is large')")
+    plugin("acme_b", "FAMILY = make('b', tell_apart=lambda hf: None)")
+    offers = offer("a", "acme_a:FAMILY"), offer("b", "acme_b:FAMILY")
+    assert choose(ACME, *offers).family.name == "b"
+
+
+def test_choose_with_none_lists_the_reasons(plugin):
+    plugin("acme_a", "FAMILY = make('a', architectures=('Other',))")
+    plugin("acme_b", "FAMILY = make('b', tell_apart=lambda hf: 'it is small')")
+    plugin("acme_bad", "1 / 0")
+    with pytest.raises(SourceError) as caught:
+        choose(
+            ACME,
+            offer("a", "acme_a:FAMILY"),
+            offer("b", "acme_b:FAMILY"),
+            offer("bad", "acme_bad:FAMILY"),
+        )
+    message = caught.value.message
+    assert "a: its architecture is Acme, and a converts Other" in message
+    assert "b: it is small" in message
+    assert "family 'bad' is offered by acme-phi 0.3" in message, "it might have been the one"
+    assert caught.value.exit_code == 3
+
+
+def test_choose_with_two_says_how_to_choose(plugin):
+    plugin("acme_a", "FAMILY = make('a')")
+    plugin("acme_b", "FAMILY = make('b')")
+    with pytest.raises(PluginError) as caught:
+        choose(ACME, offer("a", "acme_a:FAMILY"), offer("b", "acme_b:FAMILY", "b-dist", "1"))
+    assert "2 families claim this model" in caught.value.message
+    assert caught.value.hint == "say which: --family acme-phi:a  or  --family b-dist:b"
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("raise SystemExit(3)", "cannot be loaded"),
+        ("def raises(hf): 1 / 0\nFAMILY = make('bad', tell_apart=raises)", "ZeroDivisionError"),
+    ],
+)
+def test_a_broken_plugin_is_a_warning(plugin, body, says):
+    plugin("acme_good", "FAMILY = make('good')")
+    plugin("acme_bad", body)
+    chosen = choose(ACME, offer("bad", "acme_bad:FAMILY"), offer("good", "acme_good:FAMILY"))
+    assert chosen.family.name == "good"
+    (warning,) = chosen.warnings
+    assert says in warning
+    assert "'bad'" in warning
+    assert "acme-phi 0.3" in warning
+
+
+def test_a_variant_that_cannot_be_told_apart_is_not_considered(plugin):
+    plugin("acme_a", "FAMILY = make('a')")
+    plugin("acme_v", "FAMILY = make('a').derive('v')")
+    chosen = choose(ACME, offer("a", "acme_a:FAMILY"), offer("v", "acme_v:FAMILY"))
+    assert chosen.family.name == "a"
+    assert registry.load("v", registry.index([offer("v", "acme_v:FAMILY")])).family.name == "v"
+
+
+def test_a_variant_that_can_be_told_apart_is_considered(plugin):
+    plugin("acme_a", "FAMILY = make('a', tell_apart=lambda hf: 'large' if hf.has('big') else None)")
+    plugin(
+        "acme_v",
+        "FAMILY = make('a').derive('v', tell_apart=lambda hf: None if hf.has('big') else 'small')",
+    )
+    offers = offer("a", "acme_a:FAMILY"), offer("v", "acme_v:FAMILY")
+    assert choose(ACME, *offers).family.name == "a"
+    assert choose({**ACME, "big": 1}, *offers).family.name == "v"
+
+
+@pytest.mark.parametrize("config", [{}, {"architectures": []}, {"hidden_size": 6}])
+def test_a_config_that_names_no_model_is_not_guessed(plugin, config):
+    plugin("acme_a", "FAMILY = make('a')")
+    with pytest.raises(SourceError, match="neither architectures nor a model_type") as caught:
+        choose(config, offer("a", "acme_a:FAMILY"))
+    assert "--family" in caught.value.hint
+
+
+# What is really installed
+
+
+def test_the_built_in_families_use_the_public_group():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"] == {registry.GROUP: BUILT_IN}
+    try:
+        metadata.distribution("phireg")
+    except metadata.PackageNotFoundError:
+        return
+    installed = {
+        candidate.name: candidate.value
+        for offers in registry.index().values()
+        for candidate in offers
+        if candidate.distribution == "phireg"
+    }
+    assert installed == BUILT_IN

@@ -1,0 +1,155 @@
+"""Rules: one per target, immutable, and each knows the line that made it."""
+
+import inspect
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from phireg.layout.rules import Linear, Norm, Policy, Rules, Table, one_of
+from phireg.layout.spans import LayoutError
+from phireg.layout.words import columns, fuse, pad, parts, replicable, src, tied
+
+COLUMN, ROW, COPY = Policy.COLUMN, Policy.ROW, Policy.COPY
+
+
+def here(offset=0):
+    """This file and the caller's line, as rules tell them."""
+    line = inspect.currentframe().f_back.f_lineno + offset
+    return f"{Path(__file__).parent.name}/{Path(__file__).name}:{line}"
+
+
+def test_a_linear_is_two_axes_and_its_companions():
+    rule = Linear("dense", src("o_proj", 6), columns(10, unit=5), ROW, bias=True)
+    assert rule.target == "dense"
+    assert rule.weight == (src("o_proj", 6),)
+    assert rule.cols == columns(10, unit=5)
+    assert rule.policy is ROW
+    assert rule.tensors == {"weight": (src("o_proj", 6),), "bias": (src("o_proj", 6),)}
+
+
+def test_columns_may_be_a_number():
+    assert Linear("fc", src("x", 6), 10, COLUMN).cols == columns(10)
+
+
+def test_norms_and_tables_are_whole_on_every_rank():
+    norm, biased = Norm("ln", src("n", 6)), Norm("ln", src("n", 6), bias=True)
+    table = Table("emb", src("e", 9), 6)
+    assert (norm.policy, norm.cols, list(norm.tensors)) == (COPY, None, ["weight"])
+    assert list(biased.tensors) == ["weight", "bias"]
+    assert (table.policy, table.cols, list(table.tensors)) == (COPY, columns(6), ["weight"])
+
+
+def test_a_tied_head_may_have_its_own_bias():
+    rule = Linear("lm_head", pad(tied(src("embed", 7))), 4, COLUMN, bias=pad(src("lm_head", 7)))
+    assert rule.weight[0].sources == (("embed", 7),)
+    assert rule.bias[0].sources == (("lm_head", 7),)
+
+
+def test_alternatives_are_kept_in_order():
+    fused, separate = parts(src("qkv", 6), q=4, k=2), fuse(q=src("q", 4), k=src("k", 2))
+    assert Linear("qkv", one_of(fused, separate), 4, COLUMN).weight == (fused, separate)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [one_of(src("a", 6), src("b", 7)), one_of()],
+    ids=["unequal", "none"],
+)
+def test_alternatives_must_be_as_long_as_each_other(rows):
+    with pytest.raises(LayoutError, match="fc: the alternatives have"):
+        Linear("fc", rows, 4, COLUMN)
+
+
+def test_a_bias_must_be_as_long_as_the_weight():
+    with pytest.raises(LayoutError, match=r"fc: the alternatives have \[6, 7\] rows"):
+        Linear("fc", src("a", 6), 4, COLUMN, bias=src("b", 7))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        fuse(q=src("q", 4), k=src("k", 4)),
+        fuse(q=src("q", 6), k=src("k", 2), unit=2),
+        replicable(fuse(q=src("q", 4), k=src("k", 4), unit=2), "k"),
+        pad(fuse(q=src("q", 4), k=src("k", 4), unit=2)),
+        src("whole", 8, unit=2),
+    ],
+    ids=["unit", "sizes", "replicable", "padded", "parts"],
+)
+def test_alternatives_must_be_divided_alike(other):
+    """Otherwise the ranks of one source layout would hold other rows than those of the next."""
+    one = fuse(q=src("a", 4), k=src("b", 4), unit=2)
+    with pytest.raises(LayoutError, match=r"qkv: .* divided over ranks differently"):
+        Linear("qkv", one_of(one, other), 4, COLUMN)
+
+
+def test_rules_are_a_mapping_by_target():
+    first, second = Norm("a", src("x", 3)), Norm("b", src("y", 3))
+    rules = Rules(first, second, drop={"inv_freq": "a constant"})
+    assert list(rules) == ["a", "b"]
+    assert rules["b"] is second
+    assert len(rules) == 2
+    assert rules.drop == {"inv_freq": "a constant"}
+
+
+def test_rules_cannot_be_changed():
+    drop = {"x": "reason"}
+    rules = Rules(Norm("a", src("x", 3)), drop=drop)
+    drop["y"] = "added later"
+    assert dict(rules.drop) == {"x": "reason"}
+    with pytest.raises(TypeError):
+        rules["a"] = Norm("a", src("z", 3))
+    with pytest.raises(TypeError):
+        rules.drop["z"] = "no"
+    with pytest.raises(FrozenInstanceError):
+        rules["a"].target = "b"
+
+
+def test_a_target_has_one_rule_and_both_places_are_named():
+    first = Norm("a", src("x", 3))
+    second = Norm("a", src("y", 3))
+    with pytest.raises(LayoutError) as caught:
+        Rules(first, second)
+    assert str(caught.value) == f"a is made twice: {here(-4)} and {here(-3)}"
+
+
+def test_replace_keeps_the_rest_and_the_order():
+    rules = Rules(Norm("a", src("x", 3)), Norm("b", src("y", 3)), drop={"z": "why"})
+    new = Norm("a", src("other", 3))
+    replaced = rules.replace(new)
+    assert list(replaced.values()) == [new, rules["b"]]
+    assert replaced.drop == rules.drop
+    assert rules["a"].weight == (src("x", 3),), "the original stays as it was"
+
+
+def test_replace_takes_known_targets_once():
+    rules = Rules(Norm("a", src("x", 3)))
+    with pytest.raises(LayoutError, match="no rule makes b, c"):
+        rules.replace(Norm("b", src("x", 3)), Norm("c", src("x", 3)))
+    with pytest.raises(LayoutError, match="a is made twice"):
+        rules.replace(Norm("a", src("y", 3)), Norm("a", src("z", 3)))
+
+
+def test_where_is_the_line_that_made_the_rule():
+    rule = Norm("a", src("x", 3))
+    assert rule.where == here(-1)
+
+
+def test_where_survives_comprehensions_generators_and_helpers():
+    listed = [Linear(f"fc{i}", src("x", 3), 2, COLUMN) for i in range(2)]
+    assert {rule.where for rule in listed} == {here(-1)}
+    made = tuple(Table(f"t{i}", one_of(src("x", 3)), 2) for i in range(2))
+    assert {rule.where for rule in made} == {here(-1)}
+
+    def helper(name):
+        return Norm(name, src(name, 3))
+
+    assert helper("n").where == here(-2)
+
+
+def test_where_does_not_make_rules_differ():
+    one = Norm("a", src("x", 3))
+    two = Norm("a", src("x", 3))
+    assert one.where != two.where
+    assert one == two

@@ -1,0 +1,385 @@
+"""What is derived from an index map, against naive numpy: sharding, blocks, inverse, partition."""
+
+import re
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from naive import EXAMPLES, gather, numbered
+
+from phireg.layout.spans import (
+    Axis,
+    LayoutError,
+    Part,
+    Span,
+    blocks,
+    check_partition,
+    coalesce,
+    invert,
+    possible_ranks,
+    shard,
+    take,
+)
+from phireg.layout.words import (
+    columns,
+    fuse,
+    order,
+    pad,
+    parts,
+    replicable,
+    select,
+    src,
+    tied,
+    ungroup,
+)
+
+TP = st.sampled_from([1, 2, 3, 4, 8])
+UNIT = st.sampled_from([1, 2, 3, 5, 7])
+SPAN_LISTS = st.lists(
+    st.builds(
+        Span,
+        st.sampled_from(["a", "b", None]),
+        st.integers(0, 12),
+        st.integers(0, 6),
+        st.booleans(),
+    ),
+    max_size=8,
+)
+
+
+def rows_of(spans):
+    """Every row by itself, as (source, row, shared); the rows of a fill have no number."""
+    return [
+        (span.source, None if span.source is None else span.start + i, span.shared)
+        for span in spans
+        for i in range(span.count)
+    ]
+
+
+@EXAMPLES
+@given(SPAN_LISTS)
+def test_coalesce_keeps_the_rows_and_joins_all_it_can(spans):
+    joined = coalesce(spans)
+    assert rows_of(joined) == rows_of(spans)
+    assert all(span.count for span in joined)
+    for left, right in pairwise(joined):
+        alike = (left.source, left.shared) == (right.source, right.shared)
+        assert not (alike and (left.source is None or left.stop == right.start))
+
+
+@EXAMPLES
+@given(SPAN_LISTS, st.integers(0, 50), st.integers(0, 50))
+def test_take_is_a_slice(spans, start, stop):
+    assert rows_of(take(spans, start, stop)) == rows_of(spans)[start:stop]
+
+
+# Sharding
+
+
+@EXAMPLES
+@given(
+    tp=TP,
+    units=st.lists(st.integers(0, 4), min_size=1, max_size=4),
+    unit=UNIT,
+    extra=st.integers(0, 1),
+)
+def test_shard_is_np_split_of_every_part(tp, units, unit, extra):
+    """Each part is cut by itself, in whole units; anything else is refused."""
+    sizes = {f"p{i}": count * tp * unit + extra * unit for i, count in enumerate(units)}
+    data = numbered(**sizes)
+    axis = fuse(unit=unit, **{name: src(name, rows) for name, rows in sizes.items()})
+    for rank in range(tp):
+        if extra and tp > 1:
+            with pytest.raises(LayoutError, match=f"part 'p0': .* over {tp} ranks"):
+                shard(axis, tp, rank)
+            continue
+        mine = shard(axis, tp, rank)
+        expected = [np.split(data[name], tp)[rank] for name in sizes]
+        assert gather(mine, data).tolist() == np.concatenate(expected).tolist()
+        assert [part.length for part in mine.parts] == [len(piece) for piece in expected]
+
+
+@EXAMPLES
+@given(tp=TP, kv=st.integers(1, 3), q=st.integers(1, 3), head=UNIT)
+def test_grouped_qkv_shards_as_attention_needs_it(tp, kv, q, head):
+    """Rank r gets query heads [r * H / tp, ...) and exactly the KV heads those queries use."""
+    heads = kv * tp
+    rows = heads * (q + 2) * head
+    data = numbered(x=rows)
+    axis = ungroup(src("x", rows), groups=heads, unit=head, q=q, k=1, v=1)
+    grouped = data["x"].reshape(heads, q + 2, head)
+    for rank in range(tp):
+        mine = grouped[rank * kv : (rank + 1) * kv]
+        expected = [mine[:, :q].reshape(-1), mine[:, q].reshape(-1), mine[:, q + 1].reshape(-1)]
+        assert gather(shard(axis, tp, rank), data).tolist() == np.concatenate(expected).tolist()
+
+
+@EXAMPLES
+@given(tp=st.sampled_from([2, 4, 8]), kv=st.sampled_from([1, 2, 3, 4, 5]), head=UNIT)
+def test_replicated_kv_heads(tp, kv, head):
+    """With fewer KV heads than ranks, tp / kv neighbouring ranks hold the same one."""
+    data = numbered(k=kv * head)
+    axis = replicable(fuse(unit=head, k=src("k", kv * head)), "k")
+    if kv % tp and tp % kv:
+        assert not possible_ranks(axis.parts[0], tp)
+        with pytest.raises(LayoutError, match=f"part 'k': .*{kv}.* over {tp} ranks"):
+            shard(axis, tp, 0)
+        return
+    # With kv >= tp this is the plain split, with fewer every head tp / kv times in a row.
+    whole = data["k"].reshape(kv, head)
+    spread = np.repeat(whole, max(tp // kv, 1), axis=0).reshape(tp, -1)
+    owned = []
+    for rank in range(tp):
+        mine = shard(axis, tp, rank)
+        assert gather(mine, data).tolist() == spread[rank].tolist()
+        owned += [row for _, row, shared in rows_of(mine.spans) if not shared]
+    assert owned == list(range(kv * head)), "each row is owned once, whatever its copies"
+
+
+def test_a_part_that_is_not_replicable_is_not_repeated():
+    axis = fuse(unit=5, q=src("q", 10), k=src("k", 10))
+    with pytest.raises(LayoutError, match="part 'k': 2 units of 5 rows cannot be divided over 4"):
+        shard(Axis(axis.parts[1:], axis.sources), 4, 0)
+
+
+@EXAMPLES
+@given(tp=TP, rows=st.integers(1, 40), unit=st.sampled_from([1, 2, 3]))
+def test_pad_is_np_pad_and_split(tp, rows, unit):
+    """A vocabulary: every rank gets the same number of rows, in whole units, zeros at the end."""
+    data = numbered(x=rows)
+    axis = pad(src("x", rows, unit=unit))
+    step = tp * unit
+    padded = np.pad(data["x"], (0, -rows % step))
+    for rank in range(tp):
+        mine = shard(axis, tp, rank)
+        assert gather(mine, data).tolist() == np.split(padded, tp)[rank].tolist()
+        assert not any(part.padded for part in mine.parts), "a shard is not padded again"
+
+
+def test_an_interleaved_pair_stays_on_one_rank():
+    """gegelu reads rows 2i and 2i + 1 together: 6 pairs over 4 ranks must not fall apart."""
+    with pytest.raises(LayoutError, match=r"part 'rows': 6 units of 2 rows .* 4 ranks"):
+        shard(src("up_proj", 12, unit=2), 4, 0)
+    data = numbered(up_proj=12)
+    pairs = data["up_proj"].reshape(6, 2)
+    mine = shard(src("up_proj", 12, unit=2), 3, 1)
+    assert gather(mine, data).tolist() == pairs[2:4].reshape(-1).tolist()
+
+
+@EXAMPLES
+@given(rows=st.integers(0, 60), unit=UNIT, tp=TP, may_repeat=st.booleans())
+def test_possible_ranks_is_when_shard_works(rows, unit, tp, may_repeat):
+    axis = Axis((Part("p", (Span("x", 0, rows),), unit, may_repeat),), (("x", rows),))
+    whole, heads = rows % unit == 0, rows // unit
+    wanted = whole and (heads % tp == 0 or (may_repeat and tp % heads == 0))
+    assert possible_ranks(axis.parts[0], tp) == wanted
+    if wanted:
+        assert {shard(axis, tp, rank).length for rank in range(tp)} == {
+            rows // tp if heads % tp == 0 else unit
+        }
+    else:
+        with pytest.raises(LayoutError, match="part 'p'"):
+            shard(axis, tp, 0)
+
+
+def test_shard_errors_name_the_part_and_the_amounts():
+    with pytest.raises(LayoutError, match=r"part 'k': 10 units of 64 rows .* over 4 ranks"):
+        shard(fuse(unit=64, q=src("q", 2560), k=src("k", 640)), 4, 0)
+    with pytest.raises(LayoutError, match="part 'rows': 7 rows cannot be divided over 2 ranks"):
+        shard(src("x", 7), 2, 0)
+    with pytest.raises(LayoutError, match="3 units of 2 rows and 1 rows"):
+        shard(src("x", 7, unit=2), 1, 0)
+    for rank in (-1, 2):
+        with pytest.raises(LayoutError, match=f"rank {rank} does not exist among 2 ranks"):
+            shard(src("x", 8), 2, rank)
+
+
+def test_a_shard_names_only_the_sources_it_reads():
+    axis = parts(fuse(a=src("a", 4), b=src("b", 4)), rows=8)
+    assert shard(axis, 2, 0).sources == (("a", 4),)
+    assert shard(axis, 2, 1).sources == (("b", 4),)
+    assert shard(pad(src("v", 1)), 2, 1).sources == (), "only zero rows"
+
+
+# Block scales
+
+
+@EXAMPLES
+@given(
+    size=st.integers(1, 5), groups=st.integers(1, 3), q=st.integers(1, 3), head=st.integers(1, 3)
+)
+def test_blocks_is_the_map_between_blocks(size, groups, q, head):
+    """Where target row t comes from row s, target block t / size comes from block s / size."""
+    rows = groups * (q + 2) * head * size
+    axis = ungroup(src("x", rows), groups=groups, unit=head * size, q=q, k=1, v=1)
+    by_row = gather(axis, {"x": np.arange(rows)})
+    by_block = gather(blocks(axis, size), {"x": np.arange(rows // size)})
+    assert by_block.tolist() == (by_row[::size] // size).tolist()
+    assert dict(blocks(axis, size).sources) == {"x": rows // size}
+
+
+@EXAMPLES
+@given(tp=TP, size=st.integers(1, 5), kv=st.integers(1, 3), head=st.integers(1, 3))
+def test_blocks_and_shards_commute(tp, size, kv, head):
+    rows = tp * kv * 4 * head * size
+    axis = ungroup(src("x", rows), groups=tp * kv, unit=head * size, q=2, k=1, v=1)
+    for rank in range(tp):
+        first, second = blocks(shard(axis, tp, rank), size), shard(blocks(axis, size), tp, rank)
+        assert (first.spans, first.length) == (second.spans, second.length)
+
+
+def test_misaligned_blocks_are_refused():
+    qkv = ungroup(src("qkv", 3 * 96 * 4), groups=4, unit=96, q=1, k=1, v=1)
+    with pytest.raises(LayoutError, match=r"part 'q': row count 96 .* blocks of 128 rows"):
+        blocks(qkv, 128)
+    with pytest.raises(LayoutError, match=r"part 'q': first row 288 .* blocks of 64"):
+        blocks(Axis((Part("q", (Span("qkv", 288, 64),)),), (("qkv", 1152),)), 64)
+    with pytest.raises(LayoutError, match=r"part 'rows': unit 96 .* blocks of 64"):
+        blocks(src("x", 192, unit=96), 64)
+    with pytest.raises(LayoutError, match="source x: 130 "):
+        blocks(select(parts(src("x", 130), a=128, b=2), "a"), 128)
+    with pytest.raises(LayoutError, match="shard it first"):
+        blocks(pad(src("x", 40)), 4)
+
+
+# Inverse and partition
+
+
+@st.composite
+def models(draw):
+    """A small model's modules, awkwardly sized, with the ways their rows may go."""
+    tp = draw(st.sampled_from([1, 2, 4]))
+    head = draw(st.sampled_from([1, 3, 5]))
+    kv = draw(st.sampled_from([1, 2, 4]))
+    q = draw(st.integers(1, 2)) * (1 if kv % tp == 0 else tp)
+    inner = draw(st.integers(1, 5)) * tp
+    vocab = draw(st.integers(1, 19))
+    sources = {"embed": vocab, "gate_up": 2 * inner}
+    if draw(st.booleans()):
+        sources["qkv"] = kv * (q + 2) * head
+        qkv = ungroup(src("qkv", sources["qkv"]), groups=kv, unit=head, q=q, k=1, v=1)
+    else:
+        sources |= {"q": kv * q * head, "k": kv * head, "v": kv * head}
+        qkv = fuse(unit=head, **{name: src(name, sources[name]) for name in "qkv"})
+    targets = {
+        "qkv": replicable(qkv, "k", "v"),
+        "fc": order(parts(src("gate_up", 2 * inner), gate=inner, up=inner), "up", "gate"),
+        "head": pad(tied(src("embed", vocab))),
+    }
+    return tp, sources, targets, src("embed", vocab)
+
+
+def shards(tp, targets, table):
+    """Every rank's tensors; the table is whole on all, and rank 0's is the one that owns it."""
+    found = {
+        f"{name}@{rank}": shard(axis, tp, rank)
+        for name, axis in targets.items()
+        for rank in range(tp)
+    }
+    return found | {f"table@{rank}": tied(table) if rank else table for rank in range(tp)}
+
+
+@EXAMPLES
+@given(models())
+def test_the_inverse_of_the_shards_is_the_source(model):
+    tp, sources, targets, table = model
+    data = numbered(**sources)
+    whole = shards(tp, targets, table)
+    assert check_partition(whole, sources) == []
+    written = {name: gather(axis, data) for name, axis in whole.items()}
+    back = invert(whole, sources)
+    assert set(back) == set(sources)
+    for name, axis in back.items():
+        assert gather(axis, written).tolist() == data[name].tolist()
+        assert all(count == len(written[target]) for target, count in axis.sources)
+
+
+@EXAMPLES
+@given(models(), st.data())
+def test_a_missing_shard_is_a_hole_named_by_range(model, data):
+    tp, sources, targets, table = model
+    whole = shards(tp, targets, table)
+    owned = {
+        name: [row[:2] for row in rows_of(axis.spans) if row[0] is not None and not row[2]]
+        for name, axis in whole.items()
+    }
+    lost = data.draw(st.sampled_from([name for name, rows in owned.items() if rows]))
+    left = {name: axis for name, axis in whole.items() if name != lost}
+    problems = check_partition(left, sources)
+    holes = {
+        (source, row)
+        for line in problems
+        for first, stop, source in re.findall(
+            r"rows (\d+) to (\d+) of (\w+) are used nowhere", line
+        )
+        for row in range(int(first), int(stop))
+    }
+    assert holes == set(owned[lost])
+    with pytest.raises(LayoutError, match="used nowhere"):
+        invert(left, sources)
+
+
+@EXAMPLES
+@given(
+    st.lists(st.tuples(st.integers(0, 14), st.integers(1, 8), st.booleans()), max_size=7),
+    st.integers(0, 16),
+)
+def test_check_partition_counts_like_numpy(pieces, rows):
+    """Random spans over one source: holes, doubled rows and rows outside, all by range."""
+    targets = {
+        f"t{i}": Axis((Part("p", (Span("x", start, count, shared),)),), ())
+        for i, (start, count, shared) in enumerate(pieces)
+    }
+    uses, outside = np.zeros(rows, dtype=int), set()
+    for i, (start, count, shared) in enumerate(pieces):
+        if start + count > rows:
+            outside.add(f"t{i} reads rows {start} to {start + count} of x, which has {rows}")
+        elif not shared:
+            uses[start : start + count] += 1
+    problems = check_partition(targets, {"x": rows})
+    said = {"nowhere": set(), "twice": set()}
+    rest = set()
+    for line in problems:
+        found = re.match(r"rows (\d+) to (\d+) of x are used (nowhere|twice)", line)
+        if found:
+            said[found[3]] |= set(range(int(found[1]), int(found[2])))
+        else:
+            rest.add(line)
+    assert said["nowhere"] == set(np.flatnonzero(uses == 0).tolist())
+    assert said["twice"] == set(np.flatnonzero(uses > 1).tolist())
+    assert rest == outside
+    assert len(problems) == len(set(problems))
+
+
+def test_problems_name_the_targets():
+    targets = {"fc": src("x", 6), "other": select(parts(src("x", 6), a=4, b=2), "b")}
+    assert check_partition(targets, {"x": 6}) == [
+        "rows 4 to 6 of x are used twice, by fc and other"
+    ]
+    assert check_partition({"fc": src("y", 2)}, {"x": 3}) == [
+        "fc reads y, which is not a source",
+        "rows 0 to 3 of x are used nowhere",
+    ]
+    with pytest.raises(LayoutError, match="used twice, by fc and other"):
+        invert(targets, {"x": 6})
+
+
+def test_rows_that_are_only_tied_have_no_owner():
+    assert check_partition({"lm_head": tied(src("embed", 5))}, {"embed": 5}) == [
+        "rows 0 to 5 of embed are used nowhere"
+    ]
+
+
+def test_zero_rows_have_no_source_and_one_normal_form():
+    first, second = (shard(pad(src("x", 1)), 4, rank) for rank in (2, 3))
+    assert first == second, "zero rows are zero rows, wherever they were cut"
+    assert first.spans == (Span(None, 0, 1),)
+
+
+def test_input_features_shard_like_rows():
+    """ROW: the columns of head h go with head h."""
+    data = {"": np.arange(12)}
+    halves = [gather(shard(columns(12, unit=3), 2, rank), data).tolist() for rank in range(2)]
+    assert halves == [list(range(6)), list(range(6, 12))]

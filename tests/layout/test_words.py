@@ -1,0 +1,174 @@
+"""Each word of the vocabulary against the numpy code it stands for."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from naive import EXAMPLES, gather, numbered
+
+from phireg.layout.spans import LayoutError, Span
+from phireg.layout.words import (
+    columns,
+    fuse,
+    order,
+    pad,
+    parts,
+    replicable,
+    select,
+    src,
+    tied,
+    ungroup,
+)
+
+SIZE = st.integers(1, 23)
+UNIT = st.sampled_from([1, 2, 3, 5, 7])
+
+
+@EXAMPLES
+@given(SIZE)
+def test_src_is_the_source_as_it_is(rows):
+    data = numbered(x=rows)
+    axis = src("x", rows)
+    assert gather(axis, data).tolist() == data["x"].tolist()
+    assert axis.length == rows
+    assert axis.sources == (("x", rows),)
+
+
+@EXAMPLES
+@given(SIZE, SIZE, SIZE)
+def test_fuse_concatenates(q, k, v):
+    data = numbered(a=q, b=k, c=v)
+    axis = fuse(q=src("a", q), k=src("b", k), v=src("c", v))
+    assert gather(axis, data).tolist() == np.concatenate([data["a"], data["b"], data["c"]]).tolist()
+    assert [part.name for part in axis.parts] == ["q", "k", "v"]
+    assert dict(axis.sources) == {"a": q, "b": k, "c": v}
+
+
+@EXAMPLES
+@given(SIZE, SIZE, SIZE)
+def test_parts_and_select_split(first, second, third):
+    rows = first + second + third
+    data = numbered(x=rows)
+    axis = parts(src("x", rows), a=first, b=second, c=third)
+    assert gather(axis, data).tolist() == data["x"].tolist()
+    expected = np.split(data["x"], [first, first + second])
+    for name, piece in zip("abc", expected, strict=True):
+        chosen = select(axis, name)
+        assert gather(chosen, data).tolist() == piece.tolist()
+        assert chosen.sources == (("x", rows),), "a part still states its whole source"
+
+
+@EXAMPLES
+@given(SIZE)
+def test_order_swaps_halves(half):
+    data = numbered(gate_up=2 * half)
+    axis = order(parts(src("gate_up", 2 * half), gate=half, up=half), "up", "gate")
+    expected = np.concatenate([data["gate_up"][half:], data["gate_up"][:half]])
+    assert gather(axis, data).tolist() == expected.tolist()
+
+
+@EXAMPLES
+@given(groups=st.integers(1, 5), unit=UNIT, q=st.integers(1, 5))
+def test_ungroup_is_the_reshape_of_grouped_qkv(groups, unit, q):
+    """Phi-3-small's own code: view (groups, q + 2, head) and slice along the second axis."""
+    rows = groups * (q + 2) * unit
+    data = numbered(x=rows)
+    axis = ungroup(src("x", rows), groups=groups, unit=unit, q=q, k=1, v=1)
+    grouped = data["x"].reshape(groups, q + 2, unit)
+    for name, piece in (("q", grouped[:, :q]), ("k", grouped[:, q]), ("v", grouped[:, q + 1])):
+        chosen = select(axis, name)
+        assert gather(chosen, data).tolist() == piece.reshape(-1).tolist()
+        assert chosen.parts[0].unit == unit
+
+
+@EXAMPLES
+@given(groups=st.integers(1, 4), unit=UNIT, heads=st.lists(st.integers(0, 3), min_size=1))
+def test_ungroup_with_any_kinds(groups, unit, heads):
+    rows = groups * sum(heads) * unit
+    data = numbered(x=rows)
+    kinds = {f"kind{index}": count for index, count in enumerate(heads)}
+    axis = ungroup(src("x", rows), groups=groups, unit=unit, **kinds)
+    grouped = data["x"].reshape(groups, sum(heads), unit) if rows else None
+    first = 0
+    for part, count in zip(axis.parts, heads, strict=True):
+        wanted = [] if grouped is None else grouped[:, first : first + count].reshape(-1).tolist()
+        assert gather(select(axis, part.name), data).tolist() == wanted
+        first += count
+
+
+@EXAMPLES
+@given(SIZE, SIZE)
+def test_words_compose_over_several_sources(a, b):
+    """A part may lie across the seam of two sources."""
+    data = numbered(a=a, b=b)
+    whole = np.concatenate([data["a"], data["b"]])
+    cut = (a + b) // 2
+    axis = parts(fuse(x=src("a", a), y=src("b", b)), low=cut, high=a + b - cut)
+    swapped = order(axis, "high", "low")
+    assert gather(swapped, data).tolist() == [*whole[cut:], *whole[:cut]]
+
+
+def test_tied_reads_the_same_rows_and_owns_none():
+    axis = tied(fuse(x=src("a", 3), y=src("b", 5)))
+    data = numbered(a=3, b=5)
+    assert gather(axis, data).tolist() == [*data["a"], *data["b"]]
+    assert all(span.shared for span in axis.spans)
+
+
+def test_pad_changes_nothing_before_sharding():
+    data = numbered(a=7)
+    assert gather(pad(src("a", 7)), data).tolist() == data["a"].tolist()
+
+
+def test_columns_read_whichever_tensor_the_rows_come_from():
+    axis = columns(6, unit=2)
+    assert axis.sources == (("", 6),)
+    assert axis.spans == (Span("", 0, 6),)
+    assert axis.parts[0].unit == 2
+
+
+def test_replicable_marks_the_named_parts_and_keeps_earlier_marks():
+    axis = fuse(q=src("a", 4), k=src("b", 2), v=src("c", 2))
+    marked = replicable(replicable(axis, "k"), "v")
+    assert [part.replicable for part in marked.parts] == [False, True, True]
+
+
+@pytest.mark.parametrize("word", ["fuse", "parts"])
+def test_rows_that_belong_together_stay_together(word):
+    """Twelve rows in units of 4: a fused or split axis may not cut them into threes."""
+    x = src("x", 12, unit=4)
+    axis = fuse(only=x) if word == "fuse" else parts(x, only=12)
+    assert axis.parts[0].unit == 4
+
+
+def test_words_leave_their_argument_alone():
+    axis = parts(src("x", 6), a=2, b=4)
+    before = repr(axis)
+    order(axis, "b", "a"), tied(axis), pad(axis), replicable(axis, "a"), select(axis, "b")
+    assert repr(axis) == before
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda: parts(src("x", 10), a=4, b=5), "x: parts .* add up to 9, not to 10 rows"),
+        (lambda: parts(src("x", 10), a=-1, b=11), "x: a would be negative"),
+        (lambda: order(parts(src("x", 4), a=2, b=2), "a"), "order names .'a'."),
+        (lambda: order(parts(src("x", 4), a=2, b=2), "a", "a"), "order names"),
+        (lambda: order(parts(src("x", 4), a=2, b=2), "a", "c"), "has parts .'a', 'b'."),
+        (lambda: select(parts(src("x", 4), a=2, b=2), "c"), "x has no part 'c'"),
+        (lambda: replicable(fuse(q=src("x", 4)), "k"), "x has no part .'k'."),
+        (
+            lambda: ungroup(src("x", 31), groups=2, unit=3, q=3, k=1, v=1),
+            "x: 2 groups of 15 rows are 30, not 31 rows",
+        ),
+        (lambda: ungroup(src("x", 12), groups=2, unit=3, q=-1, k=2, v=1), "x: q would be negative"),
+        (lambda: fuse(a=src("x", 4), b=src("x", 5)), "x cannot have both 4 and 5 rows"),
+        (lambda: src("x", -1), "x: -1 rows are not possible"),
+        (lambda: src("x", 4, unit=0), "a unit of 0 rows is not possible"),
+        (lambda: columns(-2), "columns: -2 rows are not possible"),
+    ],
+)
+def test_what_cannot_be_built_says_why(build, says):
+    with pytest.raises(LayoutError, match=says):
+        build()

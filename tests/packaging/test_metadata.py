@@ -1,0 +1,133 @@
+"""pyproject.toml and setup.cfg: nothing twice, nothing forgotten, nothing that does not exist."""
+
+import ast
+import configparser
+import re
+import sys
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+FOLDERS = {"phireg": "phireg", "phireg_plugins": "plugins"}
+
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
+
+SAME_FACT = {
+    "install_requires": "dependencies",
+    "extras_require": "optional-dependencies",
+    "python_requires": "requires-python",
+    "entry_points": "entry-points",
+    "license_files": "license-files",
+    "long_description": "readme",
+    "url": "urls",
+    "author": "authors",
+    "maintainer": "maintainers",
+}
+"""setuptools' old names for what stands in pyproject's project table."""
+
+
+def file_of(module):
+    """The file of a module of ours, wherever its package lies; None if there is none."""
+    top, *rest = module.split(".")
+    base = ROOT.joinpath(FOLDERS[top], *rest)
+    places = base / "__init__.py", base.with_suffix(".py")
+    return next((path for path in places if path.is_file()), None)
+
+
+def sources():
+    return [path for folder in FOLDERS.values() for path in (ROOT / folder).rglob("*.py")]
+
+
+def test_every_package_is_packaged():
+    found = {
+        ".".join((package, *path.parent.relative_to(ROOT / folder).parts))
+        for package, folder in FOLDERS.items()
+        for path in (ROOT / folder).rglob("__init__.py")
+    }
+    listed = SETUP["options"]["packages"].split()
+    assert found - set(listed) == set(), "setup.cfg must list every folder with an __init__.py"
+    assert set(listed) - found == set(), "setup.cfg lists folders that are no packages"
+    assert listed == sorted(listed)
+
+
+def test_every_module_lies_in_a_package():
+    stray = [path for path in sources() if not (path.parent / "__init__.py").is_file()]
+    assert stray == []
+
+
+def test_plugins_are_not_installed_as_plugins():
+    mapped = dict(line.split(" = ") for line in SETUP["options"]["package_dir"].split("\n") if line)
+    assert mapped == FOLDERS
+    tops = {name.split(".")[0] for name in SETUP["options"]["packages"].split()}
+    assert tops == set(FOLDERS)
+
+
+def test_no_fact_stands_twice():
+    for section in SETUP.sections():
+        assert section.split(".")[0] in {"options", "metadata"}, f"[{section}] is a tool's setting"
+        for key in [section.partition(".")[2]] if "." in section else SETUP[section]:
+            assert SAME_FACT.get(key, key.replace("_", "-")) not in PROJECT
+    assert "setuptools" not in PYPROJECT.get("tool", {}), "setuptools' own settings: setup.cfg"
+    assert not (ROOT / "setup.py").exists()
+
+
+def test_data_files_exist():
+    for package, names in SETUP["options.package_data"].items():
+        for name in names.split():
+            assert (ROOT / FOLDERS[package] / name).is_file()
+
+
+def test_python_versions_agree():
+    supported = SpecifierSet(PROJECT["requires-python"])
+    versions = [f"3.{minor}" for minor in range(6, 20) if supported.contains(f"3.{minor}.1")]
+    assert versions == ["3.10", "3.11", "3.12"]
+    prefix = "Programming Language :: Python :: "
+    named = [c.removeprefix(prefix) for c in PROJECT["classifiers"] if c.startswith(prefix)]
+    assert named == versions
+    assert PYPROJECT["tool"]["ruff"]["target-version"] == "py310"
+    assert PYPROJECT["tool"]["mypy"]["python_version"] == "3.10"
+
+
+def test_entry_points_name_what_exists():
+    groups = PROJECT["entry-points"].values()
+    values = [value for group in groups for value in group.values()]
+    for value in [*values, *PROJECT["scripts"].values()]:
+        module, _, attribute = value.partition(":")
+        path = file_of(module)
+        assert path is not None, f"{value}: there is no such module"
+        names = set()
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Assign):
+                names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                names.add(node.target.id)
+            elif isinstance(node, ast.ImportFrom):
+                names |= {alias.asname or alias.name for alias in node.names}
+        assert attribute in names, f"{value}: {path.relative_to(ROOT)} does not define it"
+
+
+def test_what_is_imported_is_required():
+    """Nothing works only because another package happens to bring it along."""
+    required = {
+        re.sub(r"[-.]", "_", Requirement(line).name).lower() for line in PROJECT["dependencies"]
+    }
+    used = set()
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                used |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                used.add(node.module.split(".")[0])
+    assert used - set(sys.stdlib_module_names) - set(FOLDERS) - required == set()
