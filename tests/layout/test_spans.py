@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from naive import EXAMPLES, gather, numbered
 
@@ -324,8 +324,11 @@ def test_a_missing_shard_is_a_hole_named_by_range(model, data):
 @EXAMPLES
 @given(
     st.lists(st.tuples(st.integers(0, 14), st.integers(1, 8), st.booleans()), max_size=7),
-    st.integers(0, 16),
+    st.integers(0, 20),
 )
+@example([(0, 4, False), (3, 2, False)], 5).via("one row in common")
+@example([(0, 8, False), (1, 2, False), (5, 2, False)], 8).via("two spans within one")
+@example([(0, 3, False), (0, 3, True), (4, 1, False)], 5).via("a hole, and a row said to be shared")
 def test_check_partition_counts_like_numpy(pieces, rows):
     """Random spans over one source: holes, doubled rows and rows outside, all by range."""
     targets = {
