@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from phireg.errors import UsageError
-from phireg.executor import blocks, blocksparse
+from phireg.executor import blocks
+from phireg.executor.attend import prompt_attention
 from phireg.executor.blocks import Attend, Rotary, Weights
 from phireg.executor.blueprint import Blueprint, read_blueprint
 from phireg.executor.weights import (
@@ -98,6 +100,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         name = dtype or blueprint.dtype
         self.dtype: torch.dtype = getattr(torch, name) if isinstance(name, str) else name
         self.offload = self._exceeds_memory() if offload is None else offload
+        self.decoder: Any = None  # the last generation's cache, for the next one of its shape
         self._sources = tuple(sources)
         self._layers: list[list[Weights]] = []
         self._ends: list[Weights] = []
@@ -140,7 +143,10 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
             rope = self.blueprint.rope
             rotary = blocks.rotary_tables(rope, length, length > rope.original, self.device)
             for index in range(self.blueprint.num_layers):
-                attends = [self._attend(index, rank, length) for rank in self.ranks]
+                attends = [
+                    prompt_attention(self.blueprint, index, rank, length, (), self.device)
+                    for rank in self.ranks
+                ]
                 seen = None if observe is None else _of_layer(observe, index)
                 x = self.run_layer(self.layer_weights(index), x, rotary, attends, seen)
             return self.logits(ends, x)
@@ -183,31 +189,6 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         if self.distributed:
             dist.all_reduce(total)
         return total
-
-    def _attend(self, layer: int, rank: int, length: int) -> Attend:
-        """Attention of a whole sequence without padding for one rank's heads."""
-        scale = self.blueprint.attention_scale
-        pattern = self.blueprint.sparse
-        offset = rank * self.blueprint.rank_heads
-        if (
-            pattern is None
-            or not self.blueprint.is_sparse(layer)
-            or blocksparse.always_dense(pattern, length)
-        ):
-            return lambda query, key, value: blocks.causal_attention(query, key, value, scale)
-        if self.device.type == "cuda" and blocksparse.tileable(pattern):
-            return lambda query, key, value: blocksparse.sparse_attention(
-                query, key, value, pattern, offset, scale
-            )
-
-        def mask(first: int, last: int, keys: int) -> Tensor:
-            slots = torch.arange(keys, device=self.device)
-            heads = torch.arange(offset, offset + self.blueprint.rank_heads, device=self.device)
-            return blocksparse.visible(
-                pattern, slots[first:last, None], slots, heads[:, None, None]
-            )
-
-        return lambda query, key, value: blocks.masked_attention(query, key, value, scale, mask)
 
     def _read_layer(self, index: int) -> list[Weights]:
         names = layer_shapes(self.blueprint)

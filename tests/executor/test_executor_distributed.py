@@ -14,7 +14,7 @@ from tiny_sources import (
     write_checkpoint,
 )
 
-from phireg.executor import load
+from phireg.executor import generate, load
 
 
 def _rank(rank, directory, models, ids, results):
@@ -25,6 +25,7 @@ def _rank(rank, directory, models, ids, results):
     for name in models:
         executor = load(directory / name / str(rank), distributed=True)
         torch.save(executor(ids), f"{results}/{name}-{rank}.pt")
+        torch.save(generate(executor, ids.tolist(), 3), f"{results}/{name}-{rank}-tokens.pt")
     dist.destroy_process_group()
 
 
@@ -45,3 +46,8 @@ def test_two_processes_give_the_source_models_logits(tmp_path):
         for rank in range(2):
             got = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
             assert relative_error(got, wanted) < 1e-4
+            tokens = torch.load(tmp_path / f"{name}-{rank}-tokens.pt", weights_only=True)
+            for row, new in zip(ids, tokens, strict=True):
+                for count, token in enumerate(new):
+                    so_far = torch.cat((row, torch.tensor(new[:count], dtype=torch.int64)))
+                    assert reference_logits(model, so_far[None])[0, -1].argmax() == token

@@ -1,0 +1,137 @@
+"""Text generation from token ids: batches, stop ids, streaming."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from phireg.errors import UsageError
+from phireg.executor.captured import TILE
+from phireg.executor.decoder import Decoder
+from phireg.executor.model import Executor
+from phireg.executor.sampling import Sampling
+
+_GREEDY = Sampling()
+
+
+def generate(
+    model: Executor,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+    sampling: Sampling = _GREEDY,
+) -> list[list[int]]:
+    """Continue every prompt of a batch.
+
+    Args:
+        model: a loaded checkpoint.
+        prompts: token ids of each row, at least one; the rows may differ in length.
+        max_new_tokens: new tokens per row at most.
+        stop_ids: a row ends with the first of these it produces.
+        sampling: how tokens are chosen.
+
+    Returns:
+        The new tokens of each row, a stop id included.
+
+    Raises:
+        UsageError: see ``stream``.
+    """
+    rows: list[list[int]] = [[] for _ in prompts]
+    for tokens in stream(model, prompts, max_new_tokens, stop_ids, sampling):
+        for row, token in zip(rows, tokens, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows
+
+
+def stream(
+    model: Executor,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+    sampling: Sampling = _GREEDY,
+) -> Iterator[list[int | None]]:
+    """As ``generate``, step by step.
+
+    Yields:
+        Each row's next token, or None where the row has ended.
+
+    Raises:
+        UsageError: no prompt, an empty one, a token outside the vocabulary, or more tokens than
+            the model has positions.
+    """
+    _check(model, prompts, max_new_tokens)
+    # The decoder leaves the model while it is in use: another stream gets its own.
+    decoder, model.decoder = _fitting(model, prompts, max_new_tokens, sampling), None
+    try:
+        decoder.prefill(prompts, sampling.seed)
+        yield from _tokens(decoder, max_new_tokens, frozenset(stop_ids))
+    finally:
+        model.decoder = decoder
+
+
+def _tokens(
+    decoder: Decoder, max_new_tokens: int, stops: frozenset[int]
+) -> Iterator[list[int | None]]:
+    ended = [False] * decoder.batch
+    on_gpu = decoder.token.is_cuda
+    host = torch.empty(decoder.batch, dtype=torch.int64, pin_memory=on_gpu)
+    for left in range(max_new_tokens - 1, -1, -1):
+        host.copy_(decoder.token, non_blocking=True)
+        if on_gpu:
+            copied = torch.cuda.Event()
+            copied.record()
+            if left:
+                decoder.step()  # the GPU goes on while the host looks at this token
+            copied.synchronize()
+        tokens = host.tolist()
+        yield [None if end else token for token, end in zip(tokens, ended, strict=True)]
+        ended = [end or token in stops for token, end in zip(tokens, ended, strict=True)]
+        if all(ended):
+            return
+        if left and not on_gpu:
+            decoder.step()
+
+
+def _check(model: Executor, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise UsageError("there is nothing to continue: a prompt has no tokens")
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
+    vocab_size = model.blueprint.vocab_size
+    for prompt in prompts:
+        wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise UsageError(
+                f"token {wrong} is outside the model's vocabulary of {vocab_size}",
+                hint="is this the model's own tokenizer?",
+            )
+    longest, limit = max(map(len, prompts)), model.blueprint.max_position_embeddings
+    if longest + max_new_tokens > limit:
+        raise UsageError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
+            f"{limit} positions",
+            hint="shorten the prompt or ask for fewer new tokens",
+        )
+
+
+def _fitting(
+    model: Executor, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
+) -> Decoder:
+    """The last call's decoder when it serves this one too, with its compiled and captured step."""
+    batch, need = len(prompts), max(map(len, prompts)) + max_new_tokens
+    sampling = replace(sampling, seed=0)  # given with the prompts
+    kept: Decoder | None = model.decoder
+    if kept is not None and kept.serves(batch, need, sampling):
+        return kept
+    model.decoder = kept = None  # its memory is needed
+    fused = model.device.type == "cuda" and not model.offload and not model.distributed
+    return Decoder(model, batch, _capacity(need) if fused else need, sampling, fused=fused)
+
+
+def _capacity(need: int) -> int:
+    """Slots for ``need`` tokens: few different numbers, since each is compiled on its own."""
+    step = max(TILE, min(1 << (need - 1).bit_length(), 8192))
+    return -(-need // step) * step

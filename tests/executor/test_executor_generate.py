@@ -1,0 +1,218 @@
+"""Generation against the source models' own forward pass, step by step."""
+
+import math
+
+import pytest
+import torch
+from tiny_sources import (
+    phi2,
+    phi3,
+    phi3_long,
+    phi3_small,
+    random_ids,
+    reference_logits,
+    small_long_rope,
+    write_checkpoint,
+)
+from transformers import DynamicCache
+
+from phireg.errors import UsageError
+from phireg.executor import Sampling, captured, generate, load, stream
+from phireg.executor.decoder import Decoder
+from phireg.executor.sampling import choose
+
+torch.set_num_threads(2)
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+def greedy(model, prompt, count):
+    """Most likely continuation, with a whole forward pass per token."""
+    ids = list(prompt)
+    for _ in range(count):
+        logits = reference_logits(model, torch.tensor([ids]))[0, -1]
+        best, second = logits.topk(2).values
+        assert best - second > 1e-4, "too close to call: choose another seed"
+        ids.append(int(logits.argmax()))
+    return ids[len(prompt) :]
+
+
+CASES = {
+    "phi2": (phi2, {}, 2),
+    "phi3-gqa": (phi3, {"num_key_value_heads": 2}, 4),
+    "phi3-long": (phi3_long, {}, 1),
+    "small": (phi3_small, {}, 1),
+    "small-tp8": (phi3_small, {"dense_attention_every_n_layers": 3}, 8),
+    "small-long": (
+        phi3_small, {"rope_scaling": small_long_rope(), "max_position_embeddings": 131072}, 2
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    make, changes, ranks = CASES[request.param]
+    model = make(**changes)
+    directory = tmp_path_factory.mktemp(request.param)
+    return model, load(write_checkpoint(model, directory, ranks))
+
+
+# Prompts on one side of long rope's switch at 32 tokens: across it cached keys keep the short
+# factors, which no whole forward pass does.
+PROMPTS = ([33, 58, 41], [3, 20, 9])
+
+
+@pytest.mark.parametrize("lengths", PROMPTS, ids=str)
+def test_rows_of_a_padded_batch_continue_as_the_source_model_does(case, lengths):
+    model, executor = case
+    prompts = [random_ids(model, n, seed=n + 1).tolist() for n in lengths]
+    wanted = [greedy(model, prompt, 9) for prompt in prompts]
+    assert generate(executor, prompts, 9) == wanted
+    assert [generate(executor, [prompt], 9)[0] for prompt in prompts] == wanted
+
+
+def fused_decoder(executor, prompts, steps, sampling=None):
+    longest = max(map(len, prompts))
+    capacity = -(-(longest + steps) // captured.TILE) * captured.TILE
+    decoder = Decoder(executor, len(prompts), capacity, sampling or Sampling(), fused=True)
+    decoder.prefill(prompts, seed=0)
+    tokens = [decoder.token.tolist()]
+    for _ in range(steps - 1):
+        decoder.step()
+        tokens.append(decoder.token.tolist())
+    return [list(row) for row in zip(*tokens, strict=True)]
+
+
+def test_the_gpu_step_uncompiled(case, monkeypatch):
+    monkeypatch.setattr(captured, "compiled", lambda function: function)
+    model, executor = case
+    prompts = [random_ids(model, n, seed=n).tolist() for n in (70, 41)]
+    wanted = [greedy(model, prompt, 3) for prompt in prompts]
+    assert fused_decoder(executor, prompts, 3) == wanted
+
+
+@pytest.mark.parametrize("case", ["phi3-gqa", "small"], indirect=True)
+def test_the_gpu_step_is_one_graph_per_layer(case, monkeypatch):
+    """Nothing in it leaves the graph; what the GPU's compiler makes of it needs a GPU."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        captured, "compiled", lambda f: torch.compile(f, fullgraph=True, backend="eager")
+    )
+    model, executor = case
+    prompts = [random_ids(model, n, seed=n).tolist() for n in (7, 12)]
+    assert fused_decoder(executor, prompts, 3) == [greedy(model, p, 3) for p in prompts]
+
+
+def test_cached_keys_stay_as_they_are_when_long_rope_switches(tmp_path):
+    """As in the reference when its cache is kept, unlike a forward pass over all tokens."""
+    model = phi3_small(rope_scaling=small_long_rope(), max_position_embeddings=131072)
+    executor = load(write_checkpoint(model, tmp_path))
+    prompt = random_ids(model, 28, seed=2)
+    cache, ids, wanted = DynamicCache(), prompt[None], []
+    with torch.no_grad():
+        for _ in range(12):
+            ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1)[None]
+            wanted.append(int(ids))
+    assert generate(executor, [prompt.tolist()], 12) == [wanted]
+    assert greedy(model, prompt.tolist(), 12) != wanted
+
+
+@pytest.fixture(scope="module")
+def phi2_executor(tmp_path_factory):
+    return load(write_checkpoint(phi2(), tmp_path_factory.mktemp("phi2")))
+
+
+def test_rows_end_with_a_stop_id(phi2_executor):
+    prompts = [[5, 6, 7], [90, 12]]
+    free = generate(phi2_executor, prompts, 8)
+    stop = free[0][3]
+    assert stop not in free[0][:3]
+    assert stop not in free[1]
+    assert generate(phi2_executor, prompts, 8, stop_ids=[stop]) == [free[0][:4], free[1]]
+    steps = list(stream(phi2_executor, prompts, 8, stop_ids=[stop]))
+    assert [row for row, _ in steps] == [*free[0][:4], None, None, None, None]
+    # all rows ended: no further step
+    assert len(list(stream(phi2_executor, prompts[:1], 8, stop_ids=[stop]))) == 4
+
+
+def test_streams_do_not_share_a_cache(phi2_executor):
+    one, two = [[5, 6, 7]], [[90, 12, 3]]
+    wanted = [generate(phi2_executor, prompt, 6)[0] for prompt in (one, two)]
+    pairs = zip(stream(phi2_executor, one, 6), stream(phi2_executor, two, 6), strict=True)
+    assert [list(row) for row in zip(*((a[0], b[0]) for a, b in pairs), strict=True)] == wanted
+
+
+def test_a_decoder_is_kept_for_the_next_call_of_its_shape(phi2_executor):
+    wanted = generate(phi2_executor, [[5, 6, 7]], 6)
+    kept = phi2_executor.decoder
+    generate(phi2_executor, [[90, 12]], 7)
+    assert phi2_executor.decoder is kept
+    assert generate(phi2_executor, [[5, 6, 7]], 6) == wanted
+    assert phi2_executor.decoder is kept
+    generate(phi2_executor, [[90, 12], [4]], 7)
+    assert phi2_executor.decoder is not kept
+
+
+def test_offloaded_layers_generate_too(tmp_path):
+    model = phi3(num_key_value_heads=2)
+    executor = load(write_checkpoint(model, tmp_path), offload=True)
+    assert generate(executor, [[5, 6, 7]], 4) == [greedy(model, [5, 6, 7], 4)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count", "said"),
+    [
+        ([], 1, "no tokens"),
+        ([[1], []], 1, "no tokens"),
+        ([[1]], 0, "max_new_tokens is 0"),
+        ([[1, 101]], 1, "token 101 is outside the model's vocabulary of 101"),
+        ([[-1]], 1, "token -1 is outside"),
+        ([[1] * 100], 29, "exceed the model's 128 positions"),
+    ],
+)
+def test_requests_that_make_no_sense(phi2_executor, prompts, count, said):
+    with pytest.raises(UsageError, match=said):
+        generate(phi2_executor, prompts, count)
+
+
+def test_sampling_repeats_with_its_seed(phi2_executor):
+    def sampled(seed):
+        sampling = Sampling(temperature=1.5, top_k=50, top_p=0.95, seed=seed)
+        return generate(phi2_executor, [[5, 6, 7], [9]], 12, sampling=sampling)
+
+    assert sampled(3) == sampled(3)
+    assert sampled(3) != sampled(4)
+    one_choice = Sampling(temperature=2.0, top_k=1, seed=5)
+    greedy_tokens = generate(phi2_executor, [[5, 6, 7]], 12)
+    assert generate(phi2_executor, [[5, 6, 7]], 12, sampling=one_choice) == greedy_tokens
+
+
+PROBABILITIES = (0.4, 0.3, 0.2, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "wanted"),
+    [
+        (Sampling(temperature=1.0), (0.4, 0.3, 0.2, 0.1)),
+        (Sampling(temperature=0.5), (16 / 30, 9 / 30, 4 / 30, 1 / 30)),
+        (Sampling(temperature=1.0, top_k=2), (4 / 7, 3 / 7, 0, 0)),
+        (Sampling(temperature=1.0, top_p=0.5), (4 / 7, 3 / 7, 0, 0)),
+        (Sampling(temperature=1.0, top_p=0.35), (1, 0, 0, 0)),
+        # top_k first: of the three that are left, two hold 0.75 of the probability
+        (Sampling(temperature=1.0, top_k=3, top_p=0.75), (4 / 7, 3 / 7, 0, 0)),
+        (Sampling(), (1, 0, 0, 0)),
+    ],
+)
+def test_tokens_are_drawn_with_their_probability(sampling, wanted):
+    count = 20_000
+    logits = torch.tensor(PROBABILITIES).log()[[2, 0, 3, 1]].expand(count, 4)
+    noise = torch.empty(count, 4).exponential_(generator=torch.Generator().manual_seed(0))
+    drawn = torch.bincount(choose(logits, sampling, noise), minlength=4)[[1, 3, 0, 2]] / count
+    for share, probability in zip(drawn.tolist(), wanted, strict=True):
+        error = math.sqrt(probability * (1 - probability) / count)
+        assert abs(share - probability) <= 5 * error
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}])
+def test_sampling_out_of_range(wrong):
+    with pytest.raises(UsageError, match="out of range"):
+        Sampling(**wrong)
