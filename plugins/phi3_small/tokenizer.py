@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from phireg.errors import SourceError
+from phireg.api import SourceError
 
 RANKS_FILE = "cl100k_base.tiktoken"
 END_OF_TEXT = "<|endoftext|>"
