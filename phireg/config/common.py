@@ -100,8 +100,12 @@ def dimensions(**aliases: str) -> tuple[Entry, ...]:
     )
 
 
-def grouped_heads() -> tuple[Entry, ...]:
-    """num_key_value_heads, which must divide the attention heads."""
+def grouped_heads(*aliases: str) -> tuple[Entry, ...]:
+    """num_key_value_heads, which must divide the attention heads.
+
+    Args:
+        aliases: other spellings of the source key.
+    """
 
     def divides(fields: Fields, _: HFConfig) -> str | None:
         heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
@@ -110,6 +114,7 @@ def grouped_heads() -> tuple[Entry, ...]:
     return (
         field(
             "num_key_value_heads",
+            *aliases,
             kind=integer(1, 2**12),
             default=lambda fields: fields["num_attention_heads"],
         ),

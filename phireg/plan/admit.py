@@ -32,7 +32,8 @@ def _reasons(hf: HFConfig) -> Iterator[tuple[str, str]]:
             f"it is already quantized (quantization_config, {method})",
             "convert the unquantized model; quantize afterwards.",
         )
-    found = [key for key in MODALITIES if hf.has(key)]
+    # phi-1's first configs say embd_layer "default", of a plain embedding.
+    found = [key for key in MODALITIES if hf.has(key) and hf.get(key) != "default"]
     if found:
         yield (
             f"it is multimodal ({', '.join(found)})",

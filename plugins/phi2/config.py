@@ -19,6 +19,7 @@ from phireg.api import (
     grouped_heads,
     hookimpl,
     ignore,
+    in_rope,
     integer,
     positive,
     refuse,
@@ -34,22 +35,34 @@ TANH_GELU = dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_
 
 
 def rotary_pct(fields: Fields, hf: HFConfig) -> float:
-    """The rotated share of a head; transformers' default for phi is one half."""
-    for key in ("rope_parameters.partial_rotary_factor", "partial_rotary_factor"):
-        value = hf.get(key)
-        if value is not None:
-            if not isinstance(value, int | float) or not 0 < value <= 1:
-                raise ConfigError(f"{key} is {value!r}: expected a number above 0, at most 1")
-            return float(value)
-    rotated = hf.get("rotary_dim")
-    if rotated is None:
-        return 0.5
-    head_size = fields["head_size"]
-    if not isinstance(rotated, int) or not 0 < rotated <= head_size:
-        raise ConfigError(f"rotary_dim is {rotated!r}: expected a whole number up to {head_size}")
-    share = rotated / head_size
+    """The rotated share of a head, stated as a share or as a number of dimensions.
+
+    A share that is not stated is one half, transformers' default for phi. The older configs (those
+    that say ``n_embd``) state dimensions, 32 if absent, and mean the whole head by too many.
+    """
+    size = fields["head_size"]
+    keys = (*in_rope("partial_rotary_factor"), "partial_rotary_factor")
+    shares = {key: hf.get(key) for key in keys if hf.has(key)}
+    for key, value in shares.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+            raise ConfigError(f"{key} is {value!r}: expected a number above 0, at most 1")
+    rotated = {key: int(size * value) for key, value in shares.items()}
+    stated = hf.get("rotary_dim")
+    if stated is None and not shares and hf.has("n_embd"):
+        stated = 32
+    if stated is not None:
+        try:
+            rotated["rotary_dim"] = min(integer()(stated), size)
+        except ValueError as problem:
+            raise ConfigError(f"rotary_dim is {stated!r}: {problem}") from None
+    if len(set(rotated.values())) > 1:
+        listed = ", ".join(f"{key}: {count}" for key, count in rotated.items())
+        raise ConfigError(f"the numbers of rotated dimensions disagree ({listed})")
+    if shares or not rotated:
+        return float(next(iter(shares.values()), 0.5))
+    share = rotated["rotary_dim"] / size
     # Readers compute int(head_size * share), which must not fall below the number it came from.
-    return share if int(head_size * share) == rotated else math.nextafter(share, 2)
+    return share if int(size * share) == rotated["rotary_dim"] else math.nextafter(share, 2)
 
 
 def no_grouping(fields: Fields, _: HFConfig) -> str | None:
@@ -77,7 +90,7 @@ def phireg_config_fields() -> FieldTable:
             num_attention_heads="n_head",
             max_position_embeddings="n_positions",
         ),
-        *grouped_heads(),
+        *grouped_heads("n_head_kv"),
         check("num_key_value_heads", no_grouping),
         field(
             "intermediate_size",
@@ -100,6 +113,11 @@ def phireg_config_fields() -> FieldTable:
         refuse("qk_layernorm", unless=[False], why="TensorRT-LLM's phi-2 has no q/k norms"),
         *CONSTANTS,
         *BOOKKEEPING,
+        refuse("architecture.block_cls", unless=["parallel"], why="phi's blocks are parallel"),
+        refuse("embd_layer", unless=["default"], why="phi has a plain embedding"),
+        ignore("architecture", why="names the sequential layout's building blocks"),
         ignore("flash_attn", "flash_rotary", "fused_dense", why="chooses the source's kernels"),
+        ignore("phyagi_version", why="tells how the file was made"),
+        ignore("pad_vocab_size_multiple", why="vocab_size is padded already"),
         ignore("rotary_dim", why="read with rotary_pct"),
     )

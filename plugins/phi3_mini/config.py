@@ -1,5 +1,7 @@
 """The config fields of Phi-3-mini and, unchanged, of Phi-3-medium."""
 
+import math
+
 from phireg.api import (
     BOOKKEEPING,
     CONSTANTS,
@@ -58,18 +60,23 @@ def stated_scale(fields: Fields, hf: HFConfig) -> str | None:
     for name in ("attention_factor", "short_mscale", "long_mscale"):
         for key in in_rope(name):
             stated = hf.get(key)
-            if stated is not None and stated != used:
-                return f"{name} is {stated}, but TensorRT-LLM computes {used} for this architecture"
+            known = isinstance(stated, int | float) and math.isclose(stated, used, rel_tol=1e-6)
+            if stated is not None and not known:
+                return (
+                    f"{name} is {stated!r}, but TensorRT-LLM computes {used} for this architecture"
+                )
     return None
 
 
 @hookimpl
 def phireg_config_fields() -> FieldTable:
     """How Phi-3's config.json becomes the checkpoint's."""
+    # Published and saved by transformers 4 at the top level only, by transformers 5 in both places.
     original = field(
         "original_max_position_embeddings",
+        *in_rope("original_max_position_embeddings"),
         kind=integer(2, 2**31),
-        default=lambda fields: fields["max_position_embeddings"],
+        default=4096,
     )
     return FieldTable(
         const("architecture", "Phi3ForCausalLM"),

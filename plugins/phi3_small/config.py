@@ -35,8 +35,13 @@ from phireg.api import (
 
 
 def intermediate_size(fields: Fields, hf: HFConfig) -> int:
-    """ff_intermediate_size, or ff_dim_multiplier * (hidden_size // 3) * 2 rounded up to 256."""
+    """ff_intermediate_size; if null, ff_dim_multiplier * (hidden_size // 3) * 2 rounded up to 256.
+
+    Absent is not null: it means the class's 14336, whatever the multiplier.
+    """
     stated, multiplier = hf.get("ff_intermediate_size"), hf.get("ff_dim_multiplier")
+    if stated is None and not hf.is_null("ff_intermediate_size"):
+        stated = 14336
     if stated is None and multiplier is None:
         raise ConfigError("neither ff_intermediate_size nor ff_dim_multiplier is given")
     kind = integer(1, 2**20)
@@ -96,6 +101,12 @@ def position_scale(_: Fields, hf: HFConfig) -> str | None:
     return f"is {scale!r}; TensorRT-LLM does not scale positions"
 
 
+def fixed_epsilon(fields: Fields, _: HFConfig) -> str | None:
+    """Until 0.14 TensorRT-LLM's model did not pass the epsilon to its LayerNorm."""
+    found = fields["norm_epsilon"]
+    return None if found == 1e-5 else f"is {found}; TensorRT-LLM before 0.14 computes with 1e-05"
+
+
 def known_head_size(fields: Fields, _: HFConfig) -> str | None:
     """TensorRT-LLM's decoding kernels for block-sparse attention exist for one head size."""
     size = fields["head_size"]
@@ -121,6 +132,7 @@ def phireg_config_fields() -> FieldTable:
         field("hidden_act", kind=text, via={"gegelu": "gegelu"}, default="gegelu"),
         field("gegelu_limit", kind=positive, default=20.0, null=None),
         field("layer_norm_epsilon", to="norm_epsilon", kind=positive, default=1e-5),
+        check("layer_norm_epsilon", fixed_epsilon, severity=Severity.WARNING),
         supported_rope("default", "longrope", "su"),
         rotary_base("rope_embedding_base", "rope_theta", default=1e6),
         same_as("rotary_base", to="rotary_embedding_base"),
