@@ -1,0 +1,93 @@
+"""Which family a model belongs to: ``--family auto``, and wrong explicit families."""
+
+import pytest
+from family_checks import write_sparse
+from phi3_models import source_shapes
+
+from phireg import jobs, registry
+from phireg.config.hf import HFConfig
+from phireg.errors import SourceError
+
+PHI3 = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "num_attention_heads": 32}
+SMALL = {"architectures": ["Phi3SmallForCausalLM"], "model_type": "phi3small"}
+
+
+@pytest.mark.parametrize(
+    "config, family",
+    [
+        ({"architectures": ["PhiForCausalLM"], "model_type": "phi"}, "phi2"),
+        ({"architectures": ["PhiForCausalLM"], "model_type": "phi-msft"}, "phi2"),
+        (
+            {
+                "architectures": ["MixFormerSequentialForCausalLM"],
+                "model_type": "mixformer-sequential",
+            },
+            "phi2",
+        ),
+        ({"model_type": "phi"}, "phi2"),
+        ({"architectures": ["PhiForCausalLM"]}, "phi2"),
+        ({**PHI3, "num_key_value_heads": 32}, "phi3-mini"),
+        (PHI3, "phi3-mini"),
+        ({**PHI3, "num_key_value_heads": None}, "phi3-mini"),
+        ({**PHI3, "num_key_value_heads": 8}, "phi3-medium"),
+        ({**PHI3, "num_attention_heads": 40, "num_key_value_heads": 10}, "phi3-medium"),
+        ({**PHI3, "num_key_value_heads": 1}, "phi3-medium"),
+        (SMALL, "phi3-small"),
+        ({**SMALL, "num_attention_heads": 32, "num_key_value_heads": 32}, "phi3-small"),
+    ],
+)
+def test_auto(config, family):
+    assert registry.choose(HFConfig(config)).family.name == family
+
+
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "LlamaForCausalLM"),
+        ({"architectures": ["PhiMoEForCausalLM"], "model_type": "phimoe"}, "PhiMoEForCausalLM"),
+        ({"architectures": ["Phi3ForCausalLM"], "model_type": "phi4mm"}, "phi4mm"),
+        (
+            {"architectures": ["Phi3SmallForSequenceClassification"], "model_type": "phi3small"},
+            "Phi3SmallForSequenceClassification",
+        ),
+    ],
+)
+def test_auto_refuses_with_every_familys_reason(config, says):
+    with pytest.raises(SourceError) as caught:
+        registry.choose(HFConfig(config))
+    assert str(caught.value).count(says) >= 1
+    for family in ("phi2", "phi3-mini", "phi3-small", "phi3-medium"):
+        assert f"{family}: its" in str(caught.value)
+
+
+PUBLISHED = {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 32,
+    "max_position_embeddings": 128,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize("family", ["phi2", "phi3-small"])
+def test_a_wrong_explicit_family_is_refused_with_the_reason(tmp_path, family):
+    source = write_sparse(tmp_path / "hf", PUBLISHED, source_shapes(PUBLISHED))
+    with pytest.raises(SourceError, match=r"its architecture is Phi3ForCausalLM") as caught:
+        jobs.plan(source, family=family)
+    assert f"cannot be converted as {family}" in str(caught.value)
+    assert "leave out --family" in str(caught.value)
+
+
+def test_auto_and_either_explicit_name_plan_alike(tmp_path):
+    source = write_sparse(tmp_path / "hf", PUBLISHED, source_shapes(PUBLISHED))
+    plans = [jobs.plan(source, family=name) for name in ("auto", "phi3-mini", "phi3-medium")]
+    assert [p.plan.family for p in plans] == ["phi3-medium", "phi3-mini", "phi3-medium"]
+    assert len({p.plan.headers for p in plans}) == 1
+    assert all(p.plan.outputs == plans[0].plan.outputs for p in plans)
+    assert not any(p.plan.errors for p in plans)
