@@ -108,6 +108,8 @@ def plan(
     if directory.is_dir() and not (directory / "config.json").exists():
         open_source(directory)  # may know better what this directory is
     hf = HFConfig(read_json_object(directory / "config.json"))
+    if not hf.architectures and not hf.model_type:
+        open_source(directory)
     check_model(hf)
     chosen = registry.choose(hf) if family == AUTO else registry.load(family)
     refusal = chosen.family.refusal(hf)
@@ -254,7 +256,9 @@ def explain(planned: Planned, tensor: str) -> tuple[Output, ...]:
         near = difflib.get_close_matches(tensor, names, 3, 0.5)
         raise UsageError(
             f"the checkpoint has no tensor or module '{tensor}'",
-            hint=f"perhaps {' or '.join(near)}." if near else "phireg plan lists all of them.",
+            hint=f"perhaps {' or '.join(near)}."
+            if near
+            else "phireg plan --json lists all of them.",
         )
     return found
 

@@ -43,6 +43,14 @@ def _reasons(hf: HFConfig) -> Iterator[tuple[str, str]]:
         yield "it is an encoder-decoder model", "phireg converts decoder-only Phi models."
     if hf.has("peft_type") or hf.has("base_model_name_or_path"):
         yield "it configures a LoRA adapter", "merge it into its base model first."
+    named = hf.get("architectures")
+    if named is not None and not (
+        isinstance(named, list) and all(isinstance(name, str) for name in named)
+    ):
+        yield (
+            f"its architectures are {named!r}, not a list of names",
+            "this is not the config.json of a transformers model.",
+        )
     if not hf.architectures and not hf.model_type:
         yield (
             "it names neither architectures nor model_type",

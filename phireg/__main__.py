@@ -1,0 +1,5 @@
+"""``python -m phireg`` is ``phireg``."""
+
+from phireg.cli import main
+
+main()

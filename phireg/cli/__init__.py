@@ -1,0 +1,52 @@
+"""The command line: one module per command, imported when that command is asked for."""
+
+from __future__ import annotations
+
+import io
+import signal
+import sys
+
+import click
+
+from phireg.cli.failures import stop
+from phireg.cli.group import LazyGroup
+
+EXIT_CODES = """
+\b
+Exit codes:
+  0  done                             5    a plugin is missing or broken
+  1  a defect in phireg               6    the output cannot be written
+  2  wrong usage                      130  interrupted (Ctrl-C)
+  3  source or plan refused           141  standard output was closed
+  4  a checkpoint differs             143  terminated
+"""
+
+
+@click.group(
+    cls=LazyGroup,
+    commands_in_order=("convert", "plan", "explain", "inspect", "families", "plugins"),
+    epilog=EXIT_CODES,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # TensorRT-LLM's own scripts spell options with underscores.
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+@click.version_option(package_name="phireg", message="%(prog)s %(version)s")
+def app() -> None:
+    """Convert Microsoft's Phi models to TensorRT-LLM checkpoints.
+
+    Options may be written with hyphens or underscores (--model-dir, --model_dir).
+    """
+
+
+def main() -> None:
+    """Run the command line and end the process with a documented exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A shell lets its background jobs ignore Ctrl-C; that stays so.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    app(prog_name="phireg")

@@ -1,0 +1,166 @@
+"""``phireg convert``: from a Hugging Face model to a TensorRT-LLM checkpoint."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from phireg.cli.failures import stopped
+from phireg.cli.options import (
+    Directory,
+    conversion_options,
+    json_option,
+    make_plan,
+    model_dir_option,
+)
+from phireg.cli.plan import family_text, values_text, warnings_text
+from phireg.cli.progress import progress_bar
+from phireg.cli.text import columns, counted, emit, emit_json, size
+
+if TYPE_CHECKING:
+    from phireg.findings import Finding
+    from phireg.jobs import Converted, Planned
+
+
+@click.command()
+@model_dir_option
+@click.option(
+    "--output-dir",
+    type=Directory(),
+    required=True,
+    metavar="DIR",
+    help="The checkpoint to make. It appears complete, or not at all.",
+)
+@conversion_options
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace an existing checkpoint once the new one is complete.",
+)
+@click.option(
+    "--allow-overflow",
+    is_flag=True,
+    help="Let values that do not fit into the dtype become infinite.",
+)
+@click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
+@json_option
+def command(output_dir: str, **options: Any) -> None:
+    """Convert a model to a TensorRT-LLM checkpoint.
+
+    Everything that can be checked is checked before the first byte is written (see phireg plan).
+    """
+    before = _identity(output_dir)
+    try:
+        _convert(output_dir, **options)
+    except KeyboardInterrupt as interrupt:
+        if _identity(output_dir) == before:
+            raise
+        raise stopped(interrupt, f"{output_dir} was already complete") from None
+
+
+def _identity(directory: str) -> tuple[int, int] | None:
+    """Which directory a name stands for now; another one once a conversion is complete."""
+    try:
+        found = Path(directory).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _convert(
+    output_dir: str,
+    *,
+    model_dir: str,
+    overwrite: bool,
+    allow_overflow: bool,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    started = time.monotonic()
+    planned = make_plan(model_dir, **options)
+    from phireg import jobs
+    from phireg.plan.model import output_bytes
+
+    total = sum(output_bytes(output) for output in planned.plan.outputs)
+    with progress_bar("converting", "flushing to disk", total, quiet=quiet) as progress:
+        converted = jobs.convert(
+            planned,
+            output_dir,
+            overwrite=overwrite,
+            allow_overflow=allow_overflow,
+            progress=progress,
+        )
+    seconds = time.monotonic() - started
+    if as_json:
+        emit_json(_document(planned, converted, seconds))
+    elif not quiet:
+        emit(_text(planned, converted, seconds))
+
+
+def _document(planned: Planned, converted: Converted, seconds: float) -> dict[str, Any]:
+    from phireg.plan.report import findings_json
+
+    plan, candidate = planned.plan, planned.chosen.candidate
+    return {
+        "output_dir": str(converted.output_dir),
+        "files": dict(converted.files),
+        "model_dir": planned.model_dir,
+        "revision": plan.source.revision,
+        "family": plan.family,
+        "provided_by": {"distribution": candidate.distribution, "version": candidate.version},
+        "dtype": plan.options.dtype,
+        "tp_size": plan.options.tp_size,
+        "weight_only": plan.options.weight_only,
+        "cast_tensors": plan.casts,
+        "losses": {
+            name: {"overflowed": loss.overflowed, "flushed": loss.flushed}
+            for name, loss in sorted(converted.losses.items())
+        },
+        "plugin_warnings": list(planned.chosen.warnings),
+        "findings": findings_json(plan.findings),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _text(planned: Planned, converted: Converted, seconds: float) -> str:
+    from phireg.cli.findings import all_findings_text
+
+    plan = planned.plan
+    ranks = plan.options.tp_size
+    others = [name for name in converted.files if not name.endswith(".safetensors")]
+    written = sum(converted.files.values())
+    rows = [
+        ("family", family_text(planned)),
+        ("wrote", f"{size(written)} to {converted.output_dir}"),
+        ("files", f"{counted(ranks, 'rank file')} of {size(max(plan.file_sizes))}"),
+        ("", f"{', '.join(others)}"),
+        ("values", values_text(planned)),
+        ("time", f"{seconds:.1f} s, {size(int(written / max(seconds, 1e-9)))}/s"),
+    ]
+    findings = (*_loss_findings(converted), *plan.findings)
+    return "\n".join(
+        filter(None, (columns(rows), warnings_text(planned), all_findings_text(findings)))
+    )
+
+
+def _loss_findings(converted: Converted) -> list[Finding]:
+    """One warning for each kind of loss; --json has the tensors."""
+    from phireg.findings import Finding, Severity
+
+    found = []
+    for code, what in (("overflowed", "became infinite"), ("flushed", "became zero")):
+        counts = {
+            name: count for name, loss in converted.losses.items() if (count := getattr(loss, code))
+        }
+        if counts:
+            most = max(counts, key=counts.__getitem__)
+            detail = (
+                f"{counted(sum(counts.values()), 'value')} in {counted(len(counts), 'tensor')} "
+                f"{what} in the cast, most in {most} ({counts[most]:,})"
+            )
+            found.append(Finding(Severity.WARNING, code, "", detail))
+    return found

@@ -1,0 +1,76 @@
+"""``phireg explain``: which rows of which source file a tensor is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from phireg.cli.options import Directory, conversion_options, json_option, make_plan
+from phireg.cli.text import columns, dtype_name, emit, emit_json
+from phireg.errors import UsageError
+
+if TYPE_CHECKING:
+    from phireg.layout.spans import Span
+    from phireg.plan.model import Output, Plan
+
+
+@click.command()
+@click.argument("model_dir", type=Directory(), metavar="DIR")
+@click.argument("tensor")
+@conversion_options
+@click.option("--rank", type=int, metavar="R", help="Only this rank.  [default: all]")
+@json_option
+def command(model_dir: str, tensor: str, rank: int | None, as_json: bool, **options: Any) -> None:
+    """Show which rows of the source files a tensor is made of.
+
+    DIR is the model (or owner/name on the hub), TENSOR a name in the checkpoint: a tensor's, or a
+    module's such as transformer.layers.0.attention.qkv. Rows and columns count from 0; a:b is a up
+    to, but not including, b.
+    """
+    planned = make_plan(model_dir, **options)
+    from phireg import jobs
+    from phireg.plan.report import output_json
+
+    plan = planned.plan
+    if rank is not None and not 0 <= rank < plan.options.tp_size:
+        raise UsageError(
+            f"there is no rank {rank} of {plan.options.tp_size}",
+            hint="ranks count from 0; --tp-size says how many there are.",
+        )
+    outputs = [o for o in jobs.explain(planned, tensor) if rank is None or o.rank == rank]
+    if as_json:
+        emit_json({"tensor": tensor, "outputs": [output_json(plan, out) for out in outputs]})
+    else:
+        emit("\n\n".join(_text(plan, output) for output in outputs))
+
+
+def _text(plan: Plan, output: Output) -> str:
+    lines = [
+        f"{output.name}  {list(output.shape)} {dtype_name(output.dtype)}",
+        f"in rank{output.rank}.safetensors, from",
+    ]
+    position = 0
+    for source, group in groupby(output.rows, key=lambda span: span.source):
+        rows = []
+        for span in group:
+            target = _range(position, span.count)
+            rows.append((target, "=", _range(span.start, span.count) if source else "zeros"))
+            position += span.count
+        lines.append("  padding" if source is None else _origin(plan, source, output.columns))
+        lines.append(columns(rows, indent=4, right=[0]))
+    return "\n".join(lines)
+
+
+def _origin(plan: Plan, source: str, kept: Iterable[Span] | None) -> str:
+    tensor = plan.source.tensors[source]
+    cut = ", ".join(_range(span.start, span.count) for span in kept or ())
+    which = f", columns {cut}" if cut else ""
+    kind = f"{list(tensor.shape)} {dtype_name(tensor.dtype)}{which}"
+    return f"  {tensor.name}  {kind}\n  in {tensor.file}"
+
+
+def _range(start: int, count: int) -> str:
+    return f"{start}:{start + count}"

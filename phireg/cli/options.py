@@ -1,0 +1,135 @@
+"""Options that several commands share, and the plan they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from phireg.errors import UsageError
+
+if TYPE_CHECKING:
+    from phireg.jobs import Planned
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+DTYPE_CHOICES = ("auto", "float16", "bfloat16", "float32")
+PRECISION_CHOICES = ("int8", "int4")
+DEFAULT_PRECISION = "int8"
+
+
+class Directory(click.types.StringParamType):
+    """A path that the commands themselves look at; a shell completes it with directories."""
+
+    name = "directory"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Leave it to the shell."""
+        return [CompletionItem(incomplete, type="dir")]
+
+
+class FamilyName(click.types.StringParamType):
+    """A family; which exist is for the registry to say."""
+
+    name = "name"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """The families that are installed."""
+        from phireg import registry
+
+        names = ["auto", *registry.index()]
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+model_dir_option = click.option(
+    "--model-dir",
+    type=Directory(),
+    required=True,
+    metavar="DIR|REPO",
+    help="The model: a local directory, or owner/name on the Hugging Face hub.",
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document instead of text."
+)
+
+
+def conversion_options(function: _Function) -> _Function:
+    """What decides the plan of a given model."""
+    for option in reversed(
+        (
+            click.option(
+                "--family",
+                type=FamilyName(),
+                default="auto",
+                show_default=True,
+                help="Family, or DISTRIBUTION:FAMILY; auto decides by config.json.",
+            ),
+            click.option("--revision", metavar="REV", help="Branch, tag or commit on the hub."),
+            click.option(
+                "--dtype",
+                type=click.Choice(DTYPE_CHOICES),
+                default="auto",
+                show_default=True,
+                help="Of the checkpoint; auto keeps the model's, but makes float32 float16.",
+            ),
+            click.option(
+                "--tp-size",
+                type=int,
+                default=1,
+                show_default=True,
+                metavar="N",
+                help="Tensor-parallel ranks.",
+            ),
+            click.option(
+                "--pp-size",
+                type=int,
+                default=1,
+                show_default=True,
+                metavar="N",
+                help="Pipeline stages; only 1 is possible for Phi.",
+            ),
+            click.option(
+                "--use-weight-only",
+                is_flag=True,
+                help="Have TensorRT-LLM's builder quantize the weights.",
+            ),
+            click.option(
+                "--weight-only-precision",
+                type=click.Choice(PRECISION_CHOICES),
+                help=f"With --use-weight-only.  [default: {DEFAULT_PRECISION}]",
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def make_plan(
+    model_dir: str,
+    *,
+    use_weight_only: bool,
+    weight_only_precision: str | None,
+    **options: Any,
+) -> Planned:
+    """Plan what :func:`conversion_options` describe.
+
+    Raises:
+        UsageError: a precision without the flag that it belongs to.
+        PhiregError: as :func:`phireg.jobs.plan`.
+    """
+    if weight_only_precision and not use_weight_only:
+        raise UsageError(
+            f"--weight-only-precision {weight_only_precision} has no effect without "
+            "--use-weight-only",
+            hint="add --use-weight-only, or leave out the precision.",
+        )
+    from phireg import jobs
+
+    precision = weight_only_precision or DEFAULT_PRECISION
+    return jobs.plan(model_dir, weight_only=precision if use_weight_only else None, **options)

@@ -1,0 +1,127 @@
+"""``phireg plan``: what a conversion would do, from config.json and file headers alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from phireg.cli.options import conversion_options, json_option, make_plan, model_dir_option
+from phireg.cli.text import columns, counted, emit, emit_json, memory, size
+from phireg.errors import PlanError
+
+if TYPE_CHECKING:
+    from phireg.jobs import Planned
+
+
+@click.command()
+@model_dir_option
+@conversion_options
+@json_option
+def command(model_dir: str, as_json: bool, **options: Any) -> None:
+    """Show what convert would do, and what would stop it.
+
+    Reads config.json and file headers only, and writes nothing. Ends with 3 if the plan has errors.
+    """
+    planned = make_plan(model_dir, **options)
+    if as_json:
+        emit_json(_document(planned))
+    else:
+        emit(_text(planned))
+    if planned.plan.errors:
+        raise click.exceptions.Exit(PlanError.exit_code)
+
+
+def _document(planned: Planned) -> dict[str, Any]:
+    from phireg.plan.report import as_json
+    from phireg.runner.stream import WORKERS
+
+    candidate = planned.chosen.candidate
+    return {
+        "model_dir": planned.model_dir,
+        "provided_by": {
+            "distribution": candidate.distribution,
+            "version": candidate.version,
+            "api": planned.chosen.family.api,
+        },
+        "plugin_warnings": list(planned.chosen.warnings),
+        **as_json(planned.plan, workers=WORKERS),
+    }
+
+
+def family_text(planned: Planned) -> str:
+    """``phi3-mini (phireg 0.1.0)``."""
+    candidate = planned.chosen.candidate
+    return f"{candidate.name} ({candidate.distribution} {candidate.version})"
+
+
+def warnings_text(planned: Planned) -> str:
+    """What was noticed while the family was chosen."""
+    return "\n".join(f"warning  {warning}" for warning in planned.chosen.warnings)
+
+
+def _text(planned: Planned) -> str:
+    from phireg.cli.findings import all_findings_text
+
+    rows = [("family", f"{family_text(planned)}, plugin API {planned.chosen.family.api}")]
+    rows += _problem_rows(planned) if planned.plan.errors else _rows(planned)
+    parts = (
+        columns(rows),
+        warnings_text(planned),
+        all_findings_text(planned.plan.findings),
+    )
+    return "\n".join(filter(None, parts))
+
+
+def _problem_rows(planned: Planned) -> list[tuple[str, str]]:
+    plan = planned.plan
+    total = sum(tensor.nbytes for tensor in plan.source.tensors.values())
+    files, tensors = len(plan.source.files), len(plan.source.tensors)
+    return [
+        ("source", f"{size(total)} in {counted(files, 'file')}, {counted(tensors, 'tensor')}"),
+        ("writes", "nothing, because of the errors below"),
+    ]
+
+
+def _rows(planned: Planned) -> list[tuple[str, str]]:
+    from phireg.runner.stream import WORKERS
+
+    plan = planned.plan
+    used = {span.source for out in plan.outputs for span in out.rows if span.source is not None}
+    once = sum(plan.source.tensors[name].nbytes for name in used)
+    again = f"{size(plan.bytes_in - once)} of it twice" if plan.bytes_in > once else "each once"
+    ranks = plan.options.tp_size
+    per_rank = len(plan.outputs) // ranks
+    dropped = len(plan.source.tensors) - len(used)
+    files = counted(len({plan.source.tensors[name].file for name in used}), "file")
+    return [
+        ("reads", f"{size(plan.bytes_in)} in {files}, {counted(len(used), 'tensor')}, {again}"),
+        (
+            "writes",
+            f"{ranks} x {size(max(plan.file_sizes))}, {ranks} x {counted(per_rank, 'tensor')}, "
+            f"{values_text(planned)}",
+        ),
+        (
+            "peak",
+            f"{memory(plan.buffer_bytes(WORKERS))} of buffers, {counted(WORKERS, 'worker')}, "
+            "one pass",
+        ),
+        (
+            "checks",
+            f"{len(used)}/{len(plan.source.tensors)} source tensors mapped"
+            + (f", {dropped} dropped with a reason" if dropped else "")
+            + f", {len(plan.outputs)}/{len(plan.outputs)} targets filled, partition exact"
+            + (f", every part divides over {ranks} ranks" if ranks > 1 else ""),
+        ),
+    ]
+
+
+def values_text(planned: Planned) -> str:
+    """The dtype, and what happens to the values on the way."""
+    plan = planned.plan
+    cast = f"{counted(plan.casts, 'tensor')} cast" if plan.casts else "no value changes"
+    text = f"{plan.options.dtype}, {cast}"
+    if plan.options.weight_only:
+        algo = plan.config["quantization"]["quant_algo"]
+        text += f"; TensorRT-LLM's builder quantizes to {algo}"
+    return text

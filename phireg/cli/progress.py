@@ -1,0 +1,57 @@
+"""A progress bar on stderr; nothing where stderr is not a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Advance = Callable[[int], None]
+
+
+@contextmanager
+def progress_bar(doing: str, then: str, total: int, *, quiet: bool) -> Iterator[Advance | None]:
+    """Show bytes done, bytes per second and the time left.
+
+    Args:
+        doing: what is being done.
+        then: what is going on once all bytes are done.
+        total: how many bytes there are.
+        quiet: show nothing.
+
+    Yields:
+        A function to call with the number of further bytes, from any thread; None where nothing
+        is shown.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        refresh_per_second=5,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(doing, total=total)
+
+        def advance(count: int) -> None:
+            bar.advance(task, count)
+            if bar.tasks[0].finished:
+                bar.update(task, description=then)
+
+        yield advance

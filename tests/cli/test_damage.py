@@ -1,0 +1,75 @@
+"""Every damaged source ends in a documented error, without traceback or output."""
+
+import re
+
+import pytest
+
+from tests.damage import DAMAGES
+
+# What transformers itself answers: the model_type decides, and rms_norm_eps is 1e-5 by default.
+HARMLESS = {"architectures-missing", "architectures-empty", "eps-missing"}
+REWORDED = {"rope-factors-short": "4 short and 3 long", "rope-factors-long": "5 short and 4 long"}
+
+damages = pytest.mark.parametrize(
+    "damage", [pytest.param(d, id=d.name) for d in DAMAGES if d.name not in HARMLESS]
+)
+
+
+def says_so(damage, output):
+    return re.search(REWORDED.get(damage.name, damage.expect), output, re.IGNORECASE)
+
+
+def test_there_are_many():
+    assert len(DAMAGES) - len(HARMLESS) >= 60
+    assert {damage.name for damage in DAMAGES} >= HARMLESS | set(REWORDED)
+
+
+@pytest.mark.parametrize(
+    "damage", [pytest.param(d, id=d.name) for d in DAMAGES if d.name in HARMLESS]
+)
+def test_what_transformers_accepts_is_converted_alike(damage, tiny, run):
+    assert run("convert", "--model-dir", tiny, "--output-dir", tiny.parent / "a").exit_code == 0
+    damage.apply(tiny)
+    result = run("convert", "--model-dir", tiny, "--output-dir", tiny.parent / "b")
+    assert result.exit_code == 0, result.output
+    for name in ("config.json", "rank0.safetensors"):
+        assert (tiny.parent / "a" / name).read_bytes() == (tiny.parent / "b" / name).read_bytes()
+
+
+@damages
+def test_convert_refuses(damage, tiny, run):
+    damage.apply(tiny)
+    before = sorted(path.name for path in tiny.iterdir())
+    result = run("convert", "--model-dir", tiny, "--output-dir", tiny.parent / "new" / "out")
+    assert result.exit_code == damage.exit_code, result.output
+    assert result.output.startswith("error: "), result.output
+    assert says_so(damage, result.output), result.output
+    assert "Traceback" not in result.output
+    assert [path.name for path in tiny.parent.iterdir()] == ["model"]
+    assert sorted(path.name for path in tiny.iterdir()) == before
+
+
+@damages
+def test_plan_refuses_the_same(damage, tiny, run):
+    damage.apply(tiny)
+    result = run("plan", "--model-dir", tiny)
+    assert result.exit_code == damage.exit_code, result.output
+    assert says_so(damage, result.output), result.output
+
+
+def test_a_source_that_shrinks_while_it_is_read(tiny, run, monkeypatch):
+    from phireg import jobs
+
+    stream = jobs.stream
+
+    def cut_first(*args, **options):
+        shard = sorted(tiny.glob("*.safetensors"))[1]
+        with shard.open("r+b") as file:
+            file.truncate(shard.stat().st_size // 2)
+        return stream(*args, **options)
+
+    monkeypatch.setattr(jobs, "stream", cut_first)
+    result = run("convert", "--model-dir", tiny, "--output-dir", tiny.parent / "out")
+    assert result.exit_code == 3
+    assert "model-00002-of-00003.safetensors" in result.output
+    assert [path.name for path in tiny.parent.iterdir()] == ["model"]
