@@ -122,17 +122,12 @@ def sparse_attention(
     length = query.shape[2]
     # Powers of two keep the number of compiled shapes small; tiles of padding cost no work.
     padded = max(QUERY_TILE, 1 << (length - 1).bit_length())
-    extra = (0, 0, 0, padded - length)
     mask = _mask_for(pattern, length, padded, head_offset, query.shape[1], str(query.device))
+    if padded > length:
+        extra = (0, 0, 0, padded - length)
+        query, key, value = (functional.pad(rows, extra) for rows in (query, key, value))
     attend = _compiled() if query.is_cuda else flex_attention
-    output = attend(
-        functional.pad(query, extra),
-        functional.pad(key, extra),
-        functional.pad(value, extra),
-        block_mask=mask,
-        scale=scale,
-        enable_gqa=True,
-    )
+    output = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
     return output[:, :, :length]
 
 

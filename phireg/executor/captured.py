@@ -22,8 +22,9 @@ from phireg.executor.blueprint import Blueprint, Rope
 
 # Slots per tile; a cache's capacity is a multiple of it.
 TILE = 64
-# Hopper needs loads in flight; FlexAttention's own choice for short queries keeps one stage.
-KERNEL_OPTIONS = {"num_stages": 3, "num_warps": 4}
+# Loads should be in flight ahead of their use; what FlexAttention picks for short queries has one
+# stage. Two stages of half-precision tiles fit into every GPU's shared memory.
+KERNEL_OPTIONS = {"num_stages": 2, "num_warps": 4}
 
 # What a step's query sees: bool [B, H or 1, C]; the number of tiles with anything seen, int32
 # [B, G or 1, 1]; and all tiles' numbers, those first, int32 [B, G or 1, 1, C / TILE].
@@ -89,8 +90,9 @@ def tile_attention(query: Tensor, cache: Cache, seen_by: Sight, scale: float) ->
     mask = BlockMask.from_kv_blocks(
         count, order, BLOCK_SIZE=(128, TILE), mask_mod=mask_mod, seq_lengths=(group, capacity)
     )
+    options = {} if keys.dtype == torch.float32 else dict(KERNEL_OPTIONS)
     output = flex_attention(
-        rows, keys, values, block_mask=mask, scale=scale, kernel_options=dict(KERNEL_OPTIONS)
+        rows, keys, values, block_mask=mask, scale=scale, kernel_options=options
     )
     return output.reshape(query.shape)
 

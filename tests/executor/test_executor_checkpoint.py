@@ -1,6 +1,9 @@
 """What the executor refuses to run, what it keeps in memory, and what it lets one watch."""
 
+import ast
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,3 +209,22 @@ def test_sub_modules_can_be_watched(tmp_path):
     assert got.keys() == wanted.keys()
     for key, value in got.items():
         assert relative_error(value, wanted[key]) < 1e-4, key
+
+
+def test_the_executor_imports_nothing_that_writes_checkpoints():
+    """Evidence about a conversion may share no code with it."""
+    allowed = {"torch", "safetensors", "__future__"} | set(sys.stdlib_module_names)
+    files = sorted((Path(__file__).parents[2] / "phireg" / "executor").glob("**/*.py"))
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, file
+                names = [node.module]
+            else:
+                continue
+            for name in names:
+                own = name == "phireg.errors" or name.startswith("phireg.executor")
+                assert own or name.split(".")[0] in allowed, f"{file.name} imports {name}"

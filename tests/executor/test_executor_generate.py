@@ -102,6 +102,18 @@ def test_the_gpu_step_is_one_graph_per_layer(case, monkeypatch):
     assert fused_decoder(executor, prompts, 3) == [greedy(model, p, 3) for p in prompts]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["phi3-gqa", "small"])
+def test_on_a_gpu(name, tmp_path):
+    make, changes, ranks = CASES[name]
+    model = make(**changes)
+    executor = load(write_checkpoint(model, tmp_path, ranks), device="cuda")
+    prompts = [random_ids(model, n, seed=n).tolist() for n in (70, 41)]
+    wanted = [greedy(model, prompt, 5) for prompt in prompts]
+    assert generate(executor, prompts, 5) == wanted
+    assert generate(executor, prompts, 5) == wanted  # the captured step again
+
+
 def test_cached_keys_stay_as_they_are_when_long_rope_switches(tmp_path):
     """As in the reference when its cache is kept, unlike a forward pass over all tokens."""
     model = phi3_small(rope_scaling=small_long_rope(), max_position_embeddings=131072)

@@ -1,0 +1,248 @@
+"""How fast the executor generates on a GPU, beside what it is measured against.
+
+    python benchmarks/executor.py [--only check|decode|batch|sparse ...] [--json FILE]
+
+Weights are random, at the published shapes, made on the GPU. Times are the median of several runs
+after a warm-up, whole calls by the wall clock: compilation is outside, everything else inside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from phireg.executor import Executor, generate
+from phireg.executor.blocksparse import prefill_block_mask, sparse_attention
+from phireg.executor.blueprint import Blueprint, parse_blueprint
+from phireg.executor.weights import tensor_shapes
+
+PHI3_MINI = {
+    "architecture": "Phi3ForCausalLM", "dtype": "bfloat16", "vocab_size": 32064,
+    "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "hidden_act": "swiglu",
+    "max_position_embeddings": 4096, "rotary_base": 10000.0, "rotary_pct": 1.0,
+}  # fmt: skip
+# Small enough for float32 and many tokens, with everything that a step does differently.
+PHI3_SMALL_SHORT = {
+    "architecture": "Phi3SmallForCausalLM", "dtype": "float32", "vocab_size": 1000,
+    "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 3,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "hidden_act": "gegelu",
+    "gegelu_limit": 20.0, "max_position_embeddings": 8192, "rotary_base": 1e6, "rotary_pct": 1.0,
+    "mup_embedding_multiplier": 10.0, "mup_width_multiplier": 8.0,
+    "blocksparse_block_size": 64, "blocksparse_num_local_blocks": 2,
+    "blocksparse_vertical_stride": 8, "blocksparse_homo_head_pattern": False,
+    "dense_attention_every_n_layers": 2,
+}  # fmt: skip
+# The attention of one rank of the published Phi-3-small at TP 1.
+HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
+PHI3_SMALL_PATTERN = {
+    "block_size": 64, "num_local_blocks": 16, "vertical_stride": 8, "head_step": 1, "dense_every": 2
+}  # fmt: skip
+
+
+def random_executor(config: dict[str, Any], std: float = 0.02) -> Executor:
+    blueprint = parse_blueprint(config)
+    shapes, dtype = tensor_shapes(blueprint), getattr(torch, blueprint.dtype)
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def source(name: str) -> torch.Tensor:
+        values = torch.randn(shapes[name], device="cuda", generator=generator) * std
+        return (values + ("norm" in name or "ln_f" in name)).to(dtype)
+
+    return Executor(blueprint, [source], [0], device="cuda", offload=False)
+
+
+def weight_bytes(blueprint: Blueprint) -> int:
+    """Bytes one decode step must read: every tensor but the embedding, of which it needs a row."""
+    shapes = tensor_shapes(blueprint)
+    del shapes["transformer.vocab_embedding.weight"]
+    size = getattr(torch, blueprint.dtype).itemsize
+    return size * sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def seconds(call: Callable[[], object], runs: int = 5) -> float:
+    """Median time of a call, after one that is not counted."""
+    times = []
+    for _ in range(runs + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a large copy on the device."""
+    source = torch.empty(4 << 30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds(lambda: target.copy_(source), runs=9)
+
+
+def prompts(rows: int, length: int, vocab_size: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, vocab_size, (rows, length), generator=generator).tolist()
+
+
+def peer() -> Callable[[list[list[int]], int], None] | None:
+    """The same model in transformers, as a function (prompts, new tokens), if it is installed."""
+    try:
+        from transformers import Phi3Config, Phi3ForCausalLM
+    except ImportError:
+        return None
+    torch.set_default_device("cuda")
+    torch.set_default_dtype(torch.bfloat16)
+    model = Phi3ForCausalLM(Phi3Config(attn_implementation="sdpa", sliding_window=None)).eval()
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device("cpu")
+
+    def run(batch: list[list[int]], count: int) -> None:
+        ids = torch.tensor(batch, device="cuda")
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
+            min_new_tokens=count, max_new_tokens=count,
+        )  # fmt: skip
+
+    return run
+
+
+def check(results: dict[str, Any]) -> None:
+    """The captured step and the tiled prefill against whole forward passes, in float32."""
+    executor = random_executor(PHI3_SMALL_SHORT, std=0.05)
+    batch = prompts(2, 700, 1000)
+    batch[1] = batch[1][:333]
+    start = time.perf_counter()
+    got = generate(executor, batch, 40)
+    print(f"first call, compilation included: {time.perf_counter() - start:.1f} s")
+    on_cpu = Executor(
+        executor.blueprint,
+        [lambda name: _named(executor, name).cpu()], [0], device="cpu", offload=False,
+    )  # fmt: skip
+    wrong = 0
+    for row, new in zip(batch, got, strict=True):
+        logits = on_cpu(torch.tensor([row + new[:-1]]))[0, len(row) - 1 :]
+        chosen = logits.gather(1, torch.tensor(new)[:, None])[:, 0]
+        wrong += int((logits.max(dim=1).values - chosen > 1e-3).sum())
+    results["check_wrong_tokens"] = wrong
+    print(f"tokens the CPU would not have chosen: {wrong} of {2 * len(got[0])}")
+    ids = torch.tensor(batch[:1])
+    wanted = on_cpu(ids)
+    error = ((executor(ids.cuda()).cpu() - wanted).norm() / wanted.norm()).item()
+    results["check_relative_error"] = error
+    print(f"logits of a 700-token prompt, GPU against CPU: relative error {error:.1e}")
+
+
+def _named(executor: Executor, name: str) -> torch.Tensor:
+    if name.startswith("transformer.layers."):
+        _, _, layer, rest = name.split(".", 3)
+        return executor.layer_weights(int(layer))[0][rest]
+    return executor.end_weights()[0][name]
+
+
+def generation(sections: set[str], results: dict[str, Any]) -> None:
+    executor = random_executor(PHI3_MINI)
+    other = peer()
+    if "decode" in sections:
+        prompt = prompts(1, 128, 32064)
+        results["decode_ms"] = per_token(lambda count: generate(executor, prompt, count), 256)
+        results["floor_ms"] = (
+            weight_bytes(executor.blueprint) / results["copy_bytes_per_second"] * 1e3
+        )
+        show("Phi-3-mini, batch 1, ms a token", results["decode_ms"])
+        show("  memory floor, ms", results["floor_ms"])
+        show("  times the floor (wanted: at most 1.5)", results["decode_ms"] / results["floor_ms"])
+        if other is not None:
+            results["peer_decode_ms"] = per_token(lambda count: other(prompt, count), 32)
+            show("  transformers, ms a token", results["peer_decode_ms"])
+            show("  times faster (wanted: 15)", results["peer_decode_ms"] / results["decode_ms"])
+    if "batch" in sections:
+        rows, count = prompts(32, 512, 32064), 128
+        took = seconds(lambda: generate(executor, rows, count), runs=3)
+        first = seconds(lambda: generate(executor, rows, 1), runs=3)
+        results["batch_tokens_per_second"] = 32 * count / took
+        results["batch_prefill_seconds"] = first
+        show("Phi-3-mini, 32 x 512-token prompts, tokens/s", 32 * count / took)
+        show("  of that, seconds in the prompts", first)
+        show("  decode, ms a step", (took - first) / (count - 1) * 1e3)
+        if other is not None:
+            took = seconds(lambda: other(rows, count), runs=1)
+            results["peer_batch_tokens_per_second"] = 32 * count / took
+            show("  transformers, tokens/s", 32 * count / took)
+            ratio = results["batch_tokens_per_second"] * took / (32 * count)
+            show("  times faster (wanted: 10)", ratio)
+
+
+def per_token(run: Callable[[int], object], count: int) -> float:
+    """Milliseconds that each further token takes."""
+    return (seconds(lambda: run(count + 1)) - seconds(lambda: run(1))) / count * 1e3
+
+
+def sparse(results: dict[str, Any]) -> None:
+    from phireg.executor.blueprint import BlockSparse
+
+    pattern = BlockSparse(**PHI3_SMALL_PATTERN)
+    for length, wanted in ((8192, 3), (32768, 6)):
+        query = torch.randn(1, HEADS, length, HEAD_SIZE, device="cuda", dtype=torch.bfloat16)
+        key, value = torch.randn(
+            2, 1, KV_HEADS, length, HEAD_SIZE, device="cuda", dtype=torch.bfloat16
+        )
+        dense = seconds(
+            lambda q=query, k=key, v=value: functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=1 / HEAD_SIZE, enable_gqa=True
+            ),
+            runs=20,
+        )
+        skipping = seconds(
+            lambda q=query, k=key, v=value: sparse_attention(q, k, v, pattern, 0, 1 / HEAD_SIZE),
+            runs=20,
+        )
+        mask = seconds(lambda n=length: prefill_block_mask(pattern, n, n, 0, HEADS, "cuda"))
+        results[f"attention_{length}_dense_ms"] = dense * 1e3
+        results[f"attention_{length}_sparse_ms"] = skipping * 1e3
+        results[f"attention_{length}_mask_ms"] = mask * 1e3
+        show(f"Phi-3-small attention, {length} tokens, dense SDPA, ms", dense * 1e3)
+        show("  block-sparse, ms (tiles listed once per prompt)", skipping * 1e3)
+        show("  listing the tiles, ms", mask * 1e3)
+        show(f"  times faster (wanted: {wanted})", dense / skipping)
+
+
+def show(what: str, value: float) -> None:
+    print(f"{what:<60} {value:10.3f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speed of the executor on a GPU.")
+    names = ["check", "decode", "batch", "sparse"]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a CUDA device")
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    print(f"{results['device']}, torch {results['torch']}")
+    sections = set(options.only)
+    if "check" in sections:
+        check(results)
+    results["copy_bytes_per_second"] = copy_bandwidth()
+    show("copy, TB/s read and written", results["copy_bytes_per_second"] / 1e12)
+    if "sparse" in sections:
+        sparse(results)
+    if sections & {"decode", "batch"}:
+        generation(sections, results)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
