@@ -1,0 +1,208 @@
+"""Kills, signals and full disks: what is under the output's name is complete, or nothing is."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tests.cli.conftest import ROOT
+from tests.damage import tiny_config, tiny_tensors, write_json
+
+VICTIM = Path(__file__).with_name("victim.py")
+POINTS = 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Two tensors of two blocks each among small ones: 11 MB."""
+    directory = tmp_path_factory.mktemp("accidents") / "model"
+    directory.mkdir()
+    rows = 90_001
+    write_json(directory / "config.json", tiny_config() | {"vocab_size": rows})
+    tensors = tiny_tensors()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        values = np.arange(rows * 32, dtype=np.uint32) % 0x7800
+        tensors[name] = values.astype(np.uint16).view("f2").reshape(rows, 32)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def convert(model, base, *more):
+    return ("convert", "--model-dir", model, "--output-dir", base / "out", "--tp-size", "2", *more)
+
+
+def meet(accident, number, base, *arguments, **options):
+    base.mkdir(exist_ok=True)
+    command = [sys.executable, VICTIM, accident, number, base, *arguments]
+    return subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        **options,
+    )
+
+
+def listing(base):
+    return sorted(path.name for path in base.iterdir() if path.name not in ("moments", "filler"))
+
+
+def contents(directory):
+    return {
+        path.name: path.read_bytes() for path in directory.iterdir() if path.name != "phireg.json"
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model, tmp_path_factory):
+    """The moments of a whole conversion, and what it wrote."""
+    base = tmp_path_factory.mktemp("undisturbed")
+    done = meet("SIGKILL", 0, base, *convert(model, base))
+    assert done.returncode == 0, done.stderr
+    return (base / "moments").read_text().split("\n"), contents(base / "out")
+
+
+def spread(moments):
+    """Points over the whole run, by bytes written, and each of the last steps."""
+    last = 8
+    early = np.linspace(1, len(moments) - last, POINTS - last).round().astype(int).tolist()
+    return [*early, *range(len(moments) - last + 1, len(moments) + 1)]
+
+
+@pytest.mark.parametrize(
+    "overwrite",
+    [pytest.param(False, id="new"), pytest.param(True, id="overwrite", marks=pytest.mark.slow)],
+)
+def test_kill_9_at_twenty_points(overwrite, model, undisturbed, tmp_path, run):
+    moments, good = undisturbed
+    points = spread(moments)
+    assert len(set(points)) == POINTS
+    assert {moments[point - 1] for point in points} >= {"os.pwrite", "os.fsync", "os.rename"}
+    old = {"config.json": b'{"architecture": "Old"}', "rank0.safetensors": b"old"}
+    absent = 0
+    for point in points:
+        base = tmp_path / str(point)
+        if overwrite:
+            (base / "out").mkdir(parents=True)
+            for name, data in old.items():
+                (base / "out" / name).write_bytes(data)
+        arguments = convert(model, base, *(["--overwrite"] if overwrite else []))
+        killed = meet("SIGKILL", point, base, *arguments)
+        assert killed.returncode == -signal.SIGKILL, (point, killed.stderr)
+        # Whatever is not under the output's name is under one that says it is not finished.
+        assert set(listing(base)) <= {"out", "out.phireg-partial"}
+        if not (base / "out").exists():
+            absent += 1
+        elif not overwrite or contents(base / "out") != old:
+            assert run("inspect", base / "out", "--check").exit_code == 0
+        replace = overwrite or (base / "out").exists()
+        again = run(*convert(model, base, *(["--overwrite"] if replace else [])))
+        assert again.exit_code == 0, again.output
+        assert listing(base) == ["out"]
+        assert contents(base / "out") == good
+        assert run("inspect", base / "out", "--check").exit_code == 0
+    if not overwrite:
+        assert 14 <= absent < POINTS
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")]
+)
+@pytest.mark.parametrize("at", ["first", "early", "middle", "fsync"])
+def test_signals_leave_nothing(name, code, word, at, model, undisturbed, tmp_path):
+    moments, _ = undisturbed
+    point = {
+        "first": 1,
+        "early": moments.index("os.pwrite") + 1,
+        "middle": len(moments) // 2,
+        "fsync": len(moments) - 1 - moments[::-1].index("os.rename"),
+    }[at]
+    stopped = meet(name, point, tmp_path / "base", *convert(model, tmp_path / "base"))
+    assert stopped.returncode == code, stopped.stderr
+    assert stopped.stderr == f"{word}; nothing was written\n"
+    assert stopped.stdout == ""
+    assert listing(tmp_path / "base") == []
+
+
+def test_a_signal_after_the_end_does_not_deny_the_output(model, undisturbed, tmp_path, run):
+    moments, good = undisturbed
+    stopped = meet("SIGINT", len(moments), tmp_path / "base", *convert(model, tmp_path / "base"))
+    assert stopped.returncode == 130
+    assert "already complete" in stopped.stderr
+    assert contents(tmp_path / "base" / "out") == good
+    assert run("inspect", tmp_path / "base" / "out", "--check").exit_code == 0
+
+
+def test_a_background_job_goes_on_ignoring_ctrl_c(model, undisturbed, tmp_path):
+    def ignore():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    base = tmp_path / "base"
+    done = meet("SIGINT", 30, base, *convert(model, base), preexec_fn=ignore)
+    assert done.returncode == 0, done.stderr
+    assert listing(base) == ["out"]
+
+
+def test_file_size_limit(model, tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+    base = tmp_path / "base"
+    done = meet("SIGKILL", 10**9, base, *convert(model, base), preexec_fn=limit)
+    assert done.returncode == 6, done.stderr
+    assert done.stderr.startswith("error: cannot write ")
+    assert "limit" in done.stderr
+    assert "nothing of it is left" in done.stderr
+    assert listing(base) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    mount = tmp_path / "disk"
+    mount.mkdir()
+
+    def make(megabytes):
+        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(mount)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            pytest.skip(f"no mount command: {error}")
+        if done.returncode:
+            pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
+        return mount
+
+    yield make
+    if mount.is_mount():
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_too_small_a_disk_is_refused_before_writing(model, small_disk, spawn):
+    disk = small_disk(20)
+    done = spawn(*convert(model, disk))
+    assert done.returncode == 6, done.stderr
+    assert "too little disk space" in done.stderr
+    assert listing(disk) == []
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_a_disk_that_runs_full_midway(part, model, undisturbed, small_disk, spawn):
+    moments, good = undisturbed
+    disk = small_disk(48)
+    writes = [number for number, name in enumerate(moments, 1) if name == "os.pwrite"]
+    done = meet("full", writes[int(part * len(writes))], disk, *convert(model, disk))
+    assert done.returncode == 6, done.stderr
+    assert "the disk is full" in done.stderr
+    assert "nothing of it is left" in done.stderr
+    assert listing(disk) == []
+    (disk / "filler").unlink()
+    again = spawn(*convert(model, disk))
+    assert again.returncode == 0, again.stderr
+    assert contents(disk / "out") == good

@@ -1,0 +1,531 @@
+"""What each command prints, the options, and how it ends."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from phireg.cli import options
+from phireg.plan.model import DTYPES
+from phireg.quant.schemes import WEIGHT_ONLY
+from tests.damage import (
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    KV_HEADS,
+    VOCAB,
+    config,
+    tensors,
+    tiny_tensors,
+)
+
+Q, KV = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+
+
+def document(result):
+    assert result.exit_code == 0, result.output
+    return json.loads(result.output)
+
+
+@pytest.fixture
+def ckpt(tiny, run):
+    out = tiny.parent / "out"
+    result = run("convert", "--model-dir", tiny, "--output-dir", out, "--tp-size", 2, "--quiet")
+    assert result.exit_code == 0
+    assert result.output == ""
+    return out
+
+
+# ---- options ------------------------------------------------------------------------------------
+
+
+def test_choices_are_what_the_core_knows():
+    assert ("auto", *DTYPES) == options.DTYPE_CHOICES
+    assert tuple(WEIGHT_ONLY) == options.PRECISION_CHOICES
+
+
+def test_underscores_and_hyphens(tiny, run):
+    told = {"model-dir": tiny, "tp-size": "2", "weight-only-precision": "int4"}
+    hyphens = [word for name, value in told.items() for word in (f"--{name}", value)]
+    underscores = [f"--{name.replace('-', '_')}={value}" for name, value in told.items()]
+    made = [
+        document(run("plan", *words, "--json"))
+        for words in (
+            [*hyphens, "--use-weight-only"],
+            [*underscores, "--use_weight_only"],
+        )
+    ]
+    assert made[0] == made[1]
+    assert made[0]["config"]["quantization"]["quant_algo"] == "W4A16"
+    assert made[0]["tp_size"] == 2
+
+
+def test_weight_only_is_int8_unless_said(tiny, run):
+    made = document(run("plan", "--model-dir", tiny, "--use-weight-only", "--json"))
+    assert made["weight_only"] == "int8"
+    assert made["config"]["quantization"]["quant_algo"] == "W8A16"
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--weight-only-precision", "int4"], "add --use-weight-only"),
+        (["--pp-size", "2"], "use --tp-size instead"),
+        (["--tp-size", "0"], "not a number of ranks"),
+        (["--tp-size", "two"], "--tp-size"),
+        (["--dtype", "float8"], "--dtype"),
+        (["--use-weight-only", "--weight-only-precision", "int2"], "--weight-only-precision"),
+        (["--revision", "main"], "local path"),
+        (["--no-such-option"], "--no-such-option"),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage(args, says, tiny, run):
+    result = run("convert", "--model-dir", tiny, "--output-dir", tiny.parent / "out", *args)
+    assert result.exit_code == 2
+    assert says in result.output
+    assert [path.name for path in tiny.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("args", [[], ["convrt"], ["convert"], ["explain"]])
+def test_incomplete_usage(args, run):
+    result = run(*args)
+    assert result.exit_code == 2
+    assert "Usage: phireg" in result.output
+
+
+def test_version_and_main_module(spawn):
+    done = spawn("--version")
+    assert (done.returncode, done.stdout) == (0, "phireg 0.1.0\n")
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+def test_the_wrong_family_is_refused_with_the_reason(tiny, run):
+    result = run("plan", "--model-dir", tiny, "--family", "phi3-small")
+    assert result.exit_code == 3
+    assert "Phi3ForCausalLM, and phi3-small converts Phi3SmallForCausalLM" in result.output
+    assert "leave out --family" in result.output
+
+
+def test_an_unknown_family_is_a_plugin_error(tiny, run):
+    result = run("plan", "--model-dir", tiny, "--family", "phi3-mimi")
+    assert result.exit_code == 5
+    assert "did you mean 'phi3-mini'" in result.output
+
+
+def test_a_tp_size_that_does_not_divide(tiny, run):
+    result = run("convert", "--model-dir", tiny, "--output-dir", tiny.parent / "o", "--tp-size", 3)
+    assert result.exit_code == 3
+    assert "tp sizes that work: 1, 2, 4" in result.output
+    assert "transformer.layers.{0..1}.attention.qkv" in result.output
+    assert not (tiny.parent / "o").exists()
+
+
+def test_a_hub_repository_without_network(tmp_path, spawn):
+    done = spawn(
+        *("convert", "--model-dir", "microsoft/Phi-3-mini-4k-instruct"),
+        *("--output-dir", tmp_path / "out"),
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
+    )
+    assert done.returncode == 3
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: microsoft/Phi-3-mini-4k-instruct on the Hugging Face Hub")
+    assert "cannot be reached" in done.stderr
+    assert "local directory" in done.stderr
+
+
+@pytest.mark.parametrize("model", ["no-such-directory", "./a/b", "/etc/hostname", "a/b/c", ""])
+def test_no_such_model(model, tmp_path, run):
+    result = run("plan", "--model-dir", model)
+    assert result.exit_code == 3, result.output
+    assert result.output.startswith("error: ")
+
+
+def test_an_existing_output(ckpt, tiny, run):
+    before = {path.name: path.read_bytes() for path in ckpt.iterdir()}
+    again = ("convert", "--model-dir", tiny, "--output-dir", ckpt)
+    result = run(*again)
+    assert result.exit_code == 6
+    assert "--overwrite" in result.output
+    assert {path.name: path.read_bytes() for path in ckpt.iterdir()} == before
+    assert run(*again, "--overwrite").exit_code == 0
+    assert not (ckpt / "rank1.safetensors").exists()
+    (ckpt / "notes.txt").write_text("mine")
+    result = run(*again, "--overwrite")
+    assert result.exit_code == 6
+    assert "notes.txt" in result.output
+    assert (ckpt / "notes.txt").exists()
+
+
+def test_an_output_that_cannot_be(tiny, run):
+    (tiny.parent / "file").write_text("")
+    result = run("convert", "--model-dir", tiny, "--output-dir", tiny.parent / "file" / "out")
+    assert result.exit_code == 6
+    assert "is not a directory" in result.output
+
+
+def test_names_cannot_command_the_terminal(tiny, run):
+    evil = "model.\x1b]0;owned\x07\x9b2J\u202eweight"
+    tensors(lambda held: held.update({evil: np.ones((2, 2), "f2")}))(tiny)
+    for command in (["plan"], ["convert", "--output-dir", tiny.parent / "out"]):
+        result = run(*command, "--model-dir", tiny)
+        assert result.exit_code == 3
+        assert "\\x1b]0;owned\\x07\\x9b2J\\u202eweight" in result.output
+        assert not set(result.output) & set("\x1b\x07\x9b\u202e")
+
+
+def test_a_defect_is_one_line_and_says_how_to_report_it(tiny, run, monkeypatch):
+    from phireg import jobs
+
+    monkeypatch.setattr(jobs, "plan", lambda *args, **options: 1 / 0)
+    monkeypatch.delenv("PHIREG_DEBUG", raising=False)
+    result = run("plan", "--model-dir", tiny)
+    assert result.exit_code == 1
+    assert result.output.startswith("internal error: ZeroDivisionError: division by zero\n")
+    assert "PHIREG_DEBUG=1" in result.output
+    assert "Traceback" not in result.output
+    monkeypatch.setenv("PHIREG_DEBUG", "1")
+    assert "Traceback" in run("plan", "--model-dir", tiny).output
+
+
+# ---- plan and convert ---------------------------------------------------------------------------
+
+
+def test_plan_text(tiny, run):
+    result = run("plan", "--model-dir", tiny, "--family", "phi3-mini", "--tp-size", 2)
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    read = sum(tensor.nbytes for tensor in tiny_tensors().values())
+    assert lines[0] == "family  phi3-mini (phireg 0.1.0), plugin API 1"
+    assert lines[1] == f"reads   {read / 1000:.1f} kB in 3 files, 15 tensors, each once"
+    assert lines[2].startswith("writes  2 x ")
+    assert "2 x 15 tensors, float16, no value changes" in lines[2]
+    assert "15/15 source tensors mapped, 30/30 targets filled" in result.output
+    assert list(tiny.parent.iterdir()) == [tiny]
+
+
+def test_plan_with_problems_is_on_stdout_and_ends_with_3(tiny, spawn):
+    config(num_hidden_layers=3)(tiny)
+    done = spawn("plan", "--model-dir", tiny)
+    assert done.returncode == 3
+    assert done.stderr == ""
+    assert "writes  nothing" in done.stdout
+    found = [line for line in done.stdout.splitlines() if "model.layers.2.mlp.down_proj" in line]
+    assert len(found) == 1
+    assert "missing" in found[0]
+    assert "phi3_mini/weights.py:" in found[0]
+    done = spawn("plan", "--model-dir", tiny, "--json")
+    assert done.returncode == 3
+    assert done.stderr == ""
+    assert {f["code"] for f in json.loads(done.stdout)["findings"]} >= {"missing"}
+
+
+def test_plan_json_says_where_every_byte_goes(tiny, run):
+    made = document(run("plan", "--model-dir", tiny, "--tp-size", "2", "--json"))
+    assert made["provided_by"] == {"distribution": "phireg", "version": "0.1.0", "api": 1}
+    out = tiny.parent / "out"
+    run("convert", "--model-dir", tiny, "--output-dir", out, "--tp-size", "2")
+    assert made["config"] == json.loads((out / "config.json").read_text())
+    assert made["bytes_out"] == sum(f.stat().st_size for f in out.glob("rank*"))
+    assert len(made["outputs"]) == 30
+    for output in made["outputs"]:
+        shape = output["shape"]
+        held = (out / output["file"]).read_bytes()[output["offset"] :][: output["bytes"]]
+        target = np.frombuffer(held, "f2").reshape(shape)
+        for entry in output["rows"]:
+            begin, end = entry["rows"]
+            expected = np.zeros((end - begin, *shape[1:]), "f2")
+            if source := entry["from"]:
+                first, last = source["bytes"]
+                raw = (tiny / source["file"]).read_bytes()[first:last]
+                rows = np.frombuffer(raw, "f2").reshape(end - begin, -1)
+                if source["columns"]:
+                    rows = np.concatenate([rows[:, a:b] for a, b in source["columns"]], axis=1)
+                expected = rows.reshape(end - begin, *shape[1:])
+            assert np.array_equal(target[begin:end], expected), output["tensor"]
+
+
+def test_convert_says_what_it_wrote(tiny, run):
+    out = tiny.parent / "out"
+    args = ("--model-dir", tiny, "--output-dir", out, "--tp-size", 2, "--family", "phi3-mini")
+    text = run("convert", *args).output
+    assert "family  phi3-mini (phireg 0.1.0)" in text
+    assert f"to {out}" in text
+    assert "2 rank files of" in text
+    assert "config.json, phireg.json" in text
+    assert "float16, no value changes" in text
+    told = document(run("convert", *args, "--overwrite", "--json"))
+    assert told["files"] == {path.name: path.stat().st_size for path in out.iterdir()}
+    assert (told["family"], told["dtype"], told["tp_size"]) == ("phi3-mini", "float16", 2)
+    assert told["losses"] == {}
+    assert told["seconds"] >= 0
+
+
+def with_bfloat16(directory, edit):
+    """Rewrite the tiny model in bfloat16 with other values."""
+    import torch
+    from safetensors.torch import save_file
+
+    for path in directory.glob("model*"):
+        path.unlink()
+    held = {n: torch.from_numpy(t).to(torch.bfloat16) for n, t in tiny_tensors().items()}
+    edit(held)
+    save_file(held, directory / "model.safetensors", {"format": "pt"})
+    config(torch_dtype="bfloat16")(directory)
+
+
+def test_values_that_overflow_are_refused_unless_allowed(tiny, run):
+    def edit(held):
+        held["model.layers.1.mlp.down_proj.weight"][0, :3] = 1e9
+
+    with_bfloat16(tiny, edit)
+    out = tiny.parent / "out"
+    args = ("convert", "--model-dir", tiny, "--output-dir", out, "--dtype", "float16")
+    result = run(*args)
+    assert result.exit_code == 3
+    assert "model.layers.1.mlp.down_proj.weight: 3 values" in result.output
+    assert "--allow-overflow" in result.output
+    assert [path.name for path in tiny.parent.iterdir()] == ["model"]
+    result = run(*args, "--allow-overflow")
+    assert result.exit_code == 0
+    assert "1 warning" in result.output
+    assert "3 values in 1 tensor became infinite" in result.output
+    proj = load_file(out / "rank0.safetensors")["transformer.layers.1.mlp.proj.weight"]
+    assert np.isinf(proj).sum() == 3
+
+
+def test_values_flushed_to_zero_are_reported(tiny, run):
+    def edit(held):
+        for layer in (0, 1):
+            held[f"model.layers.{layer}.mlp.down_proj.weight"][:, layer] = 1e-20
+
+    with_bfloat16(tiny, edit)
+    args = ("convert", "--model-dir", tiny, "--dtype", "float16", "--output-dir")
+    result = run(*args, tiny.parent / "a")
+    assert result.exit_code == 0
+    assert "15 tensors cast" in result.output
+    assert f"{2 * HIDDEN} values in 2 tensors became zero in the cast" in result.output
+    told = document(run(*args, tiny.parent / "b", "--json"))
+    assert told["losses"] == {
+        f"model.layers.{layer}.mlp.down_proj.weight": {"overflowed": 0, "flushed": HIDDEN}
+        for layer in (0, 1)
+    }
+
+
+# ---- explain ------------------------------------------------------------------------------------
+
+
+def test_explain_the_rows_of_a_rank(tiny, run):
+    name = "transformer.layers.1.attention.qkv.weight"
+    result = run("explain", tiny, name, "--tp-size", 2, "--rank", 1)
+    assert result.exit_code == 0
+    assert "in rank1.safetensors" in result.output
+    assert "rank0" not in result.output
+    assert "model.layers.1.self_attn.qkv_proj.weight" in result.output
+    ranges = [line.split(" = ") for line in result.output.splitlines() if " = " in line]
+    # The second half of q, of k and of v.
+    assert [(a.strip(), b.strip()) for a, b in ranges] == [
+        ("0:16", f"{Q // 2}:{Q}"),
+        ("16:24", f"{Q + KV // 2}:{Q + KV}"),
+        ("24:32", f"{Q + KV + KV // 2}:{Q + 2 * KV}"),
+    ]
+
+
+def test_explain_columns_and_padding(tiny, run):
+    text = run("explain", tiny, "transformer.layers.0.mlp.proj", "--tp-size", 2).output
+    half = INTERMEDIATE // 2
+    assert f"columns 0:{half}" in text
+    assert f"columns {half}:{INTERMEDIATE}" in text
+    text = run("explain", tiny, "lm_head.weight", "--tp-size", 2, "--rank", 1).output
+    assert f"0:{VOCAB // 2}  =  {VOCAB // 2 + 1}:{VOCAB}" in text
+    assert text.splitlines()[-2:] == ["  padding", f"    {VOCAB // 2}:{VOCAB // 2 + 1}  =  zeros"]
+
+
+def test_explain_json(tiny, run):
+    args = ("explain", tiny, "lm_head.weight", "--tp-size", 2, "--json")
+    told = document(run(*args))
+    assert [output["file"] for output in told["outputs"]] == [
+        "rank0.safetensors",
+        "rank1.safetensors",
+    ]
+    rows = told["outputs"][1]["rows"]
+    assert rows[0]["from"]["rows"] == [19, 37]
+    assert rows[1] == {"rows": [18, 19], "from": None}
+    assert len(document(run(*args, "--rank", 0))["outputs"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["transformer.layers.7.mlp.fc"], 2, "transformer.layers.1.mlp.fc"),
+        (["lm_head", "--rank", "1"], 2, "no rank 1 of 1"),
+        (["lm_head", "--tp-size", "3"], 3, "tp sizes that work: 1, 2, 4"),
+    ],
+)
+def test_explain_refuses(args, code, says, tiny, run):
+    result = run("explain", tiny, *args)
+    assert result.exit_code == code
+    assert says in result.output
+
+
+# ---- inspect ------------------------------------------------------------------------------------
+
+
+def test_inspect(ckpt, tiny, run):
+    text = run("inspect", ckpt).output
+    assert "model       Phi3ForCausalLM, float16" in text
+    assert "quantized   no" in text
+    assert "made by     phireg 0.1.0, family phi3-medium (phireg 0.1.0)" in text
+    assert f"made from   {tiny}" in text
+    assert "15 tensors, all float16, in each of rank{0..1}.safetensors" in text
+    words = [line.split() for line in text.splitlines()]
+    qkv = "transformer.layers.{0..1}.attention.qkv.weight"
+    assert [qkv, f"[{(Q + 2 * KV) // 2},", f"{HIDDEN}]", "x", "2"] in words
+    told = document(run("inspect", ckpt, "--check", "--json"))
+    assert told["problems"] == []
+    assert told["checked"] is True
+    assert told["manifest"]["options"]["tp_size"] == 2
+    assert told["files"]["rank0.safetensors"] == (ckpt / "rank0.safetensors").stat().st_size
+    assert told["ranks"][1]["lm_head.weight"] == {"dtype": "F16", "shape": [19, 32]}
+
+
+def flip_last_byte(path):
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+
+
+def add_space(path):
+    path.write_text(path.read_text() + " ")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda c: flip_last_byte(c / "rank1.safetensors"), "rank1.safetensors: "),
+        (lambda c: add_space(c / "config.json"), "config.json"),
+        (lambda c: os.truncate(c / "rank0.safetensors", 5000), "rank0.safetensors"),
+        (lambda c: (c / "rank1.safetensors").unlink(), "rank1.safetensors"),
+        (lambda c: (c / "rank2.safetensors").write_bytes(b""), "rank2.safetensors"),
+    ],
+    ids=["value", "config", "truncated", "missing", "extra"],
+)
+def test_inspect_check_finds_what_differs(spoil, says, ckpt, run):
+    assert run("inspect", ckpt, "--check").exit_code == 0
+    spoil(ckpt)
+    result = run("inspect", ckpt, "--check")
+    assert result.exit_code == 4, result.output
+    assert says in result.output
+    result = run("inspect", ckpt, "--check", "--json")
+    assert result.exit_code == 4
+    assert any(says in problem for problem in json.loads(result.output)["problems"])
+
+
+def test_inspect_without_a_manifest(ckpt, run):
+    (ckpt / "phireg.json").unlink()
+    result = run("inspect", ckpt)
+    assert result.exit_code == 0
+    assert "there is no phireg.json" in result.output
+    assert run("inspect", ckpt, "--check").exit_code == 3
+
+
+def test_inspect_of_something_else(tiny, tmp_path, run):
+    result = run("inspect", tiny)
+    assert result.exit_code == 3
+    assert "not a TensorRT-LLM checkpoint" in result.output
+    assert run("inspect", tmp_path / "nothing").exit_code == 3
+
+
+# ---- families and plugins -----------------------------------------------------------------------
+
+SEVEN = {
+    "microsoft/phi-2": "phi2",
+    "microsoft/Phi-3-mini-4k-instruct": "phi3-mini",
+    "microsoft/Phi-3-mini-128k-instruct": "phi3-mini",
+    "microsoft/Phi-3-small-8k-instruct": "phi3-small",
+    "microsoft/Phi-3-small-128k-instruct": "phi3-small",
+    "microsoft/Phi-3-medium-4k-instruct": "phi3-medium",
+    "microsoft/Phi-3-medium-128k-instruct": "phi3-medium",
+}
+
+
+def test_families(run):
+    told = document(run("families", "--json"))["families"]
+    models = {m["repo_id"]: family["name"] for family in told for m in family["published"]}
+    assert models == SEVEN
+    sizes = {m["repo_id"]: m["tp_sizes"] for family in told for m in family["published"]}
+    assert sizes["microsoft/phi-2"][:3] == [1, 2, 4]
+    assert 8 not in sizes["microsoft/Phi-3-medium-4k-instruct"]  # 40 heads, 10 of them KV heads
+    for family in told:
+        assert family["distribution"] == "phireg"
+        assert family["dtypes"] == ["float16", "bfloat16", "float32"]
+        assert family["quantization"] == ["weight-only int8", "weight-only int4"]
+    text = run("families").output
+    assert all(model in text for model in SEVEN)
+    assert "phi3-small  (phireg 0.1.0)" in text
+
+
+@pytest.fixture
+def stranger(tmp_path, monkeypatch):
+    """Another distribution: one family that works, one that does not, one name taken."""
+    site = tmp_path / "site"
+    info = site / "acme_phi-0.3.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-phi\nVersion: 0.3\n")
+    (info / "entry_points.txt").write_text(
+        "[phireg.families]\nacme = acme_phi:GOOD\nacme-broken = acme_broken:FAMILY\n"
+        "phi2 = acme_phi:PHI2\n"
+    )
+    (site / "acme_phi.py").write_text(
+        "from phireg_plugins.phi2 import FAMILY\n"
+        "GOOD = FAMILY.derive('acme', FAMILY.steps[0])\nPHI2 = FAMILY\n"
+    )
+    (site / "acme_broken.py").write_text("raise ModuleNotFoundError('no einops')\n")
+    monkeypatch.syspath_prepend(str(site))
+
+
+def test_a_broken_plugin_is_shown_and_stops_nobody(stranger, tiny, run):
+    result = run("families")
+    assert result.exit_code == 0
+    assert "acme-broken  (acme-phi 0.3)  cannot be loaded" in result.output
+    assert "no einops" in result.output
+    assert "microsoft/Phi-3-small-8k-instruct" in result.output
+    broken = [f for f in document(run("families", "--json"))["families"] if f["problem"]]
+    assert [family["name"] for family in broken] == ["acme-broken"]
+    result = run("plan", "--model-dir", tiny)
+    assert result.exit_code == 0
+    assert "no einops" in result.output
+    assert run("plan", "--model-dir", tiny, "--family", "acme-broken").exit_code == 5
+
+
+def test_plugins(stranger, run):
+    import sys
+
+    sys.modules.pop("acme_phi", None)
+    told = document(run("plugins", "--json"))
+    assert not {"acme_phi", "acme_broken"} & set(sys.modules)
+    values = {(p["distribution"], p["name"]): p["value"] for p in told["plugins"]}
+    assert values["acme-phi", "acme"] == "acme_phi:GOOD"
+    assert values["phireg", "phi2"] == "phireg_plugins.phi2:FAMILY"
+    result = run("plugins", "--check", "--json")
+    assert result.exit_code == 5
+    checked = {(p["distribution"], p["name"]): p for p in json.loads(result.output)["plugins"]}
+    assert checked["acme-phi", "acme"]["api"] == 1
+    assert "no einops" in checked["acme-phi", "acme-broken"]["problem"]
+    result = run("plugins", "--check")
+    assert result.exit_code == 5
+    assert "no einops" in result.output
+    assert "--family acme-phi:phi2  or  --family phireg:phi2" in result.output
+
+
+def test_plugins_that_all_work(run):
+    result = run("plugins", "--check")
+    assert result.exit_code == 0
+    assert result.output.count("works, API 1") == 4

@@ -1,0 +1,160 @@
+"""What a fresh interpreter imports and how long it takes; shell completion; closed outputs."""
+
+import os
+import pty
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import ROOT
+
+HEAVY = ("torch", "transformers", "huggingface_hub")
+
+
+def imported(*args):
+    command = [sys.executable, "-X", "importtime", "-m", "phireg", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["families"],
+        ["plugins", "--check"],
+        ["plan", "--model-dir", "MODEL", "--tp-size", "2"],
+        ["explain", "MODEL", "lm_head"],
+        ["convert", "--model-dir", "MODEL", "--output-dir", "OUT"],
+    ],
+    ids=lambda args: args[0],
+)
+def test_no_torch_without_need(args, tiny, tmp_path):
+    places = {"MODEL": tiny, "OUT": tmp_path / "out"}
+    modules = imported(*(places.get(arg, arg) for arg in args))
+    assert "phireg.jobs" in modules or args[0] == "plugins"
+    assert not modules & set(HEAVY)
+
+
+@pytest.mark.parametrize("args", [["--help"], ["convert", "--help"], ["--version"]])
+def test_help_imports_next_to_nothing(args):
+    modules = imported(*args)
+    assert "click" in modules
+    assert not modules & {*HEAVY, "numpy", "rich", "pluggy", "phireg.jobs", "phireg.registry"}
+
+
+def test_help_is_quick(spawn):
+    spawn("--help")
+    started = time.monotonic()
+    assert spawn("--help").returncode == 0
+    assert time.monotonic() - started < 1.5  # benchmarks/ measures the real figure
+
+
+def complete(*words):
+    done = subprocess.run(
+        [sys.executable, "-m", "phireg"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "_PHIREG_COMPLETE": "bash_complete",
+            "COMP_WORDS": " ".join(("phireg", *words)),
+            "COMP_CWORD": str(len(words)),
+        },
+        check=True,
+    )
+    return done.stdout.split()
+
+
+def test_completion():
+    assert complete("pl") == ["plain,plan", "plain,plugins"]
+    assert complete("convert", "--dtype", "f") == ["plain,float16", "plain,float32"]
+    assert complete("convert", "--family", "phi3-s") == ["plain,phi3-small"]
+    assert complete("convert", "--model-dir", "x") == ["dir,x"]
+    assert "plain,--model-dir" in complete("convert", "--m")
+
+
+def test_completion_in_bash():
+    phireg = Path(sys.executable).with_name("phireg")
+    if shutil.which("bash") is None or not phireg.exists():
+        pytest.skip("needs bash and an installed phireg")
+    script = """
+        eval "$(_PHIREG_COMPLETE=bash_source phireg)"
+        COMP_WORDS=(phireg fam); COMP_CWORD=1
+        $(complete -p phireg | sed 's/.*-F \\([^ ]*\\).*/\\1/') phireg
+        echo "${COMPREPLY[@]}"
+    """
+    path = f"{phireg.parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, env=os.environ | {"PATH": path}
+    )
+    assert done.stdout.split() == ["families"], done.stderr
+
+
+def test_a_reader_that_leaves_is_not_an_error(tiny):
+    done = subprocess.Popen(
+        [sys.executable, "-m", "phireg", "plan", "--model-dir", tiny, "--tp-size", "4", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    done.stdout.close()
+    assert done.stderr.read() == b""
+    assert done.wait(30) == 141
+
+
+def test_a_full_disk_behind_stdout(tiny, spawn):
+    with Path("/dev/full").open("w") as full:
+        done = spawn("plan", "--model-dir", tiny, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 6
+    assert done.stderr == "error: cannot write to standard output: No space left on device\n"
+
+
+def on_terminal(columns, *args):
+    """Output of phireg on a terminal of its own, stdout and stderr together."""
+    ours, theirs = pty.openpty()
+    running = subprocess.Popen(
+        [sys.executable, "-m", "phireg", *map(str, args)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": str(columns), "LINES": "40", "TERM": "xterm"},
+    )
+    os.close(theirs)
+    output = b""
+    while True:
+        try:
+            block = os.read(ours, 65536)
+        except OSError:  # how Linux reports the end
+            break
+        if not block:
+            break
+        output += block
+    os.close(ours)
+    assert running.wait(30) == 0
+    return output.decode()
+
+
+def test_progress_on_a_terminal_only(tiny, tmp_path, spawn):
+    args = ("convert", "--model-dir", tiny, "--output-dir")
+    shown = on_terminal(100, *args, tmp_path / "a")
+    assert "flushing to disk" in shown
+    assert "kB" in shown
+    quiet = on_terminal(100, *args, tmp_path / "b", "--quiet")
+    assert quiet == ""
+    piped = spawn(*args, tmp_path / "c")
+    assert piped.stderr == ""
+    assert piped.stdout.startswith("family")
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_terminal_is_not_overrun_and_names_are_whole(columns, tiny):
+    shown = on_terminal(columns, "plan", "--model-dir", tiny, "--tp-size", "4")
+    lines = shown.replace("\r", "").splitlines()
+    assert max(map(len, lines)) <= columns
+    assert "15/15 source tensors mapped" in " ".join(lines)
