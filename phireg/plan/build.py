@@ -244,7 +244,7 @@ class _Builder:
         for companion, axes in owners.items():
             sources = {name: rows for axis in axes.values() for name, rows in axis.sources}
             for problem in check_partition(axes, sources):
-                self.error("twice", companion, problem)
+                self.error("partition", f"rows of every {companion}", problem)
 
     def check_unmapped(self, wanted: Mapping[str, str], rules: Rules) -> None:
         for name in self.source.tensors:

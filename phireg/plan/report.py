@@ -22,7 +22,7 @@ def fold(findings: Iterable[Finding]) -> list[tuple[Finding, int]]:
     """
     groups: dict[tuple[Any, ...], tuple[Finding, list[int]]] = {}
     for finding in findings:
-        match = _LAYER.search(finding.subject)
+        match = _LAYER.search(finding.subject) or _LAYER.search(finding.detail)
         if match is None:
             groups.setdefault((finding, "whole"), (finding, []))
             continue

@@ -1,0 +1,136 @@
+"""Tiny sources whose every element is its own address, and plans of them. No torch."""
+
+import json
+import math
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from phireg.checkpoint.source import open_source
+from phireg.config.hf import HFConfig
+from phireg.plan.build import build_plan
+from phireg.plan.model import Options
+
+LAYERS, HEADS, SIZE, INNER, VOCAB = 3, 4, 6, 20, 37
+HIDDEN = HEADS * SIZE
+COMMON = {
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "hidden_size": HIDDEN,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+    "torch_dtype": "float32",
+}
+PHI2 = {
+    **COMMON,
+    "architectures": ["PhiForCausalLM"],
+    "model_type": "phi",
+    "intermediate_size": INNER,
+    "hidden_act": "gelu_new",
+    "partial_rotary_factor": 0.7,
+}
+PHI3 = {
+    **COMMON,
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "intermediate_size": INNER,
+    "hidden_act": "silu",
+}
+SMALL = {
+    **COMMON,
+    "architectures": ["Phi3SmallForCausalLM"],
+    "model_type": "phi3small",
+    "ff_intermediate_size": INNER,
+    "num_key_value_heads": 2,
+}
+
+
+def with_bias(shapes):
+    return shapes | {
+        name.removesuffix("weight") + "bias": shape[:1]
+        for name, shape in shapes.items()
+        if name != "model.embed_tokens.weight"
+    }
+
+
+def phi2_shapes():
+    h = HIDDEN
+    shapes = {"model.embed_tokens.weight": (VOCAB, h), "lm_head.weight": (VOCAB, h)}
+    shapes["model.final_layernorm.weight"] = (h,)
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}"
+        shapes[f"{layer}.input_layernorm.weight"] = (h,)
+        shapes |= {f"{layer}.self_attn.{p}_proj.weight": (h, h) for p in "qkv"}
+        shapes[f"{layer}.self_attn.dense.weight"] = (h, h)
+        shapes[f"{layer}.mlp.fc1.weight"] = (INNER, h)
+        shapes[f"{layer}.mlp.fc2.weight"] = (h, INNER)
+    return with_bias(shapes)
+
+
+def phi3_shapes(kv_heads):
+    h = HIDDEN
+    shapes = {"model.embed_tokens.weight": (VOCAB, h), "lm_head.weight": (VOCAB, h)}
+    shapes["model.norm.weight"] = (h,)
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}"
+        shapes[f"{layer}.input_layernorm.weight"] = (h,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (h,)
+        shapes[f"{layer}.self_attn.qkv_proj.weight"] = ((HEADS + 2 * kv_heads) * SIZE, h)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (h, h)
+        shapes[f"{layer}.mlp.gate_up_proj.weight"] = (2 * INNER, h)
+        shapes[f"{layer}.mlp.down_proj.weight"] = (h, INNER)
+    return shapes
+
+
+def small_shapes():
+    h = HIDDEN
+    shapes = {"model.embed_tokens.weight": (VOCAB, h), "model.final_layernorm.weight": (h,)}
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}"
+        shapes[f"{layer}.input_layernorm.weight"] = (h,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (h,)
+        shapes[f"{layer}.self_attn.query_key_value.weight"] = ((HEADS + 4) * SIZE, h)
+        shapes[f"{layer}.self_attn.dense.weight"] = (h, h)
+        shapes[f"{layer}.mlp.up_proj.weight"] = (2 * INNER, h)
+        shapes[f"{layer}.mlp.down_proj.weight"] = (h, INNER)
+    return with_bias(shapes)
+
+
+def tied(shapes):
+    return {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
+
+
+MODELS = {
+    "phi2": ("phi2", PHI2, phi2_shapes()),
+    "phi2-tied": ("phi2", {**PHI2, "tie_word_embeddings": True}, tied(phi2_shapes())),
+    "mini": ("phi3-mini", PHI3, phi3_shapes(HEADS)),
+    "mini-tied": ("phi3-mini", {**PHI3, "tie_word_embeddings": True}, tied(phi3_shapes(HEADS))),
+    "medium": ("phi3-medium", {**PHI3, "num_key_value_heads": 2}, phi3_shapes(2)),
+    "one-kv-head": ("phi3-medium", {**PHI3, "num_key_value_heads": 1}, phi3_shapes(1)),
+    "small": ("phi3-small", SMALL, small_shapes()),
+}
+
+
+def addresses(shapes):
+    """Every element of every tensor has a number of its own."""
+    tensors, start = {}, 1
+    for name, shape in sorted(shapes.items()):
+        count = math.prod(shape)
+        tensors[name] = np.arange(start, start + count, dtype=np.uint32).reshape(shape)
+        start += count
+    return tensors
+
+
+def write(directory, config, tensors):
+    """Write a source; unsigned numbers are stored as the bits of float32."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    as_float = {n: t.view(np.float32) if t.dtype == np.uint32 else t for n, t in tensors.items()}
+    save_file(as_float, directory / "model.safetensors")
+    return directory
+
+
+def planned(family, directory, **options):
+    """The plan of a family object, without looking anything up."""
+    hf = HFConfig(json.loads((directory / "config.json").read_text()))
+    return build_plan(family, hf, open_source(directory), Options(**options))

@@ -1,0 +1,217 @@
+"""Everything that is wrong with a source is said at once, with its layers folded."""
+
+import inspect
+import re
+
+import numpy as np
+import pytest
+from phireg_plugins.phi3_mini import FAMILY, weights
+from plan_sources import LAYERS, MODELS, PHI3, addresses, planned, write
+
+from phireg import jobs
+from phireg.api import COLUMN, Linear, Rules, hookimpl, parts, select, src
+from phireg.errors import PlanError, SourceError
+from phireg.findings import Finding, Severity
+from phireg.plan.report import fold, problems, ranges
+
+_, MINI, SHAPES = MODELS["mini"]
+
+
+def spoilt():
+    tensors = addresses(SHAPES)
+    for i in range(LAYERS):
+        del tensors[f"model.layers.{i}.self_attn.o_proj.weight"]
+        tensors[f"model.layers.{i}.self_attn.q_norm.weight"] = np.ones(3, np.uint32)
+    tensors["model.norm.weight"] = np.ones(23, np.uint32)
+    tensors["lm_head.weight"] = np.ones((37, 24), np.int64)
+    tensors["model.layers.2.mlp.down_proj.weight"] = np.ones((20, 24), np.uint32)
+    return tensors
+
+
+def test_all_problems_at_once(tmp_path):
+    source = write(tmp_path / "hf", MINI, spoilt())
+    plan = jobs.plan(source, family="phi3-mini", tp_size=3).plan
+    layers = [f"model.layers.{i}" for i in range(LAYERS)]
+    targets = [f"transformer.layers.{i}" for i in range(LAYERS)]
+    cut = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
+    assert {(f.code, f.subject) for f in plan.errors} == {
+        *(("missing", f"{layer}.self_attn.o_proj.weight") for layer in layers),
+        *(("unmapped", f"{layer}.self_attn.q_norm.weight") for layer in layers),
+        ("shape", "model.norm.weight"),
+        ("dtype", "lm_head.weight"),
+        ("shape", "model.layers.2.mlp.down_proj.weight"),
+        *(("sharding", f"{target}.{name}") for target in targets for name in cut),
+    }
+    assert (plan.outputs, plan.headers, plan.tasks) == ((), (), ())
+
+
+def test_the_message_folds_layers_and_names_the_rule(tmp_path):
+    source = write(tmp_path / "hf", MINI, spoilt())
+    with pytest.raises(PlanError) as caught:
+        jobs.convert(jobs.plan(source, family="phi3-mini"), tmp_path / "out")
+    text = caught.value.message
+    assert not (tmp_path / "out").exists()
+    assert "the plan has 9 problems; nothing was written" in text
+    lines = {line.split()[0]: line for line in text.splitlines()[1:]}
+    assert re.search(
+        r"missing +model\.layers\.\{0\.\.2\}\.self_attn\.o_proj\.weight: "
+        r"wanted by transformer\.layers\.\{0\.\.2\}\.attention\.dense +\(3 of them\) +\[",
+        lines["missing"],
+    )
+    assert "model.layers.{0..2}.self_attn.q_norm.weight" in lines["unmapped"]
+    assert "lm_head.weight: is I64; an unquantized weight is F16, BF16, F32" in lines["dtype"]
+    shapes = [line for line in text.splitlines() if line.startswith("  shape")]
+    assert any("is [20, 24], the config says [24, 20]" in line for line in shapes)
+    assert any("model.norm.weight: is [23], the config says [24]" in line for line in shapes)
+    file, number = re.search(r"\[(.*):(\d+)\]", lines["missing"]).groups()
+    source_lines, first = inspect.getsourcelines(weights.layer)
+    assert file == "phi3_mini/weights.py"
+    assert first < int(number) < first + len(source_lines)
+
+
+def test_a_config_with_errors_is_all_that_is_reported(tmp_path):
+    source = write(tmp_path / "hf", {**PHI3, "hidden_act": "gelu", "mlp_bias": True}, spoilt())
+    plan = jobs.plan(source, family="phi3-mini").plan
+    assert {(f.code, f.subject) for f in plan.errors} == {
+        ("config", "hidden_act"),
+        ("config", "mlp_bias"),
+    }
+    assert any("not checked" in f.detail for f in plan.findings if f.severity is Severity.NOTE)
+
+
+def test_an_unknown_dtype_is_refused(tmp_path):
+    source = write(tmp_path / "hf", {**MINI, "torch_dtype": "float8"}, addresses(SHAPES))
+    (error,) = jobs.plan(source, family="phi3-mini").plan.errors
+    assert (error.code, error.subject) == ("dtype", "torch_dtype")
+    assert not jobs.plan(source, family="phi3-mini", dtype="bfloat16").plan.errors
+
+
+@pytest.mark.parametrize(
+    "stated, dtype", [("float32", "float16"), ("torch.bfloat16", "bfloat16"), (None, "float16")]
+)
+def test_auto_dtype(tmp_path, stated, dtype):
+    config = {key: value for key, value in MINI.items() if key != "torch_dtype"}
+    if stated:
+        config["torch_dtype"] = stated
+    source = write(tmp_path / "hf", config, addresses(SHAPES))
+    assert jobs.plan(source, family="phi3-mini").plan.options.dtype == dtype
+
+
+def test_auto_dtype_of_a_config_that_names_none_is_what_most_bytes_are(tmp_path):
+    config = {key: value for key, value in MINI.items() if key != "torch_dtype"}
+    tensors = {n: t.astype(np.float16) for n, t in addresses(SHAPES).items()}
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
+    source = write(tmp_path / "hf", config, tensors)
+    plan = jobs.plan(source, family="phi3-mini").plan
+    assert plan.options.dtype == "float16"
+    assert plan.casts == 1
+
+
+@pytest.mark.parametrize(
+    "extra, says",
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized"),
+        ({"vision_config": {}}, "multimodal"),
+        ({"embd_layer": {"embedding_cls": "image"}}, "multimodal"),
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"peft_type": "LORA"}, "LoRA"),
+    ],
+)
+def test_models_that_are_not_admitted(tmp_path, extra, says):
+    source = write(tmp_path / "hf", {**MINI, **extra}, addresses(SHAPES))
+    with pytest.raises(SourceError, match=says):
+        jobs.plan(source)
+
+
+# --- rules that are wrong --------------------------------------------------------------------
+
+
+def family_with(change):
+    """phi3-mini with amended rules."""
+
+    class Amend:
+        @hookimpl(wrapper=True)
+        def phireg_weight_rules(self, config):
+            rules = yield
+            return change(rules, config)
+
+    return FAMILY.derive("amended", Amend())
+
+
+def test_rows_that_two_rules_use(tmp_path):
+    def change(rules, config):
+        twice = (
+            Linear(f"transformer.layers.{i}.mlp.proj", src(f"model.layers.{i}.mlp.down_proj", 24),
+                   src("", 20), COLUMN)
+            for i in range(LAYERS)
+        )  # fmt: skip
+        dense = (
+            Linear(f"transformer.layers.{i}.attention.dense",
+                   src(f"model.layers.{i}.mlp.down_proj", 24), src("", 20), COLUMN)
+            for i in range(LAYERS)
+        )  # fmt: skip
+        return rules.replace(*twice, *dense)
+
+    plan = planned(family_with(change), write(tmp_path / "hf", MINI, addresses(SHAPES)))
+    text = problems(plan.errors)
+    assert "used twice, by transformer.layers.{0..2}.attention.dense" in text
+    assert "unmapped  model.layers.{0..2}.self_attn.o_proj.weight" in text
+
+
+def test_rows_that_no_rule_uses(tmp_path):
+    def change(rules, config):
+        half = (
+            Linear(
+                f"transformer.layers.{i}.mlp.fc",
+                select(parts(src(f"model.layers.{i}.mlp.gate_up_proj", 40), a=20, b=20), "a"),
+                24,
+                COLUMN,
+            )
+            for i in range(LAYERS)
+        )
+        return rules.replace(*half)
+
+    plan = planned(family_with(change), write(tmp_path / "hf", MINI, addresses(SHAPES)))
+    text = problems(plan.errors)
+    assert "rows 20 to 40 of model.layers.{0..2}.mlp.gate_up_proj are used nowhere" in text
+    assert "transformer.layers.{0..2}.mlp.fc.weight: would be [20, 24]; the reader" in text
+
+
+def test_targets_the_reader_does_not_know_or_lacks(tmp_path):
+    def change(rules, config):
+        kept = {name: rule for name, rule in rules.items() if name != "transformer.ln_f"}
+        return Rules(*kept.values(), Linear("extra", src("model.norm", 24), 1, COLUMN))
+
+    plan = planned(family_with(change), write(tmp_path / "hf", MINI, addresses(SHAPES)))
+    details = {(f.subject, f.detail) for f in plan.errors if f.code == "schema"}
+    assert {subject for subject, _ in details} == {"transformer.ln_f.weight", "extra.weight"}
+
+
+# --- folding ---------------------------------------------------------------------------------
+
+
+def finding(subject, detail="is odd", code="missing"):
+    return Finding(Severity.ERROR, code, subject, detail)
+
+
+def test_folding_keeps_what_differs():
+    found = [
+        *(finding(f"model.layers.{i}.a.weight") for i in (0, 1, 2, 5)),
+        finding("model.layers.1.b.weight"),
+        finding("model.layers.0.a.weight", "is even"),
+        *(finding(f"layers.{i}.c.weight", f"as layers.{i}.d") for i in (3, 4)),
+        finding("lm_head.weight"),
+    ]
+    assert [(f.subject, f.detail, count) for f, count in fold(found)] == [
+        ("model.layers.{0..2,5}.a.weight", "is odd", 4),
+        ("model.layers.1.b.weight", "is odd", 1),
+        ("model.layers.0.a.weight", "is even", 1),
+        ("layers.{3..4}.c.weight", "as layers.{3..4}.d", 2),
+        ("lm_head.weight", "is odd", 1),
+    ]
+
+
+def test_ranges():
+    assert ranges([4]) == "4"
+    assert ranges([3, 1, 2]) == "{1..3}"
+    assert ranges([0, 2, 3, 9]) == "{0,2..3,9}"

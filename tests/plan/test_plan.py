@@ -1,0 +1,244 @@
+"""What a plan promises: bytes, ranges, memory, and how little it needs to make it."""
+
+import json
+import math
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+from plan_sources import HEADS, MODELS, addresses, write
+
+from phireg import jobs
+from phireg.plan import model
+from phireg.plan.report import as_json
+from phireg.runner import stream
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_each_mapped_byte_is_read_once(tmp_path, name, tp):
+    family, config, shapes = MODELS[name]
+    tensors = addresses(shapes)
+    for i in range(3):  # dropped, so not read
+        tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.uint32)
+    source = write(tmp_path / "hf", config, tensors)
+    plan = jobs.plan(source, family=family, tp_size=tp, dtype="float32").plan
+    assert not plan.errors
+    assert plan.bytes_in == sum(4 * math.prod(shape) for shape in shapes.values())
+    reads = {name: np.zeros(shape[0], int) for name, shape in shapes.items()}
+    for task in plan.tasks:
+        for step in task.steps:
+            if step.source is not None:
+                reads[step.source.name][step.row : step.row + step.count] += 1
+    assert all((count == 1).all() for count in reads.values())
+    assert plan.casts == 0
+    jobs.convert(jobs.plan(source, family=family, tp_size=tp, dtype="float32"), tmp_path / "out")
+    written = [(tmp_path / "out" / f"rank{r}.safetensors").stat().st_size for r in range(tp)]
+    assert list(plan.file_sizes) == written
+    assert plan.bytes_out == sum(written)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_ranges_agree_with_where_every_element_came_from(tmp_path, name, tp):
+    """Source elements hold their own address, so the written files tell where they are from."""
+    family, config, shapes = MODELS[name]
+    tensors = addresses(shapes)
+    source = write(tmp_path / "hf", config, tensors)
+    planned = jobs.plan(source, family=family, tp_size=tp, dtype="float32")
+    jobs.convert(planned, tmp_path / "out")
+    stored = (source / "model.safetensors").read_bytes()
+    report = json.loads(json.dumps(as_json(planned.plan, workers=2)))
+    assert report["tp_size"] == tp and report["bytes_in"] == planned.plan.bytes_in
+    assert {entry["file"] for entry in report["outputs"]} == {
+        f"rank{rank}.safetensors" for rank in range(tp)
+    }
+    for entry in report["outputs"]:
+        count = math.prod(entry["shape"])
+        assert (entry["dtype"], entry["bytes"]) == ("F32", 4 * count)
+        found = np.fromfile(
+            tmp_path / "out" / entry["file"], np.uint32, count, offset=entry["offset"]
+        ).reshape(entry["shape"])
+        position = 0
+        for piece in entry["rows"]:
+            start, stop = piece["rows"]
+            assert start == position < stop
+            position = stop
+            if piece["from"] is None:
+                assert not found[start:stop].any()
+                continue
+            origin = piece["from"]
+            assert origin["file"] == "model.safetensors"
+            rows = tensors[origin["tensor"]][slice(*origin["rows"])]
+            assert rows.tobytes() == stored[slice(*origin["bytes"])]
+            if rows.ndim == 2:
+                rows = np.concatenate([rows[:, a:b] for a, b in origin["columns"]], axis=1)
+            else:
+                assert origin["columns"] == []
+            assert np.array_equal(found[start:stop], rows)
+        assert position == entry["shape"][0]
+
+
+def test_explain_finds_tensors_modules_and_near_names(tmp_path):
+    family, config, shapes = MODELS["small"]
+    source = write(tmp_path / "hf", config, addresses(shapes))
+    planned = jobs.plan(source, family=family, tp_size=2)
+    module = "transformer.layers.1.attention.qkv"
+    assert {(o.rank, o.name) for o in jobs.explain(planned, module)} == {
+        (rank, f"{module}.{kind}") for rank in (0, 1) for kind in ("weight", "bias")
+    }
+    assert len(jobs.explain(planned, f"{module}.bias")) == 2
+    with pytest.raises(jobs.PhiregError, match=r"attention\.qkv"):
+        jobs.explain(planned, "transformer.layers.1.attention.kqv")
+
+
+def test_replicated_kv_heads_are_read_once_and_written_often(tmp_path):
+    family, config, shapes = MODELS["one-kv-head"]
+    source = write(tmp_path / "hf", config, addresses(shapes))
+    plan = jobs.plan(source, family=family, tp_size=4, dtype="float32").plan
+    qkv = "model.layers.0.self_attn.qkv_proj.weight"
+    steps = [s for t in plan.tasks for s in t.steps if s.source and s.source.name == qkv]
+    kv = [step for step in steps if step.row >= HEADS * 6]
+    assert sum(step.count for step in kv) == 2 * 6
+    assert all(len(step.writes) == 4 for step in kv)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("block", [512, 64 * 1024])
+@pytest.mark.parametrize("name", ["mini", "small"])
+def test_buffers_stay_under_the_bound(tmp_path, monkeypatch, name, block, workers):
+    family, config, _ = MODELS[name]
+    hidden = 4096  # rows of 16 KiB, longer than the smaller block
+    wide = {"hidden_size": hidden, "intermediate_size": 512, "ff_intermediate_size": 512}
+    config = {**config, **wide, "num_hidden_layers": 1, "num_attention_heads": 16}
+    config["num_key_value_heads"] = 2
+    heads = (16 + 4) * (hidden // 16)
+    qkv = "qkv_proj" if name == "mini" else "query_key_value"
+    dense = "o_proj" if name == "mini" else "dense"
+    shapes = {
+        f"model.layers.0.self_attn.{qkv}.weight": (heads, hidden),
+        f"model.layers.0.self_attn.{dense}.weight": (hidden, hidden),
+        **_rest(name, hidden),
+    }
+    tensors = {n: np.zeros(s, np.float32) for n, s in shapes.items()}
+    source = write(tmp_path / "hf", config, tensors)
+    del tensors
+    monkeypatch.setattr(model, "BLOCK_BYTES", block)
+    monkeypatch.setattr(stream, "BLOCK_BYTES", block)
+    plan = jobs.plan(source, family=family, tp_size=2, dtype="float32").plan
+    assert not plan.errors
+    (tmp_path / "out").mkdir()
+    tracemalloc.start()
+    stream.stream(plan, tmp_path / "out", workers=workers)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    bookkeeping = 300_000
+    assert peak < plan.buffer_bytes(workers) + bookkeeping < plan.bytes_in / 8
+
+
+def _rest(name, hidden):
+    shapes = {"model.embed_tokens.weight": (37, hidden)}
+    layer = "model.layers.0"
+    norms = [f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"]
+    if name == "mini":
+        shapes["lm_head.weight"] = (37, hidden)
+        shapes |= {f"{norm}.weight": (hidden,) for norm in [*norms, "model.norm"]}
+        shapes[f"{layer}.mlp.gate_up_proj.weight"] = (1024, hidden)
+        shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, 512)
+        return shapes
+    for kind in ("weight", "bias"):
+        shapes |= {f"{norm}.{kind}": (hidden,) for norm in [*norms, "model.final_layernorm"]}
+    shapes |= {
+        f"{layer}.mlp.up_proj.weight": (1024, hidden),
+        f"{layer}.mlp.up_proj.bias": (1024,),
+        f"{layer}.mlp.down_proj.weight": (hidden, 512),
+        f"{layer}.mlp.down_proj.bias": (hidden,),
+        f"{layer}.self_attn.query_key_value.bias": (20 * hidden // 16,),
+        f"{layer}.self_attn.dense.bias": (hidden,),
+    }
+    return shapes
+
+
+# --- real shapes -----------------------------------------------------------------------------
+
+REAL = """
+import json, math, os, sys, time
+from pathlib import Path
+
+directory, family, tp = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+small = family == "phi3-small"
+h, layers, heads, kv, inner, vocab = (
+    (4096, 32, 32, 8, 14336, 100352) if small else (5120, 40, 40, 10, 17920, 32064)
+)
+qkv = (heads + 2 * kv) * (h // heads)
+shapes = {"model.embed_tokens.weight": (vocab, h)}
+linears = (("query_key_value", qkv, h), ("dense", h, h)) if small else (
+    ("qkv_proj", qkv, h), ("o_proj", h, h))
+mlp = (("up_proj", 2 * inner, h), ("down_proj", h, inner)) if small else (
+    ("gate_up_proj", 2 * inner, h), ("down_proj", h, inner))
+for i in range(layers):
+    layer = f"model.layers.{i}"
+    for name, rows, cols in (*((f"self_attn.{n}", r, c) for n, r, c in linears),
+                             *((f"mlp.{n}", r, c) for n, r, c in mlp)):
+        shapes[f"{layer}.{name}.weight"] = (rows, cols)
+        if small:
+            shapes[f"{layer}.{name}.bias"] = (rows,)
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        shapes[f"{layer}.{norm}.weight"] = (h,)
+        if small:
+            shapes[f"{layer}.{norm}.bias"] = (h,)
+final = "model.final_layernorm" if small else "model.norm"
+shapes[f"{final}.weight"] = (h,)
+if small:
+    shapes[f"{final}.bias"] = (h,)
+else:
+    shapes["lm_head.weight"] = (vocab, h)
+names = list(shapes)
+files = {f"model-{n + 1:05}-of-00006.safetensors": names[n * len(names) // 6:
+         (n + 1) * len(names) // 6] for n in range(6)}
+for file, held in files.items():
+    listing, end = {}, 0
+    for name in held:
+        start, end = end, end + 2 * math.prod(shapes[name])
+        listing[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [start, end]}
+    header = json.dumps(listing).encode()
+    with (directory / file).open("wb") as out:
+        out.write(len(header).to_bytes(8, "little") + header)
+        out.truncate(8 + len(header) + end)
+index = {"weight_map": {name: file for file, held in files.items() for name in held}}
+(directory / "model.safetensors.index.json").write_text(json.dumps(index))
+config = dict(hidden_size=h, num_hidden_layers=layers, num_attention_heads=heads,
+              num_key_value_heads=kv, vocab_size=vocab, max_position_embeddings=4096,
+              torch_dtype="bfloat16")
+config |= (dict(architectures=["Phi3SmallForCausalLM"], model_type="phi3small",
+                ff_intermediate_size=inner) if small else
+           dict(architectures=["Phi3ForCausalLM"], model_type="phi3",
+                intermediate_size=inner, hidden_act="silu"))
+(directory / "config.json").write_text(json.dumps(config))
+
+from phireg import jobs
+begun = time.process_time()
+plan = jobs.plan(directory, family="auto", tp_size=tp).plan
+seconds = time.process_time() - begun
+assert not plan.findings, plan.findings
+print(json.dumps([plan.family, seconds, plan.bytes_in, sum(math.prod(s) * 2 for s in
+      shapes.values()), "torch" in sys.modules]))
+"""
+
+
+@pytest.mark.parametrize("family, tp", [("phi3-medium", 10), ("phi3-small", 8)])
+def test_a_real_shape_is_planned_in_under_a_second_without_torch(tmp_path, family, tp):
+    done = subprocess.run(
+        [sys.executable, "-c", REAL, str(tmp_path), family, str(tp)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    chosen, seconds, bytes_in, size, torch = json.loads(done.stdout)
+    assert chosen == family
+    assert bytes_in == size
+    assert not torch
+    assert seconds < 1
