@@ -1,0 +1,128 @@
+"""Casting, against numpy and bit arithmetic: every 16-bit pattern, and the edges of float32."""
+
+import numpy as np
+import pytest
+import torch
+
+from phireg.runner.cast import NO_LOSS, Loss, cast, one_thread_each
+
+torch.set_num_threads(1)
+
+ALL_16 = np.arange(2**16, dtype=np.uint16)
+
+
+def edges():
+    """float32 around every rounding boundary of both 16-bit formats, and at random."""
+    exact = np.concatenate([widened(ALL_16, "F16"), widened(ALL_16, "BF16")])
+    random = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
+    near = [exact + np.uint32(delta) for delta in (0, 1, 2**32 - 1, 0x7FFF, 0x8000, 0x8001)]
+    half = [exact + np.uint32(delta) for delta in (0xFFF, 0x1000, 0x1001)]
+    return np.concatenate([*near, *half, random])
+
+
+def widened(bits, dtype):
+    """The float32 with the same value."""
+    if dtype == "BF16":
+        return bits.astype(np.uint32) << np.uint32(16)
+    if dtype == "F16":
+        return bits.view(np.float16).astype(np.float32).view(np.uint32)
+    return bits
+
+
+def narrowed(bits, dtype):
+    """float32 rounded to nearest, ties to even."""
+    if dtype == "BF16":
+        upper = bits.astype(np.uint64)
+        return ((upper + 0x7FFF + ((upper >> 16) & 1)) >> 16).astype(np.uint16)
+    if dtype == "F16":
+        with np.errstate(all="ignore"):
+            return bits.view(np.float32).astype(np.float16).view(np.uint16)
+    return bits
+
+
+def values(bits, dtype):
+    return widened(bits, dtype).view(np.float32)
+
+
+SOURCES = {"F16": ALL_16, "BF16": ALL_16, "F32": edges()}
+PAIRS = [(a, b) for a in SOURCES for b in SOURCES if a != b]
+
+
+@pytest.mark.parametrize("source, target", PAIRS)
+def test_every_value(source, target):
+    bits = SOURCES[source]
+    found, loss = cast(bits.copy(), source, target)
+    before, after = values(bits, source), values(found, target)
+    nan = np.isnan(before)
+    assert nan.any() and np.isnan(after[nan]).all()
+    wanted = narrowed(widened(bits, source), target)
+    assert found.dtype == wanted.dtype
+    assert np.array_equal(found[~nan], wanted[~nan])
+    assert np.array_equal(np.signbit(after[~nan]), np.signbit(before[~nan]))
+    assert np.array_equal(np.isinf(after) & np.isinf(before), np.isinf(before))
+    assert loss == Loss(
+        overflowed=int((np.isfinite(before) & np.isinf(after)).sum()),
+        flushed=int(((before != 0) & (after == 0)).sum()),
+    )
+
+
+def test_losses_happen_where_they_must():
+    """The counts above are not all zero."""
+    lost = {pair: cast(SOURCES[pair[0]].copy(), *pair)[1] for pair in PAIRS}
+    for widening in (("F16", "F32"), ("BF16", "F32")):
+        assert lost[widening] == NO_LOSS
+    assert lost["F16", "BF16"] == NO_LOSS  # fewer digits, but every exponent
+    for narrowing in (("F32", "F16"), ("F32", "BF16"), ("BF16", "F16")):
+        assert lost[narrowing].overflowed > 0 and lost[narrowing].flushed > 0
+
+
+def as_bits(numbers, dtype):
+    return narrowed(np.array(numbers, np.float32).view(np.uint32), dtype)
+
+
+def test_special_values_are_kept():
+    numbers = [0.0, -0.0, np.inf, -np.inf, 1.0, -2.5]
+    for source, target in PAIRS:
+        bits, loss = cast(as_bits(numbers, source), source, target)
+        assert np.array_equal(bits, as_bits(numbers, target))
+        assert loss == NO_LOSS
+
+
+def test_subnormals():
+    # The smallest float16 is 2**-24; half of it is a tie and goes to zero.
+    numbers = [2.0**-24, 2.0**-25, -(2.0**-25), 1.5 * 2.0**-25, 2.0**-26, 0.0]
+    bits, loss = cast(np.array(numbers, np.float32).view(np.uint32), "F32", "F16")
+    assert bits.tolist() == [0x0001, 0x0000, 0x8000, 0x0001, 0x0000, 0x0000]
+    assert loss == Loss(0, 3)
+
+
+def test_the_last_finite_values():
+    # 65504 is float16's largest; 65520 is halfway to the next and becomes infinite.
+    numbers = [65504.0, 65519.9, 65520.0, -65520.0, 1e30, np.inf, np.nan]
+    bits, loss = cast(np.array(numbers, np.float32).view(np.uint32), "F32", "F16")
+    assert bits[:6].tolist() == [0x7BFF, 0x7BFF, 0x7C00, 0xFC00, 0x7C00, 0x7C00]
+    assert np.isnan(values(bits, "F16")[6])
+    assert loss == Loss(3, 0)
+
+
+def test_the_shape_is_kept():
+    bits, _ = cast(np.zeros((3, 5), np.uint32), "F32", "BF16")
+    assert bits.shape == (3, 5)
+
+
+def test_losses_add_up():
+    assert Loss(1, 2) + Loss(3, 4) == Loss(4, 6)
+
+
+def test_threads_are_given_back():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        with pytest.raises(KeyError), one_thread_each(2):
+            assert torch.get_num_threads() == 2
+            raise KeyError
+        assert torch.get_num_threads() == 4
+        with one_thread_each(9):
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

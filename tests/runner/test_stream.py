@@ -1,0 +1,372 @@
+"""The runner: the same bytes however it is cut up, honest digests, and no half-noticed trouble."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from safetensors.numpy import load_file, save_file
+
+from phireg import jobs
+from phireg.errors import PlanError, SourceError
+from phireg.plan.model import BLOCK_BYTES
+from phireg.runner import stream as runner
+from phireg.runner.cast import Loss
+
+torch.set_num_threads(1)
+
+HEADS, KV_HEADS, SIZE, INNER, VOCAB, LAYERS = 4, 2, 6, 20, 37, 2
+HIDDEN = HEADS * SIZE
+CONFIG = {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "intermediate_size": INNER,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+    "hidden_act": "silu",
+    "torch_dtype": "float32",
+}
+NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+
+
+def tensors(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN), HEAD: (VOCAB, HIDDEN), NORM: (HIDDEN,)}
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}"
+        shapes |= {
+            f"{layer}.input_layernorm.weight": (HIDDEN,),
+            f"{layer}.post_attention_layernorm.weight": (HIDDEN,),
+            f"{layer}.self_attn.qkv_proj.weight": ((HEADS + 2 * KV_HEADS) * SIZE, HIDDEN),
+            f"{layer}.self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+            f"{layer}.mlp.gate_up_proj.weight": (2 * INNER, HIDDEN),
+            f"{layer}.mlp.down_proj.weight": (HIDDEN, INNER),
+        }
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+def write(directory, held):
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    save_file(held, directory / "model.safetensors")
+    return directory
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write(tmp_path / "hf", tensors())
+
+
+def run(source, out, workers=2, progress=None, **options):
+    plan = jobs.plan(source, family="phi3-medium", **options).plan
+    assert not plan.errors
+    out.mkdir()
+    return plan, runner.stream(plan, out, workers=workers, progress=progress)
+
+
+def files(out):
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+# --- the same bytes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("block", [1, 100, 96 * 5, 1 << 20])
+@pytest.mark.parametrize("workers", [1, 8])
+def test_blocks_and_workers_do_not_matter(tmp_path, source, monkeypatch, dtype, tp, block, workers):
+    """Rows are 96 bytes (80 of down_proj): blocks of less than one, of one, of some, of all."""
+    assert HIDDEN * 4 == 96 < BLOCK_BYTES
+    _, first = run(source, tmp_path / "one", workers=2, dtype=dtype, tp_size=tp)
+    monkeypatch.setattr(runner, "BLOCK_BYTES", block)
+    plan, second = run(source, tmp_path / "two", workers=workers, dtype=dtype, tp_size=tp)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert set(files(tmp_path / "two")) == {f"rank{rank}.safetensors" for rank in range(tp)}
+    assert first.digests == second.digests
+    assert first.losses == second.losses == {}
+    assert plan.bytes_out == sum(map(len, files(tmp_path / "two").values()))
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_digests_are_those_of_the_bytes_in_the_files(tmp_path, source, monkeypatch, tp):
+    monkeypatch.setattr(runner, "BLOCK_BYTES", 200)
+    plan, streamed = run(source, tmp_path / "out", dtype="float32", tp_size=tp)
+    found = {}
+    for rank in range(tp):
+        held = load_file(tmp_path / "out" / f"rank{rank}.safetensors")
+        found |= {
+            (rank, name): xxhash.xxh3_128_hexdigest(tensor.tobytes())
+            for name, tensor in held.items()
+        }
+    assert streamed.digests == found
+    assert len(found) == len(plan.outputs)
+
+
+def test_progress_counts_every_byte_of_data(tmp_path, source):
+    told, lock = [], threading.Lock()
+
+    def progress(count):
+        with lock:
+            told.append(count)
+
+    plan, _ = run(source, tmp_path / "out", progress=progress, tp_size=4, dtype="float32")
+    assert sum(told) == plan.bytes_out - sum(map(len, plan.headers))
+    assert min(told) > 0
+
+
+def test_whole_outputs_are_identical_from_run_to_run(tmp_path, source):
+    for name in ("one", "two"):
+        planned = jobs.plan(source, tp_size=2)
+        jobs.convert(planned, tmp_path / name)
+    one, two = files(tmp_path / "one"), files(tmp_path / "two")
+    assert one == two
+    assert {"config.json", "rank0.safetensors", "rank1.safetensors"} < set(one)
+
+
+def test_bits_that_are_not_numbers_are_kept(tmp_path):
+    """NaN payloads, -0, infinities, subnormals: a conversion without a cast moves bytes."""
+    held = tensors()
+    odd = [0x7FC00001, 0xFFC12345, 0x7F800001, 0x80000000, 0x7F800000, 0xFF800000, 0x1, 0x80000001]
+    for tensor in held.values():
+        tensor.reshape(-1)[: len(odd)] = np.array(odd, np.uint32).view(np.float32)
+    _, streamed = run(write(tmp_path / "hf", held), tmp_path / "out", dtype="float32")
+    out = load_file(tmp_path / "out" / "rank0.safetensors")
+    assert out["transformer.ln_f.weight"].view(np.uint32)[:8].tolist() == odd
+    assert out["lm_head.weight"].tobytes() == held[HEAD].tobytes()
+    assert streamed.losses == {}
+
+
+# --- what a cast loses -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def lossy(tmp_path):
+    """Values float16 cannot hold, in tensors that go to one rank, to all, or in columns."""
+    held = tensors()
+    held[NORM][[0, 5]] = [1e6, -1e6]
+    held[NORM][7] = np.inf
+    held[HEAD][3, 3] = 70000.0
+    held[HEAD][36, 23] = 1e-9
+    down = held["model.layers.1.mlp.down_proj.weight"]
+    down[0, [0, 19]], down[23, 10] = 1e-10, -1e-10
+    held["model.layers.0.mlp.gate_up_proj.weight"][0, :3] = [0.0, -0.0, 1e-7]  # rounds, not to 0
+    return write(tmp_path / "hf", held)
+
+
+LOST = {
+    NORM: Loss(overflowed=2, flushed=0),
+    HEAD: Loss(overflowed=1, flushed=1),
+    "model.layers.1.mlp.down_proj.weight": Loss(overflowed=0, flushed=3),
+}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("block", [1, 1 << 20])
+def test_losses_are_counted_once_per_source_value(tmp_path, lossy, monkeypatch, tp, block):
+    monkeypatch.setattr(runner, "BLOCK_BYTES", block)
+    _, streamed = run(lossy, tmp_path / "out", dtype="float16", tp_size=tp)
+    assert streamed.losses == LOST
+
+
+def test_overflow_is_refused_with_names_and_counts(tmp_path, lossy):
+    with pytest.raises(PlanError) as caught:
+        jobs.convert(jobs.plan(lossy, dtype="float16", tp_size=2), tmp_path / "out")
+    text = str(caught.value)
+    assert "3 finite values do not fit into float16; nothing was written" in text
+    assert f"overflow  {NORM}: 2 values" in text
+    assert f"overflow  {HEAD}: 1 value" in text
+    assert "down_proj" not in text  # what became zero is reported, not refused
+    assert "--allow-overflow" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_overflow_that_is_allowed_is_written_and_reported(tmp_path, lossy):
+    done = jobs.convert(jobs.plan(lossy, dtype="float16"), tmp_path / "out", allow_overflow=True)
+    assert done.losses == LOST
+    out = load_file(tmp_path / "out" / "rank0.safetensors")
+    assert out["transformer.ln_f.weight"][[0, 5, 7]].tolist() == [np.inf, -np.inf, np.inf]
+    assert out["lm_head.weight"][36, 23] == 0
+    assert out["transformer.layers.1.mlp.proj.weight"][23, 10] == 0
+    assert np.signbit(out["transformer.layers.1.mlp.proj.weight"][23, 10])
+    assert out["transformer.layers.0.mlp.fc.weight"][INNER, :3].view(np.uint16).tolist() == [
+        *(0, 0x8000, 2)
+    ]
+
+
+def test_bfloat16_holds_them_all(tmp_path, lossy):
+    assert jobs.convert(jobs.plan(lossy, dtype="bfloat16"), tmp_path / "out").losses == {}
+
+
+# --- a source that does not hold still -------------------------------------------------------
+
+
+class Once:
+    """Does something to the source when the first bytes have been written."""
+
+    def __init__(self, action):
+        self.action = action
+        self.lock = threading.Lock()
+
+    def __call__(self, count):
+        with self.lock:
+            action, self.action = self.action, None
+        if action:
+            action()
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def append(path):
+    with path.open("ab") as file:
+        file.write(b"x")
+
+
+def overwrite(path):
+    """The same size, and one byte inside a tensor is another."""
+    with path.open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"x")
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize("change", [truncate, append, overwrite])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_source_that_changes_is_noticed(tmp_path, source, monkeypatch, change, workers):
+    monkeypatch.setattr(runner, "BLOCK_BYTES", 1)
+    path = source / "model.safetensors"
+    with pytest.raises(SourceError, match=r"model\.safetensors"):
+        run(source, tmp_path / "out", workers, Once(lambda: change(path)), dtype="float32")
+
+
+def test_a_source_that_changes_leaves_no_output(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(runner, "BLOCK_BYTES", 1)
+    planned = jobs.plan(source)
+    with pytest.raises(SourceError):
+        jobs.convert(
+            planned, tmp_path / "out", progress=Once(lambda: truncate(source / "model.safetensors"))
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_shard_replaced_after_planning_is_noticed(tmp_path, source):
+    plan = jobs.plan(source).plan
+    save_file(tensors(seed=1), source / "other")
+    (source / "other").replace(source / "model.safetensors")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SourceError, match="changed"):
+        runner.stream(plan, tmp_path / "out")
+
+
+def test_a_shard_that_vanished_is_noticed(tmp_path, source):
+    plan = jobs.plan(source).plan
+    (source / "model.safetensors").unlink()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SourceError):
+        runner.stream(plan, tmp_path / "out")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_error_stops_all_workers_and_is_the_one_reported(tmp_path, source, monkeypatch, workers):
+    monkeypatch.setattr(runner, "BLOCK_BYTES", 1)
+    written, lock, threads = [], threading.Lock(), threading.active_count()
+
+    def progress(count):
+        with lock:
+            written.append(count)
+            if len(written) == 10:
+                raise RuntimeError("tenth block")
+
+    with pytest.raises(RuntimeError, match="tenth block"):
+        run(source, tmp_path / "out", workers, progress, dtype="float32")
+    assert threading.active_count() == threads
+    assert len(written) < 60  # of several hundred
+
+
+def test_rank_files_are_never_overwritten(tmp_path, source):
+    plan = jobs.plan(source).plan
+    (tmp_path / "rank0.safetensors").write_bytes(b"somebody's")
+    with pytest.raises(FileExistsError):
+        runner.stream(plan, tmp_path)
+    assert (tmp_path / "rank0.safetensors").read_bytes() == b"somebody's"
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+CONVERT = """
+import json, resource, sys
+from pathlib import Path
+from phireg import jobs
+
+source, dtype, tp = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+if dtype != "bfloat16":
+    import torch
+    import phireg.runner.cast as cast, numpy as np
+    with cast.one_thread_each(2):
+        cast.cast(np.zeros(1 << 16, np.uint16), "BF16", "F16")
+planned = jobs.plan(source, dtype=dtype, tp_size=tp)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+jobs.convert(planned, source.parent / "out")
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([planned.plan.bytes_in, (after - before) * 1024, planned.plan.buffer_bytes(2)]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, tp", [("bfloat16", 1), ("bfloat16", 4), ("float16", 2)])
+def test_memory_does_not_grow_with_the_model(tmp_path, dtype, tp):
+    hidden, inner, layers, vocab = 3072, 8192, 2, 10016
+    config = {
+        **CONFIG,
+        **{"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers},
+        **{"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": vocab},
+        "torch_dtype": "bfloat16",
+    }
+    listing, end = {}, 0
+    shapes = {"model.embed_tokens.weight": [vocab, hidden], HEAD: [vocab, hidden], NORM: [hidden]}
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        shapes |= {
+            f"{layer}.input_layernorm.weight": [hidden],
+            f"{layer}.post_attention_layernorm.weight": [hidden],
+            f"{layer}.self_attn.qkv_proj.weight": [3 * hidden, hidden],
+            f"{layer}.self_attn.o_proj.weight": [hidden, hidden],
+            f"{layer}.mlp.gate_up_proj.weight": [2 * inner, hidden],
+            f"{layer}.mlp.down_proj.weight": [hidden, inner],
+        }
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * int(np.prod(shape))
+        listing[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(listing).encode()
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(0)
+    with (tmp_path / "hf" / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for offset in range(0, end, 50_000_000):  # islands of data in a sea of zeros
+            file.seek(8 + len(header) + offset)
+            file.write(rng.integers(0, 2**14, 50_000, np.uint16).tobytes())
+        file.truncate(8 + len(header) + end)
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERT, str(tmp_path / "hf"), dtype, str(tp)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    size, grown, promised = json.loads(done.stdout)
+    assert size > 550_000_000
+    assert promised <= 40_000_000
+    assert grown < promised + 24_000_000  # threads, their stacks, allocator slack
