@@ -1,0 +1,62 @@
+"""docs/command-line.md names every command, option, exit code and JSON key."""
+
+import json
+import re
+
+import click
+import pytest
+
+from phireg import errors
+from phireg.cli import app
+from tests.cli.conftest import ROOT
+
+TEXT = (ROOT / "docs" / "command-line.md").read_text()
+SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("name", ["convert", "plan", "explain", "inspect", "families", "plugins"])
+def test_options(name):
+    command = app.get_command(click.Context(app), name)
+    assert f"phireg {name}" in TEXT
+    assert command.get_short_help_str(100) in TEXT
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.opts[0] in SECTIONS[name], parameter.opts
+
+
+def test_exit_codes():
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", TEXT, re.MULTILINE)}
+    raised = {kind.exit_code for kind in vars(errors).values() if hasattr(kind, "exit_code")}
+    assert codes == raised | {0, 130, 141, 143}
+
+
+def keys(document):
+    """All keys, but not those that are names of files, tensors or config fields."""
+    if isinstance(document, list):
+        return {key for item in document for key in keys(item)}
+    if not isinstance(document, dict):
+        return set()
+    inner = {
+        key
+        for name, value in document.items()
+        if name not in ("config", "manifest", "losses", "ranks") and "." not in name
+        for key in keys(value)
+    }
+    return {key for key in document if "." not in key} | inner
+
+
+def test_json_keys(tiny, run):
+    out = tiny.parent / "out"
+    for args in (
+        ("plan", "--model-dir", tiny),
+        ("convert", "--model-dir", tiny, "--output-dir", out),
+        ("explain", tiny, "lm_head"),
+        ("inspect", out, "--check"),
+        ("families",),
+        ("plugins",),
+    ):
+        told = json.loads(run(*args, "--json").output)
+        section = SECTIONS[args[0]] + (
+            SECTIONS["plan"] if args[0] in ("explain", "convert") else ""
+        )
+        assert {key for key in keys(told) if f"`{key}`" not in section} == set()
