@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +30,6 @@ from phireg.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from phireg.checkpoint.schema import required_tensors
 from phireg.checkpoint.source import open_source
 from phireg.config.hf import HFConfig
 from phireg.errors import PhiregError, PlanError, PluginError, SourceError, UsageError
@@ -45,6 +44,8 @@ from phireg.registry import AUTO, Candidate, Chosen
 from phireg.runner.cast import Loss
 from phireg.runner.directory import OutputDirectory
 from phireg.runner.stream import Progress, Streamed, stream
+from phireg.verify.result import CHECKS, Verification
+from phireg.verify.structure import structure_problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,7 +349,7 @@ def inspect(
     found: list[str] = []
     ranks = tuple(_rank_tensors(directory / f"rank{n}.safetensors", found) for n in range(world))
     manifest = read_manifest(directory)
-    found += _structure(config, world, ranks)
+    found += [f"{where}: {what}" for where, what in structure_problems(config, ranks)]
     if check:
         if manifest is None:
             raise SourceError(
@@ -370,39 +371,44 @@ def _rank_tensors(path: Path, problems: list[str]) -> dict[str, tuple[str, tuple
     return {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}
 
 
-def _structure(
-    config: Mapping[str, Any],
-    world: int,
-    ranks: tuple[Mapping[str, tuple[str, tuple[int, ...]]], ...],
-) -> list[str]:
-    """What is missing or mis-shaped; unquantized checkpoints of known architectures only."""
-    quantization = config.get("quantization") or {}
-    if quantization.get("quant_algo") not in (None, *WEIGHT_ONLY.values()):
-        return []
-    try:
-        required = required_tensors(config, world)
-    except (KeyError, TypeError) as problem:
-        return [f"config.json: {problem} is missing or of the wrong type"]
-    if required is None:
-        return []
-    code = DTYPES.get(str(config.get("dtype")))
-    found = []
-    for rank, tensors in enumerate(ranks):
-        file = f"rank{rank}.safetensors"
-        if not tensors:
-            continue
-        for name, shape in required.items():
-            if name not in tensors:
-                found.append(f"{file}: {name} is missing")
-            elif tensors[name][1] != shape:
-                got = list(tensors[name][1])
-                found.append(f"{file}: {name} is {got}, the reader expects {list(shape)}")
-            elif code and tensors[name][0] != code:
-                found.append(f"{file}: {name} is {tensors[name][0]}, config.json says {code}")
-        found += [
-            f"{file}: {name} is not known to the reader" for name in tensors.keys() - required
-        ]
-    return found
+def verify(
+    checkpoint_dir: str | Path,
+    model_dir: str | Path,
+    *,
+    family: str = AUTO,
+    revision: str | None = None,
+    checks: Collection[str] = tuple(CHECKS),
+    device: str = "cpu",
+    dtype: str = "float32",
+    max_tokens: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Verification:
+    """Prove a checkpoint to be its source, or say where it is not; see docs/verify.md.
+
+    Args:
+        checkpoint_dir: the checkpoint, whoever made it.
+        model_dir: the source: a directory, or a repository on the Hugging Face hub.
+        family: as for :func:`plan`.
+        revision: branch, tag or commit of a hub repository.
+        checks: names out of ``phireg.verify.result.CHECKS``.
+        device: where logits are computed, ``cpu`` or ``cuda``.
+        dtype: in which dtype; float32 compares sharpest.
+        max_tokens: most tokens of a prompt; None for what a stated budget allows.
+        progress: told (check, how much more is done, how much there is in all), perhaps from
+            worker threads.
+
+    Raises:
+        UsageError: an unknown check, device or dtype.
+        SourceError: the checkpoint is none, or the source cannot be read.
+        PluginError: the family cannot be found or loaded.
+    """
+    from phireg.verify.request import Request
+    from phireg.verify.run import run
+
+    request = Request(
+        Path(checkpoint_dir), str(model_dir), family, revision, checks, device, dtype, max_tokens
+    )
+    return run(request, progress)
 
 
 __all__ = [
@@ -416,4 +422,5 @@ __all__ = [
     "families",
     "inspect",
     "plan",
+    "verify",
 ]

@@ -1,0 +1,243 @@
+"""The checks that run the checkpoint: logits against the reference, ranks against each other."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phireg.errors import CheckError, SourceError, UsageError
+from phireg.executor import Blueprint, Executor
+from phireg.executor.blueprint import parse_blueprint
+from phireg.executor.weights import Source, open_ranks
+from phireg.jobs import Planned
+from phireg.quant.schemes import WEIGHT_ONLY
+from phireg.verify.logits import compare_logits
+from phireg.verify.measure_types import LogitsResult, place_text
+from phireg.verify.prompts import Prompts, choose_prompts
+from phireg.verify.ranks import compare_ranks
+from phireg.verify.recognise import place_of
+from phireg.verify.reference import Reference, load_reference
+from phireg.verify.request import Outcome, Progress, Request, Skipped
+from phireg.verify.result import Problem
+
+_MEMORY_SHARE = 0.8
+_TENSOR = re.compile(r"(transformer|lm_head)[\w.]+")
+
+
+class Computed:
+    """One checkpoint, opened for running when a check first needs it.
+
+    Args:
+        request: what to run and how.
+        config: the checkpoint's config.json.
+        planned: the source's plan, whose family names the reference.
+        progress: told how many more layers have been compared.
+    """
+
+    def __init__(
+        self, request: Request, config: Mapping[str, Any], planned: Planned, progress: Progress
+    ) -> None:
+        self.request = request
+        self.config = dict(config)
+        self.planned = planned
+        self.progress = progress
+        self.result: LogitsResult | None = None
+        self.versions = f"torch {torch.__version__}"
+        self.notes: list[str] = []
+        self._opened: tuple[Executor, list[Source]] | None = None
+
+    def logits(self) -> Outcome:
+        """Compare with the reference.
+
+        Raises:
+            Skipped: there is no reference here, or no room for it.
+            UsageError: there is no such device.
+        """
+        device = _device(self.request.device)
+        try:
+            blueprint = self.blueprint()
+            self.make_room(device)
+            reference = self.reference(blueprint, device)
+            if problems := list(_sizes(blueprint, reference)):
+                return "the source's model has other sizes", problems, []
+            executor, _ = self.open(device)
+            prompts = self.prompts(blueprint)
+            total = blueprint.num_layers * len(prompts.prompts)
+            result = compare_logits(
+                executor, reference, prompts, lambda more: self.progress("logits", more, total)
+            )
+        except CheckError as error:
+            return "the executor refuses the checkpoint", refusals(error), []
+        except torch.OutOfMemoryError as error:
+            raise Skipped(f"out of memory on {device}: use --max-tokens or --dtype") from error
+        self.result = result
+        longest = result.prompts[-1]
+        masked = (
+            [f"{result.masked} ids the source suppresses are left out"] if result.masked else []
+        )
+        tokens = ", ".join(str(prompt.tokens) for prompt in result.prompts)
+        summary = (
+            f"prompts of {tokens} tokens; relative error "
+            f"{max(prompt.relative for prompt in result.prompts):.1e} "
+            f"(may be {result.logits_tolerance:.0e}), top-1 {longest.top1:.1%}"
+        )
+        notes = [*prompts.notes, *reference.notes, *masked, *self.notes]
+        return summary, list(_problems(result)), notes
+
+    def ranks(self) -> Outcome:
+        """Compare the ranks with themselves merged.
+
+        Raises:
+            Skipped: no room.
+            UsageError: there is no such device.
+        """
+        device = _device(self.request.device)
+        try:
+            executor, sources = self.open(device)
+            prompts = self.prompts(executor.blueprint).prompts
+            error, tolerance, place = compare_ranks(executor, sources, prompts[-1].tokens)
+        except CheckError as problem:
+            return "the executor refuses the checkpoint", refusals(problem), []
+        except torch.OutOfMemoryError as problem:
+            raise Skipped(f"out of memory on {device}: use --max-tokens") from problem
+        summary = (
+            f"{executor.blueprint.tp_size} ranks, {prompts[-1].tokens} tokens; relative error "
+            f"{error:.1e} (may be {tolerance:.0e})"
+        )
+        if error <= tolerance and place is None:
+            return summary, [], []
+        where = "logits" if place is None else place_text(place)
+        layer, part = place or (None, None)
+        text = "the ranks together do not compute what they compute merged into one"
+        return summary, [Problem(where, text, None, layer, part)], []
+
+    def blueprint(self) -> Blueprint:
+        """What config.json means; weights that the builder is to quantize run as they are."""
+        values = dict(self.config)
+        quantization = values.get("quantization")
+        algorithm = quantization.get("quant_algo") if isinstance(quantization, Mapping) else None
+        if algorithm in WEIGHT_ONLY.values():
+            values["quantization"] = None
+            self.notes = [f"run without {algorithm}, which TensorRT-LLM's builder applies later"]
+        return parse_blueprint(values, str(self.request.checkpoint_dir / "config.json"))
+
+    def open(self, device: torch.device) -> tuple[Executor, list[Source]]:
+        """The executor and its ranks' tensors."""
+        if self._opened is None:
+            blueprint = self.blueprint()
+            ranks = range(blueprint.tp_size)
+            sources = open_ranks(self.request.checkpoint_dir, blueprint, ranks)
+            executor = Executor(blueprint, sources, ranks, device=device, dtype=self.request.dtype)
+            self._opened = executor, sources
+        return self._opened
+
+    def prompts(self, blueprint: Blueprint) -> Prompts:
+        """The lengths to run."""
+        gpu = self.request.device.startswith("cuda")
+        return choose_prompts(blueprint, self.request.max_tokens, gpu=gpu)
+
+    def reference(self, blueprint: Blueprint, device: torch.device) -> Reference:
+        """The source's own model."""
+        dtype: torch.dtype = getattr(torch, self.request.dtype)
+        try:
+            return load_reference(
+                self.planned.chosen.family,
+                self.planned.plan.source.directory,
+                weights=blueprint.dtype,
+                dtype=dtype,
+                device=device,
+            )
+        except SourceError as error:
+            raise Skipped(error.message) from error
+
+    def make_room(self, device: torch.device) -> None:
+        """See that the reference fits; the executor reads layer by layer where it must."""
+        tensors = self.planned.plan.source.tensors.values()
+        needed = sum(math.prod(tensor.shape) for tensor in tensors)
+        needed *= getattr(torch, self.request.dtype).itemsize
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+        if needed > _MEMORY_SHARE * free:
+            raise Skipped(
+                f"the reference needs {needed / 1e9:.0f} GB of memory in {self.request.dtype} and "
+                f"{free / 1e9:.0f} GB are free: use --device cuda, --dtype or a larger machine"
+            )
+
+
+def refusals(error: CheckError) -> list[Problem]:
+    """The executor's complaints one by one, each with its place."""
+    lines = [line.strip() for line in error.message.splitlines()]
+    problems = []
+    for line in lines[1:] or lines:
+        match = _TENSOR.search(line)
+        layer, part = place_of(match[0]) if match else (None, "config")
+        where, _, text = line.partition(": ")
+        problems.append(Problem(where, text or line, None, layer, part))
+    return problems
+
+
+def _problems(result: LogitsResult) -> Iterator[Problem]:
+    errors = dict(result.places)
+    for place in result.wrong_places:
+        yield Problem(
+            place_text(place),
+            f"its output is off by {errors[place]:.1e} given the reference's own input "
+            f"(may be {result.tolerance:.0e})",
+            None,
+            *place,
+        )
+    for prompt in result.prompts:
+        if not prompt.relative <= result.logits_tolerance or prompt.top1_wrong:
+            yield Problem(
+                f"logits, {prompt.tokens} tokens",
+                f"relative error {prompt.relative:.1e} (may be {result.logits_tolerance:.0e}), "
+                f"largest difference {prompt.max_abs:.3g}, KL {prompt.kl:.1e}, "
+                f"top-1 {prompt.top1:.1%}",
+            )
+    if not result.wrong_places:
+        for layer, error in enumerate(result.hidden):
+            if not error <= result.logits_tolerance:
+                yield Problem(
+                    f"layer {layer}",
+                    f"hidden states are off by {error:.1e} although every sub-module agrees: "
+                    "the residual path differs",
+                    None,
+                    layer,
+                )
+                break
+
+
+def _sizes(blueprint: Blueprint, reference: Reference) -> Iterator[Problem]:
+    config = reference.model.config
+    pairs = {
+        "layers": (blueprint.num_layers, len(reference.model.model.layers)),
+        "hidden_size": (blueprint.hidden_size, config.hidden_size),
+        "vocab_size": (blueprint.vocab_size, config.vocab_size),
+    }
+    for name, (found, wanted) in pairs.items():
+        if found != wanted:
+            text = f"{name} is {found}, the source has {wanted}"
+            yield Problem("config.json", text, None, None, "config")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}", hint="use cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("there is no CUDA device here", hint="use --device cpu.")
+    return device
+
+
+def _free_memory() -> int:
+    """Bytes of main memory that can be had without swapping."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,113 @@
+"""config.json against the one that the plan of the source would write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from phireg.verify.reader import READ, with_defaults
+from phireg.verify.result import Problem
+
+_SAME_FUNCTION = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+"""TensorRT-LLM's names of the tanh approximation."""
+
+_CHOICES = {"logits_dtype": "the dtype in which an engine returns logits"}
+"""Keys a producer may choose freely."""
+
+_ATTENTION = ("rotary", "rope", "position", "longrope", "blocksparse", "dense_attention")
+_PARTS = {"gegelu_limit": "mlp", "hidden_act": "mlp", "mup_embedding_multiplier": "embedding"}
+
+
+def compare_configs(
+    found: Mapping[str, Any], planned: Mapping[str, Any]
+) -> tuple[list[Problem], list[str]]:
+    """Problems and notes.
+
+    Args:
+        found: the checkpoint's config.json.
+        planned: what this phireg would write. It holds a superset of keys, for readers old and
+            new, so one that is absent is a problem only where the reader would then compute
+            something else.
+    """
+    problems: list[Problem] = []
+    notes: list[str] = []
+    effective = with_defaults(found)
+    for key, wanted in planned.items():
+        if isinstance(wanted, Mapping):
+            problems += _block(key, found.get(key), wanted)
+        elif key not in found or (found[key] is None and wanted is not None):
+            if _equal(effective.get(key), wanted):
+                notes.append(f"{key} is absent; the reader's default is what is wanted")
+            elif key in READ:
+                problems.append(_problem(key, "is absent", wanted))
+            else:
+                notes.append(f"{key} is absent; only some releases read it")
+        elif not _equal(found[key], wanted):
+            if key in _CHOICES:
+                notes.append(f"{key} is {found[key]!r}, {_CHOICES[key]}; phireg writes {wanted!r}")
+            elif wanted in _SAME_FUNCTION and found[key] in _SAME_FUNCTION:
+                notes.append(f"{key} is {found[key]!r}, the reader's other name of {wanted!r}")
+            else:
+                problems.append(_problem(key, _differs(key, found[key], planned), wanted))
+    for key in found.keys() - planned.keys():
+        if key in READ and found[key] is not None:
+            problems.append(
+                Problem(
+                    f"config.json: {key}",
+                    f"is {_shown(found[key], None)}; the source calls for no such key, and the "
+                    "reader acts on it",
+                    part=_part(key),
+                )
+            )
+        elif key not in READ:
+            notes.append(f"{key} is there, and the reader does not look at it")
+    return problems, notes
+
+
+def _block(name: str, found: Any, wanted: Mapping[str, Any]) -> Iterator[Problem]:
+    found = found if isinstance(found, Mapping) else {}
+    for key, value in wanted.items():
+        default = 1 if name == "mapping" else None
+        got = found.get(key, default)
+        if not _equal(got, value):
+            yield _problem(f"{name}.{key}", f"is {got!r}", value)
+
+
+def _problem(key: str, text: str, wanted: Any) -> Problem:
+    return Problem(
+        f"config.json: {key}",
+        f"{text}; the source calls for {_shown(wanted, None)}",
+        part=_part(key),
+    )
+
+
+def _differs(key: str, found: Any, planned: Mapping[str, Any]) -> str:
+    other = {"short": "long", "long": "short"}
+    twin = "_".join(other.get(word, word) for word in key.split("_"))
+    if twin != key and planned.get(twin) is not None and _equal(found, planned[twin]):
+        return f"is what {twin} should be: the two are exchanged or repeated"
+    return f"is {_shown(found, planned[key])}"
+
+
+def _part(key: str) -> str:
+    if key in _PARTS:
+        return _PARTS[key]
+    return "attention" if key.startswith(_ATTENTION) else "config"
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    return bool(left == right)
+
+
+def _shown(value: Any, beside: Any) -> str:
+    """A value; of a long list the first items, or the first that differs from ``beside``."""
+    if not isinstance(value, list) or len(value) <= 6:
+        return repr(value)
+    if isinstance(beside, list) and len(beside) == len(value):
+        first = next(
+            n for n, pair in enumerate(zip(value, beside, strict=True)) if pair[0] != pair[1]
+        )
+        return f"{value[first]!r} at item {first} (wanted {beside[first]!r})"
+    return f"[{', '.join(map(repr, value[:3]))}, ...] ({len(value)} items)"

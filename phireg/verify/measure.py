@@ -1,0 +1,56 @@
+"""How far two tensors are apart, and how far they may be."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_ROWS = 256
+
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 16 * 2.0**-10, torch.bfloat16: 16 * 2.0**-7}
+"""Relative error of one sub-module's output on one token, by compute dtype.
+
+In float32 a sum of K products is off by about sqrt(K) units of 6e-8, 7e-6 for the largest K of the
+family (17920); a factor of 14 is left for softmax, which magnifies what it gets. In the 16-bit
+dtypes every intermediate result is rounded, and the comparison is only as sharp as 16 of their
+units: float32 is the default for that reason.
+"""
+
+
+def logits_tolerance(dtype: torch.dtype, layers: int) -> float:
+    """Relative error after ``layers`` layers whose errors are independent."""
+    return TOLERANCES[dtype] * math.sqrt(max(1, layers))
+
+
+def token_errors(got: Tensor, wanted: Tensor) -> Tensor:
+    """Every token's error, relative to the root mean square of all tokens; float32 [tokens].
+
+    Relative to the token itself, one whose outputs cancel would count too much. What is not finite
+    counts as infinitely far.
+    """
+    got, wanted = (t.detach().float().flatten(0, -2) for t in (got, wanted))
+    scale = wanted.norm(dim=-1).square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return ((got - wanted).norm(dim=-1) / scale).nan_to_num(math.inf, math.inf)
+
+
+def divergence(got: Tensor, wanted: Tensor) -> float:
+    """Mean over positions of KL(wanted || got) in nats, for logits [positions, vocabulary]."""
+    total = 0.0
+    for start in range(0, len(wanted), _ROWS):
+        left, right = (t[start : start + _ROWS].double().log_softmax(-1) for t in (wanted, got))
+        total += float((left.exp() * (left - right)).sum())
+    return max(0.0, total / len(wanted)) if math.isfinite(total) else math.inf
+
+
+def top1(got: Tensor, wanted: Tensor, slack: float) -> tuple[float, int]:
+    """Share of positions with the same most likely token, and how many differ inexcusably.
+
+    A different choice is excused where the reference's own best two are no more than twice
+    ``slack`` apart.
+    """
+    best = wanted.topk(min(2, wanted.shape[-1]), dim=-1)
+    differ = got.argmax(-1) != best.indices[:, 0]
+    near = best.values[:, 0] - best.values[:, -1] <= 2 * slack
+    return 1.0 - float(differ.float().mean()), int((differ & ~near).sum())

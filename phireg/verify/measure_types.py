@@ -1,0 +1,74 @@
+"""The numbers of a logits comparison. Immutable data; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Place = tuple[int | None, str]
+"""Layer (None outside the layers) and part, such as ``(3, "attention")``."""
+
+
+def place_text(place: Place) -> str:
+    """``layer 3 attention``, or the part alone."""
+    layer, part = place
+    return part if layer is None else f"layer {layer} {part}"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptResult:
+    """One prompt.
+
+    Attributes:
+        tokens: its length.
+        purpose: why this length.
+        max_abs: largest absolute difference of any logit.
+        relative: root mean square of the differences over that of the reference's logits.
+        kl: mean over positions of KL(reference || executor), in nats.
+        top1: share of positions at which both have the same most likely token.
+        top1_wrong: positions at which they have not and the reference's two best are further apart
+            than the tolerance explains.
+        by_position: relative error at every position.
+    """
+
+    tokens: int
+    purpose: str
+    max_abs: float
+    relative: float
+    kl: float
+    top1: float
+    top1_wrong: int
+    by_position: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsResult:
+    """The executor against the reference.
+
+    Attributes:
+        prompts: by length.
+        places: for every place in the order of the computation, the worst relative error over all
+            prompts of its output when it is given the reference's own input.
+        hidden: for every layer, the worst relative error of the hidden states behind it when the
+            executor runs on its own.
+        tolerance: what ``places`` may reach.
+        logits_tolerance: what the prompts' relative error and ``hidden`` may reach.
+        thresholds: tokens at which the model's behaviour changes, with what changes.
+        masked: vocabulary ids whose logits the source suppresses and the reader does not.
+        device: where it ran.
+        dtype: compute dtype.
+    """
+
+    prompts: tuple[PromptResult, ...]
+    places: tuple[tuple[Place, float], ...]
+    hidden: tuple[float, ...]
+    tolerance: float
+    logits_tolerance: float
+    thresholds: tuple[tuple[int, str], ...]
+    masked: int
+    device: str
+    dtype: str
+
+    @property
+    def wrong_places(self) -> tuple[Place, ...]:
+        """Places whose error is above the tolerance, in the order of the computation."""
+        return tuple(place for place, error in self.places if not error <= self.tolerance)

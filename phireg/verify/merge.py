@@ -1,0 +1,49 @@
+"""The rank files put together again as one rank, by what the reader takes their rows for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from phireg.executor import Blueprint, Executor
+from phireg.executor.weights import Source, replicated
+
+
+def merged_executor(executor: Executor, sources: Sequence[Source]) -> Executor:
+    """The same checkpoint at TP 1; tensors are merged when a layer asks for them.
+
+    Args:
+        executor: all ranks in lockstep.
+        sources: its ranks' tensors by name.
+    """
+    whole = dataclasses.replace(executor.blueprint, tp_size=1)
+    return Executor(
+        whole,
+        [lambda name: merge(executor.blueprint, name, [source(name) for source in sources])],
+        range(1),
+        device=executor.device,
+        dtype=executor.dtype,
+        offload=True,
+    )
+
+
+def merge(blueprint: Blueprint, name: str, shards: list[Tensor]) -> Tensor:
+    """One tensor of all ranks."""
+    if replicated(name):
+        return shards[0]
+    if name.startswith("lm_head"):
+        return torch.cat(shards)[: blueprint.vocab_size]
+    if name.endswith(("attention.dense.weight", "mlp.proj.weight")):
+        return torch.cat(shards, dim=1)
+    if "attention.qkv" in name:
+        own, kv = (n * blueprint.head_size for n in (blueprint.rank_heads, blueprint.rank_kv_heads))
+        parts = [shard.split([own, kv, kv]) for shard in shards]
+        copies = max(1, blueprint.tp_size // blueprint.num_kv_heads)
+        return torch.cat([p[0] for p in parts] + [p[n] for n in (1, 2) for p in parts[::copies]])
+    if blueprint.activation == "swiglu":
+        halves = [shard.chunk(2) for shard in shards]
+        return torch.cat([half[n] for n in (0, 1) for half in halves])
+    return torch.cat(shards)

@@ -1,0 +1,207 @@
+"""All checks of one checkpoint, weakest to strongest."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from phireg import jobs
+from phireg.checkpoint.manifest import MANIFEST, read_manifest
+from phireg.errors import SourceError, UsageError
+from phireg.plan.model import DTYPES, output_bytes
+from phireg.plan.report import ranges
+from phireg.quant.schemes import WEIGHT_ONLY
+from phireg.verify.configcheck import compare_configs
+from phireg.verify.expected import RankFiles, tensors_of
+from phireg.verify.recognise import recognise
+from phireg.verify.request import Outcome, Progress, Request, Skipped
+from phireg.verify.result import CHECKS, Check, Problem, Verification
+from phireg.verify.structure import structure_problems
+from phireg.verify.weights import comparable, compare
+
+if TYPE_CHECKING:
+    from phireg.verify.compute import Computed
+
+
+def run(request: Request, progress: Progress | None = None) -> Verification:
+    """Make the checks that are asked for.
+
+    Raises:
+        UsageError: an unknown check, device or dtype.
+        SourceError: the checkpoint directory is none, or the source cannot be read.
+        PluginError: the family cannot be found or loaded.
+    """
+    _validate(request)
+    inspected = jobs.inspect(request.checkpoint_dir)
+    runner = _Runner(request, inspected, progress or (lambda check, more, total: None))
+    made = [runner.check(name) for name in CHECKS if name in request.checks]
+    return Verification(
+        str(request.checkpoint_dir),
+        request.model_dir,
+        runner.planned.chosen.family.name,
+        inspected.config,
+        tuple(made),
+        runner.computed.result if runner.computed else None,
+        tuple(_provenance(request, runner)),
+    )
+
+
+def _validate(request: Request) -> None:
+    if unknown := sorted(set(request.checks) - set(CHECKS)):
+        raise UsageError(f"unknown check {unknown[0]!r}", hint=f"known: {', '.join(CHECKS)}.")
+    if request.dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {request.dtype!r}", hint=f"known: {', '.join(DTYPES)}.")
+    if request.max_tokens is not None and request.max_tokens < 1:
+        raise UsageError(f"prompts of {request.max_tokens} tokens are not possible")
+
+
+class _Runner:
+    """What the checks share: the plan of the source, the rank files, the executor."""
+
+    def __init__(self, request: Request, inspected: jobs.Inspection, progress: Progress) -> None:
+        self.request = request
+        self.found = inspected.config
+        self.tp_size = len(inspected.ranks)
+        self.progress = progress
+        self.computed: Computed | None = None
+        algorithms = {algorithm: name for name, algorithm in WEIGHT_ONLY.items()}
+        quantization = self.found.get("quantization")
+        algorithm = quantization.get("quant_algo") if isinstance(quantization, Mapping) else None
+        dtype = self.found.get("dtype")
+        self.planned = jobs.plan(
+            request.model_dir,
+            family=request.family,
+            revision=request.revision,
+            dtype=dtype if dtype in DTYPES else "auto",
+            tp_size=self.tp_size,
+            weight_only=algorithms.get(algorithm or ""),
+        )
+
+    def check(self, name: str) -> Check:
+        """Make one check; what stands in its way becomes its outcome."""
+        started = time.monotonic()
+        verdict = "passed"
+        problems: list[Problem] = []
+        notes: list[str] = []
+        try:
+            summary, problems, notes = getattr(self, name)()
+            if problems:
+                verdict = "failed"
+        except Skipped as reason:
+            verdict, summary = "skipped", str(reason)
+        seconds = time.monotonic() - started
+        return Check(name, verdict, summary, tuple(problems), tuple(notes), seconds)
+
+    def structure(self) -> Outcome:
+        """Names, shapes, dtypes, keys."""
+        with RankFiles(self.request.checkpoint_dir, self.tp_size) as files:
+            tensors = tensors_of(files)
+            unread = [
+                Problem(path.name, "is missing or damaged")
+                for path, header in zip(files.paths, files.headers, strict=True)
+                if header is None
+            ]
+        problems = [Problem(*found) for found in structure_problems(self.found, tensors)]
+        known = {f"rank{rank}.safetensors" for rank in range(self.tp_size)}
+        problems += [
+            Problem(path.name, f"config.json has only {self.tp_size} ranks")
+            for path in sorted(self.request.checkpoint_dir.glob("rank*.safetensors"))
+            if path.name not in known
+        ]
+        count = sum(map(len, tensors))
+        summary = f"{count} tensors in {self.tp_size} rank file{'s'[: self.tp_size > 1]}"
+        return summary, _folded(unread + problems), []
+
+    def config(self) -> Outcome:
+        """See :mod:`phireg.verify.configcheck`."""
+        planned = self.planned.plan
+        if not planned.config:
+            raise Skipped(f"the source cannot be planned: {planned.errors[0].detail}")
+        problems, notes = compare_configs(self.found, planned.config)
+        return f"{len(planned.config)} keys compared", problems, notes
+
+    def weights(self) -> Outcome:
+        """See :mod:`phireg.verify.weights`."""
+        plan = self.planned.plan
+        if plan.errors:
+            error = plan.errors[0]
+            raise Skipped(
+                f"the source has no plan at TP {self.tp_size}: {error.subject} {error.detail}"
+            )
+        total = sum(map(output_bytes, plan.outputs))
+        with RankFiles(self.request.checkpoint_dir, self.tp_size) as files:
+            there = comparable(plan, files)
+            absent = [
+                Problem(
+                    f"rank{o.rank} {o.name}", "is missing or of another shape or dtype than planned"
+                )
+                for o, is_there in zip(plan.outputs, there, strict=True)
+                if not is_there
+            ]
+            differences = compare(plan, files, lambda more: self.progress("weights", more, total))
+            problems = recognise(plan, files, differences)
+        how = f"{plan.casts} source tensors cast" if plan.casts else "nothing was cast"
+        summary = f"{sum(there)} of {len(there)} tensors compared bit for bit; {how}"
+        return summary, _folded(problems + absent), []
+
+    def logits(self) -> Outcome:
+        """See :mod:`phireg.verify.logits`."""
+        from phireg.verify.compute import Computed
+
+        self.computed = Computed(self.request, self.found, self.planned, self.progress)
+        return self.computed.logits()
+
+    def ranks(self) -> Outcome:
+        """See :mod:`phireg.verify.ranks`."""
+        if self.tp_size == 1:
+            raise Skipped("there is one rank: nothing to merge")
+        from phireg.verify.compute import Computed
+
+        computed = self.computed or Computed(self.request, self.found, self.planned, self.progress)
+        return computed.ranks()
+
+
+def _folded(problems: Iterable[Problem]) -> list[Problem]:
+    """Problems that differ in their layer or rank only become one; the first of them is kept."""
+    groups: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        generic = re.sub(r"(?<=layers\.)\d+|(?<=^rank)\d+", "N", problem.where)
+        groups.setdefault((generic, problem.text), []).append(problem)
+    folded = []
+    for (generic, _), alike in groups.items():
+        where = alike[0].where
+        if len(alike) > 1:
+            for place in (r"(?<=^rank)\d+", r"(?<=layers\.)\d+"):
+                numbers = [int(n[0]) for p in alike if (n := re.search(place, p.where))]
+                generic = re.sub(place.replace(r"\d+", "N"), ranges(numbers), generic, count=1)
+            where = generic
+        folded.append(dataclasses.replace(alike[0], where=where))
+    return folded
+
+
+def _provenance(request: Request, runner: _Runner) -> Iterator[tuple[str, str]]:
+    candidate, source = runner.planned.chosen.candidate, runner.planned.plan.source
+    yield "checkpoint", str(request.checkpoint_dir)
+    yield "source", request.model_dir + (f" at {source.revision}" if source.revision else "")
+    yield "family", f"{candidate.name} ({candidate.distribution} {candidate.version})"
+    try:
+        manifest = read_manifest(request.checkpoint_dir)
+    except SourceError:
+        manifest = None
+    producer = manifest.get("producer") if manifest else None
+    if isinstance(producer, Mapping):
+        yield "made by", f"{producer.get('name')} {producer.get('version')}"
+    else:
+        yield "made by", f"not known: there is no {MANIFEST}"
+    sizes = [file.stat().st_size for file in request.checkpoint_dir.glob("rank*.safetensors")]
+    yield "rank files", f"{len(sizes)} of {sum(sizes):,} bytes together"
+    yield "weights", f"{runner.found.get('dtype')}, TP {runner.tp_size}"
+    yield "verified by", f"phireg {metadata.version('phireg')}"
+    if runner.computed is not None:
+        yield "computed", f"{request.dtype} on {request.device}, {runner.computed.versions}"
+    yield "date", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
