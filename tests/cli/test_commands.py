@@ -90,7 +90,7 @@ def test_wrong_usage(args, says, tiny, run):
     assert [path.name for path in tiny.parent.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("args", [[], ["convrt"], ["convert"], ["explain"]])
+@pytest.mark.parametrize("args", [["convrt"], ["convert"], ["explain"]])
 def test_incomplete_usage(args, run):
     result = run(*args)
     assert result.exit_code == 2
