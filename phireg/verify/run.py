@@ -18,7 +18,7 @@ from phireg.plan.report import ranges
 from phireg.quant.schemes import WEIGHT_ONLY
 from phireg.verify.configcheck import compare_configs
 from phireg.verify.expected import RankFiles, tensors_of
-from phireg.verify.recognise import recognise
+from phireg.verify.recognise import place_of, recognise
 from phireg.verify.request import Outcome, Progress, Request, Skipped
 from phireg.verify.result import CHECKS, Check, Problem, Verification
 from phireg.verify.structure import structure_problems
@@ -138,7 +138,10 @@ class _Runner:
             there = comparable(plan, files)
             absent = [
                 Problem(
-                    f"rank{o.rank} {o.name}", "is missing or of another shape or dtype than planned"
+                    f"rank{o.rank} {o.name}",
+                    "is missing or of another shape or dtype than planned",
+                    None,
+                    *place_of(o.name),
                 )
                 for o, is_there in zip(plan.outputs, there, strict=True)
                 if not is_there

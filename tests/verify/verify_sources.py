@@ -107,9 +107,13 @@ def source(family, dtype="float32"):
     return directory
 
 
-@lru_cache(None)
 def converted(family, tp_size=1, dtype="float32"):
     """A correct checkpoint; made once, and not to be touched."""
+    return _converted(family, tp_size, dtype)
+
+
+@lru_cache(None)
+def _converted(family, tp_size, dtype):
     directory = ROOT[0] / f"{family}-tp{tp_size}-{dtype}-checkpoint"
     planned = jobs.plan(source(family), family=family, tp_size=tp_size, dtype=dtype)
     jobs.convert(planned, directory)

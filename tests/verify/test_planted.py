@@ -1,0 +1,53 @@
+"""Every planted conversion error is detected, and located, by the bytes and by the logits alone."""
+
+import pytest
+from planted import PLANTED
+from verify_sources import copied, source
+
+from phireg import jobs
+
+
+@pytest.fixture(params=PLANTED)
+def damaged(request, tmp_path):
+    planted = PLANTED[request.param]
+    directory = copied(planted.family, planted.tp, tmp_path / "checkpoint", planted.dtype)
+    planted.damage(directory, planted.family)
+    return planted, directory
+
+
+def places(check):
+    return [(problem.layer, problem.part) for problem in check.problems if problem.part]
+
+
+def test_bytes_and_config_show_it(damaged):
+    planted, directory = damaged
+    found = jobs.verify(
+        directory, source(planted.family), family=planted.family, checks=("config", "weights")
+    )
+    assert not found.passed
+    said = "\n".join(str(problem) for check in found.checks for problem in check.problems)
+    assert planted.says in said
+    wrong = [place for check in found.checks for place in places(check)]
+    if planted.place and "config.json" not in said:
+        assert set(wrong) == {planted.place, *planted.also}
+
+
+def test_logits_alone_show_where(damaged):
+    planted, directory = damaged
+    if not planted.numeric:
+        pytest.skip("changes no logit")
+    found = jobs.verify(
+        directory, source(planted.family), family=planted.family, checks=("logits",)
+    )
+    (check,) = found.checks
+    assert check.verdict == "failed"
+    assert places(check)[0] == planted.place
+    if found.logits is not None and planted.place[0] == 1:  # not a mistake of all layers
+        assert set(found.logits.wrong_places) == {planted.place, *planted.also}
+
+
+def test_there_are_enough_of_every_family():
+    assert len(PLANTED) >= 20
+    assert {planted.family for planted in PLANTED.values()} == {
+        "phi2", "phi3-mini", "phi3-small", "phi3-medium"
+    }  # fmt: skip
