@@ -101,11 +101,10 @@ def peer() -> Callable[[list[list[int]], int], None] | None:
         from transformers import Phi3Config, Phi3ForCausalLM
     except ImportError:
         return None
-    torch.set_default_device("cuda")
     torch.set_default_dtype(torch.bfloat16)
-    model = Phi3ForCausalLM(Phi3Config(attn_implementation="sdpa", sliding_window=None)).eval()
+    with torch.device("cuda"):
+        model = Phi3ForCausalLM(Phi3Config(attn_implementation="sdpa", sliding_window=None)).eval()
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device("cpu")
 
     def run(batch: list[list[int]], count: int) -> None:
         ids = torch.tensor(batch, device="cuda")

@@ -79,7 +79,7 @@ def attention(
 ) -> Tensor:
     """One rank's heads, [B, T, h] -> [B, T, H * D], before the output projection."""
     heads, kv_heads, size = blueprint.rank_heads, blueprint.rank_kv_heads, blueprint.head_size
-    rows = linear(weights, "attention.qkv", u).unflatten(-1, (-1, size)).transpose(1, 2)
+    rows = linear(weights, "attention.qkv", u).view(*u.shape[:-1], -1, size).transpose(1, 2)
     query, key, value = rows.split([heads, kv_heads, kv_heads], dim=1)
     output = attend(rotate(query, rotary), rotate(key, rotary), value)
     return output.transpose(1, 2).flatten(2)

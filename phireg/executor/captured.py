@@ -59,7 +59,8 @@ def sight(
         heads = rank_heads(blueprint, rank, slot.device)
         seen = seen & blocksparse.visible(pattern, query, key, heads[:, None])
         groups = blueprint.rank_kv_heads
-    tiles = seen.unflatten(1, (groups, -1)).unflatten(-1, (-1, TILE)).any(-1).any(2)[:, :, None]
+    by_tile = seen.reshape(seen.shape[0], groups, -1, capacity // TILE, TILE)
+    tiles = by_tile.any(-1).any(2)[:, :, None]
     order = torch.argsort(tiles.int(), dim=-1, descending=True, stable=True)
     return seen, tiles.sum(-1, dtype=torch.int32), order.int()
 

@@ -54,8 +54,8 @@ def test_tiles_hold_what_is_visible_and_no_more(name, length):
     padded = 512
     mask = blocksparse.prefill_block_mask(pattern, length, padded, 3, 4, "cpu")
     wanted = whole_mask(pattern, heads, padded)
-    wanted[:, -(-length // 128) * 128 :] = False  # tiles of padding alone have no work
-    tiles = wanted.unflatten(2, (-1, 64)).unflatten(1, (-1, 128))
+    wanted[:, -(-length // 64) * 64 :] = False  # tiles of padding alone have no work
+    tiles = wanted.unflatten(2, (-1, 64)).unflatten(1, (-1, 64))
     some, full = tiles.any(4).any(2), tiles.all(4).all(2)
     part = torch.zeros_like(some)
     whole = torch.zeros_like(some)
@@ -63,14 +63,10 @@ def test_tiles_hold_what_is_visible_and_no_more(name, length):
         (part, mask.kv_num_blocks, mask.kv_indices),
         (whole, mask.full_kv_num_blocks, mask.full_kv_indices),
     ):
-        for h, row in torch.cartesian_prod(torch.arange(4), torch.arange(4)).tolist():
+        for h, row in torch.cartesian_prod(torch.arange(4), torch.arange(8)).tolist():
             flags[h, row, indices[0, h, row, : counts[0, h, row]].long()] = True
     assert torch.equal(whole, full)
-    # a block of 128 has two key tiles, one of which may lie above the diagonal
-    if pattern.block_size <= 64:
-        assert torch.equal(part, some & ~full)
-    assert torch.equal(part | whole | some, part | whole)
-    assert not (part & whole).any()
+    assert torch.equal(part, some & ~full)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
