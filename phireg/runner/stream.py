@@ -70,9 +70,8 @@ def stream(
         stack.enter_context(one_thread_each(workers) if plan.casts else nullcontext())
         pool = stack.enter_context(ThreadPoolExecutor(workers))
         carrier = _Carrier(plan, reader, files, stop, progress or (lambda count: None))
-        running = [pool.submit(carrier.carry, task) for task in plan.tasks]
         try:
-            results = _collect(running)
+            results = _collect([pool.submit(carrier.carry, task) for task in plan.tasks])
         except BaseException:
             stop.set()
             raise
