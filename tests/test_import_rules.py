@@ -54,6 +54,8 @@ RULES = {
     "phireg.api": Rule((*DESCRIBE, "phireg.hookspecs", "phireg.family")),
     "phireg.runner": Rule((CHECKPOINT, PLAN, ERRORS, "numpy", "xxhash"), lazily=("torch",)),
     "phireg.executor": Rule((ERRORS, "torch", "numpy", "safetensors")),
+    "phireg.text": Rule((CHECKPOINT, "phireg.registry", ERRORS), lazily=("transformers", "jinja2")),
+    "phireg.backends": Rule(("phireg.executor", ERRORS, "torch")),
     "phireg.jobs": Rule(("phireg",), lazily=("torch",), never=("phireg.cli",)),
     "phireg.testing": Rule(
         ("phireg", "numpy"), lazily=("torch", "transformers", "safetensors"), never=("phireg.cli",)

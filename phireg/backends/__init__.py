@@ -1,0 +1,1 @@
+"""What continues token ids: so far the executor, in one process or in one for each rank."""

@@ -1,0 +1,149 @@
+"""`phireg run --chat` with scripted lines, against prompts written out by hand."""
+
+import json
+import signal
+
+import pytest
+from click.testing import CliRunner
+
+from phireg.cli import conversation
+from phireg.executor import Sampling
+from phireg.text.tokenizer import Tokenizer
+from tests.run.tiny import chat_tokenizer, continuation
+
+END, EOS = 303, 300
+
+
+def answer(it, text, count=8, eos=(END, 310, 311)):
+    return continuation(it.model, it.tokenizer, text, count, list(eos))
+
+
+def test_every_turn_is_the_templates_string(made, run):
+    it = made("phi3")
+    said = "<|system|>\nBe brief.<|end|>\n<|user|>\nWer liest?<|end|>\n<|assistant|>\n"
+    _, first = answer(it, said)
+    said += f"{first}<|end|>\n<|user|>\n  and why<|end|>\n<|assistant|>\n"
+    _, second = answer(it, said)
+    lines = b"Wer liest?\n\n  and why\n/exit\nnever read\n"
+    result = run(it.ckpt, "--chat", "--system", "Be brief.", "--max-new-tokens", 8, stdin=lines)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{first}\n{second}\n"
+    assert first != second
+
+
+def test_small_begins_with_its_first_token(made, run):
+    it = made("phi3-small")
+    said = "<|endoftext|><|user|>\nhi<|end|>\n<|assistant|>\n"
+    _, wanted = answer(it, said, eos=(it.tokenizer.convert_tokens_to_ids("<|end|>"),))
+    result = run(it.ckpt, "--chat", "--max-new-tokens", 8, stdin=b"hi")  # ends without a newline
+    assert (result.exit_code, result.stdout) == (0, wanted + "\n")
+
+
+def test_the_end_of_the_turn_stops_whatever_generation_config_says(made, altered):
+    class Backend:
+        led = False
+
+        def stream(self, prompts, count, stops, sampling):
+            self.asked = prompts, count, stops, sampling.seed
+            for token in (71, 72, END, 73):
+                yield [token]
+                if token in stops:
+                    return
+
+    backend = Backend()
+    tokenizer = Tokenizer(chat_tokenizer())
+    stops = frozenset({EOS}) | tokenizer.end_of_turn_ids
+    chat = conversation.Chat(tokenizer, stops, 256, None, Sampling(seed=5), [])
+    with CliRunner().isolation(input=b"one\ntwo\n"):
+        chat.hold(backend)
+    text = tokenizer.decode([71, 72])
+    roles = [(message["role"], message["content"]) for message in chat.messages]
+    assert roles == [("user", "one"), ("assistant", text), ("user", "two"), ("assistant", text)]
+    said = f"<|user|>\none<|end|>\n<|assistant|>\n{text}<|end|>\n<|user|>\ntwo<|end|>\n"
+    ids = tokenizer.encode(said + "<|assistant|>\n")
+    # room for all positions left, and a seed for each answer
+    assert backend.asked == ([ids], 256 - len(ids), {EOS, END}, 6)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch):
+    from phireg.cli.failures import stop
+
+    monkeypatch.setattr("phireg.cli.failures._last_stop", float("-inf"))
+    turns = []
+
+    class Backend:
+        led = False
+
+        def stream(self, prompts, count, stops, sampling):
+            turns.append(prompts)
+            for token in (71, 72, 73):
+                if len(turns) == 1 and token == 72:
+                    signal.raise_signal(signal.SIGINT)
+                yield [token]
+
+    tokenizer = Tokenizer(chat_tokenizer())
+    chat = conversation.Chat(tokenizer, frozenset({EOS}), 256, 9, Sampling(), [])
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        with CliRunner().isolation(input=b"one\ntwo\n") as (out, *_):
+            chat.hold(Backend())
+            shown = out.getvalue().decode()
+        assert signal.getsignal(signal.SIGINT) is stop
+        with conversation._interruptible(), pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    first, second = tokenizer.decode([71, 72]), tokenizer.decode([71, 72, 73])
+    assert shown == f"{first}\n{second}\n"
+    assert [m["content"] for m in chat.messages] == ["one", first, "two", second]
+
+
+def test_a_conversation_that_is_full(made, run):
+    lines = ("word " * 90 + "\nshort\n").encode()
+    result = run(made("phi3").ckpt, "--chat", "--max-new-tokens", 4, stdin=lines)
+    assert result.exit_code == 0
+    assert "256 positions" in result.stderr
+    said = "<|user|>\nshort<|end|>\n<|assistant|>\n"  # what did not fit was never said
+    assert result.stdout == answer(made("phi3"), said, 4)[1] + "\n"
+
+
+def test_a_line_that_is_no_text(made, run):
+    result = run(made("phi3").ckpt, "--chat", "--max-new-tokens", 2, stdin=b"caf\xe9\n")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "not UTF-8" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "says"),
+    [
+        (None, None, "no chat template"),
+        ("{{ raise_exception('only users') }}", None, "refuses this: only users"),
+        ("{% for m in messages[-1:] %}{{ m.content }}{% endfor %}", "Brief.", "leaves out system"),
+        ("{% for m in", None, "refuses this"),
+    ],
+)
+def test_templates_that_do_not_serve(template, system, says, altered, run):
+    path = altered / "tokenizer_config.json"
+    (altered / "chat_template.jinja").unlink()
+    config = json.loads(path.read_text()) | ({"chat_template": template} if template else {})
+    path.write_text(json.dumps(config))
+    flags = () if system is None else ("--system", system)
+    result = run(altered, "--chat", *flags, stdin=b"hi\n")
+    assert result.exit_code == 2
+    assert says in " ".join(result.stderr.split())
+
+
+def test_no_tokenizer(altered, run):
+    (altered / "tokenizer.json").unlink()
+    result = run(altered, "--chat")
+    assert result.exit_code == 2
+    assert "carries no tokenizer" in result.stderr
+
+
+def test_timings_of_nothing():
+    from phireg.cli.answers import Timing, timed
+
+    timing = Timing()
+    assert list(timed([], timing)) == []
+    assert (timing.tokens, timing.tokens_per_second) == (0, None)

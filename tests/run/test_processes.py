@@ -1,0 +1,158 @@
+"""Processes of their own: one per rank, a terminal, signals."""
+
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.run.tiny import continuation, converted
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+PHIREG = (sys.executable, "-m", "phireg", "run")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "phireg")
+
+
+def spawn(*command, **options):
+    words = [*map(str, command), "--device", "cpu"]
+    return subprocess.run(words, env=ENV, capture_output=True, timeout=120, **options)
+
+
+@pytest.mark.parametrize("start", [(*TORCHRUN, "run"), PHIREG], ids=["torchrun", "--tp"])
+def test_a_process_for_each_rank(start, made):
+    it = made("phi3-small")
+    flags = ("--prompt", "The engine", "--prompt", "Wer", "--max-new-tokens", 10, "--batch-size", 1)
+    tp = ("--tp", 2) if start is PHIREG else ()
+    ran = spawn(*start, it.ckpt, *flags, *tp, "--json")
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)  # one document: only rank 0 prints
+    wanted = [
+        continuation(it.model, it.tokenizer, prompt, 10, it.tokenizer.eos_token_id)
+        for prompt in ("The engine", "Wer")
+    ]
+    assert [(row["tokens"], row["text"]) for row in found["results"]] == wanted
+    assert (found["tp_size"], found["processes"]) == (2, 2)
+    if start is PHIREG:
+        assert ran.stderr == b""
+
+
+def test_a_chat_of_two_processes(made):
+    it = made("phi3")
+    lines = b"Wer?\nWhy?\n/exit\n"
+    flags = ("--chat", "--max-new-tokens", 6, "--temperature", 0.8)
+    both = spawn(*PHIREG, it.ckpt, *flags, "--tp", 2, input=lines)
+    alone = spawn(*PHIREG, it.ckpt, *flags, input=lines)
+    assert (both.returncode, both.stderr) == (0, b"")
+    assert both.stdout == alone.stdout
+    assert len(both.stdout.split(b"\n")) >= 3
+
+
+def test_errors_of_processes_come_once_and_keep_their_code(made, tmp_path):
+    it = made("phi3")
+    refused = spawn(*PHIREG, it.ckpt, "--tp", 2, "--prompt", "word " * 200)
+    assert refused.returncode == 2
+    assert refused.stderr.count(b"exceed the model's") == 1
+    assert b"Traceback" not in refused.stderr
+    wrong = spawn(*TORCHRUN, "run", converted(it.source, tmp_path / "four", 4), "--prompt", "x")
+    assert wrong.returncode != 0
+    assert wrong.stderr.count(b"2 processes were started") == 1
+    assert b"torchrun --nproc-per-node 4" in wrong.stderr
+
+
+class Terminal:
+    """A process on a terminal of its own."""
+
+    def __init__(self, *command):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ.update(ENV, TERM="xterm", COLUMNS="80")
+            os.execv(command[0], [str(word) for word in command])
+        self.seen = b""
+
+    def until(self, text, seconds=90):
+        """Read on until ``text`` has come after what was waited for before."""
+        start, end = len(self.seen), time.monotonic() + seconds
+        while text not in self.seen[start:]:
+            left = end - time.monotonic()
+            assert left > 0, self.seen
+            if select.select([self.fd], [], [], left)[0]:
+                try:
+                    self.seen += os.read(self.fd, 4096)
+                except OSError:
+                    raise AssertionError(self.seen) from None
+        return self.seen[start:]
+
+    def type(self, keys):
+        os.write(self.fd, keys)
+
+    def code(self):
+        """Exit code, once everything has been read."""
+        try:
+            while block := os.read(self.fd, 4096):
+                self.seen += block
+        except OSError:
+            pass
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_a_chat_at_a_terminal(made):
+    terminal = Terminal(*PHIREG, made("phi3").ckpt, "--chat", "--device", "cpu")
+    terminal.until(b"> ")
+    terminal.type("Straße?\n".encode())
+    assert b"tokens/s" in terminal.until(b"> ")
+    time.sleep(2.1)  # Ctrl-C again at once would be the same wish
+    terminal.type(b"half a line\x03")
+    terminal.until(b"Ctrl-D leaves\x1b[0m\r\n> ")
+    terminal.type(b"\x04")
+    assert terminal.code() == 0
+
+
+def test_nothing_to_continue_at_a_terminal(made):
+    terminal = Terminal(*PHIREG, made("phi3").ckpt, "--device", "cpu")
+    assert terminal.code() == 2
+    assert b"there is nothing to continue" in terminal.seen
+
+
+@pytest.mark.parametrize("tp", [(), ("--tp", "2")], ids=["one", "two"])
+def test_ctrl_c(tp, made, tmp_path):
+    it = made("phi3")
+    # More than a terminal's worth of text: there is time for a Ctrl-C in the middle.
+    config = json.loads((it.ckpt / "config.json").read_text())
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    for file in it.ckpt.iterdir():
+        (slow / file.name).symlink_to(file)
+    (slow / "config.json").unlink()
+    (slow / "generation_config.json").unlink()
+    (slow / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100_000}))
+    flags = ("--prompt", "The engine", "--temperature", "1", "--max-new-tokens", "90000")
+    terminal = Terminal(*PHIREG, slow, *flags, *tp, "--device", "cpu")
+    deadline = time.monotonic() + 60
+    while len(terminal.seen) < 50 and time.monotonic() < deadline:
+        terminal.seen += os.read(terminal.fd, 4096)
+    terminal.type(b"\x03")
+    assert terminal.code() == 130
+    assert b"interrupted; the text is not complete" in terminal.seen
+    assert b"Traceback" not in terminal.seen
+
+
+def test_a_reader_that_leaves(made):
+    it = made("phi3")
+    flags = ("--max-new-tokens", "250", "--temperature", "1", "--device", "cpu")
+    command = [*PHIREG, str(it.ckpt), "--prompt", "The engine", *flags]
+    process = subprocess.Popen(
+        command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    )
+    process.stdout.read(1)
+    process.stdout.close()
+    error = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) == 141
+    assert error == b""

@@ -1,0 +1,248 @@
+"""`phireg run` against transformers' own generate on the source model."""
+
+import json
+
+import pytest
+import torch
+
+from tests.run.tiny import SOURCES, chat_tokenizer, continuation, converted, eos_ids
+
+PROMPTS = ("The engine", "Wer liest die Straße? 日本語", "déjà")
+
+
+@pytest.mark.parametrize("family", SOURCES)
+def test_text_is_that_of_the_source_model(family, made, run, document):
+    it = made(family)
+    wanted = [
+        continuation(it.model, it.tokenizer, prompt, 14, eos_ids(it.source)) for prompt in PROMPTS
+    ]
+    alone = run(it.ckpt, "--prompt", PROMPTS[0], "--max-new-tokens", 14)
+    assert (alone.exit_code, alone.stdout) == (0, wanted[0][1] + "\n")
+    flags = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    found = document(it.ckpt, *flags, "--max_output_len", 14)
+    assert [(row["tokens"], row["text"]) for row in found["results"]] == wanted
+    assert [row["input_ids"] for row in found["results"]] == [
+        it.tokenizer(prompt)["input_ids"] for prompt in PROMPTS
+    ]
+    assert [row["prompt"] for row in found["results"]] == list(PROMPTS)
+    assert len({row["text"] for row in found["results"]}) == len(PROMPTS)
+    # several prompts as text
+    texts = run(it.ckpt, *flags, "--max-new-tokens", 14).stdout
+    shown = (f"[{n}/3] {PROMPTS[n - 1]}\n{wanted[n - 1][1]}\n\n" for n in (1, 2, 3))
+    assert texts == "".join(shown)
+
+
+def test_all_ways_in_give_the_same(made, run, document, tmp_path):
+    ckpt = made("phi3").ckpt
+    text = "one line\nand another"
+    first = run(ckpt, "--prompt", text, "--max-new-tokens", 5)
+    assert first.exit_code == 0
+    piped = run(ckpt, "--max-new-tokens", 5, stdin=f"{text}\n".encode())
+    assert piped.stdout == first.stdout
+    ids = made("phi3").tokenizer(text)["input_ids"]
+    lines = [json.dumps({"prompt": text}), json.dumps({"input_ids": ids})]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    results = document(ckpt, "--input-file", tmp_path / "in.jsonl", "--max-new-tokens", 5)
+    assert [row["text"] + "\n" for row in results["results"]] == [first.stdout] * 2
+    (tmp_path / "in.txt").write_text("one line\n\nand another\n")
+    for options in ({}, {"stdin": (tmp_path / "in.txt").read_bytes()}):
+        name = "-" if options else tmp_path / "in.txt"
+        results = document(ckpt, "--input-file", name, "--max-new-tokens", 5, **options)
+        assert [row["prompt"] for row in results["results"]] == ["one line", "and another"]
+
+
+def test_batches_change_nothing_but_the_timings(made, document):
+    it = made("phi3")
+    flags = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    whole = document(it.ckpt, *flags, "--max-new-tokens", 6)
+    parts = document(it.ckpt, *flags, "--max-new-tokens", 6, "--batch-size", 2)
+    assert [row["tokens"] for row in whole["results"]] == [r["tokens"] for r in parts["results"]]
+    assert [row["batch"] for row in parts["results"]] == [0, 0, 1]
+    assert [batch["prompts"] for batch in parts["batches"]] == [2, 1]
+    assert [batch["new_tokens"] for batch in parts["batches"]] == [12, 6]
+    for batch in parts["batches"]:
+        assert batch["prefill_ms"] > 0
+        assert batch["tokens_per_second"] > 0
+    single = document(it.ckpt, "--prompt", "x", "--max-new-tokens", 1)
+    assert single["batches"][0]["tokens_per_second"] is None
+    assert (whole["tp_size"], whole["processes"], whole["device"]) == (2, 1, "cpu")
+
+
+def test_stop_ids_of_generation_config_end_a_text(made, altered, document, run):
+    it = made("phi3")
+    free, _ = continuation(it.model, it.tokenizer, "The engine", 12)
+    stop = next(token for n, token in enumerate(free) if n > 2 and token not in free[:n])
+    (altered / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, stop]}))
+    flags = ("--prompt", "The engine", "--prompt", PROMPTS[1], "--max-new-tokens", 12)
+    stopped, other = document(altered, *flags)["results"]
+    assert stopped["tokens"] == free[: free.index(stop) + 1]
+    assert stopped["finish_reason"] == "stop"
+    assert (other["finish_reason"], len(other["tokens"])) == ("length", 12)
+    wanted = continuation(it.model, it.tokenizer, "The engine", 12, [3, stop])
+    assert (stopped["tokens"], stopped["text"]) == wanted
+    assert run(altered, *flags[:2], *flags[4:]).stdout == wanted[1] + "\n"
+
+
+def test_sampling(made, document):
+    ckpt = made("phi3").ckpt
+
+    def tokens(*flags):
+        found = document(ckpt, "--prompt", "The", "--max-new-tokens", 20, *flags)
+        return found["results"][0]["tokens"]
+
+    greedy = tokens()
+    assert tokens("--temperature", 0) == tokens("--top-k", 1) == greedy
+    hot = tokens("--temperature", 1.5, "--seed", 3)
+    assert hot == tokens("--temperature", 1.5, "--random_seed", 3) != greedy
+    assert hot != tokens("--temperature", 1.5, "--seed", 4)
+    assert tokens("--top-p", 1e-6, "--temperature", 2) == greedy
+    near = tokens("--top-k", 3)
+    assert near != greedy
+    assert near != hot
+
+
+def test_seeds_differ_from_batch_to_batch(made, document):
+    flags = ("--prompt", "The", "--prompt", "The", "--temperature", 1.5, "--max-new-tokens", 12)
+    first, second = document(made("phi3").ckpt, *flags, "--batch-size", 1)["results"]
+    assert first["tokens"] != second["tokens"]
+
+
+def test_dtype_and_offload(made, document):
+    ckpt = made("phi3").ckpt
+    plain = document(ckpt, "--prompt", "The", "--max-new-tokens", 4)
+    off = document(ckpt, "--prompt", "The", "--max-new-tokens", 4, "--offload")
+    assert plain["results"] == off["results"]
+    half = document(ckpt, "--prompt", "The", "--max-new-tokens", 4, "--dtype", "bfloat16")
+    assert (plain["dtype"], half["dtype"]) == ("float32", "bfloat16")
+
+
+def test_token_ids_need_no_tokenizer(made, altered, run, document, tmp_path):
+    it = made("phi3")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (altered / name).unlink()
+    ids = [5, 6, 300, 7]
+    (tmp_path / "in.jsonl").write_text('{"input_ids": [5, 6, 300, 7]}')
+    flags = ("--input-file", tmp_path / "in.jsonl", "--max-new-tokens", 6)
+    wanted, _ = continuation(it.model, it.tokenizer, torch.tensor([ids]), 6, eos_ids(it.source))
+    (row,) = document(altered, *flags)["results"]
+    assert (row["tokens"], row["text"], row["prompt"]) == (wanted, None, None)
+    assert run(altered, *flags).stdout == f"[1/1] 4 token ids\n{wanted}\n\n"
+    failed = run(altered, "--prompt", "x")
+    assert failed.exit_code == 2
+    assert "carries no tokenizer" in failed.stderr
+    assert "--tokenizer-dir" in failed.stderr
+    _, text = continuation(it.model, it.tokenizer, "The", 6, eos_ids(it.source))
+    flags = ("--prompt", "The", "--max-new-tokens", 6, "--tokenizer-dir", it.source)
+    assert run(altered, *flags).stdout == text + "\n"
+
+
+def test_positions(made, run, document):
+    it = made("phi3")  # 256 positions
+    prompt = "The engine " * 40
+    length = len(it.tokenizer(prompt)["input_ids"])
+    room = 256 - length
+    assert 0 < room < 128
+    asked = run(it.ckpt, "--prompt", prompt, "--max-new-tokens", room + 1)
+    assert asked.exit_code == 2
+    flat = " ".join(asked.stderr.split())
+    assert f"{length} tokens and {room + 1} new ones exceed the model's 256 positions" in flat
+    (row,) = document(it.ckpt, "--prompt", prompt, "--max-new-tokens", room)["results"]
+    assert len(row["tokens"]) == room
+    (row,) = document(it.ckpt, "--prompt", prompt)["results"]
+    assert len(row["tokens"]) == room
+    assert run(it.ckpt, "--prompt", prompt * 2).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["--prompt", "x", "--chat"], 2, "--prompt and --chat exclude each other"),
+        (["--prompt", "x", "--input-file", "y"], 2, "exclude each other"),
+        (["--prompt", ""], 2, "--prompt 1: the prompt is empty"),
+        ([], 2, "standard input: the prompt is empty"),
+        (["--chat", "--json"], 2, "--json and --chat"),
+        (["--prompt", "x", "--system", "y"], 2, "--system has no effect without --chat"),
+        (["--prompt", "x", "--top-k", "-1"], 2, "out of range"),
+        (["--prompt", "x", "--top-p", "0"], 2, "out of range"),
+        (["--prompt", "x", "--temperature", "nan"], 2, "out of range"),
+        (["--prompt", "x", "--temperature", "0", "--top-k", "3"], 2, "have no effect"),
+        (["--prompt", "x", "--seed", "-1"], 2, "--seed -1"),
+        (["--prompt", "x", "--max-new-tokens", "0"], 2, "max-new-tokens"),
+        (["--prompt", "x", "--tp", "3"], 2, "converted for 2 rank(s)"),
+        (["--prompt", "x", "--dtype", "int8"], 2, "--dtype"),
+        (["--prompt", "x", "--tokenizer-dir", "nowhere"], 2, "no such directory: nowhere"),
+        (["--input-file", "nowhere"], 2, "cannot read nowhere"),
+    ],
+)
+def test_wrong_usage(args, code, says, made, run):
+    result = run(made("phi3").ckpt, *args)
+    assert result.exit_code == code
+    assert says in " ".join(result.stderr.split())
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [("tpu", "unknown"), ("cuda:x", "unknown"), ("cpu:1", "unknown"), ("cuda:99", "no GPU 99")],
+)
+def test_devices_that_are_none(device, says, made):
+    from phireg.backends.executor import pick_device
+    from phireg.errors import UsageError
+
+    with pytest.raises(UsageError, match=says):
+        pick_device(device)
+
+
+def test_stdin_that_is_no_text(made, run):
+    result = run(made("phi3").ckpt, stdin=b"caf\xe9")
+    assert result.exit_code == 2
+    assert "not UTF-8 text (byte 3)" in result.stderr
+
+
+def test_ids_outside_the_vocabulary(made, run):
+    for token in (312, -1):
+        content = json.dumps({"input_ids": [4, token]}).encode()
+        result = run(made("phi3").ckpt, "--input-file", "-", stdin=content)
+        assert result.exit_code == 2
+        assert f"standard input:1: token {token} is outside" in " ".join(result.stderr.split())
+
+
+def test_what_is_no_checkpoint(made, run, tmp_path):
+    it = made("phi3")
+    source = run(it.source, "--prompt", "x")
+    assert source.exit_code == 4
+    assert "is a Hugging Face model" in source.stderr
+    assert "phireg convert --model-dir" in source.stderr
+    (tmp_path / "config.json").write_text('{"pretrained_config": {}, "build_config": {}}')
+    engine = run(tmp_path, "--prompt", "x")
+    assert engine.exit_code == 4
+    assert "is a built engine" in engine.stderr
+    nothing = run(tmp_path / "no", "--prompt", "x")
+    assert nothing.exit_code == 2
+    assert "no such directory" in nothing.stderr
+    (tmp_path / "config.json").unlink()
+    assert run(tmp_path, "--prompt", "x").exit_code == 4
+
+
+def test_a_damaged_rank_file(altered, run):
+    path = altered / "rank1.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    result = run(altered, "--prompt", "x")
+    assert result.exit_code == 4
+    assert "rank1.safetensors" in result.stderr
+
+
+def test_one_rank_and_a_tokenizer_with_a_first_token(made, document, tmp_path):
+    """bos is put before a prompt where the tokenizer says so."""
+    from tokenizers.processors import TemplateProcessing
+
+    it = made("phi3")
+    ckpt = converted(it.source, tmp_path / "one")
+    tokenizer = chat_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", 304)]
+    )
+    tokenizer.save_pretrained(ckpt)
+    found = document(ckpt, "--prompt", "The", "--max-new-tokens", 3, "--tp", 1)
+    assert found["results"][0]["input_ids"] == [304, *it.tokenizer("The")["input_ids"]]
+    assert found["tp_size"] == 1

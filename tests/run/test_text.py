@@ -1,0 +1,232 @@
+"""Tokenizers, stop ids, prompts and pieces of text, each against values written here."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from phireg.errors import PluginError, SourceError, UsageError
+from phireg.text.pieces import Pieces
+from phireg.text.prompts import Prompt, read_prompts
+from phireg.text.stops import stop_ids
+from phireg.text.tokenizer import Tokenizer, find_tokenizer
+from tests.run.tiny import chat_tokenizer, write_ranks
+
+
+def pieces_of(tokenizer, ids):
+    pieces = Pieces(tokenizer)
+    return [*(pieces.push(token) for token in ids), pieces.finish()]
+
+
+TEXTS = ["héllo wörld", "日本語の文字😀🎉!", " a  b\n\tc", "naïve 🙈nicode é", "👩\u200d👩\u200d👧"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_are_whole_characters_and_make_the_text(text):
+    tokenizer = Tokenizer(chat_tokenizer())
+    ids = tokenizer.encode(text)
+    assert any("\ufffd" in tokenizer.decode([token]) for token in ids) or text.isascii()
+    found = pieces_of(tokenizer, ids)
+    assert "".join(found) == text
+    assert not any("\ufffd" in piece for piece in found)
+    assert sum(map(bool, found)) > 3
+    assert found[-1] == ""
+
+
+def test_broken_characters_come_at_the_end_or_with_what_follows():
+    tokenizer = Tokenizer(chat_tokenizer())
+    half = tokenizer.encode("🙈")[:-1]
+    text = b"\xf0\x9f\x99".decode(errors="replace")
+    assert pieces_of(tokenizer, half)[-1] == text
+    assert "".join(pieces_of(tokenizer, [*half, *tokenizer.encode("ok")])) == text + "ok"
+
+
+def test_a_character_that_is_the_replacement_itself():
+    tokenizer = Tokenizer(chat_tokenizer())
+    assert "".join(pieces_of(tokenizer, tokenizer.encode("a\ufffdb\ufffd"))) == "a\ufffdb\ufffd"
+
+
+def test_special_tokens_are_no_text():
+    tokenizer = Tokenizer(chat_tokenizer())
+    ids = tokenizer.encode("one<|end|> two<|endoftext|>")
+    assert "".join(pieces_of(tokenizer, ids)) == "one two"
+
+
+def sentencepiece_like():
+    """A leading space is part of a token, and is lost at the start of a text; bytes as <0xE2>."""
+    tokens = ["▁Hello", "▁world", "!", "▁", "<0xE2>", "<0x82>", "<0xAC>", "</s>"]
+    inner = RustTokenizer(BPE({token: n for n, token in enumerate(tokens)}, []))
+    inner.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>"))
+
+
+def test_leading_spaces_and_byte_tokens():
+    pieces = pieces_of(sentencepiece_like(), [0, 1, 2, 3, 4, 5, 6, 1, 7])
+    assert pieces == ["Hello", " world", "!", " ", "", "", "€", " world", "", ""]
+
+
+# Stop ids
+
+
+@pytest.mark.parametrize(
+    ("generation", "own", "config", "wanted"),
+    [
+        ({"eos_token_id": 7}, 3, {}, {7}),
+        ({"eos_token_id": [7, 9, 7]}, 3, {}, {7, 9}),
+        ({"eos_token_id": None}, 3, {}, {3}),
+        ({}, 3, {"eos_token_id": 5}, {3}),
+        (None, 3, {"eos_token_id": 5}, {3}),
+        (None, None, {"eos_token_id": 5}, {5}),
+        (None, None, {}, set()),
+    ],
+)
+def test_stop_ids(generation, own, config, wanted, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+
+    class Fake:
+        eos_id = own
+
+    assert stop_ids(tmp_path, Fake() if own is not None else None) == wanted
+
+
+@pytest.mark.parametrize("value", ["7", [7, "9"], -1, 1.0, True, {}])
+def test_stop_ids_that_are_none(value, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(SourceError, match="eos_token_id"):
+        stop_ids(tmp_path, None)
+
+
+# Prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    [
+        ("a.txt", "one\n\n  two \r\nthree", [("one", None), ("  two ", None), ("three", None)]),
+        ("a.txt", "\ufeffé\u2028x\n", [("é\u2028x", None)]),
+        ("a.txt", '{"other": 1}\n[1]', [('{"other": 1}', None), ("[1]", None)]),
+        ("a.jsonl", '{"prompt": "a\\nb"}\n{"input_ids": [3, 1]}', [("a\nb", None), (None, (3, 1))]),
+        ("-", '{"prompt": "", "id": 4}\n', [("", None)]),
+    ],
+)
+def test_prompts(name, content, wanted):
+    prompts = read_prompts(name, content.encode())
+    assert [(prompt.text, prompt.ids) for prompt in prompts] == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a", b"\n \n", "a holds no prompt"),
+        ("a", b"x\ny\xff", "a:2: not UTF-8 text"),
+        ("a.jsonl", b'{"prompt": "x"}\n\nplain', "a.jsonl:3: not JSON"),
+        ("a.jsonl", b"[1]", "either"),
+        ("a.jsonl", b'{"prompt": "x", "input_ids": [1]}', "either"),
+        ("a.jsonl", b'{"prompt": 1}', "is not text"),
+        ("a.jsonl", b'{"input_ids": []}', "is not a list of token ids"),
+        ("a.jsonl", b'{"input_ids": [true]}', "is not a list of token ids"),
+        ("a", b'{"input_ids": [1]}\nplain', "a:2: not JSON"),
+    ],
+)
+def test_prompts_that_are_none(name, content, says):
+    with pytest.raises(UsageError, match=says):
+        read_prompts(name, content)
+
+
+def test_encoding_a_prompt():
+    tokenizer = Tokenizer(chat_tokenizer())
+    assert Prompt("here", "x", (5, 6)).encoded(None) == [5, 6]
+    assert Prompt("here", "a<|end|>").encoded(tokenizer)[-1] == 303
+    for text, says in (("", "here: the prompt is empty"), ("\ud800", "not valid Unicode")):
+        with pytest.raises(UsageError, match=says):
+            Prompt("here", text).encoded(tokenizer)
+    with pytest.raises(UsageError, match="carries no tokenizer"):
+        Prompt("here", "x").encoded(None)
+
+
+# Tokenizers
+
+
+def checkpoint(directory, architecture="Phi3SmallForCausalLM"):
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"architecture": architecture}))
+    return directory
+
+
+def test_no_tokenizer_and_a_named_directory_without_one(tmp_path):
+    ckpt = checkpoint(tmp_path / "ckpt")
+    assert find_tokenizer(ckpt) is None
+    for directory, says in ((tmp_path, "holds no tokenizer"), (tmp_path / "no", "no such")):
+        with pytest.raises(UsageError, match=says):
+            find_tokenizer(ckpt, directory)
+
+
+def test_the_named_directory_wins(tmp_path):
+    ckpt, other = checkpoint(tmp_path / "ckpt"), tmp_path / "other"
+    chat_tokenizer().save_pretrained(ckpt)
+    chat_tokenizer(special=("<|endoftext|>",)).save_pretrained(other)
+    assert find_tokenizer(ckpt).end_of_turn_ids == {303}
+    assert find_tokenizer(ckpt, other).end_of_turn_ids == set()
+
+
+def test_code_beside_the_tokenizer_is_not_run(tmp_path):
+    ckpt, trap = checkpoint(tmp_path / "ckpt"), tmp_path / "trapped"
+    chat_tokenizer().save_pretrained(ckpt)
+    for directory in (ckpt, tmp_path / "cut"):
+        directory.mkdir(exist_ok=True)
+        (directory / "tokenization_x.py").write_text(f"open({str(trap)!r}, 'w')")
+        path = directory / "tokenizer_config.json"
+        config = json.loads(path.read_text()) if path.exists() else {}
+        config |= {"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}}
+        path.write_text(json.dumps(config | {"tokenizer_class": "X"}))
+    (tmp_path / "cut" / "vocab.json").write_text("{}")
+    assert find_tokenizer(ckpt).encode("a") == [64]
+    with pytest.raises(SourceError, match="cannot be loaded"):
+        find_tokenizer(ckpt, tmp_path / "cut")
+    assert not trap.exists()
+
+
+def test_a_damaged_tokenizer(tmp_path):
+    ckpt = checkpoint(tmp_path / "ckpt")
+    for content in ("{", "{}", '{"model": {"type": "BPE", "vocab": 1}}'):
+        (ckpt / "tokenizer.json").write_text(content)
+        with pytest.raises(SourceError, match="cannot be loaded"):
+            find_tokenizer(ckpt)
+
+
+def test_tiktoken_files_go_to_the_family_of_the_architecture(tmp_path):
+    ckpt = checkpoint(tmp_path / "ckpt")
+    size = write_ranks(ckpt / "cl100k_base.tiktoken")
+    tokenizer = find_tokenizer(ckpt)
+    # <|dummy_id_2|> and <|endoftext|> follow the ranks, <|end|> is the eleventh
+    assert (tokenizer.eos_id, tokenizer.end_of_turn_ids) == (size + 1, {size + 10})
+    other = checkpoint(tmp_path / "other", "PhiForCausalLM")
+    with pytest.raises(PluginError, match=r"no installed family reads the \*.tiktoken"):
+        find_tokenizer(other, ckpt)
+
+
+def test_old_phi2_files_without_tokenizer_json(tmp_path):
+    """vocab.json and merges.txt alone, as GPT-2 has them."""
+    ckpt = checkpoint(tmp_path / "ckpt", "PhiForCausalLM")
+    inner = chat_tokenizer(special=("<|endoftext|>",), template=None)
+    inner.backend_tokenizer.model.save(str(ckpt))
+    (ckpt / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", '
+        '"bos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}'
+    )
+    text = "The engine reads naïve 日本語"
+    tokenizer = find_tokenizer(ckpt)
+    assert tokenizer.encode(text) == inner(text)["input_ids"]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
