@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from phireg.executor import blocks, blocksparse
@@ -127,6 +128,11 @@ def step_layer(
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` fused for fixed shapes; matrix-vector products become bandwidth-bound loops."""
     options = {"coordinate_descent_tuning": True}
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    if hopper and hasattr(inductor.triton, "enable_pdl"):
+        # A kernel's launch overlaps the end of the one before it, which matters when none of them
+        # runs for more than thirty microseconds.
+        options["triton.enable_pdl"] = True
     compiled_function: Callable[..., Any] = torch.compile(
         function, fullgraph=True, dynamic=False, options=options
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,10 +84,11 @@ def stream(
 
 
 def _collect(running: list[Future[Streamed]]) -> list[Streamed]:
-    done, waiting = wait(running, return_when=FIRST_EXCEPTION)
-    if waiting:
-        for future in done:
-            future.result()
+    wait(running)
+    errors = [error for future in running if (error := future.exception()) is not None]
+    for error in errors:
+        if not isinstance(error, Cancelled):
+            raise error
     return [future.result() for future in running]
 
 
@@ -104,7 +105,14 @@ class _Carrier:
         self.progress = progress
 
     def carry(self, task: Task) -> Streamed:
-        """Do one task."""
+        """Do one task; a failure stops the other workers."""
+        try:
+            return self._carry(task)
+        except BaseException:
+            self.stop.set()
+            raise
+
+    def _carry(self, task: Task) -> Streamed:
         hashes: dict[int, xxhash.xxh3_128] = {}
         losses: dict[str, Loss] = defaultdict(Loss)
         for step in task.steps:
