@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from phireg.cli.text import mute_stdout, printable
-from phireg.errors import OutputError
+from phireg.cli.text import emit, mute_stdout, printable
+from phireg.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
+    from phireg.backends.executor import ExecutorBackend
+    from phireg.executor import Blueprint, Sampling
+    from phireg.text.prompts import Prompt
     from phireg.text.tokenizer import Tokenizer
+
+DEFAULT_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Everything that is settled before the weights are read."""
+
+    directory: Path
+    blueprint: Blueprint
+    tokenizer: Tokenizer | None
+    stops: frozenset[int]
+    sampling: Sampling
+    max_new_tokens: int | None
 
 
 @dataclass(slots=True)
@@ -130,3 +148,100 @@ def note(text: str) -> None:
     """Say something beside the text, where a person sees it."""
     if sys.stderr.isatty():
         click.secho(printable(text), err=True, dim=True)
+
+
+def check_input(where: str, ids: Sequence[int], job: Job) -> None:
+    """Refuse a prompt that the model cannot take, before its weights are read.
+
+    Raises:
+        UsageError: says which prompt, by ``where``.
+    """
+    vocab_size = job.blueprint.vocab_size
+    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise UsageError(
+            f"{where}: token {wrong} is outside the model's vocabulary of {vocab_size}",
+            hint="is this the model's own tokenizer?",
+        )
+    limit, new = job.blueprint.max_position_embeddings, job.max_new_tokens or 1
+    if len(ids) + new > limit:
+        raise UsageError(
+            f"{where}: {len(ids)} tokens and {new} new ones exceed the model's {limit} positions",
+            hint="shorten the prompt or lower --max-new-tokens.",
+        )
+
+
+def new_tokens(job: Job, inputs: Sequence[Sequence[int]]) -> int:
+    """How many new tokens a batch may get."""
+    room = job.blueprint.max_position_embeddings - max(map(len, inputs))
+    return job.max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
+
+
+def batches(
+    backend: ExecutorBackend, job: Job, inputs: Sequence[Sequence[int]], size: int
+) -> Iterator[tuple[list[Answer], Timing]]:
+    """Continue all prompts, ``size`` at a time."""
+    for number, start in enumerate(range(0, len(inputs), size)):
+        batch = inputs[start : start + size]
+        timing = Timing()
+        # Batches with the same seed would draw alike.
+        sampling = replace(job.sampling, seed=job.sampling.seed + number)
+        steps = backend.stream(batch, new_tokens(job, batch), job.stops, sampling)
+        yield collect(timed(steps, timing), len(batch), job.stops), timing
+
+
+def show_answer(job: Job, number: str, prompt: Prompt, answer: Answer) -> None:
+    """Print one of several answers under its number and prompt."""
+    if prompt.text is not None:
+        emit(f"{number} {' '.join(prompt.text.split())}")
+    else:
+        emit(f"{number} {len(prompt.ids or ())} token ids")
+    # Without a tokenizer there is no text, only ids.
+    text = job.tokenizer.decode(answer.tokens) if job.tokenizer else str(answer.tokens)
+    show(f"{text}\n\n")
+
+
+def document(
+    job: Job,
+    backend: ExecutorBackend,
+    prompts: Sequence[Prompt],
+    inputs: Sequence[Sequence[int]],
+    results: Sequence[tuple[list[Answer], Timing]],
+    load_seconds: float,
+) -> dict[str, Any]:
+    """What ``--json`` prints; docs/command-line.md describes it."""
+    model, tokenizer = backend.model, job.tokenizer
+    answers = [(number, answer) for number, (rows, _) in enumerate(results) for answer in rows]
+    return {
+        "checkpoint_dir": str(job.directory),
+        "backend": "executor",
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tp_size": job.blueprint.tp_size,
+        "processes": job.blueprint.tp_size if backend.led else 1,
+        "sampling": {
+            key: getattr(job.sampling, key) for key in ("temperature", "top_k", "top_p", "seed")
+        },
+        "stop_ids": sorted(job.stops),
+        "load_seconds": round(load_seconds, 3),
+        "batches": [
+            {
+                "prompts": len(rows),
+                "new_tokens": timing.tokens,
+                "prefill_ms": round(timing.prefill_s * 1000, 3),
+                "tokens_per_second": timing.tokens_per_second,
+            }
+            for rows, timing in results
+        ],
+        "results": [
+            {
+                "batch": batch,
+                "prompt": prompt.text,
+                "input_ids": list(ids),
+                "tokens": answer.tokens,
+                "text": tokenizer.decode(answer.tokens) if tokenizer else None,
+                "finish_reason": answer.finish_reason,
+            }
+            for prompt, ids, (batch, answer) in zip(prompts, inputs, answers, strict=True)
+        ],
+    }

@@ -5,26 +5,33 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from phireg.cli.answers import Answer, Timing, collect, note, show, show_stream, timed
+from phireg.cli.answers import (
+    DEFAULT_NEW_TOKENS,
+    Job,
+    Timing,
+    batches,
+    check_input,
+    document,
+    new_tokens,
+    note,
+    show_answer,
+    show_stream,
+    timed,
+)
 from phireg.cli.failures import stopped
 from phireg.cli.options import DTYPE_CHOICES, Directory, json_option
-from phireg.cli.text import emit, emit_json
+from phireg.cli.text import emit_json
 from phireg.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
-    from phireg.backends.executor import ExecutorBackend
     from phireg.executor import Blueprint, Sampling
     from phireg.text.prompts import Prompt
-    from phireg.text.tokenizer import Tokenizer
-
-_DEFAULT_NEW_TOKENS = 128
 
 
 @click.command()
@@ -42,7 +49,7 @@ _DEFAULT_NEW_TOKENS = 128
     "--max-output-len",
     type=click.IntRange(min=1),
     metavar="N",
-    help=f"[default: {_DEFAULT_NEW_TOKENS}, with --chat 1024, or as many as fit]",
+    help=f"[default: {DEFAULT_NEW_TOKENS}, with --chat 1024, or as many as fit]",
 )
 @click.option(
     "--temperature",
@@ -176,6 +183,8 @@ def _check_options(
     named = [name for name, value in given if value]
     if len(named) > 1:
         raise UsageError(f"{' and '.join(named)} exclude each other", hint="give one of them.")
+    if sys.stdin is None and (chat or input_file == "-" or not named):
+        raise UsageError("standard input is closed", hint="give --prompt or --input-file FILE.")
     if not named and sys.stdin.isatty():
         raise UsageError(
             "there is nothing to continue",
@@ -205,18 +214,6 @@ def _sampling(
     return Sampling(temperature, top_k or 0, 1.0 if top_p is None else top_p, seed)
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """Everything that is settled before the weights are read."""
-
-    directory: Path
-    blueprint: Blueprint
-    tokenizer: Tokenizer | None
-    stops: frozenset[int]
-    sampling: Sampling
-    max_new_tokens: int | None
-
-
 def _run(
     directory: Path,
     blueprint: Blueprint,
@@ -240,7 +237,7 @@ def _run(
 
     tokenizer = find_tokenizer(directory, Path(tokenizer_dir) if tokenizer_dir else None)
     stops = stop_ids(directory, tokenizer)
-    job = _Job(directory, blueprint, tokenizer, stops, _sampling(**sampling), max_new_tokens)
+    job = Job(directory, blueprint, tokenizer, stops, _sampling(**sampling), max_new_tokens)
     weights = (directory, device, _dtype(dtype), offload)
     if chat:
         conversation = _conversation(job, system)
@@ -250,28 +247,28 @@ def _run(
     prompts = _prompts(texts, input_file)
     inputs = [prompt.encoded(tokenizer) for prompt in prompts]
     for prompt, ids in zip(prompts, inputs, strict=True):
-        _check_input(prompt.where, ids, job)
+        check_input(prompt.where, ids, job)
     started = time.monotonic()
     with opened(*weights) as backend:
         loaded = time.monotonic() - started
         if as_json:
-            results = list(_batches(backend, job, inputs, batch_size))
-            emit_json(_document(job, backend, prompts, inputs, results, loaded))
+            results = list(batches(backend, job, inputs, batch_size))
+            emit_json(document(job, backend, prompts, inputs, results, loaded))
         elif len(inputs) == 1 and tokenizer is not None:
             timing = Timing()
-            steps = backend.stream(inputs, _count(job, inputs), stops, job.sampling)
+            steps = backend.stream(inputs, new_tokens(job, inputs), stops, job.sampling)
             show_stream(timed(steps, timing), tokenizer, stops)
             note(str(timing))
         else:
             done = 0
-            for answers, timing in _batches(backend, job, inputs, batch_size):
+            for answers, timing in batches(backend, job, inputs, batch_size):
                 for number, answer in enumerate(answers, done):
-                    _show(job, f"[{number + 1}/{len(inputs)}]", prompts[number], answer)
+                    show_answer(job, f"[{number + 1}/{len(inputs)}]", prompts[number], answer)
                 done += len(answers)
                 note(str(timing))
 
 
-def _conversation(job: _Job, system: str | None) -> Any:
+def _conversation(job: Job, system: str | None) -> Any:
     from phireg.cli.conversation import Chat, opening
 
     if job.tokenizer is None:
@@ -307,92 +304,3 @@ def _prompts(texts: Sequence[str], input_file: str | None) -> list[Prompt]:
     except UnicodeDecodeError as error:
         raise UsageError(f"standard input is not UTF-8 text (byte {error.start})") from None
     return [Prompt("standard input", text.rstrip("\r\n"))]
-
-
-def _check_input(where: str, ids: Sequence[int], job: _Job) -> None:
-    vocab_size = job.blueprint.vocab_size
-    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
-    if wrong is not None:
-        raise UsageError(
-            f"{where}: token {wrong} is outside the model's vocabulary of {vocab_size}",
-            hint="is this the model's own tokenizer?",
-        )
-    limit, new = job.blueprint.max_position_embeddings, job.max_new_tokens or 1
-    if len(ids) + new > limit:
-        raise UsageError(
-            f"{where}: {len(ids)} tokens and {new} new ones exceed the model's {limit} positions",
-            hint="shorten the prompt or lower --max-new-tokens.",
-        )
-
-
-def _count(job: _Job, inputs: Sequence[Sequence[int]]) -> int:
-    """How many new tokens a batch may get."""
-    room = job.blueprint.max_position_embeddings - max(map(len, inputs))
-    return job.max_new_tokens or min(_DEFAULT_NEW_TOKENS, room)
-
-
-def _batches(
-    backend: ExecutorBackend, job: _Job, inputs: Sequence[Sequence[int]], size: int
-) -> Iterator[tuple[list[Answer], Timing]]:
-    for number, start in enumerate(range(0, len(inputs), size)):
-        batch = inputs[start : start + size]
-        timing = Timing()
-        # Batches with the same seed would draw alike.
-        sampling = replace(job.sampling, seed=job.sampling.seed + number)
-        steps = backend.stream(batch, _count(job, batch), job.stops, sampling)
-        yield collect(timed(steps, timing), len(batch), job.stops), timing
-
-
-def _show(job: _Job, number: str, prompt: Prompt, answer: Answer) -> None:
-    if prompt.text is not None:
-        emit(f"{number} {' '.join(prompt.text.split())}")
-    else:
-        emit(f"{number} {len(prompt.ids or ())} token ids")
-    # Without a tokenizer there is no text, only ids.
-    text = job.tokenizer.decode(answer.tokens) if job.tokenizer else str(answer.tokens)
-    show(f"{text}\n\n")
-
-
-def _document(
-    job: _Job,
-    backend: ExecutorBackend,
-    prompts: Sequence[Prompt],
-    inputs: Sequence[Sequence[int]],
-    results: Sequence[tuple[list[Answer], Timing]],
-    load_seconds: float,
-) -> dict[str, Any]:
-    model, tokenizer = backend.model, job.tokenizer
-    answers = [(number, answer) for number, (rows, _) in enumerate(results) for answer in rows]
-    return {
-        "checkpoint_dir": str(job.directory),
-        "backend": "executor",
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "tp_size": job.blueprint.tp_size,
-        "processes": job.blueprint.tp_size if backend.led else 1,
-        "sampling": {
-            key: getattr(job.sampling, key) for key in ("temperature", "top_k", "top_p", "seed")
-        },
-        "stop_ids": sorted(job.stops),
-        "load_seconds": round(load_seconds, 3),
-        "batches": [
-            {
-                "prompts": len(rows),
-                "new_tokens": timing.tokens,
-                "prefill_ms": round(timing.prefill_s * 1000, 3),
-                "tokens_per_second": timing.tokens_per_second,
-            }
-            for rows, timing in results
-        ],
-        "results": [
-            {
-                "batch": batch,
-                "prompt": prompt.text,
-                "input_ids": list(ids),
-                "tokens": answer.tokens,
-                "text": tokenizer.decode(answer.tokens) if tokenizer else None,
-                "finish_reason": answer.finish_reason,
-            }
-            for prompt, ids, (batch, answer) in zip(prompts, inputs, answers, strict=True)
-        ],
-    }

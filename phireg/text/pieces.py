@@ -12,7 +12,7 @@ class Pieces:
 
     A character of several bytes may take several tokens; it is held back until it is whole. What
     a token looks like may depend on the one before it (a leading space), so that each is decoded
-    together with those of the piece before.
+    together with those of the piece before; special tokens are no text.
 
     Args:
         tokenizer: the model's.
@@ -29,8 +29,6 @@ class Pieces:
         Returns:
             What can be shown now; often empty.
         """
-        if token in self._tokenizer.special_ids:
-            return ""
         self._new.append(token)
         piece = self._piece()
         if not piece or piece.endswith(_UNFINISHED):

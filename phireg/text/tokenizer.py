@@ -30,7 +30,6 @@ class Tokenizer:
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
-        self.special_ids: frozenset[int] = frozenset(inner.all_special_ids)
         self.eos_id: int | None = inner.eos_token_id
 
     def encode(self, text: str) -> list[int]:

@@ -2,11 +2,15 @@
 
 import json
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from phireg.cli import conversation
+from phireg.cli.answers import Job, Timing, timed
+from phireg.cli.run import _conversation
 from phireg.executor import Sampling
 from phireg.text.tokenizer import Tokenizer
 from tests.run.tiny import chat_tokenizer, continuation
@@ -39,7 +43,7 @@ def test_small_begins_with_its_first_token(made, run):
     assert (result.exit_code, result.stdout) == (0, wanted + "\n")
 
 
-def test_the_end_of_the_turn_stops_whatever_generation_config_says(made, altered):
+def test_the_end_of_the_turn_stops_whatever_generation_config_says():
     class Backend:
         led = False
 
@@ -52,8 +56,9 @@ def test_the_end_of_the_turn_stops_whatever_generation_config_says(made, altered
 
     backend = Backend()
     tokenizer = Tokenizer(chat_tokenizer())
-    stops = frozenset({EOS}) | tokenizer.end_of_turn_ids
-    chat = conversation.Chat(tokenizer, stops, 256, None, Sampling(seed=5), [])
+    blueprint = SimpleNamespace(max_position_embeddings=256)
+    job = Job(Path("ckpt"), blueprint, tokenizer, frozenset({EOS}), Sampling(seed=5), None)
+    chat = _conversation(job, system=None)
     with CliRunner().isolation(input=b"one\ntwo\n"):
         chat.hold(backend)
     text = tokenizer.decode([71, 72])
@@ -142,8 +147,6 @@ def test_no_tokenizer(altered, run):
 
 
 def test_timings_of_nothing():
-    from phireg.cli.answers import Timing, timed
-
     timing = Timing()
     assert list(timed([], timing)) == []
     assert (timing.tokens, timing.tokens_per_second) == (0, None)

@@ -120,6 +120,13 @@ def test_nothing_to_continue_at_a_terminal(made):
     assert b"there is nothing to continue" in terminal.seen
 
 
+def test_standard_input_that_is_closed(made):
+    words = f"{sys.executable} -m phireg run {made('phi3').ckpt} <&-"
+    ran = subprocess.run(["sh", "-c", words], env=ENV, capture_output=True, timeout=60)
+    assert ran.returncode == 2
+    assert b"standard input is closed" in ran.stderr
+
+
 @pytest.mark.parametrize("tp", [(), ("--tp", "2")], ids=["one", "two"])
 def test_ctrl_c(tp, made, tmp_path):
     it = made("phi3")

@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders
 from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from phireg.errors import PluginError, SourceError, UsageError
@@ -73,6 +74,7 @@ def sentencepiece_like():
 def test_leading_spaces_and_byte_tokens():
     pieces = pieces_of(sentencepiece_like(), [0, 1, 2, 3, 4, 5, 6, 1, 7])
     assert pieces == ["Hello", " world", "!", " ", "", "", "€", " world", "", ""]
+    assert pieces_of(sentencepiece_like(), [7, 0, 7, 1]) == ["", "Hello", "", " world", ""]
 
 
 # Stop ids
@@ -179,6 +181,17 @@ def test_the_named_directory_wins(tmp_path):
     chat_tokenizer(special=("<|endoftext|>",)).save_pretrained(other)
     assert find_tokenizer(ckpt).end_of_turn_ids == {303}
     assert find_tokenizer(ckpt, other).end_of_turn_ids == set()
+
+
+def test_only_the_template_begins_a_chat():
+    inner = chat_tokenizer()
+    inner.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 300)]
+    )
+    tokenizer = Tokenizer(inner)
+    text = "<|user|>\nhi<|end|>\n<|assistant|>\n"
+    assert tokenizer.chat_text([{"role": "user", "content": "hi"}]) == text
+    assert [300, *tokenizer.chat_ids([{"role": "user", "content": "hi"}])] == tokenizer.encode(text)
 
 
 def test_code_beside_the_tokenizer_is_not_run(tmp_path):
