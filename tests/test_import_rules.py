@@ -60,6 +60,9 @@ RULES = {
     "phireg.testing": Rule(
         ("phireg", "numpy"), lazily=("torch", "transformers", "safetensors"), never=("phireg.cli",)
     ),
+    "phireg.verify": Rule(
+        ("phireg", "numpy", "torch"), ("transformers",), never=("phireg.cli", "phireg_plugins")
+    ),
     "phireg.cli": Rule((ERRORS, "click"), lazily=(ANYTHING,), never=("phireg_plugins",)),
     "phireg.__main__": Rule(("phireg.cli",)),
 }

@@ -24,7 +24,16 @@ Exit codes:
 
 @click.group(
     cls=LazyGroup,
-    commands_in_order=("convert", "plan", "explain", "inspect", "run", "families", "plugins"),
+    commands_in_order=(
+        "convert",
+        "plan",
+        "explain",
+        "inspect",
+        "verify",
+        "run",
+        "families",
+        "plugins",
+    ),
     epilog=EXIT_CODES,
     context_settings={
         "help_option_names": ["-h", "--help"],

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from phireg.verify.measure_types import LogitsResult, Place, PromptResult, place_text
+from phireg.verify.measure_types import LogitsResult, Place, PromptResult, place_text, shown
 from phireg.verify.svg import WIDTH, LogFrame, element, picture, text
 
 _SHOWN_HEADS = 32
 _SHOWN_BLOCKS = 28
-_KIND = {"attention": "attention", "mlp": "mlp"}
 
 
 def layer_chart(result: LogitsResult) -> str:
@@ -22,8 +21,9 @@ def layer_chart(result: LogitsResult) -> str:
     marks = []
     for place, error in result.places:
         x, y = frame.x(_where(place, layers)), frame.y(error)
-        title = element("title", f"{place_text(place)}: {error:.2e}")
-        class_ = f"dot {_KIND.get(place[1], 'end-part')}" + (" wrong" if place in wrong else "")
+        title = element("title", f"{place_text(place)}: {shown(error)}")
+        kind = "end-part" if place[0] is None else place[1]
+        class_ = f"dot {kind}" + (" wrong" if place in wrong else "")
         marks.append(
             element("circle", title, cx=x, cy=y, r=6 if place in wrong else 4, class_=class_)
         )
@@ -33,7 +33,7 @@ def layer_chart(result: LogitsResult) -> str:
         side = "start" if _where(place, layers) < layers / 2 else "end"
         shift = 12 if side == "start" else -12
         marks.append(
-            text(x + shift, y + 4, f"first: {place_text(place)}", class_=f"callout {side}")
+            text(x + shift, y - 8, f"first: {place_text(place)}", class_=f"callout {side}")
         )
     own = [(float(n) + 0.16, error) for n, error in enumerate(result.hidden)]
     return picture(
@@ -42,6 +42,7 @@ def layer_chart(result: LogitsResult) -> str:
         frame.axes(),
         frame.limit(result.tolerance, f"tolerance {result.tolerance:.0e}"),
         frame.line(own, "own-run"),
+        *(element("circle", cx=frame.x(a), cy=frame.y(b), r=2, class_="own-dot") for a, b in own),
         *marks,
         *_layer_ticks(frame, layers),
     )
@@ -82,7 +83,7 @@ def position_chart(result: LogitsResult, prompt: PromptResult) -> str:
             marks.append(
                 text(
                     x - 6 if late else x + 6,
-                    28 + 15 * (len(marks) // 2),
+                    frame.bottom - 8 - 15 * (len(marks) // 2),
                     f"past {at}: {what}",
                     class_=f"tick {'end' if late else ''} threshold-text",
                 )

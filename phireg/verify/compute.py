@@ -18,7 +18,7 @@ from phireg.executor.weights import Source, open_ranks
 from phireg.jobs import Planned
 from phireg.quant.schemes import WEIGHT_ONLY
 from phireg.verify.logits import compare_logits
-from phireg.verify.measure_types import LogitsResult, place_text
+from phireg.verify.measure_types import LogitsResult, place_text, shown
 from phireg.verify.prompts import Prompts, choose_prompts
 from phireg.verify.ranks import compare_ranks
 from phireg.verify.recognise import place_of
@@ -84,8 +84,8 @@ class Computed:
         tokens = ", ".join(str(prompt.tokens) for prompt in result.prompts)
         summary = (
             f"prompts of {tokens} tokens; relative error "
-            f"{max(prompt.relative for prompt in result.prompts):.1e} "
-            f"(may be {result.logits_tolerance:.0e}), top-1 {longest.top1:.1%}"
+            f"{shown(max(prompt.relative for prompt in result.prompts))} "
+            f"(tolerance {result.logits_tolerance:.0e}), top-1 {longest.top1:.1%}"
         )
         notes = [*prompts.notes, *reference.notes, *masked, *self.notes]
         return summary, list(_problems(result)), notes
@@ -108,7 +108,7 @@ class Computed:
             raise Skipped(f"out of memory on {device}: use --max-tokens") from problem
         summary = (
             f"{executor.blueprint.tp_size} ranks, {prompts[-1].tokens} tokens; relative error "
-            f"{error:.1e} (may be {tolerance:.0e})"
+            f"{shown(error)} (tolerance {tolerance:.0e})"
         )
         if error <= tolerance and place is None:
             return summary, [], []
@@ -186,19 +186,21 @@ def _problems(result: LogitsResult) -> Iterator[Problem]:
     for place in result.wrong_places:
         yield Problem(
             place_text(place),
-            f"its output is off by {errors[place]:.1e} given the reference's own input "
-            f"(may be {result.tolerance:.0e})",
+            f"its output is off by {shown(errors[place])} given the reference's own input "
+            f"(tolerance {result.tolerance:.0e})",
             None,
             *place,
         )
-    for prompt in result.prompts:
-        if not prompt.relative <= result.logits_tolerance or prompt.top1_wrong:
-            yield Problem(
-                f"logits, {prompt.tokens} tokens",
-                f"relative error {prompt.relative:.1e} (may be {result.logits_tolerance:.0e}), "
-                f"largest difference {prompt.max_abs:.3g}, KL {prompt.kl:.1e}, "
-                f"top-1 {prompt.top1:.1%}",
-            )
+    wrong = [p for p in result.prompts if p.top1_wrong or not p.relative <= result.logits_tolerance]
+    if wrong:
+        worst = max(wrong, key=lambda prompt: prompt.relative)
+        tokens = ", ".join(str(prompt.tokens) for prompt in wrong)
+        yield Problem(
+            f"logits, {tokens} tokens",
+            f"relative error up to {shown(worst.relative)} (tolerance "
+            f"{result.logits_tolerance:.0e}), largest difference {worst.max_abs:.3g}, "
+            f"KL {shown(worst.kl)}, top-1 {worst.top1:.1%}",
+        )
     if not result.wrong_places:
         for layer, error in enumerate(result.hidden):
             if not error <= result.logits_tolerance:

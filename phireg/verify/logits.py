@@ -20,6 +20,7 @@ from phireg.verify.measure import (
     TOLERANCES,
     divergence,
     logits_tolerance,
+    overall,
     token_errors,
     top1,
 )
@@ -61,7 +62,7 @@ def compare_logits(
             layer: int, what: str, x: Tensor, own: list[float] = own, watcher: Any = watcher
         ) -> None:
             if what == "hidden":
-                own.append(float(token_errors(x, watcher.states[layer].to(x.device)).max()))
+                own.append(overall(token_errors(x, watcher.states[layer].to(x.device))))
 
         got = executor(ids, observe)[0]
         hidden = [max(pair) for pair in zip(hidden, own, strict=True)]
@@ -94,7 +95,7 @@ def _result(got: Tensor, wanted: Tensor, tokens: int, purpose: str, slack: float
         tokens,
         purpose,
         _finite(float((got - wanted).abs().max())),
-        float(errors.square().mean().sqrt()),
+        overall(errors),
         divergence(got, wanted),
         same,
         wrong,

@@ -35,6 +35,11 @@ def token_errors(got: Tensor, wanted: Tensor) -> Tensor:
     return ((got - wanted).norm(dim=-1) / scale).nan_to_num(math.inf, math.inf)
 
 
+def overall(errors: Tensor) -> float:
+    """Root mean square of ``token_errors``: the relative error of all tokens together."""
+    return float(errors.square().mean().sqrt())
+
+
 def divergence(got: Tensor, wanted: Tensor) -> float:
     """Mean over positions of KL(wanted || got) in nats, for logits [positions, vocabulary]."""
     total = 0.0

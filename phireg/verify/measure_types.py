@@ -14,6 +14,11 @@ def place_text(place: Place) -> str:
     return part if layer is None else f"layer {layer} {part}"
 
 
+def shown(error: float) -> str:
+    """An error for people: plain where it is large, else by its power of ten."""
+    return f"{error:.3g}" if error >= 0.01 else f"{error:.1e}"
+
+
 @dataclass(frozen=True, slots=True)
 class PromptResult:
     """One prompt.
@@ -46,10 +51,10 @@ class LogitsResult:
 
     Attributes:
         prompts: by length.
-        places: for every place in the order of the computation, the worst relative error over all
-            prompts of its output when it is given the reference's own input.
-        hidden: for every layer, the worst relative error of the hidden states behind it when the
-            executor runs on its own.
+        places: for every place in the order of the computation, the relative error of its output
+            on the worst token of all prompts when it is given the reference's own input.
+        hidden: for every layer, the relative error of the hidden states behind it when the
+            executor runs on its own, of the worst prompt.
         tolerance: what ``places`` may reach.
         logits_tolerance: what the prompts' relative error and ``hidden`` may reach.
         thresholds: tokens at which the model's behaviour changes, with what changes.

@@ -20,7 +20,7 @@ from phireg.runner.cast import Bits
 Ranks = Sequence[Bits]
 Candidate = tuple[str, str | None, list[Bits]]
 
-REGROUP = "regroup its rows as the source's KV groups; early exporters need phireg postprocess."
+REGROUP = "all q come first, then all k, then all v; phireg postprocess mends quantized exports."
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import torch
 
 from phireg.executor import Executor
 from phireg.executor.weights import Source
-from phireg.verify.measure import logits_tolerance, token_errors
+from phireg.verify.measure import logits_tolerance, overall, token_errors
 from phireg.verify.measure_types import Place
 from phireg.verify.merge import merged_executor
 from phireg.verify.prompts import prompt_ids
@@ -45,5 +45,5 @@ def compare_ranks(
 
     wanted = merged_executor(executor, sources)(ids, keep)[0]
     got = executor(ids, hold)[0]
-    error = float(token_errors(got, wanted).square().mean().sqrt())
+    error = overall(token_errors(got, wanted))
     return error, tolerance, first[0] if first else None

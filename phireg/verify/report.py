@@ -11,7 +11,7 @@ from pathlib import Path
 
 from phireg.errors import OutputError
 from phireg.verify.charts import attention_chart, layer_chart, position_chart
-from phireg.verify.measure_types import LogitsResult
+from phireg.verify.measure_types import LogitsResult, shown
 from phireg.verify.result import CHECKS, Check, Problem, Verification
 from phireg.verify.style import CSS
 
@@ -60,8 +60,7 @@ def render(found: Verification) -> str:
 def _word(found: Verification) -> str:
     if not found.passed:
         return "not its source" if any(c.problems for c in found.checks) else "not verified"
-    whole = len(found.checks) == len(CHECKS)
-    return "verified" if whole and found.logits is not None else "verified in part"
+    return "verified in part" if found.unchecked else "verified"
 
 
 def leading_problem(found: Verification) -> Problem | None:
@@ -106,11 +105,8 @@ def _verdict(found: Verification) -> str:
     if problem is not None:
         where = f"<code>{escape(problem.where)}</code>"
         finding = f'<p class="finding">{where}<br>{escape(problem.text)}</p>'
-    elif any(check.verdict == "skipped" for check in found.checks):
-        reasons = "; ".join(
-            f"{check.name}: {check.summary}" for check in found.checks if check.verdict == "skipped"
-        )
-        finding = f'<p class="soft">not checked: {escape(reasons)}</p>'
+    elif found.unchecked:
+        finding = f'<p class="soft">not checked: {", ".join(found.unchecked)}</p>'
     state = "passed" if found.passed else "failed"
     return (
         f'<header class="verdict {state}"><p class="word">{_MARKS[state]} {_word(found)}</p>'
@@ -156,15 +152,14 @@ def _layers(result: LogitsResult) -> str:
 def _logits(result: LogitsResult) -> str:
     rows = "".join(
         f'<tr><td class="n">{p.tokens:,}</td><td>{escape(p.purpose)}</td>'
-        f'<td class="n">{p.relative:.1e}</td><td class="n">{p.max_abs:.1e}</td>'
-        f'<td class="n">{p.kl:.1e}</td><td class="n">{p.top1:.1%}</td></tr>'
+        f'<td class="n">{shown(p.relative)}</td><td class="n">{shown(p.max_abs)}</td>'
+        f'<td class="n">{shown(p.kl)}</td><td class="n">{p.top1:.1%}</td></tr>'
         for p in result.prompts
     )
     longest = result.prompts[-1]
     return (
         '<section><h2>Logits</h2><p class="soft">The executor, running on its own, against the '
-        f"source&rsquo;s model: {escape(result.dtype)} on {escape(result.device)}. The relative "
-        f"error may be {result.logits_tolerance:.0e}.</p>"
+        f"source&rsquo;s model, in {escape(result.dtype)} on {escape(result.device)}.</p>"
         '<div class="scroll"><table><tr><th class="n">tokens</th><th>prompt</th>'
         '<th class="n">relative error</th><th class="n">largest difference</th>'
         f'<th class="n">KL, nats</th><th class="n">same top-1</th></tr>{rows}</table></div>'

@@ -17,6 +17,8 @@ CHECKS = {
 }
 """The checks, weakest to strongest, and what each compares."""
 
+ONE_RANK = "there is one rank: nothing to merge"
+
 QUICK = ("structure", "config", "weights")
 """The checks that run nothing."""
 
@@ -91,6 +93,12 @@ class Verification:
         """No check failed and one passed at least."""
         verdicts = {check.verdict for check in self.checks}
         return "failed" not in verdicts and "passed" in verdicts
+
+    @property
+    def unchecked(self) -> tuple[str, ...]:
+        """Checks that were skipped or not asked for; merging a single rank is not missed."""
+        made = {c.name for c in self.checks if c.verdict != "skipped" or c.summary == ONE_RANK}
+        return tuple(name for name in CHECKS if name not in made)
 
     def check(self, name: str) -> Check:
         """The check of that name.

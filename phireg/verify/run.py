@@ -20,7 +20,7 @@ from phireg.verify.configcheck import compare_configs
 from phireg.verify.expected import RankFiles, tensors_of
 from phireg.verify.recognise import place_of, recognise
 from phireg.verify.request import Outcome, Progress, Request, Skipped
-from phireg.verify.result import CHECKS, Check, Problem, Verification
+from phireg.verify.result import CHECKS, ONE_RANK, Check, Problem, Verification
 from phireg.verify.structure import structure_problems
 from phireg.verify.weights import comparable, compare
 
@@ -162,7 +162,7 @@ class _Runner:
     def ranks(self) -> Outcome:
         """See :mod:`phireg.verify.ranks`."""
         if self.tp_size == 1:
-            raise Skipped("there is one rank: nothing to merge")
+            raise Skipped(ONE_RANK)
         from phireg.verify.compute import Computed
 
         computed = self.computed or Computed(self.request, self.found, self.planned, self.progress)

@@ -64,9 +64,10 @@ svg { display: block; width: 100%; height: auto; font: 12px system-ui, sans-seri
 .dot.wrong { stroke: var(--bad); stroke-width: 3; }
 .callout { fill: var(--bad); font-weight: 600; font-size: 14px; paint-order: stroke;
   stroke: var(--card); stroke-width: 4px; }
-.own-run { fill: none; stroke: var(--own); stroke-width: 1.5; }
+.own-run { fill: none; stroke: var(--own); stroke-width: 2; } .own-dot { fill: var(--own); }
 .errors { fill: none; stroke: var(--a); stroke-width: 1.4; }
-.threshold { stroke: var(--soft); stroke-dasharray: 2 3; } .threshold-text { fill: var(--ink); }
+.threshold { stroke: var(--soft); stroke-dasharray: 2 3; }
+.threshold-text { fill: var(--ink); paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
 .cell.near { fill: var(--near); } .cell.stripe { fill: var(--stripe); }
 .cell.unseen { fill: var(--unseen); }
 @media (max-width: 560px) { section { padding: 16px; } .check .time { display: none; } }

@@ -6,10 +6,11 @@ from verify_sources import copied, source
 
 from phireg import jobs
 
+NUMERIC = [name for name, planted in PLANTED.items() if planted.numeric]
 
-@pytest.fixture(params=PLANTED)
-def damaged(request, tmp_path):
-    planted = PLANTED[request.param]
+
+def damaged(name, tmp_path):
+    planted = PLANTED[name]
     directory = copied(planted.family, planted.tp, tmp_path / "checkpoint", planted.dtype)
     planted.damage(directory, planted.family)
     return planted, directory
@@ -19,8 +20,9 @@ def places(check):
     return [(problem.layer, problem.part) for problem in check.problems if problem.part]
 
 
-def test_bytes_and_config_show_it(damaged):
-    planted, directory = damaged
+@pytest.mark.parametrize("name", PLANTED)
+def test_bytes_and_config_show_it(name, tmp_path):
+    planted, directory = damaged(name, tmp_path)
     found = jobs.verify(
         directory, source(planted.family), family=planted.family, checks=("config", "weights")
     )
@@ -32,10 +34,9 @@ def test_bytes_and_config_show_it(damaged):
         assert set(wrong) == {planted.place, *planted.also}
 
 
-def test_logits_alone_show_where(damaged):
-    planted, directory = damaged
-    if not planted.numeric:
-        pytest.skip("changes no logit")
+@pytest.mark.parametrize("name", NUMERIC)
+def test_logits_alone_show_where(name, tmp_path):
+    planted, directory = damaged(name, tmp_path)
     found = jobs.verify(
         directory, source(planted.family), family=planted.family, checks=("logits",)
     )

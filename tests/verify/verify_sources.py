@@ -16,7 +16,7 @@ from transformers import Phi3Config, Phi3ForCausalLM, PhiConfig, PhiForCausalLM
 
 from phireg import jobs
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def randomize(model, boost):

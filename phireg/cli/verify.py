@@ -1,0 +1,213 @@
+"""``phireg verify``: prove a checkpoint to be its source, or say where it is not."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from phireg.cli.options import Directory, FamilyName, json_option, model_dir_option
+from phireg.cli.progress import progress_bar
+from phireg.cli.text import emit, emit_json, printable
+from phireg.errors import CheckError
+
+if TYPE_CHECKING:
+    from phireg.verify.result import Check, Problem, Verification
+
+_MOST_PROBLEMS = 12
+_PIPE_WIDTH = 80
+
+
+@click.command()
+@click.argument("checkpoint_dir", type=Directory(), metavar="CKPT")
+@model_dir_option
+@click.option(
+    "--family",
+    type=FamilyName(),
+    default="auto",
+    show_default=True,
+    help="Family, or DISTRIBUTION:FAMILY; auto decides by config.json.",
+)
+@click.option("--revision", metavar="REV", help="Branch, tag or commit on the hub.")
+@click.option("--quick", is_flag=True, help="Stop before anything is computed.")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda.")
+@click.option(
+    "--dtype",
+    type=click.Choice(("float32", "float16", "bfloat16")),
+    default="float32",
+    show_default=True,
+    help="In which dtype to compute; float32 compares sharpest.",
+)
+@click.option(
+    "--max-tokens",
+    type=int,
+    metavar="N",
+    help="Longest prompt.  [default: what crosses the model's thresholds, within a budget]",
+)
+@click.option("--report", type=click.Path(), metavar="HTML", help="Also write a page about it.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@json_option
+def command(
+    checkpoint_dir: str,
+    *,
+    model_dir: str,
+    quick: bool,
+    report: str | None,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compare the checkpoint in CKPT with the model it was made from.
+
+    Checks, weakest to strongest: structure and config.json, every byte, the logits against the
+    source's own model, the ranks against themselves merged. Ends with 4 if one of them fails.
+    """
+    from phireg import jobs
+    from phireg.verify.result import CHECKS, QUICK
+
+    with _progress(quiet) as progress:
+        found = jobs.verify(
+            checkpoint_dir,
+            model_dir,
+            checks=QUICK if quick else tuple(CHECKS),
+            progress=progress,
+            **options,
+        )
+    if report is not None:
+        from phireg.verify.report import write_report
+
+        write_report(found, Path(report))
+    if as_json:
+        emit_json(_document(found))
+    else:
+        _print(found)
+    if not found.passed:
+        raise click.exceptions.Exit(CheckError.exit_code)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """One bar of bytes, for the check that reads all of them."""
+    lock = threading.Lock()
+    bars: dict[str, Any] = {}
+    opened: list[Any] = []
+
+    def advance(check: str, more: int, total: int) -> None:
+        with lock:
+            if check == "weights" and check not in bars:
+                bar = progress_bar("comparing bytes", "comparing", total, quiet=quiet)
+                opened.append(bar)
+                bars[check] = bar.__enter__()
+            elif check != "weights":
+                close()
+            if bars.get(check) is not None:
+                bars[check](more)
+
+    def close() -> None:
+        while opened:
+            opened.pop().__exit__(None, None, None)
+
+    try:
+        yield advance
+    finally:
+        close()
+
+
+def _document(found: Verification) -> dict[str, Any]:
+    import dataclasses
+
+    return {
+        "checkpoint_dir": found.checkpoint_dir,
+        "model_dir": found.model_dir,
+        "family": found.family,
+        "passed": found.passed,
+        "checks": [dataclasses.asdict(check) for check in found.checks],
+        "logits": _numbers(found),
+        "provenance": dict(found.provenance),
+    }
+
+
+def _numbers(found: Verification) -> dict[str, Any] | None:
+    import dataclasses
+
+    if found.logits is None:
+        return None
+    numbers = dataclasses.asdict(found.logits)
+    numbers["places"] = [
+        {"layer": layer, "part": part, "error": _finite(error)}
+        for (layer, part), error in found.logits.places
+    ]
+    numbers["wrong_places"] = [list(place) for place in found.logits.wrong_places]
+    numbers["thresholds"] = [list(threshold) for threshold in found.logits.thresholds]
+    numbers["hidden"] = [_finite(error) for error in found.logits.hidden]
+    for prompt in numbers["prompts"]:
+        prompt["by_position"] = [_finite(error) for error in prompt["by_position"]]
+        for key in ("max_abs", "relative", "kl"):
+            prompt[key] = _finite(prompt[key])
+    return numbers
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: null stands for what is not finite."""
+    return value if abs(value) < float("inf") else None
+
+
+def _print(found: Verification) -> None:
+    import io
+    import shutil
+    import sys
+
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if terminal else _PIPE_WIDTH
+    styles = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in found.checks:
+        table.add_row(
+            Text(check.name), Text(check.verdict, styles[check.verdict]), Text(check.summary)
+        )
+        for line, style in _lines(check):
+            indent = len(line) - len(line.lstrip())
+            table.add_row("", "", Padding(Text(printable(line.lstrip()), style), (0, 0, 0, indent)))
+    last = ("verified", "green") if found.passed else ("not verified", "bold red")
+    text = io.StringIO()
+    console = Console(file=text, width=width, force_terminal=terminal, highlight=False)
+    console.print(table)
+    console.print(Text(f"{printable(found.checkpoint_dir)}: {last[0]}{_limits(found)}", last[1]))
+    lines = (line.rstrip() for line in text.getvalue().splitlines())
+    if terminal:
+        click.echo("\n".join(lines))  # with its colours; names in it were made printable
+    else:
+        emit("\n".join(lines))
+
+
+def _lines(check: Check) -> Iterator[tuple[str, str]]:
+    for problem in check.problems[:_MOST_PROBLEMS]:
+        yield from _problem(problem)
+    if len(check.problems) > _MOST_PROBLEMS:
+        yield f"and {len(check.problems) - _MOST_PROBLEMS} more; --json has all", ""
+    for note in check.notes:
+        yield f"note: {note}", "dim"
+
+
+def _problem(problem: Problem) -> Iterator[tuple[str, str]]:
+    yield problem.where, "red"
+    yield f"  {problem.text}", ""
+    if problem.hint:
+        yield f"  {problem.hint}", "dim"
+
+
+def _limits(found: Verification) -> str:
+    missing = ", ".join(found.unchecked)
+    return f", but not checked: {missing}" if missing and found.passed else ""

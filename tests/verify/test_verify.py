@@ -1,0 +1,299 @@
+"""Correct checkpoints pass, and what is not covered is said."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from planted import L1, each
+from verify_sources import FAMILIES, converted, copied, edit_config, source
+
+from phireg import jobs
+from phireg.errors import SourceError, UsageError
+from phireg.executor import attend, load
+from phireg.executor.blueprint import read_blueprint
+from phireg.verify.measure import divergence, token_errors, top1
+from phireg.verify.merge import merge
+from phireg.verify.prompts import choose_prompts, prompt_ids
+from phireg.verify.result import CHECKS, QUICK
+
+
+def verdicts(found):
+    return {check.name: check.verdict for check in found.checks}
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_correct_checkpoint_passes(family, tp_size):
+    found = jobs.verify(converted(family, tp_size), source(family))
+    assert found.passed
+    assert found.family == family
+    wanted = dict.fromkeys(CHECKS, "passed")
+    if tp_size == 1:
+        wanted["ranks"] = "skipped"
+    assert verdicts(found) == wanted
+    assert found.unchecked == ()
+    assert found.logits.wrong_places == ()
+    assert all(prompt.top1 == 1 for prompt in found.logits.prompts)
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("phi3-mini", "bfloat16"), ("phi2", "float16")])
+def test_a_cast_is_compared_with_the_rounded_source(family, dtype):
+    found = jobs.verify(converted(family, 2, dtype), source(family))
+    assert found.passed
+    assert "source tensors cast" in found.check("weights").summary
+    assert found.logits.prompts[-1].relative < 1e-4  # the reference is rounded too
+
+
+def test_nothing_is_cast_where_the_dtypes_agree(tmp_path):
+    planned = jobs.plan(source("phi3-small", "bfloat16"))
+    jobs.convert(planned, tmp_path / "c")
+    found = jobs.verify(tmp_path / "c", source("phi3-small", "bfloat16"))
+    assert found.passed
+    assert "nothing was cast" in found.check("weights").summary
+
+
+def test_quick_computes_nothing():
+    found = jobs.verify(converted("phi2"), source("phi2"), checks=QUICK)
+    assert verdicts(found) == dict.fromkeys(QUICK, "passed")
+    assert found.logits is None
+    assert found.unchecked == ("logits", "ranks")
+
+
+def test_a_weight_only_checkpoint_is_verified_before_the_builder_quantizes_it(tmp_path):
+    planned = jobs.plan(source("phi3-mini"), dtype="float32", weight_only="int8")
+    jobs.convert(planned, tmp_path / "c")
+    found = jobs.verify(tmp_path / "c", source("phi3-mini"))
+    assert found.passed
+    assert "run without W8A16" in "\n".join(found.check("logits").notes)
+
+
+def test_stripes_by_local_head_number_show_at_tp_8(monkeypatch):
+    """Not a mistake of a checkpoint: an executor that counts a rank's heads from 0."""
+    directory = converted("phi3-small", 8)
+    checks = ("logits", "ranks")
+    assert jobs.verify(directory, source("phi3-small"), checks=checks).passed
+    monkeypatch.setattr(
+        attend, "rank_heads", lambda b, rank, device: torch.arange(b.rank_heads, device=device)
+    )
+    found = jobs.verify(directory, source("phi3-small"), checks=checks)
+    assert found.logits.wrong_places == ((0, "attention"), (2, "attention"))
+    (problem,) = found.check("ranks").problems
+    assert (problem.layer, problem.part) == (0, "attention")
+
+
+def test_a_wrong_residual_path_is_not_blamed_on_a_sub_module(monkeypatch):
+    from phireg.executor import Executor
+
+    real = Executor.run_layer
+
+    def skipping(self, shards, x, rotary, attends, observe=None):
+        after = real(self, shards, x, rotary, attends, observe)
+        return after * 1.01
+
+    monkeypatch.setattr(Executor, "run_layer", skipping)
+    found = jobs.verify(converted("phi2"), source("phi2"), checks=("logits",))
+    assert not found.passed
+    assert found.logits.wrong_places == ()
+    assert found.logits.prompts[0].relative > found.logits.logits_tolerance
+
+
+def test_the_merged_ranks_are_the_checkpoint_of_one_rank():
+    for family in FAMILIES:
+        one = load(converted(family, 1))
+        ranks = load(converted(family, 8 if family in ("phi3-small", "phi3-medium") else 4))
+        for name in ("transformer.layers.1.attention.qkv.weight", "lm_head.weight"):
+            shards = [source_(name) for source_ in ranks._sources]
+            assert torch.equal(merge(ranks.blueprint, name, shards), one._sources[0](name))
+        for name in ("attention.dense.weight", "mlp.fc.weight", "mlp.proj.weight"):
+            shards = [weights[name] for weights in ranks.layer_weights(1)]
+            whole = one.layer_weights(1)[0][name]
+            assert torch.equal(merge(ranks.blueprint, f"{L1}{name}", shards), whole)
+
+
+def test_tensors_of_another_shape_or_dtype_are_structure(tmp_path):
+    directory = copied("phi2", 1, tmp_path / "c")
+    each(L1 + "mlp.fc.bias", lambda x: x[:-1])(directory, "phi2")
+    each(L1 + "mlp.fc.weight", lambda x: x.half())(directory, "phi2")
+    found = jobs.verify(directory, source("phi2"))
+    said = "\n".join(map(str, found.check("structure").problems))
+    assert "mlp.fc.bias: is [79], the reader expects [80]" in said
+    assert "mlp.fc.weight: is F16, config.json says F32" in said
+    assert verdicts(found)["weights"] == "failed"
+    assert verdicts(found)["logits"] == "failed"
+    assert {(p.layer, p.part) for p in found.check("logits").problems} == {(1, "mlp")}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["mapping"].update(stages=2), "no release of the reader accepts"),
+        (lambda c: c.pop("rotary_pct"), "rotary_pct is missing"),
+        (lambda c: c.update(dtype="float8"), "dtype is 'float8'"),
+        (lambda c: c["mapping"].update(tp_size=2), "tp_size is 2 and world_size 1"),
+    ],
+)
+def test_what_the_reader_would_refuse_is_structure(change, said, tmp_path):
+    directory = copied("phi3-medium", 1, tmp_path / "c")
+    edit_config(directory, change)
+    found = jobs.verify(directory, source("phi3-medium"), checks=QUICK)
+    assert said in "\n".join(map(str, found.check("structure").problems))
+
+
+def test_a_rank_file_too_many_and_one_too_few(tmp_path):
+    directory = copied("phi2", 2, tmp_path / "c")
+    shutil.copy(directory / "rank0.safetensors", directory / "rank2.safetensors")
+    (directory / "rank1.safetensors").unlink()
+    found = jobs.verify(directory, source("phi2"))
+    said = [str(problem) for problem in found.check("structure").problems]
+    assert said == [
+        "rank1.safetensors: is missing or damaged",
+        "rank2.safetensors: config.json has only 2 ranks",
+    ]
+    assert not found.passed
+
+
+def test_keys_of_other_producers_are_notes(tmp_path):
+    directory = copied("phi3-mini", 1, tmp_path / "c")
+
+    def change(config):
+        config.update(producer={"name": "modelopt"}, logits_dtype="float16")
+        for key in ("head_size", "rotary_embedding_dim", "share_embedding_table", "qk_layernorm"):
+            del config[key]
+
+    edit_config(directory, change)
+    found = jobs.verify(directory, source("phi3-mini"))
+    assert found.passed
+    notes = "\n".join(found.check("config").notes)
+    assert "producer" in notes
+    assert "logits_dtype is 'float16'" in notes
+
+
+def test_a_key_that_switches_something_on_is_a_problem(tmp_path):
+    directory = copied("phi3-medium", 1, tmp_path / "c")
+    edit_config(directory, lambda config: config.update(mup_width_multiplier=8.0))
+    found = jobs.verify(directory, source("phi3-medium"), checks=("config", "logits"))
+    assert "mup_width_multiplier" in str(found.check("config").problems[0])
+    assert found.logits.wrong_places == ((None, "lm_head"),)
+
+
+def test_a_checkpoint_of_another_model(tmp_path):
+    found = jobs.verify(converted("phi3-mini"), source("phi3-medium"), checks=tuple(CHECKS))
+    assert not found.passed
+    assert "vocab_size is 103, the source has 105" in "\n".join(
+        map(str, found.check("logits").problems)
+    )
+
+
+def test_what_no_class_can_load_is_skipped_and_said(tmp_path, monkeypatch):
+    broken = shutil.copytree(source("phi2"), tmp_path / "source")
+    directory = converted("phi2")
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    found = jobs.verify(directory, broken)
+    assert verdicts(found)["logits"] == "skipped"
+    assert "the reference model cannot be loaded" in found.check("logits").summary
+    assert found.unchecked == ("logits",)
+
+
+def test_bad_requests(tmp_path):
+    good = converted("phi2"), source("phi2")
+    with pytest.raises(UsageError, match="unknown check 'all'"):
+        jobs.verify(*good, checks=("all",))
+    with pytest.raises(UsageError, match="unknown dtype"):
+        jobs.verify(*good, dtype="int8")
+    with pytest.raises(UsageError, match="unknown device"):
+        jobs.verify(*good, device="abacus")
+    with pytest.raises(UsageError, match="prompts of 0 tokens"):
+        jobs.verify(*good, max_tokens=0)
+    with pytest.raises(SourceError, match="not a TensorRT-LLM checkpoint"):
+        jobs.verify(source("phi2"), source("phi2"))
+
+
+# Prompts
+
+
+def test_lengths_cross_every_threshold(tmp_path):
+    blueprint = read_blueprint(converted("phi3-small"))
+    chosen = choose_prompts(blueprint, None, gpu=False)
+    lengths = [prompt.tokens for prompt in chosen.prompts]
+    assert [at for at, _ in chosen.thresholds] == [8, 52]
+    assert 52 in lengths
+    assert max(lengths) > 52
+    assert any(8 < length <= 52 for length in lengths)
+    assert chosen.notes == ()
+
+
+def test_what_the_budget_cuts_is_told():
+    blueprint = read_blueprint(converted("phi3-small"))
+    chosen = choose_prompts(blueprint, 40, gpu=False)
+    assert [prompt.tokens for prompt in chosen.prompts] == [35, 40]
+    assert any("--max-tokens allows 40 tokens: 57 tokens" in note for note in chosen.notes)
+
+
+def test_published_sizes_get_prompts_within_the_budget():
+    from dataclasses import replace
+
+    small = read_blueprint(converted("phi3-small"))
+    published = replace(
+        small, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32,
+        num_kv_heads=8, head_size=128, vocab_size=100352, max_position_embeddings=131072,
+        rope=replace(small.rope, original=8192),
+        sparse=replace(small.sparse, block_size=64, num_local_blocks=16, vertical_stride=8),
+    )  # fmt: skip
+    on_cpu = choose_prompts(published, None, gpu=False)
+    # 7.4e9 weights, four passes: 2e13 / 2.96e10 is some 680 tokens.
+    assert 600 < on_cpu.prompts[-1].tokens < 760
+    assert "2e+13" in on_cpu.notes[0]
+    on_gpu = choose_prompts(published, None, gpu=True)
+    assert [p.tokens for p in on_gpu.prompts] == [48, 1603, 8192, 8197]
+    assert on_gpu.notes == ()
+
+
+def test_a_prompt_uses_every_id_before_one_again():
+    ids = prompt_ids(11, 25)[0].tolist()
+    assert sorted(ids[:11]) == list(range(11)) == sorted(ids[11:22])
+    assert prompt_ids(11, 25)[0].tolist() == ids
+
+
+# Measures, against values worked out by hand
+
+
+def test_token_errors():
+    wanted = torch.tensor([[3.0, 4.0], [0.0, 5.0]])
+    got = torch.tensor([[3.0, 4.5], [0.0, 5.0]])
+    assert token_errors(got, wanted).tolist() == pytest.approx([0.1, 0.0])
+    got[1, 0] = math.nan
+    assert token_errors(got, wanted)[1] == math.inf
+
+
+def test_divergence_of_two_coins():
+    wanted = torch.log(torch.tensor([[0.5, 0.5]]))
+    got = torch.log(torch.tensor([[0.25, 0.75]]))
+    assert divergence(got, wanted) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+
+
+def test_top1_excuses_only_near_ties():
+    wanted = torch.tensor([[1.0, 0.99], [1.0, 0.0], [0.0, 1.0]])
+    got = torch.tensor([[0.98, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    share, wrong = top1(got, wanted, 0.01)
+    assert share == pytest.approx(1 / 3)
+    assert wrong == 1
+
+
+def test_json_can_hold_what_is_infinite(tmp_path):
+    from click.testing import CliRunner
+
+    from phireg.cli import app
+
+    directory = copied("phi2", 1, tmp_path / "c")
+    each(L1 + "mlp.fc.bias", lambda x: x * math.nan)(directory, "phi2")
+    ran = CliRunner().invoke(
+        app, ["verify", str(directory), "--model-dir", str(source("phi2")), "--json"]
+    )
+    assert ran.exit_code == 4
+    document = json.loads(ran.stdout)
+    assert "NaN" not in ran.stdout
+    assert "Infinity" not in ran.stdout
+    assert document["passed"] is False
+    assert [1, "mlp"] in document["logits"]["wrong_places"]
