@@ -63,7 +63,7 @@ RULES = {
     "phireg.verify": Rule(
         ("phireg", "numpy", "torch"), ("transformers",), never=("phireg.cli", "phireg_plugins")
     ),
-    "phireg.cli": Rule((ERRORS, "click"), lazily=(ANYTHING,), never=("phireg_plugins",)),
+    "phireg.cli": Rule((ERRORS, FINDINGS, "phireg.plan.report", "click"), lazily=(ANYTHING,), never=("phireg_plugins",)),
     "phireg.__main__": Rule(("phireg.cli",)),
 }
 
