@@ -21,6 +21,9 @@ BITS: dict[str, type[np.unsignedinteger[Any]]] = {
 _TORCH = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _WIDER = {("F16", "F32"), ("BF16", "F32")}
 
+_PIECE = 128 * 1024
+"""Elements cast at a time: temporary copies of them stay in a core's cache, and small."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:
@@ -54,16 +57,21 @@ def cast(block: Bits, source: str, target: str) -> tuple[Bits, Loss]:
     """
     import torch
 
-    narrow: Any = torch.from_numpy(block).view(getattr(torch, _TORCH[source]))
-    result = narrow.to(getattr(torch, _TORCH[target]))
-    width = torch.uint16 if BITS[target] is np.uint16 else torch.uint32
-    bits: Bits = result.view(width).numpy()
-    if (source, target) in _WIDER:
-        return bits, NO_LOSS
-    overflowed = 0
-    if not bool(result.abs().max().isfinite()):
-        overflowed = int(result.isinf().sum()) - int(narrow.isinf().sum())
-    return bits, Loss(overflowed, _nonzero(block) - _nonzero(bits))
+    result = np.empty(block.shape, BITS[target])
+    flat = block.reshape(-1), result.reshape(-1)
+    loss = NO_LOSS
+    for start in range(0, block.size, _PIECE):
+        before, after = (elements[start : start + _PIECE] for elements in flat)
+        given: Any = torch.from_numpy(before).view(getattr(torch, _TORCH[source]))
+        made: Any = torch.from_numpy(after).view(getattr(torch, _TORCH[target]))
+        made.copy_(given)
+        if (source, target) in _WIDER:
+            continue
+        overflowed = 0
+        if not bool(made.abs().max().isfinite()):
+            overflowed = int(made.isinf().sum()) - int(given.isinf().sum())
+        loss += Loss(overflowed, _nonzero(before) - _nonzero(after))
+    return result, loss
 
 
 def _nonzero(bits: Bits) -> int:

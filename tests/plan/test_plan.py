@@ -106,7 +106,7 @@ def test_replicated_kv_heads_are_read_once_and_written_often(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("block", [512, 64 * 1024])
+@pytest.mark.parametrize("block", [512, 1 << 20])
 @pytest.mark.parametrize("name", ["mini", "small"])
 def test_buffers_stay_under_the_bound(tmp_path, monkeypatch, name, block, workers):
     family, config, _ = MODELS[name]
