@@ -109,7 +109,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "gegelu_pad_to_256": False,
         "hidden_act": "gegelu",
         "hidden_size": 128,
-        "initializer_range": 0.02,
+        "initializer_range": 0.06,
         "layer_norm_epsilon": 1e-05,
         "max_position_embeddings": 512,
         "mup_attn_multiplier": 1.0,
