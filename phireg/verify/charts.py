@@ -117,7 +117,11 @@ def attention_chart(config: Mapping[str, Any]) -> str | None:
     keys = ("blocksparse_block_size", "blocksparse_num_local_blocks", "blocksparse_vertical_stride")
     heads, mapping = config.get("num_attention_heads"), config.get("mapping")
     numbers = [config.get(key) for key in keys]
-    if not isinstance(heads, int) or not all(isinstance(n, int) and n > 0 for n in numbers):
+    if (
+        not isinstance(heads, int)
+        or heads < 1
+        or not all(isinstance(n, int) and n > 0 for n in numbers)
+    ):
         return None
     _, local, stride = (int(n) for n in numbers if n is not None)
     step = 0 if config.get("blocksparse_homo_head_pattern") else max(1, stride // heads)

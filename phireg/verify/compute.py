@@ -120,6 +120,9 @@ class Computed:
     def blueprint(self) -> Blueprint:
         """What config.json means; weights that the builder is to quantize run as they are."""
         values = dict(self.config)
+        for key, kind in (("mapping", dict), ("quantization", dict), ("hidden_act", str)):
+            if not isinstance(values.get(key), kind | None):
+                raise CheckError(f"config.json: {key} is {values[key]!r}")
         quantization = values.get("quantization")
         algorithm = quantization.get("quant_algo") if isinstance(quantization, Mapping) else None
         if algorithm in WEIGHT_ONLY.values():

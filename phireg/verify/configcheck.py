@@ -11,8 +11,8 @@ from phireg.verify.result import Problem
 _SAME_FUNCTION = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 """TensorRT-LLM's names of the tanh approximation."""
 
-_CHOICES = {"logits_dtype": "the dtype in which an engine returns logits"}
-"""Keys a producer may choose freely."""
+_LOGITS_DTYPES = ("float32", "float16")
+"""A producer may choose in which of these an engine returns its logits."""
 
 _ATTENTION = ("rotary", "rope", "position", "longrope", "blocksparse", "dense_attention")
 _PARTS = {"gegelu_limit": "mlp", "hidden_act": "mlp", "mup_embedding_multiplier": "embedding"}
@@ -43,8 +43,8 @@ def compare_configs(
             else:
                 notes.append(f"{key} is absent; only some releases read it")
         elif not _equal(found[key], wanted):
-            if key in _CHOICES:
-                notes.append(f"{key} is {found[key]!r}, {_CHOICES[key]}; phireg writes {wanted!r}")
+            if key == "logits_dtype" and found[key] in _LOGITS_DTYPES:
+                notes.append(f"{key} is {found[key]!r}; phireg writes {wanted!r}")
             elif wanted in _SAME_FUNCTION and found[key] in _SAME_FUNCTION:
                 notes.append(f"{key} is {found[key]!r}, the reader's other name of {wanted!r}")
             else:

@@ -29,9 +29,9 @@ class PromptResult:
         max_abs: largest absolute difference of any logit.
         relative: root mean square of the differences over that of the reference's logits.
         kl: mean over positions of KL(reference || executor), in nats.
-        top1: share of positions at which both have the same most likely token.
-        top1_wrong: positions at which they have not and the reference's two best are further apart
-            than the tolerance explains.
+        top1: share of positions at which both have the same most likely token, or two that the
+            tolerance does not tell apart.
+        top1_wrong: the number of the other positions.
         by_position: relative error at every position.
     """
 

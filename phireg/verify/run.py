@@ -77,7 +77,7 @@ class _Runner:
             request.model_dir,
             family=request.family,
             revision=request.revision,
-            dtype=dtype if dtype in DTYPES else "auto",
+            dtype=dtype if isinstance(dtype, str) and dtype in DTYPES else "auto",
             tp_size=self.tp_size,
             weight_only=algorithms.get(algorithm or ""),
         )

@@ -16,6 +16,7 @@ from phireg.executor.blueprint import read_blueprint
 from phireg.verify.measure import divergence, token_errors, top1
 from phireg.verify.merge import merge
 from phireg.verify.prompts import choose_prompts, prompt_ids
+from phireg.verify.report import render
 from phireg.verify.result import CHECKS, QUICK
 
 
@@ -139,6 +140,31 @@ def test_what_the_reader_would_refuse_is_structure(change, said, tmp_path):
     edit_config(directory, change)
     found = jobs.verify(directory, source("phi3-medium"), checks=QUICK)
     assert said in "\n".join(map(str, found.check("structure").problems))
+
+
+@pytest.mark.parametrize("value", [None, "x", -1, 0, [], {}, [1, "a"], 1e300, True, {"a": [1]}])
+def test_no_value_in_config_json_is_a_defect_of_phireg(value, tmp_path):
+    directory = copied("phi3-small", 2, tmp_path / "c")
+    whole = json.loads((directory / "config.json").read_text())
+    for key in whole:
+        if key in ("mapping", "architecture"):
+            continue
+        (directory / "config.json").write_text(json.dumps({**whole, key: value}))
+        found = jobs.verify(
+            directory, source("phi3-small"), checks=("structure", "config"), family="phi3-small"
+        )
+        render(found)
+        if value not in (None, 0, {}) and value != whole[key]:
+            assert not found.passed, key
+
+
+def test_blocks_that_are_no_objects_are_problems(tmp_path):
+    directory = copied("phi2", 1, tmp_path / "c")
+    for key in ("mapping", "quantization", "hidden_act"):
+        edit_config(directory, lambda config, key=key: config.update({key: ["x"]}))
+        found = jobs.verify(directory, source("phi2"))
+        assert verdicts(found)["logits"] == "failed"
+        shutil.copy(converted("phi2") / "config.json", directory / "config.json")
 
 
 def test_a_rank_file_too_many_and_one_too_few(tmp_path):
@@ -277,7 +303,7 @@ def test_top1_excuses_only_near_ties():
     wanted = torch.tensor([[1.0, 0.99], [1.0, 0.0], [0.0, 1.0]])
     got = torch.tensor([[0.98, 1.0], [0.0, 1.0], [0.0, 1.0]])
     share, wrong = top1(got, wanted, 0.01)
-    assert share == pytest.approx(1 / 3)
+    assert share == pytest.approx(2 / 3)
     assert wrong == 1
 
 
