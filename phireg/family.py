@@ -54,6 +54,9 @@ class Family:
             checkpoint, where transformers itself has none.
         tokenizer: ``module:function`` that loads a tokenizer from a directory, where transformers
             needs remote code for it.
+        demo: ``package:directory`` of a small trained model that ``phireg demo`` shows: the files
+            of a published one, and ``heldback.jsonl`` with an ``article`` and its ``highlights``
+            per line.
 
     Raises:
         PluginError: another API number, an unknown hook (with the nearest known one), an argument
@@ -74,6 +77,7 @@ class Family:
         published: tuple[PublishedModel, ...] = (),
         reference: str | None = None,
         tokenizer: str | None = None,
+        demo: str | None = None,
     ) -> None:
         if api != API:
             raise PluginError(
@@ -91,6 +95,7 @@ class Family:
         self.published = published
         self.reference = reference
         self.tokenizer = tokenizer
+        self.demo = demo
         self._hooks = _register(name, steps)
 
     def __repr__(self) -> str:
@@ -102,12 +107,14 @@ class Family:
         *steps: object,
         tell_apart: Callable[[HFConfig], str | None] | None = None,
         published: tuple[PublishedModel, ...] = (),
+        demo: str | None = None,
     ) -> Family:
         """A variant: this family's steps, with ``steps`` on top.
 
         An ``@hookimpl`` function replaces the base's answer; ``@hookimpl(wrapper=True)`` receives
         it (``rules = yield``) and returns an amended one. The variant takes part in
-        ``--family auto`` only when ``tell_apart`` says how to know its models.
+        ``--family auto`` only when ``tell_apart`` says how to know its models. The base's published
+        models and demo are not the variant's.
         """
         return Family(
             name=name,
@@ -120,6 +127,7 @@ class Family:
             published=published,
             reference=self.reference,
             tokenizer=self.tokenizer,
+            demo=demo,
         )
 
     def refusal(self, hf: HFConfig) -> str | None:

@@ -57,6 +57,7 @@ RULES = {
     "phireg.text": Rule((CHECKPOINT, "phireg.registry", ERRORS), lazily=("transformers", "jinja2")),
     "phireg.backends": Rule(("phireg.executor", ERRORS, "torch")),
     "phireg.jobs": Rule(("phireg",), lazily=("torch",), never=("phireg.cli",)),
+    "phireg.demo": Rule(("phireg",), lazily=("torch",), never=("phireg.cli", "phireg_plugins")),
     "phireg.testing": Rule(
         ("phireg", "numpy"), lazily=("torch", "transformers", "safetensors"), never=("phireg.cli",)
     ),

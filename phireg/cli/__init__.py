@@ -25,6 +25,7 @@ Exit codes:
 @click.group(
     cls=LazyGroup,
     commands_in_order=(
+        "demo",
         "convert",
         "plan",
         "explain",

@@ -33,9 +33,16 @@ class Directory(click.types.StringParamType):
 
 
 class FamilyName(click.types.StringParamType):
-    """A family; which exist is for the registry to say."""
+    """A family; which exist is for the registry to say.
+
+    Args:
+        besides: a word that is accepted too.
+    """
 
     name = "name"
+
+    def __init__(self, besides: str = "auto") -> None:
+        self.besides = besides
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
@@ -43,7 +50,7 @@ class FamilyName(click.types.StringParamType):
         """The families that are installed."""
         from phireg import registry
 
-        names = ["auto", *registry.index()]
+        names = [self.besides, *registry.index()]
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 

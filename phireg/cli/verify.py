@@ -82,9 +82,9 @@ def command(
 
         write_report(found, Path(report))
     if as_json:
-        emit_json(_document(found))
+        emit_json(verification_document(found))
     else:
-        _print(found)
+        show_verification(found)
     if not found.passed:
         raise click.exceptions.Exit(CheckError.exit_code)
 
@@ -117,7 +117,8 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         close()
 
 
-def _document(found: Verification) -> dict[str, Any]:
+def verification_document(found: Verification) -> dict[str, Any]:
+    """What ``--json`` prints; docs/command-line.md describes it."""
     import dataclasses
 
     return {
@@ -156,7 +157,8 @@ def _finite(value: float) -> float | None:
     return value if abs(value) < float("inf") else None
 
 
-def _print(found: Verification) -> None:
+def show_verification(found: Verification) -> None:
+    """Print the table of checks and the verdict."""
     import io
     import shutil
     import sys

@@ -30,4 +30,5 @@ FAMILY = Family(
             },
         ),
     ),
+    demo="phireg_plugins.phi2:demo",
 )

@@ -39,4 +39,5 @@ FAMILY = BASE.derive(
             "microsoft/Phi-3-medium-128k-instruct", {**MEDIUM_4K, "max_position_embeddings": 131072}
         ),
     ),
+    demo="phireg_plugins.phi3_medium:demo",
 )

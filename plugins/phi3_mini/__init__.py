@@ -43,4 +43,5 @@ FAMILY = Family(
             "microsoft/Phi-3-mini-128k-instruct", {**MINI_4K, "max_position_embeddings": 131072}
         ),
     ),
+    demo="phireg_plugins.phi3_mini:demo",
 )

@@ -34,4 +34,5 @@ FAMILY = Family(
     ),
     reference="phireg_plugins.phi3_small.reference:Phi3SmallForCausalLM",
     tokenizer="phireg_plugins.phi3_small.tokenizer:load_tokenizer",
+    demo="phireg_plugins.phi3_small:demo",
 )

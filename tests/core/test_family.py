@@ -385,10 +385,13 @@ def test_a_variants_mistakes_are_found_like_the_bases():
 
 def test_a_variant_is_considered_by_auto_only_when_it_can_be_told_apart():
     model = PublishedModel("acme/model", {"hidden_size": 6})
-    base = family(Base(), published=(model,), tell_apart=lambda hf: None)
+    base = family(Base(), published=(model,), tell_apart=lambda hf: None, demo="acme:demo")
     assert base.auto
+    assert base.demo == "acme:demo"
     plain = base.derive("plain")
     assert (plain.auto, plain.published, plain.tell_apart) == (False, (), None)
+    assert plain.demo is None
+    assert base.derive("own", demo="own:demo").demo == "own:demo"
     known = base.derive("known", tell_apart=lambda hf: "no", published=(model,))
     assert known.auto
     assert known.published == (model,)

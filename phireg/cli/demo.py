@@ -1,0 +1,203 @@
+"""``phireg demo``: convert, verify and run a small trained model that comes with its family."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+import textwrap
+import time
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from phireg.cli.options import Directory, FamilyName, json_option
+from phireg.cli.text import counted, emit, emit_json, folded, printable, size
+from phireg.cli.verify import show_verification, verification_document
+from phireg.errors import CheckError
+
+if TYPE_CHECKING:
+    from phireg.demo import Article, DemoModel
+
+DEFAULT_ARTICLE = 31
+"""A long one, which all four models summarize well."""
+_ALL = "all"
+_WIDTH = 80
+
+
+@click.command()
+@click.argument("family", type=FamilyName(_ALL), default="phi3-small")
+@click.option(
+    "--output-dir",
+    type=Directory(),
+    metavar="DIR",
+    help="The checkpoint to make; with all, a directory of them.  [default: phireg-demo/FAMILY]",
+)
+@click.option(
+    "--article",
+    "number",
+    type=int,
+    default=DEFAULT_ARTICLE,
+    show_default=True,
+    metavar="N",
+    help="Which held-back article to summarize.",
+)
+@click.option(
+    "--tp-size",
+    type=click.IntRange(1, 2),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Tensor-parallel ranks, 1 or 2.",
+)
+@click.option("--quiet", is_flag=True, help="Print nothing unless a check fails.")
+@json_option
+def command(
+    family: str, *, output_dir: str | None, number: int, tp_size: int, quiet: bool, as_json: bool
+) -> None:
+    """Convert, verify and run a small trained model.
+
+    FAMILY is phi3-small unless another one is named, or all. The model comes with phireg and writes
+    summaries of short articles; the article it is shown was not in its training. Ends with 4 if the
+    checkpoint is not right.
+    """
+    from phireg import demo
+
+    names: tuple[str, ...] = (family,)
+    if family == _ALL:
+        names, problems = demo.families()
+        for problem in problems:
+            click.echo(folded("warning: ", problem), err=True)
+    models = [demo.find(name) for name in names]
+    articles = [demo.article(model, number) for model in models]
+    base = Path(output_dir or "phireg-demo")
+    below = family == _ALL or output_dir is None
+    documents = []
+    for model, article in zip(models, articles, strict=True):
+        target = base / model.family if below else base
+        told = not (quiet or as_json)
+        documents.append(_demonstrate(model, article, target, tp_size, told=told, quiet=quiet))
+        if told and model is not models[-1]:
+            emit("")
+    if as_json:
+        emit_json({"article_number": number, "demos": documents})
+    if not all(document["verification"]["passed"] for document in documents):
+        raise click.exceptions.Exit(CheckError.exit_code)
+
+
+def _demonstrate(
+    model: DemoModel, article: Article, target: Path, tp_size: int, *, told: bool, quiet: bool
+) -> dict[str, Any]:
+    """Do all of it, telling each step as it is done; what ``--json`` prints about the model."""
+    from phireg import demo
+
+    started = time.monotonic()
+    commands = _commands(model, article, target, tp_size)
+    if told:
+        emit(f"== {model.family}\n\n$ {_broken(commands['convert'])}")
+    converted = demo.convert(model, target, tp_size)
+    if told:
+        written = size(sum(converted.files.values()))
+        emit(f"wrote {written}, {counted(tp_size, 'rank file')}")
+        emit(f"\n$ {_broken(commands['verify'])}")
+    found = demo.verify(model, target)
+    if told or (quiet and not found.passed):
+        show_verification(found)
+    summary = None
+    if found.passed:
+        if told:
+            emit(f"\n$ {_broken(commands['run'])}")
+        summary = demo.summarize(target, [article])[0]
+    if told and summary is not None:
+        emit("\n" + _comparison(article, summary, model.scores))
+    return {
+        "family": model.family,
+        "model_dir": str(model.directory),
+        "checkpoint_dir": str(target),
+        "tp_size": tp_size,
+        "article": article.text,
+        "reference": article.reference,
+        "summary": summary,
+        "identical": summary == article.reference,
+        "commands": {name: shlex.join(words) for name, words in commands.items()},
+        "files": dict(converted.files),
+        "verification": verification_document(found),
+        "scores": model.scores,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _commands(
+    model: DemoModel, article: Article, target: Path, tp_size: int
+) -> dict[str, list[str]]:
+    """What a user would type."""
+    source = ["--model-dir", str(model.directory), "--family", model.family]
+    ranks = ["--tp-size", str(tp_size)] if tp_size > 1 else []
+    output = ["--output-dir", str(target), "--overwrite"]
+    computed = ["--device", "cpu", "--dtype", "float32"]
+    return {
+        "convert": ["phireg", "convert", *source, *ranks, *output],
+        "verify": ["phireg", "verify", str(target), *source],
+        "run": ["phireg", "run", str(target), *computed, "--prompt", article.prompt],
+    }
+
+
+def _broken(words: list[str]) -> str:
+    """A command over several lines, as a shell takes it back; an option stays with its value."""
+    groups: list[str] = []
+    for word in words:
+        if groups and not word.startswith("--") and groups[-1].startswith("--"):
+            groups[-1] += f" {_quoted(word, _WIDTH - 6 - len(groups[-1]))}"
+        else:
+            groups.append(shlex.quote(word))
+    lines = [groups[0]]
+    for group in groups[1:]:
+        if len(lines[-1]) + len(group) < _WIDTH - 6:
+            lines[-1] += f" {group}"
+        else:
+            lines.append(f"    {group}")
+    return " \\\n".join(lines)
+
+
+def _quoted(word: str, room: int) -> str:
+    """A shell word; a text that is longer than ``room`` goes on in further lines."""
+    if len(word) <= room or "!" in word:  # which an interactive bash obeys in double quotes
+        return shlex.quote(word)
+    text = '"' + re.sub(r'([\\"$`])', r"\\\1", word) + '"'
+    lines = [""]
+    for piece in re.findall(r"\S+\s*|\s+", text):
+        if len(lines[-1]) + len(piece) > (_WIDTH - 1 if len(lines) > 1 else room):
+            lines.append("")
+        lines[-1] += piece
+    return "\\\n".join(lines)
+
+
+def _comparison(article: Article, summary: str, scores: dict[str, Any]) -> str:
+    """The summary beside its reference, and how typical that is."""
+    width = _WIDTH
+    if sys.stdout.isatty():
+        width = min(width, shutil.get_terminal_size().columns)
+    half = max(20, (width - 3) // 2)
+    columns = [
+        [title, *textwrap.wrap(printable(text), half)]
+        for title, text in (("the model's summary", summary), ("reference", article.reference))
+    ]
+    lines = [
+        f"{left:<{half}}   {right}".rstrip() for left, right in zip_longest(*columns, fillvalue="")
+    ]
+    known = set(re.findall(r"\w+", article.reference))
+    others = [word for word in re.findall(r"\w+", summary) if word not in known]
+    lines.append("")
+    if summary == article.reference:
+        lines.append("They are identical.")
+    else:
+        lines.append(f"Not in the reference: {', '.join(others) or 'nothing'}.")
+    if {"articles", "identical", "rouge1"} <= set(scores):
+        lines.append(
+            f"Of the {scores['articles']} held-back articles: {scores['identical']} identical "
+            f"summaries, ROUGE-1 {scores['rouge1']:.3f}."
+        )
+    return "\n".join(lines)
