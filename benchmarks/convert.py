@@ -72,17 +72,36 @@ class Contender:
 
 
 def measured(command: list[str]) -> tuple[float, float]:
-    """Wall seconds, and peak resident MB of the largest process in its tree."""
+    """Wall seconds, and peak resident MB of the process (VmHWM, polled while it runs).
+
+    The operating system's account of a finished child (ru_maxrss) would not do: it begins with what
+    its parent held when it was started.
+    """
     os.sync()
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    errors = process.stderr.read() if process.stderr else b""
-    _, status, usage = os.wait4(process.pid, 0)
+    peak = 0.0
+    while True:
+        try:
+            _, errors = process.communicate(timeout=0.02)
+            break
+        except subprocess.TimeoutExpired:
+            peak = max(peak, high_water_mark(process.pid))
     seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(command[:4])} failed:\n{errors.decode()}")
-    return seconds, usage.ru_maxrss / 1024
+    return seconds, peak
+
+
+def high_water_mark(pid: int) -> float:
+    """MB, or 0 once the process has ended."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    return 0.0
 
 
 def main() -> None:
