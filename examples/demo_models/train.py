@@ -106,7 +106,7 @@ def make(
             out.write(json.dumps({"article": row.article, "highlights": row.summary}) + "\n")
     card = {
         "family": family,
-        "command": f"python {shlex.join(sys.argv)}",
+        "command": command(sys.argv),
         "seed": arguments.seed,
         "steps": steps,
         "batch": arguments.batch,
@@ -120,6 +120,17 @@ def make(
     }
     (directory / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     return card
+
+
+def command(arguments: Sequence[str]) -> str:
+    """The command line, but not where its results went: that is nobody else's place."""
+    words = list(arguments)
+    for option, shown in (("--out", ["--out", "DIR"]), ("--pack", [])):
+        for place, word in enumerate(words):
+            if word == option or word.startswith(f"{option}="):
+                words[place : place + (2 if word == option else 1)] = shown
+                break
+    return f"python {shlex.join(words)}"
 
 
 def train(model: Any, data: Shuffled, arguments: argparse.Namespace, device: str) -> int:

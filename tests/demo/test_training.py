@@ -71,6 +71,19 @@ def test_batches_keep_short_texts_apart(script):
     assert widths == {13, 64, 65, 95, 105}
 
 
+@pytest.mark.parametrize(
+    ("words", "recorded"),
+    [
+        ("--out /a/b --minutes 6", "--out DIR --minutes 6"),
+        ("--seed 1 --pack=x.tar --out=b --steps 3", "--seed 1 --out DIR --steps 3"),
+        ("--pack x.tar --steps 3 --out b", "--steps 3 --out DIR"),
+    ],
+)
+def test_a_card_says_no_place(script, words, recorded):
+    command = script("train").command(["train.py", *words.split()])
+    assert command == f"python train.py {recorded}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_short_training(tmp_path, script, family):
@@ -87,6 +100,7 @@ def test_a_short_training(tmp_path, script, family):
     directory = tmp_path / family
     card = json.loads((directory / "card.json").read_text())
     assert card["steps"] == 12
+    assert " --out DIR " in card["command"] and str(tmp_path) not in card["command"]
     untrained = float(output.split("loss of summary ")[1].split(",")[0])
     assert untrained == pytest.approx(math.log(1021), rel=0.05)
     assert card["held_back"]["perplexity_of_summaries"] < 0.9 * math.exp(untrained)

@@ -1,0 +1,137 @@
+"""How well the demo models do on articles they have not seen: by their own code, and converted.
+
+The bounds are a little below what was measured on all 160 articles when the models were trained
+(docs/demo-models.md).
+"""
+
+import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from phireg import demo
+from phireg.executor import load
+
+torch.set_num_threads(2)
+SUBSET = 16
+
+
+@dataclass(frozen=True)
+class Bounds:
+    perplexity: float
+    rouge1: float
+
+
+BOUNDS = {
+    "phi2": Bounds(1.01, 0.99),
+    "phi3-mini": Bounds(1.02, 0.98),
+    "phi3-small": Bounds(1.1, 0.92),
+    "phi3-medium": Bounds(1.03, 0.98),
+}
+BROKEN = Bounds(1.5, 0.8)
+"""A broken conversion is worse than this."""
+
+
+def swap(first, second, tensor):
+    """Exchange two ranges of rows."""
+    out = tensor.clone()
+    out[slice(*first)], out[slice(*second)] = tensor[slice(*second)], tensor[slice(*first)]
+    return out
+
+
+# In every layer: the two halves of the gated MLP's first matrix; q and k where no gate exists.
+DAMAGE = {
+    "phi2": ("attention.qkv.weight", (0, 128), (128, 256)),
+    "phi3-mini": ("mlp.fc.weight", (0, 352), (352, 704)),
+    "phi3-small": ("mlp.fc.weight", (0, 352), (352, 704)),
+    "phi3-medium": ("mlp.fc.weight", (0, 448), (448, 896)),
+}
+
+
+@dataclass(frozen=True)
+class AsTransformers:
+    """The executor with the little of transformers' interface that the scores use."""
+
+    executor: object
+    device: str = "cpu"
+
+    def __call__(self, input_ids, use_cache):
+        return SimpleNamespace(logits=self.executor(input_ids))
+
+
+@pytest.fixture(scope="module", params=BOUNDS)
+def it(request, script, tmp_path_factory):
+    """A demo model with its tokenizer, its own model, some articles and its checkpoint."""
+    family = request.param
+    model = demo.find(family)
+    articles = model.articles[:: len(model.articles) // SUBSET][:SUBSET]
+    checkpoint = tmp_path_factory.mktemp(family) / "checkpoint"
+    demo.convert(model, checkpoint, tp_size=2 if family == "phi3-small" else 1)
+    tokenizer = script("vocabulary").open_tokenizer(model.directory, family)
+    rows = [SimpleNamespace(article=one.text, summary=one.reference) for one in articles]
+    return SimpleNamespace(
+        family=family,
+        bounds=BOUNDS[family],
+        articles=articles,
+        references=[one.reference for one in articles],
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        pairs=script("batches").tokenized(tokenizer, rows),
+        own=script("families").load_model(model.directory, family),
+    )
+
+
+def test_own_code_and_executor_summarize_alike_and_well(it, script):
+    scoring = script("scoring")
+    own = scoring.summaries(it.own, it.tokenizer, [pair.prompt for pair in it.pairs])
+    assert scoring.mean_rouge(own, it.references)["rouge1"] > it.bounds.rouge1
+    assert demo.summarize(it.checkpoint, it.articles) == own
+
+
+def test_both_find_the_references_likely(it, script):
+    perplexities = script("scoring").perplexities
+    own, _ = perplexities(it.own, it.pairs)
+    assert 1 < own < it.bounds.perplexity
+    converted, _ = perplexities(AsTransformers(load(it.checkpoint)), it.pairs)
+    in_float32, _ = perplexities(AsTransformers(load(it.checkpoint, dtype="float32")), it.pairs)
+    assert converted < it.bounds.perplexity
+    assert in_float32 == pytest.approx(own, rel=1e-5)
+
+
+def test_a_broken_conversion_is_seen(it, script, tmp_path):
+    scoring = script("scoring")
+    demo.convert(demo.find(it.family), tmp_path / "broken")
+    name, first, second = DAMAGE[it.family]
+    path = tmp_path / "broken" / "rank0.safetensors"
+    tensors = load_file(path)
+    damaged = [key for key in tensors if key.endswith(name)]
+    assert len(damaged) == len(it.own.model.layers)
+    for key in damaged:
+        assert tensors[key].shape[0] >= second[1]
+        tensors[key] = swap(first, second, tensors[key])
+    save_file(tensors, path)
+    texts = demo.summarize(tmp_path / "broken", it.articles)
+    assert scoring.mean_rouge(texts, it.references)["rouge1"] < BROKEN.rouge1
+    model = AsTransformers(load(tmp_path / "broken", dtype="float32"))
+    assert scoring.perplexities(model, it.pairs)[0] > BROKEN.perplexity
+
+
+def test_the_articles_were_not_trained_on(it, script):
+    """What lies in the package is the split that the script holds back."""
+    generated = script("articles").held_back_articles(0)
+    for one in demo.find(it.family).articles:
+        example = next(generated)
+        assert (one.text, one.reference) == (example.article, example.summary)
+
+
+def test_the_card_agrees_with_what_is_shipped(it):
+    directory = demo.find(it.family).directory
+    card = json.loads((directory / "card.json").read_text())
+    assert card["family"] == it.family
+    assert card["bytes"] == (directory / "model.safetensors").stat().st_size < 4_000_000
+    assert card["parameters"] == sum(p.numel() for p in it.own.parameters())
+    assert card["held_back"]["rouge1"] > it.bounds.rouge1
+    assert card["held_back"]["perplexity_of_summaries"] < it.bounds.perplexity
