@@ -14,7 +14,7 @@ TEXT = (ROOT / "docs" / "command-line.md").read_text()
 SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
 
 
-@pytest.mark.parametrize("name", ["convert", "plan", "explain", "inspect", "families", "plugins"])
+@pytest.mark.parametrize("name", app.commands_in_order)
 def test_options(name):
     command = app.get_command(click.Context(app), name)
     assert f"phireg {name}" in TEXT
@@ -39,24 +39,26 @@ def keys(document):
     inner = {
         key
         for name, value in document.items()
-        if name not in ("config", "manifest", "losses", "ranks") and "." not in name
+        if name not in ("config", "manifest", "losses", "ranks", "provenance", "scores") and "." not in name
         for key in keys(value)
     }
     return {key for key in document if "." not in key} | inner
 
 
 def test_json_keys(tiny, run):
-    out = tiny.parent / "out"
+    out, demo = tiny.parent / "out", tiny.parent / "demo"
     for args in (
         ("plan", "--model-dir", tiny),
         ("convert", "--model-dir", tiny, "--output-dir", out),
         ("explain", tiny, "lm_head"),
         ("inspect", out, "--check"),
+        ("demo", "phi3-small", "--output-dir", demo),
+        ("verify", out, "--model-dir", tiny),
+        ("run", demo, "--prompt", "A fire", "--max-new-tokens", 2, "--device", "cpu"),
         ("families",),
         ("plugins",),
     ):
         told = json.loads(run(*args, "--json").output)
-        section = SECTIONS[args[0]] + (
-            SECTIONS["plan"] if args[0] in ("explain", "convert") else ""
-        )
+        others = {"explain": "plan", "convert": "plan", "demo": "verify"}
+        section = SECTIONS[args[0]] + SECTIONS.get(others.get(args[0]), "")
         assert {key for key in keys(told) if f"`{key}`" not in section} == set()
