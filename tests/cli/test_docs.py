@@ -39,7 +39,8 @@ def keys(document):
     inner = {
         key
         for name, value in document.items()
-        if name not in ("config", "manifest", "losses", "ranks", "provenance", "scores") and "." not in name
+        if name not in ("config", "manifest", "losses", "ranks", "provenance", "scores")
+        and "." not in name
         for key in keys(value)
     }
     return {key for key in document if "." not in key} | inner
