@@ -164,7 +164,8 @@ def _broken(words: list[str]) -> str:
 
 def _quoted(word: str, room: int) -> str:
     """A shell word; a text that is longer than ``room`` goes on in further lines."""
-    if len(word) <= room or "!" in word:  # which an interactive bash obeys in double quotes
+    # An interactive bash obeys ! in double quotes. A path is not broken, however long.
+    if len(word) <= room or "!" in word or " " not in word:
         return shlex.quote(word)
     text = '"' + re.sub(r'([\\"$`])', r"\\\1", word) + '"'
     lines = [""]
