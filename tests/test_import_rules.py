@@ -64,7 +64,11 @@ RULES = {
     "phireg.verify": Rule(
         ("phireg", "numpy", "torch"), ("transformers",), never=("phireg.cli", "phireg_plugins")
     ),
-    "phireg.cli": Rule((ERRORS, FINDINGS, "phireg.plan.report", "click"), lazily=(ANYTHING,), never=("phireg_plugins",)),
+    "phireg.cli": Rule(
+        (ERRORS, FINDINGS, "phireg.plan.report", "click"),
+        lazily=(ANYTHING,),
+        never=("phireg_plugins",),
+    ),
     "phireg.__main__": Rule(("phireg.cli",)),
 }
 
