@@ -240,7 +240,7 @@ def parse_blueprint(values: dict[str, Any], where: str = "config.json") -> Bluep
     elif small:
         kv_heads = config.integer("num_key_value_heads", "num_kv_heads")
     activation = config.get("hidden_act")
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise config.fail(
             f"hidden_act {activation!r} is unknown to the executor",
             f"known are {', '.join(_ACTIVATIONS)}",
@@ -285,7 +285,7 @@ def parse_blueprint(values: dict[str, Any], where: str = "config.json") -> Bluep
 
 
 def _refuse_unsupported(config: _Config) -> None:
-    quantization = config.values.get("quantization") or {}
+    quantization = _block(config, "quantization")
     for key in ("quant_algo", "kv_cache_quant_algo"):
         if quantization.get(key) is not None:
             raise config.fail(f"quantization.{key} is {quantization[key]!r}: only unquantized runs")
@@ -300,8 +300,15 @@ def _refuse_unsupported(config: _Config) -> None:
         raise config.fail(f"position_embedding_type is {kind!r}, not rope_gpt_neox or long_rope")
 
 
+def _block(config: _Config, name: str) -> dict[str, Any]:
+    block = config.values.get(name)
+    if block is not None and not isinstance(block, dict):
+        raise config.fail(f"{name} is {block!r}, not an object")
+    return block or {}
+
+
 def _tp_size(config: _Config) -> int:
-    mapping = _Config(config.values.get("mapping") or {}, f"{config.where}: mapping")
+    mapping = _Config(_block(config, "mapping"), f"{config.where}: mapping")
     tp_size = mapping.integer("tp_size") if mapping.has("tp_size") else 1
     pp_size = mapping.integer("pp_size") if mapping.has("pp_size") else 1
     if pp_size != 1:
