@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+from damage import DAMAGES, Damage, make_tiny_phi3
 
 from phireg.checkpoint.jsonfile import read_json_object
 from phireg.checkpoint.source import open_source
 from phireg.errors import SourceError
-from tests.damage import DAMAGES, Damage, make_tiny_phi3
 
 
 def params(stage: str):

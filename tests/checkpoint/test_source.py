@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import INDEX, make_tiny_phi3, shard_path, tiny_tensors, write_json
 from safetensors.numpy import save_file
 
 from phireg.checkpoint import files
 from phireg.checkpoint.header import read_header
 from phireg.checkpoint.source import open_source
 from phireg.errors import SourceError
-from tests.damage import INDEX, make_tiny_phi3, shard_path, tiny_tensors, write_json
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from damage import make_tiny_phi3
 
 from phireg.cli import app
-from tests.damage import make_tiny_phi3
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import tiny_config, tiny_tensors, write_json
 from safetensors.numpy import save_file
 
-from tests.cli.conftest import ROOT
-from tests.damage import tiny_config, tiny_tensors, write_json
+ROOT = Path(__file__).parents[2]
 
 VICTIM = Path(__file__).with_name("victim.py")
 POINTS = 20

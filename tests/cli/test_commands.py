@@ -5,12 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
-
-from phireg.cli import options
-from phireg.plan.model import DTYPES
-from phireg.quant.schemes import WEIGHT_ONLY
-from tests.damage import (
+from damage import (
     HEAD_DIM,
     HEADS,
     HIDDEN,
@@ -21,6 +16,11 @@ from tests.damage import (
     tensors,
     tiny_tensors,
 )
+from safetensors.numpy import load_file
+
+from phireg.cli import options
+from phireg.plan.model import DTYPES
+from phireg.quant.schemes import WEIGHT_ONLY
 
 Q, KV = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
 

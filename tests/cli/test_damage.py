@@ -3,8 +3,7 @@
 import re
 
 import pytest
-
-from tests.damage import DAMAGES
+from damage import DAMAGES
 
 # What transformers itself answers: the model_type decides, and rms_norm_eps is 1e-5 by default.
 HARMLESS = {"architectures-missing", "architectures-empty", "eps-missing"}

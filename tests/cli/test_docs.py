@@ -2,13 +2,15 @@
 
 import json
 import re
+from pathlib import Path
 
 import click
 import pytest
 
 from phireg import errors
 from phireg.cli import app
-from tests.cli.conftest import ROOT
+
+ROOT = Path(__file__).parents[2]
 
 TEXT = (ROOT / "docs" / "command-line.md").read_text()
 SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import ROOT
+ROOT = Path(__file__).parents[2]
+
 
 HEAVY = ("torch", "transformers", "huggingface_hub")
 

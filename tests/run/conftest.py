@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
+from run.tiny import SOURCES, converted
 
 from phireg.cli import app
-from tests.run.tiny import SOURCES, converted
 
 torch.set_num_threads(1)
 

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
+from run.tiny import chat_tokenizer, continuation
 
 from phireg.cli import conversation
 from phireg.cli.answers import Job, Timing, timed
 from phireg.cli.run import _conversation
 from phireg.executor import Sampling
 from phireg.text.tokenizer import Tokenizer
-from tests.run.tiny import chat_tokenizer, continuation
 
 END, EOS = 303, 300
 

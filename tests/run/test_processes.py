@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from tests.run.tiny import continuation, converted
+from run.tiny import continuation, converted
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

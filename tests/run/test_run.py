@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-
-from tests.run.tiny import SOURCES, chat_tokenizer, continuation, converted, eos_ids
+from run.tiny import SOURCES, chat_tokenizer, continuation, converted, eos_ids
 
 PROMPTS = ("The engine", "Wer liest die Straße? 日本語", "déjà")
 

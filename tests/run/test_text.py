@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from run.tiny import chat_tokenizer, write_ranks
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders
 from tokenizers.models import BPE
@@ -14,7 +15,6 @@ from phireg.text.pieces import Pieces
 from phireg.text.prompts import Prompt, read_prompts
 from phireg.text.stops import stop_ids
 from phireg.text.tokenizer import Tokenizer, find_tokenizer
-from tests.run.tiny import chat_tokenizer, write_ranks
 
 
 def pieces_of(tokenizer, ids):
