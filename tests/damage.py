@@ -610,9 +610,7 @@ _PLAN: list[tuple[str, Apply, str]] = [
     ("vision-config", config(vision_config={"hidden_size": 8}), "vision|multimodal"),
     ("vision-architecture", config(architectures=["Phi3VForCausalLM"]), "Phi3V"),
     ("architecture-unknown", config(architectures=["LlamaForCausalLM"]), "Llama"),
-    ("architectures-missing", drop_config("architectures"), "architecture"),
     ("architectures-not-list", config(architectures=3), "architecture"),
-    ("architectures-empty", config(architectures=[]), "architecture"),
     # sizes
     ("hidden-size-missing", drop_config("hidden_size"), "hidden_size"),
     ("hidden-size-list", config(hidden_size=[32]), "hidden_size"),
@@ -639,7 +637,6 @@ _PLAN: list[tuple[str, Apply, str]] = [
     ("vocab-other", config(vocab_size=36), "vocab_size|embed_tokens|lm_head"),
     ("intermediate-other", config(intermediate_size=47), "intermediate_size|gate_up|down_proj"),
     # values
-    ("eps-missing", drop_config("rms_norm_eps"), "rms_norm_eps"),
     ("eps-string", config(rms_norm_eps="1e-5"), "rms_norm_eps"),
     ("hidden-act-unknown", config(hidden_act="relu6"), "hidden_act|relu6"),
     ("dtype-unknown-config", config(torch_dtype="float12"), "dtype|float12"),
@@ -652,7 +649,7 @@ _PLAN: list[tuple[str, Apply, str]] = [
             rope_scaling=LONGROPE | {"long_factor": [2.0] * 3},
             original_max_position_embeddings=32,
         ),
-        "long_factor",
+        "4 short and 3 long",
     ),
     (
         "rope-factors-long",
@@ -660,7 +657,7 @@ _PLAN: list[tuple[str, Apply, str]] = [
             rope_scaling=LONGROPE | {"short_factor": [1.0] * 5},
             original_max_position_embeddings=32,
         ),
-        "short_factor",
+        "5 short and 4 long",
     ),
     (
         "rope-factors-not-numbers",
