@@ -185,12 +185,21 @@ def convert(
         if not allow_overflow:
             _check_overflow(streamed, made)
         for file in carried:
-            shutil.copyfile(file, directory / file.name)
+            _carry(file, directory)
         config = json.dumps(made.config, indent=4) + "\n"
         (directory / "config.json").write_text(config, encoding="utf-8")
         write_manifest(directory, _manifest(planned, directory, streamed))
         files = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
     return Converted(target, files, streamed.losses)
+
+
+def _carry(file: Path, directory: Path) -> None:
+    try:
+        shutil.copyfile(file, directory / file.name)
+    except OSError as error:
+        if error.filename != str(file):
+            raise  # about the copy: OutputDirectory knows what to say
+        raise SourceError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 def _check_overflow(streamed: Streamed, made: Plan) -> None:

@@ -24,6 +24,7 @@ from phireg.layout.spans import (
 from phireg.layout.words import OWN_COLUMNS
 from phireg.plan.model import DTYPES, ITEM_BYTES, Options, Output, Plan
 from phireg.plan.schedule import schedule
+from phireg.quant.companions import axes_of
 from phireg.quant.schemes import WEIGHT_ONLY
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class _Builder:
                 for problem in check_partition(
                     {rule.target: rule.cols}, {OWN_COLUMNS: rule.cols.length}
                 ):
-                    self.error("columns", rule.target, problem.strip(), rule.where)
+                    self.error("columns", rule.target, problem, rule.where)
         self.check_uses(owners, rules)
         self.check_unmapped(wanted, rules)
         return tuple(made)
@@ -173,10 +174,10 @@ class _Builder:
         return alternatives[0]
 
     def check_sources(self, rule: Rule, companion: str, rows: Axis, wanted: dict[str, str]) -> None:
-        cols = () if rule.cols is None or companion == "bias" else (rule.cols.length,)
+        cols = _columns_of(rule, companion, rows)
         for module, count in rows.sources:
             name = f"{module}.{companion}"
-            expected = (count, *cols)
+            expected = (count,) if cols is None else (count, cols.length)
             tensor = self.source.tensors.get(name)
             if tensor is None:
                 if name not in wanted:
@@ -200,7 +201,7 @@ class _Builder:
 
     def shards(self, rule: Rule, companion: str, rows: Axis, code: str) -> Iterator[Output]:
         tp_size = self.options.tp_size
-        cols = rule.cols if companion == "weight" else None
+        cols = _columns_of(rule, companion, rows)
         for rank in range(tp_size):
             try:
                 rank_rows = shard(rows, tp_size, rank) if rule.policy is Policy.COLUMN else rows
@@ -228,7 +229,7 @@ class _Builder:
         cut = [(rule, part) for rule in rules.values() for part in _cut_parts(rule)]
         if all(possible_ranks(part, tp_size) for _, part in cut):
             return
-        works = _working_sizes(rules)
+        works = ", ".join(map(str, tp_sizes(rules)))
         for rule, part in cut:
             if not possible_ranks(part, tp_size):
                 unit = f"units of {part.unit}" if part.unit > 1 else "rows"
@@ -290,8 +291,9 @@ def tp_sizes(rules: Rules) -> list[int]:
     return [n for n in range(1, MOST_RANKS + 1) if all(possible_ranks(p, n) for p in parts)]
 
 
-def _working_sizes(rules: Rules) -> str:
-    return ", ".join(map(str, tp_sizes(rules)))
+def _columns_of(rule: Rule, companion: str, rows: Axis) -> Axis | None:
+    """The input axis of a companion, if it lives on it."""
+    return rule.cols if "cols" in axes_of(companion, None, rows.length) else None
 
 
 def _cut_parts(rule: Rule) -> tuple[Any, ...]:

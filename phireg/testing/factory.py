@@ -13,6 +13,7 @@ from phireg.checkpoint.header import encode_header
 from phireg.config.hf import HFConfig
 from phireg.errors import UsageError
 from phireg.family import Family
+from phireg.quant.companions import axes_of
 
 _POOL = 2**22
 _SHARD = "model-{:05d}-of-{:05d}.safetensors"
@@ -33,7 +34,8 @@ def source_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, Shape
     shapes: dict[str, Shape] = {}
     for rule in family.weight_rules(translation.fields, hf).values():
         for companion, alternatives in rule.tensors.items():
-            cols = (rule.cols.length,) if rule.cols and companion == "weight" else ()
+            follows = axes_of(companion, None, alternatives[0].length)
+            cols = (rule.cols.length,) if rule.cols and "cols" in follows else ()
             for module, rows in alternatives[0].sources:
                 shapes[f"{module}.{companion}"] = (rows, *cols)
     return shapes

@@ -1,6 +1,8 @@
 """Every damaged source ends in a documented error, without traceback or output."""
 
+import errno
 import re
+import shutil
 
 import pytest
 from damage import DAMAGES, config, drop_config
@@ -67,4 +69,17 @@ def test_a_source_that_shrinks_while_it_is_read(tiny, run, monkeypatch):
     result = run("convert", "--model-dir", tiny, "--output-dir", tiny.parent / "out")
     assert result.exit_code == 3
     assert "model-00002-of-00003.safetensors" in result.output
+    assert [path.name for path in tiny.parent.iterdir()] == ["model"]
+
+
+def test_a_tokenizer_file_that_cannot_be_read(tiny, run, monkeypatch):
+    (tiny / "tokenizer.json").write_text("{}")
+
+    def denied(source, target):
+        raise PermissionError(errno.EACCES, "Permission denied", str(source))
+
+    monkeypatch.setattr(shutil, "copyfile", denied)
+    result = run("convert", "--model-dir", tiny, "--output-dir", tiny.parent / "out")
+    assert result.exit_code == 3
+    assert "tokenizer.json: cannot be read (Permission denied)" in result.output
     assert [path.name for path in tiny.parent.iterdir()] == ["model"]
