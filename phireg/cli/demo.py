@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from phireg.cli.failures import stopped
 from phireg.cli.options import Directory, FamilyName, json_option
 from phireg.cli.text import counted, emit, emit_json, folded, printable, size
 from phireg.cli.verify import show_verification, verification_document
@@ -79,7 +80,11 @@ def command(
     for model, article in zip(models, articles, strict=True):
         target = base / model.family if below else base
         told = not (quiet or as_json)
-        documents.append(_demonstrate(model, article, target, tp_size, told=told, quiet=quiet))
+        try:
+            document = _demonstrate(model, article, target, tp_size, told=told, quiet=quiet)
+        except KeyboardInterrupt as interrupt:
+            raise stopped(interrupt, f"whatever stands in {base} is complete") from None
+        documents.append(document)
         if told and model is not models[-1]:
             emit("")
     if as_json:

@@ -266,3 +266,14 @@ def test_a_wrong_checkpoint_ends_with_4(run, monkeypatch, as_json):
     else:
         assert "transformer.layers.2.mlp.proj.weight" in done.output
         assert "not verified" in done.output
+
+
+def test_an_interruption_after_the_conversion_does_not_deny_it(run, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "verify", interrupted)
+    result = run("demo", "phi2")
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted; whatever stands in phireg-demo is complete\n"
+    assert jobs.inspect("phireg-demo/phi2", check=True).problems == ()
