@@ -125,7 +125,7 @@ def test_the_command_passes_and_writes_the_page(tmp_path):
     page = tmp_path / "out.html"
     ran = run(converted("phi2"), "--model-dir", source("phi2"), "--report", page)
     assert ran.exit_code == 0
-    assert ran.stdout.rstrip().endswith(": verified")
+    assert " ".join(ran.stdout.split()).endswith(": verified")  # long paths are folded
     assert page.read_text().startswith("<!doctype html>")
 
 
