@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from phireg.page.svg import WIDTH, LogFrame, element, picture, text
 from phireg.verify.measure_types import LogitsResult, Place, PromptResult, place_text, shown
-from phireg.verify.svg import WIDTH, LogFrame, element, picture, text
 
 _SHOWN_HEADS = 32
 _SHOWN_BLOCKS = 28

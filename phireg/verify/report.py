@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
-from phireg.errors import OutputError
+from phireg.page.document import document, write_page
 from phireg.verify.charts import attention_chart, layer_chart, position_chart
 from phireg.verify.measure_types import LogitsResult, shown
 from phireg.verify.result import CHECKS, Check, Problem, Verification
@@ -25,36 +22,12 @@ def write_report(found: Verification, path: Path) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(render(found))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-        raise OutputError(f"{path}: the report cannot be written: {error.strerror}") from error
+    write_page(render(found), path)
 
 
 def render(found: Verification) -> str:
     """The page as text."""
-    title = escape(f"{Path(found.checkpoint_dir).name}: {_word(found)}")
-    return "\n".join(
-        [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>",
-            *_body(found),
-            "</main>\n</body>\n</html>\n",
-        ]
-    )
+    return document(f"{Path(found.checkpoint_dir).name}: {_word(found)}", _body(found), CSS)
 
 
 def _word(found: Verification) -> str:

@@ -1,0 +1,1 @@
+"""Self-contained HTML pages: style sheet, SVG vocabulary, and a file that appears whole."""

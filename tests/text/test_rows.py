@@ -1,0 +1,134 @@
+"""Data files of every kind, whole and damaged."""
+
+import json
+import sys
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from phireg.errors import PhiregError, UsageError
+from phireg.text.rows import Row, cnn_dailymail, read_rows
+
+VALUES = [
+    {"article": 'One, "quoted"\nover two lines', "highlights": "ü"},
+    {"article": "Two", "highlights": "日本"},
+]
+
+
+def write_jsonl(path):
+    path.write_text("\n\n".join(json.dumps(row) for row in VALUES) + "\n")
+    return ["1", "3"]
+
+
+def write_csv(path):
+    text = 'article,highlights\r\n"One, ""quoted""\nover two lines",ü\r\n\r\nTwo,日本\r\n'
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    return ["2", "5"]
+
+
+def write_parquet(path):
+    parquet.write_table(pyarrow.Table.from_pylist(VALUES), path)
+    return ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.jsonl", write_jsonl),
+        ("a.json", write_jsonl),
+        ("a.CSV", write_csv),
+        ("a.parquet", write_parquet),
+    ],
+)
+def test_every_kind(name, write, tmp_path):
+    path = tmp_path / name
+    lines = write(path)
+    assert read_rows(path) == [
+        Row(f"{path}:{line}", row) for line, row in zip(lines, VALUES, strict=True)
+    ]
+
+
+def test_text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("first\r\n\n  \n{second\n")
+    assert [row.values for row in read_rows(path)] == [{"text": "first"}, {"text": "{second"}]
+    assert read_rows(path)[1].where == f"{path}:4"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', ":2: not JSON"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', ":2: a JSON list, not an object"),
+        ("a.jsonl", b"[" * 100_000, ":1: not JSON"),
+        ("a.jsonl", b"\n \n", "holds no rows"),
+        ("a.txt", b"", "holds no rows"),
+        ("a.txt", b"good\nb\xffd", ":2: not UTF-8 text (byte 6)"),
+        ("a.csv", b"a,b\n1,2\n3\n", ":3: 1 values for 2 columns"),
+        ("a.csv", b'a,b\n1,"2', ":2: not CSV"),
+        ("a.csv", b"a,b\n", "holds no rows"),
+        ("a.parquet", b"PAR1 and then nothing", "not a parquet file that can be read"),
+        ("a.xls", b"", "unknown kind of data file"),
+    ],
+)
+def test_damage_is_named(name, content, message, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UsageError) as caught:
+        read_rows(path)
+    assert f"{path}" in caught.value.message
+    assert message in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.txt"])
+def test_a_missing_file(name, tmp_path):
+    with pytest.raises(UsageError, match="No such file"):
+        read_rows(tmp_path / name)
+
+
+def test_long_fields(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("article\n" + "x" * 200_000 + "\n")
+    assert len(read_rows(path)[0].text("article")) == 200_000
+
+
+@pytest.mark.parametrize("values", [{}, {"article": None}, {"article": 3}])
+def test_a_value_that_is_no_text(values):
+    with pytest.raises(UsageError, match=r"here:7: .*'article'"):
+        Row("here:7", values).text("article")
+
+
+def test_the_right_part_of_cnn_dailymail(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(*args, **options):
+        asked.append((args, options))
+        return datasets.Dataset.from_list([{**row, "id": "x"} for row in VALUES * 2])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = cnn_dailymail("test", 3)
+    assert asked == [(("ccdv/cnn_dailymail", "3.0.0"), {"split": "test"})]
+    assert [row.text("article")[:3] for row in rows] == ["One", "Two", "One"]
+    assert len(cnn_dailymail("test", 9, dataset_dir="/elsewhere")) == 4
+    assert asked[1][0][0] == "/elsewhere"
+
+
+def test_no_network(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def load(*_args, **_options):
+        raise ConnectionError("Couldn't reach it\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(PhiregError, match=r"cannot be loaded: Couldn't reach it\n") as caught:
+        cnn_dailymail("test", 3)
+    assert "local file" in caught.value.hint
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(PhiregError) as caught:
+        cnn_dailymail("test", 3)
+    assert "phireg[data]" in caught.value.hint
