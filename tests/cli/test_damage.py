@@ -1,6 +1,7 @@
 """Every damaged source ends in a documented error, without traceback or output."""
 
 import errno
+import importlib
 import re
 import shutil
 
@@ -55,9 +56,8 @@ def test_plan_refuses_the_same(damage, tiny, run):
 
 
 def test_a_source_that_shrinks_while_it_is_read(tiny, run, monkeypatch):
-    from phireg import jobs
-
-    stream = jobs.stream
+    module = importlib.import_module("phireg.jobs.convert")  # the attribute is the function
+    stream = module.stream
 
     def cut_first(*args, **options):
         shard = sorted(tiny.glob("*.safetensors"))[1]
@@ -65,7 +65,7 @@ def test_a_source_that_shrinks_while_it_is_read(tiny, run, monkeypatch):
             file.truncate(shard.stat().st_size // 2)
         return stream(*args, **options)
 
-    monkeypatch.setattr(jobs, "stream", cut_first)
+    monkeypatch.setattr(module, "stream", cut_first)
     result = run("convert", "--model-dir", tiny, "--output-dir", tiny.parent / "out")
     assert result.exit_code == 3
     assert "model-00002-of-00003.safetensors" in result.output

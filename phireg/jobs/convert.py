@@ -1,0 +1,140 @@
+"""Carrying out a plan."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from phireg.checkpoint.carried import CARRIED
+from phireg.checkpoint.manifest import file_record, rank_file_record, write_manifest
+from phireg.errors import PlanError, SourceError
+from phireg.jobs.plan import Planned
+from phireg.plan.model import Plan
+from phireg.plan.report import problems
+from phireg.runner.cast import Loss
+from phireg.runner.directory import OutputDirectory
+from phireg.runner.stream import Progress, Streamed, stream
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """A finished conversion.
+
+    Attributes:
+        output_dir: the checkpoint.
+        files: every file written, with its size in bytes.
+        losses: values that became infinite or zero in a cast, by source tensor.
+    """
+
+    output_dir: Path
+    files: Mapping[str, int]
+    losses: Mapping[str, Loss]
+
+
+def convert(
+    planned: Planned,
+    output_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    allow_overflow: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """Carry out a plan. The output appears under its name complete, or not at all.
+
+    Args:
+        planned: from :func:`plan`.
+        output_dir: the checkpoint to make; must not exist, or be empty.
+        overwrite: replace it, if it is recognisably a checkpoint, once the new one is complete.
+        allow_overflow: let finite values become infinite in a cast.
+        progress: told how many more bytes have been written; called from worker threads.
+
+    Raises:
+        PlanError: the plan has errors, or a cast overflowed.
+        SourceError: a source file changed or could not be read.
+        OutputError: the output exists, or cannot be written.
+    """
+    made = planned.plan
+    if made.errors:
+        raise PlanError(
+            f"the plan has {len(made.errors)} problem{'s' if len(made.errors) > 1 else ''}; "
+            f"nothing was written\n{problems(made.errors)}"
+        )
+    carried = [
+        file
+        for name in CARRIED
+        for file in sorted(made.source.directory.glob(name))
+        if file.is_file()
+    ]
+    size = made.bytes_out + sum(file.stat().st_size for file in carried)
+    target = Path(output_dir)
+    with OutputDirectory(target, overwrite=overwrite, required_bytes=size) as directory:
+        streamed = stream(made, directory, progress=progress)
+        if not allow_overflow:
+            _check_overflow(streamed, made)
+        for file in carried:
+            _carry(file, directory)
+        config = json.dumps(made.config, indent=4) + "\n"
+        (directory / "config.json").write_text(config, encoding="utf-8")
+        write_manifest(directory, _manifest(planned, directory, streamed))
+        files = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
+    return Converted(target, files, streamed.losses)
+
+
+def _carry(file: Path, directory: Path) -> None:
+    try:
+        shutil.copyfile(file, directory / file.name)
+    except OSError as error:
+        if error.filename != str(file):
+            raise  # about the copy: OutputDirectory knows what to say
+        raise SourceError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _check_overflow(streamed: Streamed, made: Plan) -> None:
+    lost = {name: loss.overflowed for name, loss in streamed.losses.items() if loss.overflowed}
+    if lost:
+        raise PlanError(
+            f"{sum(lost.values())} finite values do not fit into {made.options.dtype}; "
+            "nothing was written\n"
+            + "\n".join(f"  overflow  {name}: {count} values" for name, count in lost.items()),
+            hint="choose another --dtype, or --allow-overflow to write them as infinite.",
+        )
+
+
+def _manifest(planned: Planned, directory: Path, streamed: Streamed) -> dict[str, Any]:
+    made, candidate = planned.plan, planned.chosen.candidate
+    ranks: dict[str, Any] = {}
+    for rank, (header, size) in enumerate(zip(made.headers, made.file_sizes, strict=True)):
+        tensors = {name: d for (r, name), d in streamed.digests.items() if r == rank}
+        ranks[f"rank{rank}.safetensors"] = rank_file_record(header, size, tensors)
+    others = {
+        file.name: file_record(file)
+        for file in sorted(directory.iterdir())
+        if file.name not in ranks
+    }
+    return {
+        "producer": {"name": "phireg", "version": metadata.version("phireg")},
+        "family": {
+            "name": made.family,
+            "distribution": candidate.distribution,
+            "version": candidate.version,
+        },
+        "options": {
+            "dtype": made.options.dtype,
+            "tp_size": made.options.tp_size,
+            "weight_only": made.options.weight_only,
+        },
+        "source": {
+            "model_dir": planned.model_dir,
+            "revision": made.source.revision,
+            "files": [
+                {"name": f.name, "size": f.size, "header": f.header_digest}
+                for f in made.source.files
+            ],
+        },
+        "files": {**others, **ranks},
+    }

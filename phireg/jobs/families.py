@@ -1,0 +1,51 @@
+"""Every family that is offered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from phireg import registry
+from phireg.config.hf import HFConfig
+from phireg.errors import PluginError
+from phireg.family import Family
+from phireg.layout.spans import LayoutError
+from phireg.plan.build import tp_sizes
+from phireg.registry import Candidate
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyInfo:
+    """A family as ``phireg families`` shows it.
+
+    Attributes:
+        candidate: who offers it.
+        family: the loaded family, or None if it cannot be loaded.
+        tp_sizes: for each published model, the numbers of ranks that work.
+        problem: why it cannot be loaded, if so.
+    """
+
+    candidate: Candidate
+    family: Family | None
+    tp_sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    problem: str | None = None
+
+
+def families() -> tuple[FamilyInfo, ...]:
+    """Every family that is offered, loaded where that works."""
+    infos = []
+    for candidate in (c for offers in registry.index().values() for c in offers):
+        try:
+            family = candidate.load()
+            sizes = {m.repo_id: _published_sizes(family, m.config) for m in family.published}
+        except (PluginError, LayoutError) as error:
+            infos.append(FamilyInfo(candidate, None, problem=str(error)))
+        else:
+            infos.append(FamilyInfo(candidate, family, sizes))
+    return tuple(infos)
+
+
+def _published_sizes(family: Family, config: Mapping[str, Any]) -> tuple[int, ...]:
+    hf = HFConfig(config)
+    return tuple(tp_sizes(family.weight_rules(family.config_fields().translate(hf).fields, hf)))

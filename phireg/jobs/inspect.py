@@ -1,0 +1,86 @@
+"""Looking into a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phireg.checkpoint.header import read_header
+from phireg.checkpoint.jsonfile import read_json_object
+from phireg.checkpoint.manifest import check_files, read_manifest
+from phireg.errors import SourceError
+from phireg.runner.stream import Progress
+from phireg.verify.structure import structure_problems
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a checkpoint directory holds.
+
+    Attributes:
+        config: its config.json.
+        ranks: for every rank file in order, dtype and shape by tensor name.
+        sizes: bytes of every file.
+        manifest: its ``phireg.json``, or None if it has none.
+        problems: what the reader would reject, and (if asked for) what differs from the manifest.
+    """
+
+    config: Mapping[str, Any]
+    ranks: tuple[Mapping[str, tuple[str, tuple[int, ...]]], ...]
+    sizes: Mapping[str, int]
+    manifest: Mapping[str, Any] | None
+    problems: tuple[str, ...]
+
+
+def inspect(
+    checkpoint_dir: str | Path, *, check: bool = False, progress: Progress | None = None
+) -> Inspection:
+    """Look into a TensorRT-LLM checkpoint.
+
+    Args:
+        checkpoint_dir: the directory.
+        check: read all files and compare them with the manifest.
+        progress: told how many more bytes have been compared.
+
+    Raises:
+        SourceError: it is not a checkpoint.
+    """
+    directory = Path(checkpoint_dir)
+    if not directory.is_dir():
+        raise SourceError(f"no such directory: {directory}")
+    config = read_json_object(directory / "config.json")
+    if not isinstance(config.get("architecture"), str):
+        raise SourceError(
+            f"{directory} is not a TensorRT-LLM checkpoint: its config.json has no 'architecture'",
+            hint="phireg inspect looks at the output of phireg convert; for a source model use "
+            "phireg plan.",
+        )
+    mapping = config.get("mapping")
+    world = mapping.get("world_size", 1) if isinstance(mapping, dict) else 1
+    if not isinstance(world, int) or not 0 < world <= 4096:
+        raise SourceError(f"{directory / 'config.json'}: mapping.world_size is {world!r}")
+    found: list[str] = []
+    ranks = tuple(_rank_tensors(directory / f"rank{n}.safetensors", found) for n in range(world))
+    manifest = read_manifest(directory)
+    found += [f"{where}: {what}" for where, what in structure_problems(config, ranks)]
+    if check:
+        if manifest is None:
+            raise SourceError(
+                f"{directory} has no phireg.json to check against",
+                hint="only checkpoints written by phireg carry digests.",
+            )
+        found += check_files(directory, manifest, progress)
+    sizes = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
+    return Inspection(config, ranks, sizes, manifest, tuple(found))
+
+
+def _rank_tensors(path: Path, problems: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape by name; empty, with a further problem, for a file that cannot be read."""
+    try:
+        header = read_header(path)
+    except SourceError as error:
+        problems.append(error.message)
+        return {}
+    return {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}

@@ -1,0 +1,99 @@
+"""Planning a conversion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from phireg import registry
+from phireg.checkpoint.hub import resolve_model_dir
+from phireg.checkpoint.jsonfile import read_json_object
+from phireg.checkpoint.source import open_source
+from phireg.config.hf import HFConfig
+from phireg.errors import SourceError, UsageError
+from phireg.plan.admit import check_model
+from phireg.plan.build import build_plan
+from phireg.plan.model import DTYPES, Options, Plan
+from phireg.quant.schemes import WEIGHT_ONLY
+from phireg.registry import AUTO, Chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan, who made it, and the request behind it.
+
+    Attributes:
+        plan: the plan; look at ``plan.errors`` before converting.
+        chosen: the family and the distribution that provides it.
+        model_dir: what was asked for, a directory or a hub repository.
+    """
+
+    plan: Plan
+    chosen: Chosen
+    model_dir: str
+
+
+def plan(
+    model_dir: str | Path,
+    *,
+    family: str = AUTO,
+    revision: str | None = None,
+    dtype: str = "auto",
+    tp_size: int = 1,
+    pp_size: int = 1,
+    weight_only: str | None = None,
+) -> Planned:
+    """Plan a conversion from config.json and file headers alone.
+
+    Args:
+        model_dir: a directory, or a repository on the Hugging Face hub.
+        family: a family name, ``distribution:name``, or ``auto`` to decide by config.json.
+        revision: branch, tag or commit of a hub repository.
+        dtype: ``auto``, ``float16``, ``bfloat16`` or ``float32``.
+        tp_size: number of tensor-parallel ranks.
+        pp_size: must be 1.
+        weight_only: ``int8`` or ``int4`` for the portable weight-only form.
+
+    Raises:
+        UsageError: an option has a value that makes no sense.
+        SourceError: the model cannot be read, or is not one phireg converts.
+        PluginError: the family cannot be found or loaded.
+    """
+    options = _options(dtype, tp_size, pp_size, weight_only)
+    directory, commit = resolve_model_dir(str(model_dir), revision)
+    if directory.is_dir() and not (directory / "config.json").exists():
+        open_source(directory)  # may know better what this directory is
+    hf = HFConfig(read_json_object(directory / "config.json"))
+    if not hf.architectures and not hf.model_type:
+        open_source(directory)
+    check_model(hf)
+    chosen = registry.choose(hf) if family == AUTO else registry.load(family)
+    refusal = chosen.family.refusal(hf)
+    if refusal:
+        raise SourceError(
+            f"this model cannot be converted as {chosen.family.name}: {refusal}",
+            hint="leave out --family to let config.json decide.",
+        )
+    source = open_source(directory, commit)
+    built = build_plan(chosen.family, hf, source, options)
+    return Planned(built, chosen, str(model_dir))
+
+
+def _options(dtype: str, tp_size: int, pp_size: int, weight_only: str | None) -> Options:
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UsageError(f"unknown dtype '{dtype}'", hint=f"known: auto, {', '.join(DTYPES)}.")
+    if weight_only is not None and weight_only not in WEIGHT_ONLY:
+        raise UsageError(
+            f"unknown weight-only precision '{weight_only}'",
+            hint=f"known: {', '.join(WEIGHT_ONLY)}.",
+        )
+    if tp_size < 1:
+        raise UsageError(f"tp size {tp_size} is not a number of ranks", hint="use 1 or more.")
+    if pp_size != 1:
+        raise UsageError(
+            f"pipeline parallelism ({pp_size} stages) is not possible for Phi: TensorRT-LLM's Phi "
+            "models create the embedding and the head on every rank and pass nothing between "
+            "stages",
+            hint="use --tp-size instead.",
+        )
+    return Options(dtype, tp_size, weight_only)
