@@ -53,6 +53,13 @@ RULES = {
     "phireg.registry": Rule((*DESCRIBE, "phireg.hookspecs", "phireg.family")),
     "phireg.api": Rule((*DESCRIBE, "phireg.hookspecs", "phireg.family")),
     "phireg.page": Rule((ERRORS,)),
+    "phireg.calibration.statistics": Rule((ERRORS, "numpy", "safetensors")),
+    "phireg.calibration": Rule(
+        ("phireg", "numpy", "torch"), ("transformers",), never=("phireg.cli", "phireg_plugins")
+    ),
+    "phireg.reference": Rule(
+        ("phireg", "torch"), ("transformers",), never=("phireg.cli", "phireg_plugins")
+    ),
     "phireg.runner": Rule((CHECKPOINT, PLAN, ERRORS, "numpy", "xxhash"), lazily=("torch",)),
     "phireg.executor": Rule((ERRORS, "torch", "numpy", "safetensors")),
     "phireg.text": Rule(

@@ -1,0 +1,168 @@
+"""Calibration statistics, and the file that keeps them.
+
+One file serves every quantized format, dtype and number of ranks: it holds maxima of the source
+model's own activations under the source's own module names, nothing of a target.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_bytes
+
+from phireg.errors import OutputError, SourceError
+
+FORMAT = "phireg-calibration-1"
+_INPUT = ".input_amax"
+_CACHED = re.compile(r"layers\.(0|[1-9]\d*)\.(key|value)_amax")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Statistics:
+    """Absolute maxima over all calibration tokens, taken in the compute dtype.
+
+    Attributes:
+        inputs: by module name in the source ("model.layers.0.self_attn.qkv_proj"): the maximum of
+            |x| per input channel of the linear, float32 [in_features].
+        keys: by layer: the maximum of |key| after the rotary embedding; empty if not recorded.
+        values: by layer: the maximum of |value|; as many as ``keys``.
+        provenance: JSON data on where they come from; see ``phireg.calibration.run``.
+
+    Raises:
+        SourceError: a maximum is not finite or negative, a vector is empty or not float32, or keys
+            and values are of different number.
+    """
+
+    inputs: Mapping[str, NDArray[np.float32]]
+    keys: tuple[float, ...]
+    values: tuple[float, ...]
+    provenance: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        for name, amax in self.inputs.items():
+            if amax.dtype != np.float32 or amax.ndim != 1 or amax.size == 0:
+                raise SourceError(
+                    f"calibration statistics: the input maxima of {name} are {amax.dtype} "
+                    f"{list(amax.shape)}, not one float32 per channel"
+                )
+            _check(f"the input of {name}", amax)
+        if len(self.keys) != len(self.values):
+            raise SourceError(
+                f"calibration statistics: keys of {len(self.keys)} layers and values of "
+                f"{len(self.values)}"
+            )
+        for what, layers in (("keys", self.keys), ("values", self.values)):
+            for layer, largest in enumerate(layers):
+                _check(f"the {what} of layer {layer}", np.array([largest], dtype=np.float32))
+
+
+def _check(what: str, amax: NDArray[np.float32]) -> None:
+    wrong = ~(np.isfinite(amax) & (amax >= 0))
+    if wrong.any():
+        channel = int(np.argmax(wrong))
+        at = f" (channel {channel}, {int(wrong.sum())} in all)" if amax.size > 1 else ""
+        raise SourceError(
+            f"calibration statistics: {what} has the maximum {amax[channel]}{at}",
+            hint="the model overflowed: calibrate in float32 or bfloat16.",
+        )
+
+
+def save(path: Path, statistics: Statistics) -> None:
+    """Write statistics to a safetensors file, which appears complete or not at all.
+
+    Tensors, all float32: ``<module>.input_amax`` [in_features], ``layers.<i>.key_amax`` [1] and
+    ``layers.<i>.value_amax`` [1]; the provenance is JSON in the file's metadata.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    tensors = {f"{name}{_INPUT}": np.ascontiguousarray(a) for name, a in statistics.inputs.items()}
+    for layer, (key, value) in enumerate(zip(statistics.keys, statistics.values, strict=True)):
+        tensors[f"layers.{layer}.key_amax"] = np.array([key], dtype=np.float32)
+        tensors[f"layers.{layer}.value_amax"] = np.array([value], dtype=np.float32)
+    provenance = json.dumps(dict(statistics.provenance), sort_keys=True)
+    content = to_bytes(tensors, metadata={"format": FORMAT, "provenance": provenance})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(fd)
+            mask = os.umask(0)
+            os.umask(mask)
+            Path(name).chmod(0o666 & ~mask)  # as any file; mkstemp's are for the owner alone
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OutputError(
+            f"cannot write the calibration statistics {path}: {error.strerror or error}"
+        ) from None
+
+
+def load(path: Path) -> Statistics:
+    """Read what :func:`save` wrote.
+
+    Raises:
+        SourceError: there is no such file, it is damaged or something else, or a maximum is not
+            finite or negative.
+    """
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise SourceError(f"{path}: no such file") from None
+    # AttributeError: the file has a dtype numpy lacks.
+    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
+        raise SourceError(f"{path}: not a readable safetensors file: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise SourceError(
+            f"{path} holds no calibration statistics of the format {FORMAT}",
+            hint="give a file that phireg quantize wrote.",
+        )
+    try:
+        provenance = json.loads(metadata.get("provenance", ""))
+    except ValueError as error:
+        raise SourceError(f"{path}: its provenance is not JSON: {error}") from None
+    if not isinstance(provenance, dict):
+        raise SourceError(f"{path}: its provenance is not an object")
+    try:
+        return _sorted_out(tensors, provenance)
+    except SourceError as error:
+        raise SourceError(f"{path}: {error.message}", hint=error.hint) from None
+
+
+def _sorted_out(tensors: Mapping[str, NDArray[Any]], provenance: dict[str, Any]) -> Statistics:
+    inputs: dict[str, NDArray[np.float32]] = {}
+    cached: dict[str, dict[int, float]] = {"key": {}, "value": {}}
+    for name, tensor in tensors.items():
+        if match := _CACHED.fullmatch(name):
+            if tensor.shape != (1,) or tensor.dtype != np.float32:
+                raise SourceError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not float32 [1]")
+            cached[match[2]][int(match[1])] = float(tensor[0])
+        elif name.endswith(_INPUT):
+            inputs[name.removesuffix(_INPUT)] = tensor
+        else:
+            raise SourceError(f"unknown tensor {name}")
+    if not inputs:
+        raise SourceError("no linear's input maxima")
+    for kind, layers in cached.items():
+        for layer in range(len(layers)):
+            if layer not in layers:
+                raise SourceError(f"layers.{layer}.{kind}_amax is missing")
+    keys, values = (tuple(amax for _, amax in sorted(kind.items())) for kind in cached.values())
+    return Statistics(dict(sorted(inputs.items())), keys, values, provenance)

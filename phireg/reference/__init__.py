@@ -1,0 +1,1 @@
+"""The source's own model, whole or one layer at a time."""
