@@ -1,1 +1,23 @@
-"""What continues token ids: so far the executor, in one process or in one for each rank."""
+"""What continues token ids: the executor, TensorRT-LLM's own runtime, the source model."""
+
+from phireg.backends.protocol import (
+    BACKENDS,
+    Backend,
+    Description,
+    Options,
+    describe,
+    follow,
+    open_backend,
+    process_rank,
+)
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Description",
+    "Options",
+    "describe",
+    "follow",
+    "open_backend",
+    "process_rank",
+]

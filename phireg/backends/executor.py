@@ -12,12 +12,31 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional
 
+from phireg.backends import device as devices
+from phireg.backends.protocol import Description, Options
 from phireg.errors import PhiregError, UsageError
-from phireg.executor import Executor, Sampling, load, stream
+from phireg.executor import Executor, Sampling, read_blueprint, stream
+from phireg.executor import load as load_checkpoint
 
 # A chat may leave the other ranks waiting for its next line for as long as it likes.
 _PATIENCE = timedelta(days=30)
+
+
+def describe(place: Path, options: Options) -> Description:
+    """See :class:`phireg.backends.protocol.Opener`."""
+    blueprint = read_blueprint(place)
+    devices.pick_device(options.device)
+    ranks = blueprint.tp_size
+    return Description(
+        vocab_size=blueprint.vocab_size,
+        positions=blueprint.max_position_embeddings,
+        tp_size=ranks,
+        processes=(1, ranks) if ranks > 1 else (1,),
+        start=f"torchrun --nproc-per-node {ranks} -m",
+        max_beams=1,
+    )
 
 
 def process_rank() -> tuple[int, int]:
@@ -38,31 +57,51 @@ def process_rank() -> tuple[int, int]:
     return rank, world_size
 
 
-def pick_device(name: str) -> torch.device:
-    """The device a user means.
-
-    Args:
-        name: "auto" (a GPU if there is one), "cpu", "cuda" (of several processes, each takes its
-            own) or "cuda:N".
+def load(place: Path, options: Options) -> ExecutorBackend:
+    """Load a checkpoint; as rank 0 of several processes, wait for the others first.
 
     Raises:
-        UsageError: there is no such device.
+        PhiregError: as :func:`phireg.executor.load`.
     """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    kind, _, number = (
-        ("cuda" if gpus else "cpu").partition(":") if name == "auto" else (name.partition(":"))
-    )
-    if kind == "cpu" and not number:
-        return torch.device("cpu")
-    if kind != "cuda" or not (number.isdecimal() or name in ("cuda", "auto")):
-        raise UsageError(f"unknown device '{name}'", hint="known: auto, cpu, cuda, cuda:N.")
-    index = int(number or os.environ.get("LOCAL_RANK", "0"))
-    if index >= gpus:
-        raise UsageError(
-            f"there is no GPU {index}: torch {torch.__version__} sees {gpus}",
-            hint="use --device cpu, or check the driver and CUDA_VISIBLE_DEVICES.",
-        )
-    return torch.device("cuda", index)
+    device = devices.pick_device(options.device)
+    led = process_rank()[1] > 1
+    if led:
+        _join(device)
+    devices.measure_memory(device)
+    try:
+        model = load_checkpoint(place, device, options.dtype, options.offload, led)
+    except BaseException:
+        if led:
+            dist.destroy_process_group()
+        raise
+    return ExecutorBackend(model, led=led)
+
+
+def follow(place: Path, options: Options) -> None:
+    """Do as rank 0 says, until it says to end or is gone.
+
+    Raises:
+        PhiregError: this rank's file is not what it must be.
+    """
+    device = devices.pick_device(options.device)
+    try:
+        _join(device)
+        model = load_checkpoint(place, device, options.dtype, options.offload, distributed=True)
+        while (request := _receive()) is not None:
+            if "rows" in request:
+                for prompt, continuation in request["rows"]:
+                    _mean_nll(model, prompt, continuation)
+                continue
+            prompts, count = request["prompts"], request["max_new_tokens"]
+            keys = ("temperature", "top_k", "top_p", "seed")
+            sampling = Sampling(**{key: request[key] for key in keys})
+            for _ in stream(model, prompts, count, request["stop_ids"], sampling):
+                pass
+    except RuntimeError as error:
+        if not _parted(error):  # whoever left has said why
+            raise
+    else:
+        dist.destroy_process_group()
 
 
 class ExecutorBackend:
@@ -73,10 +112,40 @@ class ExecutorBackend:
         led: there are processes of other ranks, which must be told what to do.
     """
 
+    name = "executor"
+
     def __init__(self, model: Executor, *, led: bool = False) -> None:
         self.model = model
         self.led = led
+        self.device = str(model.device)
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.processes = model.blueprint.tp_size if led else 1
         self._busy = False
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_ids: Collection[int],
+        sampling: Sampling,
+        num_beams: int = 1,
+    ) -> list[list[int]]:
+        """Continue a batch; see :class:`phireg.backends.protocol.Backend`.
+
+        Raises:
+            UsageError: more than one beam; or as :func:`phireg.executor.stream`.
+        """
+        if num_beams != 1:
+            raise UsageError(
+                f"the executor has no beam search, so {num_beams} beams are not possible",
+                hint="use one beam, or --backend hf or tensorrt-llm.",
+            )
+        rows: list[list[int]] = [[] for _ in prompts]
+        for tokens in self.stream(prompts, max_new_tokens, stop_ids, sampling):
+            for row, token in zip(rows, tokens, strict=True):
+                if token is not None and token not in stop_ids:
+                    row.append(token)
+        return rows
 
     def stream(
         self,
@@ -89,26 +158,36 @@ class ExecutorBackend:
 
         With several processes, it must be taken to its end.
         """
-        if self.led:
-            _send(
-                {
-                    "prompts": [list(prompt) for prompt in prompts],
-                    "max_new_tokens": max_new_tokens,
-                    "stop_ids": sorted(stop_ids),
-                    "temperature": sampling.temperature,
-                    "top_k": sampling.top_k,
-                    "top_p": sampling.top_p,
-                    "seed": sampling.seed,
-                }
-            )
-        self._busy = True
-        try:
+        request = {
+            "prompts": [list(prompt) for prompt in prompts],
+            "max_new_tokens": max_new_tokens,
+            "stop_ids": sorted(stop_ids),
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+        }
+        with self._together(request):
             yield from stream(self.model, prompts, max_new_tokens, stop_ids, sampling)
-        except RuntimeError as error:
-            if _parted(error):
-                raise PhiregError("the process of another rank has ended") from None
-            raise
-        self._busy = False
+
+    def mean_nll(
+        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+    ) -> list[float]:
+        """See :class:`phireg.backends.protocol.Backend`.
+
+        Raises:
+            UsageError: a prompt or a continuation has no tokens, one outside the vocabulary, or
+                more than there are positions.
+        """
+        rows = [(list(p), list(c)) for p, c in zip(prompts, continuations, strict=True)]
+        for prompt, continuation in rows:
+            self._check(prompt, continuation)
+        with self._together({"rows": rows}):
+            return [_mean_nll(self.model, *row) for row in rows]
+
+    def peak_memory(self) -> int:
+        """Bytes at most, of this process's GPU or of its main memory."""
+        return devices.peak_memory(self.model.device)
 
     def close(self) -> None:
         """Let the other processes end, unless they are in the middle of a batch and must die."""
@@ -117,48 +196,44 @@ class ExecutorBackend:
                 _send(None)
             dist.destroy_process_group()
 
-
-@contextmanager
-def opened(
-    checkpoint_dir: Path, device: torch.device, dtype: str | None, offload: bool | None
-) -> Iterator[ExecutorBackend]:
-    """Load a checkpoint; as rank 0 of several processes, wait for the others first.
-
-    Raises:
-        PhiregError: as :func:`phireg.executor.load`.
-    """
-    led = process_rank()[1] > 1
-    if led:
-        _join(device)
-    backend = ExecutorBackend(load(checkpoint_dir, device, dtype, offload, led), led=led)
-    try:
-        yield backend
-    finally:
-        backend.close()
-
-
-def follow(
-    checkpoint_dir: Path, device: torch.device, dtype: str | None, offload: bool | None
-) -> None:
-    """Do as rank 0 says, until it says to end or is gone.
-
-    Raises:
-        PhiregError: this rank's file is not what it must be.
-    """
-    try:
-        _join(device)
-        model = load(checkpoint_dir, device, dtype, offload, distributed=True)
-        while (request := _receive()) is not None:
-            prompts, count = request["prompts"], request["max_new_tokens"]
-            keys = ("temperature", "top_k", "top_p", "seed")
-            sampling = Sampling(**{key: request[key] for key in keys})
-            for _ in stream(model, prompts, count, request["stop_ids"], sampling):
-                pass
-    except RuntimeError as error:
-        if not _parted(error):  # whoever left has said why
+    @contextmanager
+    def _together(self, request: dict[str, Any]) -> Iterator[None]:
+        """Have the other processes do the same as this one does inside."""
+        if self.led:
+            _send(request)
+        self._busy = True
+        try:
+            yield
+        except RuntimeError as error:
+            if _parted(error):
+                raise PhiregError("the process of another rank has ended") from None
             raise
-    else:
-        dist.destroy_process_group()
+        self._busy = False
+
+    def _check(self, prompt: list[int], continuation: list[int]) -> None:
+        vocab_size = self.model.blueprint.vocab_size
+        limit = self.model.blueprint.max_position_embeddings
+        count = len(prompt) + len(continuation)
+        if not prompt or not continuation:
+            raise UsageError("a prompt or its continuation has no tokens")
+        if count > limit:
+            raise UsageError(
+                f"a prompt and its continuation have {count} tokens together, and the model "
+                f"{limit} positions",
+                hint="shorten one of them.",
+            )
+        wrong = next((t for t in prompt + continuation if not 0 <= t < vocab_size), None)
+        if wrong is not None:
+            raise UsageError(
+                f"token {wrong} is outside the model's vocabulary of {vocab_size}",
+                hint="is this the model's own tokenizer?",
+            )
+
+
+def _mean_nll(model: Executor, prompt: list[int], continuation: list[int]) -> float:
+    ids = torch.tensor([prompt + continuation], device=model.device)
+    logits = model(ids[:, :-1])[0, len(prompt) - 1 :]
+    return float(functional.cross_entropy(logits, ids[0, len(prompt) :]))
 
 
 def _join(device: torch.device) -> None:

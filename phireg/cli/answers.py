@@ -15,7 +15,7 @@ from phireg.cli.text import emit, mute_stdout, printable
 from phireg.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from phireg.backends.executor import ExecutorBackend
+    from phireg.backends import Backend
     from phireg.executor import Blueprint, Sampling
     from phireg.text.prompts import Prompt
     from phireg.text.tokenizer import Tokenizer
@@ -178,7 +178,7 @@ def new_tokens(job: Job, inputs: Sequence[Sequence[int]]) -> int:
 
 
 def batches(
-    backend: ExecutorBackend, job: Job, inputs: Sequence[Sequence[int]], size: int
+    backend: Backend, job: Job, inputs: Sequence[Sequence[int]], size: int
 ) -> Iterator[tuple[list[Answer], Timing]]:
     """Continue all prompts, ``size`` at a time."""
     for number, start in enumerate(range(0, len(inputs), size)):
@@ -203,22 +203,22 @@ def show_answer(job: Job, number: str, prompt: Prompt, answer: Answer) -> None:
 
 def document(
     job: Job,
-    backend: ExecutorBackend,
+    backend: Backend,
     prompts: Sequence[Prompt],
     inputs: Sequence[Sequence[int]],
     results: Sequence[tuple[list[Answer], Timing]],
     load_seconds: float,
 ) -> dict[str, Any]:
     """What ``--json`` prints; docs/command-line.md describes it."""
-    model, tokenizer = backend.model, job.tokenizer
+    tokenizer = job.tokenizer
     answers = [(number, answer) for number, (rows, _) in enumerate(results) for answer in rows]
     return {
         "checkpoint_dir": str(job.directory),
-        "backend": "executor",
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "backend": backend.name,
+        "device": backend.device,
+        "dtype": backend.dtype,
         "tp_size": job.blueprint.tp_size,
-        "processes": job.blueprint.tp_size if backend.led else 1,
+        "processes": backend.processes,
         "sampling": {
             key: getattr(job.sampling, key) for key in ("temperature", "top_k", "top_p", "seed")
         },

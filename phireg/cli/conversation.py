@@ -16,7 +16,7 @@ from phireg.cli.answers import Timing, note, show_stream, timed
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
-    from phireg.backends.executor import ExecutorBackend
+    from phireg.backends import Backend
     from phireg.executor import Sampling
     from phireg.text.tokenizer import Tokenizer
 
@@ -46,7 +46,7 @@ class Chat:
     sampling: Sampling
     messages: list[Message]
 
-    def hold(self, backend: ExecutorBackend) -> None:
+    def hold(self, backend: Backend) -> None:
         """Answer lines of standard input until it ends or says ``/exit``."""
         note(f"{EXIT} or Ctrl-D leaves, Ctrl-C stops an answer")
         while True:
@@ -69,7 +69,7 @@ class Chat:
             if line.strip():
                 self._turn(backend, line)
 
-    def _turn(self, backend: ExecutorBackend, line: str) -> None:
+    def _turn(self, backend: Backend, line: str) -> None:
         self.messages.append({"role": "user", "content": line})
         try:
             prompt, count = self._prompt()
@@ -80,7 +80,7 @@ class Chat:
         timing = Timing()
         steps = timed(backend.stream([prompt], count, self.stops, self.sampling), timing)
         # With other processes Ctrl-C goes to all of them and ends the chat.
-        if backend.led:
+        if backend.processes > 1:
             answer = show_stream(steps, self.tokenizer, self.stops)
         else:
             with _interruptible() as interrupted:

@@ -30,6 +30,7 @@ from phireg.cli.text import emit_json
 from phireg.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
+    from phireg.backends import Options
     from phireg.executor import Blueprint, Sampling
     from phireg.text.prompts import Prompt
 
@@ -96,25 +97,27 @@ def command(checkpoint_dir: str, tp: int | None, device: str, **options: Any) ->
     Without --prompt, --input-file and --chat, standard input is the prompt. All ranks run in this
     process, unless it is one of several: torchrun --nproc-per-node N -m phireg run CKPT ...
     """
-    from phireg.backends.executor import follow, pick_device, process_rank
+    from phireg.backends import Options, follow, process_rank
+    from phireg.backends.device import pick_device
 
     directory = Path(checkpoint_dir)
-    rank, processes = process_rank()
+    how = Options(device, _dtype(options["dtype"]), options["offload"])
+    rank, processes = process_rank("executor")
     if rank > 0:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        follow(directory, pick_device(device), _dtype(options["dtype"]), options["offload"])
+        follow("executor", directory, how)
         return
     blueprint = _blueprint(directory)
     _check_processes(directory, blueprint, tp, processes)
     _check_options(**options)
-    where = pick_device(device)
+    pick_device(device)
     if tp and tp > processes:
         from phireg.backends.launch import run_processes
 
         raise click.exceptions.Exit(run_processes(tp, sys.argv[1:]))
     try:
-        _run(directory, blueprint, device=where, **options)
+        _run(directory, blueprint, how=how, **options)
     except KeyboardInterrupt as interrupt:
         raise stopped(interrupt, "the text is not complete") from None
 
@@ -218,9 +221,7 @@ def _run(
     directory: Path,
     blueprint: Blueprint,
     *,
-    device: Any,
-    dtype: str,
-    offload: bool | None,
+    how: Options,
     chat: bool,
     system: str | None,
     texts: Sequence[str],
@@ -229,19 +230,20 @@ def _run(
     tokenizer_dir: str | None,
     max_new_tokens: int | None,
     as_json: bool,
+    dtype: str,
+    offload: bool | None,
     **sampling: Any,
 ) -> None:
-    from phireg.backends.executor import opened
+    from phireg.backends import open_backend
     from phireg.text.stops import stop_ids
     from phireg.text.tokenizer import find_tokenizer
 
     tokenizer = find_tokenizer(directory, Path(tokenizer_dir) if tokenizer_dir else None)
     stops = stop_ids(directory, tokenizer)
     job = Job(directory, blueprint, tokenizer, stops, _sampling(**sampling), max_new_tokens)
-    weights = (directory, device, _dtype(dtype), offload)
     if chat:
         conversation = _conversation(job, system)
-        with opened(*weights) as backend:
+        with open_backend("executor", directory, how) as backend:
             conversation.hold(backend)
         return
     prompts = _prompts(texts, input_file)
@@ -249,7 +251,7 @@ def _run(
     for prompt, ids in zip(prompts, inputs, strict=True):
         check_input(prompt.where, ids, job)
     started = time.monotonic()
-    with opened(*weights) as backend:
+    with open_backend("executor", directory, how) as backend:
         loaded = time.monotonic() - started
         if as_json:
             results = list(batches(backend, job, inputs, batch_size))

@@ -45,7 +45,7 @@ def test_small_begins_with_its_first_token(made, run):
 
 def test_the_end_of_the_turn_stops_whatever_generation_config_says():
     class Backend:
-        led = False
+        processes = 1
 
         def stream(self, prompts, count, stops, sampling):
             self.asked = prompts, count, stops, sampling.seed
@@ -77,7 +77,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch):
     turns = []
 
     class Backend:
-        led = False
+        processes = 1
 
         def stream(self, prompts, count, stops, sampling):
             turns.append(prompts)
