@@ -14,13 +14,18 @@ class QuantRules:
     Attributes:
         linears: target modules the scheme quantizes; everything else stays in the checkpoint's
             dtype.
+        kv_caches: target attention modules that hold a KV cache, one per layer and in the order of
+            the layers.
         exclude_modules: patterns TensorRT-LLM's reader must leave alone. A list given to the
             reader replaces its own defaults, so it must name the embedding as well as the head:
             with ``lm_head`` alone, weight-only readers would also quantize the embedding.
         postprocess: modules that an exporter may have written in the source's row order, as rules
             from such a checkpoint to a right one (target and source are both checkpoint names).
+        notes: what a user of the scheme should know about it, a sentence each.
     """
 
     linears: tuple[str, ...]
+    kv_caches: tuple[str, ...] = ()
     exclude_modules: tuple[str, ...] = ("lm_head", "*vocab_embedding")
     postprocess: Rules = field(default_factory=Rules)
+    notes: tuple[str, ...] = ()

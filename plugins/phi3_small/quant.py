@@ -21,6 +21,7 @@ def phireg_quant_rules(config: Mapping[str, Any]) -> QuantRules:
     qkv = [f"{layer}.attention.qkv" for layer in layers]
     return QuantRules(
         linears=tuple(f"{layer}.{name}" for layer in layers for name in LINEARS),
+        kv_caches=tuple(f"{layer}.attention" for layer in layers),
         postprocess=Rules(
             *(
                 Linear(name, grouped_qkv(name, config), config["hidden_size"], COLUMN, bias=True)
