@@ -69,11 +69,17 @@ RULES = {
     "phireg.backends": Rule(("phireg.executor", ERRORS, "torch")),
     "phireg.jobs": Rule(("phireg",), lazily=("torch",), never=("phireg.cli",)),
     "phireg.demo": Rule(("phireg",), lazily=("torch",), never=("phireg.cli", "phireg_plugins")),
+    "phireg.scaffold": Rule(
+        (*DESCRIBE, "phireg.family", "phireg.registry", "phireg.runner.directory")
+    ),
     "phireg.testing": Rule(
         ("phireg", "numpy"), lazily=("torch", "transformers", "safetensors"), never=("phireg.cli",)
     ),
     "phireg.verify": Rule(
         ("phireg", "numpy", "torch"), ("transformers",), never=("phireg.cli", "phireg_plugins")
+    ),
+    "phireg.summarize": Rule(
+        ("phireg", "numpy"), lazily=("rouge_score",), never=("phireg.cli", "phireg_plugins")
     ),
     "phireg.cli": Rule(
         (ERRORS, FINDINGS, "phireg.plan.report", "click"),

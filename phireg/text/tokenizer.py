@@ -32,9 +32,17 @@ class Tokenizer:
         self._inner = inner
         self.eos_id: int | None = inner.eos_token_id
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens that the model's prompts begin with."""
-        return list(self._inner(text)["input_ids"])
+    def encode(self, text: str, max_length: int | None = None) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the model's prompts begin with.
+
+        Args:
+            text: the prompt.
+            max_length: tokens at most, special ones included; the text's beginning is cut off.
+        """
+        if max_length is None:
+            return list(self._inner(text)["input_ids"])
+        self._inner.truncation_side = "left"
+        return list(self._inner(text, truncation=True, max_length=max_length)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids without special tokens, and without any cosmetics."""
