@@ -11,7 +11,7 @@ from phireg.cli.failures import reported
 
 
 class LazyGroup(click.Group):
-    """A group with the command ``NAME`` in ``phireg.cli.NAME:command``.
+    """A group with the command ``NAME`` in ``phireg.cli.NAME:command``, hyphens as underscores.
 
     Args:
         commands_in_order: the names, in the order help shows them.
@@ -31,7 +31,8 @@ class LazyGroup(click.Group):
         """Import a command."""
         if cmd_name not in self.commands_in_order:
             return None
-        command: click.Command = import_module(f"phireg.cli.{cmd_name}").command
+        module = import_module(f"phireg.cli.{cmd_name.replace('-', '_')}")
+        command: click.Command = module.command
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -1,0 +1,1 @@
+"""A new plugin package: what ``phireg new-plugin`` writes."""
