@@ -34,6 +34,7 @@ Exit codes:
         "run",
         "families",
         "plugins",
+        "new-plugin",
     ),
     epilog=EXIT_CODES,
     context_settings={

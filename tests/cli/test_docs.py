@@ -13,7 +13,7 @@ from phireg.cli import app
 ROOT = Path(__file__).parents[2]
 
 TEXT = (ROOT / "docs" / "command-line.md").read_text()
-SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
+SECTIONS = dict(re.findall(r"^## ([\w-]+)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
 
 
 @pytest.mark.parametrize("name", app.commands_in_order)
