@@ -62,3 +62,9 @@ class OutputError(PhiregError):
     """The output cannot be written: it exists, the disk is full, another run holds it."""
 
     exit_code = 6
+
+
+class EngineError(PhiregError):
+    """TensorRT-LLM is missing, is a release without engine backend, or failed."""
+
+    exit_code = 7

@@ -14,11 +14,12 @@ from phireg.cli.group import LazyGroup
 EXIT_CODES = """
 \b
 Exit codes:
-  0  done                             5    a plugin is missing or broken
-  1  a defect in phireg               6    the output cannot be written
+  0  done                             6    the output cannot be written
+  1  a defect in phireg               7    TensorRT-LLM is missing or failed
   2  wrong usage                      130  interrupted (Ctrl-C)
   3  source or plan refused           141  standard output was closed
   4  a checkpoint differs             143  terminated
+  5  a plugin is missing or broken
 """
 
 
