@@ -78,6 +78,7 @@ RULES = {
     "phireg.verify": Rule(
         ("phireg", "numpy", "torch"), ("transformers",), never=("phireg.cli", "phireg_plugins")
     ),
+    "phireg.trtllm": Rule((CHECKPOINT, ERRORS, "packaging")),
     "phireg.summarize": Rule(
         ("phireg", "numpy"), lazily=("rouge_score",), never=("phireg.cli", "phireg_plugins")
     ),

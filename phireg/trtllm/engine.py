@@ -1,0 +1,147 @@
+"""A built engine: what its files say, without TensorRT-LLM.
+
+TensorRT-LLM's builder writes ``config.json`` with ``version``, ``pretrained_config`` (the
+checkpoint's config) and ``build_config``, and ``rank{r}.engine`` for every rank. ``phireg build``
+adds ``phireg-build.json``, which holds among others the options that became run-time options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from phireg.checkpoint.jsonfile import read_json_object
+from phireg.errors import SourceError
+
+BUILD_FILE = "phireg-build.json"
+FP32_ACCUMULATION = "enable_context_fmha_fp32_acc"
+"""A run option: accumulate in float32 in the fused attention of the context phase."""
+
+_MOST_RANKS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What an engine directory holds.
+
+    Attributes:
+        directory: where it is.
+        version: the TensorRT-LLM release that built it and can run it, e.g. "0.17.0.post1".
+        architecture: e.g. "Phi3ForCausalLM".
+        dtype: of the checkpoint, e.g. "float16".
+        vocab_size: token ids are below this.
+        tp_size: tensor-parallel ranks.
+        world_size: rank engines.
+        max_batch_size: rows of a batch at most.
+        max_input_len: tokens of a prompt at most, as it was asked for.
+        max_seq_len: tokens of prompt and continuation together at most.
+        max_beam_width: beams at most.
+        gathers_logits: whether it can give the logits of the prompt's tokens.
+        run_options: what ``phireg build`` was asked for and the runtime has to be told, by the
+            names of TensorRT-LLM's runners (``enable_context_fmha_fp32_acc``: bool).
+        pretrained_config: the checkpoint's config.
+        build_config: the builder's options.
+    """
+
+    directory: Path
+    version: str
+    architecture: str
+    dtype: str
+    vocab_size: int
+    tp_size: int
+    world_size: int
+    max_batch_size: int
+    max_input_len: int
+    max_seq_len: int
+    max_beam_width: int
+    gathers_logits: bool
+    run_options: Mapping[str, Any] = field(default_factory=dict)
+    pretrained_config: Mapping[str, Any] = field(default_factory=dict)
+    build_config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def is_engine_dir(path: str | Path) -> bool:
+    """Whether a directory is, or was meant to be, an engine: for choosing a backend."""
+    try:
+        config = read_json_object(Path(path) / "config.json")
+    except SourceError:
+        return False
+    return _is_engine_config(config)
+
+
+def _is_engine_config(config: Mapping[str, Any]) -> bool:
+    return all(isinstance(config.get(key), dict) for key in ("pretrained_config", "build_config"))
+
+
+def read_engine(directory: str | Path) -> Engine:
+    """Read an engine's config and look for its rank files.
+
+    Raises:
+        SourceError: it is not a complete engine.
+    """
+    place = Path(directory)
+    path = place / "config.json"
+    config = read_json_object(path)
+    if not _is_engine_config(config):
+        raise SourceError(
+            f"{place} is not a TensorRT-LLM engine: its config.json has no 'pretrained_config' "
+            "and 'build_config'",
+            hint="an engine is made from a checkpoint by phireg build.",
+        )
+    pretrained, build = config["pretrained_config"], config["build_config"]
+    mapping = pretrained.get("mapping")
+    ranks = mapping if isinstance(mapping, dict) else {}
+    world_size = _count(ranks, "world_size", path, 1)
+    if world_size > _MOST_RANKS:
+        raise SourceError(f"{path}: mapping.world_size is {world_size}")
+    for rank in range(world_size):
+        if not (place / f"rank{rank}.engine").is_file():
+            raise SourceError(f"{place} has no rank{rank}.engine; it is made for {world_size}")
+    max_input_len = _count(build, "max_input_len", path)
+    whole = build
+    if "max_seq_len" not in build:  # before 0.11 the new tokens were limited, not the sum
+        whole = {"max_seq_len": max_input_len + _count(build, "max_output_len", path)}
+    return Engine(
+        directory=place,
+        version=_text(config, "version", path),
+        architecture=_text(pretrained, "architecture", path),
+        dtype=_text(pretrained, "dtype", path),
+        vocab_size=_count(pretrained, "vocab_size", path),
+        tp_size=_count(ranks, "tp_size", path, 1),
+        world_size=world_size,
+        max_batch_size=_count(build, "max_batch_size", path),
+        max_input_len=max_input_len,
+        max_seq_len=_count(whole, "max_seq_len", path),
+        max_beam_width=_count(build, "max_beam_width", path, 1),
+        gathers_logits=build.get("gather_context_logits") is True,
+        run_options=_run_options(place / BUILD_FILE),
+        pretrained_config=pretrained,
+        build_config=build,
+    )
+
+
+def _text(config: Mapping[str, Any], key: str, path: Path) -> str:
+    value = config.get(key)
+    if not isinstance(value, str):
+        raise SourceError(f"{path}: {key} is {value!r}, not a text")
+    return value
+
+
+def _count(config: Mapping[str, Any], key: str, path: Path, missing: int | None = None) -> int:
+    value = config.get(key)
+    if value is None and missing is not None:
+        return missing
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise SourceError(f"{path}: {key} is {value!r}, not a number of 1 or more")
+    return value
+
+
+def _run_options(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}  # built by trtllm-build alone
+    found = read_json_object(path).get("run_options")
+    if not isinstance(found, dict):
+        raise SourceError(f"{path}: run_options is not an object")
+    return found
