@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from phireg.family import Family
 
-_LAYERS, _HEADS, _KV_HEADS, _HEAD_SIZE, _INNER, _VOCAB, _POSITIONS = 2, 8, 2, 16, 96, 97, 128
+_HEADS, _KV_HEADS, _HEAD_SIZE = 8, 2, 16
+_SIZES = {
+    "hidden_size": _HEADS * _HEAD_SIZE,
+    "num_hidden_layers": 2,
+    "num_attention_heads": _HEADS,
+    "vocab_size": 97,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+_INNER = 200
+# Values that differ from every default: a table that forgets one of these keys is noticed.
+_TELLING = {"rope_theta": 5000.0, "rope_embedding_base": 5000, "rms_norm_eps": 1e-4}
 
 
 def tiny_config(family: Family) -> dict[str, Any]:
     """The config of the family's first published model with small, awkward sizes.
 
-    Heads share KV heads if those of the published model do, and the vocabulary is odd. A family
-    without published models gets the keys that transformers' configs have in common.
+    The vocabulary is odd, the intermediate size no multiple of the hidden size, and heads share KV
+    heads if those of the published model do. A family without published models gets the keys that
+    transformers' configs have in common.
     """
-    published: Mapping[str, Any] = family.published[0].config if family.published else {}
-    heads, kv_heads = published.get("num_attention_heads"), published.get("num_key_value_heads")
-    sizes = {
-        "hidden_size": _HEADS * _HEAD_SIZE,
-        "num_hidden_layers": _LAYERS,
-        "num_attention_heads": _HEADS,
-        "num_key_value_heads": _HEADS if kv_heads == heads else _KV_HEADS,
-        "vocab_size": _VOCAB,
-        "max_position_embeddings": _POSITIONS,
-    }
-    inner = [key for key in published if key.endswith("intermediate_size")]
-    sizes |= dict.fromkeys(inner or ["intermediate_size"], _INNER)
-    named: dict[str, Any] = {
+    config: dict[str, Any] = {
         "architectures": list(family.architectures[:1]),
         "model_type": family.model_types[0],
     }
-    return {**named, **published, **sizes}
+    if family.published:
+        config |= family.published[0].config
+        config.pop("torch_dtype", None)
+    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    inner = [key for key in config if key.endswith("intermediate_size")] or ["intermediate_size"]
+    return {
+        **config,
+        **_SIZES,
+        "num_key_value_heads": _HEADS if kv_heads == heads else _KV_HEADS,
+        **dict.fromkeys(inner, _INNER),
+        **{key: value for key, value in _TELLING.items() if key in config},
+    }
