@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from phireg.backends import device as devices
+from phireg.backends.checks import check_beams, check_continuations
 from phireg.backends.protocol import Description, Options
 from phireg.errors import PhiregError, UsageError
-from phireg.executor import Executor, Sampling, read_blueprint, stream
+from phireg.executor import Blueprint, Executor, Sampling, read_blueprint, stream
 from phireg.executor import load as load_checkpoint
 
 # A chat may leave the other ranks waiting for its next line for as long as it likes.
@@ -26,8 +27,11 @@ _PATIENCE = timedelta(days=30)
 
 def describe(place: Path, options: Options) -> Description:
     """See :class:`phireg.backends.protocol.Opener`."""
-    blueprint = read_blueprint(place)
     devices.pick_device(options.device)
+    return _description(read_blueprint(place))
+
+
+def _description(blueprint: Blueprint) -> Description:
     ranks = blueprint.tp_size
     return Description(
         vocab_size=blueprint.vocab_size,
@@ -117,6 +121,7 @@ class ExecutorBackend:
     def __init__(self, model: Executor, *, led: bool = False) -> None:
         self.model = model
         self.led = led
+        self.description = _description(model.blueprint)
         self.device = str(model.device)
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.processes = model.blueprint.tp_size if led else 1
@@ -135,11 +140,7 @@ class ExecutorBackend:
         Raises:
             UsageError: more than one beam; or as :func:`phireg.executor.stream`.
         """
-        if num_beams != 1:
-            raise UsageError(
-                f"the executor has no beam search, so {num_beams} beams are not possible",
-                hint="use one beam, or --backend hf or tensorrt-llm.",
-            )
+        check_beams(self.description, num_beams, sampling)
         rows: list[list[int]] = [[] for _ in prompts]
         for tokens in self.stream(prompts, max_new_tokens, stop_ids, sampling):
             for row, token in zip(rows, tokens, strict=True):
@@ -176,12 +177,9 @@ class ExecutorBackend:
         """See :class:`phireg.backends.protocol.Backend`.
 
         Raises:
-            UsageError: a prompt or a continuation has no tokens, one outside the vocabulary, or
-                more than there are positions.
+            UsageError: the model cannot take a prompt with its continuation.
         """
-        rows = [(list(p), list(c)) for p, c in zip(prompts, continuations, strict=True)]
-        for prompt, continuation in rows:
-            self._check(prompt, continuation)
+        rows = check_continuations(self.description, prompts, continuations)
         with self._together({"rows": rows}):
             return [_mean_nll(self.model, *row) for row in rows]
 
@@ -209,25 +207,6 @@ class ExecutorBackend:
                 raise PhiregError("the process of another rank has ended") from None
             raise
         self._busy = False
-
-    def _check(self, prompt: list[int], continuation: list[int]) -> None:
-        vocab_size = self.model.blueprint.vocab_size
-        limit = self.model.blueprint.max_position_embeddings
-        count = len(prompt) + len(continuation)
-        if not prompt or not continuation:
-            raise UsageError("a prompt or its continuation has no tokens")
-        if count > limit:
-            raise UsageError(
-                f"a prompt and its continuation have {count} tokens together, and the model "
-                f"{limit} positions",
-                hint="shorten one of them.",
-            )
-        wrong = next((t for t in prompt + continuation if not 0 <= t < vocab_size), None)
-        if wrong is not None:
-            raise UsageError(
-                f"token {wrong} is outside the model's vocabulary of {vocab_size}",
-                hint="is this the model's own tokenizer?",
-            )
 
 
 def _mean_nll(model: Executor, prompt: list[int], continuation: list[int]) -> float:

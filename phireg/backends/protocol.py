@@ -24,6 +24,16 @@ BACKENDS: dict[str, str] = {
 }
 """Module by name; imported when it is asked for."""
 
+DTYPES = {
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "float32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "fp32": "float32",
+}
+"""What users call a dtype; the short names are those of TensorRT-LLM's summarize.py."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -119,7 +129,7 @@ class Backend(Protocol):
         With several processes, it must be taken to its end.
 
         Yields:
-            Each row's next token, or None where the row has ended.
+            Each row's next token, or None where there is none: the row has ended, or is behind.
         """
 
     def mean_nll(

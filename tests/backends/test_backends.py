@@ -1,0 +1,199 @@
+"""Backends against each other, and against a loop over the source model."""
+
+import math
+import types
+
+import pytest
+import torch
+from run.tiny import SOURCES
+
+from phireg import backends
+from phireg.backends import Description, Options, describe, open_backend
+from phireg.backends.device import measure_memory, peak_memory
+from phireg.errors import CheckError, SourceError, UsageError
+from phireg.executor import Sampling
+
+GREEDY = Sampling()
+FLOAT = Options("cpu", "float32")
+PROMPTS = [[5, 6, 7, 70, 71], [9], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50]]
+
+
+def by_loop(model, prompt, count, stops=()):
+    """Greedy new tokens of one prompt, each from a forward pass over all that came before."""
+    ids = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits
+        token = int(logits[0, -1].argmax())
+        if token in stops:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+def nll_by_loop(model, prompt, continuation):
+    total = 0.0
+    for n, token in enumerate(continuation):
+        with torch.no_grad():
+            ids = torch.tensor([[*prompt, *continuation[:n]]])
+            logits = model(input_ids=ids, use_cache=False).logits[0, -1].double()
+        total -= math.log(float(logits.softmax(-1)[token]))
+    return total / len(continuation)
+
+
+@pytest.mark.parametrize("family", SOURCES)
+@pytest.mark.parametrize("name", ["executor", "hf"])
+def test_greedy_and_likelihood_are_the_source_models(name, family, pair):
+    model, source, checkpoint = pair(family, tp_size=1 if family == "phi2" else 2)
+    wanted = [by_loop(model, prompt, 9) for prompt in PROMPTS]
+    stop = wanted[2][4]
+    stopped = [by_loop(model, prompt, 9, {stop}) for prompt in PROMPTS]
+    assert stopped != wanted
+    with open_backend(name, checkpoint if name == "executor" else source, FLOAT) as backend:
+        assert (backend.name, backend.device, backend.dtype) == (name, "cpu", "float32")
+        assert backend.processes == 1
+        assert backend.generate(PROMPTS, 9, (), GREEDY) == wanted
+        assert backend.generate(PROMPTS, 9, {stop, 300}, GREEDY) == stopped
+        assert backend.generate(PROMPTS[:1], 9, (), GREEDY, 1) == wanted[:1]
+        steps = list(backend.stream(PROMPTS, 9, {stop}, GREEDY))
+        for row, tokens in enumerate(stopped):
+            found = [step[row] for step in steps if step[row] is not None]
+            assert found == tokens + [stop] * (len(tokens) < 9)
+        found = backend.mean_nll(PROMPTS, [[3], [7, 8, 9, 10], [11, 12]])
+        pairs = zip(PROMPTS, ([3], [7, 8, 9, 10], [11, 12]), strict=True)
+        assert found == pytest.approx([nll_by_loop(model, *one) for one in pairs], rel=1e-5)
+        assert backend.peak_memory() > 2**20
+
+
+def test_beams_are_the_most_likely_of_all_texts(pair):
+    """With as many beams as there are tokens, two steps of beams see every text of two tokens."""
+    model, source, _ = pair("phi3")
+    prompt = PROMPTS[0]
+    with torch.no_grad():
+        first = model(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        count = len(first)
+        ids = torch.tensor([[*prompt, token] for token in range(count)])
+        second = model(input_ids=ids).logits[:, -1].log_softmax(-1)
+    best = int((first[:, None] + second).argmax())
+    with open_backend("hf", source, FLOAT) as backend:
+        assert backend.generate([prompt], 2, (), GREEDY, count) == [[*divmod(best, count)]]
+        with pytest.raises(UsageError, match="searched, not drawn"):
+            backend.generate([prompt], 2, (), Sampling(1.0), 2)
+
+
+def test_hf_draws_by_seed_and_leaves_the_generator_alone(pair):
+    _, source, _ = pair("phi3")
+    before = torch.get_rng_state()
+    with open_backend("hf", source, FLOAT) as backend:
+        hot = [backend.generate([[5, 6]], 12, (), Sampling(1.5, seed=n)) for n in (1, 1, 2)]
+        assert hot[0] == hot[1] != hot[2]
+        steps = list(backend.stream([[5, 6]], 12, (), Sampling(1.5, seed=1)))
+        assert [token for (token,) in steps] == hot[0][0]
+        greedy = backend.generate([[5, 6]], 12, (), GREEDY)
+        assert backend.generate([[5, 6]], 12, (), Sampling(1.5, top_k=1)) == greedy
+        assert backend.generate([[5, 6]], 12, (), Sampling(1.5, top_p=1e-9)) == greedy
+        some = iter(backend.stream([[5, 6]], 200, (), GREEDY))
+        assert [next(some)[0], next(some)[0]] == greedy[0][:2]
+        some.close()  # its thread ends with it
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_hf_reads_layer_by_layer_what_it_reads_at_once(pair):
+    model, source, _ = pair("phi3-small")
+    with open_backend("hf", source, Options("cpu", "float32", offload=True)) as backend:
+        wanted = [by_loop(model, prompt, 4) for prompt in PROMPTS]
+        assert backend.generate(PROMPTS, 4, (), GREEDY) == wanted
+
+
+def test_hf_keeps_the_models_dtype(pair):
+    _, source, _ = pair("phi2")
+    with open_backend("hf", source, Options("cpu")) as backend:
+        assert backend.dtype == "float32"
+    with open_backend("hf", source, Options("cpu", "bfloat16")) as backend:
+        assert backend.model.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["executor", "hf"])
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda b: b.generate([], 3, (), GREEDY), "nothing to continue"),
+        (lambda b: b.generate([[]], 3, (), GREEDY), "nothing to continue"),
+        (lambda b: b.generate([[1]], 0, (), GREEDY), "max_new_tokens is 0"),
+        (lambda b: b.generate([[1, 312]], 3, (), GREEDY), "token 312 is outside"),
+        (lambda b: b.generate([[1] * 250], 7, (), GREEDY), "256 positions"),
+        (lambda b: list(b.stream([[-1]], 3, (), GREEDY)), "token -1 is outside"),
+        (lambda b: b.generate([[1]], 3, (), GREEDY, 0), "num_beams is 0"),
+        (lambda b: b.mean_nll([[1]], [[]]), "has no tokens"),
+        (lambda b: b.mean_nll([[1] * 200], [[1] * 57]), "257 tokens together"),
+        (lambda b: b.mean_nll([[1]], [[999]]), "token 999 is outside"),
+    ],
+)
+def test_what_both_refuse(name, call, says, pair):
+    _, source, checkpoint = pair("phi3")
+    with open_backend(name, checkpoint if name == "executor" else source, FLOAT) as backend:
+        with pytest.raises(UsageError, match=says):
+            call(backend)
+        assert len(backend.generate([[1, 2]], 2, (), GREEDY)[0]) == 2  # and goes on
+
+
+def test_the_executor_names_who_has_beams(pair):
+    with (
+        open_backend("executor", pair("phi3")[2], FLOAT) as backend,
+        pytest.raises(UsageError, match=r"(?s)no beam search.*hf or tensorrt-llm"),
+    ):
+        backend.generate([[1]], 2, (), GREEDY, 3)
+
+
+def test_what_is_no_place(pair, tmp_path):
+    _, source, checkpoint = pair("phi3")
+    with pytest.raises(CheckError, match="runs the source model"):
+        describe("hf", checkpoint)
+    with pytest.raises(CheckError):
+        describe("executor", source)
+    with pytest.raises(SourceError, match="no such directory"):
+        describe("hf", tmp_path / "no")
+    with pytest.raises(UsageError, match=r"(?s)unknown backend 'vllm'.*executor, tensorrt-llm, hf"):
+        describe("vllm", source)
+
+
+def test_descriptions(pair):
+    _, source, checkpoint = pair("phi3", tp_size=2)
+    found = describe("executor", checkpoint)
+    assert (found.vocab_size, found.positions, found.processes) == (312, 256, (1, 2))
+    assert found.start == "torchrun --nproc-per-node 2 -m"
+    assert describe("hf", source) == Description(312, 256)
+
+
+def test_a_fourth_backend_is_one_module(monkeypatch):
+    class Parrot:
+        name, device, dtype, processes = "parrot", "cpu", "none", 1
+
+        def generate(self, prompts, max_new_tokens, stop_ids, sampling, num_beams=1):
+            return [list(prompt)[:max_new_tokens] for prompt in prompts]
+
+        def close(self):
+            self.closed = True
+
+    bird = Parrot()
+    module = types.ModuleType("aviary")
+    module.describe = lambda place, options: Description(10, 20)
+    module.process_rank = lambda: (0, 1)
+    module.load = lambda place, options: bird
+    module.follow = lambda place, options: None
+    monkeypatch.setitem(__import__("sys").modules, "aviary", module)
+    monkeypatch.setitem(backends.BACKENDS, "parrot", "aviary")
+    assert describe("parrot", "cage").positions == 20
+    with open_backend("parrot", "cage") as backend:
+        assert backend.generate([[1, 2, 3]], 2, (), GREEDY) == [[1, 2]]
+    assert bird.closed
+
+
+def test_peak_memory_falls_when_it_is_measured_anew():
+    cpu = torch.device("cpu")
+    block = bytearray(b"x") * (64 << 20)
+    high = peak_memory(cpu)
+    del block
+    measure_memory(cpu)
+    assert high > 64 << 20
+    assert peak_memory(cpu) < high
