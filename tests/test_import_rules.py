@@ -66,14 +66,19 @@ RULES = {
         (CHECKPOINT, "phireg.registry", ERRORS),
         lazily=("transformers", "jinja2", "datasets", "pyarrow"),
     ),
-    "phireg.backends": Rule(("phireg.executor", ERRORS, "torch")),
+    "phireg.backends": Rule(
+        ("phireg.executor", "phireg.trtllm", ERRORS, "torch"),
+        lazily=(CHECKPOINT, CONFIG, "phireg.reference", "phireg.registry", "transformers"),
+    ),
     "phireg.jobs": Rule(("phireg",), lazily=("torch",), never=("phireg.cli",)),
     "phireg.demo": Rule(("phireg",), lazily=("torch",), never=("phireg.cli", "phireg_plugins")),
     "phireg.scaffold": Rule(
         (*DESCRIBE, "phireg.family", "phireg.registry", "phireg.runner.directory")
     ),
     "phireg.testing": Rule(
-        ("phireg", "numpy"), lazily=("torch", "transformers", "safetensors"), never=("phireg.cli",)
+        ("phireg", "numpy", "torch", "pytest"),
+        lazily=("transformers", "safetensors"),
+        never=("phireg.cli",),
     ),
     "phireg.verify": Rule(
         ("phireg", "numpy", "torch"), ("transformers",), never=("phireg.cli", "phireg_plugins")

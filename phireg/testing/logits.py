@@ -1,0 +1,67 @@
+"""The logits check of a tiny model, with the rules that a difference comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from phireg.testing.model import TinyModel
+from phireg.testing.repair import Repairs
+from phireg.verify.compute import Computed
+from phireg.verify.measure_types import Place
+from phireg.verify.request import Request, Skipped
+from phireg.verify.result import Problem
+
+_EXPLAINED = 3
+
+
+def logits_problems(model: TinyModel, tp_size: int) -> str | None:
+    """What the executor computes differently from the source's own model; None if nothing.
+
+    Args:
+        model: the model; it has a plan at this size.
+        tp_size: number of ranks.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    planned = model.planned(tp_size)
+    directory = model.checkpoint(tp_size)
+    source = str(model.source_dir)
+    name = model.family.name
+    request = Request(directory, source, name, None, ("logits",), "cpu", "float32", None)
+    computed = Computed(request, planned.plan.config, planned, lambda check, more, total: None)
+    try:
+        summary, problems, _ = computed.logits()
+        if tp_size > 1 and not problems:
+            summary, problems, _ = computed.ranks()
+    except Skipped as reason:
+        return f"TP {tp_size}: the logits cannot be compared: {reason}"
+    if not problems:
+        return None
+    lines = [f"TP {tp_size}: the checkpoint of '{model.family.name}' is not its source: {summary}"]
+    lines += [f"  {problem}" for problem in problems[:8]]
+    wrong = _first_of_each_part(problems)
+    for place in wrong:
+        layer, part = place
+        lines.append(f"rules of {part if layer is None else f'layer {layer} {part}'}:")
+        lines.append(model.places.lines(model.places.part(layer, part)))
+    if wrong and computed.result is not None:
+        tokens = [prompt.tokens for prompt in computed.result.prompts]
+        reference = computed.reference(computed.blueprint(), torch.device("cpu"))
+        repairs = Repairs(model, reference, tuple(dict.fromkeys((tokens[0], tokens[-1]))))
+        found = [repairs.explain(place) for place in wrong[:_EXPLAINED]]
+        lines += [f"looks like:\n    {text}" for text in found if text]
+    if not wrong:
+        lines.append(
+            f"the rules are in {model.places.hook('phireg_weight_rules')}, "
+            f"the fields in {model.places.hook('phireg_config_fields')}"
+        )
+    return "\n".join(lines)
+
+
+def _first_of_each_part(problems: Iterable[Problem]) -> list[Place]:
+    first: dict[str, Place] = {}
+    for problem in problems:
+        if problem.part is not None and problem.part != "config":
+            first.setdefault(problem.part, (problem.layer, problem.part))
+    return list(first.values())
