@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,12 +16,12 @@ from phireg.executor.blueprint import parse_blueprint
 from phireg.executor.weights import Source, open_ranks
 from phireg.jobs import Planned
 from phireg.quant.schemes import WEIGHT_ONLY
+from phireg.reference.load import Reference, open_reference
 from phireg.verify.logits import compare_logits
 from phireg.verify.measure_types import LogitsResult, place_text, shown
 from phireg.verify.prompts import Prompts, choose_prompts
 from phireg.verify.ranks import compare_ranks
 from phireg.verify.recognise import place_of
-from phireg.verify.reference import Reference, load_reference
 from phireg.verify.request import Outcome, Progress, Request, Skipped
 from phireg.verify.result import Problem
 
@@ -62,8 +61,7 @@ class Computed:
         device = _device(self.request.device)
         try:
             blueprint = self.blueprint()
-            self.make_room(device)
-            reference = self.reference(blueprint, device)
+            reference, room = self.reference(blueprint, device)
             if problems := list(_sizes(blueprint, reference)):
                 return "the source's model has other sizes", problems, []
             executor, _ = self.open(device)
@@ -87,7 +85,7 @@ class Computed:
             f"{shown(max(prompt.relative for prompt in result.prompts))} "
             f"(tolerance {result.logits_tolerance:.0e}), top-1 {longest.top1:.1%}"
         )
-        notes = [*prompts.notes, *reference.notes, *masked, *self.notes]
+        notes = [*prompts.notes, *reference.notes, *room, *masked, *self.notes]
         return summary, list(_problems(result)), notes
 
     def ranks(self) -> Outcome:
@@ -145,31 +143,38 @@ class Computed:
         gpu = self.request.device.startswith("cuda")
         return choose_prompts(blueprint, self.request.max_tokens, gpu=gpu)
 
-    def reference(self, blueprint: Blueprint, device: torch.device) -> Reference:
-        """The source's own model."""
-        dtype: torch.dtype = getattr(torch, self.request.dtype)
+    def reference(self, blueprint: Blueprint, device: torch.device) -> tuple[Reference, list[str]]:
+        """The source's own model: in memory if it fits, else one layer at a time, with a note.
+
+        Raises:
+            Skipped: no class here reads it, or not even one layer fits.
+        """
         try:
-            return load_reference(
+            reference = open_reference(
                 self.planned.chosen.family,
-                self.planned.plan.source.directory,
-                weights=blueprint.dtype,
-                dtype=dtype,
+                self.planned.plan.source,
+                weights=getattr(torch, blueprint.dtype),
+                dtype=getattr(torch, self.request.dtype),
                 device=device,
             )
         except SourceError as error:
             raise Skipped(error.message) from error
-
-    def make_room(self, device: torch.device) -> None:
-        """See that the reference fits; the executor reads layer by layer where it must."""
-        tensors = self.planned.plan.source.tensors.values()
-        needed = sum(math.prod(tensor.shape) for tensor in tensors)
-        needed *= getattr(torch, self.request.dtype).itemsize
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
-        if needed > _MEMORY_SHARE * free:
-            raise Skipped(
-                f"the reference needs {needed / 1e9:.0f} GB of memory in {self.request.dtype} and "
-                f"{free / 1e9:.0f} GB are free: use --device cuda, --dtype or a larger machine"
-            )
+        needed, room = reference.nbytes, f"{free / 1e9:.2g} GB of memory are free on {device}"
+        if needed <= _MEMORY_SHARE * free:
+            reference.keep_all()
+            return reference, []
+        if reference.streamed_nbytes <= _MEMORY_SHARE * free:
+            reference.keep_ends()
+            return reference, [
+                f"the reference was read layer by layer: it needs {needed / 1e9:.2g} GB in "
+                f"{self.request.dtype} and {room}"
+            ]
+        raise Skipped(
+            f"the reference needs {reference.streamed_nbytes / 1e9:.2g} GB in "
+            f"{self.request.dtype} even layer by layer and {room}: use --device cuda, --dtype "
+            "or a larger machine"
+        )
 
 
 def refusals(error: CheckError) -> list[Problem]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from phireg.executor import Executor, blocks
 from phireg.executor.attend import prompt_attention
 from phireg.executor.blocks import Attend, Weights
+from phireg.reference.load import Reference
 from phireg.verify.measure import (
     TOLERANCES,
     divergence,
@@ -26,7 +27,6 @@ from phireg.verify.measure import (
 )
 from phireg.verify.measure_types import LogitsResult, Place, PromptResult
 from phireg.verify.prompts import Prompts, prompt_ids
-from phireg.verify.reference import Reference
 
 
 def compare_logits(

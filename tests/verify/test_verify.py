@@ -11,7 +11,7 @@ from verify_sources import FAMILIES, converted, copied, edit_config, source
 
 from phireg import jobs
 from phireg.errors import SourceError, UsageError
-from phireg.executor import attend, load
+from phireg.executor import Executor, attend, load
 from phireg.executor.blueprint import read_blueprint
 from phireg.verify.measure import divergence, token_errors, top1
 from phireg.verify.merge import merge
@@ -215,11 +215,46 @@ def test_a_checkpoint_of_another_model(tmp_path):
 def test_what_no_class_can_load_is_skipped_and_said(tmp_path, monkeypatch):
     broken = shutil.copytree(source("phi2"), tmp_path / "source")
     directory = converted("phi2")
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", None)
     found = jobs.verify(directory, broken)
     assert verdicts(found)["logits"] == "skipped"
     assert "the reference model cannot be loaded" in found.check("logits").summary
     assert found.unchecked == ("logits",)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_sides_layer_by_layer_where_memory_is_short(family, monkeypatch):
+    """A machine with room for two of three layers: the same numbers, and a note."""
+    model = FAMILIES[family]()
+    layer = sum(p.numel() * 4 for p in model.model.layers[0].parameters())
+    whole = sum(p.numel() * 4 for p in model.parameters())
+    asked = {"checks": ("logits", "ranks"), "dtype": "float32"}
+    pair = converted(family, 2, "bfloat16"), source(family, "bfloat16")
+    wanted = jobs.verify(*pair, **asked)
+    assert not any("layer by layer" in note for note in wanted.check("logits").notes)
+
+    made = []
+    init = Executor.__init__
+
+    def watched(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(Executor, "__init__", watched)
+    for module in ("phireg.verify.compute", "phireg.executor.model"):
+        monkeypatch.setattr(f"{module}._free_memory", lambda: int((whole - layer) / 0.8))
+    found = jobs.verify(*pair, **asked)
+    assert made
+    assert made[0].offload
+    assert verdicts(found) == {"logits": "passed", "ranks": "passed"}
+    assert found.logits == wanted.logits
+    (note,) = [note for note in found.check("logits").notes if "layer by layer" in note]
+    assert "float32" in note
+
+    monkeypatch.setattr("phireg.verify.compute._free_memory", lambda: layer)
+    found = jobs.verify(*pair, **asked)
+    assert verdicts(found)["logits"] == "skipped"
+    assert "even layer by layer" in found.check("logits").summary
 
 
 def test_bad_requests(tmp_path):

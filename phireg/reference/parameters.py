@@ -1,0 +1,109 @@
+"""A model's parameters, read from the source's files when they are needed and given back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phireg.checkpoint.source import Reader, Source, SourceTensor
+from phireg.errors import SourceError
+
+_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+class Parameters:
+    """Fills and empties the parameters of a model that was built without them.
+
+    Args:
+        model: from ``phireg.reference.build.build``.
+        source: the files.
+        rounded: dtype that values are rounded to on their way to the parameters' own dtype, or
+            None.
+        device: where filled parameters are.
+
+    Raises:
+        SourceError: a parameter is not in the source, or has another shape or no floating dtype
+            there.
+    """
+
+    def __init__(
+        self, model: Any, source: Source, rounded: torch.dtype | None, device: torch.device
+    ) -> None:
+        self._source = source
+        self._rounded = rounded
+        self._device = device
+        tied = _tied(model)
+        self._places: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
+        self._tensors: dict[str, SourceTensor] = {}
+        absent, wrong = [], []
+        for prefix, module in model.named_modules():
+            for leaf, parameter in module.named_parameters(recurse=False):
+                name = f"{prefix}.{leaf}"
+                self._places[name] = module, leaf, parameter
+                found = source.tensors.get(tied.get(name, name))
+                if found is None:
+                    absent.append(name)
+                elif found.shape != tuple(parameter.shape) or found.dtype not in _DTYPES:
+                    shape = f"{found.dtype} {list(found.shape)}, not {list(parameter.shape)}"
+                    wrong.append(f"{name} is {shape}")
+                else:
+                    self._tensors[name] = found
+        if absent:
+            raise SourceError(f"the reference model does not find {', '.join(absent[:5])}")
+        if wrong:
+            raise SourceError(f"the reference model cannot take {'; '.join(wrong[:5])}")
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names of the parameters that begin with a prefix."""
+        return [name for name in self._places if name.startswith(prefix)]
+
+    def nbytes(self, names: Collection[str]) -> int:
+        """Memory that these parameters take when filled, tied ones once."""
+        places = {self._tensors[name].name: self._places[name][2] for name in names}
+        return sum(parameter.numel() * parameter.itemsize for parameter in places.values())
+
+    def fill(self, names: Collection[str]) -> None:
+        """Read parameters; tied ones that are filled together share their memory.
+
+        Raises:
+            SourceError: a file changed since its header was read, or cannot be read.
+        """
+        read: dict[str, nn.Parameter] = {}
+        with self._source.open() as reader:
+            for name in names:
+                module, leaf, empty = self._places[name]
+                tensor = self._tensors[name]
+                if tensor.name not in read:
+                    values = self._read(reader, tensor).to(empty.dtype)
+                    read[tensor.name] = nn.Parameter(values, requires_grad=False)
+                setattr(module, leaf, read[tensor.name])
+
+    def release(self, names: Collection[str]) -> None:
+        """Give the memory of parameters back."""
+        for name in names:
+            module, leaf, empty = self._places[name]
+            setattr(module, leaf, empty)
+
+    def _read(self, reader: Reader, tensor: SourceTensor) -> Tensor:
+        """The values, on the device, rounded."""
+        values = torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype])
+        reader.read_into(tensor, 0, memoryview(values.view(-1).view(torch.uint8).numpy()))
+        values = values.to(self._device)
+        return values if self._rounded is None else values.to(self._rounded)
+
+
+def _tied(model: Any) -> dict[str, str]:
+    """Name of the parameter that another one is a copy of, by that one's name."""
+    if not model.config.tie_word_embeddings:
+        return {}
+    names = {module: name for name, module in model.named_modules()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return {f"{names[head]}.weight": f"{names[embedding]}.weight"}
