@@ -33,6 +33,7 @@ Exit codes:
         "inspect",
         "verify",
         "run",
+        "summarize",
         "families",
         "plugins",
         "new-plugin",

@@ -55,3 +55,34 @@ def progress_bar(doing: str, then: str, total: int, *, quiet: bool) -> Iterator[
                 bar.update(task, description=then)
 
         yield advance
+
+
+Count = Callable[[str, int], None]
+
+
+@contextmanager
+def count_bar(what: str, total: int, *, quiet: bool) -> Iterator[Count]:
+    """Show how many of ``total`` things are done, and the time left.
+
+    Args:
+        what: their plural.
+        total: how many there are.
+        quiet: show nothing.
+
+    Yields:
+        A function to call with what is being done and the number of further things done.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield lambda _doing, _count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Left
+
+    columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn(what), Left())
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"), *columns, console=console, transient=True
+    ) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda doing, count: bar.update(task, description=doing, advance=count)

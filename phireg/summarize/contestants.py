@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from phireg.backends.protocol import Description, Options, describe, process_rank
+from phireg.backends.protocol import Options, describe, process_rank
 from phireg.errors import UsageError
 from phireg.summarize.task import Sample, Settings
 
@@ -78,28 +78,32 @@ def choose(
     return tuple(chosen)
 
 
-def check_processes(one: Contestant, description: Description, processes: int) -> None:
-    """Refuse a number of processes that the backend cannot use.
+def check_processes(contestants: Sequence[Contestant]) -> None:
+    """Refuse a number of processes that the backends cannot use; hf runs in the first one alone.
 
     Raises:
-        UsageError: says which it can.
+        UsageError: says how many can.
     """
-    if processes not in description.processes:
-        ranks = description.tp_size
-        raise UsageError(
-            f"{processes} processes were started, but {one.place} was made for {ranks} rank(s)",
-            hint=f"use {description.start} phireg summarize ..." if description.start else None,
-        )
+    for one in contestants:
+        processes = process_rank(one.name)[1]
+        description = describe(one.name, one.place, one.options)
+        alone = one.name == HF and len(contestants) > 1
+        if processes not in description.processes and not alone:
+            ranks = description.tp_size
+            raise UsageError(
+                f"{processes} processes were started, but {one.place} was made for {ranks} rank(s)",
+                hint=f"start {' or '.join(map(str, description.processes))}.",
+            )
 
 
-def check_fits(
-    one: Contestant, description: Description, samples: Sequence[Sample], settings: Settings
-) -> None:
+def check_fits(one: Contestant, samples: Sequence[Sample], settings: Settings) -> None:
     """Refuse what a model cannot take before its weights are read.
 
     Raises:
         UsageError: says what to lower.
+        PhiregError: the backend cannot run its directory.
     """
+    description = describe(one.name, one.place, one.options)
     who = f"{one.name} ({one.place})"
     beams, batch = description.max_beams, description.max_batch
     if beams is not None and settings.num_beams > beams:
@@ -135,16 +139,10 @@ def check_fits(
 
 
 def following(contestants: Sequence[Contestant]) -> tuple[Contestant, ...]:
-    """The backends of which this process is not rank 0."""
-    return tuple(one for one in contestants if process_rank(one.name)[0] > 0)
+    """The backends that this process runs as another rank than 0."""
+    return tuple(one for one in contestants if one.name != HF and process_rank(one.name)[0] > 0)
 
 
-def admitted(one: Contestant, samples: Sequence[Sample], settings: Settings) -> None:
-    """All checks of a backend.
-
-    Raises:
-        PhiregError: it cannot run its directory, or not this task.
-    """
-    description = describe(one.name, one.place, one.options)
-    check_processes(one, description, process_rank(one.name)[1])
-    check_fits(one, description, samples, settings)
+def led(one: Contestant) -> bool:
+    """Whether other processes wait for this one to open the backend."""
+    return one.name != HF and process_rank(one.name)[1] > 1

@@ -85,7 +85,7 @@ def _held_back(family: str, note: str | None = None) -> Data:
         Row(f"article {number}", {"article": one.text, "highlights": one.reference})
         for number, one in enumerate(demo.find(family).articles)
     ]
-    return Data(f"held-back articles of the {family} demo model", rows, note)
+    return Data("the held-back split of phireg's demo models", rows, note)
 
 
 def _inside(dataset_dir: str | None) -> str | None:

@@ -151,6 +151,7 @@ class Summarization:
         samples: the articles.
         backends: in the order asked for.
         checks: those asked for.
+        resumed: how many batches an earlier run had done.
         provenance: label and value pairs about versions, models and data.
     """
 
@@ -160,6 +161,7 @@ class Summarization:
     samples: tuple[Sample, ...]
     backends: tuple[BackendResult, ...]
     checks: tuple[Check, ...] = ()
+    resumed: int = 0
     provenance: tuple[tuple[str, str], ...] = ()
 
     @property

@@ -29,12 +29,16 @@ class Results:
     Args:
         batches: those of an earlier run.
         write: appends a line to the file; nothing where there is none.
+
+    Attributes:
+        earlier: how many batches an earlier run has done.
     """
 
     def __init__(
         self, batches: Mapping[str, list[Batch]], write: Callable[[Mapping[str, Any]], None]
     ) -> None:
         self._batches = {name: list(done) for name, done in batches.items()}
+        self.earlier = sum(map(len, batches.values()))
         self._write = write
 
     def of(self, backend: str) -> tuple[Batch, ...]:

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from phireg.backends.protocol import Backend, open_backend, process_rank
+from phireg.backends.protocol import Backend, open_backend
 from phireg.executor import Sampling
-from phireg.summarize.contestants import Contestant
+from phireg.summarize.contestants import Contestant, led
 from phireg.summarize.result import Answer, BackendResult, Batch, backend_result
 from phireg.summarize.resultsfile import Results
 from phireg.summarize.scores import perplexity
@@ -54,7 +54,7 @@ def evaluate(
         progress(one.name, sum(len(batch.answers) for batch in done))
         waiting = task.batches()[len(done) :]
         # The processes of other ranks wait for rank 0 even where nothing is left to do.
-        if not waiting and process_rank(one.name)[1] == 1:
+        if not waiting and not led(one):
             continue
         with open_backend(one.name, one.place, one.options) as backend:
             for batch in _run(backend, task, waiting):

@@ -56,7 +56,7 @@ def rouge(summaries: Sequence[str], references: Sequence[str]) -> Rouge:
 
 
 def perplexity(mean_nll: float) -> float:
-    """exp of a mean negative log likelihood in nats; infinite where that is no number."""
+    """The exponential of a mean negative log likelihood in nats; may be infinite."""
     try:
         return math.exp(mean_nll)
     except OverflowError:

@@ -1,0 +1,417 @@
+"""``phireg summarize``: how well backends summarize articles, by ROUGE."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from phireg.cli.failures import stopped
+from phireg.cli.options import Directory, json_option
+from phireg.cli.progress import count_bar
+from phireg.cli.text import emit_json
+from phireg.errors import CheckError, UsageError
+
+if TYPE_CHECKING:
+    from phireg.summarize.contestants import Contestant, Places
+    from phireg.summarize.data import Data
+    from phireg.summarize.result import Summarization
+    from phireg.summarize.run import Task
+    from phireg.summarize.task import Settings
+
+# Upstream's names besides ours.
+_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+_DTYPE = click.Choice(("auto", *_DTYPES.values(), *_DTYPES))
+_THRESHOLD = 15.0
+_COUNT = click.IntRange(min=1)
+
+
+@click.command()
+@click.argument("place", type=Directory(), metavar="[CKPT|ENGINE]", required=False)
+@click.option("--engine-dir", type=Directory(), metavar="DIR", help="The engine (or checkpoint).")
+@click.option("--hf-model-dir", type=Directory(), metavar="DIR", help="The source model, for hf.")
+@click.option("--tokenizer-dir", type=Directory(), metavar="DIR", help="[default: CKPT, or hf's]")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    metavar="NAME",
+    help="executor, tensorrt-llm or hf; may be given repeatedly.  [default: by CKPT or ENGINE]",
+)
+@click.option("--test-trt-llm", is_flag=True, help="Run the engine: --backend tensorrt-llm.")
+@click.option("--test-hf", is_flag=True, help="Also run the source model, beside the others.")
+@click.option(
+    "--dataset",
+    default="auto",
+    show_default=True,
+    metavar="FILE|NAME",
+    help="JSONL, CSV or parquet with article and highlights; or cnn_dailymail, or demo.",
+)
+@click.option("--dataset-dir", type=Directory(), metavar="DIR", help="cnn_dailymail on this disk.")
+@click.option("--eval-task", type=click.Choice(("summarize",)), default="summarize", hidden=False)
+@click.option("--batch-size", type=_COUNT, default=1, show_default=True, metavar="N")
+@click.option(
+    "--max-ite", type=_COUNT, default=20, show_default=True, metavar="N", help="Batches at most."
+)
+@click.option(
+    "--max-input-length",
+    type=click.IntRange(min=2),
+    default=923,
+    show_default=True,
+    metavar="N",
+    help="Tokens of a prompt at most; its beginning is cut off.",
+)
+@click.option(
+    "--min-input-length",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Leave out articles whose prompt has no more tokens.",
+)
+@click.option(
+    "--output-len",
+    type=_COUNT,
+    default=100,
+    show_default=True,
+    metavar="N",
+    help="New tokens at most.",
+)
+@click.option("--num-beams", type=_COUNT, default=1, show_default=True, metavar="N")
+@click.option("--eval-ppl", is_flag=True, help="Also compute perplexity.")
+@click.option("--check-accuracy", is_flag=True, help="End with 4 if a threshold is missed.")
+@click.option(
+    "--check-backend",
+    "checked",
+    multiple=True,
+    metavar="NAME",
+    help="Which backends to check; may be given repeatedly.  [default: all but hf]",
+)
+@click.option(
+    "--tensorrt-llm-rouge1-threshold",
+    "rouge1_threshold",
+    type=float,
+    metavar="X",
+    help=f"rouge1 must be above it, whatever the backend.  [default: {_THRESHOLD}]",
+)
+@click.option(
+    "--tensorrt-llm-ppl-threshold",
+    "ppl_threshold",
+    type=float,
+    metavar="X",
+    help=f"Perplexity must be below it.  [default: {_THRESHOLD}]",
+)
+@click.option(
+    "--data-type",
+    type=_DTYPE,
+    default="auto",
+    show_default=True,
+    help="What the executor computes in; auto is the checkpoint's.",
+)
+@click.option(
+    "--hf-data-type",
+    type=_DTYPE,
+    default="auto",
+    show_default=True,
+    help="What the source model computes in; auto is its own.",
+)
+@click.option(
+    "--device", default="auto", show_default=True, help="auto (a GPU, if any), cpu, cuda, cuda:N."
+)
+@click.option(
+    "--offload/--no-offload",
+    default=None,
+    help="Executor: read each layer when it is needed.  [default: if the weights exceed memory]",
+)
+@click.option(
+    "--tp",
+    type=_COUNT,
+    metavar="N",
+    help="Executor: start N processes through torchrun, one for each rank.",
+)
+@click.option("--report", type=click.Path(), metavar="HTML", help="Also write a page about it.")
+@click.option(
+    "--results",
+    type=click.Path(),
+    metavar="FILE",
+    help="Keep results as they come; a killed run goes on from it.  [default: beside --report]",
+)
+@click.option("--overwrite", is_flag=True, help="Start anew, whatever --results holds.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@json_option
+def command(as_json: bool, quiet: bool, report: str | None, **options: Any) -> None:
+    """Summarize articles with backends and score them by ROUGE.
+
+    The task is that of TensorRT-LLM's summarize.py: the same prompts, lengths and scores.
+    """
+    del options["eval_task"]
+    report_path = _writable(report)
+    results_path = _results_path(options.pop("results"), report_path, options["overwrite"])
+    tp, device_options = options.pop("tp"), {k: options.pop(k) for k in ("device", "offload")}
+    contestants, places = _contestants(device_options, **options)
+    if _followed(contestants):
+        return
+    from phireg.summarize.contestants import check_processes
+
+    checks = _checked(contestants, **options)
+    if tp and _start(tp, contestants):
+        from phireg.backends.launch import run_processes
+
+        raise click.exceptions.Exit(run_processes(tp, sys.argv[1:]))
+    check_processes(contestants)
+    try:
+        found = _run(contestants, places, checks, results_path, quiet=quiet, **options)
+    except KeyboardInterrupt as interrupt:
+        raise stopped(interrupt, _outcome(results_path)) from None
+    if report_path is not None:
+        from phireg.page.document import write_page
+        from phireg.summarize.report import render
+
+        write_page(render(found), report_path)
+    if as_json:
+        from phireg.summarize.document import summarization_document
+
+        emit_json(summarization_document(found))
+    else:
+        from phireg.cli.scores import show_scores
+
+        show_scores(found, report_path, results_path)
+    if not found.passed:
+        raise click.exceptions.Exit(CheckError.exit_code)
+
+
+def _writable(report: str | None) -> Path | None:
+    """The report's path; a directory that is missing is found out before hours of work."""
+    if report is None:
+        return None
+    path = Path(report)
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise UsageError(f"--report {path}: no file can be written there")
+    return path
+
+
+def _results_path(results: str | None, report: Path | None, overwrite: bool) -> Path | None:
+    if results is not None:
+        return Path(results)
+    if report is not None:
+        return report.with_name(f"{report.stem}.results.jsonl")
+    if overwrite:
+        raise UsageError(
+            "--overwrite has no effect without --results or --report", hint="leave it out."
+        )
+    return None
+
+
+def _contestants(
+    device_options: dict[str, Any],
+    *,
+    place: str | None,
+    engine_dir: str | None,
+    hf_model_dir: str | None,
+    backends: Sequence[str],
+    test_trt_llm: bool,
+    test_hf: bool,
+    data_type: str,
+    hf_data_type: str,
+    **_others: Any,
+) -> tuple[tuple[Contestant, ...], Places]:
+    from phireg.backends.protocol import Options, opener
+    from phireg.summarize.contestants import ENGINE, EXECUTOR, HF, choose
+
+    places = _places(place, engine_dir, hf_model_dir)
+    names = [*backends, *([ENGINE] if test_trt_llm else [])]
+    if not names and places.engine is not None:
+        names = [ENGINE]
+    elif not names:
+        names = [EXECUTOR]
+    if test_hf:
+        names.append(HF)
+    for name in names:
+        opener(name)
+    if places.checkpoint is None and places.engine is None and set(names) != {HF}:
+        raise UsageError(
+            "there is nothing to run",
+            hint="give a checkpoint or an engine; or --backend hf and --hf-model-dir.",
+        )
+    options = Options(dtype=_dtype(data_type), **device_options)
+    return choose(names, places, options, _dtype(hf_data_type)), places
+
+
+def _dtype(name: str) -> str | None:
+    return None if name == "auto" else _DTYPES.get(name, name)
+
+
+def _places(place: str | None, engine_dir: str | None, hf_model_dir: str | None) -> Places:
+    """Sort the directories into checkpoint and engine."""
+    from phireg.summarize.contestants import Places
+    from phireg.trtllm.engine import is_engine_dir
+
+    kinds: dict[str, Path] = {}
+    for path in (Path(given) for given in (place, engine_dir) if given is not None):
+        if not path.is_dir():
+            raise UsageError(f"no such directory: {path}")
+        kind = "engine" if is_engine_dir(path) else "checkpoint"
+        if kind in kinds:
+            raise UsageError(
+                f"{kinds[kind]} and {path} are both a{'n' if kind == 'engine' else ''} {kind}",
+                hint="give one checkpoint and one engine at most.",
+            )
+        kinds[kind] = path
+    hf = Path(hf_model_dir) if hf_model_dir is not None else None
+    return Places(kinds.get("checkpoint"), kinds.get("engine"), hf)
+
+
+def _followed(contestants: Sequence[Contestant]) -> bool:
+    """Do as rank 0 says, if this process is another rank of one of the backends."""
+    from phireg.backends.protocol import follow
+    from phireg.summarize.contestants import following
+
+    backends = following(contestants)
+    if backends:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        for one in backends:
+            follow(one.name, one.place, one.options)
+    return bool(backends)
+
+
+def _checked(
+    contestants: Sequence[Contestant],
+    *,
+    check_accuracy: bool,
+    checked: Sequence[str],
+    rouge1_threshold: float | None,
+    ppl_threshold: float | None,
+    eval_ppl: bool,
+    **_others: Any,
+) -> dict[str, Any] | None:
+    """The arguments of ``make_checks``; None if nothing is to be checked."""
+    given = {
+        "--check-backend": checked or None,
+        "--tensorrt-llm-rouge1-threshold": rouge1_threshold,
+        "--tensorrt-llm-ppl-threshold": ppl_threshold,
+    }
+    if not check_accuracy:
+        for name, value in given.items():
+            if value is not None:
+                raise UsageError(
+                    f"{name} has no effect without --check-accuracy", hint="add --check-accuracy."
+                )
+        return None
+    if ppl_threshold is not None and not eval_ppl:
+        raise UsageError(
+            "--tensorrt-llm-ppl-threshold has no effect without --eval-ppl", hint="add --eval-ppl."
+        )
+    running = [one.name for one in contestants]
+    for name in checked:
+        if name not in running:
+            raise UsageError(
+                f"--check-backend {name}, but that backend is not run",
+                hint=f"run: {', '.join(running)}.",
+            )
+    names = list(checked) or [name for name in running if name != "hf"]
+    if not names:
+        raise UsageError(
+            "--check-accuracy checks all backends but hf, and only hf is run",
+            hint="add --check-backend hf.",
+        )
+    ppl = _THRESHOLD if ppl_threshold is None else ppl_threshold
+    return {
+        "names": names,
+        "rouge1_threshold": _THRESHOLD if rouge1_threshold is None else rouge1_threshold,
+        "ppl_threshold": ppl if eval_ppl else None,
+    }
+
+
+def _start(tp: int, contestants: Sequence[Contestant]) -> bool:
+    """Whether processes are still to be started for ``--tp``."""
+    from phireg.backends.protocol import describe, process_rank
+    from phireg.summarize.contestants import EXECUTOR
+
+    one = next((one for one in contestants if one.name == EXECUTOR), None)
+    if one is None:
+        raise UsageError("--tp is for the executor, which is not run", hint="leave it out.")
+    ranks = describe(one.name, one.place, one.options).tp_size
+    if tp != ranks:
+        raise UsageError(
+            f"--tp {tp}, but {one.place} was converted for {ranks} rank(s)",
+            hint=f"use --tp {ranks}, or convert the model again with --tp-size {tp}.",
+        )
+    return tp > process_rank(EXECUTOR)[1]
+
+
+def _run(
+    contestants: Sequence[Contestant],
+    places: Places,
+    checks: dict[str, Any] | None,
+    results_path: Path | None,
+    *,
+    dataset: str,
+    dataset_dir: str | None,
+    tokenizer_dir: str | None,
+    overwrite: bool,
+    quiet: bool,
+    **options: Any,
+) -> Summarization:
+    from phireg.summarize.contestants import check_fits
+    from phireg.summarize.data import TEST_ROWS, open_data
+    from phireg.summarize.result import Summarization, make_checks
+    from phireg.summarize.resultsfile import open_results
+    from phireg.summarize.run import evaluate
+    from phireg.summarize.task import Settings
+    from phireg.summarize.traits import identity, provenance
+
+    settings = Settings(**{name: options[name] for name in Settings.__dataclass_fields__})
+    wanted = TEST_ROWS if settings.min_input_length else settings.count
+    data = open_data(dataset, wanted, places.given(), dataset_dir)
+    task = _task(data, places, settings, tokenizer_dir)
+    for one in contestants:
+        check_fits(one, task.samples, settings)
+    told = identity(contestants, task, digests=results_path is not None)
+    total = len(contestants) * len(task.samples)
+    with (
+        open_results(results_path, told, overwrite=overwrite) as results,
+        count_bar("articles", total, quiet=quiet) as advance,
+    ):
+        found = evaluate(contestants, task, results, advance)
+    return Summarization(
+        data.name,
+        data.note,
+        settings,
+        tuple(task.samples),
+        found,
+        make_checks(found, **checks) if checks else (),
+        results.earlier,
+        provenance(told, data.name),
+    )
+
+
+def _task(data: Data, places: Places, settings: Settings, tokenizer_dir: str | None) -> Task:
+    from phireg.summarize.run import Task
+    from phireg.summarize.task import make_samples
+    from phireg.text.stops import stop_ids
+    from phireg.text.tokenizer import find_tokenizer
+
+    owner, *others = places.given()
+    tokenizer = find_tokenizer(owner, Path(tokenizer_dir) if tokenizer_dir else None)
+    for other in others:
+        tokenizer = tokenizer or find_tokenizer(other)
+    if tokenizer is None:
+        raise UsageError(
+            f"{owner} carries no tokenizer",
+            hint="give --tokenizer-dir (or --hf-model-dir) the directory of the source model.",
+        )
+    # As upstream, which ends a summary with the end of a text, not of a turn.
+    own = tokenizer.eos_id
+    stops = stop_ids(owner, tokenizer) if own is None else frozenset({own})
+    return Task(make_samples(data.rows, tokenizer, settings), settings, tokenizer, stops)
+
+
+def _outcome(results: Path | None) -> str:
+    if results is None:
+        return "nothing was kept; with --results FILE a run can go on where it stopped"
+    return f"the results so far are in {results}; the same command goes on from there"
