@@ -105,6 +105,7 @@ class Family:
         self,
         name: str,
         *steps: object,
+        api: int | None = None,
         tell_apart: Callable[[HFConfig], str | None] | None = None,
         published: tuple[PublishedModel, ...] = (),
         demo: str | None = None,
@@ -112,16 +113,17 @@ class Family:
         """A variant: this family's steps, with ``steps`` on top.
 
         An ``@hookimpl`` function replaces the base's answer; ``@hookimpl(wrapper=True)`` receives
-        it (``rules = yield``) and returns an amended one. The variant takes part in
-        ``--family auto`` only when ``tell_apart`` says how to know its models. The base's published
-        models and demo are not the variant's.
+        it (``rules = yield``) and returns an amended one. ``api`` is the hook API number these
+        steps were written against, as a literal; a variant in the package of its base may leave it
+        out. The variant takes part in ``--family auto`` only when ``tell_apart`` says how to know
+        its models. The base's published models and demo are not the variant's.
         """
         return Family(
             name=name,
             architectures=self.architectures,
             model_types=self.model_types,
             steps=(*self.steps, *steps),
-            api=self.api,
+            api=self.api if api is None else api,
             tell_apart=tell_apart,
             auto=tell_apart is not None,
             published=published,

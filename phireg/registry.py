@@ -8,6 +8,7 @@ the first failing import.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -86,6 +87,34 @@ class Chosen:
 Index = Mapping[str, tuple[Candidate, ...]]
 
 
+def installed_entry_points() -> tuple[list[metadata.EntryPoint], list[str]]:
+    """The group's entry points, and what is wrong with distributions that cannot be read."""
+    try:
+        return list(metadata.entry_points(group=GROUP)), []
+    except Exception:
+        # It gives up on all distributions if the entry_points.txt of one, for whatever group, is
+        # damaged; so each is asked by itself.
+        return _one_by_one(metadata.distributions())
+
+
+def _one_by_one(
+    distributions: Iterable[metadata.Distribution],
+) -> tuple[list[metadata.EntryPoint], list[str]]:
+    found: list[metadata.EntryPoint] = []
+    damaged: list[str] = []
+    seen: set[str] = set()
+    for dist in distributions:
+        try:
+            name = re.sub(r"[-_.]+", "-", dist.name or "").lower()
+            if not name or name not in seen:  # as for imports, the first one on the path counts
+                found += [entry for entry in dist.entry_points if entry.group == GROUP]
+            seen.add(name)
+        except Exception as error:
+            place = getattr(dist, "_path", "a distribution")
+            damaged.append(f"{place} cannot be read ({type(error).__name__}: {error})")
+    return found, damaged
+
+
 def index(entry_points: Iterable[metadata.EntryPoint] | None = None) -> Index:
     """All candidates by family name, read from metadata.
 
@@ -93,7 +122,7 @@ def index(entry_points: Iterable[metadata.EntryPoint] | None = None) -> Index:
         entry_points: what to index; by default all installed ones of the group.
     """
     if entry_points is None:
-        entry_points = metadata.entry_points(group=GROUP)
+        entry_points, _ = installed_entry_points()
     found: dict[str, list[Candidate]] = {}
     for entry in entry_points:
         dist = entry.dist

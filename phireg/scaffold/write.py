@@ -15,6 +15,7 @@ from typing import Any
 
 from phireg import registry
 from phireg.errors import OutputError, UsageError
+from phireg.hookspecs import API
 from phireg.registry import Candidate, Chosen
 from phireg.runner.directory import OutputDirectory
 from phireg.scaffold.names import check_name, module_name
@@ -103,6 +104,7 @@ def _values(name: str, chosen: Chosen) -> dict[str, str]:
         "name": name,
         "module": module,
         "test_class": "".join(part.capitalize() for part in module.split("_")),
+        "api": str(API),
         "base": base.name,
         "base_module": place[1],
         "base_attribute": place[2],
