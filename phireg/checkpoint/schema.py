@@ -1,4 +1,4 @@
-"""What TensorRT-LLM's reader requires of a Phi checkpoint: tensor names and per-rank shapes.
+"""What TensorRT-LLM's reader requires of a Phi checkpoint: names, per-rank shapes and dtypes.
 
 Written down apart from the families' rules, so that a mapping is held against the reader and not
 against itself. Shapes follow TensorRT-LLM's layers: ColumnLinear cuts output features, RowLinear
@@ -8,11 +8,23 @@ rank, the vocabulary of lm_head is rounded up to a multiple of the ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
-Shapes = dict[str, tuple[int, ...]]
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+"""Safetensors code and shape by name."""
+
+DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+"""Checkpoint dtypes by TensorRT-LLM's names, with their safetensors codes."""
+
+RAW = (None, "W8A16", "W4A16")
+"""Values of ``quant_algo`` whose weights are in the checkpoint's dtype: TensorRT-LLM's builder
+quantizes them where there is something to quantize."""
+
+KNOWN = (*RAW, "FP8", "W8A8_SQ_PER_CHANNEL")
+"""Values of ``quant_algo`` whose tensors this module knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +51,20 @@ _MODELS = {
 }
 
 
-def required_tensors(config: Mapping[str, Any], tp_size: int) -> Shapes | None:
-    """Every tensor the reader wants in each rank file of an unquantized checkpoint.
+def required_tensors(config: Mapping[str, Any], tp_size: int) -> Tensors | None:
+    """Every tensor the reader wants in each rank file.
+
+    Quantized linears follow TensorRT-LLM's FP8Linear and SmoothQuantLinear: scales are parameters,
+    so all of them must be there. With a list of ``exclude_modules`` the linears it names keep the
+    checkpoint's dtype; ``lm_head`` always does.
 
     Args:
-        config: the checkpoint's config.json.
+        config: the checkpoint's config.json, with a ``quant_algo`` out of :data:`KNOWN`.
         tp_size: number of tensor-parallel ranks; sizes it does not divide are rounded up.
 
     Returns:
-        Shapes by name, equal for all ranks; None for an architecture this table does not know.
+        Code and shape by name, equal for all ranks; None for an architecture this table does not
+        know. With a dtype that is not in :data:`DTYPES`, the code of what has it is empty.
     """
     model = _MODELS.get(config["architecture"])
     if model is None:
@@ -56,20 +73,36 @@ def required_tensors(config: Mapping[str, Any], tp_size: int) -> Shapes | None:
     def share(count: int) -> int:
         return -(-count // tp_size)
 
+    code = DTYPES.get(str(config["dtype"]), "")
+    quantization = config.get("quantization") or {}
+    algorithm = quantization.get("quant_algo")
+    excluded = quantization.get("exclude_modules") or ()
     hidden, size = config["hidden_size"], config["head_size"]
     vocab, inner = config["vocab_size"], share(config["intermediate_size"])
     heads, kv_heads = share(config["num_attention_heads"]), share(config["num_key_value_heads"])
-    shapes: Shapes = {"transformer.vocab_embedding.weight": (vocab, hidden)}
+    table = (vocab, hidden)
+    if config.get("use_parallel_embedding"):
+        by_width = config.get("embedding_sharding_dim") == 1
+        table = (vocab, share(hidden)) if by_width else (share(vocab), hidden)
+    tensors: Tensors = {"transformer.vocab_embedding.weight": (code, table)}
 
     def linear(name: str, rows: int, cols: int, *, bias: bool) -> None:
-        shapes[f"{name}.weight"] = (rows, cols)
+        kind = code
+        if name != "lm_head" and algorithm not in RAW and not _matches(name, excluded):
+            kind = "F8_E4M3" if algorithm == "FP8" else "I8"
+            per_tensor = algorithm == "FP8"
+            tensors[f"{name}.weights_scaling_factor"] = ("F32", (1,) if per_tensor else (rows,))
+            tensors[f"{name}.activation_scaling_factor"] = ("F32", (1,))
+            if not per_tensor:
+                tensors[f"{name}.prequant_scaling_factor"] = (code, (cols,))
+        tensors[f"{name}.weight"] = (kind, (rows, cols))
         if bias:
-            shapes[f"{name}.bias"] = (rows,)
+            tensors[f"{name}.bias"] = (code, (rows,))
 
     def norm(name: str) -> None:
-        shapes[f"{name}.weight"] = (hidden,)
+        tensors[f"{name}.weight"] = (code, (hidden,))
         if model.norm_bias:
-            shapes[f"{name}.bias"] = (hidden,)
+            tensors[f"{name}.bias"] = (code, (hidden,))
 
     for i in range(config["num_hidden_layers"]):
         layer = f"transformer.layers.{i}"
@@ -80,6 +113,8 @@ def required_tensors(config: Mapping[str, Any], tp_size: int) -> Shapes | None:
             hidden,
             bias=model.linear_bias,
         )
+        if quantization.get("kv_cache_quant_algo"):
+            tensors[f"{layer}.attention.kv_cache_scaling_factor"] = ("F32", (1,))
         linear(f"{layer}.attention.dense", hidden, heads * size, bias=model.linear_bias)
         if model.post_layernorm:
             norm(f"{layer}.post_layernorm")
@@ -88,4 +123,10 @@ def required_tensors(config: Mapping[str, Any], tp_size: int) -> Shapes | None:
         linear(f"{layer}.mlp.proj", hidden, inner, bias=model.linear_bias)
     norm("transformer.ln_f")
     linear("lm_head", share(vocab), hidden, bias=model.head_bias)
-    return shapes
+    return tensors
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether the reader leaves a module alone: by pattern, in early releases by its last name."""
+    leaf = name.rpartition(".")[2]
+    return any(fnmatchcase(name, str(pattern)) or leaf == pattern for pattern in patterns)

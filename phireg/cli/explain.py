@@ -65,11 +65,12 @@ def _text(plan: Plan, output: Output) -> str:
 
 
 def _origin(plan: Plan, source: str, kept: Iterable[Span] | None) -> str:
-    tensor = plan.source.tensors[source]
+    tensor = plan.tensor(source)
     cut = ", ".join(_range(span.start, span.count) for span in kept or ())
     which = f", columns {cut}" if cut else ""
     kind = f"{list(tensor.shape)} {dtype_name(tensor.dtype)}{which}"
-    return f"  {tensor.name}  {kind}\n  in {tensor.file}"
+    place = "computed from the calibration" if source in plan.scales else f"in {tensor.file}"
+    return f"  {tensor.name}  {kind}\n  {place}"
 
 
 def _range(start: int, count: int) -> str:

@@ -14,7 +14,7 @@ from phireg.errors import SourceError, UsageError
 from phireg.plan.admit import check_model
 from phireg.plan.build import build_plan
 from phireg.plan.model import DTYPES, Options, Plan
-from phireg.quant.schemes import WEIGHT_ONLY
+from phireg.quant.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
 from phireg.registry import AUTO, Chosen
 
 
@@ -42,8 +42,10 @@ def plan(
     tp_size: int = 1,
     pp_size: int = 1,
     weight_only: str | None = None,
+    qformat: str | None = None,
+    kv_cache_dtype: str | None = None,
 ) -> Planned:
-    """Plan a conversion from config.json and file headers alone.
+    """Plan a conversion or quantization from config.json and file headers alone.
 
     Args:
         model_dir: a directory, or a repository on the Hugging Face hub.
@@ -52,14 +54,18 @@ def plan(
         dtype: ``auto``, ``float16``, ``bfloat16`` or ``float32``.
         tp_size: number of tensor-parallel ranks.
         pp_size: must be 1.
-        weight_only: ``int8`` or ``int4`` for the portable weight-only form.
+        weight_only: ``int8`` or ``int4`` for the portable weight-only form; the same as the
+            ``qformat`` ``int8_wo`` or ``int4_wo``.
+        qformat: ``fp8``, ``int8_sq``, ``int8_wo`` or ``int4_wo``.
+        kv_cache_dtype: ``fp8`` or ``int8`` for a quantized KV cache, beside a ``qformat``.
 
     Raises:
         UsageError: an option has a value that makes no sense.
         SourceError: the model cannot be read, or is not one phireg converts.
         PluginError: the family cannot be found or loaded.
     """
-    options = _options(dtype, tp_size, pp_size, weight_only)
+    qformat = _qformat(qformat, weight_only, kv_cache_dtype)
+    options = _options(dtype, tp_size, pp_size, qformat, kv_cache_dtype)
     directory, commit = resolve_model_dir(str(model_dir), revision)
     if directory.is_dir() and not (directory / "config.json").exists():
         open_source(directory)  # may know better what this directory is
@@ -79,14 +85,41 @@ def plan(
     return Planned(built, chosen, str(model_dir))
 
 
-def _options(dtype: str, tp_size: int, pp_size: int, weight_only: str | None) -> Options:
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"unknown dtype '{dtype}'", hint=f"known: auto, {', '.join(DTYPES)}.")
+def _qformat(qformat: str | None, weight_only: str | None, cache: str | None) -> str | None:
     if weight_only is not None and weight_only not in WEIGHT_ONLY:
         raise UsageError(
             f"unknown weight-only precision '{weight_only}'",
             hint=f"known: {', '.join(WEIGHT_ONLY)}.",
         )
+    if qformat is not None and qformat not in SCHEMES:
+        raise UsageError(
+            f"unknown quantization format '{qformat}'", hint=f"known: {', '.join(SCHEMES)}."
+        )
+    if weight_only is not None:
+        if qformat not in (None, f"{weight_only}_wo"):
+            raise UsageError(
+                f"weight-only precision '{weight_only}' and quantization format '{qformat}' "
+                "exclude each other",
+                hint="leave one of them out.",
+            )
+        qformat = f"{weight_only}_wo"
+    if cache is not None and cache not in KV_CACHES:
+        raise UsageError(
+            f"unknown KV cache dtype '{cache}'", hint=f"known: {', '.join(KV_CACHES)}."
+        )
+    if cache is not None and qformat is None:
+        raise UsageError(
+            f"KV cache dtype '{cache}' needs a quantization format",
+            hint=f"choose one of {', '.join(SCHEMES)}.",
+        )
+    return qformat
+
+
+def _options(
+    dtype: str, tp_size: int, pp_size: int, qformat: str | None, kv_cache_dtype: str | None
+) -> Options:
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UsageError(f"unknown dtype '{dtype}'", hint=f"known: auto, {', '.join(DTYPES)}.")
     if tp_size < 1:
         raise UsageError(f"tp size {tp_size} is not a number of ranks", hint="use 1 or more.")
     if pp_size != 1:
@@ -96,4 +129,4 @@ def _options(dtype: str, tp_size: int, pp_size: int, weight_only: str | None) ->
             "stages",
             hint="use --tp-size instead.",
         )
-    return Options(dtype, tp_size, weight_only)
+    return Options(dtype, tp_size, qformat, kv_cache_dtype)

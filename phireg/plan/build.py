@@ -22,10 +22,10 @@ from phireg.layout.spans import (
     shard,
 )
 from phireg.layout.words import OWN_COLUMNS
-from phireg.plan.model import DTYPES, ITEM_BYTES, Options, Output, Plan
+from phireg.plan.model import DTYPES, Options, Output, Plan
+from phireg.plan.quantized import Quantization
 from phireg.plan.schedule import schedule
 from phireg.quant.companions import axes_of
-from phireg.quant.schemes import WEIGHT_ONLY
 
 if TYPE_CHECKING:
     from phireg.family import Family
@@ -41,7 +41,7 @@ def build_plan(family: Family, hf: HFConfig, source: Source, options: Options) -
         family: whose rules apply.
         hf: the source's config.json.
         source: its tensors, from headers.
-        options: dtype, ranks, weight-only precision.
+        options: dtype, ranks, quantization.
     """
     return _Builder(family, hf, source, options).plan()
 
@@ -60,6 +60,8 @@ class _Builder:
         translation = self.family.config_fields().translate(self.hf)
         self.findings += translation.findings
         dtype = self.dtype()
+        code = DTYPES.get(dtype, "")
+        self.quantization = Quantization(self.options, code)
         outputs: tuple[Output, ...] = ()
         config: dict[str, Any] = {}
         if translation.ok:
@@ -69,15 +71,18 @@ class _Builder:
             except LayoutError as problem:
                 self.error("layout", self.family.name, f"the config's sizes do not fit: {problem}")
             else:
-                outputs = self.outputs(rules, DTYPES.get(dtype, ""))
+                outputs = self.outputs(rules, code)
                 self.check_schema(config, outputs)
+                self.findings += self.quantization.findings(config, outputs)
         else:
             self.findings.append(
                 Finding(Severity.NOTE, "weights", "", "not checked, because the config has errors")
             )
         headers: tuple[bytes, ...] = ()
+        quantization = self.quantization
         if any(finding.severity is Severity.ERROR for finding in self.findings):
             outputs = ()
+            quantization = Quantization(self.options, code)
         else:
             headers, outputs = _place(outputs, self.options.tp_size)
         return Plan(
@@ -87,8 +92,11 @@ class _Builder:
             config=config,
             outputs=outputs,
             headers=headers,
-            tasks=schedule(outputs, self.source.tensors),
+            tasks=schedule(outputs, {**self.source.tensors, **quantization.scales}),
             findings=tuple(self.findings),
+            linears=tuple(quantization.linears),
+            kv_caches=quantization.rules.kv_caches if quantization.kv_cache else (),
+            scales=quantization.scales,
         )
 
     def error(self, code: str, subject: str, detail: str, where: str = "") -> None:
@@ -122,19 +130,15 @@ class _Builder:
         Readers refuse keys they do not know inside ``mapping`` and ``quantization``, so both hold
         only what every release knows.
         """
-        quantization: dict[str, Any] = {"quant_algo": None, "kv_cache_quant_algo": None}
-        if self.options.weight_only:
-            scheme = WEIGHT_ONLY[self.options.weight_only]
-            rules = self.family.quant_rules(fields, scheme)
-            quantization["quant_algo"] = scheme
-            quantization["exclude_modules"] = list(rules.exclude_modules)
+        if scheme := self.options.scheme:
+            self.quantization.rules = self.family.quant_rules(fields, scheme.quant_algo)
         ranks = self.options.tp_size
         return {
             "architecture": fields.get("architecture"),
             "dtype": dtype,
             **{key: value for key, value in fields.items() if key != "architecture"},
             "mapping": {"world_size": ranks, "tp_size": ranks, "pp_size": 1},
-            "quantization": quantization,
+            "quantization": self.quantization.config(),
         }
 
     def outputs(self, rules: Rules, code: str) -> tuple[Output, ...]:
@@ -148,7 +152,9 @@ class _Builder:
                 rows = self.choose(alternatives, companion)
                 owners[companion][rule.target] = rows
                 self.check_sources(rule, companion, rows, wanted)
-                made += self.shards(rule, companion, rows, code)
+                weight = companion == "weight"
+                kind = self.quantization.weight_code(rule) if weight else code
+                made += self.shards(rule, companion, rows, kind)
             if rule.cols is not None:
                 for problem in check_partition(
                     {rule.target: rule.cols}, {OWN_COLUMNS: rule.cols.length}
@@ -156,7 +162,20 @@ class _Builder:
                     self.error("columns", rule.target, problem, rule.where)
         self.check_uses(owners, rules)
         self.check_unmapped(wanted, rules)
+        problems = list(self.quantization.problems(rules, owners["weight"]))
+        for subject, detail, where in problems:
+            self.error("quant", subject, detail, where)
+        if not problems:
+            for target in self.quantization.targets():
+                made += self.scales(rules[target], owners["weight"][target], code)
+            made += self.quantization.kv_outputs(self.options.tp_size)
         return tuple(made)
+
+    def scales(self, rule: Rule, rows: Axis, code: str) -> Iterator[Output]:
+        """The scales of a quantized linear, cut over ranks as its weight is."""
+        for companion, kind in self.quantization.add(rule, rows).items():
+            shape = self.quantization.declare(rule, companion, rows, kind or code)
+            yield from self.shards(rule, companion, rows, kind or code, shape)
 
     def choose(self, alternatives: tuple[Axis, ...], companion: str) -> Axis:
         """The first alternative whose sources all exist; else one of which some do; else the first.
@@ -190,18 +209,27 @@ class _Builder:
                         f"is {list(tensor.shape)}, the config says {list(expected)}",
                         rule.where,
                     )
-            elif tensor.dtype not in ITEM_BYTES and name not in wanted:
+            elif tensor.dtype not in DTYPES.values() and name not in wanted:
                 self.error(
                     "dtype",
                     name,
-                    f"is {tensor.dtype}; an unquantized weight is {', '.join(ITEM_BYTES)}",
+                    f"is {tensor.dtype}; an unquantized weight is {', '.join(DTYPES.values())}",
                     rule.where,
                 )
             wanted[name] = rule.target
 
-    def shards(self, rule: Rule, companion: str, rows: Axis, code: str) -> Iterator[Output]:
+    def shards(
+        self,
+        rule: Rule,
+        companion: str,
+        rows: Axis,
+        code: str,
+        shape: tuple[int, ...] | None = None,
+    ) -> Iterator[Output]:
+        """A companion of every rank, cut along those of its axes along which the module is cut."""
         tp_size = self.options.tp_size
-        cols = _columns_of(rule, companion, rows)
+        follows = axes_of(companion, shape, rows.length)
+        cols = rule.cols if "cols" in follows else None
         for rank in range(tp_size):
             try:
                 rank_rows = shard(rows, tp_size, rank) if rule.policy is Policy.COLUMN else rows
@@ -210,17 +238,26 @@ class _Builder:
                 )
             except LayoutError:
                 return  # check_ranks has said so
-            yield Output(
-                rank=rank,
-                name=f"{rule.target}.{companion}",
-                dtype=code,
-                shape=(rank_rows.length, *(() if rank_cols is None else (rank_cols.length,))),
-                offset=0,
-                rows=tuple(
+            own = f"{rule.target}.{companion}"
+            if "rows" in follows:
+                spans = tuple(
                     dataclasses.replace(span, source=span.source and f"{span.source}.{companion}")
                     for span in rank_rows.spans
-                ),
-                columns=_kept(rank_cols),
+                )
+                sizes = (rank_rows.length, *(() if rank_cols is None else (rank_cols.length,)))
+            elif rank_cols is not None:
+                spans = tuple(dataclasses.replace(span, source=own) for span in rank_cols.spans)
+                sizes = (rank_cols.length,)
+            else:
+                spans, sizes = (Span(own, 0, 1),), (1,)
+            yield Output(
+                rank=rank,
+                name=own,
+                dtype=code,
+                shape=sizes,
+                offset=0,
+                rows=spans,
+                columns=_kept(rank_cols) if "rows" in follows else None,
             )
 
     def check_ranks(self, rules: Rules) -> None:
@@ -269,10 +306,10 @@ class _Builder:
                 )
             )
             return
-        if any(finding.code == "sharding" for finding in self.findings):
+        if any(finding.code in ("sharding", "quant") for finding in self.findings):
             return
         made = {output.name: output for output in outputs}
-        for name, shape in required.items():
+        for name, (code, shape) in required.items():
             if name not in made:
                 self.error("schema", name, "the reader requires it, and no rule makes it")
             elif made[name].shape != shape:
@@ -280,6 +317,10 @@ class _Builder:
                     "schema",
                     name,
                     f"would be {list(made[name].shape)}; the reader expects {list(shape)}",
+                )
+            elif made[name].dtype != code:
+                self.error(
+                    "schema", name, f"would be {made[name].dtype}; the reader expects {code}"
                 )
         for name in made.keys() - required.keys():
             self.error("schema", name, "is made by a rule, and the reader does not know it")

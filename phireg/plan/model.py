@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from phireg.checkpoint.header import ITEMSIZE
+from phireg.checkpoint.schema import DTYPES as DTYPES
 from phireg.checkpoint.source import Source, SourceTensor
 from phireg.findings import Finding, Severity
 from phireg.layout.spans import Span
-
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-"""Checkpoint dtypes by TensorRT-LLM's names, with their safetensors codes."""
+from phireg.quant.schemes import SCHEMES, Scheme
 
 BLOCK_BYTES = 512 * 1024
 """Source bytes a worker holds at a time; a single longer row is held whole.
@@ -28,12 +28,33 @@ class Options:
     Attributes:
         dtype: ``auto`` or a key of :data:`DTYPES`.
         tp_size: number of tensor-parallel ranks.
-        weight_only: ``int8`` or ``int4`` for the portable weight-only form, else None.
+        qformat: a key of ``phireg.quant.schemes.SCHEMES``, or None.
+        kv_cache_dtype: a key of ``phireg.quant.schemes.KV_CACHES``, or None.
     """
 
     dtype: str = "auto"
     tp_size: int = 1
-    weight_only: str | None = None
+    qformat: str | None = None
+    kv_cache_dtype: str | None = None
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """The quantization scheme, if there is one."""
+        return None if self.qformat is None else SCHEMES[self.qformat]
+
+    @property
+    def weight_only(self) -> str | None:
+        """``int8`` or ``int4`` for the portable weight-only form, else None."""
+        scheme = self.scheme
+        if scheme is None or scheme.weight is not None:
+            return None
+        return scheme.qformat.removesuffix("_wo")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether carrying out the plan needs calibration statistics."""
+        scheme = self.scheme
+        return self.kv_cache_dtype is not None or (scheme is not None and scheme.calibrated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +67,8 @@ class Output:
         dtype: safetensors code.
         shape: its shape.
         offset: absolute byte offset in the file.
-        rows: where its rows come from: spans over source *tensors*, in order.
+        rows: where its rows come from: spans over source *tensors*, in order; those of a scale
+            over the plan's ``scales``.
         columns: which source columns a row keeps, in order; None for all, or for one axis.
     """
 
@@ -92,6 +114,21 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizedLinear:
+    """A linear whose quantized weight and scales a run computes.
+
+    Attributes:
+        target: module path in the checkpoint.
+        sources: the source modules its rows come from; no other target reads them.
+        columns: number of input features in the source.
+    """
+
+    target: str
+    sources: tuple[str, ...]
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything a conversion does, and everything that speaks against it.
 
@@ -104,6 +141,10 @@ class Plan:
         headers: the safetensors header of each rank file.
         tasks: the work, in source order.
         findings: errors, warnings and notes.
+        linears: what is quantized; empty unless the scheme quantizes weights.
+        kv_caches: attention modules whose KV cache gets a scale, in the order of the layers.
+        scales: the scales a run computes before it writes, by name. To the outputs they are source
+            tensors like those of the files, with the source's rows and columns; they have no file.
     """
 
     family: str
@@ -114,6 +155,9 @@ class Plan:
     headers: tuple[bytes, ...]
     tasks: tuple[Task, ...]
     findings: tuple[Finding, ...]
+    linears: tuple[QuantizedLinear, ...] = ()
+    kv_caches: tuple[str, ...] = ()
+    scales: Mapping[str, SourceTensor] = field(default_factory=dict)
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -127,8 +171,12 @@ class Plan:
             step.count * row_bytes(step.source)
             for task in self.tasks
             for step in task.steps
-            if step.source is not None
+            if step.source is not None and step.source.name not in self.scales
         )
+
+    def tensor(self, name: str) -> SourceTensor:
+        """What a span of an output names: a tensor of the source, or a scale."""
+        return self.scales.get(name) or self.source.tensors[name]
 
     @property
     def file_sizes(self) -> tuple[int, ...]:
@@ -150,34 +198,34 @@ class Plan:
         return sum(
             1
             for name in {s.source for o in self.outputs for s in o.rows if s.source is not None}
-            if self.source.tensors[name].dtype != wanted
+            if name not in self.scales and self.source.tensors[name].dtype != wanted
         )
 
     def buffer_bytes(self, workers: int) -> int:
         """Upper bound of the memory a run holds in buffers.
 
-        Each worker has a block of source rows, its cast copy, and the columns cut out for a rank.
+        Each worker has a block of source rows, its cast copy, and the columns cut out for a rank;
+        when weights are quantized, also the quantized block and float32 copies of a piece of it.
+        The scales of all linears are in memory together.
         """
         longest = max(
             (row_bytes(step.source) for task in self.tasks for step in task.steps if step.source),
             default=0,
         )
-        return workers * 4 * max(BLOCK_BYTES, longest)
-
-
-ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
-"""Bytes per element of the dtypes a plan accepts."""
+        copies = 8 if self.linears else 4
+        scales = sum(scale.nbytes for scale in self.scales.values())
+        return workers * copies * max(BLOCK_BYTES, longest) + scales
 
 
 def row_bytes(tensor: SourceTensor) -> int:
     """Bytes of one row of a source tensor (one element, if it has one axis)."""
     cols = tensor.shape[1] if len(tensor.shape) > 1 else 1
-    return cols * ITEM_BYTES[tensor.dtype]
+    return cols * ITEMSIZE[tensor.dtype]
 
 
 def output_bytes(output: Output) -> int:
     """Bytes of an output tensor."""
-    total = ITEM_BYTES[output.dtype]
+    total = ITEMSIZE[output.dtype]
     for size in output.shape:
         total *= size
     return total

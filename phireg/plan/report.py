@@ -87,6 +87,8 @@ def as_json(plan: Plan, *, workers: int) -> dict[str, Any]:
         "dtype": plan.options.dtype,
         "tp_size": plan.options.tp_size,
         "weight_only": plan.options.weight_only,
+        "qformat": plan.options.qformat,
+        "kv_cache_dtype": plan.options.kv_cache_dtype,
         "source": {
             "directory": str(plan.source.directory),
             "revision": plan.source.revision,
@@ -135,13 +137,16 @@ def _placed(plan: Plan, output: Output) -> Iterable[Mapping[str, Any]]:
     for span in output.rows:
         entry: dict[str, Any] = {"rows": [position, position + span.count], "from": None}
         if span.source is not None:
-            tensor = plan.source.tensors[span.source]
+            tensor = plan.tensor(span.source)
             per_row = tensor.nbytes // tensor.shape[0] if tensor.shape[0] else 0
+            computed = span.source in plan.scales
             entry["from"] = {
-                "file": tensor.file,
+                "file": None if computed else tensor.file,
                 "tensor": tensor.name,
                 "rows": [span.start, span.stop],
-                "bytes": [tensor.offset + n * per_row for n in (span.start, span.stop)],
+                "bytes": None
+                if computed
+                else [tensor.offset + n * per_row for n in (span.start, span.stop)],
                 "columns": _columns(output.columns, tensor.shape),
             }
         yield entry

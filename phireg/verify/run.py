@@ -21,7 +21,7 @@ from phireg.verify.expected import RankFiles, tensors_of
 from phireg.verify.recognise import place_of, recognise
 from phireg.verify.request import Outcome, Progress, Request, Skipped
 from phireg.verify.result import CHECKS, ONE_RANK, Check, Problem, Verification
-from phireg.verify.structure import structure_problems
+from phireg.verify.structure import structure_notes, structure_problems
 from phireg.verify.weights import comparable, compare
 
 if TYPE_CHECKING:
@@ -115,7 +115,9 @@ class _Runner:
         ]
         count = sum(map(len, tensors))
         summary = f"{count} tensors in {self.tp_size} rank file{'s'[: self.tp_size > 1]}"
-        return summary, _folded(unread + problems), []
+        harmless = _folded(Problem(*found) for found in structure_notes(self.found, tensors))
+        notes = [f"{note.where}: {note.text}" for note in harmless]
+        return summary, _folded(unread + problems), notes
 
     def config(self) -> Outcome:
         """See :mod:`phireg.verify.configcheck`."""

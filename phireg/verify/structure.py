@@ -6,9 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from phireg.checkpoint.schema import required_tensors
-from phireg.plan.model import DTYPES
-from phireg.quant.schemes import WEIGHT_ONLY
+from phireg.checkpoint.schema import DTYPES, KNOWN, required_tensors
 from phireg.verify.reader import NESTED, required_keys, with_defaults
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -20,32 +18,56 @@ _ROTARY_TABLES = re.compile(
 """Constants that TensorRT-LLM 0.12 and later writes at the root and computes again on loading."""
 
 
+_EXTRA_SCALES = re.compile(
+    r"(transformer\.layers\.\d+\.attention\.(k_cache|v_cache|kv_cache_rcp)|"
+    r"lm_head\.(weights|activation))_scaling_factor"
+)
+"""What exporters of some releases write beside what the reader needs; it drops or derives them."""
+
+
 def structure_problems(
     config: Mapping[str, Any], ranks: Sequence[Tensors]
 ) -> list[tuple[str, str]]:
     """What is missing, unknown, mis-shaped or of another dtype, as (where, what).
 
     Args:
-        config: config.json. Quantized tensors and unknown architectures are not judged.
+        config: config.json. Tensors of algorithms and architectures unknown here are not judged.
         ranks: each rank file's tensors; an empty one, whose defect is known, is passed over.
     """
-    found = [("config.json", problem) for problem in _config(config)]
+    return [(where, what) for where, what, harmless in _findings(config, ranks) if not harmless]
+
+
+def structure_notes(config: Mapping[str, Any], ranks: Sequence[Tensors]) -> list[tuple[str, str]]:
+    """What the reader accepts although phireg writes it otherwise, as (where, what).
+
+    Arguments are those of :func:`structure_problems`.
+    """
+    return [(where, what) for where, what, harmless in _findings(config, ranks) if harmless]
+
+
+def _findings(
+    config: Mapping[str, Any], ranks: Sequence[Tensors]
+) -> Iterator[tuple[str, str, bool]]:
+    found = list(_config(config))
+    yield from (("config.json", problem, False) for problem in found)
     quantization = config.get("quantization")
-    algorithm = quantization.get("quant_algo") if isinstance(quantization, Mapping) else None
-    if algorithm not in (None, *WEIGHT_ONLY.values()):
-        return found
+    if not isinstance(quantization, Mapping | None):
+        return
+    if (quantization or {}).get("quant_algo") not in KNOWN:
+        return
     try:
         required = required_tensors(with_defaults(config), len(ranks))
     except (KeyError, TypeError) as problem:
-        return found or [("config.json", f"{problem} is missing or of the wrong type")]
+        if not found:
+            yield "config.json", f"{problem} is missing or of the wrong type", False
+        return
     if required is None:
-        return found
-    code = DTYPES.get(str(config.get("dtype")))
+        return
     for rank, tensors in enumerate(ranks):
         if tensors:
             file = f"rank{rank}.safetensors"
-            found += [(f"{file}: {n}", text) for n, text in _tensors(tensors, required, code)]
-    return found
+            for name, text, harmless in _tensors(tensors, required):
+                yield f"{file}: {name}", text, harmless
 
 
 def _config(config: Mapping[str, Any]) -> Iterator[str]:
@@ -71,16 +93,30 @@ def _config(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"mapping.tp_size is {tp} and world_size {world}"
 
 
-def _tensors(
-    tensors: Tensors, required: Mapping[str, tuple[int, ...]], code: str | None
-) -> Iterator[tuple[str, str]]:
-    for name, shape in required.items():
+def _tensors(tensors: Tensors, required: Tensors) -> Iterator[tuple[str, str, bool]]:
+    for name, (code, shape) in required.items():
         if name not in tensors:
-            yield name, "is missing"
-        elif tensors[name][1] != shape:
-            yield name, f"is {list(tensors[name][1])}, the reader expects {list(shape)}"
-        elif code and tensors[name][0] != code:
-            yield name, f"is {tensors[name][0]}, config.json says {code}"
+            yield name, "is missing", False
+            continue
+        found, size = tensors[name]
+        if size == () and shape == (1,):
+            yield name, "is a scalar, which the reader takes for [1]", True
+        elif size != shape:
+            yield name, f"is {list(size)}, the reader expects {list(shape)}", False
+            continue
+        if (found, code) == ("I8", "F8_E4M3"):
+            yield name, "holds float8_e4m3fn as int8, as early exporters wrote it", True
+        elif code and found != code:
+            yield name, f"is {found}, config.json says {code}", False
     for name in sorted(tensors.keys() - required.keys()):
-        if not _ROTARY_TABLES.fullmatch(name):
-            yield name, "is not known to the reader"
+        if _EXTRA_SCALES.fullmatch(name) and _has_scales(name, required):
+            yield name, "is not needed; the reader leaves it out", True
+        elif not _ROTARY_TABLES.fullmatch(name):
+            yield name, "is not known to the reader", False
+
+
+def _has_scales(name: str, required: Tensors) -> bool:
+    """Whether the scale belongs to something that is quantized in this checkpoint."""
+    if name.startswith("lm_head."):
+        return any(code == "F8_E4M3" for code, _ in required.values())
+    return f"{name.rpartition('.')[0]}.kv_cache_scaling_factor" in required
