@@ -50,6 +50,7 @@ RULES = {
     PLAN: Rule((LAYOUT, CONFIG, CHECKPOINT, QUANT, FINDINGS, ERRORS), typing=("phireg.family",)),
     "phireg.hookspecs": Rule(DESCRIBE),
     "phireg.family": Rule((*DESCRIBE, "phireg.hookspecs")),
+    "phireg.declared": Rule(),
     "phireg.registry": Rule((*DESCRIBE, "phireg.hookspecs", "phireg.family")),
     "phireg.api": Rule((*DESCRIBE, "phireg.hookspecs", "phireg.family")),
     "phireg.page": Rule((ERRORS,)),
@@ -73,7 +74,10 @@ RULES = {
     "phireg.jobs": Rule(("phireg",), lazily=("torch",), never=("phireg.cli",)),
     "phireg.demo": Rule(("phireg",), lazily=("torch",), never=("phireg.cli", "phireg_plugins")),
     "phireg.scaffold": Rule(
-        (*DESCRIBE, "phireg.family", "phireg.registry", "phireg.runner.directory")
+        (
+            *(*DESCRIBE, "phireg.hookspecs", "phireg.family", "phireg.registry"),
+            "phireg.runner.directory",
+        )
     ),
     "phireg.testing": Rule(
         ("phireg", "numpy", "torch", "pytest"),
