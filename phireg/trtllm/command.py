@@ -1,0 +1,346 @@
+"""One stable set of options, translated into the flags of one release of ``trtllm-build``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from phireg.errors import EngineError, UsageError
+from phireg.trtllm.engine import FP32_ACCUMULATION
+from phireg.trtllm.releases import PHI2, PHI3, PHI3_SMALL, Release, release_of
+
+PROGRAM = "trtllm-build"
+MAX_INPUT_LEN = 1024
+"""The builder's default in every release."""
+
+_OWN = (
+    "checkpoint_dir", "model_config", "output_dir", "max_batch_size", "max_input_len",
+    "max_output_len", "max_seq_len", "max_decoder_seq_len", "tp_size", "pp_size", "gemm_plugin",
+    "gpt_attention_plugin", "context_fmha", "context_fmha_fp32_acc", "use_fp8_context_fmha",
+    "workers",
+)  # fmt: skip
+"""Flags that phireg decides, which a user may therefore not pass beside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """What a user may ask of an engine; None leaves it to the builder or to phireg.
+
+    Attributes:
+        max_batch_size: rows of a batch at most.
+        max_input_len: tokens of a prompt at most.
+        max_output_len: new tokens at most; not together with ``max_seq_len``.
+        max_seq_len: tokens of prompt and continuation together at most.
+        gemm_plugin: "auto", a dtype, "fp8" or "disable".
+        gpt_attention_plugin: "auto", a dtype or "disable".
+        context_fmha: fused attention in the context phase.
+        context_fmha_fp32_acc: float32 accumulation in it.
+        use_fp8_context_fmha: FP8 arithmetic in it.
+        workers: ranks built side by side, each on a GPU of its own.
+        tp_size: tensor-parallel ranks, where they are not the checkpoint's.
+        pp_size: pipeline stages; the checkpoint's.
+        extra: further arguments, passed on as they are.
+    """
+
+    max_batch_size: int | None = None
+    max_input_len: int | None = None
+    max_output_len: int | None = None
+    max_seq_len: int | None = None
+    gemm_plugin: str | None = None
+    gpt_attention_plugin: str | None = None
+    context_fmha: bool | None = None
+    context_fmha_fp32_acc: bool | None = None
+    use_fp8_context_fmha: bool | None = None
+    workers: int | None = None
+    tp_size: int | None = None
+    pp_size: int | None = None
+    extra: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """The builder's arguments, without what is read and where it goes.
+
+    Attributes:
+        flags: in the order of the builder's help, extra arguments last.
+        notes: what phireg set or changed, and why, one line each.
+        run_options: what the runtime has to be told later; see ``Engine.run_options``.
+        tp_size: ranks of the engine.
+    """
+
+    flags: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    run_options: Mapping[str, bool] = field(default_factory=dict)
+    tp_size: int = 1
+
+    def line(self, program: str | Path, source: Path, output_dir: Path) -> tuple[str, ...]:
+        """The whole command.
+
+        Args:
+            program: ``trtllm-build``.
+            source: the checkpoint, or a config.json alone, for an engine without weights.
+            output_dir: where the engine goes.
+        """
+        if source.suffix == ".json" and not source.is_dir():
+            reads = ("--model_config", str(source))
+        else:
+            # A path that ends with ".json" is a config to the builder, even if it is a directory.
+            reads = ("--checkpoint_dir", str(source) + "/" * (source.suffix == ".json"))
+        return (str(program), *reads, "--output_dir", str(output_dir), *self.flags)
+
+
+def translate(
+    config: Mapping[str, Any], options: BuildOptions, version: str, *, weights: bool = True
+) -> Command:
+    """The flags with which a release builds what is asked for.
+
+    Args:
+        config: the checkpoint's config.json.
+        options: what is asked for.
+        version: of TensorRT-LLM.
+        weights: whether there are weights, which are split for the ranks in ``config``.
+
+    Raises:
+        UsageError: the options contradict each other or the checkpoint.
+        EngineError: this release cannot build it.
+    """
+    _check_extra(options.extra)
+    release = release_of(version)
+    _check_model(config, release, version)
+    translation = _Translation(config, options, release)
+    return translation.command(weights)
+
+
+class _Translation:
+    def __init__(self, config: Mapping[str, Any], options: BuildOptions, release: Release) -> None:
+        self.config = config
+        self.options = options
+        self.release = release
+        self.notes: list[str] = []
+        self.flags: list[str] = []
+        self.run_options: dict[str, bool] = {}
+
+    def command(self, weights: bool) -> Command:
+        options = self.options
+        self.add("max_batch_size", options.max_batch_size)
+        self.lengths()
+        tp_size = self.ranks(weights)
+        self.plugins()
+        self.context_attention()
+        self.add("workers", options.workers)
+        return Command(
+            (*self.flags, *options.extra), tuple(self.notes), dict(self.run_options), tp_size
+        )
+
+    def add(self, flag: str, value: object) -> None:
+        if isinstance(value, bool):
+            value = "enable" if value else "disable"
+        if value is not None:
+            self.flags += (f"--{flag}", str(value))
+
+    def lengths(self) -> None:
+        options, release = self.options, self.release
+        if options.max_output_len and options.max_seq_len:
+            raise UsageError(
+                "--max-output-len and --max-seq-len are two ways to say the same",
+                hint="--max-seq-len counts the prompt, --max-output-len does not.",
+            )
+        total = self.total()
+        positions = self.config["max_position_embeddings"]
+        if (total or options.max_input_len or 0) > positions:
+            raise UsageError(
+                f"{total or options.max_input_len} tokens are more than the {positions} positions "
+                "of the model",
+                hint="--max-seq-len, or --max-input-len and --max-output-len together, must fit.",
+            )
+        if total and (options.max_input_len or 0) >= total:
+            raise UsageError(
+                f"a prompt of {options.max_input_len} tokens leaves no room for new ones in "
+                f"{total}",
+                hint="lower --max-input-len or raise --max-seq-len.",
+            )
+        self.add("max_input_len", options.max_input_len)
+        if release.limits_sum:
+            self.add("max_seq_len", total)
+        elif total:
+            new_tokens = total - (options.max_input_len or MAX_INPUT_LEN)
+            if new_tokens < 1:
+                raise UsageError(
+                    f"--max-seq-len {total} leaves no room for new tokens: prompts have up to "
+                    f"{MAX_INPUT_LEN}",
+                    hint="give --max-input-len too.",
+                )
+            self.add("max_output_len", new_tokens)
+
+    def total(self) -> int | None:
+        """Tokens of prompt and continuation together, if the user limits them."""
+        options = self.options
+        if options.max_output_len:
+            return (options.max_input_len or MAX_INPUT_LEN) + options.max_output_len
+        return options.max_seq_len
+
+    def ranks(self, weights: bool) -> int:
+        options = self.options
+        tp_size, pp_size = _mapping(self.config)
+        if options.pp_size not in (None, pp_size):
+            raise UsageError(
+                f"--pp-size {options.pp_size}: the checkpoint has {pp_size} pipeline stage",
+                hint="Phi models have no pipeline stages; use --tp-size when converting.",
+            )
+        if self.release.ranks_by_flag and self.config["architecture"] == PHI2:
+            if weights and tp_size > 1:
+                raise EngineError(
+                    f"TensorRT-LLM {self.release.name} splits phi-2 itself, and this checkpoint "
+                    f"is already split for {tp_size} ranks",
+                    hint="convert with --tp-size 1 and give this command --tp-size "
+                    f"{tp_size}; or use release 0.12 or later.",
+                )
+            asked = options.tp_size or tp_size
+            if asked > 1:
+                self.add("tp_size", asked)
+                self.add("pp_size", 1)
+            return asked
+        if options.tp_size not in (None, tp_size):
+            raise UsageError(
+                f"--tp-size {options.tp_size}: the checkpoint is split for {tp_size}",
+                hint="the number of ranks is decided when converting: phireg convert --tp-size "
+                f"{options.tp_size}.",
+            )
+        return tp_size
+
+    def plugins(self) -> None:
+        for name in ("gemm_plugin", "gpt_attention_plugin"):
+            value: str | None = getattr(self.options, name)
+            dtype = self.config["dtype"]
+            option = f"--{name.replace('_', '-')}"
+            if value == "fp8":
+                self.needs_fp8(f"{option} fp8")
+                if not self.release.fp8_gemm:
+                    raise EngineError(
+                        f"TensorRT-LLM {self.release.name} has no {option} fp8",
+                        hint=f"use {option} disable, or release 0.11 or later.",
+                    )
+            elif value not in (None, "auto", "disable", dtype):
+                raise UsageError(
+                    f"{option} {value}: the checkpoint is {dtype}, which a {value} plugin cannot "
+                    "take",
+                    hint=f"use {option} auto, which is the checkpoint's dtype.",
+                )
+            if not self.release.auto_plugin and (
+                value == "auto" or (value is None and name == "gpt_attention_plugin")
+            ):
+                value = dtype
+            self.add(name, value)
+
+    def context_attention(self) -> None:
+        options = self.options
+        fused = options.context_fmha
+        asked = {
+            "context_fmha_fp32_acc": options.context_fmha_fp32_acc,
+            "use_fp8_context_fmha": options.use_fp8_context_fmha,
+        }
+        wanted = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value]
+        if fused is False and wanted:
+            raise UsageError(
+                f"{' and '.join(wanted)}: fused context attention is disabled",
+                hint="leave out --context-fmha disable.",
+            )
+        if options.use_fp8_context_fmha:
+            self.needs_fp8("--use-fp8-context-fmha")
+        if options.gpt_attention_plugin == "disable" and (fused or wanted):
+            raise UsageError(
+                "fused context attention is part of the attention plugin, which is disabled",
+                hint="leave out --gpt-attention-plugin disable.",
+            )
+        limit = sparse_from(self.config)
+        if fused is None and limit is not None and self.longest_prompt() > limit:
+            fused = False
+            self.notes.append(
+                f"--context_fmha disable is set: with prompts over {limit} tokens, which this "
+                "engine takes, the fused context attention ignores Phi-3-small's block sparsity; "
+                "--context-fmha enable keeps it"
+            )
+            if wanted:
+                asked = dict.fromkeys(asked)
+                self.notes.append(f"{' and '.join(wanted)} has no effect without it")
+        self.add("context_fmha", fused)
+        accumulate = asked["context_fmha_fp32_acc"]
+        if self.release.fp32_at_build:
+            self.add("context_fmha_fp32_acc", accumulate)
+        elif accumulate is not None:
+            self.run_options[FP32_ACCUMULATION] = accumulate
+            self.notes.append(
+                "--context-fmha-fp32-acc is a run-time option since 0.12: it is remembered for "
+                "phireg run and phireg summarize"
+            )
+        self.add("use_fp8_context_fmha", asked["use_fp8_context_fmha"])
+
+    def longest_prompt(self) -> int:
+        """What the engine lets through.
+
+        Since 0.11, ``max_input_len`` does not limit packed prompts with fused attention.
+        """
+        if not self.release.limits_sum:
+            return self.options.max_input_len or MAX_INPUT_LEN
+        return (self.total() or int(self.config["max_position_embeddings"])) - 1
+
+    def needs_fp8(self, option: str) -> None:
+        quantization = self.config.get("quantization") or {}
+        if quantization.get("quant_algo") != "FP8":
+            raise UsageError(
+                f"{option} needs an FP8 checkpoint",
+                hint="phireg quantize --qformat fp8 makes one.",
+            )
+
+
+def _mapping(config: Mapping[str, Any]) -> tuple[int, int]:
+    """TP and PP."""
+    mapping = config.get("mapping") or {}
+    return mapping.get("tp_size", 1), mapping.get("pp_size", 1)
+
+
+def sparse_from(config: Mapping[str, Any]) -> int | None:
+    """The number of tokens up to which block-sparse attention equals dense; None for no sparsity.
+
+    Phi-3-small attends to the blocks nearby and to some of the others; layer i is dense if i + 1
+    is a multiple of ``dense_attention_every_n_layers``.
+    """
+    if config["architecture"] != PHI3_SMALL or config["dense_attention_every_n_layers"] == 1:
+        return None
+    return int(config["blocksparse_num_local_blocks"] * config["blocksparse_block_size"])
+
+
+def _check_model(config: Mapping[str, Any], release: Release, version: str) -> None:
+    if release.grouped:
+        return
+    heads = config["num_attention_heads"]
+    groups = config.get("num_key_value_heads", heads)
+    architecture = config["architecture"]
+    if architecture == PHI3_SMALL or (architecture == PHI3 and groups != heads):
+        raise EngineError(
+            f"TensorRT-LLM {version} cannot read this model: Phi-3-small and Phi-3-medium need "
+            "0.11 or later",
+            hint="use a newer release.",
+        )
+
+
+def _check_extra(extra: Sequence[str]) -> None:
+    for flag in _flags(extra):
+        # The builder's parser takes abbreviations too.
+        for own in _OWN:
+            if own.startswith(flag):
+                option = own.replace("_", "-").replace("decoder-", "")
+                raise UsageError(
+                    f"--{flag} cannot be passed on after '--': phireg decides --{own}",
+                    hint="give CKPT, or --dummy-weights with --model-dir."
+                    if own in ("checkpoint_dir", "model_config")
+                    else f"give phireg's own option --{option}.",
+                )
+
+
+def _flags(extra: Sequence[str]) -> Iterator[str]:
+    for argument in extra:
+        if argument.startswith("--"):
+            yield argument[2:].partition("=")[0].replace("-", "_")
