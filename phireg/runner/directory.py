@@ -23,6 +23,7 @@ import os
 import shutil
 import socket
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -58,9 +59,11 @@ class OutputDirectory:
     Args:
         target: the directory to publish. It may be missing (parents are created) or empty. A
             symbolic link is followed: what it points at is written or replaced.
-        overwrite: replace an existing target, if it is recognisably a TensorRT-LLM checkpoint
-            and holds nothing else.
+        overwrite: replace an existing target, if it is recognisably what is written here and
+            holds nothing else.
         required_bytes: how much will be written; so much must be free on the disk.
+        kind: what is written, for messages.
+        objection: why a directory is not of that kind, or None if it is.
 
     Raises:
         OutputError: the target cannot be used, another run is writing it, the disk has too
@@ -68,7 +71,15 @@ class OutputDirectory:
             size limit, input/output error, read-only, no permission).
     """
 
-    def __init__(self, target: Path, *, overwrite: bool, required_bytes: int) -> None:
+    def __init__(
+        self,
+        target: Path,
+        *,
+        overwrite: bool,
+        required_bytes: int,
+        kind: str = "checkpoint",
+        objection: Callable[[Path], str | None] | None = None,
+    ) -> None:
         # realpath drops "..", so a symbolic link to "/" or to a parent is seen for what it is.
         resolved = Path(os.path.realpath(target))
         if target.name in ("", "..") or not resolved.name:
@@ -84,6 +95,8 @@ class OutputDirectory:
         self._target = resolved
         self._overwrite = overwrite
         self._required_bytes = required_bytes
+        self._kind = kind
+        self._objection = objection or _not_a_checkpoint
         self._partial = resolved.with_name(resolved.name + PARTIAL_SUFFIX)
         self._marker = self._partial / MARKER
         self._unfinished = self._partial / "unfinished"
@@ -207,7 +220,7 @@ class OutputDirectory:
         if self._target.is_mount():
             raise OutputError(
                 f"the output {self._target} is a mount point, which no directory can replace",
-                hint=f"choose a new directory inside it, e.g. {self._target / 'checkpoint'}",
+                hint=f"choose a new directory inside it, e.g. {self._target / self._kind}",
             )
         if not _names(self._target):
             return False
@@ -218,10 +231,10 @@ class OutputDirectory:
             )
         if not os.access(self._target, os.W_OK):
             raise OutputError(f"no permission to replace the output {self._target}")
-        objection = _not_a_checkpoint(self._target)
+        objection = self._objection(self._target)
         if objection is not None:
             raise OutputError(
-                f"--overwrite replaces only a TensorRT-LLM checkpoint: {objection}",
+                f"--overwrite replaces only a TensorRT-LLM {self._kind}: {objection}",
                 hint="move it away, or choose another output directory",
             )
         return True
