@@ -64,14 +64,14 @@ def _levels(height: float) -> list[str]:
 
 def spread_chart(backends: Sequence[BackendResult]) -> str:
     """A histogram of the articles' ROUGE-1 for each backend, on one scale, with its median."""
-    row = 112.0
+    row = 136.0
     counts = [_histogram([a["rouge1"] for a in r.rouge.articles]) for r in backends]
     most = max(max(bins) for bins in counts)
     width = (WIDTH - _LEFT - _RIGHT) / _BINS
     marks = []
     for k, (result, bins) in enumerate(zip(backends, counts, strict=True)):
         bottom = row * (k + 1)
-        space = row - 34
+        space = row - 58
         marks.append(
             element("line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=bottom, y2=bottom, class_="grid")
         )
@@ -97,12 +97,10 @@ def spread_chart(backends: Sequence[BackendResult]) -> str:
         median = (scores[len(scores) // 2] + scores[(len(scores) - 1) // 2]) / 2
         x = _LEFT + (WIDTH - _LEFT - _RIGHT) * median / 100
         marks.append(
-            element("line", x1=x, x2=x, y1=bottom - space - 2, y2=bottom, class_="middle-line")
+            element("line", x1=x, x2=x, y1=bottom - space - 6, y2=bottom, class_="middle-line")
         )
-        side = "end" if median > 50 else "start"
-        shift = -6.0 if median > 50 else 6.0
         words = f"{result.name}: median {median:.1f}, lowest {scores[0]:.1f}"
-        marks.append(text(x + shift, bottom - space + 6, words, class_=f"halo {side}"))
+        marks.append(text(_LEFT, bottom - row + 26, words, class_="value"))
     bottom = row * len(backends)
     for level in range(0, 101, 10):
         x = _LEFT + (WIDTH - _LEFT - _RIGHT) * level / 100

@@ -6,8 +6,6 @@ CSS = """
 .bar0 { fill: var(--b0); } .bar1 { fill: var(--b1); } .bar2 { fill: var(--b2); }
 .bar3 { fill: var(--b3); } .value { fill: var(--ink); font-size: 12px; }
 .middle-line { stroke: var(--ink); stroke-width: 2; }
-.halo { fill: var(--ink); font-size: 12px; paint-order: stroke; stroke: var(--card);
-  stroke-width: 4px; }
 ul.checks { margin: 10px 0 0; } ul.checks li { border-color: var(--good); }
 ul.checks li.failed { border-color: var(--bad); color: var(--bad); }
 .note { margin-top: 10px; color: var(--skip); }
@@ -15,7 +13,8 @@ ul.checks li.failed { border-color: var(--bad); color: var(--bad); }
 .article:first-of-type { border-top: 0; }
 .article h3 { font-size: 15px; margin: 0 0 8px; display: flex; gap: 14px; flex-wrap: wrap; }
 .article h3 span { font-weight: 400; color: var(--soft); font-variant-numeric: tabular-nums; }
-.side { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 12px 22px; }
+.side { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr));
+  gap: 12px 22px; }
 .side h4 { font-size: 12px; font-weight: 600; margin: 0 0 3px; color: var(--soft); }
 .side h4 i, td i { display: inline-block; width: 10px; height: 10px; border-radius: 2px;
   margin-right: 6px; }

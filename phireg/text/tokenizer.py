@@ -165,7 +165,7 @@ def _family_loader(checkpoint_dir: Path) -> str:
     written_by = family.get("name") if isinstance(family, dict) else None
     candidates = [c for offers in registry.index().values() for c in offers]
     candidates.sort(key=lambda candidate: candidate.name != written_by)
-    architecture = read_json_object(checkpoint_dir / "config.json").get("architecture")
+    architecture = _architecture(read_json_object(checkpoint_dir / "config.json"))
     for candidate in candidates:
         try:
             family = candidate.load()
@@ -177,4 +177,14 @@ def _family_loader(checkpoint_dir: Path) -> str:
         f"no installed family reads the {RANKS_FILES} tokenizer of {architecture}",
         hint="give --tokenizer-dir a directory with tokenizer.json; phireg plugins --check says "
         "which families are broken.",
+    )
+
+
+def _architecture(config: Mapping[str, Any]) -> Any:
+    """Of a checkpoint, an engine or a source model."""
+    inner, several = config.get("pretrained_config"), config.get("architectures")
+    if isinstance(inner, Mapping):
+        return inner.get("architecture")
+    return config.get("architecture") or (
+        several[0] if isinstance(several, list) and several else None
     )
