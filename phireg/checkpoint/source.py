@@ -161,6 +161,15 @@ class Source:
         return Reader(self.directory, self._stamps, self._fetch)
 
 
+def without_weights(directory: Path) -> Source:
+    """The source of a model of which only the config is there: it has no tensors."""
+
+    def nothing(fd: int, path: Path, tensor: SourceTensor, start: int, view: memoryview) -> None:
+        raise AssertionError("there are no tensors to read")
+
+    return Source(directory, None, {}, (), (), {}, nothing)
+
+
 @dataclass(frozen=True, slots=True)
 class _Scan:
     """One weights file, whatever its kind."""

@@ -8,12 +8,13 @@ from pathlib import Path
 from phireg import registry
 from phireg.checkpoint.hub import resolve_model_dir
 from phireg.checkpoint.jsonfile import read_json_object
-from phireg.checkpoint.source import open_source
+from phireg.checkpoint.source import open_source, without_weights
 from phireg.config.hf import HFConfig
-from phireg.errors import SourceError, UsageError
+from phireg.errors import PlanError, SourceError, UsageError
 from phireg.plan.admit import check_model
 from phireg.plan.build import build_plan
 from phireg.plan.model import DTYPES, Options, Plan
+from phireg.plan.report import problems
 from phireg.quant.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
 from phireg.registry import AUTO, Chosen
 
@@ -72,6 +73,45 @@ def plan(
     hf = HFConfig(read_json_object(directory / "config.json"))
     if not hf.architectures and not hf.model_type:
         open_source(directory)
+    chosen = _choose(hf, family)
+    source = open_source(directory, commit)
+    built = build_plan(chosen.family, hf, source, options)
+    return Planned(built, chosen, str(model_dir))
+
+
+def plan_config(
+    model_dir: str | Path, *, family: str = AUTO, dtype: str = "auto", tp_size: int = 1
+) -> Planned:
+    """Plan a checkpoint's config.json alone, from the model's: no weights are needed.
+
+    The plan's ``config`` is that of a conversion; it has no outputs and cannot be carried out.
+
+    Args:
+        model_dir: a local directory with a config.json.
+        family: as for :func:`plan`.
+        dtype: as for :func:`plan`; a config that names none counts as float16.
+        tp_size: number of tensor-parallel ranks.
+
+    Raises:
+        PlanError: the config has errors.
+        PhiregError: as :func:`plan`.
+    """
+    options = _options(dtype, tp_size, 1, None, None)
+    directory = Path(model_dir)
+    if not directory.is_dir():
+        raise SourceError(
+            f"{str(model_dir)!r}: no such directory", hint="give one that has a config.json."
+        )
+    hf = HFConfig(read_json_object(directory / "config.json"))
+    chosen = _choose(hf, family)
+    made = build_plan(chosen.family, hf, without_weights(directory), options)
+    errors = [finding for finding in made.errors if finding.code != "missing"]
+    if errors:
+        raise PlanError(f"the model's config.json has problems\n{problems(errors)}")
+    return Planned(made, chosen, str(model_dir))
+
+
+def _choose(hf: HFConfig, family: str) -> Chosen:
     check_model(hf)
     chosen = registry.choose(hf) if family == AUTO else registry.load(family)
     refusal = chosen.family.refusal(hf)
@@ -80,9 +120,7 @@ def plan(
             f"this model cannot be converted as {chosen.family.name}: {refusal}",
             hint="leave out --family to let config.json decide.",
         )
-    source = open_source(directory, commit)
-    built = build_plan(chosen.family, hf, source, options)
-    return Planned(built, chosen, str(model_dir))
+    return chosen
 
 
 def _qformat(qformat: str | None, weight_only: str | None, cache: str | None) -> str | None:
