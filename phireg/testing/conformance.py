@@ -184,6 +184,7 @@ class FamilyConformance:
         """The ranks, put together as TensorRT-LLM takes their rows, are the checkpoint at TP 1."""
         import torch
 
+        from phireg.errors import CheckError
         from phireg.executor.blueprint import parse_blueprint
         from phireg.executor.weights import replicated
         from phireg.verify.merge import merge
@@ -193,7 +194,10 @@ class FamilyConformance:
             if tp_size == 1:
                 continue
             ranks = _probes(model, tp_size)
-            blueprint = parse_blueprint(dict(model.planned(tp_size).plan.config))
+            try:
+                blueprint = parse_blueprint(dict(model.planned(tp_size).plan.config))
+            except CheckError as error:
+                _fail(f"{error} ({model.places.hook('phireg_config_fields')})")
             for name, wanted in whole.items():
                 shards = [tensors[name] for tensors in ranks]
                 for rank, shard in enumerate(shards):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from phireg.testing.model import TinyModel
 from phireg.testing.repair import Repairs
 from phireg.verify.compute import Computed
-from phireg.verify.measure_types import Place
+from phireg.verify.measure_types import Place, place_text
 from phireg.verify.request import Request, Skipped
 from phireg.verify.result import Problem
 
@@ -43,20 +43,28 @@ def logits_problems(model: TinyModel, tp_size: int) -> str | None:
     wrong = _first_of_each_part(problems)
     for place in wrong:
         layer, part = place
-        lines.append(f"rules of {part if layer is None else f'layer {layer} {part}'}:")
+        lines.append(f"rules of {place_text(place)}:")
         lines.append(model.places.lines(model.places.part(layer, part)))
-    if wrong and computed.result is not None:
+    if tp_size > 1:
+        lines.append("what fails at this size only is how a rule is divided: its parts and policy")
+    elif wrong and computed.result is not None:
         tokens = [prompt.tokens for prompt in computed.result.prompts]
         reference = computed.reference(computed.blueprint(), torch.device("cpu"))
         repairs = Repairs(model, reference, tuple(dict.fromkeys((tokens[0], tokens[-1]))))
-        found = [repairs.explain(place) for place in wrong[:_EXPLAINED]]
-        lines += [f"looks like:\n    {text}" for text in found if text]
+        for place in wrong[:_EXPLAINED]:
+            if found := repairs.explain(place):
+                lines.append(f"{place_text(place)} is explained by{_either(found)}:")
+                lines += [f"    {text}" for text in found]
     if not wrong:
         lines.append(
             f"the rules are in {model.places.hook('phireg_weight_rules')}, "
             f"the fields in {model.places.hook('phireg_config_fields')}"
         )
     return "\n".join(lines)
+
+
+def _either(found: list[str]) -> str:
+    return " either of" if len(found) > 1 else ""
 
 
 def _first_of_each_part(problems: Iterable[Problem]) -> list[Place]:

@@ -81,7 +81,12 @@ class TinyModel:
         self, tp_size: int, source: Source | None = None, *, dtype: str = "float32"
     ) -> jobs.Planned:
         """The plan of the model, or of another source with the same config.json."""
-        source = source or self.source
+        if source is None:
+            key = ("planned", tp_size, dtype)
+            if key not in self._made:
+                self._made[key] = self.planned(tp_size, self.source, dtype=dtype)
+            made: jobs.Planned = self._made[key]
+            return made
         plan = build_plan(self.family, HFConfig(self.config), source, Options(dtype, tp_size))
         entry = metadata.EntryPoint(self.family.name, "under:test", GROUP)
         candidate = Candidate(self.family.name, "under test", "0", entry.value, entry)

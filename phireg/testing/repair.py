@@ -69,23 +69,35 @@ class Repairs:
         self.made = model.probes(1)[0]
         self.values = _source_values(model)
 
-    def explain(self, place: Place) -> str | None:
-        """Which single mistake explains a wrong part, with its rule's place; None if none does."""
+    def explain(self, place: Place) -> list[str]:
+        """The single mistakes that explain a wrong part, each with its place in the plugin.
+
+        Some cannot be told apart: two query heads of one group may be exchanged in qkv or in the
+        columns of dense. At most one is given for each rule, and fields only where no rule is.
+        """
+        if self._agrees(place, self.config, self.made):
+            return []  # wrong with other prompts only: nothing tried here would tell
+        found: dict[str, str] = {}
         for change in self._changes(self.model.places.part(*place)):
-            if self._agrees(place, self.config, {**self.made, **change.tensors}):
+            target = change.rule.target
+            if target not in found and self._agrees(
+                place, self.config, {**self.made, **change.tensors}
+            ):
                 moved = (
                     self.model.book.difference(name, self.made[name], wanted)
                     for name, wanted in change.tensors.items()
                 )
                 rows = "; ".join(text for text in moved if text)
-                return f"{change.rule.where}: {change.rule.target}: {change.text}: {rows}"
+                found[target] = f"{change.rule.where}: {target}: {change.text}: {rows}"
+        if found:
+            return list(found.values())
         for key, value, origin in self._fields():
             if self._agrees(place, {**self.config, key: value}, self.made):
-                return (
+                return [
                     f"{self.model.places.field(key)}: {key} is {self.config.get(key)!r}; "
                     f"{place_text(place)} agrees with the reference if it is {value!r}{origin}"
-                )
-        return None
+                ]
+        return []
 
     def _agrees(self, place: Place, config: Mapping[str, Any], tensors: Tensors) -> bool:
         def read(name: str) -> torch.Tensor:

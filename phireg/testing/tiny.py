@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import pkgutil
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,8 @@ def write_tiny_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(_values(name, parameter, generator))
-    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    with _without_bars():
+        model.to(getattr(torch, dtype)).save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
     return directory
 
@@ -96,6 +98,20 @@ def _model(family: Family, values: Mapping[str, Any]) -> Any:
     kept.pop("torch_dtype", None)
     config = transformers.AutoConfig.for_model(**kept)
     return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers' progress bars off the terminal."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _values(name: str, parameter: Tensor, generator: Any) -> Tensor:

@@ -1,0 +1,60 @@
+"""The conformance tests catch every planted mistake, and say where in the plugin it is."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conformance.acme import BASES, MISTAKES, TINY
+
+from phireg.testing import FamilyConformance
+from phireg.testing.model import TinyModel
+from phireg.testing.tiny import write_tiny_model
+
+TESTS = [name for name in vars(FamilyConformance) if name.startswith("test_")]
+PLACE = re.compile(r"conformance/acme\.py:(\d+)")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The tiny source of each base; a variant's is the same."""
+    root = tmp_path_factory.mktemp("sources")
+    return {base: write_tiny_model(BASES[base], TINY[base], root / base) for base in BASES}
+
+
+def failures(family, tiny, source_dir, directory):
+    """Messages of the inherited tests that fail, by test."""
+    model = TinyModel(family, tiny, directory)
+    model.source_dir = Path(shutil.copytree(source_dir, directory / "source"))
+    case = type("TestCase", (FamilyConformance,), {"family": family, "tiny": tiny})()
+    said = {}
+    for name in TESTS:
+        try:
+            getattr(case, name)(model)
+        except pytest.fail.Exception as failure:
+            said[name] = str(failure)
+        except pytest.skip.Exception:
+            pass
+    return said
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_bases_are_right(base, sources, tmp_path):
+    assert failures(BASES[base], TINY[base], sources[base], tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_it_is_caught_and_located(name, sources, tmp_path):
+    planted = MISTAKES[name]
+    said = failures(planted.family(), TINY[planted.base], sources[planted.base], tmp_path)
+    text = "\n".join(said.values())
+    assert said
+    for words in planted.says:
+        assert words in text
+    named = {int(line) for line in PLACE.findall(text)}
+    assert named & set(planted.lines)
+
+
+def test_there_are_enough():
+    weights = [m for m in MISTAKES.values() if hasattr(m.step, "phireg_weight_rules")]
+    assert len(weights) >= 20
