@@ -9,7 +9,7 @@ from phireg.family import Family
 _HEADS, _KV_HEADS, _HEAD_SIZE = 8, 2, 16
 _SIZES = {
     "hidden_size": _HEADS * _HEAD_SIZE,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": _HEADS,
     "vocab_size": 97,
     "max_position_embeddings": 128,
@@ -29,13 +29,10 @@ def tiny_config(family: Family) -> dict[str, Any]:
     heads if those of the published model do. A family without published models gets the keys that
     transformers' configs have in common.
     """
-    config: dict[str, Any] = {
-        "architectures": list(family.architectures[:1]),
-        "model_type": family.model_types[0],
-    }
-    if family.published:
-        config |= family.published[0].config
-        config.pop("torch_dtype", None)
+    config = dict(family.published[0].config) if family.published else {}
+    # FamilyConformance knows these itself, and its model is float32.
+    for key in ("architectures", "model_type", "torch_dtype"):
+        config.pop(key, None)
     heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
     inner = [key for key in config if key.endswith("intermediate_size")] or ["intermediate_size"]
     return {
