@@ -51,20 +51,20 @@ def logits_problems(model: TinyModel, tp_size: int) -> str | None:
         tokens = [prompt.tokens for prompt in computed.result.prompts]
         reference = computed.reference(computed.blueprint(), torch.device("cpu"))
         repairs = Repairs(model, reference, tuple(dict.fromkeys((tokens[0], tokens[-1]))))
+        explained: dict[tuple[str, ...], list[str]] = {}
         for place in wrong[:_EXPLAINED]:
-            if found := repairs.explain(place):
-                lines.append(f"{place_text(place)} is explained by{_either(found)}:")
-                lines += [f"    {text}" for text in found]
+            explained.setdefault(tuple(repairs.explain(place)), []).append(place_text(place))
+        for texts, parts in explained.items():
+            if texts:
+                either = " either of" if len(texts) > 1 else ""
+                lines.append(f"{', '.join(parts)}: explained by{either}")
+                lines += [f"    {text}" for text in texts]
     if not wrong:
         lines.append(
             f"the rules are in {model.places.hook('phireg_weight_rules')}, "
             f"the fields in {model.places.hook('phireg_config_fields')}"
         )
     return "\n".join(lines)
-
-
-def _either(found: list[str]) -> str:
-    return " either of" if len(found) > 1 else ""
 
 
 def _first_of_each_part(problems: Iterable[Problem]) -> list[Place]:

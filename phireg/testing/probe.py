@@ -40,6 +40,10 @@ class AddressBook:
     Args:
         shapes: shapes by tensor name; one or two axes.
 
+    Attributes:
+        shapes: the same.
+        end: the number after the last address.
+
     Raises:
         SourceError: there are more elements than 32 bits can number.
     """
@@ -53,6 +57,7 @@ class AddressBook:
             end += int(np.prod(shape))
         if end > 2**32:
             raise SourceError("the model is too large to probe: it has 2^32 elements or more")
+        self.end = end
         self._names = list(self._first)
         self._starts = np.fromiter(self._first.values(), np.int64, len(self._first))
 

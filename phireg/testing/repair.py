@@ -22,7 +22,7 @@ from phireg.layout.rules import Rule
 from phireg.testing.model import TinyModel
 from phireg.testing.probe import Addresses
 from phireg.verify.logits import compare_logits
-from phireg.verify.measure_types import Place, place_text
+from phireg.verify.measure_types import Place
 from phireg.verify.patterns import Heads, fc_candidates, head_name, qkv_candidates
 from phireg.verify.prompts import Prompt, Prompts
 from phireg.verify.recognise import heads_of
@@ -95,7 +95,7 @@ class Repairs:
             if self._agrees(place, {**self.config, key: value}, self.made):
                 return [
                     f"{self.model.places.field(key)}: {key} is {self.config.get(key)!r}; "
-                    f"{place_text(place)} agrees with the reference if it is {value!r}{origin}"
+                    f"it agrees with the reference if it is {value!r}{origin}"
                 ]
         return []
 

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from phireg import jobs
 from phireg.errors import PlanError
 from phireg.findings import Severity
+from phireg.testing import FamilyConformance
 
 PHI2 = {
     "_name_or_path": "microsoft/phi-2",
@@ -479,14 +480,6 @@ def test_a_head_of_a_tied_model_is_dropped_with_a_note(tmp_path):
     assert_ranks(tmp_path / "out", expected(state, 1), "float32")
 
 
-def test_an_untied_model_without_a_head_is_refused(tmp_path):
-    state = tiny(tmp_path / "hf")
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    source = write_source(tmp_path / "headless", config, without(state, "lm_head.weight"))
-    found, _ = errors(source, family="phi2")
-    assert found == {("missing", "lm_head.weight")}
-
-
 # --- forms of the source, of the output ------------------------------------------------------
 
 
@@ -571,3 +564,19 @@ def test_a_cast_that_overflows_names_the_tensor(tmp_path):
     assert not (tmp_path / "out").exists()
     convert(source, tmp_path / "out", dtype="bfloat16")
     assert_ranks(tmp_path / "out", expected(state, 1), "bfloat16")
+
+
+class TestConformance(FamilyConformance):
+    family = FAMILY
+    tp_sizes = (1, 2, 4)
+    tiny = without(PHI2, "auto_map") | {
+        "hidden_size": 80, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 101,
+        "num_hidden_layers": 3, "intermediate_size": 88, "max_position_embeddings": 128,
+        "rope_theta": 5000.0, "bos_token_id": 1, "eos_token_id": 1, "torch_dtype": "float32",
+    }  # fmt: skip
+
+    def expected_rows(self, module):
+        if not module.endswith("attention.qkv"):
+            return None
+        layer = module.split(".")[2]
+        return [(f"model.layers.{layer}.self_attn.{p}_proj", n) for p in "qkv" for n in range(80)]

@@ -12,6 +12,7 @@ from family_checks import (
     errors,
     rank_files,
     translate,
+    without,
     write_source,
     write_sparse,
 )
@@ -20,6 +21,7 @@ from phireg_plugins.phi3_medium import FAMILY
 
 from phireg import jobs
 from phireg.findings import Severity
+from phireg.testing import FamilyConformance
 
 MEDIUM_4K = {
     "_name_or_path": "Phi-3-medium-4k-instruct",
@@ -174,3 +176,16 @@ def test_published_bytes(tmp_path):
     embedding = 32064 * 5120 * 2  # whole on every rank, where the figure divides it
     for header, size in zip(plan.headers, plan.file_sizes, strict=True):
         assert size - len(header) == 13_960_652_800 + embedding // 2
+
+
+class TestConformance(FamilyConformance):
+    """Two KV heads, which at TP 4 stand on two ranks each."""
+
+    family = FAMILY
+    tp_sizes = (1, 2, 4)
+    tiny = without(MEDIUM_4K, "auto_map") | {
+        "hidden_size": 48, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 105,
+        "num_hidden_layers": 3, "intermediate_size": 72, "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-2, "rope_theta": 5000.0, "sliding_window": 40,
+        "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+    }  # fmt: skip

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from phireg import jobs
 from phireg.findings import Severity
+from phireg.testing import FamilyConformance
 
 MINI_4K = {
     "_name_or_path": "Phi-3-mini-4k-instruct",
@@ -404,13 +405,6 @@ def test_a_head_that_nothing_is_said_about_is_used(tmp_path):
     assert_ranks(tmp_path / "out", expected(state, 8, 1), "float32")
 
 
-def test_an_untied_model_without_a_head_is_refused(tmp_path):
-    state = tiny(tmp_path / "hf", 8)
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    source = write_source(tmp_path / "headless", config, without(state, "lm_head.weight"))
-    assert errors(source, family="phi3-mini")[0] == {("missing", "lm_head.weight")}
-
-
 def test_a_head_of_a_tied_model_is_dropped_with_a_note(tmp_path):
     state = tiny(tmp_path / "hf", 8, tie_word_embeddings=True)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -477,3 +471,24 @@ def test_complete_example_4k(tmp_path):
     assert not [key for key in plan.config if key.startswith(("longrope", "original", "moe"))]
     assert plan.config["mapping"] == {"world_size": 2, "tp_size": 2, "pp_size": 1}
     assert plan.config["quantization"] == {"quant_algo": None, "kv_cache_quant_algo": None}
+
+
+class TestConformance(FamilyConformance):
+    family = FAMILY
+    tp_sizes = (1, 2, 4)
+    tiny = without(MINI_128K, "auto_map") | {
+        "hidden_size": 96, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 103,
+        "num_hidden_layers": 3, "intermediate_size": 88, "rms_norm_eps": 1e-2,
+        "rope_theta": 5000.0, "original_max_position_embeddings": 52, "torch_dtype": "float32",
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+        "rope_scaling": {
+            "type": "longrope", "short_factor": [1.1, 1.2, 1.4, 1.7, 2.1, 2.6],
+            "long_factor": [2.0, 5.0, 9.5, 3.0, 12.0, 30.0],
+        },
+    }  # fmt: skip
+
+    def expected_rows(self, module):
+        if not module.endswith("mlp.fc"):
+            return None
+        source = f"model.layers.{module.split('.')[2]}.mlp.gate_up_proj"
+        return [(source, row) for row in (*range(88, 176), *range(88))]

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from phireg import jobs
 from phireg.findings import Severity
 from phireg.quant.companions import FOLLOWS, axes_of
+from phireg.testing import FamilyConformance
 
 SMALL_8K = {
     "_name_or_path": "Phi-3-small-8k-instruct",
@@ -636,3 +637,30 @@ def test_quantized_linears():
     assert set(rules.linears) == {
         f"transformer.layers.{i}.{name}" for i in range(LAYERS) for name in names
     }
+
+
+class TestConformance(FamilyConformance):
+    family = FAMILY
+    tp_sizes = (1, 2, 4)
+    tiny = without(SMALL_8K, "auto_map") | {
+        "hidden_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 107,
+        "num_hidden_layers": 3, "ff_intermediate_size": 88, "gegelu_pad_to_256": False,
+        "max_position_embeddings": 131072, "rope_embedding_base": 5000.0, "gegelu_limit": 0.5,
+        "blocksparse_block_size": 4, "blocksparse_num_local_blocks": 2,
+        "blocksparse_vert_stride": 5, "layer_norm_epsilon": 1e-2, "mup_width_multiplier": 3.0,
+        "mup_embedding_multiplier": 7.0, "torch_dtype": "float32",
+        "rope_scaling": {
+            "type": "su", "short_factor": [1.1, 1.2, 1.4, 1.7, 2.1, 2.6],
+            "long_factor": [2.0, 5.0, 9.5, 3.0, 12.0, 30.0], "short_mscale": 1.1,
+            "long_mscale": 1.4, "original_max_position_embeddings": 52,
+        },
+    }  # fmt: skip
+
+    def expected_rows(self, module):
+        """Groups of two query heads, a key head and a value head, each of 12 rows."""
+        if not module.endswith("attention.qkv"):
+            return None
+        source = f"model.layers.{module.split('.')[2]}.self_attn.query_key_value"
+        query = [4 * group + head for group in range(4) for head in (0, 1)]
+        heads = [*query, *(4 * group + 2 for group in range(4)), *range(3, 16, 4)]
+        return [(source, 12 * head + row) for head in heads for row in range(12)]
