@@ -32,6 +32,7 @@ Exit codes:
         "explain",
         "inspect",
         "verify",
+        "build",
         "run",
         "summarize",
         "families",

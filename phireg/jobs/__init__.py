@@ -9,23 +9,34 @@ input; nothing else is expected.
 """
 
 from phireg.errors import PhiregError
+from phireg.jobs.build import BuildPlan, Built, build, plan_build, plan_empty_build
 from phireg.jobs.convert import Converted, convert
 from phireg.jobs.explain import explain
 from phireg.jobs.families import FamilyInfo, families
 from phireg.jobs.inspect import Inspection, inspect
 from phireg.jobs.plan import Planned, plan
+from phireg.jobs.quantize import quantize, quantize_bytes
 from phireg.jobs.verify import verify
+from phireg.trtllm.command import BuildOptions
 
 __all__ = [
+    "BuildOptions",
+    "BuildPlan",
+    "Built",
     "Converted",
     "FamilyInfo",
     "Inspection",
     "PhiregError",
     "Planned",
+    "build",
     "convert",
     "explain",
     "families",
     "inspect",
     "plan",
+    "plan_build",
+    "plan_empty_build",
+    "quantize",
+    "quantize_bytes",
     "verify",
 ]

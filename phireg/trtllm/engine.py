@@ -7,11 +7,14 @@ adds ``phireg-build.json``, which holds among others the options that became run
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from phireg.checkpoint.carried import CARRIED
 from phireg.checkpoint.jsonfile import read_json_object
 from phireg.errors import SourceError
 
@@ -145,3 +148,17 @@ def _run_options(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise SourceError(f"{path}: run_options is not an object")
     return found
+
+
+def not_an_engine(directory: Path) -> str | None:
+    """Why ``directory`` is not an engine and nothing else; None where it is."""
+    known = ("config.json", BUILD_FILE, *CARRIED)
+    for entry in sorted(directory.iterdir()):
+        of_a_rank = re.fullmatch(r"rank\d+(\.engine|_managed_weights\.safetensors)", entry.name)
+        if not entry.is_file() or entry.is_symlink():
+            return f"{entry} does not belong to one"
+        if not of_a_rank and not any(fnmatchcase(entry.name, pattern) for pattern in known):
+            return f"{entry} does not belong to one"
+    if not (directory / "rank0.engine").exists():
+        return f"{directory} has no rank0.engine"
+    return None if is_engine_dir(directory) else f"{directory / 'config.json'} is not an engine's"

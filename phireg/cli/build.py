@@ -1,0 +1,280 @@
+"""``phireg build``: from a checkpoint to an engine, with the installed TensorRT-LLM."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from phireg.cli.failures import stopped
+from phireg.cli.options import DTYPE_CHOICES, Directory, FamilyName, json_option
+from phireg.cli.text import columns, counted, emit, emit_json, folded, printable, size
+from phireg.errors import UsageError
+
+if TYPE_CHECKING:
+    from phireg.jobs.build import BuildPlan, Built
+
+_SWITCH = click.Choice(("enable", "disable"))
+_DTYPES = ("float16", "bfloat16", "float32")
+_COUNT = click.IntRange(min=1)
+_EXTRA = "phireg.build.extra"
+
+
+class _PassingOn(click.Command):
+    """A command whose arguments after ``--`` go to another program."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep what follows ``--`` for :func:`command`."""
+        if "--" in args:
+            end = args.index("--")
+            ctx.meta[_EXTRA] = tuple(args[end + 1 :])
+            args = args[:end]
+        return super().parse_args(ctx, args)
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """Show that there may be such arguments."""
+        return [*super().collect_usage_pieces(ctx), "[-- FLAGS]"]
+
+
+@click.command(cls=_PassingOn)
+@click.argument("checkpoint_dir", type=Directory(), metavar="[CKPT]", required=False)
+@click.option(
+    "--output-dir",
+    type=Directory(),
+    required=True,
+    metavar="DIR",
+    help="The engine to make. It appears complete, or not at all.",
+)
+@click.option("--max-batch-size", type=_COUNT, metavar="N", help="Rows of a batch at most.")
+@click.option("--max-input-len", type=_COUNT, metavar="N", help="Tokens of a prompt at most.")
+@click.option("--max-output-len", type=_COUNT, metavar="N", help="New tokens at most.")
+@click.option("--max-seq-len", type=_COUNT, metavar="N", help="Tokens of both together at most.")
+@click.option(
+    "--gemm-plugin",
+    type=click.Choice(("auto", *_DTYPES, "fp8", "disable")),
+    help="auto is the checkpoint's dtype.",
+)
+@click.option(
+    "--gpt-attention-plugin",
+    type=click.Choice(("auto", *_DTYPES, "disable")),
+    help="auto is the checkpoint's dtype.",
+)
+@click.option("--context-fmha", type=_SWITCH, help="Fused attention for prompts.")
+@click.option("--context-fmha-fp32-acc", type=_SWITCH, help="float32 accumulation in it.")
+@click.option("--use-fp8-context-fmha", type=_SWITCH, help="FP8 arithmetic in it.")
+@click.option("--workers", type=_COUNT, metavar="N", help="Ranks built side by side, a GPU each.")
+@click.option("--tp-size", type=_COUNT, metavar="N", help="Ranks, with --dummy-weights.")
+@click.option("--pp-size", type=_COUNT, metavar="N", help="Pipeline stages; only 1 is possible.")
+@click.option(
+    "--dummy-weights", is_flag=True, help="Build without weights, from a config.json alone."
+)
+@click.option(
+    "--model-dir",
+    type=Directory(),
+    metavar="DIR",
+    help="With --dummy-weights: where the model's config.json is.",
+)
+@click.option("--family", type=FamilyName(), help="With --dummy-weights: as for convert.")
+@click.option("--dtype", type=click.Choice(DTYPE_CHOICES), help="With --dummy-weights.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace an existing engine once the new one is complete."
+)
+@click.option("--print-command", is_flag=True, help="Show what would run, and do not run it.")
+@click.option(
+    "--trtllm-version",
+    metavar="V",
+    help="With --print-command: for this release instead of the installed one.",
+)
+@click.option("--quiet", is_flag=True, help="No output of the builder and no summary.")
+@json_option
+@click.pass_context
+def command(ctx: click.Context, /, **options: Any) -> None:
+    """Build an engine from the checkpoint in CKPT with TensorRT-LLM.
+
+    The options are the same for every release from 0.10 to 1.3.0rc20. FLAGS after -- go to
+    trtllm-build as they are.
+    """
+    shown, trtllm_version = options.pop("print_command"), options.pop("trtllm_version")
+    if trtllm_version and not shown:
+        raise UsageError(
+            f"--trtllm-version {trtllm_version} only shows a command",
+            hint="add --print-command, or leave it out: the installed release is found out.",
+        )
+    overwrite, quiet, as_json = (options.pop(key) for key in ("overwrite", "quiet", "as_json"))
+    plan = _plan(trtllm_version, ctx.meta.get(_EXTRA, ()), **options)
+    if shown:
+        _say_notes(plan, quiet=as_json)
+        if as_json:
+            emit_json(_document(plan, None))
+        else:
+            emit(shlex.join(plan.line))
+        return
+    _say_notes(plan, quiet=quiet or as_json)
+    before = _identity(plan.output_dir)
+    try:
+        built = _build(plan, overwrite=overwrite, quiet=quiet)
+    except KeyboardInterrupt as interrupt:
+        whole = _identity(plan.output_dir) != before
+        outcome = f"{plan.output_dir} was already complete" if whole else "no engine was written"
+        raise stopped(interrupt, f"{outcome}; the builder's output is in {plan.log}") from None
+    if as_json:
+        emit_json(_document(plan, built))
+    elif not quiet:
+        emit(_text(plan, built))
+
+
+def _plan(
+    version: str | None,
+    extra: tuple[str, ...],
+    *,
+    checkpoint_dir: str | None,
+    output_dir: str,
+    dummy_weights: bool,
+    model_dir: str | None,
+    family: str | None,
+    dtype: str | None,
+    **options: Any,
+) -> BuildPlan:
+    from phireg import jobs
+
+    for name in ("context_fmha", "context_fmha_fp32_acc", "use_fp8_context_fmha"):
+        options[name] = None if options[name] is None else options[name] == "enable"
+    asked = jobs.BuildOptions(**options, extra=extra)
+    if dummy_weights:
+        if checkpoint_dir is not None or model_dir is None:
+            raise UsageError(
+                "--dummy-weights builds from --model-dir, without a checkpoint",
+                hint="phireg build --dummy-weights --model-dir DIR --output-dir ENGINE",
+            )
+        return jobs.plan_empty_build(
+            model_dir,
+            output_dir,
+            asked,
+            family=family or "auto",
+            dtype=dtype or "auto",
+            version=version,
+        )
+    for option, value in (("model-dir", model_dir), ("family", family), ("dtype", dtype)):
+        if value is not None:
+            raise UsageError(
+                f"--{option} is for --dummy-weights; a checkpoint says for itself what it is",
+                hint=f"leave out --{option}, or add --dummy-weights.",
+            )
+    if checkpoint_dir is None:
+        raise UsageError(
+            "there is no checkpoint to build from",
+            hint="phireg build CKPT --output-dir ENGINE; phireg convert makes checkpoints.",
+        )
+    return jobs.plan_build(checkpoint_dir, output_dir, asked, version=version)
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    """Which directory a name stands for now; another one once an engine is complete."""
+    try:
+        found = directory.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _say_notes(plan: BuildPlan, *, quiet: bool) -> None:
+    """Say what phireg set, so that nothing is set in silence; a JSON document has it too."""
+    if not quiet:
+        for note in plan.command.notes:
+            click.echo(folded("note: ", note), err=True)
+
+
+def _build(plan: BuildPlan, *, overwrite: bool, quiet: bool) -> Built:
+    from phireg import jobs
+
+    with _display(plan.command.tp_size, quiet=quiet) as listen:
+        return jobs.build(plan, overwrite=overwrite, listen=listen)
+
+
+@contextmanager
+def _display(ranks: int, *, quiet: bool) -> Iterator[Callable[[str], None] | None]:
+    """Pass the builder's lines on to stderr; on a terminal a line below says what goes on."""
+    if quiet:
+        yield None
+        return
+    if not sys.stderr.isatty():
+        yield lambda line: click.echo(printable(line), err=True)
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    doing = TextColumn("{task.description}")
+    with Progress(
+        SpinnerColumn(), doing, TimeElapsedColumn(), console=console, transient=True
+    ) as bar:
+        task = bar.add_task("starting trtllm-build", total=None)
+        stage = _Stage(ranks)
+
+        def listen(line: str) -> None:
+            console.print(Text(printable(line)))
+            bar.update(task, description=stage.after(line))
+
+        yield listen
+
+
+class _Stage:
+    """What the builder does, told from its output.
+
+    Args:
+        ranks: how many engines it makes.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self.written = 0
+        self.doing = "reading the checkpoint"
+
+    def after(self, line: str) -> str:
+        """The description that holds after a line."""
+        if "Build TensorRT engine" in line:
+            self.doing = "building"
+        elif re.search(r"Serializing engine to .*rank\d+\.engine", line):
+            self.doing = "writing"
+            self.written += 1
+        of = f", {self.written} of {self.ranks} rank engines" if self.written else ""
+        return f"{self.doing}{of}"
+
+
+def _document(plan: BuildPlan, built: Built | None) -> dict[str, Any]:
+    return {
+        "command": list(plan.line),
+        "trtllm_version": plan.version,
+        "checkpoint_dir": str(plan.source) if plan.weights else None,
+        "model_dir": None if plan.weights else str(plan.source),
+        "config": dict(plan.config),
+        "output_dir": str(plan.output_dir),
+        "tp_size": plan.command.tp_size,
+        "notes": list(plan.command.notes),
+        "run_options": dict(plan.command.run_options),
+        "files": dict(built.files) if built else None,
+        "log": str(built.log) if built else None,
+        "seconds": round(built.seconds, 3) if built else None,
+    }
+
+
+def _text(plan: BuildPlan, built: Built) -> str:
+    engine = built.engine
+    limits = f"batches of {engine.max_batch_size}, prompts of {engine.max_input_len} tokens, "
+    rows = [
+        ("engine", str(plan.output_dir)),
+        ("release", f"TensorRT-LLM {engine.version}"),
+        ("model", f"{engine.architecture}, {engine.dtype}"),
+        ("up to", f"{limits}{engine.max_seq_len} with their continuation"),
+        ("files", f"{counted(engine.world_size, 'rank')}, {size(sum(built.files.values()))}"),
+        ("log", str(built.log)),
+        ("time", f"{built.seconds:.1f} s"),
+    ]
+    return columns(rows)
