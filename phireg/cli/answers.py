@@ -15,8 +15,8 @@ from phireg.cli.text import emit, mute_stdout, printable
 from phireg.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from phireg.backends import Backend
-    from phireg.executor import Blueprint, Sampling
+    from phireg.backends import Backend, Description
+    from phireg.executor import Sampling
     from phireg.text.prompts import Prompt
     from phireg.text.tokenizer import Tokenizer
 
@@ -28,11 +28,12 @@ class Job:
     """Everything that is settled before the weights are read."""
 
     directory: Path
-    blueprint: Blueprint
+    model: Description
     tokenizer: Tokenizer | None
     stops: frozenset[int]
     sampling: Sampling
     max_new_tokens: int | None
+    num_beams: int = 1
 
 
 @dataclass(slots=True)
@@ -81,8 +82,8 @@ class Answer:
     """What became of one prompt.
 
     Attributes:
-        tokens: the new tokens, a stop id included.
-        stopped: whether the last one is a stop id.
+        tokens: the new tokens, a stop id included (but not where beams were searched).
+        stopped: whether a stop id ended them.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -156,24 +157,30 @@ def check_input(where: str, ids: Sequence[int], job: Job) -> None:
     Raises:
         UsageError: says which prompt, by ``where``.
     """
-    vocab_size = job.blueprint.vocab_size
+    vocab_size = job.model.vocab_size
     wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
     if wrong is not None:
         raise UsageError(
             f"{where}: token {wrong} is outside the model's vocabulary of {vocab_size}",
             hint="is this the model's own tokenizer?",
         )
-    limit, new = job.blueprint.max_position_embeddings, job.max_new_tokens or 1
+    limit, new = job.model.positions, job.max_new_tokens or 1
     if len(ids) + new > limit:
         raise UsageError(
             f"{where}: {len(ids)} tokens and {new} new ones exceed the model's {limit} positions",
             hint="shorten the prompt or lower --max-new-tokens.",
         )
+    most = job.model.max_input
+    if most is not None and len(ids) > most:
+        raise UsageError(
+            f"{where}: {len(ids)} tokens, and the engine was built for prompts of {most}",
+            hint="shorten the prompt, or build the engine with a larger --max-input-len.",
+        )
 
 
 def new_tokens(job: Job, inputs: Sequence[Sequence[int]]) -> int:
     """How many new tokens a batch may get."""
-    room = job.blueprint.max_position_embeddings - max(map(len, inputs))
+    room = job.model.positions - max(map(len, inputs))
     return job.max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
 
 
@@ -186,8 +193,23 @@ def batches(
         timing = Timing()
         # Batches with the same seed would draw alike.
         sampling = replace(job.sampling, seed=job.sampling.seed + number)
-        steps = backend.stream(batch, new_tokens(job, batch), job.stops, sampling)
-        yield collect(timed(steps, timing), len(batch), job.stops), timing
+        count = new_tokens(job, batch)
+        if job.num_beams > 1:
+            yield searched(backend, job, batch, count, timing), timing
+        else:
+            steps = backend.stream(batch, count, job.stops, sampling)
+            yield collect(timed(steps, timing), len(batch), job.stops), timing
+
+
+def searched(
+    backend: Backend, job: Job, batch: Sequence[Sequence[int]], count: int, timing: Timing
+) -> list[Answer]:
+    """The best beam of every row of a batch, which all come at the end."""
+    started = time.monotonic()
+    rows = backend.generate(batch, count, job.stops, job.sampling, job.num_beams)
+    timing.prefill_s = time.monotonic() - started
+    timing.tokens = timing.first = sum(map(len, rows))
+    return [Answer(row, len(row) < count) for row in rows]
 
 
 def show_answer(job: Job, number: str, prompt: Prompt, answer: Answer) -> None:
@@ -211,17 +233,20 @@ def document(
 ) -> dict[str, Any]:
     """What ``--json`` prints; docs/command-line.md describes it."""
     tokenizer = job.tokenizer
+    places = ("checkpoint_dir", "engine_dir", "model_dir")
+    own = {"tensorrt-llm": "engine_dir", "hf": "model_dir"}.get(backend.name, "checkpoint_dir")
     answers = [(number, answer) for number, (rows, _) in enumerate(results) for answer in rows]
     return {
-        "checkpoint_dir": str(job.directory),
+        **{key: str(job.directory) if key == own else None for key in places},
         "backend": backend.name,
         "device": backend.device,
         "dtype": backend.dtype,
-        "tp_size": job.blueprint.tp_size,
+        "tp_size": job.model.tp_size,
         "processes": backend.processes,
         "sampling": {
             key: getattr(job.sampling, key) for key in ("temperature", "top_k", "top_p", "seed")
         },
+        "num_beams": job.num_beams,
         "stop_ids": sorted(job.stops),
         "load_seconds": round(load_seconds, 3),
         "batches": [

@@ -1,4 +1,4 @@
-"""``phireg run``: continue prompts, or chat, with a checkpoint straight from its files."""
+"""``phireg run``: continue prompts, or chat, with a checkpoint, an engine or the source model."""
 
 from __future__ import annotations
 
@@ -20,24 +20,46 @@ from phireg.cli.answers import (
     document,
     new_tokens,
     note,
+    show,
     show_answer,
     show_stream,
     timed,
 )
 from phireg.cli.failures import stopped
-from phireg.cli.options import DTYPE_CHOICES, Directory, json_option
+from phireg.cli.options import Directory, json_option
 from phireg.cli.text import emit_json
-from phireg.errors import CheckError, UsageError
+from phireg.cli.where import check_processes, check_starter, chosen
+from phireg.errors import UsageError
 
 if TYPE_CHECKING:
-    from phireg.backends import Options
-    from phireg.executor import Blueprint, Sampling
+    from phireg.backends import Description, Options
+    from phireg.executor import Sampling
     from phireg.text.prompts import Prompt
 
 
+_DEFAULT_BATCH = 8
+# Short names are those of TensorRT-LLM's own scripts.
+_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp16", "bf16", "fp32")
+
+
 @click.command()
-@click.argument("checkpoint_dir", type=Directory(), metavar="CKPT")
-@click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="May be given repeatedly.")
+@click.argument("place", type=Directory(), metavar="[CKPT|ENGINE|MODEL]", required=False)
+@click.option(
+    "--backend",
+    metavar="NAME",
+    help="executor, tensorrt-llm or hf.  [default: tensorrt-llm for an engine, else executor]",
+)
+@click.option("--engine-dir", type=Directory(), metavar="DIR", help="Another way to give ENGINE.")
+@click.option(
+    "--model-dir",
+    "--hf-model-dir",
+    type=Directory(),
+    metavar="DIR|REPO",
+    help="The source model, for backend hf.",
+)
+@click.option(
+    "--prompt", "--input-text", "texts", multiple=True, metavar="TEXT", help="May be repeated."
+)
 @click.option(
     "--input-file",
     metavar="FILE",
@@ -61,112 +83,90 @@ if TYPE_CHECKING:
 @click.option("--top-p", type=float, metavar="P", help="Draw among the tokens that hold P.")
 @click.option("--seed", "--random-seed", type=int, default=0, show_default=True, help="Of drawing.")
 @click.option(
-    "--batch-size",
+    "--num-beams",
     type=click.IntRange(min=1),
-    default=8,
+    default=1,
     show_default=True,
     metavar="N",
-    help="Prompts continued side by side.",
+    help="The best of N beams; not with the executor.",
 )
-@click.option("--tokenizer-dir", type=Directory(), metavar="DIR", help="[default: CKPT]")
+@click.option(
+    "--streaming", is_flag=True, help="Insist on text as it comes, which one prompt always gets."
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Prompts continued side by side.  [default: 8, or as many as an engine takes]",
+)
+@click.option(
+    "--tokenizer-dir", type=Directory(), metavar="DIR", help="[default: where the model is]"
+)
 @click.option(
     "--device", default="auto", show_default=True, help="auto (a GPU, if any), cpu, cuda, cuda:N."
 )
 @click.option(
     "--dtype",
-    type=click.Choice(DTYPE_CHOICES),
+    "--data-type",
+    type=click.Choice(_DTYPES),
     default="auto",
     show_default=True,
-    help="To compute in; auto is the checkpoint's.",
+    help="To compute in; auto is the model's own.",
 )
 @click.option(
     "--offload/--no-offload",
     default=None,
-    help="Read each layer when it is needed.  [default: if the weights exceed the memory]",
+    help="Read each layer when it is needed.  [default: if a checkpoint exceeds the memory]",
 )
 @click.option(
     "--tp",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Start N processes through torchrun, one for each rank.",
+    help="Start N processes through torchrun, one for each rank of a checkpoint.",
 )
 @json_option
-def command(checkpoint_dir: str, tp: int | None, device: str, **options: Any) -> None:
-    """Continue prompts with a checkpoint, or chat with it.
+def command(
+    place: str | None,
+    backend: str | None,
+    engine_dir: str | None,
+    model_dir: str | None,
+    tp: int | None,
+    device: str,
+    dtype: str,
+    offload: bool | None,
+    **options: Any,
+) -> None:
+    """Continue prompts, or chat, with a checkpoint, an engine or the source model.
 
-    Without --prompt, --input-file and --chat, standard input is the prompt. All ranks run in this
-    process, unless it is one of several: torchrun --nproc-per-node N -m phireg run CKPT ...
+    Without --prompt, --input-file and --chat, standard input is the prompt. All ranks of a
+    checkpoint run in this process, unless it is one of several: torchrun --nproc-per-node N -m
+    phireg run CKPT ... Those of an engine have a process each: mpirun -n N phireg run ENGINE ...
     """
-    from phireg.backends import Options, follow, process_rank
-    from phireg.backends.device import pick_device
+    from phireg.backends import Options, describe, follow, process_rank
+    from phireg.backends.choose import check_kind
+    from phireg.backends.protocol import DTYPES
 
-    directory = Path(checkpoint_dir)
-    how = Options(device, _dtype(options["dtype"]), options["offload"])
-    rank, processes = process_rank("executor")
+    name, directory = chosen(place, backend, engine_dir, model_dir)
+    check_starter(name)
+    how = Options(device, DTYPES.get(dtype), offload)
+    rank, processes = process_rank(name)
     if rank > 0:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        follow("executor", directory, how)
+        follow(name, directory, how)
         return
-    blueprint = _blueprint(directory)
-    _check_processes(directory, blueprint, tp, processes)
+    check_kind(name, directory)
+    model = describe(name, directory, how)
+    check_processes(name, directory, model, tp, processes)
     _check_options(**options)
-    pick_device(device)
     if tp and tp > processes:
         from phireg.backends.launch import run_processes
 
         raise click.exceptions.Exit(run_processes(tp, sys.argv[1:]))
     try:
-        _run(directory, blueprint, how=how, **options)
+        _run(name, directory, model, how=how, **options)
     except KeyboardInterrupt as interrupt:
         raise stopped(interrupt, "the text is not complete") from None
-
-
-def _dtype(name: str) -> str | None:
-    return None if name == "auto" else name
-
-
-def _blueprint(directory: Path) -> Blueprint:
-    """What the checkpoint's config.json says.
-
-    Raises:
-        UsageError: there is no such directory.
-        CheckError: it is something else than a checkpoint, or one that cannot be run.
-    """
-    from phireg.checkpoint.jsonfile import read_json_object
-    from phireg.executor import read_blueprint
-
-    if not directory.is_dir():
-        raise UsageError(f"no such directory: {directory}")
-    path = directory / "config.json"
-    config = read_json_object(path) if path.exists() else {}
-    if "architecture" not in config:
-        if "pretrained_config" in config or any(directory.glob("rank*.engine")):
-            raise CheckError(
-                f"{directory} is a built engine, not a TensorRT-LLM checkpoint",
-                hint="give the checkpoint that it was built from.",
-            )
-        if "architectures" in config or "model_type" in config:
-            raise CheckError(
-                f"{directory} is a Hugging Face model, not a TensorRT-LLM checkpoint",
-                hint=f"convert it first: phireg convert --model-dir {directory} --output-dir CKPT",
-            )
-    return read_blueprint(directory)
-
-
-def _check_processes(directory: Path, blueprint: Blueprint, tp: int | None, processes: int) -> None:
-    ranks = blueprint.tp_size
-    if tp and tp != ranks:
-        raise UsageError(
-            f"--tp {tp}, but {directory} was converted for {ranks} rank(s)",
-            hint=f"use --tp {ranks}, or convert the model again with --tp-size {tp}.",
-        )
-    if processes not in (1, ranks):
-        raise UsageError(
-            f"{processes} processes were started, but {directory} was converted for {ranks} "
-            "rank(s)",
-            hint=f"use torchrun --nproc-per-node {ranks}, or one process for all ranks.",
-        )
 
 
 def _check_options(
@@ -180,6 +180,8 @@ def _check_options(
     top_k: int | None,
     top_p: float | None,
     seed: int,
+    num_beams: int,
+    streaming: bool,
     **_others: Any,
 ) -> None:
     given = [("--prompt", texts), ("--input-file", input_file), ("--chat", chat)]
@@ -197,6 +199,13 @@ def _check_options(
         raise UsageError("--json and --chat exclude each other")
     if system is not None and not chat:
         raise UsageError("--system has no effect without --chat", hint="add --chat.")
+    if num_beams > 1 and (chat or streaming):
+        raise UsageError(
+            f"--num-beams and {'--chat' if chat else '--streaming'} exclude each other: the best "
+            "beam is known at the end only"
+        )
+    if streaming and as_json:
+        raise UsageError("--streaming and --json exclude each other")
     _sampling(temperature, top_k, top_p, seed)
 
 
@@ -218,56 +227,94 @@ def _sampling(
 
 
 def _run(
+    name: str,
     directory: Path,
-    blueprint: Blueprint,
+    model: Description,
     *,
     how: Options,
     chat: bool,
     system: str | None,
     texts: Sequence[str],
     input_file: str | None,
-    batch_size: int,
+    batch_size: int | None,
+    num_beams: int,
+    streaming: bool,
     tokenizer_dir: str | None,
     max_new_tokens: int | None,
     as_json: bool,
-    dtype: str,
-    offload: bool | None,
     **sampling: Any,
 ) -> None:
     from phireg.backends import open_backend
-    from phireg.text.stops import stop_ids
-    from phireg.text.tokenizer import find_tokenizer
+    from phireg.backends.checks import check_beams
 
-    tokenizer = find_tokenizer(directory, Path(tokenizer_dir) if tokenizer_dir else None)
-    stops = stop_ids(directory, tokenizer)
-    job = Job(directory, blueprint, tokenizer, stops, _sampling(**sampling), max_new_tokens)
+    job = _job(directory, model, tokenizer_dir, _sampling(**sampling), max_new_tokens, num_beams)
+    check_beams(model, num_beams, job.sampling)
     if chat:
         conversation = _conversation(job, system)
-        with open_backend("executor", directory, how) as backend:
+        with open_backend(name, directory, how) as backend:
             conversation.hold(backend)
         return
     prompts = _prompts(texts, input_file)
-    inputs = [prompt.encoded(tokenizer) for prompt in prompts]
+    if streaming and len(prompts) > 1:
+        raise UsageError(f"--streaming shows one text as it comes, and there are {len(prompts)}")
+    inputs = [prompt.encoded(job.tokenizer) for prompt in prompts]
     for prompt, ids in zip(prompts, inputs, strict=True):
         check_input(prompt.where, ids, job)
+    size = _batch_size(batch_size, model)
     started = time.monotonic()
-    with open_backend("executor", directory, how) as backend:
+    with open_backend(name, directory, how) as backend:
         loaded = time.monotonic() - started
         if as_json:
-            results = list(batches(backend, job, inputs, batch_size))
+            results = list(batches(backend, job, inputs, size))
             emit_json(document(job, backend, prompts, inputs, results, loaded))
-        elif len(inputs) == 1 and tokenizer is not None:
-            timing = Timing()
-            steps = backend.stream(inputs, new_tokens(job, inputs), stops, job.sampling)
-            show_stream(timed(steps, timing), tokenizer, stops)
+        elif len(inputs) == 1 and job.tokenizer is not None:
+            if num_beams > 1:
+                ((((answer,), timing)),) = batches(backend, job, inputs, size)
+                show(job.tokenizer.decode(answer.tokens) + "\n")
+            else:
+                timing = Timing()
+                steps = backend.stream(inputs, new_tokens(job, inputs), job.stops, job.sampling)
+                show_stream(timed(steps, timing), job.tokenizer, job.stops)
             note(str(timing))
         else:
             done = 0
-            for answers, timing in batches(backend, job, inputs, batch_size):
+            for answers, timing in batches(backend, job, inputs, size):
                 for number, answer in enumerate(answers, done):
                     show_answer(job, f"[{number + 1}/{len(inputs)}]", prompts[number], answer)
                 done += len(answers)
                 note(str(timing))
+
+
+def _job(
+    directory: Path,
+    model: Description,
+    tokenizer_dir: str | None,
+    sampling: Sampling,
+    max_new_tokens: int | None,
+    num_beams: int,
+) -> Job:
+    """What is settled before the weights are read."""
+    from phireg.checkpoint.hub import resolve_model_dir
+    from phireg.text.stops import stop_ids
+    from phireg.text.tokenizer import find_tokenizer
+
+    files = resolve_model_dir(str(directory), None)[0]  # backend hf may run one from the hub
+    other = Path(tokenizer_dir) if tokenizer_dir else None
+    tokenizer = find_tokenizer(files, other)
+    # An engine may come without the small files, which then are where its tokenizer is.
+    lies_elsewhere = other is not None and not (files / "generation_config.json").exists()
+    stops = stop_ids(other if other is not None and lies_elsewhere else files, tokenizer)
+    return Job(directory, model, tokenizer, stops, sampling, max_new_tokens, num_beams)
+
+
+def _batch_size(asked: int | None, model: Description) -> int:
+    most = model.max_batch
+    if asked is not None and most is not None and asked > most:
+        raise UsageError(
+            f"--batch-size {asked}, and the engine was built for {most}",
+            hint=f"use --batch-size {most}, or build it with a larger --max-batch-size.",
+        )
+    return asked or min(_DEFAULT_BATCH, most or _DEFAULT_BATCH)
 
 
 def _conversation(job: Job, system: str | None) -> Any:
@@ -275,13 +322,13 @@ def _conversation(job: Job, system: str | None) -> Any:
 
     if job.tokenizer is None:
         raise UsageError(
-            "the checkpoint carries no tokenizer, and a chat needs one",
+            "the model carries no tokenizer, and a chat needs one",
             hint="give --tokenizer-dir the directory of the source model.",
         )
     return Chat(
         job.tokenizer,
         job.stops | job.tokenizer.end_of_turn_ids,
-        job.blueprint.max_position_embeddings,
+        job.model.positions,
         job.max_new_tokens,
         job.sampling,
         opening(job.tokenizer, system),

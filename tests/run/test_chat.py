@@ -3,12 +3,12 @@
 import json
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 from run.tiny import chat_tokenizer, continuation
 
+from phireg.backends import Description
 from phireg.cli import conversation
 from phireg.cli.answers import Job, Timing, timed
 from phireg.cli.run import _conversation
@@ -56,8 +56,8 @@ def test_the_end_of_the_turn_stops_whatever_generation_config_says():
 
     backend = Backend()
     tokenizer = Tokenizer(chat_tokenizer())
-    blueprint = SimpleNamespace(max_position_embeddings=256)
-    job = Job(Path("ckpt"), blueprint, tokenizer, frozenset({EOS}), Sampling(seed=5), None)
+    model = Description(vocab_size=312, positions=256)
+    job = Job(Path("ckpt"), model, tokenizer, frozenset({EOS}), Sampling(seed=5), None)
     chat = _conversation(job, system=None)
     with CliRunner().isolation(input=b"one\ntwo\n"):
         chat.hold(backend)

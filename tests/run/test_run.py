@@ -167,7 +167,7 @@ def test_positions(made, run, document):
         (["--prompt", "x", "--temperature", "0", "--top-k", "3"], 2, "have no effect"),
         (["--prompt", "x", "--seed", "-1"], 2, "--seed -1"),
         (["--prompt", "x", "--max-new-tokens", "0"], 2, "max-new-tokens"),
-        (["--prompt", "x", "--tp", "3"], 2, "converted for 2 rank(s)"),
+        (["--prompt", "x", "--tp", "3"], 2, "made for 2 rank(s)"),
         (["--prompt", "x", "--dtype", "int8"], 2, "--dtype"),
         (["--prompt", "x", "--tokenizer-dir", "nowhere"], 2, "no such directory: nowhere"),
         (["--input-file", "nowhere"], 2, "cannot read nowhere"),
@@ -213,9 +213,10 @@ def test_what_is_no_checkpoint(made, run, tmp_path):
     assert "is a Hugging Face model" in source.stderr
     assert "phireg convert --model-dir" in source.stderr
     (tmp_path / "config.json").write_text('{"pretrained_config": {}, "build_config": {}}')
-    engine = run(tmp_path, "--prompt", "x")
+    engine = run(tmp_path, "--prompt", "x", "--backend", "executor")
     assert engine.exit_code == 4
     assert "is a built engine" in engine.stderr
+    assert "--backend tensorrt-llm" in engine.stderr
     nothing = run(tmp_path / "no", "--prompt", "x")
     assert nothing.exit_code == 2
     assert "no such directory" in nothing.stderr
