@@ -21,6 +21,7 @@ ul.checks li.failed { border-color: var(--bad); color: var(--bad); }
 .side p { white-space: pre-wrap; overflow-wrap: anywhere; }
 mark { background: none; color: inherit; text-decoration: underline wavy var(--bad) 1px;
   text-underline-offset: 3px; }
+td:first-child { white-space: nowrap; }
 details { margin-top: 10px; } summary { color: var(--soft); cursor: pointer; font-size: 13px; }
 details p { white-space: pre-wrap; overflow-wrap: anywhere; margin-top: 6px; color: var(--soft);
   font-size: 14px; }

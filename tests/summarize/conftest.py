@@ -1,0 +1,62 @@
+"""Converted demo models, made once; phireg summarize in this process; a fake backend."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from summarize import fakes
+
+from phireg import demo, jobs
+from phireg.backends import protocol
+from phireg.cli import app
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A function from a family and a TP size to a float32 checkpoint of its demo model."""
+    cache = {}
+
+    def make(family, tp_size=1):
+        if (family, tp_size) not in cache:
+            path = tmp_path_factory.mktemp(family) / "ckpt"
+            model = demo.find(family).directory
+            jobs.convert(jobs.plan(model, dtype="float32", tp_size=tp_size), path)
+            cache[family, tp_size] = path
+        return cache[family, tp_size]
+
+    return make
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """The module of the backend `fake`, as new."""
+    monkeypatch.setitem(protocol.BACKENDS, "fake", "summarize.fakes")
+    monkeypatch.setattr(fakes, "CALLS", [])
+    monkeypatch.setattr(fakes, "FAIL_AFTER", [None])
+    monkeypatch.setattr(fakes, "NLL", [[0.5, 1.5]])
+    return fakes
+
+
+@pytest.fixture
+def run():
+    """`phireg summarize ...`; the result's `.stdout`, `.stderr` and `.exit_code`."""
+
+    def invoke(*args):
+        return CliRunner().invoke(app, ["summarize", *map(str, args)], prog_name="phireg")
+
+    return invoke
+
+
+@pytest.fixture
+def document(run):
+    """The document of `phireg summarize ... --json`."""
+
+    def invoke(*args):
+        result = run(*args, "--json")
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    return invoke

@@ -1,0 +1,81 @@
+"""The demo models end to end: executor beside hf, in one process and in two, whole and broken."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from phireg import demo
+
+ROOT = Path(__file__).parents[2]
+FAMILIES = ("phi2", "phi3-mini", "phi3-small", "phi3-medium")
+FLOAT32 = ("--data-type", "float32", "--hf-data-type", "float32", "--device", "cpu")
+CHECK = ("--check-accuracy", "--tensorrt-llm-rouge1-threshold", "85")
+ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+
+def hf(family):
+    return ("--test-hf", "--hf-model-dir", str(demo.find(family).directory), *FLOAT32)
+
+
+def assert_alike(told, count):
+    executor, source = told["backends"]
+    assert (executor["backend"], source["backend"]) == ("executor", "hf")
+    for name in ROUGES:
+        assert executor[name] == pytest.approx(source[name], abs=0.01)
+    assert executor["rouge1"] > 90
+    assert executor["perplexity"] == pytest.approx(source["perplexity"], rel=1e-4)
+    assert [a["backend"] for a in told["checks"]] == ["executor", "executor"]
+    assert len(told["articles"]) == count
+    assert told["same_summaries"] == [{"between": ["executor", "hf"], "count": count}]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_executor_and_hf_are_alike(family, checkpoint, document):
+    options = (*hf(family), *CHECK, "--eval-ppl", "--max-ite", 3, "--batch-size", 2)
+    assert_alike(document(checkpoint(family), *options), 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_processes_are_alike(family, checkpoint, tmp_path):
+    command = [sys.executable, "-m", "phireg", "summarize", str(checkpoint(family, 2)), "--tp", "2"]
+    options = [*hf(family), *CHECK, "--eval-ppl", "--max-ite", "3", "--json"]
+    results = ["--results", str(tmp_path / "r.jsonl")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for resumed in (0, 6):  # what is complete already must not leave a process waiting
+        ran = subprocess.run(
+            command + options + results, capture_output=True, text=True, env=env, timeout=240
+        )
+        assert ran.returncode == 0, ran.stderr
+        told = json.loads(ran.stdout)
+        assert_alike(told, 3)
+        assert told["resumed_batches"] == resumed
+    missed = [*command, *options, *results, "--tensorrt-llm-rouge1-threshold", "100.5"]
+    ran = subprocess.run(missed, capture_output=True, text=True, env=env, timeout=240)
+    assert ran.returncode == 4, ran.stderr
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_broken_checkpoint_misses_the_threshold(family, checkpoint, run, tmp_path):
+    """The rows of q and k change places in every layer."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in checkpoint(family).iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = load_file(broken / "rank0.safetensors")
+    names = [name for name in weights if name.endswith("attention.qkv.weight")]
+    for name in names:
+        rows = len(weights[name])
+        weights[name] = weights[name].roll(rows // 3, dims=0)
+    assert names
+    save_file(weights, broken / "rank0.safetensors")
+    options = (*FLOAT32, "--max-ite", 1, "--batch-size", 4)
+    assert run(checkpoint(family), *options, *CHECK).exit_code == 0
+    result = run(broken, *options, *CHECK)
+    assert result.exit_code == 4, result.output
+    assert "FAILED  executor: rouge1" in result.stdout

@@ -1,0 +1,137 @@
+"""Prompts, truncation and the choice of articles, by hand."""
+
+import pytest
+
+from phireg import demo
+from phireg.errors import UsageError
+from phireg.summarize import data
+from phireg.summarize.task import Settings, make_samples, prompt_text, samples_digest
+from phireg.text.rows import Row
+from phireg.text.tokenizer import find_tokenizer
+
+
+class Words:
+    """One token for each word, after a token that every text begins with."""
+
+    def encode(self, text, max_length):
+        words = text.split()
+        return [1, *(10 + len(word) for word in words)][:1] + [
+            10 + len(word) for word in words[-(max_length - 1) :]
+        ]
+
+
+def rows(*articles):
+    return [Row(f"row {n}", {"article": a, "highlights": "r"}) for n, a in enumerate(articles)]
+
+
+@pytest.mark.parametrize(
+    ("article", "prompt"),
+    [
+        ("One.", "One. TL;DR:"),
+        ("  It did n't rain.\n", "It didn't rain.\n TL;DR:"),
+        ("", "TL;DR:"),
+    ],
+)
+def test_prompt(article, prompt):
+    assert prompt_text(article) == prompt
+
+
+def test_the_first_articles_in_order():
+    settings = Settings(batch_size=2, max_ite=2)
+    found = make_samples(rows(*"abcdef"), Words(), settings)
+    assert [sample.article for sample in found] == ["a", "b", "c", "d"]
+    assert found[0].prompt == (1, 11, 16)
+
+
+def test_short_articles_are_left_out_and_not_counted():
+    settings = Settings(max_ite=2, min_input_length=3)
+    found = make_samples(rows("a", "b c", "d", "e f", "g h"), Words(), settings)
+    assert [sample.where for sample in found] == ["row 1", "row 3"]
+    with pytest.raises(UsageError, match="no article"):
+        make_samples(rows("a"), Words(), settings)
+
+
+def test_a_long_article_loses_its_beginning():
+    tokenizer = find_tokenizer(demo.find("phi3-mini").directory)
+    article = demo.find("phi3-mini").articles[0].text
+    whole = tokenizer.encode(prompt_text(article))
+    (sample,) = make_samples(rows(article), tokenizer, Settings(max_input_length=20))
+    assert list(sample.prompt) == whole[-20:]
+    assert tokenizer.decode(sample.prompt).endswith("TL;DR:")
+    # Cutting one text does not cut the next one.
+    assert tokenizer.encode(prompt_text(article)) == whole
+
+
+def test_special_tokens_stay_when_a_text_is_cut():
+    from tokenizers import processors
+
+    from phireg.text.tokenizer import Tokenizer
+
+    tokenizer = find_tokenizer(demo.find("phi3-mini").directory)
+    inner = tokenizer._inner
+    eos = inner.eos_token
+    inner._tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{eos} $A", special_tokens=[(eos, inner.eos_token_id)]
+    )
+    whole = Tokenizer(inner).encode("The mill in Oakfield closed")
+    assert whole[0] == inner.eos_token_id
+    assert Tokenizer(inner).encode("The mill in Oakfield closed", 3) == [whole[0], *whole[-2:]]
+
+
+@pytest.mark.parametrize("bad", [{}, {"article": "a"}, {"article": "a", "highlights": 1}])
+def test_rows_without_their_texts(bad):
+    with pytest.raises(UsageError, match=r"^x:3: "):
+        make_samples([Row("x:3", bad)], Words(), Settings())
+
+
+def test_text_that_is_no_unicode():
+    with pytest.raises(UsageError, match="not valid Unicode"):
+        make_samples(rows("\ud800"), Words(), Settings())
+
+
+def test_the_digest_sees_every_text_and_prompt():
+    one = make_samples(rows("a b", "c"), Words(), Settings())
+    assert samples_digest(one) == samples_digest(
+        make_samples(rows("a b", "c"), Words(), Settings())
+    )
+    for other in (rows("a b", "d"), rows("c", "a b"), rows("a b")):
+        assert samples_digest(one) != samples_digest(make_samples(other, Words(), Settings()))
+
+
+@pytest.mark.parametrize("family", ["phi2", "phi3-mini", "phi3-small", "phi3-medium"])
+def test_a_demo_model_gets_its_own_articles(family, monkeypatch):
+    def load(*_args, **_options):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(data, "cnn_dailymail", load)
+    model = demo.find(family)
+    found = data.open_data("auto", 3, [model.directory], None)
+    assert [row.values["article"] for row in found.rows] == [a.text for a in model.articles]
+    assert found.note is None
+
+
+def test_another_model_gets_cnn_dailymail_or_is_told(monkeypatch, tmp_path):
+    asked = []
+
+    def load(split, count, dataset_dir=None):
+        asked.append((split, count, dataset_dir))
+        return rows("a")
+
+    monkeypatch.setattr(data, "cnn_dailymail", load)
+    assert "cnn_dailymail 3.0.0, test" in data.open_data("auto", 3, [tmp_path], None).name
+    below = tmp_path / "ccdv" / "cnn_dailymail"
+    data.open_data("auto", 3, [], str(tmp_path))
+    below.mkdir(parents=True)
+    data.open_data("auto", 3, [], str(tmp_path))
+    assert asked == [("test", 3, None), ("test", 3, str(tmp_path)), ("test", 3, str(below))]
+
+    def fail(*_args, **_options):
+        raise UsageError("no network")
+
+    monkeypatch.setattr(data, "cnn_dailymail", fail)
+    found = data.open_data("auto", 3, [tmp_path], None)
+    assert "held-back" in found.name
+    assert "no network" in found.note
+    for choice, directory in (("cnn_dailymail", None), ("auto", str(tmp_path))):
+        with pytest.raises(UsageError, match="no network"):
+            data.open_data(choice, 3, [], directory)
