@@ -17,7 +17,7 @@ from phireg.checkpoint.source import Reader, SourceTensor, open_source
 from phireg.errors import SourceError, UsageError
 from phireg.runner.directory import OutputDirectory
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?=\.)")
 _COUNTS = ("num_hidden_layers", "n_layer")
 _PER_LAYER = re.compile(r"layer")
 _NOT_PER_LAYER = ("architectures", "bos_token_id", "eos_token_id", "suppress_tokens")
