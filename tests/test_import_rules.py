@@ -36,6 +36,7 @@ class Rule:
 
 LAYOUT, CONFIG, QUANT = "phireg.layout", "phireg.config", "phireg.quant"
 CHECKPOINT, PLAN = "phireg.checkpoint", "phireg.plan"
+STATISTICS = "phireg.calibration.statistics"
 ERRORS, FINDINGS = "phireg.errors", "phireg.findings"
 DESCRIBE = (LAYOUT, CONFIG, QUANT, FINDINGS, ERRORS, "pluggy")
 """What families are described with."""
@@ -61,7 +62,10 @@ RULES = {
     "phireg.reference": Rule(
         ("phireg", "torch"), ("transformers",), never=("phireg.cli", "phireg_plugins")
     ),
-    "phireg.runner": Rule((CHECKPOINT, PLAN, ERRORS, "numpy", "xxhash"), lazily=("torch",)),
+    "phireg.runner": Rule(
+        (CHECKPOINT, PLAN, QUANT, STATISTICS, FINDINGS, ERRORS, "numpy", "xxhash"),
+        lazily=("torch",),
+    ),
     "phireg.executor": Rule((ERRORS, "torch", "numpy", "safetensors")),
     "phireg.text": Rule(
         (CHECKPOINT, "phireg.registry", ERRORS),

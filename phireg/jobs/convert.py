@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import Any
 
 from phireg.checkpoint.carried import CARRIED
 from phireg.checkpoint.manifest import file_record, rank_file_record, write_manifest
-from phireg.errors import PlanError, SourceError
+from phireg.errors import PlanError, SourceError, UsageError
 from phireg.jobs.plan import Planned
 from phireg.plan.model import Plan
 from phireg.plan.report import problems
 from phireg.runner.cast import Loss
 from phireg.runner.directory import OutputDirectory
+from phireg.runner.quantize import Quantizer
 from phireg.runner.stream import Progress, Streamed, stream
 
 
@@ -28,7 +29,8 @@ class Converted:
     Attributes:
         output_dir: the checkpoint.
         files: every file written, with its size in bytes.
-        losses: values that became infinite or zero in a cast, by source tensor.
+        losses: values that became infinite or zero in a cast, or were cut off when quantized, by
+            source tensor.
     """
 
     output_dir: Path
@@ -54,16 +56,70 @@ def convert(
         progress: told how many more bytes have been written; called from worker threads.
 
     Raises:
+        UsageError: the plan needs calibration; see :func:`phireg.jobs.quantize`.
         PlanError: the plan has errors, or a cast overflowed.
         SourceError: a source file changed or could not be read.
         OutputError: the output exists, or cannot be written.
     """
-    made = planned.plan
+    if planned.plan.options.calibrated:
+        raise UsageError(
+            "this plan needs calibration statistics, for "
+            + " and ".join(_calibrated(planned.plan)),
+            hint="phireg quantize takes them from sample texts, or from a file of an earlier run.",
+        )
+    return write_checkpoint(
+        planned,
+        Path(output_dir),
+        overwrite=overwrite,
+        allow_overflow=allow_overflow,
+        progress=progress,
+    )
+
+
+def _calibrated(made: Plan) -> Iterator[str]:
+    if made.options.scheme and made.options.scheme.calibrated:
+        yield f"the format {made.options.qformat}"
+    if made.options.kv_cache_dtype:
+        yield f"the {made.options.kv_cache_dtype} KV cache"
+
+
+def check_plan(made: Plan) -> None:
+    """Refuse a plan that has errors.
+
+    Raises:
+        PlanError: with all of them.
+    """
     if made.errors:
         raise PlanError(
             f"the plan has {len(made.errors)} problem{'s' if len(made.errors) > 1 else ''}; "
             f"nothing was written\n{problems(made.errors)}"
         )
+
+
+def write_checkpoint(
+    planned: Planned,
+    target: Path,
+    *,
+    overwrite: bool,
+    allow_overflow: bool,
+    progress: Progress | None,
+    quantizer: Callable[[], Quantizer] | None = None,
+    quantization: Mapping[str, Any] | None = None,
+) -> Converted:
+    """Write everything a checkpoint consists of; see :func:`convert`.
+
+    Args:
+        planned: from :func:`phireg.jobs.plan`.
+        target: the checkpoint to make.
+        overwrite: whether it may replace another one.
+        allow_overflow: let finite values become infinite in a cast.
+        progress: told how many more bytes have been written.
+        quantizer: makes one with all scales, for a plan that has some; called when the output is
+            known to be usable, before anything is written to it.
+        quantization: what the manifest says of them.
+    """
+    made = planned.plan
+    check_plan(made)
     carried = [
         file
         for name in CARRIED
@@ -71,16 +127,19 @@ def convert(
         if file.is_file()
     ]
     size = made.bytes_out + sum(file.stat().st_size for file in carried)
-    target = Path(output_dir)
     with OutputDirectory(target, overwrite=overwrite, required_bytes=size) as directory:
-        streamed = stream(made, directory, progress=progress)
+        ready = quantizer() if quantizer else None
+        streamed = stream(made, directory, progress=progress, quantizer=ready)
         if not allow_overflow:
             _check_overflow(streamed, made)
         for file in carried:
             _carry(file, directory)
         config = json.dumps(made.config, indent=4) + "\n"
         (directory / "config.json").write_text(config, encoding="utf-8")
-        write_manifest(directory, _manifest(planned, directory, streamed))
+        manifest = _manifest(planned, directory, streamed)
+        if quantization is not None:
+            manifest["quantization"] = quantization
+        write_manifest(directory, manifest)
         files = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
     return Converted(target, files, streamed.losses)
 
@@ -127,6 +186,8 @@ def _manifest(planned: Planned, directory: Path, streamed: Streamed) -> dict[str
             "dtype": made.options.dtype,
             "tp_size": made.options.tp_size,
             "weight_only": made.options.weight_only,
+            "qformat": made.options.qformat,
+            "kv_cache_dtype": made.options.kv_cache_dtype,
         },
         "source": {
             "model_dir": planned.model_dir,

@@ -17,28 +17,37 @@ BITS: dict[str, type[np.unsignedinteger[Any]]] = {
     "F16": np.uint16,
     "BF16": np.uint16,
     "F32": np.uint32,
+    "F8_E4M3": np.uint8,
+    "I8": np.uint8,
 }
 _TORCH = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _WIDER = {("F16", "F32"), ("BF16", "F32")}
 
-_PIECE = 128 * 1024
-"""Elements cast at a time: temporary copies of them stay in a core's cache, and small."""
+PIECE = 128 * 1024
+"""Elements cast or quantized at a time: temporary copies of them stay small, and in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What a cast could not keep.
+    """What a cast or quantization could not keep.
 
     Attributes:
-        overflowed: finite values that became infinite.
-        flushed: values other than zero that became zero.
+        overflowed: finite values that became infinite in a cast.
+        flushed: values other than zero that became zero in a cast.
+        saturated: values beyond the quantized grid, which hold its end instead; none as long as
+            the scales are those of the same weights.
     """
 
     overflowed: int = 0
     flushed: int = 0
+    saturated: int = 0
 
     def __add__(self, other: Loss) -> Loss:
-        return Loss(self.overflowed + other.overflowed, self.flushed + other.flushed)
+        return Loss(
+            self.overflowed + other.overflowed,
+            self.flushed + other.flushed,
+            self.saturated + other.saturated,
+        )
 
 
 NO_LOSS = Loss()
@@ -55,15 +64,12 @@ def cast(block: Bits, source: str, target: str) -> tuple[Bits, Loss]:
     Returns:
         Elements of dtype ``target``, as bits, and what was lost.
     """
-    import torch
-
     result = np.empty(block.shape, BITS[target])
     flat = block.reshape(-1), result.reshape(-1)
     loss = NO_LOSS
-    for start in range(0, block.size, _PIECE):
-        before, after = (elements[start : start + _PIECE] for elements in flat)
-        given: Any = torch.from_numpy(before).view(getattr(torch, _TORCH[source]))
-        made: Any = torch.from_numpy(after).view(getattr(torch, _TORCH[target]))
+    for start in range(0, block.size, PIECE):
+        before, after = (elements[start : start + PIECE] for elements in flat)
+        given, made = as_torch(before, source), as_torch(after, target)
         made.copy_(given)
         if (source, target) in _WIDER:
             continue
@@ -72,6 +78,13 @@ def cast(block: Bits, source: str, target: str) -> tuple[Bits, Loss]:
             overflowed = int(made.isinf().sum()) - int(given.isinf().sum())
         loss += Loss(overflowed, _nonzero(before) - _nonzero(after))
     return result, loss
+
+
+def as_torch(block: Bits, code: str) -> Any:
+    """The same memory as a torch tensor of floating-point dtype ``code``."""
+    import torch
+
+    return torch.from_numpy(block).view(getattr(torch, _TORCH[code]))
 
 
 def _nonzero(bits: Bits) -> int:

@@ -8,25 +8,55 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
+from typing import Protocol, TypeVar
 
 import numpy as np
 import xxhash
 
 from phireg.checkpoint.source import Reader, SourceTensor
-from phireg.plan.model import BLOCK_BYTES, Output, Plan, Step, Task, row_bytes
+from phireg.plan.model import BLOCK_BYTES, DTYPES, Output, Plan, Step, Task, row_bytes
 from phireg.runner.cast import BITS, NO_LOSS, Bits, Loss, cast, one_thread_each
+
+_Result = TypeVar("_Result")
 
 WORKERS = 2
 """More do not help: one core can hash and cast while another's copy is in the kernel."""
 
 Progress = Callable[[int], None]
 """Told how many more output bytes have been written; called from worker threads."""
+
+
+class Reads(Protocol):
+    """Where source bytes come from; see :class:`phireg.checkpoint.source.Reader`."""
+
+    def read_into(self, tensor: SourceTensor, start: int, view: memoryview) -> None:
+        """Fill a view with bytes of a tensor."""
+
+
+class Quantizes(Protocol):
+    """The quantized part of a run; see :mod:`phireg.runner.quantize`."""
+
+    def reader(self, files: Reads) -> Reads:
+        """A reader that also knows the plan's scales."""
+
+    def weight(self, target: str, source: str, row: int, block: Bits) -> tuple[Bits, int]:
+        """Quantize rows of a weight.
+
+        Args:
+            target: the output tensor they are for.
+            source: the source tensor they come from.
+            row: the first of them in the source tensor.
+            block: them, in the checkpoint's dtype, [rows, columns].
+
+        Returns:
+            The same rows on the quantized grid and how many of their elements lie beyond its ends.
+        """
 
 
 class Cancelled(Exception):  # noqa: N818 - nothing is wrong
@@ -47,9 +77,21 @@ class Streamed:
 
 
 def stream(
-    plan: Plan, directory: Path, *, workers: int = WORKERS, progress: Progress | None = None
+    plan: Plan,
+    directory: Path,
+    *,
+    workers: int = WORKERS,
+    progress: Progress | None = None,
+    quantizer: Quantizes | None = None,
 ) -> Streamed:
     """Write the rank files of ``plan`` into ``directory``.
+
+    Args:
+        plan: without errors.
+        directory: an existing one, without rank files.
+        workers: number of threads.
+        progress: told how many more bytes have been written.
+        quantizer: needed by a plan with scales.
 
     Raises:
         SourceError: a source file ended early, changed, or could not be read.
@@ -67,11 +109,13 @@ def stream(
             os.ftruncate(fd, size)
             _write(fd, memoryview(header), 0)
             files.append(fd)
-        stack.enter_context(one_thread_each(workers) if plan.casts else nullcontext())
+        busy = plan.casts or quantizer is not None
+        stack.enter_context(one_thread_each(workers) if busy else nullcontext())
         pool = stack.enter_context(ThreadPoolExecutor(workers))
-        carrier = _Carrier(plan, reader, files, stop, progress or (lambda count: None))
+        tell = progress or (lambda count: None)
+        carrier = _Carrier(plan, reader, files, stop, tell, quantizer)
         try:
-            results = _collect([pool.submit(carrier.carry, task) for task in plan.tasks])
+            results = collect([pool.submit(carrier.carry, task) for task in plan.tasks])
         except BaseException:
             stop.set()
             raise
@@ -83,7 +127,43 @@ def stream(
     return Streamed(digests, losses)
 
 
-def _collect(running: list[Future[Streamed]]) -> list[Streamed]:
+def read_blocks(
+    reader: Reads, source: SourceTensor, row: int, count: int, code: str, stop: Event
+) -> Iterator[tuple[int, Bits, Loss]]:
+    """Rows of a tensor, a block at a time, cast; a block lives until the next one is asked for.
+
+    Args:
+        reader: of the source.
+        source: the tensor.
+        row: first row.
+        count: number of rows.
+        code: dtype to cast to.
+        stop: set when another worker failed.
+
+    Yields:
+        How many rows came before, the block [rows, columns], and what casting it lost.
+
+    Raises:
+        Cancelled: ``stop`` was set.
+    """
+    per_row = row_bytes(source)
+    per_block = max(1, BLOCK_BYTES // per_row)
+    buffer = np.empty(min(count, per_block) * per_row, np.uint8)
+    for done in range(0, count, per_block):
+        if stop.is_set():
+            raise Cancelled
+        rows = min(per_block, count - done)
+        raw = buffer[: rows * per_row]
+        reader.read_into(source, (row + done) * per_row, raw.data)
+        block: Bits = raw.view(BITS[source.dtype])
+        loss = NO_LOSS
+        if source.dtype != code:
+            block, loss = cast(block, source.dtype, code)
+        yield done, block.reshape(rows, -1), loss
+
+
+def collect(running: list[Future[_Result]]) -> list[_Result]:
+    """The results of all workers, or the error of the one that stopped the others."""
     wait(running)
     errors = [error for future in running if (error := future.exception()) is not None]
     for error in errors:
@@ -96,10 +176,18 @@ class _Carrier:
     """One run's open files; its methods are called by all workers."""
 
     def __init__(
-        self, plan: Plan, reader: Reader, files: list[int], stop: Event, progress: Progress
+        self,
+        plan: Plan,
+        reader: Reader,
+        files: list[int],
+        stop: Event,
+        progress: Progress,
+        quantizer: Quantizes | None,
     ) -> None:
         self.plan = plan
-        self.reader = reader
+        self.quantizer = quantizer
+        self.reader: Reads = quantizer.reader(reader) if quantizer else reader
+        self.code = DTYPES[plan.options.dtype]
         self.files = files
         self.stop = stop
         self.progress = progress
@@ -132,25 +220,25 @@ class _Carrier:
 
     def copy(self, step: Step, source: SourceTensor, hashes: Mapping[int, xxhash.xxh3_128]) -> Loss:
         """Read the step's rows block by block and write each block wherever it goes."""
-        per_row = row_bytes(source)
-        per_block = max(1, BLOCK_BYTES // per_row)
-        buffer = np.empty(min(step.count, per_block) * per_row, np.uint8)
+        code = source.dtype if source.name in self.plan.scales else self.code
         loss = NO_LOSS
-        for done in range(0, step.count, per_block):
-            if self.stop.is_set():
-                raise Cancelled
-            rows = min(per_block, step.count - done)
-            raw = buffer[: rows * per_row]
-            self.reader.read_into(source, (step.row + done) * per_row, raw.data)
-            block: Bits = raw.view(BITS[source.dtype])
-            target = self.plan.outputs[step.writes[0].output].dtype
-            if source.dtype != target:
-                block, lost = cast(block, source.dtype, target)
-                loss += lost
-            block = block.reshape(rows, -1)
+        for done, block, lost in read_blocks(
+            self.reader, source, step.row, step.count, code, self.stop
+        ):
+            loss += lost
+            quantized: dict[str, Bits] = {}
             for write in step.writes:
                 output = self.plan.outputs[write.output]
-                self.put(output, write.row + done, _columns(block, output), hashes[write.output])
+                rows = block
+                if self.quantizer is not None and output.dtype != code:
+                    if output.name not in quantized:
+                        made, saturated = self.quantizer.weight(
+                            output.name, source.name, step.row + done, block
+                        )
+                        quantized[output.name] = made
+                        loss += Loss(saturated=saturated)
+                    rows = quantized[output.name]
+                self.put(output, write.row + done, _columns(rows, output), hashes[write.output])
         return loss
 
     def fill(self, step: Step, hashes: Mapping[int, xxhash.xxh3_128]) -> None:
