@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
@@ -126,19 +126,19 @@ def in_flight_batching(engine: Engine) -> bool:
 @contextmanager
 def quiet_stdout() -> Iterator[None]:
     """Send what the runtime prints, C++ included, to standard error: standard output is ours."""
-    sys.stdout.flush()
-    try:
-        kept = os.dup(1)
-    except OSError:  # closed: nothing can get there
-        yield
-        return
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
+    if sys.stdout is not None:
         sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(sys.stderr))
+        try:
+            kept = os.dup(1)
+        except OSError:
+            pass  # closed: nothing can get there
+        else:
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, 1)
+            os.dup2(2, 1)
+        yield
 
 
 def _without_engines(release: str) -> PhiregError:
