@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import metadata
 
@@ -53,7 +55,9 @@ class Candidate:
         """
         offer = f"{self.distribution} {self.version}"
         try:
-            loaded = self._entry.load()
+            # What a stranger's module prints must not get into what a command reports.
+            with redirect_stdout(sys.stderr):
+                loaded = self._entry.load()
         except PluginError as error:
             raise PluginError(f"{offer}: {error.message}", hint=error.hint) from error
         except (Exception, SystemExit) as error:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,23 +77,21 @@ def _check(row: _Row) -> None:
     from phireg.config.hf import HFConfig
     from phireg.layout.spans import LayoutError
 
-    # What a stranger's module prints must not get into the document on standard output.
-    with redirect_stdout(sys.stderr):
-        try:
-            family = row.candidate.load()
-            row.api = family.api
-            table = family.config_fields()
-            for model in family.published:
-                hf = HFConfig(model.config)
-                translation = table.translate(hf)
-                if not translation.ok:
-                    found = "; ".join(f"{f.subject}: {f.detail}" for f in translation.findings)
-                    row.problem = f"its own model {model.repo_id} is refused: {found}"
-                    return
-                family.weight_rules(translation.fields, hf)
-            row.family = family
-        except (PluginError, LayoutError) as error:
-            row.problem = str(error)
+    try:
+        family = row.candidate.load()
+        row.api = family.api
+        table = family.config_fields()
+        for model in family.published:
+            hf = HFConfig(model.config)
+            translation = table.translate(hf)
+            if not translation.ok:
+                found = "; ".join(f"{f.subject}: {f.detail}" for f in translation.findings)
+                row.problem = f"its own model {model.repo_id} is refused: {found}"
+                return
+            family.weight_rules(translation.fields, hf)
+        row.family = family
+    except (PluginError, LayoutError) as error:
+        row.problem = str(error)
 
 
 def _note_aliases(rows: Sequence[_Row]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from phireg import registry
 from phireg.errors import OutputError, UsageError
 from phireg.hookspecs import API
-from phireg.registry import Candidate, Chosen
+from phireg.registry import Candidate, Chosen, Index
 from phireg.runner.directory import OutputDirectory
 from phireg.scaffold.names import check_name, module_name
 from phireg.scaffold.tiny import tiny_config
@@ -71,7 +71,7 @@ def new_plugin(name: str, base: str, directory: Path | None = None) -> Scaffold:
             f"{target} exists already; nothing was written",
             hint="name another one with --directory, or move it away.",
         )
-    values = _values(name, chosen)
+    values = _values(name, chosen, installed)
     templates = resources.files("phireg.scaffold") / "templates"
     contents = {
         Template(path).substitute(values): Template(
@@ -87,7 +87,7 @@ def new_plugin(name: str, base: str, directory: Path | None = None) -> Scaffold:
     return Scaffold(name, module_name(name), chosen.candidate, target, tuple(contents))
 
 
-def _values(name: str, chosen: Chosen) -> dict[str, str]:
+def _values(name: str, chosen: Chosen, installed: Index) -> dict[str, str]:
     base = chosen.candidate
     place = re.fullmatch(r"([\w.]+):(\w+)", base.value)
     if place is None:
@@ -110,7 +110,7 @@ def _values(name: str, chosen: Chosen) -> dict[str, str]:
         "base_attribute": place[2],
         "phireg": phireg,
         "dependencies": ", ".join(f'"{requirement}"' for requirement in requirements),
-        "tiny": _literal(tiny_config(chosen.family)),
+        "tiny": _literal(tiny_config(chosen.family, installed)),
     }
 
 

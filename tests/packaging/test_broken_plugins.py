@@ -1,0 +1,243 @@
+"""phireg plugins, whatever is installed: real wheels, one for each way to be wrong."""
+
+import json
+import textwrap
+
+import pytest
+from fresh_environment import FreshEnvironment, write_wheel
+
+pytestmark = pytest.mark.slow
+
+START = """
+from collections.abc import Generator
+from phireg.api import Family, Rules, hookimpl
+from phireg_plugins.phi3_mini import FAMILY as BASE
+
+print("a plugin that talks while it is imported")
+"""
+
+# distribution: (families it offers, its module after START)
+PLUGINS = {
+    "acme-good": (
+        ["acme-good"],
+        """
+        class Weights:
+            @hookimpl(wrapper=True)
+            def phireg_weight_rules(self):
+                return (yield)
+        FAMILY = BASE.derive("acme-good", Weights(), api=1)
+        """,
+    ),
+    "acme-raises": (["acme-raises"], "import einops_of_acme"),
+    "acme-misspelt": (
+        ["acme-misspelt"],
+        """
+        class Weights:
+            @hookimpl
+            def phireg_weigth_rules(self):
+                return Rules()
+        FAMILY = BASE.derive("acme-misspelt", Weights())
+        """,
+    ),
+    "acme-api": (
+        ["acme-api"],
+        """
+        class Weights:
+            @hookimpl
+            def phireg_weight_rules(self, shard):
+                return Rules()
+        FAMILY = BASE.derive("acme-api", Weights(), api=2)
+        """,
+    ),
+    "acme-twin": (["phi2"], 'FAMILY = BASE.derive("phi2", tell_apart=lambda hf: "never")'),
+    "acme-nothing": (
+        ["acme-alias", "acme-nothing"],
+        """
+        class Weights:
+            def weight_rules(self):
+                return Rules()
+        FAMILY = BASE.derive("acme-alias")
+        def __getattr__(name):
+            return BASE.derive("acme-nothing", Weights())
+        """,
+    ),
+    "acme-unmapped": (
+        ["acme-unmapped"],
+        """
+        class Weights:
+            @hookimpl(wrapper=True)
+            def phireg_weight_rules(self):
+                rules = yield
+                kept = [rule for rule in rules.values() if "post_layernorm" not in rule.target]
+                return Rules(*kept, drop=rules.drop)
+        FAMILY = BASE.derive("acme-unmapped", Weights())
+        """,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory, phireg_wheel):
+    place = tmp_path_factory.mktemp("plugins")
+    made = FreshEnvironment(tmp_path_factory.mktemp("environment"))
+    wheels = []
+    for name, (families, body) in PLUGINS.items():
+        module = name.replace("-", "_")
+        attributes = {"acme-nothing": "OTHER"}
+        entries = {family: f"{module}:{attributes.get(family, 'FAMILY')}" for family in families}
+        files = {f"{module}.py": START + textwrap.dedent(body)}
+        wheels.append(write_wheel(place, name, files, entries))
+    made.install(phireg_wheel, *wheels)
+    return made
+
+
+def plugins(environment, *options):
+    done = environment.run("phireg", "plugins", "--json", *options)
+    told = json.loads(done.stdout)
+    offers = {(p["distribution"], p["name"]): p for p in told["plugins"]}
+    return done, offers, told
+
+
+def test_every_offer_is_listed_and_none_imported(environment):
+    done, offers, _ = plugins(environment)
+    assert done.returncode == 0
+    assert done.stderr == "", "a plugin was imported"
+    expected = {(name, family) for name, (families, _) in PLUGINS.items() for family in families}
+    built_in = {("phireg", f) for f in ("phi2", "phi3-mini", "phi3-small", "phi3-medium")}
+    assert set(offers) == expected | built_in
+    good = offers["acme-good", "acme-good"]
+    assert (good["version"], good["value"]) == ("1.0", "acme_good:FAMILY")
+    apis = {name: offer["api"] for (_, name), offer in offers.items()}
+    assert apis["acme-api"] == 2
+    assert apis["acme-good"] == apis["acme-unmapped"] == apis["phi3-medium"] == 1
+    assert apis["acme-raises"] is None
+    assert apis["acme-nothing"] is None
+
+
+@pytest.mark.parametrize(
+    ("distribution", "name", "says"),
+    [
+        (
+            "acme-raises",
+            "acme-raises",
+            [
+                "family 'acme-raises' is offered by acme-raises 1.0 (acme_raises:FAMILY)",
+                "ModuleNotFoundError: No module named 'einops_of_acme'",
+            ],
+        ),
+        (
+            "acme-misspelt",
+            "acme-misspelt",
+            [
+                "acme-misspelt 1.0: ",
+                "there is no hook 'phireg_weigth_rules'",
+                "acme_misspelt.py:9",
+                "did you mean 'phireg_weight_rules'?",
+            ],
+        ),
+        (
+            "acme-api",
+            "acme-api",
+            ["acme-api 1.0: ", "plugin API 2; this phireg speaks API 1", "upgrade phireg"],
+        ),
+        (
+            "acme-nothing",
+            "acme-nothing",
+            ["the step Weights implements no hook", "mark its functions with @hookimpl"],
+        ),
+    ],
+)
+def test_check_says_what_is_wrong(environment, distribution, name, says):
+    done, offers, _ = plugins(environment, "--check")
+    assert done.returncode == 5
+    problem = offers[distribution, name]["problem"]
+    for words in says:
+        assert words in problem
+    assert "Traceback" not in done.stderr
+
+
+def test_check_calls_the_others_good(environment):
+    _, offers, told = plugins(environment, "--check")
+    broken = {name for (_, name), offer in offers.items() if offer["problem"]}
+    assert broken == {"acme-raises", "acme-misspelt", "acme-api", "acme-nothing"}
+    notes = {name: offer["note"] for (_, name), offer in offers.items() if offer["note"]}
+    assert set(notes) == {"acme-alias"}
+    assert "overrides nothing" in notes["acme-alias"]
+    assert told["unreadable"] == []
+
+
+def test_the_text_says_the_same(environment):
+    done = environment.run("phireg", "plugins", "--check")
+    assert done.returncode == 5
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if "_" in line}
+    assert lines["acme-good"].split()[-3:] == ["API", "1", "works"]
+    assert lines["acme-api"].split()[-3:] == ["API", "2", "broken"]
+    assert "phi2 is offered 2 times" in done.stdout
+    assert "--family acme-twin:phi2  or  --family phireg:phi2" in done.stdout
+
+
+def test_one_name_twice_must_be_chosen(environment, tiny_phi3, tmp_path):
+    options = ("--model-dir", tiny_phi3, "--output-dir", tmp_path / "out")
+    done = environment.run("phireg", "convert", "--family", "phi2", *options)
+    assert done.returncode == 5
+    assert "acme-twin:phi2" in done.stderr
+    assert not (tmp_path / "out").exists()
+    environment.check("phireg", "convert", "--family", "acme-twin:phi2", *options)
+    manifest = json.loads((tmp_path / "out" / "phireg.json").read_text())
+    assert manifest["family"]["distribution"] == "acme-twin"
+    _, offers, _ = plugins(environment)
+    assert offers["acme-twin", "phi2"]["select"] == "acme-twin:phi2"
+    assert offers["phireg", "phi3-mini"]["select"] == "phi3-mini"
+
+
+def test_a_tensor_nobody_maps_stops_the_plan(environment, tiny_phi3, tmp_path):
+    options = ("--model-dir", tiny_phi3, "--family", "acme-unmapped")
+    done = environment.run("phireg", "plan", *options)
+    assert done.returncode == 3
+    assert "model.layers.{0..1}.post_attention_layernorm.weight" in done.stdout
+    assert "unmapped" in done.stdout
+    done = environment.run("phireg", "convert", *options, "--output-dir", tmp_path / "out")
+    assert done.returncode == 3
+    assert "post_attention_layernorm" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_plugin_stops_nobody_else(environment, tiny_phi3, tmp_path):
+    """Also --family auto, which has to import them all."""
+    for family in ("acme-good", "phi3-mini", "auto"):
+        out = tmp_path / family
+        options = ("--family", family, "--model-dir", tiny_phi3, "--output-dir", out)
+        told = json.loads(environment.check("phireg", "convert", *options, "--json"))
+        assert told["family"] == ("phi3-mini" if family == "auto" else family)
+        assert any("einops_of_acme" in text for text in told["plugin_warnings"]) == (
+            family == "auto"
+        )
+    told = json.loads(environment.check("phireg", "families", "--json"))
+    assert {f["name"] for f in told["families"] if f["problem"]} == {
+        "acme-raises",
+        "acme-misspelt",
+        "acme-api",
+        "acme-nothing",
+    }
+
+
+@pytest.mark.parametrize(
+    "entry_points", ["[console_scripts]\nno equals sign\n", "[phireg.families]\n= \n\xff"]
+)
+def test_a_damaged_distribution_stops_nobody(environment, entry_points):
+    """Python's own entry_points() gives up on all distributions then."""
+    info = environment.site_packages / "aaa_damaged-1.0.dist-info"
+    info.mkdir()
+    try:
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: aaa-damaged\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_bytes(entry_points.encode("latin-1"))
+        done, offers, told = plugins(environment)
+        assert done.returncode == 0, done.stderr
+        assert ("phireg", "phi3-mini") in offers
+        (said,) = told["unreadable"]
+        assert "aaa_damaged-1.0.dist-info" in said
+        assert "aaa_damaged" in environment.run("phireg", "plugins").stdout
+    finally:
+        for file in info.iterdir():
+            file.unlink()
+        info.rmdir()

@@ -1,0 +1,101 @@
+"""A generated plugin as its author meets it: built, installed, found, used and tested."""
+
+import json
+
+import pytest
+from fresh_environment import FreshEnvironment, build_wheel
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory, phireg_wheel):
+    made = FreshEnvironment(tmp_path_factory.mktemp("environment"))
+    made.install(phireg_wheel)
+    return made
+
+
+@pytest.fixture(scope="module")
+def generated(environment, tmp_path_factory):
+    place = tmp_path_factory.mktemp("work")
+    environment.check("phireg", "new-plugin", "acme-phi", "--from", "phi3-mini", cwd=place)
+    return place / "acme-phi"
+
+
+@pytest.fixture(scope="module")
+def installed(environment, generated, tmp_path_factory):
+    """The environment with the plugin's wheel; the generated directory is not on its path."""
+    environment.install(build_wheel(generated, tmp_path_factory.mktemp("plugin")))
+    return environment
+
+
+def test_the_wheel_holds_everything(environment):
+    """Only what stands in setup.cfg is in it."""
+    done = environment.check("python", "-c", "import phireg; print(phireg.__file__)")
+    assert done.startswith(str(environment.site_packages))
+    for command in ("demo", "convert", "plan", "verify", "run", "families", "new-plugin"):
+        assert environment.check("phireg", command, "--help").startswith("Usage: phireg")
+
+
+def test_it_is_listed(installed):
+    told = json.loads(installed.check("phireg", "families", "--json"))
+    (family,) = (family for family in told["families"] if family["name"] == "acme-phi")
+    assert (family["distribution"], family["version"]) == ("acme-phi", "0.1.0")
+    assert family["problem"] is None
+    assert family["architectures"] == ["Phi3ForCausalLM"]
+    assert "acme-phi" in installed.check("phireg", "families")
+    told = json.loads(installed.check("phireg", "plugins", "--check", "--json"))
+    (plugin,) = (plugin for plugin in told["plugins"] if plugin["name"] == "acme-phi")
+    assert (plugin["api"], plugin["problem"], plugin["note"]) == (1, None, None)
+
+
+def test_it_converts_like_its_base_until_it_is_changed(installed, tiny_phi3, tmp_path):
+    for family in ("acme-phi", "phi3-mini"):
+        options = ("--model-dir", tiny_phi3, "--tp-size", "2", "--output-dir", tmp_path / family)
+        installed.check("phireg", "convert", "--family", family, *options)
+    for name in ("rank0.safetensors", "rank1.safetensors", "config.json"):
+        mine, base = ((tmp_path / f / name).read_bytes() for f in ("acme-phi", "phi3-mini"))
+        assert mine == base
+    manifest = json.loads((tmp_path / "acme-phi" / "phireg.json").read_text())
+    assert manifest["family"] == {
+        "name": "acme-phi",
+        "distribution": "acme-phi",
+        "version": "0.1.0",
+    }
+
+
+def test_its_tests_pass(installed, generated):
+    said = installed.check("python", "-m", "pytest", "-p", "no:cacheprovider", generated)
+    assert " passed" in said
+
+
+def test_its_tests_notice_a_wrong_rule(installed, generated, tmp_path):
+    """The generated test is one that can fail."""
+    module = tmp_path / "acme_phi.py"
+    body = (generated / "src" / "acme_phi" / "__init__.py").read_text()
+    wrong = body.replace(
+        "        return rules\n",
+        '        inner, hidden = config["intermediate_size"], config["hidden_size"]\n'
+        '        source = src("model.layers.1.mlp.gate_up_proj", 2 * inner)\n'
+        "        halves = parts(source, gate=inner, up=inner)\n"
+        '        return rules.replace(Linear("transformer.layers.1.mlp.fc", halves, hidden, '
+        "COLUMN))\n",
+    ).replace("import HFConfig, Rules", "import COLUMN, HFConfig, Linear, Rules, parts, src")
+    assert wrong != body
+    module.write_text(wrong)
+    done = installed.run(
+        *("python", "-m", "pytest", "-p", "no:cacheprovider", generated), PYTHONPATH=str(tmp_path)
+    )
+    assert done.returncode == 1
+    assert "acme_phi.py:" in done.stdout, "the rule's file and line"
+
+
+@pytest.mark.parametrize("base", ["phi2", "phi3-small", "phi3-medium", "acme-phi"])
+def test_every_family_can_be_derived_from(base, installed, tmp_path):
+    name = f"other-{base}"
+    installed.check("phireg", "new-plugin", name, "--from", base, cwd=tmp_path)
+    installed.install(tmp_path / name)
+    told = json.loads(installed.check("phireg", "plugins", "--check", "--json"))
+    assert {p["name"]: p["problem"] for p in told["plugins"]}[name] is None
+    said = installed.check("python", "-m", "pytest", "-p", "no:cacheprovider", tmp_path / name)
+    assert " passed" in said
