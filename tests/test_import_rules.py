@@ -91,6 +91,7 @@ RULES = {
     "phireg.verify": Rule(
         ("phireg", "numpy", "torch"), ("transformers",), never=("phireg.cli", "phireg_plugins")
     ),
+    "phireg.doctor": Rule(("phireg.registry", "phireg.trtllm", ERRORS)),
     "phireg.trtllm": Rule((CHECKPOINT, ERRORS, "packaging")),
     "phireg.summarize": Rule(
         ("phireg", "numpy"), lazily=("rouge_score",), never=("phireg.cli", "phireg_plugins")

@@ -37,6 +37,7 @@ Exit codes:
         "summarize",
         "families",
         "plugins",
+        "doctor",
         "new-plugin",
     ),
     epilog=EXIT_CODES,

@@ -28,7 +28,6 @@ class Release:
     Attributes:
         name: what it is called here.
         since: its first version; it goes up to the next line's first.
-        max_batch_size: the builder's default.
         limits_sum: ``--max_seq_len`` limits prompt and new tokens together; earlier
             ``--max_output_len`` limits the new ones.
         ranks_by_flag: ``--tp_size`` and ``--pp_size`` exist. They decide for phi-2, whose reader
@@ -42,7 +41,6 @@ class Release:
 
     name: str
     since: Version
-    max_batch_size: int
     limits_sum: bool
     ranks_by_flag: bool
     fp32_at_build: bool
@@ -55,20 +53,20 @@ def _table() -> tuple[Release, ...]:
     yes, no = True, False
     # The guide's commit of 2024-06-04 calls itself 0.11.0.dev2024060400: nearly 0.10's flags, and
     # the first to read Phi-3-small.
-    rows: tuple[tuple[str, str, int, bool, bool, bool, bool, bool, bool], ...] = (
-        #                                    batch  sum  ranks fp32 auto fp8  grouped
-        ("0.10", "0.10.0.dev0",                  1, no,  yes, yes, no,  no,  no),
-        ("0.11 of 2024-06-04", "0.11.0.dev2024060400", 1, no, yes, yes, yes, no, yes),
-        ("0.11", "0.11.0.dev2024060401",       256, yes, yes, yes, yes, yes, yes),
-        ("0.12", "0.12.0.dev0",                256, yes, no,  no,  yes, yes, yes),
-        ("0.13", "0.13.0.dev0",                256, yes, no,  no,  yes, yes, yes),
-        ("0.14", "0.14.0.dev0",               2048, yes, no,  no,  yes, yes, yes),
-        ("0.15 to 0.17", "0.15.0.dev0",       2048, yes, no,  no,  yes, yes, yes),
-        ("0.18 to 0.21", "0.18.0.dev0",       2048, yes, no,  no,  yes, yes, yes),
-        ("1.0", "1.0.0.dev0",                 2048, yes, no,  no,  yes, yes, yes),
-        ("1.1", "1.1.0.dev0",                 2048, yes, no,  no,  yes, yes, yes),
-        ("1.2", "1.2.0.dev0",                 2048, yes, no,  no,  yes, yes, yes),
-        ("1.3 to rc20", "1.3.0.dev0",         2048, yes, no,  no,  yes, yes, yes),
+    rows: tuple[tuple[str, str, bool, bool, bool, bool, bool, bool], ...] = (
+        #                                              sum  ranks fp32 auto fp8  grouped
+        ("0.10", "0.10.0.dev0",                        no,  yes,  yes, no,  no,  no),
+        ("0.11 of 2024-06-04", "0.11.0.dev2024060400", no,  yes,  yes, yes, no,  yes),
+        ("0.11", "0.11.0.dev2024060401",               yes, yes,  yes, yes, yes, yes),
+        ("0.12", "0.12.0.dev0",                        yes, no,   no,  yes, yes, yes),
+        ("0.13", "0.13.0.dev0",                        yes, no,   no,  yes, yes, yes),
+        ("0.14", "0.14.0.dev0",                        yes, no,   no,  yes, yes, yes),
+        ("0.15 to 0.17", "0.15.0.dev0",                yes, no,   no,  yes, yes, yes),
+        ("0.18 to 0.21", "0.18.0.dev0",                yes, no,   no,  yes, yes, yes),
+        ("1.0", "1.0.0.dev0",                          yes, no,   no,  yes, yes, yes),
+        ("1.1", "1.1.0.dev0",                          yes, no,   no,  yes, yes, yes),
+        ("1.2", "1.2.0.dev0",                          yes, no,   no,  yes, yes, yes),
+        ("1.3 to rc20", "1.3.0.dev0",                  yes, no,   no,  yes, yes, yes),
     )  # fmt: skip
     return tuple(Release(row[0], Version(row[1]), *row[2:]) for row in rows)
 

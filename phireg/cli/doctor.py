@@ -1,0 +1,55 @@
+"""``phireg doctor``: what works on this machine, and what is missing for the rest."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from phireg.cli.options import json_option
+from phireg.cli.text import columns, emit, emit_json
+
+if TYPE_CHECKING:
+    from phireg.doctor import Part
+
+
+@click.command()
+@json_option
+def command(as_json: bool) -> None:
+    """Tell what works here, what each missing part prevents, and what installs it.
+
+    Ends with 0 whatever is missing: it only tells.
+    """
+    from phireg.doctor import examine
+
+    with _display() as tell:
+        parts = examine(tell)
+    if as_json:
+        emit_json({"parts": [asdict(part) for part in parts]})
+    else:
+        emit(_text(parts))
+
+
+@contextmanager
+def _display() -> Iterator[Callable[[str], None] | None]:
+    """On a terminal say what is being looked at: importing takes a while."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("looking") as status:
+        yield lambda name: status.update(f"looking at {name}")
+
+
+def _text(parts: Sequence[Part]) -> str:
+    blocks = [columns([(part.name, part.state, part.found) for part in parts])]
+    for part in parts:
+        if part.prevents is not None:
+            about = [("prevents", part.prevents), ("remedy", part.remedy or "")]
+            blocks.append(f"{part.name} ({part.state})\n{columns(about, indent=2)}")
+    return "\n\n".join(blocks)
