@@ -11,13 +11,13 @@ from importlib import metadata
 from phireg.errors import UsageError
 from phireg.registry import AUTO, Index
 
-# PEP 508, in lower case: pip, the entry point and --family then agree on one spelling.
-_NAME = re.compile(r"[a-z][a-z0-9]*([._-][a-z0-9]+)*")
+# Normalized as PEP 503 has it: pip, the entry point and --family then agree on one spelling.
+_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
 def module_name(name: str) -> str:
     """The module that a plugin called ``name`` lies in: ``acme-phi`` in ``acme_phi``."""
-    return re.sub(r"[._-]", "_", name)
+    return name.replace("-", "_")
 
 
 def check_name(name: str, installed: Index) -> None:
