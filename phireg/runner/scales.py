@@ -119,7 +119,8 @@ def check_scales(
             continue
         count = len(values[name])
         for what, wrong in _defects(values[name], scale.dtype):
-            found.append(_finding(name, f"{wrong} of {count} {what}" if count > 1 else what))
+            many = f" ({wrong} of {count} values)" if count > 1 else ""
+            found.append(_finding(name, what + many))
     if found:
         raise PlanError(
             f"{len(found)} tensors cannot be quantized; nothing was written\n{problems(found)}",

@@ -1,0 +1,466 @@
+"""Quantized checkpoints, tensor for tensor against arithmetic by hand."""
+
+import numpy as np
+import pytest
+import torch
+from plan.plan_sources import LAYERS, MODELS
+from quant.by_hand import (
+    COLUMNS,
+    DTYPES,
+    FAMILY_OF,
+    KV_HEADS,
+    SOURCES,
+    calibration,
+    model,
+    rank,
+    rank_columns,
+    rank_rows,
+    row_order,
+    same,
+    whole,
+    write_model,
+)
+from safetensors.torch import load_file
+
+from phireg import jobs
+from phireg.calibration.statistics import Statistics
+from phireg.checkpoint.manifest import read_manifest
+from phireg.errors import PlanError, UsageError
+from phireg.runner import quantize as quantizing
+from phireg.runner import scales as scaling
+from phireg.runner import stream as streaming
+from phireg.runner.scales import bytes_read, check_scales, compute_scales
+
+FORMATS = [("fp8", 1.0), ("int8_sq", 1.0), ("int8_sq", 0.5)]
+formats = pytest.mark.parametrize(("qformat", "alpha"), FORMATS)
+models = pytest.mark.parametrize("key", list(KV_HEADS))
+
+
+def planned(source, key, qformat, tp=1, dtype="float16", cache=None):
+    made = jobs.plan(
+        source,
+        family=MODELS[key][0],
+        qformat=qformat,
+        kv_cache_dtype=cache,
+        tp_size=tp,
+        dtype=dtype,
+    )
+    assert not made.plan.errors
+    return made
+
+
+def ranks(directory, tp):
+    return [load_file(directory / f"rank{index}.safetensors") for index in range(tp)]
+
+
+def files(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+# --- every linear of every family -------------------------------------------------------------
+
+
+@models
+@formats
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_every_rank_holds_what_hand_computes(tmp_path, key, qformat, alpha, tp):
+    tensors, statistics = model(key), calibration(key)
+    source = write_model(tmp_path / "hf", key, tensors)
+    jobs.quantize(planned(source, key, qformat, tp), tmp_path / "out", statistics, alpha=alpha)
+    linears = whole(key, tensors, statistics, qformat, "float16", alpha)
+    assert len(linears) == 4 * LAYERS
+    plain = jobs.plan(source, family=MODELS[key][0], tp_size=tp, dtype="float16")
+    jobs.convert(plain, tmp_path / "plain")
+    for index, (found, raw) in enumerate(
+        zip(ranks(tmp_path / "out", tp), ranks(tmp_path / "plain", tp), strict=True)
+    ):
+        expected = rank(key, linears, tp, index)
+        expected |= {name: tensor for name, tensor in raw.items() if name not in expected}
+        assert found.keys() == expected.keys()
+        assert [name for name in found if not same(found[name], expected[name])] == []
+
+
+@formats
+@pytest.mark.parametrize("key", ["phi2", "small"])
+@pytest.mark.parametrize(
+    ("stored", "dtype"),
+    [
+        ("float32", "bfloat16"),
+        ("float32", "float32"),
+        ("bfloat16", "bfloat16"),
+        ("bfloat16", "float16"),
+        ("float16", "float16"),
+    ],
+)
+def test_weights_are_quantized_in_the_checkpoints_dtype(
+    tmp_path, key, qformat, alpha, stored, dtype
+):
+    tensors, statistics = model(key, DTYPES[stored]), calibration(key)
+    source = write_model(tmp_path / "hf", key, tensors)
+    made = planned(source, key, qformat, 2, dtype)
+    jobs.quantize(made, tmp_path / "out", statistics, alpha=alpha)
+    linears = whole(key, tensors, statistics, qformat, dtype, alpha)
+    for index, found in enumerate(ranks(tmp_path / "out", 2)):
+        expected = rank(key, linears, 2, index)
+        assert [name for name in expected if not same(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("cache", ["fp8", "int8"])
+@pytest.mark.parametrize("qformat", ["fp8", "int8_sq", "int8_wo", "int4_wo"])
+def test_kv_cache_scales(tmp_path, qformat, cache):
+    statistics = calibration("medium")
+    assert min(map(max, statistics.keys, statistics.values)) > 448 / 4
+    source = write_model(tmp_path / "hf", "medium", model("medium"))
+    made = planned(source, "medium", qformat, 4, cache=cache)
+    jobs.quantize(made, tmp_path / "out", statistics)
+    for found in ranks(tmp_path / "out", 4):
+        for i, (key, value) in enumerate(zip(statistics.keys, statistics.values, strict=True)):
+            amax = np.float32(max(key, value))
+            scale = amax / np.float32(127) if cache == "int8" else max(1, amax / np.float32(448))
+            tensor = found[f"transformer.layers.{i}.attention.kv_cache_scaling_factor"]
+            assert same(tensor, torch.tensor([scale], dtype=torch.float32))
+    small = Statistics(statistics.inputs, (0.5,) * LAYERS, (0.25,) * LAYERS, {})
+    jobs.quantize(made, tmp_path / "small", small)
+    found = ranks(tmp_path / "small", 4)[3][
+        "transformer.layers.0.attention.kv_cache_scaling_factor"
+    ]
+    assert found.item() == (1 if cache == "fp8" else np.float32(0.5) / np.float32(127))
+
+
+@models
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
+def test_converting_and_dequantizing_commute(tmp_path, key, qformat, tp):
+    """A source that holds the dequantized weights, converted, is the checkpoint dequantized."""
+    tensors, statistics = model(key), calibration(key)
+    source = write_model(tmp_path / "hf", key, tensors)
+    made = planned(source, key, qformat, tp, "float32")
+    jobs.quantize(made, tmp_path / "out", statistics)
+    linears = whole(key, tensors, statistics, qformat, "float32")
+
+    def dequantized(linear):
+        scale = linear["weights_scaling_factor"]
+        weight = linear["weight"].float() * (scale if scale.shape == (1,) else scale[:, None])
+        return weight * linear.get("prequant_scaling_factor", torch.ones(()))
+
+    for target, linear in linears.items():
+        _, _, layer, name = target.split(".", 3)
+        weight = dequantized(linear)
+        back = torch.empty_like(weight)
+        back[row_order(key, name, len(weight))] = weight
+        modules = SOURCES[FAMILY_OF[key]][name]
+        names = [f"model.layers.{layer}.{module}.weight" for module in modules]
+        pieces = back.split([len(tensors[name]) for name in names])
+        tensors |= {n: piece.contiguous() for n, piece in zip(names, pieces, strict=True)}
+    other = write_model(tmp_path / "dequantized", key, tensors)
+    plain = jobs.plan(other, family=MODELS[key][0], tp_size=tp, dtype="float32")
+    jobs.convert(plain, tmp_path / "plain")
+    for found, expected in zip(
+        ranks(tmp_path / "out", tp), ranks(tmp_path / "plain", tp), strict=True
+    ):
+        for target in linears:
+            mine = {
+                companion: found[f"{target}.{companion}"]
+                for companion in linears[target]
+            }  # fmt: skip
+            assert same(dequantized(mine), expected[f"{target}.weight"]), target
+
+
+# --- nothing depends on how the work is cut up ------------------------------------------------
+
+
+@formats
+@pytest.mark.parametrize("key", ["phi2", "small"])
+def test_blocks_pieces_and_workers_do_not_matter(tmp_path, monkeypatch, key, qformat, alpha):
+    source = write_model(tmp_path / "hf", key, model(key))
+    made, statistics = planned(source, key, qformat, 2, cache="int8"), calibration(key)
+    jobs.quantize(made, tmp_path / "one", statistics, alpha=alpha)
+    jobs.quantize(made, tmp_path / "again", statistics, alpha=alpha)
+    assert files(tmp_path / "one") == files(tmp_path / "again")
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", 300)  # rows have 96 or 80 bytes
+    monkeypatch.setattr(quantizing, "PIECE", 50)
+    monkeypatch.setattr(streaming.stream, "__kwdefaults__", {
+        **streaming.stream.__kwdefaults__, "workers": 7,
+    })  # fmt: skip
+    monkeypatch.setattr(compute_scales, "__kwdefaults__", {
+        **compute_scales.__kwdefaults__, "workers": 7,
+    })  # fmt: skip
+    jobs.quantize(made, tmp_path / "two", statistics, alpha=alpha)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+@formats
+def test_progress_counts_all_the_work(tmp_path, qformat, alpha):
+    source = write_model(tmp_path / "hf", "medium", model("medium"))
+    made, told = planned(source, "medium", qformat, 2), []
+    jobs.quantize(made, tmp_path / "out", calibration("medium"), alpha=alpha, progress=told.append)
+    assert sum(told) == jobs.quantize_bytes(made, alpha)
+    weights = 4 * LAYERS * (24 * 48 + 24 * 24 + 40 * 24 + 24 * 20)
+    assert bytes_read(made.plan, alpha) == weights * (1 + (alpha < 1))
+
+
+@formats
+def test_the_checkpoint_is_complete_and_says_where_it_comes_from(tmp_path, qformat, alpha):
+    source = write_model(tmp_path / "hf", "small", model("small"))
+    made, statistics = planned(source, "small", qformat, 2, cache="fp8"), calibration("small")
+    done = jobs.quantize(made, tmp_path / "out", statistics, alpha=alpha)
+    assert done.losses == {}  # above all, nothing saturated
+    inspected = jobs.inspect(tmp_path / "out", check=True)
+    assert inspected.problems == ()
+    assert inspected.config["quantization"] == {
+        "quant_algo": {"fp8": "FP8", "int8_sq": "W8A8_SQ_PER_CHANNEL"}[qformat],
+        "kv_cache_quant_algo": "FP8",
+        "exclude_modules": ["lm_head", "*vocab_embedding"],
+    }
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["options"] == {
+        "dtype": "float16",
+        "tp_size": 2,
+        "weight_only": None,
+        "qformat": qformat,
+        "kv_cache_dtype": "fp8",
+    }
+    recorded = manifest["quantization"]
+    assert recorded["alpha"] == (alpha if qformat == "int8_sq" else None)
+    assert recorded["statistics"]["provenance"] == {"seed": 1}
+    digest = recorded["statistics"]["digest"]
+    assert digest == scaling.statistics_digest(calibration("small"))
+    assert digest != scaling.statistics_digest(calibration("small", seed=2))
+
+
+# --- values at the edges ----------------------------------------------------------------------
+
+DOWN = "model.layers.1.mlp.down_proj"
+PROJ = "transformer.layers.1.mlp.proj"
+
+
+def export(tmp_path, qformat, tensors, statistics, **options):
+    source = write_model(tmp_path / "hf", "mini", tensors)
+    done = jobs.quantize(planned(source, "mini", qformat, **options), tmp_path / "out", statistics)
+    return done, ranks(tmp_path / "out", 1)[0]
+
+
+def test_a_zero_tensor_has_scale_one(tmp_path):
+    tensors = model("mini")
+    tensors[f"{DOWN}.weight"].zero_()
+    _, found = export(tmp_path, "fp8", tensors, calibration("mini"))
+    assert found[f"{PROJ}.weights_scaling_factor"].tolist() == [1.0]
+    assert not found[f"{PROJ}.weight"].float().any()
+
+
+def test_a_zero_row_has_scale_one(tmp_path):
+    tensors = model("mini")
+    tensors[f"{DOWN}.weight"][5] = 0
+    _, found = export(tmp_path, "int8_sq", tensors, calibration("mini"))
+    scales = found[f"{PROJ}.weights_scaling_factor"]
+    assert scales[5] == 1 and (scales == 1).sum() == 1
+    assert not found[f"{PROJ}.weight"][5].any()
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_a_dead_channel_is_scaled_by_the_largest_smoother(tmp_path, alpha):
+    tensors, statistics = model("mini"), calibration("mini")
+    statistics.inputs[DOWN][3] = 0
+    tensors[f"{DOWN}.weight"][:, 3:5] = 0
+    source = write_model(tmp_path / "hf", "mini", tensors)
+    jobs.quantize(planned(source, "mini", "int8_sq"), tmp_path / "out", statistics, alpha=alpha)
+    prequant = ranks(tmp_path / "out", 1)[0][f"{PROJ}.prequant_scaling_factor"]
+    assert prequant[3] == torch.tensor(1e4, dtype=torch.float16)
+    if alpha < 1:  # no weight to share the range with
+        assert prequant[4] == torch.tensor(1e-4, dtype=torch.float16)
+
+
+def test_a_huge_channel_keeps_the_smallest_smoother(tmp_path):
+    statistics = calibration("mini")
+    statistics.inputs[DOWN][3] = 3e4
+    tensors = model("mini")
+    tensors[f"{DOWN}.weight"][:, 3] = 0  # W / s must fit
+    _, found = export(tmp_path, "int8_sq", tensors, statistics)
+    assert found[f"{PROJ}.prequant_scaling_factor"][3] == torch.tensor(1e-4, dtype=torch.float16)
+    assert found[f"{PROJ}.activation_scaling_factor"].item() == pytest.approx(3 / 127, 1e-3)
+
+
+def test_unquantized_weights_still_lose_what_a_cast_loses(tmp_path):
+    tensors = model("mini")
+    tensors["model.norm.weight"][:2] = 1e-9
+    done, _ = export(tmp_path, "fp8", tensors, calibration("mini"))
+    assert set(done.losses) == {"model.norm.weight"}
+    assert done.losses["model.norm.weight"].flushed == 2
+
+
+def refused(tmp_path, qformat, tensors, statistics, dtype="float16", cache=None, alpha=1.0):
+    source = write_model(tmp_path / "hf", "mini", tensors)
+    made = planned(source, "mini", qformat, dtype=dtype, cache=cache)
+    with pytest.raises(PlanError) as caught:
+        jobs.quantize(made, tmp_path / "out", statistics, alpha=alpha)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert "nothing was written" in caught.value.message
+    return caught.value.message.splitlines()[1:]
+
+
+@formats
+def test_weights_that_are_not_numbers(tmp_path, qformat, alpha):
+    tensors = model("mini")
+    tensors[f"{DOWN}.weight"][2, 7] = float("nan")
+    text = "\n".join(refused(tmp_path, qformat, tensors, calibration("mini"), alpha=alpha))
+    name = DOWN if qformat == "int8_sq" else PROJ
+    assert f"{name}.weights_scaling_factor: " in text and "is not a number" in text
+    assert "layers.0" not in text and "layers.2" not in text
+
+
+@formats
+def test_weights_that_do_not_fit_the_dtype(tmp_path, qformat, alpha):
+    tensors = model("mini")
+    for i in (0, 2):
+        tensors[f"model.layers.{i}.self_attn.o_proj.weight"][2, 6:8] = 1e6
+    text = "\n".join(refused(tmp_path, qformat, tensors, calibration("mini"), alpha=alpha))
+    name = "model.layers.{0,2}.self_attn.o_proj.weight"
+    assert f"{name}: 2 finite values do not fit into float16  (2 of them)" in text
+    assert "infinite" in text
+
+
+def test_smoothed_weights_that_do_not_fit_the_dtype(tmp_path):
+    tensors, statistics = model("mini"), calibration("mini")
+    statistics.inputs[DOWN][3] = 5e3
+    tensors[f"{DOWN}.weight"][1, 3] = 100.0
+    (line,) = refused(tmp_path, "int8_sq", tensors, statistics)
+    assert f"{DOWN}.weights_scaling_factor: is infinite (1 of 24 values)" in line
+
+
+@pytest.mark.parametrize(
+    ("qformat", "fill", "line"),
+    [
+        ("fp8", 1e-37, f"{PROJ}.weights_scaling_factor: is denormal in F32"),
+        ("int8_sq", 1e-37, f"{DOWN}.weights_scaling_factor: is denormal in F32"),
+    ],
+)
+def test_denormal_scales(tmp_path, qformat, fill, line):
+    tensors = model("mini")
+    tensors[f"{DOWN}.weight"].fill_(fill)
+    statistics = calibration("mini")
+    statistics.inputs[DOWN][:] = 1
+    (found,) = refused(tmp_path, qformat, tensors, statistics, "bfloat16")
+    assert line in found
+
+
+@pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
+def test_inputs_that_calibration_saw_only_as_zero(tmp_path, qformat):
+    statistics = calibration("mini")
+    for i in range(LAYERS):
+        statistics.inputs[f"model.layers.{i}.self_attn.o_proj"][:] = 0
+    (line,) = refused(tmp_path, qformat, model("mini"), statistics)
+    targets = "transformer.layers.{0..2}.attention.dense"
+    assert f"{targets}.activation_scaling_factor: is zero  (3 of them)" in line
+
+
+def test_a_cache_that_calibration_saw_only_as_zero(tmp_path):
+    found = calibration("mini")
+    zero = Statistics(found.inputs, (1.0, 0.0, 1.0), (1.0, 0.0, 1.0), {})
+    (line,) = refused(tmp_path, "int8_wo", model("mini"), zero, cache="int8")
+    assert "transformer.layers.1.attention.kv_cache_scaling_factor: is zero" in line
+
+
+def test_everything_the_statistics_lack_is_said_at_once(tmp_path):
+    found = calibration("mini")
+    inputs = dict(found.inputs)
+    for i in range(LAYERS):
+        del inputs[f"model.layers.{i}.self_attn.qkv_proj"]
+    inputs[DOWN] = np.ones(19, np.float32)
+    lines = refused(tmp_path, "fp8", model("mini"), Statistics(inputs, (), (), {}), cache="fp8")
+    assert len(lines) == 3
+    text = "\n".join(lines)
+    assert "model.layers.{0..2}.self_attn.qkv_proj: no input maxima" in text
+    assert f"{DOWN}: 19 input channels, the weight has 20" in text
+    assert "no keys and values, the model has 3 layers" in text
+
+
+def test_statistics_of_a_shallower_model(tmp_path):
+    found = calibration("mini")
+    short = Statistics(found.inputs, found.keys[:2], found.values[:2], {})
+    (line,) = refused(tmp_path, "int8_wo", model("mini"), short, cache="fp8")
+    assert "keys and values of 2 layers, the model has 3 layers" in line
+
+
+def test_a_missing_or_negative_scale_is_refused(tmp_path):
+    source = write_model(tmp_path / "hf", "mini", model("mini"))
+    plan = planned(source, "mini", "int8_sq").plan
+    values = dict(compute_scales(plan, calibration("mini")).values)
+    check_scales(plan, values)
+    missing = values.pop(f"{PROJ}.prequant_scaling_factor")
+    values[f"{DOWN}.weights_scaling_factor"] = np.full(24, -1, np.float32).view(np.uint32)
+    with pytest.raises(PlanError) as caught:
+        check_scales(plan, values)
+    assert f"{PROJ}.prequant_scaling_factor: is missing" in caught.value.message
+    assert f"{DOWN}.weights_scaling_factor: is negative (24 of 24 values)" in caught.value.message
+    assert missing.dtype == np.uint16
+
+
+def test_requests_that_make_no_sense(tmp_path):
+    source = write_model(tmp_path / "hf", "mini", model("mini"))
+    fp8, statistics = planned(source, "mini", "fp8"), calibration("mini")
+    plain = jobs.plan(source, family="phi3-mini")
+    for made, options, said in (
+        (plain, {}, "quantizes nothing"),
+        (fp8, {"alpha": 0.5}, "no effect on fp8"),
+        (planned(source, "mini", "int8_sq"), {"alpha": 1.5}, "not between 0 and 1"),
+        (planned(source, "mini", "int8_sq"), {"alpha": float("nan")}, "not between 0 and 1"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            jobs.quantize(made, tmp_path / "out", statistics, **options)
+    with pytest.raises(UsageError, match="needs calibration statistics"):
+        jobs.quantize(fp8, tmp_path / "out", None)
+    for made in (fp8, planned(source, "mini", "int8_wo", cache="int8")):
+        with pytest.raises(UsageError, match="needs calibration statistics") as caught:
+            jobs.convert(made, tmp_path / "out")
+        assert "phireg quantize" in caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("qformat", ["int8_wo", "int4_wo"])
+def test_weight_only_needs_no_statistics(tmp_path, qformat):
+    source = write_model(tmp_path / "hf", "mini", model("mini"))
+    jobs.quantize(planned(source, "mini", qformat, 2), tmp_path / "quantized", None)
+    jobs.convert(planned(source, "mini", qformat, 2), tmp_path / "converted")
+    assert files(tmp_path / "quantized") == files(tmp_path / "converted")
+
+
+# --- the arithmetic of a block ----------------------------------------------------------------
+
+
+def test_what_lies_beyond_the_grid_is_cut_off_and_counted():
+    weight = np.array([[463, -463.9, 464, -1e30, 1]], np.float32)
+    made, saturated = quantizing.to_e4m3(weight.view(np.uint32), "F32", np.float32(1))
+    values = torch.from_numpy(made).view(torch.float8_e4m3fn).float()
+    assert values.tolist() == [[448, -448, 448, -448, 1]] and saturated == 2
+    row = np.array([[127.4, -128.4, 127.6, -129, 1, 0.5, 1.5]], np.float32)
+    ones = np.ones(7, np.float32)
+    made, saturated = quantizing.to_int8(row.view(np.uint32), "F32", ones, ones[:1])
+    assert made.view(np.int8).tolist() == [[127, -128, 127, -128, 1, 0, 2]] and saturated == 2
+
+
+def test_e4m3_is_rounded_once_to_nearest_even():
+    """Against all 127 magnitudes of the format, from an exact description of it."""
+    grid = np.array(
+        [m / 8 * 2.0**-6 for m in range(8)]
+        + [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)][:-1]
+    )
+    middles = (grid[1:] + grid[:-1]) / 2  # exact in float32
+    values = np.concatenate([middles, np.nextafter(middles, 0), np.nextafter(middles, 1e9)])
+    values = np.concatenate([grid, values.astype(np.float32)]).astype(np.float32)
+    expected = [min(range(127), key=lambda i: (abs(grid[i] - v), i % 2)) for v in values.tolist()]
+    made, _ = quantizing.to_e4m3(values[None].view(np.uint32), "F32", np.float32(1))
+    assert made[0].tolist() == expected
+
+
+def test_hand_cuts_every_row_and_column_once():
+    """The reference of this file, held against itself: ranks together hold everything."""
+    for key in KV_HEADS:
+        for name, columns in COLUMNS.items():
+            modules = SOURCES[FAMILY_OF[key]][name]
+            shapes = MODELS[key][2]
+            count = sum(shapes[f"model.layers.0.{module}.weight"][0] for module in modules)
+            assert sorted(row_order(key, name, count).tolist()) == list(range(count))
+            held = {int(r) for i in range(2) for r in rank_rows(key, name, count, 2, i)}
+            assert held == set(range(count))
+            kept = {int(c) for i in range(2) for c in rank_columns(name, 2, i)}
+            assert kept == set(range(columns))
