@@ -1,0 +1,102 @@
+"""A small converted checkpoint, and an installed builder that only pretends."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from damage import make_tiny_phi3
+
+from phireg import jobs
+from phireg.cli import app
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    place = tmp_path_factory.mktemp("made")
+    make_tiny_phi3(place / "model")
+    (place / "model" / "tokenizer.json").write_text("{}")
+    for ranks in (1, 2):
+        jobs.convert(jobs.plan(place / "model", tp_size=ranks), place / f"ckpt{ranks}")
+    return place
+
+
+@pytest.fixture
+def model(made):
+    return made / "model"
+
+
+@pytest.fixture
+def checkpoint(made):
+    return made / "ckpt1"
+
+
+@pytest.fixture
+def split(made):
+    """For two ranks."""
+    return made / "ckpt2"
+
+
+class Fake:
+    """The pretending builder: its directory, what it recorded, and how it is to behave."""
+
+    def __init__(self, directory, monkeypatch):
+        self.directory = directory
+        self.monkeypatch = monkeypatch
+        self.program = directory / "trtllm-build"
+        text = Path(__file__).with_name("builder.py").read_text()
+        self.program.write_text(text.replace("PYTHON", sys.executable, 1))
+        self.program.chmod(0o755)
+        monkeypatch.setenv("FAKE_RECORD", str(directory))
+        # Nothing else: an environment that has a real builder must not be asked.
+        monkeypatch.setenv("PATH", str(directory))
+
+    def behave(self, **variables):
+        for name, value in variables.items():
+            self.monkeypatch.setenv(f"FAKE_{name.upper()}", str(value))
+
+    def fail(self, text):
+        """Let it end with 1 after printing a text."""
+        (self.directory / "failure.txt").write_text(text)
+        self.behave(mode="failure.txt")
+
+    @property
+    def arguments(self):
+        return json.loads((self.directory / "arguments.json").read_text())
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    return Fake(directory, monkeypatch)
+
+
+@pytest.fixture
+def run():
+    def invoke(*args):
+        return CliRunner().invoke(app, [str(arg) for arg in args], prog_name="phireg")
+
+    return invoke
+
+
+@pytest.fixture
+def start():
+    """Start phireg as a process."""
+
+    def begin(*args, **options):
+        return subprocess.Popen(
+            [sys.executable, "-m", "phireg", *map(str, args)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            **options,
+        )
+
+    return begin
