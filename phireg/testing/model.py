@@ -78,28 +78,30 @@ class TinyModel:
         return directory
 
     def planned(
-        self, tp_size: int, source: Source | None = None, *, dtype: str = "float32"
+        self, tp_size: int, source: Source | None = None, *, qformat: str | None = None
     ) -> jobs.Planned:
         """The plan of the model, or of another source with the same config.json."""
         if source is None:
-            key = ("planned", tp_size, dtype)
+            key = ("planned", tp_size, qformat)
             if key not in self._made:
-                self._made[key] = self.planned(tp_size, self.source, dtype=dtype)
+                self._made[key] = self.planned(tp_size, self.source, qformat=qformat)
             made: jobs.Planned = self._made[key]
             return made
-        plan = build_plan(self.family, HFConfig(self.config), source, Options(dtype, tp_size))
+        options = Options("float32", tp_size, qformat)
+        plan = build_plan(self.family, HFConfig(self.config), source, options)
         entry = metadata.EntryPoint(self.family.name, "under:test", GROUP)
         candidate = Candidate(self.family.name, "under test", "0", entry.value, entry)
         return jobs.Planned(plan, Chosen(self.family, candidate), str(source.directory))
 
-    def plan_problems(self, tp_size: int) -> str | None:
+    def plan_problems(self, tp_size: int, qformat: str | None = None) -> str | None:
         """What speaks against the plan, with the places concerned; None if nothing does."""
-        errors = self.planned(tp_size).plan.errors
+        errors = self.planned(tp_size, qformat=qformat).plan.errors
         if not errors:
             return None
         text = problems(errors)
         return (
-            f"the plan of '{self.family.name}' at TP {tp_size} has {len(errors)} problems:\n{text}"
+            f"the plan of '{self.family.name}' at TP {tp_size}{f', {qformat},' if qformat else ''} "
+            f"has {len(errors)} problems:\n{text}"
             f"\nconcerned:\n{self.places.concerned(text)}"
         )
 
@@ -109,7 +111,7 @@ class TinyModel:
         Raises:
             PlanError: it has no plan.
         """
-        return self._converted(self.source_dir, tp_size)
+        return self.convert(self.source_dir, tp_size)
 
     def probes(self, tp_size: int) -> list[dict[str, Addresses]]:
         """The converted probe: for each rank, every tensor's addresses.
@@ -119,13 +121,18 @@ class TinyModel:
         """
         key = ("probes", tp_size)
         if key not in self._made:
-            directory = self._converted(self.probe_dir, tp_size)
+            directory = self.convert(self.probe_dir, tp_size)
             files = (directory / f"rank{rank}.safetensors" for rank in range(tp_size))
             self._made[key] = [read_addresses(file) for file in files]
         ranks: list[dict[str, Addresses]] = self._made[key]
         return ranks
 
-    def _converted(self, source_dir: Path, tp_size: int) -> Path:
+    def convert(self, source_dir: Path, tp_size: int) -> Path:
+        """The converted checkpoint of a source with the same config.json, float32.
+
+        Raises:
+            PlanError: it has no plan.
+        """
         output = self.directory / f"{source_dir.name}-tp{tp_size}"
         if not output.exists():
             planned = self.planned(tp_size, open_source(source_dir))

@@ -19,6 +19,7 @@ from phireg.errors import PhiregError
 from phireg.executor import Executor
 from phireg.executor.blueprint import parse_blueprint
 from phireg.layout.rules import Rule
+from phireg.reference.load import Reference
 from phireg.testing.model import TinyModel
 from phireg.testing.probe import Addresses
 from phireg.verify.logits import compare_logits
@@ -61,7 +62,7 @@ class Repairs:
         tokens: lengths of the prompts to compare with.
     """
 
-    def __init__(self, model: TinyModel, reference: Any, tokens: tuple[int, ...]) -> None:
+    def __init__(self, model: TinyModel, reference: Reference, tokens: tuple[int, ...]) -> None:
         self.model = model
         self.reference = reference
         self.prompts = Prompts(tuple(Prompt(n, "") for n in tokens), (), ())

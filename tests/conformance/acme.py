@@ -120,6 +120,22 @@ def wrong_fields(base, *says):
     return planted
 
 
+def wrong_quantization(base, *says):
+    """Plant a function that amends the quantization rules, whose place is the hook's."""
+
+    def planted(make):
+        class Quantization:
+            @hookimpl(wrapper=True)
+            def phireg_quant_rules(self):
+                return make((yield))
+
+        place = lines_of(Quantization.phireg_quant_rules)
+        MISTAKES[make.__name__] = Mistake(base, Quantization(), says, place)
+        return make
+
+    return planted
+
+
 def target(i, name):
     return f"transformer.layers.{i}.{name}"
 
@@ -395,3 +411,21 @@ def key_not_read(table):
 def required_key_not_made(table):
     kept = (entry for entry in table if entry.to != ("hidden_act",))
     return FieldTable(*kept, ignore("hidden_act", why="taken for training"))
+
+
+# --- quantization ----------------------------------------------------------------------------
+
+
+@wrong_quantization("mini", "the quantization rules name it, and no weight rule makes it")
+def linear_misspelt(rules):
+    return replace(rules, linears=(*rules.linears, "transformer.layers.0.attention.qvk"))
+
+
+@wrong_quantization("mini", "lm_head", "has padded rows, which have no scale")
+def head_quantized(rules):
+    return replace(rules, linears=(*rules.linears, "lm_head"))
+
+
+@wrong_quantization("mini", "input_layernorm", "has no input features")
+def norm_quantized(rules):
+    return replace(rules, linears=(*rules.linears, "transformer.layers.0.input_layernorm"))

@@ -1,0 +1,68 @@
+"""Scales that went elsewhere than their weights are found."""
+
+import pytest
+from conformance.acme import BASES, TINY
+from safetensors.torch import load_file, save_file
+
+from phireg import jobs
+from phireg.quant.schemes import SCHEMES
+from phireg.testing.model import TinyModel
+from phireg.testing.scales import scale_problems, schemes_of
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("scales")
+
+
+@pytest.fixture(scope="module")
+def source(directory):
+    return TinyModel(BASES["small"], TINY["small"], directory).source_dir
+
+
+def planted(monkeypatch, tmp_path, source, qformat, tensor, damage):
+    """What is said when a quantized checkpoint at TP 2 is written with a damaged tensor."""
+    model = TinyModel(BASES["small"], TINY["small"], tmp_path)
+    model.source_dir = source
+    right = jobs.quantize
+
+    def quantize(planned, output, statistics):
+        right(planned, output, statistics)
+        tensors = load_file(output / "rank1.safetensors")
+        tensors[tensor] = damage(tensors[tensor]).contiguous()
+        save_file(tensors, output / "rank1.safetensors")
+
+    monkeypatch.setattr(jobs, "quantize", quantize)
+    return scale_problems(model, 2, SCHEMES[qformat])
+
+
+LAYER = "transformer.layers.1"
+
+
+@pytest.mark.parametrize(
+    "qformat, tensor, damage",
+    [
+        ("int8_sq", f"{LAYER}.attention.qkv.weights_scaling_factor", lambda t: t.roll(12)),
+        ("int8_sq", f"{LAYER}.mlp.proj.prequant_scaling_factor", lambda t: t.flip(0)),
+        ("int8_sq", f"{LAYER}.mlp.fc.weight", lambda t: t.roll(2, 0)),
+        ("int8_sq", f"{LAYER}.mlp.fc.bias", lambda t: t.roll(2, 0)),
+        ("fp8", f"{LAYER}.attention.dense.weights_scaling_factor", lambda t: t * 2),
+        ("fp8", f"{LAYER}.mlp.fc.weight", lambda t: t.flip(0)),
+        ("int8_wo", f"{LAYER}.mlp.fc.weight", lambda t: t * 1.01),
+        ("int4_wo", f"{LAYER}.input_layernorm.weight", lambda t: t.flip(0)),
+    ],
+)
+def test_damage_is_located(monkeypatch, tmp_path, source, qformat, tensor, damage):
+    said = planted(monkeypatch, tmp_path, source, qformat, tensor, damage)
+    assert said.startswith(f"TP 2, {qformat}: rank 1 {tensor.rpartition('.')[0]}.")
+    assert "phi3_small/weights.py:" in said and "phi3_small/quant.py:" in said
+
+
+def test_nothing_is_said_of_what_is_right(monkeypatch, tmp_path, source):
+    same = planted(monkeypatch, tmp_path, source, "fp8", f"{LAYER}.mlp.fc.weight", lambda t: t)
+    assert same is None
+
+
+def test_every_scheme_is_tried(directory, source):
+    model = TinyModel(BASES["small"], TINY["small"], directory)
+    assert [scheme.qformat for scheme in schemes_of(model)] == list(SCHEMES)
