@@ -336,12 +336,12 @@ def wait_for(condition, seconds=30):
 
 
 def test_output_comes_as_it_is_made(start, fake, checkpoint, tmp_path):
-    fake.behave(pause=2)
+    fake.behave(pause=1)
     begun = start("build", checkpoint, "--output-dir", tmp_path / "engine")
     for line in begun.stderr:
         if "Build TensorRT engine" in line:
             break
-    # The builder is at work for two more seconds.
+    # The builder is at work for a second more.
     assert not (tmp_path / "engine").exists()
     assert "Build TensorRT engine" in (tmp_path / "engine.build.log").read_text()
     assert begun.poll() is None

@@ -1,0 +1,175 @@
+"""phireg doctor on machines that have, lack, or have broken parts: stand-ins on PATH."""
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+from phireg import doctor
+
+
+class Machine:
+    """A machine of our making: programs on PATH, installed distributions, what imports say."""
+
+    def __init__(self, directory, monkeypatch):
+        self.directory = directory
+        self.versions = {"rouge-score": "0.1.2"}
+        self.imports = {}
+        monkeypatch.setenv("PATH", str(directory))
+        monkeypatch.setattr(metadata, "version", self.version)
+        monkeypatch.setattr(subprocess, "run", self.run)
+        self.really_run = subprocess.run
+
+    def version(self, name):
+        if name not in self.versions:
+            raise metadata.PackageNotFoundError(name)
+        return self.versions[name]
+
+    def run(self, command, **options):
+        """Programs run; interpreters answer what was laid down."""
+        if command[0] != sys.executable:
+            return self._run(command, **options)
+        for word, (code, text) in self.imports.items():
+            if word in command[-1]:
+                return subprocess.CompletedProcess(command, code, text.encode())
+        raise AssertionError(command)
+
+    def program(self, name, script):
+        path = self.directory / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+
+    def parts(self):
+        return {part.name: part for part in doctor.examine()}
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    run = subprocess.run
+    made = Machine(tmp_path, monkeypatch)
+    made._run = run
+    made.versions["torch"] = "2.9.1"
+    torch = {"version": "2.9.1", "cuda": "13.0", "available": True}
+    made.imports["torch"] = (0, json.dumps(torch))
+    return made
+
+
+def test_a_machine_with_everything(machine):
+    machine.versions |= {"tensorrt": "10.14", "tensorrt_llm": "1.2.1", "datasets": "3.1.0",
+                         "nvidia-modelopt": "0.37.0"}  # fmt: skip
+    machine.imports["tensorrt_llm"] = (0, "[TensorRT-LLM] TensorRT-LLM version: 1.2.1\n")
+    machine.program("nvidia-smi", "echo 'NVIDIA H200, 143771 MiB, 9.0, 580.82.07'")
+    machine.program("mpirun", "echo 'mpirun (Open MPI) 4.1.7'; echo; echo Report bugs")
+    machine.program("trtllm-build", "echo '[TensorRT-LLM] TensorRT-LLM version: 1.2.1'")
+    parts = machine.parts()
+    wrong = {part for part in parts.values() if part.state != doctor.OK and part.name != "disk"}
+    assert wrong == set()
+    assert parts["GPU"].found == "NVIDIA H200 (143771 MiB, compute capability 9.0)"
+    assert parts["driver"].found == "580.82.07"
+    assert parts["MPI"].found == "mpirun (Open MPI) 4.1.7"
+    assert parts["CUDA"].found == "13.0, as torch is built"
+    assert parts["tensorrt_llm"].found == "1.2.1, with the engine backend"
+    assert parts["trtllm-build"].found.startswith("1.2.1, ")
+
+
+def test_a_machine_with_nothing(machine):
+    machine.versions.clear()
+    parts = machine.parts()
+    missing = {name for name, part in parts.items() if part.state == doctor.MISSING}
+    assert missing == {
+        "torch", "GPU", "driver", "MPI", "tensorrt", "tensorrt_llm", "trtllm-build", "modelopt",
+        "datasets", "rouge-score",
+    }  # fmt: skip
+    for name in missing:
+        assert parts[name].prevents, name
+        assert parts[name].remedy, name
+    assert parts["tensorrt_llm"].remedy == "pip install tensorrt_llm==1.2.1"
+    assert parts["MPI"].remedy == "apt-get install openmpi-bin libopenmpi-dev"
+
+
+@pytest.mark.parametrize("version", ["1.3.0rc21", "1.4.0", "0.9.0"])
+def test_a_release_without_engine_backend(machine, version):
+    machine.versions["tensorrt_llm"] = version
+    machine.program("trtllm-build", f"echo '[TensorRT-LLM] TensorRT-LLM version: {version}'")
+    parts = machine.parts()
+    for name in ("tensorrt_llm", "trtllm-build"):
+        assert parts[name].state == doctor.UNSUITABLE
+        assert "no engine backend" in parts[name].found or "too old" in parts[name].found
+        assert "pip install tensorrt_llm==1.2.1" in parts[name].remedy
+
+
+def test_what_cannot_be_imported_is_broken(machine):
+    machine.versions["tensorrt_llm"] = "1.2.1"
+    lost = "ImportError: libmpi.so.40: cannot open shared object file"
+    machine.imports["tensorrt_llm"] = (1, f"Traceback\n{lost}\n")
+    machine.imports["torch"] = (-11, "")
+    parts = machine.parts()
+    assert parts["tensorrt_llm"].state == doctor.BROKEN
+    assert lost in parts["tensorrt_llm"].found
+    assert parts["torch"].state == doctor.BROKEN
+    assert parts["plugins"].state == doctor.OK  # nothing else suffers
+
+
+@pytest.mark.parametrize(
+    ("torch", "state", "found"),
+    [
+        ({"version": "2.9.1", "cuda": None, "available": False}, doctor.MISSING, "for CPUs"),
+        ({"version": "2.9.1", "cuda": "13.0", "available": False}, doctor.BROKEN, "sees no GPU"),
+    ],
+)
+def test_cuda(machine, torch, state, found):
+    machine.imports["torch"] = (0, f"a warning\n{json.dumps(torch)}\n")
+    part = machine.parts()["CUDA"]
+    assert part.state == state
+    assert found in part.found
+
+
+def test_programs_that_fail(machine):
+    machine.program(
+        "nvidia-smi", "echo 'Failed to initialize NVML: Driver/library mismatch'; exit 18"
+    )
+    machine.program("mpirun", "echo 'no orted'; exit 1")
+    machine.program("trtllm-build", "exit 1")
+    parts = machine.parts()
+    for name in ("GPU", "driver", "MPI", "trtllm-build"):
+        assert parts[name].state == doctor.BROKEN, name
+    assert "Driver/library mismatch" in parts["GPU"].found
+
+
+def test_a_probe_that_breaks_hides_nothing(machine, monkeypatch):
+    def broken():
+        raise ZeroDivisionError("no")
+        yield
+
+    monkeypatch.setitem(doctor.PROBES, "GPU", broken)
+    parts = machine.parts()
+    assert parts["GPU"].state == doctor.BROKEN
+    assert "ZeroDivisionError" in parts["GPU"].found
+    assert parts["plugins"].state == doctor.OK
+
+
+def test_little_disk(machine, monkeypatch):
+    monkeypatch.setattr(doctor, "_LITTLE_DISK", 10**18)
+    assert machine.parts()["disk"].state == doctor.UNSUITABLE
+
+
+def test_the_command(run, machine):
+    machine.versions["tensorrt_llm"] = "1.4.0"
+    told = run("doctor")
+    assert told.exit_code == 0
+    assert "tensorrt_llm (unsuitable)" in told.output
+    assert "pip install tensorrt_llm==1.2.1" in told.output
+    parts = json.loads(run("doctor", "--json").output)["parts"]
+    assert [part["name"] for part in parts][:3] == ["Python", "torch", "CUDA"]
+    assert {part["state"] for part in parts} <= {"ok", "missing", "broken", "unsuitable"}
+
+
+@pytest.mark.slow
+def test_the_real_interpreter_answers():
+    """The code that asks torch works on the torch that is here."""
+    (torch, cuda) = doctor._torch()
+    assert torch.state == doctor.OK
+    assert torch.found == metadata.version("torch")
+    assert cuda.name == "CUDA"

@@ -1,0 +1,100 @@
+"""Reading an engine directory, as TensorRT-LLM's builders of three generations write it."""
+
+import json
+
+import pytest
+
+from phireg.errors import SourceError
+from phireg.trtllm.engine import is_engine_dir, not_an_engine, read_engine
+
+PRETRAINED = {
+    "architecture": "PhiForCausalLM",
+    "dtype": "float16",
+    "vocab_size": 51200,
+    "mapping": {"world_size": 2, "tp_size": 2, "pp_size": 1, "gpus_per_node": 8},
+}
+BUILD = {"max_input_len": 1024, "max_seq_len": 2048, "max_batch_size": 8, "max_beam_width": 3}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def make(config=None, ranks=2, **files):
+        place = tmp_path / "engine"
+        place.mkdir(exist_ok=True)
+        whole = {"version": "0.17.0", "pretrained_config": PRETRAINED, "build_config": BUILD}
+        (place / "config.json").write_text(json.dumps(whole | (config or {})))
+        for rank in range(ranks):
+            (place / f"rank{rank}.engine").write_bytes(b"x")
+        for name, document in files.items():
+            (place / f"{name.replace('_', '-')}.json").write_text(json.dumps(document))
+        return place
+
+    return make
+
+
+def test_what_an_engine_says(write):
+    place = write(phireg_build={"run_options": {"enable_context_fmha_fp32_acc": True}})
+    engine = read_engine(place)
+    assert is_engine_dir(place)
+    assert not_an_engine(place) is None
+    assert (engine.version, engine.architecture, engine.dtype) == (
+        "0.17.0", "PhiForCausalLM", "float16",
+    )  # fmt: skip
+    assert (engine.tp_size, engine.world_size, engine.vocab_size) == (2, 2, 51200)
+    assert (engine.max_batch_size, engine.max_input_len, engine.max_seq_len) == (8, 1024, 2048)
+    assert engine.max_beam_width == 3
+    assert engine.gathers_logits is False
+    assert engine.run_options == {"enable_context_fmha_fp32_acc": True}
+
+
+def test_built_without_phireg(write):
+    assert read_engine(write()).run_options == {}
+
+
+def test_logits(write):
+    gathered = BUILD | {"gather_context_logits": True}
+    assert read_engine(write({"build_config": gathered})).gathers_logits is True
+
+
+def test_before_011_the_new_tokens_are_limited(write):
+    old = {"max_input_len": 1000, "max_output_len": 24, "max_batch_size": 1, "max_beam_width": 1}
+    assert read_engine(write({"build_config": old})).max_seq_len == 1024
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "message"),
+    [
+        ({}, 1, r"has no rank1\.engine; it is made for 2"),
+        ({"pretrained_config": None}, 2, "is not a TensorRT-LLM engine"),
+        ({"build_config": {}}, 2, "max_input_len is None"),
+        ({"build_config": BUILD | {"max_batch_size": True}}, 2, "max_batch_size is True"),
+        ({"build_config": BUILD | {"max_seq_len": 0}}, 2, "max_seq_len is 0"),
+        ({"version": 1}, 2, "version is 1"),
+        (
+            {"pretrained_config": PRETRAINED | {"mapping": {"world_size": 10**9}}},
+            2,
+            "world_size is 1000000000",
+        ),
+    ],
+)
+def test_what_is_no_engine(write, config, ranks, message):
+    with pytest.raises(SourceError, match=message):
+        read_engine(write(config, ranks))
+
+
+def test_run_options_of_a_wrong_kind(write):
+    with pytest.raises(SourceError, match="run_options is not an object"):
+        read_engine(write(phireg_build={"run_options": []}))
+
+
+def test_a_checkpoint_is_no_engine(checkpoint, tmp_path):
+    assert not is_engine_dir(checkpoint)
+    assert not is_engine_dir(tmp_path)
+    with pytest.raises(SourceError, match="made from a checkpoint by phireg build"):
+        read_engine(checkpoint)
+
+
+def test_what_may_not_be_replaced(write):
+    place = write()
+    (place / "notes").mkdir()
+    assert "notes does not belong to one" in not_an_engine(place)
