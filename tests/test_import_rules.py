@@ -56,8 +56,13 @@ RULES = {
     "phireg.api": Rule((*DESCRIBE, "phireg.hookspecs", "phireg.family")),
     "phireg.page": Rule((ERRORS,)),
     "phireg.calibration.statistics": Rule((ERRORS, "numpy", "safetensors")),
+    "phireg.calibration.data": Rule(
+        ("phireg.calibration.settings", "phireg.text", ERRORS, "xxhash"), ("huggingface_hub",)
+    ),
     "phireg.calibration": Rule(
-        ("phireg", "numpy", "torch"), ("transformers",), never=("phireg.cli", "phireg_plugins")
+        ("phireg", "numpy", "torch", "xxhash"),
+        ("transformers",),
+        never=("phireg.cli", "phireg_plugins"),
     ),
     "phireg.reference": Rule(
         ("phireg", "torch"), ("transformers",), never=("phireg.cli", "phireg_plugins")

@@ -40,7 +40,7 @@ def build(family: Family, directory: Path, dtype: torch.dtype) -> tuple[Any, tup
     notes = list(_adapted(values)) if family.reference is None else []
     key = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     try:
-        with _quiet(transformers), _without_parameters(dtype):
+        with quiet(), _without_parameters(dtype):
             if family.reference is None:
                 config = transformers.AutoConfig.for_model(**values)
                 model = transformers.AutoModelForCausalLM.from_config(config, **{key: dtype})
@@ -98,7 +98,7 @@ def _without_parameters(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' remarks off the terminal."""
     logger = logging.getLogger("transformers")
     level = logger.level

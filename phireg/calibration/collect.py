@@ -1,0 +1,273 @@
+"""Taking the maxima: the source model's layers one after the other, each over all samples.
+
+So each layer's weights are read once and one layer is in memory at a time. lm_head is not computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from phireg.calibration.statistics import Statistics
+from phireg.errors import SourceError
+from phireg.reference.load import Reference
+from phireg.reference.watch import first
+
+Progress = Callable[[int, int], None]
+"""Told (how many more tokens went through one layer, how many will in all)."""
+
+Rows = Sequence[Sequence[int]]
+
+_HINT = "the weights are damaged, or the model overflows in this dtype."
+
+
+def collect(
+    reference: Reference,
+    rows: Rows,
+    *,
+    device: torch.device,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Maxima of the inputs of every linear of every decoder layer, and of keys and values.
+
+    Rows run as they are, without padding; up to ``batch_size`` rows of the same length run at once.
+    Masks and rotary tables are the model's own for that length, so a row beyond the original
+    context takes long rope's long factors as it does in the model. Keys are recorded after the
+    rotary embedding, as a cache gets them.
+
+    Between two layers the hidden states of all rows are in memory, on ``device`` and in the compute
+    dtype: tokens x hidden_size x 2 bytes in 16 bits (512 rows of 512 tokens of Phi-3-mini: 1.6 GB).
+
+    Args:
+        reference: from ``open_reference``, with no weights read yet; none are left in memory.
+        rows: token ids.
+        device: the reference's.
+        batch_size: rows that run at once.
+        progress: told as layers are done.
+
+    Returns:
+        The maxima, without provenance; float32 of values in the compute dtype.
+
+    Raises:
+        SourceError: a linear saw no token, or a maximum is not finite; it is named.
+    """
+    model, layers = reference.model, reference.model.model.layers
+    report = progress or (lambda more, total: None)
+    total = sum(map(len, rows)) * len(layers)
+    largest = _Largest()
+    with torch.no_grad(), _embedding(reference):
+        groups = _groups(rows, batch_size)
+        cache = _recording_cache(largest.cached)
+        batches = [torch.tensor(group, device=device) for group in groups]
+        states = [_front(model, ids, cache).hidden for ids in batches]
+        for index, layer in enumerate(layers):
+            prefix = f"model.layers.{index}."
+            with reference.layer(index), largest.watching(layer, prefix):
+                front, shape = None, None
+                for number, ids in enumerate(batches):
+                    if front is None or ids.shape != shape:
+                        front, shape = _front(model, ids, cache), ids.shape
+                    states[number] = front.run(layer, states[number])
+                    report(ids.numel(), total)
+            largest.settle(index)
+    return Statistics(largest.inputs, largest.of("key"), largest.of("value"), {})
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What :func:`collect` takes, in seconds.
+
+    Attributes:
+        reading: all layers' weights.
+        token: one token through all layers.
+    """
+
+    reading: float
+    token: float
+
+    def of(self, tokens: int) -> float:
+        """Seconds for so many tokens."""
+        return self.reading + self.token * tokens
+
+
+def measure(reference: Reference, rows: Rows, *, device: torch.device, batch_size: int) -> Cost:
+    """Run one layer on one batch, of the rows of average length, to see what it takes.
+
+    Args:
+        reference: as for :func:`collect`.
+        rows: token ids.
+        device: the reference's.
+        batch_size: rows that run at once.
+    """
+    layers = len(reference.model.model.layers)
+    typical = sorted(rows, key=len)[len(rows) // 2]
+    ids = torch.tensor([typical] * min(batch_size, len(rows)), device=device)
+    with torch.no_grad(), _embedding(reference):
+        front = _front(reference.model, ids, None)
+        started = time.perf_counter()
+        with reference.layer(0) as layer:
+            read = time.perf_counter() - started
+            front.run(layer, front.hidden)  # the first run also starts threads and kernels
+            _wait(device)
+            started = time.perf_counter()
+            front.run(layer, front.hidden)
+            _wait(device)
+            ran = time.perf_counter() - started
+    return Cost(layers * read, layers * ran / ids.numel())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _groups(rows: Rows, batch_size: int) -> Iterator[list[Sequence[int]]]:
+    """Rows of the same length together, batch_size at most; lengths in ascending order."""
+    lengths: dict[int, list[Sequence[int]]] = {}
+    for row in rows:
+        lengths.setdefault(len(row), []).append(row)
+    for _, alike in sorted(lengths.items()):
+        for start in range(0, len(alike), batch_size):
+            yield alike[start : start + batch_size]
+
+
+@dataclass(frozen=True, slots=True)
+class _Front:
+    """What a decoder gives its first layer."""
+
+    hidden: Tensor
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Call a layer as the decoder would, with other hidden states of the same shape."""
+        return first(layer(hidden, *self.arguments, **self.named))
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass at the first layer."""
+
+    def __init__(self, front: _Front) -> None:
+        super().__init__()
+        self.front = front
+
+
+def _front(model: Any, ids: Tensor, cache: Any) -> _Front:
+    """Run the model up to its first layer: everything but the hidden states depends on shapes only.
+
+    It is called again for every layer, since block-sparse masks of long rows of many lengths would
+    take more memory than all else.
+    """
+
+    def stop(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        named = dict(named)
+        hidden = arguments[0] if arguments else named.pop("hidden_states")
+        raise _ReachedError(_Front(hidden, arguments[1:], named))
+
+    handle = model.model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+    except _ReachedError as reached:
+        return reached.front
+    finally:
+        handle.remove()
+    raise AssertionError("the model did not call its first layer")
+
+
+@contextmanager
+def _embedding(reference: Reference) -> Iterator[None]:
+    """With the embedding's weights in memory."""
+    names = reference.parameters.names("model.embed_tokens.")
+    reference.parameters.fill(names)
+    try:
+        yield
+    finally:
+        reference.parameters.release(names)
+
+
+def _recording_cache(record: Callable[[int, Tensor, Tensor], None]) -> Any:
+    """A cache for transformers' attention classes that keeps nothing and tells what it is given."""
+    from transformers import DynamicCache
+
+    class Recording(DynamicCache):  # type: ignore[misc]
+        def update(
+            self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+        ) -> tuple[Tensor, Tensor]:
+            record(layer_idx, key_states, value_states)
+            return key_states, value_states
+
+    return Recording()
+
+
+class _Largest:
+    """Running maxima; on the device while a layer runs, then float32 in main memory."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, NDArray[np.float32]] = {}
+        self._running: dict[str, Tensor] = {}
+        self._names: list[str] = []
+        self._cached: dict[tuple[str, int], Tensor] = {}
+
+    def cached(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Take what goes into the cache."""
+        for what, states in (("key", key), ("value", value)):
+            amax = states.abs().amax()
+            before = self._cached.get((what, layer), amax)
+            self._cached[what, layer] = torch.maximum(before, amax)
+
+    @contextmanager
+    def watching(self, layer: nn.Module, prefix: str) -> Iterator[None]:
+        """With hooks on all linears below a layer."""
+        with ExitStack() as stack:
+            for name, module in layer.named_modules():
+                if isinstance(module, nn.Linear):
+                    self._names.append(prefix + name)
+                    handle = module.register_forward_pre_hook(self._hook(prefix + name))
+                    stack.callback(handle.remove)
+            yield
+
+    def settle(self, layer: int) -> None:
+        """Bring a layer's maxima to main memory.
+
+        Raises:
+            SourceError: a linear or the cache saw no token, or something that is not finite.
+        """
+        if unseen := [name for name in self._names if name not in self._running]:
+            raise SourceError(f"calibration: no token went through {', '.join(unseen)}")
+        for name, running in self._running.items():  # in the order in which the model gets there
+            amax = running.float().cpu()
+            if not bool(amax.isfinite().all()):
+                channel = int((~amax.isfinite()).int().argmax())
+                raise SourceError(
+                    f"calibration: the input of {name} is {float(amax[channel])} in channel "
+                    f"{channel}",
+                    hint=_HINT,
+                )
+            self.inputs[name] = amax.numpy()
+        for what in ("key", "value"):
+            if (what, layer) not in self._cached:
+                raise SourceError(f"calibration: no {what} of layer {layer} reached the cache")
+        self._running.clear()
+        self._names.clear()
+
+    def of(self, what: str) -> tuple[float, ...]:
+        """Maxima of keys or of values, by layer."""
+        found = {layer: float(amax) for (kind, layer), amax in self._cached.items() if kind == what}
+        return tuple(found[layer] for layer in range(len(found)))
+
+    def _hook(self, name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
+        def hook(_: Any, arguments: tuple[Tensor, ...]) -> None:
+            amax = arguments[0].detach().abs().flatten(0, -2).amax(0)
+            before = self._running.get(name, amax)
+            self._running[name] = torch.maximum(before, amax)
+
+        return hook

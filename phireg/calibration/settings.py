@@ -1,0 +1,60 @@
+"""What a calibration is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from phireg.errors import UsageError
+
+AUTO = "auto"
+BUILTIN = "builtin"
+CNN_DAILYMAIL = "cnn_dailymail"
+
+DEFAULT_SIZE = 512
+"""Samples, as upstream's scripts take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Calibration settings; names and defaults are those of TensorRT-LLM's quantize.py.
+
+    Attributes:
+        dataset: ``cnn_dailymail``; a directory with a copy of it; ``builtin`` for the text that
+            phireg brings along; ``auto`` for the first where the hub can be reached and the
+            ``datasets`` package is installed, and the built-in text elsewhere.
+        file: rows of one's own in place of a dataset; see ``phireg.calibration.data``.
+        size: how many samples; None for 512, or on a CPU as many as end in reasonable time.
+        max_length: tokens after which a sample is cut off.
+        batch_size: how many samples of the same length run at once. Maxima do not depend on it
+            (apart from rounding), and nothing is ever padded.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` for a GPU where there is one.
+        seed: recorded, and without effect: samples are the first ones in order, as upstream's are,
+            and nothing else is drawn at random.
+
+    Raises:
+        UsageError: a number is not positive, or both a dataset and a file are named.
+    """
+
+    dataset: str = AUTO
+    file: Path | None = None
+    size: int | None = None
+    max_length: int = 512
+    batch_size: int = 1
+    device: str = AUTO
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        numbers = {
+            "calibration size": DEFAULT_SIZE if self.size is None else self.size,
+            "calibration length": self.max_length,
+            "batch size": self.batch_size,
+        }
+        for what, number in numbers.items():
+            if number < 1:
+                raise UsageError(f"{what} {number} makes no sense", hint="use 1 or more.")
+        if self.file is not None and self.dataset != AUTO:
+            raise UsageError(
+                f"both a calibration file ({self.file}) and a dataset ({self.dataset}) are named",
+                hint="give one of them.",
+            )
