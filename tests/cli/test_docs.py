@@ -58,6 +58,7 @@ def test_json_keys(tiny, run):
         ("demo", "phi3-small", "--output-dir", demo),
         ("verify", out, "--model-dir", tiny),
         ("run", demo, "--prompt", "A fire", "--max-new-tokens", 2, "--device", "cpu"),
+        ("summarize", demo, "--max-ite", 1, "--check-accuracy", "--device", "cpu"),
         ("families",),
         ("plugins",),
     ):
