@@ -1,10 +1,19 @@
 """The hooks a family implements, and the API number plugins are written against.
 
 Each hook returns immutable data and touches no tensor; what a hook cannot see, it cannot break.
-A new piece of information is added as a new named argument: implementations may take fewer
-arguments than the specification, so that is compatible. Anything else raises ``API``.
+A plugin states the number it was written against, and phireg refuses any other.
 
-History: API 1 (phireg 0.1) has the three hooks below.
+Some changes keep the number, because no plugin can notice them: a hook is given a new argument
+(implementations may take fewer arguments than the specification), a hook comes that families need
+not implement, ``phireg.api`` gets a new word, a word gets a new optional argument.
+
+Anything else raises ``API`` by one: a hook, an argument or a word that goes or means something
+else. It is deprecated first: for at least one minor release of phireg it still works as before,
+using it warns (``DeprecationWarning``, which pytest shows) and says what takes its place, and the
+changelog and the history below name it.
+
+History: API 1 (phireg 0.1) has three hooks, ``phireg_config_fields``, ``phireg_weight_rules`` and
+``phireg_quant_rules``. Nothing is deprecated.
 """
 
 from __future__ import annotations
@@ -25,6 +34,13 @@ API = 1
 PROJECT = "phireg"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a function as the implementation of the hook it is named after.
+
+``@hookimpl`` answers the hook; in a derived family the answer takes the place of the base's.
+``@hookimpl(wrapper=True)`` is for a generator: it receives the base's answer from ``yield`` and
+returns an amended one. An implementation may leave out arguments that it does not need; what it
+takes must have the hook's names, and no defaults.
+"""
 
 
 class Steps:

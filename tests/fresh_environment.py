@@ -19,7 +19,11 @@ ROOT = Path(__file__).parents[1]
 
 
 class FreshEnvironment:
-    """A virtual environment; commands in it find their programs there first."""
+    """A virtual environment; commands in it find their programs there first.
+
+    Attributes:
+        variables: of the environment of every command.
+    """
 
     def __init__(self, directory):
         self.directory = directory
@@ -35,13 +39,13 @@ class FreshEnvironment:
         # phireg of the running environment stays unknown.
         lent = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
         (self.site_packages / "lent.pth").write_text("\n".join(lent) + "\n")
-
-    def run(self, *command, cwd=None, shell=False, **variables):
-        """Run a command; stdout and stderr are text."""
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_"))}
-        environment |= {
-            "PATH": f"{self.directory / 'bin'}:{environment['PATH']}",
-            "VIRTUAL_ENV": str(self.directory),
+        programs = directory / "bin"
+        pytest = programs / "pytest"
+        pytest.write_text(f"#!{programs}/python\nimport pytest, sys\nsys.exit(pytest.main())\n")
+        pytest.chmod(0o755)
+        self.variables = {
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "VIRTUAL_ENV": str(directory),
             "OMP_NUM_THREADS": "1",
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
             "PIP_NO_INDEX": "1",
@@ -49,8 +53,12 @@ class FreshEnvironment:
             "PIP_IGNORE_INSTALLED": "1",
             # pip reads the variable as the value of --build-isolation.
             "PIP_NO_BUILD_ISOLATION": "0",
-            **variables,
         }
+
+    def run(self, *command, cwd=None, shell=False, **variables):
+        """Run a command; stdout and stderr are text."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_"))}
+        environment |= self.variables | variables
         words = ["bash", "-euo", "pipefail", "-c", command[0]] if shell else map(str, command)
         return subprocess.run(
             [*words], cwd=cwd or self.directory, env=environment, capture_output=True, text=True

@@ -1,0 +1,86 @@
+"""docs/plugin-authors.md, done as it stands there, in a fresh environment."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from fresh_environment import FreshEnvironment, build_wheel, copy_of_the_checkout
+
+pytestmark = pytest.mark.slow
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "plugin-authors.md").read_text()
+FENCE = re.compile(r"^(<!-- fails -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass
+class Block:
+    language: str
+    text: str
+    fails: bool
+
+
+BLOCKS = [Block(kind, text, bool(fails)) for fails, kind, text in FENCE.findall(GUIDE)]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    made = FreshEnvironment(tmp_path_factory.mktemp("environment"))
+    wheels = tmp_path_factory.mktemp("wheels")
+    build_wheel(copy_of_the_checkout(tmp_path_factory.mktemp("checkout")), wheels)
+    made.variables["PIP_FIND_LINKS"] = str(wheels)
+    return made
+
+
+def test_the_guide_does_what_it_says(environment, tmp_path):
+    said = ""
+    for number, block in enumerate(BLOCKS):
+        first = block.text.partition("\n")[0]
+        if block.language == "sh":
+            said = ""
+            for line in block.text.splitlines():
+                done = environment.run(line, shell=True, cwd=tmp_path)
+                said += done.stdout + done.stderr
+                assert (done.returncode != 0) == block.fails, f"{line}\n{said}"
+            if number == 0:
+                check_the_figures(block, tmp_path)
+        elif block.language == "text":
+            check_output(block.text, said)
+        elif first.startswith("# "):
+            (tmp_path / first.removeprefix("# ")).write_text(block.text.partition("\n")[2])
+        else:
+            assert block.language == "python"
+            environment.check("python", "-c", block.text, cwd=tmp_path)
+
+
+def check_the_figures(block, place):
+    """What the guide counts, counted."""
+    commands = len(block.text.splitlines())
+    made = ("__pycache__", ".pytest_cache", "acme_phi.egg-info")
+    written = [
+        path
+        for path in (place / "acme-phi").rglob("*")
+        if path.is_file() and not set(made) & set(path.parts)
+    ]
+    lines = sum(len(file.read_text().splitlines()) for file in written)
+    sentence = f"{commands} commands. The second one wrote {len(written)} files with {lines} lines"
+    assert sentence in GUIDE
+
+
+def check_output(expected, said):
+    """Each line stands in the output, in that order; ... stands for any lines."""
+    shown = [" ".join(line.split()) for line in said.splitlines()]
+    position = 0
+    for line in expected.splitlines():
+        words = " ".join(line.split())
+        if words == "...":
+            continue
+        found = [i for i, other in enumerate(shown) if i >= position and words in other]
+        assert found, f"{line!r} is not in\n{said}"
+        position = found[0] + 1
+
+
+def test_every_kind_of_block_is_known():
+    assert {block.language for block in BLOCKS} == {"sh", "text", "python"}
+    assert sum(block.language == "sh" for block in BLOCKS) >= 5
+    assert GUIDE.count("```") == 2 * len(BLOCKS)
