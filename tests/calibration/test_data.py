@@ -1,0 +1,199 @@
+"""Samples from files, the public dataset and the built-in text."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phireg.calibration import data
+from phireg.calibration.data import read_samples
+from phireg.calibration.settings import Settings
+from phireg.errors import PhiregError, UsageError
+from phireg.text.rows import Row
+
+ROOT = Path(__file__).parents[2]
+
+
+def encode(text):
+    """One id per character, behind a special token."""
+    return [1, *(2 + ord(letter) % 90 for letter in text)]
+
+
+def never(text):
+    raise AssertionError("there is no text to encode")
+
+
+def read(settings, encode=encode, vocab_size=100, longest=10**6):
+    return read_samples(settings, encode, vocab_size=vocab_size, longest=longest)
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_ids_are_taken_as_they_are(tmp_path):
+    path = jsonl(tmp_path / "x.jsonl", {"input_ids": [99, 0, 5]}, {"input_ids": [7], "text": "no"})
+    samples = read(Settings(file=path), never)
+    assert samples.rows == ((99, 0, 5), (7,))
+    assert samples.tokens == 4
+    assert samples.origin == str(path)
+    assert samples.first(1).rows == ((99, 0, 5),)
+    assert samples.digest != samples.first(1).digest
+    other = jsonl(tmp_path / "y.jsonl", {"input_ids": [99, 0]}, {"input_ids": [5, 7]})
+    assert read(Settings(file=other)).digest != samples.digest
+
+
+@pytest.mark.parametrize("key", ["text", "article", "prompt"])
+def test_text_under_each_key(tmp_path, key):
+    path = jsonl(tmp_path / "x.jsonl", {"highlights": "no", key: "ab"}, {key: "abcdef"})
+    samples = read(Settings(file=path, max_length=4))
+    assert samples.rows == tuple(tuple(encode(t)) for t in ("ab", "abc"))
+
+
+def test_the_other_kinds_of_file(tmp_path):
+    (tmp_path / "x.txt").write_text("ab\n\ncd\n")
+    (tmp_path / "x.csv").write_text('id,article\n1,"a\nb"\n2,cd\n')
+    assert read(Settings(file=tmp_path / "x.txt")).rows == (
+        tuple(encode("ab")),
+        tuple(encode("cd")),
+    )
+    assert read(Settings(file=tmp_path / "x.csv")).rows[0] == tuple(encode("a\nb"))
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    parquet.write_table(pyarrow.table({"input_ids": [[3, 4], [5]]}), tmp_path / "x.parquet")
+    assert read(Settings(file=tmp_path / "x.parquet"), never).rows == ((3, 4), (5,))
+
+
+def test_the_first_ones_in_order(tmp_path):
+    path = jsonl(tmp_path / "x.jsonl", *({"input_ids": [n]} for n in range(20)))
+    for seed in (1234, 5):
+        samples = read(Settings(file=path, size=3, seed=seed))
+        assert samples.rows == ((0,), (1,), (2,))
+    all_of_them = read(Settings(file=path, size=30))
+    assert len(all_of_them.rows) == 20
+    assert "has 20 samples, not 30" in all_of_them.origin
+    assert read(Settings(file=path)).origin == str(path)
+
+
+def test_no_longer_than_the_model_takes(tmp_path):
+    path = jsonl(tmp_path / "x.jsonl", {"input_ids": list(range(50))})
+    assert len(read(Settings(file=path), longest=20).rows[0]) == 20
+    assert len(read(Settings(file=path, max_length=10), longest=20).rows[0]) == 10
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [1, 100]}, "token id 100 is not one of the model's 100"),
+        ({"input_ids": [-1]}, "token id -1"),
+        ({"input_ids": []}, "the row is empty"),
+        ({"input_ids": "1 2"}, "no list of token ids"),
+        ({"input_ids": 7}, "no list of token ids"),
+        ({"input_ids": None}, "no list of token ids"),
+        ({"input_ids": [1, 2.0]}, "has 2.0, which is no token id"),
+        ({"input_ids": [True]}, "has True, which is no token id"),
+        ({"text": "  "}, "the row is empty"),
+        ({"text": 5}, "'text' is not text"),
+        ({"question": "why"}, "there is none of 'input_ids', 'text', 'article', 'prompt'"),
+        ({}, "there is none of"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, row, message):
+    path = jsonl(tmp_path / "x.jsonl", {"text": "good"}, row)
+    with pytest.raises(UsageError, match=message) as caught:
+        read(Settings(file=path))
+    assert f"{path}:2" in caught.value.message
+
+
+def test_the_tokenizer_of_another_model(tmp_path):
+    path = jsonl(tmp_path / "x.jsonl", {"text": "abc"})
+    with pytest.raises(UsageError, match=r"x\.jsonl:1: token id \d+ is not one of the model's 5"):
+        read(Settings(file=path), vocab_size=5)
+
+
+def test_the_built_in_text():
+    samples = read(Settings(dataset="builtin"), lambda text: list(text.encode()), 256)
+    assert samples.origin == "the built-in text"
+    assert 20 < len(samples.rows) < 60
+    lengths = [len(row) for row in samples.rows]
+    assert all(length <= 512 for length in lengths)
+    assert lengths.count(512) > len(lengths) - 4
+    texts = [bytes(row).decode(errors="ignore") for row in samples.rows]
+    assert len({text[:40] for text in texts}) == len(texts)
+    assert not any("---" in text for text in texts)
+    few = read(Settings(dataset="builtin", size=2), lambda text: list(text.encode()), 256)
+    assert few.rows == samples.rows[:2]
+    many = read(Settings(dataset="builtin", size=500), lambda text: list(text.encode()), 256)
+    assert f"has {len(texts)} samples, not 500" in many.origin
+
+
+ARTICLES = [Row(f"row {n}", {"article": f"article {n}", "highlights": "no"}) for n in range(9)]
+
+
+def test_the_public_dataset(monkeypatch, tmp_path):
+    asked = []
+
+    def found(split, count, *, dataset_dir=None):
+        asked.append((split, count, dataset_dir))
+        return ARTICLES[:count]
+
+    monkeypatch.setattr(data, "cnn_dailymail", found)
+    samples = read(Settings(dataset="cnn_dailymail", size=2))
+    assert samples.rows == (tuple(encode("article 0")), tuple(encode("article 1")))
+    assert samples.origin == "cnn_dailymail 3.0.0, train"
+    assert read(Settings(dataset=str(tmp_path))).origin == f"{tmp_path}, train"
+    assert asked == [("train", 2, None), ("train", 512, str(tmp_path))]
+    monkeypatch.setattr(data, "_no_dataset", lambda: None)
+    assert read(Settings(size=1)).rows == samples.rows[:1]
+    with pytest.raises(UsageError, match="unknown calibration dataset 'pile'"):
+        read(Settings(dataset="pile"))
+
+
+def test_a_dataset_that_was_asked_for_is_not_replaced(monkeypatch):
+    def missing(*args, **kwargs):
+        raise PhiregError("cannot be loaded")
+
+    monkeypatch.setattr(data, "cnn_dailymail", missing)
+    with pytest.raises(PhiregError, match="cannot be loaded"):
+        read(Settings(dataset="cnn_dailymail"))
+
+
+def test_without_a_network_the_built_in_text_is_taken_and_said(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("no route")
+
+    for name in data._PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    assert read(Settings()).origin == "the built-in text, because hub.invalid cannot be reached"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert read(Settings()).origin == "the built-in text, because HF_HUB_OFFLINE is set"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "'datasets' is not installed" in read(Settings()).origin
+
+
+@pytest.mark.parametrize("name", ["size", "max_length", "batch_size"])
+def test_numbers_that_make_no_sense(name):
+    with pytest.raises(UsageError, match="0 makes no sense"):
+        Settings(**{name: 0})
+
+
+def test_a_file_or_a_dataset(tmp_path):
+    with pytest.raises(UsageError, match="both"):
+        Settings(dataset="builtin", file=tmp_path)
+
+
+@pytest.mark.parametrize("module", ["data", "statistics", "settings"])
+def test_torch_is_not_needed(module):
+    code = f"import sys, phireg.calibration.{module}; print('torch' in sys.modules)"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert ran.stdout == "False\n"
