@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from phireg.cli.answers import note
 from phireg.cli.failures import stopped
 from phireg.cli.options import Directory, json_option
 from phireg.cli.progress import count_bar
+from phireg.cli.task_options import THRESHOLD, task_options
 from phireg.cli.text import emit_json
 from phireg.errors import CheckError, UsageError
 
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 # Upstream's names besides ours.
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _DTYPE = click.Choice(("auto", *_DTYPES.values(), *_DTYPES))
-_THRESHOLD = 15.0
 _COUNT = click.IntRange(min=1)
 
 
@@ -44,67 +45,7 @@ _COUNT = click.IntRange(min=1)
 )
 @click.option("--test-trt-llm", is_flag=True, help="Run the engine: --backend tensorrt-llm.")
 @click.option("--test-hf", is_flag=True, help="Also run the source model, beside the others.")
-@click.option(
-    "--dataset",
-    default="auto",
-    show_default=True,
-    metavar="FILE|NAME",
-    help="JSONL, CSV or parquet with article and highlights; or cnn_dailymail, or demo.",
-)
-@click.option("--dataset-dir", type=Directory(), metavar="DIR", help="cnn_dailymail on this disk.")
-@click.option("--eval-task", type=click.Choice(("summarize",)), default="summarize", hidden=False)
-@click.option("--batch-size", type=_COUNT, default=1, show_default=True, metavar="N")
-@click.option(
-    "--max-ite", type=_COUNT, default=20, show_default=True, metavar="N", help="Batches at most."
-)
-@click.option(
-    "--max-input-length",
-    type=click.IntRange(min=2),
-    default=923,
-    show_default=True,
-    metavar="N",
-    help="Tokens of a prompt at most; its beginning is cut off.",
-)
-@click.option(
-    "--min-input-length",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Leave out articles whose prompt has no more tokens.",
-)
-@click.option(
-    "--output-len",
-    type=_COUNT,
-    default=100,
-    show_default=True,
-    metavar="N",
-    help="New tokens at most.",
-)
-@click.option("--num-beams", type=_COUNT, default=1, show_default=True, metavar="N")
-@click.option("--eval-ppl", is_flag=True, help="Also compute perplexity.")
-@click.option("--check-accuracy", is_flag=True, help="End with 4 if a threshold is missed.")
-@click.option(
-    "--check-backend",
-    "checked",
-    multiple=True,
-    metavar="NAME",
-    help="Which backends to check; may be given repeatedly.  [default: all but hf]",
-)
-@click.option(
-    "--tensorrt-llm-rouge1-threshold",
-    "rouge1_threshold",
-    type=float,
-    metavar="X",
-    help=f"rouge1 must be above it, whatever the backend.  [default: {_THRESHOLD}]",
-)
-@click.option(
-    "--tensorrt-llm-ppl-threshold",
-    "ppl_threshold",
-    type=float,
-    metavar="X",
-    help=f"Perplexity must be below it.  [default: {_THRESHOLD}]",
-)
+@task_options
 @click.option(
     "--data-type",
     type=_DTYPE,
@@ -319,10 +260,10 @@ def _checked(
             "--check-accuracy checks all backends but hf, and only hf is run",
             hint="add --check-backend hf.",
         )
-    ppl = _THRESHOLD if ppl_threshold is None else ppl_threshold
+    ppl = THRESHOLD if ppl_threshold is None else ppl_threshold
     return {
         "names": names,
-        "rouge1_threshold": _THRESHOLD if rouge1_threshold is None else rouge1_threshold,
+        "rouge1_threshold": THRESHOLD if rouge1_threshold is None else rouge1_threshold,
         "ppl_threshold": ppl if eval_ppl else None,
     }
 
@@ -367,6 +308,7 @@ def _run(
 
     settings = Settings(**{name: options[name] for name in Settings.__dataclass_fields__})
     wanted = TEST_ROWS if settings.min_input_length else settings.count
+    note("loading the articles")
     data = open_data(dataset, wanted, places.given(), dataset_dir)
     task = _task(data, places, settings, tokenizer_dir)
     for one in contestants:

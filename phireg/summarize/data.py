@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phireg import demo
-from phireg.errors import PhiregError
+from phireg.errors import PhiregError, UsageError
 from phireg.text.rows import CNN_DAILYMAIL, CNN_DAILYMAIL_CONFIG, Row, cnn_dailymail, read_rows
 
 AUTO, CNN, DEMO = "auto", "cnn_dailymail", "demo"
@@ -45,8 +45,14 @@ def open_data(choice: str, count: int, places: Sequence[Path], dataset_dir: str 
         dataset_dir: a local copy of cnn_dailymail.
 
     Raises:
+        UsageError: ``dataset_dir`` has no effect on the choice.
         PhiregError: they cannot be had.
     """
+    if dataset_dir is not None and choice not in (AUTO, CNN):
+        raise UsageError(
+            f"--dataset-dir is a copy of cnn_dailymail, and --dataset asks for {choice}",
+            hint="give one of them.",
+        )
     owner = demo_family(places) if choice in (AUTO, DEMO) and dataset_dir is None else None
     if choice == DEMO or (choice == AUTO and owner):
         return _held_back(owner or _FALLBACK_FAMILY)

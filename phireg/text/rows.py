@@ -8,12 +8,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phireg.errors import PhiregError, UsageError
+from phireg.errors import SourceError, UsageError
 
 CNN_DAILYMAIL = "ccdv/cnn_dailymail"
 CNN_DAILYMAIL_CONFIG = "3.0.0"
@@ -90,25 +91,30 @@ def cnn_dailymail(split: str, count: int, *, dataset_dir: str | None = None) -> 
             of the hub's ccdv/cnn_dailymail.
 
     Raises:
-        PhiregError: ``datasets`` is not installed, or the set cannot be had.
+        SourceError: ``datasets`` is not installed, or the set cannot be had.
     """
     try:
         import datasets
     except ImportError:
-        raise PhiregError(
+        raise SourceError(
             "cnn_dailymail needs the package 'datasets', which is not installed", hint=_INSTALL
         ) from None
     name = dataset_dir or CNN_DAILYMAIL
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it reports every attempt without a network
     try:
         found = datasets.load_dataset(name, CNN_DAILYMAIL_CONFIG, split=split)
         rows = [dict(found[n]) for n in range(min(count, len(found)))]
     except Exception as error:  # no network, a proxy's page, a damaged cache: anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PhiregError(
+        raise SourceError(
             f"{name} {CNN_DAILYMAIL_CONFIG} ({split}) cannot be loaded: {reason}",
             hint="it is downloaded from the Hugging Face hub and then kept; without a network "
             "give a local file of articles instead.",
         ) from None
+    finally:
+        logger.setLevel(level)
     return [Row(f"{name} ({split}) row {n}", values) for n, values in enumerate(rows, 1)]
 
 

@@ -205,6 +205,7 @@ def test_two_runs_do_not_share_a_file(args, run, tmp_path):
         (("--num-beams", 3), "use --num-beams 2"),
         (("--tp", 2), "--tp is for the executor"),
         (("--dataset", "/nowhere.csv"), "No such file"),
+        (("--dataset", "demo", "--dataset-dir", "/nowhere"), "give one of them"),
         (("--report", "/nowhere/r.html"), "no file can be written"),
         (("--engine-dir", "/nowhere"), "no such directory"),
     ],
