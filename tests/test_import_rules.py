@@ -78,7 +78,10 @@ RULES = {
     ),
     "phireg.backends": Rule(
         ("phireg.executor", "phireg.trtllm", ERRORS, "torch"),
-        lazily=(CHECKPOINT, CONFIG, "phireg.reference", "phireg.registry", "transformers"),
+        lazily=(
+            *(CHECKPOINT, CONFIG, "phireg.reference", "phireg.registry"),
+            *("transformers", "tensorrt_llm", "mpi4py"),
+        ),
     ),
     "phireg.jobs": Rule(("phireg",), lazily=("torch",), never=("phireg.cli",)),
     "phireg.demo": Rule(("phireg",), lazily=("torch",), never=("phireg.cli", "phireg_plugins")),

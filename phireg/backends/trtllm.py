@@ -82,8 +82,8 @@ def _check(place: Path, options: Options) -> tuple[Engine, str]:
     engine, (_, size) = read_engine(place), process_rank()
     if size != engine.world_size:
         raise UsageError(
-            f"{place} was built for {engine.world_size} rank(s) and {size} process(es) were "
-            "started",
+            f"{place} was built for {engine.world_size} rank(s), and the number of processes "
+            f"is {size}",
             hint=f"mpirun -n {engine.world_size} phireg run {place} ...",
         )
     return engine, installed()

@@ -93,7 +93,8 @@ def check_processes(
             hint="start it without torchrun.",
         )
     alone = ", or one process for all ranks" if 1 in model.processes and ranks > 1 else ""
+    started = "1 process was" if processes == 1 else f"{processes} processes were"
     raise UsageError(
-        f"{processes} process(es) were started, but {made}",
+        f"{started} started, but {made}",
         hint=f"{model.start} phireg run {directory} ...{alone}",
     )

@@ -309,7 +309,7 @@ def test_run_says_what_starts_an_engine_of_two_ranks(fake, tmp_path, monkeypatch
     place, file = engine(tmp_path / "engine", ranks=2), ids_file(tmp_path)
     result = phireg(place, "--input-file", file)
     assert result.exit_code == 2
-    assert "1 process(es) were started" in result.stderr
+    assert "1 process was started" in result.stderr
     assert f"mpirun -n 2 phireg run {place}" in " ".join(result.stderr.split())
     result = phireg(place, "--input-file", file, "--tp", 2)
     assert (result.exit_code, "mpirun -n 2 phireg run" in result.stderr) == (2, True)
@@ -372,7 +372,7 @@ def test_two_processes_that_fail_together(tmp_path):
     one = engine(tmp_path / "one", ranks=1)
     (_, err, code), (nothing, quiet, _) = mpirun(2, tmp_path, one, "--input-file", file)
     assert code == 2
-    assert b"2 process(es) were started" in err
+    assert b"2 processes were started" in err
     assert b"mpirun -n 1" in err
     assert (nothing, quiet) == (b"", b"")
     two = engine(tmp_path / "two", ranks=2)

@@ -65,6 +65,39 @@ def test_errors_of_processes_come_once_and_keep_their_code(made, tmp_path):
     assert b"torchrun --nproc-per-node 4" in wrong.stderr
 
 
+LED = """
+import json, sys
+from phireg.backends import Options, follow, open_backend, process_rank
+from phireg.executor import Sampling
+place, how = sys.argv[1], Options("cpu", "float32")
+if process_rank("executor")[0]:
+    follow("executor", place, how)
+else:
+    with open_backend("executor", place, how) as backend:
+        rows = backend.generate([[5, 6, 7], [9]], 4, (), Sampling())
+        nll = backend.mean_nll([[5, 6, 7], [9]], [[1, 2], [3, 4, 5]])
+        rows += backend.generate([[9]], 4, (), Sampling())
+    print(json.dumps([rows, nll, backend.processes]))
+"""
+
+
+def test_likelihoods_of_two_processes(made, tmp_path):
+    from phireg.backends import Options, open_backend
+    from phireg.executor import Sampling
+
+    ckpt = made("phi3-small").ckpt
+    (tmp_path / "led.py").write_text(LED)
+    words = [*TORCHRUN[:-2], str(tmp_path / "led.py"), str(ckpt)]
+    ran = subprocess.run(words, env=ENV, capture_output=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    rows, nll, processes = json.loads(ran.stdout)
+    with open_backend("executor", ckpt, Options("cpu", "float32")) as alone:
+        wanted = alone.generate([[5, 6, 7], [9]], 4, (), Sampling())
+        assert rows == [*wanted, wanted[1]]
+        assert nll == pytest.approx(alone.mean_nll([[5, 6, 7], [9]], [[1, 2], [3, 4, 5]]), rel=1e-5)
+    assert processes == 2
+
+
 class Terminal:
     """A process on a terminal of its own."""
 

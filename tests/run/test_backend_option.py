@@ -1,0 +1,124 @@
+"""`phireg run --backend`: the source model beside its checkpoint; wrong combinations."""
+
+import json
+
+import pytest
+from run.tiny import SOURCES, continuation, eos_ids
+
+from phireg import demo
+
+PROMPTS = ("The engine", "Wer liest die Straße? 日本語", "déjà")
+
+
+@pytest.mark.parametrize("family", SOURCES)
+def test_the_source_model_says_what_the_checkpoint_says(family, made, document):
+    it = made(family)
+    flags = [word for prompt in PROMPTS for word in ("--input_text", prompt)]
+    flags += ["--max-new-tokens", 10]
+    wanted = [
+        continuation(it.model, it.tokenizer, prompt, 10, eos_ids(it.source)) for prompt in PROMPTS
+    ]
+    for way in ((it.source, "--backend", "hf"), ("--hf_model_dir", it.source)):
+        found = document(*way, *flags)
+        keys = ("tokens", "text", "finish_reason", "input_ids", "batch", "prompt")
+        assert [(row["tokens"], row["text"]) for row in found["results"]] == wanted
+        assert (found["backend"], found["dtype"], found["device"]) == ("hf", "float32", "cpu")
+        assert (found["model_dir"], found["checkpoint_dir"]) == (str(it.source), None)
+    other = document(it.ckpt, *flags, "--backend", "executor")
+    for one, two in zip(found["results"], other["results"], strict=True):
+        assert [one[key] for key in keys] == [two[key] for key in keys]
+    assert found["stop_ids"] == other["stop_ids"]
+    half = document(it.source, *flags, "--backend", "hf", "--data_type", "bf16")
+    assert half["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("family", ["phi2", "phi3-small"])
+def test_a_demo_models_summary_begins_alike(family, document, tmp_path):
+    model = demo.find(family)
+    demo.convert(model, tmp_path / "ckpt")
+    prompts = [model.articles[number].prompt for number in (31, 4)]
+    flags = [word for prompt in prompts for word in ("--prompt", prompt)]
+    flags += ["--max-new-tokens", 8, "--dtype", "fp32"]
+    source = document(model.directory, *flags, "--backend", "hf")["results"]
+    checkpoint = document(tmp_path / "ckpt", *flags)["results"]
+    assert [row["tokens"] for row in source] == [row["tokens"] for row in checkpoint]
+    assert len(source[0]["tokens"]) == 8
+
+
+def test_text_and_chat_of_the_source_model(made, run):
+    it = made("phi3")
+    flags = ("--prompt", PROMPTS[0], "--max-new-tokens", 9)
+    plain = run(it.ckpt, *flags)
+    assert plain.exit_code == 0
+    assert run(it.source, "--backend", "hf", *flags, "--streaming").stdout == plain.stdout
+    lines = b"Wer?\nWhy?\n/exit\n"
+    chats = [
+        run(*way, "--chat", "--max-new-tokens", 6, stdin=lines)
+        for way in ((it.ckpt,), ("--model-dir", it.source))
+    ]
+    assert chats[0].exit_code == chats[1].exit_code == 0
+    assert chats[0].stdout == chats[1].stdout
+    assert len(chats[0].stdout.splitlines()) >= 2
+
+
+def test_beams(made, run, document):
+    it = made("phi3")
+    where = (it.source, "--backend", "hf")
+    flags = ("--prompt", "The", "--prompt", "Wer", "--max-new-tokens", 5, "--num-beams", 4)
+    found = document(*where, *flags)
+    for row in found["results"]:
+        assert len(row["tokens"]) == 5
+        assert row["finish_reason"] == "length"
+    assert found["batches"][0]["tokens_per_second"] is None
+    assert found["num_beams"] == 4
+    alone = run(*where, *flags[:2], *flags[4:])
+    assert alone.stdout == found["results"][0]["text"] + "\n"
+    refused = run(it.ckpt, *flags)
+    assert refused.exit_code == 2
+    assert "no beam search" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["{ckpt}", "--backend", "hf"], 4, "is a TensorRT-LLM checkpoint, not a Hugging Face"),
+        (["{ckpt}", "--backend", "tensorrt-llm"], 4, "phireg build {ckpt}"),
+        (["{source}", "--backend", "tensorrt-llm"], 4, "convert it first"),
+        (["{source}"], 4, "--backend hf"),
+        (["{ckpt}", "--backend", "vllm"], 2, "known: executor, tensorrt-llm, hf"),
+        (["{ckpt}", "--model-dir", "{source}"], 2, "the argument and --model-dir name one"),
+        (["--model-dir", "{source}", "--backend", "executor"], 2, "--model-dir is for backend hf"),
+        (["--engine-dir", "{ckpt}"], 4, "not a built engine"),
+        (["--engine-dir", "{ckpt}", "--backend", "hf"], 2, "is for backend tensorrt-llm"),
+        ([], 2, "there is nothing to run"),
+        (["{source}", "--backend", "hf", "--tp", "2"], 2, "for backend executor, not for hf"),
+        (["{ckpt}", "--streaming", "--json"], 2, "--streaming and --json"),
+        (["{ckpt}", "--streaming", "--prompt", "y"], 2, "there are 2"),
+        (["nowhere", "--backend", "hf"], 3, "no such directory"),
+        (["nowhere"], 2, "no such directory: nowhere"),
+    ],
+)
+def test_combinations_that_are_none(args, code, says, made, run):
+    it = made("phi3")
+    names = {"ckpt": it.ckpt, "source": it.source}
+    result = run(*(word.format(**names) for word in args), "--prompt", "x")
+    assert result.exit_code == code, result.output
+    assert says.format(**names) in " ".join(result.stderr.split())
+    assert result.stdout == ""
+
+
+def test_a_source_model_without_its_numbers(made, run, tmp_path):
+    config = json.loads((made("phi3").source / "config.json").read_text())
+    del config["vocab_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = run(tmp_path, "--backend", "hf", "--prompt", "x")
+    assert result.exit_code == 4
+    assert "names no vocab_size" in " ".join(result.stderr.split())
+
+
+def test_processes_for_one_that_runs_alone(made, run, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run(made("phi3").source, "--backend", "hf", "--prompt", "x")
+    assert result.exit_code == 2
+    assert "backend hf runs in one" in " ".join(result.stderr.split())
