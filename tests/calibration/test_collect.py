@@ -75,7 +75,7 @@ def by_hand(model, batches, masks=None):
         model(ids, past_key_values=Recorder(cached), use_cache=True, **mask)
     for handle in handles:
         handle.remove()
-    return {name: amax.float().numpy() for name, amax in seen.items()}, cached
+    return {name: amax.float().cpu().numpy() for name, amax in seen.items()}, cached
 
 
 def same(found, wanted, rtol=0.0):
@@ -207,6 +207,22 @@ def test_a_linear_that_no_token_reaches_is_named(tmp_path):
     reference.model.model.layers[1].mlp.spare = nn.Linear(2, 2)
     with pytest.raises(SourceError, match=r"no token went through model\.layers\.1\.mlp\.spare"):
         collect(reference, rows(), device=CPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("name", sources.MODELS)
+def test_on_a_gpu(tmp_path, name):
+    """The same maxima as on the CPU, but for the order of sums; on the GPU as the whole model's."""
+    device = torch.device("cuda")
+    directory = sources.write(name, tmp_path)
+    family = registry.load(sources.MODELS[name][1]).family
+    source = open_source(directory)
+    reference = open_reference(family, source, weights=None, dtype=torch.float32, device=device)
+    found = collect(reference, rows(), device=device, batch_size=2)
+    on_cpu = [torch.tensor([row]) for row in rows()]
+    same(found, by_hand(whole(name, directory), on_cpu), rtol=2e-3)
+    on_gpu = [ids.to(device) for ids in on_cpu]
+    same(found, by_hand(whole(name, directory).to(device), on_gpu), rtol=2e-3)
 
 
 modelopt = pytest.mark.skipif(sources.FOUR, reason="nvidia-modelopt needs a newer transformers")
