@@ -1,0 +1,179 @@
+"""Structure of quantized checkpoints: what the reader rejects, and what it takes all the same."""
+
+import re
+
+import pytest
+from plan.plan_sources import LAYERS
+from quant.by_hand import calibration, model, write_model
+
+from phireg import jobs
+from phireg.checkpoint.schema import required_tensors
+from phireg.verify.structure import structure_notes, structure_problems
+
+QKV = "transformer.layers.1.attention.qkv"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Config and tensors (dtype code, shape) of real checkpoints, by format and KV cache."""
+    place = tmp_path_factory.mktemp("structure")
+    source = write_model(place / "hf", "small", model("small"))
+    made = {}
+    for qformat in ("fp8", "int8_sq", "int8_wo"):
+        for cache in (None, "fp8"):
+            planned = jobs.plan(
+                source, family="phi3-small", qformat=qformat, kv_cache_dtype=cache, tp_size=2
+            )
+            jobs.quantize(planned, place / f"{qformat}{cache}", calibration("small"))
+            found = jobs.inspect(place / f"{qformat}{cache}")
+            made[qformat, cache] = found.config, [dict(rank) for rank in found.ranks]
+    return made
+
+
+def judged(written, qformat, cache=None, **changes):
+    """Problems and notes after changing rank 1; None removes a tensor."""
+    config, (first, second) = written[qformat, cache]
+    ranks = [first, {n: t for n, t in {**second, **changes}.items() if t is not None}]
+    return structure_problems(config, ranks), structure_notes(config, ranks)
+
+
+@pytest.mark.parametrize("cache", [None, "fp8"])
+@pytest.mark.parametrize("qformat", ["fp8", "int8_sq", "int8_wo"])
+def test_what_phireg_writes_is_right(written, qformat, cache):
+    assert judged(written, qformat, cache) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("qformat", "companion"),
+    [
+        ("fp8", "weights_scaling_factor"),
+        ("fp8", "activation_scaling_factor"),
+        ("int8_sq", "weights_scaling_factor"),
+        ("int8_sq", "activation_scaling_factor"),
+        ("int8_sq", "prequant_scaling_factor"),
+        ("fp8", "bias"),
+    ],
+)
+def test_a_missing_companion(written, qformat, companion):
+    name = f"{QKV}.{companion}"
+    assert judged(written, qformat, **{name: None}) == (
+        [(f"rank1.safetensors: {name}", "is missing")], [],
+    )  # fmt: skip
+
+
+def test_a_missing_kv_scale(written):
+    name = "transformer.layers.2.attention.kv_cache_scaling_factor"
+    problems, _ = judged(written, "fp8", "fp8", **{name: None})
+    assert problems == [(f"rank1.safetensors: {name}", "is missing")]
+    problems, _ = judged(written, "fp8", **{name: ("F32", (1,))})
+    assert problems == [(f"rank1.safetensors: {name}", "is not known to the reader")]
+
+
+@pytest.mark.parametrize(
+    ("qformat", "name", "tensor", "said"),
+    [
+        ("fp8", f"{QKV}.weight", ("F16", (24, 24)), "is F16, config.json says F8_E4M3"),
+        ("int8_sq", f"{QKV}.weight", ("F16", (24, 24)), "is F16, config.json says I8"),
+        ("int8_sq", f"{QKV}.weight", ("F8_E4M3", (24, 24)), "is F8_E4M3, config.json says I8"),
+        ("int8_wo", f"{QKV}.weight", ("I8", (24, 24)), "is I8, config.json says F16"),
+        ("fp8", "lm_head.weight", ("F8_E4M3", (19, 24)), "is F8_E4M3, config.json says F16"),
+        (
+            "fp8",
+            f"{QKV}.weights_scaling_factor",
+            ("F32", (24,)),
+            "is [24], the reader expects [1]",
+        ),
+        (
+            "fp8",
+            f"{QKV}.weights_scaling_factor",
+            ("F16", (1,)),
+            "is F16, config.json says F32",
+        ),
+        (
+            "int8_sq",
+            f"{QKV}.weights_scaling_factor",
+            ("F32", (1,)),
+            "is [1], the reader expects [24]",
+        ),
+        (
+            "int8_sq",
+            f"{QKV}.prequant_scaling_factor",
+            ("F32", (24,)),
+            "is F32, config.json says F16",
+        ),
+    ],
+)
+def test_a_wrong_companion(written, qformat, name, tensor, said):
+    assert judged(written, qformat, **{name: tensor}) == (
+        [(f"rank1.safetensors: {name}", said)], [],
+    )  # fmt: skip
+
+
+def test_row_parallel_scales_are_cut_along_the_input(written):
+    """A rank of attention.dense has half the columns and all rows."""
+    name = "transformer.layers.0.attention.dense"
+    config, _ = written["int8_sq", None]
+    required = required_tensors(config, 2)
+    assert required[f"{name}.weight"] == ("I8", (24, 12))
+    assert required[f"{name}.weights_scaling_factor"] == ("F32", (24,))
+    assert required[f"{name}.prequant_scaling_factor"] == ("F16", (12,))
+
+
+def test_what_early_exporters_wrote_otherwise_is_a_note(written):
+    changes = {
+        f"{QKV}.weight": ("I8", (24, 24)),
+        f"{QKV}.activation_scaling_factor": ("F32", ()),
+        "transformer.layers.1.attention.k_cache_scaling_factor": ("F32", (1,)),
+        "lm_head.activation_scaling_factor": ("F32", (1,)),
+    }
+    problems, notes = judged(written, "fp8", "fp8", **changes)
+    assert problems == []
+    assert {where.removeprefix("rank1.safetensors: ") for where, _ in notes} == set(changes)
+    said = " ".join(what for _, what in notes)
+    assert re.search("scalar.*float8_e4m3fn as int8.*not needed.*not needed", said)
+
+
+@pytest.mark.parametrize(
+    ("qformat", "cache", "name"),
+    [
+        ("fp8", None, "transformer.layers.1.attention.k_cache_scaling_factor"),
+        ("int8_sq", None, "lm_head.activation_scaling_factor"),
+        ("fp8", None, f"{QKV}.prequant_scaling_factor"),
+    ],
+)
+def test_scales_of_something_else_are_unknown(written, qformat, cache, name):
+    problems, notes = judged(written, qformat, cache, **{name: ("F32", (1,))})
+    assert problems == [(f"rank1.safetensors: {name}", "is not known to the reader")]
+    assert notes == []
+
+
+@pytest.mark.parametrize("pattern", ["*.attention.dense", "dense", "transformer.*.dense"])
+def test_excluded_linears_stay_in_the_checkpoints_dtype(written, pattern):
+    """Patterns of whole names, and last names as the first releases compare them."""
+    config, _ = written["fp8", None]
+    blocks = {**config["quantization"], "exclude_modules": ["lm_head", pattern]}
+    required = required_tensors({**config, "quantization": blocks}, 2)
+    dense = [f"transformer.layers.{i}.attention.dense" for i in range(LAYERS)]
+    assert {required[f"{name}.weight"] for name in dense} == {("F16", (24, 12))}
+    assert not [n for n in required if n.endswith("factor") and n.rpartition(".")[0] in dense]
+    assert required[f"{QKV}.weight"][0] == "F8_E4M3"
+
+
+@pytest.mark.parametrize("listed", [None, [], ["lm_head", "transformer.layers.0.attention"]])
+def test_lists_that_exclude_no_linear(written, listed):
+    config, _ = written["int8_sq", None]
+    blocks = {**config["quantization"], "exclude_modules": listed}
+    assert required_tensors({**config, "quantization": blocks}, 1) == required_tensors(config, 1)
+
+
+@pytest.mark.parametrize(("dim", "shape"), [(0, (19, 24)), (1, (37, 12))])
+def test_exporters_that_cut_the_embedding(written, dim, shape):
+    config, _ = written["fp8", None]
+    cut = {**config, "use_parallel_embedding": True, "embedding_sharding_dim": dim}
+    assert required_tensors(cut, 2)["transformer.vocab_embedding.weight"] == ("F16", shape)
+
+
+def test_an_unknown_algorithm_is_not_judged(written):
+    config, ranks = written["fp8", None]
+    other = {**config, "quantization": {"quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": None}}
+    assert structure_problems(other, ranks) == structure_notes(other, ranks) == []
