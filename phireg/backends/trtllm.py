@@ -58,17 +58,16 @@ def load(place: Path, options: Options) -> TrtllmBackend:
         UsageError: the number of processes is not the engine's number of ranks.
         PhiregError: TensorRT-LLM is missing or cannot run the engine.
     """
-    engine, release = _check(place, options)
-    return _load(engine, release)
+    return _load(_check(place, options))
 
 
 def follow(place: Path, options: Options) -> None:
     """Do as rank 0 says until it closes its backend."""
     try:
-        engine, release = _check(place, options)
+        engine = _check(place, options)
     except PhiregError:
-        return  # rank 0 finds the same and says so
-    backend = _load(engine, release)
+        return  # rank 0 finds the same, and must not be killed before it has said so
+    backend = _load(engine)
     try:
         backend.obey()
     except BaseException:
@@ -76,8 +75,8 @@ def follow(place: Path, options: Options) -> None:
         raise
 
 
-def _check(place: Path, options: Options) -> tuple[Engine, str]:
-    """The engine and the installed release, as far as all ranks find the same."""
+def _check(place: Path, options: Options) -> Engine:
+    """The engine, if all that every rank finds alike is right."""
     describe(place, options)
     engine, (_, size) = read_engine(place), process_rank()
     if size != engine.world_size:
@@ -86,10 +85,11 @@ def _check(place: Path, options: Options) -> tuple[Engine, str]:
             f"is {size}",
             hint=f"mpirun -n {engine.world_size} phireg run {place} ...",
         )
-    return engine, installed()
+    return engine
 
 
-def _load(engine: Engine, release: str) -> TrtllmBackend:
+def _load(engine: Engine) -> TrtllmBackend:
+    release = installed()
     rank, size = process_rank()
     others = communicator() if size > 1 else None
     try:

@@ -49,7 +49,7 @@ def check_starter(backend: str) -> None:
 
     rank, wrong = check_starter(backend)
     if wrong and rank > 0:
-        raise click.exceptions.Exit(UsageError.exit_code)  # rank 0 says why
+        raise click.exceptions.Exit(0)  # rank 0 says why; a failure here might end it before
     if wrong:
         raise UsageError(
             f"this process was {wrong}",
