@@ -47,7 +47,7 @@ def test_the_guide_does_what_it_says(environment, tmp_path):
         elif block.language == "text":
             check_output(block.text, said)
         elif first.startswith("# "):
-            (tmp_path / first.removeprefix("# ")).write_text(block.text.partition("\n")[2])
+            (tmp_path / first.removeprefix("# ")).write_text(block.text)
         else:
             assert block.language == "python"
             environment.check("python", "-c", block.text, cwd=tmp_path)
