@@ -57,6 +57,8 @@ class Family:
         demo: ``package:directory`` of a small trained model that ``phireg demo`` shows: the files
             of a published one, and ``heldback.jsonl`` with an ``article`` and its ``highlights``
             per line.
+        base: the family it is derived from (:meth:`derive` says so), which steps back for it where
+            ``--family auto`` has both to choose from.
 
     Raises:
         PluginError: another API number, an unknown hook (with the nearest known one), an argument
@@ -78,6 +80,7 @@ class Family:
         reference: str | None = None,
         tokenizer: str | None = None,
         demo: str | None = None,
+        base: Family | None = None,
     ) -> None:
         if api != API:
             raise PluginError(
@@ -96,6 +99,7 @@ class Family:
         self.reference = reference
         self.tokenizer = tokenizer
         self.demo = demo
+        self.base = base
         self._hooks = _register(name, steps)
 
     def __repr__(self) -> str:
@@ -116,7 +120,8 @@ class Family:
         it (``rules = yield``) and returns an amended one. ``api`` is the hook API number these
         steps were written against, as a literal; a variant in the package of its base may leave it
         out. The variant takes part in ``--family auto`` only when ``tell_apart`` says how to know
-        its models. The base's published models and demo are not the variant's.
+        its models; where both claim a model, the variant is taken. The base's published models and
+        demo are not the variant's.
         """
         return Family(
             name=name,
@@ -130,7 +135,15 @@ class Family:
             reference=self.reference,
             tokenizer=self.tokenizer,
             demo=demo,
+            base=self,
         )
+
+    def derived_from(self, other: Family) -> bool:
+        """Whether ``other`` is its base, or the base of its base, and so on."""
+        base = self.base
+        while base is not None and base is not other:
+            base = base.base
+        return base is not None
 
     def refusal(self, hf: HFConfig) -> str | None:
         """Why this family cannot convert a model with this config, or None if it can."""

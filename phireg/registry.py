@@ -167,10 +167,11 @@ def load(name: str, candidates: Index | None = None) -> Chosen:
 def choose(hf: HFConfig, candidates: Index | None = None) -> Chosen:
     """The family that ``--family auto`` takes for a config.
 
-    Every plugin must be imported to be asked; one that fails is a warning.
+    Every plugin must be imported to be asked; one that fails is a warning. A family derived from
+    another knows more, so where both claim the model the base steps back.
 
     Raises:
-        PluginError: several families claim the model.
+        PluginError: several families claim the model, none of them derived from the others.
         SourceError: none does (the reasons are listed), or the config does not name its model.
     """
     if not hf.architectures and not hf.model_type:
@@ -203,6 +204,8 @@ def choose(hf: HFConfig, candidates: Index | None = None) -> Chosen:
             claims.append(Chosen(family, candidate))
         else:
             reasons.append(f"    {family.name}: {reason}")
+    claimed = [claim.family for claim in claims]
+    claims = [c for c in claims if not any(f.derived_from(c.family) for f in claimed)]
     if len(claims) > 1:
         offers = [claim.candidate for claim in claims]
         raise PluginError(

@@ -259,6 +259,20 @@ def test_choose_with_two_says_how_to_choose(plugin):
     assert caught.value.hint == "say which: --family acme-phi:a  or  --family b-dist:b"
 
 
+def test_a_derived_family_goes_before_its_bases(plugin):
+    """A package for one model of a known architecture does not make auto ambiguous."""
+    plugin("acme_a", "FAMILY = make('a')")
+    plugin("acme_b", "from acme_a import FAMILY as A\nFAMILY = A.derive('b')")
+    plugin(
+        "acme_c",
+        "from acme_b import FAMILY as B\nFAMILY = B.derive('c', tell_apart=lambda hf: hf.get('told'))",
+    )
+    offers = [offer(n, f"acme_{n}:FAMILY") for n in "abc"]
+    assert choose(ACME, *offers).family.name == "c"
+    assert choose(ACME, *reversed(offers)).family.name == "c"
+    assert choose({**ACME, "told": "it is not c"}, *offers).family.name == "a"
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [
