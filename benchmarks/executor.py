@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from phireg.executor import Executor, generate
 from phireg.executor.blocksparse import prefill_block_mask, sparse_attention
 from phireg.executor.blueprint import Blueprint, parse_blueprint
-from phireg.executor.weights import tensor_shapes
+from phireg.executor.tensors import rank_tensors
 
 PHI3_MINI = {
     "architecture": "Phi3ForCausalLM", "dtype": "bfloat16", "vocab_size": 32064,
@@ -53,11 +53,11 @@ PHI3_SMALL_PATTERN = {
 
 def random_executor(config: dict[str, Any], std: float = 0.02) -> Executor:
     blueprint = parse_blueprint(config)
-    shapes, dtype = tensor_shapes(blueprint), getattr(torch, blueprint.dtype)
+    tensors, dtype = rank_tensors(blueprint), getattr(torch, blueprint.dtype)
     generator = torch.Generator("cuda").manual_seed(0)
 
     def source(name: str) -> torch.Tensor:
-        values = torch.randn(shapes[name], device="cuda", generator=generator) * std
+        values = torch.randn(tensors[name].shape, device="cuda", generator=generator) * std
         return (values + ("norm" in name or "ln_f" in name)).to(dtype)
 
     return Executor(blueprint, [source], [0], device="cuda", offload=False)
@@ -65,10 +65,9 @@ def random_executor(config: dict[str, Any], std: float = 0.02) -> Executor:
 
 def weight_bytes(blueprint: Blueprint) -> int:
     """Bytes one decode step must read: every tensor but the embedding, of which it needs a row."""
-    shapes = tensor_shapes(blueprint)
-    del shapes["transformer.vocab_embedding.weight"]
-    size = getattr(torch, blueprint.dtype).itemsize
-    return size * sum(torch.Size(shape).numel() for shape in shapes.values())
+    tensors = rank_tensors(blueprint)
+    del tensors["transformer.vocab_embedding.weight"]
+    return sum(t.dtype.itemsize * torch.Size(t.shape).numel() for t in tensors.values())
 
 
 def seconds(call: Callable[[], object], runs: int = 5) -> float:

@@ -1,8 +1,9 @@
 """The parts of a decoder layer as plain functions: norm, linear, rotary, attention, MLP.
 
 ``Weights`` are one rank's tensors of one layer under the names they have in the file, without the
-``transformer.layers.N.`` in front. Shapes: batch B, new tokens T, keys S, heads H and key/value
-heads G of one rank, head size D, rotary dimensions R, hidden size h.
+``transformer.layers.N.`` in front, as ``quantized.prepare`` makes them. Shapes: batch B, new tokens
+T, keys S, heads H and key/value heads G of one rank, head size D, rotary dimensions R, hidden
+size h.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from phireg.executor import quantized
 from phireg.executor.blueprint import Blueprint, Rope
+from phireg.executor.tensors import KV_SCALE
 
 Weights: TypeAlias = Mapping[str, Tensor]
 Rotary: TypeAlias = "tuple[Tensor, Tensor]"
@@ -38,12 +41,12 @@ def norm(blueprint: Blueprint, weights: Weights, name: str, x: Tensor) -> Tensor
 
 def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
     """X W^T + b of a column-parallel linear (each rank has its own outputs and their biases)."""
-    return functional.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+    return quantized.linear(weights, name, x, weights.get(f"{name}.bias"))
 
 
 def row_linear(shards: list[Weights], name: str, xs: list[Tensor], reduce: Reduce) -> Tensor:
     """X W^T over inputs split across ranks; the bias is added once, after the sum."""
-    partial = [functional.linear(x, w[f"{name}.weight"]) for w, x in zip(shards, xs, strict=True)]
+    partial = [quantized.linear(w, name, x, None) for w, x in zip(shards, xs, strict=True)]
     total = reduce(partial)
     bias = shards[0].get(f"{name}.bias")
     return total if bias is None else total + bias
@@ -77,11 +80,20 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 def attention(
     blueprint: Blueprint, weights: Weights, u: Tensor, rotary: Rotary, attend: Attend
 ) -> Tensor:
-    """One rank's heads, [B, T, h] -> [B, T, H * D], before the output projection."""
+    """One rank's heads, [B, T, h] -> [B, T, H * D], before the output projection.
+
+    With a quantized cache, what is attended to are the values the cache gives back, those of the
+    prompt's own tokens too: logits are the same with and without a cache. TensorRT-LLM's fused
+    kernel for prompts attends to their keys and values before they are quantized.
+    """
     heads, kv_heads, size = blueprint.rank_heads, blueprint.rank_kv_heads, blueprint.head_size
     rows = linear(weights, "attention.qkv", u).view(*u.shape[:-1], -1, size).transpose(1, 2)
     query, key, value = rows.split([heads, kv_heads, kv_heads], dim=1)
-    output = attend(rotate(query, rotary), rotate(key, rotary), value)
+    query, key = rotate(query, rotary), rotate(key, rotary)
+    if (grid := blueprint.quantization.kv_cache) is not None:
+        key = quantized.fake_quantize(key, weights[KV_SCALE], grid)
+        value = quantized.fake_quantize(value, weights[KV_SCALE], grid)
+    output = attend(query, key, value)
     return output.transpose(1, 2).flatten(2)
 
 
@@ -107,6 +119,7 @@ def layer(
     attends: list[Attend],
     reduce: Reduce,
     observe: Callable[[str, Tensor], None] | None = None,
+    observe_inputs: Callable[[str, list[Tensor]], None] | None = None,
 ) -> Tensor:
     """One decoder layer over the ranks in this process, in lockstep.
 
@@ -118,6 +131,8 @@ def layer(
         attends: each rank's attention of its own heads.
         reduce: sums partial outputs over all ranks.
         observe: called with "attention", "mlp" (their outputs, biases included) and "hidden".
+        observe_inputs: called with a linear's name and what goes into it, before smoothing and
+            quantization: one tensor of a column linear, each rank's of a row linear.
 
     Returns:
         Hidden states [B, T, h].
@@ -125,11 +140,17 @@ def layer(
     ranks = list(zip(shards, attends, strict=True))
     u = norm(blueprint, shards[0], "input_layernorm", x)
     heads = [attention(blueprint, weights, u, rotary, attend) for weights, attend in ranks]
+    if observe_inputs is not None:
+        observe_inputs("attention.qkv", [u])
+        observe_inputs("attention.dense", heads)
     attended = row_linear(shards, "attention.dense", heads, reduce)
     if blueprint.residual == "sequential":
         x = x + attended
         u = norm(blueprint, shards[0], "post_layernorm", x)
     gated = [activate(blueprint, linear(weights, "mlp.fc", u)) for weights in shards]
+    if observe_inputs is not None:
+        observe_inputs("mlp.fc", [u])
+        observe_inputs("mlp.proj", gated)
     mlp = row_linear(shards, "mlp.proj", gated, reduce)
     x = x + mlp if blueprint.residual == "sequential" else x + attended + mlp
     if observe is not None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phireg.errors import CheckError
+from phireg.executor.config import Config
+from phireg.executor.schemes import Quantization, parse_quantization
 
 Norm = Literal["layer_norm", "rms_norm"]
 Residual = Literal["parallel", "sequential"]
@@ -87,6 +89,7 @@ class Blueprint:
         embedding_multiplier: what the embedding is multiplied by.
         logits_divisor: what the logits are divided by.
         sparse: the block-sparse layers' mask, or None when all layers are dense.
+        quantization: how the layers' linears and the key/value cache are quantized.
     """
 
     architecture: str
@@ -112,6 +115,7 @@ class Blueprint:
     embedding_multiplier: float
     logits_divisor: float
     sparse: BlockSparse | None
+    quantization: Quantization
 
     @property
     def rank_heads(self) -> int:
@@ -131,60 +135,6 @@ class Blueprint:
     def is_sparse(self, layer: int) -> bool:
         """Whether layer ``layer`` (from 0) has the block-sparse mask."""
         return self.sparse is not None and (layer + 1) % self.sparse.dense_every != 0
-
-
-class _Config:
-    """Checked access to the keys of a config.json."""
-
-    def __init__(self, values: dict[str, Any], where: str) -> None:
-        self.values = values
-        self.where = where
-
-    def fail(self, problem: str, hint: str | None = None) -> CheckError:
-        return CheckError(f"{self.where}: {problem}", hint=hint)
-
-    def get(self, key: str, *older: str) -> Any:
-        """The value of a required key, or of the name an older version gave it."""
-        for name in (key, *older):
-            if self.values.get(name) is not None:
-                return self.values[name]
-        spelled = f" (or {', '.join(older)})" if older else ""
-        raise self.fail(f"the key {key}{spelled} is missing")
-
-    def integer(self, key: str, *older: str) -> int:
-        value = self.get(key, *older)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.fail(f"{key} is {value!r}, not a positive whole number")
-        return value
-
-    def number(self, key: str, *older: str) -> float:
-        value = self.get(key, *older)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.fail(f"{key} is {value!r}, not a number")
-        return float(value)
-
-    def positive(self, key: str, *older: str) -> float:
-        value = self.number(key, *older)
-        if not 0 < value < math.inf:
-            raise self.fail(f"{key} is {value!r}, not a positive number")
-        return value
-
-    def flag(self, key: str) -> bool:
-        value = self.get(key)
-        if not isinstance(value, bool):
-            raise self.fail(f"{key} is {value!r}, not true or false")
-        return value
-
-    def numbers(self, key: str, length: int) -> tuple[float, ...]:
-        value = self.get(key)
-        if not isinstance(value, list) or len(value) != length:
-            raise self.fail(f"{key} is not a list of {length} numbers (half the rotary dimensions)")
-        if not all(type(x) in (int, float) and x > 0 for x in value):
-            raise self.fail(f"{key} holds something that is not a positive number")
-        return tuple(float(x) for x in value)
-
-    def has(self, key: str) -> bool:
-        return self.values.get(key) is not None
 
 
 def read_blueprint(checkpoint_dir: Path) -> Blueprint:
@@ -218,7 +168,7 @@ def parse_blueprint(values: dict[str, Any], where: str = "config.json") -> Bluep
     Raises:
         CheckError: an unknown architecture, a missing key, or a feature without a meaning here.
     """
-    config = _Config(values, where)
+    config = Config(values, where)
     architecture = config.get("architecture")
     if architecture not in ("PhiForCausalLM", "Phi3ForCausalLM", "Phi3SmallForCausalLM"):
         raise config.fail(
@@ -249,13 +199,14 @@ def parse_blueprint(values: dict[str, Any], where: str = "config.json") -> Bluep
     if dtype not in _DTYPES:
         raise config.fail(f"dtype is {dtype!r}", f"known are {', '.join(_DTYPES)}")
 
+    layers = config.integer("num_hidden_layers")
     blueprint = Blueprint(
         architecture=architecture,
         dtype=dtype,
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden,
         intermediate_size=config.integer("intermediate_size"),
-        num_layers=config.integer("num_hidden_layers"),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_size=head_size,
@@ -279,16 +230,13 @@ def parse_blueprint(values: dict[str, Any], where: str = "config.json") -> Bluep
         if config.has("mup_width_multiplier")
         else 1.0,
         sparse=_sparse(config, heads) if small else None,
+        quantization=parse_quantization(config, layers),
     )
     _check_parallel(config, blueprint)
     return blueprint
 
 
-def _refuse_unsupported(config: _Config) -> None:
-    quantization = _block(config, "quantization")
-    for key in ("quant_algo", "kv_cache_quant_algo"):
-        if quantization.get(key) is not None:
-            raise config.fail(f"quantization.{key} is {quantization[key]!r}: only unquantized runs")
+def _refuse_unsupported(config: Config) -> None:
     if config.values.get("moe") is not None:
         raise config.fail("mixture-of-experts layers are unknown to the executor")
     if config.values.get("qk_layernorm"):
@@ -300,15 +248,8 @@ def _refuse_unsupported(config: _Config) -> None:
         raise config.fail(f"position_embedding_type is {kind!r}, not rope_gpt_neox or long_rope")
 
 
-def _block(config: _Config, name: str) -> dict[str, Any]:
-    block = config.values.get(name)
-    if block is not None and not isinstance(block, dict):
-        raise config.fail(f"{name} is {block!r}, not an object")
-    return block or {}
-
-
-def _tp_size(config: _Config) -> int:
-    mapping = _Config(_block(config, "mapping"), f"{config.where}: mapping")
+def _tp_size(config: Config) -> int:
+    mapping = config.block("mapping")
     tp_size = mapping.integer("tp_size") if mapping.has("tp_size") else 1
     pp_size = mapping.integer("pp_size") if mapping.has("pp_size") else 1
     if pp_size != 1:
@@ -319,7 +260,7 @@ def _tp_size(config: _Config) -> int:
     return tp_size
 
 
-def _rope(config: _Config, architecture: str, head_size: int) -> Rope:
+def _rope(config: Config, architecture: str, head_size: int) -> Rope:
     if architecture == "PhiForCausalLM":
         fraction = config.positive("rotary_pct", "partial_rotary_factor")
     else:
@@ -357,12 +298,12 @@ def _rope(config: _Config, architecture: str, head_size: int) -> Rope:
     )
 
 
-def _embedding_multiplier(config: _Config) -> float:
+def _embedding_multiplier(config: Config) -> float:
     value = config.number("mup_embedding_multiplier")
     return value if value > 0 else 1.0
 
 
-def _sparse(config: _Config, num_heads: int) -> BlockSparse:
+def _sparse(config: Config, num_heads: int) -> BlockSparse:
     stride = config.integer("blocksparse_vertical_stride")
     homogeneous = config.flag("blocksparse_homo_head_pattern")
     return BlockSparse(
@@ -374,7 +315,7 @@ def _sparse(config: _Config, num_heads: int) -> BlockSparse:
     )
 
 
-def _check_parallel(config: _Config, blueprint: Blueprint) -> None:
+def _check_parallel(config: Config, blueprint: Blueprint) -> None:
     heads, kv_heads, tp = blueprint.num_heads, blueprint.num_kv_heads, blueprint.tp_size
     if blueprint.architecture == "PhiForCausalLM" and kv_heads != heads:
         raise config.fail("num_key_value_heads differs from num_attention_heads in PhiForCausalLM")

@@ -17,6 +17,9 @@ from phireg.executor.sampling import Sampling, choose
 class Decoder:
     """Generates for one batch at a time; a later batch of the same shape can follow.
 
+    A quantized cache is one in effect: it holds, in the compute dtype, the values that come back
+    from the layer's grid.
+
     With long rope, each call takes the short or the long factors by the tokens so far (a prompt:
     its length; a step: the tokens in the cache and its own). Keys already in the cache stay as
     they were rotated when that changes, as in TensorRT-LLM.

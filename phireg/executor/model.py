@@ -13,21 +13,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from phireg.errors import UsageError
-from phireg.executor import blocks
+from phireg.executor import blocks, quantized
 from phireg.executor.attend import prompt_attention
 from phireg.executor.blocks import Attend, Rotary, Weights
 from phireg.executor.blueprint import Blueprint, read_blueprint
-from phireg.executor.weights import (
-    Source,
-    end_shapes,
-    layer_prefix,
-    layer_shapes,
-    open_ranks,
-    tensor_shapes,
-)
+from phireg.executor.schemes import ROW_LINEARS
+from phireg.executor.tensors import end_tensors, layer_prefix, layer_tensors, rank_tensors
+from phireg.executor.weights import Source, open_ranks
 
 # (layer, what, value): what is "embedding" (layer -1), "attention", "mlp" or "hidden".
 Observe = Callable[[int, str, Tensor], None]
+# (layer, linear, input): linear is "attention.qkv", "attention.dense", "mlp.fc" or "mlp.proj".
+ObserveInputs = Callable[[int, str, Tensor], None]
 
 # Layers are kept in memory while they take no more than this part of what is free.
 _MEMORY_SHARE = 0.8
@@ -46,7 +43,8 @@ def load(
         checkpoint_dir: directory with config.json and one rank{r}.safetensors per rank.
         device: where to compute.
         dtype: compute dtype (float32, float16 or bfloat16); None is the checkpoint's own. Norms,
-            rotary embedding and softmax are computed in float32 whatever it is.
+            rotary embedding and softmax are computed in float32 whatever it is. Quantized weights
+            are kept dequantized in it, except e4m3 ones on GPUs that multiply them as they are.
         offload: True reads every layer from the mapped file when it is needed and keeps none of
             them; None does so only when the weights do not fit into free memory.
         distributed: torch.distributed is initialised with one process per rank: this process
@@ -121,7 +119,12 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         """Embedding, final norm and lm_head under their full names, for each rank here."""
         return self._ends or self._read_ends()
 
-    def forward(self, input_ids: Tensor, observe: Observe | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        observe: Observe | None = None,
+        observe_inputs: ObserveInputs | None = None,
+    ) -> Tensor:
         """Logits of every position of every sequence, without a cache.
 
         Args:
@@ -130,6 +133,9 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
                 ...), then for every layer "attention" and "mlp", the sub-modules' outputs with
                 their biases and summed over ranks, and "hidden", the layer's output. Values are
                 [batch, sequence, hidden_size] in the compute dtype.
+            observe_inputs: called with (layer, linear, value) for every linear of every layer:
+                what goes into it, before smoothing and quantization, [batch, sequence,
+                in_features] of all ranks together, in the compute dtype.
 
         Returns:
             float32 [batch, sequence, vocab_size].
@@ -148,7 +154,8 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
                     for rank in self.ranks
                 ]
                 seen = None if observe is None else _of_layer(observe, index)
-                x = self.run_layer(self.layer_weights(index), x, rotary, attends, seen)
+                inputs = None if observe_inputs is None else self._inputs(observe_inputs, index)
+                x = self.run_layer(self.layer_weights(index), x, rotary, attends, seen, inputs)
             return self.logits(ends, x)
 
     def embed(self, ends: list[Weights], ids: Tensor) -> Tensor:
@@ -165,19 +172,18 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         rotary: Rotary,
         attends: list[Attend],
         observe: Callable[[str, Tensor], None] | None = None,
+        observe_inputs: Callable[[str, list[Tensor]], None] | None = None,
     ) -> Tensor:
         """One layer; see ``blocks.layer``."""
-        return blocks.layer(self.blueprint, shards, x, rotary, attends, self.reduce, observe)
+        return blocks.layer(
+            self.blueprint, shards, x, rotary, attends, self.reduce, observe, observe_inputs
+        )
 
     def logits(self, ends: list[Weights], x: Tensor) -> Tensor:
         """Final norm and lm_head: float32 [..., vocab_size], the padding of the vocabulary cut."""
         u = blocks.norm(self.blueprint, ends[0], "transformer.ln_f", x)
         parts = [blocks.linear(weights, "lm_head", u) for weights in ends]
-        if self.distributed:
-            own = parts[0].contiguous()
-            parts = [torch.empty_like(own) for _ in range(self.blueprint.tp_size)]
-            dist.all_gather(parts, own)
-        whole = torch.cat(parts, dim=-1)[..., : self.blueprint.vocab_size].float()
+        whole = self.gather(parts)[..., : self.blueprint.vocab_size].float()
         divisor = self.blueprint.logits_divisor
         return whole if divisor == 1.0 else whole / divisor
 
@@ -190,15 +196,37 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
             dist.all_reduce(total)
         return total
 
+    def gather(self, parts: list[Tensor]) -> Tensor:
+        """All ranks' parts side by side in the last dimension, in rank order."""
+        if self.distributed:
+            own = parts[0].contiguous()
+            parts = [torch.empty_like(own) for _ in range(self.blueprint.tp_size)]
+            dist.all_gather(parts, own)
+        return torch.cat(parts, dim=-1)
+
+    def _inputs(
+        self, observe_inputs: ObserveInputs, layer: int
+    ) -> Callable[[str, list[Tensor]], None]:
+        def whole(linear: str, parts: list[Tensor]) -> None:
+            value = self.gather(parts) if linear in ROW_LINEARS else parts[0]
+            observe_inputs(layer, linear, value)
+
+        return whole
+
     def _read_layer(self, index: int) -> list[Weights]:
-        names = layer_shapes(self.blueprint)
-        prefix = layer_prefix(index)
+        names, prefix = layer_tensors(self.blueprint), layer_prefix(index)
         return [
-            {name: self._moved(source(prefix + name)) for name in names} for source in self._sources
+            quantized.prepare(
+                self.blueprint.quantization,
+                {name: source(prefix + name) for name in names},
+                self.device,
+                self.dtype,
+            )
+            for source in self._sources
         ]
 
     def _read_ends(self) -> list[Weights]:
-        names = end_shapes(self.blueprint)
+        names = end_tensors(self.blueprint)
         # An embedding that is only looked up may stay in the mapped file.
         stays = "transformer.vocab_embedding.weight" if self.offload else ""
         return [
@@ -210,15 +238,21 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         return tensor.to(self.device, self.dtype)
 
     def _exceeds_memory(self) -> bool:
-        shapes = tensor_shapes(self.blueprint).values()
-        count = sum(torch.Size(shape).numel() for shape in shapes) * len(self.ranks)
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
-        elif getattr(torch, self.blueprint.dtype) == self.dtype:
+        elif (
+            self.blueprint.quantization.weights is None
+            and getattr(torch, self.blueprint.dtype) == self.dtype
+        ):
             return False  # used where it is mapped; the system reads and drops pages itself
         else:
             free = _free_memory()
-        return bool(count * self.dtype.itemsize > _MEMORY_SHARE * free)
+        needed = 0
+        for tensor in rank_tensors(self.blueprint).values():
+            native = quantized.has_native_fp8(tensor.dtype, tensor.shape, self.device, self.dtype)
+            dtype = tensor.dtype if native else self.dtype
+            needed += torch.Size(tensor.shape).numel() * dtype.itemsize * len(self.ranks)
+        return bool(needed > _MEMORY_SHARE * free)
 
 
 def _of_layer(observe: Observe, layer: int) -> Callable[[str, Tensor], None]:

@@ -1,4 +1,4 @@
-"""The tensors a blueprint expects, and the mapped rank files that hold them."""
+"""The mapped rank files, held against what a blueprint expects of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,16 @@ from torch import Tensor
 
 from phireg.errors import CheckError
 from phireg.executor.blueprint import Blueprint
+from phireg.executor.tensors import (
+    KEY_SCALE,
+    KV_SCALE,
+    VALUE_SCALE,
+    Expected,
+    is_scale,
+    optional_rank_tensors,
+    rank_tensors,
+    replicated,
+)
 
 # Reads one tensor of one rank by its name in the file.
 Source: TypeAlias = Callable[[str], Tensor]
@@ -21,72 +31,6 @@ Source: TypeAlias = Callable[[str], Tensor]
 _ROTARY_TABLES = re.compile(
     r"(long_rope_)?(embed_positions\w*|rotary_inv_freq)|(short|long)_inv_freq"
 )
-
-
-def layer_shapes(blueprint: Blueprint) -> dict[str, tuple[int, ...]]:
-    """Name (after ``transformer.layers.N.``) and shape of one rank's tensors of one layer."""
-    hidden, size = blueprint.hidden_size, blueprint.head_size
-    inner = blueprint.intermediate_size // blueprint.tp_size
-    fc = inner if blueprint.activation == "gelu_tanh" else 2 * inner
-    qkv = (blueprint.rank_heads + 2 * blueprint.rank_kv_heads) * size
-    shapes: dict[str, tuple[int, ...]] = {}
-    linears = {
-        "attention.qkv": (qkv, hidden),
-        "attention.dense": (hidden, blueprint.rank_heads * size),
-        "mlp.fc": (fc, hidden),
-        "mlp.proj": (hidden, inner),
-    }
-    for name, shape in linears.items():
-        shapes[f"{name}.weight"] = shape
-        if blueprint.linear_bias:
-            shapes[f"{name}.bias"] = shape[:1]
-    norms = ["input_layernorm"]
-    if blueprint.residual == "sequential":
-        norms.append("post_layernorm")
-    for name in norms:
-        shapes |= _norm_shapes(blueprint, name)
-    return shapes
-
-
-def _norm_shapes(blueprint: Blueprint, name: str) -> dict[str, tuple[int, ...]]:
-    kinds = ("weight", "bias") if blueprint.norm == "layer_norm" else ("weight",)
-    return {f"{name}.{kind}": (blueprint.hidden_size,) for kind in kinds}
-
-
-def layer_prefix(layer: int) -> str:
-    """What the file puts in front of a layer's names."""
-    return f"transformer.layers.{layer}."
-
-
-def end_shapes(blueprint: Blueprint) -> dict[str, tuple[int, ...]]:
-    """Name and shape of one rank's tensors that belong to no layer."""
-    rows = blueprint.padded_vocab_size // blueprint.tp_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "transformer.vocab_embedding.weight": (blueprint.vocab_size, blueprint.hidden_size),
-        **_norm_shapes(blueprint, "transformer.ln_f"),
-        "lm_head.weight": (rows, blueprint.hidden_size),
-    }
-    if blueprint.lm_head_bias:
-        shapes["lm_head.bias"] = (rows,)
-    return shapes
-
-
-def tensor_shapes(blueprint: Blueprint) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of one rank file; all ranks have the same."""
-    shapes = end_shapes(blueprint)
-    for layer in range(blueprint.num_layers):
-        for name, shape in layer_shapes(blueprint).items():
-            shapes[layer_prefix(layer) + name] = shape
-    return shapes
-
-
-def replicated(name: str) -> bool:
-    """Whether every rank must hold the same values: norms, the embedding, row-linear biases."""
-    return (
-        "norm" in name
-        or "ln_f" in name
-        or name.endswith(("vocab_embedding.weight", "attention.dense.bias", "mlp.proj.bias"))
-    )
 
 
 def open_ranks(checkpoint_dir: Path, blueprint: Blueprint, ranks: Sequence[int]) -> list[Source]:
@@ -99,11 +43,15 @@ def open_ranks(checkpoint_dir: Path, blueprint: Blueprint, ranks: Sequence[int])
             the tensors that every rank repeats must be equal.
 
     Returns:
-        For each rank a function from a tensor's name to the tensor, mapped, on the CPU.
+        For each rank a function from a tensor's name to the tensor, mapped, on the CPU. Tensors
+        have the expected shape and dtype: e4m3 weights stored as int8 are viewed as e4m3, a scale
+        without dimensions has one, and the cache's scale is there even if the file has only the
+        keys' and the values' (TensorRT-LLM 1.x then takes the larger one, too).
 
     Raises:
         CheckError: lists every file that is missing or extra, and every tensor that is missing,
-            unknown, of another shape or dtype, or not the same on all ranks.
+            unknown, of another shape or dtype, not the same on all ranks, or a scale that is not
+            a finite positive normal number.
     """
     problems: list[str] = []
     files = {rank: checkpoint_dir / f"rank{rank}.safetensors" for rank in ranks}
@@ -113,10 +61,12 @@ def open_ranks(checkpoint_dir: Path, blueprint: Blueprint, ranks: Sequence[int])
             f"{path.name}: config.json has only {blueprint.tp_size} rank(s)"
             for path in sorted(found - set(files.values()))
         ]
-    opened: dict[int, Any] = {}
+    opened: dict[int, _RankFile] = {}
     for rank, path in files.items():
-        opened[rank], failure = _open(path)
-        found_here = [failure] if failure else _problems(opened[rank], blueprint)
+        handle, failure = _open(path)
+        if failure is None:
+            opened[rank] = _RankFile(handle, blueprint)
+        found_here = [failure] if failure is not None else opened[rank].problems()
         problems += [f"{path.name}: {problem}" for problem in found_here]
     if not problems:
         problems += _differences(opened, blueprint)
@@ -126,7 +76,7 @@ def open_ranks(checkpoint_dir: Path, blueprint: Blueprint, ranks: Sequence[int])
             + "\n  ".join(problems),
             hint="convert the model again; a checkpoint is not meant to be edited by hand",
         )
-    return [handle.get_tensor for handle in opened.values()]
+    return [file.tensor for file in opened.values()]
 
 
 def _open(path: Path) -> tuple[Any, str | None]:
@@ -139,39 +89,91 @@ def _open(path: Path) -> tuple[Any, str | None]:
         return None, f"cannot be read ({error})"
 
 
-def _problems(handle: Any, blueprint: Blueprint) -> list[str]:
-    expected = tensor_shapes(blueprint)
-    present = set(handle.keys())
-    problems = [f"{name} is missing" for name in expected if name not in present]
-    dtype = getattr(torch, blueprint.dtype)
-    for name in sorted(present):
-        if name not in expected:
-            if not _ROTARY_TABLES.fullmatch(name):
+class _RankFile:
+    """One mapped file."""
+
+    def __init__(self, handle: Any, blueprint: Blueprint) -> None:
+        self._handle = handle
+        self._present = set(handle.keys())
+        self._required = rank_tensors(blueprint)
+        self._optional = optional_rank_tensors(blueprint)
+
+    def tensor(self, name: str) -> Tensor:
+        """A required tensor as it is expected, or a cache scale made of the keys' and values'."""
+        if name not in self._present:
+            return torch.maximum(*(self.tensor(part) for part in _parts(name)))
+        expected = self._required.get(name) or self._optional[name]
+        tensor: Tensor = self._handle.get_tensor(name)
+        if tensor.dtype == expected.stored:
+            tensor = tensor.view(expected.dtype)
+        return tensor.reshape(expected.shape)
+
+    def problems(self) -> list[str]:
+        ready_made = sorted(n for n in self._present if n.endswith(".per_channel_scale"))
+        if ready_made:
+            return [
+                f"{ready_made[0]} belongs to weights that were quantized and rearranged for the "
+                "GPU of the machine that made the file, and the file does not say which one"
+            ]
+        problems = [f"{name} is missing" for name in self._required if not self._has_or_makes(name)]
+        for name in sorted(self._present):
+            expected = self._required.get(name) or self._optional.get(name)
+            if expected is not None:
+                problems += self._differs(name, expected) or self._unusable(name)
+            elif not _ROTARY_TABLES.fullmatch(name):
                 problems.append(f"{name} is not a tensor of this architecture")
-            continue
-        tensor = handle.get_tensor(name)
-        if tuple(tensor.shape) != expected[name]:
-            shape = list(tensor.shape)
-            problems.append(f"{name} has the shape {shape}, not {list(expected[name])}")
-        if tensor.dtype != dtype:
-            problems.append(f"{name} is {tensor.dtype}, not {dtype}".replace("torch.", ""))
-    return problems
+        return problems
+
+    def _has_or_makes(self, name: str) -> bool:
+        parts = _parts(name)
+        return name in self._present or (bool(parts) and self._present.issuperset(parts))
+
+    def _differs(self, name: str, expected: Expected) -> list[str]:
+        tensor, problems = self._handle.get_tensor(name), []
+        shape = tuple(tensor.shape)
+        if shape != expected.shape and (shape, expected.shape) != ((), (1,)):
+            problems.append(f"{name} has the shape {list(shape)}, not {list(expected.shape)}")
+        if tensor.dtype not in (expected.dtype, expected.stored):
+            problems.append(f"{name} is {tensor.dtype}, not {expected.dtype}".replace("torch.", ""))
+        return problems
+
+    def _unusable(self, name: str) -> list[str]:
+        """What is wrong with a scale: dividing by it must give numbers, on any device."""
+        if not is_scale(name):
+            return []
+        values = self.tensor(name)
+        bad = ~(values.isfinite() & (values >= torch.finfo(values.dtype).tiny))
+        if not bad.any():
+            return []
+        first = int(bad.nonzero()[0])
+        place = f"{int(bad.sum())} of {len(values)} values, the first at {first}: "
+        return [
+            f"{name} is no scale ({place if len(values) > 1 else ''}{float(values[first]):g} "
+            "is not a finite positive normal number)"
+        ]
 
 
-def _differences(opened: dict[int, Any], blueprint: Blueprint) -> list[str]:
+def _parts(name: str) -> list[str]:
+    """The scales a cache's scale can be made of."""
+    prefix, found, _ = name.rpartition(KV_SCALE)
+    return [prefix + KEY_SCALE, prefix + VALUE_SCALE] if found else []
+
+
+def _differences(opened: dict[int, _RankFile], blueprint: Blueprint) -> list[str]:
     """Names of replicated tensors that some rank has other values of.
 
     The ranks run in lockstep on one copy of the hidden states, which is right only while what
     every rank repeats is the same everywhere.
     """
-    handles = iter(opened.items())
-    _, first = next(handles)
-    names = [name for name in tensor_shapes(blueprint) if replicated(name)]
+    files = iter(opened.items())
+    _, first = next(files)
+    weights = blueprint.quantization.weights
+    names = [name for name in rank_tensors(blueprint) if replicated(name, weights)]
     return [
         f"rank{rank}.safetensors: {name} differs from the first rank's"
-        for rank, handle in handles
+        for rank, file in files
         for name in names
         if not torch.equal(
-            first.get_tensor(name).view(torch.uint8), handle.get_tensor(name).view(torch.uint8)
+            first.tensor(name).view(torch.uint8), file.tensor(name).view(torch.uint8)
         )
     ]

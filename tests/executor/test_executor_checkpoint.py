@@ -74,7 +74,6 @@ def small_model():
         ({"mapping": {"tp_size": 2, "world_size": 4}}, "world_size is 4"),
         ({"mapping": {"tp_size": 1, "pp_size": 2}}, "pp_size is 2"),
         ({"mapping": {"tp_size": 3}}, "cannot be split over 3 ranks"),
-        ({"quantization": {"quant_algo": "FP8"}}, "quant_algo is 'FP8'"),
         ({"moe": {}}, "mixture-of-experts"),
         ({"qk_layernorm": True}, "qk_layernorm is set"),
     ],

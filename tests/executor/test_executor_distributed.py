@@ -2,9 +2,11 @@
 
 import shutil
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from quantized_sources import written
 from tiny_sources import (
     phi3,
     phi3_small,
@@ -51,3 +53,43 @@ def test_two_processes_give_the_source_models_logits(tmp_path):
                 for count, token in enumerate(new):
                     so_far = torch.cat((row, torch.tensor(new[:count], dtype=torch.int64)))
                     assert reference_logits(model, so_far[None])[0, -1].argmax() == token
+
+
+def _quantized_rank(rank, directory, ids):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2
+    )
+    for name in ("fp8", "int8_sq"):
+        executor, inputs = load(directory / name, distributed=True), {}
+
+        def keep(layer, linear, x, inputs=inputs):
+            inputs[layer, linear] = x
+
+        logits = executor(ids, None, keep)
+        tokens = generate(executor, ids.tolist(), 3)
+        torch.save((logits, inputs, tokens), directory / f"{name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_run_quantized_ranks_as_one_does(tmp_path):
+    model = phi3(num_hidden_layers=2, num_key_value_heads=2)
+    ids = random_ids(model, 2, 20)
+    for name, kv in (("fp8", "int8"), ("int8_sq", "fp8")):
+        written(model, tmp_path / name, ids[0], name, kv, 2)
+    mp.spawn(_quantized_rank, (tmp_path, ids), nprocs=2)
+    for name in ("fp8", "int8_sq"):
+        executor, wanted = load(tmp_path / name), {}
+
+        def keep(layer, linear, x, wanted=wanted):
+            wanted[layer, linear] = x
+
+        logits = executor(ids, None, keep)
+        for rank in range(2):
+            got = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
+            assert relative_error(got[0], logits) < 1e-5
+            assert got[1].keys() == wanted.keys()
+            for place, value in got[1].items():
+                assert relative_error(value, wanted[place]) < 1e-5, place
+            assert got[2] == generate(executor, ids.tolist(), 3)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from quantized_sources import written
 from tiny_sources import (
     phi2,
     phi3,
@@ -100,6 +101,34 @@ def test_the_gpu_step_is_one_graph_per_layer(case, monkeypatch):
     model, executor = case
     prompts = [random_ids(model, n, seed=n).tolist() for n in (7, 12)]
     assert fused_decoder(executor, prompts, 3) == [greedy(model, p, 3) for p in prompts]
+
+
+def forward_greedy(executor, prompt, count):
+    """As ``greedy``, by the executor's own forward pass, which has tests of its own."""
+    ids = list(prompt)
+    for _ in range(count):
+        logits = executor(torch.tensor([ids]))[0, -1]
+        best, second = logits.topk(2).values
+        assert best - second > 1e-4, "too close to call: choose another seed"
+        ids.append(int(logits.argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    ("make", "scheme", "kv"), [(phi3, "fp8", "fp8"), (phi3_small, "int8_sq", "int8")]
+)
+def test_the_gpu_step_of_a_quantized_model_is_one_graph_per_layer(
+    make, scheme, kv, tmp_path, monkeypatch
+):
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        captured, "compiled", lambda f: torch.compile(f, fullgraph=True, backend="eager")
+    )
+    model = make(num_hidden_layers=2)
+    written(model, tmp_path, random_ids(model, 30), scheme, kv, 2)
+    executor = load(tmp_path)
+    prompts = [random_ids(model, n, seed=n).tolist() for n in (7, 12)]
+    assert fused_decoder(executor, prompts, 3) == [forward_greedy(executor, p, 3) for p in prompts]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,0 +1,179 @@
+"""Quantized checkpoints against a forward pass written apart from the executor."""
+
+import json
+
+import pytest
+import torch
+from quantized_sources import (
+    LINEARS,
+    forward,
+    plain_linear,
+    quantized_cache,
+    quantized_linear,
+    written,
+)
+from safetensors.torch import load_file
+from tiny_sources import (
+    phi2,
+    phi3,
+    phi3_small,
+    random_ids,
+    reference_logits,
+    relative_error,
+    write_checkpoint,
+)
+
+from phireg.executor import generate, load, quantized
+
+torch.set_num_threads(2)
+
+MODELS = {
+    "phi2": (phi2, {"num_hidden_layers": 2}),
+    "phi3": (phi3, {"num_hidden_layers": 2, "num_key_value_heads": 2}),
+    "small": (phi3_small, {"num_hidden_layers": 2}),
+}
+SCHEMES = ("fp8", "int8_sq", "int8_wo", "int4_wo")
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    make, changes = MODELS[request.param]
+    return make(**changes)
+
+
+def token_errors(got, wanted):
+    """Relative error of every token's logits, sorted."""
+    return ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).sort().values
+
+
+def assert_same(got, wanted):
+    """A mistake moves every token.
+
+    What is almost in the middle between two values of a grid may round to the other one in float64:
+    that moves a token by a grid's step, and those that attend to it. It is rare.
+    """
+    errors = token_errors(got, wanted)
+    assert errors[len(errors) // 5] < 1e-5
+    assert errors[-1] < 0.3
+
+
+def test_the_forward_pass_written_here_is_the_source_models(model, tmp_path):
+    write_checkpoint(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    tensors = load_file(tmp_path / "rank0.safetensors")
+    ids = random_ids(model, 40)
+    got = forward(config, tensors, ids, plain_linear(tensors), lambda layer, x: x)
+    assert relative_error(got, reference_logits(model, ids[None])[0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kv", "ranks"),
+    [
+        *((scheme, None, 4) for scheme in SCHEMES),
+        *((scheme, "fp8", 2) for scheme in (None, *SCHEMES)),
+        *((scheme, "int8", 4) for scheme in (None, *SCHEMES)),
+    ],
+)
+def test_logits(model, scheme, kv, ranks, tmp_path):
+    ids = random_ids(model, 30)
+    config, tensors = written(model, tmp_path, ids, scheme, kv, ranks)
+    got = {}
+    for directory, count in ((tmp_path / "single", 1), (tmp_path, ranks)):
+        linear = plain_linear(tensors)
+        if scheme is not None:
+            linear = quantized_linear(tensors, scheme, count)
+        wanted = forward(config, tensors, ids, linear, quantized_cache(tensors, kv))
+        got[count] = load(directory)(ids[None])[0]
+        assert_same(got[count], wanted)
+    if scheme not in ("int8_wo", "int4_wo"):
+        assert_same(got[ranks], got[1])
+    # what is tested is there: the quantized model is another one than the source
+    assert token_errors(got[1], reference_logits(model, ids[None])[0])[15] > 1e-3
+
+
+@pytest.mark.parametrize(("scheme", "kv"), [("fp8", "fp8"), ("int8_sq", "int8")])
+def test_values_beyond_the_scales_get_the_end_of_the_grid(model, scheme, kv, tmp_path):
+    ids = random_ids(model, 30)
+    config, tensors = written(model, tmp_path, ids, scheme, kv, 2, shrink=0.3)
+    linear, cache = quantized_linear(tensors, scheme), quantized_cache(tensors, kv)
+    got = load(tmp_path)(ids[None])[0]
+    assert got.isfinite().all()
+    assert_same(got, forward(config, tensors, ids, linear, cache))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_half_precision_checkpoints(scheme, tmp_path):
+    """Computed in float32 they are what they say; in half precision near it."""
+    model = phi3(num_hidden_layers=2, num_key_value_heads=4)
+    ids = random_ids(model, 30)
+    config, tensors = written(model, tmp_path, ids, scheme, "int8", 2, torch.bfloat16)
+    linear, cache = quantized_linear(tensors, scheme, 2), quantized_cache(tensors, "int8")
+    wanted = forward(config, tensors, ids, linear, cache)
+    assert_same(load(tmp_path, dtype="float32")(ids[None])[0], wanted)
+    executor = load(tmp_path)
+    assert executor.dtype == torch.bfloat16
+    # one step of e4m3 is 16 steps of bfloat16: their roundings go different ways now and then
+    assert relative_error(executor(ids[None])[0], wanted) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kv", "offload"),
+    [("fp8", "int8", False), ("int8_sq", "fp8", True), (None, "int8", False)],
+)
+def test_generation_is_the_forward_pass_token_for_token(model, scheme, kv, offload, tmp_path):
+    prompts = [random_ids(model, n, seed=n).tolist() for n in (21, 14)]
+    written(model, tmp_path, random_ids(model, 30), scheme, kv, 2)
+    executor = load(tmp_path, offload=offload)
+    tokens = generate(executor, prompts, 6)
+    for prompt, new in zip(prompts, tokens, strict=True):
+        logits = executor(torch.tensor([prompt + new[:-1]]))[0, len(prompt) - 1 :]
+        best = logits.topk(2).values
+        assert (best[:, 0] - best[:, 1]).min() > 1e-4, "too close to call: choose another seed"
+        assert new == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("scheme", [None, "fp8", "int8_sq"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_inputs_of_linears_can_be_watched(model, scheme, ranks, tmp_path):
+    """They are what comes before smoothing and rounding; of all ranks together."""
+    ids = random_ids(model, 12)
+    config, tensors = written(model, tmp_path, ids, scheme, None, ranks)
+    wanted, got, outputs = {}, {}, []
+    inner = quantized_linear(tensors, scheme) if scheme else plain_linear(tensors)
+
+    def linear(name, x):
+        wanted[name] = x
+        return inner(name, x)
+
+    forward(config, tensors, ids, linear, lambda layer, x: x)
+    load(tmp_path)(
+        torch.stack([ids, ids.flip(0)]),
+        lambda layer, what, x: outputs.append(what),
+        lambda layer, name, x: got.update({f"transformer.layers.{layer}.{name}": x}),
+    )
+    assert set(outputs) == {"embedding", "attention", "mlp", "hidden"}
+    assert got.keys() == wanted.keys()
+    assert len(got) == config["num_hidden_layers"] * len(LINEARS)
+    for name, value in got.items():
+        assert value.shape == (2, *wanted[name].shape)
+        assert_same(value[0], wanted[name])
+
+
+def test_fp8_weights_that_a_gpu_multiplies_as_they_are(tmp_path, monkeypatch):
+    """The same function runs on a CPU; some linears have sizes its kernels do not take."""
+    model = phi3(num_hidden_layers=2, num_key_value_heads=4)
+    ids = random_ids(model, 30)
+    written(model, tmp_path, ids, "fp8", "fp8", 1, torch.bfloat16)
+    wanted = load(tmp_path)(ids[None])[0]
+
+    def native(weight, shape, device, dtype):
+        return weight == torch.float8_e4m3fn and not any(n % 16 for n in shape)
+
+    monkeypatch.setattr(quantized, "has_native_fp8", native)
+    executor = load(tmp_path)
+    kept = {n: w.dtype for n, w in executor.layer_weights(0)[0].items() if n.endswith("weight")}
+    assert kept["mlp.fc.weight"] == torch.float8_e4m3fn
+    assert kept["mlp.proj.weight"] == torch.bfloat16  # 136 inputs are no multiple of 16
+    got = executor(torch.stack([ids, ids]))
+    assert relative_error(got[0], wanted) < 0.2
+    assert relative_error(got[1], wanted) < 0.2

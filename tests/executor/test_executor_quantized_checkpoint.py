@@ -1,0 +1,292 @@
+"""Which quantized checkpoints the executor takes, and what it says about the others."""
+
+import json
+
+import pytest
+import torch
+from quantized_sources import written
+from safetensors.torch import load_file, save_file
+from tiny_sources import phi2, phi3, phi3_small, random_ids, write_checkpoint
+
+from phireg.errors import CheckError
+from phireg.executor import load, read_blueprint
+from phireg.executor.schemes import Quantization
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return phi3(num_hidden_layers=2)
+
+
+def edit_config(directory, **changes):
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization"] = changes
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(directory, rank, change):
+    path = directory / f"rank{rank}.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def problems(directory):
+    with pytest.raises(CheckError) as caught:
+        load(directory)
+    return [line.strip() for line in caught.value.message.splitlines()[1:]]
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"quant_algo": "W4A16_AWQ", "group_size": 128}, "quant_algo 'W4A16_AWQ' is unknown"),
+        ({"quant_algo": "MIXED_PRECISION"}, "quant_algo 'MIXED_PRECISION' is unknown"),
+        ({"quant_algo": ["FP8"]}, "quant_algo ['FP8'] is unknown"),
+        ({"kv_cache_quant_algo": "NVFP4"}, "kv_cache_quant_algo 'NVFP4' is unknown"),
+        ({"quant_algo": "FP8", "group_size": 64}, "group_size is 64: FP8 has no such feature"),
+        ({"quant_algo": "W4A16", "has_zero_point": True}, "has_zero_point is True"),
+        ({"quant_algo": "W8A16", "pre_quant_scale": True}, "pre_quant_scale is True"),
+        ({"quant_algo": "FP8", "clamp_val": [0, 1]}, "clamp_val is [0, 1]"),
+        ({"quant_algo": "FP8", "sparsity": 2}, "sparsity is unknown"),
+        ({"quant_algo": "FP8", "exclude_modules": "lm_head"}, "not a list of module names"),
+        (
+            {"quant_algo": "FP8", "exclude_modules": ["lm_head", "*.1.mlp.*"]},
+            "'*.1.mlp.*', which leaves transformer.layers.1.mlp.fc unquantized",
+        ),
+        (
+            {"quant_algo": "FP8", "exclude_modules": ["lm_head", "dense"]},
+            "'dense', which leaves transformer.layers.0.attention.dense unquantized",
+        ),
+        (
+            {"quant_algo": "FP8", "exclude_modules": ["transformer.ln_f"]},
+            "exclude_modules has no lm_head",
+        ),
+    ],
+)
+def test_blocks_without_a_meaning_are_refused(block, said, model, tmp_path):
+    edit_config(write_checkpoint(model, tmp_path), **block)
+    with pytest.raises(CheckError) as caught:
+        load(tmp_path)
+    assert said in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("block", "wanted"),
+    [
+        ({"quant_algo": None, "group_size": 64, "sparsity": 2}, Quantization()),
+        ({"quant_algo": "FP8"}, Quantization("fp8")),
+        (
+            {"quant_algo": "W8A8_SQ_PER_CHANNEL", "kv_cache_quant_algo": "INT8"},
+            Quantization("int8_sq", "int8"),
+        ),
+        # what exporters write: module names, the reader's defaults
+        (
+            {
+                "quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "group_size": 128,
+                "smoothquant_val": 0.5, "clamp_val": None, "has_zero_point": False,
+                "pre_quant_scale": False, "use_meta_recipe": False,
+                "exclude_modules": [
+                    "transformer.layers.0.attention", "transformer.layers.0.input_layernorm",
+                    "transformer.ln_f", "lm_head", "transformer.vocab_embedding",
+                ],
+            },
+            Quantization("fp8", "fp8"),
+        ),
+        ({"quant_algo": "W4A16", "exclude_modules": []}, Quantization("int4_wo")),
+        ({"quant_algo": "W8A16", "exclude_modules": ["*lm_head"]}, Quantization("int8_wo")),
+        ({"kv_cache_quant_algo": "FP8"}, Quantization(None, "fp8")),
+    ],
+)  # fmt: skip
+def test_blocks_with_a_meaning(block, wanted, model, tmp_path):
+    edit_config(write_checkpoint(model, tmp_path), **block)
+    assert read_blueprint(tmp_path).quantization == wanted
+
+
+BAD = {"0": 0.0, "inf": torch.inf, "nan": torch.nan, "-0.5": -0.5, "7.34684e-40": 2.0**-130}
+LAYER = "transformer.layers.1"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kv", "name"),
+    [
+        ("fp8", None, "mlp.proj.weights_scaling_factor"),
+        ("fp8", None, "attention.qkv.activation_scaling_factor"),
+        ("int8_sq", None, "attention.dense.weights_scaling_factor"),
+        ("int8_sq", None, "mlp.fc.activation_scaling_factor"),
+        ("int8_sq", None, "mlp.fc.prequant_scaling_factor"),
+        (None, "int8", "attention.kv_cache_scaling_factor"),
+    ],
+)
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_scales_are_refused_by_name(scheme, kv, name, bad, model, tmp_path):
+    written(model, tmp_path, random_ids(model, 9), scheme, kv)
+    name = f"{LAYER}.{name}"
+
+    def change(tensors):
+        tensors[name][-1] = BAD[bad]
+
+    edit_tensors(tmp_path, 0, change)
+    count = len(load_file(tmp_path / "single" / "rank0.safetensors")[name])
+    place = f"1 of {count} values, the first at {count - 1}: " if count > 1 else ""
+    (line,) = problems(tmp_path)
+    assert line.startswith(f"rank0.safetensors: {name} is no scale ({place}{bad} is not")
+
+
+def test_a_denormal_is_one_of_the_scales_own_dtype(model, tmp_path):
+    written(model, tmp_path, random_ids(model, 9), "int8_sq", dtype=torch.float16)
+    name = f"{LAYER}.mlp.fc.prequant_scaling_factor"
+    edit_tensors(tmp_path, 0, lambda tensors: tensors[name][2:4].fill_(5e-5))
+    (line,) = problems(tmp_path)
+    assert f"{name} is no scale (2 of 96 values, the first at 2: " in line
+
+
+def test_every_wrong_tensor_is_named(model, tmp_path):
+    written(model, tmp_path, random_ids(model, 9), "int8_sq", "int8", 2)
+
+    def change(tensors):
+        layer = "transformer.layers.0"
+        del tensors[f"{layer}.mlp.fc.activation_scaling_factor"]
+        del tensors[f"{layer}.attention.kv_cache_scaling_factor"]
+        name = f"{layer}.attention.dense.weights_scaling_factor"
+        tensors[name] = tensors[name][:1].clone()
+        name = f"{layer}.attention.qkv.weight"
+        tensors[name] = tensors[name].float()
+        name = f"{LAYER}.mlp.proj.weights_scaling_factor"
+        tensors[name] = tensors[name].half()
+        tensors["lm_head.weights_scaling_factor"] = torch.ones(1)
+
+    edit_tensors(tmp_path, 1, change)
+    assert problems(tmp_path) == [
+        f"rank1.safetensors: {problem}"
+        for problem in (
+            "transformer.layers.0.mlp.fc.activation_scaling_factor is missing",
+            "transformer.layers.0.attention.kv_cache_scaling_factor is missing",
+            "lm_head.weights_scaling_factor is not a tensor of this architecture",
+            "transformer.layers.0.attention.dense.weights_scaling_factor has the shape [1], "
+            "not [96]",
+            "transformer.layers.0.attention.qkv.weight is float32, not int8",
+            "transformer.layers.1.mlp.proj.weights_scaling_factor is float16, not float32",
+        )
+    ]
+
+
+def test_an_unquantized_file_under_a_quantized_config(model, tmp_path):
+    edit_config(write_checkpoint(model, tmp_path), quant_algo="FP8")
+    found = problems(tmp_path)
+    assert f"rank0.safetensors: {LAYER}.mlp.fc.weight is float32, not float8_e4m3fn" in found
+    assert f"rank0.safetensors: {LAYER}.mlp.fc.weights_scaling_factor is missing" in found
+    assert len(found) == 2 * 4 * 3
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kv", "name"),
+    [
+        ("fp8", None, "attention.qkv.weights_scaling_factor"),
+        ("fp8", None, "mlp.proj.activation_scaling_factor"),
+        ("int8_sq", None, "mlp.fc.activation_scaling_factor"),
+        ("int8_sq", None, "attention.qkv.prequant_scaling_factor"),
+        ("int8_sq", None, "attention.dense.weights_scaling_factor"),
+        ("fp8", "fp8", "attention.kv_cache_scaling_factor"),
+    ],
+)
+def test_what_ranks_repeat_must_be_equal(scheme, kv, name, model, tmp_path):
+    written(model, tmp_path, random_ids(model, 9), scheme, kv, 2)
+    edit_tensors(tmp_path, 1, lambda tensors: tensors[f"{LAYER}.{name}"][-1:].mul_(1.25))
+    assert problems(tmp_path) == [
+        f"rank1.safetensors: {LAYER}.{name} differs from the first rank's"
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["attention.qkv.weights_scaling_factor", "mlp.proj.prequant_scaling_factor"]
+)
+def test_what_ranks_share_out_may_differ(name, model, tmp_path):
+    written(model, tmp_path, random_ids(model, 9), "int8_sq", None, 2)
+    edit_tensors(tmp_path, 1, lambda tensors: tensors[f"{LAYER}.{name}"].mul_(1.25))
+    load(tmp_path)
+
+
+def test_weights_rearranged_for_a_gpu_are_refused_with_the_reason(tmp_path):
+    model = phi2(num_hidden_layers=2)
+    edit_config(write_checkpoint(model, tmp_path), quant_algo="W8A16")
+
+    def change(tensors):
+        for name in [n for n in tensors if n.endswith(("qkv.weight", "fc.weight"))]:
+            out, _ = tensors[name].shape
+            tensors[name] = torch.zeros(tensors[name].t().shape, dtype=torch.int8)
+            tensors[name.replace("weight", "per_channel_scale")] = torch.ones(out)
+
+    edit_tensors(tmp_path, 0, change)
+    (line,) = problems(tmp_path)
+    assert "transformer.layers.0.attention.qkv.per_channel_scale" in line
+    assert "for the GPU of the machine that made the file" in line
+
+
+def same_logits(tmp_path, model, change):
+    ids = random_ids(model, 1, 9)
+    before = load(tmp_path)(ids)
+    edit_tensors(tmp_path, 0, change)
+    assert torch.equal(load(tmp_path)(ids), before)
+
+
+def test_older_and_newer_spellings_mean_the_same(model, tmp_path):
+    written(model, tmp_path, random_ids(model, 9), "fp8", "int8")
+
+    def as_bytes(tensors):
+        for name, tensor in list(tensors.items()):
+            if tensor.dtype == torch.float8_e4m3fn:
+                tensors[name] = tensor.view(torch.int8)
+
+    def without_dimensions(tensors):
+        for name in [n for n in tensors if n.endswith("scaling_factor")]:
+            tensors[name] = tensors[name].reshape(())
+
+    def of_keys_and_values(tensors):
+        for layer in range(2):
+            prefix = f"transformer.layers.{layer}.attention"
+            scale = tensors.pop(f"{prefix}.kv_cache_scaling_factor").reshape(1)
+            tensors[f"{prefix}.k_cache_scaling_factor"] = scale / 2 if layer else scale
+            tensors[f"{prefix}.v_cache_scaling_factor"] = scale if layer else scale / 2
+
+    for change in (as_bytes, without_dimensions, of_keys_and_values):
+        same_logits(tmp_path, model, change)
+
+    def keys_alone(tensors):
+        del tensors[f"{LAYER}.attention.v_cache_scaling_factor"]
+
+    edit_tensors(tmp_path, 0, keys_alone)
+    assert problems(tmp_path) == [
+        f"rank0.safetensors: {LAYER}.attention.kv_cache_scaling_factor is missing"
+    ]
+
+
+def test_scales_of_a_cache_that_is_not_quantized_are_left_alone(model, tmp_path):
+    """Some exporters write them for every FP8 checkpoint; the reader does not look at them."""
+    written(model, tmp_path, random_ids(model, 9), "fp8")
+    name = f"{LAYER}.attention.kv_cache_scaling_factor"
+    same_logits(tmp_path, model, lambda tensors: tensors.update({name: torch.tensor([3.0])}))
+
+
+def test_three_scales_of_a_cache_are_fine(tmp_path):
+    model = phi3_small(num_hidden_layers=2)
+    written(model, tmp_path, random_ids(model, 9), "int8_sq", "fp8", 1)
+
+    def change(tensors):
+        for part in "kv":
+            tensors[f"{LAYER}.attention.{part}_cache_scaling_factor"] = torch.tensor([7.0])
+
+    same_logits(tmp_path, model, change)
+
+
+def test_quantized_weights_count_as_what_they_are_kept_as(model, tmp_path, monkeypatch):
+    """Mapped tensors need no room; dequantized ones do."""
+    written(model, tmp_path, random_ids(model, 9), "fp8")
+    parameters = sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr("phireg.executor.model._free_memory", lambda: parameters * 4)
+    assert load(tmp_path).offload
+    monkeypatch.setattr("phireg.executor.model._free_memory", lambda: parameters * 8)
+    assert not load(tmp_path).offload
