@@ -120,16 +120,43 @@ def test_entry_points_name_what_exists():
         assert attribute in names, f"{value}: {path.relative_to(ROOT)} does not define it"
 
 
-def test_what_is_imported_is_required():
-    """Nothing works only because another package happens to bring it along."""
-    required = {
-        re.sub(r"[-.]", "_", Requirement(line).name).lower() for line in PROJECT["dependencies"]
+def names_of(requirements):
+    """What is imported of the distributions that are required, where both have one name."""
+    return {re.sub(r"[-.]", "_", Requirement(line).name).lower() for line in requirements}
+
+
+def imported(path):
+    """The top-level modules a file imports, and those among them it imports in functions only."""
+    tree = ast.parse(path.read_text())
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
     }
-    used = set()
+    always, lazily = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found = {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            found = {node.module.split(".")[0]}
+        else:
+            continue
+        (lazily if id(node) in inside else always).update(found)
+    return always, lazily
+
+
+def test_what_is_imported_is_required():
+    """Nothing works only because another package happens to bring it along.
+
+    What an extra brings may be imported where it is needed: pytest in phireg.testing, and readers
+    of data inside the functions that read.
+    """
+    required = names_of(PROJECT["dependencies"]) | set(sys.stdlib_module_names) | set(FOLDERS)
+    extras = PROJECT["optional-dependencies"]
     for path in sources():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                used |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-                used.add(node.module.split(".")[0])
-    assert used - set(sys.stdlib_module_names) - set(FOLDERS) - required == set()
+        always, lazily = imported(path)
+        testing = path.is_relative_to(ROOT / "phireg" / "testing")
+        allowed = required | (names_of(extras["testing"]) if testing else set())
+        assert always - allowed == set(), path
+        assert lazily - allowed - names_of(extras["data"]) == set(), path
