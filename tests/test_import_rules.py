@@ -99,6 +99,7 @@ RULES = {
     "phireg.verify": Rule(
         ("phireg", "numpy", "torch"), ("transformers",), never=("phireg.cli", "phireg_plugins")
     ),
+    "phireg.quality": Rule(("phireg", "numpy", "torch"), never=("phireg.cli", "phireg_plugins")),
     "phireg.doctor": Rule(("phireg.registry", "phireg.trtllm", ERRORS)),
     "phireg.trtllm": Rule((CHECKPOINT, ERRORS, "packaging")),
     "phireg.summarize": Rule(

@@ -10,6 +10,7 @@ input; nothing else is expected.
 
 from phireg.errors import PhiregError
 from phireg.jobs.build import BuildPlan, Built, build, plan_build, plan_empty_build
+from phireg.jobs.calibrate import Calibrated, calibrate
 from phireg.jobs.convert import Converted, convert
 from phireg.jobs.explain import explain
 from phireg.jobs.families import FamilyInfo, families
@@ -23,12 +24,14 @@ __all__ = [
     "BuildOptions",
     "BuildPlan",
     "Built",
+    "Calibrated",
     "Converted",
     "FamilyInfo",
     "Inspection",
     "PhiregError",
     "Planned",
     "build",
+    "calibrate",
     "convert",
     "explain",
     "families",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from phireg.calibration.statistics import Statistics
 from phireg.errors import UsageError
@@ -16,7 +18,7 @@ from phireg.runner.stream import Progress
 def quantize(
     planned: Planned,
     output_dir: str | Path,
-    statistics: Statistics | None,
+    statistics: Statistics | Callable[[], Statistics] | None,
     *,
     alpha: float = 1.0,
     overwrite: bool = False,
@@ -30,7 +32,9 @@ def quantize(
     Args:
         planned: from :func:`phireg.jobs.plan` with ``qformat``.
         output_dir: the checkpoint to make; must not exist, or be empty.
-        statistics: from calibrating the same source. None will do for a plan that needs none
+        statistics: from calibrating the same source, or a function that calibrates: it is called
+            if the plan needs statistics and nothing else stands against it, the output included,
+            which other runs cannot take meanwhile. None will do for a plan that needs none
             (weight-only with an unquantized KV cache).
         alpha: SmoothQuant's share of the activations, 0 to 1.
         overwrite: replace it, if it is recognisably a checkpoint, once the new one is complete.
@@ -68,8 +72,15 @@ def quantize(
     if statistics is None:
         raise UsageError("this plan needs calibration statistics", hint="calibrate first.")
 
+    quantization: dict[str, Any] = {"alpha": alpha if options.scheme.per_channel else None}
+
     def quantizer() -> Quantizer:
-        return Quantizer(made, compute_scales(made, statistics, alpha=alpha, progress=progress))
+        found = statistics() if callable(statistics) else statistics
+        quantization["statistics"] = {
+            "digest": statistics_digest(found),
+            "provenance": dict(found.provenance),
+        }
+        return Quantizer(made, compute_scales(made, found, alpha=alpha, progress=progress))
 
     return write_checkpoint(
         planned,
@@ -78,13 +89,7 @@ def quantize(
         allow_overflow=allow_overflow,
         progress=progress,
         quantizer=quantizer,
-        quantization={
-            "alpha": alpha if options.scheme.per_channel else None,
-            "statistics": {
-                "digest": statistics_digest(statistics),
-                "provenance": dict(statistics.provenance),
-            },
-        },
+        quantization=quantization,
     )
 
 

@@ -1,0 +1,161 @@
+"""The numbers of a quantization report. Immutable data; no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ALLOWED = {"fp8": 0.02, "int8_sq": 0.05, "int8_wo": 0.02, "int4_wo": 0.05}
+"""By format: how much of its perplexity a model may lose and still be called close."""
+
+
+def sqnr(relative: float) -> float:
+    """A relative error as a signal-to-quantization-noise ratio in decibels."""
+    if relative == 0:
+        return math.inf
+    return -20 * math.log10(relative) if relative < math.inf else -math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class LinearQuality:
+    """One linear of one layer, over all ranks.
+
+    What is compared are the factors of its product: for SmoothQuant they are the smoothed input
+    and the smoothed weight. An error is the root of the sum of squared differences over that of
+    the squared unquantized values.
+
+    Attributes:
+        layer: from 0.
+        linear: ``attention.qkv``, ``attention.dense``, ``mlp.fc`` or ``mlp.proj``.
+        weight: error of the weight.
+        activation: error of the input on the report's text; None where inputs are not quantized.
+        saturation: share of the input's values that lie beyond the ends of the scale; None where
+            inputs are not quantized.
+        outliers: of the input before smoothing, the largest of the channels' maxima over their
+            median; infinite if more than half of the channels are zero.
+    """
+
+    layer: int
+    linear: str
+    weight: float
+    activation: float | None
+    saturation: float | None
+    outliers: float
+
+    @property
+    def worst(self) -> float:
+        """The larger of the two errors."""
+        return max(self.weight, self.activation or 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class TextQuality:
+    """Both models on the report's text.
+
+    Attributes:
+        origin: where the text is from.
+        rows: how many samples.
+        tokens: how many tokens in all.
+        calibrated: whether the scales were calibrated on these samples too.
+        top1: share of positions with the same most likely next token.
+        kl: mean KL divergence (unquantized || quantized) in nats.
+        nll: mean negative log likelihood of the next token, of the quantized model.
+        unquantized_nll: the same of the unquantized one.
+    """
+
+    origin: str
+    rows: int
+    tokens: int
+    calibrated: bool
+    top1: float
+    kl: float
+    nll: float
+    unquantized_nll: float
+
+    @property
+    def perplexity(self) -> float:
+        """Of the quantized model."""
+        return _exp(self.nll)
+
+    @property
+    def unquantized_perplexity(self) -> float:
+        """Of the unquantized model."""
+        return _exp(self.unquantized_nll)
+
+    @property
+    def loss(self) -> float:
+        """By how much of itself the perplexity is higher; negative if it is lower."""
+        return _exp(self.nll - self.unquantized_nll) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """A quantized checkpoint against the unquantized one that ``convert`` would write.
+
+    Attributes:
+        checkpoint_dir: the quantized one.
+        family: name of the family.
+        qformat: its format.
+        kv_cache_dtype: of its KV cache, or None.
+        architecture: TensorRT-LLM's name.
+        dtype: of the checkpoint.
+        tp_size: ranks.
+        linears: in the order of the computation.
+        hidden: by layer, the mean over tokens of the hidden state's error behind it.
+        text: logits.
+        provenance: what it was measured with, by label.
+    """
+
+    checkpoint_dir: str
+    family: str
+    qformat: str
+    kv_cache_dtype: str | None
+    architecture: str
+    dtype: str
+    tp_size: int
+    linears: tuple[LinearQuality, ...]
+    hidden: tuple[float, ...]
+    text: TextQuality
+    provenance: tuple[tuple[str, str], ...]
+
+    @property
+    def close(self) -> bool:
+        """Whether perplexity is within what ``ALLOWED`` says of the format."""
+        return self.text.loss <= ALLOWED[self.qformat]
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        text = self.text
+        change = f"{text.loss:+.2%}" if math.isfinite(text.loss) else "far off"
+        word = "close to" if self.close else "not close to"
+        return (
+            f"{word} the unquantized model: perplexity {text.perplexity:.4g} instead of "
+            f"{text.unquantized_perplexity:.4g} ({change}; up to "
+            f"{ALLOWED[self.qformat]:.0%} is called close), the same next token at "
+            f"{text.top1:.1%} of {text.tokens:,} positions"
+        )
+
+    @property
+    def name(self) -> str:
+        """What people call the checkpoint."""
+        return Path(self.checkpoint_dir).name
+
+    @property
+    def scheme(self) -> str:
+        """Format and cache in a few words."""
+        cache = self.kv_cache_dtype
+        return self.qformat + (f" with an {cache} KV cache" if cache else "")
+
+    def worst_first(self) -> Sequence[LinearQuality]:
+        """The linears, that with the largest error of weight or input first."""
+        return sorted(self.linears, key=lambda one: -one.worst)
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

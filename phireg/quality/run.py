@@ -1,0 +1,174 @@
+"""Measuring a quantized checkpoint that was just written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phireg.backends.device import pick_device
+from phireg.calibration.run import describe
+from phireg.calibration.settings import Settings
+from phireg.errors import SourceError
+from phireg.executor import Blueprint, Executor, read_blueprint
+from phireg.executor.blueprint import parse_blueprint
+from phireg.executor.weights import open_ranks
+from phireg.jobs.plan import Planned
+from phireg.plan.model import Plan
+from phireg.quality.result import Quality, TextQuality
+from phireg.quality.text import Text, choose_text
+from phireg.quality.unquantized import rank_sources, unquantized_plan
+from phireg.quality.walk import walk
+from phireg.reference.build import quiet
+from phireg.text.tokenizer import find_tokenizer
+
+TOKENS = {"cpu": 512, "cuda": 2048}
+"""Tokens of a report at most, by kind of device."""
+
+CPU_BUDGET = 4e12
+"""Multiply-adds that a report may take on a CPU: about two minutes on a few cores."""
+
+FEWEST = 64
+"""Tokens below which nothing is measured unless somebody asks for it."""
+
+Progress = Callable[[int, int], None]
+
+
+def affordable(plan: Plan, device: torch.device) -> int:
+    """How many tokens both models can run in time; every weight is multiplied once with each."""
+    most = TOKENS[device.type]
+    if device.type == "cuda":
+        return most
+    weights = sum(
+        tensor.shape[0] * tensor.shape[1]
+        for tensor in plan.source.tensors.values()
+        if len(tensor.shape) > 1
+    )
+    return min(most, int(CPU_BUDGET / (2 * weights)))
+
+
+def measure(
+    planned: Planned,
+    checkpoint_dir: str | Path,
+    settings: Settings,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Quality:
+    """Hold a quantized checkpoint against what ``convert`` would have written.
+
+    Both run in float32 on the executor, which reads one layer of each at a time: the checkpoint's
+    from its files, the unquantized one's from the source.
+
+    Args:
+        planned: what the checkpoint was made by.
+        checkpoint_dir: the checkpoint.
+        settings: the data whose samples behind those of the calibration are run, and where.
+        provenance: of the statistics that it was made with, or None.
+        progress: told (how many more layers are done, how many there are).
+
+    Raises:
+        UsageError: no such device, or the samples make no sense.
+        SourceError: the source cannot be read, or has no tokenizer and the samples are text.
+        CheckError: the executor refuses the checkpoint.
+    """
+    device = pick_device(settings.device)
+    place = Path(checkpoint_dir)
+    blueprint = read_blueprint(place)
+    text = _text(planned, settings, provenance, blueprint, device)
+    plan = unquantized_plan(planned)
+    told = progress or (lambda more, total: None)
+    with plan.source.open() as reader:
+        ranks = range(blueprint.tp_size)
+        options: dict[str, Any] = {"device": device, "dtype": torch.float32, "offload": True}
+        plain = Executor(
+            parse_blueprint(dict(plan.config)), rank_sources(plan, reader), ranks, **options
+        )
+        quantized = Executor(blueprint, open_ranks(place, blueprint, ranks), ranks, **options)
+        layers = blueprint.num_layers
+        found = walk(plain, quantized, text.rows, lambda more: told(more, layers))
+    made = planned.plan.options
+    assert made.qformat is not None
+    return Quality(
+        str(checkpoint_dir),
+        plan.family,
+        made.qformat,
+        made.kv_cache_dtype,
+        blueprint.architecture,
+        made.dtype,
+        made.tp_size,
+        found.linears,
+        found.hidden,
+        TextQuality(
+            text.origin,
+            len(text.rows),
+            sum(map(len, text.rows)),
+            text.calibrated,
+            found.top1,
+            found.kl,
+            found.nll,
+            found.unquantized_nll,
+        ),
+        tuple(_provenance(planned, place, provenance, text, device)),
+    )
+
+
+def _text(
+    planned: Planned,
+    settings: Settings,
+    provenance: Mapping[str, Any] | None,
+    blueprint: Blueprint,
+    device: torch.device,
+) -> Text:
+    directory = planned.plan.source.directory
+    tokenizer = find_tokenizer(directory)
+
+    def encode(text: str) -> list[int]:
+        if tokenizer is None:
+            raise SourceError(
+                f"{directory} holds no tokenizer to measure with",
+                hint="copy the model's tokenizer files there, or give a --calib-file whose rows "
+                "have input_ids.",
+            )
+        return tokenizer.encode(text)
+
+    with quiet():
+        text = choose_text(
+            settings,
+            provenance,
+            encode,
+            tokens=max(affordable(planned.plan, device), FEWEST),
+            vocab_size=blueprint.vocab_size,
+            longest=blueprint.max_position_embeddings,
+        )
+    if not text.rows:
+        raise SourceError(
+            f"{text.origin}: no sample has two tokens or more, so nothing can be measured"
+        )
+    return text
+
+
+def _provenance(
+    planned: Planned,
+    place: Path,
+    provenance: Mapping[str, Any] | None,
+    text: Text,
+    device: torch.device,
+) -> list[tuple[str, str]]:
+    which = "calibrated on as well" if text.calibrated else "not calibrated on"
+    count, tokens = len(text.rows), sum(map(len, text.rows))
+    samples = f"{count} sample{'s' if count > 1 else ''}, {tokens} tokens, {which}"
+    rows = [
+        ("checkpoint", str(place.absolute())),
+        ("source", f"{planned.model_dir}, {len(planned.plan.source.files)} file(s)"),
+    ]
+    if provenance is not None:
+        rows.append(("calibration", describe(provenance).removeprefix("calibration: ")))
+        rows.append(("calibrated", str(provenance.get("date", "unknown"))))
+    return [
+        *rows,
+        ("text", f"{text.origin}: {samples}"),
+        ("computed", f"in float32 on {device}, torch {torch.__version__}"),
+    ]

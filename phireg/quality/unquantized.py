@@ -1,0 +1,44 @@
+"""The checkpoint that ``convert`` would write, read from the source as an executor asks for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import Tensor
+
+from phireg.checkpoint.jsonfile import read_json_object
+from phireg.checkpoint.source import Reader
+from phireg.config.hf import HFConfig
+from phireg.executor.weights import Source
+from phireg.jobs.plan import Planned
+from phireg.plan.build import build_plan
+from phireg.plan.model import Output, Plan
+from phireg.runner.cast import as_torch
+from phireg.verify.expected import expected_tensor
+
+
+def unquantized_plan(planned: Planned) -> Plan:
+    """The plan of the same conversion without quantization."""
+    plan = planned.plan
+    hf = HFConfig(read_json_object(plan.source.directory / "config.json"))
+    options = dataclasses.replace(plan.options, qformat=None, kv_cache_dtype=None)
+    return build_plan(planned.chosen.family, hf, plan.source, options)
+
+
+def rank_sources(plan: Plan, reader: Reader) -> list[Source]:
+    """For every rank a function from a tensor's name to the tensor, as the plan would write it."""
+    ranks: list[dict[str, Output]] = [{} for _ in range(plan.options.tp_size)]
+    for output in plan.outputs:
+        ranks[output.rank][output.name] = output
+    return [_source(plan, outputs, reader) for outputs in ranks]
+
+
+def _source(plan: Plan, outputs: dict[str, Output], reader: Reader) -> Callable[[str], Tensor]:
+    def read(name: str) -> Tensor:
+        output = outputs[name]
+        bits = expected_tensor(plan, output, reader)
+        tensor: Tensor = as_torch(bits, output.dtype)
+        return tensor.reshape(output.shape)
+
+    return read
