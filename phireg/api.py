@@ -38,7 +38,7 @@ from phireg.errors import SourceError
 from phireg.family import Family, PublishedModel
 from phireg.findings import Severity
 from phireg.hookspecs import hookimpl
-from phireg.layout.rules import Linear, Norm, Policy, Rule, Rules, Table, one_of
+from phireg.layout.rules import Experts, Linear, Norm, Policy, Rule, Rules, Table, one_of
 from phireg.layout.spans import Axis, LayoutError
 from phireg.layout.words import (
     columns,
@@ -101,6 +101,7 @@ __all__ = [
     "Rules",
     "Rule",
     "Linear",
+    "Experts",
     "Norm",
     "Table",
     "one_of",

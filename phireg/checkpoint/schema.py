@@ -33,20 +33,44 @@ class _Model:
 
     post_layernorm: bool
     norm_bias: bool
-    linear_bias: bool
+    attention_bias: bool
+    mlp_bias: bool
     head_bias: bool
     fused_gate: bool
 
 
 _MODELS = {
     "PhiForCausalLM": _Model(
-        post_layernorm=False, norm_bias=True, linear_bias=True, head_bias=True, fused_gate=False
+        post_layernorm=False,
+        norm_bias=True,
+        attention_bias=True,
+        mlp_bias=True,
+        head_bias=True,
+        fused_gate=False,
     ),
     "Phi3ForCausalLM": _Model(
-        post_layernorm=True, norm_bias=False, linear_bias=False, head_bias=False, fused_gate=True
+        post_layernorm=True,
+        norm_bias=False,
+        attention_bias=False,
+        mlp_bias=False,
+        head_bias=False,
+        fused_gate=True,
     ),
     "Phi3SmallForCausalLM": _Model(
-        post_layernorm=True, norm_bias=True, linear_bias=True, head_bias=False, fused_gate=True
+        post_layernorm=True,
+        norm_bias=True,
+        attention_bias=True,
+        mlp_bias=True,
+        head_bias=False,
+        fused_gate=True,
+    ),
+    "PhiMoEForCausalLM": _Model(
+        post_layernorm=True,
+        norm_bias=True,
+        attention_bias=True,
+        mlp_bias=False,
+        head_bias=True,
+        fused_gate=True,
     ),
 }
 
@@ -57,6 +81,10 @@ def required_tensors(config: Mapping[str, Any], tp_size: int) -> Tensors | None:
     Quantized linears follow TensorRT-LLM's FP8Linear and SmoothQuantLinear: scales are parameters,
     so all of them must be there. With a list of ``exclude_modules`` the linears it names keep the
     checkpoint's dtype; ``lm_head`` always does.
+
+    A config with ``moe`` has experts in the place of the MLP: one tensor for all experts of a rank,
+    [experts, rows, columns], and a float32 router that is whole on every rank. Ranks divide each
+    expert unless ``mapping`` has a ``moe_ep_size``, which shares the experts out.
 
     Args:
         config: the checkpoint's config.json, with a ``quant_algo`` out of :data:`KNOWN`.
@@ -111,19 +139,34 @@ def required_tensors(config: Mapping[str, Any], tp_size: int) -> Tensors | None:
             f"{layer}.attention.qkv",
             (heads + 2 * kv_heads) * size,
             hidden,
-            bias=model.linear_bias,
+            bias=model.attention_bias,
         )
         if quantization.get("kv_cache_quant_algo"):
             tensors[f"{layer}.attention.kv_cache_scaling_factor"] = ("F32", (1,))
-        linear(f"{layer}.attention.dense", hidden, heads * size, bias=model.linear_bias)
+        linear(f"{layer}.attention.dense", hidden, heads * size, bias=model.attention_bias)
         if model.post_layernorm:
             norm(f"{layer}.post_layernorm")
+        if moe := config.get("moe"):
+            tensors |= _experts(f"{layer}.mlp", config, moe["num_experts"], tp_size, code)
+            continue
         rows = 2 * inner if model.fused_gate else inner
-        linear(f"{layer}.mlp.fc", rows, hidden, bias=model.linear_bias)
-        linear(f"{layer}.mlp.proj", hidden, inner, bias=model.linear_bias)
+        linear(f"{layer}.mlp.fc", rows, hidden, bias=model.mlp_bias)
+        linear(f"{layer}.mlp.proj", hidden, inner, bias=model.mlp_bias)
     norm("transformer.ln_f")
     linear("lm_head", share(vocab), hidden, bias=model.head_bias)
     return tensors
+
+
+def _experts(mlp: str, config: Mapping[str, Any], experts: int, tp_size: int, code: str) -> Tensors:
+    """What a rank holds of the experts: TensorRT-LLM's MixtureOfExperts with a gated activation."""
+    ep_size = (config.get("mapping") or {}).get("moe_ep_size", 1)
+    hidden, own = config["hidden_size"], -(-experts // ep_size)
+    inner = -(-config["intermediate_size"] // max(1, tp_size // ep_size))
+    return {
+        f"{mlp}.router.weight": ("F32", (experts, hidden)),
+        f"{mlp}.fc.weight": (code, (own, 2 * inner, hidden)),
+        f"{mlp}.proj.weight": (code, (own, hidden, inner)),
+    }
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -185,6 +185,7 @@ def _manifest(planned: Planned, directory: Path, streamed: Streamed) -> dict[str
         "options": {
             "dtype": made.options.dtype,
             "tp_size": made.options.tp_size,
+            "moe_ep_size": made.options.ranks.moe_ep_size,
             "weight_only": made.options.weight_only,
             "qformat": made.options.qformat,
             "kv_cache_dtype": made.options.kv_cache_dtype,

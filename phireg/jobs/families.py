@@ -10,8 +10,8 @@ from phireg import registry
 from phireg.config.hf import HFConfig
 from phireg.errors import PluginError
 from phireg.family import Family
+from phireg.layout.ranks import tp_sizes
 from phireg.layout.spans import LayoutError
-from phireg.plan.build import tp_sizes
 from phireg.registry import Candidate
 
 

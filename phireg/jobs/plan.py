@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def plan(
     weight_only: str | None = None,
     qformat: str | None = None,
     kv_cache_dtype: str | None = None,
+    moe_tp_size: int | None = None,
+    moe_ep_size: int | None = None,
 ) -> Planned:
     """Plan a conversion or quantization from config.json and file headers alone.
 
@@ -59,6 +62,9 @@ def plan(
             ``qformat`` ``int8_wo`` or ``int4_wo``.
         qformat: ``fp8``, ``int8_sq``, ``int8_wo`` or ``int4_wo``.
         kv_cache_dtype: ``fp8`` or ``int8`` for a quantized KV cache, beside a ``qformat``.
+        moe_tp_size: over how many ranks each expert of a mixture is divided.
+        moe_ep_size: over how many ranks the experts are shared out. The product of both is
+            ``tp_size``; without them every expert is divided over all ranks.
 
     Raises:
         UsageError: an option has a value that makes no sense.
@@ -67,6 +73,8 @@ def plan(
     """
     qformat = _qformat(qformat, weight_only, kv_cache_dtype)
     options = _options(dtype, tp_size, pp_size, qformat, kv_cache_dtype)
+    shared = _moe_ep_size(tp_size, moe_tp_size, moe_ep_size)
+    options = dataclasses.replace(options, moe_ep_size=shared)
     directory, commit = resolve_model_dir(str(model_dir), revision)
     if directory.is_dir() and not (directory / "config.json").exists():
         open_source(directory)  # may know better what this directory is
@@ -151,6 +159,25 @@ def _qformat(qformat: str | None, weight_only: str | None, cache: str | None) ->
             hint=f"choose one of {', '.join(SCHEMES)}.",
         )
     return qformat
+
+
+def _moe_ep_size(tp_size: int, moe_tp_size: int | None, moe_ep_size: int | None) -> int | None:
+    """The number of ranks that share the experts out; None if nobody spoke of experts."""
+    if moe_tp_size is None and moe_ep_size is None:
+        return None
+    for size in (moe_tp_size, moe_ep_size):
+        if size is not None and (size < 1 or tp_size % size):
+            raise UsageError(
+                f"experts cannot be spread over {size} of {tp_size} ranks",
+                hint="moe tp size times moe ep size is the tp size.",
+            )
+    shared = moe_ep_size or tp_size // (moe_tp_size or 1)
+    if moe_tp_size is not None and moe_tp_size * shared != tp_size:
+        raise UsageError(
+            f"moe tp size {moe_tp_size} times moe ep size {shared} is not the tp size {tp_size}",
+            hint="leave one of them out.",
+        )
+    return shared
 
 
 def _options(

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import enum
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
 from phireg.layout.spans import Axis, LayoutError
-from phireg.layout.words import columns
+from phireg.layout.words import columns, stack
 
 
 class Policy(enum.Enum):
@@ -53,6 +53,9 @@ class Rule:
         cols: index map of the input axis, or None for a module with one axis (a norm).
         policy: how it is sharded.
         where: file and line that made the rule, for error messages.
+        dtype: safetensors code of the module whatever the checkpoint's dtype is, or None for that.
+        experts: number of experts whose linears are stacked in it, one after the other in the row
+            maps; their parts are sharded expert by expert. 0 for any other module.
     """
 
     target: str
@@ -61,6 +64,8 @@ class Rule:
     cols: Axis | None
     policy: Policy
     where: str = field(compare=False)
+    dtype: str | None = None
+    experts: int = 0
 
     @property
     def tensors(self) -> dict[str, tuple[Axis, ...]]:
@@ -79,13 +84,31 @@ def Linear(  # noqa: N802
     policy: Policy,
     *,
     bias: bool | Axis | OneOf = False,
+    float32: bool = False,
 ) -> Rule:
     """A linear layer: ``weight`` [rows, cols] and, with ``bias``, ``bias`` [rows].
 
     The bias comes from the modules the weight comes from, unless ``bias`` says other ones (a tied
-    head has the embedding's weight and its own bias).
+    head has the embedding's weight and its own bias). With ``float32`` it has that dtype whatever
+    the checkpoint's is (the router of a mixture of experts).
     """
-    return _rule(target, rows, cols, policy, bias)
+    rule = _rule(target, rows, cols, policy, bias)
+    return replace(rule, dtype="F32") if float32 else rule
+
+
+def Experts(  # noqa: N802
+    target: str, rows: Sequence[Axis], cols: int | Axis, policy: Policy
+) -> Rule:
+    """The same linear of every expert, stacked: ``weight`` [experts, rows, cols].
+
+    ``rows`` has one axis per expert, all with the same parts. Ranks may share the experts out
+    (expert parallelism), and divide each of them as ``policy`` says (tensor parallelism); the
+    policy must be COLUMN or ROW.
+
+    Raises:
+        LayoutError: there are no experts, or they differ in their parts.
+    """
+    return replace(_rule(target, stack(rows), cols, policy, False), experts=len(rows))
 
 
 def Norm(target: str, rows: Axis | OneOf, *, bias: bool = False) -> Rule:  # noqa: N802

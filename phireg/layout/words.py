@@ -7,7 +7,7 @@ headers of the source files.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from phireg.layout.spans import Axis, LayoutError, Part, Span, take
@@ -134,6 +134,23 @@ def replicable(axis: Axis, *names: str) -> Axis:
     )
 
 
+def stack(axes: Sequence[Axis]) -> Axis:
+    """The parts of all ``axes``, one axis after the other.
+
+    Raises:
+        LayoutError: there is none, or two differ in the names, lengths or units of their parts.
+    """
+    if not axes:
+        raise LayoutError("a stack of nothing has no rows")
+    for axis in axes[1:]:
+        if _form(axis) != _form(axes[0]):
+            raise LayoutError(
+                f"{_names(axis)} and {_names(axes[0])} cannot be stacked: they have "
+                f"parts {_form(axis)} and {_form(axes[0])}"
+            )
+    return Axis(tuple(part for axis in axes for part in axis.parts), _sources(*axes))
+
+
 def columns(count: int, *, unit: int = 1) -> Axis:
     """The input features of a linear, in order: ``count`` of them, ``unit`` inseparable."""
     return src(OWN_COLUMNS, count, unit=unit)
@@ -150,6 +167,10 @@ def _sources(*axes: Axis) -> tuple[tuple[str, int], ...]:
             if merged.setdefault(name, rows) != rows:
                 raise LayoutError(f"{name} cannot have both {merged[name]} and {rows} rows")
     return tuple(merged.items())
+
+
+def _form(axis: Axis) -> list[tuple[str, int, int]]:
+    return [(part.name, part.length, part.unit) for part in axis.parts]
 
 
 def _unit(unit: int, axis: Axis) -> int:

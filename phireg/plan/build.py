@@ -12,15 +12,9 @@ from phireg.checkpoint.schema import required_tensors
 from phireg.checkpoint.source import Source
 from phireg.config.hf import HFConfig
 from phireg.findings import Finding, Severity
-from phireg.layout.rules import Policy, Rule, Rules
-from phireg.layout.spans import (
-    Axis,
-    LayoutError,
-    Span,
-    check_partition,
-    possible_ranks,
-    shard,
-)
+from phireg.layout.ranks import held, tp_sizes, undivided
+from phireg.layout.rules import Rule, Rules
+from phireg.layout.spans import Axis, LayoutError, Span, check_partition
 from phireg.layout.words import OWN_COLUMNS
 from phireg.plan.model import DTYPES, Options, Output, Plan
 from phireg.plan.quantized import Quantization
@@ -29,9 +23,6 @@ from phireg.quant.companions import axes_of
 
 if TYPE_CHECKING:
     from phireg.family import Family
-
-MOST_RANKS = 64
-"""TP sizes up to this one are tried when a size does not work."""
 
 
 def build_plan(family: Family, hf: HFConfig, source: Source, options: Options) -> Plan:
@@ -132,12 +123,16 @@ class _Builder:
         """
         if scheme := self.options.scheme:
             self.quantization.rules = self.family.quant_rules(fields, scheme.quant_algo)
-        ranks = self.options.tp_size
+        ranks = self.options.ranks
+        mapping = {"world_size": ranks.tp_size, "tp_size": ranks.tp_size, "pp_size": 1}
+        if ranks.moe_ep_size > 1:
+            # Every reader that knows experts knows these; without them it divides each expert.
+            mapping |= {"moe_tp_size": ranks.moe_tp_size, "moe_ep_size": ranks.moe_ep_size}
         return {
             "architecture": fields.get("architecture"),
             "dtype": dtype,
             **{key: value for key, value in fields.items() if key != "architecture"},
-            "mapping": {"world_size": ranks, "tp_size": ranks, "pp_size": 1},
+            "mapping": mapping,
             "quantization": self.quantization.config(),
         }
 
@@ -154,7 +149,7 @@ class _Builder:
                 self.check_sources(rule, companion, rows, wanted)
                 weight = companion == "weight"
                 kind = self.quantization.weight_code(rule) if weight else code
-                made += self.shards(rule, companion, rows, kind)
+                made += self.shards(rule, companion, rows, rule.dtype or kind)
             if rule.cols is not None:
                 for problem in check_partition(
                     {rule.target: rule.cols}, {OWN_COLUMNS: rule.cols.length}
@@ -227,15 +222,12 @@ class _Builder:
         shape: tuple[int, ...] | None = None,
     ) -> Iterator[Output]:
         """A companion of every rank, cut along those of its axes along which the module is cut."""
-        tp_size = self.options.tp_size
+        ranks = self.options.ranks
         follows = axes_of(companion, shape, rows.length)
         cols = rule.cols if "cols" in follows else None
-        for rank in range(tp_size):
+        for rank in range(ranks.tp_size):
             try:
-                rank_rows = shard(rows, tp_size, rank) if rule.policy is Policy.COLUMN else rows
-                rank_cols = (
-                    shard(cols, tp_size, rank) if cols and rule.policy is Policy.ROW else cols
-                )
+                rank_rows, rank_cols = held(rule, rows, cols, ranks, rank)
             except LayoutError:
                 return  # check_ranks has said so
             own = f"{rule.target}.{companion}"
@@ -245,6 +237,8 @@ class _Builder:
                     for span in rank_rows.spans
                 )
                 sizes = (rank_rows.length, *(() if rank_cols is None else (rank_cols.length,)))
+                if experts := rule.experts // ranks.moe_ep_size:
+                    sizes = (experts, sizes[0] // experts, *sizes[1:])
             elif rank_cols is not None:
                 spans = tuple(dataclasses.replace(span, source=own) for span in rank_cols.spans)
                 sizes = (rank_cols.length,)
@@ -262,21 +256,34 @@ class _Builder:
 
     def check_ranks(self, rules: Rules) -> None:
         """Every part must be divisible; the sizes that work for all of them are named."""
-        tp_size = self.options.tp_size
-        cut = [(rule, part) for rule in rules.values() for part in _cut_parts(rule)]
-        if all(possible_ranks(part, tp_size) for _, part in cut):
+        ranks = self.options.ranks
+        mixtures = [rule for rule in rules.values() if rule.experts]
+        if self.options.moe_ep_size is not None and not mixtures:
+            self.error(
+                "sharding", self.family.name, "has no experts that ranks could divide or share out"
+            )
             return
-        works = ", ".join(map(str, tp_sizes(rules)))
-        for rule, part in cut:
-            if not possible_ranks(part, tp_size):
-                unit = f"units of {part.unit}" if part.unit > 1 else "rows"
+        for rule in mixtures:
+            if rule.experts % ranks.moe_ep_size:
                 self.error(
                     "sharding",
                     rule.target,
-                    f"part '{part.name}': {part.length // part.unit} {unit} cannot be divided "
-                    f"over {tp_size} ranks; tp sizes that work: {works}",
+                    f"{rule.experts} experts cannot be shared out over {ranks.moe_ep_size} ranks",
                     rule.where,
                 )
+                return
+        found = list(undivided(rules, ranks))
+        works = ", ".join(map(str, tp_sizes(rules, ranks.moe_ep_size))) if found else ""
+        for rule, part in found:
+            unit = f"units of {part.unit}" if part.unit > 1 else "rows"
+            over = ranks.moe_tp_size if rule.experts else ranks.tp_size
+            self.error(
+                "sharding",
+                rule.target,
+                f"part '{part.name}': {part.length // part.unit} {unit} cannot be divided "
+                f"over {over} ranks; tp sizes that work: {works}",
+                rule.where,
+            )
 
     def check_uses(self, owners: Mapping[str, Mapping[str, Axis]], rules: Rules) -> None:
         for companion, axes in owners.items():
@@ -326,21 +333,9 @@ class _Builder:
             self.error("schema", name, "is made by a rule, and the reader does not know it")
 
 
-def tp_sizes(rules: Rules) -> list[int]:
-    """Numbers of ranks, up to :data:`MOST_RANKS`, over which all modules can be divided."""
-    parts = {part for rule in rules.values() for part in _cut_parts(rule)}
-    return [n for n in range(1, MOST_RANKS + 1) if all(possible_ranks(p, n) for p in parts)]
-
-
 def _columns_of(rule: Rule, companion: str, rows: Axis) -> Axis | None:
     """The input axis of a companion, if it lives on it."""
     return rule.cols if "cols" in axes_of(companion, None, rows.length) else None
-
-
-def _cut_parts(rule: Rule) -> tuple[Any, ...]:
-    if rule.policy is Policy.COLUMN:
-        return rule.weight[0].parts
-    return rule.cols.parts if rule.policy is Policy.ROW and rule.cols else ()
 
 
 def _kept(cols: Axis | None) -> tuple[Span, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from phireg.checkpoint.header import ITEMSIZE
 from phireg.checkpoint.schema import DTYPES as DTYPES
 from phireg.checkpoint.source import Source, SourceTensor
 from phireg.findings import Finding, Severity
+from phireg.layout.ranks import Ranks
 from phireg.layout.spans import Span
 from phireg.quant.schemes import SCHEMES, Scheme
 
@@ -30,12 +32,20 @@ class Options:
         tp_size: number of tensor-parallel ranks.
         qformat: a key of ``phireg.quant.schemes.SCHEMES``, or None.
         kv_cache_dtype: a key of ``phireg.quant.schemes.KV_CACHES``, or None.
+        moe_ep_size: over how many ranks the experts of a mixture are shared out; None if nothing
+            was said about it, which means 1.
     """
 
     dtype: str = "auto"
     tp_size: int = 1
     qformat: str | None = None
     kv_cache_dtype: str | None = None
+    moe_ep_size: int | None = None
+
+    @property
+    def ranks(self) -> Ranks:
+        """How modules are divided."""
+        return Ranks(self.tp_size, self.moe_ep_size or 1)
 
     @property
     def scheme(self) -> Scheme | None:
@@ -65,10 +75,10 @@ class Output:
         rank: the file, ``rank{rank}.safetensors``.
         name: tensor name.
         dtype: safetensors code.
-        shape: its shape.
+        shape: its shape; [experts, rows, columns] for the stacked linears of experts.
         offset: absolute byte offset in the file.
         rows: where its rows come from: spans over source *tensors*, in order; those of a scale
-            over the plan's ``scales``.
+            over the plan's ``scales``. Stacked linears follow each other.
         columns: which source columns a row keeps, in order; None for all, or for one axis.
     """
 
@@ -79,6 +89,13 @@ class Output:
     offset: int
     rows: tuple[Span, ...]
     columns: tuple[Span, ...] | None
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """All its rows and their length; a tensor with one axis has rows of one element."""
+        if len(self.shape) < 2:
+            return self.shape[0], 1
+        return math.prod(self.shape[:-1]), self.shape[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,12 +211,13 @@ class Plan:
     @property
     def casts(self) -> int:
         """Source tensors whose values change dtype."""
-        wanted = DTYPES.get(self.options.dtype)
-        return sum(
-            1
-            for name in {s.source for o in self.outputs for s in o.rows if s.source is not None}
-            if name not in self.scales and self.source.tensors[name].dtype != wanted
-        )
+        read = {
+            (span.source, carried_code(output, DTYPES[self.options.dtype]))
+            for output in self.outputs
+            for span in output.rows
+            if span.source is not None and span.source not in self.scales
+        }
+        return len({name for name, code in read if self.source.tensors[name].dtype != code})
 
     def buffer_bytes(self, workers: int) -> int:
         """Upper bound of the memory a run holds in buffers.
@@ -215,6 +233,16 @@ class Plan:
         copies = 8 if self.linears else 4
         scales = sum(scale.nbytes for scale in self.scales.values())
         return workers * copies * max(BLOCK_BYTES, longest) + scales
+
+
+def carried_code(output: Output, code: str) -> str:
+    """The dtype that source values of an output are cast to, before they may be quantized.
+
+    Args:
+        output: the tensor they are for.
+        code: of the checkpoint's dtype.
+    """
+    return output.dtype if output.dtype in DTYPES.values() else code
 
 
 def row_bytes(tensor: SourceTensor) -> int:

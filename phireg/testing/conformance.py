@@ -156,6 +156,8 @@ class FamilyConformance:
             }
             for output in plan.outputs:
                 tensor, row = ranks[output.rank][output.name], 0
+                if tensor.ndim > 2:  # the rows of all experts
+                    tensor = tensor.reshape(output.matrix)
                 for span in output.rows:
                     block = tensor[row : row + span.count]
                     row += span.count

@@ -93,9 +93,9 @@ class AddressBook:
             got: its addresses.
             expected: those it should have.
         """
+        got, expected = (rows_of(array) for array in (got, expected))
         if got.shape != expected.shape:
             return f"{name} is {list(got.shape)}, expected {list(expected.shape)}"
-        got, expected = (array.reshape(len(array), -1) for array in (got, expected))
         wrong = got != expected
         if not wrong.any():
             return None
@@ -114,6 +114,11 @@ class AddressBook:
             f"row {row} of {name} came from {found}, expected {short} "
             f"({rows} of {len(got)} rows are wrong)"
         )
+
+
+def rows_of(array: Addresses) -> Addresses:
+    """A tensor as rows: stacked linears follow each other, a vector has rows of one element."""
+    return array.reshape(-1, array.shape[-1] if array.ndim > 1 else 1)
 
 
 def read_addresses(path: Path) -> dict[str, Addresses]:

@@ -193,6 +193,16 @@ def _sources_of(rule: Rule, model: TinyModel) -> list[str]:
 
 def _orders(rule: Rule, made: Tensors, heads: Heads) -> Iterator[tuple[str, Tensors]]:
     """The rule's tensors with their rows in the order they had without a known mistake."""
+    if not rule.experts:
+        yield from _row_orders(rule, made, heads)
+        return
+    # With the experts behind the rows, what is done to the rows is done to those of each expert.
+    name = f"{rule.target}.weight"
+    for text, changed in _row_orders(rule, {name: made[name].swapaxes(0, 1)}, heads):
+        yield text, {name: np.ascontiguousarray(changed[name].swapaxes(0, 1))}
+
+
+def _row_orders(rule: Rule, made: Tensors, heads: Heads) -> Iterator[tuple[str, Tensors]]:
     names = [n for n in (f"{rule.target}.weight", f"{rule.target}.bias") if n in made]
     rows = len(made[names[0]])
     index = np.arange(rows, dtype=np.uint32)[:, None]

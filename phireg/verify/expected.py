@@ -25,8 +25,7 @@ def kept_columns(block: Bits, output: Output) -> Bits:
 
 def expected_tensor(plan: Plan, output: Output, reader: Reader) -> Bits:
     """The whole output as the plan makes it, [rows, columns] (one column for a vector)."""
-    columns = output.shape[1] if len(output.shape) > 1 else 1
-    made = np.zeros((output.shape[0], columns), BITS[output.dtype])
+    made = np.zeros(output.matrix, BITS[output.dtype])
     position = 0
     for span in output.rows:
         if span.source is not None:
@@ -92,9 +91,8 @@ class RankFiles:
 
     def tensor(self, output: Output) -> Bits:
         """A whole tensor, [rows, columns] (one column for a vector)."""
-        rows = output.shape[0]
         size = int(np.prod(output.shape))
-        return self.read(output.rank, output.name, 0, size).reshape(rows, -1)
+        return self.read(output.rank, output.name, 0, size).reshape(output.matrix)
 
 
 def tensors_of(files: RankFiles) -> list[Mapping[str, tuple[str, tuple[int, ...]]]]:

@@ -18,7 +18,9 @@ NESTED = {
 }  # fmt: skip
 """Keys that some release accepts inside a block; any other one makes every release raise."""
 
-_ARCHITECTURES = ("PhiForCausalLM", "Phi3ForCausalLM", "Phi3SmallForCausalLM")
+_ARCHITECTURES = (
+    "PhiForCausalLM", "Phi3ForCausalLM", "Phi3SmallForCausalLM", "PhiMoEForCausalLM",
+)  # fmt: skip
 _COMMON = (
     "dtype", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
     "intermediate_size", "max_position_embeddings", "hidden_act", "position_embedding_type",
@@ -29,6 +31,7 @@ _SMALL = (
     "dense_attention_every_n_layers", "blocksparse_block_size", "blocksparse_homo_head_pattern",
     "blocksparse_num_local_blocks", "blocksparse_vertical_stride",
 )  # fmt: skip
+_MOE = ("num_key_value_heads", "rotary_base", "moe")
 _LONG = (
     "longrope_scaling_short_factors",
     "longrope_scaling_long_factors",
@@ -53,12 +56,14 @@ def required_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
     if config.get("architecture") not in _ARCHITECTURES:
         return ()
     small = config["architecture"] == "Phi3SmallForCausalLM"
+    moe = config["architecture"] == "PhiMoEForCausalLM"
     long = config.get("position_embedding_type") == "long_rope" or _LONG[0] in config
     return (
         *_COMMON,
         *((*_SMALL, "gegelu_limit") if small else ()),
+        *(_MOE if moe else ()),
         *(_LONG if long else ()),
-        *(_MSCALES if long and small else ()),
+        *(_MSCALES if long and (small or moe) else ()),
     )
 
 

@@ -96,8 +96,11 @@ def _look(
 def _rows(plan: Plan, reader: Reader) -> Callable[[Output, int | None], Bits]:
     def read(output: Output, count: int | None) -> Bits:
         if count is not None:
-            shape = (min(count, output.shape[0]), *output.shape[1:])
-            output = dataclasses.replace(output, shape=shape, rows=take(output.rows, 0, shape[0]))
+            rows, columns = output.matrix
+            rows = min(count, rows)
+            output = dataclasses.replace(
+                output, shape=(rows, columns), rows=take(output.rows, 0, rows)
+            )
         return expected_tensor(plan, output, reader)
 
     return read

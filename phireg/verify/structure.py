@@ -57,7 +57,7 @@ def _findings(
         return
     try:
         required = required_tensors(with_defaults(config), len(ranks))
-    except (KeyError, TypeError) as problem:
+    except (KeyError, TypeError, ZeroDivisionError) as problem:
         if not found:
             yield "config.json", f"{problem} is missing or of the wrong type", False
         return
@@ -91,6 +91,9 @@ def _config(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"mapping.pp_size is {pp}; no Phi model of the reader has pipeline stages"
         elif tp != world:
             yield f"mapping.tp_size is {tp} and world_size {world}"
+        moe_tp, moe_ep = (mapping.get(key) for key in ("moe_tp_size", "moe_ep_size"))
+        if moe_ep is not None and not (moe_tp and moe_ep and moe_tp * moe_ep == tp):
+            yield f"mapping.moe_tp_size {moe_tp} times moe_ep_size {moe_ep} is not tp_size {tp}"
 
 
 def _tensors(tensors: Tensors, required: Tensors) -> Iterator[tuple[str, str, bool]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from phireg.checkpoint.source import Reader, SourceTensor
-from phireg.plan.model import BLOCK_BYTES, Output, Plan, Step, Task, row_bytes
+from phireg.plan.model import BLOCK_BYTES, Output, Plan, Step, Task, Write, row_bytes
 from phireg.runner.cast import BITS, Bits, cast, one_thread_each
 from phireg.verify.expected import RankFiles, kept_columns
 
@@ -68,23 +68,24 @@ def _compare(
 ) -> list[Difference]:
     wrong: dict[int, Difference] = {}
     for step in task.steps:
-        writes = [write for write in step.writes if there[write.output]]
-        if not writes:
-            continue
-        dtype = plan.outputs[writes[0].output].dtype
-        for done, block in _blocks(step, reader, dtype):
-            for write in writes:
-                output = plan.outputs[write.output]
-                columns = output.shape[1] if len(output.shape) > 1 else 1
-                wanted = (
-                    np.zeros((len(block), columns), BITS[dtype])
-                    if step.source is None
-                    else kept_columns(block, output)
-                )
-                row = write.row + done
-                got = files.read(output.rank, output.name, row * columns, wanted.size)
-                tell(got.nbytes)
-                _note(wrong, write.output, output, row, wanted, got.reshape(wanted.shape))
+        by_dtype: dict[str, list[Write]] = {}
+        for write in step.writes:
+            if there[write.output]:
+                by_dtype.setdefault(plan.outputs[write.output].dtype, []).append(write)
+        for dtype, writes in by_dtype.items():
+            for done, block in _blocks(step, reader, dtype):
+                for write in writes:
+                    output = plan.outputs[write.output]
+                    columns = output.matrix[1]
+                    wanted = (
+                        np.zeros((len(block), columns), BITS[dtype])
+                        if step.source is None
+                        else kept_columns(block, output)
+                    )
+                    row = write.row + done
+                    got = files.read(output.rank, output.name, row * columns, wanted.size)
+                    tell(got.nbytes)
+                    _note(wrong, write.output, output, row, wanted, got.reshape(wanted.shape))
     return list(wrong.values())
 
 

@@ -263,10 +263,8 @@ def test_a_derived_family_goes_before_its_bases(plugin):
     """A package for one model of a known architecture does not make auto ambiguous."""
     plugin("acme_a", "FAMILY = make('a')")
     plugin("acme_b", "from acme_a import FAMILY as A\nFAMILY = A.derive('b')")
-    plugin(
-        "acme_c",
-        "from acme_b import FAMILY as B\nFAMILY = B.derive('c', tell_apart=lambda hf: hf.get('told'))",
-    )
+    told = "tell_apart=lambda hf: hf.get('told')"
+    plugin("acme_c", f"from acme_b import FAMILY as B\nFAMILY = B.derive('c', {told})")
     offers = [offer(n, f"acme_{n}:FAMILY") for n in "abc"]
     assert choose(ACME, *offers).family.name == "c"
     assert choose(ACME, *reversed(offers)).family.name == "c"
