@@ -83,6 +83,9 @@ RULES = {
             *("transformers", "tensorrt_llm", "mpi4py"),
         ),
     ),
+    "phireg.postprocess": Rule(
+        (LAYOUT, CHECKPOINT, PLAN, QUANT, ERRORS, "numpy", "xxhash"), typing=("phireg.family",)
+    ),
     "phireg.jobs": Rule(("phireg",), lazily=("torch",), never=("phireg.cli",)),
     "phireg.demo": Rule(("phireg",), lazily=("torch",), never=("phireg.cli", "phireg_plugins")),
     "phireg.scaffold": Rule(

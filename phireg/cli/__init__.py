@@ -35,6 +35,7 @@ Exit codes:
         "build",
         "run",
         "summarize",
+        "postprocess",
         "families",
         "plugins",
         "doctor",

@@ -16,6 +16,13 @@ from phireg.jobs.explain import explain
 from phireg.jobs.families import FamilyInfo, families
 from phireg.jobs.inspect import Inspection, inspect
 from phireg.jobs.plan import Planned, plan
+from phireg.jobs.postprocess import (
+    Postprocessed,
+    RowOrder,
+    postprocess,
+    postprocess_bytes,
+    row_order,
+)
 from phireg.jobs.quantize import quantize, quantize_bytes
 from phireg.jobs.verify import verify
 from phireg.trtllm.command import BuildOptions
@@ -30,6 +37,8 @@ __all__ = [
     "Inspection",
     "PhiregError",
     "Planned",
+    "Postprocessed",
+    "RowOrder",
     "build",
     "calibrate",
     "convert",
@@ -39,7 +48,10 @@ __all__ = [
     "plan",
     "plan_build",
     "plan_empty_build",
+    "postprocess",
+    "postprocess_bytes",
     "quantize",
     "quantize_bytes",
+    "row_order",
     "verify",
 ]
