@@ -137,12 +137,13 @@ def _settle_activations(name: str, inputs: list[Tensor]) -> None:
             settle(x)
 
 
-@torch.library.custom_op("phireg::settle", mutates_args={"x"})
-def settle(x: Tensor) -> None:
-    """Nothing at run time; to the compiler a change of ``x``, before which it must be in memory."""
+def _nothing(x: Tensor) -> None:
+    """What the compiler may not look into."""
 
 
-settle.register_fake(lambda x: None)
+# To the compiler a change of its argument, which must be in memory before; at run time nothing.
+settle = torch.library.custom_op("phireg::settle", _nothing, mutates_args={"x"})
+settle.register_fake(_nothing)
 
 
 @functools.cache
