@@ -20,13 +20,29 @@ import numpy as np
 import xxhash
 
 from phireg.checkpoint.source import Reader, SourceTensor
-from phireg.plan.model import BLOCK_BYTES, DTYPES, Output, Plan, Step, Task, row_bytes
+from phireg.plan.model import (
+    BLOCK_BYTES,
+    DTYPES,
+    Output,
+    Plan,
+    Step,
+    Task,
+    Write,
+    carried_code,
+    row_bytes,
+)
 from phireg.runner.cast import BITS, NO_LOSS, Bits, Loss, cast, one_thread_each
 
 _Result = TypeVar("_Result")
 
-WORKERS = 2
-"""More do not help: one core can hash and cast while another's copy is in the kernel."""
+def workers_for(plan: Plan) -> int:
+    """Threads for a run of ``plan``.
+
+    Bytes that are only moved need two: one is hashed while another's copy is in the kernel.
+    Arithmetic takes the cores that there are, as far as a disk can follow.
+    """
+    return max(2, min(8, os.cpu_count() or 1)) if plan.casts or plan.scales else 2
+
 
 Progress = Callable[[int], None]
 """Told how many more output bytes have been written; called from worker threads."""
@@ -80,7 +96,7 @@ def stream(
     plan: Plan,
     directory: Path,
     *,
-    workers: int = WORKERS,
+    workers: int | None = None,
     progress: Progress | None = None,
     quantizer: Quantizes | None = None,
 ) -> Streamed:
@@ -89,7 +105,7 @@ def stream(
     Args:
         plan: without errors.
         directory: an existing one, without rank files.
-        workers: number of threads.
+        workers: number of threads; None for :func:`workers_for`.
         progress: told how many more bytes have been written.
         quantizer: needed by a plan with scales.
 
@@ -97,6 +113,7 @@ def stream(
         SourceError: a source file ended early, changed, or could not be read.
         OSError: writing failed.
     """
+    workers = workers or workers_for(plan)
     stop = Event()
     results: list[Streamed] = []
     with ExitStack() as stack:
@@ -220,14 +237,32 @@ class _Carrier:
 
     def copy(self, step: Step, source: SourceTensor, hashes: Mapping[int, xxhash.xxh3_128]) -> Loss:
         """Read the step's rows block by block and write each block wherever it goes."""
-        code = source.dtype if source.name in self.plan.scales else self.code
+        loss = NO_LOSS
+        by_code: dict[str, list[Write]] = defaultdict(list)
+        for write in step.writes:
+            computed = source.name in self.plan.scales
+            output = self.plan.outputs[write.output]
+            by_code[source.dtype if computed else carried_code(output, self.code)].append(write)
+        for code, writes in by_code.items():
+            loss += self.copy_as(code, step, source, writes, hashes)
+        return loss
+
+    def copy_as(
+        self,
+        code: str,
+        step: Step,
+        source: SourceTensor,
+        writes: list[Write],
+        hashes: Mapping[int, xxhash.xxh3_128],
+    ) -> Loss:
+        """The writes of a step whose values are cast to one dtype."""
         loss = NO_LOSS
         for done, block, lost in read_blocks(
             self.reader, source, step.row, step.count, code, self.stop
         ):
             loss += lost
             quantized: dict[str, Bits] = {}
-            for write in step.writes:
+            for write in writes:
                 output = self.plan.outputs[write.output]
                 rows = block
                 if self.quantizer is not None and output.dtype != code:
@@ -245,8 +280,8 @@ class _Carrier:
         """Write zero rows."""
         for write in step.writes:
             output = self.plan.outputs[write.output]
-            zeros = np.zeros((step.count, *output.shape[1:]), BITS[output.dtype])
-            self.put(output, write.row, zeros.reshape(step.count, -1), hashes[write.output])
+            zeros = np.zeros((step.count, output.matrix[1]), BITS[output.dtype])
+            self.put(output, write.row, zeros, hashes[write.output])
 
     def put(self, output: Output, row: int, rows: Bits, hashed: xxhash.xxh3_128) -> None:
         """Write whole rows of an output and add them to its digest."""
