@@ -28,6 +28,7 @@ Exit codes:
     commands_in_order=(
         "demo",
         "convert",
+        "quantize",
         "plan",
         "explain",
         "inspect",

@@ -52,16 +52,16 @@ def command(output_dir: str, **options: Any) -> None:
 
     Everything that can be checked is checked before the first byte is written (see phireg plan).
     """
-    before = _identity(output_dir)
+    before = identity(output_dir)
     try:
         _convert(output_dir, **options)
     except KeyboardInterrupt as interrupt:
-        if _identity(output_dir) == before:
+        if identity(output_dir) == before:
             raise
         raise stopped(interrupt, f"{output_dir} was already complete") from None
 
 
-def _identity(directory: str) -> tuple[int, int] | None:
+def identity(directory: str) -> tuple[int, int] | None:
     """Which directory a name stands for now; another one once a conversion is complete."""
     try:
         found = Path(directory).stat()
@@ -141,13 +141,13 @@ def _text(planned: Planned, converted: Converted, seconds: float) -> str:
         ("values", values_text(planned)),
         ("time", f"{seconds:.1f} s, {size(int(written / max(seconds, 1e-9)))}/s"),
     ]
-    findings = (*_loss_findings(converted), *plan.findings)
+    findings = (*loss_findings(converted), *plan.findings)
     return "\n".join(
         filter(None, (columns(rows), warnings_text(planned), all_findings_text(findings)))
     )
 
 
-def _loss_findings(converted: Converted) -> list[Finding]:
+def loss_findings(converted: Converted) -> list[Finding]:
     """One warning for each kind of loss; --json has the tensors."""
     from phireg.findings import Finding, Severity
 

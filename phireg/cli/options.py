@@ -66,8 +66,8 @@ json_option = click.option(
 )
 
 
-def conversion_options(function: _Function) -> _Function:
-    """What decides the plan of a given model."""
+def source_options(function: _Function) -> _Function:
+    """What decides the plan of a given model, apart from quantization."""
     for option in reversed(
         (
             click.option(
@@ -101,6 +101,17 @@ def conversion_options(function: _Function) -> _Function:
                 metavar="N",
                 help="Pipeline stages; only 1 is possible for Phi.",
             ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def conversion_options(function: _Function) -> _Function:
+    """What decides the plan of a given model."""
+    for option in reversed(
+        (
+            source_options,
             click.option(
                 "--use-weight-only",
                 is_flag=True,

@@ -10,7 +10,7 @@ input; nothing else is expected.
 
 from phireg.errors import PhiregError
 from phireg.jobs.build import BuildPlan, Built, build, plan_build, plan_empty_build
-from phireg.jobs.calibrate import Calibrated, calibrate
+from phireg.jobs.calibrate import Calibrated, calibrate, statistics_beside
 from phireg.jobs.convert import Converted, convert
 from phireg.jobs.explain import explain
 from phireg.jobs.families import FamilyInfo, families
@@ -52,6 +52,7 @@ __all__ = [
     "postprocess_bytes",
     "quantize",
     "quantize_bytes",
+    "statistics_beside",
     "row_order",
     "verify",
 ]

@@ -1,0 +1,264 @@
+"""``phireg quantize``: from a Hugging Face model to a quantized TensorRT-LLM checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from phireg.cli.calib_options import DATA_OPTIONS, calibration_options, make_settings
+from phireg.cli.convert import identity
+from phireg.cli.failures import stopped
+from phireg.cli.options import Directory, json_option, model_dir_option, source_options
+from phireg.cli.quantized import Done, done_document, done_text
+from phireg.cli.stages import Stages
+from phireg.cli.text import emit, emit_json, printable
+from phireg.errors import PhiregError, SourceError, UsageError
+
+if TYPE_CHECKING:
+    from phireg.calibration.settings import Settings
+    from phireg.calibration.statistics import Statistics
+    from phireg.jobs import Calibrated, Converted, Planned
+    from phireg.quality.result import Quality
+
+
+@click.command()
+@model_dir_option
+@click.option(
+    "--output-dir",
+    type=Directory(),
+    required=True,
+    metavar="DIR",
+    help="The checkpoint to make. It appears complete, or not at all.",
+)
+@click.option(
+    "--qformat",
+    type=click.Choice(("fp8", "int8_sq", "int8_wo", "int4_wo")),
+    required=True,
+    help="FP8, INT8 SmoothQuant, or weights only, which TensorRT-LLM's builder quantizes.",
+)
+@click.option(
+    "--kv-cache-dtype", type=click.Choice(("fp8", "int8")), help="Also quantize the KV cache."
+)
+@click.option(
+    "--alpha",
+    type=click.FloatRange(0, 1),
+    help="int8_sq: how much of the inputs' range moves into the weights.  [default: 1]",
+)
+@source_options
+@calibration_options
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace an existing checkpoint once the new one is complete.",
+)
+@click.option(
+    "--allow-overflow",
+    is_flag=True,
+    help="Let values that do not fit into the dtype become infinite.",
+)
+@click.option(
+    "--measure/--no-measure",
+    default=None,
+    help="Compare with the unquantized model.  [default: if that takes minutes at most]",
+)
+@click.option("--report", type=click.Path(), metavar="HTML", help="Also write a page about it.")
+@click.option("--quiet", is_flag=True, help="No progress bars and no summary.")
+@json_option
+def command(output_dir: str, **options: Any) -> None:
+    """Quantize a model to a TensorRT-LLM checkpoint.
+
+    Everything that can be checked is checked before calibration starts. The statistics are kept,
+    so that another format, or another attempt, need not calibrate again.
+    """
+    before = identity(output_dir)
+    run = _Run(Path(output_dir), **options)
+    try:
+        run.start()
+    except KeyboardInterrupt as interrupt:
+        if identity(output_dir) != before:
+            raise stopped(interrupt, f"{output_dir} was already complete") from None
+        raise stopped(interrupt, f"nothing was written{run.kept()}") from None
+
+
+class _Run:
+    """One quantization, from plan to summary."""
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        calib_stats: str | None,
+        alpha: float | None,
+        overwrite: bool,
+        allow_overflow: bool,
+        measure: bool | None,
+        report: str | None,
+        quiet: bool,
+        as_json: bool,
+        **options: Any,
+    ) -> None:
+        self.output_dir = output_dir
+        self.stats = None if calib_stats is None else Path(calib_stats)
+        self.alpha = 1.0 if alpha is None else alpha
+        self.how = {"overwrite": overwrite, "allow_overflow": allow_overflow}
+        self.wanted = measure
+        self.report = None if report is None else Path(report)
+        self.quiet = quiet
+        self.as_json = as_json
+        self.options = options
+        self.calibrated: Calibrated | None = None
+        self.unmeasured: str | None = None
+        self.seconds: dict[str, float] = {}
+
+    def start(self) -> None:
+        """Do all of it, and print the summary."""
+        from phireg import jobs
+
+        started = time.monotonic()
+        data = {name: self.options.pop(name) for name in DATA_OPTIONS}
+        settings = make_settings(**data)
+        planned = jobs.plan(**self.options)
+        self.check(planned)
+        with Stages(self.quiet) as stages:
+            converted = self.write(planned, settings, stages)
+            found = self.measure(planned, settings, stages)
+        if found is not None and self.report is not None:
+            from phireg.quality.report import write_report
+
+            write_report(found, self.report)
+        self.seconds["all"] = time.monotonic() - started
+        done = Done(
+            planned,
+            converted,
+            self.calibrated,
+            self.alpha,
+            found,
+            self.unmeasured,
+            self.report,
+            self.seconds,
+        )
+        if self.as_json:
+            emit_json(done_document(done))
+        elif not self.quiet:
+            emit(done_text(done))
+
+    def check(self, planned: Planned) -> None:
+        """What the export does not check itself before it calibrates."""
+        from phireg.jobs.calibrate import check_writable
+        from phireg.jobs.convert import check_plan
+
+        check_plan(planned.plan)
+        options = planned.plan.options
+        if self.stats is not None and not options.calibrated:
+            raise UsageError(
+                f"--calib-stats has no effect: {options.qformat} without a quantized KV cache "
+                "needs no calibration",
+                hint="leave it out.",
+            )
+        if self.report is not None:
+            if self.wanted is False:
+                raise UsageError("--report has no effect with --no-measure", hint="leave one out.")
+            self.wanted = True
+            if not self.report.absolute().parent.is_dir():
+                raise UsageError(f"{self.report.parent}: no such directory, for the report")
+            check_writable(self.report, "the report")
+
+    def write(self, planned: Planned, settings: Settings, stages: Stages) -> Converted:
+        """Calibrate if need be, and export."""
+        from phireg import jobs
+        from phireg.runner.scales import bytes_read
+
+        file = self.stats or jobs.statistics_beside(self.output_dir)
+
+        def statistics() -> Statistics:
+            begun = time.monotonic()
+            self.calibrated = jobs.calibrate(
+                planned,
+                file,
+                settings,
+                required=self.stats is not None,
+                progress=stages.counting("calibrating", "tokens x layers"),
+                tell=self.teller(planned),
+            )
+            stages.close()
+            self.seconds["calibration"] = time.monotonic() - begun
+            if self.calibrated.reused:
+                self.say(f"statistics of an earlier calibration serve: {file}")
+            return self.calibrated.statistics
+
+        plan, total = planned.plan, jobs.quantize_bytes(planned, self.alpha)
+        try:
+            converted = jobs.quantize(
+                planned,
+                self.output_dir,
+                statistics,
+                alpha=self.alpha,
+                progress=stages.exporting(bytes_read(plan, self.alpha), total),
+                **self.how,
+            )
+        except PhiregError as error:
+            raise type(error)(error.message + self.kept("\n  "), hint=error.hint) from None
+        stages.close()
+        return converted
+
+    def teller(self, planned: Planned) -> Callable[[str], None]:
+        """What tells the calibration's choices; warnings come first, before anybody waits."""
+        from phireg.cli.findings import findings_text
+        from phireg.findings import Severity
+
+        warned = [findings_text(planned.plan.findings, Severity.WARNING)]
+
+        def tell(line: str) -> None:
+            while warned:
+                if text := warned.pop():
+                    self.say(text)
+            self.say(line)
+
+        return tell
+
+    def measure(self, planned: Planned, settings: Settings, stages: Stages) -> Quality | None:
+        """The report's numbers; None if there are none, and then why."""
+        from phireg.backends.device import pick_device
+        from phireg.quality import run
+
+        if self.wanted is False:
+            return None
+        if self.wanted is None:
+            tokens = run.affordable(planned.plan, pick_device(settings.device))
+            if tokens < run.FEWEST:
+                self.unmeasured = "it would take long on a CPU; --measure does it"
+                return None
+        begun = time.monotonic()
+        provenance = None if self.calibrated is None else self.calibrated.provenance
+        try:
+            found = run.measure(
+                planned,
+                self.output_dir,
+                settings,
+                provenance=provenance,
+                progress=stages.counting("measuring", "layers"),
+            )
+        except PhiregError as error:
+            if self.wanted is None and isinstance(error, SourceError):
+                self.unmeasured = error.message
+                return None
+            message = f"{self.output_dir} is complete, but measuring it failed: {error.message}"
+            raise type(error)(message, hint=error.hint) from None
+        stages.close()
+        self.seconds["measurement"] = time.monotonic() - begun
+        return found
+
+    def say(self, line: str) -> None:
+        """Tell something while the work goes on."""
+        if not self.quiet:
+            click.echo(printable(line), err=True)
+
+    def kept(self, before: str = "; ") -> str:
+        """That a calibration is not lost."""
+        if self.calibrated is None or self.calibrated.reused:
+            return ""
+        return f"{before}the calibration statistics are kept in {self.calibrated.file}"
