@@ -175,7 +175,7 @@ def test_what_would_get_lost_is_refused(tmp_path):
     moved = tmp_path / "elsewhere"
     (directory / "rank0.safetensors").rename(moved)
     (directory / "rank0.safetensors").symlink_to(moved)
-    with pytest.raises(OutputError, match="rank0.safetensors is not a plain file"):
+    with pytest.raises(OutputError, match=r"rank0.safetensors is not a plain file"):
         jobs.postprocess(directory)
     jobs.postprocess(directory, tmp_path / "out")
     same(tmp_path / "out", right())
@@ -201,7 +201,7 @@ def test_nothing_tells(tmp_path):
     directory = grouped(tmp_path)
     before = content(directory)
     for call in (jobs.row_order, jobs.postprocess):
-        with pytest.raises(UsageError, match="nothing in .* tells") as caught:
+        with pytest.raises(UsageError, match=r"nothing in .* tells") as caught:
             call(directory)
         assert "--model-dir" in caught.value.hint
         assert "--in-source-order" in caught.value.hint
@@ -230,7 +230,7 @@ def test_nothing_tells(tmp_path):
 def test_the_producer(tmp_path, keys, needed):
     directory = grouped(tmp_path, "fp8", **keys)
     if needed is None:
-        with pytest.raises(UsageError, match="nothing in .* tells"):
+        with pytest.raises(UsageError, match=r"nothing in .* tells"):
             jobs.row_order(directory)
     else:
         assert jobs.row_order(directory).needed is needed
@@ -271,7 +271,7 @@ def test_the_manifest_of_other_files(tmp_path, source):
     jobs.convert(jobs.plan(source), directory)
     save(directory / "rank0.safetensors", checkpoint("float16", TENSORS, block_rows)[0])
     for options in ({}, {"model_dir": str(source)}):
-        with pytest.raises(CheckError, match="holds another transformer.layers.0.attention.qkv"):
+        with pytest.raises(CheckError, match=r"holds another transformer.layers.0.attention.qkv"):
             jobs.row_order(directory, **options)
     (directory / "phireg.json").unlink()
     assert jobs.row_order(directory, model_dir=str(source)).needed
@@ -291,7 +291,7 @@ def test_the_manifest_against_rows_of_another_model(tmp_path, source):
 def test_rows_of_another_model(tmp_path, kind):
     other = write_source(tmp_path / "model", source_tensors(seed=1))
     directory = grouped(tmp_path, kind)
-    with pytest.raises(CheckError, match="not those of .* in any order"):
+    with pytest.raises(CheckError, match=r"not those of .* in any order"):
         jobs.row_order(directory, model_dir=str(other))
 
 
@@ -350,7 +350,7 @@ def test_ranks_need_the_model(tmp_path, options):
 def test_one_file_for_two_ranks(tmp_path):
     """What modelopt 0.11 wrote for decoder phi with TP 2."""
     directory = grouped(tmp_path, mapping={"world_size": 2, "tp_size": 2}, **EARLY)
-    with pytest.raises(SourceError, match="rank1.safetensors: no such file") as caught:
+    with pytest.raises(SourceError, match=r"rank1.safetensors: no such file") as caught:
         jobs.postprocess(directory)
     assert "TP 1" in caught.value.hint
 

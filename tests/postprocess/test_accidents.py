@@ -1,0 +1,165 @@
+"""Kills, full disks, two runs at once: the original or the result, never a mix or nothing."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from by_hand import (
+    EARLY,
+    block_rows,
+    checkpoint,
+    content,
+    rank_rows,
+    same,
+    source_tensors,
+    write_checkpoint,
+)
+
+from phireg import jobs
+from phireg.errors import CheckError, OutputError, SourceError, UsageError
+from phireg.postprocess import ranks as ranks_module
+
+ROOT = Path(__file__).parents[2]
+VICTIM = Path(__file__).with_name("pp_victim.py")
+TENSORS = source_tensors()
+RIGHT = checkpoint("int8", TENSORS, rank_rows)
+
+
+@pytest.fixture
+def grouped(tmp_path):
+    ranks = checkpoint("int8", TENSORS, block_rows)
+    return write_checkpoint(tmp_path / "ckpt", "int8", ranks, **EARLY)
+
+
+def test_kill_9_everywhere(grouped, tmp_path):
+    before = content(grouped)
+    ran = subprocess.run(
+        [sys.executable, VICTIM, grouped, tmp_path / "runs"],
+        capture_output=True, text=True, check=False, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    kills = int(ran.stdout)
+    assert kills > 60
+    gone = done = 0
+    for number in range(1, kills + 1):
+        base = tmp_path / "runs" / str(number)
+        directory, partial = base / "ckpt", base / "ckpt.phireg-partial"
+        if not directory.exists():  # between the two renames the original is beside it
+            gone += 1
+            assert content(partial / "replaced") == before
+            with pytest.raises(SourceError) as caught:
+                jobs.row_order(directory)
+            assert "puts it back" in caught.value.hint
+        elif content(directory) == before:
+            if number % 9:
+                continue
+        else:
+            done += 1
+            same(directory, RIGHT)
+            assert jobs.inspect(directory, check=True).problems is not None
+        # The next run finishes, or finds it finished; either way nothing is left over.
+        try:
+            jobs.postprocess(directory)
+        except UsageError as refusal:
+            assert "needs no post-processing" in refusal.message
+        same(directory, RIGHT)
+        assert {path.name for path in base.iterdir()} == {"ckpt"}
+        assert set(content(directory)) == {*before, "phireg.json"}
+    assert gone >= 1
+    assert done >= 3
+
+
+@pytest.mark.parametrize("number", [1, 5, 12])
+def test_full_disk(grouped, tmp_path, monkeypatch, number):
+    before = content(grouped)
+    write, calls = os.write, []
+
+    def failing(descriptor, data):
+        calls.append(descriptor)
+        if len(calls) >= number:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", failing)
+    with pytest.raises(OutputError, match="the disk is full"):
+        jobs.postprocess(grouped)
+    assert content(grouped) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
+def test_too_little_room(grouped, monkeypatch):
+    before = content(grouped)
+    import shutil
+
+    usage = shutil.disk_usage(grouped)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(OutputError, match="too little disk space"):
+        jobs.postprocess(grouped)
+    assert content(grouped) == before
+
+
+def test_another_run_holds_it(grouped):
+    before = content(grouped)
+    partial = grouped.with_name("ckpt.phireg-partial")
+    partial.mkdir()
+    with (partial / ".phireg-partial").open("w") as marker:
+        fcntl.flock(marker, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another phireg run"):
+            jobs.postprocess(grouped)
+    assert content(grouped) == before
+
+
+def test_a_file_that_changes_meanwhile(grouped):
+    before = content(grouped)
+    path = grouped / "rank0.safetensors"
+
+    def touch(count):
+        os.utime(path, ns=(1, 1))
+
+    with pytest.raises(SourceError, match="changed while it was being used"):
+        jobs.postprocess(grouped, progress=touch)
+    assert content(grouped) == before
+
+
+def test_a_second_run_between_looking_and_writing(grouped, monkeypatch):
+    """It reads the files it looked at, so rows are never moved twice."""
+    first = ranks_module.Ranks.__enter__
+    calls = []
+
+    def enter(self):
+        if not calls:
+            calls.append(1)
+            jobs.postprocess(grouped)
+        return first(self)
+
+    monkeypatch.setattr(ranks_module.Ranks, "__enter__", enter)
+    try:
+        jobs.postprocess(grouped)
+    except CheckError as refusal:
+        assert "holds another" in refusal.message  # the files it opened are not those any more
+    same(grouped, RIGHT)
+
+
+def test_memory_is_bounded(tmp_path, grouped):
+    """A block at a time: the largest read is one block, however large a tensor is."""
+    import phireg.postprocess.write as write_module
+
+    sizes = []
+    read = ranks_module.Ranks.read
+    block = write_module._BLOCK
+    try:
+        write_module._BLOCK = 512
+        ranks_module.Ranks.read = lambda self, rank, offset, count: (
+            sizes.append((offset, count)),
+            read(self, rank, offset, count),
+        )[1]
+        jobs.postprocess(grouped, tmp_path / "out")
+    finally:
+        write_module._BLOCK, ranks_module.Ranks.read = block, read
+    same(tmp_path / "out", RIGHT)
+    assert max(count for offset, count in sizes if offset) <= 512
