@@ -8,7 +8,7 @@ size h.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from phireg.executor import quantized
 from phireg.executor.blueprint import Blueprint, Rope
+from phireg.executor.experts import ROUTER, Experts, rank_mixture, route
 from phireg.executor.tensors import KV_SCALE
 
 Weights: TypeAlias = Mapping[str, Tensor]
@@ -111,6 +112,22 @@ def activate(blueprint: Blueprint, z: Tensor) -> Tensor:
     return functional.gelu(z, approximate="tanh")
 
 
+def mixture(
+    experts: Experts, shards: list[Weights], ranks: Sequence[int], u: Tensor, reduce: Reduce
+) -> Tensor:
+    """Experts in the MLP's place; every rank scores them in float32 and runs its own."""
+    tokens = u.flatten(0, -2)
+    scores = functional.linear(tokens.float(), shards[0][ROUTER])
+    chosen, shares = route(scores, experts.epsilon)
+    partial = [
+        rank_mixture(
+            experts.first(rank), w["mlp.fc.weight"], w["mlp.proj.weight"], tokens, chosen, shares
+        )
+        for rank, w in zip(ranks, shards, strict=True)
+    ]
+    return reduce(partial).view_as(u)
+
+
 def layer(
     blueprint: Blueprint,
     shards: list[Weights],
@@ -120,6 +137,7 @@ def layer(
     reduce: Reduce,
     observe: Callable[[str, Tensor], None] | None = None,
     observe_inputs: Callable[[str, list[Tensor]], None] | None = None,
+    ranks: Sequence[int] = (),
 ) -> Tensor:
     """One decoder layer over the ranks in this process, in lockstep.
 
@@ -132,14 +150,16 @@ def layer(
         reduce: sums partial outputs over all ranks.
         observe: called with "attention", "mlp" (their outputs, biases included) and "hidden".
         observe_inputs: called with a linear's name and what goes into it, before smoothing and
-            quantization: one tensor of a column linear, each rank's of a row linear.
+            quantization: one tensor of a column linear, each rank's of a row linear. Linears of
+            experts are not observed.
+        ranks: the numbers of the ranks in this process; experts are shared out by them.
 
     Returns:
         Hidden states [B, T, h].
     """
-    ranks = list(zip(shards, attends, strict=True))
+    own = list(zip(shards, attends, strict=True))
     u = norm(blueprint, shards[0], "input_layernorm", x)
-    heads = [attention(blueprint, weights, u, rotary, attend) for weights, attend in ranks]
+    heads = [attention(blueprint, weights, u, rotary, attend) for weights, attend in own]
     if observe_inputs is not None:
         observe_inputs("attention.qkv", [u])
         observe_inputs("attention.dense", heads)
@@ -147,11 +167,14 @@ def layer(
     if blueprint.residual == "sequential":
         x = x + attended
         u = norm(blueprint, shards[0], "post_layernorm", x)
-    gated = [activate(blueprint, linear(weights, "mlp.fc", u)) for weights in shards]
-    if observe_inputs is not None:
-        observe_inputs("mlp.fc", [u])
-        observe_inputs("mlp.proj", gated)
-    mlp = row_linear(shards, "mlp.proj", gated, reduce)
+    if blueprint.experts is None:
+        gated = [activate(blueprint, linear(weights, "mlp.fc", u)) for weights in shards]
+        if observe_inputs is not None:
+            observe_inputs("mlp.fc", [u])
+            observe_inputs("mlp.proj", gated)
+        mlp = row_linear(shards, "mlp.proj", gated, reduce)
+    else:
+        mlp = mixture(blueprint.experts, shards, ranks, u, reduce)
     x = x + mlp if blueprint.residual == "sequential" else x + attended + mlp
     if observe is not None:
         observe("attention", attended)

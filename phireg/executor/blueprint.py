@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from phireg.errors import CheckError
 from phireg.executor.config import Config
+from phireg.executor.experts import Experts, parse_experts
 from phireg.executor.schemes import Quantization, parse_quantization
 
 Norm = Literal["layer_norm", "rms_norm"]
@@ -30,6 +31,12 @@ _ACTIVATIONS: dict[str, Activation] = {
     "swiglu": "swiglu",
     "gegelu": "gegelu",
 }
+_ARCHITECTURES = (
+    "PhiForCausalLM",
+    "Phi3ForCausalLM",
+    "Phi3SmallForCausalLM",
+    "PhiMoEForCausalLM",
+)
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -81,7 +88,8 @@ class Blueprint:
 
     Attributes:
         dtype: the weights' dtype by name ("float16", "bfloat16", "float32").
-        linear_bias: qkv, dense, fc and proj have biases (and layer norms always do).
+        attention_bias: qkv and dense have biases (and layer norms always do).
+        mlp_bias: fc and proj have biases.
         residual: "parallel": x + attention(u) + mlp(u) with one norm; "sequential": two norms.
         activation: "swiglu" is silu(second half) * first half of fc's output, "gegelu" takes its
             even outputs as the gate and its odd ones as the value, "gelu_tanh" has no gate.
@@ -90,6 +98,7 @@ class Blueprint:
         logits_divisor: what the logits are divided by.
         sparse: the block-sparse layers' mask, or None when all layers are dense.
         quantization: how the layers' linears and the key/value cache are quantized.
+        experts: what stands in the MLP's place, or None for an MLP.
     """
 
     architecture: str
@@ -108,7 +117,8 @@ class Blueprint:
     residual: Residual
     activation: Activation
     gegelu_limit: float | None
-    linear_bias: bool
+    attention_bias: bool
+    mlp_bias: bool
     lm_head_bias: bool
     rope: Rope
     attention_scale: float
@@ -116,6 +126,7 @@ class Blueprint:
     logits_divisor: float
     sparse: BlockSparse | None
     quantization: Quantization
+    experts: Experts | None = None
 
     @property
     def rank_heads(self) -> int:
@@ -126,6 +137,12 @@ class Blueprint:
     def rank_kv_heads(self) -> int:
         """Key/value heads of one rank: with more ranks than heads, each rank holds one copy."""
         return max(1, self.num_kv_heads // self.tp_size)
+
+    @property
+    def rank_intermediate_size(self) -> int:
+        """What one rank has of the MLP's, or of each expert's, inner dimension."""
+        shared = self.experts.ep_size if self.experts is not None else 1
+        return self.intermediate_size * shared // self.tp_size
 
     @property
     def padded_vocab_size(self) -> int:
@@ -170,13 +187,14 @@ def parse_blueprint(values: dict[str, Any], where: str = "config.json") -> Bluep
     """
     config = Config(values, where)
     architecture = config.get("architecture")
-    if architecture not in ("PhiForCausalLM", "Phi3ForCausalLM", "Phi3SmallForCausalLM"):
+    if architecture not in _ARCHITECTURES:
         raise config.fail(
             f"the architecture {architecture!r} is unknown to the executor",
-            "it runs PhiForCausalLM, Phi3ForCausalLM and Phi3SmallForCausalLM",
+            f"it runs {', '.join(_ARCHITECTURES)}",
         )
     phi2 = architecture == "PhiForCausalLM"
     small = architecture == "Phi3SmallForCausalLM"
+    moe = architecture == "PhiMoEForCausalLM"
     _refuse_unsupported(config)
 
     heads = config.integer("num_attention_heads")
@@ -212,7 +230,7 @@ def parse_blueprint(values: dict[str, Any], where: str = "config.json") -> Bluep
         head_size=head_size,
         max_position_embeddings=config.integer("max_position_embeddings"),
         tp_size=_tp_size(config),
-        norm="layer_norm" if phi2 or small else "rms_norm",
+        norm="layer_norm" if phi2 or small or moe else "rms_norm",
         # TensorRT-LLM builds phi-2's LayerNorm without an epsilon: always the module's default.
         norm_epsilon=1e-5
         if phi2 or not config.has("norm_epsilon")
@@ -220,8 +238,9 @@ def parse_blueprint(values: dict[str, Any], where: str = "config.json") -> Bluep
         residual="parallel" if phi2 else "sequential",
         activation=_ACTIVATIONS[activation],
         gegelu_limit=config.positive("gegelu_limit") if config.has("gegelu_limit") else None,
-        linear_bias=phi2 or small,
-        lm_head_bias=phi2,
+        attention_bias=phi2 or small or moe,
+        mlp_bias=phi2 or small,
+        lm_head_bias=phi2 or moe,
         rope=_rope(config, architecture, head_size),
         # Phi-3-small is built with q_scaling = sqrt(d), whatever mup_attn_multiplier says.
         attention_scale=1 / head_size if small else head_size**-0.5,
@@ -231,14 +250,17 @@ def parse_blueprint(values: dict[str, Any], where: str = "config.json") -> Bluep
         else 1.0,
         sparse=_sparse(config, heads) if small else None,
         quantization=parse_quantization(config, layers),
+        experts=parse_experts(config, config.integer("intermediate_size"), _tp_size(config))
+        if moe
+        else None,
     )
     _check_parallel(config, blueprint)
     return blueprint
 
 
 def _refuse_unsupported(config: Config) -> None:
-    if config.values.get("moe") is not None:
-        raise config.fail("mixture-of-experts layers are unknown to the executor")
+    if config.values.get("moe") is not None and config.get("architecture") != "PhiMoEForCausalLM":
+        raise config.fail("moe is set: only PhiMoEForCausalLM has mixture-of-experts layers")
     if config.values.get("qk_layernorm"):
         raise config.fail("qk_layernorm is set; TensorRT-LLM's Phi models have no such norm")
     if config.values.get("rotary_scaling") is not None:
@@ -280,7 +302,7 @@ def _rope(config: Config, architecture: str, head_size: int) -> Rope:
             raise config.fail("position_embedding_type is long_rope without longrope factors")
         return Rope(dim, base)
     original = config.integer("original_max_position_embeddings")
-    if architecture == "Phi3SmallForCausalLM":
+    if architecture in ("Phi3SmallForCausalLM", "PhiMoEForCausalLM"):
         short_mscale = config.positive("longrope_short_mscale")
         long_mscale = config.positive("longrope_long_mscale")
     else:
@@ -321,12 +343,17 @@ def _check_parallel(config: Config, blueprint: Blueprint) -> None:
         raise config.fail("num_key_value_heads differs from num_attention_heads in PhiForCausalLM")
     if heads % kv_heads:
         raise config.fail(f"{heads} heads cannot share {kv_heads} key/value heads evenly")
-    if heads % tp or blueprint.intermediate_size % tp:
+    if blueprint.experts is None and blueprint.intermediate_size % tp:
         raise config.fail(
-            f"{heads} heads or intermediate_size {blueprint.intermediate_size} "
-            f"cannot be split over {tp} ranks"
+            f"intermediate_size {blueprint.intermediate_size} cannot be split over {tp} ranks"
         )
+    if heads % tp:
+        raise config.fail(f"{heads} heads cannot be split over {tp} ranks")
     if kv_heads % tp and tp % kv_heads:
         raise config.fail(f"{kv_heads} key/value heads cannot be split over {tp} ranks")
+    if blueprint.experts is not None and blueprint.activation != "swiglu":
+        raise config.fail("hidden_act of experts must be swiglu")
+    if blueprint.experts is not None and blueprint.quantization.weights is not None:
+        raise config.fail("quantized experts are unknown to the executor")
     if config.values.get("use_parallel_embedding") and tp > 1:
         raise config.fail("use_parallel_embedding is set: a split embedding table is not supported")

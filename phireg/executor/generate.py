@@ -127,7 +127,13 @@ def _fitting(
     if kept is not None and kept.serves(batch, need, sampling):
         return kept
     model.decoder = kept = None  # its memory is needed
-    fused = model.device.type == "cuda" and not model.offload and not model.distributed
+    fused = (
+        model.device.type == "cuda"
+        and not model.offload
+        and not model.distributed
+        # Which experts run depends on the tokens: there is no one graph of a step.
+        and model.blueprint.experts is None
+    )
     return Decoder(model, batch, _capacity(need) if fused else need, sampling, fused=fused)
 
 

@@ -176,7 +176,15 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
     ) -> Tensor:
         """One layer; see ``blocks.layer``."""
         return blocks.layer(
-            self.blueprint, shards, x, rotary, attends, self.reduce, observe, observe_inputs
+            self.blueprint,
+            shards,
+            x,
+            rotary,
+            attends,
+            self.reduce,
+            observe,
+            observe_inputs,
+            self.ranks,
         )
 
     def logits(self, ends: list[Weights], x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from phireg.executor.experts import ROUTER
 from phireg.executor.schemes import LINEARS, Grid, Quantization
 
 _E4M3_MAX = 448.0
@@ -40,17 +41,17 @@ def prepare(
         dtype: compute dtype.
 
     Returns:
-        Tensors on the device under the same names. Scales of activations and of the cache are
-        float32, everything else has the compute dtype: weights on a grid are kept multiplied by
-        their scales, which are then gone. Only where ``has_native_fp8`` do e4m3 weights stay e4m3
-        and keep their scale.
+        Tensors on the device under the same names. Scales of activations and of the cache and the
+        router of experts are float32, everything else has the compute dtype: weights on a grid are
+        kept multiplied by their scales, which are then gone. Only where ``has_native_fp8`` do e4m3
+        weights stay e4m3 and keep their scale.
     """
     ready = {}
     for name, tensor in tensors.items():
         linear, _, part = name.rpartition(".")
         if part == "weights_scaling_factor":
             continue
-        if part in ("activation_scaling_factor", "kv_cache_scaling_factor"):
+        if part in ("activation_scaling_factor", "kv_cache_scaling_factor") or name == ROUTER:
             ready[name] = tensor.to(device)
         elif part != "weight" or linear not in LINEARS or quantization.weights is None:
             ready[name] = tensor.to(device, dtype)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from phireg.executor.blueprint import Blueprint
+from phireg.executor.experts import ROUTER
 from phireg.executor.schemes import ROW_LINEARS, WeightScheme
 
 KV_SCALE = "attention.kv_cache_scaling_factor"
@@ -37,7 +38,7 @@ def layer_prefix(layer: int) -> str:
 def layer_tensors(blueprint: Blueprint) -> dict[str, Expected]:
     """One rank's tensors of one layer, by their names after ``transformer.layers.N.``."""
     hidden, size = blueprint.hidden_size, blueprint.head_size
-    inner = blueprint.intermediate_size // blueprint.tp_size
+    inner = blueprint.rank_intermediate_size
     fc = inner if blueprint.activation == "gelu_tanh" else 2 * inner
     qkv = (blueprint.rank_heads + 2 * blueprint.rank_kv_heads) * size
     dtype = _dtype(blueprint)
@@ -45,12 +46,17 @@ def layer_tensors(blueprint: Blueprint) -> dict[str, Expected]:
     linears = {
         "attention.qkv": (qkv, hidden),
         "attention.dense": (hidden, blueprint.rank_heads * size),
-        "mlp.fc": (fc, hidden),
-        "mlp.proj": (hidden, inner),
     }
+    if (experts := blueprint.experts) is None:
+        linears |= {"mlp.fc": (fc, hidden), "mlp.proj": (hidden, inner)}
+    else:
+        tensors[ROUTER] = Expected((experts.count, hidden), torch.float32)
+        tensors["mlp.fc.weight"] = Expected((experts.rank_count, fc, hidden), dtype)
+        tensors["mlp.proj.weight"] = Expected((experts.rank_count, hidden, inner), dtype)
     for name, shape in linears.items():
         tensors |= _linear(blueprint, name, shape)
-        if blueprint.linear_bias:
+        attention = name.startswith("attention")
+        if blueprint.attention_bias if attention else blueprint.mlp_bias:
             tensors[f"{name}.bias"] = Expected(shape[:1], dtype)
     if blueprint.quantization.kv_cache is not None:
         tensors[KV_SCALE] = Expected((1,), torch.float32)
@@ -101,9 +107,9 @@ def is_scale(name: str) -> bool:
 def replicated(name: str, weights: WeightScheme | None = None) -> bool:
     """Whether every rank must hold the same values.
 
-    These are norms, the embedding, biases of row linears; of the scales, those of activations and
-    of the cache, of weights that are not split or have one scale for all rows, and the smoothing
-    of inputs that are not split.
+    These are norms, the embedding, the router of experts, biases of row linears; of the scales,
+    those of activations and of the cache, of weights that are not split or have one scale for all
+    rows, and the smoothing of inputs that are not split.
 
     Args:
         name: the tensor's name, with or without the layer's prefix.
@@ -117,7 +123,7 @@ def replicated(name: str, weights: WeightScheme | None = None) -> bool:
         return not row
     if is_scale(part) or (row and part == "bias"):
         return True
-    return "norm" in name or "ln_f" in name or name.endswith("vocab_embedding.weight")
+    return "norm" in name or "ln_f" in name or name.endswith(("vocab_embedding.weight", ROUTER))
 
 
 def _linear(blueprint: Blueprint, name: str, shape: tuple[int, int]) -> dict[str, Expected]:
