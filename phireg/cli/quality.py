@@ -22,14 +22,14 @@ def quality_text(found: Quality) -> str:
     layers = len(found.hidden)
     step = max(1, -(-layers // _LAYERS))
     shown = sorted({*range(layers - 1, -1, -step), layers - 1})
-    hidden = ", ".join(f"{percent(found.hidden[layer])} ({layer})" for layer in shown)
+    hidden = ", ".join(f"{layer}: {percent(found.hidden[layer])}" for layer in shown)
     text = found.text
     count = f"{text.rows} sample{'s' if text.rows > 1 else ''}, {text.tokens} tokens"
     which = "calibrated on as well" if text.calibrated else "not calibrated on"
     rows = [
         ("quality", found.verdict),
         ("text", f"{text.origin}: {count}, {which}"),
-        ("hidden states", f"differ by {hidden} behind the layer of that number"),
+        ("hidden states", f"error behind layer {hidden}"),
     ]
     worst = found.worst_first()[:_WORST]
     return "\n".join(
