@@ -20,7 +20,7 @@ from phireg.runner.cast import Bits
 Ranks = Sequence[Bits]
 Candidate = tuple[str, str | None, list[Bits]]
 
-REGROUP = "all q come first, then all k, then all v; phireg postprocess mends quantized exports."
+REGROUP = "all q come first, then all k, then all v"
 
 
 @dataclass(frozen=True, slots=True)
