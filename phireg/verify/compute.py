@@ -13,19 +13,26 @@ import torch
 from phireg.errors import CheckError, SourceError, UsageError
 from phireg.executor import Blueprint, Executor
 from phireg.executor.blueprint import parse_blueprint
+from phireg.executor.schemes import Quantization
 from phireg.executor.weights import Source, open_ranks
 from phireg.jobs import Planned
-from phireg.quant.schemes import WEIGHT_ONLY
+from phireg.quant.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
 from phireg.reference.load import Reference, open_reference
+from phireg.verify.dequantized import dequantized
 from phireg.verify.logits import compare_logits
-from phireg.verify.measure_types import LogitsResult, place_text, shown
+from phireg.verify.measure_types import LogitsResult, limit, place_text, shown
 from phireg.verify.prompts import Prompts, choose_prompts
 from phireg.verify.ranks import compare_ranks
+from phireg.verify.reach import Reach
 from phireg.verify.recognise import place_of
 from phireg.verify.request import Outcome, Progress, Request, Skipped
 from phireg.verify.result import Problem
 
 _MEMORY_SHARE = 0.8
+_WITHOUT_ROUNDING = (
+    "weights are dequantized here and inputs and the cache not rounded: sums in another order "
+    "would turn a rounding now and then, which is no difference between the ranks"
+)
 _TENSOR = re.compile(r"(transformer|lm_head)[\w.]+")
 
 
@@ -64,11 +71,16 @@ class Computed:
             reference, room = self.reference(blueprint, device)
             if problems := list(_sizes(blueprint, reference)):
                 return "the source's model has other sizes", problems, []
-            executor, _ = self.open(device)
+            executor, sources = self.open(device)
+            reach = Reach(blueprint, sources)
             prompts = self.prompts(blueprint)
             total = blueprint.num_layers * len(prompts.prompts)
             result = compare_logits(
-                executor, reference, prompts, lambda more: self.progress("logits", more, total)
+                executor,
+                reference,
+                prompts,
+                lambda more: self.progress("logits", more, total),
+                reach.observe,
             )
         except CheckError as error:
             return "the executor refuses the checkpoint", refusals(error), []
@@ -83,9 +95,12 @@ class Computed:
         summary = (
             f"prompts of {tokens} tokens; relative error "
             f"{shown(max(prompt.relative for prompt in result.prompts))} "
-            f"(tolerance {result.logits_tolerance:.0e}), top-1 {longest.top1:.1%}"
+            f"(tolerance {limit(result.logits_tolerance)}), top-1 {longest.top1:.1%}"
         )
-        notes = [*prompts.notes, *reference.notes, *room, *masked, *self.notes]
+        if result.quantized:
+            kl = max(prompt.kl for prompt in result.prompts)
+            summary = f"quantized ({quantized_as(blueprint)}); {summary}, KL {shown(kl)}"
+        notes = [*prompts.notes, *reference.notes, *room, *masked, *self.notes, *reach.notes()]
         return summary, list(_problems(result)), notes
 
     def ranks(self) -> Outcome:
@@ -98,6 +113,12 @@ class Computed:
         device = _device(self.request.device)
         try:
             executor, sources = self.open(device)
+            quantized = executor.blueprint.quantization != Quantization()
+            if quantized:
+                plain, sources = dequantized(executor.blueprint, sources)
+                executor = Executor(
+                    plain, sources, executor.ranks, device=device, dtype=self.request.dtype
+                )
             prompts = self.prompts(executor.blueprint).prompts
             error, tolerance, place = compare_ranks(executor, sources, prompts[-1].tokens)
         except CheckError as problem:
@@ -108,12 +129,13 @@ class Computed:
             f"{executor.blueprint.tp_size} ranks, {prompts[-1].tokens} tokens; relative error "
             f"{shown(error)} (tolerance {tolerance:.0e})"
         )
+        notes = [_WITHOUT_ROUNDING] if quantized else []
         if error <= tolerance and place is None:
-            return summary, [], []
+            return summary, [], notes
         where = "logits" if place is None else place_text(place)
         layer, part = place or (None, None)
         text = "the ranks together do not compute what they compute merged into one"
-        return summary, [Problem(where, text, None, layer, part)], []
+        return summary, [Problem(where, text, None, layer, part)], notes
 
     def blueprint(self) -> Blueprint:
         """What config.json means; weights that the builder is to quantize run as they are."""
@@ -123,8 +145,8 @@ class Computed:
                 raise CheckError(f"config.json: {key} is {values[key]!r}")
         quantization = values.get("quantization")
         algorithm = quantization.get("quant_algo") if isinstance(quantization, Mapping) else None
-        if algorithm in WEIGHT_ONLY.values():
-            values["quantization"] = None
+        if isinstance(quantization, Mapping) and algorithm in WEIGHT_ONLY.values():
+            values["quantization"] = {**quantization, "quant_algo": None}
             self.notes = [f"run without {algorithm}, which TensorRT-LLM's builder applies later"]
         return parse_blueprint(values, str(self.request.checkpoint_dir / "config.json"))
 
@@ -177,6 +199,13 @@ class Computed:
         )
 
 
+def quantized_as(blueprint: Blueprint) -> str:
+    """What is quantized, in TensorRT-LLM's names of the algorithms."""
+    weights, cache = blueprint.quantization.weights, blueprint.quantization.kv_cache
+    names = [SCHEMES[weights].quant_algo] if weights else []
+    return ", ".join([*names, *([f"{KV_CACHES[cache]} KV cache"] if cache else [])])
+
+
 def refusals(error: CheckError) -> list[Problem]:
     """The executor's complaints one by one, each with its place."""
     lines = [line.strip() for line in error.message.splitlines()]
@@ -195,18 +224,18 @@ def _problems(result: LogitsResult) -> Iterator[Problem]:
         yield Problem(
             place_text(place),
             f"its output is off by {shown(errors[place])} given the reference's own input "
-            f"(tolerance {result.tolerance:.0e})",
+            f"(tolerance {limit(result.tolerance_of(place))})",
             None,
             *place,
         )
-    wrong = [p for p in result.prompts if p.top1_wrong or not p.relative <= result.logits_tolerance]
+    wrong = [prompt for prompt in result.prompts if result.is_wrong(prompt)]
     if wrong:
         worst = max(wrong, key=lambda prompt: prompt.relative)
         tokens = ", ".join(str(prompt.tokens) for prompt in wrong)
         yield Problem(
             f"logits, {tokens} tokens",
             f"relative error up to {shown(worst.relative)} (tolerance "
-            f"{result.logits_tolerance:.0e}), largest difference {worst.max_abs:.3g}, "
+            f"{limit(result.logits_tolerance)}), largest difference {worst.max_abs:.3g}, "
             f"KL {shown(worst.kl)}, top-1 {worst.top1:.1%}",
         )
     if not result.wrong_places:

@@ -16,12 +16,17 @@ from torch import Tensor
 from phireg.executor import Executor, blocks
 from phireg.executor.attend import prompt_attention
 from phireg.executor.blocks import Attend, Weights
+from phireg.executor.model import ObserveInputs
 from phireg.reference.load import Reference
 from phireg.verify.measure import (
+    QUANTIZED_KL,
+    QUANTIZED_LOGITS_TOLERANCE,
+    QUANTIZED_TOLERANCE,
     TOLERANCES,
     divergence,
     logits_tolerance,
     overall,
+    quantized_parts,
     token_errors,
     top1,
 )
@@ -34,6 +39,7 @@ def compare_logits(
     reference: Reference,
     prompts: Prompts,
     progress: Callable[[int], None] | None = None,
+    inputs: ObserveInputs | None = None,
 ) -> LogitsResult:
     """Run both on all prompts.
 
@@ -42,12 +48,14 @@ def compare_logits(
         reference: the source's own model, on the same device in the same dtype.
         prompts: from ``choose_prompts``.
         progress: told how many more layers have been compared.
+        inputs: told what goes into the linears when the executor runs on its own.
     """
     blueprint = executor.blueprint
     worst: dict[Place, float] = {}
     hidden = [0.0] * blueprint.num_layers
     results = []
     masked = 0
+    slack = logits_tolerance(executor.dtype, blueprint.num_layers)
     for prompt in prompts.prompts:
         ids = prompt_ids(blueprint.vocab_size, prompt.tokens).to(executor.device)
         watcher = _Comparer(executor, ids, worst, progress)
@@ -64,21 +72,24 @@ def compare_logits(
             if what == "hidden":
                 own.append(overall(token_errors(x, watcher.states[layer].to(x.device))))
 
-        got = executor(ids, observe)[0]
+        got = executor(ids, observe, inputs)[0]
         hidden = [max(pair) for pair in zip(hidden, own, strict=True)]
-        slack = logits_tolerance(executor.dtype, blueprint.num_layers)
         got, wanted = got[:, seen], wanted[:, seen]
         results.append(_result(got, wanted, prompt.tokens, prompt.purpose, slack))
+    quantized = quantized_parts(blueprint.quantization)
     return LogitsResult(
         tuple(results),
         tuple((place, worst[place]) for place in _order(blueprint.num_layers)),
         tuple(hidden),
         TOLERANCES[executor.dtype],
-        logits_tolerance(executor.dtype, blueprint.num_layers),
+        QUANTIZED_LOGITS_TOLERANCE if quantized else slack,
         prompts.thresholds,
         masked,
         str(executor.device),
         str(executor.dtype).removeprefix("torch."),
+        quantized,
+        max(QUANTIZED_TOLERANCE, TOLERANCES[executor.dtype]) if quantized else None,
+        QUANTIZED_KL if quantized else None,
     )
 
 
@@ -120,6 +131,7 @@ class _Comparer:
         self.executor = executor
         self.ids = ids
         self.worst = worst
+        self.quantized = quantized_parts(executor.blueprint.quantization)
         self.progress = progress or (lambda count: None)
         self.states: list[Tensor] = []  # on the CPU: the largest thing kept
         self.ends = executor.end_weights()
@@ -175,5 +187,6 @@ class _Comparer:
         return seen
 
     def note(self, place: Place, got: Tensor, wanted: Tensor) -> None:
-        error = float(token_errors(got, wanted).max())
+        errors = token_errors(got, wanted)
+        error = overall(errors) if place[1] in self.quantized else float(errors.max())
         self.worst[place] = max(self.worst.get(place, 0.0), error)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from phireg.executor.schemes import Quantization
+
 _ROWS = 256
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 16 * 2.0**-10, torch.bfloat16: 16 * 2.0**-7}
@@ -17,6 +19,29 @@ family (17920); a factor of 14 is left for softmax, which magnifies what it gets
 dtypes every intermediate result is rounded, and the comparison is only as sharp as 16 of their
 units: float32 is the default for that reason.
 """
+
+QUANTIZED_TOLERANCE = 0.35
+"""Relative error of all tokens of a prompt together of an attention or MLP that is quantized.
+
+FP8 rounds weights and inputs by up to 6 %; INT8 by what a tensor's largest value makes of a step.
+Sound checkpoints have shown up to 0.18 (trained models) and 0.24 (random ones with sharp
+attention); parts that are permuted, exchanged or rotated wrongly are off by 0.5 to 1.5.
+"""
+
+QUANTIZED_LOGITS_TOLERANCE = 1.0
+"""Relative error of logits and hidden states of a quantized checkpoint that runs on its own: not
+farther from the source than nothing at all. Sound ones have shown up to 0.16 (trained models) and
+0.75 (random ones, which magnify differences from layer to layer)."""
+
+QUANTIZED_KL = 1.0
+"""Mean KL in nats; sound ones have shown up to 0.24 (trained models) and 0.32 (random ones)."""
+
+
+def quantized_parts(quantization: Quantization) -> tuple[str, ...]:
+    """The parts of a layer that compute with quantized values."""
+    if quantization.weights is not None:
+        return ("attention", "mlp")
+    return ("attention",) if quantization.kv_cache is not None else ()
 
 
 def logits_tolerance(dtype: torch.dtype, layers: int) -> float:

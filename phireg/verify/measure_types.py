@@ -19,6 +19,11 @@ def shown(error: float) -> str:
     return f"{error:.3g}" if error >= 0.01 else f"{error:.1e}"
 
 
+def limit(tolerance: float) -> str:
+    """A tolerance for people."""
+    return f"{tolerance:.0e}" if tolerance < 0.01 else f"{tolerance:.2g}"
+
+
 @dataclass(frozen=True, slots=True)
 class PromptResult:
     """One prompt.
@@ -55,12 +60,16 @@ class LogitsResult:
             on the worst token of all prompts when it is given the reference's own input.
         hidden: for every layer, the relative error of the hidden states behind it when the
             executor runs on its own, of the worst prompt.
-        tolerance: what ``places`` may reach.
+        tolerance: what ``places`` may reach, apart from those of quantized parts.
         logits_tolerance: what the prompts' relative error and ``hidden`` may reach.
         thresholds: tokens at which the model's behaviour changes, with what changes.
         masked: vocabulary ids whose logits the source suppresses and the reader does not.
         device: where it ran.
         dtype: compute dtype.
+        quantized: parts of every layer that compute with quantized values. Their errors in
+            ``places`` are of all tokens of the worst prompt together.
+        quantized_tolerance: what these may reach.
+        kl_tolerance: what the prompts' KL may reach, where something is quantized.
     """
 
     prompts: tuple[PromptResult, ...]
@@ -72,8 +81,28 @@ class LogitsResult:
     masked: int
     device: str
     dtype: str
+    quantized: tuple[str, ...] = ()
+    quantized_tolerance: float | None = None
+    kl_tolerance: float | None = None
 
     @property
     def wrong_places(self) -> tuple[Place, ...]:
-        """Places whose error is above the tolerance, in the order of the computation."""
-        return tuple(place for place, error in self.places if not error <= self.tolerance)
+        """Places whose error is above their tolerance, in the order of the computation."""
+        return tuple(place for place, error in self.places if not error <= self.tolerance_of(place))
+
+    def tolerance_of(self, place: Place) -> float:
+        """What a place's error may reach."""
+        if place[1] in self.quantized and self.quantized_tolerance is not None:
+            return self.quantized_tolerance
+        return self.tolerance
+
+    def is_wrong(self, prompt: PromptResult) -> bool:
+        """Whether a prompt's logits are too far off.
+
+        Where something is quantized, the most likely token may be another one.
+        """
+        if not prompt.relative <= self.logits_tolerance:
+            return True
+        if self.kl_tolerance is not None:
+            return not prompt.kl <= self.kl_tolerance
+        return prompt.top1_wrong > 0

@@ -8,21 +8,21 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from phireg import jobs
 from phireg.checkpoint.manifest import MANIFEST, read_manifest
 from phireg.errors import SourceError, UsageError
-from phireg.plan.model import DTYPES, output_bytes
+from phireg.plan.model import DTYPES
 from phireg.plan.report import ranges
-from phireg.quant.schemes import WEIGHT_ONLY
+from phireg.quant.schemes import KV_CACHES, SCHEMES
 from phireg.verify.configcheck import compare_configs
 from phireg.verify.expected import RankFiles, tensors_of
-from phireg.verify.recognise import place_of, recognise
 from phireg.verify.request import Outcome, Progress, Request, Skipped
 from phireg.verify.result import CHECKS, ONE_RANK, Check, Problem, Verification
+from phireg.verify.scales import value_problems
 from phireg.verify.structure import structure_notes, structure_problems
-from phireg.verify.weights import comparable, compare
+from phireg.verify.weightcheck import check_weights
 
 if TYPE_CHECKING:
     from phireg.verify.compute import Computed
@@ -69,9 +69,7 @@ class _Runner:
         self.tp_size = len(inspected.ranks)
         self.progress = progress
         self.computed: Computed | None = None
-        algorithms = {algorithm: name for name, algorithm in WEIGHT_ONLY.items()}
-        quantization = self.found.get("quantization")
-        algorithm = quantization.get("quant_algo") if isinstance(quantization, Mapping) else None
+        qformat, kv_cache_dtype = quantization_of(self.found)
         dtype = self.found.get("dtype")
         self.planned = jobs.plan(
             request.model_dir,
@@ -79,7 +77,8 @@ class _Runner:
             revision=request.revision,
             dtype=dtype if isinstance(dtype, str) and dtype in DTYPES else "auto",
             tp_size=self.tp_size,
-            weight_only=algorithms.get(algorithm or ""),
+            qformat=qformat,
+            kv_cache_dtype=kv_cache_dtype,
         )
 
     def check(self, name: str) -> Check:
@@ -106,7 +105,8 @@ class _Runner:
                 for path, header in zip(files.paths, files.headers, strict=True)
                 if header is None
             ]
-        problems = [Problem(*found) for found in structure_problems(self.found, tensors)]
+            values = list(value_problems(files))
+        problems = [Problem(*found) for found in structure_problems(self.found, tensors)] + values
         known = {f"rank{rank}.safetensors" for rank in range(self.tp_size)}
         problems += [
             Problem(path.name, f"config.json has only {self.tp_size} ranks")
@@ -128,31 +128,19 @@ class _Runner:
         return f"{len(planned.config)} keys compared", problems, notes
 
     def weights(self) -> Outcome:
-        """See :mod:`phireg.verify.weights`."""
+        """See :mod:`phireg.verify.weightcheck`."""
         plan = self.planned.plan
         if plan.errors:
             error = plan.errors[0]
             raise Skipped(
                 f"the source has no plan at TP {self.tp_size}: {error.subject} {error.detail}"
             )
-        total = sum(map(output_bytes, plan.outputs))
-        with RankFiles(self.request.checkpoint_dir, self.tp_size) as files:
-            there = comparable(plan, files)
-            absent = [
-                Problem(
-                    f"rank{o.rank} {o.name}",
-                    "is missing or of another shape or dtype than planned",
-                    None,
-                    *place_of(o.name),
-                )
-                for o, is_there in zip(plan.outputs, there, strict=True)
-                if not is_there
-            ]
-            differences = compare(plan, files, lambda more: self.progress("weights", more, total))
-            problems = recognise(plan, files, differences)
-        how = f"{plan.casts} source tensors cast" if plan.casts else "nothing was cast"
-        summary = f"{sum(there)} of {len(there)} tensors compared bit for bit; {how}"
-        return summary, _folded(problems + absent), []
+        summary, problems, notes = check_weights(
+            plan,
+            self.request.checkpoint_dir,
+            lambda more, total: self.progress("weights", more, total),
+        )
+        return summary, _folded(problems), notes
 
     def logits(self) -> Outcome:
         """See :mod:`phireg.verify.logits`."""
@@ -169,6 +157,22 @@ class _Runner:
 
         computed = self.computed or Computed(self.request, self.found, self.planned, self.progress)
         return computed.ranks()
+
+
+def quantization_of(config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The qformat and the KV cache dtype to plan with, by a checkpoint's config.json.
+
+    None is also for what phireg does not write; then the config check says that the source's plan
+    has something else.
+    """
+    block = config.get("quantization")
+    if not isinstance(block, Mapping):
+        return None, None
+    formats = {scheme.quant_algo: name for name, scheme in SCHEMES.items()}
+    caches = {algorithm: name for name, algorithm in KV_CACHES.items()}
+    algorithm, cache = (str(block.get(k)) for k in ("quant_algo", "kv_cache_quant_algo"))
+    qformat = formats.get(algorithm)
+    return qformat, caches.get(cache) if qformat is not None else None
 
 
 def _folded(problems: Iterable[Problem]) -> list[Problem]:
