@@ -25,7 +25,12 @@ def merged_executor(executor: Executor, sources: Sequence[Source]) -> Executor:
         executor: all ranks in lockstep.
         sources: its ranks' tensors by name.
     """
-    whole = dataclasses.replace(executor.blueprint, tp_size=1)
+    experts = executor.blueprint.experts
+    whole = dataclasses.replace(
+        executor.blueprint,
+        tp_size=1,
+        experts=experts and dataclasses.replace(experts, ep_size=1),
+    )
     return Executor(
         whole,
         [lambda name: merge(executor.blueprint, name, [source(name) for source in sources])],
@@ -40,6 +45,8 @@ def merge(blueprint: Blueprint, name: str, shards: list[Tensor]) -> Tensor:
     """One tensor of all ranks."""
     if replicated(name, blueprint.quantization.weights):
         return shards[0]
+    if blueprint.experts is not None and name.endswith(("mlp.fc.weight", "mlp.proj.weight")):
+        return _experts(name, shards, blueprint.experts.ep_size)
     if name.startswith("lm_head"):
         return torch.cat(shards)[: blueprint.vocab_size]
     if name.endswith(_BY_COLUMNS):
@@ -53,3 +60,16 @@ def merge(blueprint: Blueprint, name: str, shards: list[Tensor]) -> Tensor:
         halves = [shard.chunk(2) for shard in shards]
         return torch.cat([half[n] for n in (0, 1) for half in halves])
     return torch.cat(shards)
+
+
+def _experts(name: str, shards: list[Tensor], ep_size: int) -> Tensor:
+    """Stacked linears: rank r has share r mod ``ep_size`` of the experts, cut with its equals."""
+    whole = []
+    for share in range(ep_size):
+        own = shards[share::ep_size]
+        if name.endswith("mlp.proj.weight"):
+            whole.append(torch.cat(own, dim=2))
+        else:
+            halves = [shard.chunk(2, dim=1) for shard in own]
+            whole.append(torch.cat([half[n] for n in (0, 1) for half in halves], dim=1))
+    return torch.cat(whole)

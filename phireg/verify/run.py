@@ -18,6 +18,7 @@ from phireg.plan.report import ranges
 from phireg.quant.schemes import KV_CACHES, SCHEMES
 from phireg.verify.configcheck import compare_configs
 from phireg.verify.expected import RankFiles, tensors_of
+from phireg.verify.mend import with_commands
 from phireg.verify.request import Outcome, Progress, Request, Skipped
 from phireg.verify.result import CHECKS, ONE_RANK, Check, Problem, Verification
 from phireg.verify.scales import value_problems
@@ -79,7 +80,15 @@ class _Runner:
             tp_size=self.tp_size,
             qformat=qformat,
             kv_cache_dtype=kv_cache_dtype,
+            moe_ep_size=self._moe_ep_size(),
         )
+
+    def _moe_ep_size(self) -> int | None:
+        """Over how many ranks the checkpoint shares its experts out, where it says so."""
+        mapping = self.found.get("mapping")
+        size = mapping.get("moe_ep_size") if isinstance(mapping, Mapping) else None
+        possible = isinstance(size, int) and size > 1 and self.tp_size % size == 0
+        return size if possible else None
 
     def check(self, name: str) -> Check:
         """Make one check; what stands in its way becomes its outcome."""
@@ -140,7 +149,7 @@ class _Runner:
             self.request.checkpoint_dir,
             lambda more, total: self.progress("weights", more, total),
         )
-        return summary, _folded(problems), notes
+        return summary, _folded(with_commands(problems, self.request)), notes
 
     def logits(self) -> Outcome:
         """See :mod:`phireg.verify.logits`."""
