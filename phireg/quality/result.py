@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ALLOWED = {"fp8": 0.02, "int8_sq": 0.05, "int8_wo": 0.02, "int4_wo": 0.05}
-"""By format: how much of its perplexity a model may lose and still be called close."""
+"""By format: by how much perplexity may change in a model that is called close."""
 
 
 def sqnr(relative: float) -> float:
@@ -122,8 +122,8 @@ class Quality:
 
     @property
     def close(self) -> bool:
-        """Whether perplexity is within what ``ALLOWED`` says of the format."""
-        return self.text.loss <= ALLOWED[self.qformat]
+        """Whether perplexity is as near to the unquantized one as ``ALLOWED`` says."""
+        return abs(self.text.loss) <= ALLOWED[self.qformat]
 
     @property
     def verdict(self) -> str:

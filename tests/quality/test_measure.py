@@ -1,0 +1,247 @@
+"""What is measured, against the same numbers from plain torch and transformers."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from phireg import demo, executor, jobs
+from phireg.calibration.settings import Settings
+from phireg.calibration.statistics import Statistics
+from phireg.errors import SourceError
+from phireg.quality.run import measure
+
+TP = 2
+LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
+MODULES = {
+    "attention.qkv": "self_attn.q_proj",
+    "attention.dense": "self_attn.dense",
+    "mlp.fc": "mlp.fc1",
+    "mlp.proj": "mlp.fc2",
+}
+"""Of phi-2: where transformers' model has the input of each linear."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def source():
+    return demo.find("phi2").directory
+
+
+@pytest.fixture(scope="module")
+def ids(source, tmp_path_factory):
+    """Nine rows of 40 ids, the first six of them for calibration."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randint(5, 1000, (9, 40), generator=generator).tolist()
+    path = tmp_path_factory.mktemp("ids") / "ids.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    return path, rows
+
+
+@pytest.fixture(scope="module")
+def settings(ids):
+    return Settings(file=ids[0], size=6, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def statistics(source, settings, tmp_path_factory):
+    planned = jobs.plan(source, qformat="fp8")
+    return jobs.calibrate(planned, tmp_path_factory.mktemp("stats") / "amax", settings).statistics
+
+
+@pytest.fixture(scope="module")
+def inputs(source, ids):
+    """Of the rows that were not calibrated on: every linear's input, by hooks on the source."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    seen = {}
+
+    def hook(key):
+        def keep(_, arguments):
+            seen.setdefault(key, []).append(arguments[0][0])
+
+        return keep
+
+    for index, layer in enumerate(model.model.layers):
+        for linear, module in MODULES.items():
+            layer.get_submodule(module).register_forward_pre_hook(hook((index, linear)))
+    with torch.no_grad():
+        for row in ids[1][6:]:
+            model(input_ids=torch.tensor([row]), use_cache=False)
+    return {key: torch.cat(parts) for key, parts in seen.items()}
+
+
+@pytest.fixture(scope="module")
+def made(source, settings, statistics, tmp_path_factory):
+    """By format: the checkpoint and what was measured."""
+    found = {}
+    for qformat, cache in (("fp8", None), ("int8_sq", "int8"), ("int4_wo", None)):
+        planned = jobs.plan(source, qformat=qformat, kv_cache_dtype=cache, tp_size=TP)
+        place = tmp_path_factory.mktemp("made") / qformat
+        jobs.quantize(planned, place, statistics)
+        found[qformat] = place, measure(planned, place, settings, provenance=statistics.provenance)
+    return found
+
+
+def linear_of(found, layer, linear):
+    (one,) = [one for one in found.linears if (one.layer, one.linear) == (layer, linear)]
+    return one
+
+
+def ranks(place):
+    return [load_file(place / f"rank{rank}.safetensors") for rank in range(TP)]
+
+
+def together(place, layer, linear, part):
+    """A companion of a linear, of all ranks."""
+    parts = [rank[f"transformer.layers.{layer}.{linear}.{part}"] for rank in ranks(place)]
+    row_linear = linear in ("attention.dense", "mlp.proj")
+    if part == "weight":
+        return torch.cat(parts, 1 if row_linear else 0)
+    if part == "prequant_scaling_factor":
+        return torch.cat(parts) if row_linear else parts[0]
+    if part == "weights_scaling_factor" and len(parts[0]) > 1:
+        return parts[0] if row_linear else torch.cat(parts)
+    return parts[0]
+
+
+def relative(got, wanted):
+    got, wanted = got.double(), wanted.double()
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def source_weight(source, layer, linear):
+    tensors = load_file(source / "model.safetensors")
+    prefix = f"model.layers.{layer}."
+    return tensors[f"{prefix}{MODULES[linear]}.weight"].float()
+
+
+@pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
+@pytest.mark.parametrize("linear", ["attention.dense", "mlp.fc", "mlp.proj"])
+def test_the_weights_error_is_that_of_the_files(made, source, qformat, linear):
+    place, found = made[qformat]
+    for layer in (0, 5):
+        weight = together(place, layer, linear, "weight").float()
+        scale = together(place, layer, linear, "weights_scaling_factor")
+        wanted = source_weight(source, layer, linear)
+        if qformat == "int8_sq":
+            scale = scale[:, None]
+            wanted = wanted / together(place, layer, linear, "prequant_scaling_factor").float()
+        error = linear_of(found, layer, linear).weight
+        assert error == pytest.approx(relative(weight * scale, wanted), rel=1e-4)
+        assert 0 < error < 0.05
+
+
+@pytest.mark.parametrize("layer", [0, 5])
+@pytest.mark.parametrize("linear", LINEARS)
+def test_the_inputs_error_is_that_of_the_source_models_inputs(made, inputs, layer, linear):
+    x = inputs[layer, linear]
+    place, found = made["fp8"]
+    scale = together(place, layer, linear, "activation_scaling_factor")
+    stored = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+    one = linear_of(found, layer, linear)
+    assert one.activation == pytest.approx(relative(stored, x), rel=1e-3)
+    channels = np.abs(x.numpy()).max(axis=0)
+    assert one.outliers == pytest.approx(channels.max() / np.median(channels), rel=1e-4)
+
+    place, found = made["int8_sq"]
+    scale = together(place, layer, linear, "activation_scaling_factor")
+    smoothed = x * together(place, layer, linear, "prequant_scaling_factor").float()
+    stored = torch.round(smoothed / scale)
+    one = linear_of(found, layer, linear)
+    beyond = ((stored > 127) | (stored < -128)).float().mean()
+    assert one.activation == pytest.approx(
+        relative(stored.clamp(-128, 127) * scale, smoothed), rel=1e-3
+    )
+    assert one.saturation == pytest.approx(float(beyond), abs=2 / x.numel())
+
+
+@pytest.mark.parametrize("qformat", ["fp8", "int8_sq", "int4_wo"])
+def test_hidden_states_and_logits_are_those_of_two_whole_runs(made, source, ids, qformat, tmp_path):
+    place, found = made[qformat]
+    jobs.convert(jobs.plan(source), tmp_path / "plain")
+    states = {}
+    logits = {}
+    for name, directory in (("plain", tmp_path / "plain"), ("quantized", place)):
+        model = executor.load(directory, dtype=torch.float32)
+        for number, row in enumerate(ids[1][6:]):
+
+            def observe(layer, what, value, key=(name, number)):
+                if what == "hidden":
+                    states[(*key, layer)] = value[0]
+
+            logits[name, number] = model(torch.tensor([row]), observe)[0]
+    for layer, error in enumerate(found.hidden):
+        by_token = [
+            (states["quantized", n, layer] - states["plain", n, layer]).norm(dim=-1)
+            / states["plain", n, layer].norm(dim=-1)
+            for n in range(3)
+        ]
+        assert error == pytest.approx(float(torch.cat(by_token).mean()), rel=1e-3)
+    got = torch.cat([logits["quantized", n] for n in range(3)]).log_softmax(-1)
+    wanted = torch.cat([logits["plain", n] for n in range(3)]).log_softmax(-1)
+    text = found.text
+    assert text.top1 == pytest.approx(float((got.argmax(-1) == wanted.argmax(-1)).float().mean()))
+    kl = float((wanted.exp() * (wanted - got)).sum(-1).mean())
+    assert text.kl == pytest.approx(kl, rel=1e-2, abs=1e-6)
+    chosen = [
+        logits["quantized", n].log_softmax(-1)[:-1].gather(1, torch.tensor(row[1:])[:, None])
+        for n, row in enumerate(ids[1][6:])
+    ]
+    assert text.nll == pytest.approx(-float(torch.cat(chosen).mean()), rel=1e-5)
+    assert (text.rows, text.tokens, text.calibrated) == (3, 120, False)
+
+
+def test_weights_alone(made):
+    _, found = made["int4_wo"]
+    assert all(one.activation is None and one.saturation is None for one in found.linears)
+    assert 0.05 < linear_of(found, 0, "mlp.fc").weight < 0.2
+    assert len(found.linears) == 4 * len(found.hidden) == 24
+
+
+@pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
+def test_nothing_saturates_on_what_was_calibrated_and_louder_text_does(
+    source, ids, statistics, qformat, tmp_path
+):
+    planned = jobs.plan(source, qformat=qformat, dtype="float32")
+    jobs.quantize(planned, tmp_path / "same", statistics)
+    first = tmp_path / "first.jsonl"
+    first.write_text("".join(ids[0].read_text().splitlines(keepends=True)[:6]))
+    settings = Settings(file=first, device="cpu")
+    found = measure(planned, tmp_path / "same", settings, provenance=statistics.provenance)
+    assert found.text.calibrated
+    assert {one.saturation for one in found.linears} == {0.0}
+
+    # As if the text had been four times as loud as what was calibrated on.
+    quiet = Statistics(
+        {name: amax / 4 for name, amax in statistics.inputs.items()}, (), (), statistics.provenance
+    )
+    jobs.quantize(planned, tmp_path / "quiet", quiet)
+    loud = measure(planned, tmp_path / "quiet", settings, provenance=statistics.provenance)
+    assert all(one.saturation > 0 for one in loud.linears)
+    assert loud.hidden[-1] > 3 * found.hidden[-1]
+
+
+def test_nothing_to_measure_on(source, tmp_path):
+    planned = jobs.plan(source, qformat="int8_wo")
+    jobs.quantize(planned, tmp_path / "out", None)
+    rows = tmp_path / "short.jsonl"
+    rows.write_text('{"input_ids": [5]}\n')
+    with pytest.raises(SourceError, match="no sample has two tokens"):
+        measure(planned, tmp_path / "out", Settings(file=rows, device="cpu"))
+
+
+def test_close_and_exact(made):
+    _, found = made["fp8"]
+    worse = dataclasses.replace(found.text, nll=found.text.unquantized_nll + math.log(1.03))
+    assert not dataclasses.replace(found, text=worse).close
+    assert dataclasses.replace(found, text=worse, qformat="int8_sq").close
+    assert "+3.00%" in dataclasses.replace(found, text=worse).verdict

@@ -1,0 +1,89 @@
+"""The page: whole, complete, self-contained, and nothing in a name is taken for markup."""
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from phireg.errors import OutputError
+from phireg.quality.report import render, write_report
+from phireg.quality.result import LinearQuality, Quality, TextQuality, sqnr
+
+NAMES = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
+
+
+def quality(layers=3, *, inputs=True, nll=1.0, weight=0.01):
+    linears = tuple(
+        LinearQuality(
+            layer,
+            name,
+            weight * (1 + layer),
+            0.02 * (1 + layer) if inputs else None,
+            1e-4 * layer if inputs else None,
+            4.0 + layer if layer else float("inf"),
+        )
+        for layer in range(layers)
+        for name in NAMES
+    )
+    text = TextQuality("<b>text</b>.jsonl", 2, 300, False, 0.95, 0.01, nll, 1.0)
+    return Quality(
+        "/tmp/<i>ckpt", "phi3-mini", "fp8" if inputs else "int8_wo", "int8", "Phi3ForCausalLM",
+        "bfloat16", 2, linears, tuple(0.01 * (n + 1) for n in range(layers)), text,
+        (("text", "<u>300 tokens"),),
+    )  # fmt: skip
+
+
+def pictures(page):
+    return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
+
+
+@pytest.mark.parametrize(("layers", "inputs", "maps"), [(3, True, 4), (40, True, 4), (3, False, 2)])
+def test_every_linear_has_a_cell_on_every_map(layers, inputs, maps):
+    found = pictures(render(quality(layers, inputs=inputs)))
+    assert len(found) == maps + 1
+    for picture in found[:-1]:
+        titles = [title.text for title in picture.iter("{http://www.w3.org/2000/svg}title")]
+        places = [title.partition(":")[0] for title in titles]
+        assert sorted(places) == sorted(
+            f"layer {layer} {name}" for layer in range(layers) for name in NAMES
+        )
+    dots = list(found[-1].iter("{http://www.w3.org/2000/svg}circle"))
+    assert len(dots) == layers
+
+
+def test_the_worse_the_warmer():
+    first = pictures(render(quality(weight=0.02)))[0]  # 34.0, 28.0 and 24.4 dB
+    cells = {}
+    for cell in first.iter("{http://www.w3.org/2000/svg}rect"):
+        cells[cell[0].text.partition(":")[0]] = cell.get("class")
+    assert [cells[f"layer {n} mlp.fc"] for n in range(3)] == ["heat2", "heat3", "heat4"]
+
+
+def test_nothing_is_fetched_and_nothing_in_a_name_is_markup():
+    page = render(quality())
+    assert "<b>" not in page.replace("<b>0", "").replace("<b>2", "").replace("<b>9", "").replace(
+        "<b>3", ""
+    )
+    assert "<i>ckpt" not in page
+    assert "<u>" not in page
+    assert not re.search(r"""(src|href)=|url\(|@import""", page)
+
+
+def test_the_verdict():
+    assert "✓ close" in render(quality())
+    page = render(quality(nll=1.1))
+    assert "✗ not close" in page
+    assert "not close to the unquantized model: perplexity 3.004 instead of 2.718" in page
+
+
+def test_decibels():
+    assert sqnr(0.1) == pytest.approx(20)
+    assert sqnr(0.0) == float("inf")
+    assert sqnr(float("inf")) == float("-inf")
+
+
+def test_a_page_that_cannot_be_written(tmp_path):
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_report(quality(), tmp_path / "nowhere" / "page.html")
+    write_report(quality(), tmp_path / "page.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
