@@ -12,6 +12,7 @@ from tiny_sources import (
     phi3_small,
     random_ids,
     reference_logits,
+    relative_error,
     small_long_rope,
     write_checkpoint,
 )
@@ -131,16 +132,56 @@ def test_the_gpu_step_of_a_quantized_model_is_one_graph_per_layer(
     assert fused_decoder(executor, prompts, 3) == [forward_greedy(executor, p, 3) for p in prompts]
 
 
+GPU_SIZE = {"hidden_size": 128}  # heads of 16, the smallest that FlexAttention's kernels take
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["phi3-gqa", "small"])
 def test_on_a_gpu(name, tmp_path):
     make, changes, ranks = CASES[name]
-    model = make(**changes)
+    model = make(**changes, **GPU_SIZE)
     executor = load(write_checkpoint(model, tmp_path, ranks), device="cuda")
     prompts = [random_ids(model, n, seed=n).tolist() for n in (70, 41)]
     wanted = [greedy(model, prompt, 5) for prompt in prompts]
     assert generate(executor, prompts, 5) == wanted
     assert generate(executor, prompts, 5) == wanted  # the captured step again
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("make", "scheme", "kv"), [(phi3, "fp8", "fp8"), (phi3_small, "int8_sq", "int8")]
+)
+def test_quantized_on_a_gpu(make, scheme, kv, tmp_path):
+    model = make(num_hidden_layers=2, **GPU_SIZE)
+    written(model, tmp_path, random_ids(model, 30), scheme, kv, 2)
+    executor = load(tmp_path, device="cuda")
+    prompts = [random_ids(model, n, seed=n).tolist() for n in (70, 41)]
+    wanted = [forward_greedy(executor, prompt, 5) for prompt in prompts]
+    assert generate(executor, prompts, 5) == wanted
+    logits = executor(torch.tensor(prompts[1:])).cpu()
+    assert relative_error(logits, load(tmp_path)(torch.tensor(prompts[1:]))) < 0.05
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_fp8_weights_as_they_are_on_a_gpu(tmp_path):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU with FP8")
+    model = phi3(num_hidden_layers=2, **GPU_SIZE)
+    written(model, tmp_path, random_ids(model, 30), "fp8", "fp8", dtype=torch.bfloat16)
+    executor = load(tmp_path, device="cuda")
+    kept = executor.layer_weights(0)[0]
+    assert kept["mlp.fc.weight"].dtype == torch.float8_e4m3fn
+    assert kept["mlp.proj.weight"].dtype == torch.bfloat16  # 136 inputs
+    for rows in (1, 2, 5):
+        ids = random_ids(model, rows, 17)
+        assert relative_error(executor(ids).cpu(), load(tmp_path)(ids)) < 0.2
+        prompts = ids.tolist()
+        new = generate(executor, prompts, 3)
+        for prompt, tokens in zip(prompts, new, strict=True):
+            logits = executor(torch.tensor([prompt + tokens[:-1]]))[0, -3:]
+            best = logits.max(-1).values
+            chosen = logits[torch.arange(3), torch.tensor(tokens)]
+            assert (best - chosen).max() < 0.1 * logits.std()  # the best one, or almost
 
 
 def test_cached_keys_stay_as_they_are_when_long_rope_switches(tmp_path):
