@@ -171,7 +171,8 @@ def postprocess(
                 # Writable while it is filled, whatever the original's mode is.
                 unfinished.chmod(directory.stat().st_mode & 0o777 | 0o700)
             sizes = {file.name: file.stat().st_size for file in sorted(unfinished.iterdir())}
-    return Postprocessed(target, opened.rows, sum(map(len, moves)), sizes)
+    shown = directory if in_place else target
+    return Postprocessed(shown, opened.rows, sum(map(len, moves)), sizes)
 
 
 def postprocess_bytes(checkpoint_dir: str | Path) -> int:

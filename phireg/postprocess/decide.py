@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 FLAG = "--in-source-order"
 
+_NO_MARK = Evidence(
+    "producer",
+    None,
+    "postprocess_quant_checkpoint.py leaves no mark: if it may have been run, --model-dir tells",
+)
+
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -128,6 +134,8 @@ def decide(
             f"{len(ranks)} ranks is not known",
             hint="give the model it was made from with --model-dir: its rows tell.",
         )
+    if telling[0].source == "producer":
+        evidence += (_NO_MARK,)
     return Decision(BLOCK, every, evidence)
 
 

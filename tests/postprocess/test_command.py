@@ -1,0 +1,129 @@
+"""`phireg postprocess` on the command line: exit codes, what it prints, no tracebacks."""
+
+import json
+
+import pytest
+from by_hand import (
+    EARLY,
+    block_rows,
+    checkpoint,
+    content,
+    rank_rows,
+    same,
+    source_tensors,
+    write_checkpoint,
+    write_source,
+)
+from click.testing import CliRunner
+
+from phireg.cli import app
+
+TENSORS = source_tensors()
+RIGHT = checkpoint("fp8", TENSORS, rank_rows)
+
+
+def phireg(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args], prog_name="phireg")
+
+
+@pytest.fixture
+def grouped(tmp_path):
+    ranks = checkpoint("fp8", TENSORS, block_rows)
+    return write_checkpoint(tmp_path / "ckpt", "fp8", ranks, **EARLY)
+
+
+def test_the_guides_command(grouped):
+    before = content(grouped)
+    told = phireg("postprocess", grouped, "--check")
+    assert told.exit_code == 4
+    assert "needs post-processing" in told.output
+    assert "modelopt 0.11.2" in told.output
+    assert "leaves no mark" in told.output
+    assert content(grouped) == before
+    done = phireg("postprocess", grouped)
+    assert done.exit_code == 0
+    same(grouped, RIGHT)
+    for expected in ("phi3-small", "the source's order", "4 tensors of 2 linears"):
+        assert expected in done.output
+    after = content(grouped)
+    told = phireg("postprocess", grouped, "--check")
+    assert told.exit_code == 0
+    assert "needs no post-processing" in told.output
+    again = phireg("postprocess", grouped)
+    assert again.exit_code == 2
+    assert "post-processed this checkpoint" in again.output
+    assert content(grouped) == after
+
+
+def test_json(grouped, tmp_path):
+    told = json.loads(phireg("postprocess", grouped, "--check", "--json").output)
+    assert told == {
+        "checkpoint_dir": str(grouped),
+        "family": "phi3-small",
+        "needed": True,
+        "order": "the source's order",
+        "linears": 2,
+        "evidence": told["evidence"],
+    }
+    source = write_source(tmp_path / "model", TENSORS)
+    made = phireg(
+        "postprocess", grouped, "--model_dir", source, "--output_dir", tmp_path / "out", "--json"
+    )
+    document = json.loads(made.output)
+    assert made.exit_code == 0
+    assert document["tensors"] == 4
+    assert set(document["files"]) == {
+        "config.json", "notes.txt", "phireg.json", "rank0.safetensors", "tokenizer.json"
+    }  # fmt: skip
+    assert "rows compared with" in document["evidence"][0]
+    same(tmp_path / "out", RIGHT)
+
+
+def test_quiet(grouped):
+    assert phireg("postprocess", grouped, "--check", "--quiet").output == ""
+    assert phireg("postprocess", grouped, "--quiet").output == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        ((), 2),
+        (("--check", "--in-source-order"), 2),
+        (("--check", "--output-dir", "x"), 2),
+        (("--overwrite",), 2),
+        (("--revision", "main"), 2),
+        (("--family", "phi2"), 2),
+        (("--family", "nobody"), 5),
+        (("--model-dir", "/nowhere"), 3),
+    ],
+)
+def test_refusals(tmp_path, args, code):
+    ranks = checkpoint("fp8", TENSORS, block_rows)
+    directory = write_checkpoint(tmp_path / "ckpt", "fp8", ranks)
+    before = content(directory)
+    told = phireg("postprocess", directory, *args)
+    assert told.exit_code == code, told.output
+    assert "Traceback" not in told.output
+    assert content(directory) == before
+
+
+def test_other_directories(tmp_path):
+    assert phireg("postprocess", tmp_path / "nothing").exit_code == 3
+    assert phireg("postprocess", tmp_path).exit_code == 3
+    source = write_source(tmp_path / "model", TENSORS)
+    told = phireg("postprocess", source)
+    assert told.exit_code == 3
+    assert "not a TensorRT-LLM checkpoint" in told.output
+
+
+def test_the_working_directory(grouped, monkeypatch):
+    monkeypatch.chdir(grouped)
+    assert phireg("postprocess", ".").exit_code == 0
+    same(grouped, RIGHT)
+
+
+def test_output_that_cannot_be_written(grouped, tmp_path):
+    (tmp_path / "file").write_text("")
+    told = phireg("postprocess", grouped, "--output-dir", tmp_path / "file")
+    assert told.exit_code == 6
+    assert (tmp_path / "file").read_text() == ""

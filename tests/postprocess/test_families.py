@@ -1,0 +1,96 @@
+"""A third party's family with linears of its own order; and rules that make no sense."""
+
+import numpy as np
+import pytest
+from by_hand import content, load, write_checkpoint
+
+from phireg.api import COLUMN, COPY, Linear, QuantRules, Rules, columns, hookimpl, order, parts, src
+from phireg.errors import CheckError
+from phireg.layout.rules import Rule
+from phireg.layout.spans import LayoutError
+from phireg.postprocess.orders import orders_of, runs
+from phireg.registry import Candidate, Chosen
+
+FC = "transformer.layers.{}.mlp.fc"
+
+
+class Steps:
+    """Rows of gate and up are exchanged by some exporter."""
+
+    rule = staticmethod(
+        lambda i: Linear(
+            FC.format(i), order(parts(src(FC.format(i), 12), gate=6, up=6), "up", "gate"), 5, COLUMN
+        )
+    )
+
+    @hookimpl
+    def phireg_quant_rules(self, config, scheme):
+        return QuantRules(
+            linears=(),
+            postprocess=Rules(*(self.rule(i) for i in range(config["num_hidden_layers"]))),
+        )
+
+
+@pytest.fixture
+def swapped(tmp_path, monkeypatch):
+    from phireg_plugins.phi3_mini import FAMILY
+
+    from phireg import registry
+
+    steps = Steps()
+    family = FAMILY.derive("swapped", steps)
+    candidate = Candidate("swapped", "acme", "1.0", "acme:FAMILY", None)
+    monkeypatch.setattr(registry, "load", lambda name: Chosen(family, candidate))
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for i in range(2):
+        tensors[f"{FC.format(i)}.weight"] = ("I8", rng.integers(-128, 128, (12, 5)))
+        tensors[f"{FC.format(i)}.weights_scaling_factor"] = ("F32", rng.random(12))
+        tensors[f"{FC.format(i)}.prequant_scaling_factor"] = ("F16", rng.random(5))
+        tensors[f"{FC.format(i)}.activation_scaling_factor"] = ("F32", rng.random(1))
+    directory = write_checkpoint(
+        tmp_path / "ckpt", "int8", [tensors], architecture="Phi3ForCausalLM"
+    )
+    return directory, tensors, steps
+
+
+def test_any_linear_of_any_family(swapped):
+    from phireg import jobs
+
+    directory, tensors, _ = swapped
+    jobs.postprocess(directory, family="acme:swapped", in_source_order=True)
+    found = load(directory / "rank0.safetensors")
+    for name, (_, array) in tensors.items():
+        moves = name.endswith((".weight", "weights_scaling_factor"))
+        wanted = np.concatenate([array[6:], array[:6]]) if moves else array
+        assert np.array_equal(found[name][1], wanted.astype(found[name][1].dtype)), name
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda i: Linear(FC.format(i), src("another", 12), 5, COLUMN),
+        lambda i: Linear(FC.format(i), src(FC.format(i), 12), 5, COPY),
+        lambda i: Linear(
+            FC.format(i), order(parts(src(FC.format(i), 11), a=5, b=6), "b", "a"), 5, COLUMN
+        ),
+    ],
+)
+def test_rules_that_make_no_sense(swapped, rule):
+    from phireg import jobs
+
+    directory, _, steps = swapped
+    steps.rule = rule
+    before = content(directory)
+    with pytest.raises(CheckError):
+        jobs.postprocess(directory, family="acme:swapped", in_source_order=True)
+    assert content(directory) == before
+
+
+def test_rows_must_be_used_once():
+    axis = parts(src("x", 6), a=3, b=3)
+    half = Rule("x", (type(axis)(axis.parts[:1], axis.sources),), (), columns(4), COLUMN, "here")
+    with pytest.raises(LayoutError, match="each of its 6 rows once"):
+        orders_of(half, 1)
+    with pytest.raises(LayoutError, match="in no rank file"):
+        runs((np.arange(3),), (np.arange(4),))
