@@ -104,6 +104,8 @@ class Quantization:
             yield "KV cache", "the family's quantization rules name no attention module", ""
         if self.scheme is None:
             return
+        if not self.rules.linears:
+            yield self.scheme.qformat, "the family's quantization rules name no linears for it", ""
         readers: dict[str, list[str]] = {}
         for target, axis in axes.items():
             for module, _ in axis.sources:
