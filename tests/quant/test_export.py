@@ -224,6 +224,7 @@ def test_the_checkpoint_is_complete_and_says_where_it_comes_from(tmp_path, qform
     assert manifest["options"] == {
         "dtype": "float16",
         "tp_size": 2,
+        "moe_ep_size": 1,
         "weight_only": None,
         "qformat": qformat,
         "kv_cache_dtype": "fp8",

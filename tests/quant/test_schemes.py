@@ -229,10 +229,20 @@ def test_a_source_that_two_targets_read(tmp_path):
 
 
 def test_a_quantized_cache_that_nobody_names(tmp_path):
-    plan = planned(rules_of(), source(tmp_path), qformat="int8_wo", kv_cache_dtype="fp8")
+    linear = "transformer.layers.0.mlp.fc"
+    plan = planned(rules_of(linear), source(tmp_path), qformat="int8_wo", kv_cache_dtype="fp8")
     assert errors(plan) == [
         ("quant", "KV cache", "the family's quantization rules name no attention module")
     ]
+
+
+@pytest.mark.parametrize("qformat", ["fp8", "int8_sq", "int8_wo"])
+def test_a_scheme_for_which_the_family_names_nothing(qformat, tmp_path):
+    """It must not end in a checkpoint that only says it is quantized."""
+    plan = planned(rules_of(), source(tmp_path), qformat=qformat)
+    assert ("quant", qformat, "the family's quantization rules name no linears for it") in errors(
+        plan
+    )
 
 
 def test_a_linear_that_the_rules_forget_is_what_the_reader_misses(tmp_path):
