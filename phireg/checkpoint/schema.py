@@ -116,7 +116,7 @@ def required_tensors(config: Mapping[str, Any], tp_size: int) -> Tensors | None:
 
     def linear(name: str, rows: int, cols: int, *, bias: bool) -> None:
         kind = code
-        if name != "lm_head" and algorithm not in RAW and not _matches(name, excluded):
+        if name != "lm_head" and algorithm not in RAW and not is_excluded(name, excluded):
             kind = "F8_E4M3" if algorithm == "FP8" else "I8"
             per_tensor = algorithm == "FP8"
             tensors[f"{name}.weights_scaling_factor"] = ("F32", (1,) if per_tensor else (rows,))
@@ -169,7 +169,7 @@ def _experts(mlp: str, config: Mapping[str, Any], experts: int, tp_size: int, co
     }
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def is_excluded(name: str, patterns: Sequence[str]) -> bool:
     """Whether the reader leaves a module alone: by pattern, in early releases by its last name."""
     leaf = name.rpartition(".")[2]
     return any(fnmatchcase(name, str(pattern)) or leaf == pattern for pattern in patterns)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from phireg.page.svg import WIDTH, LogFrame, element, picture, text
-from phireg.verify.measure_types import LogitsResult, Place, PromptResult, place_text, shown
+from phireg.verify.measure_types import LogitsResult, Place, PromptResult, limit, place_text, shown
 
 _SHOWN_HEADS = 32
 _SHOWN_BLOCKS = 28
@@ -41,11 +41,18 @@ def layer_chart(result: LogitsResult) -> str:
         "relative error of every sub-module, by layer",
         frame.axes(),
         frame.limit(result.tolerance, f"tolerance {result.tolerance:.0e}"),
+        *_quantized_limit(result, frame),
         frame.line(own, "own-run"),
         *(element("circle", cx=frame.x(a), cy=frame.y(b), r=2, class_="own-dot") for a, b in own),
         *marks,
         *_layer_ticks(frame, layers),
     )
+
+
+def _quantized_limit(result: LogitsResult, frame: LogFrame) -> Iterator[str]:
+    if result.quantized_tolerance is not None:
+        tolerance = result.quantized_tolerance
+        yield frame.limit(tolerance, f"tolerance of quantized parts {limit(tolerance)}")
 
 
 def _where(place: Place, layers: int) -> float:
@@ -97,7 +104,7 @@ def position_chart(result: LogitsResult, prompt: PromptResult) -> str:
         frame.height,
         "relative error of the logits, by position",
         frame.axes(),
-        frame.limit(result.logits_tolerance, f"tolerance {result.logits_tolerance:.0e}"),
+        frame.limit(result.logits_tolerance, f"tolerance {limit(result.logits_tolerance)}"),
         frame.line(worst, "errors"),
         *marks,
         *ticks,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from phireg.checkpoint.schema import RAW, is_excluded
 from phireg.verify.reader import READ, with_defaults
 from phireg.verify.result import Problem
 
@@ -13,6 +14,8 @@ _SAME_FUNCTION = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 
 _LOGITS_DTYPES = ("float32", "float16")
 """A producer may choose in which of these an engine returns its logits."""
+
+_EXCLUDED = "exclude_modules"
 
 _ATTENTION = ("rotary", "rope", "position", "longrope", "blocksparse", "dense_attention")
 _PARTS = {"gegelu_limit": "mlp", "hidden_act": "mlp", "mup_embedding_multiplier": "embedding"}
@@ -35,6 +38,10 @@ def compare_configs(
     for key, wanted in planned.items():
         if isinstance(wanted, Mapping):
             problems += _block(key, found.get(key), wanted)
+            if key == "quantization":
+                excluded, more = _excluded(found.get(key), wanted, planned)
+                problems += excluded
+                notes += more
         elif key not in found or (found[key] is None and wanted is not None):
             if _equal(effective.get(key), wanted):
                 notes.append(f"{key} is absent; the reader's default is what is wanted")
@@ -67,10 +74,48 @@ def compare_configs(
 def _block(name: str, found: Any, wanted: Mapping[str, Any]) -> Iterator[Problem]:
     found = found if isinstance(found, Mapping) else {}
     for key, value in wanted.items():
+        if key == _EXCLUDED:
+            continue
         default = 1 if name == "mapping" else None
         got = found.get(key, default)
         if not _equal(got, value):
             yield _problem(f"{name}.{key}", f"is {got!r}", value)
+
+
+def _excluded(
+    found: Any, wanted: Mapping[str, Any], planned: Mapping[str, Any]
+) -> tuple[list[Problem], list[str]]:
+    """What a list of excluded modules leaves unquantized; as a list it may be another one."""
+    key = f"quantization.{_EXCLUDED}"
+    patterns = found.get(_EXCLUDED) if isinstance(found, Mapping) else None
+    if _EXCLUDED not in wanted:
+        return ([_problem(key, f"is {patterns!r}", None)] if patterns else []), []
+    if patterns is None:
+        return [], [f"{key} is absent; the reader's default leaves lm_head and the embedding alone"]
+    if not isinstance(patterns, list) or not all(isinstance(name, str) for name in patterns):
+        return [_problem(key, f"is {patterns!r}", wanted[_EXCLUDED])], []
+    raw = wanted["quant_algo"] in RAW
+    names = list(_quantizable(int(planned["num_hidden_layers"]), raw=raw))
+    left, right = (
+        {name for name in names if is_excluded(name, of)} for of in (patterns, wanted[_EXCLUDED])
+    )
+    if left != right:
+        name = sorted(left ^ right)[0]
+        does = "leaves out" if name in left else "does not leave out"
+        return [_problem(key, f"{does} {name}", wanted[_EXCLUDED])], []
+    if set(patterns) != set(wanted[_EXCLUDED]):
+        return [], [f"{key} is another list; the same modules are quantized"]
+    return [], []
+
+
+def _quantizable(layers: int, *, raw: bool) -> Iterator[str]:
+    """Modules that a reader would quantize; the embedding only where its builder does so itself."""
+    yield "lm_head"
+    if raw:
+        yield "transformer.vocab_embedding"
+    for layer in range(layers):
+        for linear in ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj"):
+            yield f"transformer.layers.{layer}.{linear}"
 
 
 def _problem(key: str, text: str, wanted: Any) -> Problem:

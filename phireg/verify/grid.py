@@ -256,7 +256,8 @@ def whole_levels(plan: Plan, files: RankFiles, linear: Linear) -> tuple[list[Flo
             rows = slice(row, row + len(block))
             scale = linear.wanted[output.rank]
             scale = scale if linear.smoother is None else scale[rows, None]
-            expected[index][rows] = kept_columns_of(block, output) / scale
+            with np.errstate(all="ignore"):
+                expected[index][rows] = kept_columns_of(block, output) / scale
         found = [grid.found(o, 0, o.shape) for o in linear.weights]
     return expected, found
 

@@ -37,13 +37,13 @@ def recognise_quantized(plan: Plan, files: RankFiles, seen: Iterable[Seen]) -> l
     for number, one in enumerate(wrong):
         size = sum(int(np.prod(output.shape)) for output in one.linear.weights)
         if number >= MOST_LOOKED_AT or size > _MOST_ELEMENTS:
-            problems += _located(one)
+            problems += _located(one, tolerance_of(plan).scales)
         else:
             problems += _Look(plan, files, one).problems()
     return problems
 
 
-def _located(seen: Seen) -> Iterator[Problem]:
+def _located(seen: Seen, slack: float) -> Iterator[Problem]:
     target = seen.linear.target
     if seen.differences:
         elements = sum(difference.elements for difference in seen.differences)
@@ -59,7 +59,7 @@ def _located(seen: Seen) -> Iterator[Problem]:
         )
     if seen.scales:
         name = f"{target}.weights_scaling_factor"
-        yield _problem(name, seen.scales, _scale_by_value(seen))
+        yield _problem(name, seen.scales, _scale_by_value(seen, slack))
 
 
 def _problem(name: str, ranks: Iterable[int], diagnosis: Diagnosis) -> Problem:
@@ -82,7 +82,7 @@ class _Look:
         if self.seen.differences and (other := self.smoothing()):
             yield _problem(f"{target}.prequant_scaling_factor", ranks, other)
             return
-        for problem in _located(self.seen):
+        for problem in _located(self.seen, self.tolerance.scales):
             weight = problem.where.endswith(".weight")
             known = self.weight() if weight else self.scale()
             if known is None:
@@ -174,7 +174,7 @@ def _moves(ranks: int) -> str:
     return ", ".join(f"rank {rank} holds rank {(rank + 1) % ranks}'s" for rank in range(ranks))
 
 
-def _scale_by_value(seen: Seen) -> Diagnosis:
+def _scale_by_value(seen: Seen, slack: float) -> Diagnosis:
     ratios = []
     for rank in seen.scales:
         with np.errstate(all="ignore"):
@@ -185,10 +185,10 @@ def _scale_by_value(seen: Seen) -> Diagnosis:
         if seen.differences
         else "the weight itself is on the grid of one of the two"
     )
-    if np.ptp(ratio) <= 1e-3 * abs(ratio[0]):
+    if np.ptp(ratio) <= 3 * slack * abs(ratio[0]):
         rank = seen.scales[0]
         return Diagnosis(
-            f"is {ratio[0]:.6g} times what the source's largest values give "
+            f"is {ratio[0]:.3g} times what the source's largest values give "
             f"({seen.linear.wanted[rank][0]:.6g}); {judged}"
         )
     off = np.flatnonzero(np.abs(ratio - 1) > 1e-2)

@@ -89,8 +89,8 @@ def test_a_wrong_residual_path_is_not_blamed_on_a_sub_module(monkeypatch):
 
     real = Executor.run_layer
 
-    def skipping(self, shards, x, rotary, attends, observe=None):
-        after = real(self, shards, x, rotary, attends, observe)
+    def skipping(self, shards, x, rotary, attends, observe=None, observe_inputs=None):
+        after = real(self, shards, x, rotary, attends, observe, observe_inputs)
         return after * 1.01
 
     monkeypatch.setattr(Executor, "run_layer", skipping)

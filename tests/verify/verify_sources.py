@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Phi3Config, Phi3ForCausalLM, PhiConfig, PhiForCausalLM
 
 from phireg import jobs
+from phireg.calibration.run import calibrate
+from phireg.calibration.settings import Settings
 
 torch.set_num_threads(1)
 
@@ -140,3 +142,35 @@ def save_ranks(directory, ranks):
     for rank, tensors in enumerate(ranks):
         tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         save_file(tensors, directory / f"rank{rank}.safetensors")
+
+
+@lru_cache(None)
+def statistics(family):
+    """Maxima over random rows, of the source in its own dtype."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [{"input_ids": torch.randint(0, 100, (60,), generator=generator).tolist()}] * 8
+    path = ROOT[0] / f"{family}-rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    planned = jobs.plan(source(family), family=family)
+    settings = Settings(file=path, size=8, device="cpu")
+    return calibrate(planned.chosen.family, planned.plan.source, settings)
+
+
+def quantized(family, qformat, cache=None, tp_size=1, dtype="float16", alpha=1.0):
+    """A correct quantized checkpoint; made once, and not to be touched."""
+    return _quantized(family, qformat, cache, tp_size, dtype, alpha)
+
+
+@lru_cache(None)
+def _quantized(family, qformat, cache, tp_size, dtype, alpha):
+    directory = ROOT[0] / f"{family}-{qformat}-{cache}-tp{tp_size}-{dtype}-{alpha}"
+    planned = jobs.plan(
+        source(family),
+        family=family,
+        tp_size=tp_size,
+        dtype=dtype,
+        qformat=qformat,
+        kv_cache_dtype=cache,
+    )
+    jobs.quantize(planned, directory, statistics(family), alpha=alpha)
+    return directory

@@ -1,0 +1,251 @@
+"""Quantized checkpoints: correct ones pass, mistakes are located, exporters' ways are noted."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from planted import L1, config, each, ranks, without
+from planted_quantized import CACHE, FC, INPUT, PLANTED, QKV, SCALE, SMOOTH
+from verify_sources import FAMILIES, edit_config, load_ranks, quantized, source
+
+from phireg import jobs
+from phireg.verify.report import render
+from phireg.verify.result import CHECKS, QUICK
+from phireg.verify.values import float32
+
+FORMATS = [
+    ("fp8", None), ("fp8", "fp8"), ("int8_sq", None), ("int8_sq", "int8"), ("int8_wo", "int8")
+]  # fmt: skip
+
+
+def copied(to, *made_of, **named):
+    return shutil.copytree(quantized(*made_of, **named), to)
+
+
+def verify(directory, family, checks=QUICK):
+    return jobs.verify(directory, source(family), family=family, checks=checks)
+
+
+def said(found, *names):
+    checks = [check for check in found.checks if not names or check.name in names]
+    return "\n".join(str(problem) for check in checks for problem in check.problems)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize(("qformat", "cache"), FORMATS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_correct_quantized_checkpoint_passes(family, qformat, cache, tp_size):
+    found = verify(quantized(family, qformat, cache, tp_size), family, tuple(CHECKS))
+    assert found.passed, said(found)
+    assert found.unchecked == ()
+    assert "quantized" in found.check("logits").summary
+    assert found.logits.quantized
+    places = dict(found.logits.places)
+    for end in ("embedding", "final norm", "lm_head"):
+        assert places[None, end] <= found.logits.tolerance  # not quantized, so compared sharply
+    assert found.check("ranks").verdict == ("skipped" if tp_size == 1 else "passed")
+    assert "quantized" in render(found)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
+def test_other_dtypes(qformat, dtype):
+    directory = quantized("phi3-medium", qformat, None, 2, dtype)
+    assert verify(directory, "phi3-medium").passed
+
+
+def test_another_alpha():
+    directory = quantized("phi3-mini", "int8_sq", None, 2, alpha=0.5)
+    found = verify(directory, "phi3-mini")
+    assert found.passed, said(found)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_mistake_is_found_where_it_is(name, tmp_path):
+    planted = PLANTED[name]
+    directory = copied(tmp_path / "c", planted.family, planted.qformat, planted.cache, planted.tp)
+    planted.damage(directory, planted.family)
+    found = verify(directory, planted.family, ("structure", "config", "weights"))
+    problems = [p for check in found.checks for p in check.problems]
+    named = [problem.where.split(" ")[-1] for problem in problems]
+    assert set(named) == set(planted.where)
+    text = next(p.text for p in problems if p.where.endswith(planted.where[0]))
+    assert planted.says in text
+    layers = {problem.layer for problem in found.check("weights").problems}
+    assert layers == {1}
+
+
+@pytest.mark.parametrize("name", [name for name, planted in PLANTED.items() if planted.logits])
+def test_logits_alone_show_gross_mistakes(name, tmp_path):
+    planted = PLANTED[name]
+    directory = copied(tmp_path / "c", planted.family, planted.qformat, planted.cache, planted.tp)
+    planted.damage(directory, planted.family)
+    found = verify(directory, planted.family, ("logits",))
+    part = "attention" if "attention" in planted.where[0] else "mlp"
+    assert found.logits.wrong_places == ((1, part),)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (0.0, "is zero"), (-1.0, "is negative"), (torch.inf, "is infinite"),
+        (torch.nan, "is not a number"), (1e-40, "is denormal"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "qformat"),
+    [(FC + SCALE, "int8_sq"), (QKV + INPUT, "fp8"), (QKV + SMOOTH, "int8_sq"), (CACHE, "fp8")],
+)
+def test_scales_that_are_none_are_structure(name, qformat, value, says, tmp_path):
+    directory = copied(tmp_path / "c", "phi2", qformat, "fp8" if qformat == "fp8" else None, 2)
+
+    def change(x):
+        x = x.clone()
+        x[0] = value if x.dtype == torch.float32 or value != 1e-40 else 1e-7
+        return x
+
+    each(name, change, only=(1,))(directory, "phi2")
+    (problem,) = verify(directory, "phi2", ("structure",)).check("structure").problems
+    assert problem.where == f"rank1.safetensors: {name}"
+    assert says in problem.text
+    assert problem.layer == 1
+    assert not verify(directory, "phi2").passed
+
+
+def test_a_missing_scale_is_named(tmp_path):
+    directory = copied(tmp_path / "c", "phi2", "fp8", None, 2)
+    without(FC + INPUT)(directory, "phi2")
+    found = verify(directory, "phi2")
+    assert f"rank{{0..1}}.safetensors: {FC}{INPUT}: is missing" in said(found, "structure")
+
+
+def test_how_exporters_write_it_is_noted(tmp_path):
+    """e4m3 as int8, scalars, scales of keys and values, other lists of excluded modules."""
+    directory = copied(tmp_path / "c", "phi3-mini", "fp8", "fp8", 1)
+
+    def rewrite(loaded, family):
+        (tensors,) = loaded
+        for name in list(tensors):
+            if tensors[name].dtype == torch.float8_e4m3fn:
+                tensors[name] = tensors[name].view(torch.int8)
+            elif name.endswith("activation_scaling_factor"):
+                tensors[name] = tensors[name][0]
+            elif "kv_cache" in name:
+                for part in ("k_cache", "v_cache"):
+                    tensors[name.replace("kv_cache", part)] = tensors[name].clone()
+
+    ranks(rewrite)(directory, "phi3-mini")
+    edit_config(directory, lambda c: c["quantization"].pop("exclude_modules"))
+    found = verify(directory, "phi3-mini", tuple(CHECKS))
+    assert found.passed, said(found)
+    notes = "\n".join(note for check in found.checks for note in check.notes)
+    assert "as early exporters wrote it" in notes
+    assert "exclude_modules is absent" in notes
+    edit_config(directory, lambda c: c["quantization"].update(exclude_modules=["lm_head"]))
+    found = verify(directory, "phi3-mini")
+    assert found.passed
+    assert "another list; the same modules" in "\n".join(found.check("config").notes)
+
+    each(L1 + "attention.v_cache_scaling_factor", lambda x: x * 2)(directory, "phi3-mini")
+    found = verify(directory, "phi3-mini")
+    assert "the larger one is wanted" in said(found, "weights")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"exclude_modules": ["*mlp.fc", "lm_head"]}, "leaves out transformer.layers.0.mlp.fc"),
+        ({"exclude_modules": ["*vocab_embedding"]}, "does not leave out lm_head"),
+        ({"exclude_modules": "lm_head"}, "exclude_modules: is 'lm_head'"),
+        ({"kv_cache_quant_algo": "FP4"}, "kv_cache_quant_algo: is 'FP4'"),
+        ({"quant_algo": "W4A16_AWQ"}, "quant_algo: is 'W4A16_AWQ'"),
+        ({"kv_cache_quant_algo": None}, "kv_cache_scaling_factor"),
+    ],
+)
+def test_the_quantization_section(change, says, tmp_path):
+    directory = copied(tmp_path / "c", "phi3-mini", "fp8", "fp8", 1)
+    edit_config(directory, lambda c: c["quantization"].update(change))
+    found = verify(directory, "phi3-mini")
+    assert not found.passed
+    assert says in said(found)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_legacy_noise_of_qkv_is_a_note(dtype, tmp_path):
+    """Exporters up to modelopt 0.21 average q's, k's and v's smoothing vectors in 16 bits."""
+    directory = copied(tmp_path / "c", "phi3-medium", "int8_sq", None, 1, dtype)
+    weights = {k: v for file in source("phi3-medium").glob("*.safetensors")
+               for k, v in _load(file).items()}  # fmt: skip
+
+    def rewrite(loaded, family):
+        (tensors,) = loaded
+        for layer in range(3):
+            name = f"transformer.layers.{layer}.attention.qkv"
+            given = tensors[name + SMOOTH]
+            average = (given + given + given) / 3
+            weight = weights[f"model.layers.{layer}.self_attn.qkv_proj.weight"].to(given.dtype)
+            smoothed = (weight.float() / given.float()).to(given.dtype) * given / average
+            scale = smoothed.float().abs().amax(1) / 127
+            tensors[name + SMOOTH] = average
+            tensors[name + SCALE] = scale
+            tensors[name + ".weight"] = (smoothed.float() / scale[:, None]).round().to(torch.int8)
+
+    ranks(rewrite)(directory, "phi3-medium")
+    found = verify(directory, "phi3-medium")
+    assert found.passed, said(found)
+
+
+def test_an_activation_scale_far_off_is_noted(tmp_path):
+    """FP8 hardly minds a scale that is too large; one that is too small cuts inputs off."""
+    directory = copied(tmp_path / "c", "phi2", "fp8", None, 2)
+    each(FC + INPUT, lambda x: x / 8)(directory, "phi2")
+    found = verify(directory, "phi2", ("logits",))
+    (note,) = [n for n in found.check("logits").notes if "cut off" in n]
+    assert "layer 1 mlp.fc" in note
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "part"),
+    [
+        ("phi3-medium", {"rotary_base": 50.0}, "attention"),
+        ("phi2", {"rotary_pct": 1.0}, "attention"),
+        ("phi3-small", {"mup_embedding_multiplier": 1.0}, "embedding"),
+        ("phi3-small", {"dense_attention_every_n_layers": 1}, "attention"),
+    ],
+)
+def test_logits_show_a_wrong_config_of_a_quantized_checkpoint(family, change, part, tmp_path):
+    directory = copied(tmp_path / "c", family, "fp8", None, 1)
+    config(**change)(directory, family)
+    found = verify(directory, family, ("logits",))
+    assert not found.passed
+    assert found.logits.wrong_places[0][1] == part
+
+
+def test_e4m3_values():
+    every = torch.arange(256, dtype=torch.int16).to(torch.uint8)
+    wanted = every.view(torch.float8_e4m3fn).float().numpy()
+    np.testing.assert_array_equal(float32(every.numpy(), "F8_E4M3"), wanted)
+
+
+def test_json_names_the_tolerances():
+    from click.testing import CliRunner
+
+    from phireg.cli import app
+
+    directory = quantized("phi2", "fp8", "fp8", 1)
+    ran = CliRunner().invoke(
+        app, ["verify", str(directory), "--model-dir", str(source("phi2")), "--json"]
+    )
+    assert ran.exit_code == 0, ran.output
+    numbers = json.loads(ran.stdout)["logits"]
+    assert numbers["quantized"] == ["attention", "mlp"]
+    assert numbers["quantized_tolerance"] == 0.35
+    assert load_ranks(directory)
+
+
+def _load(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)
