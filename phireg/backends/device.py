@@ -43,6 +43,7 @@ def pick_device(name: str) -> torch.device:
 def measure_memory(device: torch.device) -> None:
     """Begin to measure the peak anew, where the system can."""
     if device.type == "cuda":
+        torch.cuda.init()  # there are no figures to reset before
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
