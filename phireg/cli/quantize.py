@@ -16,7 +16,7 @@ from phireg.cli.options import Directory, json_option, model_dir_option, source_
 from phireg.cli.quantized import Done, done_document, done_text
 from phireg.cli.stages import Stages
 from phireg.cli.text import emit, emit_json, printable
-from phireg.errors import PhiregError, SourceError, UsageError
+from phireg.errors import CheckError, PhiregError, SourceError, UsageError
 
 if TYPE_CHECKING:
     from phireg.calibration.settings import Settings
@@ -243,7 +243,7 @@ class _Run:
                 progress=stages.counting("measuring", "layers"),
             )
         except PhiregError as error:
-            if self.wanted is None and isinstance(error, SourceError):
+            if self.wanted is None and isinstance(error, SourceError | CheckError):
                 self.unmeasured = error.message
                 return None
             message = f"{self.output_dir} is complete, but measuring it failed: {error.message}"

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from phireg.executor import Executor, blocks
 from phireg.executor.attend import prompt_attention
-from phireg.executor.schemes import LINEARS
 from phireg.quality.linears import LinearMeter
 from phireg.quality.result import LinearQuality
 from phireg.verify.measure import divergence
+
+LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
+"""Of every layer, in the order of the computation."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,9 +50,13 @@ def keys(document):
 
 def test_json_keys(tiny, run):
     out, demo = tiny.parent / "out", tiny.parent / "demo"
+    ids = tiny.parent / "ids.jsonl"
+    ids.write_text('{"input_ids": [1, 2, 3]}\n' * 3)
+    quantize = ("quantize", "--quiet", "--qformat", "fp8", "--calib-file", ids, "--calib-size", 2)
     for args in (
         ("plan", "--model-dir", tiny),
         ("convert", "--model-dir", tiny, "--output-dir", out),
+        (*quantize, "--model-dir", tiny, "--output-dir", tiny.parent / "fp8", "--device", "cpu"),
         ("explain", tiny, "lm_head"),
         ("inspect", out, "--check"),
         ("demo", "phi3-small", "--output-dir", demo),
@@ -63,6 +67,6 @@ def test_json_keys(tiny, run):
         ("plugins",),
     ):
         told = json.loads(run(*args, "--json").output)
-        others = {"explain": "plan", "convert": "plan", "demo": "verify"}
+        others = {"explain": "plan", "convert": "plan", "demo": "verify", "quantize": "plan"}
         section = SECTIONS[args[0]] + SECTIONS.get(others.get(args[0]), "")
         assert {key for key in keys(told) if f"`{key}`" not in section} == set()

@@ -204,7 +204,10 @@ def test_weights_alone(made):
     _, found = made["int4_wo"]
     assert all(one.activation is None and one.saturation is None for one in found.linears)
     assert 0.05 < linear_of(found, 0, "mlp.fc").weight < 0.2
-    assert len(found.linears) == 4 * len(found.hidden) == 24
+    assert [(one.layer, one.linear) for one in found.linears] == [
+        (layer, linear) for layer in range(6) for linear in LINEARS
+    ]
+    assert len(found.hidden) == 6
 
 
 @pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
