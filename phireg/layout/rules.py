@@ -106,8 +106,10 @@ def Experts(  # noqa: N802
     policy must be COLUMN or ROW.
 
     Raises:
-        LayoutError: there are no experts, or they differ in their parts.
+        LayoutError: there are no experts, they differ in their parts, or the policy is COPY.
     """
+    if policy is Policy.COPY:
+        raise LayoutError(f"{target}: ranks that divide experts cannot each hold all of them")
     return replace(_rule(target, stack(rows), cols, policy, False), experts=len(rows))
 
 
