@@ -113,8 +113,8 @@ def _layers(result: LogitsResult) -> str:
     return (
         '<section><h2>Where it diverges</h2><p class="soft">Relative error of every sub-module on '
         "its worst token (of quantized parts, of all tokens). Each is given the reference&rsquo;s "
-        "own input, so a wrong one does not blame those behind it; the line is the executor running "
-        "on its own.</p>"
+        "own input, so a wrong one does not blame those behind it; the line is the executor "
+        "running on its own.</p>"
         '<p class="legend"><span><i style="background:var(--a)"></i>attention</span>'
         '<span><i style="background:var(--m)"></i>MLP</span>'
         '<span><i style="background:var(--ink)"></i>embedding, final norm, head</span>'
