@@ -34,7 +34,7 @@ def command(model_dir: str, as_json: bool, **options: Any) -> None:
 
 def _document(planned: Planned) -> dict[str, Any]:
     from phireg.plan.report import as_json
-    from phireg.runner.stream import workers_for
+    from phireg.runner.stream import WORKERS
 
     candidate = planned.chosen.candidate
     return {
@@ -45,7 +45,7 @@ def _document(planned: Planned) -> dict[str, Any]:
             "api": planned.chosen.family.api,
         },
         "plugin_warnings": list(planned.chosen.warnings),
-        **as_json(planned.plan, workers=workers_for(planned.plan)),
+        **as_json(planned.plan, workers=WORKERS),
     }
 
 
@@ -84,10 +84,9 @@ def _problem_rows(planned: Planned) -> list[tuple[str, str]]:
 
 
 def _rows(planned: Planned) -> list[tuple[str, str]]:
-    from phireg.runner.stream import workers_for
+    from phireg.runner.stream import WORKERS
 
     plan = planned.plan
-    workers = workers_for(plan)
     used = {span.source for out in plan.outputs for span in out.rows if span.source is not None}
     once = sum(plan.source.tensors[name].nbytes for name in used)
     again = f"{size(plan.bytes_in - once)} of it twice" if plan.bytes_in > once else "each once"
@@ -104,7 +103,7 @@ def _rows(planned: Planned) -> list[tuple[str, str]]:
         ),
         (
             "peak",
-            f"{memory(plan.buffer_bytes(workers))} of buffers, {counted(workers, 'worker')}, "
+            f"{memory(plan.buffer_bytes(WORKERS))} of buffers, {counted(WORKERS, 'worker')}, "
             "one pass",
         ),
         (

@@ -26,7 +26,7 @@ from phireg.plan.report import problems
 from phireg.quant.schemes import KV_SCALE
 from phireg.runner.cast import BITS, Bits, as_torch, cast, one_thread_each
 from phireg.runner.quantize import E4M3_MAX, INT8_MAX, Float32, Scales, pieces, smooth
-from phireg.runner.stream import Progress, collect, read_blocks, workers_for
+from phireg.runner.stream import WORKERS, Progress, collect, read_blocks
 
 SMALLEST_SMOOTHER, LARGEST_SMOOTHER = 1e-4, 1e4
 """Range of the smoothing vector; a channel that calibration never saw gets the largest."""
@@ -40,7 +40,7 @@ def compute_scales(
     statistics: Statistics,
     *,
     alpha: float = 1.0,
-    workers: int | None = None,
+    workers: int = WORKERS,
     progress: Progress | None = None,
 ) -> Scales:
     """Every scale of ``plan``, from calibration and the source's weights.
@@ -49,8 +49,7 @@ def compute_scales(
         plan: without errors.
         statistics: of the same model; the maxima of modules that are fused are taken together.
         alpha: SmoothQuant's share of the activations: 1 moves all of their range into the weights.
-        workers: number of threads, on which the result does not depend; None for
-            :func:`phireg.runner.stream.workers_for`.
+        workers: number of threads; the result does not depend on it.
         progress: told how many more source bytes have been read, in all :func:`bytes_read`.
 
     Raises:
@@ -59,7 +58,6 @@ def compute_scales(
             All that is wrong is named at once.
         SourceError: a source file changed or could not be read.
     """
-    workers = workers or workers_for(plan)
     maxima = _input_maxima(plan, statistics)
     with plan.source.open() as reader, one_thread_each(workers):
         worker = _Worker(plan, reader, alpha, progress or (lambda count: None))

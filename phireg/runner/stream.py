@@ -35,14 +35,9 @@ from phireg.runner.cast import BITS, NO_LOSS, Bits, Loss, cast, one_thread_each
 
 _Result = TypeVar("_Result")
 
-def workers_for(plan: Plan) -> int:
-    """Threads for a run of ``plan``.
-
-    Bytes that are only moved need two: one is hashed while another's copy is in the kernel.
-    Arithmetic takes the cores that there are, as far as a disk can follow.
-    """
-    return max(2, min(8, os.cpu_count() or 1)) if plan.casts or plan.scales else 2
-
+WORKERS = 2
+"""More do not help: one core can hash and cast while another's copy is in the kernel, and the
+blocks are so small that more threads mostly wait for the interpreter."""
 
 Progress = Callable[[int], None]
 """Told how many more output bytes have been written; called from worker threads."""
@@ -96,7 +91,7 @@ def stream(
     plan: Plan,
     directory: Path,
     *,
-    workers: int | None = None,
+    workers: int = WORKERS,
     progress: Progress | None = None,
     quantizer: Quantizes | None = None,
 ) -> Streamed:
@@ -105,7 +100,7 @@ def stream(
     Args:
         plan: without errors.
         directory: an existing one, without rank files.
-        workers: number of threads; None for :func:`workers_for`.
+        workers: number of threads.
         progress: told how many more bytes have been written.
         quantizer: needed by a plan with scales.
 
@@ -113,7 +108,6 @@ def stream(
         SourceError: a source file ended early, changed, or could not be read.
         OSError: writing failed.
     """
-    workers = workers or workers_for(plan)
     stop = Event()
     results: list[Streamed] = []
     with ExitStack() as stack:
