@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from string import Template
 
 import click
 import pytest
@@ -15,13 +16,14 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def commands(name):
-    """Every phireg command of a page's shell blocks."""
+    """Every phireg command of a page's shell blocks, with the values of its variables."""
     text = (DOCS / name).read_text()
+    variables = dict(re.findall(r"^(\w+)=(\S+)$", text, re.MULTILINE))
     for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             found = re.match(r"(?:mpirun -n 2 --allow-run-as-root\s+)?phireg (.*)", line.strip())
             if found:
-                yield " ".join(found[1].split())
+                yield Template(" ".join(found[1].split())).safe_substitute(variables)
 
 
 LINES = sorted({*commands("guide.md"), *commands("gpu-host.md")})
