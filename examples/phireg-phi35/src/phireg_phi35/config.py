@@ -92,7 +92,7 @@ def phireg_config_fields() -> FieldTable:
         *dimensions(),
         *grouped_heads(),
         field("intermediate_size", kind=integer(1, 2**20)),
-        field("hidden_act", kind=text, via={"silu": "swiglu"}, default="silu"),
+        field("hidden_act", kind=text, via={"silu": "swiglu"}, default="swiglu"),
         derive("moe", experts, "num_local_experts, num_experts_per_tok, router_jitter_noise"),
         field("rms_norm_eps", to="norm_epsilon", kind=positive, default=1e-5),
         supported_rope("default", "longrope", "su"),
