@@ -114,6 +114,7 @@ def _document(planned: Planned, converted: Converted, seconds: float) -> dict[st
         "provided_by": {"distribution": candidate.distribution, "version": candidate.version},
         "dtype": plan.options.dtype,
         "tp_size": plan.options.tp_size,
+        "moe_ep_size": plan.options.ranks.moe_ep_size,
         "weight_only": plan.options.weight_only,
         "cast_tensors": plan.casts,
         "losses": {

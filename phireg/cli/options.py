@@ -101,6 +101,18 @@ def source_options(function: _Function) -> _Function:
                 metavar="N",
                 help="Pipeline stages; only 1 is possible for Phi.",
             ),
+            click.option(
+                "--moe-tp-size",
+                type=int,
+                metavar="N",
+                help="Ranks that divide each expert of a mixture.  [default: all]",
+            ),
+            click.option(
+                "--moe-ep-size",
+                type=int,
+                metavar="N",
+                help="Ranks that share the experts out.  [default: 1]",
+            ),
         )
     ):
         function = option(function)
