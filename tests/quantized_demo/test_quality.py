@@ -1,0 +1,75 @@
+"""What quantization may cost the demo models, and that ranks do not change it."""
+
+import math
+
+import pytest
+import torch
+from conftest import script
+
+from phireg.executor import load
+
+FORMATS = script.FORMATS
+ALLOWED = {"fp8": 0.02, "int8_sq": 0.05}
+FEW = 4
+CASES = [(family, *made) for family in script.FAMILIES for made in FORMATS]
+
+
+def test_calibration_and_evaluation_share_no_text():
+    model = script.demo.find("phi2")
+    rows = script.token_rows(model, 0, script.EVALUATED)
+    others = script.token_rows(model, script.EVALUATED, 160)
+    assert len(rows) == 144
+    assert len(others) == script.CALIBRATED
+    assert not {tuple(row) for row in rows} & {tuple(row) for row in others}
+
+
+def test_perplexity_by_hand():
+    """Two texts over two tokens; the model always gives the odds 3 to 1 for token 0."""
+    logits = torch.log(torch.tensor([0.75, 0.25]))
+    found = script.score(lambda ids: logits.expand(ids.shape[1], 2), [[1, 0, 0], [0, 1]])
+    assert found.perplexity == pytest.approx(math.exp(-(2 * math.log(0.75) + math.log(0.25)) / 3))
+    assert found.best.tolist() == [0, 0, 0]
+
+
+def check(measured, plain, family, qformat, cache, rows, top1):
+    wanted = plain(family, rows)
+    one = measured(family, rows).quantized(qformat, cache)
+    assert abs(one.perplexity / wanted.perplexity - 1) < ALLOWED[qformat]
+    assert one.agreement(wanted) > top1
+    print(f"{family} {qformat} {cache}: {wanted.perplexity:.4f} {one.perplexity:.4f}")
+    return one
+
+
+@pytest.mark.parametrize(("family", "qformat", "cache"), CASES)
+def test_perplexity_on_some_texts(measured, plain, family, qformat, cache):
+    check(measured, plain, family, qformat, cache, FEW, 0.95)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "qformat", "cache"), CASES)
+def test_perplexity_on_the_held_back_split(measured, plain, family, qformat, cache):
+    one = check(measured, plain, family, qformat, cache, script.EVALUATED, 0.96)
+    two = measured(family, script.EVALUATED).quantized(qformat, cache, tp_size=2)
+    assert two.perplexity == pytest.approx(one.perplexity, rel=2e-3)
+    assert two.agreement(one) > 0.98
+
+
+@pytest.mark.parametrize(("family", "qformat", "cache"), CASES)
+def test_two_ranks_compute_what_one_computes(measured, family, qformat, cache, tmp_path):
+    """In float64: in float32 a sum in another order turns a rounding to the grid now and then."""
+    made = measured(family, FEW)
+    logits = []
+    for tp_size in (1, 2):
+        planned = script.jobs.plan(
+            made.model.directory,
+            family=family,
+            tp_size=tp_size,
+            qformat=qformat,
+            kv_cache_dtype=cache,
+        )
+        script.jobs.quantize(planned, tmp_path / str(tp_size), made.statistics)
+        executor = load(tmp_path / str(tp_size), dtype=torch.float64)
+        logits.append(executor(torch.tensor([made.rows[0]])))
+    one, two = logits
+    assert one.abs().max() > 1
+    assert (two - one).norm() < 1e-6 * one.norm()
