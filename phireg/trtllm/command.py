@@ -9,7 +9,15 @@ from typing import Any
 
 from phireg.errors import EngineError, UsageError
 from phireg.trtllm.engine import FP32_ACCUMULATION
-from phireg.trtllm.releases import PHI2, PHI3, PHI3_SMALL, Release, release_of
+from phireg.trtllm.releases import (
+    PHI2,
+    PHI3,
+    PHI3_SMALL,
+    PHI_MOE,
+    READ_EXPERTS_SINCE,
+    Release,
+    release_of,
+)
 
 PROGRAM = "trtllm-build"
 MAX_INPUT_LEN = 1024
@@ -313,6 +321,11 @@ def sparse_from(config: Mapping[str, Any]) -> int | None:
 
 
 def _check_model(config: Mapping[str, Any], release: Release, version: str) -> None:
+    if config["architecture"] == PHI_MOE and release.since < READ_EXPERTS_SINCE:
+        raise EngineError(
+            f"TensorRT-LLM {version} cannot read this model: Phi-3.5-MoE needs 0.14 or later",
+            hint="use a newer release.",
+        )
     if release.grouped:
         return
     heads = config["num_attention_heads"]

@@ -19,6 +19,9 @@ LAST = "1.3.0rc20"
 INSTALL = f"pip install tensorrt_llm=={NEWEST}"
 
 PHI2, PHI3, PHI3_SMALL = "PhiForCausalLM", "Phi3ForCausalLM", "Phi3SmallForCausalLM"
+PHI_MOE = "PhiMoEForCausalLM"
+READ_EXPERTS_SINCE = Version("0.14.0.dev0")
+"""The first release whose Phi-3 reader has experts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -337,3 +337,12 @@ def test_releases_without_engine_backend(version):
 def test_versions_that_are_none(version, kind):
     with pytest.raises(kind):
         release_of(version)
+
+
+def test_experts_are_read_since_014():
+    moe = {**MINI, "architecture": "PhiMoEForCausalLM", "moe": {"num_experts": 16}}
+    with pytest.raises(EngineError) as caught:
+        translate(moe, BuildOptions(), "0.13.0")
+    assert "0.14 or later" in caught.value.message
+    for version in ("0.14.0", "1.2.1"):
+        assert "--gemm_plugin" in translate(moe, BuildOptions(gemm_plugin="auto"), version).flags
