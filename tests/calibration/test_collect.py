@@ -1,7 +1,7 @@
 """The maxima, against hooks on transformers' own whole models and against nvidia-modelopt."""
 
 import pytest
-import tiny_sources as sources
+import source_models as sources
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache

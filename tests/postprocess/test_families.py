@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from by_hand import content, load, write_checkpoint
+from grouped_by_hand import content, load, write_checkpoint
 
 from phireg.api import COLUMN, COPY, Linear, QuantRules, Rules, columns, hookimpl, order, parts, src
 from phireg.errors import CheckError

@@ -5,7 +5,7 @@ import stat
 
 import numpy as np
 import pytest
-from by_hand import (
+from grouped_by_hand import (
     EARLY,
     HIDDEN,
     KINDS,

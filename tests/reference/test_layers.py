@@ -1,7 +1,7 @@
 """Loading the source's model from its files, against transformers' own from_pretrained."""
 
 import pytest
-import tiny_sources as sources
+import source_models as sources
 import torch
 from transformers import AutoModelForCausalLM
 

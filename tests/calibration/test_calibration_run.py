@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_sources as sources
+import source_models as sources
 import torch
 from safetensors.torch import load_file, save_file
 

@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from by_hand import KINDS, content, load, save
+from grouped_by_hand import KINDS, content, load, save
 from click.testing import CliRunner
 
 from phireg import jobs

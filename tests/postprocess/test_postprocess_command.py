@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from by_hand import (
+from grouped_by_hand import (
     EARLY,
     block_rows,
     checkpoint,

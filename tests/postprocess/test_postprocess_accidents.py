@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from by_hand import (
+from grouped_by_hand import (
     EARLY,
     block_rows,
     checkpoint,
