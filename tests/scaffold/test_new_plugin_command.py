@@ -103,9 +103,9 @@ def test_names_that_are_refused(run, tmp_path, name, says):
 
 
 def test_a_folder_of_that_name_is_no_module(run, tmp_path, monkeypatch):
-    (tmp_path / "acme").mkdir()
+    (tmp_path / "acme_folder_name").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    assert run("acme", "--from", "phi3-mini", "--directory", "other").exit_code == 0
+    assert run("acme-folder-name", "--from", "phi3-mini", "--directory", "other").exit_code == 0
 
 
 def test_an_unknown_base_is_answered_with_the_nearest(run, tmp_path):
