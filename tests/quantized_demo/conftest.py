@@ -1,16 +1,10 @@
-"""The benchmark's script as a module; each demo model calibrated once."""
+"""Each demo model calibrated once."""
 
-import sys
 from functools import lru_cache
-from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-script = import_module("quantize_demo")
-sys.path.pop(0)
+from demo_script import script
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import script
+from demo_script import script
 from safetensors.torch import load_file
 
 from phireg.executor import quantized
@@ -41,7 +41,17 @@ def same_but_for_ties(ours, theirs, unrounded, scale, grid):
     return bool((half | ~differ).all()), float(differ.float().mean())
 
 
-@pytest.mark.parametrize(("family", "qformat"), [(f, q) for f, q, c in CASES if c is None])
+@pytest.mark.parametrize(
+    ("family", "qformat"),
+    [
+        ("phi2", "fp8"),
+        ("phi3-mini", "int8_sq"),
+        pytest.param("phi2", "int8_sq", marks=pytest.mark.slow),
+        pytest.param("phi3-mini", "fp8", marks=pytest.mark.slow),
+        pytest.param("phi3-medium", "fp8", marks=pytest.mark.slow),
+        pytest.param("phi3-medium", "int8_sq", marks=pytest.mark.slow),
+    ],
+)
 def test_every_linear_is_the_same_arithmetic(measured, family, qformat, tmp_path):
     """Weights and inputs go to the same values of the grid, but for ties.
 
@@ -109,4 +119,4 @@ def test_perplexity_on_some_texts(measured, family, qformat, cache):
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "qformat", "cache"), CASES)
 def test_perplexity_on_the_held_back_split(measured, family, qformat, cache):
-    check(measured, family, qformat, cache, script.EVALUATED, 2e-3, 0.985)
+    check(measured, family, qformat, cache, script.EVALUATED, 1e-3, 0.985)
