@@ -6,6 +6,7 @@ import shutil
 import pytest
 from example_models import EXAMPLES, randomize
 from fresh_environment import FreshEnvironment, build_wheel, copy_of_the_checkout
+from run.tiny import chat_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +17,7 @@ SMALL = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "intermediate_size": 40,
-    "vocab_size": 97,
+    "vocab_size": 317,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -80,11 +81,13 @@ def models(tmp_path_factory):
         ),
     }
     configs["phi4-mini"].tie_word_embeddings = True
+    tokenizer = chat_tokenizer()
     places = {}
     for family, config in configs.items():
         places[family] = tmp_path_factory.mktemp(family)
         kind = PhimoeForCausalLM if family == "phi35-moe" else Phi3ForCausalLM
         randomize(kind(config)).save_pretrained(places[family])
+        tokenizer.save_pretrained(places[family])
     return places
 
 
@@ -146,3 +149,9 @@ def test_convert_verify_run(family, options, environment, models, tmp_path):
     verdicts = {check["name"]: check["verdict"] for check in checked["checks"]}
     assert verdicts.pop("ranks") == ("passed" if "--tp-size" in options else "skipped")
     assert set(verdicts.values()) == {"passed"}, checked
+    prompt = ("--prompt", "The engine reads", "--max-new-tokens", "5", "--json")
+    texts = []
+    for place in ((output,), ("--backend", "hf", source, "--dtype", "float32")):
+        said = json.loads(environment.check("phireg", "run", *place, "--device", "cpu", *prompt))
+        texts.append(said["results"][0]["tokens"])
+    assert len(texts[0]) == 5 and texts[0] == texts[1]

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from example_models import convert, errors, planned, randomize
 from phireg_phi35 import PHI35_MINI, PHI35_MOE
 from phireg_phi35.reference import PhiMoEConfig, PhiMoEForCausalLM
@@ -328,3 +330,26 @@ def test_the_published_config():
     assert translation.ok and translation.findings == ()
     assert translation.fields["longrope_long_mscale"] == 1.243163121016122
     assert translation.fields["moe"]["num_experts"] == 16
+
+
+def _rank(rank, directory, tokens):
+    torch.set_num_threads(1)
+    place = f"file://{directory.parent}/rendezvous"
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
+    ran = executor.load(directory, dtype="float32", distributed=True)
+    made = ran(tokens), executor.generate(ran, tokens.tolist(), 3)
+    torch.save(made, directory.parent / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_process_for_each_share_of_the_experts(model, checkpoint):
+    place = checkpoint(2, 2)
+    mp.spawn(_rank, (place, ids(20)), nprocs=2)
+    together = executor.load(place, dtype="float32")
+    with torch.no_grad():
+        wanted = model(ids(20)).logits
+    for rank in range(2):
+        logits, tokens = torch.load(place.parent / f"{rank}.pt", weights_only=True)
+        assert (logits - wanted).abs().max() < 1e-4
+        assert tokens == executor.generate(together, ids(20).tolist(), 3)

@@ -1,0 +1,33 @@
+"""The packages need what phireg promises plugins and nothing else."""
+
+import ast
+
+import pytest
+from example_models import EXAMPLES
+
+FILES = sorted(EXAMPLES.glob("phireg-*/src/*/*.py"))
+ALLOWED = ("phireg.api", "phireg_phi4", "phireg_phi35", "collections.abc", "typing")
+MODELS = ("torch", "transformers")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_imports(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = [
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    ]
+    found += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    for name in found:
+        if name.startswith("phireg_plugins."):
+            assert name.count(".") == 1, f"{name} is the inside of another plugin"
+        elif path.name == "reference.py":
+            assert name.partition(".")[0] in (*MODELS, "typing", "__future__"), name
+        else:
+            assert name in ALLOWED, name
+
+
+def test_there_are_packages():
+    assert {path.parent.name for path in FILES} == {"phireg_phi4", "phireg_phi35"}
