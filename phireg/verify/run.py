@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from phireg import jobs
 from phireg.checkpoint.manifest import MANIFEST, read_manifest
+from phireg.checkpoint.schema import KNOWN
 from phireg.errors import SourceError, UsageError
 from phireg.plan.model import DTYPES
 from phireg.plan.report import ranges
@@ -83,6 +84,10 @@ class _Runner:
             moe_ep_size=self._moe_ep_size(),
         )
 
+    def _quantization(self) -> Mapping[str, Any]:
+        block = self.found.get("quantization")
+        return block if isinstance(block, Mapping) else {}
+
     def _moe_ep_size(self) -> int | None:
         """Over how many ranks the checkpoint shares its experts out, where it says so."""
         mapping = self.found.get("mapping")
@@ -133,12 +138,21 @@ class _Runner:
         planned = self.planned.plan
         if not planned.config:
             raise Skipped(f"the source cannot be planned: {planned.errors[0].detail}")
-        problems, notes = compare_configs(self.found, planned.config)
+        wanted = dict(planned.config)
+        cache, alone = self._quantization().get("kv_cache_quant_algo"), []
+        if cache in KV_CACHES.values() and self._quantization().get("quant_algo") is None:
+            wanted["quantization"] = {**wanted["quantization"], "kv_cache_quant_algo": cache}
+            alone = ["only the KV cache is quantized; phireg writes no such checkpoints"]
+        problems, notes = compare_configs(self.found, wanted)
+        notes += alone
         return f"{len(planned.config)} keys compared", problems, notes
 
     def weights(self) -> Outcome:
         """See :mod:`phireg.verify.weightcheck`."""
         plan = self.planned.plan
+        algorithm = self._quantization().get("quant_algo")
+        if algorithm not in KNOWN:
+            raise Skipped(f"quantized as {algorithm!r}, whose tensors phireg does not know")
         if plan.errors:
             error = plan.errors[0]
             raise Skipped(

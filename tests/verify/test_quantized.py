@@ -8,7 +8,7 @@ import pytest
 import torch
 from planted import L1, config, each, ranks, without
 from planted_quantized import CACHE, FC, INPUT, PLANTED, QKV, SCALE, SMOOTH
-from verify_sources import FAMILIES, edit_config, load_ranks, quantized, source
+from verify_sources import FAMILIES, converted, edit_config, load_ranks, quantized, source
 
 from phireg import jobs
 from phireg.verify.report import render
@@ -172,8 +172,33 @@ def test_the_quantization_section(change, says, tmp_path):
     assert says in said(found)
 
 
+def test_an_unknown_algorithm_is_not_called_damage(tmp_path):
+    directory = copied(tmp_path / "c", "phi3-mini", "fp8", None, 1)
+    edit_config(directory, lambda c: c["quantization"].update(quant_algo="W4A16_AWQ"))
+    found = verify(directory, "phi3-mini")
+    assert found.check("weights").verdict == "skipped"
+    assert "W4A16_AWQ" in found.check("weights").summary
+
+
+def test_a_quantized_kv_cache_alone(tmp_path):
+    directory = shutil.copytree(converted("phi3-mini", 2), tmp_path / "c")
+    edit_config(directory, lambda c: c["quantization"].update(kv_cache_quant_algo="INT8"))
+
+    def scales(loaded, family):
+        for tensors in loaded:
+            for layer in range(3):
+                name = f"transformer.layers.{layer}.attention.kv_cache_scaling_factor"
+                tensors[name] = torch.tensor([0.1])
+
+    ranks(scales)(directory, "phi3-mini")
+    found = verify(directory, "phi3-mini", tuple(CHECKS))
+    assert found.passed, said(found)
+    assert "only the KV cache is quantized" in "\n".join(found.check("config").notes)
+    assert found.logits.quantized == ("attention",)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_legacy_noise_of_qkv_is_a_note(dtype, tmp_path):
+def test_legacy_noise_of_qkv_passes(dtype, tmp_path):
     """Exporters up to modelopt 0.21 average q's, k's and v's smoothing vectors in 16 bits."""
     directory = copied(tmp_path / "c", "phi3-medium", "int8_sq", None, 1, dtype)
     weights = {k: v for file in source("phi3-medium").glob("*.safetensors")
