@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from click.testing import CliRunner
 from grouped_by_hand import (
     EARLY,
     block_rows,
@@ -14,7 +15,6 @@ from grouped_by_hand import (
     write_checkpoint,
     write_source,
 )
-from click.testing import CliRunner
 
 from phireg.cli import app
 

@@ -7,8 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
-from grouped_by_hand import KINDS, content, load, save
 from click.testing import CliRunner
+from grouped_by_hand import KINDS, content, load, save
 
 from phireg import jobs
 from phireg.cli import app
