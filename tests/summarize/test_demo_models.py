@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from phireg import demo
+from phireg.cli import app
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("phi2", "phi3-mini", "phi3-small", "phi3-medium")
@@ -58,6 +60,22 @@ def test_two_processes_are_alike(family, checkpoint, tmp_path):
     missed = [*command, *options, *results, "--tensorrt-llm-rouge1-threshold", "100.5"]
     ran = subprocess.run(missed, capture_output=True, text=True, env=env, timeout=240)
     assert ran.returncode == 4, ran.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_quantized_checkpoint_passes(family, qformat, document, tmp_path):
+    out = str(tmp_path / "quantized")
+    quantize = ["quantize", "--model-dir", str(demo.find(family).directory), "--output-dir", out]
+    quantize += ["--qformat", qformat, "--kv-cache-dtype", qformat.partition("_")[0]]
+    quantize += ["--calib-size", "16", "--no-measure", "--device", "cpu"]
+    done = CliRunner().invoke(app, quantize)
+    assert done.exit_code == 0, done.output
+    told = document(out, *hf(family), *CHECK, "--max-ite", 2, "--batch-size", 4)
+    executor, source = told["backends"]
+    assert executor["rouge1"] > 85
+    assert executor["rouge1"] == pytest.approx(source["rouge1"], abs=5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
