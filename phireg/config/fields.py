@@ -11,10 +11,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
+from pathlib import Path
 from typing import Any
 
 from phireg.config.hf import HFConfig
 from phireg.findings import Finding, Severity
+from phireg.layout.place import caller
+
+_HERE = Path(__file__).parent
 
 Fields = Mapping[str, Any]
 """Target fields produced so far, by TensorRT-LLM's names."""
@@ -87,15 +91,23 @@ class _Run:
     hf: HFConfig
     fields: dict[str, Any] = dataclass_field(default_factory=dict)
     findings: list[Finding] = dataclass_field(default_factory=list)
-    skipped: list[tuple[str, str]] = dataclass_field(default_factory=list)
-    """Subjects that could not be looked at, and the field each lacked."""
+    skipped: list[tuple[str, str, str]] = dataclass_field(default_factory=list)
+    """Subjects that could not be looked at, the field each lacked, and the entry's place."""
+    where: str = ""
+    """Of the entry that is being applied."""
+
+    def do(self, entry: Entry) -> None:
+        """Apply an entry; what it reports has its place."""
+        outer, self.where = self.where, entry.where
+        entry.apply(self)
+        self.where = outer
 
     def compute(self, subject: str, function: Callable[[], Any]) -> Any:
         """What ``function`` returns; ``_SKIPPED`` when it cannot, which is noted or reported."""
         try:
             return function()
         except KeyError as lacking:
-            self.skipped.append((subject, str(lacking)))
+            self.skipped.append((subject, str(lacking), self.where))
         except ConfigError as problem:
             self.report(Severity.ERROR, subject, str(problem))
         return _SKIPPED
@@ -106,7 +118,7 @@ class _Run:
             self.fields[to] = value
 
     def report(self, severity: Severity, subject: str, detail: str) -> None:
-        self.findings.append(Finding(severity, "config", subject, detail))
+        self.findings.append(Finding(severity, "config", subject, detail, self.where))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +129,15 @@ class Entry:
         to: target keys it produces.
         doc: the line as documentation.
         apply: does it.
+        where: file and line that made it, for error messages.
+        inner: the entries of both branches of :func:`when`.
     """
 
     to: tuple[str, ...]
     doc: str
     apply: Callable[[_Run], None]
+    where: str
+    inner: tuple[Entry, ...] = ()
 
 
 _UNSET: Any = object()
@@ -131,13 +147,22 @@ _SKIPPED: Any = object()
 """Stands for a value that could not be computed."""
 
 
+def _entry(
+    to: tuple[str, ...],
+    doc: str,
+    apply: Callable[[_Run], None],
+    inner: tuple[Entry, ...] = (),
+) -> Entry:
+    return Entry(to, doc, apply, caller(_HERE), inner)
+
+
 def const(to: str, value: Any) -> Entry:
     """``to`` is always ``value``."""
 
     def apply(run: _Run) -> None:
         run.fields[to] = copy.deepcopy(value)
 
-    return Entry((to,), f"{to} = {value!r}", apply)
+    return _entry((to,), f"{to} = {value!r}", apply)
 
 
 def field(
@@ -192,7 +217,7 @@ def field(
             return
         run.fields[target] = value if via is None else via[value]
 
-    return Entry((target,), f"{target} <- {' | '.join(keys)}", apply)
+    return _entry((target,), f"{target} <- {' | '.join(keys)}", apply)
 
 
 def derive(to: str, function: Callable[[Fields, HFConfig], Any], doc: str) -> Entry:
@@ -205,7 +230,7 @@ def derive(to: str, function: Callable[[Fields, HFConfig], Any], doc: str) -> En
     def apply(run: _Run) -> None:
         run.make(to, lambda: function(run.fields, run.hf))
 
-    return Entry((to,), f"{to} = {doc}", apply)
+    return _entry((to,), f"{to} = {doc}", apply)
 
 
 def check(
@@ -221,7 +246,7 @@ def check(
         if detail and detail is not _SKIPPED:
             run.report(severity, subject, detail)
 
-    return Entry((), f"checked: {subject}", apply)
+    return _entry((), f"checked: {subject}", apply)
 
 
 def refuse(key: str, *, unless: Sequence[Any], why: str) -> Entry:
@@ -232,7 +257,7 @@ def refuse(key: str, *, unless: Sequence[Any], why: str) -> Entry:
         if value is not None and value not in unless:
             run.report(Severity.ERROR, key, f"is {_show(value)}: {why}")
 
-    return Entry((), f"{key} must be absent or one of {list(unless)}: {why}", apply)
+    return _entry((), f"{key} must be absent or one of {list(unless)}: {why}", apply)
 
 
 def ignore(*keys: str, why: str) -> Entry:
@@ -242,7 +267,7 @@ def ignore(*keys: str, why: str) -> Entry:
         for key in keys:
             run.hf.get(key)
 
-    return Entry((), f"ignored, {why}: {', '.join(keys)}", apply)
+    return _entry((), f"ignored, {why}: {', '.join(keys)}", apply)
 
 
 def when(
@@ -258,13 +283,13 @@ def when(
 
     def apply(run: _Run) -> None:
         for entry in entries if condition(run.hf) else otherwise:
-            entry.apply(run)
+            run.do(entry)
 
     name = condition.__name__
     lines = [f"if {name}: {entry.doc}" for entry in entries]
     lines += [f"unless {name}: {entry.doc}" for entry in otherwise]
     produced = dict.fromkeys(key for entry in (*entries, *otherwise) for key in entry.to)
-    return Entry(tuple(produced), "\n".join(lines), apply)
+    return _entry(tuple(produced), "\n".join(lines), apply, (*entries, *otherwise))
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,27 +339,45 @@ class FieldTable:
         """
         run = _Run(hf.fresh())
         for entry in self.entries:
-            entry.apply(run)
+            run.do(entry)
         if not any(finding.severity is Severity.ERROR for finding in run.findings):
-            for subject, lacking in run.skipped:
+            for subject, lacking, where in run.skipped:
+                run.where = where
                 run.report(Severity.ERROR, subject, f"needs {lacking}, which no entry above makes")
+        run.where = ""
         for key in run.hf.unread():
             inside = "." in key or run.hf.looked_into(key)
             severity = Severity.ERROR if inside else Severity.WARNING
             run.report(severity, key, "is not known to this family and has no effect here")
         return Translation(run.fields, tuple(run.findings))
 
+    def producing(self, key: str) -> tuple[Entry, ...]:
+        """The entries that may produce a target key: one, or those of branches of :func:`when`."""
+        return tuple(entry for entry in _single(self.entries) if key in entry.to)
+
     def describe(self) -> tuple[str, ...]:
         """The table as documentation, a line per field or rule."""
         return tuple(line for entry in self.entries for line in entry.doc.splitlines())
 
 
-def _one_producer_each(entries: Sequence[Entry]) -> None:
-    produced: set[str] = set()
+def _single(entries: Sequence[Entry]) -> Iterator[Entry]:
+    """Entries, those of :func:`when` in place of itself."""
     for entry in entries:
-        if twice := produced & set(entry.to):
-            raise ValueError(f"field table: {sorted(twice)} has two producers")
-        produced |= set(entry.to)
+        if entry.inner:
+            yield from _single(entry.inner)
+        else:
+            yield entry
+
+
+def _one_producer_each(entries: Sequence[Entry]) -> None:
+    produced: dict[str, str] = {}
+    for entry in entries:
+        for key in entry.to:
+            if key in produced:
+                raise ValueError(
+                    f"field table: {key} has two producers: {produced[key]} and {entry.where}"
+                )
+            produced[key] = entry.where
 
 
 def _or_spelt(keys: Sequence[str]) -> str:

@@ -8,14 +8,16 @@ ranks nor data, so parallelism cannot leak into a mapping.
 from __future__ import annotations
 
 import enum
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
+from phireg.layout.place import caller
 from phireg.layout.spans import Axis, LayoutError
 from phireg.layout.words import columns, stack
+
+_HERE = Path(__file__).parent
 
 
 class Policy(enum.Enum):
@@ -142,21 +144,11 @@ def _rule(
     if len(cuts) != 1:
         raise LayoutError(f"{target}: the alternatives would be divided over ranks differently")
     axis = columns(cols) if isinstance(cols, int) else cols
-    return Rule(target, weight, biases, axis, policy, _caller())
+    return Rule(target, weight, biases, axis, policy, caller(_HERE))
 
 
 def _alternatives(rows: Axis | OneOf) -> tuple[Axis, ...]:
     return rows.alternatives if isinstance(rows, OneOf) else (rows,)
-
-
-def _caller() -> str:
-    """File (with its folder) and line of the first frame outside this package's words and rules."""
-    here = str(Path(__file__).parent)
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
-        frame = frame.f_back
-    path = Path(frame.f_code.co_filename)
-    return f"{path.parent.name}/{path.name}:{frame.f_lineno}"
 
 
 class Rules(Mapping[str, Rule]):

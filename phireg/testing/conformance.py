@@ -85,7 +85,9 @@ class FamilyConformance:
         """
         translation, unread = model.translated()
         wrong = [
-            f"{f.subject}: {f.detail}" for f in translation.findings if f.severity is Severity.ERROR
+            f"{f.subject}: {f.detail}" + (f"  [{f.where}]" if f.where else "")
+            for f in translation.findings
+            if f.severity is Severity.ERROR
         ]
         wrong += [
             f"{key}: no entry reads it; use it, or ignore(..., why=...) it"

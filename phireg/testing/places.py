@@ -67,11 +67,10 @@ class Places:
         return ", ".join(found)
 
     def field(self, key: str) -> str:
-        """The entry of the field table that makes a checkpoint key, and the hook's place."""
-        docs = [entry.doc for entry in self.family.config_fields() if key in entry.to]
-        lines = [line for doc in docs for line in doc.splitlines() if f"{key} " in line]
-        shown = f"'{lines[0]}'" if lines else f"no entry for {key}"
-        return f"{shown} ({self.hook('phireg_config_fields')})"
+        """The entries of the field table that may make a checkpoint key; without one, the hook."""
+        entries = self.family.config_fields().producing(key)
+        shown = " or ".join(f"'{entry.doc}' ({entry.where})" for entry in entries)
+        return shown or f"no entry for {key} ({self.hook('phireg_config_fields')})"
 
     def part(self, layer: int | None, part: str) -> list[Rule]:
         """The rules of one part of the model; parallel blocks share their one norm."""

@@ -1,9 +1,12 @@
 """The field table: what each kind of entry produces and what it reports."""
 
+import inspect
 import math
+import re
 
 import pytest
 
+from phireg.config.common import CONSTANTS, dimensions
 from phireg.config.fields import (
     ConfigError,
     FieldTable,
@@ -348,8 +351,9 @@ def yes(hf):
     ],
 )
 def test_a_target_has_one_producer(build):
-    with pytest.raises(ValueError, match=r"\['a'\] has two producers"):
+    with pytest.raises(ValueError, match="a has two producers") as caught:
         build()
+    assert len(re.findall(r"config/test_fields\.py:\d+", str(caught.value))) == 2
 
 
 def test_replace_keeps_the_place_of_what_it_replaces():
@@ -385,3 +389,55 @@ def test_describe_is_a_line_for_every_entry():
         "if long_rope: h = 1",
         "unless long_rope: h = 2",
     )
+
+
+# Places
+
+
+def line():
+    return inspect.currentframe().f_back.f_lineno
+
+
+def made_here(*lines):
+    return [f"config/test_fields.py:{number}" for number in lines]
+
+
+def test_a_finding_names_the_line_of_its_entry():
+    start = line()
+    table = FieldTable(
+        field("a", kind=text),
+        field(
+            "b",
+            kind=integer(),
+        ),
+        derive("c", lambda f, hf: f["b"], "b"),
+        when(yes, const("d", 1), refuse("e", unless=[], why="no counterpart")),
+        check("d", lambda f, hf: "is odd"),
+        *dimensions(),
+    )
+    result = table.translate(HFConfig({"a": "x", "b": "x", "e": 1, "unknown": 2, "head_dim": 4}))
+    found = {finding.subject: finding.where for finding in result.findings}
+    at = made_here(start + 3, start + 8, start + 9, start + 10)
+    assert [found[key] for key in ("b", "e", "d", "hidden_size")] == at
+    assert found["unknown"] == ""
+
+
+def test_what_an_entry_lacks_has_its_place_too():
+    table = FieldTable(when(yes, derive("a", lambda f, hf: f["b"], "b")))
+    (finding,) = table.translate(HFConfig({})).findings
+    assert "needs 'b'" in finding.detail
+    assert [finding.where] == made_here(line() - 3)
+
+
+def test_the_entries_that_may_produce_a_key():
+    table = FieldTable(
+        const("a", 1), when(yes, const("b", 1), otherwise=[when(yes, const("b", 2))])
+    )
+    assert [entry.doc for entry in table.producing("b")] == ["b = 1", "b = 2"]
+    assert [entry.where for entry in table.producing("b")] == made_here(line() - 3, line() - 3)
+    assert table.producing("c") == ()
+
+
+def test_a_shared_entry_is_where_it_stands():
+    assert all(re.fullmatch(r"config/common\.py:\d+", entry.where) for entry in CONSTANTS)
+    assert len({entry.where for entry in CONSTANTS}) == len(CONSTANTS)

@@ -104,8 +104,8 @@ def mistake(base, *says, omission=False):
     return planted
 
 
-def wrong_fields(base, *says):
-    """Plant a function that amends the field table, whose place is the hook's."""
+def wrong_fields(base, *says, omission=False):
+    """Plant a function that amends the field table; as for rules, the hook stands for omissions."""
 
     def planted(make):
         class Fields:
@@ -113,8 +113,8 @@ def wrong_fields(base, *says):
             def phireg_config_fields(self):
                 return make((yield))
 
-        place = lines_of(Fields.phireg_config_fields)
-        MISTAKES[make.__name__] = Mistake(base, Fields(), says, place)
+        place = Fields.phireg_config_fields if omission else make
+        MISTAKES[make.__name__] = Mistake(base, Fields(), says, lines_of(place))
         return make
 
     return planted
@@ -400,13 +400,15 @@ def limit_from_another_key(table):
     return table.replace(field("mup_embedding_multiplier", to="gegelu_limit", kind=positive))
 
 
-@wrong_fields("mini", "rope_theta: no entry reads it")
+@wrong_fields("mini", "rope_theta: no entry reads it", omission=True)
 def key_not_read(table):
     return table.replace(const("rotary_base", 5000.0))
 
 
 @wrong_fields(
-    "mini", "hidden_act: the reader of Phi3ForCausalLM needs it, and no entry produces it"
+    "mini",
+    "hidden_act: the reader of Phi3ForCausalLM needs it, and no entry produces it",
+    omission=True,
 )
 def required_key_not_made(table):
     kept = (entry for entry in table if entry.to != ("hidden_act",))

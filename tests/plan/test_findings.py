@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from phireg_plugins.phi3_mini import FAMILY, weights
+from phireg_plugins.phi3_mini import FAMILY, config, weights
 from plan_sources import LAYERS, MODELS, PHI3, addresses, planned, write
 
 from phireg import jobs
@@ -77,6 +77,12 @@ def test_a_config_with_errors_is_all_that_is_reported(tmp_path):
         ("config", "mlp_bias"),
     }
     assert any("not checked" in f.detail for f in plan.findings if f.severity is Severity.NOTE)
+    _, first = inspect.getsourcelines(config.phireg_config_fields)
+    for error in plan.errors:
+        file, number = error.where.split(":")
+        line = inspect.getsource(config).splitlines()[int(number) - 1]
+        assert (file, int(number) > first) == ("phi3_mini/config.py", True)
+        assert f'"{error.subject}"' in line
 
 
 def test_an_unknown_dtype_is_refused(tmp_path):
