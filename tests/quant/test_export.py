@@ -525,4 +525,4 @@ def test_memory_does_not_grow_with_the_model(tmp_path, qformat, alpha):
     size, grown, promised = json.loads(ran.stdout.splitlines()[-1])
     assert size > 260 * 2**20
     # What the allocator and the threads' stacks keep is not in buffers.
-    assert grown < promised + 24 * 2**20 < size / 6
+    assert grown < promised + 32 * 2**20 < size / 6
