@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from phireg.cli.options import Directory, conversion_options, json_option, make_plan
+from phireg.cli.options import Directory, json_option, make_plan, planning_options
+from phireg.cli.scales import quantized_text, scale_text
 from phireg.cli.text import columns, dtype_name, emit, emit_json
 from phireg.errors import UsageError
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model_dir", type=Directory(), metavar="DIR")
 @click.argument("tensor")
-@conversion_options
+@planning_options
 @click.option("--rank", type=int, metavar="R", help="Only this rank.  [default: all]")
 @json_option
 def command(model_dir: str, tensor: str, rank: int | None, as_json: bool, **options: Any) -> None:
@@ -28,7 +29,7 @@ def command(model_dir: str, tensor: str, rank: int | None, as_json: bool, **opti
 
     DIR is the model (or owner/name on the hub), TENSOR a name in the checkpoint: a tensor's, or a
     module's such as transformer.layers.0.attention.qkv. Rows and columns count from 0; a:b is a up
-    to, but not including, b.
+    to, but not including, b. With --qformat modules have scales; how they are computed is shown.
     """
     planned = make_plan(model_dir, **options)
     from phireg import jobs
@@ -60,7 +61,12 @@ def _text(plan: Plan, output: Output) -> str:
             rows.append((target, "=", _range(span.start, span.count) if source else "zeros"))
             position += span.count
         lines.append("  padding" if source is None else _origin(plan, source, output.columns))
-        lines.append(columns(rows, indent=4, right=[0]))
+        if source in plan.scales and plan.tensor(source).shape == (1,):
+            lines.append("    one number")
+        else:
+            lines.append(columns(rows, indent=4, right=[0]))
+    if text := quantized_text(plan, output):
+        lines.append(columns([(text,)], indent=2))
     return "\n".join(lines)
 
 
@@ -69,8 +75,9 @@ def _origin(plan: Plan, source: str, kept: Iterable[Span] | None) -> str:
     cut = ", ".join(_range(span.start, span.count) for span in kept or ())
     which = f", columns {cut}" if cut else ""
     kind = f"{list(tensor.shape)} {dtype_name(tensor.dtype)}{which}"
-    place = "computed from the calibration" if source in plan.scales else f"in {tensor.file}"
-    return f"  {tensor.name}  {kind}\n  {place}"
+    computed = source in plan.scales
+    place = f"computed {scale_text(plan, source)}" if computed else f"in {tensor.file}"
+    return "\n".join((f"  {tensor.name}  {kind}", columns([(place,)], indent=2)))
 
 
 def _range(start: int, count: int) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -43,9 +44,10 @@ def _entry(info: FamilyInfo) -> dict[str, Any]:
         "architectures": list(family.architectures) if family else [],
         "model_types": list(family.model_types) if family else [],
         "dtypes": _dtypes(),
-        "quantization": _formats(),
+        "quantization": list(dict.fromkeys(chain.from_iterable(info.qformats.values()))),
         "published": [
-            {"repo_id": model, "tp_sizes": list(sizes)} for model, sizes in info.tp_sizes.items()
+            {"repo_id": model, "tp_sizes": list(sizes), "qformats": list(info.qformats[model])}
+            for model, sizes in info.tp_sizes.items()
         ],
     }
 
@@ -62,27 +64,32 @@ def _rows(info: FamilyInfo) -> Iterator[tuple[str, str]]:
     assert info.family is not None
     yield "architecture", ", ".join(info.family.architectures)
     label = "models"
-    by_sizes: dict[tuple[int, ...], list[str]] = {}
-    for model, sizes in info.tp_sizes.items():
-        by_sizes.setdefault(tuple(sizes), []).append(model)
-    for models in by_sizes.values():
+    for models in _grouped(info.tp_sizes).values():
         for model in models:
             yield label, model
             label = ""
-    for sizes in by_sizes:
-        which = "" if len(by_sizes) == 1 else f"  ({', '.join(by_sizes[sizes])})"
-        yield "TP sizes", ", ".join(map(str, sizes)) + which
+    yield from _values("TP sizes", info.tp_sizes)
     yield "dtypes", ", ".join(_dtypes())
-    yield "quantization", ", ".join(_formats())
+    yield from _values("quantization", info.qformats)
+
+
+def _values(label: str, by_model: Mapping[str, tuple[object, ...]]) -> Iterator[tuple[str, str]]:
+    """A row, or one for each group of models that differ."""
+    groups = _grouped(by_model)
+    for values, models in groups.items():
+        which = "" if len(groups) == 1 else f"  ({', '.join(models)})"
+        yield label, (", ".join(map(str, values)) or "none") + which
+
+
+def _grouped(by_model: Mapping[str, tuple[object, ...]]) -> dict[tuple[object, ...], list[str]]:
+    """Models by what they have."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for model, values in by_model.items():
+        groups.setdefault(tuple(values), []).append(model)
+    return groups
 
 
 def _dtypes() -> list[str]:
     from phireg.plan.model import DTYPES
 
     return list(DTYPES)
-
-
-def _formats() -> list[str]:
-    from phireg.quant.schemes import WEIGHT_ONLY
-
-    return [f"weight-only {precision}" for precision in WEIGHT_ONLY]

@@ -18,6 +18,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 DTYPE_CHOICES = ("auto", "float16", "bfloat16", "float32")
 PRECISION_CHOICES = ("int8", "int4")
 DEFAULT_PRECISION = "int8"
+QFORMAT_CHOICES = ("fp8", "int8_sq", "int8_wo", "int4_wo")
+KV_CACHE_CHOICES = ("fp8", "int8")
 
 
 class Directory(click.types.StringParamType):
@@ -140,17 +142,40 @@ def conversion_options(function: _Function) -> _Function:
     return function
 
 
+def qformat_option(*, required: bool) -> Callable[[_Function], _Function]:
+    """``--qformat``."""
+    return click.option(
+        "--qformat",
+        type=click.Choice(QFORMAT_CHOICES),
+        required=required,
+        help="FP8, INT8 SmoothQuant, or weights only, which TensorRT-LLM's builder quantizes.",
+    )
+
+
+kv_cache_option = click.option(
+    "--kv-cache-dtype", type=click.Choice(KV_CACHE_CHOICES), help="Also quantize the KV cache."
+)
+
+
+def planning_options(function: _Function) -> _Function:
+    """What decides the plan of a conversion or a quantization."""
+    for option in (kv_cache_option, qformat_option(required=False), conversion_options):
+        function = option(function)
+    return function
+
+
 def make_plan(
     model_dir: str,
     *,
     use_weight_only: bool,
     weight_only_precision: str | None,
+    qformat: str | None = None,
     **options: Any,
 ) -> Planned:
-    """Plan what :func:`conversion_options` describe.
+    """Plan what :func:`conversion_options` or :func:`planning_options` describe.
 
     Raises:
-        UsageError: a precision without the flag that it belongs to.
+        UsageError: a precision without the flag that it belongs to, or that flag with a format.
         PhiregError: as :func:`phireg.jobs.plan`.
     """
     if weight_only_precision and not use_weight_only:
@@ -159,7 +184,14 @@ def make_plan(
             "--use-weight-only",
             hint="add --use-weight-only, or leave out the precision.",
         )
+    if use_weight_only and qformat:
+        raise UsageError(
+            f"--use-weight-only and --qformat {qformat} exclude each other",
+            hint="--use-weight-only is what convert takes, --qformat what quantize takes; leave "
+            "one of them out.",
+        )
     from phireg import jobs
 
     precision = weight_only_precision or DEFAULT_PRECISION
-    return jobs.plan(model_dir, weight_only=precision if use_weight_only else None, **options)
+    weight_only = precision if use_weight_only else None
+    return jobs.plan(model_dir, weight_only=weight_only, qformat=qformat, **options)

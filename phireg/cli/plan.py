@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from phireg.cli.options import conversion_options, json_option, make_plan, model_dir_option
+from phireg.cli.options import json_option, make_plan, model_dir_option, planning_options
+from phireg.cli.scales import format_text, pass_text, scale_rows
 from phireg.cli.text import columns, counted, emit, emit_json, memory, size
 from phireg.errors import PlanError
 
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_dir_option
-@conversion_options
+@planning_options
 @json_option
 def command(model_dir: str, as_json: bool, **options: Any) -> None:
-    """Show what convert would do, and what would stop it.
+    """Show what convert or quantize would do, and what would stop it.
 
     Reads config.json and file headers only, and writes nothing. Ends with 3 if the plan has errors.
     """
@@ -87,24 +88,28 @@ def _rows(planned: Planned) -> list[tuple[str, str]]:
     from phireg.runner.stream import WORKERS
 
     plan = planned.plan
-    used = {span.source for out in plan.outputs for span in out.rows if span.source is not None}
+    read = {span.source for out in plan.outputs for span in out.rows if span.source is not None}
+    used = read - plan.scales.keys()
     once = sum(plan.source.tensors[name].nbytes for name in used)
     again = f"{size(plan.bytes_in - once)} of it twice" if plan.bytes_in > once else "each once"
     ranks = plan.options.tp_size
     per_rank = len(plan.outputs) // ranks
     dropped = len(plan.source.tensors) - len(used)
     files = counted(len({plan.source.tensors[name].file for name in used}), "file")
+    tensors = counted(len(used), "tensor")
     return [
-        ("reads", f"{size(plan.bytes_in)} in {files}, {counted(len(used), 'tensor')}, {again}"),
+        ("reads", f"{size(plan.bytes_in)} in {files}, {tensors}, {again}{pass_text(plan)}"),
         (
             "writes",
             f"{ranks} x {size(max(plan.file_sizes))}, {ranks} x {counted(per_rank, 'tensor')}, "
             f"{values_text(planned)}",
         ),
+        *scale_rows(plan),
         (
             "peak",
             f"{memory(plan.buffer_bytes(WORKERS))} of buffers, {counted(WORKERS, 'worker')}, "
-            "one pass",
+            + ("two passes" if plan.linears else "one pass")
+            + (", besides calibration" if plan.options.calibrated else ""),
         ),
         (
             "checks",
@@ -117,11 +122,13 @@ def _rows(planned: Planned) -> list[tuple[str, str]]:
 
 
 def values_text(planned: Planned) -> str:
-    """The dtype, and what happens to the values on the way."""
+    """The dtype or format, and what happens to the values on the way."""
     plan = planned.plan
-    cast = f"{counted(plan.casts, 'tensor')} cast" if plan.casts else "no value changes"
-    text = f"{plan.options.dtype}, {cast}"
-    if plan.options.weight_only:
-        algo = plan.config["quantization"]["quant_algo"]
-        text += f"; TensorRT-LLM's builder quantizes to {algo}"
-    return text
+    cast = f"{counted(plan.casts, 'tensor')} cast"
+    if plan.options.scheme is None:
+        return f"{plan.options.dtype}, {cast if plan.casts else 'no value changes'}"
+    if plan.linears:
+        first = f"; {cast} to {plan.options.dtype} first" if plan.casts else ""
+    else:
+        first = f"; {cast if plan.casts else 'no value changes'}"
+    return format_text(plan) + first

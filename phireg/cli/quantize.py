@@ -12,7 +12,14 @@ import click
 from phireg.cli.calib_options import DATA_OPTIONS, calibration_options, make_settings
 from phireg.cli.convert import identity
 from phireg.cli.failures import stopped
-from phireg.cli.options import Directory, json_option, model_dir_option, source_options
+from phireg.cli.options import (
+    Directory,
+    json_option,
+    kv_cache_option,
+    model_dir_option,
+    qformat_option,
+    source_options,
+)
 from phireg.cli.quantized import Done, done_document, done_text
 from phireg.cli.stages import Stages
 from phireg.cli.text import emit, emit_json, printable
@@ -34,15 +41,8 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="The checkpoint to make. It appears complete, or not at all.",
 )
-@click.option(
-    "--qformat",
-    type=click.Choice(("fp8", "int8_sq", "int8_wo", "int4_wo")),
-    required=True,
-    help="FP8, INT8 SmoothQuant, or weights only, which TensorRT-LLM's builder quantizes.",
-)
-@click.option(
-    "--kv-cache-dtype", type=click.Choice(("fp8", "int8")), help="Also quantize the KV cache."
-)
+@qformat_option(required=True)
+@kv_cache_option
 @click.option(
     "--alpha",
     type=click.FloatRange(0, 1),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from phireg.cli.convert import loss_findings
 from phireg.cli.plan import family_text, warnings_text
 from phireg.cli.quality import quality_document, quality_text
+from phireg.cli.scales import format_text
 from phireg.cli.text import columns, counted, size
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def done_text(done: Done) -> str:
     rank_files = counted(plan.options.tp_size, "rank file")
     rows = [
         ("family", family_text(done.planned)),
-        ("format", _format(done.planned)),
+        ("format", format_text(plan)),
         *_calibration(done.calibrated),
         ("wrote", f"{size(sum(files.values()))} to {done.converted.output_dir}"),
         ("files", f"{rank_files} of {size(max(plan.file_sizes))}"),
@@ -68,20 +69,6 @@ def done_text(done: Done) -> str:
         all_findings_text((*loss_findings(done.converted), *plan.findings)),
     )
     return "\n".join(filter(None, parts))
-
-
-def _format(planned: Planned) -> str:
-    from phireg.quant.schemes import KV_CACHES
-
-    plan = planned.plan
-    scheme, cache = plan.options.scheme, plan.options.kv_cache_dtype
-    assert scheme is not None
-    if scheme.weight is None:
-        linears = f"{plan.options.dtype} weights, which TensorRT-LLM's builder quantizes"
-    else:
-        linears = f"{counted(len(plan.linears), 'linear')}, the rest {plan.options.dtype}"
-    text = f"{scheme.quant_algo}, {linears}"
-    return f"{text}; {KV_CACHES[cache]} KV cache" if cache else text
 
 
 def _calibration(calibrated: Calibrated | None) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from typing import Any
 from phireg.findings import Finding
 from phireg.layout.spans import Span
 from phireg.plan.model import Output, Plan, output_bytes
+from phireg.plan.origins import computed_from
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)|(?<=^layers\.)\d+(?=\.)")
 """The layer number in a tensor or module name, its first number between dots."""
@@ -100,6 +101,11 @@ def as_json(plan: Plan, *, workers: int) -> dict[str, Any]:
         "bytes_out": plan.bytes_out,
         "buffer_bytes": plan.buffer_bytes(workers),
         "cast_tensors": plan.casts,
+        "calibrated": plan.options.calibrated,
+        "linears": [
+            {"target": linear.target, "sources": list(linear.sources)} for linear in plan.linears
+        ],
+        "kv_caches": list(plan.kv_caches),
         "config": plan.config,
         "findings": findings_json(plan.findings),
         "outputs": [output_json(plan, output) for output in plan.outputs],
@@ -149,6 +155,7 @@ def _placed(plan: Plan, output: Output) -> Iterable[Mapping[str, Any]]:
                 if computed
                 else [tensor.offset + n * per_row for n in (span.start, span.stop)],
                 "columns": _columns(output.columns, tensor.shape),
+                "computed_from": list(computed_from(plan, span.source)) if computed else None,
             }
         yield entry
         position += span.count

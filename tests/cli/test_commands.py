@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 from phireg.cli import options
 from phireg.plan.model import DTYPES
-from phireg.quant.schemes import WEIGHT_ONLY
+from phireg.quant.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
 
 Q, KV = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
 
@@ -45,6 +45,8 @@ def ckpt(tiny, run):
 def test_choices_are_what_the_core_knows():
     assert ("auto", *DTYPES) == options.DTYPE_CHOICES
     assert tuple(WEIGHT_ONLY) == options.PRECISION_CHOICES
+    assert tuple(SCHEMES) == options.QFORMAT_CHOICES
+    assert tuple(KV_CACHES) == options.KV_CACHE_CHOICES
 
 
 def test_underscores_and_hyphens(tiny, run):
@@ -466,10 +468,13 @@ def test_families(run):
     for family in told:
         assert family["distribution"] == "phireg"
         assert family["dtypes"] == ["float16", "bfloat16", "float32"]
-        assert family["quantization"] == ["weight-only int8", "weight-only int4"]
+        assert family["quantization"] == ["fp8", "int8_sq", "int8_wo", "int4_wo"]
+        for model in family["published"]:
+            assert model["qformats"] == family["quantization"]
     text = run("families").output
     assert all(model in text for model in SEVEN)
     assert "phi3-small  (phireg 0.1.0)" in text
+    assert text.count("  quantization  fp8, int8_sq, int8_wo, int4_wo\n") == len(told)
 
 
 @pytest.fixture

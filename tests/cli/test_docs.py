@@ -55,6 +55,7 @@ def test_json_keys(tiny, run):
     quantize = ("quantize", "--quiet", "--qformat", "fp8", "--calib-file", ids, "--calib-size", 2)
     for args in (
         ("plan", "--model-dir", tiny),
+        ("plan", "--model-dir", tiny, "--qformat", "fp8", "--kv-cache-dtype", "fp8"),
         ("convert", "--model-dir", tiny, "--output-dir", out),
         (*quantize, "--model-dir", tiny, "--output-dir", tiny.parent / "fp8", "--device", "cpu"),
         ("explain", tiny, "lm_head"),
