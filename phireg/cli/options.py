@@ -147,6 +147,7 @@ def qformat_option(*, required: bool) -> Callable[[_Function], _Function]:
     return click.option(
         "--qformat",
         type=click.Choice(QFORMAT_CHOICES),
+        metavar=f"[{'|'.join(QFORMAT_CHOICES)}]",  # click would show hyphens, as it normalizes
         required=required,
         help="FP8, INT8 SmoothQuant, or weights only, which TensorRT-LLM's builder quantizes.",
     )
