@@ -42,23 +42,33 @@ def test_executor_and_hf_are_alike(family, checkpoint, document):
     assert_alike(document(checkpoint(family), *options), 6)
 
 
+def two_processes(checkpoint, *options):
+    command = [sys.executable, "-m", "phireg", "summarize", str(checkpoint), "--tp", "2", *options]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_processes_are_alike(family, checkpoint, tmp_path):
-    command = [sys.executable, "-m", "phireg", "summarize", str(checkpoint(family, 2)), "--tp", "2"]
-    options = [*hf(family), *CHECK, "--eval-ppl", "--max-ite", "3", "--json"]
-    results = ["--results", str(tmp_path / "r.jsonl")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for resumed in (0, 6):  # what is complete already must not leave a process waiting
-        ran = subprocess.run(
-            command + options + results, capture_output=True, text=True, env=env, timeout=240
-        )
+def test_two_processes_are_alike(family, checkpoint):
+    options = (*hf(family), *CHECK, "--eval-ppl", "--max-ite", "3", "--json")
+    ran = two_processes(checkpoint(family, 2), *options)
+    assert ran.returncode == 0, ran.stderr
+    assert_alike(json.loads(ran.stdout), 3)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_and_miss_a_threshold(checkpoint, tmp_path):
+    options = (*hf("phi2"), *CHECK, "--eval-ppl", "--max-ite", "2", "--json")
+    options += ("--results", str(tmp_path / "r.jsonl"))
+    for resumed in (0, 4):  # what is complete already must not leave a process waiting
+        ran = two_processes(checkpoint("phi2", 2), *options)
         assert ran.returncode == 0, ran.stderr
         told = json.loads(ran.stdout)
-        assert_alike(told, 3)
+        assert_alike(told, 2)
         assert told["resumed_batches"] == resumed
-    missed = [*command, *options, *results, "--tensorrt-llm-rouge1-threshold", "100.5"]
-    ran = subprocess.run(missed, capture_output=True, text=True, env=env, timeout=240)
+    missed = (*options, "--tensorrt-llm-rouge1-threshold", "100.5")
+    ran = two_processes(checkpoint("phi2", 2), *missed)
     assert ran.returncode == 4, ran.stderr
 
 
