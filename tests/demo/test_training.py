@@ -85,14 +85,14 @@ def test_a_card_says_no_place(script, words, recorded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["phi2", "phi3-mini", "phi3-small"])  # medium is mini's class
 def test_a_short_training(tmp_path, script, family):
     """A dozen steps: the loss falls, and the directory is a model that loads and computes."""
     arguments = ["--out", tmp_path, "--families", family, "--steps", 12, "--batch", 4]
     arguments += ["--articles", 20_000, "--heldback", 4, "--pack", tmp_path / "all.tar"]
     output = subprocess.run(
         [sys.executable, SCRIPTS / "train.py", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=True,

@@ -10,6 +10,7 @@ from phireg.executor import quantized
 pytest.importorskip("modelopt.torch.quantization")
 
 CASES = [(family, *made) for family in script.MODELOPT for made in script.FORMATS]
+MANY = 48
 FEW = 3
 NAMES = {
     "attention.dense": ("self_attn.dense", "self_attn.o_proj"),
@@ -118,5 +119,6 @@ def test_perplexity_on_some_texts(measured, family, qformat, cache):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "qformat", "cache"), CASES)
-def test_perplexity_on_the_held_back_split(measured, family, qformat, cache):
-    check(measured, family, qformat, cache, script.EVALUATED, 1e-3, 0.985)
+def test_perplexity_on_many_texts(measured, family, qformat, cache):
+    """A third of the split; the figures in docs/quantize.md are of all of it."""
+    check(measured, family, qformat, cache, MANY, 1e-3, 0.985)
