@@ -15,7 +15,7 @@ import click
 from phireg.cli.failures import stopped
 from phireg.cli.options import DTYPE_CHOICES, Directory, FamilyName, json_option
 from phireg.cli.text import columns, counted, emit, emit_json, folded, printable, size
-from phireg.errors import UsageError
+from phireg.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
     from phireg.jobs.build import BuildPlan, Built
@@ -107,7 +107,15 @@ def command(ctx: click.Context, /, **options: Any) -> None:
             hint="add --print-command, or leave it out: the installed release is found out.",
         )
     overwrite, quiet, as_json = (options.pop(key) for key in ("overwrite", "quiet", "as_json"))
-    plan = _plan(trtllm_version, ctx.meta.get(_EXTRA, ()), **options)
+    try:
+        plan = _plan(trtllm_version, ctx.meta.get(_EXTRA, ()), **options)
+    except EngineError as error:
+        if not shown or trtllm_version:
+            raise
+        from phireg.trtllm.releases import NEWEST
+
+        hint = f"name the release to show it for: --trtllm-version {NEWEST}; or {error.hint}"
+        raise EngineError(error.message, hint=hint) from None
     if shown:
         _say_notes(plan, quiet=as_json)
         if as_json:

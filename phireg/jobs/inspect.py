@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phireg.backends.choose import ENGINE, MODEL, kind_of
 from phireg.checkpoint.header import read_header
 from phireg.checkpoint.jsonfile import read_json_object
 from phireg.checkpoint.manifest import check_files, read_manifest
@@ -49,14 +50,13 @@ def inspect(
     """
     directory = Path(checkpoint_dir)
     if not directory.is_dir():
-        raise SourceError(f"no such directory: {directory}")
+        raise SourceError(
+            f"no such directory: {directory}",
+            hint="give a checkpoint; phireg convert and phireg quantize write them.",
+        )
     config = read_json_object(directory / "config.json")
     if not isinstance(config.get("architecture"), str):
-        raise SourceError(
-            f"{directory} is not a TensorRT-LLM checkpoint: its config.json has no 'architecture'",
-            hint="phireg inspect looks at the output of phireg convert; for a source model use "
-            "phireg plan.",
-        )
+        raise not_a_checkpoint(directory)
     mapping = config.get("mapping")
     world = mapping.get("world_size", 1) if isinstance(mapping, dict) else 1
     if not isinstance(world, int) or not 0 < world <= 4096:
@@ -74,6 +74,26 @@ def inspect(
         found += check_files(directory, manifest, progress)
     sizes = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
     return Inspection(config, ranks, sizes, manifest, tuple(found))
+
+
+def not_a_checkpoint(directory: Path) -> SourceError:
+    """The error for a directory whose config.json is not a checkpoint's; it says what it is."""
+    kind = kind_of(directory)
+    if kind == ENGINE:
+        return SourceError(
+            f"{directory} is a built engine, not a TensorRT-LLM checkpoint",
+            hint="give the checkpoint that it was built from.",
+        )
+    if kind == MODEL:
+        return SourceError(
+            f"{directory} is a Hugging Face model, not a TensorRT-LLM checkpoint",
+            hint=f"convert it first: phireg convert --model-dir {directory} --output-dir CKPT; "
+            "phireg plan shows what that would do.",
+        )
+    return SourceError(
+        f"{directory} is not a TensorRT-LLM checkpoint: its config.json has no 'architecture'",
+        hint="give a checkpoint; phireg convert and phireg quantize write them.",
+    )
 
 
 def _rank_tensors(path: Path, problems: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:

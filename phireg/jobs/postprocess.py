@@ -16,6 +16,7 @@ from phireg.checkpoint.jsonfile import read_json_object
 from phireg.checkpoint.manifest import MANIFEST, file_record, rank_file_record, write_manifest
 from phireg.config.hf import HFConfig
 from phireg.errors import OutputError, SourceError, UsageError
+from phireg.jobs.inspect import not_a_checkpoint
 from phireg.jobs.plan import plan
 from phireg.postprocess.decide import Decision, check_source, decide, linears_of
 from phireg.postprocess.orders import PARTS, RIGHT, TEXTS, Run, runs
@@ -229,10 +230,7 @@ def _config(directory: Path) -> dict[str, Any]:
         )
     config = read_json_object(directory / "config.json")
     if not isinstance(config.get("architecture"), str):
-        raise SourceError(
-            f"{directory} is not a TensorRT-LLM checkpoint: its config.json has no 'architecture'",
-            hint="give the directory that an exporter (quantize.py) wrote.",
-        )
+        raise not_a_checkpoint(directory)
     return config
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -430,6 +431,21 @@ def test_inspect_check_finds_what_differs(spoil, says, ckpt, run):
     assert any(says in problem for problem in json.loads(result.output)["problems"])
 
 
+def test_inspect_what_is_no_checkpoint(tmp_path, run):
+    for content, is_a, hint in (
+        ({"model_type": "phi3"}, "is a Hugging Face model", "phireg convert --model-dir"),
+        ({"pretrained_config": {}, "build_config": {}}, "is a built engine", "built from"),
+        ({}, "is not a TensorRT-LLM checkpoint", "phireg convert"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        result = run("inspect", tmp_path)
+        assert result.exit_code == 3
+        told = " ".join(result.stderr.split())
+        assert is_a in told
+        assert hint in told
+    assert "give a checkpoint" in run("inspect", tmp_path / "nothing").stderr
+
+
 def test_inspect_without_a_manifest(ckpt, run):
     (ckpt / "phireg.json").unlink()
     result = run("inspect", ckpt)
@@ -494,6 +510,8 @@ def stranger(tmp_path, monkeypatch):
     )
     (site / "acme_broken.py").write_text("raise ModuleNotFoundError('no einops')\n")
     monkeypatch.syspath_prepend(str(site))
+    yield
+    sys.modules.pop("acme_phi", None)  # other tests have another one
 
 
 def test_a_broken_plugin_is_shown_and_stops_nobody(stranger, tiny, run):
@@ -511,9 +529,6 @@ def test_a_broken_plugin_is_shown_and_stops_nobody(stranger, tiny, run):
 
 
 def test_plugins(stranger, run):
-    import sys
-
-    sys.modules.pop("acme_phi", None)
     told = document(run("plugins", "--json"))
     assert not {"acme_phi", "acme_broken"} & set(sys.modules)
     values = {(p["distribution"], p["name"]): p["value"] for p in told["plugins"]}

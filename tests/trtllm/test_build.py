@@ -152,7 +152,7 @@ def test_a_directory_that_looks_like_a_config(run, checkpoint, tmp_path):
         (("{ckpt}", "--dummy-weights"), 2, "builds from --model-dir"),
         (("--dummy-weights", "--model-dir", "{tmp}/no"), 3, "no such directory"),
         (("{tmp}/no",), 3, "no such directory"),
-        (("{model}",), 3, "is not a TensorRT-LLM checkpoint"),
+        (("{model}",), 3, "is a Hugging Face model, not a TensorRT-LLM checkpoint"),
         (("{ckpt}", "--max-batch-size", "0"), 2, "max-batch-size"),
         (("{ckpt}", "--", "--output_dir", "x"), 2, "phireg decides --output_dir"),
         (("{ckpt}", "--print-command", "--trtllm-version", "1.4"), 7, "no engine backend"),
@@ -190,6 +190,17 @@ def test_no_builder(run, checkpoint, tmp_path, monkeypatch):
     assert done.exit_code == 7
     assert "trtllm-build is not on PATH" in done.output
     assert "pip install tensorrt_llm==1.2.1" in done.output
+
+
+def test_showing_a_command_needs_no_builder_but_a_release(run, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    done = build(run, checkpoint, tmp_path, "--print-command")
+    assert done.exit_code == 7
+    assert "--trtllm-version 1.2.1" in done.output
+    assert (
+        build(run, checkpoint, tmp_path, "--print-command", "--trtllm-version", "1.2.1").exit_code
+        == 0
+    )
 
 
 def test_a_builder_of_a_release_without_engines(run, fake, checkpoint, tmp_path):
