@@ -23,6 +23,7 @@ from safetensors.numpy import save as to_bytes
 from phireg.errors import OutputError, SourceError
 
 FORMAT = "phireg-calibration-1"
+_GIVE = "give a file that phireg quantize wrote."
 _INPUT = ".input_amax"
 _CACHED = re.compile(r"layers\.(0|[1-9]\d*)\.(key|value)_amax")
 
@@ -123,17 +124,16 @@ def load(path: Path) -> Statistics:
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise SourceError(
+                    f"{path} holds no calibration statistics of the format {FORMAT}", hint=_GIVE
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise SourceError(f"{path}: no such file") from None
     # AttributeError: the file has a dtype numpy lacks.
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
-        raise SourceError(f"{path}: not a readable safetensors file: {error}") from None
-    if metadata.get("format") != FORMAT:
-        raise SourceError(
-            f"{path} holds no calibration statistics of the format {FORMAT}",
-            hint="give a file that phireg quantize wrote.",
-        )
+        raise SourceError(f"{path}: not a readable safetensors file: {error}", hint=_GIVE) from None
     try:
         provenance = json.loads(metadata.get("provenance", ""))
     except ValueError as error:

@@ -96,7 +96,7 @@ def calibrate(
         reason = misfit(found, source, None if _defaults(settings) else settings)
         if reason is not None:
             raise SourceError(
-                f"the calibration statistics {path} do not serve: {reason}",
+                f"{path} does not serve as calibration statistics: {reason}",
                 hint="name the file of this model and these settings, or one that does not exist: "
                 "it will be written.",
             )

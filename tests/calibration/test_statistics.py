@@ -121,6 +121,16 @@ def test_other_dtypes(tmp_path):
             load(tmp_path / "x")
 
 
+def test_other_safetensors_files(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    for dtype in (torch.float32, torch.bfloat16):  # numpy has no bfloat16
+        save_file({"x": torch.ones(2, dtype=dtype)}, tmp_path / "model.safetensors")
+        with pytest.raises(SourceError, match="holds no calibration statistics"):
+            load(tmp_path / "model.safetensors")
+
+
 def test_damaged_files(tmp_path):
     path = tmp_path / "amax"
     save(path, made())

@@ -281,7 +281,9 @@ def test_statistics_of_other_settings(quantize, tmp_path):
     kept = stats(tmp_path).read_bytes()
     named = quantize("--overwrite", "--calib-stats", stats(tmp_path), calib_size=5)
     assert named.exit_code == 3
-    assert "do not serve: it was made with size 8, not 5" in named.output
+    assert (
+        "does not serve as calibration statistics: it was made with size 8, not 5" in named.output
+    )
     assert stats(tmp_path).read_bytes() == kept
     beside = quantize("--overwrite", calib_size=5)
     assert beside.exit_code == 0
@@ -298,7 +300,10 @@ def test_statistics_of_another_model(quantize, run, tmp_path, ids):
         calib_file=None,
     )  # fmt: skip
     assert result.exit_code == 3
-    assert "do not serve: it was made from other weights files" in result.output
+    assert (
+        "does not serve as calibration statistics: it was made from other weights files"
+        in result.output
+    )
 
 
 def test_statistics_that_are_none(quantize, tmp_path):
