@@ -35,7 +35,7 @@ def quality_text(found: Quality) -> str:
     return "\n".join(
         (
             columns(rows),
-            f"the worst {len(worst)} of {len(found.linears)} linears",
+            f"the worst {len(worst)} of {len(found.linears)} linears: errors, and SQNR in dB",
             columns(_table(worst), indent=2, right=(1, 2, 3, 4, 5)),
         )
     )
@@ -46,8 +46,8 @@ def _table(worst: Sequence[LinearQuality]) -> list[tuple[str, ...]]:
 
     rows: list[tuple[str, ...]] = []
     inputs = worst[0].activation is not None
-    heads = ("", "weight error", "SQNR dB")
-    rows.append((*heads, *(("input error", "SQNR dB", "saturated") if inputs else ()), "outliers"))
+    heads = ("", "weights", "SQNR")
+    rows.append((*heads, *(("inputs", "SQNR", "saturated") if inputs else ()), "outliers"))
     for one in worst:
         cells = [f"layer {one.layer} {one.linear}", percent(one.weight), decibels(one.weight)]
         if inputs:

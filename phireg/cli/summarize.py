@@ -34,7 +34,9 @@ _COUNT = click.IntRange(min=1)
 @click.command()
 @click.argument("place", type=Directory(), metavar="[CKPT|ENGINE]", required=False)
 @click.option("--engine-dir", type=Directory(), metavar="DIR", help="The engine (or checkpoint).")
-@click.option("--hf-model-dir", type=Directory(), metavar="DIR", help="The source model, for hf.")
+@click.option(
+    "--hf-model-dir", type=Directory(), metavar="DIR|REPO", help="The source model, for hf."
+)
 @click.option("--tokenizer-dir", type=Directory(), metavar="DIR", help="[default: CKPT, or hf's]")
 @click.option(
     "--backend",
@@ -188,17 +190,21 @@ def _dtype(name: str) -> str | None:
 
 def _places(place: str | None, engine_dir: str | None, hf_model_dir: str | None) -> Places:
     """Sort the directories into checkpoint and engine."""
+    from phireg.backends.choose import ENGINE, MODEL, kind_of
     from phireg.summarize.contestants import Places
-    from phireg.trtllm.engine import is_engine_dir
 
     kinds: dict[str, Path] = {}
     for path in (Path(given) for given in (place, engine_dir) if given is not None):
-        if not path.is_dir():
-            raise UsageError(f"no such directory: {path}")
-        kind = "engine" if is_engine_dir(path) else "checkpoint"
+        kind = kind_of(path)
+        if kind == MODEL:
+            raise UsageError(
+                f"{path} is a Hugging Face model, not a checkpoint or an engine",
+                hint=f"convert it first: phireg convert --model-dir {path} --output-dir CKPT; or "
+                f"run it as it is: --backend hf --hf-model-dir {path}",
+            )
         if kind in kinds:
             raise UsageError(
-                f"{kinds[kind]} and {path} are both a{'n' if kind == 'engine' else ''} {kind}",
+                f"{kinds[kind]} and {path} are both a{'n' if kind == ENGINE else ''} {kind}",
                 hint="give one checkpoint and one engine at most.",
             )
         kinds[kind] = path

@@ -225,6 +225,14 @@ def test_only_hf_is_checked_when_it_is_named(checkpoint, run):
     assert run("--check-accuracy").exit_code == 2
 
 
+def test_a_source_model_in_the_place_of_a_checkpoint(run):
+    source = demo.find("phi3-mini").directory
+    result = run(source)
+    assert result.exit_code == 2
+    assert "is a Hugging Face model" in result.stderr
+    assert f"phireg convert --model-dir {source}" in " ".join(result.stderr.split())
+
+
 def test_a_second_checkpoint_is_refused(args, run):
     result = run(*args, "--engine-dir", args[0])
     assert result.exit_code == 2
