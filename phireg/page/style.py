@@ -15,7 +15,7 @@ body { margin: 0; background: var(--paper); color: var(--ink);
 main { max-width: 980px; margin: 0 auto; padding: 36px 20px 60px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0; letter-spacing: -.01em; }
 h2 { font-size: 18px; margin: 0 0 2px; }
-p { margin: 0; }
+p { margin: 0; overflow-wrap: anywhere; }
 .soft { color: var(--soft); }
 .verdict { border-left: 6px solid var(--good); padding: 2px 0 4px 20px; margin-bottom: 28px; }
 .verdict.failed { border-color: var(--bad); }
@@ -62,5 +62,6 @@ svg { display: block; width: 100%; height: auto; font: 12px system-ui, sans-seri
 .limit-text { fill: var(--bad); } .over { fill: var(--tint); }
 .callout { fill: var(--bad); font-weight: 600; font-size: 14px; paint-order: stroke;
   stroke: var(--card); stroke-width: 4px; }
-@media (max-width: 560px) { section { padding: 16px; } .check .time { display: none; } }
+@media (max-width: 560px) { section { padding: 16px; } .check .time { display: none; }
+  dl { display: block; } dd { margin-bottom: 8px; } }
 """
