@@ -232,7 +232,11 @@ def _modelopt() -> Iterator[Part]:
 
 def _summarizing() -> Iterator[Part]:
     for name, prevents, remedy in (
-        ("datasets", "phireg summarize and calibration with cnn_dailymail", "pip install datasets"),
+        (
+            "datasets",
+            "phireg summarize and calibration with cnn_dailymail",
+            "pip install 'phireg[data]'",
+        ),
         ("rouge-score", "phireg summarize", "pip install rouge-score"),
     ):
         version = _version(name)
