@@ -145,6 +145,7 @@ def test_a_plan_as_json_says_what_is_computed(tmp_path):
     module = "model.layers.0.mlp.gate_up_proj"
     computed = {"file": None, "bytes": None, "columns": []}
     computed["tensor"] = f"{module}.weights_scaling_factor"
+    computed["computed_from"] = ["calibration", "weights"]
     assert scale["rows"] == [
         {"rows": [0, 10], "from": {**computed, "rows": [30, 40]}},  # up
         {"rows": [10, 20], "from": {**computed, "rows": [10, 20]}},  # gate
@@ -152,6 +153,7 @@ def test_a_plan_as_json_says_what_is_computed(tmp_path):
     name = "transformer.layers.0.mlp.proj.prequant_scaling_factor"
     (row,) = outputs["rank1.safetensors", name]["rows"]
     assert row["from"]["tensor"] == name and row["from"]["rows"] == [10, 20]
+    assert row["from"]["computed_from"] == ["calibration"]
     (output,) = [o for o in plan.outputs if o.name == name and o.rank == 0]
     assert output_json(plan, output)["bytes"] == 20
 
