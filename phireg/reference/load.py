@@ -6,7 +6,7 @@ decoder layer's in memory at a time; what it computes is the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +97,7 @@ def open_reference(
     weights: torch.dtype | None,
     dtype: torch.dtype,
     device: torch.device,
+    exact: Collection[str] = (),
 ) -> Reference:
     """Build the source's model without reading its weights.
 
@@ -108,12 +109,13 @@ def open_reference(
             they are not.
         dtype: compute dtype.
         device: where to compute.
+        exact: names of source tensors that a conversion does not round, whatever ``weights`` is.
 
     Raises:
         SourceError: no model class on this machine reads the source.
     """
     model, notes = build(family, source.directory, dtype)
-    parameters = Parameters(model, source, weights, device)
+    parameters = Parameters(model, source, weights, device, exact)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             # Moved and not cast: rotary tables are float32 whatever the compute dtype is.

@@ -28,6 +28,7 @@ class Parameters:
         rounded: dtype that values are rounded to on their way to the parameters' own dtype, or
             None.
         device: where filled parameters are.
+        exact: names of source tensors that are not rounded.
 
     Raises:
         SourceError: a parameter is not in the source, or has another shape or no floating dtype
@@ -35,11 +36,17 @@ class Parameters:
     """
 
     def __init__(
-        self, model: Any, source: Source, rounded: torch.dtype | None, device: torch.device
+        self,
+        model: Any,
+        source: Source,
+        rounded: torch.dtype | None,
+        device: torch.device,
+        exact: Collection[str] = (),
     ) -> None:
         self._source = source
         self._rounded = rounded
         self._device = device
+        self._exact = exact
         tied = _tied(model)
         self._places: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
         self._tensors: dict[str, SourceTensor] = {}
@@ -93,11 +100,13 @@ class Parameters:
             setattr(module, leaf, empty)
 
     def _read(self, reader: Reader, tensor: SourceTensor) -> Tensor:
-        """The values, on the device, rounded."""
+        """The values, on the device, rounded where they are to be."""
         values = torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype])
         reader.read_into(tensor, 0, memoryview(values.view(-1).view(torch.uint8).numpy()))
         values = values.to(self._device)
-        return values if self._rounded is None else values.to(self._rounded)
+        if self._rounded is None or tensor.name in self._exact:
+            return values
+        return values.to(self._rounded)
 
 
 def _tied(model: Any) -> dict[str, str]:

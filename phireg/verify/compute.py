@@ -171,13 +171,21 @@ class Computed:
         Raises:
             Skipped: no class here reads it, or not even one layer fits.
         """
+        plan = self.planned.plan
         try:
             reference = open_reference(
                 self.planned.chosen.family,
-                self.planned.plan.source,
+                plan.source,
                 weights=getattr(torch, blueprint.dtype),
                 dtype=getattr(torch, self.request.dtype),
                 device=device,
+                exact=frozenset(
+                    span.source
+                    for output in plan.outputs
+                    if output.dtype == "F32"
+                    for span in output.rows
+                    if span.source is not None
+                ),
             )
         except SourceError as error:
             raise Skipped(error.message) from error
