@@ -22,7 +22,11 @@ def kind_of(place: Path) -> str:
     from phireg.checkpoint.jsonfile import read_json_object
 
     if not place.is_dir():
-        raise UsageError(f"no such directory: {place}")
+        raise UsageError(
+            f"no such directory: {place}",
+            hint="give a checkpoint (phireg convert and phireg quantize write them), an engine, or "
+            "with --backend hf a source model.",
+        )
     if is_engine_dir(place) or any(place.glob("rank*.engine")):
         return ENGINE
     try:

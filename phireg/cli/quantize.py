@@ -164,7 +164,10 @@ class _Run:
                 raise UsageError("--report has no effect with --no-measure", hint="leave one out.")
             self.wanted = True
             if not self.report.absolute().parent.is_dir():
-                raise UsageError(f"{self.report.parent}: no such directory, for the report")
+                raise UsageError(
+                    f"{self.report.parent}: no such directory, for the report",
+                    hint="make it first, or give --report another place.",
+                )
             check_writable(self.report, "the report")
 
     def write(self, planned: Planned, settings: Settings, stages: Stages) -> Converted:
