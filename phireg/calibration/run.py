@@ -23,8 +23,8 @@ from phireg.checkpoint.manifest import file_digest
 from phireg.checkpoint.source import Source
 from phireg.errors import SourceError, UsageError
 from phireg.family import Family
-from phireg.reference.build import quiet
 from phireg.reference.load import open_reference
+from phireg.text.quiet import quiet
 from phireg.text.tokenizer import Tokenizer, find_tokenizer
 
 CPU_SECONDS = 300.0

@@ -254,7 +254,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         ):
             return False  # used where it is mapped; the system reads and drops pages itself
         else:
-            free = _free_memory()
+            free = free_memory()
         needed = 0
         for tensor in rank_tensors(self.blueprint).values():
             native = quantized.has_native_fp8(tensor.dtype, tensor.shape, self.device, self.dtype)
@@ -267,7 +267,7 @@ def _of_layer(observe: Observe, layer: int) -> Callable[[str, Tensor], None]:
     return lambda what, value: observe(layer, what, value)
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Bytes of main memory that can be had without swapping."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():

@@ -21,7 +21,7 @@ from phireg.quality.result import Quality, TextQuality
 from phireg.quality.text import Text, choose_text
 from phireg.quality.unquantized import rank_sources, unquantized_plan
 from phireg.quality.walk import walk
-from phireg.reference.build import quiet
+from phireg.text.quiet import quiet
 from phireg.text.tokenizer import find_tokenizer
 
 TOKENS = {"cpu": 512, "cuda": 2048}

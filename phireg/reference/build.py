@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import nn
 from phireg.checkpoint.jsonfile import read_json_object
 from phireg.errors import SourceError
 from phireg.family import Family
+from phireg.text.quiet import quiet
 
 
 def build(family: Family, directory: Path, dtype: torch.dtype) -> tuple[Any, tuple[str, ...]]:
@@ -95,15 +95,3 @@ def _without_parameters(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' remarks off the terminal."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

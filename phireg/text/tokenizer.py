@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -13,6 +11,7 @@ from phireg import registry
 from phireg.checkpoint.jsonfile import read_json_object
 from phireg.checkpoint.manifest import read_manifest
 from phireg.errors import PluginError, SourceError, UsageError
+from phireg.text.quiet import quiet
 
 RANKS_FILES = "*.tiktoken"
 # What transformers builds a tokenizer from, the best first.
@@ -128,25 +127,13 @@ def _from_transformers(directory: Path) -> Any:
     loader = PreTrainedTokenizerFast if whole else AutoTokenizer
     options = {} if whole else {"trust_remote_code": False}
     try:
-        with _quiet():
+        with quiet():
             return loader.from_pretrained(str(directory), local_files_only=True, **options)
     except Exception as error:  # a damaged file shows in any way, from KeyError to Rust's own
         raise SourceError(
             f"the tokenizer in {directory} cannot be loaded: {type(error).__name__}: {error}",
             hint="give --tokenizer-dir a directory with the model's tokenizer.json.",
         ) from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' remarks on the class, which was chosen on purpose."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _from_family(checkpoint_dir: Path, directory: Path) -> Any:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ import torch
 from phireg.errors import CheckError, SourceError, UsageError
 from phireg.executor import Blueprint, Executor
 from phireg.executor.blueprint import parse_blueprint
+from phireg.executor.model import free_memory
 from phireg.executor.schemes import Quantization
 from phireg.executor.weights import Source, open_ranks
 from phireg.jobs import Planned
@@ -189,7 +188,7 @@ class Computed:
             )
         except SourceError as error:
             raise Skipped(error.message) from error
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
         needed, room = reference.nbytes, f"{free / 1e9:.2g} GB of memory are free on {device}"
         if needed <= _MEMORY_SHARE * free:
             reference.keep_all()
@@ -280,11 +279,3 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("there is no CUDA device here", hint="use --device cpu.")
     return device
-
-
-def _free_memory() -> int:
-    """Bytes of main memory that can be had without swapping."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -169,7 +169,7 @@ def test_offload_keeps_no_layer_and_changes_nothing(small_model, tmp_path):
 
 def test_weights_that_do_not_fit_are_read_layer_by_layer(tmp_path, monkeypatch):
     write_checkpoint(phi2(), tmp_path, dtype=torch.float16)
-    monkeypatch.setattr("phireg.executor.model._free_memory", lambda: 100_000)
+    monkeypatch.setattr("phireg.executor.model.free_memory", lambda: 100_000)
     assert load(tmp_path, dtype="float32").offload
     assert not load(tmp_path).offload  # same dtype: used where it is mapped
 

@@ -286,7 +286,7 @@ def test_quantized_weights_count_as_what_they_are_kept_as(model, tmp_path, monke
     """Mapped tensors need no room; dequantized ones do."""
     written(model, tmp_path, random_ids(model, 9), "fp8")
     parameters = sum(p.numel() for p in model.parameters())
-    monkeypatch.setattr("phireg.executor.model._free_memory", lambda: parameters * 4)
+    monkeypatch.setattr("phireg.executor.model.free_memory", lambda: parameters * 4)
     assert load(tmp_path).offload
-    monkeypatch.setattr("phireg.executor.model._free_memory", lambda: parameters * 8)
+    monkeypatch.setattr("phireg.executor.model.free_memory", lambda: parameters * 8)
     assert not load(tmp_path).offload

@@ -242,7 +242,7 @@ def test_both_sides_layer_by_layer_where_memory_is_short(family, monkeypatch):
 
     monkeypatch.setattr(Executor, "__init__", watched)
     for module in ("phireg.verify.compute", "phireg.executor.model"):
-        monkeypatch.setattr(f"{module}._free_memory", lambda: int((whole - layer) / 0.8))
+        monkeypatch.setattr(f"{module}.free_memory", lambda: int((whole - layer) / 0.8))
     found = jobs.verify(*pair, **asked)
     assert made
     assert made[0].offload
@@ -251,7 +251,7 @@ def test_both_sides_layer_by_layer_where_memory_is_short(family, monkeypatch):
     (note,) = [note for note in found.check("logits").notes if "layer by layer" in note]
     assert "float32" in note
 
-    monkeypatch.setattr("phireg.verify.compute._free_memory", lambda: layer)
+    monkeypatch.setattr("phireg.verify.compute.free_memory", lambda: layer)
     found = jobs.verify(*pair, **asked)
     assert verdicts(found)["logits"] == "skipped"
     assert "even layer by layer" in found.check("logits").summary
