@@ -5,6 +5,7 @@ So each layer's weights are read once and one layer is in memory at a time. lm_h
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -175,12 +176,17 @@ def _front(model: Any, ids: Tensor, cache: Any) -> _Front:
 
     handle = model.model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+        model(input_ids=ids, use_cache=cache is not None, **{_cache_name(model): cache})
     except _ReachedError as reached:
         return reached.front
     finally:
         handle.remove()
     raise AssertionError("the model did not call its first layer")
+
+
+def _cache_name(model: Any) -> str:
+    """What the model's ``forward`` calls its cache: transformers' models had another name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 @contextmanager

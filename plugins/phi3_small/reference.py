@@ -25,6 +25,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 __all__ = ["Phi3SmallConfig", "Phi3SmallForCausalLM"]
 
+# What transformers calls the cache in what its models take and return.
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 def rotary_tables(
     config: Phi3SmallConfig, past: int, new: int, device: torch.device, dtype: torch.dtype
@@ -271,30 +274,31 @@ class Phi3SmallForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool = True,
+        cache: Any = None,
     ) -> Any:
         """Logits [B, T, vocab_size] of ``input_ids`` [B, T], float32 (float64 in a float64 model).
 
         Arguments mean what they mean in transformers' own models, and:
 
         ``attention_mask`` [B, cached + T] is zero for padding and never moves positions; another
-        shape raises ValueError. Keys in ``past_key_values`` keep the long-rope factors they were
-        rotated with, so beyond the original length the cache must have been made beyond it too;
-        ``generate`` sees to that. ``logits_to_keep`` asks for the last positions only; 0 for all.
+        shape raises ValueError. ``cache`` is today's name of ``past_key_values``. Its keys keep the
+        long-rope factors they were rotated with, so beyond the original length the cache must have
+        been made beyond it too; ``generate`` sees to that. ``logits_to_keep`` asks for the last
+        positions only; 0 for all.
         """
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache()
+        cache = past_key_values if cache is None else cache
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache()
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        x, states = self.model(input_ids, attention_mask, past_key_values, output_hidden_states)
+        x, states = self.model(input_ids, attention_mask, cache, output_hidden_states)
         logits = self.lm_head(x[:, -logits_to_keep:])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.config.mup_width_multiplier:
             logits = logits / self.config.mup_width_multiplier
         if dummies := self.config.masked_token_indices():
             logits[..., dummies] = torch.finfo(torch.float32).min
-        output = CausalLMOutputWithPast(
-            logits=logits, past_key_values=past_key_values, hidden_states=states
-        )
+        output = CausalLMOutputWithPast(logits=logits, hidden_states=states, **{_CACHE: cache})
         return output if return_dict else output.to_tuple()
 
     def prepare_inputs_for_generation(
@@ -304,21 +308,23 @@ class Phi3SmallForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         attention_mask: Tensor | None = None,
         use_cache: bool = True,
         logits_to_keep: int = 0,
+        cache: Any = None,
         **_: Any,
     ) -> dict[str, Any]:
         """Inputs of one generation step: the tokens the cache does not hold yet.
 
         At the step where a long-rope model switches to the long factors the cache is recomputed.
         """
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        cache = past_key_values if cache is None else cache
+        past = 0 if cache is None else int(cache.get_seq_length())
         long_rope = self.config.long_rope()
         switch = long_rope.original_max_position_embeddings if long_rope else past - 1
         if 0 < past <= switch < input_ids.shape[1]:
-            past, past_key_values = 0, DynamicCache()
+            past, cache = 0, DynamicCache()
         return {
             "input_ids": input_ids[:, past:],
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            _CACHE: cache,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
         }

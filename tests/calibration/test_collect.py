@@ -90,6 +90,14 @@ def same(found, wanted, rtol=0.0):
             assert amax == pytest.approx(cached[what, layer], rel=rtol, abs=0), (what, layer)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("name", sources.MODELS)
+def test_the_models_own_name_of_the_cache(tmp_path, name):
+    """Transformers warns of the old one, and means to drop it."""
+    reference = opened(name, sources.write(name, tmp_path, torch.float32), torch.float32)
+    assert collect(reference, rows(), device=CPU).keys
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", sources.MODELS)
 def test_layer_by_layer_equals_the_whole_model(tmp_path, name, dtype):

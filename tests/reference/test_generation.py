@@ -31,6 +31,17 @@ def test_greedy_is_the_argmax_of_full_forwards(reference, config, use_cache):
 
 
 @torch.no_grad()
+def test_a_step_computes_only_what_the_cache_does_not_hold(reference):
+    """But for the one at which long rope switches its factors (20 tokens)."""
+    model, _ = build(reference, LONG)
+    lengths = []
+    model.model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    ids = random_ids(LONG, 1, 17)
+    model.generate(ids, max_new_tokens=7, do_sample=False, eos_token_id=None)
+    assert lengths == [17, 1, 1, 1, 21, 1, 1]
+
+
+@torch.no_grad()
 def test_left_padded_batch_generates_what_each_row_does(reference):
     model, _ = build(reference, TINY)
     lengths = [11, 4, 9]

@@ -16,6 +16,9 @@ from torch.nn import functional
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+# What transformers calls the cache in what its models take and return.
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 # An absent key has the source class's value.
 # fmt: off
 _DEFAULTS: dict[str, Any] = {
@@ -268,17 +271,19 @@ class PhiMoEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool = True,
+        cache: Any = None,
     ) -> Any:
         """Float32 logits [B, T, vocab_size] of ``input_ids`` [B, T].
 
-        ``attention_mask`` [B, K] is zero for padding on the left. Keys in ``past_key_values`` keep
-        the rope factors that they were rotated with.
+        ``attention_mask`` [B, K] is zero for padding on the left. ``cache`` is today's name of
+        ``past_key_values``; its keys keep the rope factors that they were rotated with.
         """
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache()
-        x = self.model(input_ids, attention_mask, past_key_values)
+        cache = past_key_values if cache is None else cache
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache()
+        x = self.model(input_ids, attention_mask, cache)
         logits = self.lm_head(x[:, -logits_to_keep:]).float()
-        output = CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        output = CausalLMOutputWithPast(logits=logits, **{_CACHE: cache})
         return output if return_dict else output.to_tuple()
 
     def prepare_inputs_for_generation(
@@ -288,14 +293,16 @@ class PhiMoEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         attention_mask: Tensor | None = None,
         use_cache: bool = True,
         logits_to_keep: int = 0,
+        cache: Any = None,
         **_: Any,
     ) -> dict[str, Any]:
         """Inputs of one generation step: the tokens the cache does not hold yet."""
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        cache = past_key_values if cache is None else cache
+        past = 0 if cache is None else int(cache.get_seq_length())
         return {
             "input_ids": input_ids[:, past:],
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            _CACHE: cache,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
         }
