@@ -20,6 +20,7 @@ from phireg.cli.options import (
     qformat_option,
     source_options,
 )
+from phireg.cli.outputs import check_file
 from phireg.cli.quantized import Done, done_document, done_text
 from phireg.cli.stages import Stages
 from phireg.cli.text import emit, emit_json, printable
@@ -112,6 +113,7 @@ class _Run:
         self.options = options
         self.calibrated: Calibrated | None = None
         self.unmeasured: str | None = None
+        self.warned = False
         self.seconds: dict[str, float] = {}
 
     def start(self) -> None:
@@ -138,6 +140,7 @@ class _Run:
             self.alpha,
             found,
             self.unmeasured,
+            self.warned,
             self.report,
             self.seconds,
         )
@@ -148,7 +151,6 @@ class _Run:
 
     def check(self, planned: Planned) -> None:
         """What the export does not check itself before it calibrates."""
-        from phireg.jobs.calibrate import check_writable
         from phireg.jobs.convert import check_plan
 
         check_plan(planned.plan)
@@ -159,16 +161,13 @@ class _Run:
                 "needs no calibration",
                 hint="leave it out.",
             )
+        if self.stats is not None and not self.stats.is_file():  # one that exists is only read
+            check_file(self.stats, "--calib-stats")
         if self.report is not None:
             if self.wanted is False:
                 raise UsageError("--report has no effect with --no-measure", hint="leave one out.")
             self.wanted = True
-            if not self.report.absolute().parent.is_dir():
-                raise UsageError(
-                    f"{self.report.parent}: no such directory, for the report",
-                    hint="make it first, or give --report another place.",
-                )
-            check_writable(self.report, "the report")
+            check_file(self.report, "--report")
 
     def write(self, planned: Planned, settings: Settings, stages: Stages) -> Converted:
         """Calibrate if need be, and export."""
@@ -213,12 +212,12 @@ class _Run:
         from phireg.cli.findings import findings_text
         from phireg.findings import Severity
 
-        warned = [findings_text(planned.plan.findings, Severity.WARNING)]
+        warnings = findings_text(planned.plan.findings, Severity.WARNING)
 
         def tell(line: str) -> None:
-            while warned:
-                if text := warned.pop():
-                    self.say(text)
+            if warnings and not self.warned:
+                self.say(warnings)
+            self.warned = True
             self.say(line)
 
         return tell

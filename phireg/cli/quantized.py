@@ -28,6 +28,7 @@ class Done:
         alpha: SmoothQuant's.
         quality: the report's numbers, if it was measured.
         unmeasured: why it was not, if nobody refused it.
+        warned: whether the plan's warnings were told already, before the calibration.
         report: the page, if one was written.
         seconds: by part; ``all`` of them.
     """
@@ -38,6 +39,7 @@ class Done:
     alpha: float
     quality: Quality | None
     unmeasured: str | None
+    warned: bool
     report: Path | None
     seconds: dict[str, float]
 
@@ -45,6 +47,7 @@ class Done:
 def done_text(done: Done) -> str:
     """The summary."""
     from phireg.cli.findings import all_findings_text
+    from phireg.findings import Severity
 
     plan, files = done.planned.plan, done.converted.files
     others = [name for name in files if not name.endswith(".safetensors")]
@@ -62,11 +65,16 @@ def done_text(done: Done) -> str:
         rows.append(("report", str(done.report)))
     if done.unmeasured is not None:
         rows.append(("quality", f"not measured: {done.unmeasured}"))
+    untold = [
+        finding
+        for finding in plan.findings
+        if not (done.warned and finding.severity is Severity.WARNING)
+    ]
     parts = (
         columns(rows),
         quality_text(done.quality) if done.quality else "",
         warnings_text(done.planned),
-        all_findings_text((*loss_findings(done.converted), *plan.findings)),
+        all_findings_text((*loss_findings(done.converted), *untold)),
     )
     return "\n".join(filter(None, parts))
 

@@ -13,6 +13,7 @@ import click
 from phireg.cli.answers import note
 from phireg.cli.failures import stopped
 from phireg.cli.options import Directory, json_option
+from phireg.cli.outputs import check_file
 from phireg.cli.progress import count_bar
 from phireg.cli.task_options import THRESHOLD, task_options
 from phireg.cli.text import emit_json
@@ -92,7 +93,7 @@ def command(as_json: bool, quiet: bool, report: str | None, **options: Any) -> N
     The task is that of TensorRT-LLM's summarize.py: the same prompts, lengths and scores.
     """
     del options["eval_task"]
-    report_path = _writable(report)
+    report_path = None if report is None else check_file(Path(report), "--report")
     results_path = _results_path(options.pop("results"), report_path, options["overwrite"])
     tp, device_options = options.pop("tp"), {k: options.pop(k) for k in ("device", "offload")}
     contestants, places = _contestants(device_options, **options)
@@ -127,19 +128,9 @@ def command(as_json: bool, quiet: bool, report: str | None, **options: Any) -> N
         raise click.exceptions.Exit(CheckError.exit_code)
 
 
-def _writable(report: str | None) -> Path | None:
-    """The report's path; a directory that is missing is found out before hours of work."""
-    if report is None:
-        return None
-    path = Path(report)
-    if not path.absolute().parent.is_dir() or path.is_dir():
-        raise UsageError(f"--report {path}: no file can be written there")
-    return path
-
-
 def _results_path(results: str | None, report: Path | None, overwrite: bool) -> Path | None:
     if results is not None:
-        return Path(results)
+        return check_file(Path(results), "--results")
     if report is not None:
         return report.with_name(f"{report.stem}.results.jsonl")
     if overwrite:

@@ -54,7 +54,10 @@ def check_writable(path: Path, what: str) -> None:
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"{what} {path} cannot be written: no permission, or no directory")
+        raise OutputError(
+            f"{what} {path} cannot be written: no permission, or no directory",
+            hint="give a place where you may write.",
+        )
 
 
 def calibrate(

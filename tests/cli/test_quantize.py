@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -194,7 +195,8 @@ def test_a_file_that_is_missing_and_options_without_effect(quantize, tmp_path):
     assert result.exit_code == 2
     assert "--calib-stats has no effect: int8_wo without a quantized KV cache" in result.output
     result = quantize("--calib-stats", tmp_path)
-    assert result.exit_code == 3
+    assert result.exit_code == 6
+    assert f"--calib-stats {tmp_path} is a directory" in result.output
 
 
 @pytest.mark.usefixtures("uncalibrated")
@@ -231,7 +233,10 @@ def test_fp8_cache_on_long_rope_is_warned_of_before_calibrating(quantize, tiny):
     assert result.exit_code == 0, result.output
     assert "FP8 on a long-rope model" in result.stderr
     assert result.stderr.index("FP8 on a long-rope") < result.stderr.index("calibration:")
-    assert "FP8 on a long-rope model" in result.stdout
+    assert result.output.count("FP8 on a long-rope") == 1
+    again = quantize("--kv-cache-dtype", "fp8", "--no-measure", "--overwrite")
+    assert "FP8 on a long-rope model" in again.stdout  # nothing was calibrated, so nobody waited
+    assert again.output.count("FP8 on a long-rope") == 1
     assert "FP8 on a long-rope" not in quantize("--overwrite").output
 
 
@@ -330,11 +335,24 @@ def test_a_failed_export_resumes(quantize, tmp_path, monkeypatch):
     assert told["calibration"]["reused"]
 
 
-def test_statistics_that_cannot_be_kept(quantize, tmp_path, uncalibrated):
+@pytest.mark.usefixtures("uncalibrated")
+@pytest.mark.parametrize("directory", ["file", "typo"])
+def test_statistics_that_cannot_be_kept(quantize, tmp_path, directory):
     (tmp_path / "file").write_text("")
-    result = quantize("--calib-stats", tmp_path / "file" / "amax")
-    assert result.exit_code == 6
+    result = quantize("--calib-stats", tmp_path / directory / "amax")
+    assert result.exit_code == 2
+    assert f"amax: no such directory: {tmp_path / directory}\n" in result.output
+    assert "make it first, or give --calib-stats another place" in result.output
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "typo").exists()
+
+
+def test_statistics_in_a_place_that_can_only_be_read(quantize, tmp_path, monkeypatch):
+    quantize("--calib-stats", tmp_path / "amax", "--quiet")
+    writable = importlib.import_module("phireg.jobs.calibrate")
+    monkeypatch.setattr(writable.os, "access", lambda _, mode: not mode & os.W_OK)
+    told = quantize("--calib-stats", tmp_path / "amax", "--overwrite", "--json", "--no-measure")
+    assert document(told)["calibration"]["reused"]
 
 
 # --- interrupted ------------------------------------------------------------------------------

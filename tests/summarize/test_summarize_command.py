@@ -206,7 +206,8 @@ def test_two_runs_do_not_share_a_file(args, run, tmp_path):
         (("--tp", 2), "--tp is for the executor"),
         (("--dataset", "/nowhere.csv"), "No such file"),
         (("--dataset", "demo", "--dataset-dir", "/nowhere"), "give one of them"),
-        (("--report", "/nowhere/r.html"), "no file can be written"),
+        (("--report", "/nowhere/r.html"), "no such directory: /nowhere"),
+        (("--results", "/nowhere/r.jsonl"), "no such directory: /nowhere"),
         (("--engine-dir", "/nowhere"), "no such directory"),
     ],
 )
