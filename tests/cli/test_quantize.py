@@ -348,11 +348,19 @@ def test_statistics_that_cannot_be_kept(quantize, tmp_path, directory):
 
 
 def test_statistics_in_a_place_that_can_only_be_read(quantize, tmp_path, monkeypatch):
-    quantize("--calib-stats", tmp_path / "amax", "--quiet")
-    writable = importlib.import_module("phireg.jobs.calibrate")
-    monkeypatch.setattr(writable.os, "access", lambda _, mode: not mode & os.W_OK)
-    told = quantize("--calib-stats", tmp_path / "amax", "--overwrite", "--json", "--no-measure")
+    shared, access = tmp_path / "shared", os.access
+    shared.mkdir()
+    quantize("--calib-stats", shared / "amax", "--quiet")
+
+    def only_read(path, mode):
+        return access(path, mode) and not (mode & os.W_OK and str(path).startswith(str(shared)))
+
+    monkeypatch.setattr(os, "access", only_read)
+    told = quantize("--calib-stats", shared / "amax", "--overwrite", "--json", "--no-measure")
     assert document(told)["calibration"]["reused"]
+    refused = quantize("--calib-stats", shared / "other", "--overwrite", "--json", "--no-measure")
+    assert refused.exit_code == 6
+    assert "cannot be written: no permission" in refused.output
 
 
 # --- interrupted ------------------------------------------------------------------------------
