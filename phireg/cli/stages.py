@@ -11,7 +11,7 @@ from phireg.cli.progress import count_bar, progress_bar
 
 
 class Stages:
-    """The bars of a quantization; a context manager. May be told from any thread.
+    """The bars of a command with several; a context manager. May be told from any thread.
 
     Args:
         quiet: show nothing.
@@ -48,6 +48,22 @@ class Stages:
             with self._lock:
                 self._enter(doing, lambda: count_bar(what, total, quiet=self._quiet))
                 self._advance(doing, more)
+
+        return advance
+
+    def reading(self, doing: str, then: str) -> Callable[[int, int], None]:
+        """A stage of (how many more bytes are done, how many there are).
+
+        Args:
+            doing: what is being done.
+            then: what is going on once all bytes are done.
+        """
+
+        def advance(more: int, total: int) -> None:
+            with self._lock:
+                self._enter(doing, lambda: progress_bar(doing, then, total, quiet=self._quiet))
+                if self._advance is not None:
+                    self._advance(more)
 
         return advance
 

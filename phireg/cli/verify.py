@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from phireg.cli.options import Directory, FamilyName, json_option, model_dir_option
-from phireg.cli.progress import progress_bar
+from phireg.cli.outputs import check_file
+from phireg.cli.stages import Stages
 from phireg.cli.text import emit, emit_json, printable
 from phireg.errors import CheckError
 
@@ -69,52 +68,30 @@ def command(
     from phireg import jobs
     from phireg.verify.result import CHECKS, QUICK
 
-    with _progress(quiet) as progress:
+    page = None if report is None else check_file(Path(report), "--report")
+    with Stages(quiet) as stages:
+        advance = {
+            "weights": stages.reading("comparing bytes", "comparing"),
+            "logits": stages.counting("comparing logits", "layers"),
+            "ranks": stages.counting("comparing ranks", "layers"),
+        }
         found = jobs.verify(
             checkpoint_dir,
             model_dir,
             checks=QUICK if quick else tuple(CHECKS),
-            progress=progress,
+            progress=lambda check, more, total: advance[check](more, total),
             **options,
         )
-    if report is not None:
+    if page is not None:
         from phireg.verify.report import write_report
 
-        write_report(found, Path(report))
+        write_report(found, page)
     if as_json:
         emit_json(verification_document(found))
     else:
         show_verification(found)
     if not found.passed:
         raise click.exceptions.Exit(CheckError.exit_code)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """One bar of bytes, for the check that reads all of them."""
-    lock = threading.Lock()
-    bars: dict[str, Any] = {}
-    opened: list[Any] = []
-
-    def advance(check: str, more: int, total: int) -> None:
-        with lock:
-            if check == "weights" and check not in bars:
-                bar = progress_bar("comparing bytes", "comparing", total, quiet=quiet)
-                opened.append(bar)
-                bars[check] = bar.__enter__()
-            elif check != "weights":
-                close()
-            if bars.get(check) is not None:
-                bars[check](more)
-
-    def close() -> None:
-        while opened:
-            opened.pop().__exit__(None, None, None)
-
-    try:
-        yield advance
-    finally:
-        close()
 
 
 def verification_document(found: Verification) -> dict[str, Any]:

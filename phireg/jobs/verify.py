@@ -33,7 +33,7 @@ def verify(
         dtype: in which dtype; float32 compares sharpest.
         max_tokens: most tokens of a prompt; None for what a stated budget allows.
         progress: told (check, how much more is done, how much there is in all), perhaps from
-            worker threads.
+            worker threads: bytes of ``weights``, layers of ``logits`` and ``ranks``.
 
     Raises:
         UsageError: an unknown check, device or dtype.

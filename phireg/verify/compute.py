@@ -42,7 +42,7 @@ class Computed:
         request: what to run and how.
         config: the checkpoint's config.json.
         planned: the source's plan, whose family names the reference.
-        progress: told how many more layers have been compared.
+        progress: told how many more layers have been computed; first 0, when it begins.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Computed:
             Skipped: there is no reference here, or no room for it.
             UsageError: there is no such device.
         """
-        device = _device(self.request.device)
+        device = pick_device(self.request.device)
         try:
             blueprint = self.blueprint()
             reference, room = self.reference(blueprint, device)
@@ -73,7 +73,9 @@ class Computed:
             executor, sources = self.open(device)
             reach = Reach(blueprint, sources)
             prompts = self.prompts(blueprint)
-            total = blueprint.num_layers * len(prompts.prompts)
+            # Each layer is compared alone, and once more when the executor runs on its own.
+            total = 2 * blueprint.num_layers * len(prompts.prompts)
+            self.progress("logits", 0, total)
             result = compare_logits(
                 executor,
                 reference,
@@ -109,7 +111,7 @@ class Computed:
             Skipped: no room.
             UsageError: there is no such device.
         """
-        device = _device(self.request.device)
+        device = pick_device(self.request.device)
         try:
             executor, sources = self.open(device)
             quantized = executor.blueprint.quantization != Quantization()
@@ -119,7 +121,14 @@ class Computed:
                     plain, sources, executor.ranks, device=device, dtype=self.request.dtype
                 )
             prompts = self.prompts(executor.blueprint).prompts
-            error, tolerance, place = compare_ranks(executor, sources, prompts[-1].tokens)
+            total = 2 * executor.blueprint.num_layers
+            self.progress("ranks", 0, total)
+            error, tolerance, place = compare_ranks(
+                executor,
+                sources,
+                prompts[-1].tokens,
+                lambda more: self.progress("ranks", more, total),
+            )
         except CheckError as problem:
             return "the executor refuses the checkpoint", refusals(problem), []
         except torch.OutOfMemoryError as problem:
@@ -271,7 +280,12 @@ def _sizes(blueprint: Blueprint, reference: Reference) -> Iterator[Problem]:
             yield Problem("config.json", text, None, None, "config")
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -47,7 +47,8 @@ def compare_logits(
         executor: the checkpoint.
         reference: the source's own model, on the same device in the same dtype.
         prompts: from ``choose_prompts``.
-        progress: told how many more layers have been compared.
+        progress: told how many more layers have been computed: each is compared alone, and once
+            more when the executor runs on its own.
         inputs: told what goes into the linears when the executor runs on its own.
     """
     blueprint = executor.blueprint
@@ -56,9 +57,10 @@ def compare_logits(
     results = []
     masked = 0
     slack = logits_tolerance(executor.dtype, blueprint.num_layers)
+    report = progress or (lambda more: None)
     for prompt in prompts.prompts:
         ids = prompt_ids(blueprint.vocab_size, prompt.tokens).to(executor.device)
-        watcher = _Comparer(executor, ids, worst, progress)
+        watcher = _Comparer(executor, ids, worst, report)
         wanted = reference.logits(ids, watcher)[0]
         shown = wanted > torch.finfo(torch.float32).min / 2
         seen = shown.all(dim=0)
@@ -71,6 +73,7 @@ def compare_logits(
         ) -> None:
             if what == "hidden":
                 own.append(overall(token_errors(x, watcher.states[layer].to(x.device))))
+                report(1)
 
         got = executor(ids, observe, inputs)[0]
         hidden = [max(pair) for pair in zip(hidden, own, strict=True)]
@@ -126,13 +129,13 @@ class _Comparer:
         executor: Executor,
         ids: Tensor,
         worst: dict[Place, float],
-        progress: Callable[[int], None] | None,
+        progress: Callable[[int], None],
     ) -> None:
         self.executor = executor
         self.ids = ids
         self.worst = worst
         self.quantized = quantized_parts(executor.blueprint.quantization)
-        self.progress = progress or (lambda count: None)
+        self.progress = progress
         self.states: list[Tensor] = []  # on the CPU: the largest thing kept
         self.ends = executor.end_weights()
         self.after = torch.empty(0)

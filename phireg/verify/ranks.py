@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,7 +15,10 @@ from phireg.verify.prompts import prompt_ids
 
 
 def compare_ranks(
-    executor: Executor, sources: Sequence[Source], tokens: int
+    executor: Executor,
+    sources: Sequence[Source],
+    tokens: int,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[float, float, Place | None]:
     """Run both on one prompt.
 
@@ -23,6 +26,7 @@ def compare_ranks(
         executor: all ranks in lockstep.
         sources: its ranks' tensors by name.
         tokens: of the prompt.
+        progress: told how many more layers have been computed, of one and then of the other.
 
     Returns:
         The relative error of the logits, what it may reach, and the first sub-module whose output
@@ -33,15 +37,20 @@ def compare_ranks(
     seen: dict[tuple[int, str], torch.Tensor] = {}
     tolerance = logits_tolerance(executor.dtype, blueprint.num_layers)
     first: list[Place] = []
+    report = progress or (lambda more: None)
 
     def keep(layer: int, what: str, x: torch.Tensor) -> None:
         seen[layer, what] = x.cpu()
+        if what == "hidden":
+            report(1)
 
     def hold(layer: int, what: str, x: torch.Tensor) -> None:
         if what in ("attention", "mlp") and not first:
             error = float(token_errors(x.cpu(), seen[layer, what]).max())
             if not error <= tolerance:
                 first.append((layer, what))
+        if what == "hidden":
+            report(1)
 
     wanted = merged_executor(executor, sources)(ids, keep)[0]
     got = executor(ids, hold)[0]

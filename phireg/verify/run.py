@@ -21,7 +21,7 @@ from phireg.verify.configcheck import compare_configs
 from phireg.verify.expected import RankFiles, tensors_of
 from phireg.verify.mend import with_commands
 from phireg.verify.request import Outcome, Progress, Request, Skipped
-from phireg.verify.result import CHECKS, ONE_RANK, Check, Problem, Verification
+from phireg.verify.result import CHECKS, ONE_RANK, QUICK, Check, Problem, Verification
 from phireg.verify.scales import value_problems
 from phireg.verify.structure import structure_notes, structure_problems
 from phireg.verify.weightcheck import check_weights
@@ -59,7 +59,13 @@ def _validate(request: Request) -> None:
     if request.dtype not in DTYPES:
         raise UsageError(f"unknown dtype {request.dtype!r}", hint=f"known: {', '.join(DTYPES)}.")
     if request.max_tokens is not None and request.max_tokens < 1:
-        raise UsageError(f"prompts of {request.max_tokens} tokens are not possible")
+        raise UsageError(
+            f"prompts of {request.max_tokens} tokens are not possible", hint="use 1 or more."
+        )
+    if set(request.checks) - set(QUICK):
+        from phireg.verify.compute import pick_device
+
+        pick_device(request.device)  # not found out after reading all bytes
 
 
 class _Runner:

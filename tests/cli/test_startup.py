@@ -153,6 +153,16 @@ def test_progress_on_a_terminal_only(tiny, tmp_path, spawn):
     assert piped.stdout.startswith("family")
 
 
+def test_verify_shows_progress_of_what_takes_long(tiny, tmp_path, run):
+    out = tmp_path / "out"
+    assert run("convert", "--model-dir", tiny, "--output-dir", out, "--tp-size", 2).exit_code == 0
+    shown = on_terminal(100, "verify", out, "--model-dir", tiny)
+    for doing in ("comparing bytes", "comparing logits", "comparing ranks"):
+        assert doing in shown
+    assert "out: verified" in shown
+    assert "comparing" not in on_terminal(100, "verify", out, "--model-dir", tiny, "--quiet")
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 def test_a_terminal_is_not_overrun_and_names_are_whole(columns, tiny):
     shown = on_terminal(columns, "plan", "--model-dir", tiny, "--tp-size", "4")

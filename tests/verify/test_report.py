@@ -129,6 +129,17 @@ def test_the_command_passes_and_writes_the_page(tmp_path):
     assert page.read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.parametrize(("place", "code"), [("typo/out.html", 2), (".", 6)])
+def test_a_report_that_cannot_be_written_is_told_before_verifying(
+    place, code, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(jobs, "verify", None)
+    ran = run(converted("phi2"), "--model-dir", source("phi2"), "--report", tmp_path / place)
+    assert ran.exit_code == code
+    assert "give --report another place" in ran.output or "give the name of a file" in ran.output
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command_fails_with_4_and_names_the_place(damaged):
     ran = run(damaged, "--model-dir", source("phi3-small"))
     assert ran.exit_code == 4

@@ -55,6 +55,31 @@ def test_nothing_is_cast_where_the_dtypes_agree(tmp_path):
     assert "nothing was cast" in found.check("weights").summary
 
 
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_every_check_that_takes_long_tells_how_far_it_is(tp_size):
+    told = {}
+    found = jobs.verify(
+        converted("phi3-small", tp_size),
+        source("phi3-small"),
+        progress=lambda check, more, total: told.setdefault(check, []).append((more, total)),
+    )
+    layers = found.config["num_hidden_layers"]
+    files = converted("phi3-small", tp_size).glob("rank*.safetensors")
+    totals = {
+        "weights": told["weights"][0][1],
+        "logits": 2 * layers * len(found.logits.prompts),
+        "ranks": 2 * layers,
+    }
+    if tp_size == 1:
+        del totals["ranks"]
+    assert 0 < totals["weights"] <= 2 * sum(file.stat().st_size for file in files)
+    for check, total in totals.items():
+        assert {known for _, known in told[check]} == {total}
+        assert sum(more for more, _ in told[check]) == total
+    assert told.keys() == totals.keys()
+    assert told["logits"][0] == (0, totals["logits"])  # before the first layer is read
+
+
 def test_quick_computes_nothing():
     found = jobs.verify(converted("phi2"), source("phi2"), checks=QUICK)
     assert verdicts(found) == dict.fromkeys(QUICK, "passed")
@@ -264,7 +289,7 @@ def test_bad_requests(tmp_path):
     with pytest.raises(UsageError, match="unknown dtype"):
         jobs.verify(*good, dtype="int8")
     with pytest.raises(UsageError, match="unknown device"):
-        jobs.verify(*good, device="abacus")
+        jobs.verify(*good, device="abacus", progress=lambda *_: pytest.fail("it reads"))
     with pytest.raises(UsageError, match="prompts of 0 tokens"):
         jobs.verify(*good, max_tokens=0)
     with pytest.raises(SourceError, match="not a TensorRT-LLM checkpoint"):
