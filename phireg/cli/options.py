@@ -56,6 +56,35 @@ class FamilyName(click.types.StringParamType):
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
+class QFormat(click.types.StringParamType):
+    """A format of quantized weights, by the name that help, errors and completion give it.
+
+    ``click.Choice`` would give them hyphens, since options are normalized so. Those pass, too.
+    """
+
+    name = "qformat"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        """The name with underscores."""
+        name = str(value).replace("-", "_")
+        if name not in QFORMAT_CHOICES:
+            known = ", ".join(map(repr, QFORMAT_CHOICES))
+            self.fail(f"{value!r} is not one of {known}.", param, ctx)
+        return name
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """What may be given; click 8.1 gives no context."""
+        return f"Choose from {', '.join(QFORMAT_CHOICES)}."
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """The formats."""
+        return [CompletionItem(name) for name in QFORMAT_CHOICES if name.startswith(incomplete)]
+
+
 model_dir_option = click.option(
     "--model-dir",
     type=Directory(),
@@ -146,8 +175,8 @@ def qformat_option(*, required: bool) -> Callable[[_Function], _Function]:
     """``--qformat``."""
     return click.option(
         "--qformat",
-        type=click.Choice(QFORMAT_CHOICES),
-        metavar=f"[{'|'.join(QFORMAT_CHOICES)}]",  # click would show hyphens, as it normalizes
+        type=QFormat(),
+        metavar=f"[{'|'.join(QFORMAT_CHOICES)}]",
         required=required,
         help="FP8, INT8 SmoothQuant, or weights only, which TensorRT-LLM's builder quantizes.",
     )

@@ -50,6 +50,27 @@ def test_choices_are_what_the_core_knows():
     assert tuple(KV_CACHES) == options.KV_CACHE_CHOICES
 
 
+@pytest.mark.parametrize("command", ["quantize", "plan", "explain"])
+def test_help_and_errors_name_the_same_formats(command, tiny, run):
+    names = ", ".join(map(repr, SCHEMES))
+    assert f"[{'|'.join(SCHEMES)}]" in run(command, "--help").output
+    result = run(command, "--qformat", "int9_xy")
+    assert result.exit_code == 2
+    assert f"'int9_xy' is not one of {names}." in result.output
+
+
+def test_a_format_may_be_typed_with_hyphens_and_must_be_given(tiny, run, tmp_path):
+    made = [
+        document(run("plan", "--model-dir", tiny, "--qformat", name, "--json"))
+        for name in ("int8_sq", "int8-sq")
+    ]
+    assert made[0] == made[1]
+    missing = run("quantize", "--model-dir", tiny, "--output-dir", tmp_path / "out")
+    assert missing.exit_code == 2
+    assert "Missing option '--qformat'" in missing.output
+    assert "fp8, int8_sq" in missing.output
+
+
 def test_underscores_and_hyphens(tiny, run):
     told = {"model-dir": tiny, "tp-size": "2", "weight-only-precision": "int4"}
     hyphens = [word for name, value in told.items() for word in (f"--{name}", value)]
