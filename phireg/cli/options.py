@@ -64,9 +64,7 @@ class QFormat(click.types.StringParamType):
 
     name = "qformat"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The name with underscores."""
         name = str(value).replace("-", "_")
         if name not in QFORMAT_CHOICES:
