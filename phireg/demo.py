@@ -18,7 +18,7 @@ from typing import Any
 from phireg import jobs, registry
 from phireg.checkpoint.jsonfile import read_json_object
 from phireg.checkpoint.manifest import MANIFEST
-from phireg.errors import PluginError, UsageError
+from phireg.errors import OutputError, PluginError, UsageError
 from phireg.jobs import Converted
 from phireg.verify.result import Verification
 
@@ -144,10 +144,17 @@ def convert(model: DemoModel, output_dir: Path, tp_size: int = 1) -> Converted:
     """Convert a demo model; a checkpoint of phireg's under that name is replaced.
 
     Raises:
+        OutputError: there is something else under that name.
         PhiregError: as :func:`phireg.jobs.plan` and :func:`phireg.jobs.convert`.
     """
+    ours = (output_dir / MANIFEST).is_file()
+    if not ours and output_dir.is_dir() and any(output_dir.iterdir()):
+        raise OutputError(
+            f"{output_dir} exists, and phireg did not make what is in it",
+            hint="give --output-dir another place.",
+        )
     planned = jobs.plan(model.directory, family=model.family, tp_size=tp_size)
-    return jobs.convert(planned, output_dir, overwrite=(output_dir / MANIFEST).is_file())
+    return jobs.convert(planned, output_dir, overwrite=ours)
 
 
 def verify(model: DemoModel, checkpoint_dir: Path) -> Verification:

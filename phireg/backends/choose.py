@@ -10,6 +10,11 @@ from phireg.errors import CheckError, SourceError, UsageError
 from phireg.trtllm.engine import is_engine_dir
 
 CHECKPOINT, ENGINE, MODEL = "checkpoint", "engine", "Hugging Face model"
+_NAMES = {
+    CHECKPOINT: "a TensorRT-LLM checkpoint",
+    ENGINE: "a built engine",
+    MODEL: "a Hugging Face model",
+}
 _RUNS = {"executor": CHECKPOINT, "tensorrt-llm": ENGINE, "hf": MODEL}
 
 
@@ -55,6 +60,11 @@ def check_kind(backend: str, place: Path) -> None:
     found = kind_of(place) if place.is_dir() or wanted != MODEL else MODEL  # or on the hub
     if found == wanted:
         return
+    if found == CHECKPOINT and not (place / "config.json").exists():
+        raise CheckError(
+            f"{place} is not {_NAMES[wanted]}: it holds no config.json",
+            hint=f"give {_NAMES[wanted]}, which is what backend {backend} runs.",
+        )
     convert = f"phireg convert --model-dir {place} --output-dir CKPT"
     hints = {
         (CHECKPOINT, ENGINE): "give the checkpoint that it was built from, or use --backend "
@@ -67,13 +77,8 @@ def check_kind(backend: str, place: Path) -> None:
         "executor.",
         (MODEL, ENGINE): "give the directory that it was made from, or use --backend tensorrt-llm.",
     }
-    names = {
-        CHECKPOINT: "a TensorRT-LLM checkpoint",
-        ENGINE: "a built engine",
-        MODEL: "a Hugging Face model",
-    }
     raise CheckError(
-        f"{place} is {names[found]}, not {names[wanted]}, which backend {backend} runs",
+        f"{place} is {_NAMES[found]}, not {_NAMES[wanted]}, which backend {backend} runs",
         hint=hints[wanted, found],
     )
 

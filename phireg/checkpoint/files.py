@@ -49,7 +49,9 @@ def open_regular(path: Path) -> int:
                 f"{path}: a symbolic link to a file that is not there",
                 hint="download the model again: the cache it points into is incomplete",
             ) from None
-        raise SourceError(f"{path}: no such file") from None
+        raise SourceError(
+            f"{path}: no such file", hint=f"give a directory that holds {path.name}."
+        ) from None
     except ValueError:  # a NUL in the name
         raise SourceError(f"{str(path)!r}: not a possible file name") from None
     except OSError as error:

@@ -31,7 +31,8 @@ def resolve_model_dir(model_dir: str, revision: str | None) -> tuple[Path, str |
 
     Raises:
         UsageError: a revision was given for a local directory.
-        SourceError: there is no such directory or repository, or it cannot be downloaded.
+        SourceError: there is no such directory or repository, it is a file, or it cannot be
+            downloaded.
     """
     path = Path(model_dir)
     if model_dir.startswith("~"):
@@ -44,6 +45,11 @@ def resolve_model_dir(model_dir: str, revision: str | None) -> tuple[Path, str |
             raise UsageError(
                 f"--revision {revision} was given, but {model_dir} is a local path",
                 hint="leave --revision away, or name a hub repository as owner/name",
+            )
+        if not path.is_dir():
+            raise SourceError(
+                f"{model_dir}: this is a file, not a directory",
+                hint="give the directory that holds config.json and the weights",
             )
         return path, None
     if model_dir.startswith(_PATH_LIKE) or not _REPOSITORY.fullmatch(model_dir):

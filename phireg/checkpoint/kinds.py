@@ -22,7 +22,7 @@ _KINDS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
     (
         lambda name: _RANK_FILE.fullmatch(name) is not None,
         "a TensorRT-LLM checkpoint, converted already",
-        "build an engine from it with trtllm-build, or give the Hugging Face checkpoint instead",
+        "build an engine from it with phireg build, or give the Hugging Face checkpoint instead",
     ),
     (
         lambda name: name == "adapter_config.json" or fnmatchcase(name, "adapter_model.*"),

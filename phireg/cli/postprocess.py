@@ -74,7 +74,10 @@ def command(
         _check(checkpoint_dir, quiet, as_json, options)
         return
     if overwrite and output_dir is None:
-        raise UsageError("--overwrite is of --output-dir, which is not given")
+        raise UsageError(
+            "--overwrite is of --output-dir, which is not given",
+            hint="leave it out: without --output-dir CKPT itself is replaced.",
+        )
     before = _identity(output_dir or checkpoint_dir)
     try:
         _postprocess(

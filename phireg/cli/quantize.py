@@ -124,7 +124,7 @@ class _Run:
         data = {name: self.options.pop(name) for name in DATA_OPTIONS}
         settings = make_settings(**data)
         planned = jobs.plan(**self.options)
-        self.check(planned)
+        self.check(planned, settings)
         with Stages(self.quiet) as stages:
             converted = self.write(planned, settings, stages)
             found = self.measure(planned, settings, stages)
@@ -149,7 +149,7 @@ class _Run:
         elif not self.quiet:
             emit(done_text(done))
 
-    def check(self, planned: Planned) -> None:
+    def check(self, planned: Planned, settings: Settings) -> None:
         """What the export does not check itself before it calibrates."""
         from phireg.jobs.convert import check_plan
 
@@ -168,6 +168,10 @@ class _Run:
                 raise UsageError("--report has no effect with --no-measure", hint="leave one out.")
             self.wanted = True
             check_file(self.report, "--report")
+        if options.calibrated or self.wanted is not False:
+            from phireg.backends.device import pick_device
+
+            pick_device(settings.device)
 
     def write(self, planned: Planned, settings: Settings, stages: Stages) -> Converted:
         """Calibrate if need be, and export."""

@@ -196,16 +196,17 @@ def _check_options(
             hint="give --prompt TEXT, --input-file FILE or --chat, or a text on standard input.",
         )
     if chat and as_json:
-        raise UsageError("--json and --chat exclude each other")
+        raise UsageError("--json and --chat exclude each other", hint="leave one of them out.")
     if system is not None and not chat:
         raise UsageError("--system has no effect without --chat", hint="add --chat.")
     if num_beams > 1 and (chat or streaming):
         raise UsageError(
             f"--num-beams and {'--chat' if chat else '--streaming'} exclude each other: the best "
-            "beam is known at the end only"
+            "beam is known at the end only",
+            hint="leave one of them out.",
         )
     if streaming and as_json:
-        raise UsageError("--streaming and --json exclude each other")
+        raise UsageError("--streaming and --json exclude each other", hint="leave one of them out.")
     _sampling(temperature, top_k, top_p, seed)
 
 
@@ -222,7 +223,7 @@ def _sampling(
             hint="leave them out, or raise the temperature.",
         )
     if not 0 <= seed < 2**63:
-        raise UsageError(f"--seed {seed} is not between 0 and 2^63 - 1")
+        raise UsageError(f"--seed {seed} is not possible", hint="use 0 to 2^63 - 1.")
     return Sampling(temperature, top_k or 0, 1.0 if top_p is None else top_p, seed)
 
 
@@ -256,7 +257,10 @@ def _run(
         return
     prompts = _prompts(texts, input_file)
     if streaming and len(prompts) > 1:
-        raise UsageError(f"--streaming shows one text as it comes, and there are {len(prompts)}")
+        raise UsageError(
+            f"--streaming shows one text as it comes, and there are {len(prompts)}",
+            hint="leave it out, or give one prompt.",
+        )
     inputs = [prompt.encoded(job.tokenizer) for prompt in prompts]
     for prompt, ids in zip(prompts, inputs, strict=True):
         check_input(prompt.where, ids, job)
@@ -344,7 +348,10 @@ def _prompts(texts: Sequence[str], input_file: str | None) -> list[Prompt]:
         try:
             return read_prompts(input_file, Path(input_file).read_bytes())
         except OSError as error:
-            raise UsageError(f"cannot read {input_file}: {error.strerror}") from None
+            raise UsageError(
+                f"cannot read {input_file}: {error.strerror}",
+                hint="--input-file names a file of prompts; - is standard input.",
+            ) from None
     content = sys.stdin.buffer.read()
     if input_file == "-":
         return read_prompts("standard input", content)

@@ -35,7 +35,10 @@ def chosen(
     ((way, path),) = given
     meant = {"--engine-dir": "tensorrt-llm", "--model-dir": "hf"}.get(way)
     if meant and backend and backend != meant:
-        raise UsageError(f"{way} is for backend {meant}, not for {backend}")
+        raise UsageError(
+            f"{way} is for backend {meant}, not for {backend}",
+            hint=f"leave out --backend, or give the directory without {way}.",
+        )
     return backend or meant or default_backend(Path(path)), Path(path)
 
 
@@ -78,7 +81,7 @@ def check_processes(
     if tp and backend != "executor":
         raise UsageError(
             f"--tp starts processes for backend executor, not for {backend}",
-            hint=f"{model.start} phireg run {directory} ..." if model.start else None,
+            hint=f"{model.start} phireg run {directory} ..." if model.start else "leave it out.",
         )
     if tp and tp != ranks:
         raise UsageError(

@@ -15,6 +15,8 @@ from phireg.errors import SourceError
 from phireg.runner.stream import Progress
 from phireg.verify.structure import structure_problems
 
+_HINT = "give a checkpoint; phireg convert and phireg quantize write them."
+
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
@@ -49,14 +51,7 @@ def inspect(
         SourceError: it is not a checkpoint.
     """
     directory = Path(checkpoint_dir)
-    if not directory.is_dir():
-        raise SourceError(
-            f"no such directory: {directory}",
-            hint="give a checkpoint; phireg convert and phireg quantize write them.",
-        )
-    config = read_json_object(directory / "config.json")
-    if not isinstance(config.get("architecture"), str):
-        raise not_a_checkpoint(directory)
+    config = checkpoint_config(directory)
     mapping = config.get("mapping")
     world = mapping.get("world_size", 1) if isinstance(mapping, dict) else 1
     if not isinstance(world, int) or not 0 < world <= 4096:
@@ -76,7 +71,25 @@ def inspect(
     return Inspection(config, ranks, sizes, manifest, tuple(found))
 
 
-def not_a_checkpoint(directory: Path) -> SourceError:
+def checkpoint_config(directory: Path) -> dict[str, Any]:
+    """A checkpoint's config.json.
+
+    Raises:
+        SourceError: there is no such directory, or it is something else; the message says what.
+    """
+    if not directory.is_dir():
+        raise SourceError(f"no such directory: {directory}", hint=_HINT)
+    if not (directory / "config.json").exists():
+        raise SourceError(
+            f"{directory} is not a TensorRT-LLM checkpoint: it holds no config.json", hint=_HINT
+        )
+    config = read_json_object(directory / "config.json")
+    if not isinstance(config.get("architecture"), str):
+        raise _not_a_checkpoint(directory)
+    return config
+
+
+def _not_a_checkpoint(directory: Path) -> SourceError:
     """The error for a directory whose config.json is not a checkpoint's; it says what it is."""
     kind = kind_of(directory)
     if kind == ENGINE:
@@ -92,7 +105,7 @@ def not_a_checkpoint(directory: Path) -> SourceError:
         )
     return SourceError(
         f"{directory} is not a TensorRT-LLM checkpoint: its config.json has no 'architecture'",
-        hint="give a checkpoint; phireg convert and phireg quantize write them.",
+        hint=_HINT,
     )
 
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phireg import registry
-from phireg.checkpoint.jsonfile import read_json_object
 from phireg.checkpoint.manifest import MANIFEST, file_record, rank_file_record, write_manifest
 from phireg.config.hf import HFConfig
 from phireg.errors import OutputError, SourceError, UsageError
-from phireg.jobs.inspect import not_a_checkpoint
+from phireg.jobs.inspect import checkpoint_config
 from phireg.jobs.plan import plan
 from phireg.postprocess.decide import Decision, check_source, decide, linears_of
 from phireg.postprocess.orders import PARTS, RIGHT, TEXTS, Run, runs
@@ -204,7 +203,10 @@ def _opened(
 ) -> Iterator[_Opened]:
     config = _config(directory)
     if revision is not None and model_dir is None:
-        raise UsageError("--revision is of --model-dir, which is not given")
+        raise UsageError(
+            "--revision is of --model-dir, which is not given",
+            hint="leave it out, or give --model-dir.",
+        )
     with Ranks(directory, config) as ranks:
         made: Plan | None = None
         if model_dir is None:
@@ -219,19 +221,15 @@ def _opened(
 
 
 def _config(directory: Path) -> dict[str, Any]:
-    if not directory.is_dir():
+    if not directory.exists():
         partial = directory.with_name(directory.name + PARTIAL_SUFFIX)
-        raise SourceError(
-            f"no such directory: {directory}",
-            hint=f"a run was killed and left it in {partial}; phireg postprocess without --check "
-            "puts it back."
-            if partial.is_dir()
-            else None,
-        )
-    config = read_json_object(directory / "config.json")
-    if not isinstance(config.get("architecture"), str):
-        raise not_a_checkpoint(directory)
-    return config
+        if partial.is_dir():
+            raise SourceError(
+                f"no such directory: {directory}",
+                hint=f"a run was killed and left it in {partial}; phireg postprocess without "
+                "--check puts it back.",
+            )
+    return checkpoint_config(directory)
 
 
 def _family(config: Mapping[str, Any], family: str) -> Chosen:

@@ -37,6 +37,7 @@ MARKER = ".phireg-partial"
 # Room for directory blocks, the marker and the tokenizer files beside the announced bytes.
 SPACE_MARGIN = 16 * 2**20
 
+_ELSEWHERE = "choose another output directory"
 _KNOWN_FILES = ("config.json", "quant_cfg.json", MANIFEST, "rank[0-9]*.safetensors", *CARRIED)
 
 _REASONS = {
@@ -165,7 +166,9 @@ class OutputDirectory:
                 if self._lock is None:
                     os.close(lock)
         else:
-            raise OutputError(f"other phireg runs keep starting and ending in {self._target}")
+            raise OutputError(
+                f"other phireg runs keep starting and ending in {self._target}", hint=_ELSEWHERE
+            )
         os.ftruncate(lock, 0)
         os.pwrite(lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         os.fsync(lock)
@@ -179,7 +182,9 @@ class OutputDirectory:
             missing.append(nearest)
             nearest = nearest.parent
         if not nearest.is_dir():
-            raise OutputError(f"cannot write {self._target}: {nearest} is not a directory")
+            raise OutputError(
+                f"cannot write {self._target}: {nearest} is not a directory", hint=_ELSEWHERE
+            )
         for parent in reversed(missing):
             with suppress(FileExistsError):
                 parent.mkdir()
@@ -216,7 +221,9 @@ class OutputDirectory:
         except FileNotFoundError:
             return False
         if not stat.S_ISDIR(mode):
-            raise OutputError(f"the output {self._target} exists and is not a directory")
+            raise OutputError(
+                f"the output {self._target} exists and is not a directory", hint=_ELSEWHERE
+            )
         if self._target.is_mount():
             raise OutputError(
                 f"the output {self._target} is a mount point, which no directory can replace",
@@ -230,7 +237,9 @@ class OutputDirectory:
                 hint="choose another directory, or replace it with --overwrite",
             )
         if not os.access(self._target, os.W_OK):
-            raise OutputError(f"no permission to replace the output {self._target}")
+            raise OutputError(
+                f"no permission to replace the output {self._target}", hint=_ELSEWHERE
+            )
         objection = self._objection(self._target)
         if objection is not None:
             raise OutputError(

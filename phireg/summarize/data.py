@@ -45,13 +45,24 @@ def open_data(choice: str, count: int, places: Sequence[Path], dataset_dir: str 
         dataset_dir: a local copy of cnn_dailymail.
 
     Raises:
-        UsageError: ``dataset_dir`` has no effect on the choice.
+        UsageError: there is no such file or directory, or ``dataset_dir`` has no effect on the
+            choice.
         PhiregError: they cannot be had.
     """
     if dataset_dir is not None and choice not in (AUTO, CNN):
         raise UsageError(
             f"--dataset-dir is a copy of cnn_dailymail, and --dataset asks for {choice}",
             hint="give one of them.",
+        )
+    if dataset_dir is not None and not Path(dataset_dir).is_dir():
+        raise UsageError(
+            f"--dataset-dir {dataset_dir}: no such directory",
+            hint=f"give a copy of {CNN_DAILYMAIL}, or the directory that holds {CNN_DAILYMAIL}.",
+        )
+    if choice not in (AUTO, CNN, DEMO) and not Path(choice).is_file():
+        raise UsageError(
+            f"--dataset {choice}: no such file",
+            hint=f"give a file of articles, {CNN} or {DEMO}.",
         )
     owner = demo_family(places) if choice in (AUTO, DEMO) and dataset_dir is None else None
     if choice == DEMO or (choice == AUTO and owner):

@@ -46,7 +46,7 @@ class Prompt:
             raise UsageError(f"{self.where}: the prompt is not valid Unicode text") from None
         ids = tokenizer.encode(text)
         if not ids:
-            raise UsageError(f"{self.where}: the prompt is empty")
+            raise UsageError(f"{self.where}: the prompt is empty", hint="give it some text.")
         return ids
 
 
