@@ -71,6 +71,8 @@ RULES = {
         (CHECKPOINT, PLAN, QUANT, STATISTICS, FINDINGS, ERRORS, "numpy", "xxhash"),
         lazily=("torch",),
     ),
+    "phireg.executor.kernels": Rule(("triton",)),
+    "phireg.executor.launch": Rule(("phireg.executor", "torch", "triton")),
     "phireg.executor": Rule((ERRORS, "torch", "numpy", "safetensors")),
     "phireg.text": Rule(
         (CHECKPOINT, "phireg.registry", ERRORS),

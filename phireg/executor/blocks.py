@@ -22,8 +22,12 @@ from phireg.executor.tensors import KV_SCALE
 
 Weights: TypeAlias = Mapping[str, Tensor]
 Rotary: TypeAlias = "tuple[Tensor, Tensor]"
+# Keys and values of one layer and rank, [B, G, C, D] each with C slots.
+Cache: TypeAlias = "tuple[Tensor, Tensor]"
 # (query [B, H, T, D], key and value [B, G, T, D]) -> [B, H, T, D]
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (query [B, H, T, D], a cache that has the T tokens) -> [B, T, H * D]
+AttendCache: TypeAlias = Callable[[Tensor, Cache], Tensor]
 # partial sums of the ranks in this process -> their sum over all ranks
 Reduce: TypeAlias = Callable[[list[Tensor]], Tensor]
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from phireg.executor import attend, blocks, captured
-from phireg.executor.blocks import Attend, Rotary, Weights
-from phireg.executor.captured import Cache, Sight
+from phireg.executor import attend, blocks
+from phireg.executor.blocks import Attend, AttendCache, Cache, Rotary
+from phireg.executor.captured import capture
 from phireg.executor.model import Executor
 from phireg.executor.sampling import Sampling, choose
 
@@ -27,11 +27,10 @@ class Decoder:
     Args:
         executor: the model.
         batch: rows.
-        capacity: slots of the cache: prompt and new tokens together, padding included. On a GPU
-            a multiple of ``captured.TILE``.
+        capacity: slots of the cache: prompt and new tokens together, padding included.
         sampling: how tokens are chosen; the seed is given with each prompt.
-        fused: steps are compiled, and captured in a CUDA graph, rather than run one operation at
-            a time.
+        fused: the layers run as the kernels of ``fused``; where all of the model lies on one GPU,
+            a step is captured in a CUDA graph besides.
     """
 
     def __init__(
@@ -44,6 +43,9 @@ class Decoder:
         self.sampling = sampling
         self.token = torch.zeros(batch, dtype=torch.int64, device=device)
         self._fused = fused
+        self._capturable = (
+            fused and device.type == "cuda" and not executor.offload and not executor.distributed
+        )
         self._length = 0
         self._slot = torch.zeros(1, dtype=torch.int64, device=device)
         self._pads = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -70,10 +72,10 @@ class Decoder:
         )
         self._replay: Callable[[], None] | None = None
 
-    def serves(self, batch: int, need: int, sampling: Sampling) -> bool:
-        """Whether a call for ``need`` slots can follow in this cache without wasting most of it."""
+    def serves(self, batch: int, slots: int, sampling: Sampling) -> bool:
+        """Whether a call for so many slots can follow in this cache without wasting most of it."""
         same = (self.batch, self.sampling) == (batch, sampling)
-        return same and need <= self.capacity <= 4 * need
+        return same and slots <= self.capacity <= 4 * slots
 
     def prefill(self, prompts: Sequence[Sequence[int]], seed: int) -> None:
         """Fill the cache with prompts and choose each row's first token, into ``token``."""
@@ -85,10 +87,9 @@ class Decoder:
         """Put ``token`` into the cache and choose the next one, without waiting for a GPU."""
         with torch.no_grad():
             self._draw()
-            if self._replay is not None:
-                self._replay()
-            elif self._fused and self.token.is_cuda:
+            if self._capturable and self._replay is None:
                 self._replay = self._captured()
+            if self._replay is not None:
                 self._replay()
             elif self._fused:
                 self._fused_step()
@@ -102,7 +103,7 @@ class Decoder:
         pads = [length - len(prompt) for prompt in prompts]
         ids = torch.tensor([[0] * pad + list(p) for pad, p in zip(pads, prompts, strict=True)])
         self._pads.copy_(torch.tensor(pads))
-        self._slot.fill_(length)
+        self._slot.zero_()
         self._length = length
 
         position = (torch.arange(length, device=executor.device) - self._pads[:, None]).clamp(min=0)
@@ -110,19 +111,29 @@ class Decoder:
             position = position[:1]
         long = int(length > blueprint.rope.original)
         cos, sin = (table[long][position][:, None] for table in self._tables)
-        ends = executor.end_weights()
-        x = executor.embed(ends, ids)
-        for layer in range(blueprint.num_layers):
-            attends = [
-                _filling(
-                    cache,
-                    attend.prompt_attention(blueprint, layer, rank, length, pads, executor.device),
-                )
-                for rank, cache in zip(executor.ranks, self._caches[layer], strict=True)
+        attends = [
+            [
+                attend.prompt_attention(blueprint, layer, rank, length, pads, executor.device)
+                for rank in executor.ranks
             ]
-            x = executor.run_layer(executor.layer_weights(layer), x, (cos, sin), attends)
+            for layer in range(blueprint.num_layers)
+        ]
+        if self._fused:
+            logits = self._fused_forward(
+                ids, (cos, sin), [[_of_prompt(inner, length) for inner in row] for row in attends]
+            )
+        else:
+            logits = self._plain_forward(
+                ids,
+                (cos, sin),
+                [
+                    [_filling(cache, inner) for cache, inner in zip(*pair, strict=True)]
+                    for pair in zip(self._caches, attends, strict=True)
+                ],
+            )
+        self._slot.fill_(length)
         self._draw()
-        self.token.copy_(choose(executor.logits(ends, x[:, -1]), self.sampling, self._noise))
+        self.token.copy_(choose(logits, self.sampling, self._noise))
 
     def _captured(self) -> Callable[[], None]:
         token, slot = self.token.clone(), self._slot.clone()
@@ -131,89 +142,88 @@ class Decoder:
             self.token.copy_(token)
             self._slot.copy_(slot)
 
-        return captured.capture(self._fused_step, restore)
+        return capture(self._fused_step, restore)
 
     def _draw(self) -> None:
         if not self.sampling.greedy:
             self._noise.exponential_(generator=self._random)
 
     def _plain_step(self) -> None:
-        executor, blueprint = self.executor, self.executor.blueprint
-        rotary = captured.step_rotary(blueprint.rope, self._tables, self._slot, self._pads)
+        blueprint = self.executor.blueprint
         masks = {
             (sparse, rank): attend.slot_mask(blueprint, sparse, rank, self._pads)
             for sparse in (False, True)
-            for rank in executor.ranks
+            for rank in self.executor.ranks
         }
-        ends = executor.end_weights()
-        x = executor.embed(ends, self.token[:, None])
-        for layer in range(blueprint.num_layers):
-            attends = [
+        attends = [
+            [
                 _extending(
                     cache,
                     self._length,
                     masks[blueprint.is_sparse(layer), rank],
                     blueprint.attention_scale,
                 )
-                for rank, cache in zip(executor.ranks, self._caches[layer], strict=True)
+                for rank, cache in zip(self.executor.ranks, self._caches[layer], strict=True)
             ]
-            x = executor.run_layer(executor.layer_weights(layer), x, rotary, attends)
-        self.token.copy_(choose(executor.logits(ends, x[:, -1]), self.sampling, self._noise))
+            for layer in range(blueprint.num_layers)
+        ]
+        logits = self._plain_forward(self.token[:, None], self._step_rotary(), attends)
+        self.token.copy_(choose(logits, self.sampling, self._noise))
         self._slot += 1
 
     def _fused_step(self) -> None:
-        executor, blueprint = self.executor, self.executor.blueprint
-        ends = executor.end_weights()
-        x, rotary, sights = captured.compiled(_begin)(
-            executor, ends, self.token, self._tables, self._slot, self._pads, self.capacity
+        blueprint = self.executor.blueprint
+        attends = {
+            sparse: [self._attending(rank, sparse) for rank in self.executor.ranks]
+            for sparse in (False, True)
+        }
+        logits = self._fused_forward(
+            self.token[:, None],
+            self._step_rotary(),
+            [attends[blueprint.is_sparse(layer)] for layer in range(blueprint.num_layers)],
         )
-        run_layer = captured.compiled(captured.step_layer)
-        for layer in range(blueprint.num_layers):
-            x = run_layer(
-                blueprint,
-                executor.layer_weights(layer),
-                x,
-                rotary,
-                self._caches[layer],
-                sights[blueprint.is_sparse(layer)],
-                self._slot,
-                executor.reduce,
-            )
-        captured.compiled(_end)(executor, ends, x, self.sampling, self._noise, self.token)
+        self.token.copy_(choose(logits, self.sampling, self._noise))
         self._slot += 1
 
+    def _step_rotary(self) -> Rotary:
+        """Cos and sin [B, 1, 1, R/2] of the token in the slot."""
+        long = (self._slot + 1 > self.executor.blueprint.rope.original).long()
+        position = self._slot - self._pads
+        cos, sin = (table[long, position][:, None, None] for table in self._tables)
+        return cos, sin
 
-def _begin(
-    executor: Executor,
-    ends: list[Weights],
-    token: Tensor,
-    tables: Rotary,
-    slot: Tensor,
-    pads: Tensor,
-    capacity: int,
-) -> tuple[Tensor, Rotary, dict[bool, list[Sight]]]:
-    """What the layers of a step share: hidden states, rotary, what each rank's heads see."""
-    blueprint = executor.blueprint
-    kinds = [False] if blueprint.sparse is None else [False, True]
-    sights = {
-        sparse: [
-            captured.sight(blueprint, sparse, rank, slot, pads, capacity) for rank in executor.ranks
-        ]
-        for sparse in kinds
-    }
-    x = executor.embed(ends, token[:, None])
-    return x, captured.step_rotary(blueprint.rope, tables, slot, pads), sights
+    def _plain_forward(self, ids: Tensor, rotary: Rotary, attends: list[list[Attend]]) -> Tensor:
+        executor = self.executor
+        ends = executor.end_weights()
+        x = executor.embed(ends, ids)
+        for layer in range(executor.blueprint.num_layers):
+            x = executor.run_layer(executor.layer_weights(layer), x, rotary, attends[layer])
+        return executor.logits(ends, x[:, -1])
 
+    def _fused_forward(
+        self, ids: Tensor, rotary: Rotary, attends: list[list[AttendCache]]
+    ) -> Tensor:
+        from phireg.executor import fused
 
-def _end(
-    executor: Executor,
-    ends: list[Weights],
-    x: Tensor,
-    sampling: Sampling,
-    noise: Tensor,
-    token: Tensor,
-) -> None:
-    token.copy_(choose(executor.logits(ends, x[:, -1]), sampling, noise))
+        return fused.forward(self.executor, ids, rotary, self._caches, self._slot, attends)
+
+    def _attending(self, rank: int, sparse: bool) -> AttendCache:
+        from phireg.executor import launch
+
+        blueprint = self.executor.blueprint
+
+        def attend_cache(query: Tensor, cache: Cache) -> Tensor:
+            return launch.attend_cache(
+                query,
+                cache,
+                self._slot,
+                self._pads,
+                blueprint.attention_scale,
+                blueprint.sparse if sparse else None,
+                rank * blueprint.rank_heads,
+            )
+
+        return attend_cache
 
 
 def _filling(cache: Cache, inner: Attend) -> Attend:
@@ -223,6 +233,16 @@ def _filling(cache: Cache, inner: Attend) -> Attend:
         for kept, new in zip(cache, (key, value), strict=True):
             kept[:, :, : new.shape[2]] = new
         return inner(query, key, value)
+
+    return attend_prompt
+
+
+def _of_prompt(inner: Attend, length: int) -> AttendCache:
+    """``inner`` over the first slots, which hold the prompt's keys and values."""
+
+    def attend_prompt(query: Tensor, cache: Cache) -> Tensor:
+        keys, values = (kept[:, :, :length] for kept in cache)
+        return inner(query, keys, values).transpose(1, 2).flatten(2)
 
     return attend_prompt
 

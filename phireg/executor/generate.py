@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from phireg.errors import UsageError
-from phireg.executor.captured import TILE
 from phireg.executor.decoder import Decoder
 from phireg.executor.model import Executor
 from phireg.executor.sampling import Sampling
 
 _GREEDY = Sampling()
+# Caches have a multiple of so many slots, so that calls of about the same size share one.
+_SLOTS = 64
 
 
 def generate(
@@ -120,24 +122,18 @@ def _check(model: Executor, prompts: Sequence[Sequence[int]], max_new_tokens: in
 def _fitting(
     model: Executor, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
 ) -> Decoder:
-    """The last call's decoder when it serves this one too, with its compiled and captured step."""
-    batch, need = len(prompts), max(map(len, prompts)) + max_new_tokens
+    """The last call's decoder when it serves this one too, with its captured step."""
+    need = max(map(len, prompts)) + max_new_tokens
+    batch, slots = len(prompts), -(-need // _SLOTS) * _SLOTS
     sampling = replace(sampling, seed=0)  # given with the prompts
     kept: Decoder | None = model.decoder
-    if kept is not None and kept.serves(batch, need, sampling):
+    if kept is not None and kept.serves(batch, slots, sampling):
         return kept
     model.decoder = kept = None  # its memory is needed
+    # Which experts run depends on the tokens: there is no one graph of a step.
     fused = (
         model.device.type == "cuda"
-        and not model.offload
-        and not model.distributed
-        # Which experts run depends on the tokens: there is no one graph of a step.
         and model.blueprint.experts is None
+        and importlib.util.find_spec("triton") is not None
     )
-    return Decoder(model, batch, _capacity(need) if fused else need, sampling, fused=fused)
-
-
-def _capacity(need: int) -> int:
-    """Slots for ``need`` tokens: few different numbers, since each is compiled on its own."""
-    step = max(TILE, min(1 << (need - 1).bit_length(), 8192))
-    return -(-need // step) * step
+    return Decoder(model, batch, slots, sampling, fused=fused)

@@ -190,7 +190,10 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
     def logits(self, ends: list[Weights], x: Tensor) -> Tensor:
         """Final norm and lm_head: float32 [..., vocab_size], the padding of the vocabulary cut."""
         u = blocks.norm(self.blueprint, ends[0], "transformer.ln_f", x)
-        parts = [blocks.linear(weights, "lm_head", u) for weights in ends]
+        return self.whole_logits([blocks.linear(weights, "lm_head", u) for weights in ends])
+
+    def whole_logits(self, parts: list[Tensor]) -> Tensor:
+        """Logits of the ranks' lm_head outputs, as ``logits``."""
         whole = self.gather(parts)[..., : self.blueprint.vocab_size].float()
         divisor = self.blueprint.logits_divisor
         return whole if divisor == 1.0 else whole / divisor

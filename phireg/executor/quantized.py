@@ -156,7 +156,9 @@ def linear(weights: Mapping[str, Tensor], name: str, x: Tensor, bias: Tensor | N
     if scale is None:
         return functional.linear(x, weight, bias)
     if weight.dtype == torch.float8_e4m3fn:
-        y = _native_fp8(x, scale, weight, weights[f"{name}.weights_scaling_factor"])
+        stored = (x.float() / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+        scales = (scale, weights[f"{name}.weights_scaling_factor"])
+        y = stored_product(stored, weight, scales, x.dtype)
         return y if bias is None else y + bias
     smoothing = weights.get(f"{name}.prequant_scaling_factor")
     if smoothing is None:
@@ -166,13 +168,18 @@ def linear(weights: Mapping[str, Tensor], name: str, x: Tensor, bias: Tensor | N
     return functional.linear(x, weight, bias)
 
 
-def _native_fp8(x: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    rows = x.float().flatten(0, -2) / scale
+def stored_product(
+    x: Tensor, weight: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> Tensor:
+    """X W^T of e4m3 values on a GPU that has FP8.
+
+    Args:
+        x: e4m3 [..., in_features].
+        weight: e4m3 [out_features, in_features].
+        scales: float32 [1] each, what the product is multiplied by.
+        dtype: of the result.
+    """
     y = torch._scaled_mm(
-        rows.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn),
-        weight.t(),
-        scale_a=scale,
-        scale_b=weight_scale,
-        out_dtype=x.dtype,
+        x.flatten(0, -2), weight.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=dtype
     )
     return y.unflatten(0, x.shape[:-1])

@@ -19,7 +19,7 @@ from tiny_sources import (
 from transformers import DynamicCache
 
 from phireg.errors import UsageError
-from phireg.executor import Sampling, captured, generate, load, stream
+from phireg.executor import Sampling, generate, load, stream
 from phireg.executor.decoder import Decoder
 from phireg.executor.sampling import choose
 
@@ -72,10 +72,9 @@ def test_rows_of_a_padded_batch_continue_as_the_source_model_does(case, lengths)
     assert [generate(executor, [prompt], 9)[0] for prompt in prompts] == wanted
 
 
-def fused_decoder(executor, prompts, steps, sampling=None):
-    longest = max(map(len, prompts))
-    capacity = -(-(longest + steps) // captured.TILE) * captured.TILE
-    decoder = Decoder(executor, len(prompts), capacity, sampling or Sampling(), fused=True)
+def fused_tokens(executor, prompts, steps):
+    """Greedy tokens by the kernels of a GPU, which Triton's interpreter runs here."""
+    decoder = Decoder(executor, len(prompts), 64, Sampling(), fused=True)
     decoder.prefill(prompts, seed=0)
     tokens = [decoder.token.tolist()]
     for _ in range(steps - 1):
@@ -84,24 +83,26 @@ def fused_decoder(executor, prompts, steps, sampling=None):
     return [list(row) for row in zip(*tokens, strict=True)]
 
 
-def test_the_gpu_step_uncompiled(case, monkeypatch):
-    monkeypatch.setattr(captured, "compiled", lambda function: function)
-    model, executor = case
-    prompts = [random_ids(model, n, seed=n).tolist() for n in (70, 41)]
+SMALLER = {"vocab_size": 31, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "ranks", "lengths"),
+    [
+        (phi2, {}, 2, (13, 9)),
+        (phi3_long, {"num_key_value_heads": 2}, 1, (33, 35)),  # the long factors
+        (phi3_small, {}, 4, (13, 9)),  # past the block-sparse mask's threshold of 8 tokens
+    ],
+)
+def test_the_kernels_of_a_gpu_continue_as_the_source_model_does(
+    make, changes, ranks, lengths, tmp_path
+):
+    model = make(**changes, **SMALLER)
+    executor = load(write_checkpoint(model, tmp_path, ranks))
+    prompts = [random_ids(model, n, seed=n).tolist() for n in lengths]
     wanted = [greedy(model, prompt, 3) for prompt in prompts]
-    assert fused_decoder(executor, prompts, 3) == wanted
-
-
-@pytest.mark.parametrize("case", ["phi3-gqa", "small"], indirect=True)
-def test_the_gpu_step_is_one_graph_per_layer(case, monkeypatch):
-    """Nothing in it leaves the graph; what the GPU's compiler makes of it needs a GPU."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(
-        captured, "compiled", lambda f: torch.compile(f, fullgraph=True, backend="eager")
-    )
-    model, executor = case
-    prompts = [random_ids(model, n, seed=n).tolist() for n in (7, 12)]
-    assert fused_decoder(executor, prompts, 3) == [greedy(model, p, 3) for p in prompts]
+    assert fused_tokens(executor, prompts, 3) == wanted
+    assert fused_tokens(executor, prompts[1:], 2) == [wanted[1][:2]]
 
 
 def forward_greedy(executor, prompt, count):
@@ -118,18 +119,14 @@ def forward_greedy(executor, prompt, count):
 @pytest.mark.parametrize(
     ("make", "scheme", "kv"), [(phi3, "fp8", "fp8"), (phi3_small, "int8_sq", "int8")]
 )
-def test_the_gpu_step_of_a_quantized_model_is_one_graph_per_layer(
-    make, scheme, kv, tmp_path, monkeypatch
-):
-    torch._dynamo.reset()
-    monkeypatch.setattr(
-        captured, "compiled", lambda f: torch.compile(f, fullgraph=True, backend="eager")
-    )
-    model = make(num_hidden_layers=2)
+def test_the_kernels_of_a_gpu_run_quantized_models(make, scheme, kv, tmp_path):
+    model = make(**SMALLER)
     written(model, tmp_path, random_ids(model, 30), scheme, kv, 2)
     executor = load(tmp_path)
     prompts = [random_ids(model, n, seed=n).tolist() for n in (7, 12)]
-    assert fused_decoder(executor, prompts, 3) == [forward_greedy(executor, p, 3) for p in prompts]
+    wanted = [forward_greedy(executor, p, 3) for p in prompts]
+    assert fused_tokens(executor, prompts, 3) == wanted
+    assert fused_tokens(executor, prompts[1:], 2) == [wanted[1][:2]]
 
 
 GPU_SIZE = {"hidden_size": 128}  # heads of 16, the smallest that FlexAttention's kernels take

@@ -1,0 +1,291 @@
+"""Triton kernels of the parts of a layer that take PyTorch several passes over memory.
+
+This is what runs on the GPU; ``launch`` starts it and says what goes in and out. All sums, norms,
+rotations and softmaxes are in float32, and values are rounded to the compute dtype where ``blocks``
+has them in memory. Names in capitals are constants of a compilation.
+
+On GPUs that can (compute capability 9 and more) a kernel is launched while the one before it ends
+(programmatic dependent launch): it may load weights at once, and calls ``_wait`` before it reads
+or writes anything else.
+"""
+
+import triton
+import triton.language as tl
+
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# What a masked score is: finite, so that a difference of two is a number.
+_UNSEEN: tl.constexpr = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def _wait(EARLY: tl.constexpr):
+    """Until what was launched before has written its results."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _on_grid(x, scale, GRID: tl.constexpr):
+    """float32 x / scale rounded to e4m3's values or to integers, ties to even, ends clamped."""
+    x = tl.div_rn(x, scale)
+    if GRID == "int8":
+        shift = 12582912.0  # 1.5 * 2^23: its ulp is 1
+        return tl.minimum(tl.maximum((x + shift) - shift, -128.0), 127.0)
+    x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+    # As in ``quantized``: the ulp of `step` is the grid's step at x.
+    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    step = tl.maximum(power, 0.015625) * 1572864.0
+    return (x + step) - step
+
+
+@triton.jit
+def _activate(first, second, limit, KIND: tl.constexpr):
+    """The MLP's nonlinearity; ``second`` is unused by an ungated one."""
+    if KIND == "swiglu":
+        return second * tl.sigmoid(second) * first
+    if KIND == "gegelu":
+        gate = tl.minimum(first, limit)
+        value = tl.minimum(tl.maximum(second, -limit), limit)
+        return gate * tl.sigmoid(1.702 * gate) * (value + 1.0)
+    inner = 0.7978845608028654 * (first + 0.044715 * first * first * first)
+    return first * tl.sigmoid(2.0 * inner)  # (1 + tanh(y)) / 2 = sigmoid(2 y)
+
+
+@triton.jit
+def norm_kernel(
+    x_ptr, delta_ptr, weight_ptr, bias_ptr, out_ptr, width, epsilon,
+    DELTA: tl.constexpr, RMS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    _wait(EARLY)
+    place = tl.program_id(0).to(tl.int64) * width + columns
+    dtype = out_ptr.dtype.element_ty
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if DELTA:
+        total = (x + tl.load(delta_ptr + place, mask=inside, other=0.0).to(tl.float32)).to(dtype)
+        tl.store(x_ptr + place, total, mask=inside)
+        x = total.to(tl.float32)
+    if RMS:
+        scale = tl.rsqrt(tl.sum(x * x, 0) / width + epsilon)
+        u = (x * scale).to(dtype).to(tl.float32) * weight
+    else:
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        x = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
+        u = x * tl.rsqrt(tl.sum(x * x, 0) / width + epsilon) * weight + bias
+    tl.store(out_ptr + place, u.to(dtype), mask=inside)
+
+
+@triton.jit
+def quantize_kernel(
+    x_ptr, smoothing_ptr, scale_ptr, out_ptr, width,
+    SMOOTH: tl.constexpr, GRID: tl.constexpr, STORED: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    _wait(EARLY)
+    place = tl.program_id(0).to(tl.int64) * width + columns
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if SMOOTH:
+        smoothing = tl.load(smoothing_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        x = (x * smoothing).to(x_ptr.dtype.element_ty).to(tl.float32)
+    scale = tl.load(scale_ptr)
+    stored = _on_grid(x, scale, GRID)
+    if not STORED:
+        stored = stored * scale
+    tl.store(out_ptr + place, stored.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def matvec_kernel(
+    x_ptr, weight_ptr, bias_ptr, x_scale_ptr, weight_scale_ptr, out_ptr, outputs, limit,
+    INPUTS: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, KIND: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    GATED: tl.constexpr = KIND == "swiglu" or KIND == "gegelu"
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < outputs
+    first, second = rows, rows
+    if KIND == "swiglu":
+        second = rows + outputs
+    if KIND == "gegelu":
+        first = 2 * rows
+        second = first + 1
+    columns = tl.arange(0, BLOCK)
+    left = weight_ptr + first.to(tl.int64)[:, None] * INPUTS + columns[None, :]
+    right = weight_ptr + second.to(tl.int64)[:, None] * INPUTS + columns[None, :]
+    mask = inside[:, None] & (columns < INPUTS)[None, :]
+    # The first weights are on their way while the kernel before this one ends.
+    a = tl.load(left, mask=mask, other=0.0)
+    b = a
+    if GATED:
+        b = tl.load(right, mask=mask, other=0.0)
+    _wait(EARLY)
+    a_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    b_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.static_range(0, INPUTS, BLOCK):
+        x = tl.load(x_ptr + start + columns, mask=start + columns < INPUTS, other=0.0)
+        x = x.to(tl.float32)[None, :]
+        a_sum += a.to(tl.float32) * x
+        if GATED:
+            b_sum += b.to(tl.float32) * x
+        if start + BLOCK < INPUTS:
+            mask = inside[:, None] & (start + BLOCK + columns < INPUTS)[None, :]
+            a = tl.load(left + start + BLOCK, mask=mask, other=0.0)
+            if GATED:
+                b = tl.load(right + start + BLOCK, mask=mask, other=0.0)
+    y, z = tl.sum(a_sum, 1), tl.sum(b_sum, 1)
+    if SCALED:
+        scale = tl.load(x_scale_ptr) * tl.load(weight_scale_ptr)
+        y, z = y * scale, z * scale
+    if BIAS:
+        y += tl.load(bias_ptr + first, mask=inside, other=0.0).to(tl.float32)
+        z += tl.load(bias_ptr + second, mask=inside, other=0.0).to(tl.float32)
+    dtype = out_ptr.dtype.element_ty
+    if KIND != "none":
+        y = _activate(y.to(dtype).to(tl.float32), z.to(dtype).to(tl.float32), limit, KIND)
+    tl.store(out_ptr + rows, y.to(dtype), mask=inside)
+
+
+@triton.jit
+def activation_kernel(
+    z_ptr, out_ptr, width, limit, KIND: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    _wait(EARLY)
+    if KIND == "gegelu":
+        both = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+        pairs = tl.load(z_ptr + row * 2 * width + both, mask=both < 2 * width, other=0.0)
+        first, second = tl.split(tl.reshape(pairs, [BLOCK, 2]))
+    elif KIND == "swiglu":
+        first = tl.load(z_ptr + row * 2 * width + columns, mask=inside, other=0.0)
+        second = tl.load(z_ptr + row * 2 * width + width + columns, mask=inside, other=0.0)
+    else:
+        first = tl.load(z_ptr + row * width + columns, mask=inside, other=0.0)
+        second = first
+    y = _activate(first.to(tl.float32), second.to(tl.float32), limit, KIND)
+    tl.store(out_ptr + row * width + columns, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotate_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, slot_ptr, scale_ptr, query_ptr, key_ptr, value_ptr,
+    tokens, capacity, rotary_rows,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
+    GRID: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    TOTAL: tl.constexpr = HEADS + 2 * KV_HEADS
+    token = tl.program_id(0).to(tl.int64)  # of the batch
+    row, position = token // tokens, token % tokens
+    head = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
+    dim = tl.arange(0, BLOCK)[None, :]
+    inside = (head < TOTAL) & (dim < SIZE)
+    _wait(EARLY)
+    start = qkv_ptr + token * TOTAL * SIZE + head * SIZE
+    x = tl.load(start + dim, mask=inside, other=0.0)
+    # Dimension j < HALF is paired with j + HALF; the ones from 2 * HALF on pass through.
+    turned = inside & (dim < 2 * HALF) & (head < HEADS + KV_HEADS)
+    partner = tl.where(dim < HALF, dim + HALF, dim - HALF)
+    other = tl.load(start + partner, mask=turned, other=0.0).to(tl.float32)
+    angle = (row % rotary_rows * tokens + position) * HALF + dim % HALF
+    cos = tl.load(cos_ptr + angle, mask=dim < 2 * HALF, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=dim < 2 * HALF, other=0.0)
+    sin = tl.where(dim < HALF, -sin, sin)
+    dtype = query_ptr.dtype.element_ty
+    x = tl.where(turned, x.to(tl.float32) * cos + other * sin, x.to(tl.float32)).to(dtype)
+    tl.store(query_ptr + token * HEADS * SIZE + head * SIZE + dim, x, mask=inside & (head < HEADS))
+    if GRID != "none":
+        scale = tl.load(scale_ptr)
+        x = (_on_grid(x.to(tl.float32), scale, GRID) * scale).to(dtype)
+    slot = tl.load(slot_ptr) + position
+    kept = head - HEADS
+    place = ((row * KV_HEADS + kept) * capacity + slot) * SIZE + dim
+    tl.store(key_ptr + place, x, mask=inside & (kept >= 0) & (kept < KV_HEADS))
+    place -= KV_HEADS * capacity * SIZE
+    tl.store(value_ptr + place, x, mask=inside & (kept >= KV_HEADS))
+
+
+@triton.jit
+def attend_kernel(
+    query_ptr, key_ptr, value_ptr, slot_ptr, pads_ptr, out_ptr, part_ptr, stats_ptr,
+    scale, capacity, first_head,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr,
+    SPARSE: tl.constexpr, BLOCK_SIZE: tl.constexpr, LOCAL: tl.constexpr, STRIDE: tl.constexpr,
+    STEP: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    row, group, split = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
+    _wait(EARLY)
+    slot = tl.load(slot_ptr).to(tl.int32)
+    pad = tl.load(pads_ptr + row).to(tl.int32)
+    member = tl.arange(0, PADDED)
+    dim = tl.arange(0, BLOCK)
+    head = row * KV_HEADS * GROUP + group * GROUP + member
+    query_place = head[:, None] * SIZE + dim[None, :]
+    query_mask = (member < GROUP)[:, None] & (dim < SIZE)[None, :]
+    query = tl.load(query_ptr + query_place, mask=query_mask, other=0.0)
+    # Every split gets its share of the tiles between the padding and the new token.
+    first = pad // TILE
+    share = tl.cdiv(slot // TILE + 1 - first, SPLITS)
+    begin = first + split * share
+    end = tl.minimum(begin + share, slot // TILE + 1)
+    best = tl.full([PADDED], _UNSEEN, tl.float32)
+    total = tl.zeros([PADDED], tl.float32)
+    acc = tl.zeros([PADDED, BLOCK], tl.float32)
+    cache = (row * KV_HEADS + group).to(tl.int64) * capacity * SIZE
+    for tile in range(begin, end):
+        key_slot = tile * TILE + tl.arange(0, TILE)
+        seen = ((key_slot >= pad) & (key_slot <= slot))[None, :] & (member < GROUP)[:, None]
+        if SPARSE:
+            key_block = (key_slot - pad) // BLOCK_SIZE
+            local = (slot - pad) // BLOCK_SIZE - key_block < LOCAL
+            number = first_head + group * GROUP + member
+            stripe = (key_block[None, :] + number[:, None] * STEP + 1) % STRIDE == 0
+            seen = seen & (local[None, :] | stripe)
+            # A key that no head of the group sees is not read.
+            wanted = tl.max(seen.to(tl.int32), 0) > 0
+        else:
+            wanted = key_slot <= slot
+        place = cache + key_slot[:, None] * SIZE + dim[None, :]
+        mask = wanted[:, None] & (dim < SIZE)[None, :]
+        key = tl.load(key_ptr + place, mask=mask, other=0.0)
+        value = tl.load(value_ptr + place, mask=mask, other=0.0)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * (scale * _LOG2_E)
+        scores = tl.where(seen, scores, _UNSEEN)
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        weight = tl.where(seen, tl.exp2(scores - new_best[:, None]), 0.0)
+        fade = tl.exp2(best - new_best)
+        total = total * fade + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(value.dtype), value, acc * fade[:, None], input_precision="ieee")
+        best = new_best
+    if SPLITS == 1:
+        y = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+        tl.store(out_ptr + query_place, y.to(out_ptr.dtype.element_ty), mask=query_mask)
+    else:
+        part = head * SPLITS + split
+        tl.store(part_ptr + part[:, None] * SIZE + dim[None, :], acc, mask=query_mask)
+        tl.store(stats_ptr + 2 * part, best, mask=member < GROUP)
+        tl.store(stats_ptr + 2 * part + 1, total, mask=member < GROUP)
+
+
+@triton.jit
+def merge_kernel(
+    part_ptr, stats_ptr, out_ptr,
+    SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    part = head * SPLITS + tl.arange(0, SPLITS)
+    dim = tl.arange(0, BLOCK)
+    _wait(EARLY)
+    best = tl.load(stats_ptr + 2 * part)
+    fade = tl.exp2(best - tl.max(best, 0))
+    total = tl.sum(tl.load(stats_ptr + 2 * part + 1) * fade, 0)
+    place = part[:, None] * SIZE + dim[None, :]
+    acc = tl.load(part_ptr + place, mask=(dim < SIZE)[None, :], other=0.0)
+    y = tl.sum(acc * fade[:, None], 0) / total
+    tl.store(out_ptr + head * SIZE + dim, y.to(out_ptr.dtype.element_ty), mask=dim < SIZE)
