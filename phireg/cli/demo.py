@@ -16,6 +16,7 @@ import click
 
 from phireg.cli.failures import stopped
 from phireg.cli.options import Directory, FamilyName, json_option
+from phireg.cli.progress import waiting
 from phireg.cli.text import counted, emit, emit_json, folded, printable, size
 from phireg.cli.verify import show_verification, verification_document
 from phireg.errors import CheckError
@@ -108,14 +109,16 @@ def _demonstrate(
         written = size(sum(converted.files.values()))
         emit(f"wrote {written}, {counted(tp_size, 'rank file')}")
         emit(f"\n$ {_broken(commands['verify'])}")
-    found = demo.verify(model, target)
+    with waiting("verifying", quiet=not told):
+        found = demo.verify(model, target)
     if told or (quiet and not found.passed):
         show_verification(found)
     summary = None
     if found.passed:
         if told:
             emit(f"\n$ {_broken(commands['run'])}")
-        summary = demo.summarize(target, [article])[0]
+        with waiting("summarizing", quiet=not told):
+            summary = demo.summarize(target, [article])[0]
     if told and summary is not None:
         emit("\n" + _comparison(article, summary, model.scores))
     return {

@@ -1,4 +1,4 @@
-"""A progress bar on stderr; nothing where stderr is not a terminal."""
+"""Signs of progress on stderr; nothing where stderr is not a terminal."""
 
 from __future__ import annotations
 
@@ -55,6 +55,23 @@ def progress_bar(doing: str, then: str, total: int, *, quiet: bool) -> Iterator[
                 bar.update(task, description=then)
 
         yield advance
+
+
+@contextmanager
+def waiting(doing: str, *, quiet: bool) -> Iterator[None]:
+    """Say what is going on while nobody can say for how long. Nothing else may be printed inside.
+
+    Args:
+        doing: what is being done.
+        quiet: show nothing.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(doing):
+        yield
 
 
 Count = Callable[[str, int], None]

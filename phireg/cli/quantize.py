@@ -182,13 +182,14 @@ class _Run:
 
         def statistics() -> Statistics:
             begun = time.monotonic()
+            stages.waiting("preparing the calibration")
             self.calibrated = jobs.calibrate(
                 planned,
                 file,
                 settings,
                 required=self.stats is not None,
                 progress=stages.counting("calibrating", "tokens x layers"),
-                tell=self.teller(planned),
+                tell=self.teller(planned, stages),
             )
             stages.close()
             self.seconds["calibration"] = time.monotonic() - begun
@@ -211,7 +212,7 @@ class _Run:
         stages.close()
         return converted
 
-    def teller(self, planned: Planned) -> Callable[[str], None]:
+    def teller(self, planned: Planned, stages: Stages) -> Callable[[str], None]:
         """What tells the calibration's choices; warnings come first, before anybody waits."""
         from phireg.cli.findings import findings_text
         from phireg.findings import Severity
@@ -219,6 +220,7 @@ class _Run:
         warnings = findings_text(planned.plan.findings, Severity.WARNING)
 
         def tell(line: str) -> None:
+            stages.close()
             if warnings and not self.warned:
                 self.say(warnings)
             self.warned = True

@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +28,18 @@ from phireg.cli.answers import (
 )
 from phireg.cli.failures import stopped
 from phireg.cli.options import Directory, json_option
+from phireg.cli.progress import waiting
 from phireg.cli.text import emit_json
 from phireg.cli.where import check_processes, check_starter, chosen
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
-    from phireg.backends import Description, Options
+    from phireg.backends import Backend, Description, Options
     from phireg.executor import Sampling
     from phireg.text.prompts import Prompt
 
 
+_LOADING = "loading the model"
 _DEFAULT_BATCH = 8
 # Short names are those of TensorRT-LLM's own scripts.
 _DTYPES = ("auto", "float16", "bfloat16", "float32", "fp16", "bf16", "fp32")
@@ -156,7 +159,8 @@ def command(
         follow(name, directory, how)
         return
     check_kind(name, directory)
-    model = describe(name, directory, how)
+    with waiting(_LOADING, quiet=False):
+        model = describe(name, directory, how)
     check_processes(name, directory, model, tp, processes)
     _check_options(**options)
     if tp and tp > processes:
@@ -245,14 +249,13 @@ def _run(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    from phireg.backends import open_backend
     from phireg.backends.checks import check_beams
 
     job = _job(directory, model, tokenizer_dir, _sampling(**sampling), max_new_tokens, num_beams)
     check_beams(model, num_beams, job.sampling)
     if chat:
         conversation = _conversation(job, system)
-        with open_backend(name, directory, how) as backend:
+        with _opened(name, directory, how) as backend:
             conversation.hold(backend)
         return
     prompts = _prompts(texts, input_file)
@@ -266,7 +269,7 @@ def _run(
         check_input(prompt.where, ids, job)
     size = _batch_size(batch_size, model)
     started = time.monotonic()
-    with open_backend(name, directory, how) as backend:
+    with _opened(name, directory, how) as backend:
         loaded = time.monotonic() - started
         if as_json:
             results = list(batches(backend, job, inputs, size))
@@ -287,6 +290,17 @@ def _run(
                     show_answer(job, f"[{number + 1}/{len(inputs)}]", prompts[number], answer)
                 done += len(answers)
                 note(str(timing))
+
+
+@contextmanager
+def _opened(name: str, directory: Path, how: Options) -> Iterator[Backend]:
+    """The backend; reading large weights takes long enough to say so."""
+    from phireg.backends import open_backend
+
+    with ExitStack() as stack:
+        with waiting(_LOADING, quiet=False):
+            backend = stack.enter_context(open_backend(name, directory, how))
+        yield backend
 
 
 def _job(

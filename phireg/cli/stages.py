@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
-from phireg.cli.progress import count_bar, progress_bar
+from phireg.cli.progress import count_bar, progress_bar, waiting
 
 
 class Stages:
@@ -35,6 +35,11 @@ class Stages:
         """Take the bar away."""
         self._open.close()
         self._stage = ""
+
+    def waiting(self, doing: str) -> None:
+        """A stage of unknown length, which the next one or ``close`` ends."""
+        with self._lock:
+            self._enter(doing, lambda: waiting(doing, quiet=self._quiet))
 
     def counting(self, doing: str, what: str) -> Callable[[int, int], None]:
         """A stage of (how many more things are done, how many there are).

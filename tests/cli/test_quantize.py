@@ -199,6 +199,13 @@ def test_a_file_that_is_missing_and_options_without_effect(quantize, tmp_path):
     assert f"--calib-stats {tmp_path} is a directory" in result.output
 
 
+def test_a_device_that_only_the_measurement_needs(quantize, tmp_path):
+    result = quantize("--device", "abacus", qformat="int8_wo")
+    assert result.exit_code == 2
+    assert "unknown device 'abacus'" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.usefixtures("uncalibrated")
 def test_an_output_that_exists(quantize, tmp_path):
     (tmp_path / "out").mkdir()

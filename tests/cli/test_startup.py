@@ -1,5 +1,6 @@
 """What a fresh interpreter imports and how long it takes; shell completion; closed outputs."""
 
+import json
 import os
 import pty
 import shutil
@@ -161,6 +162,16 @@ def test_verify_shows_progress_of_what_takes_long(tiny, tmp_path, run):
         assert doing in shown
     assert "out: verified" in shown
     assert "comparing" not in on_terminal(100, "verify", out, "--model-dir", tiny, "--quiet")
+
+
+def test_a_model_that_loads_says_so_on_a_terminal_only(tiny, tmp_path, run, spawn):
+    ids, out = tmp_path / "ids.jsonl", tmp_path / "out"
+    ids.write_text(json.dumps({"input_ids": [1, 2, 3]}))
+    assert run("convert", "--model-dir", tiny, "--output-dir", out).exit_code == 0
+    args = ("run", out, "--device", "cpu", "--max-new-tokens", 2, "--input-file", ids)
+    assert "loading the model" in on_terminal(100, *args)
+    piped = spawn(*args)
+    assert (piped.returncode, piped.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("columns", [80, 120])
