@@ -3,14 +3,18 @@
 ``blocks`` and ``quantized`` are held against the source models elsewhere.
 """
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_sources import relative_error
 from torch.nn import functional
 
-from phireg.executor import attend, blocks, launch, quantized
+from phireg.executor import attend, blocks, kernels, launch, quantized
 from phireg.executor.blueprint import BlockSparse, Rope, parse_blueprint
 from phireg.executor.schemes import Quantization
 
@@ -151,3 +155,19 @@ def test_one_token_attends_to_the_cache(batch, kv_heads, pattern, slot, monkeypa
         query, cache, torch.tensor([slot], device=DEVICE), pads, 0.4, pattern, rank * heads
     )
     assert relative_error(got, wanted) < 1e-5
+
+
+def test_the_kernels_compile_for_real_gpus():
+    """For Ampere, and for Hopper with launches that overlap; the interpreter takes more."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    program = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run(
+        [sys.executable, program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    built = [line.split() for line in done.stdout.splitlines()]
+    assert {name for name, _, _ in built} == {
+        name.removesuffix("_kernel") for name in vars(kernels) if name.endswith("_kernel")
+    }
+    # What one program may have on the GPUs that have least, of compute capability 8.6 and 8.9.
+    assert max(int(shared) for _, _, shared in built) <= 99 * 1024
