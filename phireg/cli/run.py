@@ -372,5 +372,7 @@ def _prompts(texts: Sequence[str], input_file: str | None) -> list[Prompt]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"standard input is not UTF-8 text (byte {error.start})") from None
+        raise UsageError(
+            f"standard input is not UTF-8 text (byte {error.start})", hint="convert it to UTF-8."
+        ) from None
     return [Prompt("standard input", text.rstrip("\r\n"))]

@@ -65,14 +65,16 @@ def read_prompts(name: str, content: bytes) -> list[Prompt]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{name}:{line}: not UTF-8 text (byte {error.start})") from None
+        raise UsageError(
+            f"{name}:{line}: not UTF-8 text (byte {error.start})", hint="save it as UTF-8."
+        ) from None
     lines = [
         (f"{name}:{number}", line.removesuffix("\r"))
         for number, line in enumerate(text.split("\n"), 1)
         if line.strip()
     ]
     if not lines:
-        raise UsageError(f"{name} holds no prompt")
+        raise UsageError(f"{name} holds no prompt", hint="write one into each line.")
     if name.endswith(".jsonl") or _is_record(lines[0][1]):
         return list(_records(lines))
     return [Prompt(where, line) for where, line in lines]

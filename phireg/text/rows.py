@@ -77,7 +77,7 @@ def read_rows(path: Path) -> list[Row]:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
     if not rows:
-        raise UsageError(f"{path} holds no rows")
+        raise UsageError(f"{path} holds no rows", hint="is it the right file?")
     return rows
 
 
@@ -111,7 +111,9 @@ def cnn_dailymail(split: str, count: int, *, dataset_dir: str | None = None) -> 
         raise SourceError(
             f"{name} {CNN_DAILYMAIL_CONFIG} ({split}) cannot be loaded: {reason}",
             hint="it is downloaded from the Hugging Face hub and then kept; without a network "
-            "give a local file of articles instead.",
+            "give a local file of articles instead."
+            if dataset_dir is None
+            else f"give a copy of the hub's {CNN_DAILYMAIL}, or a local file of articles.",
         ) from None
     finally:
         logger.setLevel(level)
@@ -131,7 +133,9 @@ def _decoded(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{path}:{line}: not UTF-8 text (byte {error.start})") from None
+        raise UsageError(
+            f"{path}:{line}: not UTF-8 text (byte {error.start})", hint="save it as UTF-8."
+        ) from None
 
 
 def _json_rows(path: Path) -> Iterator[Row]:

@@ -44,6 +44,8 @@ OTHERS = (
     (("verify", "{ckpt}", "--model-dir", "{model}", "--max-tokens", "0"), "use 1 or more"),
     (("summarize", "{ckpt}", "--dataset", "{none}"), "give a file of articles"),
     (("summarize", "{ckpt}", "--dataset-dir", "{file}"), "a copy of ccdv/cnn_dailymail"),
+    (("summarize", "{ckpt}", "--dataset-dir", "{other}"), "give a copy of the hub's ccdv/cnn"),
+    (("run", "{ckpt}", "--input-file", "{binary}"), "save it as UTF-8"),
     (("summarize", "{ckpt}", "--report", "{none}/page"), "make it first"),
     (("postprocess", "{ckpt}", "--overwrite"), "CKPT itself is replaced"),
     (("postprocess", "{ckpt}", "--revision", "main"), "leave it out"),
@@ -57,9 +59,10 @@ OTHERS = (
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     base = tmp_path_factory.mktemp("places")
-    names = ("none", "file", "other", "empty", "new", "ckpt", "model")
+    names = ("none", "file", "binary", "other", "empty", "new", "ckpt", "model")
     found = {name: base / name for name in names}
     found["file"].write_text("hello")
+    found["binary"].write_bytes(b"\xff\xfe\0")
     found["empty"].mkdir()
     found["other"].mkdir()
     (found["other"] / "readme.txt").write_text("hello")
