@@ -208,6 +208,13 @@ def test_long_sequences(source, checkpoint):
     assert (other - wanted).abs().max() > 1e-2
 
 
+def test_the_shipped_reference_computes_each_token_once(source):
+    ours, lengths = reference(source), []
+    ours.model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    ours.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert lengths == [3, 1, 1, 1]
+
+
 def test_generation(model, source, checkpoint):
     """With a cache, of prompts of unequal length, at EP 2; and the reference's own generate."""
     prompts = [ids(11, 1)[0].tolist(), ids(5, 1)[0].tolist()]
