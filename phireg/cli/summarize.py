@@ -305,7 +305,8 @@ def _run(
 
     settings = Settings(**{name: options[name] for name in Settings.__dataclass_fields__})
     wanted = TEST_ROWS if settings.min_input_length else settings.count
-    note("loading the articles")
+    if not quiet:
+        note("loading the articles")
     data = open_data(dataset, wanted, places.given(), dataset_dir)
     task = _task(data, places, settings, tokenizer_dir)
     for one in contestants:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from phireg import demo
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -172,6 +174,16 @@ def test_a_model_that_loads_says_so_on_a_terminal_only(tiny, tmp_path, run, spaw
     assert "loading the model" in on_terminal(100, *args)
     piped = spawn(*args)
     assert (piped.returncode, piped.stderr) == (0, "")
+
+
+def test_summarize_says_what_it_loads_unless_quiet(tmp_path, run):
+    model, out = demo.find("phi3-mini").directory, tmp_path / "out"
+    assert run("convert", "--model-dir", model, "--output-dir", out).exit_code == 0
+    args = ("summarize", out, "--max-ite", 1, "--output-len", 1, "--device", "cpu")
+    for more, shows in (((), True), (("--quiet",), False)):
+        shown = on_terminal(100, *args, *more)
+        assert ("loading the articles" in shown) == ("articles" in shown) == shows
+        assert "rouge1" in shown
 
 
 @pytest.mark.parametrize("columns", [80, 120])
