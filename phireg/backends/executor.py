@@ -91,21 +91,28 @@ def follow(place: Path, options: Options) -> None:
     try:
         _join(device)
         model = load_checkpoint(place, device, options.dtype, options.offload, distributed=True)
-        while (request := _receive()) is not None:
-            if "rows" in request:
-                for prompt, continuation in request["rows"]:
-                    _mean_nll(model, prompt, continuation)
-                continue
-            prompts, count = request["prompts"], request["max_new_tokens"]
-            keys = ("temperature", "top_k", "top_p", "seed")
-            sampling = Sampling(**{key: request[key] for key in keys})
-            for _ in stream(model, prompts, count, request["stop_ids"], sampling):
-                pass
+        try:
+            _obey(model)
+        finally:
+            model.release()
     except RuntimeError as error:
         if not _parted(error):  # whoever left has said why
             raise
     else:
         dist.destroy_process_group()
+
+
+def _obey(model: Executor) -> None:
+    while (request := _receive()) is not None:
+        if "rows" in request:
+            for prompt, continuation in request["rows"]:
+                _mean_nll(model, prompt, continuation)
+            continue
+        prompts, count = request["prompts"], request["max_new_tokens"]
+        keys = ("temperature", "top_k", "top_p", "seed")
+        sampling = Sampling(**{key: request[key] for key in keys})
+        for _ in stream(model, prompts, count, request["stop_ids"], sampling):
+            pass
 
 
 class ExecutorBackend:
@@ -192,6 +199,7 @@ class ExecutorBackend:
         if self.led:
             if not self._busy:
                 _send(None)
+            self.model.release()
             dist.destroy_process_group()
 
     @contextmanager

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 
-def capture(step: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:
+def capture(step: Callable[[], None], restore: Callable[[], None]) -> Any:
     """Record ``step`` in a CUDA graph.
 
     Everything that changes from one step to the next must lie in tensors on the device: then the
@@ -18,7 +19,7 @@ def capture(step: Callable[[], None], restore: Callable[[], None]) -> Callable[[
         restore: undoes what ``step`` did to them.
 
     Returns:
-        What to call in place of ``step``.
+        The graph (``torch.cuda.CUDAGraph``), to replay in place of ``step``.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -29,5 +30,4 @@ def capture(step: Callable[[], None], restore: Callable[[], None]) -> Callable[[
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    replay: Callable[[], None] = graph.replay
-    return replay
+    return graph

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ class Decoder:
         batch: rows.
         capacity: slots of the cache: prompt and new tokens together, padding included.
         sampling: how tokens are chosen; the seed is given with each prompt.
-        fused: the layers run as the kernels of ``fused``; where all of the model lies on one GPU,
-            a step is captured in a CUDA graph besides.
+        fused: the layers run as the kernels of ``fused``; a step of weights that stay on the GPU
+            is captured in a CUDA graph besides, with what NCCL sends in it.
     """
 
     def __init__(
@@ -43,9 +44,7 @@ class Decoder:
         self.sampling = sampling
         self.token = torch.zeros(batch, dtype=torch.int64, device=device)
         self._fused = fused
-        self._capturable = (
-            fused and device.type == "cuda" and not executor.offload and not executor.distributed
-        )
+        self._capturable = fused and device.type == "cuda" and not executor.offload
         self._length = 0
         self._slot = torch.zeros(1, dtype=torch.int64, device=device)
         self._pads = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -70,7 +69,7 @@ class Decoder:
             torch.stack([cos for cos, _ in tables]),
             torch.stack([sin for _, sin in tables]),
         )
-        self._replay: Callable[[], None] | None = None
+        self._graph: Any = None
 
     def serves(self, batch: int, slots: int, sampling: Sampling) -> bool:
         """Whether a call for so many slots can follow in this cache without wasting most of it."""
@@ -87,15 +86,21 @@ class Decoder:
         """Put ``token`` into the cache and choose the next one, without waiting for a GPU."""
         with torch.no_grad():
             self._draw()
-            if self._capturable and self._replay is None:
-                self._replay = self._captured()
-            if self._replay is not None:
-                self._replay()
+            if self._capturable and self._graph is None:
+                self._graph = self._captured()
+            if self._graph is not None:
+                self._graph.replay()
             elif self._fused:
                 self._fused_step()
             else:
                 self._plain_step()
         self._length += 1
+
+    def release(self) -> None:
+        """Give back the captured step, whoever still refers to this decoder."""
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph = None
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         executor, blueprint = self.executor, self.executor.blueprint
@@ -135,7 +140,7 @@ class Decoder:
         self._draw()
         self.token.copy_(choose(logits, self.sampling, self._noise))
 
-    def _captured(self) -> Callable[[], None]:
+    def _captured(self) -> Any:
         token, slot = self.token.clone(), self._slot.clone()
 
         def restore() -> None:

@@ -1,4 +1,4 @@
-"""A layer of generation on a GPU: what ``blocks.layer`` computes, in a dozen launch.
+"""A layer of generation on a GPU: what ``blocks.layer`` computes, in a dozen kernels.
 
 ``verify`` never comes here. A residual that is still to be added travels beside the hidden states
 to the next norm, which adds it on its way.
@@ -51,7 +51,8 @@ def forward(
             attends[index],
             executor.reduce,
         )
-    last, delta = (rows[:, -1:].contiguous() for rows in (x, pending) if rows is not None)
+    last = x[:, -1:].contiguous()
+    delta = None if pending is None else pending[:, -1:].contiguous()
     u = _norm(blueprint, ends[0], "transformer.ln_f", last, delta)
     parts = [_linear(weights, "lm_head", u, weights.get("lm_head.bias")) for weights in ends]
     return executor.whole_logits(parts)[:, 0]

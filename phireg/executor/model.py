@@ -48,7 +48,8 @@ def load(
         offload: True reads every layer from the mapped file when it is needed and keeps none of
             them; None does so only when the weights do not fit into free memory.
         distributed: torch.distributed is initialised with one process per rank: this process
-            opens its own rank file only. Otherwise all ranks run here, in lockstep.
+            opens its own rank file only. Otherwise all ranks run here, in lockstep. Call the
+            model's ``release`` before torch.distributed ends.
 
     Raises:
         CheckError: the directory is not a checkpoint the executor can run.
@@ -110,6 +111,16 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
     def distributed(self) -> bool:
         """Whether the other ranks run in other processes."""
         return len(self.ranks) < self.blueprint.tp_size
+
+    def release(self) -> None:
+        """Give up the last generation's cache and captured step.
+
+        With one process per rank this must come before torch.distributed ends: NCCL waits, without
+        end, for graphs that hold its operations.
+        """
+        if self.decoder is not None:
+            self.decoder.release()
+            self.decoder = None
 
     def layer_weights(self, index: int) -> list[Weights]:
         """The tensors of layer ``index``, for each rank of this process."""

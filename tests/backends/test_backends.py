@@ -2,16 +2,17 @@
 
 import math
 import types
+from unittest.mock import Mock
 
 import pytest
 import torch
 from run.tiny import SOURCES
 
 from phireg import backends
-from phireg.backends import Description, Options, describe, open_backend
+from phireg.backends import Description, Options, describe, executor, open_backend
 from phireg.backends.device import measure_memory, peak_memory
 from phireg.errors import CheckError, SourceError, UsageError
-from phireg.executor import Sampling
+from phireg.executor import Executor, Sampling
 
 GREEDY = Sampling()
 FLOAT = Options("cpu", "float32")
@@ -197,3 +198,22 @@ def test_peak_memory_falls_when_it_is_measured_anew():
     measure_memory(cpu)
     assert high > 64 << 20
     assert peak_memory(cpu) < high
+
+
+def test_the_captured_step_goes_before_the_processes_part(monkeypatch):
+    """NCCL waits, without end, for graphs that hold its operations."""
+    order = []
+    model = Mock(spec=Executor, blueprint=Mock(), device="cpu", dtype=torch.float32)
+    model.release.side_effect = lambda: order.append("release")
+    monkeypatch.setattr(executor, "_description", lambda blueprint: None)
+    monkeypatch.setattr(executor, "_send", lambda request: order.append(request))
+    monkeypatch.setattr(executor.dist, "destroy_process_group", lambda: order.append("part"))
+    executor.ExecutorBackend(model, led=True).close()
+    assert order == [None, "release", "part"]
+
+    order.clear()
+    monkeypatch.setattr(executor, "_join", lambda device: None)
+    monkeypatch.setattr(executor, "load_checkpoint", lambda *_, **__: model)
+    monkeypatch.setattr(executor, "_receive", lambda: None)
+    executor.follow("anywhere", FLOAT)
+    assert order == ["release", "part"]

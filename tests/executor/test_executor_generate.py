@@ -1,6 +1,7 @@
 """Generation against the source models' own forward pass, step by step."""
 
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -229,6 +230,19 @@ def test_a_decoder_is_kept_for_the_next_call_of_its_shape(phi2_executor):
     assert phi2_executor.decoder is kept
     generate(phi2_executor, [[90, 12], [4]], 7)
     assert phi2_executor.decoder is not kept
+
+
+def test_a_released_model_holds_no_captured_step(phi2_executor):
+    """Also when someone still has the decoder: NCCL would wait for it without end."""
+    wanted = generate(phi2_executor, [[5, 6, 7]], 6)
+    kept = phi2_executor.decoder
+    graph = kept._graph = Mock()
+    phi2_executor.release()
+    graph.reset.assert_called_once_with()
+    assert phi2_executor.decoder is None
+    assert kept._graph is None
+    phi2_executor.release()  # nothing left to do
+    assert generate(phi2_executor, [[5, 6, 7]], 6) == wanted
 
 
 def test_offloaded_layers_generate_too(tmp_path):
