@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from phireg.errors import CheckError
 from phireg.executor.blueprint import Blueprint
+from phireg.executor.mapped import MappedFile
 from phireg.executor.tensors import (
     KEY_SCALE,
     KV_SCALE,
@@ -64,9 +65,9 @@ def open_ranks(checkpoint_dir: Path, blueprint: Blueprint, ranks: Sequence[int])
     opened: dict[int, _RankFile] = {}
     for rank, path in files.items():
         handle, failure = _open(path)
-        if failure is None:
+        if handle is not None:
             opened[rank] = _RankFile(handle, blueprint)
-        found_here = [failure] if failure is not None else opened[rank].problems()
+        found_here = [failure] if handle is None else opened[rank].problems()
         problems += [f"{path.name}: {problem}" for problem in found_here]
     if not problems:
         problems += _differences(opened, blueprint)
@@ -79,10 +80,10 @@ def open_ranks(checkpoint_dir: Path, blueprint: Blueprint, ranks: Sequence[int])
     return [file.tensor for file in opened.values()]
 
 
-def _open(path: Path) -> tuple[Any, str | None]:
+def _open(path: Path) -> tuple[MappedFile | None, str | None]:
     """The mapped file, or why there is none."""
     try:
-        return safe_open(path, framework="pt", device="cpu"), None
+        return MappedFile(path), None
     except FileNotFoundError:
         return None, "is missing"
     except (OSError, SafetensorError) as error:
@@ -92,7 +93,7 @@ def _open(path: Path) -> tuple[Any, str | None]:
 class _RankFile:
     """One mapped file."""
 
-    def __init__(self, handle: Any, blueprint: Blueprint) -> None:
+    def __init__(self, handle: MappedFile, blueprint: Blueprint) -> None:
         self._handle = handle
         self._present = set(handle.keys())
         self._required = rank_tensors(blueprint)
