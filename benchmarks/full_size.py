@@ -2,18 +2,24 @@
 
     python benchmarks/full_size.py --family phi3-small --directory /big/disk
     python benchmarks/full_size.py --family phi3-medium --dtype bfloat16
+    python benchmarks/full_size.py --family phi3-medium --device cpu
 
 Writes a random model of the family's first published shape, converts it for one rank and for two,
 verifies the first against the source model's own code (all checks) and the second by its bytes,
 then runs the two ranks in two processes over NCCL and compares their logits with those of the
 one-rank checkpoint. Needs two GPUs (--gpus 1 leaves the last step out) and three times the model
 on disk.
+
+With --device cpu it shows what a machine smaller than the model can do: it verifies the one-rank
+checkpoint with the prompts that verify chooses, and prints how much memory that took besides the
+pages of mapped files. Needs twice the model on disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -37,6 +43,7 @@ def main() -> None:
     parser.add_argument("--family", default="phi3-small")
     parser.add_argument("--layers", type=int, help="fewer than published")
     parser.add_argument("--dtype", default="float32", help="compute dtype of the checks")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--directory", type=Path, help="where to work (default: a temporary one)")
     options = parser.parse_args()
@@ -56,13 +63,19 @@ def run(work: Path, options: argparse.Namespace) -> None:
     with timed("random model"):
         write_random_model(family, config, source)
     size = sum(file.stat().st_size for file in source.iterdir())
-    print(f"{options.family}, {size / 1e9:.1f} GB, {torch.cuda.get_device_name()}", flush=True)
-    for ranks in (1, 2):
+    cpu = options.device == "cpu"
+    where = f"{os.cpu_count()} cores" if cpu else torch.cuda.get_device_name()
+    print(f"{options.family}, {size / 1e9:.1f} GB, {where}", flush=True)
+    for ranks in (1,) if cpu else (1, 2):
         with timed(f"convert, TP {ranks}"):
             phireg(
                 "convert", "--model-dir", source, "--output-dir", work / f"tp{ranks}",
                 "--tp-size", ranks, "--quiet",
             )  # fmt: skip
+    if cpu:
+        with timed(f"verify TP 1, logits in {options.dtype}"):
+            verify(work / "tp1", source, "--dtype", options.dtype)
+        return
     with timed("verify TP 2, bytes"):
         verify(work / "tp2", source, "--quick")
     with timed(f"verify TP 1, logits in {options.dtype}"):
@@ -98,10 +111,30 @@ def one_rank(rank: int, work: Path, ids: torch.Tensor, dtype: str) -> None:
 
 def phireg(*arguments: Any) -> str:
     command = [sys.executable, "-m", "phireg", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout}{done.stderr}")
-    return done.stdout
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, anonymous_memory(process.pid))
+            time.sleep(0.1)
+        out.seek(0)
+        err.seek(0)
+        if process.returncode:
+            sys.exit(
+                f"{' '.join(command)} ended with {process.returncode}\n{out.read()}{err.read()}"
+            )
+        print(f"    {peak / 1e9:.2f} GB of memory at most, mapped files apart", flush=True)
+        return out.read()
+
+
+def anonymous_memory(pid: int) -> int:
+    """Resident bytes of a process that are no pages of files, or 0 when it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    lines = [line for line in status.splitlines() if line.startswith("RssAnon:")]
+    return int(lines[0].split()[1]) * 1024 if lines else 0
 
 
 def verify(checkpoint: Path, source: Path, *arguments: Any) -> None:

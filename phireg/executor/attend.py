@@ -6,6 +6,7 @@ slot ``pads[b]``. Positions, for the block-sparse mask too, count from there.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -14,7 +15,10 @@ from torch import Tensor
 
 from phireg.executor import blocks, blocksparse
 from phireg.executor.blocks import Attend
-from phireg.executor.blueprint import Blueprint
+from phireg.executor.blueprint import BlockSparse, Blueprint
+
+# Block sizes that the kernel of prompts takes are multiples of this.
+SPARSE_TILE = 64
 
 # (first, last, keys) -> bool that broadcasts to [B, H, last - first, keys]
 Mask: TypeAlias = Callable[[int, int, int], Tensor]
@@ -44,24 +48,25 @@ def prompt_attention(
         if not any(pads):
             return lambda query, key, value: blocks.causal_attention(query, key, value, scale)
         sparse = False
-    elif device.type == "cuda" and blocksparse.tileable(pattern):
-        offset = rank * blueprint.rank_heads
+    elif can_skip(pattern, device):
+        from phireg.executor import launch
 
-        def skip_tiles(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            if not any(pads):
-                return blocksparse.sparse_attention(query, key, value, pattern, offset, scale)
-            # Blocks count from a row's first token: rows of unequal length have no common tiles.
-            output = torch.zeros_like(query)
-            for row, pad in enumerate(pads):
-                part = (slice(row, row + 1), slice(None), slice(pad, None))
-                output[part] = blocksparse.sparse_attention(
-                    query[part], key[part], value[part], pattern, offset, scale
-                )
-            return output
-
-        return skip_tiles
+        first_head = rank * blueprint.rank_heads
+        return lambda query, key, value: launch.sparse_attention(
+            query, key, value, pattern, pads, first_head, scale
+        )
     mask = slot_mask(blueprint, sparse, rank, torch.tensor(pads or (0,), device=device))
     return lambda query, key, value: blocks.masked_attention(query, key, value, scale, mask)
+
+
+def can_skip(pattern: BlockSparse, device: torch.device) -> bool:
+    """Whether prompts go through the kernel that reads no tile which a query cannot see."""
+    return has_kernels(device) and pattern.block_size % SPARSE_TILE == 0
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton kernels run there; PyTorch's CUDA builds bring Triton on Linux."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def slot_mask(blueprint: Blueprint, sparse: bool, rank: int, pads: Tensor) -> Mask:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from phireg.errors import UsageError
+from phireg.executor.attend import has_kernels
 from phireg.executor.decoder import Decoder
 from phireg.executor.model import Executor
 from phireg.executor.sampling import Sampling
@@ -131,9 +131,5 @@ def _fitting(
         return kept
     model.decoder = kept = None  # its memory is needed
     # Which experts run depends on the tokens: there is no one graph of a step.
-    fused = (
-        model.device.type == "cuda"
-        and model.blueprint.experts is None
-        and importlib.util.find_spec("triton") is not None
-    )
+    fused = has_kernels(model.device) and model.blueprint.experts is None
     return Decoder(model, batch, slots, sampling, fused=fused)

@@ -12,9 +12,8 @@ or writes anything else.
 import triton
 import triton.language as tl
 
-_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-# What a masked score is: finite, so that a difference of two is a number.
-_UNSEEN: tl.constexpr = tl.constexpr(-1.0e30)
+# The largest score before there is one: finite, so that a masked score can be taken from it.
+_NONE: tl.constexpr = tl.constexpr(-1.0e30)
 
 
 @triton.jit
@@ -211,6 +210,17 @@ def rotate_kernel(
 
 
 @triton.jit
+def _fold(scores, value, best, total, acc, scale):
+    """A tile of keys into the running maximum, sum and output; scores times scale are log2s."""
+    new_best = tl.maximum(best, tl.max(scores, 1) * scale)
+    weight = tl.exp2(scores * scale - new_best[:, None])
+    fade = tl.exp2(best - new_best)
+    total = total * fade + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(value.dtype), value, acc * fade[:, None], input_precision="ieee")
+    return new_best, total, acc
+
+
+@triton.jit
 def attend_kernel(
     query_ptr, key_ptr, value_ptr, slot_ptr, pads_ptr, out_ptr, part_ptr, stats_ptr,
     scale, capacity, first_head,
@@ -234,7 +244,7 @@ def attend_kernel(
     share = tl.cdiv(slot // TILE + 1 - first, SPLITS)
     begin = first + split * share
     end = tl.minimum(begin + share, slot // TILE + 1)
-    best = tl.full([PADDED], _UNSEEN, tl.float32)
+    best = tl.full([PADDED], _NONE, tl.float32)
     total = tl.zeros([PADDED], tl.float32)
     acc = tl.zeros([PADDED, BLOCK], tl.float32)
     cache = (row * KV_HEADS + group).to(tl.int64) * capacity * SIZE
@@ -255,14 +265,9 @@ def attend_kernel(
         mask = wanted[:, None] & (dim < SIZE)[None, :]
         key = tl.load(key_ptr + place, mask=mask, other=0.0)
         value = tl.load(value_ptr + place, mask=mask, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * (scale * _LOG2_E)
-        scores = tl.where(seen, scores, _UNSEEN)
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        weight = tl.where(seen, tl.exp2(scores - new_best[:, None]), 0.0)
-        fade = tl.exp2(best - new_best)
-        total = total * fade + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(value.dtype), value, acc * fade[:, None], input_precision="ieee")
-        best = new_best
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        scores = tl.where(seen, scores, float("-inf"))
+        best, total, acc = _fold(scores, value, best, total, acc, scale)
     if SPLITS == 1:
         y = acc / tl.where(total > 0.0, total, 1.0)[:, None]
         tl.store(out_ptr + query_place, y.to(out_ptr.dtype.element_ty), mask=query_mask)
@@ -289,3 +294,59 @@ def merge_kernel(
     acc = tl.load(part_ptr + place, mask=(dim < SIZE)[None, :], other=0.0)
     y = tl.sum(acc * fade[:, None], 0) / total
     tl.store(out_ptr + head * SIZE + dim, y.to(out_ptr.dtype.element_ty), mask=dim < SIZE)
+
+
+@triton.jit
+def sparse_kernel(
+    query_ptr, key_ptr, value_ptr, out_ptr, pads_ptr,
+    query_row, query_head, query_token, key_row, key_head, key_token,
+    value_row, value_head, value_token, length, first_head, scale,
+    GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, LOCAL: tl.constexpr,
+    STRIDE: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    # Long rows first. Positions count from a sequence's first token.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    lane = tl.arange(0, TILE)
+    dim = tl.arange(0, BLOCK)
+    wide = (dim < SIZE)[None, :]
+    _wait(EARLY)
+    pad = tl.load(pads_ptr + row)
+    queries = tile * TILE + lane
+    inside = (pad + queries < length)[:, None]
+    query_ptr += row * query_row + head * query_head + pad * query_token
+    key_ptr += row * key_row + head // GROUP * key_head + pad * key_token
+    value_ptr += row * value_row + head // GROUP * value_head + pad * value_token
+    query = tl.load(
+        query_ptr + queries[:, None] * query_token + dim[None, :], mask=inside & wide, other=0.0
+    )
+    # The queries of a tile lie in one block, so that all of them see a tile of keys or none does,
+    # but for the last one, their own.
+    PARTS: tl.constexpr = BLOCK_SIZE // TILE
+    near = tl.maximum(tile // PARTS - LOCAL + 1, 0)  # the first of the blocks close by
+    first = STRIDE - 1 - ((first_head + head) * STEP) % STRIDE  # the head's first stripe
+    far = tl.maximum(near - first + STRIDE - 1, 0) // STRIDE * PARTS  # tiles of stripes before it
+    whole = tl.where(tile * TILE + pad < length, far + tile - near * PARTS, 0)
+    best = tl.full([TILE], _NONE, tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    acc = tl.zeros([TILE, BLOCK], tl.float32)
+    key_place = lane[:, None] * key_token + dim[None, :]
+    value_place = lane[:, None] * value_token + dim[None, :]
+    for t in range(0, whole):
+        stripe = (first + t // PARTS * STRIDE) * PARTS + t % PARTS
+        start = tl.where(t < far, stripe, near * PARTS + t - far) * TILE
+        key = tl.load(key_ptr + start * key_token + key_place, mask=wide, other=0.0)
+        value = tl.load(value_ptr + start * value_token + value_place, mask=wide, other=0.0)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        best, total, acc = _fold(scores, value, best, total, acc, scale)
+    start, mask = tile * TILE, inside & wide
+    key = tl.load(key_ptr + start * key_token + key_place, mask=mask, other=0.0)
+    value = tl.load(value_ptr + start * value_token + value_place, mask=mask, other=0.0)
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    scores = tl.where(lane[None, :] <= lane[:, None], scores, float("-inf"))
+    best, total, acc = _fold(scores, value, best, total, acc, scale)
+    slots = pad + queries
+    place = ((row * length + slots) * tl.num_programs(1) + head)[:, None] * SIZE + dim[None, :]
+    y = acc / total[:, None]
+    tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask)

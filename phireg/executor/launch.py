@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from phireg.executor import kernels
+from phireg.executor.attend import SPARSE_TILE
 from phireg.executor.blocks import Cache, Rotary
 from phireg.executor.blueprint import BlockSparse, Blueprint
 from phireg.executor.schemes import Grid
 
 _GATED = ("swiglu", "gegelu")
+_LOG2_E = math.log2(math.e)
 _PROGRAMS_PER_PROCESSOR = 2
 # Rows and columns of the weight that one program has in flight: the fastest of 24 shapes for every
 # linear of Phi-3-mini on an H200, 3.7 to 4.4 TB/s.
@@ -211,7 +214,7 @@ def attend_cache(
     half = query.dtype != torch.float32
     launch = _launch(device, 4)
     kernels.attend_kernel[(batch * kv_heads, splits)](
-        query, keys, values, slot, pads, out, parts, stats, scale, capacity, first_head,
+        query, keys, values, slot, pads, out, parts, stats, scale * _LOG2_E, capacity, first_head,
         KV_HEADS=kv_heads, GROUP=group, SIZE=size, SPLITS=splits, SPARSE=pattern is not None,
         BLOCK_SIZE=pattern.block_size if pattern else 1,
         LOCAL=pattern.num_local_blocks if pattern else 1,
@@ -227,6 +230,50 @@ def attend_cache(
             **launch,
         )  # fmt: skip
     return out
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BlockSparse,
+    pads: Sequence[int],
+    first_head: int,
+    scale: float,
+) -> Tensor:
+    """Block-sparse attention of a batch of prompts, which reads no tile that a query cannot see.
+
+    Args:
+        query: [B, H, T, D], any strides but the last.
+        key: [B, G, T, D], likewise.
+        value: as ``key``.
+        pattern: the mask; its blocks are multiples of ``attend.SPARSE_TILE``.
+        pads: the slot of each row's first token; what is before it becomes 0. Empty is all 0.
+        first_head: global number of the first query head.
+        scale: what q . k is multiplied by.
+
+    Returns:
+        As ``query``.
+    """
+    batch, heads, length, size = query.shape
+    device = query.device
+    shape = (batch, length, heads, size)
+    # What nobody writes must be a number, since it will be multiplied by 0.
+    make = torch.zeros if any(pads) else torch.empty
+    out = make(shape, dtype=query.dtype, device=device)
+    half = query.dtype != torch.float32
+    tile = SPARSE_TILE if half else SPARSE_TILE // 2
+    starts = torch.tensor(pads or [0] * batch, device=device)
+    kernels.sparse_kernel[(triton.cdiv(length, tile), heads, batch)](
+        query, key, value, out, starts,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        length, first_head, scale * _LOG2_E,
+        GROUP=heads // key.shape[1], SIZE=size, BLOCK_SIZE=pattern.block_size,
+        LOCAL=pattern.num_local_blocks, STRIDE=pattern.vertical_stride, STEP=pattern.head_step,
+        TILE=tile, BLOCK=max(16, triton.next_power_of_2(size)), num_stages=3 if half else 1,
+        **_launch(device, 4),
+    )  # fmt: skip
+    return out.transpose(1, 2)
 
 
 def _launch(device: torch.device, num_warps: int) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def fake_quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 def _round_e4m3(x: Tensor) -> Tensor:
     """Float32 values of -448 to 448 rounded to e4m3's, ties to even.
 
-    Not by a cast, which compiled steps have only on GPUs that have native FP8.
+    Not by a cast, which not every device has; the kernels do the same.
     """
     power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^exponent
     # Three bits after the leading one are kept, fewer below the smallest normal number. The ulp of

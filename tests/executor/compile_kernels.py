@@ -14,12 +14,16 @@ from triton.compiler import ASTSource
 from phireg.executor import kernels
 
 HALF, FLOAT, LONG, INT, NUMBER = "*bf16", "*fp32", "*i64", "i32", "fp32"
-# Arguments by the start of their names; what is left over is a half-precision pointer.
+# Arguments by their names; what is left over is a half-precision pointer.
+STRIDES = [
+    f"{rows}_{axis}" for rows in ("query", "key", "value") for axis in ("row", "head", "token")
+]
 TYPES = {
     "width": INT, "outputs": INT, "tokens": INT, "capacity": INT, "rotary_rows": INT,
-    "first_head": INT, "epsilon": NUMBER, "limit": NUMBER, "scale": NUMBER, "scale_ptr": FLOAT,
-    "x_scale_ptr": FLOAT, "weight_scale_ptr": FLOAT, "cos_ptr": FLOAT, "sin_ptr": FLOAT,
+    "first_head": INT, "length": INT, "epsilon": NUMBER, "limit": NUMBER, "scale": NUMBER,
+    "scale_ptr": FLOAT, "x_scale_ptr": FLOAT, "weight_scale_ptr": FLOAT, "cos_ptr": FLOAT, "sin_ptr": FLOAT,
     "part_ptr": FLOAT, "stats_ptr": FLOAT, "slot_ptr": LONG, "pads_ptr": LONG,
+    **dict.fromkeys(STRIDES, INT),
 }  # fmt: skip
 ATTEND = {
     "KV_HEADS": 8, "GROUP": 4, "SIZE": 128, "SPLITS": 8, "BLOCK_SIZE": 64, "LOCAL": 16, "STRIDE": 8,
@@ -47,6 +51,10 @@ CASES = [
     ),
     ("attend", {**ATTEND, "SPARSE": False}),
     ("attend", {**ATTEND, "SPARSE": True}),
+    ("sparse", {
+        "GROUP": 4, "SIZE": 128, "BLOCK_SIZE": 64, "LOCAL": 16, "STRIDE": 8, "STEP": 1, "TILE": 64,
+        "BLOCK": 128,
+    }),
     ("merge", {"SIZE": 96, "SPLITS": 8, "BLOCK": 128}),
 ]  # fmt: skip
 
@@ -60,11 +68,11 @@ def main():
                 argument: "constexpr" if argument in fixed else TYPES.get(argument, HALF)
                 for argument in kernel.arg_names
             }
-            # Pointers and the cache's capacity are multiples of sixteen, as at run time.
+            # Pointers, strides and the cache's capacity are multiples of sixteen, as at run time.
             aligned = {
                 (position,): [["tt.divisibility", 16]]
                 for position, argument in enumerate(kernel.arg_names)
-                if argument.endswith("_ptr") or argument == "capacity"
+                if argument.endswith("_ptr") or argument in ("capacity", *STRIDES)
             }
             source = ASTSource(kernel, signature, constexprs=fixed, attrs=aligned)
             options = {"num_warps": 4, "num_stages": 3}

@@ -1,4 +1,4 @@
-"""The block-sparse mask and its tiles against the formula written out in plain loops."""
+"""The block-sparse mask and its kernel against the formula written out in plain loops."""
 
 import dataclasses
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny_sources import phi3_small, relative_error, write_checkpoint
 
-from phireg.executor import blocksparse, load
+from phireg.executor import blocksparse, launch, load
 from phireg.executor.attend import prompt_attention
 from phireg.executor.blueprint import BlockSparse
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(2)
-pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
 def allowed(pattern, head, i, j):
@@ -43,54 +43,63 @@ PATTERNS = {
     "16": BlockSparse(16, 2, 3, 1, 2),
     "32-step-2": BlockSparse(32, 1, 7, 2, 2),
     "64-homo": BlockSparse(64, 1, 2, 0, 2),
+    "64-step-3": BlockSparse(64, 2, 5, 3, 2),
     "128": BlockSparse(128, 1, 2, 1, 2),
 }
 
 
-@pytest.mark.parametrize("length", [130, 300])
 @pytest.mark.parametrize("name", PATTERNS)
-def test_tiles_hold_what_is_visible_and_no_more(name, length):
-    pattern, heads = PATTERNS[name], range(3, 7)
-    padded = 512
-    mask = blocksparse.prefill_block_mask(pattern, length, padded, 3, 4, "cpu")
-    wanted = whole_mask(pattern, heads, padded)
-    wanted[:, -(-length // 64) * 64 :] = False  # tiles of padding alone have no work
-    tiles = wanted.unflatten(2, (-1, 64)).unflatten(1, (-1, 64))
-    some, full = tiles.any(4).any(2), tiles.all(4).all(2)
-    part = torch.zeros_like(some)
-    whole = torch.zeros_like(some)
-    for flags, counts, indices in (
-        (part, mask.kv_num_blocks, mask.kv_indices),
-        (whole, mask.full_kv_num_blocks, mask.full_kv_indices),
-    ):
-        for h, row in torch.cartesian_prod(torch.arange(4), torch.arange(8)).tolist():
-            flags[h, row, indices[0, h, row, : counts[0, h, row]].long()] = True
-    assert torch.equal(whole, full)
-    assert torch.equal(part, some & ~full)
-
-
-@pytest.mark.parametrize("name", PATTERNS)
-def test_the_gpu_prefill_uncompiled(name, tmp_path):
+def test_prompts_of_unequal_lengths(name, tmp_path):
     model = phi3_small(hidden_size=64, num_attention_heads=8, num_key_value_heads=4)
     blueprint = dataclasses.replace(
         load(write_checkpoint(model, tmp_path, 2)).blueprint, sparse=PATTERNS[name]
     )
-    generator = torch.Generator().manual_seed(0)
     length, pads = 290, (0, 37)
-    query = torch.randn(2, 4, length, 8, generator=generator) * 3
-    key, value = torch.randn(2, 2, 2, length, 8, generator=generator)
-    attend = prompt_attention(blueprint, 0, 1, length, pads, torch.device("cuda"))
-    got = attend(query, key, value)
-    plain = prompt_attention(blueprint, 0, 1, length, pads, torch.device("cpu"))(query, key, value)
+    query, key, value = random_rows(2, 4, 2, length, 8)
+    got = prompt_attention(blueprint, 0, 1, length, pads, torch.device("cpu"))(query, key, value)
+    check(got, query, key, value, pads, PATTERNS[name], range(4, 8), blueprint.attention_scale)
+
+
+@pytest.mark.parametrize("name", ["64-homo", "64-step-3", "128"])
+@pytest.mark.parametrize(("length", "pads"), [(130, ()), (450, (0, 37)), (200, (199, 3))])
+def test_the_kernel_of_a_gpu(name, length, pads):
+    query, key, value = random_rows(2, 4, 2, length, 12)
+    got = launch.sparse_attention(query, key, value, PATTERNS[name], pads, 5, 0.3)
+    check(got, query, key, value, pads or (0, 0), PATTERNS[name], range(5, 9), 0.3)
+    for row, pad in enumerate(pads):
+        assert not got[row, :, :pad].any()
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # rows whose own blocks are planted
+def test_the_kernel_reads_no_block_that_is_not_seen():
+    pattern, head, length = PATTERNS["64-step-3"], 6, 64 * 12
+    query, key, value = random_rows(1, 1, 1, length, 16)
+    seen = whole_mask(pattern, [head], length)[0]
+    last = slice(length - 64, None)
+    unseen = ~seen[last].any(0)
+    assert unseen.sum() >= 6 * 64
+    wanted = launch.sparse_attention(query, key, value, pattern, (), head, 0.3)[:, :, last]
+    for rows in (key, value):
+        rows[:, :, unseen.to(rows.device)] = torch.nan
+    got = launch.sparse_attention(query, key, value, pattern, (), head, 0.3)[:, :, last]
+    assert torch.equal(got, wanted)
+
+
+def random_rows(batch, heads, kv_heads, length, size):
+    """Queries, keys and values as parts of one tensor, heads side by side, as a model has them."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(batch, length, heads + 2 * kv_heads, size, generator=generator)
+    query, key, value = rows.to(DEVICE).transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)
+    return query * 3, key, value
+
+
+def check(got, query, key, value, pads, pattern, heads, scale):
+    """Against the rule written out, row by row, from each row's first token on."""
     for row, pad in enumerate(pads):
         part = (slice(row, row + 1), slice(None), slice(pad, None))
-        mask = whole_mask(PATTERNS[name], range(4, 8), length - pad)[None]
-        wanted = attention(query[part], key[part], value[part], mask, blueprint.attention_scale)
+        mask = whole_mask(pattern, heads, got.shape[2] - pad)[None].to(got.device)
+        wanted = attention(query[part], key[part], value[part], mask, scale)
         assert relative_error(got[part].double(), wanted) < 1e-5
-        assert relative_error(plain[part].double(), wanted) < 1e-5
-    # a prompt without padding goes through at once
-    attend = prompt_attention(blueprint, 0, 1, length, (), torch.device("cuda"))
-    assert relative_error(attend(query, key, value)[:1], got[:1]) < 1e-5
 
 
 def test_short_prompts_and_dense_layers_are_plain_causal():

@@ -25,7 +25,6 @@ from phireg.executor.decoder import Decoder
 from phireg.executor.sampling import choose
 
 torch.set_num_threads(2)
-pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
 def greedy(model, prompt, count):
@@ -130,7 +129,7 @@ def test_the_kernels_of_a_gpu_run_quantized_models(make, scheme, kv, tmp_path):
     assert fused_tokens(executor, prompts[1:], 2) == [wanted[1][:2]]
 
 
-GPU_SIZE = {"hidden_size": 128}  # heads of 16, the smallest that FlexAttention's kernels take
+GPU_SIZE = {"hidden_size": 128}  # sizes that FP8 products take
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -169,5 +169,7 @@ def test_the_kernels_compile_for_real_gpus():
     assert {name for name, _, _ in built} == {
         name.removesuffix("_kernel") for name in vars(kernels) if name.endswith("_kernel")
     }
-    # What one program may have on the GPUs that have least, of compute capability 8.6 and 8.9.
-    assert max(int(shared) for _, _, shared in built) <= 99 * 1024
+    # What one program may have at most: on GPUs of compute capability 8.6 and 8.9, which have least
+    # and run what Ampere runs, and on Hopper.
+    room = {"80": 99 * 1024, "90": 227 * 1024}
+    assert all(int(shared) <= room[capability] for _, capability, shared in built)
