@@ -21,8 +21,8 @@ STRIDES = [
 TYPES = {
     "width": INT, "outputs": INT, "tokens": INT, "capacity": INT, "rotary_rows": INT,
     "first_head": INT, "length": INT, "epsilon": NUMBER, "limit": NUMBER, "scale": NUMBER,
-    "scale_ptr": FLOAT, "x_scale_ptr": FLOAT, "weight_scale_ptr": FLOAT, "cos_ptr": FLOAT, "sin_ptr": FLOAT,
-    "part_ptr": FLOAT, "stats_ptr": FLOAT, "slot_ptr": LONG, "pads_ptr": LONG,
+    "scale_ptr": FLOAT, "x_scale_ptr": FLOAT, "weight_scale_ptr": FLOAT, "cos_ptr": FLOAT,
+    "sin_ptr": FLOAT, "part_ptr": FLOAT, "stats_ptr": FLOAT, "slot_ptr": LONG, "pads_ptr": LONG,
     **dict.fromkeys(STRIDES, INT),
 }  # fmt: skip
 ATTEND = {
