@@ -202,7 +202,7 @@ def sparse(results: dict[str, Any]) -> None:
         )
         skipping = seconds(
             lambda q=query, k=key, v=value: sparse_attention(
-                q, k, v, pattern, (), 0, 1 / HEAD_SIZE
+                q, k, v, pattern, None, 0, 1 / HEAD_SIZE
             ),
             runs=20,
         )

@@ -52,8 +52,9 @@ def prompt_attention(
         from phireg.executor import launch
 
         first_head = rank * blueprint.rank_heads
+        starts = torch.tensor(pads, device=device) if any(pads) else None
         return lambda query, key, value: launch.sparse_attention(
-            query, key, value, pattern, pads, first_head, scale
+            query, key, value, pattern, starts, first_head, scale
         )
     mask = slot_mask(blueprint, sparse, rank, torch.tensor(pads or (0,), device=device))
     return lambda query, key, value: blocks.masked_attention(query, key, value, scale, mask)

@@ -302,8 +302,8 @@ def sparse_kernel(
     query_row, query_head, query_token, key_row, key_head, key_token,
     value_row, value_head, value_token, length, first_head, scale,
     GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, LOCAL: tl.constexpr,
-    STRIDE: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    STRIDE: tl.constexpr, STEP: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     # Long rows first. Positions count from a sequence's first token.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -312,7 +312,7 @@ def sparse_kernel(
     dim = tl.arange(0, BLOCK)
     wide = (dim < SIZE)[None, :]
     _wait(EARLY)
-    pad = tl.load(pads_ptr + row)
+    pad = tl.load(pads_ptr + row) if PADDED else 0
     queries = tile * TILE + lane
     inside = (pad + queries < length)[:, None]
     query_ptr += row * query_row + head * query_head + pad * query_token

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -237,7 +236,7 @@ def sparse_attention(
     key: Tensor,
     value: Tensor,
     pattern: BlockSparse,
-    pads: Sequence[int],
+    pads: Tensor | None,
     first_head: int,
     scale: float,
 ) -> Tensor:
@@ -248,7 +247,8 @@ def sparse_attention(
         key: [B, G, T, D], likewise.
         value: as ``key``.
         pattern: the mask; its blocks are multiples of ``attend.SPARSE_TILE``.
-        pads: the slot of each row's first token; what is before it becomes 0. Empty is all 0.
+        pads: int64 [B], the slot of each row's first token, what is before it becomes 0; or None
+            when no row is padded.
         first_head: global number of the first query head.
         scale: what q . k is multiplied by.
 
@@ -259,19 +259,18 @@ def sparse_attention(
     device = query.device
     shape = (batch, length, heads, size)
     # What nobody writes must be a number, since it will be multiplied by 0.
-    make = torch.zeros if any(pads) else torch.empty
+    make = torch.empty if pads is None else torch.zeros
     out = make(shape, dtype=query.dtype, device=device)
     half = query.dtype != torch.float32
     tile = SPARSE_TILE if half else SPARSE_TILE // 2
-    starts = torch.tensor(pads or [0] * batch, device=device)
     kernels.sparse_kernel[(triton.cdiv(length, tile), heads, batch)](
-        query, key, value, out, starts,
+        query, key, value, out, query if pads is None else pads,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         length, first_head, scale * _LOG2_E,
         GROUP=heads // key.shape[1], SIZE=size, BLOCK_SIZE=pattern.block_size,
         LOCAL=pattern.num_local_blocks, STRIDE=pattern.vertical_stride, STEP=pattern.head_step,
-        TILE=tile, BLOCK=max(16, triton.next_power_of_2(size)), num_stages=3 if half else 1,
-        **_launch(device, 4),
+        PADDED=pads is not None, TILE=tile, BLOCK=max(16, triton.next_power_of_2(size)),
+        num_stages=3 if half else 1, **_launch(device, 4),
     )  # fmt: skip
     return out.transpose(1, 2)
 

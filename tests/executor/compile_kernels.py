@@ -52,8 +52,8 @@ CASES = [
     ("attend", {**ATTEND, "SPARSE": False}),
     ("attend", {**ATTEND, "SPARSE": True}),
     ("sparse", {
-        "GROUP": 4, "SIZE": 128, "BLOCK_SIZE": 64, "LOCAL": 16, "STRIDE": 8, "STEP": 1, "TILE": 64,
-        "BLOCK": 128,
+        "GROUP": 4, "SIZE": 128, "BLOCK_SIZE": 64, "LOCAL": 16, "STRIDE": 8, "STEP": 1,
+        "PADDED": False, "TILE": 64, "BLOCK": 128,
     }),
     ("merge", {"SIZE": 96, "SPLITS": 8, "BLOCK": 128}),
 ]  # fmt: skip

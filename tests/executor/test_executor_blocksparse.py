@@ -64,7 +64,8 @@ def test_prompts_of_unequal_lengths(name, tmp_path):
 @pytest.mark.parametrize(("length", "pads"), [(130, ()), (450, (0, 37)), (200, (199, 3))])
 def test_the_kernel_of_a_gpu(name, length, pads):
     query, key, value = random_rows(2, 4, 2, length, 12)
-    got = launch.sparse_attention(query, key, value, PATTERNS[name], pads, 5, 0.3)
+    starts = torch.tensor(pads, device=DEVICE) if pads else None
+    got = launch.sparse_attention(query, key, value, PATTERNS[name], starts, 5, 0.3)
     check(got, query, key, value, pads or (0, 0), PATTERNS[name], range(5, 9), 0.3)
     for row, pad in enumerate(pads):
         assert not got[row, :, :pad].any()
@@ -78,10 +79,10 @@ def test_the_kernel_reads_no_block_that_is_not_seen():
     last = slice(length - 64, None)
     unseen = ~seen[last].any(0)
     assert unseen.sum() >= 6 * 64
-    wanted = launch.sparse_attention(query, key, value, pattern, (), head, 0.3)[:, :, last]
+    wanted = launch.sparse_attention(query, key, value, pattern, None, head, 0.3)[:, :, last]
     for rows in (key, value):
         rows[:, :, unseen.to(rows.device)] = torch.nan
-    got = launch.sparse_attention(query, key, value, pattern, (), head, 0.3)[:, :, last]
+    got = launch.sparse_attention(query, key, value, pattern, None, head, 0.3)[:, :, last]
     assert torch.equal(got, wanted)
 
 

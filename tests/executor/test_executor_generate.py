@@ -24,6 +24,7 @@ from phireg.executor import Sampling, generate, load, stream
 from phireg.executor.decoder import Decoder
 from phireg.executor.sampling import choose
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(2)
 
 
@@ -98,7 +99,7 @@ def test_the_kernels_of_a_gpu_continue_as_the_source_model_does(
     make, changes, ranks, lengths, tmp_path
 ):
     model = make(**changes, **SMALLER)
-    executor = load(write_checkpoint(model, tmp_path, ranks))
+    executor = load(write_checkpoint(model, tmp_path, ranks), device=DEVICE)
     prompts = [random_ids(model, n, seed=n).tolist() for n in lengths]
     wanted = [greedy(model, prompt, 3) for prompt in prompts]
     assert fused_tokens(executor, prompts, 3) == wanted
@@ -122,7 +123,7 @@ def forward_greedy(executor, prompt, count):
 def test_the_kernels_of_a_gpu_run_quantized_models(make, scheme, kv, tmp_path):
     model = make(**SMALLER)
     written(model, tmp_path, random_ids(model, 30), scheme, kv, 2)
-    executor = load(tmp_path)
+    executor = load(tmp_path, device=DEVICE)
     prompts = [random_ids(model, n, seed=n).tolist() for n in (7, 12)]
     wanted = [forward_greedy(executor, p, 3) for p in prompts]
     assert fused_tokens(executor, prompts, 3) == wanted
