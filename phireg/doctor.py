@@ -35,6 +35,14 @@ import json, torch
 print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda,
                   "available": torch.cuda.is_available()}))
 """
+_KERNELS = """
+import json, torch, warnings
+from phireg.executor.attend import has_kernels
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    ready = has_kernels(torch.device("cuda"))
+print(json.dumps({"ready": ready, "said": " ".join(str(one.message) for one in caught)}))
+"""
 _ENGINES = "phireg build, and the tensorrt-llm backend of phireg run and phireg summarize"
 _GPU_USE = f"{_ENGINES}; the executor runs on the CPU"
 
@@ -119,6 +127,17 @@ def _torch() -> Iterator[Part]:
         )
     else:
         yield Part("CUDA", OK, f"{told['cuda']}, as torch is built")
+        told, said = _ask(_KERNELS)
+        if told is not None and told["ready"]:
+            yield Part("GPU kernels", OK, "they can be built")
+        else:
+            yield Part(
+                "GPU kernels",
+                BROKEN,
+                said if told is None else told["said"],
+                "generation on a GPU at full speed: it takes several times as long",
+                "apt-get install gcc python3-dev",
+            )
 
 
 def _gpu() -> Iterator[Part]:

@@ -6,9 +6,12 @@ slot ``pads[b]``. Positions, for the block-sparse mask too, count from there.
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import subprocess
+import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -65,9 +68,35 @@ def can_skip(pattern: BlockSparse, device: torch.device) -> bool:
     return has_kernels(device) and pattern.block_size % SPARSE_TILE == 0
 
 
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Where a GPU is the current one: Triton launches on that, whatever its tensors lie on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@functools.cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether Triton kernels run there; PyTorch's CUDA builds bring Triton on Linux."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    """Whether the kernels of ``launch`` run there, which the first call finds out.
+
+    PyTorch's CUDA builds bring Triton on Linux; it needs a C compiler and Python's headers. Without
+    them one warning says so, and everything is computed one operation at a time.
+    """
+    if device.type != "cuda":
+        return False
+    try:
+        from phireg.executor import launch
+
+        with on(device):
+            launch.activate("gelu_tanh", torch.zeros(1, 16, device=device), None)
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = " ".join(str(error).split())
+        warnings.warn(
+            "the kernels for generation on a GPU cannot be built, so that it will take several "
+            f"times as long ({type(error).__name__}: {reason}); Triton needs a C compiler and "
+            "Python's headers: apt-get install gcc python3-dev",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def slot_mask(blueprint: Blueprint, sparse: bool, rank: int, pads: Tensor) -> Mask:

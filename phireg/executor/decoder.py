@@ -78,13 +78,13 @@ class Decoder:
 
     def prefill(self, prompts: Sequence[Sequence[int]], seed: int) -> None:
         """Fill the cache with prompts and choose each row's first token, into ``token``."""
-        with torch.no_grad():
+        with torch.no_grad(), attend.on(self.executor.device):
             self._random.manual_seed(seed)
             self._prefill(prompts)
 
     def step(self) -> None:
         """Put ``token`` into the cache and choose the next one, without waiting for a GPU."""
-        with torch.no_grad():
+        with torch.no_grad(), attend.on(self.executor.device):
             self._draw()
             if self._capturable and self._graph is None:
                 self._graph = self._captured()

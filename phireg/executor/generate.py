@@ -84,7 +84,7 @@ def _tokens(
         host.copy_(decoder.token, non_blocking=True)
         if on_gpu:
             copied = torch.cuda.Event()
-            copied.record()
+            copied.record(torch.cuda.current_stream(decoder.token.device))
             if left:
                 decoder.step()  # the GPU goes on while the host looks at this token
             copied.synchronize()

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from phireg.errors import UsageError
 from phireg.executor import blocks, quantized
-from phireg.executor.attend import prompt_attention
+from phireg.executor.attend import on, prompt_attention
 from phireg.executor.blocks import Attend, Rotary, Weights
 from phireg.executor.blueprint import Blueprint, read_blueprint
 from phireg.executor.schemes import ROW_LINEARS
@@ -151,7 +151,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         Returns:
             float32 [batch, sequence, vocab_size].
         """
-        with torch.no_grad():
+        with torch.no_grad(), on(self.device):
             length = input_ids.shape[1]
             ends = self.end_weights()
             x = self.embed(ends, input_ids)

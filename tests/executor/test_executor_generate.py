@@ -1,6 +1,7 @@
 """Generation against the source models' own forward pass, step by step."""
 
 import math
+from contextlib import nullcontext
 from unittest.mock import Mock
 
 import pytest
@@ -20,7 +21,8 @@ from tiny_sources import (
 from transformers import DynamicCache
 
 from phireg.errors import UsageError
-from phireg.executor import Sampling, generate, load, stream
+from phireg.executor import Sampling, generate, launch, load, stream
+from phireg.executor.attend import has_kernels
 from phireg.executor.decoder import Decoder
 from phireg.executor.sampling import choose
 
@@ -243,6 +245,22 @@ def test_a_released_model_holds_no_captured_step(phi2_executor):
     assert kept._graph is None
     phi2_executor.release()  # nothing left to do
     assert generate(phi2_executor, [[5, 6, 7]], 6) == wanted
+
+
+def test_a_gpu_without_a_compiler_says_so_and_goes_on(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    monkeypatch.setattr(launch, "activate", fail)
+    # there is no GPU to look at
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    has_kernels.cache_clear()
+    with pytest.warns(UserWarning, match="Failed to find C compiler. Please .* gcc python3-dev"):
+        assert not has_kernels(torch.device("cuda"))
+    assert not has_kernels(torch.device("cuda"))  # once is enough
+    has_kernels.cache_clear()
+    assert not has_kernels(torch.device("cpu"))
 
 
 def test_offloaded_layers_generate_too(tmp_path):

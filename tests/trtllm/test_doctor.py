@@ -52,6 +52,7 @@ def machine(tmp_path, monkeypatch):
     made._run = run
     made.versions["torch"] = "2.9.1"
     torch = {"version": "2.9.1", "cuda": "13.0", "available": True}
+    made.imports["has_kernels"] = (0, json.dumps({"ready": True, "said": ""}))
     made.imports["torch"] = (0, json.dumps(torch))
     return made
 
@@ -124,6 +125,18 @@ def test_cuda(machine, torch, state, found):
     part = machine.parts()["CUDA"]
     assert part.state == state
     assert found in part.found
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [(0, json.dumps({"ready": False, "said": "no C compiler"})), (1, "Error: no C compiler\n")],
+)
+def test_a_gpu_without_a_compiler(machine, answer):
+    machine.imports["has_kernels"] = answer
+    part = machine.parts()["GPU kernels"]
+    assert part.state == doctor.BROKEN
+    assert "no C compiler" in part.found
+    assert "python3-dev" in part.remedy
 
 
 def test_programs_that_fail(machine):
