@@ -1,7 +1,7 @@
 """The kernels of ``kernels`` as functions of tensors.
 
-Only generation on a GPU uses them, through ``fused``; ``verify`` computes with ``blocks``, against
-which the tests hold each of these.
+Generation on a GPU uses them, through ``fused``; a forward pass there uses ``sparse_attention``
+alone. Tests hold each against ``blocks``, with which ``verify`` computes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from phireg.executor.schemes import Grid
 
 _GATED = ("swiglu", "gegelu")
 _LOG2_E = math.log2(math.e)
+# Of one token's attention; twice as many or half as many are no faster on an H200.
 _PROGRAMS_PER_PROCESSOR = 2
 # Rows and columns of the weight that one program has in flight: the fastest of 24 shapes for every
 # linear of Phi-3-mini on an H200, 3.7 to 4.4 TB/s.
