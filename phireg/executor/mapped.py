@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import stat
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,13 @@ class MappedFile:
         path: the file.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: it cannot be opened, or is not a regular file.
         SafetensorError: its header is damaged, or names a dtype that torch lacks.
     """
 
     def __init__(self, path: Path) -> None:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
+            raise OSError(f"{path.name} is not a file")
         with safe_open(path, framework="numpy"):
             pass  # its header is as it must be
         with path.open("rb") as file:

@@ -87,3 +87,11 @@ def test_a_dtype_that_torch_lacks_and_no_file(tmp_path):
     write(path, {"a": ("F8_E8M0", [4], 4)})
     with pytest.raises(SafetensorError, match="a is F8_E8M0"):
         MappedFile(path)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_not_a_file_is_not_waited_for(make, tmp_path):
+    path = tmp_path / "rank0.safetensors"
+    make(path)
+    with pytest.raises(OSError, match=r"rank0\.safetensors is not a file"):
+        MappedFile(path)
