@@ -23,8 +23,8 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from phireg.executor import Executor, generate
-from phireg.executor.blueprint import BlockSparse, Blueprint, parse_blueprint
-from phireg.executor.tensors import rank_tensors
+from phireg.reader.spec import BlockSparse, Blueprint, parse_blueprint
+from phireg.reader.tensors import rank_tensors
 
 PHI3_MINI = {
     "architecture": "Phi3ForCausalLM", "dtype": "bfloat16", "vocab_size": 32064,
@@ -196,7 +196,7 @@ def per_token(run: Callable[[int], object], count: int) -> float:
 
 
 def sparse(results: dict[str, Any]) -> None:
-    from phireg.executor.launch import sparse_attention
+    from phireg.executor.cuda.launch import sparse_attention
 
     pattern = BlockSparse(**PHI3_SMALL_PATTERN)
     for length, wanted in ((8192, 3), (32768, 6)):

@@ -50,12 +50,12 @@ def write_model(work: Path, options: argparse.Namespace) -> None:
 
 
 def calibrate(work: Path, options: argparse.Namespace) -> Iterator[tuple[str, float]]:
-    from phireg import jobs
+    import phireg
     from phireg.calibration import statistics
     from phireg.calibration.run import calibrate as collect
     from phireg.calibration.settings import Settings
 
-    planned = jobs.plan(work / "model", family="phi3-mini")
+    planned = phireg.plan(work / "model", family="phi3-mini")
     settings = Settings(
         file=work / "samples.jsonl", size=options.samples, max_length=options.tokens,
         batch_size=options.batch_size, device=options.device,
@@ -67,15 +67,15 @@ def calibrate(work: Path, options: argparse.Namespace) -> Iterator[tuple[str, fl
 
 
 def export(work: Path, options: argparse.Namespace) -> Iterator[tuple[str, float]]:
-    from phireg import jobs
+    import phireg
     from phireg.calibration import statistics
 
     start = time.perf_counter()
-    planned = jobs.plan(
+    planned = phireg.plan(
         work / "model", family="phi3-mini", qformat=options.format, kv_cache_dtype="fp8"
     )
     found = statistics.load(work / "calibration.safetensors")
-    made = jobs.quantize(planned, work / options.format, found)
+    made = phireg.quantize(planned, work / options.format, found)
     yield "seconds", time.perf_counter() - start
     yield "gigabytes", sum(made.files.values()) / 1e9
     shutil.rmtree(work / options.format)

@@ -25,13 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phireg import demo, jobs
+import phireg
+from phireg import demo
 from phireg.calibration.collect import collect
 from phireg.calibration.statistics import Statistics
 from phireg.demo import DemoModel
 from phireg.executor import load
+from phireg.generation.tokenizer import find_tokenizer
 from phireg.reference.load import open_reference
-from phireg.text.tokenizer import find_tokenizer
 
 FAMILIES = ("phi2", "phi3-mini", "phi3-small", "phi3-medium")
 FORMATS = (("fp8", None), ("fp8", "fp8"), ("int8_sq", None), ("int8_sq", "int8"))
@@ -108,7 +109,7 @@ def token_rows(model: DemoModel, first: int, last: int) -> list[list[int]]:
 
 def calibrated(model: DemoModel, rows: Rows) -> Statistics:
     """Maxima over rows, in float32."""
-    planned = jobs.plan(model.directory, family=model.family)
+    planned = phireg.plan(model.directory, family=model.family)
     device = torch.device("cpu")
     reference = open_reference(
         planned.chosen.family, planned.plan.source, weights=None, dtype=torch.float32, device=device
@@ -161,14 +162,14 @@ class Measured:
     def unquantized(self) -> Score:
         """The converted model's."""
         directory = self.place / f"{self.model.family}-plain"
-        jobs.convert(jobs.plan(self.model.directory, family=self.model.family), directory)
+        phireg.convert(phireg.plan(self.model.directory, family=self.model.family), directory)
         return checkpoint_score(directory, self.rows)
 
     def quantized(
         self, qformat: str, cache: str | None, *, tp_size: int = 1, dtype: str = "auto"
     ) -> Score:
         """A quantized checkpoint's."""
-        planned = jobs.plan(
+        planned = phireg.plan(
             self.model.directory,
             family=self.model.family,
             tp_size=tp_size,
@@ -177,7 +178,7 @@ class Measured:
             kv_cache_dtype=cache,
         )
         directory = self.place / f"{self.model.family}-{qformat}-{cache}-{tp_size}-{dtype}"
-        jobs.quantize(planned, directory, self.statistics)
+        phireg.quantize(planned, directory, self.statistics)
         return checkpoint_score(directory, self.rows)
 
     def modelopt(self, qformat: str, cache: str | None) -> tuple[Score, Score]:

@@ -38,9 +38,7 @@ from phireg.errors import SourceError
 from phireg.family import Family, PublishedModel
 from phireg.findings import Severity
 from phireg.hookspecs import hookimpl
-from phireg.layout.rules import Experts, Linear, Norm, Policy, Rule, Rules, Table, one_of
-from phireg.layout.spans import Axis, LayoutError
-from phireg.layout.words import (
+from phireg.layout.axes import (
     columns,
     fuse,
     order,
@@ -52,7 +50,9 @@ from phireg.layout.words import (
     tied,
     ungroup,
 )
-from phireg.quant.rules import QuantRules
+from phireg.layout.quant_rules import QuantRules
+from phireg.layout.rules import Experts, Linear, Norm, Policy, Rule, Rules, Table, one_of
+from phireg.layout.spans import Axis, LayoutError
 
 COLUMN = Policy.COLUMN
 ROW = Policy.ROW

@@ -15,12 +15,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from phireg import jobs, registry
-from phireg.checkpoint.jsonfile import read_json_object
+import phireg
+from phireg import registry
 from phireg.checkpoint.manifest import MANIFEST
+from phireg.conversion.convert import Converted
 from phireg.errors import OutputError, PluginError, UsageError
-from phireg.jobs import Converted
-from phireg.verify.result import Verification
+from phireg.files.json import read_json_object
+from phireg.verification.result import Verification
 
 PROMPT_END = " TL;DR: "
 """What an article of the demo models is followed by; then comes its summary."""
@@ -145,7 +146,7 @@ def convert(model: DemoModel, output_dir: Path, tp_size: int = 1) -> Converted:
 
     Raises:
         OutputError: there is something else under that name.
-        PhiregError: as :func:`phireg.jobs.plan` and :func:`phireg.jobs.convert`.
+        PhiregError: as :func:`phireg.planning.plan` and :func:`phireg.conversion.convert`.
     """
     ours = (output_dir / MANIFEST).is_file()
     if not ours and output_dir.is_dir() and any(output_dir.iterdir()):
@@ -153,13 +154,13 @@ def convert(model: DemoModel, output_dir: Path, tp_size: int = 1) -> Converted:
             f"{output_dir} exists, and phireg did not make what is in it",
             hint="give --output-dir another place.",
         )
-    planned = jobs.plan(model.directory, family=model.family, tp_size=tp_size)
-    return jobs.convert(planned, output_dir, overwrite=ours)
+    planned = phireg.plan(model.directory, family=model.family, tp_size=tp_size)
+    return phireg.convert(planned, output_dir, overwrite=ours)
 
 
 def verify(model: DemoModel, checkpoint_dir: Path) -> Verification:
-    """All checks of :func:`phireg.jobs.verify`."""
-    return jobs.verify(checkpoint_dir, model.directory, family=model.family)
+    """All checks of :func:`phireg.verification.verify`."""
+    return phireg.verify(checkpoint_dir, model.directory, family=model.family)
 
 
 def summarize(checkpoint_dir: Path, articles: Sequence[Article]) -> list[str]:
@@ -170,8 +171,8 @@ def summarize(checkpoint_dir: Path, articles: Sequence[Article]) -> list[str]:
         PhiregError: as :func:`phireg.executor.load`.
     """
     from phireg.executor import generate, load
-    from phireg.text.stops import stop_ids
-    from phireg.text.tokenizer import find_tokenizer
+    from phireg.generation.stops import stop_ids
+    from phireg.generation.tokenizer import find_tokenizer
 
     tokenizer = find_tokenizer(checkpoint_dir)
     if tokenizer is None:

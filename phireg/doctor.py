@@ -37,7 +37,7 @@ print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda,
 """
 _KERNELS = """
 import json, torch, warnings
-from phireg.executor.attend import has_kernels
+from phireg.executor.attention import has_kernels
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     ready = has_kernels(torch.device("cuda"))

@@ -16,9 +16,9 @@ from phireg.config.fields import FieldTable
 from phireg.config.hf import HFConfig
 from phireg.errors import PhiregError, PluginError
 from phireg.hookspecs import API, PROJECT, Steps
+from phireg.layout.quant_rules import QuantRules
 from phireg.layout.rules import Rules
 from phireg.layout.spans import LayoutError
-from phireg.quant.rules import QuantRules
 
 _Answer = TypeVar("_Answer", FieldTable, Rules, QuantRules)
 

@@ -25,8 +25,8 @@ import pluggy
 
 from phireg.config.fields import FieldTable
 from phireg.config.hf import HFConfig
+from phireg.layout.quant_rules import QuantRules
 from phireg.layout.rules import Rules
-from phireg.quant.rules import QuantRules
 
 API = 1
 """The hook API this phireg speaks; a plugin states the number it was written against."""

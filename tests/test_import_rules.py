@@ -34,89 +34,150 @@ class Rule:
     """Exceptions to the above."""
 
 
-LAYOUT, CONFIG, QUANT = "phireg.layout", "phireg.config", "phireg.quant"
-CHECKPOINT, PLAN = "phireg.checkpoint", "phireg.plan"
+ERRORS, FINDINGS, FILES = "phireg.errors", "phireg.findings", "phireg.files"
+LAYOUT, CONFIG, READER = "phireg.layout", "phireg.config", "phireg.reader"
+SOURCE, CHECKPOINT, PLANNING = "phireg.source", "phireg.checkpoint", "phireg.planning"
+PLANNED = (PLANNING, SOURCE, CHECKPOINT, READER, FILES, ERRORS)
 STATISTICS = "phireg.calibration.statistics"
-ERRORS, FINDINGS = "phireg.errors", "phireg.findings"
-DESCRIBE = (LAYOUT, CONFIG, QUANT, FINDINGS, ERRORS, "pluggy")
+DESCRIBE = (LAYOUT, CONFIG, READER, FINDINGS, ERRORS, "pluggy")
 """What families are described with."""
+ABOVE = ("phireg.cli", "phireg.report", "phireg_plugins")
+"""What no package below the command line may import."""
 
 RULES = {
     ERRORS: Rule(),
     FINDINGS: Rule(),
     LAYOUT: Rule((ERRORS,)),
     CONFIG: Rule((LAYOUT, FINDINGS, ERRORS)),
-    QUANT: Rule((LAYOUT, ERRORS)),
-    CHECKPOINT: Rule((LAYOUT, ERRORS, "numpy", "xxhash"), lazily=("torch", "huggingface_hub")),
-    PLAN: Rule((LAYOUT, CONFIG, CHECKPOINT, QUANT, FINDINGS, ERRORS), typing=("phireg.family",)),
+    READER: Rule((ERRORS,)),
+    FILES: Rule((ERRORS, "xxhash")),
+    SOURCE: Rule((FILES, LAYOUT, ERRORS, "numpy", "xxhash"), lazily=("torch", "huggingface_hub")),
     "phireg.hookspecs": Rule(DESCRIBE),
     "phireg.family": Rule((*DESCRIBE, "phireg.hookspecs")),
     "phireg.declared": Rule(),
     "phireg.registry": Rule((*DESCRIBE, "phireg.hookspecs", "phireg.family")),
+    "phireg.families": Rule((*DESCRIBE, "phireg.family", "phireg.registry")),
     "phireg.api": Rule((*DESCRIBE, "phireg.hookspecs", "phireg.family")),
-    "phireg.page": Rule((ERRORS,)),
-    "phireg.calibration.statistics": Rule((ERRORS, "numpy", "safetensors")),
-    "phireg.calibration.data": Rule(
-        ("phireg.calibration.settings", "phireg.text", ERRORS, "xxhash"), ("huggingface_hub",)
+    "phireg.device": Rule((ERRORS, "torch")),
+    PLANNING: Rule(
+        (*DESCRIBE, SOURCE, FILES, "phireg.registry"),
+        typing=("phireg.family",),
     ),
-    "phireg.calibration": Rule(
-        ("phireg", "numpy", "torch", "xxhash"),
-        ("transformers",),
-        never=("phireg.cli", "phireg_plugins"),
-    ),
+    CHECKPOINT: Rule((READER, FILES, ERRORS, "numpy", "safetensors", "xxhash"), lazily=("torch",)),
+    "phireg.executor.cuda.kernels": Rule(("triton",)),
+    "phireg.executor.cuda": Rule(("phireg.executor", READER, "torch", "triton")),
+    "phireg.executor": Rule((READER, CHECKPOINT, FILES, ERRORS, "torch", "numpy", "safetensors")),
     "phireg.reference": Rule(
-        ("phireg", "torch"), ("transformers",), never=("phireg.cli", "phireg_plugins")
+        (CONFIG, SOURCE, FILES, PLANNING, "phireg.family", ERRORS, "torch"), ("transformers",)
     ),
-    "phireg.runner": Rule(
-        (CHECKPOINT, PLAN, QUANT, STATISTICS, FINDINGS, ERRORS, "numpy", "xxhash"),
+    "phireg.data": Rule(
+        ("phireg.calibration.settings", FILES, SOURCE, "phireg.demo", ERRORS, "xxhash"),
+        ("huggingface_hub", "datasets", "pyarrow"),
+    ),
+    STATISTICS: Rule((ERRORS, "numpy", "safetensors")),
+    "phireg.calibration": Rule(
+        ("phireg", "numpy", "torch", "xxhash"), ("transformers",), never=ABOVE
+    ),
+    "phireg.conversion": Rule(
+        (
+            PLANNING,
+            SOURCE,
+            CHECKPOINT,
+            READER,
+            FILES,
+            STATISTICS,
+            FINDINGS,
+            ERRORS,
+            "numpy",
+            "xxhash",
+        ),
         lazily=("torch",),
     ),
-    "phireg.executor.kernels": Rule(("triton",)),
-    "phireg.executor.launch": Rule(("phireg.executor", "torch", "triton")),
-    "phireg.executor": Rule((ERRORS, "torch", "numpy", "safetensors")),
-    "phireg.text": Rule(
-        (CHECKPOINT, "phireg.registry", ERRORS),
-        lazily=("transformers", "jinja2", "datasets", "pyarrow"),
-    ),
-    "phireg.backends": Rule(
-        ("phireg.executor", "phireg.trtllm", ERRORS, "torch"),
+    "phireg.generation": Rule(
+        ("phireg.executor", "phireg.device", READER, FILES, ERRORS, "torch"),
         lazily=(
-            *(CHECKPOINT, CONFIG, "phireg.reference", "phireg.registry"),
-            *("transformers", "tensorrt_llm", "mpi4py"),
+            *(SOURCE, CHECKPOINT, CONFIG, "phireg.reference", "phireg.registry"),
+            *("phireg.trtllm", "transformers", "jinja2"),
         ),
     ),
-    "phireg.postprocess": Rule(
-        (LAYOUT, CHECKPOINT, PLAN, QUANT, ERRORS, "numpy", "xxhash"), typing=("phireg.family",)
-    ),
-    "phireg.jobs": Rule(("phireg",), lazily=("torch",), never=("phireg.cli",)),
-    "phireg.demo": Rule(("phireg",), lazily=("torch",), never=("phireg.cli", "phireg_plugins")),
-    "phireg.scaffold": Rule(
+    "phireg.postprocessing": Rule(
         (
-            *(*DESCRIBE, "phireg.hookspecs", "phireg.family", "phireg.registry"),
-            "phireg.runner.directory",
-        )
+            LAYOUT,
+            CONFIG,
+            SOURCE,
+            CHECKPOINT,
+            PLANNING,
+            "phireg.conversion",
+            READER,
+            FILES,
+            ERRORS,
+            CONFIG,
+            "phireg.registry",
+            "numpy",
+            "xxhash",
+        ),
+        typing=("phireg.family",),
+    ),
+    "phireg.trtllm": Rule(
+        (
+            SOURCE,
+            CHECKPOINT,
+            READER,
+            FILES,
+            PLANNING,
+            "phireg.generation",
+            "phireg.registry",
+            ERRORS,
+            "packaging",
+            "torch",
+        ),
+        lazily=("tensorrt_llm", "mpi4py"),
+    ),
+    "phireg.verification": Rule(("phireg", "numpy", "torch"), ("transformers",), never=ABOVE),
+    "phireg.quality": Rule(("phireg", "numpy", "torch"), never=ABOVE),
+    "phireg.summarization": Rule(("phireg", "numpy"), lazily=("rouge_score",), never=ABOVE),
+    "phireg.report": Rule((ERRORS,)),
+    "phireg.demo": Rule(("phireg",), lazily=("torch",), never=ABOVE),
+    "phireg.doctor": Rule(("phireg.registry", "phireg.trtllm", ERRORS)),
+    "phireg.scaffold": Rule(
+        (*DESCRIBE, "phireg.hookspecs", "phireg.family", "phireg.registry", FILES)
     ),
     "phireg.testing": Rule(
         ("phireg", "numpy", "torch", "pytest"),
         lazily=("transformers", "safetensors"),
-        never=("phireg.cli",),
-    ),
-    "phireg.verify": Rule(
-        ("phireg", "numpy", "torch"), ("transformers",), never=("phireg.cli", "phireg_plugins")
-    ),
-    "phireg.quality": Rule(("phireg", "numpy", "torch"), never=("phireg.cli", "phireg_plugins")),
-    "phireg.doctor": Rule(("phireg.registry", "phireg.trtllm", ERRORS)),
-    "phireg.trtllm": Rule((CHECKPOINT, ERRORS, "packaging")),
-    "phireg.summarize": Rule(
-        ("phireg", "numpy"), lazily=("rouge_score",), never=("phireg.cli", "phireg_plugins")
+        never=("phireg.cli", "phireg.report"),
     ),
     "phireg.cli": Rule(
-        (ERRORS, FINDINGS, "phireg.plan.report", "click"),
+        (ERRORS, FINDINGS, "phireg.planning.report", "click"),
         lazily=(ANYTHING,),
         never=("phireg_plugins",),
     ),
     "phireg.__main__": Rule(("phireg.cli",)),
 }
+
+DEBT: set[tuple[str, str]] = {
+    ("phireg/checkpoint/inspect.py", "phireg.conversion.stream"),
+    ("phireg/checkpoint/inspect.py", "phireg.generation.choose"),
+    ("phireg/checkpoint/mapped.py", "torch"),
+    ("phireg/files/output.py", "phireg.checkpoint.manifest"),
+    ("phireg/files/output.py", "phireg.source.tokenizer_files"),
+    ("phireg/generation/choose.py", "phireg.trtllm.engine"),
+    ("phireg/generation/choose.py", "phireg.trtllm.mpi"),
+    ("phireg/generation/tokenizer.py", "phireg.checkpoint.manifest"),
+    ("phireg/generation/tokenizer.py", "phireg.registry"),
+    ("phireg/quality/charts.py", "phireg.report.svg"),
+    ("phireg/quality/report.py", "phireg.report.document"),
+    ("phireg/reader/spec.py", "phireg.executor.experts"),
+    ("phireg/reader/tensors.py", "phireg.executor.experts"),
+    ("phireg/reader/tensors.py", "torch"),
+    ("phireg/reference/build.py", "phireg.generation.quiet"),
+    ("phireg/summarization/charts.py", "phireg.report.svg"),
+    ("phireg/summarization/report.py", "phireg.report.document"),
+    ("phireg/trtllm/runtime.py", "phireg.executor"),
+    ("phireg/verification/charts.py", "phireg.report.svg"),
+    ("phireg/verification/report.py", "phireg.report.document"),
+}
+"""Wrong arrows, file and imported module, still to be turned; this set must become empty."""
 
 PLUGIN = Rule(("phireg.api",))
 PLUGIN_MODELS = Rule(("phireg.api", "torch", "transformers", "tokenizers"))
@@ -146,6 +207,8 @@ def modules(root: Path) -> Iterator[tuple[str, Path]]:
 
 def rule_for(module: str) -> tuple[str, Rule] | None:
     """The package a module belongs to and its rule; nothing for a package without one."""
+    if module == "phireg":
+        return module, Rule(lazily=(ANYTHING,))
     if module in FOLDERS:
         return module, Rule()
     if below(module, "phireg_plugins"):
@@ -216,6 +279,8 @@ def violations(root: Path) -> list[str]:
         package, rule = found
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for item in imports(tree, module, path.name == "__init__.py", set(files)):
+            if (str(shown), item.module) in DEBT:
+                continue
             if not allowed(item, package, rule):
                 place = {"module": "", "function": " in a function", "typing": " for typing"}
                 wrong.append(
@@ -243,7 +308,7 @@ def plant(root: Path, path: str, text: str) -> list[str]:
         "phireg/__init__.py": "",
         "phireg/layout/__init__.py": "",
         "phireg/layout/spans.py": "",
-        "phireg/plan/__init__.py": "",
+        "phireg/planning/__init__.py": "",
         "plugins/__init__.py": "",
         "plugins/phi2/__init__.py": "",
         "plugins/phi2/config.py": "",
@@ -260,40 +325,39 @@ def plant(root: Path, path: str, text: str) -> list[str]:
     [
         ("phireg/layout/x.py", "import torch"),
         ("phireg/layout/x.py", "def f():\n    import numpy"),
-        ("phireg/layout/x.py", "from phireg.plan import build"),
-        ("phireg/layout/x.py", "from phireg import plan"),
-        ("phireg/layout/x.py", "from ..plan import build"),
-        ("phireg/layout/x.py", "from .. import plan"),
-        ("phireg/layout/__init__.py", "from ..plan import build"),
+        ("phireg/layout/x.py", "from phireg.planning import build"),
+        ("phireg/layout/x.py", "from phireg import planning"),
+        ("phireg/layout/x.py", "from ..planning import build"),
+        ("phireg/layout/x.py", "from .. import planning"),
+        ("phireg/layout/__init__.py", "from ..planning import build"),
         ("phireg/layout/x.py", "import json, pluggy"),
         ("phireg/layout/x.py", "try:\n    import torch\nexcept ImportError:\n    pass"),
         ("phireg/layout/x.py", "class A:\n    import torch"),
         ("phireg/layout/x.py", "import importlib\ntorch = importlib.import_module('torch')"),
         ("phireg/layout/x.py", "def f(name):\n    return __import__(name)"),
         ("phireg/config/x.py", "import phireg.family"),
-        ("phireg/checkpoint/x.py", "import torch"),
-        ("phireg/checkpoint/x.py", "import transformers"),
-        ("phireg/checkpoint/x.py", "from phireg.plan import build"),
-        ("phireg/quant/x.py", "def f():\n    import torch"),
-        ("phireg/plan/x.py", "from phireg.family import Family"),
-        ("phireg/plan/x.py", "def f():\n    from phireg.family import Family"),
-        ("phireg/plan/x.py", "if TYPE_CHECKING:\n    from phireg.registry import load"),
+        ("phireg/source/x.py", "import torch"),
+        ("phireg/source/x.py", "import transformers"),
+        ("phireg/source/x.py", "from phireg.planning import build"),
+        ("phireg/reader/x.py", "def f():\n    import torch"),
+        ("phireg/planning/x.py", "from phireg.family import Family"),
+        ("phireg/planning/x.py", "def f():\n    from phireg.family import Family"),
         (
-            "phireg/plan/x.py",
+            "phireg/planning/x.py",
             "if TYPE_CHECKING:\n    pass\nelse:\n    from phireg.family import Family",
         ),
-        ("phireg/plan/x.py", "from phireg.runner import run"),
-        ("phireg/family.py", "from phireg.plan import build"),
+        ("phireg/planning/x.py", "from phireg.conversion import run"),
+        ("phireg/family.py", "from phireg.planning import build"),
         ("phireg/api.py", "import phireg.registry"),
-        ("phireg/runner/x.py", "import torch"),
-        ("phireg/runner/x.py", "from phireg.family import Family"),
+        ("phireg/conversion/x.py", "import torch"),
+        ("phireg/conversion/x.py", "from phireg.family import Family"),
         ("phireg/executor/x.py", "from phireg.layout.spans import shard"),
         ("phireg/executor/x.py", "import transformers"),
-        ("phireg/jobs.py", "import torch"),
-        ("phireg/jobs.py", "def f():\n    from phireg.cli import main"),
-        ("phireg/jobs.py", "import phireg_plugins.phi2"),
+        ("phireg/verification/x.py", "import transformers"),
+        ("phireg/verification/x.py", "def f():\n    from phireg.cli import main"),
+        ("phireg/verification/x.py", "import phireg_plugins.phi2"),
         ("phireg/cli/x.py", "import rich"),
-        ("phireg/cli/x.py", "from phireg.plan import build"),
+        ("phireg/cli/x.py", "from phireg.planning import build"),
         ("phireg/cli/x.py", "def f():\n    from phireg_plugins.phi2 import FAMILY"),
         ("phireg/new/__init__.py", ""),
         ("phireg/new.py", ""),
@@ -320,11 +384,14 @@ def test_the_checker_sees(path: str, text: str, tmp_path: Path) -> None:
             "phireg/layout/x.py",
             "import json\nfrom phireg.layout.spans import x\nfrom . import spans",
         ),
-        ("phireg/checkpoint/x.py", "import numpy\ndef f():\n    import torch.serialization"),
-        ("phireg/checkpoint/x.py", "if typing.TYPE_CHECKING:\n    import torch"),
-        ("phireg/plan/x.py", "if TYPE_CHECKING:\n    from phireg.family import Family"),
-        ("phireg/cli/x.py", "import click\ndef f():\n    from phireg import jobs\n    import rich"),
-        ("phireg/jobs.py", "import phireg.plan\ndef f():\n    import torch"),
+        ("phireg/source/x.py", "import numpy\ndef f():\n    import torch.serialization"),
+        ("phireg/source/x.py", "if typing.TYPE_CHECKING:\n    import torch"),
+        ("phireg/planning/x.py", "if TYPE_CHECKING:\n    from phireg.family import Family"),
+        (
+            "phireg/cli/x.py",
+            "import click\ndef f():\n    from phireg import device\n    import rich",
+        ),
+        ("phireg/verification/x.py", "import phireg.planning\ndef f():\n    import torch"),
         ("plugins/phi3/__init__.py", "from phireg_plugins.phi2 import FAMILY\nimport phireg.api"),
         ("plugins/phi3/__init__.py", "from phireg_plugins.phi3 import config"),
         ("plugins/phi3/reference.py", "import torch"),
@@ -335,9 +402,9 @@ def test_the_checker_lets_pass(path: str, text: str, tmp_path: Path) -> None:
 
 
 def test_the_checker_shows_the_line_and_the_rule(tmp_path: Path) -> None:
-    (found,) = plant(tmp_path, "phireg/quant/x.py", "import json\n\nimport torch\n")
-    assert found.startswith("phireg/quant/x.py:3: phireg.quant may not import torch; Rule(")
-    assert "phireg.layout" in found
+    (found,) = plant(tmp_path, "phireg/reader/x.py", "import json\n\nimport torch\n")
+    assert found.startswith("phireg/reader/x.py:3: phireg.reader may not import torch; Rule(")
+    assert "phireg.errors" in found
 
 
 # What really gets imported

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from phireg.calibration.statistics import Statistics
 from phireg.errors import SourceError
+from phireg.reference.hooks import first
 from phireg.reference.load import Reference
-from phireg.reference.watch import first
 
 Progress = Callable[[int, int], None]
 """Told (how many more tokens went through one layer, how many will in all)."""

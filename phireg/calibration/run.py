@@ -14,18 +14,18 @@ from typing import Any
 import torch
 import xxhash
 
-from phireg.backends.device import pick_device
 from phireg.calibration.collect import Cost, Progress, collect, measure
-from phireg.calibration.data import Samples, read_samples
 from phireg.calibration.settings import Settings
 from phireg.calibration.statistics import Statistics, load
 from phireg.checkpoint.manifest import file_digest
-from phireg.checkpoint.source import Source
+from phireg.data.samples import Samples, read_samples
+from phireg.device import pick_device
 from phireg.errors import SourceError, UsageError
 from phireg.family import Family
+from phireg.generation.quiet import quiet
+from phireg.generation.tokenizer import Tokenizer, find_tokenizer
 from phireg.reference.load import open_reference
-from phireg.text.quiet import quiet
-from phireg.text.tokenizer import Tokenizer, find_tokenizer
+from phireg.source.source import Source
 
 CPU_SECONDS = 300.0
 """What a calibration on a CPU may take, as far as the number of samples is not given."""

@@ -23,7 +23,7 @@ class Settings:
         dataset: ``cnn_dailymail``; a directory with a copy of it; ``builtin`` for the text that
             phireg brings along; ``auto`` for the first where the hub can be reached and the
             ``datasets`` package is installed, and the built-in text elsewhere.
-        file: rows of one's own in place of a dataset; see ``phireg.calibration.data``.
+        file: rows of one's own in place of a dataset; see ``phireg.data.samples``.
         size: how many samples; None for 512, or on a CPU as many as end in reasonable time.
         max_length: tokens after which a sample is cut off.
         batch_size: how many samples of the same length run at once. Maxima do not depend on it

@@ -9,9 +9,9 @@ from typing import Any
 
 import xxhash
 
-from phireg.checkpoint.header import read_header
-from phireg.checkpoint.jsonfile import read_json_object
 from phireg.errors import SourceError
+from phireg.files.json import read_json_object
+from phireg.files.safetensors import read_header
 
 MANIFEST = "phireg.json"
 FORMAT = 1

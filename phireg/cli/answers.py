@@ -15,10 +15,10 @@ from phireg.cli.text import emit, mute_stdout, printable
 from phireg.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from phireg.backends import Backend, Description
     from phireg.executor import Sampling
-    from phireg.text.prompts import Prompt
-    from phireg.text.tokenizer import Tokenizer
+    from phireg.generation import Backend, Description
+    from phireg.generation.prompts import Prompt
+    from phireg.generation.tokenizer import Tokenizer
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -110,7 +110,7 @@ def show_stream(
     steps: Iterable[list[int | None]], tokenizer: Tokenizer, stops: frozenset[int]
 ) -> Answer:
     """Print the text of a batch of one as it comes, whole characters only, and end its line."""
-    from phireg.text.pieces import Pieces
+    from phireg.generation.detokenizer import Pieces
 
     answer, pieces = Answer(), Pieces(tokenizer)
     try:

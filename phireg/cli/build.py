@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import phireg
 from phireg.cli.failures import stopped
 from phireg.cli.options import DTYPE_CHOICES, Directory, FamilyName, json_option
 from phireg.cli.text import columns, counted, emit, emit_json, folded, printable, size
 from phireg.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
-    from phireg.jobs.build import BuildPlan, Built
+    from phireg.trtllm.build import BuildPlan, Built
 
 _SWITCH = click.Choice(("enable", "disable"))
 _DTYPES = ("float16", "bfloat16", "float32")
@@ -149,18 +150,17 @@ def _plan(
     dtype: str | None,
     **options: Any,
 ) -> BuildPlan:
-    from phireg import jobs
 
     for name in ("context_fmha", "context_fmha_fp32_acc", "use_fp8_context_fmha"):
         options[name] = None if options[name] is None else options[name] == "enable"
-    asked = jobs.BuildOptions(**options, extra=extra)
+    asked = phireg.BuildOptions(**options, extra=extra)
     if dummy_weights:
         if checkpoint_dir is not None or model_dir is None:
             raise UsageError(
                 "--dummy-weights builds from --model-dir, without a checkpoint",
                 hint="phireg build --dummy-weights --model-dir DIR --output-dir ENGINE",
             )
-        return jobs.plan_empty_build(
+        return phireg.plan_empty_build(
             model_dir,
             output_dir,
             asked,
@@ -179,7 +179,7 @@ def _plan(
             "there is no checkpoint to build from",
             hint="phireg build CKPT --output-dir ENGINE; phireg convert makes checkpoints.",
         )
-    return jobs.plan_build(checkpoint_dir, output_dir, asked, version=version)
+    return phireg.plan_build(checkpoint_dir, output_dir, asked, version=version)
 
 
 def _identity(directory: Path) -> tuple[int, int] | None:
@@ -199,10 +199,9 @@ def _say_notes(plan: BuildPlan, *, quiet: bool) -> None:
 
 
 def _build(plan: BuildPlan, *, overwrite: bool, quiet: bool) -> Built:
-    from phireg import jobs
 
     with _display(plan.command.tp_size, quiet=quiet) as listen:
-        return jobs.build(plan, overwrite=overwrite, listen=listen)
+        return phireg.build(plan, overwrite=overwrite, listen=listen)
 
 
 @contextmanager

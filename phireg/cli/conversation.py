@@ -16,9 +16,9 @@ from phireg.cli.answers import Timing, note, show_stream, timed
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
-    from phireg.backends import Backend
     from phireg.executor import Sampling
-    from phireg.text.tokenizer import Tokenizer
+    from phireg.generation import Backend
+    from phireg.generation.tokenizer import Tokenizer
 
 EXIT = "/exit"
 _DEFAULT_NEW_TOKENS = 1024

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import phireg
 from phireg.cli.failures import stopped
 from phireg.cli.options import (
     Directory,
@@ -21,8 +22,9 @@ from phireg.cli.progress import progress_bar
 from phireg.cli.text import columns, counted, emit, emit_json, size
 
 if TYPE_CHECKING:
+    from phireg.conversion.convert import Converted
     from phireg.findings import Finding
-    from phireg.jobs import Converted, Planned
+    from phireg.planning.plan import Planned
 
 
 @click.command()
@@ -82,12 +84,12 @@ def _convert(
 ) -> None:
     started = time.monotonic()
     planned = make_plan(model_dir, **options)
-    from phireg import jobs
-    from phireg.plan.model import output_bytes
+
+    from phireg.planning.model import output_bytes
 
     total = sum(output_bytes(output) for output in planned.plan.outputs)
     with progress_bar("converting", "flushing to disk", total, quiet=quiet) as progress:
-        converted = jobs.convert(
+        converted = phireg.convert(
             planned,
             output_dir,
             overwrite=overwrite,
@@ -102,7 +104,7 @@ def _convert(
 
 
 def _document(planned: Planned, converted: Converted, seconds: float) -> dict[str, Any]:
-    from phireg.plan.report import findings_json
+    from phireg.planning.report import findings_json
 
     plan, candidate = planned.plan, planned.chosen.candidate
     return {

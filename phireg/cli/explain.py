@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import phireg
 from phireg.cli.options import Directory, json_option, make_plan, planning_options
 from phireg.cli.scales import quantized_text, scale_text
 from phireg.cli.text import columns, dtype_name, emit, emit_json
@@ -15,7 +16,7 @@ from phireg.errors import UsageError
 
 if TYPE_CHECKING:
     from phireg.layout.spans import Span
-    from phireg.plan.model import Output, Plan
+    from phireg.planning.model import Output, Plan
 
 
 @click.command()
@@ -32,8 +33,8 @@ def command(model_dir: str, tensor: str, rank: int | None, as_json: bool, **opti
     to, but not including, b. With --qformat modules have scales; how they are computed is shown.
     """
     planned = make_plan(model_dir, **options)
-    from phireg import jobs
-    from phireg.plan.report import output_json
+
+    from phireg.planning.report import output_json
 
     plan = planned.plan
     if rank is not None and not 0 <= rank < plan.options.tp_size:
@@ -41,7 +42,7 @@ def command(model_dir: str, tensor: str, rank: int | None, as_json: bool, **opti
             f"there is no rank {rank} of {plan.options.tp_size}",
             hint="ranks count from 0; --tp-size says how many there are.",
         )
-    outputs = [o for o in jobs.explain(planned, tensor) if rank is None or o.rank == rank]
+    outputs = [o for o in phireg.explain(planned, tensor) if rank is None or o.rank == rank]
     if as_json:
         emit_json({"tensor": tensor, "outputs": [output_json(plan, out) for out in outputs]})
     else:

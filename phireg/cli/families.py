@@ -12,7 +12,7 @@ from phireg.cli.options import json_option
 from phireg.cli.text import columns, emit, emit_json
 
 if TYPE_CHECKING:
-    from phireg.jobs import FamilyInfo
+    from phireg.families import FamilyInfo
 
 
 @click.command()
@@ -22,9 +22,9 @@ def command(as_json: bool) -> None:
 
     A family that cannot be loaded is listed with what is wrong with it.
     """
-    from phireg import jobs
+    from phireg.families import families
 
-    found = jobs.families()
+    found = families()
     if as_json:
         emit_json({"families": [_entry(info) for info in found]})
     else:
@@ -90,6 +90,6 @@ def _grouped(by_model: Mapping[str, tuple[object, ...]]) -> dict[tuple[object, .
 
 
 def _dtypes() -> list[str]:
-    from phireg.plan.model import DTYPES
+    from phireg.planning.model import DTYPES
 
     return list(DTYPES)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from phireg.cli.text import columns, counted
 from phireg.findings import Finding, Severity
-from phireg.plan.report import fold
+from phireg.planning.report import fold
 
 
 def findings_text(findings: Iterable[Finding], severity: Severity) -> str:

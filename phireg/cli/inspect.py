@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import phireg
 from phireg.cli.options import Directory, json_option
 from phireg.cli.progress import progress_bar
 from phireg.cli.text import columns, counted, dtype_name, emit, emit_json, size
 from phireg.errors import CheckError
 
 if TYPE_CHECKING:
-    from phireg.jobs import Inspection
+    from phireg.checkpoint.inspect import Inspection
 
 _LONG = 8
 """Lists in config.json with more items than this are shown by their ends."""
@@ -31,11 +32,9 @@ def command(checkpoint_dir: str, check: bool, quiet: bool, as_json: bool) -> Non
     CKPT is a directory that phireg or TensorRT-LLM's own scripts wrote. Ends with 4 if something
     is missing, mis-shaped or (with --check) not what was written.
     """
-    from phireg import jobs
-
     total = _bytes(checkpoint_dir) if check else 0
     with progress_bar("checking", "checked", total, quiet=quiet or not check) as progress:
-        found = jobs.inspect(checkpoint_dir, check=check, progress=progress)
+        found = phireg.inspect(checkpoint_dir, check=check, progress=progress)
     if as_json:
         emit_json(_document(checkpoint_dir, found, check))
     else:
@@ -145,7 +144,7 @@ def _config(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _tensors(found: Inspection) -> Iterator[str]:
     """One list for all ranks that hold the same names, shapes and dtypes."""
-    from phireg.plan.report import ranges
+    from phireg.planning.report import ranges
 
     alike: list[tuple[Mapping[str, Any], list[int]]] = []
     for number, rank in enumerate(found.ranks):
@@ -168,7 +167,7 @@ def _folded(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
 ) -> Iterator[tuple[str, str, str, str]]:
     """Name, shape, dtype and number of layers."""
-    from phireg.plan.report import fold_names
+    from phireg.planning.report import fold_names
 
     groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, kind in tensors.items():

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+import phireg
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
-    from phireg.jobs import Planned
+    from phireg.planning.plan import Planned
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -204,7 +205,7 @@ def make_plan(
 
     Raises:
         UsageError: a precision without the flag that it belongs to, or that flag with a format.
-        PhiregError: as :func:`phireg.jobs.plan`.
+        PhiregError: as :func:`phireg.planning.plan`.
     """
     if weight_only_precision and not use_weight_only:
         raise UsageError(
@@ -218,8 +219,7 @@ def make_plan(
             hint="--use-weight-only is what convert takes, --qformat what quantize takes; leave "
             "one of them out.",
         )
-    from phireg import jobs
 
     precision = weight_only_precision or DEFAULT_PRECISION
     weight_only = precision if use_weight_only else None
-    return jobs.plan(model_dir, weight_only=weight_only, qformat=qformat, **options)
+    return phireg.plan(model_dir, weight_only=weight_only, qformat=qformat, **options)

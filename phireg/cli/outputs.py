@@ -21,7 +21,7 @@ def check_file(path: Path, option: str) -> Path:
         UsageError: its directory does not exist.
         OutputError: it is a directory, or there is no permission.
     """
-    from phireg.jobs.calibrate import check_writable
+    from phireg.calibration.calibrate import check_writable
 
     if not path.absolute().parent.is_dir():
         raise UsageError(

@@ -12,7 +12,7 @@ from phireg.cli.text import columns, counted, emit, emit_json, memory, size
 from phireg.errors import PlanError
 
 if TYPE_CHECKING:
-    from phireg.jobs import Planned
+    from phireg.planning.plan import Planned
 
 
 @click.command()
@@ -34,8 +34,8 @@ def command(model_dir: str, as_json: bool, **options: Any) -> None:
 
 
 def _document(planned: Planned) -> dict[str, Any]:
-    from phireg.plan.report import as_json
-    from phireg.runner.stream import WORKERS
+    from phireg.conversion.stream import WORKERS
+    from phireg.planning.report import as_json
 
     candidate = planned.chosen.candidate
     return {
@@ -85,7 +85,7 @@ def _problem_rows(planned: Planned) -> list[tuple[str, str]]:
 
 
 def _rows(planned: Planned) -> list[tuple[str, str]]:
-    from phireg.runner.stream import WORKERS
+    from phireg.conversion.stream import WORKERS
 
     plan = planned.plan
     read = {span.source for out in plan.outputs for span in out.rows if span.source is not None}

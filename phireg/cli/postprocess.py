@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import phireg
 from phireg.cli.failures import stopped
 from phireg.cli.options import Directory, FamilyName, json_option
 from phireg.cli.progress import progress_bar
@@ -15,7 +16,7 @@ from phireg.cli.text import columns, counted, emit, emit_json, size
 from phireg.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
-    from phireg.jobs import Postprocessed, RowOrder
+    from phireg.postprocessing.postprocess import Postprocessed, RowOrder
 
 
 @click.command()
@@ -98,9 +99,8 @@ def _identity(directory: str) -> int | None:
 
 
 def _check(place: str, quiet: bool, as_json: bool, options: dict[str, Any]) -> None:
-    from phireg import jobs
 
-    found = jobs.row_order(place, **options)
+    found = phireg.row_order(place, **options)
     if as_json:
         emit_json({"checkpoint_dir": place, **_rows(found)})
     elif not quiet:
@@ -119,12 +119,11 @@ def _postprocess(
     as_json: bool,
     options: dict[str, Any],
 ) -> None:
-    from phireg import jobs
 
     started = time.monotonic()
-    total = jobs.postprocess_bytes(place)
+    total = phireg.postprocess_bytes(place)
     with progress_bar("post-processing", "flushing to disk", total, quiet=quiet) as progress:
-        made = jobs.postprocess(
+        made = phireg.postprocess(
             place,
             output_dir,
             in_source_order=in_source_order,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import phireg
 from phireg.cli.calib_options import DATA_OPTIONS, calibration_options, make_settings
 from phireg.cli.convert import identity
 from phireg.cli.failures import stopped
@@ -27,9 +28,11 @@ from phireg.cli.text import emit, emit_json, printable
 from phireg.errors import CheckError, PhiregError, SourceError, UsageError
 
 if TYPE_CHECKING:
+    from phireg.calibration.calibrate import Calibrated
     from phireg.calibration.settings import Settings
     from phireg.calibration.statistics import Statistics
-    from phireg.jobs import Calibrated, Converted, Planned
+    from phireg.conversion.convert import Converted
+    from phireg.planning.plan import Planned
     from phireg.quality.result import Quality
 
 
@@ -118,12 +121,10 @@ class _Run:
 
     def start(self) -> None:
         """Do all of it, and print the summary."""
-        from phireg import jobs
-
         started = time.monotonic()
         data = {name: self.options.pop(name) for name in DATA_OPTIONS}
         settings = make_settings(**data)
-        planned = jobs.plan(**self.options)
+        planned = phireg.plan(**self.options)
         self.check(planned, settings)
         with Stages(self.quiet) as stages:
             converted = self.write(planned, settings, stages)
@@ -151,7 +152,7 @@ class _Run:
 
     def check(self, planned: Planned, settings: Settings) -> None:
         """What the export does not check itself before it calibrates."""
-        from phireg.jobs.convert import check_plan
+        from phireg.conversion.convert import check_plan
 
         check_plan(planned.plan)
         options = planned.plan.options
@@ -169,21 +170,20 @@ class _Run:
             self.wanted = True
             check_file(self.report, "--report")
         if options.calibrated or self.wanted is not False:
-            from phireg.backends.device import pick_device
+            from phireg.device import pick_device
 
             pick_device(settings.device)
 
     def write(self, planned: Planned, settings: Settings, stages: Stages) -> Converted:
         """Calibrate if need be, and export."""
-        from phireg import jobs
-        from phireg.runner.scales import bytes_read
+        from phireg.conversion.scales import bytes_read
 
-        file = self.stats or jobs.statistics_beside(self.output_dir)
+        file = self.stats or phireg.statistics_beside(self.output_dir)
 
         def statistics() -> Statistics:
             begun = time.monotonic()
             stages.waiting("preparing the calibration")
-            self.calibrated = jobs.calibrate(
+            self.calibrated = phireg.calibrate(
                 planned,
                 file,
                 settings,
@@ -197,9 +197,9 @@ class _Run:
                 self.say(f"statistics of an earlier calibration serve: {file}")
             return self.calibrated.statistics
 
-        plan, total = planned.plan, jobs.quantize_bytes(planned, self.alpha)
+        plan, total = planned.plan, phireg.quantize_bytes(planned, self.alpha)
         try:
-            converted = jobs.quantize(
+            converted = phireg.quantize(
                 planned,
                 self.output_dir,
                 statistics,
@@ -230,7 +230,7 @@ class _Run:
 
     def measure(self, planned: Planned, settings: Settings, stages: Stages) -> Quality | None:
         """The report's numbers; None if there are none, and then why."""
-        from phireg.backends.device import pick_device
+        from phireg.device import pick_device
         from phireg.quality import run
 
         if self.wanted is False:

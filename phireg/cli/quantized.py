@@ -13,7 +13,9 @@ from phireg.cli.scales import format_text
 from phireg.cli.text import columns, counted, size
 
 if TYPE_CHECKING:
-    from phireg.jobs import Calibrated, Converted, Planned
+    from phireg.calibration.calibrate import Calibrated
+    from phireg.conversion.convert import Converted
+    from phireg.planning.plan import Planned
     from phireg.quality.result import Quality
 
 
@@ -98,7 +100,7 @@ def done_document(done: Done) -> dict[str, Any]:
     """What ``--json`` prints; docs/command-line.md describes it."""
     import dataclasses
 
-    from phireg.plan.report import findings_json
+    from phireg.planning.report import findings_json
 
     plan, candidate = done.planned.plan, done.planned.chosen.candidate
     options, calibrated = plan.options, done.calibrated

@@ -34,9 +34,9 @@ from phireg.cli.where import check_processes, check_starter, chosen
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
-    from phireg.backends import Backend, Description, Options
     from phireg.executor import Sampling
-    from phireg.text.prompts import Prompt
+    from phireg.generation import Backend, Description, Options
+    from phireg.generation.prompts import Prompt
 
 
 _LOADING = "loading the model"
@@ -145,9 +145,9 @@ def command(
     checkpoint run in this process, unless it is one of several: torchrun --nproc-per-node N -m
     phireg run CKPT ... Those of an engine have a process each: mpirun -n N phireg run ENGINE ...
     """
-    from phireg.backends import Options, describe, follow, process_rank
-    from phireg.backends.choose import check_kind
-    from phireg.backends.protocol import DTYPES
+    from phireg.generation import Options, describe, follow, process_rank
+    from phireg.generation.backend import DTYPES
+    from phireg.generation.choose import check_kind
 
     name, directory = chosen(place, backend, engine_dir, model_dir)
     check_starter(name)
@@ -164,7 +164,7 @@ def command(
     check_processes(name, directory, model, tp, processes)
     _check_options(**options)
     if tp and tp > processes:
-        from phireg.backends.launch import run_processes
+        from phireg.generation.processes import run_processes
 
         raise click.exceptions.Exit(run_processes(tp, sys.argv[1:]))
     try:
@@ -249,7 +249,7 @@ def _run(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    from phireg.backends.checks import check_beams
+    from phireg.generation.checks import check_beams
 
     job = _job(directory, model, tokenizer_dir, _sampling(**sampling), max_new_tokens, num_beams)
     check_beams(model, num_beams, job.sampling)
@@ -295,7 +295,7 @@ def _run(
 @contextmanager
 def _opened(name: str, directory: Path, how: Options) -> Iterator[Backend]:
     """The backend; reading large weights takes long enough to say so."""
-    from phireg.backends import open_backend
+    from phireg.generation import open_backend
 
     with ExitStack() as stack:
         with waiting(_LOADING, quiet=False):
@@ -312,9 +312,9 @@ def _job(
     num_beams: int,
 ) -> Job:
     """What is settled before the weights are read."""
-    from phireg.checkpoint.hub import resolve_model_dir
-    from phireg.text.stops import stop_ids
-    from phireg.text.tokenizer import find_tokenizer
+    from phireg.generation.stops import stop_ids
+    from phireg.generation.tokenizer import find_tokenizer
+    from phireg.source.hub import resolve_model_dir
 
     files = resolve_model_dir(str(directory), None)[0]  # backend hf may run one from the hub
     other = Path(tokenizer_dir) if tokenizer_dir else None
@@ -354,7 +354,7 @@ def _conversation(job: Job, system: str | None) -> Any:
 
 
 def _prompts(texts: Sequence[str], input_file: str | None) -> list[Prompt]:
-    from phireg.text.prompts import Prompt, read_prompts
+    from phireg.generation.prompts import Prompt, read_prompts
 
     if texts:
         return [Prompt(f"--prompt {number}", text) for number, text in enumerate(texts, 1)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from phireg.cli.text import counted, dtype_name, size
 
 if TYPE_CHECKING:
-    from phireg.plan.model import Output, Plan
+    from phireg.planning.model import Output, Plan
 
 _ENDS = {"fp8": "448", "int8": "127", "int8_sq": "127"}
 """The largest quantized value, by ``--qformat`` and ``--kv-cache-dtype``."""
@@ -15,7 +15,7 @@ _ENDS = {"fp8": "448", "int8": "127", "int8_sq": "127"}
 
 def format_text(plan: Plan) -> str:
     """``FP8, 128 linears, the rest bfloat16; FP8 KV cache``."""
-    from phireg.quant.schemes import KV_CACHES
+    from phireg.reader.schemes import KV_CACHES
 
     scheme, cache = plan.options.scheme, plan.options.kv_cache_dtype
     assert scheme is not None
@@ -29,8 +29,8 @@ def format_text(plan: Plan) -> str:
 
 def scale_rows(plan: Plan) -> list[tuple[str, str]]:
     """A row of the plan's summary for each kind of scale, and what they take."""
-    from phireg.plan.origins import CALIBRATION, WEIGHTS, computed_from
-    from phireg.quant.schemes import KV_SCALE
+    from phireg.planning.origins import CALIBRATION, WEIGHTS, computed_from
+    from phireg.reader.schemes import KV_SCALE
 
     if not plan.scales:
         return []
@@ -53,7 +53,7 @@ def scale_rows(plan: Plan) -> list[tuple[str, str]]:
 
 def pass_text(plan: Plan) -> str:
     """How much is read for the scales before anything is written; empty if nothing is."""
-    from phireg.runner.scales import bytes_read
+    from phireg.conversion.scales import bytes_read
 
     if not plan.linears:
         return ""
@@ -63,7 +63,7 @@ def pass_text(plan: Plan) -> str:
 
 def scale_text(plan: Plan, name: str) -> str:
     """How a scale will be computed."""
-    from phireg.quant.schemes import KV_SCALE
+    from phireg.reader.schemes import KV_SCALE
 
     owner, _, companion = name.rpartition(".")
     options = plan.options

@@ -10,7 +10,7 @@ import click
 from phireg.cli.text import columns, counted, emit, memory
 
 if TYPE_CHECKING:
-    from phireg.summarize.result import BackendResult, Summarization
+    from phireg.summarization.result import BackendResult, Summarization
 
 
 def show_scores(found: Summarization, report: Path | None, results: Path | None) -> None:

@@ -20,11 +20,11 @@ from phireg.cli.text import emit_json
 from phireg.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
-    from phireg.summarize.contestants import Contestant, Places
-    from phireg.summarize.data import Data
-    from phireg.summarize.result import Summarization
-    from phireg.summarize.run import Task
-    from phireg.summarize.task import Settings
+    from phireg.data.articles import Data
+    from phireg.summarization.contestants import Contestant, Places
+    from phireg.summarization.result import Summarization
+    from phireg.summarization.run import Task
+    from phireg.summarization.task import Settings
 
 # Upstream's names besides ours.
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -99,11 +99,11 @@ def command(as_json: bool, quiet: bool, report: str | None, **options: Any) -> N
     contestants, places = _contestants(device_options, **options)
     if _followed(contestants):
         return
-    from phireg.summarize.contestants import check_processes
+    from phireg.summarization.contestants import check_processes
 
     checks = _checked(contestants, **options)
     if tp and _start(tp, contestants):
-        from phireg.backends.launch import run_processes
+        from phireg.generation.processes import run_processes
 
         raise click.exceptions.Exit(run_processes(tp, sys.argv[1:]))
     check_processes(contestants)
@@ -112,12 +112,12 @@ def command(as_json: bool, quiet: bool, report: str | None, **options: Any) -> N
     except KeyboardInterrupt as interrupt:
         raise stopped(interrupt, _outcome(results_path)) from None
     if report_path is not None:
-        from phireg.page.document import write_page
-        from phireg.summarize.report import render
+        from phireg.report.document import write_page
+        from phireg.summarization.report import render
 
         write_page(render(found), report_path)
     if as_json:
-        from phireg.summarize.document import summarization_document
+        from phireg.summarization.document import summarization_document
 
         emit_json(summarization_document(found))
     else:
@@ -153,8 +153,8 @@ def _contestants(
     hf_data_type: str,
     **_others: Any,
 ) -> tuple[tuple[Contestant, ...], Places]:
-    from phireg.backends.protocol import Options, opener
-    from phireg.summarize.contestants import ENGINE, EXECUTOR, HF, choose
+    from phireg.generation.backend import Options, opener
+    from phireg.summarization.contestants import ENGINE, EXECUTOR, HF, choose
 
     places = _places(place, engine_dir, hf_model_dir)
     names = [*backends, *([ENGINE] if test_trt_llm else [])]
@@ -181,8 +181,8 @@ def _dtype(name: str) -> str | None:
 
 def _places(place: str | None, engine_dir: str | None, hf_model_dir: str | None) -> Places:
     """Sort the directories into checkpoint and engine."""
-    from phireg.backends.choose import ENGINE, MODEL, kind_of
-    from phireg.summarize.contestants import Places
+    from phireg.generation.choose import ENGINE, MODEL, kind_of
+    from phireg.summarization.contestants import Places
 
     kinds: dict[str, Path] = {}
     for path in (Path(given) for given in (place, engine_dir) if given is not None):
@@ -205,8 +205,8 @@ def _places(place: str | None, engine_dir: str | None, hf_model_dir: str | None)
 
 def _followed(contestants: Sequence[Contestant]) -> bool:
     """Do as rank 0 says, if this process is another rank of one of the backends."""
-    from phireg.backends.protocol import follow
-    from phireg.summarize.contestants import following
+    from phireg.generation.backend import follow
+    from phireg.summarization.contestants import following
 
     backends = following(contestants)
     if backends:
@@ -267,8 +267,8 @@ def _checked(
 
 def _start(tp: int, contestants: Sequence[Contestant]) -> bool:
     """Whether processes are still to be started for ``--tp``."""
-    from phireg.backends.protocol import describe, process_rank
-    from phireg.summarize.contestants import EXECUTOR
+    from phireg.generation.backend import describe, process_rank
+    from phireg.summarization.contestants import EXECUTOR
 
     one = next((one for one in contestants if one.name == EXECUTOR), None)
     if one is None:
@@ -295,13 +295,13 @@ def _run(
     quiet: bool,
     **options: Any,
 ) -> Summarization:
-    from phireg.summarize.contestants import check_fits
-    from phireg.summarize.data import TEST_ROWS, open_data
-    from phireg.summarize.result import Summarization, make_checks
-    from phireg.summarize.resultsfile import open_results
-    from phireg.summarize.run import evaluate
-    from phireg.summarize.task import Settings
-    from phireg.summarize.traits import identity, provenance
+    from phireg.data.articles import TEST_ROWS, open_data
+    from phireg.summarization.contestants import check_fits
+    from phireg.summarization.result import Summarization, make_checks
+    from phireg.summarization.resultsfile import open_results
+    from phireg.summarization.run import evaluate
+    from phireg.summarization.task import Settings
+    from phireg.summarization.traits import identity, provenance
 
     settings = Settings(**{name: options[name] for name in Settings.__dataclass_fields__})
     wanted = TEST_ROWS if settings.min_input_length else settings.count
@@ -331,10 +331,10 @@ def _run(
 
 
 def _task(data: Data, places: Places, settings: Settings, tokenizer_dir: str | None) -> Task:
-    from phireg.summarize.run import Task
-    from phireg.summarize.task import make_samples
-    from phireg.text.stops import stop_ids
-    from phireg.text.tokenizer import find_tokenizer
+    from phireg.generation.stops import stop_ids
+    from phireg.generation.tokenizer import find_tokenizer
+    from phireg.summarization.run import Task
+    from phireg.summarization.task import make_samples
 
     owner, *others = places.given()
     tokenizer = find_tokenizer(owner, Path(tokenizer_dir) if tokenizer_dir else None)

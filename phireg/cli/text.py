@@ -123,7 +123,7 @@ def memory(count: int) -> str:
 
 def dtype_name(code: str) -> str:
     """A safetensors dtype code by TensorRT-LLM's name, where it has one."""
-    from phireg.plan.model import DTYPES
+    from phireg.planning.model import DTYPES
 
     return {code: name for name, code in DTYPES.items()}.get(code, code)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import phireg
 from phireg.cli.options import Directory, FamilyName, json_option, model_dir_option
 from phireg.cli.outputs import check_file
 from phireg.cli.stages import Stages
@@ -15,7 +16,7 @@ from phireg.cli.text import emit, emit_json, printable
 from phireg.errors import CheckError
 
 if TYPE_CHECKING:
-    from phireg.verify.result import Check, Problem, Verification
+    from phireg.verification.result import Check, Problem, Verification
 
 _MOST_PROBLEMS = 12
 _PIPE_WIDTH = 80
@@ -65,8 +66,7 @@ def command(
     Checks, weakest to strongest: structure and config.json, every byte, the logits against the
     source's own model, the ranks against themselves merged. Ends with 4 if one of them fails.
     """
-    from phireg import jobs
-    from phireg.verify.result import CHECKS, QUICK
+    from phireg.verification.result import CHECKS, QUICK
 
     page = None if report is None else check_file(Path(report), "--report")
     with Stages(quiet) as stages:
@@ -75,7 +75,7 @@ def command(
             "logits": stages.counting("comparing logits", "layers"),
             "ranks": stages.counting("comparing ranks", "layers"),
         }
-        found = jobs.verify(
+        found = phireg.verify(
             checkpoint_dir,
             model_dir,
             checks=QUICK if quick else tuple(CHECKS),
@@ -83,7 +83,7 @@ def command(
             **options,
         )
     if page is not None:
-        from phireg.verify.report import write_report
+        from phireg.verification.report import write_report
 
         write_report(found, page)
     if as_json:

@@ -10,7 +10,7 @@ import click
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
-    from phireg.backends import Description
+    from phireg.generation import Description
 
 
 def chosen(
@@ -21,7 +21,7 @@ def chosen(
     Raises:
         UsageError: there is no directory or more than one, or its option is for another backend.
     """
-    from phireg.backends.choose import default_backend
+    from phireg.generation.choose import default_backend
 
     ways = (("the argument", place), ("--engine-dir", engine_dir), ("--model-dir", model_dir))
     given = [(way, path) for way, path in ways if path is not None]
@@ -48,7 +48,7 @@ def check_starter(backend: str) -> None:
     Raises:
         UsageError: they were, and this is rank 0; the others end in silence.
     """
-    from phireg.backends.choose import check_starter
+    from phireg.generation.choose import check_starter
 
     rank, wrong = check_starter(backend)
     if wrong and rank > 0:

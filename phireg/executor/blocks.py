@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from phireg.executor import quantized
-from phireg.executor.blueprint import Blueprint, Rope
 from phireg.executor.experts import ROUTER, Experts, rank_mixture, route
-from phireg.executor.tensors import KV_SCALE
+from phireg.reader.spec import Blueprint, Rope
+from phireg.reader.tensors import KV_SCALE
 
 Weights: TypeAlias = Mapping[str, Tensor]
 Rotary: TypeAlias = "tuple[Tensor, Tensor]"

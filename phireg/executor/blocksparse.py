@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from phireg.executor.blueprint import BlockSparse
+from phireg.reader.spec import BlockSparse
 
 
 def visible(pattern: BlockSparse, query: Tensor, key: Tensor, head: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phireg.executor import attend, blocks
+from phireg.executor import attention as attend
+from phireg.executor import blocks
 from phireg.executor.blocks import Attend, AttendCache, Cache, Rotary
-from phireg.executor.captured import capture
+from phireg.executor.cuda.graph import capture
 from phireg.executor.model import Executor
 from phireg.executor.sampling import Sampling, choose
 
@@ -208,12 +209,12 @@ class Decoder:
     def _fused_forward(
         self, ids: Tensor, rotary: Rotary, attends: list[list[AttendCache]]
     ) -> Tensor:
-        from phireg.executor import fused
+        from phireg.executor.cuda import fused
 
         return fused.forward(self.executor, ids, rotary, self._caches, self._slot, attends)
 
     def _attending(self, rank: int, sparse: bool) -> AttendCache:
-        from phireg.executor import launch
+        from phireg.executor.cuda import launch
 
         blueprint = self.executor.blueprint
 

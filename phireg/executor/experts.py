@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from phireg.executor.config import Config
+from phireg.reader.fields import Config
 
 ROUTER = "mlp.router.weight"
 

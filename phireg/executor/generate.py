@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from phireg.errors import UsageError
-from phireg.executor.attend import has_kernels
+from phireg.executor.attention import has_kernels
 from phireg.executor.decoder import Decoder
 from phireg.executor.model import Executor
 from phireg.executor.sampling import Sampling

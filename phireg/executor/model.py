@@ -14,12 +14,12 @@ from torch.nn import functional
 
 from phireg.errors import UsageError
 from phireg.executor import blocks, quantized
-from phireg.executor.attend import on, prompt_attention
+from phireg.executor.attention import on, prompt_attention
 from phireg.executor.blocks import Attend, Rotary, Weights
-from phireg.executor.blueprint import Blueprint, read_blueprint
-from phireg.executor.schemes import ROW_LINEARS
-from phireg.executor.tensors import end_tensors, layer_prefix, layer_tensors, rank_tensors
 from phireg.executor.weights import Source, open_ranks
+from phireg.reader.quantization import ROW_LINEARS
+from phireg.reader.spec import Blueprint, read_blueprint
+from phireg.reader.tensors import end_tensors, layer_prefix, layer_tensors, rank_tensors
 
 # (layer, what, value): what is "embedding" (layer -1), "attention", "mlp" or "hidden".
 Observe = Callable[[int, str, Tensor], None]

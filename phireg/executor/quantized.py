@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from phireg.executor.experts import ROUTER
-from phireg.executor.schemes import LINEARS, Grid, Quantization
+from phireg.reader.quantization import LINEARS, Grid, Quantization
 
 _E4M3_MAX = 448.0
 _E4M3_SMALLEST_NORMAL = 2.0**-6

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from phireg.checkpoint.mapped import MappedFile
 from phireg.errors import CheckError
-from phireg.executor.blueprint import Blueprint
-from phireg.executor.mapped import MappedFile
-from phireg.executor.tensors import (
+from phireg.reader.spec import Blueprint
+from phireg.reader.tensors import (
     KEY_SCALE,
     KV_SCALE,
     VALUE_SCALE,

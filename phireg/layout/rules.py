@@ -1,7 +1,7 @@
 """Rules: which target module is made of which source modules, and how it is sharded.
 
 A rule names modules, not tensors: ``attention.qkv`` covers the weight, the bias and every scale of
-that linear, each along the axes it lives on (``phireg.quant.companions``). Rules know neither
+that linear, each along the axes it lives on (``phireg.planning.companions``). Rules know neither
 ranks nor data, so parallelism cannot leak into a mapping.
 """
 
@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
+from phireg.layout.axes import columns, stack
 from phireg.layout.place import caller
 from phireg.layout.spans import Axis, LayoutError
-from phireg.layout.words import columns, stack
 
 _HERE = Path(__file__).parent
 

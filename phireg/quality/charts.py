@@ -6,9 +6,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from phireg.page.svg import WIDTH, LogFrame, element, picture, text
 from phireg.quality.result import LinearQuality, Quality, sqnr
 from phireg.quality.words import decibels, share, times
+from phireg.report.svg import WIDTH, LogFrame, element, picture, text
 
 _LABELS, _TOP, _ROW, _GAP = 126.0, 4.0, 30.0, 2.0
 _WRITTEN = 40.0

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from phireg.executor.blocks import Weights
 from phireg.executor.quantized import fake_quantize
-from phireg.executor.schemes import ROW_LINEARS
 from phireg.quality.result import LinearQuality
+from phireg.reader.quantization import ROW_LINEARS
 
 _ROWS = 1024
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
-from phireg.page.document import document, write_page
 from phireg.quality.charts import Measure, applicable, heat_map, hidden_chart
 from phireg.quality.result import LinearQuality, Quality
 from phireg.quality.style import CSS
 from phireg.quality.words import decibels, percent, share, times
+from phireg.report.document import document, write_page
 
 _WORST = 16
 

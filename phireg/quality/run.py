@@ -8,21 +8,21 @@ from typing import Any
 
 import torch
 
-from phireg.backends.device import pick_device
 from phireg.calibration.run import describe
 from phireg.calibration.settings import Settings
+from phireg.device import pick_device
 from phireg.errors import SourceError
 from phireg.executor import Blueprint, Executor, read_blueprint
-from phireg.executor.blueprint import parse_blueprint
 from phireg.executor.weights import open_ranks
-from phireg.jobs.plan import Planned
-from phireg.plan.model import Plan
+from phireg.generation.quiet import quiet
+from phireg.generation.tokenizer import find_tokenizer
+from phireg.planning.model import Plan
+from phireg.planning.plan import Planned
+from phireg.quality.layerwise import walk
 from phireg.quality.result import Quality, TextQuality
 from phireg.quality.text import Text, choose_text
 from phireg.quality.unquantized import rank_sources, unquantized_plan
-from phireg.quality.walk import walk
-from phireg.text.quiet import quiet
-from phireg.text.tokenizer import find_tokenizer
+from phireg.reader.spec import parse_blueprint
 
 TOKENS = {"cpu": 512, "cuda": 2048}
 """Tokens of a report at most, by kind of device."""

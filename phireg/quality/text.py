@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from phireg.calibration.data import Encode, Samples, read_samples
 from phireg.calibration.settings import DEFAULT_SIZE, Settings
+from phireg.data.samples import Encode, Samples, read_samples
 
 _FURTHER = 64
 """Samples that are read behind those that were calibrated on."""
@@ -49,7 +49,7 @@ def choose_text(
         longest: tokens the model takes at most.
 
     Raises:
-        UsageError: a sample is not one; see ``phireg.calibration.data``.
+        UsageError: a sample is not one; see ``phireg.data.samples``.
         PhiregError: the data cannot be had.
     """
 

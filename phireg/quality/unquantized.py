@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from phireg.checkpoint.jsonfile import read_json_object
-from phireg.checkpoint.source import Reader
 from phireg.config.hf import HFConfig
+from phireg.conversion.cast import as_torch
 from phireg.executor.weights import Source
-from phireg.jobs.plan import Planned
-from phireg.plan.build import build_plan
-from phireg.plan.model import Output, Plan
-from phireg.runner.cast import as_torch
-from phireg.verify.expected import expected_tensor
+from phireg.files.json import read_json_object
+from phireg.planning.build import build_plan
+from phireg.planning.model import Output, Plan
+from phireg.planning.plan import Planned
+from phireg.source.source import Reader
+from phireg.verification.expected import expected_tensor
 
 
 def unquantized_plan(planned: Planned) -> Plan:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from phireg.checkpoint.jsonfile import read_json_object
 from phireg.errors import SourceError
 from phireg.family import Family
-from phireg.text.quiet import quiet
+from phireg.files.json import read_json_object
+from phireg.generation.quiet import quiet
 
 
 def build(family: Family, directory: Path, dtype: torch.dtype) -> tuple[Any, tuple[str, ...]]:

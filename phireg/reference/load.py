@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phireg.checkpoint.source import Source
 from phireg.family import Family
 from phireg.reference.build import build
+from phireg.reference.hooks import Watcher, watched
 from phireg.reference.parameters import Parameters
-from phireg.reference.watch import Watcher, watched
+from phireg.source.source import Source
 
 _LAYERS = "model.layers."
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phireg.checkpoint.source import Reader, Source, SourceTensor
 from phireg.errors import SourceError
+from phireg.source.source import Reader, Source, SourceTensor
 
 _DTYPES = {
     "F16": torch.float16,

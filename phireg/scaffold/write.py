@@ -15,9 +15,9 @@ from typing import Any
 
 from phireg import registry
 from phireg.errors import OutputError, UsageError
+from phireg.files.output import OutputDirectory
 from phireg.hookspecs import API
 from phireg.registry import Candidate, Chosen, Index
-from phireg.runner.directory import OutputDirectory
 from phireg.scaffold.names import check_name, module_name
 from phireg.scaffold.tiny import tiny_config
 

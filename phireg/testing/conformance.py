@@ -11,14 +11,14 @@ from typing import Any, ClassVar, NoReturn
 import numpy as np
 import pytest
 
-from phireg import jobs
-from phireg.checkpoint.source import SourceTensor, open_source
+import phireg
 from phireg.errors import PlanError, SourceError
 from phireg.family import Family
 from phireg.findings import Severity
+from phireg.reader.keys import required_keys
+from phireg.source.source import SourceTensor, open_source
 from phireg.testing.model import TinyModel
 from phireg.testing.probe import Addresses
-from phireg.verify.reader import required_keys
 
 SourceRow = tuple[str, int]
 """A source module and one of its rows."""
@@ -184,8 +184,8 @@ class FamilyConformance:
         import torch
 
         from phireg.errors import CheckError
-        from phireg.executor.blueprint import parse_blueprint
-        from phireg.verify.merge import merge
+        from phireg.reader.spec import parse_blueprint
+        from phireg.verification.merge import merge
 
         whole = _probes(model, 1)[0]
         for tp_size in self.tp_sizes:
@@ -245,7 +245,7 @@ class FamilyConformance:
             _probes(model, tp_size)
             first = model.checkpoint(tp_size)
             second = model.directory / f"again-tp{tp_size}"
-            jobs.convert(model.planned(tp_size), second)
+            phireg.convert(model.planned(tp_size), second)
             for file in sorted(first.iterdir()):
                 if file.read_bytes() != (second / file.name).read_bytes():
                     place = model.places.hook("phireg_weight_rules")
@@ -319,7 +319,7 @@ def _refused(model: TinyModel, tensors: Mapping[str, SourceTensor], code: str, n
         )
     output = model.directory / "refused"
     try:
-        jobs.convert(planned, output)
+        phireg.convert(planned, output)
     except PlanError as error:
         if name not in error.message:
             _fail(f"{name} is {code}, and the error does not name it:", [error.message])

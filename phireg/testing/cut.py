@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from phireg.checkpoint.carried import CARRIED
-from phireg.checkpoint.header import encode_header
-from phireg.checkpoint.hub import resolve_model_dir
-from phireg.checkpoint.jsonfile import read_json_object
-from phireg.checkpoint.source import Reader, SourceTensor, open_source
 from phireg.errors import SourceError, UsageError
-from phireg.runner.directory import OutputDirectory
+from phireg.files.json import read_json_object
+from phireg.files.output import OutputDirectory
+from phireg.files.safetensors import encode_header
+from phireg.source.hub import resolve_model_dir
+from phireg.source.source import Reader, SourceTensor, open_source
+from phireg.source.tokenizer_files import CARRIED
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?=\.)")
 _COUNTS = ("num_hidden_layers", "n_layer")

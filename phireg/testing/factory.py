@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from phireg.checkpoint.header import encode_header
 from phireg.config.hf import HFConfig
 from phireg.errors import UsageError
 from phireg.family import Family
-from phireg.quant.companions import axes_of
+from phireg.files.safetensors import encode_header
+from phireg.planning.companions import axes_of
 
 _POOL = 2**22
 _SHARD = "model-{:05d}-of-{:05d}.safetensors"

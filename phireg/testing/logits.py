@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from phireg.testing.model import TinyModel
 from phireg.testing.repair import Repairs
-from phireg.verify.compute import Computed
-from phireg.verify.measure_types import Place, place_text
-from phireg.verify.request import Request, Skipped
-from phireg.verify.result import Problem
+from phireg.verification.compute import Computed
+from phireg.verification.measure_types import Place, place_text
+from phireg.verification.request import Request, Skipped
+from phireg.verification.result import Problem
 
 _EXPLAINED = 3
 

@@ -9,16 +9,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from phireg import jobs
-from phireg.checkpoint.source import Source, open_source
+import phireg
 from phireg.config.fields import Translation
 from phireg.config.hf import HFConfig
 from phireg.errors import PlanError
 from phireg.family import Family
-from phireg.plan.build import build_plan
-from phireg.plan.model import Options
-from phireg.plan.report import problems
+from phireg.planning.build import build_plan
+from phireg.planning.model import Options
+from phireg.planning.report import problems
 from phireg.registry import GROUP, Candidate, Chosen
+from phireg.source.source import Source, open_source
 from phireg.testing.places import Places
 from phireg.testing.probe import AddressBook, Addresses, read_addresses
 from phireg.testing.tiny import tiny_config, write_tiny_model
@@ -79,19 +79,19 @@ class TinyModel:
 
     def planned(
         self, tp_size: int, source: Source | None = None, *, qformat: str | None = None
-    ) -> jobs.Planned:
+    ) -> phireg.Planned:
         """The plan of the model, or of another source with the same config.json."""
         if source is None:
             key = ("planned", tp_size, qformat)
             if key not in self._made:
                 self._made[key] = self.planned(tp_size, self.source, qformat=qformat)
-            made: jobs.Planned = self._made[key]
+            made: phireg.Planned = self._made[key]
             return made
         options = Options("float32", tp_size, qformat)
         plan = build_plan(self.family, HFConfig(self.config), source, options)
         entry = metadata.EntryPoint(self.family.name, "under:test", GROUP)
         candidate = Candidate(self.family.name, "under test", "0", entry.value, entry)
-        return jobs.Planned(plan, Chosen(self.family, candidate), str(source.directory))
+        return phireg.Planned(plan, Chosen(self.family, candidate), str(source.directory))
 
     def plan_problems(self, tp_size: int, qformat: str | None = None) -> str | None:
         """What speaks against the plan, with the places concerned; None if nothing does."""
@@ -138,5 +138,5 @@ class TinyModel:
             planned = self.planned(tp_size, open_source(source_dir))
             if planned.plan.errors:
                 raise PlanError(self.plan_problems(tp_size) or "")
-            jobs.convert(planned, output)
+            phireg.convert(planned, output)
         return output

@@ -14,7 +14,7 @@ from phireg.family import Family
 from phireg.hookspecs import PROJECT
 from phireg.layout.rules import Rule, Rules
 from phireg.layout.spans import LayoutError
-from phireg.verify.recognise import place_of
+from phireg.verification.recognise import place_of
 
 _WORD = re.compile(r"[\w.]*[\w]\.[\w.]*\w")
 _MOST = 8

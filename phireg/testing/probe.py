@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from phireg.checkpoint.header import encode_header, read_header
 from phireg.errors import SourceError
+from phireg.files.safetensors import encode_header, read_header
 
 Addresses = npt.NDArray[np.uint32]
 """Addresses of source elements, in the shape of a tensor; 0 is a zero that was filled in."""

@@ -17,16 +17,16 @@ import torch
 
 from phireg.errors import PhiregError
 from phireg.executor import Executor
-from phireg.executor.blueprint import parse_blueprint
 from phireg.layout.rules import Rule
+from phireg.reader.spec import parse_blueprint
 from phireg.reference.load import Reference
 from phireg.testing.model import TinyModel
 from phireg.testing.probe import Addresses
-from phireg.verify.logits import compare_logits
-from phireg.verify.measure_types import Place
-from phireg.verify.patterns import Heads, fc_candidates, head_name, qkv_candidates
-from phireg.verify.prompts import Prompt, Prompts
-from phireg.verify.recognise import heads_of
+from phireg.verification.logits import compare_logits
+from phireg.verification.measure_types import Place
+from phireg.verification.patterns import Heads, fc_candidates, head_name, qkv_candidates
+from phireg.verification.prompts import Prompt, Prompts
+from phireg.verification.recognise import heads_of
 
 _ACTIVATIONS = ("gelu_new", "swiglu", "gegelu")
 _SIZES = (

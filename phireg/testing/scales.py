@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from phireg import jobs
+import phireg
 from phireg.calibration.statistics import Statistics
-from phireg.plan.model import QuantizedLinear
-from phireg.quant.schemes import SCHEMES, Scheme
+from phireg.planning.model import QuantizedLinear
+from phireg.reader.schemes import SCHEMES, Scheme
 from phireg.testing.model import TinyModel
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def scale_problems(model: TinyModel, tp_size: int, scheme: Scheme) -> str | None
     linears = {linear.target: linear for linear in planned.plan.linears}
     maxima = _maxima(linears.values())
     output = model.directory / f"{scheme.qformat}-tp{tp_size}"
-    jobs.quantize(planned, output, Statistics(maxima, (), (), {}))
+    phireg.quantize(planned, output, Statistics(maxima, (), (), {}))
     dequantized = model.directory / f"source-{scheme.qformat}"
     if not dequantized.exists():
         _write_dequantized(model, dequantized, scheme, linears.values(), maxima)

@@ -14,9 +14,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from phireg.checkpoint.carried import CARRIED
-from phireg.checkpoint.jsonfile import read_json_object
 from phireg.errors import SourceError
+from phireg.files.json import read_json_object
+from phireg.source.tokenizer_files import CARRIED
 
 BUILD_FILE = "phireg-build.json"
 FP32_ACCUMULATION = "enable_context_fmha_fp32_acc"

@@ -8,11 +8,11 @@ import pytest
 import torch
 from run.tiny import SOURCES
 
-from phireg import backends
-from phireg.backends import Description, Options, describe, executor, open_backend
-from phireg.backends.device import measure_memory, peak_memory
+from phireg import generation as backends
+from phireg.device import measure_memory, peak_memory
 from phireg.errors import CheckError, SourceError, UsageError
 from phireg.executor import Executor, Sampling
+from phireg.generation import Description, Options, describe, executor, open_backend
 
 GREEDY = Sampling()
 FLOAT = Options("cpu", "float32")

@@ -12,11 +12,11 @@ import pytest
 from backends.fake_trtllm import VOCAB, continued, engine, install, next_token
 from click.testing import CliRunner
 
-from phireg.backends import Options, describe, open_backend, process_rank
-from phireg.backends.mpi import communicator
 from phireg.cli import app
 from phireg.errors import CheckError, PhiregError, UsageError
 from phireg.executor import Sampling
+from phireg.generation import Options, describe, open_backend, process_rank
+from phireg.trtllm.mpi import communicator
 
 ROOT = Path(__file__).parents[2]
 GREEDY = Sampling()

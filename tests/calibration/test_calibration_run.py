@@ -15,9 +15,9 @@ from phireg.calibration.collect import Cost, collect
 from phireg.calibration.run import calibrate, describe, misfit, reuse
 from phireg.calibration.settings import Settings
 from phireg.calibration.statistics import load, save
-from phireg.checkpoint.source import open_source
 from phireg.errors import SourceError, UsageError
 from phireg.reference.load import open_reference
+from phireg.source.source import open_source
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

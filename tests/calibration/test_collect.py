@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from phireg import registry
 from phireg.calibration.collect import collect, measure
-from phireg.checkpoint.source import open_source
 from phireg.errors import SourceError
 from phireg.reference.load import open_reference
+from phireg.source.source import open_source
 
 CPU = torch.device("cpu")
 # Past 8 tokens blocks are dropped, past 20 long rope takes the long factors.

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from damage import DAMAGES, Damage, make_tiny_phi3
 
-from phireg.checkpoint.jsonfile import read_json_object
-from phireg.checkpoint.source import open_source
 from phireg.errors import SourceError
+from phireg.files.json import read_json_object
+from phireg.source.source import open_source
 
 
 def params(stage: str):

@@ -16,8 +16,8 @@ import xxhash
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from phireg.checkpoint.header import ITEMSIZE, encode_header, read_header
 from phireg.errors import SourceError
+from phireg.files.safetensors import ITEMSIZE, encode_header, read_header
 
 NUMPY = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "i2", "U16": "u2", "F16": "f2",
@@ -217,7 +217,7 @@ def test_files_that_cannot_be_read(tmp_path, name):
 
 def test_reading_headers_imports_no_torch():
     code = (
-        "import sys, phireg.checkpoint.source, phireg.checkpoint.hub\n"
+        "import sys, phireg.source.source, phireg.source.hub\n"
         "heavy = {'torch', 'huggingface_hub', 'transformers', 'safetensors'}\n"
         "sys.exit(bool(heavy & set(sys.modules)))"
     )

@@ -12,8 +12,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import utils
 
-from phireg.checkpoint.hub import resolve_model_dir
 from phireg.errors import SourceError, UsageError
+from phireg.source.hub import resolve_model_dir
 
 REPO = "microsoft/Phi-3-mini-4k-instruct"
 COMMIT = "0a67737cc96d2554230f90338b163bc6380a2a85"
@@ -149,7 +149,7 @@ def test_what_the_hub_says_becomes_a_source_error(monkeypatch, error, expected):
 def run_offline(cache: Path, revision: str | None) -> str:
     code = (
         "import sys\n"
-        "from phireg.checkpoint.hub import resolve_model_dir\n"
+        "from phireg.source.hub import resolve_model_dir\n"
         "from phireg.errors import SourceError\n"
         "try:\n"
         "    print(*resolve_model_dir(sys.argv[1], sys.argv[2] or None))\n"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phireg.checkpoint.jsonfile import parse_object, read_json_object
 from phireg.errors import SourceError
+from phireg.files.json import parse_object, read_json_object
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)

@@ -20,8 +20,8 @@ from damage import (
 from safetensors.numpy import load_file
 
 from phireg.cli import options
-from phireg.plan.model import DTYPES
-from phireg.quant.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
+from phireg.planning.model import DTYPES
+from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
 
 Q, KV = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
 
@@ -204,9 +204,9 @@ def test_names_cannot_command_the_terminal(tiny, run):
 
 
 def test_a_defect_is_one_line_and_says_how_to_report_it(tiny, run, monkeypatch):
-    from phireg import jobs
+    import phireg
 
-    monkeypatch.setattr(jobs, "plan", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(phireg, "plan", lambda *args, **options: 1 / 0)
     monkeypatch.delenv("PHIREG_DEBUG", raising=False)
     result = run("plan", "--model-dir", tiny)
     assert result.exit_code == 1

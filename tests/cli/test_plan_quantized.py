@@ -9,7 +9,7 @@ import pytest
 from damage import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, config, tiny_tensors
 from safetensors import safe_open
 
-from phireg.quant.rules import QuantRules
+from phireg.layout.quant_rules import QuantRules
 
 Q, KV = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
 LAYERS = 2

@@ -1,6 +1,5 @@
 """phireg quantize as a user meets it: what is said, kept, refused and resumed."""
 
-import importlib
 import json
 import os
 
@@ -12,10 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from phireg import demo
 from phireg.calibration import run as calibrating
+from phireg.conversion import quantization as exporting
 from phireg.errors import OutputError
 from phireg.quality import run as measuring
-
-exporting = importlib.import_module("phireg.jobs.quantize")  # its name there is the function's
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -39,7 +39,7 @@ def imported(*args):
 def test_no_torch_without_need(args, tiny, tmp_path):
     places = {"MODEL": tiny, "OUT": tmp_path / "out"}
     modules = imported(*(places.get(arg, arg) for arg in args))
-    assert "phireg.jobs" in modules or args[0] == "plugins"
+    assert "phireg.layout" in modules or args[0] == "plugins"
     assert not modules & set(HEAVY)
 
 
@@ -47,7 +47,14 @@ def test_no_torch_without_need(args, tiny, tmp_path):
 def test_help_imports_next_to_nothing(args):
     modules = imported(*args)
     assert "click" in modules
-    assert not modules & {*HEAVY, "numpy", "rich", "pluggy", "phireg.jobs", "phireg.registry"}
+    assert not modules & {
+        *HEAVY,
+        "numpy",
+        "rich",
+        "pluggy",
+        "phireg.planning",
+        "phireg.registry",
+    }
 
 
 def test_help_is_quick(spawn):

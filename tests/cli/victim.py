@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 # Imported before anything is counted.
-import phireg.jobs  # noqa: F401
+import phireg  # noqa: F401
 from phireg.cli import main
 
 WATCHED = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}

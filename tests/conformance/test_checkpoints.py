@@ -130,11 +130,11 @@ def test_shards_stay_shards_and_are_numbered_anew(whole, tmp_path):
 
 
 def test_a_cut_model_converts_and_runs_as_the_reference_does(whole, tmp_path):
-    from phireg import jobs
+    import phireg
 
     made = cut(whole, tmp_path / "cut", layers=2)
-    jobs.convert(jobs.plan(made, family="phi3-mini", dtype="float32"), tmp_path / "out")
-    found = jobs.verify(tmp_path / "out", made, family="phi3-mini")
+    phireg.convert(phireg.plan(made, family="phi3-mini", dtype="float32"), tmp_path / "out")
+    found = phireg.verify(tmp_path / "out", made, family="phi3-mini")
     assert found.passed and found.check("logits").verdict == "passed"
 
 

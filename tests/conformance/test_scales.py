@@ -4,8 +4,8 @@ import pytest
 from conformance.acme import BASES, TINY
 from safetensors.torch import load_file, save_file
 
-from phireg import jobs
-from phireg.quant.schemes import SCHEMES
+import phireg
+from phireg.reader.schemes import SCHEMES
 from phireg.testing.model import TinyModel
 from phireg.testing.scales import scale_problems, schemes_of
 
@@ -24,7 +24,7 @@ def planted(monkeypatch, tmp_path, source, qformat, tensor, damage):
     """What is said when a quantized checkpoint at TP 2 is written with a damaged tensor."""
     model = TinyModel(BASES["small"], TINY["small"], tmp_path)
     model.source_dir = source
-    right = jobs.quantize
+    right = phireg.quantize
 
     def quantize(planned, output, statistics):
         right(planned, output, statistics)
@@ -32,7 +32,7 @@ def planted(monkeypatch, tmp_path, source, qformat, tensor, damage):
         tensors[tensor] = damage(tensors[tensor]).contiguous()
         save_file(tensors, output / "rank1.safetensors")
 
-    monkeypatch.setattr(jobs, "quantize", quantize)
+    monkeypatch.setattr(phireg, "quantize", quantize)
     return scale_problems(model, 2, SCHEMES[qformat])
 
 

@@ -12,10 +12,10 @@ from phireg.config.hf import HFConfig
 from phireg.errors import PluginError
 from phireg.family import Family, PublishedModel
 from phireg.hookspecs import API, hookimpl
+from phireg.layout.axes import parts, src
+from phireg.layout.quant_rules import QuantRules
 from phireg.layout.rules import Norm, Rules
 from phireg.layout.spans import LayoutError
-from phireg.layout.words import parts, src
-from phireg.quant.rules import QuantRules
 
 HERE = f"{Path(__file__).parent.name}/{Path(__file__).name}"
 HF = HFConfig({})

@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from phireg import demo, jobs, registry
+import phireg
+from phireg import demo, registry
 from phireg.cli import app
 from phireg.errors import PluginError
 
@@ -246,7 +247,7 @@ def test_without_a_card_there_are_no_scores(run, changed):
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_wrong_checkpoint_ends_with_4(run, monkeypatch, as_json):
     """A conversion that zeroes one block of one tensor."""
-    convert = jobs.convert
+    convert = phireg.convert
 
     def wrong(planned, output_dir, **options):
         made = convert(planned, output_dir, **options)
@@ -256,7 +257,7 @@ def test_a_wrong_checkpoint_ends_with_4(run, monkeypatch, as_json):
         save_file(tensors, path)
         return made
 
-    monkeypatch.setattr(jobs, "convert", wrong)
+    monkeypatch.setattr(phireg, "convert", wrong)
     done = run("demo", *(["--json"] if as_json else ["--quiet"]))
     assert done.exit_code == 4
     if as_json:
@@ -276,4 +277,4 @@ def test_an_interruption_after_the_conversion_does_not_deny_it(run, monkeypatch)
     result = run("demo", "phi2")
     assert result.exit_code == 130
     assert result.stderr == "interrupted; whatever stands in phireg-demo is complete\n"
-    assert jobs.inspect("phireg-demo/phi2", check=True).problems == ()
+    assert phireg.inspect("phireg-demo/phi2", check=True).problems == ()

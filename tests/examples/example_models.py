@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from phireg import jobs
-from phireg.checkpoint.source import open_source
+import phireg
 from phireg.config.hf import HFConfig
-from phireg.plan.build import build_plan
-from phireg.plan.model import Options
+from phireg.planning.build import build_plan
+from phireg.planning.model import Options
 from phireg.registry import Candidate, Chosen
+from phireg.source.source import open_source
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -35,14 +35,14 @@ def planned(family, directory, **options):
     made = build_plan(family, hf, open_source(directory), Options(**options))
     entry = metadata.EntryPoint(family.name, "under:test", "phireg.families")
     candidate = Candidate(family.name, "under test", "0", entry.value, entry)
-    return jobs.Planned(made, Chosen(family, candidate), str(directory))
+    return phireg.Planned(made, Chosen(family, candidate), str(directory))
 
 
 def convert(family, directory, output, **options):
     """Convert; without a dtype, float32."""
     plan = planned(family, directory, **{"dtype": "float32", **options})
     assert plan.plan.errors == ()
-    jobs.convert(plan, output)
+    phireg.convert(plan, output)
     return output
 
 

@@ -7,8 +7,8 @@ from phireg_phi35 import PHI35_MOE
 from safetensors.torch import load_file, save_file
 
 from phireg.testing import write_tiny_model
-from phireg.verify.compute import Computed
-from phireg.verify.request import Request
+from phireg.verification.compute import Computed
+from phireg.verification.request import Request
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from phireg.executor import kernels
+from phireg.executor.cuda import kernels
 
 HALF, FLOAT, LONG, INT, NUMBER = "*bf16", "*fp32", "*i64", "i32", "fp32"
 # Arguments by their names; what is left over is a half-precision pointer.

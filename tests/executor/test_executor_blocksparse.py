@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny_sources import phi3_small, relative_error, write_checkpoint
 
-from phireg.executor import blocksparse, launch, load
-from phireg.executor.attend import prompt_attention
-from phireg.executor.blueprint import BlockSparse
+from phireg.executor import blocksparse, load
+from phireg.executor.attention import prompt_attention
+from phireg.executor.cuda import launch
+from phireg.reader.spec import BlockSparse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(2)

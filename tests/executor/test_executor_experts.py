@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from phireg.errors import CheckError
-from phireg.executor.blueprint import parse_blueprint
 from phireg.executor.experts import Experts, rank_mixture, route
+from phireg.reader.spec import parse_blueprint
 
 CONFIG = {
     "architecture": "PhiMoEForCausalLM", "dtype": "float32", "vocab_size": 97, "hidden_size": 48,

@@ -21,8 +21,9 @@ from tiny_sources import (
 from transformers import DynamicCache
 
 from phireg.errors import UsageError
-from phireg.executor import Sampling, generate, launch, load, stream
-from phireg.executor.attend import has_kernels
+from phireg.executor import Sampling, generate, load, stream
+from phireg.executor.attention import has_kernels
+from phireg.executor.cuda import launch
 from phireg.executor.decoder import Decoder
 from phireg.executor.sampling import choose
 

@@ -14,9 +14,11 @@ import torch
 from tiny_sources import relative_error
 from torch.nn import functional
 
-from phireg.executor import attend, blocks, kernels, launch, quantized
-from phireg.executor.blueprint import BlockSparse, Rope, parse_blueprint
-from phireg.executor.schemes import Quantization
+from phireg.executor import attention as attend
+from phireg.executor import blocks, quantized
+from phireg.executor.cuda import kernels, launch
+from phireg.reader.quantization import Quantization
+from phireg.reader.spec import BlockSparse, Rope, parse_blueprint
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(2)

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from phireg.executor.mapped import MappedFile
+from phireg.checkpoint.mapped import MappedFile
 
 
 def write(path, tensors):

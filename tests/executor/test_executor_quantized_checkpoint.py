@@ -10,7 +10,7 @@ from tiny_sources import phi2, phi3, phi3_small, random_ids, write_checkpoint
 
 from phireg.errors import CheckError
 from phireg.executor import load, read_blueprint
-from phireg.executor.schemes import Quantization
+from phireg.reader.quantization import Quantization
 
 torch.set_num_threads(2)
 

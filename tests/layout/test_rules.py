@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from phireg.layout.axes import columns, fuse, pad, parts, replicable, src, tied
 from phireg.layout.rules import Linear, Norm, Policy, Rules, Table, one_of
 from phireg.layout.spans import LayoutError
-from phireg.layout.words import columns, fuse, pad, parts, replicable, src, tied
 
 COLUMN, ROW, COPY = Policy.COLUMN, Policy.ROW, Policy.COPY
 

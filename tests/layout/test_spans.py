@@ -9,6 +9,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from naive import EXAMPLES, gather, numbered
 
+from phireg.layout.axes import (
+    columns,
+    fuse,
+    order,
+    pad,
+    parts,
+    replicable,
+    select,
+    src,
+    tied,
+    ungroup,
+)
 from phireg.layout.spans import (
     Axis,
     LayoutError,
@@ -21,18 +33,6 @@ from phireg.layout.spans import (
     possible_ranks,
     shard,
     take,
-)
-from phireg.layout.words import (
-    columns,
-    fuse,
-    order,
-    pad,
-    parts,
-    replicable,
-    select,
-    src,
-    tied,
-    ungroup,
 )
 
 TP = st.sampled_from([1, 2, 3, 4, 8])

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from naive import EXAMPLES, gather, numbered
 
-from phireg.layout.spans import LayoutError, Span
-from phireg.layout.words import (
+from phireg.layout.axes import (
     columns,
     fuse,
     order,
@@ -19,6 +18,7 @@ from phireg.layout.words import (
     tied,
     ungroup,
 )
+from phireg.layout.spans import LayoutError, Span
 
 SIZE = st.integers(1, 23)
 UNIT = st.sampled_from([1, 2, 3, 5, 7])

@@ -159,7 +159,7 @@ def test_what_is_imported_is_required():
         always, lazily = imported(path)
         testing = path.is_relative_to(ROOT / "phireg" / "testing")
         allowed = required | (names_of(extras["testing"]) if testing else set())
-        if path.parent.name == "executor" and path.name in ("kernels.py", "launch.py"):
+        if path.parent.name == "cuda" and path.name in ("kernels.py", "launch.py"):
             allowed |= {"triton"}
         assert always - allowed == set(), path
         assert lazily - allowed - names_of(extras["data"]) == set(), path

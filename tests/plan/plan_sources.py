@@ -6,10 +6,10 @@ import math
 import numpy as np
 from safetensors.numpy import save_file
 
-from phireg.checkpoint.source import open_source
 from phireg.config.hf import HFConfig
-from phireg.plan.build import build_plan
-from phireg.plan.model import Options
+from phireg.planning.build import build_plan
+from phireg.planning.model import Options
+from phireg.source.source import open_source
 
 LAYERS, HEADS, SIZE, INNER, VOCAB = 3, 4, 6, 20, 37
 HIDDEN = HEADS * SIZE

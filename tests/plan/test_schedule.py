@@ -5,10 +5,10 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phireg.checkpoint.source import SourceTensor
 from phireg.layout.spans import Span
-from phireg.plan.model import Output
-from phireg.plan.schedule import schedule
+from phireg.planning.model import Output
+from phireg.planning.schedule import schedule
+from phireg.source.source import SourceTensor
 
 SOURCES = {"a": 7, "b": 5, "c": 3}
 # The files' order is not the names' order.

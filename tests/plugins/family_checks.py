@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from phireg import jobs
+import phireg
 from phireg.config.hf import HFConfig
 from phireg.findings import Severity
 
@@ -130,14 +130,14 @@ def randomize(model, dtype, seed=0):
 
 
 def convert(source, output, **options):
-    planned = jobs.plan(source, **options)
-    jobs.convert(planned, output)
+    planned = phireg.plan(source, **options)
+    phireg.convert(planned, output)
     return planned
 
 
 def errors(source, **options):
     """Error findings as (code, subject), and the text a user reads."""
-    plan = jobs.plan(source, **options).plan
+    plan = phireg.plan(source, **options).plan
     assert plan.outputs == () and plan.tasks == ()
     return {(f.code, f.subject) for f in plan.errors}, plan.errors
 

@@ -4,7 +4,8 @@ import pytest
 from family_checks import write_sparse
 from phi3_models import source_shapes
 
-from phireg import jobs, registry
+import phireg
+from phireg import registry
 from phireg.config.hf import HFConfig
 from phireg.errors import SourceError
 
@@ -79,14 +80,14 @@ PUBLISHED = {
 def test_a_wrong_explicit_family_is_refused_with_the_reason(tmp_path, family):
     source = write_sparse(tmp_path / "hf", PUBLISHED, source_shapes(PUBLISHED))
     with pytest.raises(SourceError, match=r"its architecture is Phi3ForCausalLM") as caught:
-        jobs.plan(source, family=family)
+        phireg.plan(source, family=family)
     assert f"cannot be converted as {family}" in str(caught.value)
     assert "leave out --family" in str(caught.value)
 
 
 def test_auto_and_either_explicit_name_plan_alike(tmp_path):
     source = write_sparse(tmp_path / "hf", PUBLISHED, source_shapes(PUBLISHED))
-    plans = [jobs.plan(source, family=name) for name in ("auto", "phi3-mini", "phi3-medium")]
+    plans = [phireg.plan(source, family=name) for name in ("auto", "phi3-mini", "phi3-medium")]
     assert [p.plan.family for p in plans] == ["phi3-medium", "phi3-mini", "phi3-medium"]
     assert len({p.plan.headers for p in plans}) == 1
     assert all(p.plan.outputs == plans[0].plan.outputs for p in plans)

@@ -7,7 +7,8 @@ from family_checks import write_sparse
 from phi3_models import source_shapes
 from test_auto import PUBLISHED
 
-from phireg import jobs, registry
+import phireg
+from phireg import registry
 
 DOC = Path(__file__).parents[2] / "docs" / "checkpoint-config.md"
 FAMILIES = ("phi2", "phi3-mini", "phi3-small", "phi3-medium")
@@ -30,7 +31,7 @@ def documented():
 def decided_by_phireg(tmp_path):
     """The fields the plan adds to a family's own, blocks key by key."""
     source = write_sparse(tmp_path / "hf", PUBLISHED, source_shapes(PUBLISHED))
-    planned = jobs.plan(source, weight_only="int8")
+    planned = phireg.plan(source, weight_only="int8")
     own = produced(planned.chosen.family)
     fields = set()
     for key, value in planned.plan.config.items():

@@ -24,7 +24,7 @@ from family_checks import (
 from phireg_plugins.phi2 import FAMILY
 from safetensors.torch import load_file
 
-from phireg import jobs
+import phireg
 from phireg.errors import PlanError
 from phireg.findings import Severity
 from phireg.testing import FamilyConformance
@@ -537,7 +537,7 @@ def source_shapes(config):
 @pytest.mark.parametrize("config", [PHI2, PHI2_V5], ids=["v4", "v5"])
 def test_complete_example(tmp_path, config):
     source = write_sparse(tmp_path / "hf", config, source_shapes(config), "F16")
-    plan = jobs.plan(source, family="phi2").plan
+    plan = phireg.plan(source, family="phi2").plan
     assert plan.findings == ()
     assert plan.bytes_in == 5_559_367_680  # the published index's total_size
     assert {key: plan.config.get(key, "absent") for key in EXAMPLE} == EXAMPLE
@@ -548,7 +548,7 @@ def test_complete_example(tmp_path, config):
 def test_published_bytes_per_rank(tmp_path):
     source = write_sparse(tmp_path / "hf", PHI2, source_shapes(PHI2), "F16")
     for tp, size in ((2, 2_780_016_640), (4, 1_390_341_120), (8, 695_503_360)):
-        plan = jobs.plan(source, family="phi2", tp_size=tp).plan
+        plan = phireg.plan(source, family="phi2", tp_size=tp).plan
         embedding = 51200 * 2560 * 2  # whole on every rank, where the figures divide it
         for header, file_size in zip(plan.headers, plan.file_sizes, strict=True):
             assert file_size - len(header) == size + embedding - embedding // tp

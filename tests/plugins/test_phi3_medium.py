@@ -19,7 +19,7 @@ from family_checks import (
 from phi3_models import expected, separate, source_shapes, tiny
 from phireg_plugins.phi3_medium import FAMILY
 
-from phireg import jobs
+import phireg
 from phireg.findings import Severity
 from phireg.testing import FamilyConformance
 
@@ -169,10 +169,10 @@ def test_sizes_that_do_not_fit_the_kv_heads_are_refused(tmp_path):
 
 def test_published_bytes(tmp_path):
     source = write_sparse(tmp_path / "hf", MEDIUM_4K, source_shapes(MEDIUM_4K))
-    plan = jobs.plan(source, family="phi3-medium").plan
+    plan = phireg.plan(source, family="phi3-medium").plan
     assert plan.bytes_in == 27_920_476_160
     assert {key: plan.config[key] for key in EXPECTED_4K} == EXPECTED_4K
-    plan = jobs.plan(source, family="phi3-medium", tp_size=2).plan
+    plan = phireg.plan(source, family="phi3-medium", tp_size=2).plan
     embedding = 32064 * 5120 * 2  # whole on every rank, where the figure divides it
     for header, size in zip(plan.headers, plan.file_sizes, strict=True):
         assert size - len(header) == 13_960_652_800 + embedding // 2

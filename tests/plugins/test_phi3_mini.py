@@ -23,7 +23,7 @@ from phi3_models import LAYERS, expected, separate, source_shapes, tiny
 from phireg_plugins.phi3_mini import FAMILY
 from safetensors.torch import load_file
 
-from phireg import jobs
+import phireg
 from phireg.findings import Severity
 from phireg.testing import FamilyConformance
 
@@ -456,7 +456,7 @@ def test_weight_only_leaves_the_weights_raw(tmp_path, precision, algorithm):
 )
 def test_complete_example(tmp_path, config):
     source = write_sparse(tmp_path / "hf", config, source_shapes(config))
-    plan = jobs.plan(source, family="phi3-mini").plan
+    plan = phireg.plan(source, family="phi3-mini").plan
     assert plan.findings == ()
     assert plan.bytes_in == 7_642_159_104
     assert {key: plan.config.get(key, "absent") for key in EXAMPLE_128K} == EXAMPLE_128K
@@ -466,7 +466,7 @@ def test_complete_example(tmp_path, config):
 
 def test_complete_example_4k(tmp_path):
     source = write_sparse(tmp_path / "hf", MINI_4K, source_shapes(MINI_4K))
-    plan = jobs.plan(source, family="phi3-mini", tp_size=2).plan
+    plan = phireg.plan(source, family="phi3-mini", tp_size=2).plan
     assert set(plan.config) >= REQUIRED
     assert not [key for key in plan.config if key.startswith(("longrope", "original", "moe"))]
     assert plan.config["mapping"] == {"world_size": 2, "tp_size": 2, "pp_size": 1}

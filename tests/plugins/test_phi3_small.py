@@ -26,9 +26,9 @@ from family_checks import (
 from phireg_plugins.phi3_small import FAMILY
 from safetensors.torch import save_file
 
-from phireg import jobs
+import phireg
 from phireg.findings import Severity
-from phireg.quant.companions import FOLLOWS, axes_of
+from phireg.planning.companions import FOLLOWS, axes_of
 from phireg.testing import FamilyConformance
 
 SMALL_8K = {
@@ -576,7 +576,7 @@ def test_weight_only_leaves_the_weights_raw(tmp_path, precision, algorithm):
 )
 def test_complete_example(tmp_path, config, example, required):
     source = write_sparse(tmp_path / "hf", config, source_shapes(config))
-    plan = jobs.plan(source, family="phi3-small").plan
+    plan = phireg.plan(source, family="phi3-small").plan
     assert plan.findings == ()
     assert plan.bytes_in == 14_784_544_768  # the tied head is not read twice
     assert {key: plan.config.get(key, "absent") for key in example} == example

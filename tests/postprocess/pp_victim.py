@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from phireg import jobs
+import phireg
 
 AUDITED = ("open", "os.", "shutil.rmtree", "fcntl.")
 
@@ -43,7 +43,7 @@ def kill_at(number):
 def main(source, base):
     # What is imported lazily is imported here, or every import would be a moment.
     shutil.copytree(source, base / "0" / "ckpt")
-    jobs.postprocess(base / "0" / "ckpt")
+    phireg.postprocess(base / "0" / "ckpt")
     number = 0
     while True:
         number += 1
@@ -52,7 +52,7 @@ def main(source, base):
         if child == 0:
             kill_at(number)
             try:
-                jobs.postprocess(base / str(number) / "ckpt")
+                phireg.postprocess(base / str(number) / "ckpt")
             except BaseException:
                 sys.excepthook(*sys.exc_info())
                 os._exit(1)

@@ -8,7 +8,7 @@ from phireg.api import COLUMN, COPY, Linear, QuantRules, Rules, columns, hookimp
 from phireg.errors import CheckError
 from phireg.layout.rules import Rule
 from phireg.layout.spans import LayoutError
-from phireg.postprocess.orders import orders_of, runs
+from phireg.postprocessing.orders import orders_of, runs
 from phireg.registry import Candidate, Chosen
 
 FC = "transformer.layers.{}.mlp.fc"
@@ -55,10 +55,10 @@ def swapped(tmp_path, monkeypatch):
 
 
 def test_any_linear_of_any_family(swapped):
-    from phireg import jobs
+    import phireg
 
     directory, tensors, _ = swapped
-    jobs.postprocess(directory, family="acme:swapped", in_source_order=True)
+    phireg.postprocess(directory, family="acme:swapped", in_source_order=True)
     found = load(directory / "rank0.safetensors")
     for name, (_, array) in tensors.items():
         moves = name.endswith((".weight", "weights_scaling_factor"))
@@ -77,13 +77,13 @@ def test_any_linear_of_any_family(swapped):
     ],
 )
 def test_rules_that_make_no_sense(swapped, rule):
-    from phireg import jobs
+    import phireg
 
     directory, _, steps = swapped
     steps.rule = rule
     before = content(directory)
     with pytest.raises(CheckError):
-        jobs.postprocess(directory, family="acme:swapped", in_source_order=True)
+        phireg.postprocess(directory, family="acme:swapped", in_source_order=True)
     assert content(directory) == before
 
 

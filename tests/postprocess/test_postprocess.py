@@ -25,7 +25,7 @@ from grouped_by_hand import (
     write_source,
 )
 
-from phireg import jobs
+import phireg
 from phireg.errors import CheckError, OutputError, SourceError, UsageError
 
 TENSORS = source_tensors()
@@ -49,9 +49,9 @@ def right(kind="int8", tp=1):
 def test_one_rank_by_its_producer(tmp_path, kind):
     directory = grouped(tmp_path, kind, **EARLY)
     before = content(directory)
-    assert jobs.row_order(directory).needed
+    assert phireg.row_order(directory).needed
     assert content(directory) == before
-    made = jobs.postprocess(directory)
+    made = phireg.postprocess(directory)
     same(directory, right(kind))
     after = content(directory)
     assert set(after) == set(before) | {"phireg.json"} == set(made.files)
@@ -70,33 +70,33 @@ def test_ranks_by_their_rows(tmp_path, source, kind, tp, rows_of):
     directory = grouped(tmp_path, kind, rows_of, tp)
     if tp == 4 and rows_of is block_rows:  # one group for each rank, which is right as it is
         same(directory, right(kind, tp))
-        assert not jobs.row_order(directory, model_dir=str(source)).needed
+        assert not phireg.row_order(directory, model_dir=str(source)).needed
         return
-    made = jobs.postprocess(directory, model_dir=str(source))
+    made = phireg.postprocess(directory, model_dir=str(source))
     same(directory, right(kind, tp))
     assert made.rows.needed
     assert "rows compared with" in made.rows.evidence[0]
-    assert not jobs.row_order(directory, model_dir=str(source)).needed
+    assert not phireg.row_order(directory, model_dir=str(source)).needed
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tp", [1, 2])
 def test_right_rows_are_seen_and_refused(tmp_path, source, kind, tp):
     directory = write_checkpoint(tmp_path / "ckpt", kind, right(kind, tp))
-    assert not jobs.row_order(directory, model_dir=str(source)).needed
+    assert not phireg.row_order(directory, model_dir=str(source)).needed
     before = content(directory)
     with pytest.raises(UsageError, match="needs no post-processing"):
-        jobs.postprocess(directory, model_dir=str(source))
+        phireg.postprocess(directory, model_dir=str(source))
     assert content(directory) == before
 
 
 def test_twice_is_refused(tmp_path, source):
     directory = grouped(tmp_path, **EARLY)
-    jobs.postprocess(directory)
+    phireg.postprocess(directory)
     before = content(directory)
     for options in ({}, {"model_dir": str(source)}, {"in_source_order": True}):
         with pytest.raises(UsageError):
-            jobs.postprocess(directory, **options)
+            phireg.postprocess(directory, **options)
         assert content(directory) == before
     manifest = json.loads(before["phireg.json"])
     assert manifest["postprocess"]["tensors"] == sorted(
@@ -104,8 +104,8 @@ def test_twice_is_refused(tmp_path, source):
         for i in (0, 1)
         for name in ("weight", "bias", "weights_scaling_factor")
     )
-    assert jobs.inspect(directory, check=True).manifest == manifest
-    found = jobs.row_order(directory)
+    assert phireg.inspect(directory, check=True).manifest == manifest
+    found = phireg.row_order(directory)
     assert not found.needed
     assert "post-processed this checkpoint" in found.evidence[0]
 
@@ -116,7 +116,7 @@ def test_one_query_head_for_each_kv_head(tmp_path):
     for name, options in (("a", {"model_dir": str(source)}), ("b", {"in_source_order": True})):
         ranks = checkpoint("fp8", tensors, block_rows, kv=8)
         directory = write_checkpoint(tmp_path / name, "fp8", ranks, kv=8)
-        jobs.postprocess(directory, **options)
+        phireg.postprocess(directory, **options)
         same(directory, checkpoint("fp8", tensors, rank_rows, kv=8))
 
 
@@ -125,9 +125,9 @@ def test_one_kv_head_has_one_order_only(tmp_path):
     ranks = checkpoint("fp8", tensors, block_rows, kv=1)
     directory = write_checkpoint(tmp_path / "ckpt", "fp8", ranks, kv=1, **EARLY)
     assert np.array_equal(right_rows(1), np.arange(len(right_rows(1))))
-    assert not jobs.row_order(directory).needed
+    assert not phireg.row_order(directory).needed
     with pytest.raises(UsageError, match="needs no post-processing"):
-        jobs.postprocess(directory)
+        phireg.postprocess(directory)
 
 
 def test_the_pre_quant_scale_stays(tmp_path):
@@ -137,7 +137,7 @@ def test_the_pre_quant_scale_stays(tmp_path):
     before = load(directory / "rank0.safetensors")[name][1]
     assert before.shape == (HIDDEN,)
     assert HIDDEN % (8 + 2 * 4) == 0
-    jobs.postprocess(directory)
+    phireg.postprocess(directory)
     assert np.array_equal(load(directory / "rank0.safetensors")[name][1], before)
 
 
@@ -149,35 +149,35 @@ def test_a_new_directory(tmp_path):
     (directory / "sub").mkdir()
     before = {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()}
     out = tmp_path / "out"
-    jobs.postprocess(directory, out)
+    phireg.postprocess(directory, out)
     same(out, right())
     assert set(content(out)) == set(before) | {"phireg.json"}
     assert {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()} == before
     with pytest.raises(OutputError, match="not empty"):
-        jobs.postprocess(directory, out)
+        phireg.postprocess(directory, out)
     (out / "notes.txt").unlink()
-    jobs.postprocess(directory, out, overwrite=True)
+    phireg.postprocess(directory, out, overwrite=True)
     same(out, right())
 
 
 def test_output_dir_must_be_another_one(tmp_path):
     directory = grouped(tmp_path, **EARLY)
     with pytest.raises(UsageError, match="the checkpoint itself"):
-        jobs.postprocess(directory, tmp_path / "." / "ckpt" / ".." / "ckpt")
+        phireg.postprocess(directory, tmp_path / "." / "ckpt" / ".." / "ckpt")
 
 
 def test_what_would_get_lost_is_refused(tmp_path):
     directory = grouped(tmp_path, **EARLY)
     (directory / "sub").mkdir()
     with pytest.raises(OutputError, match="sub is not a plain file"):
-        jobs.postprocess(directory)
+        phireg.postprocess(directory)
     (directory / "sub").rmdir()
     moved = tmp_path / "elsewhere"
     (directory / "rank0.safetensors").rename(moved)
     (directory / "rank0.safetensors").symlink_to(moved)
     with pytest.raises(OutputError, match=r"rank0.safetensors is not a plain file"):
-        jobs.postprocess(directory)
-    jobs.postprocess(directory, tmp_path / "out")
+        phireg.postprocess(directory)
+    phireg.postprocess(directory, tmp_path / "out")
     same(tmp_path / "out", right())
 
 
@@ -187,7 +187,7 @@ def test_modes_and_links_stay(tmp_path):
     (directory / "rank0.safetensors").chmod(0o600)
     link = tmp_path / "link"
     link.symlink_to(directory)
-    jobs.postprocess(link)
+    phireg.postprocess(link)
     assert link.is_symlink()
     same(directory, right())
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
@@ -200,13 +200,13 @@ def test_modes_and_links_stay(tmp_path):
 def test_nothing_tells(tmp_path):
     directory = grouped(tmp_path)
     before = content(directory)
-    for call in (jobs.row_order, jobs.postprocess):
+    for call in (phireg.row_order, phireg.postprocess):
         with pytest.raises(UsageError, match=r"nothing in .* tells") as caught:
             call(directory)
         assert "--model-dir" in caught.value.hint
         assert "--in-source-order" in caught.value.hint
     assert content(directory) == before
-    jobs.postprocess(directory, in_source_order=True)
+    phireg.postprocess(directory, in_source_order=True)
     same(directory, right())
 
 
@@ -231,60 +231,60 @@ def test_the_producer(tmp_path, keys, needed):
     directory = grouped(tmp_path, "fp8", **keys)
     if needed is None:
         with pytest.raises(UsageError, match=r"nothing in .* tells"):
-            jobs.row_order(directory)
+            phireg.row_order(directory)
     else:
-        assert jobs.row_order(directory).needed is needed
+        assert phireg.row_order(directory).needed is needed
 
 
 def test_rows_count_more_than_the_producer(tmp_path, source):
     """postprocess_quant_checkpoint.py leaves config.json as it is."""
     mended = write_checkpoint(tmp_path / "mended", "int8", right(), **EARLY)
-    found = jobs.row_order(mended, model_dir=str(source))
+    found = phireg.row_order(mended, model_dir=str(source))
     assert not found.needed
     assert len(found.evidence) == 2
     assert "modelopt 0.11.2" in found.evidence[1]
     late = grouped(tmp_path, **LATE)
-    assert jobs.row_order(late, model_dir=str(source)).needed
-    assert not jobs.row_order(late).needed
+    assert phireg.row_order(late, model_dir=str(source)).needed
+    assert not phireg.row_order(late).needed
 
 
 def test_a_statement_against_the_evidence(tmp_path, source):
     directory = write_checkpoint(tmp_path / "right", "fp8", right("fp8"), **LATE)
     for options in ({}, {"model_dir": str(source)}):
         with pytest.raises(UsageError, match="--in-source-order is not so"):
-            jobs.postprocess(directory, in_source_order=True, **options)
+            phireg.postprocess(directory, in_source_order=True, **options)
 
 
 def test_a_converted_checkpoint_needs_nothing(tmp_path, source):
     directory = tmp_path / "ckpt"
-    jobs.convert(jobs.plan(source), directory)
-    found = jobs.row_order(directory)
+    phireg.convert(phireg.plan(source), directory)
+    found = phireg.row_order(directory)
     assert not found.needed
     assert found.evidence[0].startswith("phireg.json")
     with pytest.raises(UsageError, match="needs no post-processing"):
-        jobs.postprocess(directory, in_source_order=False)
+        phireg.postprocess(directory, in_source_order=False)
 
 
 def test_the_manifest_of_other_files(tmp_path, source):
     """Rank files of an exporter put beside the manifest of a conversion."""
     directory = tmp_path / "ckpt"
-    jobs.convert(jobs.plan(source), directory)
+    phireg.convert(phireg.plan(source), directory)
     save(directory / "rank0.safetensors", checkpoint("float16", TENSORS, block_rows)[0])
     for options in ({}, {"model_dir": str(source)}):
         with pytest.raises(CheckError, match=r"holds another transformer.layers.0.attention.qkv"):
-            jobs.row_order(directory, **options)
+            phireg.row_order(directory, **options)
     (directory / "phireg.json").unlink()
-    assert jobs.row_order(directory, model_dir=str(source)).needed
+    assert phireg.row_order(directory, model_dir=str(source)).needed
 
 
 def test_the_manifest_against_rows_of_another_model(tmp_path, source):
     directory = tmp_path / "ckpt"
-    jobs.convert(jobs.plan(source), directory)
+    phireg.convert(phireg.plan(source), directory)
     other = [(w[right_rows()], b[right_rows()]) for w, b in TENSORS]
     model = write_source(tmp_path / "shuffled", other)
     # The rows are this model's own, so the checkpoint would be in its source's order.
     with pytest.raises(CheckError, match="contradictory"):
-        jobs.row_order(directory, model_dir=str(model))
+        phireg.row_order(directory, model_dir=str(model))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -292,7 +292,7 @@ def test_rows_of_another_model(tmp_path, kind):
     other = write_source(tmp_path / "model", source_tensors(seed=1))
     directory = grouped(tmp_path, kind)
     with pytest.raises(CheckError, match=r"not those of .* in any order"):
-        jobs.row_order(directory, model_dir=str(other))
+        phireg.row_order(directory, model_dir=str(other))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -300,7 +300,7 @@ def test_done_twice_by_the_original_script(tmp_path, source, kind):
     ranks = checkpoint(kind, TENSORS, lambda *_: right_rows()[right_rows()])
     directory = write_checkpoint(tmp_path / "ckpt", kind, ranks)
     with pytest.raises(CheckError, match="putting the right one right again"):
-        jobs.row_order(directory, model_dir=str(source))
+        phireg.row_order(directory, model_dir=str(source))
 
 
 @pytest.mark.parametrize("part", ["bias", "layer", "weights_scaling_factor"])
@@ -312,7 +312,7 @@ def test_half_of_it_done(tmp_path, source, part):
     directory = write_checkpoint(tmp_path / "ckpt", "int8", ranks)
     wanted = "in any order" if part == "weights_scaling_factor" else "not all in the same order"
     with pytest.raises(CheckError, match=wanted):
-        jobs.row_order(directory, model_dir=str(source))
+        phireg.row_order(directory, model_dir=str(source))
 
 
 def test_rows_that_are_alike_tell_nothing(tmp_path):
@@ -321,7 +321,7 @@ def test_rows_that_are_alike_tell_nothing(tmp_path):
     ranks = checkpoint("float16", tensors, block_rows)
     directory = write_checkpoint(tmp_path / "ckpt", "float16", ranks)
     with pytest.raises(UsageError, match="alike in every order"):
-        jobs.row_order(directory, model_dir=str(source))
+        phireg.row_order(directory, model_dir=str(source))
 
 
 def test_a_few_coarse_rows_do_not_matter(tmp_path):
@@ -333,7 +333,7 @@ def test_a_few_coarse_rows_do_not_matter(tmp_path):
     source = write_source(tmp_path / "model", tensors)
     ranks = checkpoint("fp8", tensors, block_rows)
     directory = write_checkpoint(tmp_path / "ckpt", "fp8", ranks)
-    jobs.postprocess(directory, model_dir=str(source))
+    phireg.postprocess(directory, model_dir=str(source))
     same(directory, checkpoint("fp8", tensors, rank_rows))
 
 
@@ -344,14 +344,14 @@ def test_a_few_coarse_rows_do_not_matter(tmp_path):
 def test_ranks_need_the_model(tmp_path, options):
     directory = grouped(tmp_path, "fp8", tp=2, **options)
     with pytest.raises(UsageError, match="how they were cut over 2 ranks is not known"):
-        jobs.postprocess(directory, in_source_order=not options)
+        phireg.postprocess(directory, in_source_order=not options)
 
 
 def test_one_file_for_two_ranks(tmp_path):
     """What modelopt 0.11 wrote for decoder phi with TP 2."""
     directory = grouped(tmp_path, mapping={"world_size": 2, "tp_size": 2}, **EARLY)
     with pytest.raises(SourceError, match=r"rank1.safetensors: no such file") as caught:
-        jobs.postprocess(directory)
+        phireg.postprocess(directory)
     assert "TP 1" in caught.value.hint
 
 
@@ -360,7 +360,7 @@ def test_a_cut_through_groups(tmp_path):
     global_heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": HIDDEN}
     directory = grouped(tmp_path, "fp8", tp=2, head_size=SIZE, **global_heads)
     with pytest.raises(CheckError, match="cannot be divided over 2 ranks"):
-        jobs.postprocess(directory, in_source_order=True)
+        phireg.postprocess(directory, in_source_order=True)
 
 
 def test_scales_that_differ_between_ranks(tmp_path, source):
@@ -369,11 +369,11 @@ def test_scales_that_differ_between_ranks(tmp_path, source):
     ranks[1][name] = ("F32", ranks[1][name][1] * 2)
     directory = write_checkpoint(tmp_path / "ckpt", "fp8", ranks)
     with pytest.raises(CheckError, match="activation_scaling_factor differs between the ranks"):
-        jobs.postprocess(directory, model_dir=str(source))
+        phireg.postprocess(directory, model_dir=str(source))
     ranks = checkpoint("fp8", TENSORS, block_rows, 2)  # here no row leaves its rank
     ranks[1][name] = ("F32", ranks[1][name][1] * 2)
     directory = write_checkpoint(tmp_path / "block", "fp8", ranks)
-    jobs.postprocess(directory, model_dir=str(source))
+    phireg.postprocess(directory, model_dir=str(source))
 
 
 # --- damaged input ---------------------------------------------------------------------------
@@ -381,18 +381,18 @@ def test_scales_that_differ_between_ranks(tmp_path, source):
 
 def test_other_families(tmp_path, source):
     directory = grouped(tmp_path, "fp8", architecture="PhiForCausalLM")
-    assert not jobs.row_order(directory).needed
+    assert not phireg.row_order(directory).needed
     with pytest.raises(UsageError, match="needs no post-processing: phi2 has no rows"):
-        jobs.postprocess(directory)
+        phireg.postprocess(directory)
     unknown = write_checkpoint(
         tmp_path / "unknown", "fp8", right("fp8"), architecture="LlamaForCausalLM"
     )
     with pytest.raises(UsageError, match="LlamaForCausalLM"):
-        jobs.row_order(unknown)
+        phireg.row_order(unknown)
     with pytest.raises(UsageError, match="does not fit"):
-        jobs.row_order(unknown, family="phi3-small")
+        phireg.row_order(unknown, family="phi3-small")
     with pytest.raises(SourceError, match="architecture is"):
-        jobs.row_order(unknown, model_dir=str(source))
+        phireg.row_order(unknown, model_dir=str(source))
 
 
 @pytest.mark.parametrize(
@@ -418,13 +418,13 @@ def test_wrong_configs(tmp_path, keys, error, says):
     directory = grouped(tmp_path, **{**EARLY, **keys})
     before = content(directory)
     with pytest.raises(error, match=says):
-        jobs.postprocess(directory)
+        phireg.postprocess(directory)
     assert content(directory) == before
 
 
 def test_early_spelling_of_kv_heads(tmp_path):
     directory = grouped(tmp_path, num_key_value_heads="absent", num_kv_heads=4, **EARLY)
-    jobs.postprocess(directory)
+    phireg.postprocess(directory)
     same(directory, right())
 
 
@@ -447,7 +447,7 @@ def test_wrong_tensors(tmp_path, name, tensor, says):
         ranks[0][f"transformer.layers.1.attention.qkv.{name}"] = tensor
     directory = write_checkpoint(tmp_path / "ckpt", "int8", ranks, **EARLY)
     with pytest.raises(CheckError, match=says):
-        jobs.postprocess(directory)
+        phireg.postprocess(directory)
 
 
 def test_damaged_files(tmp_path, source):
@@ -456,19 +456,19 @@ def test_damaged_files(tmp_path, source):
     for damage in (b"", raw[:20], raw[:-5], raw + b"xx", b"\x00" * 64):
         (directory / "rank0.safetensors").write_bytes(damage)
         with pytest.raises(SourceError):
-            jobs.postprocess(directory)
+            phireg.postprocess(directory)
     (directory / "rank0.safetensors").write_bytes(raw)
     for text in ("", "{", "[]", '{"format": 7, "files": {}}'):
         (directory / "phireg.json").write_text(text)
         with pytest.raises(SourceError):
-            jobs.postprocess(directory)
+            phireg.postprocess(directory)
     (directory / "phireg.json").write_text('{"format": 1, "files": {}, "producer": {"name": "x"}}')
     with pytest.raises(SourceError, match="is not the source"):
         model = write_source(tmp_path / "wide", source_tensors(kv=8), kv=8)
-        jobs.postprocess(directory, model_dir=str(model))
+        phireg.postprocess(directory, model_dir=str(model))
     with pytest.raises(SourceError):
-        jobs.postprocess(directory, model_dir=str(tmp_path / "nothing"))
+        phireg.postprocess(directory, model_dir=str(tmp_path / "nothing"))
     with pytest.raises(UsageError, match="--revision"):
-        jobs.postprocess(directory, revision="main")
+        phireg.postprocess(directory, revision="main")
     with pytest.raises(SourceError, match="no such directory"):
-        jobs.postprocess(tmp_path / "nothing")
+        phireg.postprocess(tmp_path / "nothing")

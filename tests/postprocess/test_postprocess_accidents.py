@@ -19,9 +19,9 @@ from grouped_by_hand import (
     write_checkpoint,
 )
 
-from phireg import jobs
+import phireg
 from phireg.errors import CheckError, OutputError, SourceError, UsageError
-from phireg.postprocess import ranks as ranks_module
+from phireg.postprocessing import ranks as ranks_module
 
 ROOT = Path(__file__).parents[2]
 VICTIM = Path(__file__).with_name("pp_victim.py")
@@ -53,7 +53,7 @@ def test_kill_9_everywhere(grouped, tmp_path):
             gone += 1
             assert content(partial / "replaced") == before
             with pytest.raises(SourceError) as caught:
-                jobs.row_order(directory)
+                phireg.row_order(directory)
             assert "puts it back" in caught.value.hint
         elif content(directory) == before:
             if number % 9:
@@ -61,10 +61,10 @@ def test_kill_9_everywhere(grouped, tmp_path):
         else:
             done += 1
             same(directory, RIGHT)
-            assert jobs.inspect(directory, check=True).problems is not None
+            assert phireg.inspect(directory, check=True).problems is not None
         # The next run finishes, or finds it finished; either way nothing is left over.
         try:
-            jobs.postprocess(directory)
+            phireg.postprocess(directory)
         except UsageError as refusal:
             assert "needs no post-processing" in refusal.message
         same(directory, RIGHT)
@@ -87,7 +87,7 @@ def test_full_disk(grouped, tmp_path, monkeypatch, number):
 
     monkeypatch.setattr(os, "write", failing)
     with pytest.raises(OutputError, match="the disk is full"):
-        jobs.postprocess(grouped)
+        phireg.postprocess(grouped)
     assert content(grouped) == before
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
 
@@ -99,7 +99,7 @@ def test_too_little_room(grouped, monkeypatch):
     usage = shutil.disk_usage(grouped)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(OutputError, match="too little disk space"):
-        jobs.postprocess(grouped)
+        phireg.postprocess(grouped)
     assert content(grouped) == before
 
 
@@ -110,7 +110,7 @@ def test_another_run_holds_it(grouped):
     with (partial / ".phireg-partial").open("w") as marker:
         fcntl.flock(marker, fcntl.LOCK_EX)
         with pytest.raises(OutputError, match="another phireg run"):
-            jobs.postprocess(grouped)
+            phireg.postprocess(grouped)
     assert content(grouped) == before
 
 
@@ -122,7 +122,7 @@ def test_a_file_that_changes_meanwhile(grouped):
         os.utime(path, ns=(1, 1))
 
     with pytest.raises(SourceError, match="changed while it was being used"):
-        jobs.postprocess(grouped, progress=touch)
+        phireg.postprocess(grouped, progress=touch)
     assert content(grouped) == before
 
 
@@ -134,12 +134,12 @@ def test_a_second_run_between_looking_and_writing(grouped, monkeypatch):
     def enter(self):
         if not calls:
             calls.append(1)
-            jobs.postprocess(grouped)
+            phireg.postprocess(grouped)
         return first(self)
 
     monkeypatch.setattr(ranks_module.Ranks, "__enter__", enter)
     try:
-        jobs.postprocess(grouped)
+        phireg.postprocess(grouped)
     except CheckError as refusal:
         assert "holds another" in refusal.message  # the files it opened are not those any more
     same(grouped, RIGHT)
@@ -147,7 +147,7 @@ def test_a_second_run_between_looking_and_writing(grouped, monkeypatch):
 
 def test_memory_is_bounded(tmp_path, grouped):
     """A block at a time: the largest read is one block, however large a tensor is."""
-    import phireg.postprocess.write as write_module
+    import phireg.postprocessing.write as write_module
 
     sizes = []
     read = ranks_module.Ranks.read
@@ -158,7 +158,7 @@ def test_memory_is_bounded(tmp_path, grouped):
             sizes.append((offset, count)),
             read(self, rank, offset, count),
         )[1]
-        jobs.postprocess(grouped, tmp_path / "out")
+        phireg.postprocess(grouped, tmp_path / "out")
     finally:
         write_module._BLOCK, ranks_module.Ranks.read = block, read
     same(tmp_path / "out", RIGHT)

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from grouped_by_hand import KINDS, content, load, save
 
-from phireg import jobs
+import phireg
 from phireg.cli import app
 
 HEADS, KV, SIZE, HIDDEN, INNER, VOCAB, LAYERS = 8, 4, 4, 32, 24, 37, 2
@@ -63,11 +63,11 @@ def statistics():
 def written(kind, source, directory):
     """A right checkpoint and the same one with its rows put back into the source's order."""
     qformat = FORMATS[kind]
-    planned = jobs.plan(source, qformat=qformat)
+    planned = phireg.plan(source, qformat=qformat)
     if qformat is None:
-        jobs.convert(planned, directory)
+        phireg.convert(planned, directory)
     else:
-        jobs.quantize(planned, directory, statistics())
+        phireg.quantize(planned, directory, statistics())
     rows = np.arange(ROWS).reshape(KV, HEADS // KV + 2, SIZE)
     order = np.concatenate([rows[:, :-2].ravel(), rows[:, -2].ravel(), rows[:, -1].ravel()])
     tensors = load(directory / "rank0.safetensors")
@@ -121,6 +121,6 @@ def test_no_command_where_it_would_be_refused(tmp_path):
     tensors = load(directory / "rank0.safetensors")
     tensors |= {name: right[name] for name in tensors if ".layers.0." in name}
     save(directory / "rank0.safetensors", tensors)
-    found = jobs.verify(directory, source, checks=("weights",))
+    found = phireg.verify(directory, source, checks=("weights",))
     hints = {problem.hint for problem in found.checks[0].problems}
     assert hints == {"all q come first, then all k, then all v; convert or quantize again."}

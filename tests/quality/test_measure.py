@@ -10,7 +10,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from phireg import demo, executor, jobs
+import phireg
+from phireg import demo, executor
 from phireg.calibration.settings import Settings
 from phireg.calibration.statistics import Statistics
 from phireg.errors import SourceError
@@ -54,8 +55,8 @@ def settings(ids):
 
 @pytest.fixture(scope="module")
 def statistics(source, settings, tmp_path_factory):
-    planned = jobs.plan(source, qformat="fp8")
-    return jobs.calibrate(planned, tmp_path_factory.mktemp("stats") / "amax", settings).statistics
+    planned = phireg.plan(source, qformat="fp8")
+    return phireg.calibrate(planned, tmp_path_factory.mktemp("stats") / "amax", settings).statistics
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +85,9 @@ def made(source, settings, statistics, tmp_path_factory):
     """By format: the checkpoint and what was measured."""
     found = {}
     for qformat, cache in (("fp8", None), ("int8_sq", "int8"), ("int4_wo", None)):
-        planned = jobs.plan(source, qformat=qformat, kv_cache_dtype=cache, tp_size=TP)
+        planned = phireg.plan(source, qformat=qformat, kv_cache_dtype=cache, tp_size=TP)
         place = tmp_path_factory.mktemp("made") / qformat
-        jobs.quantize(planned, place, statistics)
+        phireg.quantize(planned, place, statistics)
         found[qformat] = place, measure(planned, place, settings, provenance=statistics.provenance)
     return found
 
@@ -167,7 +168,7 @@ def test_the_inputs_error_is_that_of_the_source_models_inputs(made, inputs, laye
 @pytest.mark.parametrize("qformat", ["fp8", "int8_sq", "int4_wo"])
 def test_hidden_states_and_logits_are_those_of_two_whole_runs(made, source, ids, qformat, tmp_path):
     place, found = made[qformat]
-    jobs.convert(jobs.plan(source), tmp_path / "plain")
+    phireg.convert(phireg.plan(source), tmp_path / "plain")
     states = {}
     logits = {}
     for name, directory in (("plain", tmp_path / "plain"), ("quantized", place)):
@@ -214,8 +215,8 @@ def test_weights_alone(made):
 def test_nothing_saturates_on_what_was_calibrated_and_louder_text_does(
     source, ids, statistics, qformat, tmp_path
 ):
-    planned = jobs.plan(source, qformat=qformat, dtype="float32")
-    jobs.quantize(planned, tmp_path / "same", statistics)
+    planned = phireg.plan(source, qformat=qformat, dtype="float32")
+    phireg.quantize(planned, tmp_path / "same", statistics)
     first = tmp_path / "first.jsonl"
     first.write_text("".join(ids[0].read_text().splitlines(keepends=True)[:6]))
     settings = Settings(file=first, device="cpu")
@@ -227,15 +228,15 @@ def test_nothing_saturates_on_what_was_calibrated_and_louder_text_does(
     quiet = Statistics(
         {name: amax / 4 for name, amax in statistics.inputs.items()}, (), (), statistics.provenance
     )
-    jobs.quantize(planned, tmp_path / "quiet", quiet)
+    phireg.quantize(planned, tmp_path / "quiet", quiet)
     loud = measure(planned, tmp_path / "quiet", settings, provenance=statistics.provenance)
     assert all(one.saturation > 0 for one in loud.linears)
     assert loud.hidden[-1] > 3 * found.hidden[-1]
 
 
 def test_nothing_to_measure_on(source, tmp_path):
-    planned = jobs.plan(source, qformat="int8_wo")
-    jobs.quantize(planned, tmp_path / "out", None)
+    planned = phireg.plan(source, qformat="int8_wo")
+    phireg.quantize(planned, tmp_path / "out", None)
     rows = tmp_path / "short.jsonl"
     rows.write_text('{"input_ids": [5]}\n')
     with pytest.raises(SourceError, match="no sample has two tokens"):

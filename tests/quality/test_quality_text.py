@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from phireg.calibration.data import read_samples
 from phireg.calibration.settings import Settings
+from phireg.data.samples import read_samples
 from phireg.quality.text import choose_text
 
 LIMITS = {"vocab_size": 100, "longest": 50}

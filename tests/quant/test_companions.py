@@ -5,11 +5,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from phireg.layout.axes import columns, fuse, order, pad, parts, src, ungroup
+from phireg.layout.quant_rules import QuantRules
 from phireg.layout.rules import Linear, Policy, Rules
 from phireg.layout.spans import LayoutError, shard
-from phireg.layout.words import columns, fuse, order, pad, parts, src, ungroup
-from phireg.quant.companions import FOLLOWS, axes_of
-from phireg.quant.rules import QuantRules
+from phireg.planning.companions import FOLLOWS, axes_of
 
 COLUMN, ROW = Policy.COLUMN, Policy.ROW
 SHARDED = {COLUMN: "rows", ROW: "cols"}

@@ -27,14 +27,14 @@ from quant.by_hand import (
 )
 from safetensors.torch import load_file
 
-from phireg import jobs
+import phireg
 from phireg.calibration.statistics import Statistics
 from phireg.checkpoint.manifest import read_manifest
+from phireg.conversion import quantizer as quantizing
+from phireg.conversion import scales as scaling
+from phireg.conversion import stream as streaming
+from phireg.conversion.scales import bytes_read, check_scales, compute_scales
 from phireg.errors import PlanError, UsageError
-from phireg.runner import quantize as quantizing
-from phireg.runner import scales as scaling
-from phireg.runner import stream as streaming
-from phireg.runner.scales import bytes_read, check_scales, compute_scales
 from phireg.testing.factory import write_random_model
 
 FORMATS = [("fp8", 1.0), ("int8_sq", 1.0), ("int8_sq", 0.5)]
@@ -43,7 +43,7 @@ models = pytest.mark.parametrize("key", list(KV_HEADS))
 
 
 def planned(source, key, qformat, tp=1, dtype="float16", cache=None):
-    made = jobs.plan(
+    made = phireg.plan(
         source,
         family=MODELS[key][0],
         qformat=qformat,
@@ -72,11 +72,11 @@ def files(directory):
 def test_every_rank_holds_what_hand_computes(tmp_path, key, qformat, alpha, tp):
     tensors, statistics = model(key), calibration(key)
     source = write_model(tmp_path / "hf", key, tensors)
-    jobs.quantize(planned(source, key, qformat, tp), tmp_path / "out", statistics, alpha=alpha)
+    phireg.quantize(planned(source, key, qformat, tp), tmp_path / "out", statistics, alpha=alpha)
     linears = whole(key, tensors, statistics, qformat, "float16", alpha)
     assert len(linears) == 4 * LAYERS
-    plain = jobs.plan(source, family=MODELS[key][0], tp_size=tp, dtype="float16")
-    jobs.convert(plain, tmp_path / "plain")
+    plain = phireg.plan(source, family=MODELS[key][0], tp_size=tp, dtype="float16")
+    phireg.convert(plain, tmp_path / "plain")
     for index, (found, raw) in enumerate(
         zip(ranks(tmp_path / "out", tp), ranks(tmp_path / "plain", tp), strict=True)
     ):
@@ -104,7 +104,7 @@ def test_weights_are_quantized_in_the_checkpoints_dtype(
     tensors, statistics = model(key, DTYPES[stored]), calibration(key)
     source = write_model(tmp_path / "hf", key, tensors)
     made = planned(source, key, qformat, 2, dtype)
-    jobs.quantize(made, tmp_path / "out", statistics, alpha=alpha)
+    phireg.quantize(made, tmp_path / "out", statistics, alpha=alpha)
     linears = whole(key, tensors, statistics, qformat, dtype, alpha)
     for index, found in enumerate(ranks(tmp_path / "out", 2)):
         expected = rank(key, linears, 2, index)
@@ -118,7 +118,7 @@ def test_kv_cache_scales(tmp_path, qformat, cache):
     statistics = Statistics(inputs, (500.25, 100.0, 30.0), (99.0, 901.1, 20.0), {})
     source = write_model(tmp_path / "hf", "medium", model("medium"))
     made = planned(source, "medium", qformat, 4, cache=cache)
-    jobs.quantize(made, tmp_path / "out", statistics)
+    phireg.quantize(made, tmp_path / "out", statistics)
     for found in ranks(tmp_path / "out", 4):
         for i in range(LAYERS):
             amax = np.float32((500.25, 901.1, 30.0)[i])
@@ -128,7 +128,7 @@ def test_kv_cache_scales(tmp_path, qformat, cache):
             tensor = found[f"transformer.layers.{i}.attention.kv_cache_scaling_factor"]
             assert same(tensor, torch.tensor([scale], dtype=torch.float32))
     small = Statistics(statistics.inputs, (0.5,) * LAYERS, (0.25,) * LAYERS, {})
-    jobs.quantize(made, tmp_path / "small", small)
+    phireg.quantize(made, tmp_path / "small", small)
     found = ranks(tmp_path / "small", 4)[3][
         "transformer.layers.0.attention.kv_cache_scaling_factor"
     ]
@@ -143,7 +143,7 @@ def test_converting_and_dequantizing_commute(tmp_path, key, qformat, tp):
     tensors, statistics = model(key), calibration(key)
     source = write_model(tmp_path / "hf", key, tensors)
     made = planned(source, key, qformat, tp, "float32")
-    jobs.quantize(made, tmp_path / "out", statistics)
+    phireg.quantize(made, tmp_path / "out", statistics)
     linears = whole(key, tensors, statistics, qformat, "float32")
 
     def dequantized(linear):
@@ -161,8 +161,8 @@ def test_converting_and_dequantizing_commute(tmp_path, key, qformat, tp):
         pieces = back.split([len(tensors[name]) for name in names])
         tensors |= {n: piece.contiguous() for n, piece in zip(names, pieces, strict=True)}
     other = write_model(tmp_path / "dequantized", key, tensors)
-    plain = jobs.plan(other, family=MODELS[key][0], tp_size=tp, dtype="float32")
-    jobs.convert(plain, tmp_path / "plain")
+    plain = phireg.plan(other, family=MODELS[key][0], tp_size=tp, dtype="float32")
+    phireg.convert(plain, tmp_path / "plain")
     for found, expected in zip(
         ranks(tmp_path / "out", tp), ranks(tmp_path / "plain", tp), strict=True
     ):
@@ -182,8 +182,8 @@ def test_converting_and_dequantizing_commute(tmp_path, key, qformat, tp):
 def test_blocks_pieces_and_workers_do_not_matter(tmp_path, monkeypatch, key, qformat, alpha):
     source = write_model(tmp_path / "hf", key, model(key))
     made, statistics = planned(source, key, qformat, 2, cache="int8"), calibration(key)
-    jobs.quantize(made, tmp_path / "one", statistics, alpha=alpha)
-    jobs.quantize(made, tmp_path / "again", statistics, alpha=alpha)
+    phireg.quantize(made, tmp_path / "one", statistics, alpha=alpha)
+    phireg.quantize(made, tmp_path / "again", statistics, alpha=alpha)
     assert files(tmp_path / "one") == files(tmp_path / "again")
     monkeypatch.setattr(streaming, "BLOCK_BYTES", 300)  # rows have 96 or 80 bytes
     monkeypatch.setattr(quantizing, "PIECE", 50)
@@ -193,7 +193,7 @@ def test_blocks_pieces_and_workers_do_not_matter(tmp_path, monkeypatch, key, qfo
     monkeypatch.setattr(compute_scales, "__kwdefaults__", {
         **compute_scales.__kwdefaults__, "workers": 7,
     })  # fmt: skip
-    jobs.quantize(made, tmp_path / "two", statistics, alpha=alpha)
+    phireg.quantize(made, tmp_path / "two", statistics, alpha=alpha)
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
@@ -201,8 +201,10 @@ def test_blocks_pieces_and_workers_do_not_matter(tmp_path, monkeypatch, key, qfo
 def test_progress_counts_all_the_work(tmp_path, qformat, alpha):
     source = write_model(tmp_path / "hf", "medium", model("medium"))
     made, told = planned(source, "medium", qformat, 2), []
-    jobs.quantize(made, tmp_path / "out", calibration("medium"), alpha=alpha, progress=told.append)
-    assert sum(told) == jobs.quantize_bytes(made, alpha)
+    phireg.quantize(
+        made, tmp_path / "out", calibration("medium"), alpha=alpha, progress=told.append
+    )
+    assert sum(told) == phireg.quantize_bytes(made, alpha)
     weights = 4 * LAYERS * (24 * 48 + 24 * 24 + 40 * 24 + 24 * 20)
     assert bytes_read(made.plan, alpha) == weights * (1 + (alpha < 1))
 
@@ -211,9 +213,9 @@ def test_progress_counts_all_the_work(tmp_path, qformat, alpha):
 def test_the_checkpoint_is_complete_and_says_where_it_comes_from(tmp_path, qformat, alpha):
     source = write_model(tmp_path / "hf", "small", model("small"))
     made, statistics = planned(source, "small", qformat, 2, cache="fp8"), calibration("small")
-    done = jobs.quantize(made, tmp_path / "out", statistics, alpha=alpha)
+    done = phireg.quantize(made, tmp_path / "out", statistics, alpha=alpha)
     assert done.losses == {}  # above all, nothing saturated
-    inspected = jobs.inspect(tmp_path / "out", check=True)
+    inspected = phireg.inspect(tmp_path / "out", check=True)
     assert inspected.problems == ()
     assert inspected.config["quantization"] == {
         "quant_algo": {"fp8": "FP8", "int8_sq": "W8A8_SQ_PER_CHANNEL"}[qformat],
@@ -245,7 +247,9 @@ PROJ = "transformer.layers.1.mlp.proj"
 
 def export(tmp_path, qformat, tensors, statistics, **options):
     source = write_model(tmp_path / "hf", "mini", tensors)
-    done = jobs.quantize(planned(source, "mini", qformat, **options), tmp_path / "out", statistics)
+    done = phireg.quantize(
+        planned(source, "mini", qformat, **options), tmp_path / "out", statistics
+    )
     return done, ranks(tmp_path / "out", 1)[0]
 
 
@@ -272,7 +276,7 @@ def test_a_dead_channel_is_scaled_by_the_largest_smoother(tmp_path, alpha):
     statistics.inputs[DOWN][3] = 0
     tensors[f"{DOWN}.weight"][:, 3:5] = 0
     source = write_model(tmp_path / "hf", "mini", tensors)
-    jobs.quantize(planned(source, "mini", "int8_sq"), tmp_path / "out", statistics, alpha=alpha)
+    phireg.quantize(planned(source, "mini", "int8_sq"), tmp_path / "out", statistics, alpha=alpha)
     prequant = ranks(tmp_path / "out", 1)[0][f"{PROJ}.prequant_scaling_factor"]
     assert prequant[3] == torch.tensor(1e4, dtype=torch.float16)
     if alpha < 1:  # no weight to share the range with
@@ -301,7 +305,7 @@ def refused(tmp_path, qformat, tensors, statistics, dtype="float16", cache=None,
     source = write_model(tmp_path / "hf", "mini", tensors)
     made = planned(source, "mini", qformat, dtype=dtype, cache=cache)
     with pytest.raises(PlanError) as caught:
-        jobs.quantize(made, tmp_path / "out", statistics, alpha=alpha)
+        phireg.quantize(made, tmp_path / "out", statistics, alpha=alpha)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert "nothing was written" in caught.value.message
     return caught.value.message.splitlines()[1:]
@@ -407,7 +411,7 @@ def test_a_missing_or_negative_scale_is_refused(tmp_path):
 def test_requests_that_make_no_sense(tmp_path):
     source = write_model(tmp_path / "hf", "mini", model("mini"))
     fp8, statistics = planned(source, "mini", "fp8"), calibration("mini")
-    plain = jobs.plan(source, family="phi3-mini")
+    plain = phireg.plan(source, family="phi3-mini")
     for made, options, said in (
         (plain, {}, "quantizes nothing"),
         (fp8, {"alpha": 0.5}, "no effect on fp8"),
@@ -415,12 +419,12 @@ def test_requests_that_make_no_sense(tmp_path):
         (planned(source, "mini", "int8_sq"), {"alpha": float("nan")}, "not between 0 and 1"),
     ):
         with pytest.raises(UsageError, match=said):
-            jobs.quantize(made, tmp_path / "out", statistics, **options)
+            phireg.quantize(made, tmp_path / "out", statistics, **options)
     with pytest.raises(UsageError, match="needs calibration statistics"):
-        jobs.quantize(fp8, tmp_path / "out", None)
+        phireg.quantize(fp8, tmp_path / "out", None)
     for made in (fp8, planned(source, "mini", "int8_wo", cache="int8")):
         with pytest.raises(UsageError, match="needs calibration statistics") as caught:
-            jobs.convert(made, tmp_path / "out")
+            phireg.convert(made, tmp_path / "out")
         assert "phireg quantize" in caught.value.hint
     assert not (tmp_path / "out").exists()
 
@@ -428,8 +432,8 @@ def test_requests_that_make_no_sense(tmp_path):
 @pytest.mark.parametrize("qformat", ["int8_wo", "int4_wo"])
 def test_weight_only_needs_no_statistics(tmp_path, qformat):
     source = write_model(tmp_path / "hf", "mini", model("mini"))
-    jobs.quantize(planned(source, "mini", qformat, 2), tmp_path / "quantized", None)
-    jobs.convert(planned(source, "mini", qformat, 2), tmp_path / "converted")
+    phireg.quantize(planned(source, "mini", qformat, 2), tmp_path / "quantized", None)
+    phireg.convert(planned(source, "mini", qformat, 2), tmp_path / "converted")
     assert files(tmp_path / "quantized") == files(tmp_path / "converted")
 
 
@@ -482,9 +486,9 @@ import json, sys
 from pathlib import Path
 import numpy as np
 import torch
-from phireg import jobs
+import phireg
 from phireg.calibration.statistics import Statistics
-from phireg.runner import quantize
+from phireg.conversion import quantize
 
 def resident(line):
     # Not ru_maxrss: a child inherits its parent's, which hides everything below it.
@@ -492,7 +496,7 @@ def resident(line):
     return next(int(l.split()[1]) * 1024 for l in status.splitlines() if l.startswith(line))
 
 source, qformat, alpha = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-planned = jobs.plan(source, family="phi3-mini", qformat=qformat, tp_size=2)
+planned = phireg.plan(source, family="phi3-mini", qformat=qformat, tp_size=2)
 statistics = Statistics(
     {m: np.ones(x.columns, np.float32) for x in planned.plan.linears for m in x.sources}, (), (), {}
 )
@@ -500,7 +504,7 @@ block = np.full((64, 64), 0x3F80, np.uint16)  # torch's own buffers, once
 quantize.to_e4m3(block, "BF16", np.float32(1))
 quantize.to_int8(block, "BF16", np.ones(64, np.float32), np.ones(64, np.float32))
 before = resident("VmRSS")
-jobs.quantize(planned, source.parent / "out", statistics, alpha=alpha)
+phireg.quantize(planned, source.parent / "out", statistics, alpha=alpha)
 print(json.dumps([planned.plan.bytes_in, resident("VmHWM") - before,
                   planned.plan.buffer_bytes(2)]))
 """

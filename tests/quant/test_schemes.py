@@ -9,23 +9,13 @@ from phireg_plugins.phi3_mini import FAMILY
 from plan.plan_sources import LAYERS, MODELS, PHI3, planned
 from quant.by_hand import KV_HEADS, calibration, model, rank, whole, write_model
 
-from phireg import jobs
-from phireg.api import (
-    COPY,
-    Linear,
-    QuantRules,
-    Rules,
-    Table,
-    const,
-    hookimpl,
-    src,
-    tied,
-)
+import phireg
+from phireg.api import COPY, Linear, QuantRules, Rules, Table, const, hookimpl, src, tied
 from phireg.errors import PhiregError, UsageError
 from phireg.findings import Severity
 from phireg.layout.spans import Span
-from phireg.plan.report import as_json, output_json
-from phireg.quant.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
+from phireg.planning.report import as_json, output_json
+from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
 
 LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
 CODES = {torch.float16: "F16", torch.float32: "F32", torch.int8: "I8"} | {
@@ -60,8 +50,8 @@ def test_the_plan_knows_every_tensor(tmp_path, key, qformat, tp):
     """Names, dtypes and per-rank shapes against the tensors computed by hand."""
     directory = write_model(tmp_path / "hf", key, model(key))
     options = {"family": MODELS[key][0], "tp_size": tp}
-    plan = jobs.plan(directory, qformat=qformat, kv_cache_dtype="fp8", **options).plan
-    plain = jobs.plan(directory, **options).plan
+    plan = phireg.plan(directory, qformat=qformat, kv_cache_dtype="fp8", **options).plan
+    plain = phireg.plan(directory, **options).plan
     linears = whole(key, model(key), calibration(key), qformat, "float16")
     for index in range(tp):
         found = {o.name: (o.dtype, o.shape) for o in plan.outputs if o.rank == index}
@@ -92,7 +82,7 @@ def test_the_quantization_block_has_no_key_that_an_old_reader_refuses(
 ):
     directory = write_model(tmp_path / "hf", key, model(key))
     options = {"family": MODELS[key][0], "qformat": qformat, "kv_cache_dtype": cache}
-    plan = jobs.plan(directory, **options).plan
+    plan = phireg.plan(directory, **options).plan
     assert plan.config["quantization"] == {
         "quant_algo": algorithm,
         "kv_cache_quant_algo": cache and cache.upper(),
@@ -105,8 +95,8 @@ def test_the_quantization_block_has_no_key_that_an_old_reader_refuses(
 def test_weight_only_is_one_thing_under_two_names(tmp_path):
     directory = source(tmp_path)
     for precision in ("int8", "int4"):
-        one = jobs.plan(directory, family="phi3-mini", weight_only=precision).plan
-        two = jobs.plan(directory, family="phi3-mini", qformat=f"{precision}_wo").plan
+        one = phireg.plan(directory, family="phi3-mini", weight_only=precision).plan
+        two = phireg.plan(directory, family="phi3-mini", qformat=f"{precision}_wo").plan
         assert (one.options, one.config, one.headers) == (two.options, two.config, two.headers)
         assert one.options.weight_only == precision
         assert one.scales == {} and one.linears == ()
@@ -125,19 +115,19 @@ def test_weight_only_is_one_thing_under_two_names(tmp_path):
 )
 def test_requests_that_make_no_sense(tmp_path, options, said):
     with pytest.raises(UsageError, match=said) as caught:
-        jobs.plan(tmp_path, **options)
+        phireg.plan(tmp_path, **options)
     assert caught.value.hint
 
 
 def test_a_source_that_is_already_quantized_is_refused(tmp_path):
     directory = source(tmp_path, quantization_config={"quant_method": "gptq"})
     with pytest.raises(PhiregError, match="already quantized") as caught:
-        jobs.plan(directory, family="phi3-mini", qformat="fp8")
+        phireg.plan(directory, family="phi3-mini", qformat="fp8")
     assert "unquantized" in caught.value.hint
 
 
 def test_a_plan_as_json_says_what_is_computed(tmp_path):
-    plan = jobs.plan(source(tmp_path), family="phi3-mini", qformat="int8_sq", tp_size=2).plan
+    plan = phireg.plan(source(tmp_path), family="phi3-mini", qformat="int8_sq", tp_size=2).plan
     report = json.loads(json.dumps(as_json(plan, workers=2)))
     assert (report["qformat"], report["kv_cache_dtype"]) == ("int8_sq", None)
     outputs = {(o["file"], o["tensor"]): o for o in report["outputs"]}
@@ -159,8 +149,8 @@ def test_a_plan_as_json_says_what_is_computed(tmp_path):
 
 
 def test_explain_shows_scales(tmp_path):
-    planned_ = jobs.plan(source(tmp_path), family="phi3-mini", qformat="fp8")
-    found = jobs.explain(planned_, "transformer.layers.1.attention.qkv")
+    planned_ = phireg.plan(source(tmp_path), family="phi3-mini", qformat="fp8")
+    found = phireg.explain(planned_, "transformer.layers.1.attention.qkv")
     assert [o.name.rpartition(".")[2] for o in found] == [
         "weight", "weights_scaling_factor", "activation_scaling_factor",
     ]  # fmt: skip
@@ -300,19 +290,19 @@ def test_a_quantized_linear_of_one_row(tmp_path, qformat, owner):
 
 
 def test_notes_and_warnings(tmp_path):
-    plan = jobs.plan(source(tmp_path, "phi2"), family="phi2", qformat="fp8").plan
+    plan = phireg.plan(source(tmp_path, "phi2"), family="phi2", qformat="fp8").plan
     notes = [f.detail for f in plan.findings if f.code == "quant"]
     assert len(notes) == 1 and "its support matrix does not list it" in notes[0]
-    plan = jobs.plan(tmp_path / "hf", family="phi2", qformat="int8_wo").plan
+    plan = phireg.plan(tmp_path / "hf", family="phi2", qformat="int8_wo").plan
     assert not [f for f in plan.findings if f.code == "quant"]
 
 
 def test_fp8_kernels_want_multiples_of_16(tmp_path):
-    plan = jobs.plan(source(tmp_path), family="phi3-mini", qformat="fp8", tp_size=2).plan
+    plan = phireg.plan(source(tmp_path), family="phi3-mini", qformat="fp8", tp_size=2).plan
     warned = {f.subject for f in plan.findings if f.code == "alignment"}
     assert warned == {f"transformer.layers.{i}.{n}.weight" for i in range(LAYERS) for n in LINEARS}
     assert {f.severity for f in plan.findings if f.code == "alignment"} == {Severity.WARNING}
-    plan = jobs.plan(tmp_path / "hf", family="phi3-mini", qformat="int8_sq", tp_size=2).plan
+    plan = phireg.plan(tmp_path / "hf", family="phi3-mini", qformat="int8_sq", tp_size=2).plan
     assert not [f for f in plan.findings if f.code == "alignment"]
 
 
@@ -326,7 +316,7 @@ def test_fp8_keys_of_a_long_rope_model(tmp_path):
     directory = source(tmp_path, **config)
     warned = {}
     for cache in (None, "fp8", "int8"):
-        plan = jobs.plan(
+        plan = phireg.plan(
             directory, family="phi3-mini", qformat="int8_sq", kv_cache_dtype=cache
         ).plan
         assert not plan.errors

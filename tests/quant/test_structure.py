@@ -6,9 +6,9 @@ import pytest
 from plan.plan_sources import LAYERS
 from quant.by_hand import calibration, model, write_model
 
-from phireg import jobs
-from phireg.checkpoint.schema import required_tensors
-from phireg.verify.structure import structure_notes, structure_problems
+import phireg
+from phireg.reader.schema import required_tensors
+from phireg.reader.structure import structure_notes, structure_problems
 
 QKV = "transformer.layers.1.attention.qkv"
 
@@ -21,11 +21,11 @@ def written(tmp_path_factory):
     made = {}
     for qformat in ("fp8", "int8_sq", "int8_wo"):
         for cache in (None, "fp8"):
-            planned = jobs.plan(
+            planned = phireg.plan(
                 source, family="phi3-small", qformat=qformat, kv_cache_dtype=cache, tp_size=2
             )
-            jobs.quantize(planned, place / f"{qformat}{cache}", calibration("small"))
-            found = jobs.inspect(place / f"{qformat}{cache}")
+            phireg.quantize(planned, place / f"{qformat}{cache}", calibration("small"))
+            found = phireg.inspect(place / f"{qformat}{cache}")
             made[qformat, cache] = found.config, [dict(rank) for rank in found.ranks]
     return made
 

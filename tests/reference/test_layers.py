@@ -6,9 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from phireg import registry
-from phireg.checkpoint.source import open_source
 from phireg.errors import SourceError
 from phireg.reference.load import open_reference
+from phireg.source.source import open_source
 
 CPU = torch.device("cpu")
 LENGTHS = (5, 20, 21, 33)

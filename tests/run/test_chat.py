@@ -8,12 +8,12 @@ import pytest
 from click.testing import CliRunner
 from run.tiny import chat_tokenizer, continuation
 
-from phireg.backends import Description
 from phireg.cli import conversation
 from phireg.cli.answers import Job, Timing, timed
 from phireg.cli.run import _conversation
 from phireg.executor import Sampling
-from phireg.text.tokenizer import Tokenizer
+from phireg.generation import Description
+from phireg.generation.tokenizer import Tokenizer
 
 END, EOS = 303, 300
 

@@ -67,7 +67,7 @@ def test_errors_of_processes_come_once_and_keep_their_code(made, tmp_path):
 
 LED = """
 import json, sys
-from phireg.backends import Options, follow, open_backend, process_rank
+from phireg.generation import Options, follow, open_backend, process_rank
 from phireg.executor import Sampling
 place, how = sys.argv[1], Options("cpu", "float32")
 if process_rank("executor")[0]:
@@ -82,8 +82,8 @@ else:
 
 
 def test_likelihoods_of_two_processes(made, tmp_path):
-    from phireg.backends import Options, open_backend
     from phireg.executor import Sampling
+    from phireg.generation import Options, open_backend
 
     ckpt = made("phi3-small").ckpt
     (tmp_path / "led.py").write_text(LED)

@@ -185,7 +185,7 @@ def test_wrong_usage(args, code, says, made, run):
     [("tpu", "unknown"), ("cuda:x", "unknown"), ("cpu:1", "unknown"), ("cuda:99", "no GPU 99")],
 )
 def test_devices_that_are_none(device, says, made):
-    from phireg.backends.device import pick_device
+    from phireg.device import pick_device
     from phireg.errors import UsageError
 
     with pytest.raises(UsageError, match=says):

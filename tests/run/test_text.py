@@ -11,10 +11,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from phireg.errors import PluginError, SourceError, UsageError
-from phireg.text.pieces import Pieces
-from phireg.text.prompts import Prompt, read_prompts
-from phireg.text.stops import stop_ids
-from phireg.text.tokenizer import Tokenizer, find_tokenizer
+from phireg.generation.detokenizer import Pieces
+from phireg.generation.prompts import Prompt, read_prompts
+from phireg.generation.stops import stop_ids
+from phireg.generation.tokenizer import Tokenizer, find_tokenizer
 
 
 def pieces_of(tokenizer, ids):

@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from phireg import jobs
+import phireg
 
 CORPUS = (
     "The engine reads the checkpoint and the checkpoint holds the weights. "
@@ -108,7 +108,7 @@ SOURCES = {"phi2": source_phi2, "phi3": source_phi3, "phi3-small": source_small}
 
 
 def converted(source, directory, tp_size=1):
-    jobs.convert(jobs.plan(source, dtype="float32", tp_size=tp_size), directory)
+    phireg.convert(phireg.plan(source, dtype="float32", tp_size=tp_size), directory)
     return directory
 
 

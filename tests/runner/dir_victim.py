@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from phireg.runner.directory import OutputDirectory
+from phireg.files.output import OutputDirectory
 
 OLD = {"config.json": '{"architecture": "Old"}', "rank0.safetensors": "old"}
 NEW = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from phireg.runner.cast import NO_LOSS, Loss, cast, one_thread_each
+from phireg.conversion.cast import NO_LOSS, Loss, cast, one_thread_each
 
 torch.set_num_threads(1)
 

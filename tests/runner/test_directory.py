@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from phireg.errors import OutputError
-from phireg.runner.directory import OutputDirectory
+from phireg.files.output import OutputDirectory
 
 ROOT = Path(__file__).parents[2]
 VICTIM = Path(__file__).with_name("dir_victim.py")
@@ -257,7 +257,7 @@ NOBODY = """
 import os, sys
 from pathlib import Path
 from phireg.errors import OutputError
-from phireg.runner.directory import OutputDirectory
+from phireg.files.output import OutputDirectory
 if os.getuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 try:
@@ -565,7 +565,7 @@ FILE_SIZE = """
 import resource, sys
 from pathlib import Path
 from phireg.errors import OutputError
-from phireg.runner.directory import OutputDirectory
+from phireg.files.output import OutputDirectory
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     with OutputDirectory(Path(sys.argv[1]), overwrite=False, required_bytes=0) as partial:
@@ -762,7 +762,7 @@ def test_run_of_another_process_is_seen_and_its_death_too(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from phireg.runner.directory import OutputDirectory
+from phireg.files.output import OutputDirectory
 with OutputDirectory(Path(sys.argv[1]), overwrite=False, required_bytes=0) as partial:
     (partial / "config.json").write_text("half")
     print("ready", flush=True)
@@ -826,7 +826,7 @@ RACE = """
 import os, sys, time
 from pathlib import Path
 from phireg.errors import OutputError
-from phireg.runner.directory import OutputDirectory
+from phireg.files.output import OutputDirectory
 base, me, start = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 results = []
 for number in range(40):

@@ -13,11 +13,11 @@ import torch
 import xxhash
 from safetensors.numpy import load_file, save_file
 
-from phireg import jobs
+import phireg
+from phireg.conversion import stream as runner
+from phireg.conversion.cast import Loss
 from phireg.errors import PlanError, SourceError
-from phireg.plan.model import BLOCK_BYTES
-from phireg.runner import stream as runner
-from phireg.runner.cast import Loss
+from phireg.planning.model import BLOCK_BYTES
 
 torch.set_num_threads(1)
 
@@ -69,7 +69,7 @@ def source(tmp_path):
 
 
 def run(source, out, workers=2, progress=None, **options):
-    plan = jobs.plan(source, family="phi3-medium", **options).plan
+    plan = phireg.plan(source, family="phi3-medium", **options).plan
     assert not plan.errors
     out.mkdir()
     return plan, runner.stream(plan, out, workers=workers, progress=progress)
@@ -128,8 +128,8 @@ def test_progress_counts_every_byte_of_data(tmp_path, source):
 
 def test_whole_outputs_are_identical_from_run_to_run(tmp_path, source):
     for name in ("one", "two"):
-        planned = jobs.plan(source, tp_size=2)
-        jobs.convert(planned, tmp_path / name)
+        planned = phireg.plan(source, tp_size=2)
+        phireg.convert(planned, tmp_path / name)
     one, two = files(tmp_path / "one"), files(tmp_path / "two")
     assert one == two
     assert {"config.json", "rank0.safetensors", "rank1.safetensors"} < set(one)
@@ -182,7 +182,7 @@ def test_losses_are_counted_once_per_source_value(tmp_path, lossy, monkeypatch, 
 
 def test_overflow_is_refused_with_names_and_counts(tmp_path, lossy):
     with pytest.raises(PlanError) as caught:
-        jobs.convert(jobs.plan(lossy, dtype="float16", tp_size=2), tmp_path / "out")
+        phireg.convert(phireg.plan(lossy, dtype="float16", tp_size=2), tmp_path / "out")
     text = str(caught.value)
     assert "3 finite values do not fit into float16; nothing was written" in text
     assert f"overflow  {NORM}: 2 values" in text
@@ -193,7 +193,9 @@ def test_overflow_is_refused_with_names_and_counts(tmp_path, lossy):
 
 
 def test_overflow_that_is_allowed_is_written_and_reported(tmp_path, lossy):
-    done = jobs.convert(jobs.plan(lossy, dtype="float16"), tmp_path / "out", allow_overflow=True)
+    done = phireg.convert(
+        phireg.plan(lossy, dtype="float16"), tmp_path / "out", allow_overflow=True
+    )
     assert done.losses == LOST
     out = load_file(tmp_path / "out" / "rank0.safetensors")
     assert out["transformer.ln_f.weight"][[0, 5, 7]].tolist() == [np.inf, -np.inf, np.inf]
@@ -206,7 +208,7 @@ def test_overflow_that_is_allowed_is_written_and_reported(tmp_path, lossy):
 
 
 def test_bfloat16_holds_them_all(tmp_path, lossy):
-    assert jobs.convert(jobs.plan(lossy, dtype="bfloat16"), tmp_path / "out").losses == {}
+    assert phireg.convert(phireg.plan(lossy, dtype="bfloat16"), tmp_path / "out").losses == {}
 
 
 # --- a source that does not hold still -------------------------------------------------------
@@ -254,16 +256,16 @@ def test_a_source_that_changes_is_noticed(tmp_path, source, monkeypatch, change,
 
 def test_a_source_that_changes_leaves_no_output(tmp_path, source, monkeypatch):
     monkeypatch.setattr(runner, "BLOCK_BYTES", 1)
-    planned = jobs.plan(source)
+    planned = phireg.plan(source)
     with pytest.raises(SourceError):
-        jobs.convert(
+        phireg.convert(
             planned, tmp_path / "out", progress=Once(lambda: truncate(source / "model.safetensors"))
         )
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_shard_replaced_after_planning_is_noticed(tmp_path, source):
-    plan = jobs.plan(source).plan
+    plan = phireg.plan(source).plan
     save_file(tensors(seed=1), source / "other")
     (source / "other").replace(source / "model.safetensors")
     (tmp_path / "out").mkdir()
@@ -272,7 +274,7 @@ def test_a_shard_replaced_after_planning_is_noticed(tmp_path, source):
 
 
 def test_a_shard_that_vanished_is_noticed(tmp_path, source):
-    plan = jobs.plan(source).plan
+    plan = phireg.plan(source).plan
     (source / "model.safetensors").unlink()
     (tmp_path / "out").mkdir()
     with pytest.raises(SourceError):
@@ -300,7 +302,7 @@ def test_an_error_stops_all_workers_and_is_the_one_reported(tmp_path, source, mo
 
 
 def test_rank_files_are_never_overwritten(tmp_path, source):
-    plan = jobs.plan(source).plan
+    plan = phireg.plan(source).plan
     (tmp_path / "rank0.safetensors").write_bytes(b"somebody's")
     with pytest.raises(FileExistsError):
         runner.stream(plan, tmp_path)
@@ -312,7 +314,7 @@ def test_rank_files_are_never_overwritten(tmp_path, source):
 CONVERT = """
 import json, sys
 from pathlib import Path
-from phireg import jobs
+import phireg
 
 def resident(line):
     # Not ru_maxrss: a child inherits its parent's, which hides everything below it.
@@ -323,11 +325,11 @@ source, dtype, tp = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if dtype != "bfloat16":
     import torch
     import numpy as np
-    from phireg.runner.cast import cast
+    from phireg.conversion.cast import cast
     cast(np.zeros(1 << 16, np.uint16), "BF16", "F16")
-planned = jobs.plan(source, dtype=dtype, tp_size=tp)
+planned = phireg.plan(source, dtype=dtype, tp_size=tp)
 before = resident("VmRSS")
-jobs.convert(planned, source.parent / "out")
+phireg.convert(planned, source.parent / "out")
 peak = resident("VmHWM")
 print(json.dumps([planned.plan.bytes_in, before, peak, planned.plan.buffer_bytes(2)]))
 """

@@ -7,9 +7,10 @@ import torch
 from click.testing import CliRunner
 from summarize import fakes
 
-from phireg import demo, jobs
-from phireg.backends import protocol
+import phireg
+from phireg import demo
 from phireg.cli import app
+from phireg.generation import backend as protocol
 
 torch.set_num_threads(1)
 
@@ -23,7 +24,7 @@ def checkpoint(tmp_path_factory):
         if (family, tp_size) not in cache:
             path = tmp_path_factory.mktemp(family) / "ckpt"
             model = demo.find(family).directory
-            jobs.convert(jobs.plan(model, dtype="float32", tp_size=tp_size), path)
+            phireg.convert(phireg.plan(model, dtype="float32", tp_size=tp_size), path)
             cache[family, tp_size] = path
         return cache[family, tp_size]
 

@@ -1,7 +1,7 @@
 """A backend that repeats the start of an article; and one that dies on the way."""
 
-from phireg.backends.protocol import Description
 from phireg.executor import Sampling
+from phireg.generation.backend import Description
 
 CALLS = []
 """Every batch that was generated, as a list of prompts."""

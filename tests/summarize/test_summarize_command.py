@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from phireg import demo
-from phireg.text.tokenizer import find_tokenizer
+from phireg.generation.tokenizer import find_tokenizer
 
 
 @pytest.fixture

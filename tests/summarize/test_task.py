@@ -3,11 +3,11 @@
 import pytest
 
 from phireg import demo
+from phireg.data import articles as data
+from phireg.data.rows import Row
 from phireg.errors import UsageError
-from phireg.summarize import data
-from phireg.summarize.task import Settings, make_samples, prompt_text, samples_digest
-from phireg.text.rows import Row
-from phireg.text.tokenizer import find_tokenizer
+from phireg.generation.tokenizer import find_tokenizer
+from phireg.summarization.task import Settings, make_samples, prompt_text, samples_digest
 
 
 class Words:
@@ -65,7 +65,7 @@ def test_a_long_article_loses_its_beginning():
 def test_special_tokens_stay_when_a_text_is_cut():
     from tokenizers import processors
 
-    from phireg.text.tokenizer import Tokenizer
+    from phireg.generation.tokenizer import Tokenizer
 
     tokenizer = find_tokenizer(demo.find("phi3-mini").directory)
     inner = tokenizer._inner

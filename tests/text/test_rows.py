@@ -7,8 +7,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from phireg.data.rows import Row, cnn_dailymail, read_rows
 from phireg.errors import PhiregError, UsageError
-from phireg.text.rows import Row, cnn_dailymail, read_rows
 
 VALUES = [
     {"article": 'One, "quoted"\nover two lines', "highlights": "ü"},

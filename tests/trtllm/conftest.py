@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from damage import make_tiny_phi3
 
-from phireg import jobs
+import phireg
 from phireg.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ def made(tmp_path_factory):
     make_tiny_phi3(place / "model")
     (place / "model" / "tokenizer.json").write_text("{}")
     for ranks in (1, 2):
-        jobs.convert(jobs.plan(place / "model", tp_size=ranks), place / f"ckpt{ranks}")
+        phireg.convert(phireg.plan(place / "model", tp_size=ranks), place / f"ckpt{ranks}")
     return place
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from phireg.verify.diagnose import diagnose
-from phireg.verify.patterns import Heads
+from phireg.verification.diagnose import diagnose
+from phireg.verification.patterns import Heads
 
 MODEL = Heads(4, 2, 3, "swiglu")
 NAME = "transformer.layers.0.mlp.proj.weight"

@@ -4,7 +4,7 @@ import pytest
 from planted import PLANTED
 from verify_sources import copied, source
 
-from phireg import jobs
+import phireg
 
 NUMERIC = [name for name, planted in PLANTED.items() if planted.numeric]
 
@@ -23,7 +23,7 @@ def places(check):
 @pytest.mark.parametrize("name", PLANTED)
 def test_bytes_and_config_show_it(name, tmp_path):
     planted, directory = damaged(name, tmp_path)
-    found = jobs.verify(
+    found = phireg.verify(
         directory, source(planted.family), family=planted.family, checks=("config", "weights")
     )
     assert not found.passed
@@ -37,7 +37,7 @@ def test_bytes_and_config_show_it(name, tmp_path):
 @pytest.mark.parametrize("name", NUMERIC)
 def test_logits_alone_show_where(name, tmp_path):
     planted, directory = damaged(name, tmp_path)
-    found = jobs.verify(
+    found = phireg.verify(
         directory, source(planted.family), family=planted.family, checks=("logits",)
     )
     (check,) = found.checks

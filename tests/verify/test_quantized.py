@@ -10,10 +10,10 @@ from planted import L1, config, each, ranks, without
 from planted_quantized import CACHE, FC, INPUT, PLANTED, QKV, SCALE, SMOOTH
 from verify_sources import FAMILIES, converted, edit_config, load_ranks, quantized, source
 
-from phireg import jobs
-from phireg.verify.report import render
-from phireg.verify.result import CHECKS, QUICK
-from phireg.verify.values import float32
+import phireg
+from phireg.verification.report import render
+from phireg.verification.result import CHECKS, QUICK
+from phireg.verification.values import float32
 
 FORMATS = [
     ("fp8", None), ("fp8", "fp8"), ("int8_sq", None), ("int8_sq", "int8"), ("int8_wo", "int8")
@@ -25,7 +25,7 @@ def copied(to, *made_of, **named):
 
 
 def verify(directory, family, checks=QUICK):
-    return jobs.verify(directory, source(family), family=family, checks=checks)
+    return phireg.verify(directory, source(family), family=family, checks=checks)
 
 
 def said(found, *names):

@@ -8,10 +8,10 @@ from click.testing import CliRunner
 from planted import PLANTED
 from verify_sources import converted, copied, edit_config, source
 
-from phireg import jobs
+import phireg
 from phireg.cli import app
 from phireg.errors import OutputError
-from phireg.verify.report import render, write_report
+from phireg.verification.report import render, write_report
 
 VOID = {"meta", "br"}
 
@@ -56,7 +56,7 @@ def run(*arguments):
 
 
 def test_the_page_of_a_correct_checkpoint():
-    page = Page(render(jobs.verify(converted("phi3-small", 2), source("phi3-small"))))
+    page = Page(render(phireg.verify(converted("phi3-small", 2), source("phi3-small"))))
     text = " ".join(page.words)
     assert "✓ verified" in text
     assert page.count("circle", "attention") == page.count("circle", "mlp") == 3
@@ -69,7 +69,7 @@ def test_the_page_of_a_correct_checkpoint():
 
 
 def test_the_page_of_a_wrong_one_says_where(damaged):
-    page = Page(render(jobs.verify(damaged, source("phi3-small"))))
+    page = Page(render(phireg.verify(damaged, source("phi3-small"))))
     text = " ".join(page.words)
     assert "✗ not its source" in text
     assert "<b>&checkpoint" in text  # shown as text, not obeyed
@@ -79,7 +79,7 @@ def test_the_page_of_a_wrong_one_says_where(damaged):
 
 
 def test_a_family_without_sparse_layers_has_no_pattern():
-    page = Page(render(jobs.verify(converted("phi2"), source("phi2"), checks=("structure",))))
+    page = Page(render(phireg.verify(converted("phi2"), source("phi2"), checks=("structure",))))
     assert page.count("path", "cell") == 0
     assert "verified in part" in " ".join(page.words)
 
@@ -88,14 +88,14 @@ def test_nothing_in_a_checkpoint_reaches_the_page_unescaped(tmp_path):
     directory = copied("phi2", 1, tmp_path / "c")
     mark = "<script>alert(1)</script>\"'"
     edit_config(directory, lambda config: config.update({mark: 1, "hidden_act": mark}))
-    text = render(jobs.verify(directory, source("phi2")))
+    text = render(phireg.verify(directory, source("phi2")))
     assert "<script" not in text
     Page(text)
 
 
 def test_the_stripes_of_the_page_are_the_models_blocks(damaged):
     """Head 0 of stride 5 sees remote block 4, head 3 block 1: from the published formula."""
-    text = render(jobs.verify(damaged, source("phi3-small"), checks=("structure",)))
+    text = render(phireg.verify(damaged, source("phi3-small"), checks=("structure",)))
     paths = re.findall(r'<path d="([^"]*)" class="cell stripe"', text)
     size = {path: len(re.findall("M", path)) for path in paths}
     blocks = 2 + 5 + 2
@@ -112,7 +112,7 @@ def test_the_stripes_of_the_page_are_the_models_blocks(damaged):
 
 
 def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path):
-    found = jobs.verify(converted("phi2"), source("phi2"), checks=("structure",))
+    found = phireg.verify(converted("phi2"), source("phi2"), checks=("structure",))
     with pytest.raises(OutputError, match="cannot be written"):
         write_report(found, tmp_path / "missing" / "out.html")
     (tmp_path / "taken").mkdir()
@@ -133,7 +133,7 @@ def test_the_command_passes_and_writes_the_page(tmp_path):
 def test_a_report_that_cannot_be_written_is_told_before_verifying(
     place, code, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(jobs, "verify", None)
+    monkeypatch.setattr(phireg, "verify", None)
     ran = run(converted("phi2"), "--model-dir", source("phi2"), "--report", tmp_path / place)
     assert ran.exit_code == code
     assert "give --report another place" in ran.output or "give the name of a file" in ran.output

@@ -9,15 +9,16 @@ import torch
 from planted import L1, each
 from verify_sources import FAMILIES, converted, copied, edit_config, source
 
-from phireg import jobs
+import phireg
 from phireg.errors import SourceError, UsageError
-from phireg.executor import Executor, attend, load
-from phireg.executor.blueprint import read_blueprint
-from phireg.verify.measure import divergence, token_errors, top1
-from phireg.verify.merge import merge
-from phireg.verify.prompts import choose_prompts, prompt_ids
-from phireg.verify.report import render
-from phireg.verify.result import CHECKS, QUICK
+from phireg.executor import Executor, load
+from phireg.executor import attention as attend
+from phireg.reader.spec import read_blueprint
+from phireg.verification.measure import divergence, token_errors, top1
+from phireg.verification.merge import merge
+from phireg.verification.prompts import choose_prompts, prompt_ids
+from phireg.verification.report import render
+from phireg.verification.result import CHECKS, QUICK
 
 
 def verdicts(found):
@@ -27,7 +28,7 @@ def verdicts(found):
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_correct_checkpoint_passes(family, tp_size):
-    found = jobs.verify(converted(family, tp_size), source(family))
+    found = phireg.verify(converted(family, tp_size), source(family))
     assert found.passed
     assert found.family == family
     wanted = dict.fromkeys(CHECKS, "passed")
@@ -41,16 +42,16 @@ def test_a_correct_checkpoint_passes(family, tp_size):
 
 @pytest.mark.parametrize(("family", "dtype"), [("phi3-mini", "bfloat16"), ("phi2", "float16")])
 def test_a_cast_is_compared_with_the_rounded_source(family, dtype):
-    found = jobs.verify(converted(family, 2, dtype), source(family))
+    found = phireg.verify(converted(family, 2, dtype), source(family))
     assert found.passed
     assert "source tensors cast" in found.check("weights").summary
     assert found.logits.prompts[-1].relative < 1e-4  # the reference is rounded too
 
 
 def test_nothing_is_cast_where_the_dtypes_agree(tmp_path):
-    planned = jobs.plan(source("phi3-small", "bfloat16"))
-    jobs.convert(planned, tmp_path / "c")
-    found = jobs.verify(tmp_path / "c", source("phi3-small", "bfloat16"))
+    planned = phireg.plan(source("phi3-small", "bfloat16"))
+    phireg.convert(planned, tmp_path / "c")
+    found = phireg.verify(tmp_path / "c", source("phi3-small", "bfloat16"))
     assert found.passed
     assert "nothing was cast" in found.check("weights").summary
 
@@ -58,7 +59,7 @@ def test_nothing_is_cast_where_the_dtypes_agree(tmp_path):
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_every_check_that_takes_long_tells_how_far_it_is(tp_size):
     told = {}
-    found = jobs.verify(
+    found = phireg.verify(
         converted("phi3-small", tp_size),
         source("phi3-small"),
         progress=lambda check, more, total: told.setdefault(check, []).append((more, total)),
@@ -81,16 +82,16 @@ def test_every_check_that_takes_long_tells_how_far_it_is(tp_size):
 
 
 def test_quick_computes_nothing():
-    found = jobs.verify(converted("phi2"), source("phi2"), checks=QUICK)
+    found = phireg.verify(converted("phi2"), source("phi2"), checks=QUICK)
     assert verdicts(found) == dict.fromkeys(QUICK, "passed")
     assert found.logits is None
     assert found.unchecked == ("logits", "ranks")
 
 
 def test_a_weight_only_checkpoint_is_verified_before_the_builder_quantizes_it(tmp_path):
-    planned = jobs.plan(source("phi3-mini"), dtype="float32", weight_only="int8")
-    jobs.convert(planned, tmp_path / "c")
-    found = jobs.verify(tmp_path / "c", source("phi3-mini"))
+    planned = phireg.plan(source("phi3-mini"), dtype="float32", weight_only="int8")
+    phireg.convert(planned, tmp_path / "c")
+    found = phireg.verify(tmp_path / "c", source("phi3-mini"))
     assert found.passed
     assert "run without W8A16" in "\n".join(found.check("logits").notes)
 
@@ -99,11 +100,11 @@ def test_stripes_by_local_head_number_show_at_tp_8(monkeypatch):
     """Not a mistake of a checkpoint: an executor that counts a rank's heads from 0."""
     directory = converted("phi3-small", 8)
     checks = ("logits", "ranks")
-    assert jobs.verify(directory, source("phi3-small"), checks=checks).passed
+    assert phireg.verify(directory, source("phi3-small"), checks=checks).passed
     monkeypatch.setattr(
         attend, "rank_heads", lambda b, rank, device: torch.arange(b.rank_heads, device=device)
     )
-    found = jobs.verify(directory, source("phi3-small"), checks=checks)
+    found = phireg.verify(directory, source("phi3-small"), checks=checks)
     assert found.logits.wrong_places == ((0, "attention"), (2, "attention"))
     (problem,) = found.check("ranks").problems
     assert (problem.layer, problem.part) == (0, "attention")
@@ -119,7 +120,7 @@ def test_a_wrong_residual_path_is_not_blamed_on_a_sub_module(monkeypatch):
         return after * 1.01
 
     monkeypatch.setattr(Executor, "run_layer", skipping)
-    found = jobs.verify(converted("phi2"), source("phi2"), checks=("logits",))
+    found = phireg.verify(converted("phi2"), source("phi2"), checks=("logits",))
     assert not found.passed
     assert found.logits.wrong_places == ()
     assert found.logits.prompts[0].relative > found.logits.logits_tolerance
@@ -142,7 +143,7 @@ def test_tensors_of_another_shape_or_dtype_are_structure(tmp_path):
     directory = copied("phi2", 1, tmp_path / "c")
     each(L1 + "mlp.fc.bias", lambda x: x[:-1])(directory, "phi2")
     each(L1 + "mlp.fc.weight", lambda x: x.half())(directory, "phi2")
-    found = jobs.verify(directory, source("phi2"))
+    found = phireg.verify(directory, source("phi2"))
     said = "\n".join(map(str, found.check("structure").problems))
     assert "mlp.fc.bias: is [79], the reader expects [80]" in said
     assert "mlp.fc.weight: is F16, config.json says F32" in said
@@ -163,7 +164,7 @@ def test_tensors_of_another_shape_or_dtype_are_structure(tmp_path):
 def test_what_the_reader_would_refuse_is_structure(change, said, tmp_path):
     directory = copied("phi3-medium", 1, tmp_path / "c")
     edit_config(directory, change)
-    found = jobs.verify(directory, source("phi3-medium"), checks=QUICK)
+    found = phireg.verify(directory, source("phi3-medium"), checks=QUICK)
     assert said in "\n".join(map(str, found.check("structure").problems))
 
 
@@ -175,7 +176,7 @@ def test_no_value_in_config_json_is_a_defect_of_phireg(value, tmp_path):
         if key in ("mapping", "architecture"):
             continue
         (directory / "config.json").write_text(json.dumps({**whole, key: value}))
-        found = jobs.verify(
+        found = phireg.verify(
             directory, source("phi3-small"), checks=("structure", "config"), family="phi3-small"
         )
         render(found)
@@ -187,7 +188,7 @@ def test_blocks_that_are_no_objects_are_problems(tmp_path):
     directory = copied("phi2", 1, tmp_path / "c")
     for key in ("mapping", "quantization", "hidden_act"):
         edit_config(directory, lambda config, key=key: config.update({key: ["x"]}))
-        found = jobs.verify(directory, source("phi2"))
+        found = phireg.verify(directory, source("phi2"))
         assert verdicts(found)["logits"] == "failed"
         shutil.copy(converted("phi2") / "config.json", directory / "config.json")
 
@@ -196,7 +197,7 @@ def test_a_rank_file_too_many_and_one_too_few(tmp_path):
     directory = copied("phi2", 2, tmp_path / "c")
     shutil.copy(directory / "rank0.safetensors", directory / "rank2.safetensors")
     (directory / "rank1.safetensors").unlink()
-    found = jobs.verify(directory, source("phi2"))
+    found = phireg.verify(directory, source("phi2"))
     said = [str(problem) for problem in found.check("structure").problems]
     assert said == [
         "rank1.safetensors: is missing or damaged",
@@ -214,7 +215,7 @@ def test_keys_of_other_producers_are_notes(tmp_path):
             del config[key]
 
     edit_config(directory, change)
-    found = jobs.verify(directory, source("phi3-mini"))
+    found = phireg.verify(directory, source("phi3-mini"))
     assert found.passed
     notes = "\n".join(found.check("config").notes)
     assert "producer" in notes
@@ -224,13 +225,13 @@ def test_keys_of_other_producers_are_notes(tmp_path):
 def test_a_key_that_switches_something_on_is_a_problem(tmp_path):
     directory = copied("phi3-medium", 1, tmp_path / "c")
     edit_config(directory, lambda config: config.update(mup_width_multiplier=8.0))
-    found = jobs.verify(directory, source("phi3-medium"), checks=("config", "logits"))
+    found = phireg.verify(directory, source("phi3-medium"), checks=("config", "logits"))
     assert "mup_width_multiplier" in str(found.check("config").problems[0])
     assert found.logits.wrong_places == ((None, "lm_head"),)
 
 
 def test_a_checkpoint_of_another_model(tmp_path):
-    found = jobs.verify(converted("phi3-mini"), source("phi3-medium"), checks=tuple(CHECKS))
+    found = phireg.verify(converted("phi3-mini"), source("phi3-medium"), checks=tuple(CHECKS))
     assert not found.passed
     assert "vocab_size is 103, the source has 105" in "\n".join(
         map(str, found.check("logits").problems)
@@ -241,7 +242,7 @@ def test_what_no_class_can_load_is_skipped_and_said(tmp_path, monkeypatch):
     broken = shutil.copytree(source("phi2"), tmp_path / "source")
     directory = converted("phi2")
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", None)
-    found = jobs.verify(directory, broken)
+    found = phireg.verify(directory, broken)
     assert verdicts(found)["logits"] == "skipped"
     assert "the reference model cannot be loaded" in found.check("logits").summary
     assert found.unchecked == ("logits",)
@@ -255,7 +256,7 @@ def test_both_sides_layer_by_layer_where_memory_is_short(family, monkeypatch):
     whole = sum(p.numel() * 4 for p in model.parameters())
     asked = {"checks": ("logits", "ranks"), "dtype": "float32"}
     pair = converted(family, 2, "bfloat16"), source(family, "bfloat16")
-    wanted = jobs.verify(*pair, **asked)
+    wanted = phireg.verify(*pair, **asked)
     assert not any("layer by layer" in note for note in wanted.check("logits").notes)
 
     made = []
@@ -266,9 +267,9 @@ def test_both_sides_layer_by_layer_where_memory_is_short(family, monkeypatch):
         made.append(self)
 
     monkeypatch.setattr(Executor, "__init__", watched)
-    for module in ("phireg.verify.compute", "phireg.executor.model"):
+    for module in ("phireg.verification.compute", "phireg.executor.model"):
         monkeypatch.setattr(f"{module}.free_memory", lambda: int((whole - layer) / 0.8))
-    found = jobs.verify(*pair, **asked)
+    found = phireg.verify(*pair, **asked)
     assert made
     assert made[0].offload
     assert verdicts(found) == {"logits": "passed", "ranks": "passed"}
@@ -276,8 +277,8 @@ def test_both_sides_layer_by_layer_where_memory_is_short(family, monkeypatch):
     (note,) = [note for note in found.check("logits").notes if "layer by layer" in note]
     assert "float32" in note
 
-    monkeypatch.setattr("phireg.verify.compute.free_memory", lambda: layer)
-    found = jobs.verify(*pair, **asked)
+    monkeypatch.setattr("phireg.verification.compute.free_memory", lambda: layer)
+    found = phireg.verify(*pair, **asked)
     assert verdicts(found)["logits"] == "skipped"
     assert "even layer by layer" in found.check("logits").summary
 
@@ -285,15 +286,15 @@ def test_both_sides_layer_by_layer_where_memory_is_short(family, monkeypatch):
 def test_bad_requests(tmp_path):
     good = converted("phi2"), source("phi2")
     with pytest.raises(UsageError, match="unknown check 'all'"):
-        jobs.verify(*good, checks=("all",))
+        phireg.verify(*good, checks=("all",))
     with pytest.raises(UsageError, match="unknown dtype"):
-        jobs.verify(*good, dtype="int8")
+        phireg.verify(*good, dtype="int8")
     with pytest.raises(UsageError, match="unknown device"):
-        jobs.verify(*good, device="abacus", progress=lambda *_: pytest.fail("it reads"))
+        phireg.verify(*good, device="abacus", progress=lambda *_: pytest.fail("it reads"))
     with pytest.raises(UsageError, match="prompts of 0 tokens"):
-        jobs.verify(*good, max_tokens=0)
+        phireg.verify(*good, max_tokens=0)
     with pytest.raises(SourceError, match="not a TensorRT-LLM checkpoint"):
-        jobs.verify(source("phi2"), source("phi2"))
+        phireg.verify(source("phi2"), source("phi2"))
 
 
 # Prompts

@@ -14,7 +14,7 @@ from phireg_plugins.phi3_small.reference import Phi3SmallConfig, Phi3SmallForCau
 from safetensors.torch import load_file, save_file
 from transformers import Phi3Config, Phi3ForCausalLM, PhiConfig, PhiForCausalLM
 
-from phireg import jobs
+import phireg
 from phireg.calibration.run import calibrate
 from phireg.calibration.settings import Settings
 
@@ -117,8 +117,8 @@ def converted(family, tp_size=1, dtype="float32"):
 @lru_cache(None)
 def _converted(family, tp_size, dtype):
     directory = ROOT[0] / f"{family}-tp{tp_size}-{dtype}-checkpoint"
-    planned = jobs.plan(source(family), family=family, tp_size=tp_size, dtype=dtype)
-    jobs.convert(planned, directory)
+    planned = phireg.plan(source(family), family=family, tp_size=tp_size, dtype=dtype)
+    phireg.convert(planned, directory)
     return directory
 
 
@@ -151,7 +151,7 @@ def statistics(family):
     rows = [{"input_ids": torch.randint(0, 100, (60,), generator=generator).tolist()}] * 8
     path = ROOT[0] / f"{family}-rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    planned = jobs.plan(source(family), family=family)
+    planned = phireg.plan(source(family), family=family)
     settings = Settings(file=path, size=8, device="cpu")
     return calibrate(planned.chosen.family, planned.plan.source, settings)
 
@@ -164,7 +164,7 @@ def quantized(family, qformat, cache=None, tp_size=1, dtype="float16", alpha=1.0
 @lru_cache(None)
 def _quantized(family, qformat, cache, tp_size, dtype, alpha):
     directory = ROOT[0] / f"{family}-{qformat}-{cache}-tp{tp_size}-{dtype}-{alpha}"
-    planned = jobs.plan(
+    planned = phireg.plan(
         source(family),
         family=family,
         tp_size=tp_size,
@@ -172,5 +172,5 @@ def _quantized(family, qformat, cache, tp_size, dtype, alpha):
         qformat=qformat,
         kv_cache_dtype=cache,
     )
-    jobs.quantize(planned, directory, statistics(family), alpha=alpha)
+    phireg.quantize(planned, directory, statistics(family), alpha=alpha)
     return directory

@@ -1,0 +1,119 @@
+"""Looking into a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phireg.checkpoint.manifest import check_files, read_manifest
+from phireg.conversion.stream import Progress
+from phireg.errors import SourceError
+from phireg.files.json import read_json_object
+from phireg.files.safetensors import read_header
+from phireg.generation.choose import ENGINE, MODEL, kind_of
+from phireg.reader.structure import structure_problems
+
+_HINT = "give a checkpoint; phireg convert and phireg quantize write them."
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a checkpoint directory holds.
+
+    Attributes:
+        config: its config.json.
+        ranks: for every rank file in order, dtype and shape by tensor name.
+        sizes: bytes of every file.
+        manifest: its ``phireg.json``, or None if it has none.
+        problems: what the reader would reject, and (if asked for) what differs from the manifest.
+    """
+
+    config: Mapping[str, Any]
+    ranks: tuple[Mapping[str, tuple[str, tuple[int, ...]]], ...]
+    sizes: Mapping[str, int]
+    manifest: Mapping[str, Any] | None
+    problems: tuple[str, ...]
+
+
+def inspect(
+    checkpoint_dir: str | Path, *, check: bool = False, progress: Progress | None = None
+) -> Inspection:
+    """Look into a TensorRT-LLM checkpoint.
+
+    Args:
+        checkpoint_dir: the directory.
+        check: read all files and compare them with the manifest.
+        progress: told how many more bytes have been compared.
+
+    Raises:
+        SourceError: it is not a checkpoint.
+    """
+    directory = Path(checkpoint_dir)
+    config = checkpoint_config(directory)
+    mapping = config.get("mapping")
+    world = mapping.get("world_size", 1) if isinstance(mapping, dict) else 1
+    if not isinstance(world, int) or not 0 < world <= 4096:
+        raise SourceError(f"{directory / 'config.json'}: mapping.world_size is {world!r}")
+    found: list[str] = []
+    ranks = tuple(_rank_tensors(directory / f"rank{n}.safetensors", found) for n in range(world))
+    manifest = read_manifest(directory)
+    found += [f"{where}: {what}" for where, what in structure_problems(config, ranks)]
+    if check:
+        if manifest is None:
+            raise SourceError(
+                f"{directory} has no phireg.json to check against",
+                hint="only checkpoints written by phireg carry digests.",
+            )
+        found += check_files(directory, manifest, progress)
+    sizes = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
+    return Inspection(config, ranks, sizes, manifest, tuple(found))
+
+
+def checkpoint_config(directory: Path) -> dict[str, Any]:
+    """A checkpoint's config.json.
+
+    Raises:
+        SourceError: there is no such directory, or it is something else; the message says what.
+    """
+    if not directory.is_dir():
+        raise SourceError(f"no such directory: {directory}", hint=_HINT)
+    if not (directory / "config.json").exists():
+        raise SourceError(
+            f"{directory} is not a TensorRT-LLM checkpoint: it holds no config.json", hint=_HINT
+        )
+    config = read_json_object(directory / "config.json")
+    if not isinstance(config.get("architecture"), str):
+        raise _not_a_checkpoint(directory)
+    return config
+
+
+def _not_a_checkpoint(directory: Path) -> SourceError:
+    """The error for a directory whose config.json is not a checkpoint's; it says what it is."""
+    kind = kind_of(directory)
+    if kind == ENGINE:
+        return SourceError(
+            f"{directory} is a built engine, not a TensorRT-LLM checkpoint",
+            hint="give the checkpoint that it was built from.",
+        )
+    if kind == MODEL:
+        return SourceError(
+            f"{directory} is a Hugging Face model, not a TensorRT-LLM checkpoint",
+            hint=f"convert it first: phireg convert --model-dir {directory} --output-dir CKPT; "
+            "phireg plan shows what that would do.",
+        )
+    return SourceError(
+        f"{directory} is not a TensorRT-LLM checkpoint: its config.json has no 'architecture'",
+        hint=_HINT,
+    )
+
+
+def _rank_tensors(path: Path, problems: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape by name; empty, with a further problem, for a file that cannot be read."""
+    try:
+        header = read_header(path)
+    except SourceError as error:
+        problems.append(error.message)
+        return {}
+    return {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}

@@ -1,0 +1,202 @@
+"""Carrying out a plan."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from phireg.checkpoint.manifest import file_record, rank_file_record, write_manifest
+from phireg.conversion.cast import Loss
+from phireg.conversion.quantizer import Quantizer
+from phireg.conversion.stream import Progress, Streamed, stream
+from phireg.errors import PlanError, SourceError, UsageError
+from phireg.files.output import OutputDirectory
+from phireg.planning.model import Plan
+from phireg.planning.plan import Planned
+from phireg.planning.report import problems
+from phireg.source.tokenizer_files import CARRIED
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """A finished conversion.
+
+    Attributes:
+        output_dir: the checkpoint.
+        files: every file written, with its size in bytes.
+        losses: values that became infinite or zero in a cast, or were cut off when quantized, by
+            source tensor.
+    """
+
+    output_dir: Path
+    files: Mapping[str, int]
+    losses: Mapping[str, Loss]
+
+
+def convert(
+    planned: Planned,
+    output_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    allow_overflow: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """Carry out a plan. The output appears under its name complete, or not at all.
+
+    Args:
+        planned: from :func:`plan`.
+        output_dir: the checkpoint to make; must not exist, or be empty.
+        overwrite: replace it, if it is recognisably a checkpoint, once the new one is complete.
+        allow_overflow: let finite values become infinite in a cast.
+        progress: told how many more bytes have been written; called from worker threads.
+
+    Raises:
+        UsageError: the plan needs calibration; see :func:`phireg.conversion.quantization`.
+        PlanError: the plan has errors, or a cast overflowed.
+        SourceError: a source file changed or could not be read.
+        OutputError: the output exists, or cannot be written.
+    """
+    if planned.plan.options.calibrated:
+        raise UsageError(
+            "this plan needs calibration statistics, for "
+            + " and ".join(_calibrated(planned.plan)),
+            hint="phireg quantize takes them from sample texts, or from a file of an earlier run.",
+        )
+    return write_checkpoint(
+        planned,
+        Path(output_dir),
+        overwrite=overwrite,
+        allow_overflow=allow_overflow,
+        progress=progress,
+    )
+
+
+def _calibrated(made: Plan) -> Iterator[str]:
+    if made.options.scheme and made.options.scheme.calibrated:
+        yield f"the format {made.options.qformat}"
+    if made.options.kv_cache_dtype:
+        yield f"the {made.options.kv_cache_dtype} KV cache"
+
+
+def check_plan(made: Plan) -> None:
+    """Refuse a plan that has errors.
+
+    Raises:
+        PlanError: with all of them.
+    """
+    if made.errors:
+        raise PlanError(
+            f"the plan has {len(made.errors)} problem{'s' if len(made.errors) > 1 else ''}; "
+            f"nothing was written\n{problems(made.errors)}"
+        )
+
+
+def write_checkpoint(
+    planned: Planned,
+    target: Path,
+    *,
+    overwrite: bool,
+    allow_overflow: bool,
+    progress: Progress | None,
+    quantizer: Callable[[], Quantizer] | None = None,
+    quantization: Mapping[str, Any] | None = None,
+) -> Converted:
+    """Write everything a checkpoint consists of; see :func:`convert`.
+
+    Args:
+        planned: from :func:`phireg.planning.plan`.
+        target: the checkpoint to make.
+        overwrite: whether it may replace another one.
+        allow_overflow: let finite values become infinite in a cast.
+        progress: told how many more bytes have been written.
+        quantizer: makes one with all scales, for a plan that has some; called when the output is
+            known to be usable, before anything is written to it.
+        quantization: what the manifest says of them.
+    """
+    made = planned.plan
+    check_plan(made)
+    carried = [
+        file
+        for name in CARRIED
+        for file in sorted(made.source.directory.glob(name))
+        if file.is_file()
+    ]
+    size = made.bytes_out + sum(file.stat().st_size for file in carried)
+    with OutputDirectory(target, overwrite=overwrite, required_bytes=size) as directory:
+        ready = quantizer() if quantizer else None
+        streamed = stream(made, directory, progress=progress, quantizer=ready)
+        if not allow_overflow:
+            _check_overflow(streamed, made)
+        for file in carried:
+            _carry(file, directory)
+        config = json.dumps(made.config, indent=4) + "\n"
+        (directory / "config.json").write_text(config, encoding="utf-8")
+        manifest = _manifest(planned, directory, streamed)
+        if quantization is not None:
+            manifest["quantization"] = quantization
+        write_manifest(directory, manifest)
+        files = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
+    return Converted(target, files, streamed.losses)
+
+
+def _carry(file: Path, directory: Path) -> None:
+    try:
+        shutil.copyfile(file, directory / file.name)
+    except OSError as error:
+        if error.filename != str(file):
+            raise  # about the copy: OutputDirectory knows what to say
+        raise SourceError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _check_overflow(streamed: Streamed, made: Plan) -> None:
+    lost = {name: loss.overflowed for name, loss in streamed.losses.items() if loss.overflowed}
+    if lost:
+        raise PlanError(
+            f"{sum(lost.values())} finite values do not fit into {made.options.dtype}; "
+            "nothing was written\n"
+            + "\n".join(f"  overflow  {name}: {count} values" for name, count in lost.items()),
+            hint="choose another --dtype, or --allow-overflow to write them as infinite.",
+        )
+
+
+def _manifest(planned: Planned, directory: Path, streamed: Streamed) -> dict[str, Any]:
+    made, candidate = planned.plan, planned.chosen.candidate
+    ranks: dict[str, Any] = {}
+    for rank, (header, size) in enumerate(zip(made.headers, made.file_sizes, strict=True)):
+        tensors = {name: d for (r, name), d in streamed.digests.items() if r == rank}
+        ranks[f"rank{rank}.safetensors"] = rank_file_record(header, size, tensors)
+    others = {
+        file.name: file_record(file)
+        for file in sorted(directory.iterdir())
+        if file.name not in ranks
+    }
+    return {
+        "producer": {"name": "phireg", "version": metadata.version("phireg")},
+        "family": {
+            "name": made.family,
+            "distribution": candidate.distribution,
+            "version": candidate.version,
+        },
+        "options": {
+            "dtype": made.options.dtype,
+            "tp_size": made.options.tp_size,
+            "moe_ep_size": made.options.ranks.moe_ep_size,
+            "weight_only": made.options.weight_only,
+            "qformat": made.options.qformat,
+            "kv_cache_dtype": made.options.kv_cache_dtype,
+        },
+        "source": {
+            "model_dir": planned.model_dir,
+            "revision": made.source.revision,
+            "files": [
+                {"name": f.name, "size": f.size, "header": f.header_digest}
+                for f in made.source.files
+            ],
+        },
+        "files": {**others, **ranks},
+    }

@@ -1,0 +1,153 @@
+"""Quantizing blocks of weights with scales that are known already.
+
+The arithmetic is that of the exporters TensorRT-LLM's reader was written for: FP8 divides in
+float32 and rounds once, to the nearest e4m3; INT8 SmoothQuant multiplies by the reciprocal of the
+smoothing vector, rounds to the checkpoint's dtype, divides by the row's scale and rounds to the
+nearest integer, ties to even.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from phireg.conversion.cast import BITS, PIECE, Bits, as_torch
+from phireg.conversion.stream import Reads
+from phireg.planning.model import DTYPES, Plan
+from phireg.source.source import SourceTensor
+
+Float32 = npt.NDArray[np.float32]
+
+E4M3_MAX = 448.0
+"""Largest finite e4m3 value."""
+E4M3_BEYOND = 464.0
+"""From here on the nearest e4m3 value would be the next one after the largest."""
+INT8_MAX = 127.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scales:
+    """The scales of a plan, all of them checked.
+
+    Attributes:
+        values: by name in the plan's ``scales``, of the dtype named there, as bits.
+        inverse: by target of a SmoothQuant linear: 1 / s per source column, what its weight is
+            multiplied by. The float32 s itself is not in the checkpoint, only rounded.
+    """
+
+    values: Mapping[str, Bits]
+    inverse: Mapping[str, Float32]
+
+    def float32(self, name: str) -> Float32:
+        """A scale that is stored in float32."""
+        return self.values[name].view(np.float32)
+
+
+class Quantizer:
+    """Quantizes the weights of one plan; its methods are called by all workers.
+
+    Args:
+        plan: with a scheme or a quantized KV cache.
+        scales: from :func:`phireg.conversion.scales.compute_scales`.
+    """
+
+    def __init__(self, plan: Plan, scales: Scales) -> None:
+        self._code = DTYPES[plan.options.dtype]
+        self._scales = scales
+        self._smoothed = bool(plan.options.scheme and plan.options.scheme.per_channel)
+
+    def reader(self, files: Reads) -> Reads:
+        """A reader of source tensors that also knows the plan's scales."""
+        return _ScaleReader(files, self._scales.values)
+
+    def weight(self, target: str, source: str, row: int, block: Bits) -> tuple[Bits, int]:
+        """Quantize rows of a weight; see :class:`phireg.conversion.stream.Quantizes`."""
+        linear, module = target.removesuffix(".weight"), source.removesuffix(".weight")
+        if not self._smoothed:
+            (scale,) = self._scales.float32(f"{linear}.weights_scaling_factor")
+            return to_e4m3(block, self._code, scale)
+        scales = self._scales.float32(f"{module}.weights_scaling_factor")
+        rows = scales[row : row + len(block)]
+        return to_int8(block, self._code, self._scales.inverse[linear], rows)
+
+
+def pieces(block: Bits) -> Iterator[slice]:
+    """Whole rows of a block, few enough that float32 copies of them stay small."""
+    step = max(1, PIECE // block.shape[1])
+    for start in range(0, len(block), step):
+        yield slice(start, start + step)
+
+
+def to_e4m3(block: Bits, code: str, scale: np.float32) -> tuple[Bits, int]:
+    """W / scale as e4m3, rounded to nearest, ties to even; the ends are +-448, never NaN.
+
+    Args:
+        block: W, [rows, columns] of dtype ``code``.
+        code: F16, BF16 or F32.
+        scale: of the whole tensor.
+
+    Returns:
+        e4m3 bits, and how many elements lie beyond the ends.
+    """
+    import torch
+
+    made = np.empty(block.shape, BITS["F8_E4M3"])
+    saturated = 0
+    for piece in pieces(block):
+        scaled = as_torch(block[piece], code).float() / float(scale)
+        beyond = int((scaled.abs() >= E4M3_BEYOND).sum())
+        if beyond:
+            scaled = scaled.clamp(-E4M3_MAX, E4M3_MAX)
+            saturated += beyond
+        made[piece] = scaled.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    return made, saturated
+
+
+def to_int8(block: Bits, code: str, inverse: Float32, scales: Float32) -> tuple[Bits, int]:
+    """The smoothed W / scale of its row as int8, rounded to nearest, ties to even.
+
+    Args:
+        block: W, [rows, columns] of dtype ``code``.
+        code: F16, BF16 or F32.
+        inverse: 1 / s, [columns].
+        scales: [rows].
+
+    Returns:
+        int8 bits, and how many elements lie beyond the ends.
+    """
+    import torch
+
+    made = np.empty(block.shape, BITS["I8"])
+    saturated = 0
+    by_row = torch.from_numpy(scales)[:, None]
+    for piece in pieces(block):
+        levels = (smooth(block[piece], code, inverse).float() / by_row[piece]).round()
+        saturated += int(((levels > 127) | (levels < -128)).sum())
+        made[piece] = levels.clamp(-128, 127).to(torch.int8).view(torch.uint8).numpy()
+    return made, saturated
+
+
+def smooth(block: Bits, code: str, inverse: Float32) -> Any:
+    """W * (1 / s) per column, rounded to W's dtype: a torch tensor of it."""
+    import torch
+
+    weight = as_torch(block, code)
+    return (weight.float() * torch.from_numpy(inverse)).to(weight.dtype)
+
+
+class _ScaleReader:
+    def __init__(self, files: Reads, values: Mapping[str, Bits]) -> None:
+        self._files = files
+        self._bytes = {name: value.view(np.uint8).data for name, value in values.items()}
+
+    def read_into(self, tensor: SourceTensor, start: int, view: memoryview) -> None:
+        """Fill a view with bytes of a scale, or of a tensor of the files."""
+        held = self._bytes.get(tensor.name)
+        if held is None:
+            self._files.read_into(tensor, start, view)
+        else:
+            view[:] = held[start : start + len(view)]

@@ -1,0 +1,1 @@
+"""CUDA kernels for generation; imported only when a GPU runs them."""

@@ -1,0 +1,150 @@
+"""A layer of generation on a GPU: what ``blocks.layer`` computes, in a dozen kernels.
+
+``verify`` never comes here. A residual that is still to be added travels beside the hidden states
+to the next norm, which adds it on its way.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from phireg.executor import quantized
+from phireg.executor.blocks import AttendCache, Cache, Reduce, Rotary, Weights
+from phireg.executor.cuda import launch
+from phireg.executor.model import Executor
+from phireg.reader.quantization import Grid
+from phireg.reader.spec import Blueprint
+from phireg.reader.tensors import KV_SCALE
+
+
+def forward(
+    executor: Executor,
+    ids: Tensor,
+    rotary: Rotary,
+    caches: list[list[Cache]],
+    slot: Tensor,
+    attends: list[list[AttendCache]],
+) -> Tensor:
+    """Logits of each row's last token, float32 [B, vocab_size]; the cache gets all its tokens.
+
+    Args:
+        executor: the model.
+        ids: int64 [B, T].
+        rotary: cos and sin, see ``blocks.rotate``.
+        caches: for every layer, each rank's keys and values.
+        slot: int64 [1], where the first of the T tokens goes.
+        attends: for every layer, each rank's attention.
+    """
+    blueprint, ends = executor.blueprint, executor.end_weights()
+    x = executor.embed(ends, ids)
+    pending: Tensor | None = None
+    for index in range(blueprint.num_layers):
+        x, pending = layer(
+            blueprint,
+            executor.layer_weights(index),
+            x,
+            pending,
+            rotary,
+            caches[index],
+            slot,
+            attends[index],
+            executor.reduce,
+        )
+    last = x[:, -1:].contiguous()
+    delta = None if pending is None else pending[:, -1:].contiguous()
+    u = _norm(blueprint, ends[0], "transformer.ln_f", last, delta)
+    parts = [_linear(weights, "lm_head", u, weights.get("lm_head.bias")) for weights in ends]
+    return executor.whole_logits(parts)[:, 0]
+
+
+def layer(
+    blueprint: Blueprint,
+    shards: list[Weights],
+    x: Tensor,
+    pending: Tensor | None,
+    rotary: Rotary,
+    caches: list[Cache],
+    slot: Tensor,
+    attends: list[AttendCache],
+    reduce: Reduce,
+) -> tuple[Tensor, Tensor]:
+    """One decoder layer over the ranks in this process, in lockstep.
+
+    Args:
+        blueprint: what the tensors mean; no experts.
+        shards: each rank's tensors of this layer.
+        x: hidden states [B, T, h], contiguous; changed in place.
+        pending: what is still to be added to them, or None.
+        rotary: cos and sin, see ``blocks.rotate``.
+        caches: each rank's keys and values.
+        slot: int64 [1], where the first of the T tokens goes.
+        attends: each rank's attention.
+        reduce: sums partial outputs over all ranks.
+
+    Returns:
+        Hidden states, and what is to be added to them.
+    """
+    u = _norm(blueprint, shards[0], "input_layernorm", x, pending)
+    heads = []
+    for weights, cache, attend in zip(shards, caches, attends, strict=True):
+        qkv = _linear(weights, "attention.qkv", u, weights.get("attention.qkv.bias"))
+        query = launch.rotate_into(blueprint, qkv, rotary, cache, slot, weights.get(KV_SCALE))
+        heads.append(attend(query, cache))
+    attended = _row_linear(blueprint, shards, "attention.dense", heads, reduce)
+    if blueprint.residual == "sequential":
+        u = _norm(blueprint, shards[0], "post_layernorm", x, attended)
+    gated = [_gated(blueprint, weights, u) for weights in shards]
+    mlp = _row_linear(blueprint, shards, "mlp.proj", gated, reduce)
+    return x, mlp if blueprint.residual == "sequential" else attended + mlp
+
+
+def _norm(
+    blueprint: Blueprint, weights: Weights, name: str, x: Tensor, pending: Tensor | None
+) -> Tensor:
+    """``blocks.norm`` of x + pending, which ``x`` becomes."""
+    weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+    return launch.norm(blueprint.norm, x, pending, weight, bias, blueprint.norm_epsilon)
+
+
+def _gated(blueprint: Blueprint, weights: Weights, u: Tensor) -> Tensor:
+    bias = weights.get("mlp.fc.bias")
+    return _linear(weights, "mlp.fc", u, bias, blueprint.activation, blueprint.gegelu_limit)
+
+
+def _row_linear(
+    blueprint: Blueprint, shards: list[Weights], name: str, xs: list[Tensor], reduce: Reduce
+) -> Tensor:
+    bias = shards[0].get(f"{name}.bias")
+    if blueprint.tp_size == 1:
+        return _linear(shards[0], name, xs[0], bias)
+    total = reduce([_linear(w, name, x, None) for w, x in zip(shards, xs, strict=True)])
+    return total if bias is None else total + bias
+
+
+def _linear(
+    weights: Weights,
+    name: str,
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str = "none",
+    limit: float | None = None,
+) -> Tensor:
+    """``quantized.linear``, and the MLP's nonlinearity on it."""
+    weight, scale = weights[f"{name}.weight"], weights.get(f"{name}.activation_scaling_factor")
+    dtype, scales = x.dtype, None
+    if scale is not None:
+        smoothing = weights.get(f"{name}.prequant_scaling_factor")
+        native = weight.dtype == torch.float8_e4m3fn
+        grid: Grid = "fp8" if smoothing is None else "int8"
+        x = launch.quantize(x, scale, smoothing, grid, stored=native)
+        scales = (scale, weights[f"{name}.weights_scaling_factor"]) if native else None
+    if x.numel() == x.shape[-1]:
+        return launch.matvec(x, weight, bias, dtype, scales, activation, limit)
+    if scales is None:
+        y = functional.linear(x, weight, bias)
+    else:
+        y = quantized.stored_product(x, weight, scales, dtype)
+        y = y if bias is None else y + bias
+    return y if activation == "none" else launch.activate(activation, y, limit)

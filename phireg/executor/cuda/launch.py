@@ -1,0 +1,300 @@
+"""The kernels of ``kernels`` as functions of tensors.
+
+Generation on a GPU uses them, through ``fused``; a forward pass there uses ``sparse_attention``
+alone. Tests hold each against ``blocks``, with which ``verify`` computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from phireg.executor.attention import SPARSE_TILE
+from phireg.executor.blocks import Cache, Rotary
+from phireg.executor.cuda import kernels
+from phireg.reader.quantization import Grid
+from phireg.reader.spec import BlockSparse, Blueprint
+
+_GATED = ("swiglu", "gegelu")
+_LOG2_E = math.log2(math.e)
+# Of one token's attention; twice as many or half as many are no faster on an H200.
+_PROGRAMS_PER_PROCESSOR = 2
+# Rows and columns of the weight that one program has in flight: the fastest of 24 shapes for every
+# linear of Phi-3-mini on an H200, 3.7 to 4.4 TB/s.
+_MATVEC_ROWS, _MATVEC_BLOCK = 4, 1024
+
+
+def norm(
+    kind: str, x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, epsilon: float
+) -> Tensor:
+    """LayerNorm or RMSNorm of ``x`` + ``delta``; ``x`` becomes that sum.
+
+    Args:
+        kind: "layer_norm" or "rms_norm".
+        x: contiguous [..., width].
+        delta: as ``x``, or None.
+        weight: [width].
+        bias: [width]; of a layer norm only.
+        epsilon: what is added to the variance, or to the mean square.
+
+    Returns:
+        As ``x``.
+    """
+    width = x.shape[-1]
+    out = torch.empty_like(x)
+    kernels.norm_kernel[(x.numel() // width,)](
+        x, x if delta is None else delta, weight, weight if bias is None else bias, out, width,
+        epsilon, DELTA=delta is not None, RMS=kind == "rms_norm",
+        BLOCK=triton.next_power_of_2(width), **_launch(x.device, 4 if width <= 4096 else 8),
+    )  # fmt: skip
+    return out
+
+
+def quantize(
+    x: Tensor, scale: Tensor, smoothing: Tensor | None, grid: Grid, *, stored: bool
+) -> Tensor:
+    """The nearest values on a grid, ties to even.
+
+    Args:
+        x: contiguous [..., width].
+        scale: float32 [1].
+        smoothing: [width], what ``x`` is multiplied by first, or None.
+        grid: "fp8" is e4m3, "int8" the integers.
+        stored: give the e4m3 values themselves, as such, instead of those times the scale.
+
+    Returns:
+        As ``x``, or float8_e4m3fn.
+    """
+    width, block = x.shape[-1], 1024
+    out = torch.empty_like(x, dtype=torch.float8_e4m3fn if stored else x.dtype)
+    kernels.quantize_kernel[(x.numel() // width, triton.cdiv(width, block))](
+        x, x if smoothing is None else smoothing, scale, out, width,
+        SMOOTH=smoothing is not None, GRID=grid, STORED=stored, BLOCK=block,
+        **_launch(x.device, 4),
+    )  # fmt: skip
+    return out
+
+
+def matvec(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    scales: tuple[Tensor, Tensor] | None = None,
+    activation: str = "none",
+    limit: float | None = None,
+) -> Tensor:
+    """One token's X W^T + b, and the MLP's nonlinearity on it.
+
+    Args:
+        x: contiguous, one row of inputs; the compute dtype, or e4m3 values.
+        weight: contiguous [rows, inputs].
+        bias: [rows], or None.
+        dtype: of the result.
+        scales: float32 [1] each: what the product of stored values is multiplied by; or None.
+        activation: "none" or as in ``activate``; a gated one halves the rows.
+        limit: gegelu's clamp, or None.
+
+    Returns:
+        [..., outputs] with the leading dimensions of ``x``.
+    """
+    rows, inputs = weight.shape
+    outputs = rows // 2 if activation in _GATED else rows
+    out = torch.empty((*x.shape[:-1], outputs), dtype=dtype, device=x.device)
+    x_scale, weight_scale = scales or (x, x)
+    kernels.matvec_kernel[(triton.cdiv(outputs, _MATVEC_ROWS),)](
+        x, weight, weight if bias is None else bias, x_scale, weight_scale, out, outputs,
+        math.inf if limit is None else limit,
+        INPUTS=inputs, BIAS=bias is not None, SCALED=scales is not None, KIND=activation,
+        ROWS=_MATVEC_ROWS, BLOCK=min(_MATVEC_BLOCK, triton.next_power_of_2(inputs)),
+        **_launch(x.device, 4),
+    )  # fmt: skip
+    return out
+
+
+def activate(kind: str, z: Tensor, limit: float | None) -> Tensor:
+    """The MLP's nonlinearity on fc's output, as ``blocks.activate``.
+
+    Args:
+        kind: "swiglu", "gegelu" or "gelu_tanh".
+        z: contiguous [..., inputs].
+        limit: gegelu's clamp, or None.
+
+    Returns:
+        [..., inputs], or half as many of a gated one.
+    """
+    width, block = z.shape[-1] // (2 if kind in _GATED else 1), 1024
+    out = torch.empty((*z.shape[:-1], width), dtype=z.dtype, device=z.device)
+    kernels.activation_kernel[(out.numel() // width, triton.cdiv(width, block))](
+        z, out, width, math.inf if limit is None else limit, KIND=kind, BLOCK=block,
+        **_launch(z.device, 4),
+    )  # fmt: skip
+    return out
+
+
+def rotate_into(
+    blueprint: Blueprint,
+    qkv: Tensor,
+    rotary: Rotary,
+    cache: Cache,
+    slot: Tensor,
+    kv_scale: Tensor | None,
+) -> Tensor:
+    """Rotate queries and keys; put keys and values into the cache, through its grid if it has one.
+
+    Args:
+        blueprint: one rank's numbers of heads, the rotary dimensions, the cache's grid.
+        qkv: contiguous [B, T, (H + 2 G) * D].
+        rotary: cos and sin, see ``blocks.rotate``.
+        cache: keys and values, [B, G, C, D] each.
+        slot: int64 [1], where the first of the T tokens goes.
+        kv_scale: the quantized cache's scale, float32 [1].
+
+    Returns:
+        Queries, [B, H, T, D] with the heads of a token side by side in memory.
+    """
+    batch, tokens, _ = qkv.shape
+    heads, kv_heads, size = blueprint.rank_heads, blueprint.rank_kv_heads, blueprint.head_size
+    cos, sin = (table.contiguous() for table in rotary)
+    query = torch.empty((batch, tokens, heads, size), dtype=qkv.dtype, device=qkv.device)
+    keys, values = cache
+    rows = 16
+    kernels.rotate_kernel[(batch * tokens, triton.cdiv(heads + 2 * kv_heads, rows))](
+        qkv, cos, sin, slot, cos if kv_scale is None else kv_scale, query, keys, values,
+        tokens, keys.shape[2], cos.shape[0],
+        HEADS=heads, KV_HEADS=kv_heads, SIZE=size, HALF=cos.shape[-1],
+        GRID="none" if kv_scale is None else blueprint.quantization.kv_cache,
+        ROWS=rows, BLOCK=triton.next_power_of_2(size), **_launch(qkv.device, 4),
+    )  # fmt: skip
+    return query.transpose(1, 2)
+
+
+def attend_cache(
+    query: Tensor,
+    cache: Cache,
+    slot: Tensor,
+    pads: Tensor,
+    scale: float,
+    pattern: BlockSparse | None,
+    first_head: int,
+) -> Tensor:
+    """Attention of one new token per row over the cache, its own key included.
+
+    Args:
+        query: [B, H, 1, D] from ``rotate_into``.
+        cache: keys and values, [B, G, C, D] each.
+        slot: int64 [1], the new token's.
+        pads: int64 [B], the slot of each row's first token.
+        scale: what q . k is multiplied by.
+        pattern: the mask of a block-sparse layer, or None.
+        first_head: global number of the first query head.
+
+    Returns:
+        [B, 1, H * D].
+    """
+    keys, values = cache
+    batch, kv_heads, capacity, size = keys.shape
+    heads = query.shape[1]
+    group = heads // kv_heads
+    device = query.device
+    out = torch.empty((batch, 1, heads * size), dtype=query.dtype, device=device)
+    # Enough programs to fill the GPU, whatever the batch; a split without tiles costs nothing.
+    wanted = _PROGRAMS_PER_PROCESSOR * _processors(device) // (batch * kv_heads)
+    splits = 1 << max(0, wanted.bit_length() - 1)
+    parts = torch.empty(
+        (batch * heads * splits, size) if splits > 1 else (1,), dtype=torch.float32, device=device
+    )
+    stats = torch.empty((batch * heads * splits, 2), dtype=torch.float32, device=device)
+    half = query.dtype != torch.float32
+    launch = _launch(device, 4)
+    kernels.attend_kernel[(batch * kv_heads, splits)](
+        query, keys, values, slot, pads, out, parts, stats, scale * _LOG2_E, capacity, first_head,
+        KV_HEADS=kv_heads, GROUP=group, SIZE=size, SPLITS=splits, SPARSE=pattern is not None,
+        BLOCK_SIZE=pattern.block_size if pattern else 1,
+        LOCAL=pattern.num_local_blocks if pattern else 1,
+        STRIDE=pattern.vertical_stride if pattern else 1,
+        STEP=pattern.head_step if pattern else 0,
+        # The matrix units take sixteen rows at least.
+        PADDED=max(16, triton.next_power_of_2(group)), TILE=64 if half else 32,
+        BLOCK=max(16, triton.next_power_of_2(size)), num_stages=3 if half else 2, **launch,
+    )  # fmt: skip
+    if splits > 1:
+        kernels.merge_kernel[(batch * heads,)](
+            parts, stats, out, SIZE=size, SPLITS=splits, BLOCK=triton.next_power_of_2(size),
+            **launch,
+        )  # fmt: skip
+    return out
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BlockSparse,
+    pads: Tensor | None,
+    first_head: int,
+    scale: float,
+) -> Tensor:
+    """Block-sparse attention of a batch of prompts, which reads no tile that a query cannot see.
+
+    Args:
+        query: [B, H, T, D], any strides but the last.
+        key: [B, G, T, D], likewise.
+        value: as ``key``.
+        pattern: the mask; its blocks are multiples of ``attend.SPARSE_TILE``.
+        pads: int64 [B], the slot of each row's first token, what is before it becomes 0; or None
+            when no row is padded.
+        first_head: global number of the first query head.
+        scale: what q . k is multiplied by.
+
+    Returns:
+        As ``query``.
+    """
+    batch, heads, length, size = query.shape
+    device = query.device
+    shape = (batch, length, heads, size)
+    # What nobody writes must be a number, since it will be multiplied by 0.
+    make = torch.empty if pads is None else torch.zeros
+    out = make(shape, dtype=query.dtype, device=device)
+    half = query.dtype != torch.float32
+    tile = SPARSE_TILE if half else SPARSE_TILE // 2
+    kernels.sparse_kernel[(triton.cdiv(length, tile), heads, batch)](
+        query, key, value, out, query if pads is None else pads,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        length, first_head, scale * _LOG2_E,
+        GROUP=heads // key.shape[1], SIZE=size, BLOCK_SIZE=pattern.block_size,
+        LOCAL=pattern.num_local_blocks, STRIDE=pattern.vertical_stride, STEP=pattern.head_step,
+        PADDED=pads is not None, TILE=tile, BLOCK=max(16, triton.next_power_of_2(size)),
+        num_stages=3 if half else 1, **_launch(device, 4),
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def _launch(device: torch.device, num_warps: int) -> dict[str, Any]:
+    """Options of a launch: threads, and whether it may begin before the kernel before it ends."""
+    early = _can_start_early(device)
+    options: dict[str, Any] = {"num_warps": num_warps, "EARLY": early}
+    return options | {"launch_pdl": True} if early else options
+
+
+@functools.cache
+def _can_start_early(device: torch.device) -> bool:
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+        and hasattr(tl.extra.cuda, "gdc_wait")
+    )
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few where Triton's interpreter plays one in tests."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,1 @@
+"""Files: regular files read with bounds, JSON, safetensors headers, atomic output directories."""

@@ -1,0 +1,113 @@
+"""JSON files as plain data, read strictly: one object, every key once, finite numbers only."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+from phireg.errors import SourceError
+from phireg.files.regular import disguise, open_regular, read_bytes
+
+
+def read_json_object(path: Path, *, limit: int = 64 * 1024 * 1024) -> dict[str, Any]:
+    """Read a file that must hold one JSON object.
+
+    Args:
+        path: the file.
+        limit: the largest size accepted, in bytes.
+
+    Returns:
+        The object. No key was repeated at any level and every number is finite.
+
+    Raises:
+        SourceError: the file is missing, unreadable, not a regular file, larger than ``limit``,
+            not UTF-8 or not such an object; the message names the file and, where the parser
+            knows it, the line.
+    """
+    fd = open_regular(path)
+    try:
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise SourceError(f"{path}: {size} bytes of JSON, more than the {limit} accepted")
+        raw = read_bytes(fd, path, 0, size)
+    finally:
+        os.close(fd)
+    if known := disguise(raw[:64]):
+        raise SourceError(f"{path}: {known[0]}", hint=known[1])
+    try:
+        return parse_object(raw)
+    except ValueError as error:
+        raise SourceError(
+            f"{path}: {error}", hint="compare the file with the one that was published"
+        ) from None
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """Parse one JSON object from UTF-8 bytes.
+
+    Raises:
+        ValueError: with a message that says what is wrong and, where known, in which line.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line}: not UTF-8 text (byte {error.start})") from None
+    if not text.strip():
+        raise ValueError("empty, not JSON")
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+        )
+        if "\\ud" in text.lower():
+            # A lone surrogate escape parses, but can be neither printed nor written again.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+        ) from None
+    except UnicodeEncodeError:
+        raise ValueError("not valid text: an escaped surrogate without its other half") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, found {_KINDS[type(value)]}")
+    return value
+
+
+_KINDS: dict[type, str] = {
+    list: "an array",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!r} occurs twice in one object")
+            seen.add(key)
+    return result
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {digits[:40]} is too large for a double")
+    return value

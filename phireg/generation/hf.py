@@ -1,0 +1,267 @@
+"""The source model as a backend: transformers' class, or the one that its family ships."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from phireg import device as devices
+from phireg.errors import CheckError, UsageError
+from phireg.executor import Sampling
+from phireg.generation.backend import DTYPES, Description, Options
+from phireg.generation.checks import check_batch, check_continuations
+from phireg.generation.executor import process_rank
+
+__all__ = ["HFBackend", "describe", "follow", "load", "process_rank"]
+
+_UNSTATED = "float32"
+
+
+def describe(place: Path, options: Options) -> Description:
+    """See :class:`phireg.generation.backend.Opener`; ``place`` may be a hub repository."""
+    devices.pick_device(options.device)
+    _, values = _source(place)
+    return Description(
+        vocab_size=int(values["vocab_size"]), positions=int(values["max_position_embeddings"])
+    )
+
+
+def load(place: Path, options: Options) -> HFBackend:
+    """Load the source model as its files have it; no code among them is run.
+
+    Raises:
+        SourceError: it cannot be read on this machine.
+        PluginError: no family knows it.
+    """
+    from phireg import registry
+    from phireg.config.hf import HFConfig
+    from phireg.reference.load import open_reference
+    from phireg.source.source import open_source
+
+    model = describe(place, options)
+    directory, values = _source(place)
+    family = registry.choose(HFConfig(values)).family
+    stated = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
+    dtype = options.dtype or (stated if stated in DTYPES else _UNSTATED)
+    device = devices.pick_device(options.device)
+    devices.measure_memory(device)
+    source = open_source(directory)
+    reference = open_reference(
+        family, source, weights=None, dtype=getattr(torch, dtype), device=device
+    )
+    if options.offload:
+        reference.keep_ends()
+    else:
+        reference.keep_all()
+    return HFBackend(reference.model, model, device, dtype)
+
+
+def follow(place: Path, options: Options) -> None:
+    """Refuse: the source model runs in one process.
+
+    Raises:
+        UsageError: always.
+    """
+    raise UsageError("the hf backend runs in one process", hint="start it without torchrun.")
+
+
+class HFBackend:
+    """Continues prompts with the source model.
+
+    Args:
+        model: a transformers-compatible causal language model.
+        description: its limits.
+        device: where it is.
+        dtype: what it computes in, by name.
+    """
+
+    name = "hf"
+    processes = 1
+
+    def __init__(
+        self, model: Any, description: Description, device: torch.device, dtype: str
+    ) -> None:
+        from transformers import GenerationConfig
+
+        self.model = model
+        # What the directory's generation_config.json says of sampling is not asked for.
+        self.model.generation_config = GenerationConfig()
+        self.description = description
+        self.device = str(device)
+        self.dtype = dtype
+        self._device = device
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_ids: Collection[int],
+        sampling: Sampling,
+        num_beams: int = 1,
+    ) -> list[list[int]]:
+        """Continue a batch; see :class:`phireg.generation.backend.Backend`."""
+        check_batch(self.description, prompts, max_new_tokens, sampling, num_beams)
+        out = self._generate(prompts, max_new_tokens, stop_ids, sampling, num_beams)
+        rows = out[:, max(map(len, prompts)) :].tolist()
+        return [_before(row, stop_ids) for row in rows]
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_ids: Collection[int],
+        sampling: Sampling,
+    ) -> Iterator[list[int | None]]:
+        """Continue a batch step by step; see :class:`phireg.generation.backend.Backend`."""
+        check_batch(self.description, prompts, max_new_tokens, sampling)
+        steps, ended = _Steps(), [False] * len(prompts)
+
+        def work() -> None:
+            try:
+                self._generate(prompts, max_new_tokens, stop_ids, sampling, 1, steps)
+            except _Left:
+                pass
+            except BaseException as error:
+                steps.queue.put(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            while (tokens := steps.queue.get()) is not None:
+                if isinstance(tokens, BaseException):
+                    raise tokens
+                yield [None if end else token for token, end in zip(tokens, ended, strict=True)]
+                ended = [end or token in stop_ids for token, end in zip(tokens, ended, strict=True)]
+        finally:
+            steps.left = True
+            thread.join()
+
+    def mean_nll(
+        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+    ) -> list[float]:
+        """See :class:`phireg.generation.backend.Backend`."""
+        means = []
+        for prompt, continuation in check_continuations(self.description, prompts, continuations):
+            ids = torch.tensor([prompt + continuation], device=self._device)
+            with torch.no_grad():
+                logits = self.model(input_ids=ids[:, :-1], use_cache=False).logits[0].float()
+            loss = functional.cross_entropy(logits[len(prompt) - 1 :], ids[0, len(prompt) :])
+            means.append(float(loss))
+        return means
+
+    def peak_memory(self) -> int:
+        """Bytes at most, of the GPU or of this process's main memory."""
+        return devices.peak_memory(self._device)
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        self.model = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_ids: Collection[int],
+        sampling: Sampling,
+        num_beams: int,
+        steps: _Steps | None = None,
+    ) -> Tensor:
+        from transformers import GenerationConfig
+
+        pad = min(stop_ids, default=0)
+        length = max(map(len, prompts))
+        ids = [[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        how: dict[str, Any] = {"do_sample": False}
+        if not sampling.greedy:
+            how = {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_k": sampling.top_k,
+                "top_p": sampling.top_p,
+            }
+        elif num_beams > 1:
+            # As upstream's summarize.py asks both sides to search.
+            how |= {"num_beams": num_beams, "early_stopping": True, "length_penalty": 1.0}
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(stop_ids) or None,
+            pad_token_id=pad,
+            **how,
+        )
+        gpus = [self._device] if self._device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(gpus):
+            torch.manual_seed(sampling.seed)
+            out: Tensor = self.model.generate(
+                torch.tensor(ids, device=self._device),
+                attention_mask=torch.tensor(mask, device=self._device),
+                generation_config=config,
+                streamer=steps,
+            )
+        return out
+
+
+class _Left(Exception):  # noqa: N818  (no error: nobody waits for the rest)
+    """Whoever took the steps has gone."""
+
+
+class _Steps:
+    """What ``generate`` calls a streamer: gets the prompt, then each step's tokens, then the end.
+
+    Attributes:
+        queue: token ids of each row; None at the end.
+        left: nobody takes any more.
+    """
+
+    def __init__(self) -> None:
+        self.queue: queue.SimpleQueue[list[int] | BaseException | None] = queue.SimpleQueue()
+        self.left = False
+        self._begun = False
+
+    def put(self, value: Tensor) -> None:
+        """Take [batch] tokens of one step; the first call has the prompt."""
+        if self.left:
+            raise _Left
+        if self._begun:
+            self.queue.put(value.tolist())
+        self._begun = True
+
+    def end(self) -> None:
+        """There are no more."""
+        self.queue.put(None)
+
+
+def _before(row: list[int], stop_ids: Collection[int]) -> list[int]:
+    end = next((n for n, token in enumerate(row) if token in stop_ids), len(row))
+    return row[:end]
+
+
+def _source(place: Path) -> tuple[Path, dict[str, Any]]:
+    """The directory of the source model and its config.json."""
+    from phireg.files.json import read_json_object
+    from phireg.source.hub import resolve_model_dir
+
+    directory, _ = resolve_model_dir(str(place), None)
+    path = directory / "config.json"
+    values: dict[str, Any] = read_json_object(path)
+    numbers = [values.get(key) for key in ("vocab_size", "max_position_embeddings")]
+    if "architecture" in values or "pretrained_config" in values:
+        raise CheckError(
+            f"{directory} was made for TensorRT-LLM; the hf backend runs the source model",
+            hint="give the directory that it was converted from.",
+        )
+    if not all(type(number) is int and number > 0 for number in numbers):
+        raise CheckError(
+            f"{path} names no vocab_size or no max_position_embeddings",
+            hint="give the directory of a Phi model.",
+        )
+    return directory, values

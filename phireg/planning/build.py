@@ -1,0 +1,359 @@
+"""Building a plan: config table, weight rules, source headers and ranks brought together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from phireg.config.hf import HFConfig
+from phireg.files.safetensors import encode_header
+from phireg.findings import Finding, Severity
+from phireg.layout.axes import OWN_COLUMNS
+from phireg.layout.ranks import held, tp_sizes, undivided
+from phireg.layout.rules import Rule, Rules
+from phireg.layout.spans import Axis, LayoutError, Span, check_partition
+from phireg.planning.companions import axes_of
+from phireg.planning.model import DTYPES, Options, Output, Plan
+from phireg.planning.quantized import Quantization
+from phireg.planning.schedule import schedule
+from phireg.reader.schema import required_tensors
+from phireg.source.source import Source
+
+if TYPE_CHECKING:
+    from phireg.family import Family
+
+
+def build_plan(family: Family, hf: HFConfig, source: Source, options: Options) -> Plan:
+    """Plan a conversion. Problems of the model are findings, all of them at once.
+
+    Args:
+        family: whose rules apply.
+        hf: the source's config.json.
+        source: its tensors, from headers.
+        options: dtype, ranks, quantization.
+    """
+    return _Builder(family, hf, source, options).plan()
+
+
+class _Builder:
+    def __init__(self, family: Family, hf: HFConfig, source: Source, options: Options) -> None:
+        self.family = family
+        self.hf = hf
+        self.source = source
+        self.options = options
+        self.findings: list[Finding] = [
+            Finding(Severity.NOTE, "source", "", note) for note in source.notes
+        ]
+
+    def plan(self) -> Plan:
+        translation = self.family.config_fields().translate(self.hf)
+        self.findings += translation.findings
+        dtype = self.dtype()
+        code = DTYPES.get(dtype, "")
+        self.quantization = Quantization(self.options, code)
+        outputs: tuple[Output, ...] = ()
+        config: dict[str, Any] = {}
+        if translation.ok:
+            config = self.config(translation.fields, dtype)
+            try:
+                rules = self.family.weight_rules(translation.fields, self.hf)
+            except LayoutError as problem:
+                self.error("layout", self.family.name, f"the config's sizes do not fit: {problem}")
+            else:
+                outputs = self.outputs(rules, code)
+                self.check_schema(config, outputs)
+                self.findings += self.quantization.findings(config, outputs)
+        else:
+            self.findings.append(
+                Finding(Severity.NOTE, "weights", "", "not checked, because the config has errors")
+            )
+        headers: tuple[bytes, ...] = ()
+        quantization = self.quantization
+        if any(finding.severity is Severity.ERROR for finding in self.findings):
+            outputs = ()
+            quantization = Quantization(self.options, code)
+        else:
+            headers, outputs = _place(outputs, self.options.tp_size)
+        return Plan(
+            family=self.family.name,
+            options=dataclasses.replace(self.options, dtype=dtype),
+            source=self.source,
+            config=config,
+            outputs=outputs,
+            headers=headers,
+            tasks=schedule(outputs, {**self.source.tensors, **quantization.scales}),
+            findings=tuple(self.findings),
+            linears=tuple(quantization.linears),
+            kv_caches=quantization.rules.kv_caches if quantization.kv_cache else (),
+            scales=quantization.scales,
+        )
+
+    def error(self, code: str, subject: str, detail: str, where: str = "") -> None:
+        self.findings.append(Finding(Severity.ERROR, code, subject, detail, where))
+
+    def dtype(self) -> str:
+        """The checkpoint's dtype.
+
+        ``auto`` is what TensorRT-LLM's own converters do since 0.16: the source's, but float16 for
+        float32. A config that names none is answered from the tensors.
+        """
+        if self.options.dtype != "auto":
+            return self.options.dtype
+        stated = self.hf.get("dtype") or self.hf.get("torch_dtype")
+        if stated is None:
+            sizes: Counter[str] = Counter()
+            for tensor in self.source.tensors.values():
+                sizes[tensor.dtype] += tensor.nbytes
+            codes = {code: name for name, code in DTYPES.items()}
+            found = [codes[code] for code, _ in sizes.most_common() if code in codes]
+            stated = found[0] if found else "float16"
+        name = str(stated).removeprefix("torch.")
+        if name not in DTYPES:
+            self.error("dtype", "torch_dtype", f"is {stated!r}; known are {', '.join(DTYPES)}")
+            return "float16"
+        return "float16" if name == "float32" else name
+
+    def config(self, fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+        """The checkpoint's config.json: the family's fields and what phireg decides.
+
+        Readers refuse keys they do not know inside ``mapping`` and ``quantization``, so both hold
+        only what every release knows.
+        """
+        if scheme := self.options.scheme:
+            self.quantization.rules = self.family.quant_rules(fields, scheme.quant_algo)
+        ranks = self.options.ranks
+        mapping = {"world_size": ranks.tp_size, "tp_size": ranks.tp_size, "pp_size": 1}
+        if ranks.moe_ep_size > 1:
+            # Every reader that knows experts knows these; without them it divides each expert.
+            mapping |= {"moe_tp_size": ranks.moe_tp_size, "moe_ep_size": ranks.moe_ep_size}
+        return {
+            "architecture": fields.get("architecture"),
+            "dtype": dtype,
+            **{key: value for key, value in fields.items() if key != "architecture"},
+            "mapping": mapping,
+            "quantization": self.quantization.config(),
+        }
+
+    def outputs(self, rules: Rules, code: str) -> tuple[Output, ...]:
+        """Every tensor of every rank, not placed in files yet; findings on the way."""
+        self.check_ranks(rules)
+        made: list[Output] = []
+        wanted: dict[str, str] = {}
+        owners: dict[str, dict[str, Axis]] = {"weight": {}, "bias": {}}
+        for rule in rules.values():
+            for companion, alternatives in rule.tensors.items():
+                rows = self.choose(alternatives, companion)
+                owners[companion][rule.target] = rows
+                self.check_sources(rule, companion, rows, wanted)
+                weight = companion == "weight"
+                kind = self.quantization.weight_code(rule) if weight else code
+                made += self.shards(rule, companion, rows, rule.dtype or kind)
+            if rule.cols is not None:
+                for problem in check_partition(
+                    {rule.target: rule.cols}, {OWN_COLUMNS: rule.cols.length}
+                ):
+                    self.error("columns", rule.target, problem, rule.where)
+        self.check_uses(owners, rules)
+        self.check_unmapped(wanted, rules)
+        problems = list(self.quantization.problems(rules, owners["weight"]))
+        for subject, detail, where in problems:
+            self.error("quant", subject, detail, where)
+        if not problems:
+            for target in self.quantization.targets():
+                made += self.scales(rules[target], owners["weight"][target], code)
+            made += self.quantization.kv_outputs(self.options.tp_size)
+        return tuple(made)
+
+    def scales(self, rule: Rule, rows: Axis, code: str) -> Iterator[Output]:
+        """The scales of a quantized linear, cut over ranks as its weight is."""
+        for companion, kind in self.quantization.add(rule, rows).items():
+            shape = self.quantization.declare(rule, companion, rows, kind or code)
+            yield from self.shards(rule, companion, rows, kind or code, shape)
+
+    def choose(self, alternatives: tuple[Axis, ...], companion: str) -> Axis:
+        """The first alternative whose sources all exist; else one of which some do; else the first.
+
+        What the others would have used is then found unmapped, so nothing is passed over.
+        """
+
+        def present(axis: Axis) -> list[bool]:
+            return [f"{name}.{companion}" in self.source.tensors for name, _ in axis.sources]
+
+        for test in (all, any):
+            for axis in alternatives:
+                if test(present(axis)):
+                    return axis
+        return alternatives[0]
+
+    def check_sources(self, rule: Rule, companion: str, rows: Axis, wanted: dict[str, str]) -> None:
+        cols = _columns_of(rule, companion, rows)
+        for module, count in rows.sources:
+            name = f"{module}.{companion}"
+            expected = (count,) if cols is None else (count, cols.length)
+            tensor = self.source.tensors.get(name)
+            if tensor is None:
+                if name not in wanted:
+                    self.error("missing", name, f"wanted by {rule.target}", rule.where)
+            elif tensor.shape != expected:
+                if name not in wanted:
+                    self.error(
+                        "shape",
+                        name,
+                        f"is {list(tensor.shape)}, the config says {list(expected)}",
+                        rule.where,
+                    )
+            elif tensor.dtype not in DTYPES.values() and name not in wanted:
+                self.error(
+                    "dtype",
+                    name,
+                    f"is {tensor.dtype}; an unquantized weight is {', '.join(DTYPES.values())}",
+                    rule.where,
+                )
+            wanted[name] = rule.target
+
+    def shards(
+        self,
+        rule: Rule,
+        companion: str,
+        rows: Axis,
+        code: str,
+        shape: tuple[int, ...] | None = None,
+    ) -> Iterator[Output]:
+        """A companion of every rank, cut along those of its axes along which the module is cut."""
+        ranks = self.options.ranks
+        follows = axes_of(companion, shape, rows.length)
+        cols = rule.cols if "cols" in follows else None
+        for rank in range(ranks.tp_size):
+            try:
+                rank_rows, rank_cols = held(rule, rows, cols, ranks, rank)
+            except LayoutError:
+                return  # check_ranks has said so
+            own = f"{rule.target}.{companion}"
+            if "rows" in follows:
+                spans = tuple(
+                    dataclasses.replace(span, source=span.source and f"{span.source}.{companion}")
+                    for span in rank_rows.spans
+                )
+                sizes = (rank_rows.length, *(() if rank_cols is None else (rank_cols.length,)))
+                if experts := rule.experts // ranks.moe_ep_size:
+                    sizes = (experts, sizes[0] // experts, *sizes[1:])
+            elif rank_cols is not None:
+                spans = tuple(dataclasses.replace(span, source=own) for span in rank_cols.spans)
+                sizes = (rank_cols.length,)
+            else:
+                spans, sizes = (Span(own, 0, 1),), (1,)
+            yield Output(
+                rank=rank,
+                name=own,
+                dtype=code,
+                shape=sizes,
+                offset=0,
+                rows=spans,
+                columns=_kept(rank_cols) if "rows" in follows else None,
+            )
+
+    def check_ranks(self, rules: Rules) -> None:
+        """Every part must be divisible; the sizes that work for all of them are named."""
+        ranks = self.options.ranks
+        mixtures = [rule for rule in rules.values() if rule.experts]
+        if self.options.moe_ep_size is not None and not mixtures:
+            self.error(
+                "sharding", self.family.name, "has no experts that ranks could divide or share out"
+            )
+            return
+        for rule in mixtures:
+            if rule.experts % ranks.moe_ep_size:
+                self.error(
+                    "sharding",
+                    rule.target,
+                    f"{rule.experts} experts cannot be shared out over {ranks.moe_ep_size} ranks",
+                    rule.where,
+                )
+                return
+        found = list(undivided(rules, ranks))
+        works = ", ".join(map(str, tp_sizes(rules, ranks.moe_ep_size))) if found else ""
+        for rule, part in found:
+            unit = f"units of {part.unit}" if part.unit > 1 else "rows"
+            over = ranks.moe_tp_size if rule.experts else ranks.tp_size
+            self.error(
+                "sharding",
+                rule.target,
+                f"part '{part.name}': {part.length // part.unit} {unit} cannot be divided "
+                f"over {over} ranks; tp sizes that work: {works}",
+                rule.where,
+            )
+
+    def check_uses(self, owners: Mapping[str, Mapping[str, Axis]], rules: Rules) -> None:
+        for companion, axes in owners.items():
+            sources = {name: rows for axis in axes.values() for name, rows in axis.sources}
+            for problem in check_partition(axes, sources):
+                self.error("partition", f"rows of every {companion}", problem)
+
+    def check_unmapped(self, wanted: Mapping[str, str], rules: Rules) -> None:
+        for name in self.source.tensors:
+            if name in wanted:
+                continue
+            if name in rules.drop:
+                self.findings.append(Finding(Severity.NOTE, "dropped", name, rules.drop[name]))
+            else:
+                self.error("unmapped", name, "is in the source, and no rule maps it")
+
+    def check_schema(self, config: Mapping[str, Any], outputs: tuple[Output, ...]) -> None:
+        """Hold the family's targets against what the reader requires."""
+        required = required_tensors(config, self.options.tp_size)
+        if required is None:
+            self.findings.append(
+                Finding(
+                    Severity.WARNING,
+                    "schema",
+                    str(config["architecture"]),
+                    "phireg does not know what the reader requires of it",
+                )
+            )
+            return
+        if any(finding.code in ("sharding", "quant") for finding in self.findings):
+            return
+        made = {output.name: output for output in outputs}
+        for name, (code, shape) in required.items():
+            if name not in made:
+                self.error("schema", name, "the reader requires it, and no rule makes it")
+            elif made[name].shape != shape:
+                self.error(
+                    "schema",
+                    name,
+                    f"would be {list(made[name].shape)}; the reader expects {list(shape)}",
+                )
+            elif made[name].dtype != code:
+                self.error(
+                    "schema", name, f"would be {made[name].dtype}; the reader expects {code}"
+                )
+        for name in made.keys() - required.keys():
+            self.error("schema", name, "is made by a rule, and the reader does not know it")
+
+
+def _columns_of(rule: Rule, companion: str, rows: Axis) -> Axis | None:
+    """The input axis of a companion, if it lives on it."""
+    return rule.cols if "cols" in axes_of(companion, None, rows.length) else None
+
+
+def _kept(cols: Axis | None) -> tuple[Span, ...] | None:
+    if cols is None:
+        return None
+    whole = (Span(OWN_COLUMNS, 0, dict(cols.sources)[OWN_COLUMNS]),)
+    return None if cols.spans == whole else cols.spans
+
+
+def _place(
+    outputs: tuple[Output, ...], tp_size: int
+) -> tuple[tuple[bytes, ...], tuple[Output, ...]]:
+    """Lay the outputs out in their rank files."""
+    headers = []
+    placed: list[Output] = []
+    for rank in range(tp_size):
+        mine = [output for output in outputs if output.rank == rank]
+        header, entries = encode_header([(o.name, o.dtype, o.shape) for o in mine])
+        headers.append(header)
+        placed += [dataclasses.replace(o, offset=entries[o.name].start) for o in mine]
+    return tuple(headers), tuple(placed)

@@ -1,0 +1,259 @@
+"""What a plan consists of: outputs, and the steps that fill them. Immutable data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from phireg.files.safetensors import ITEMSIZE
+from phireg.findings import Finding, Severity
+from phireg.layout.ranks import Ranks
+from phireg.layout.spans import Span
+from phireg.reader.schema import DTYPES as DTYPES
+from phireg.reader.schemes import SCHEMES, Scheme
+from phireg.source.source import Source, SourceTensor
+
+BLOCK_BYTES = 512 * 1024
+"""Source bytes a worker holds at a time; a single longer row is held whole.
+
+Small enough that a block is still in the processor's cache when it is hashed and written: blocks of
+4 MiB take half as long again.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user chose.
+
+    Attributes:
+        dtype: ``auto`` or a key of :data:`DTYPES`.
+        tp_size: number of tensor-parallel ranks.
+        qformat: a key of ``phireg.reader.schemes.SCHEMES``, or None.
+        kv_cache_dtype: a key of ``phireg.reader.schemes.KV_CACHES``, or None.
+        moe_ep_size: over how many ranks the experts of a mixture are shared out; None if nothing
+            was said about it, which means 1.
+    """
+
+    dtype: str = "auto"
+    tp_size: int = 1
+    qformat: str | None = None
+    kv_cache_dtype: str | None = None
+    moe_ep_size: int | None = None
+
+    @property
+    def ranks(self) -> Ranks:
+        """How modules are divided."""
+        return Ranks(self.tp_size, self.moe_ep_size or 1)
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """The quantization scheme, if there is one."""
+        return None if self.qformat is None else SCHEMES[self.qformat]
+
+    @property
+    def weight_only(self) -> str | None:
+        """``int8`` or ``int4`` for the portable weight-only form, else None."""
+        scheme = self.scheme
+        if scheme is None or scheme.weight is not None:
+            return None
+        return scheme.qformat.removesuffix("_wo")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether carrying out the plan needs calibration statistics."""
+        scheme = self.scheme
+        return self.kv_cache_dtype is not None or (scheme is not None and scheme.calibrated)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor of one rank file.
+
+    Attributes:
+        rank: the file, ``rank{rank}.safetensors``.
+        name: tensor name.
+        dtype: safetensors code.
+        shape: its shape; [experts, rows, columns] for the stacked linears of experts.
+        offset: absolute byte offset in the file.
+        rows: where its rows come from: spans over source *tensors*, in order; those of a scale
+            over the plan's ``scales``. Stacked linears follow each other.
+        columns: which source columns a row keeps, in order; None for all, or for one axis.
+    """
+
+    rank: int
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    rows: tuple[Span, ...]
+    columns: tuple[Span, ...] | None
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """All its rows and their length; a tensor with one axis has rows of one element."""
+        if len(self.shape) < 2:
+            return self.shape[0], 1
+        return math.prod(self.shape[:-1]), self.shape[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Rows of a step go to ``output`` (an index into the plan's outputs) from row ``row`` on."""
+
+    output: int
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Consecutive source rows, read once and written to every place that needs them.
+
+    Attributes:
+        source: the source tensor, or None for zero rows.
+        row: first row (an element, for a tensor with one axis).
+        count: number of rows.
+        writes: where they go. Every output receives its rows in order over the steps of a task.
+    """
+
+    source: SourceTensor | None
+    row: int
+    count: int
+    writes: tuple[Write, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Steps that belong together; different tasks share no output and may run side by side."""
+
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedLinear:
+    """A linear whose quantized weight and scales a run computes.
+
+    Attributes:
+        target: module path in the checkpoint.
+        sources: the source modules its rows come from; no other target reads them.
+        columns: number of input features in the source.
+    """
+
+    target: str
+    sources: tuple[str, ...]
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything a conversion does, and everything that speaks against it.
+
+    Attributes:
+        family: name of the family.
+        options: what was asked for, with ``dtype`` resolved.
+        source: the source model.
+        config: the checkpoint's config.json.
+        outputs: all tensors of all ranks; empty if there are errors.
+        headers: the safetensors header of each rank file.
+        tasks: the work, in source order.
+        findings: errors, warnings and notes.
+        linears: what is quantized; empty unless the scheme quantizes weights.
+        kv_caches: attention modules whose KV cache gets a scale, in the order of the layers.
+        scales: the scales a run computes before it writes, by name. To the outputs they are source
+            tensors like those of the files, with the source's rows and columns; they have no file.
+    """
+
+    family: str
+    options: Options
+    source: Source
+    config: Mapping[str, Any]
+    outputs: tuple[Output, ...]
+    headers: tuple[bytes, ...]
+    tasks: tuple[Task, ...]
+    findings: tuple[Finding, ...]
+    linears: tuple[QuantizedLinear, ...] = ()
+    kv_caches: tuple[str, ...] = ()
+    scales: Mapping[str, SourceTensor] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """Findings that forbid the conversion."""
+        return tuple(f for f in self.findings if f.severity is Severity.ERROR)
+
+    @property
+    def bytes_in(self) -> int:
+        """Source bytes that are read, those read twice counted twice."""
+        return sum(
+            step.count * row_bytes(step.source)
+            for task in self.tasks
+            for step in task.steps
+            if step.source is not None and step.source.name not in self.scales
+        )
+
+    def tensor(self, name: str) -> SourceTensor:
+        """What a span of an output names: a tensor of the source, or a scale."""
+        return self.scales.get(name) or self.source.tensors[name]
+
+    @property
+    def file_sizes(self) -> tuple[int, ...]:
+        """Bytes of each rank file."""
+        ends = [len(header) for header in self.headers]
+        for output in self.outputs:
+            ends[output.rank] = max(ends[output.rank], output.offset + output_bytes(output))
+        return tuple(ends)
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes of all rank files."""
+        return sum(self.file_sizes)
+
+    @property
+    def casts(self) -> int:
+        """Source tensors whose values change dtype."""
+        read = {
+            (span.source, carried_code(output, DTYPES[self.options.dtype]))
+            for output in self.outputs
+            for span in output.rows
+            if span.source is not None and span.source not in self.scales
+        }
+        return len({name for name, code in read if self.source.tensors[name].dtype != code})
+
+    def buffer_bytes(self, workers: int) -> int:
+        """Upper bound of the memory a run holds in buffers.
+
+        Each worker has a block of source rows, its cast copy, and the columns cut out for a rank;
+        when weights are quantized, also the quantized block and float32 copies of a piece of it.
+        The scales of all linears are in memory together.
+        """
+        longest = max(
+            (row_bytes(step.source) for task in self.tasks for step in task.steps if step.source),
+            default=0,
+        )
+        copies = 8 if self.linears else 4
+        scales = sum(scale.nbytes for scale in self.scales.values())
+        return workers * copies * max(BLOCK_BYTES, longest) + scales
+
+
+def carried_code(output: Output, code: str) -> str:
+    """The dtype that source values of an output are cast to, before they may be quantized.
+
+    Args:
+        output: the tensor they are for.
+        code: of the checkpoint's dtype.
+    """
+    return output.dtype if output.dtype in DTYPES.values() else code
+
+
+def row_bytes(tensor: SourceTensor) -> int:
+    """Bytes of one row of a source tensor (one element, if it has one axis)."""
+    cols = tensor.shape[1] if len(tensor.shape) > 1 else 1
+    return cols * ITEMSIZE[tensor.dtype]
+
+
+def output_bytes(output: Output) -> int:
+    """Bytes of an output tensor."""
+    total = ITEMSIZE[output.dtype]
+    for size in output.shape:
+        total *= size
+    return total

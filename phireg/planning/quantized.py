@@ -1,0 +1,157 @@
+"""What quantization adds to a plan: scales as source tensors, dtypes, objections and warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from phireg.findings import Finding, Severity
+from phireg.layout.quant_rules import QuantRules
+from phireg.layout.rules import Rule, Rules
+from phireg.layout.spans import Axis, Span
+from phireg.planning.companions import axes_of
+from phireg.planning.model import Options, Output, QuantizedLinear
+from phireg.reader.schemes import KV_CACHES, KV_SCALE
+from phireg.source.source import SourceTensor
+
+FP8_ALIGNMENT = 16
+"""TensorRT's FP8 matrix products want both sides of a rank's weight to be multiples of this."""
+
+
+class Quantization:
+    """The quantized part of one plan, filled while its outputs are made.
+
+    Args:
+        options: what was asked for.
+        code: safetensors code of the checkpoint's dtype.
+    """
+
+    def __init__(self, options: Options, code: str) -> None:
+        self.scheme = options.scheme
+        self.kv_cache = options.kv_cache_dtype
+        self.code = code
+        self.rules = QuantRules(())
+        self.linears: list[QuantizedLinear] = []
+        self.scales: dict[str, SourceTensor] = {}
+
+    def config(self) -> dict[str, Any]:
+        """The ``quantization`` block: keys that every release knows; a reader refuses others."""
+        algorithm = self.scheme and self.scheme.quant_algo
+        cache = KV_CACHES[self.kv_cache] if self.kv_cache else None
+        made: dict[str, Any] = {"quant_algo": algorithm, "kv_cache_quant_algo": cache}
+        if algorithm or cache:
+            made["exclude_modules"] = list(self.rules.exclude_modules)
+        return made
+
+    def weight_code(self, rule: Rule) -> str:
+        """Safetensors code of a target's weight."""
+        if self.scheme is None or rule.target not in self.rules.linears:
+            return self.code
+        return self.scheme.weight or self.code
+
+    def targets(self) -> tuple[str, ...]:
+        """The linears whose weights this run quantizes."""
+        if self.scheme is None or self.scheme.weight is None:
+            return ()
+        return tuple(dict.fromkeys(self.rules.linears))
+
+    def add(self, rule: Rule, rows: Axis) -> Mapping[str, str | None]:
+        """Take a linear among those to be quantized; its companions, as the scheme has them."""
+        assert self.scheme is not None
+        assert rule.cols is not None  # problems() has seen to it
+        sources = tuple(module for module, _ in rows.sources)
+        self.linears.append(QuantizedLinear(rule.target, sources, rule.cols.length))
+        return self.scheme.companions
+
+    def declare(self, rule: Rule, companion: str, rows: Axis, code: str) -> tuple[int, ...] | None:
+        """Declare a scale that the run computes, as tensors of the source.
+
+        One that follows the rows is a companion of every source module; any other belongs to the
+        target.
+
+        Returns:
+            ``()`` if it is one number for the whole tensor; None if it is as long as the axes it
+            follows. :func:`axes_of` takes either for the shape.
+        """
+        per_channel = self.scheme is not None and self.scheme.per_channel
+        shape = () if companion == "weights_scaling_factor" and not per_channel else None
+        follows = axes_of(companion, shape, rows.length)
+        if "rows" in follows:
+            made = {f"{module}.{companion}": count for module, count in rows.sources}
+        else:
+            count = rule.cols.length if rule.cols and "cols" in follows else 1
+            made = {f"{rule.target}.{companion}": count}
+        for name, count in made.items():
+            self.scales[name] = SourceTensor(name, code, (count,), "", 0)
+        return shape
+
+    def kv_outputs(self, tp_size: int) -> Iterator[Output]:
+        """The scales of the KV caches, the same on every rank."""
+        for module in self.rules.kv_caches if self.kv_cache else ():
+            name = f"{module}.{KV_SCALE}"
+            self.scales[name] = SourceTensor(name, "F32", (1,), "", 0)
+            for rank in range(tp_size):
+                yield Output(rank, name, "F32", (1,), 0, (Span(name, 0, 1),), None)
+
+    def problems(self, rules: Rules, axes: Mapping[str, Axis]) -> Iterator[tuple[str, str, str]]:
+        """What makes the family's quantization rules impossible: subject, detail, place.
+
+        Args:
+            rules: the weight rules.
+            axes: the row map chosen for the weight of each target.
+        """
+        if self.kv_cache and not self.rules.kv_caches:
+            yield "KV cache", "the family's quantization rules name no attention module", ""
+        if self.scheme is None:
+            return
+        if not self.rules.linears:
+            yield self.scheme.qformat, "the family's quantization rules name no linears for it", ""
+        readers: dict[str, list[str]] = {}
+        for target, axis in axes.items():
+            for module, _ in axis.sources:
+                readers.setdefault(module, []).append(target)
+        for target in self.rules.linears:
+            rule = rules.get(target)
+            if rule is None:
+                yield target, "the quantization rules name it, and no weight rule makes it", ""
+            elif rule.cols is None:
+                yield target, "has no input features, so it cannot be quantized", rule.where
+            elif self.scheme.weight is None:
+                continue
+            elif any(part.padded for part in axes[target].parts) or any(
+                span.source is None for span in axes[target].spans
+            ):
+                yield target, "has padded rows, which have no scale", rule.where
+            else:
+                for module, _ in axes[target].sources:
+                    if others := [name for name in readers[module] if name != target]:
+                        detail = f"is made of {module}, which {', '.join(others)} reads as well"
+                        yield target, f"{detail}: its scale would not be its own", rule.where
+
+    def findings(self, config: Mapping[str, Any], outputs: tuple[Output, ...]) -> Iterator[Finding]:
+        """What does not forbid the conversion, and somebody should know."""
+        for note in self.rules.notes:
+            yield Finding(Severity.NOTE, "quant", str(config["architecture"]), note)
+        if self.kv_cache == "fp8" and (
+            config.get("position_embedding_type") == "long_rope"
+            or "longrope_scaling_short_factors" in config
+        ):
+            yield Finding(
+                Severity.WARNING,
+                "kv-cache",
+                "FP8 on a long-rope model",
+                "three bits of mantissa hold keys whose angles differ little far apart, and "
+                "calibration texts are short: compare long prompts first, or use int8",
+            )
+        if self.scheme is None or self.scheme.quant_algo != "FP8":
+            return
+        for output in outputs:
+            quantized = output.dtype == self.scheme.weight and output.rank == 0
+            if quantized and any(size % FP8_ALIGNMENT for size in output.shape):
+                yield Finding(
+                    Severity.WARNING,
+                    "alignment",
+                    output.name,
+                    f"is {list(output.shape)} on each rank; TensorRT's FP8 kernels want multiples "
+                    f"of {FP8_ALIGNMENT}",
+                )

@@ -1,1 +1,0 @@
-"""Quantization as data: which scheme exists, what it covers, and how scales follow their weight."""

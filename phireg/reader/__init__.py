@@ -1,0 +1,1 @@
+"""What TensorRT-LLM's checkpoint reader requires, stated once."""

@@ -1,0 +1,1 @@
+"""A source model: a Hugging Face directory and the tensors in its files."""

@@ -1,0 +1,327 @@
+"""TensorRT-LLM's own runtime as a backend, on an engine that trtllm-build made.
+
+Written against the documented interface of the releases 0.11 to 1.3.0rc20 and tested against a
+stand-in with that interface. It has not been run against TensorRT-LLM itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from phireg.errors import PhiregError, UsageError
+from phireg.executor import Sampling
+from phireg.generation.backend import Description, Options
+from phireg.generation.checks import check_batch, check_continuations
+from phireg.trtllm.engine import Engine, read_engine
+from phireg.trtllm.model_runner import (
+    Output,
+    Runner,
+    installed,
+    load_runner,
+    quiet_stdout,
+    release_number,
+)
+from phireg.trtllm.mpi import Communicator, communicator, process_rank
+
+__all__ = ["TrtllmBackend", "describe", "follow", "load", "process_rank"]
+
+
+def describe(place: Path, options: Options) -> Description:
+    """See :class:`phireg.generation.backend.Opener`; TensorRT-LLM is not needed for this."""
+    given = [("--dtype", options.dtype), ("--offload and --no-offload", options.offload)]
+    for name, value in given:
+        if value is not None:
+            raise UsageError(
+                f"{name} cannot be chosen for an engine: that was settled when it was built",
+                hint="leave it out.",
+            )
+    if options.device not in ("auto", "cuda"):
+        raise UsageError(
+            f"--device {options.device}: TensorRT-LLM takes the GPU by the process's rank",
+            hint="leave it out, and choose GPUs by CUDA_VISIBLE_DEVICES.",
+        )
+    return _description(read_engine(place))
+
+
+def load(place: Path, options: Options) -> TrtllmBackend:
+    """Load this rank's part of an engine; all ranks of mpirun do so at the same time.
+
+    Raises:
+        UsageError: the number of processes is not the engine's number of ranks.
+        PhiregError: TensorRT-LLM is missing or cannot run the engine.
+    """
+    return _load(_check(place, options))
+
+
+def follow(place: Path, options: Options) -> None:
+    """Do as rank 0 says until it closes its backend."""
+    try:
+        engine = _check(place, options)
+    except PhiregError:
+        return  # rank 0 finds the same, and must not be killed before it has said so
+    backend = _load(engine)
+    try:
+        backend.obey()
+    except BaseException:
+        backend.abandon()
+        raise
+
+
+def _check(place: Path, options: Options) -> Engine:
+    """The engine, if all that every rank finds alike is right."""
+    describe(place, options)
+    engine, (_, size) = read_engine(place), process_rank()
+    if size != engine.world_size:
+        raise UsageError(
+            f"{place} was built for {engine.world_size} rank(s), and the number of processes "
+            f"is {size}",
+            hint=f"mpirun -n {engine.world_size} phireg run {place} ...",
+        )
+    return engine
+
+
+def _load(engine: Engine) -> TrtllmBackend:
+    release = installed()
+    rank, size = process_rank()
+    others = communicator() if size > 1 else None
+    try:
+        runner = load_runner(engine, release, rank)
+    except BaseException:
+        if others is not None:  # they may wait for this one for ever
+            atexit.register(others.Abort, 1)
+        raise
+    return TrtllmBackend(runner, engine, release, others)
+
+
+class TrtllmBackend:
+    """Continues prompts with an engine.
+
+    Args:
+        runner: the loaded engine.
+        engine: what its config.json says.
+        release: of TensorRT-LLM.
+        others: the ranks' communicator if there are several.
+    """
+
+    name = "tensorrt-llm"
+    device = "cuda"
+
+    def __init__(
+        self, runner: Runner, engine: Engine, release: str, others: Communicator | None
+    ) -> None:
+        self.runner = runner
+        self.engine = engine
+        self.description = _description(engine)
+        self.dtype = engine.dtype
+        self.processes = engine.world_size
+        self._release = release
+        self._others = others
+        self._busy = False
+        self._peak = 0
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_ids: Collection[int],
+        sampling: Sampling,
+        num_beams: int = 1,
+    ) -> list[list[int]]:
+        """Continue a batch; see :class:`phireg.generation.backend.Backend`."""
+        check_batch(self.description, prompts, max_new_tokens, sampling, num_beams)
+        stops = sorted(stop_ids)
+        request = _request(prompts, max_new_tokens, stops, sampling, num_beams)
+        with self._together(request):
+            rows = self._rows(self._call(request), prompts, max_new_tokens)
+        return [row[: next((n for n, t in enumerate(row) if t in stops), None)] for row in rows]
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_ids: Collection[int],
+        sampling: Sampling,
+    ) -> Iterator[list[int | None]]:
+        """Continue a batch step by step; see :class:`phireg.generation.backend.Backend`.
+
+        Rows may be ahead of others. A row that the runtime ended without giving its stop id gets
+        the first of the stop ids.
+        """
+        check_batch(self.description, prompts, max_new_tokens, sampling)
+        stops = sorted(stop_ids)
+        request = _request(prompts, max_new_tokens, stops, sampling, 1) | {"streaming": True}
+        given = [0] * len(prompts)
+        ended = [False] * len(prompts)
+        with self._together(request):
+            for output in self._steps(request):
+                rows = self._rows(output, prompts, max_new_tokens)
+                while any(
+                    len(row) > n and not end for row, n, end in zip(rows, given, ended, strict=True)
+                ):
+                    step: list[int | None] = []
+                    for index, row in enumerate(rows):
+                        fresh = given[index] < len(row) and not ended[index]
+                        token = row[given[index]] if fresh else None
+                        step.append(token)
+                        given[index] += fresh
+                        ended[index] = ended[index] or token in stops
+                    yield step
+        short = [
+            n < max_new_tokens and not end and bool(stops)
+            for n, end in zip(given, ended, strict=True)
+        ]
+        if any(short):
+            yield [stops[0] if missing else None for missing in short]
+
+    def mean_nll(
+        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+    ) -> list[float] | None:
+        """See :class:`phireg.generation.backend.Backend`.
+
+        None unless the engine was built with ``--gather_context_logits`` (or
+        ``--gather_all_token_logits``): there is nothing to tell it from.
+        """
+        if not self.engine.gathers_logits:
+            return None
+        means = []
+        for prompt, continuation in check_continuations(self.description, prompts, continuations):
+            # The engine has to generate something; its logits of the input are what is asked for.
+            request = _request([prompt + continuation[:-1]], 1, [], Sampling(), 1)
+            with self._together(request):
+                logits = self._call(request)["context_logits"][0]
+            picked = logits[len(prompt) - 1 :, : self.engine.vocab_size].float().cpu()
+            means.append(float(functional.cross_entropy(picked, torch.tensor(continuation))))
+        return means
+
+    def peak_memory(self) -> int | None:
+        """Bytes in use on the GPU at most after a batch, of all programs that use it.
+
+        The runtime keeps a KV cache, which by default takes most of what was free.
+        """
+        return self._peak or None
+
+    def close(self) -> None:
+        """Let the other ranks end, or end them if they are in the middle of a batch."""
+        if self._others is not None:
+            if self._busy:
+                self.abandon()
+            else:
+                self._others.bcast(None, root=0)
+        del self.runner
+
+    def obey(self) -> None:
+        """Generate what rank 0 generates until it closes."""
+        assert self._others is not None
+        while (request := self._others.bcast(None, root=0)) is not None:
+            if request.get("streaming"):
+                for _ in self._steps(request):
+                    pass
+            else:
+                self._call(request)
+
+    def abandon(self) -> None:
+        """End all ranks when this process ends: they may wait for it for ever."""
+        if self._others is not None:
+            atexit.register(self._others.Abort, 1)
+
+    @contextmanager
+    def _together(self, request: dict[str, Any]) -> Iterator[None]:
+        if self._others is not None:
+            self._others.bcast(request, root=0)
+        self._busy = True
+        yield
+        self._busy = False
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            self._peak = max(self._peak, total - free)
+
+    def _call(self, request: dict[str, Any]) -> Any:
+        with quiet_stdout(), torch.no_grad():
+            try:
+                return self.runner.generate(**self._arguments(request))
+            except Exception as error:  # which classes it raises is not documented
+                raise PhiregError(f"TensorRT-LLM {self._release}: {error}") from None
+
+    def _steps(self, request: dict[str, Any]) -> Iterator[Output]:
+        steps = iter(self._call(request))
+        while True:
+            with quiet_stdout():
+                try:
+                    output = next(steps, None)
+                except Exception as error:
+                    raise PhiregError(f"TensorRT-LLM {self._release}: {error}") from None
+            if output is None:
+                return
+            yield output
+
+    def _arguments(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The request with tensors, and without what the release does not know."""
+        arguments = dict(request)
+        rows = arguments.pop("input_ids")
+        arguments["batch_input_ids"] = [torch.tensor(row, dtype=torch.int32) for row in rows]
+        # 0.11 takes one list for all rows. It goes on to the last token then; rows are cut.
+        if release_number(self._release) < (0, 12):
+            arguments.pop("stop_words_list", None)
+        return arguments
+
+    def _rows(
+        self, output: Output, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> list[list[int]]:
+        """The first beam's new tokens of every row."""
+        ids, lengths = output["output_ids"][:, 0].tolist(), output["sequence_lengths"].tolist()
+        return [
+            row[len(prompt) : min(ends[0], len(prompt) + max_new_tokens)]
+            for row, ends, prompt in zip(ids, lengths, prompts, strict=True)
+        ]
+
+
+def _description(engine: Engine) -> Description:
+    return Description(
+        vocab_size=engine.vocab_size,
+        positions=engine.max_seq_len,
+        tp_size=engine.tp_size,
+        processes=(engine.world_size,),
+        start=f"mpirun -n {engine.world_size}",
+        max_input=engine.max_input_len,
+        max_batch=engine.max_batch_size,
+        max_beams=engine.max_beam_width,
+    )
+
+
+def _request(
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stops: Sequence[int],
+    sampling: Sampling,
+    num_beams: int,
+) -> dict[str, Any]:
+    """The arguments of ``generate``, in plain values that can be sent to other ranks."""
+    how = asdict(sampling)
+    seed = how.pop("seed")
+    if sampling.greedy:
+        how = {"temperature": 1.0, "top_k": 1, "top_p": 0.0}
+    end = stops[0] if stops else -1
+    request = how | {
+        "input_ids": [list(prompt) for prompt in prompts],
+        "max_new_tokens": max_new_tokens,
+        "end_id": end,
+        "pad_id": max(end, 0),
+        "num_beams": num_beams,
+        "random_seed": seed,
+        "return_dict": True,
+        "output_sequence_lengths": True,
+    }
+    if len(stops) > 1:
+        request["stop_words_list"] = [[[stop] for stop in stops[1:]]] * len(prompts)
+    if num_beams > 1:
+        # As upstream's summarize.py asks both sides to search.
+        request |= {"length_penalty": 1.0, "early_stopping": 1}
+    return request
