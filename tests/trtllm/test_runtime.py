@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from backends.fake_trtllm import VOCAB, continued, engine, install, next_token
+from fake_trtllm import VOCAB, continued, engine, install, next_token
 from click.testing import CliRunner
 
 from phireg.cli import app
