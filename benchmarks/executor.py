@@ -23,7 +23,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from phireg.executor import Executor, generate
-from phireg.reader.spec import BlockSparse, Blueprint, parse_blueprint
+from phireg.reader.spec import BlockSparse, ModelSpec, parse_spec
 from phireg.reader.tensors import rank_tensors
 
 PHI3_MINI = {
@@ -51,20 +51,20 @@ PHI3_SMALL_PATTERN = {
 
 
 def random_executor(config: dict[str, Any], std: float = 0.02) -> Executor:
-    blueprint = parse_blueprint(config)
-    tensors, dtype = rank_tensors(blueprint), getattr(torch, blueprint.dtype)
+    spec = parse_spec(config)
+    tensors, dtype = rank_tensors(spec), getattr(torch, spec.dtype)
     generator = torch.Generator("cuda").manual_seed(0)
 
     def source(name: str) -> torch.Tensor:
         values = torch.randn(tensors[name].shape, device="cuda", generator=generator) * std
         return (values + ("norm" in name or "ln_f" in name)).to(dtype)
 
-    return Executor(blueprint, [source], [0], device="cuda", offload=False)
+    return Executor(spec, [source], [0], device="cuda", offload=False)
 
 
-def weight_bytes(blueprint: Blueprint) -> int:
+def weight_bytes(spec: ModelSpec) -> int:
     """Bytes one decode step must read: every tensor but the embedding, of which it needs a row."""
-    tensors = rank_tensors(blueprint)
+    tensors = rank_tensors(spec)
     del tensors["transformer.vocab_embedding.weight"]
     return sum(t.dtype.itemsize * torch.Size(t.shape).numel() for t in tensors.values())
 
@@ -133,7 +133,7 @@ def check(results: dict[str, Any]) -> None:
     got = generate(executor, batch, 40)
     print(f"first call, compilation included: {time.perf_counter() - start:.1f} s")
     on_cpu = Executor(
-        executor.blueprint,
+        executor.spec,
         [lambda name: _named(executor, name).cpu()], [0], device="cpu", offload=False,
     )  # fmt: skip
     wrong = 0
@@ -163,9 +163,7 @@ def generation(sections: set[str], results: dict[str, Any]) -> None:
     if "decode" in sections:
         prompt = prompts(1, 128, 32064)
         results["decode_ms"] = per_token(lambda count: generate(executor, prompt, count), 256)
-        results["floor_ms"] = (
-            weight_bytes(executor.blueprint) / results["copy_bytes_per_second"] * 1e3
-        )
+        results["floor_ms"] = weight_bytes(executor.spec) / results["copy_bytes_per_second"] * 1e3
         show("Phi-3-mini, batch 1, ms a token", results["decode_ms"])
         show("  memory floor, ms", results["floor_ms"])
         show("  times the floor (wanted: at most 1.5)", results["decode_ms"] / results["floor_ms"])

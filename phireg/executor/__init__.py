@@ -6,6 +6,6 @@ It shares no code with what writes checkpoints: what it computes is evidence abo
 from phireg.executor.generate import generate, stream
 from phireg.executor.model import Executor, load
 from phireg.executor.sampling import Sampling
-from phireg.reader.spec import Blueprint, read_blueprint
+from phireg.reader.spec import ModelSpec, read_spec
 
-__all__ = ["Blueprint", "Executor", "Sampling", "generate", "load", "read_blueprint", "stream"]
+__all__ = ["ModelSpec", "Executor", "Sampling", "generate", "load", "read_spec", "stream"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from phireg.executor import blocks, blocksparse
 from phireg.executor.blocks import Attend
-from phireg.reader.spec import BlockSparse, Blueprint
+from phireg.reader.spec import BlockSparse, ModelSpec
 
 # Block sizes that the kernel of prompts takes are multiples of this.
 SPARSE_TILE = 64
@@ -26,14 +26,14 @@ SPARSE_TILE = 64
 Mask: TypeAlias = Callable[[int, int, int], Tensor]
 
 
-def rank_heads(blueprint: Blueprint, rank: int, device: torch.device) -> Tensor:
+def rank_heads(spec: ModelSpec, rank: int, device: torch.device) -> Tensor:
     """Global numbers of a rank's query heads, int64 [H]."""
-    first = rank * blueprint.rank_heads
-    return torch.arange(first, first + blueprint.rank_heads, device=device)
+    first = rank * spec.rank_heads
+    return torch.arange(first, first + spec.rank_heads, device=device)
 
 
 def prompt_attention(
-    blueprint: Blueprint,
+    spec: ModelSpec,
     layer: int,
     rank: int,
     length: int,
@@ -44,8 +44,8 @@ def prompt_attention(
 
     ``pads`` may be empty when no row is padded.
     """
-    scale, pattern = blueprint.attention_scale, blueprint.sparse
-    sparse = blueprint.is_sparse(layer)
+    scale, pattern = spec.attention_scale, spec.sparse
+    sparse = spec.is_sparse(layer)
     if pattern is None or not sparse or blocksparse.always_dense(pattern, length):
         if not any(pads):
             return lambda query, key, value: blocks.causal_attention(query, key, value, scale)
@@ -53,12 +53,12 @@ def prompt_attention(
     elif can_skip(pattern, device):
         from phireg.executor.cuda import launch
 
-        first_head = rank * blueprint.rank_heads
+        first_head = rank * spec.rank_heads
         starts = torch.tensor(pads, device=device) if any(pads) else None
         return lambda query, key, value: launch.sparse_attention(
             query, key, value, pattern, starts, first_head, scale
         )
-    mask = slot_mask(blueprint, sparse, rank, torch.tensor(pads or (0,), device=device))
+    mask = slot_mask(spec, sparse, rank, torch.tensor(pads or (0,), device=device))
     return lambda query, key, value: blocks.masked_attention(query, key, value, scale, mask)
 
 
@@ -98,17 +98,17 @@ def has_kernels(device: torch.device) -> bool:
     return True
 
 
-def slot_mask(blueprint: Blueprint, sparse: bool, rank: int, pads: Tensor) -> Mask:
+def slot_mask(spec: ModelSpec, sparse: bool, rank: int, pads: Tensor) -> Mask:
     """The mask of a dense or block-sparse layer between slots, for one rank's heads."""
-    heads = rank_heads(blueprint, rank, pads.device)
+    heads = rank_heads(spec, rank, pads.device)
 
     def mask(first: int, last: int, keys: int) -> Tensor:
         slots = torch.arange(keys, device=pads.device)
         key = slots - pads[:, None, None, None]
         query = key[..., first:last].transpose(2, 3)
         seen = key <= query
-        if sparse and blueprint.sparse is not None:
-            seen = blocksparse.visible(blueprint.sparse, query, key, heads[:, None, None])
+        if sparse and spec.sparse is not None:
+            seen = blocksparse.visible(spec.sparse, query, key, heads[:, None, None])
         # Padding sees itself, because softmax over nothing has no value.
         return (seen & (key >= 0)) | (query == key)
 

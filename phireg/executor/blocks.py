@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from phireg.executor import quantized
 from phireg.executor.experts import ROUTER, Experts, rank_mixture, route
-from phireg.reader.spec import Blueprint, Rope
+from phireg.reader.spec import ModelSpec, Rope
 from phireg.reader.tensors import KV_SCALE
 
 Weights: TypeAlias = Mapping[str, Tensor]
@@ -35,13 +35,13 @@ Reduce: TypeAlias = Callable[[list[Tensor]], Tensor]
 QUERY_CHUNK = 512
 
 
-def norm(blueprint: Blueprint, weights: Weights, name: str, x: Tensor) -> Tensor:
+def norm(spec: ModelSpec, weights: Weights, name: str, x: Tensor) -> Tensor:
     """LayerNorm, or RMSNorm that is rounded to the model's dtype before the weight is applied."""
     weight = weights[f"{name}.weight"]
-    if blueprint.norm == "rms_norm":
-        return functional.rms_norm(x, x.shape[-1:], eps=blueprint.norm_epsilon) * weight
+    if spec.norm == "rms_norm":
+        return functional.rms_norm(x, x.shape[-1:], eps=spec.norm_epsilon) * weight
     bias = weights[f"{name}.bias"]
-    return functional.layer_norm(x, x.shape[-1:], weight, bias, blueprint.norm_epsilon)
+    return functional.layer_norm(x, x.shape[-1:], weight, bias, spec.norm_epsilon)
 
 
 def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def attention(
-    blueprint: Blueprint, weights: Weights, u: Tensor, rotary: Rotary, attend: Attend
+    spec: ModelSpec, weights: Weights, u: Tensor, rotary: Rotary, attend: Attend
 ) -> Tensor:
     """One rank's heads, [B, T, h] -> [B, T, H * D], before the output projection.
 
@@ -91,27 +91,27 @@ def attention(
     prompt's own tokens too: logits are the same with and without a cache. TensorRT-LLM's fused
     kernel for prompts attends to their keys and values before they are quantized.
     """
-    heads, kv_heads, size = blueprint.rank_heads, blueprint.rank_kv_heads, blueprint.head_size
+    heads, kv_heads, size = spec.rank_heads, spec.rank_kv_heads, spec.head_size
     rows = linear(weights, "attention.qkv", u).view(*u.shape[:-1], -1, size).transpose(1, 2)
     query, key, value = rows.split([heads, kv_heads, kv_heads], dim=1)
     query, key = rotate(query, rotary), rotate(key, rotary)
-    if (grid := blueprint.quantization.kv_cache) is not None:
+    if (grid := spec.quantization.kv_cache) is not None:
         key = quantized.fake_quantize(key, weights[KV_SCALE], grid)
         value = quantized.fake_quantize(value, weights[KV_SCALE], grid)
     output = attend(query, key, value)
     return output.transpose(1, 2).flatten(2)
 
 
-def activate(blueprint: Blueprint, z: Tensor) -> Tensor:
+def activate(spec: ModelSpec, z: Tensor) -> Tensor:
     """The MLP's nonlinearity on fc's output; gated ones halve the last dimension."""
-    if blueprint.activation == "swiglu":
+    if spec.activation == "swiglu":
         up, gate = z.chunk(2, dim=-1)
         return functional.silu(gate) * up
-    if blueprint.activation == "gegelu":
+    if spec.activation == "gegelu":
         gate, value = z[..., 0::2], z[..., 1::2]
-        if blueprint.gegelu_limit is not None:
-            gate = gate.clamp(max=blueprint.gegelu_limit)
-            value = value.clamp(-blueprint.gegelu_limit, blueprint.gegelu_limit)
+        if spec.gegelu_limit is not None:
+            gate = gate.clamp(max=spec.gegelu_limit)
+            value = value.clamp(-spec.gegelu_limit, spec.gegelu_limit)
         return gate * torch.sigmoid(1.702 * gate) * (value + 1)
     return functional.gelu(z, approximate="tanh")
 
@@ -133,7 +133,7 @@ def mixture(
 
 
 def layer(
-    blueprint: Blueprint,
+    spec: ModelSpec,
     shards: list[Weights],
     x: Tensor,
     rotary: Rotary,
@@ -146,7 +146,7 @@ def layer(
     """One decoder layer over the ranks in this process, in lockstep.
 
     Args:
-        blueprint: what the tensors mean.
+        spec: what the tensors mean.
         shards: each rank's tensors of this layer.
         x: hidden states [B, T, h].
         rotary: cos and sin, see ``rotate``.
@@ -162,24 +162,24 @@ def layer(
         Hidden states [B, T, h].
     """
     own = list(zip(shards, attends, strict=True))
-    u = norm(blueprint, shards[0], "input_layernorm", x)
-    heads = [attention(blueprint, weights, u, rotary, attend) for weights, attend in own]
+    u = norm(spec, shards[0], "input_layernorm", x)
+    heads = [attention(spec, weights, u, rotary, attend) for weights, attend in own]
     if observe_inputs is not None:
         observe_inputs("attention.qkv", [u])
         observe_inputs("attention.dense", heads)
     attended = row_linear(shards, "attention.dense", heads, reduce)
-    if blueprint.residual == "sequential":
+    if spec.residual == "sequential":
         x = x + attended
-        u = norm(blueprint, shards[0], "post_layernorm", x)
-    if blueprint.experts is None:
-        gated = [activate(blueprint, linear(weights, "mlp.fc", u)) for weights in shards]
+        u = norm(spec, shards[0], "post_layernorm", x)
+    if spec.experts is None:
+        gated = [activate(spec, linear(weights, "mlp.fc", u)) for weights in shards]
         if observe_inputs is not None:
             observe_inputs("mlp.fc", [u])
             observe_inputs("mlp.proj", gated)
         mlp = row_linear(shards, "mlp.proj", gated, reduce)
     else:
-        mlp = mixture(blueprint.experts, shards, ranks, u, reduce)
-    x = x + mlp if blueprint.residual == "sequential" else x + attended + mlp
+        mlp = mixture(spec.experts, shards, ranks, u, reduce)
+    x = x + mlp if spec.residual == "sequential" else x + attended + mlp
     if observe is not None:
         observe("attention", attended)
         observe("mlp", mlp)

@@ -38,7 +38,7 @@ class Decoder:
     def __init__(
         self, executor: Executor, batch: int, capacity: int, sampling: Sampling, *, fused: bool
     ) -> None:
-        blueprint, device = executor.blueprint, executor.device
+        spec, device = executor.spec, executor.device
         self.executor = executor
         self.batch = batch
         self.capacity = capacity
@@ -50,9 +50,9 @@ class Decoder:
         self._slot = torch.zeros(1, dtype=torch.int64, device=device)
         self._pads = torch.zeros(batch, dtype=torch.int64, device=device)
         self._random = torch.Generator(device)
-        columns = 0 if sampling.greedy else blueprint.vocab_size
+        columns = 0 if sampling.greedy else spec.vocab_size
         self._noise = torch.ones(batch, columns, dtype=torch.float32, device=device)
-        shape = (batch, blueprint.rank_kv_heads, capacity, blueprint.head_size)
+        shape = (batch, spec.rank_kv_heads, capacity, spec.head_size)
         self._caches: list[list[Cache]] = [
             [
                 (
@@ -61,11 +61,9 @@ class Decoder:
                 )
                 for _ in executor.ranks
             ]
-            for _ in range(blueprint.num_layers)
+            for _ in range(spec.num_layers)
         ]
-        tables = [
-            blocks.rotary_tables(blueprint.rope, capacity, long, device) for long in (False, True)
-        ]
+        tables = [blocks.rotary_tables(spec.rope, capacity, long, device) for long in (False, True)]
         self._tables: Rotary = (
             torch.stack([cos for cos, _ in tables]),
             torch.stack([sin for _, sin in tables]),
@@ -104,7 +102,7 @@ class Decoder:
             self._graph = None
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        executor, blueprint = self.executor, self.executor.blueprint
+        executor, spec = self.executor, self.executor.spec
         length = max(len(prompt) for prompt in prompts)
         pads = [length - len(prompt) for prompt in prompts]
         ids = torch.tensor([[0] * pad + list(p) for pad, p in zip(pads, prompts, strict=True)])
@@ -115,14 +113,14 @@ class Decoder:
         position = (torch.arange(length, device=executor.device) - self._pads[:, None]).clamp(min=0)
         if not any(pads):
             position = position[:1]
-        long = int(length > blueprint.rope.original)
+        long = int(length > spec.rope.original)
         cos, sin = (table[long][position][:, None] for table in self._tables)
         attends = [
             [
-                attend.prompt_attention(blueprint, layer, rank, length, pads, executor.device)
+                attend.prompt_attention(spec, layer, rank, length, pads, executor.device)
                 for rank in executor.ranks
             ]
-            for layer in range(blueprint.num_layers)
+            for layer in range(spec.num_layers)
         ]
         if self._fused:
             logits = self._fused_forward(
@@ -155,9 +153,9 @@ class Decoder:
             self._noise.exponential_(generator=self._random)
 
     def _plain_step(self) -> None:
-        blueprint = self.executor.blueprint
+        spec = self.executor.spec
         masks = {
-            (sparse, rank): attend.slot_mask(blueprint, sparse, rank, self._pads)
+            (sparse, rank): attend.slot_mask(spec, sparse, rank, self._pads)
             for sparse in (False, True)
             for rank in self.executor.ranks
         }
@@ -166,19 +164,19 @@ class Decoder:
                 _extending(
                     cache,
                     self._length,
-                    masks[blueprint.is_sparse(layer), rank],
-                    blueprint.attention_scale,
+                    masks[spec.is_sparse(layer), rank],
+                    spec.attention_scale,
                 )
                 for rank, cache in zip(self.executor.ranks, self._caches[layer], strict=True)
             ]
-            for layer in range(blueprint.num_layers)
+            for layer in range(spec.num_layers)
         ]
         logits = self._plain_forward(self.token[:, None], self._step_rotary(), attends)
         self.token.copy_(choose(logits, self.sampling, self._noise))
         self._slot += 1
 
     def _fused_step(self) -> None:
-        blueprint = self.executor.blueprint
+        spec = self.executor.spec
         attends = {
             sparse: [self._attending(rank, sparse) for rank in self.executor.ranks]
             for sparse in (False, True)
@@ -186,14 +184,14 @@ class Decoder:
         logits = self._fused_forward(
             self.token[:, None],
             self._step_rotary(),
-            [attends[blueprint.is_sparse(layer)] for layer in range(blueprint.num_layers)],
+            [attends[spec.is_sparse(layer)] for layer in range(spec.num_layers)],
         )
         self.token.copy_(choose(logits, self.sampling, self._noise))
         self._slot += 1
 
     def _step_rotary(self) -> Rotary:
         """Cos and sin [B, 1, 1, R/2] of the token in the slot."""
-        long = (self._slot + 1 > self.executor.blueprint.rope.original).long()
+        long = (self._slot + 1 > self.executor.spec.rope.original).long()
         position = self._slot - self._pads
         cos, sin = (table[long, position][:, None, None] for table in self._tables)
         return cos, sin
@@ -202,7 +200,7 @@ class Decoder:
         executor = self.executor
         ends = executor.end_weights()
         x = executor.embed(ends, ids)
-        for layer in range(executor.blueprint.num_layers):
+        for layer in range(executor.spec.num_layers):
             x = executor.run_layer(executor.layer_weights(layer), x, rotary, attends[layer])
         return executor.logits(ends, x[:, -1])
 
@@ -216,7 +214,7 @@ class Decoder:
     def _attending(self, rank: int, sparse: bool) -> AttendCache:
         from phireg.executor.cuda import launch
 
-        blueprint = self.executor.blueprint
+        spec = self.executor.spec
 
         def attend_cache(query: Tensor, cache: Cache) -> Tensor:
             return launch.attend_cache(
@@ -224,9 +222,9 @@ class Decoder:
                 cache,
                 self._slot,
                 self._pads,
-                blueprint.attention_scale,
-                blueprint.sparse if sparse else None,
-                rank * blueprint.rank_heads,
+                spec.attention_scale,
+                spec.sparse if sparse else None,
+                rank * spec.rank_heads,
             )
 
         return attend_cache

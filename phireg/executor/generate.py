@@ -102,7 +102,7 @@ def _check(model: Executor, prompts: Sequence[Sequence[int]], max_new_tokens: in
         raise UsageError("there is nothing to continue: a prompt has no tokens")
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
-    vocab_size = model.blueprint.vocab_size
+    vocab_size = model.spec.vocab_size
     for prompt in prompts:
         wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
         if wrong is not None:
@@ -110,7 +110,7 @@ def _check(model: Executor, prompts: Sequence[Sequence[int]], max_new_tokens: in
                 f"token {wrong} is outside the model's vocabulary of {vocab_size}",
                 hint="is this the model's own tokenizer?",
             )
-    longest, limit = max(map(len, prompts)), model.blueprint.max_position_embeddings
+    longest, limit = max(map(len, prompts)), model.spec.max_position_embeddings
     if longest + max_new_tokens > limit:
         raise UsageError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
@@ -131,5 +131,5 @@ def _fitting(
         return kept
     model.decoder = kept = None  # its memory is needed
     # Which experts run depends on the tokens: there is no one graph of a step.
-    fused = has_kernels(model.device) and model.blueprint.experts is None
+    fused = has_kernels(model.device) and model.spec.experts is None
     return Decoder(model, batch, slots, sampling, fused=fused)

@@ -18,7 +18,7 @@ from phireg.executor.attention import on, prompt_attention
 from phireg.executor.blocks import Attend, Rotary, Weights
 from phireg.executor.weights import Source, open_ranks
 from phireg.reader.quantization import ROW_LINEARS
-from phireg.reader.spec import Blueprint, read_blueprint
+from phireg.reader.spec import ModelSpec, read_spec
 from phireg.reader.tensors import end_tensors, layer_prefix, layer_tensors, rank_tensors
 
 # (layer, what, value): what is "embedding" (layer -1), "attention", "mlp" or "hidden".
@@ -56,25 +56,25 @@ def load(
         UsageError: the number of processes is not the checkpoint's number of ranks.
     """
     directory = Path(checkpoint_dir)
-    blueprint = read_blueprint(directory)
-    ranks = range(blueprint.tp_size)
+    spec = read_spec(directory)
+    ranks = range(spec.tp_size)
     if distributed:
-        if dist.get_world_size() != blueprint.tp_size:
+        if dist.get_world_size() != spec.tp_size:
             raise UsageError(
-                f"{directory} has {blueprint.tp_size} rank(s) and {dist.get_world_size()} "
+                f"{directory} has {spec.tp_size} rank(s) and {dist.get_world_size()} "
                 "process(es) were started",
-                hint=f"start it with torchrun --nproc-per-node {blueprint.tp_size}",
+                hint=f"start it with torchrun --nproc-per-node {spec.tp_size}",
             )
         ranks = range(dist.get_rank(), dist.get_rank() + 1)
-    sources = open_ranks(directory, blueprint, ranks)
-    return Executor(blueprint, sources, ranks, device=device, dtype=dtype, offload=offload)
+    sources = open_ranks(directory, spec, ranks)
+    return Executor(spec, sources, ranks, device=device, dtype=dtype, offload=offload)
 
 
 class Executor(torch.nn.Module):  # type: ignore[misc]
     """A checkpoint ready to run; ``load`` makes one from files.
 
     Args:
-        blueprint: what the tensors mean.
+        spec: what the tensors mean.
         sources: for each rank of this process, a function from a tensor's name to the tensor.
         ranks: the numbers of those ranks: all of them, or one when each rank has its own process.
         device: where to compute.
@@ -84,7 +84,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
 
     def __init__(
         self,
-        blueprint: Blueprint,
+        spec: ModelSpec,
         sources: Sequence[Source],
         ranks: Sequence[int],
         *,
@@ -93,10 +93,10 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         offload: bool | None = None,
     ) -> None:
         super().__init__()
-        self.blueprint = blueprint
+        self.spec = spec
         self.ranks = tuple(ranks)
         self.device = torch.device(device)
-        name = dtype or blueprint.dtype
+        name = dtype or spec.dtype
         self.dtype: torch.dtype = getattr(torch, name) if isinstance(name, str) else name
         self.offload = self._exceeds_memory() if offload is None else offload
         self.decoder: Any = None  # the last generation's cache, for the next one of its shape
@@ -104,13 +104,13 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         self._layers: list[list[Weights]] = []
         self._ends: list[Weights] = []
         if not self.offload:
-            self._layers = [self._read_layer(index) for index in range(blueprint.num_layers)]
+            self._layers = [self._read_layer(index) for index in range(spec.num_layers)]
             self._ends = self._read_ends()
 
     @property
     def distributed(self) -> bool:
         """Whether the other ranks run in other processes."""
-        return len(self.ranks) < self.blueprint.tp_size
+        return len(self.ranks) < self.spec.tp_size
 
     def release(self) -> None:
         """Give up the last generation's cache and captured step.
@@ -157,11 +157,11 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
             x = self.embed(ends, input_ids)
             if observe is not None:
                 observe(-1, "embedding", x)
-            rope = self.blueprint.rope
+            rope = self.spec.rope
             rotary = blocks.rotary_tables(rope, length, length > rope.original, self.device)
-            for index in range(self.blueprint.num_layers):
+            for index in range(self.spec.num_layers):
                 attends = [
-                    prompt_attention(self.blueprint, index, rank, length, (), self.device)
+                    prompt_attention(self.spec, index, rank, length, (), self.device)
                     for rank in self.ranks
                 ]
                 seen = None if observe is None else _of_layer(observe, index)
@@ -173,7 +173,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         """Token ids of any shape to hidden states in the compute dtype."""
         table = ends[0]["transformer.vocab_embedding.weight"]
         x = functional.embedding(ids.to(table.device), table).to(self.device, self.dtype)
-        multiplier = self.blueprint.embedding_multiplier
+        multiplier = self.spec.embedding_multiplier
         return x if multiplier == 1.0 else x * multiplier
 
     def run_layer(
@@ -187,7 +187,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
     ) -> Tensor:
         """One layer; see ``blocks.layer``."""
         return blocks.layer(
-            self.blueprint,
+            self.spec,
             shards,
             x,
             rotary,
@@ -200,13 +200,13 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
 
     def logits(self, ends: list[Weights], x: Tensor) -> Tensor:
         """Final norm and lm_head: float32 [..., vocab_size], the padding of the vocabulary cut."""
-        u = blocks.norm(self.blueprint, ends[0], "transformer.ln_f", x)
+        u = blocks.norm(self.spec, ends[0], "transformer.ln_f", x)
         return self.whole_logits([blocks.linear(weights, "lm_head", u) for weights in ends])
 
     def whole_logits(self, parts: list[Tensor]) -> Tensor:
         """Logits of the ranks' lm_head outputs, as ``logits``."""
-        whole = self.gather(parts)[..., : self.blueprint.vocab_size].float()
-        divisor = self.blueprint.logits_divisor
+        whole = self.gather(parts)[..., : self.spec.vocab_size].float()
+        divisor = self.spec.logits_divisor
         return whole if divisor == 1.0 else whole / divisor
 
     def reduce(self, partial: list[Tensor]) -> Tensor:
@@ -222,7 +222,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         """All ranks' parts side by side in the last dimension, in rank order."""
         if self.distributed:
             own = parts[0].contiguous()
-            parts = [torch.empty_like(own) for _ in range(self.blueprint.tp_size)]
+            parts = [torch.empty_like(own) for _ in range(self.spec.tp_size)]
             dist.all_gather(parts, own)
         return torch.cat(parts, dim=-1)
 
@@ -236,10 +236,10 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         return whole
 
     def _read_layer(self, index: int) -> list[Weights]:
-        names, prefix = layer_tensors(self.blueprint), layer_prefix(index)
+        names, prefix = layer_tensors(self.spec), layer_prefix(index)
         return [
             quantized.prepare(
-                self.blueprint.quantization,
+                self.spec.quantization,
                 {name: source(prefix + name) for name in names},
                 self.device,
                 self.dtype,
@@ -248,7 +248,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         ]
 
     def _read_ends(self) -> list[Weights]:
-        names = end_tensors(self.blueprint)
+        names = end_tensors(self.spec)
         # An embedding that is only looked up may stay in the mapped file.
         stays = "transformer.vocab_embedding.weight" if self.offload else ""
         return [
@@ -263,14 +263,13 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
         elif (
-            self.blueprint.quantization.weights is None
-            and getattr(torch, self.blueprint.dtype) == self.dtype
+            self.spec.quantization.weights is None and getattr(torch, self.spec.dtype) == self.dtype
         ):
             return False  # used where it is mapped; the system reads and drops pages itself
         else:
             free = free_memory()
         needed = 0
-        for tensor in rank_tensors(self.blueprint).values():
+        for tensor in rank_tensors(self.spec).values():
             native = quantized.has_native_fp8(tensor.dtype, tensor.shape, self.device, self.dtype)
             dtype = tensor.dtype if native else self.dtype
             needed += torch.Size(tensor.shape).numel() * dtype.itemsize * len(self.ranks)

@@ -1,4 +1,4 @@
-"""The mapped rank files, held against what a blueprint expects of them."""
+"""The mapped rank files, held against what a spec expects of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phireg.checkpoint.mapped import MappedFile
 from phireg.errors import CheckError
-from phireg.reader.spec import Blueprint
+from phireg.reader.spec import ModelSpec
 from phireg.reader.tensors import (
     KEY_SCALE,
     KV_SCALE,
@@ -34,12 +34,12 @@ _ROTARY_TABLES = re.compile(
 )
 
 
-def open_ranks(checkpoint_dir: Path, blueprint: Blueprint, ranks: Sequence[int]) -> list[Source]:
-    """Map the rank files and hold them against the blueprint.
+def open_ranks(checkpoint_dir: Path, spec: ModelSpec, ranks: Sequence[int]) -> list[Source]:
+    """Map the rank files and hold them against the spec.
 
     Args:
         checkpoint_dir: directory of config.json and rank*.safetensors.
-        blueprint: what config.json says.
+        spec: what config.json says.
         ranks: the ranks to open. When it is all of them there must be no further rank file, and
             the tensors that every rank repeats must be equal.
 
@@ -56,21 +56,21 @@ def open_ranks(checkpoint_dir: Path, blueprint: Blueprint, ranks: Sequence[int])
     """
     problems: list[str] = []
     files = {rank: checkpoint_dir / f"rank{rank}.safetensors" for rank in ranks}
-    if len(ranks) == blueprint.tp_size:
+    if len(ranks) == spec.tp_size:
         found = set(checkpoint_dir.glob("rank*.safetensors"))
         problems += [
-            f"{path.name}: config.json has only {blueprint.tp_size} rank(s)"
+            f"{path.name}: config.json has only {spec.tp_size} rank(s)"
             for path in sorted(found - set(files.values()))
         ]
     opened: dict[int, _RankFile] = {}
     for rank, path in files.items():
         handle, failure = _open(path)
         if handle is not None:
-            opened[rank] = _RankFile(handle, blueprint)
+            opened[rank] = _RankFile(handle, spec)
         found_here = [failure] if handle is None else opened[rank].problems()
         problems += [f"{path.name}: {problem}" for problem in found_here]
     if not problems:
-        problems += _differences(opened, blueprint)
+        problems += _differences(opened, spec)
     if problems:
         raise CheckError(
             f"{checkpoint_dir}: the rank files are not what config.json says:\n  "
@@ -93,11 +93,11 @@ def _open(path: Path) -> tuple[MappedFile | None, str | None]:
 class _RankFile:
     """One mapped file."""
 
-    def __init__(self, handle: MappedFile, blueprint: Blueprint) -> None:
+    def __init__(self, handle: MappedFile, spec: ModelSpec) -> None:
         self._handle = handle
         self._present = set(handle.keys())
-        self._required = rank_tensors(blueprint)
-        self._optional = optional_rank_tensors(blueprint)
+        self._required = rank_tensors(spec)
+        self._optional = optional_rank_tensors(spec)
 
     def tensor(self, name: str) -> Tensor:
         """A required tensor as it is expected, or a cache scale made of the keys' and values'."""
@@ -160,7 +160,7 @@ def _parts(name: str) -> list[str]:
     return [prefix + KEY_SCALE, prefix + VALUE_SCALE] if found else []
 
 
-def _differences(opened: dict[int, _RankFile], blueprint: Blueprint) -> list[str]:
+def _differences(opened: dict[int, _RankFile], spec: ModelSpec) -> list[str]:
     """Names of replicated tensors that some rank has other values of.
 
     The ranks run in lockstep on one copy of the hidden states, which is right only while what
@@ -168,8 +168,8 @@ def _differences(opened: dict[int, _RankFile], blueprint: Blueprint) -> list[str
     """
     files = iter(opened.items())
     _, first = next(files)
-    weights = blueprint.quantization.weights
-    names = [name for name in rank_tensors(blueprint) if replicated(name, weights)]
+    weights = spec.quantization.weights
+    names = [name for name in rank_tensors(spec) if replicated(name, weights)]
     return [
         f"rank{rank}.safetensors: {name} differs from the first rank's"
         for rank, file in files

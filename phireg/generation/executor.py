@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from phireg import device as devices
 from phireg.errors import PhiregError, UsageError
-from phireg.executor import Blueprint, Executor, Sampling, read_blueprint, stream
+from phireg.executor import Executor, ModelSpec, Sampling, read_spec, stream
 from phireg.executor import load as load_checkpoint
 from phireg.generation.backend import Description, Options
 from phireg.generation.checks import check_beams, check_continuations
@@ -28,14 +28,14 @@ _PATIENCE = timedelta(days=30)
 def describe(place: Path, options: Options) -> Description:
     """See :class:`phireg.generation.backend.Opener`."""
     devices.pick_device(options.device)
-    return _description(read_blueprint(place))
+    return _description(read_spec(place))
 
 
-def _description(blueprint: Blueprint) -> Description:
-    ranks = blueprint.tp_size
+def _description(spec: ModelSpec) -> Description:
+    ranks = spec.tp_size
     return Description(
-        vocab_size=blueprint.vocab_size,
-        positions=blueprint.max_position_embeddings,
+        vocab_size=spec.vocab_size,
+        positions=spec.max_position_embeddings,
         tp_size=ranks,
         processes=(1, ranks) if ranks > 1 else (1,),
         start=f"torchrun --nproc-per-node {ranks} -m",
@@ -128,10 +128,10 @@ class ExecutorBackend:
     def __init__(self, model: Executor, *, led: bool = False) -> None:
         self.model = model
         self.led = led
-        self.description = _description(model.blueprint)
+        self.description = _description(model.spec)
         self.device = str(model.device)
         self.dtype = str(model.dtype).removeprefix("torch.")
-        self.processes = model.blueprint.tp_size if led else 1
+        self.processes = model.spec.tp_size if led else 1
         self._busy = False
 
     def generate(

@@ -53,7 +53,7 @@ def walk(
         states = list(zip(_embedded(plain, ids), _embedded(quantized, ids), strict=True))
         linears: list[LinearQuality] = []
         hidden = []
-        for layer in range(plain.blueprint.num_layers):
+        for layer in range(plain.spec.num_layers):
             states, found = _layer(plain, quantized, layer, states)
             linears += found
             errors = [_token_errors(ours, wanted) for wanted, ours in states]
@@ -77,10 +77,10 @@ def _layer(
     meters = {linear: LinearMeter(linear, before, after) for linear in LINEARS}
     made = []
     for wanted, ours in states:
-        length, rope = wanted.shape[1], plain.blueprint.rope
+        length, rope = wanted.shape[1], plain.spec.rope
         rotary = blocks.rotary_tables(rope, length, length > rope.original, plain.device)
         attends = [
-            prompt_attention(plain.blueprint, layer, rank, length, (), plain.device)
+            prompt_attention(plain.spec, layer, rank, length, (), plain.device)
             for rank in plain.ranks
         ]
         made.append(

@@ -12,7 +12,7 @@ from phireg.calibration.run import describe
 from phireg.calibration.settings import Settings
 from phireg.device import pick_device
 from phireg.errors import SourceError
-from phireg.executor import Blueprint, Executor, read_blueprint
+from phireg.executor import Executor, ModelSpec, read_spec
 from phireg.executor.weights import open_ranks
 from phireg.generation.quiet import quiet
 from phireg.generation.tokenizer import find_tokenizer
@@ -22,7 +22,7 @@ from phireg.quality.layerwise import walk
 from phireg.quality.result import Quality, TextQuality
 from phireg.quality.text import Text, choose_text
 from phireg.quality.unquantized import rank_sources, unquantized_plan
-from phireg.reader.spec import parse_blueprint
+from phireg.reader.spec import parse_spec
 
 TOKENS = {"cpu": 512, "cuda": 2048}
 """Tokens of a report at most, by kind of device."""
@@ -76,18 +76,18 @@ def measure(
     """
     device = pick_device(settings.device)
     place = Path(checkpoint_dir)
-    blueprint = read_blueprint(place)
-    text = _text(planned, settings, provenance, blueprint, device)
+    spec = read_spec(place)
+    text = _text(planned, settings, provenance, spec, device)
     plan = unquantized_plan(planned)
     told = progress or (lambda more, total: None)
     with plan.source.open() as reader:
-        ranks = range(blueprint.tp_size)
+        ranks = range(spec.tp_size)
         options: dict[str, Any] = {"device": device, "dtype": torch.float32, "offload": True}
         plain = Executor(
-            parse_blueprint(dict(plan.config)), rank_sources(plan, reader), ranks, **options
+            parse_spec(dict(plan.config)), rank_sources(plan, reader), ranks, **options
         )
-        quantized = Executor(blueprint, open_ranks(place, blueprint, ranks), ranks, **options)
-        layers = blueprint.num_layers
+        quantized = Executor(spec, open_ranks(place, spec, ranks), ranks, **options)
+        layers = spec.num_layers
         found = walk(plain, quantized, text.rows, lambda more: told(more, layers))
     made = planned.plan.options
     assert made.qformat is not None
@@ -96,7 +96,7 @@ def measure(
         plan.family,
         made.qformat,
         made.kv_cache_dtype,
-        blueprint.architecture,
+        spec.architecture,
         made.dtype,
         made.tp_size,
         found.linears,
@@ -119,7 +119,7 @@ def _text(
     planned: Planned,
     settings: Settings,
     provenance: Mapping[str, Any] | None,
-    blueprint: Blueprint,
+    spec: ModelSpec,
     device: torch.device,
 ) -> Text:
     directory = planned.plan.source.directory
@@ -140,8 +140,8 @@ def _text(
             provenance,
             encode,
             tokens=max(affordable(planned.plan, device), FEWEST),
-            vocab_size=blueprint.vocab_size,
-            longest=blueprint.max_position_embeddings,
+            vocab_size=spec.vocab_size,
+            longest=spec.max_position_embeddings,
         )
     if not text.rows:
         raise SourceError(

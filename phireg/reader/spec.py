@@ -1,6 +1,6 @@
 """The checkpoint's config.json in a closed vocabulary whose meaning is TensorRT-LLM's.
 
-Everything the executor computes with is a word or a number of ``Blueprint``: code behind it never
+Everything the executor computes with is a word or a number of ``ModelSpec``: code behind it never
 looks at an architecture's name again. A key, an activation or a feature the executor has no exact
 meaning for is an error here, never a guess.
 """
@@ -83,7 +83,7 @@ class BlockSparse:
 
 
 @dataclass(frozen=True, slots=True)
-class Blueprint:
+class ModelSpec:
     """Everything that decides what the tensors of a checkpoint compute.
 
     Attributes:
@@ -154,7 +154,7 @@ class Blueprint:
         return self.sparse is not None and (layer + 1) % self.sparse.dense_every != 0
 
 
-def read_blueprint(checkpoint_dir: Path) -> Blueprint:
+def read_spec(checkpoint_dir: Path) -> ModelSpec:
     """Read ``config.json`` of a TensorRT-LLM checkpoint directory.
 
     Raises:
@@ -172,11 +172,11 @@ def read_blueprint(checkpoint_dir: Path) -> Blueprint:
         raise CheckError(f"{path}: is not JSON ({error})") from error
     if not isinstance(values, dict):
         raise CheckError(f"{path}: is not a JSON object")
-    return parse_blueprint(values, str(path))
+    return parse_spec(values, str(path))
 
 
-def parse_blueprint(values: dict[str, Any], where: str = "config.json") -> Blueprint:
-    """Turn a checkpoint's configuration into a blueprint.
+def parse_spec(values: dict[str, Any], where: str = "config.json") -> ModelSpec:
+    """Turn a checkpoint's configuration into a spec.
 
     Args:
         values: config.json's object.
@@ -218,7 +218,7 @@ def parse_blueprint(values: dict[str, Any], where: str = "config.json") -> Bluep
         raise config.fail(f"dtype is {dtype!r}", f"known are {', '.join(_DTYPES)}")
 
     layers = config.integer("num_hidden_layers")
-    blueprint = Blueprint(
+    spec = ModelSpec(
         architecture=architecture,
         dtype=dtype,
         vocab_size=config.integer("vocab_size"),
@@ -254,8 +254,8 @@ def parse_blueprint(values: dict[str, Any], where: str = "config.json") -> Bluep
         if moe
         else None,
     )
-    _check_parallel(config, blueprint)
-    return blueprint
+    _check_parallel(config, spec)
+    return spec
 
 
 def _refuse_unsupported(config: Config) -> None:
@@ -337,23 +337,23 @@ def _sparse(config: Config, num_heads: int) -> BlockSparse:
     )
 
 
-def _check_parallel(config: Config, blueprint: Blueprint) -> None:
-    heads, kv_heads, tp = blueprint.num_heads, blueprint.num_kv_heads, blueprint.tp_size
-    if blueprint.architecture == "PhiForCausalLM" and kv_heads != heads:
+def _check_parallel(config: Config, spec: ModelSpec) -> None:
+    heads, kv_heads, tp = spec.num_heads, spec.num_kv_heads, spec.tp_size
+    if spec.architecture == "PhiForCausalLM" and kv_heads != heads:
         raise config.fail("num_key_value_heads differs from num_attention_heads in PhiForCausalLM")
     if heads % kv_heads:
         raise config.fail(f"{heads} heads cannot share {kv_heads} key/value heads evenly")
-    if blueprint.experts is None and blueprint.intermediate_size % tp:
+    if spec.experts is None and spec.intermediate_size % tp:
         raise config.fail(
-            f"intermediate_size {blueprint.intermediate_size} cannot be split over {tp} ranks"
+            f"intermediate_size {spec.intermediate_size} cannot be split over {tp} ranks"
         )
     if heads % tp:
         raise config.fail(f"{heads} heads cannot be split over {tp} ranks")
     if kv_heads % tp and tp % kv_heads:
         raise config.fail(f"{kv_heads} key/value heads cannot be split over {tp} ranks")
-    if blueprint.experts is not None and blueprint.activation != "swiglu":
+    if spec.experts is not None and spec.activation != "swiglu":
         raise config.fail("hidden_act of experts must be swiglu")
-    if blueprint.experts is not None and blueprint.quantization.weights is not None:
+    if spec.experts is not None and spec.quantization.weights is not None:
         raise config.fail("quantized experts are unknown to the executor")
     if config.values.get("use_parallel_embedding") and tp > 1:
         raise config.fail("use_parallel_embedding is set: a split embedding table is not supported")

@@ -1,4 +1,4 @@
-"""The tensors a blueprint expects in a rank file: names, shapes and dtypes."""
+"""The tensors a spec expects in a rank file: names, shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from phireg.executor.experts import ROUTER
 from phireg.reader.quantization import ROW_LINEARS, WeightScheme
-from phireg.reader.spec import Blueprint
+from phireg.reader.spec import ModelSpec
 
 KV_SCALE = "attention.kv_cache_scaling_factor"
 # Exporters write them beside KV_SCALE; it is the larger of the two.
@@ -35,68 +35,66 @@ def layer_prefix(layer: int) -> str:
     return f"transformer.layers.{layer}."
 
 
-def layer_tensors(blueprint: Blueprint) -> dict[str, Expected]:
+def layer_tensors(spec: ModelSpec) -> dict[str, Expected]:
     """One rank's tensors of one layer, by their names after ``transformer.layers.N.``."""
-    hidden, size = blueprint.hidden_size, blueprint.head_size
-    inner = blueprint.rank_intermediate_size
-    fc = inner if blueprint.activation == "gelu_tanh" else 2 * inner
-    qkv = (blueprint.rank_heads + 2 * blueprint.rank_kv_heads) * size
-    dtype = _dtype(blueprint)
+    hidden, size = spec.hidden_size, spec.head_size
+    inner = spec.rank_intermediate_size
+    fc = inner if spec.activation == "gelu_tanh" else 2 * inner
+    qkv = (spec.rank_heads + 2 * spec.rank_kv_heads) * size
+    dtype = _dtype(spec)
     tensors: dict[str, Expected] = {}
     linears = {
         "attention.qkv": (qkv, hidden),
-        "attention.dense": (hidden, blueprint.rank_heads * size),
+        "attention.dense": (hidden, spec.rank_heads * size),
     }
-    if (experts := blueprint.experts) is None:
+    if (experts := spec.experts) is None:
         linears |= {"mlp.fc": (fc, hidden), "mlp.proj": (hidden, inner)}
     else:
         tensors[ROUTER] = Expected((experts.count, hidden), torch.float32)
         tensors["mlp.fc.weight"] = Expected((experts.rank_count, fc, hidden), dtype)
         tensors["mlp.proj.weight"] = Expected((experts.rank_count, hidden, inner), dtype)
     for name, shape in linears.items():
-        tensors |= _linear(blueprint, name, shape)
+        tensors |= _linear(spec, name, shape)
         attention = name.startswith("attention")
-        if blueprint.attention_bias if attention else blueprint.mlp_bias:
+        if spec.attention_bias if attention else spec.mlp_bias:
             tensors[f"{name}.bias"] = Expected(shape[:1], dtype)
-    if blueprint.quantization.kv_cache is not None:
+    if spec.quantization.kv_cache is not None:
         tensors[KV_SCALE] = Expected((1,), torch.float32)
-    tensors |= _norm(blueprint, "input_layernorm")
-    if blueprint.residual == "sequential":
-        tensors |= _norm(blueprint, "post_layernorm")
+    tensors |= _norm(spec, "input_layernorm")
+    if spec.residual == "sequential":
+        tensors |= _norm(spec, "post_layernorm")
     return tensors
 
 
-def optional_layer_tensors(blueprint: Blueprint) -> dict[str, Expected]:
+def optional_layer_tensors(spec: ModelSpec) -> dict[str, Expected]:
     """What a layer may have besides: scales of the cache that exporters write unasked."""
-    quantization = blueprint.quantization
+    quantization = spec.quantization
     if quantization.kv_cache is None and quantization.weights is None:
         return {}
     return {name: Expected((1,), torch.float32) for name in (KV_SCALE, KEY_SCALE, VALUE_SCALE)}
 
 
-def end_tensors(blueprint: Blueprint) -> dict[str, Expected]:
+def end_tensors(spec: ModelSpec) -> dict[str, Expected]:
     """One rank's tensors that belong to no layer, by their full names."""
-    rows, dtype = blueprint.padded_vocab_size // blueprint.tp_size, _dtype(blueprint)
+    rows, dtype = spec.padded_vocab_size // spec.tp_size, _dtype(spec)
     tensors = {
-        "transformer.vocab_embedding.weight": Expected(
-            (blueprint.vocab_size, blueprint.hidden_size), dtype
-        ),
-        **_norm(blueprint, "transformer.ln_f"),
-        "lm_head.weight": Expected((rows, blueprint.hidden_size), dtype),
+        "transformer.vocab_embedding.weight": Expected((spec.vocab_size, spec.hidden_size), dtype),
+        **_norm(spec, "transformer.ln_f"),
+        "lm_head.weight": Expected((rows, spec.hidden_size), dtype),
     }
-    if blueprint.lm_head_bias:
+    if spec.lm_head_bias:
         tensors["lm_head.bias"] = Expected((rows,), dtype)
     return tensors
 
 
-def rank_tensors(blueprint: Blueprint) -> dict[str, Expected]:
+def rank_tensors(spec: ModelSpec) -> dict[str, Expected]:
     """Every tensor one rank file must have, by its full name; all ranks have the same."""
-    return end_tensors(blueprint) | _in_all_layers(blueprint, layer_tensors(blueprint))
+    return end_tensors(spec) | _in_all_layers(spec, layer_tensors(spec))
 
 
-def optional_rank_tensors(blueprint: Blueprint) -> dict[str, Expected]:
+def optional_rank_tensors(spec: ModelSpec) -> dict[str, Expected]:
     """Every tensor one rank file may have besides, by its full name."""
-    return _in_all_layers(blueprint, optional_layer_tensors(blueprint))
+    return _in_all_layers(spec, optional_layer_tensors(spec))
 
 
 def is_scale(name: str) -> bool:
@@ -126,9 +124,9 @@ def replicated(name: str, weights: WeightScheme | None = None) -> bool:
     return "norm" in name or "ln_f" in name or name.endswith(("vocab_embedding.weight", ROUTER))
 
 
-def _linear(blueprint: Blueprint, name: str, shape: tuple[int, int]) -> dict[str, Expected]:
+def _linear(spec: ModelSpec, name: str, shape: tuple[int, int]) -> dict[str, Expected]:
     """Weight and scales; raw weights of a weight-only scheme are like unquantized ones."""
-    weights, dtype = blueprint.quantization.weights, _dtype(blueprint)
+    weights, dtype = spec.quantization.weights, _dtype(spec)
     single = Expected((1,), torch.float32)
     if weights == "fp8":
         return {
@@ -146,20 +144,20 @@ def _linear(blueprint: Blueprint, name: str, shape: tuple[int, int]) -> dict[str
     return {f"{name}.weight": Expected(shape, dtype)}
 
 
-def _norm(blueprint: Blueprint, name: str) -> dict[str, Expected]:
-    kinds = ("weight", "bias") if blueprint.norm == "layer_norm" else ("weight",)
-    expected = Expected((blueprint.hidden_size,), _dtype(blueprint))
+def _norm(spec: ModelSpec, name: str) -> dict[str, Expected]:
+    kinds = ("weight", "bias") if spec.norm == "layer_norm" else ("weight",)
+    expected = Expected((spec.hidden_size,), _dtype(spec))
     return {f"{name}.{kind}": expected for kind in kinds}
 
 
-def _in_all_layers(blueprint: Blueprint, tensors: dict[str, Expected]) -> dict[str, Expected]:
+def _in_all_layers(spec: ModelSpec, tensors: dict[str, Expected]) -> dict[str, Expected]:
     return {
         layer_prefix(layer) + name: expected
-        for layer in range(blueprint.num_layers)
+        for layer in range(spec.num_layers)
         for name, expected in tensors.items()
     }
 
 
-def _dtype(blueprint: Blueprint) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, blueprint.dtype)
+def _dtype(spec: ModelSpec) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, spec.dtype)
     return dtype

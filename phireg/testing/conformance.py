@@ -184,7 +184,7 @@ class FamilyConformance:
         import torch
 
         from phireg.errors import CheckError
-        from phireg.reader.spec import parse_blueprint
+        from phireg.reader.spec import parse_spec
         from phireg.verification.merge import merge
 
         whole = _probes(model, 1)[0]
@@ -193,7 +193,7 @@ class FamilyConformance:
                 continue
             ranks = _probes(model, tp_size)
             try:
-                blueprint = parse_blueprint(dict(model.planned(tp_size).plan.config))
+                spec = parse_spec(dict(model.planned(tp_size).plan.config))
             except CheckError as error:
                 _fail(f"{error} ({model.places.hook('phireg_config_fields')})")
             for name, wanted in whole.items():
@@ -201,9 +201,7 @@ class FamilyConformance:
                 if shards[0].shape == wanted.shape:  # every rank repeats it
                     for rank, shard in enumerate(shards):
                         self._same(model, name, shard, wanted, f"TP {tp_size} rank {rank}: ")
-                merged = merge(
-                    blueprint, name, [torch.from_numpy(s.astype(np.int64)) for s in shards]
-                )
+                merged = merge(spec, name, [torch.from_numpy(s.astype(np.int64)) for s in shards])
                 got = merged.numpy().astype(np.uint32)
                 before = f"TP {tp_size}, all ranks together: "
                 self._same(model, name, got, wanted, before)

@@ -49,7 +49,7 @@ def logits_problems(model: TinyModel, tp_size: int) -> str | None:
         lines.append("what fails at this size only is how a rule is divided: its parts and policy")
     elif wrong and computed.result is not None:
         tokens = [prompt.tokens for prompt in computed.result.prompts]
-        reference, _ = computed.reference(computed.blueprint(), torch.device("cpu"))
+        reference, _ = computed.reference(computed.spec(), torch.device("cpu"))
         repairs = Repairs(model, reference, tuple(dict.fromkeys((tokens[0], tokens[-1]))))
         explained: dict[tuple[str, ...], list[str]] = {}
         for place in wrong[:_EXPLAINED]:

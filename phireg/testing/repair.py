@@ -18,7 +18,7 @@ import torch
 from phireg.errors import PhiregError
 from phireg.executor import Executor
 from phireg.layout.rules import Rule
-from phireg.reader.spec import parse_blueprint
+from phireg.reader.spec import parse_spec
 from phireg.reference.load import Reference
 from phireg.testing.model import TinyModel
 from phireg.testing.probe import Addresses
@@ -105,8 +105,8 @@ class Repairs:
             return torch.from_numpy(self.values[tensors[name]])
 
         try:
-            blueprint = parse_blueprint({**config})
-            executor = Executor(blueprint, [read], range(1), dtype="float32")
+            spec = parse_spec({**config})
+            executor = Executor(spec, [read], range(1), dtype="float32")
             result = compare_logits(executor, self.reference, self.prompts)
         except (PhiregError, RuntimeError, IndexError, KeyError):
             return False  # sizes that do not go together

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from phireg.errors import CheckError, SourceError, UsageError
-from phireg.executor import Blueprint, Executor
+from phireg.executor import Executor, ModelSpec
 from phireg.executor.model import free_memory
 from phireg.executor.weights import Source, open_ranks
 from phireg.planning.plan import Planned
 from phireg.reader.quantization import Quantization
 from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
-from phireg.reader.spec import parse_blueprint
+from phireg.reader.spec import parse_spec
 from phireg.reference.load import Reference, open_reference
 from phireg.verification.dequantized import dequantized
 from phireg.verification.logits import compare_logits
@@ -66,15 +66,15 @@ class Computed:
         """
         device = pick_device(self.request.device)
         try:
-            blueprint = self.blueprint()
-            reference, room = self.reference(blueprint, device)
-            if problems := list(_sizes(blueprint, reference)):
+            spec = self.spec()
+            reference, room = self.reference(spec, device)
+            if problems := list(_sizes(spec, reference)):
                 return "the source's model has other sizes", problems, []
             executor, sources = self.open(device)
-            reach = Reach(blueprint, sources)
-            prompts = self.prompts(blueprint)
+            reach = Reach(spec, sources)
+            prompts = self.prompts(spec)
             # Each layer is compared alone, and once more when the executor runs on its own.
-            total = 2 * blueprint.num_layers * len(prompts.prompts)
+            total = 2 * spec.num_layers * len(prompts.prompts)
             self.progress("logits", 0, total)
             result = compare_logits(
                 executor,
@@ -100,7 +100,7 @@ class Computed:
         )
         if result.quantized:
             kl = max(prompt.kl for prompt in result.prompts)
-            summary = f"quantized ({quantized_as(blueprint)}); {summary}, KL {shown(kl)}"
+            summary = f"quantized ({quantized_as(spec)}); {summary}, KL {shown(kl)}"
         notes = [*prompts.notes, *reference.notes, *room, *masked, *self.notes, *reach.notes()]
         return summary, list(_problems(result)), notes
 
@@ -114,14 +114,14 @@ class Computed:
         device = pick_device(self.request.device)
         try:
             executor, sources = self.open(device)
-            quantized = executor.blueprint.quantization != Quantization()
+            quantized = executor.spec.quantization != Quantization()
             if quantized:
-                plain, sources = dequantized(executor.blueprint, sources)
+                plain, sources = dequantized(executor.spec, sources)
                 executor = Executor(
                     plain, sources, executor.ranks, device=device, dtype=self.request.dtype
                 )
-            prompts = self.prompts(executor.blueprint).prompts
-            total = 2 * executor.blueprint.num_layers
+            prompts = self.prompts(executor.spec).prompts
+            total = 2 * executor.spec.num_layers
             self.progress("ranks", 0, total)
             error, tolerance, place = compare_ranks(
                 executor,
@@ -134,7 +134,7 @@ class Computed:
         except torch.OutOfMemoryError as problem:
             raise Skipped(f"out of memory on {device}: use --max-tokens") from problem
         summary = (
-            f"{executor.blueprint.tp_size} ranks, {prompts[-1].tokens} tokens; relative error "
+            f"{executor.spec.tp_size} ranks, {prompts[-1].tokens} tokens; relative error "
             f"{shown(error)} (tolerance {tolerance:.0e})"
         )
         notes = [_WITHOUT_ROUNDING] if quantized else []
@@ -145,7 +145,7 @@ class Computed:
         text = "the ranks together do not compute what they compute merged into one"
         return summary, [Problem(where, text, None, layer, part)], notes
 
-    def blueprint(self) -> Blueprint:
+    def spec(self) -> ModelSpec:
         """What config.json means; weights that the builder is to quantize run as they are."""
         values = dict(self.config)
         for key, kind in (("mapping", dict), ("quantization", dict), ("hidden_act", str)):
@@ -156,24 +156,24 @@ class Computed:
         if isinstance(quantization, Mapping) and algorithm in WEIGHT_ONLY.values():
             values["quantization"] = {**quantization, "quant_algo": None}
             self.notes = [f"run without {algorithm}, which TensorRT-LLM's builder applies later"]
-        return parse_blueprint(values, str(self.request.checkpoint_dir / "config.json"))
+        return parse_spec(values, str(self.request.checkpoint_dir / "config.json"))
 
     def open(self, device: torch.device) -> tuple[Executor, list[Source]]:
         """The executor and its ranks' tensors."""
         if self._opened is None:
-            blueprint = self.blueprint()
-            ranks = range(blueprint.tp_size)
-            sources = open_ranks(self.request.checkpoint_dir, blueprint, ranks)
-            executor = Executor(blueprint, sources, ranks, device=device, dtype=self.request.dtype)
+            spec = self.spec()
+            ranks = range(spec.tp_size)
+            sources = open_ranks(self.request.checkpoint_dir, spec, ranks)
+            executor = Executor(spec, sources, ranks, device=device, dtype=self.request.dtype)
             self._opened = executor, sources
         return self._opened
 
-    def prompts(self, blueprint: Blueprint) -> Prompts:
+    def prompts(self, spec: ModelSpec) -> Prompts:
         """The lengths to run."""
         gpu = self.request.device.startswith("cuda")
-        return choose_prompts(blueprint, self.request.max_tokens, gpu=gpu)
+        return choose_prompts(spec, self.request.max_tokens, gpu=gpu)
 
-    def reference(self, blueprint: Blueprint, device: torch.device) -> tuple[Reference, list[str]]:
+    def reference(self, spec: ModelSpec, device: torch.device) -> tuple[Reference, list[str]]:
         """The source's own model: in memory if it fits, else one layer at a time, with a note.
 
         Raises:
@@ -184,7 +184,7 @@ class Computed:
             reference = open_reference(
                 self.planned.chosen.family,
                 plan.source,
-                weights=getattr(torch, blueprint.dtype),
+                weights=getattr(torch, spec.dtype),
                 dtype=getattr(torch, self.request.dtype),
                 device=device,
                 exact=frozenset(
@@ -215,9 +215,9 @@ class Computed:
         )
 
 
-def quantized_as(blueprint: Blueprint) -> str:
+def quantized_as(spec: ModelSpec) -> str:
     """What is quantized, in TensorRT-LLM's names of the algorithms."""
-    weights, cache = blueprint.quantization.weights, blueprint.quantization.kv_cache
+    weights, cache = spec.quantization.weights, spec.quantization.kv_cache
     names = [SCHEMES[weights].quant_algo] if weights else []
     return ", ".join([*names, *([f"{KV_CACHES[cache]} KV cache"] if cache else [])])
 
@@ -267,12 +267,12 @@ def _problems(result: LogitsResult) -> Iterator[Problem]:
                 break
 
 
-def _sizes(blueprint: Blueprint, reference: Reference) -> Iterator[Problem]:
+def _sizes(spec: ModelSpec, reference: Reference) -> Iterator[Problem]:
     config = reference.model.config
     pairs = {
-        "layers": (blueprint.num_layers, len(reference.model.model.layers)),
-        "hidden_size": (blueprint.hidden_size, config.hidden_size),
-        "vocab_size": (blueprint.vocab_size, config.vocab_size),
+        "layers": (spec.num_layers, len(reference.model.model.layers)),
+        "hidden_size": (spec.hidden_size, config.hidden_size),
+        "vocab_size": (spec.vocab_size, config.vocab_size),
     }
     for name, (found, wanted) in pairs.items():
         if found != wanted:

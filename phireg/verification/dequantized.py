@@ -7,20 +7,20 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from phireg.executor import Blueprint
+from phireg.executor import ModelSpec
 from phireg.executor.weights import Source
 from phireg.reader.quantization import LINEARS, Quantization
 
 
-def dequantized(blueprint: Blueprint, sources: Sequence[Source]) -> tuple[Blueprint, list[Source]]:
+def dequantized(spec: ModelSpec, sources: Sequence[Source]) -> tuple[ModelSpec, list[Source]]:
     """The same model with nothing quantized, neither inputs nor the KV cache.
 
     Args:
-        blueprint: a checkpoint's, quantized or not.
+        spec: a checkpoint's, quantized or not.
         sources: its ranks' tensors by name.
     """
-    plain = dataclasses.replace(blueprint, quantization=Quantization())
-    if blueprint.quantization.weights is None:
+    plain = dataclasses.replace(spec, quantization=Quantization())
+    if spec.quantization.weights is None:
         return plain, list(sources)
     return plain, [_Dequantized(source) for source in sources]
 

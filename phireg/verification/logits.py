@@ -51,15 +51,15 @@ def compare_logits(
             more when the executor runs on its own.
         inputs: told what goes into the linears when the executor runs on its own.
     """
-    blueprint = executor.blueprint
+    spec = executor.spec
     worst: dict[Place, float] = {}
-    hidden = [0.0] * blueprint.num_layers
+    hidden = [0.0] * spec.num_layers
     results = []
     masked = 0
-    slack = logits_tolerance(executor.dtype, blueprint.num_layers)
+    slack = logits_tolerance(executor.dtype, spec.num_layers)
     report = progress or (lambda more: None)
     for prompt in prompts.prompts:
-        ids = prompt_ids(blueprint.vocab_size, prompt.tokens).to(executor.device)
+        ids = prompt_ids(spec.vocab_size, prompt.tokens).to(executor.device)
         watcher = _Comparer(executor, ids, worst, report)
         wanted = reference.logits(ids, watcher)[0]
         shown = wanted > torch.finfo(torch.float32).min / 2
@@ -79,10 +79,10 @@ def compare_logits(
         hidden = [max(pair) for pair in zip(hidden, own, strict=True)]
         got, wanted = got[:, seen], wanted[:, seen]
         results.append(_result(got, wanted, prompt.tokens, prompt.purpose, slack))
-    quantized = quantized_parts(blueprint.quantization)
+    quantized = quantized_parts(spec.quantization)
     return LogitsResult(
         tuple(results),
-        tuple((place, worst[place]) for place in _order(blueprint.num_layers)),
+        tuple((place, worst[place]) for place in _order(spec.num_layers)),
         tuple(hidden),
         TOLERANCES[executor.dtype],
         QUANTIZED_LOGITS_TOLERANCE if quantized else slack,
@@ -134,13 +134,13 @@ class _Comparer:
         self.executor = executor
         self.ids = ids
         self.worst = worst
-        self.quantized = quantized_parts(executor.blueprint.quantization)
+        self.quantized = quantized_parts(executor.spec.quantization)
         self.progress = progress
         self.states: list[Tensor] = []  # on the CPU: the largest thing kept
         self.ends = executor.end_weights()
         self.after = torch.empty(0)
         self.final = torch.empty(0)
-        rope, length = executor.blueprint.rope, ids.shape[1]
+        rope, length = executor.spec.rope, ids.shape[1]
         self.rotary = blocks.rotary_tables(rope, length, length > rope.original, executor.device)
 
     def embedded(self, x: Tensor) -> None:
@@ -150,14 +150,12 @@ class _Comparer:
         executor = self.executor
         shards = executor.layer_weights(index)
         attends = [
-            prompt_attention(
-                executor.blueprint, index, rank, self.ids.shape[1], (), executor.device
-            )
+            prompt_attention(executor.spec, index, rank, self.ids.shape[1], (), executor.device)
             for rank in executor.ranks
         ]
         seen = self.run(shards, before, attends)
         self.note((index, "attention"), seen["attention"], attention)
-        if executor.blueprint.residual == "sequential":
+        if executor.spec.residual == "sequential":
             # The MLP's input is the reference's too: its attention is added, ours is silenced.
             silent: list[Attend] = [lambda query, key, value: torch.zeros_like(query)]
             without: list[Weights] = [
@@ -173,16 +171,16 @@ class _Comparer:
         self.states.append(after.cpu())
 
     def normed(self, u: Tensor) -> None:
-        ours = blocks.norm(self.executor.blueprint, self.ends[0], "transformer.ln_f", self.after)
+        ours = blocks.norm(self.executor.spec, self.ends[0], "transformer.ln_f", self.after)
         self.note((None, "final norm"), ours, u)
         self.final = u
 
     def head(self, wanted: Tensor, seen: Tensor) -> None:
         """Compare lm_head, given the reference's normed states."""
         rows = [blocks.linear(weights, "lm_head", self.final) for weights in self.ends]
-        blueprint = self.executor.blueprint
-        ours = torch.cat(rows, dim=-1)[..., : blueprint.vocab_size].float()
-        self.note((None, "lm_head"), (ours / blueprint.logits_divisor)[..., seen], wanted)
+        spec = self.executor.spec
+        ours = torch.cat(rows, dim=-1)[..., : spec.vocab_size].float()
+        self.note((None, "lm_head"), (ours / spec.logits_divisor)[..., seen], wanted)
 
     def run(self, shards: list[Weights], x: Tensor, attends: list[Attend]) -> dict[str, Tensor]:
         seen: dict[str, Tensor] = {}

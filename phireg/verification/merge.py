@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from phireg.executor import Blueprint, Executor
+from phireg.executor import Executor, ModelSpec
 from phireg.executor.weights import Source
 from phireg.reader.quantization import ROW_LINEARS
 from phireg.reader.tensors import replicated
@@ -25,15 +25,15 @@ def merged_executor(executor: Executor, sources: Sequence[Source]) -> Executor:
         executor: all ranks in lockstep.
         sources: its ranks' tensors by name.
     """
-    experts = executor.blueprint.experts
+    experts = executor.spec.experts
     whole = dataclasses.replace(
-        executor.blueprint,
+        executor.spec,
         tp_size=1,
         experts=experts and dataclasses.replace(experts, ep_size=1),
     )
     return Executor(
         whole,
-        [lambda name: merge(executor.blueprint, name, [source(name) for source in sources])],
+        [lambda name: merge(executor.spec, name, [source(name) for source in sources])],
         range(1),
         device=executor.device,
         dtype=executor.dtype,
@@ -41,22 +41,22 @@ def merged_executor(executor: Executor, sources: Sequence[Source]) -> Executor:
     )
 
 
-def merge(blueprint: Blueprint, name: str, shards: list[Tensor]) -> Tensor:
+def merge(spec: ModelSpec, name: str, shards: list[Tensor]) -> Tensor:
     """One tensor of all ranks."""
-    if replicated(name, blueprint.quantization.weights):
+    if replicated(name, spec.quantization.weights):
         return shards[0]
-    if blueprint.experts is not None and name.endswith(("mlp.fc.weight", "mlp.proj.weight")):
-        return _experts(name, shards, blueprint.experts.ep_size)
+    if spec.experts is not None and name.endswith(("mlp.fc.weight", "mlp.proj.weight")):
+        return _experts(name, shards, spec.experts.ep_size)
     if name.startswith("lm_head"):
-        return torch.cat(shards)[: blueprint.vocab_size]
+        return torch.cat(shards)[: spec.vocab_size]
     if name.endswith(_BY_COLUMNS):
         return torch.cat(shards, dim=-1)
     if "attention.qkv" in name:
-        own, kv = (n * blueprint.head_size for n in (blueprint.rank_heads, blueprint.rank_kv_heads))
+        own, kv = (n * spec.head_size for n in (spec.rank_heads, spec.rank_kv_heads))
         parts = [shard.split([own, kv, kv]) for shard in shards]
-        copies = max(1, blueprint.tp_size // blueprint.num_kv_heads)
+        copies = max(1, spec.tp_size // spec.num_kv_heads)
         return torch.cat([p[0] for p in parts] + [p[n] for n in (1, 2) for p in parts[::copies]])
-    if blueprint.activation == "swiglu":
+    if spec.activation == "swiglu":
         halves = [shard.chunk(2) for shard in shards]
         return torch.cat([half[n] for n in (0, 1) for half in halves])
     return torch.cat(shards)

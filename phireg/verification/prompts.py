@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phireg.executor import Blueprint
+from phireg.executor import ModelSpec
 
 CPU_BUDGET = 2e13
 """Multiply-adds a logits check may take on a CPU: some minutes on a few cores."""
@@ -50,7 +50,7 @@ class Prompts:
     notes: tuple[str, ...]
 
 
-def choose_prompts(blueprint: Blueprint, most: int | None, *, gpu: bool) -> Prompts:
+def choose_prompts(spec: ModelSpec, most: int | None, *, gpu: bool) -> Prompts:
     """Choose lengths from the config.
 
     One short prompt, and for each threshold one just behind it: far enough for block-sparse layers
@@ -58,26 +58,26 @@ def choose_prompts(blueprint: Blueprint, most: int | None, *, gpu: bool) -> Prom
     short factors.
 
     Args:
-        blueprint: the checkpoint's.
+        spec: the checkpoint's.
         most: tokens a prompt may have; None for what the budget allows.
         gpu: whether it runs on one.
     """
-    limit = blueprint.max_position_embeddings - 1
+    limit = spec.max_position_embeddings - 1
     wanted = [Prompt(min(_SHORT, limit), "short")]
     thresholds = []
-    if (sparse := blueprint.sparse) is not None:
+    if (sparse := spec.sparse) is not None:
         window = sparse.block_size * sparse.num_local_blocks
         stripes = window + (sparse.vertical_stride + 1) * sparse.block_size + 3
         if window < limit:
             thresholds.append((window, "block-sparse layers drop blocks"))
             wanted.append(Prompt(min(stripes, limit), f"past {window}: block-sparse"))
-    original = blueprint.rope.original
-    if blueprint.rope.short is not None and original < limit:
+    original = spec.rope.original
+    if spec.rope.short is not None and original < limit:
         thresholds.append((original, "long rope takes the long factors"))
         wanted.append(Prompt(original, f"{original}: last with short factors"))
         beyond = min(original + 5, limit)
         wanted.append(Prompt(beyond, f"past {original}: long factors"))
-    allowed = _affordable(blueprint, gpu) if most is None else most
+    allowed = _affordable(spec, gpu) if most is None else most
     kept: dict[int, Prompt] = {}
     cut = []
     for prompt in wanted:
@@ -111,9 +111,9 @@ def prompt_ids(vocab_size: int, tokens: int) -> Tensor:
     return torch.cat(order)[None, :tokens]
 
 
-def _affordable(blueprint: Blueprint, gpu: bool) -> int:
-    hidden, size = blueprint.hidden_size, blueprint.head_size
-    attention = 2 * hidden * size * (blueprint.num_heads + blueprint.num_kv_heads)
-    mlp = (2 if blueprint.activation == "gelu_tanh" else 3) * hidden * blueprint.intermediate_size
-    weights = blueprint.num_layers * (attention + mlp) + blueprint.vocab_size * hidden
+def _affordable(spec: ModelSpec, gpu: bool) -> int:
+    hidden, size = spec.hidden_size, spec.head_size
+    attention = 2 * hidden * size * (spec.num_heads + spec.num_kv_heads)
+    mlp = (2 if spec.activation == "gelu_tanh" else 3) * hidden * spec.intermediate_size
+    weights = spec.num_layers * (attention + mlp) + spec.vocab_size * hidden
     return int((GPU_BUDGET if gpu else CPU_BUDGET) / (_PASSES * weights))

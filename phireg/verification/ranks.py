@@ -32,10 +32,10 @@ def compare_ranks(
         The relative error of the logits, what it may reach, and the first sub-module whose output
         is off by more (None when all agree, or when only the logits do not).
     """
-    blueprint = executor.blueprint
-    ids = prompt_ids(blueprint.vocab_size, tokens).to(executor.device)
+    spec = executor.spec
+    ids = prompt_ids(spec.vocab_size, tokens).to(executor.device)
     seen: dict[tuple[int, str], torch.Tensor] = {}
-    tolerance = logits_tolerance(executor.dtype, blueprint.num_layers)
+    tolerance = logits_tolerance(executor.dtype, spec.num_layers)
     first: list[Place] = []
     report = progress or (lambda more: None)
 

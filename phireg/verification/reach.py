@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from phireg.executor import Blueprint
+from phireg.executor import ModelSpec
 from phireg.executor.weights import Source
 from phireg.reader.tensors import layer_prefix
 from phireg.verification.merge import merge
@@ -21,21 +21,21 @@ class Reach:
     """Watches the inputs of quantized linears.
 
     Args:
-        blueprint: the checkpoint's.
+        spec: the checkpoint's.
         sources: the ranks' tensors by name.
     """
 
-    def __init__(self, blueprint: Blueprint, sources: Sequence[Source]) -> None:
-        self.blueprint = blueprint
+    def __init__(self, spec: ModelSpec, sources: Sequence[Source]) -> None:
+        self.spec = spec
         self.sources = sources
         self.largest: dict[tuple[int, str], float] = {}
-        self._end = _ENDS.get(blueprint.quantization.weights or "")
+        self._end = _ENDS.get(spec.quantization.weights or "")
 
     def observe(self, layer: int, linear: str, x: Tensor) -> None:
         """Take a linear's input, before smoothing; see ``Executor.forward``."""
         if self._end is None:
             return
-        if self.blueprint.quantization.weights == "int8_sq":
+        if self.spec.quantization.weights == "int8_sq":
             x = x.float() * self._read(layer, f"{linear}.prequant_scaling_factor").to(x.device)
         scale = float(self._read(layer, f"{linear}.activation_scaling_factor"))
         reach = float(x.abs().amax()) / (scale * self._end)
@@ -56,4 +56,4 @@ class Reach:
 
     def _read(self, layer: int, name: str) -> Tensor:
         whole = layer_prefix(layer) + name
-        return merge(self.blueprint, whole, [source(whole).float() for source in self.sources])
+        return merge(self.spec, whole, [source(whole).float() for source in self.sources])

@@ -52,13 +52,13 @@ PATTERNS = {
 @pytest.mark.parametrize("name", PATTERNS)
 def test_prompts_of_unequal_lengths(name, tmp_path):
     model = phi3_small(hidden_size=64, num_attention_heads=8, num_key_value_heads=4)
-    blueprint = dataclasses.replace(
-        load(write_checkpoint(model, tmp_path, 2)).blueprint, sparse=PATTERNS[name]
+    spec = dataclasses.replace(
+        load(write_checkpoint(model, tmp_path, 2)).spec, sparse=PATTERNS[name]
     )
     length, pads = 290, (0, 37)
     query, key, value = random_rows(2, 4, 2, length, 8)
-    got = prompt_attention(blueprint, 0, 1, length, pads, torch.device("cpu"))(query, key, value)
-    check(got, query, key, value, pads, PATTERNS[name], range(4, 8), blueprint.attention_scale)
+    got = prompt_attention(spec, 0, 1, length, pads, torch.device("cpu"))(query, key, value)
+    check(got, query, key, value, pads, PATTERNS[name], range(4, 8), spec.attention_scale)
 
 
 @pytest.mark.parametrize("name", ["64-homo", "64-step-3", "128"])

@@ -20,7 +20,7 @@ from tiny_sources import (
 )
 
 from phireg.errors import CheckError
-from phireg.executor import load, read_blueprint
+from phireg.executor import load, read_spec
 
 torch.set_num_threads(2)
 
@@ -98,14 +98,14 @@ def test_defaults_of_the_reader(tmp_path):
     edit_config(
         write_checkpoint(phi3(), tmp_path), num_key_value_heads="absent", rotary_base="absent"
     )
-    blueprint = read_blueprint(tmp_path)
-    assert blueprint.num_kv_heads == 8
-    assert blueprint.rope.base == 10000.0
+    spec = read_spec(tmp_path)
+    assert spec.num_kv_heads == 8
+    assert spec.rope.base == 10000.0
     # TensorRT-LLM gives phi-2's norms no epsilon; whatever the config says, it is 1e-5.
     edit_config(write_checkpoint(phi2(), tmp_path), norm_epsilon=1e-2, mapping="absent")
-    blueprint = read_blueprint(tmp_path)
-    assert blueprint.norm_epsilon == 1e-5
-    assert blueprint.tp_size == 1
+    spec = read_spec(tmp_path)
+    assert spec.norm_epsilon == 1e-5
+    assert spec.tp_size == 1
 
 
 def test_every_wrong_tensor_is_named(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from phireg.errors import CheckError
 from phireg.executor.experts import Experts, rank_mixture, route
-from phireg.reader.spec import parse_blueprint
+from phireg.reader.spec import parse_spec
 
 CONFIG = {
     "architecture": "PhiMoEForCausalLM", "dtype": "float32", "vocab_size": 97, "hidden_size": 48,
@@ -82,17 +82,17 @@ def test_an_expert_sees_only_its_tokens():
     assert torch.allclose(rank_mixture(4, fc, proj, x, chosen, weights), wanted, atol=1e-5)
 
 
-def test_the_blueprint():
-    blueprint = parse_blueprint(CONFIG)
-    assert blueprint.experts == Experts(6, 0.1, 1)
-    assert blueprint.rank_intermediate_size == 5
-    assert (blueprint.norm, blueprint.attention_bias, blueprint.mlp_bias) == (
+def test_the_spec():
+    spec = parse_spec(CONFIG)
+    assert spec.experts == Experts(6, 0.1, 1)
+    assert spec.rank_intermediate_size == 5
+    assert (spec.norm, spec.attention_bias, spec.mlp_bias) == (
         "layer_norm", True, False,
     )  # fmt: skip
-    assert blueprint.lm_head_bias
+    assert spec.lm_head_bias
     shared = {**CONFIG, "mapping": {"tp_size": 4, "moe_tp_size": 2, "moe_ep_size": 2}}
-    assert parse_blueprint(shared).experts == Experts(6, 0.1, 2)
-    assert parse_blueprint(shared).rank_intermediate_size == 10
+    assert parse_spec(shared).experts == Experts(6, 0.1, 2)
+    assert parse_spec(shared).rank_intermediate_size == 10
 
 
 @pytest.mark.parametrize(
@@ -116,5 +116,5 @@ def test_the_blueprint():
 )
 def test_configurations_without_a_meaning_are_refused(changes, said):
     with pytest.raises(CheckError) as caught:
-        parse_blueprint({**CONFIG, **changes})
+        parse_spec({**CONFIG, **changes})
     assert said in caught.value.message, caught.value.message

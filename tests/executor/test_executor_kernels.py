@@ -18,7 +18,7 @@ from phireg.executor import attention as attend
 from phireg.executor import blocks, quantized
 from phireg.executor.cuda import kernels, launch
 from phireg.reader.quantization import Quantization
-from phireg.reader.spec import BlockSparse, Rope, parse_blueprint
+from phireg.reader.spec import BlockSparse, Rope, parse_spec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(2)
@@ -60,20 +60,20 @@ def test_quantize_hits_the_same_values_of_the_grid(grid, smooth):
 ACTIVATIONS = [("swiglu", None), ("gegelu", None), ("gegelu", 0.4), ("gelu_tanh", None)]
 
 
-def blueprint(**changes):
+def spec(**changes):
     values = {
         "architecture": "Phi3ForCausalLM", "dtype": "float32", "vocab_size": 10, "hidden_size": 48,
         "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_size": 12, "hidden_act": "swiglu",
         "max_position_embeddings": 64, "rotary_base": 100.0, "rotary_pct": 1.0,
     }  # fmt: skip
-    return replace(parse_blueprint(values), **changes)
+    return replace(parse_spec(values), **changes)
 
 
 @pytest.mark.parametrize(("kind", "limit"), ACTIVATIONS)
 def test_activations(kind, limit):
     z = randn(2, 3, 2 * 37)
-    wanted = blocks.activate(blueprint(activation=kind, gegelu_limit=limit), z)
+    wanted = blocks.activate(spec(activation=kind, gegelu_limit=limit), z)
     assert relative_error(launch.activate(kind, z, limit), wanted) < 1e-6
 
 
@@ -85,7 +85,7 @@ def test_matvec(kind, limit, bias, inputs):
     added = randn(26, seed=2) if bias else None
     wanted = functional.linear(x, weight, added)
     if kind != "none":
-        wanted = blocks.activate(blueprint(activation=kind, gegelu_limit=limit), wanted)
+        wanted = blocks.activate(spec(activation=kind, gegelu_limit=limit), wanted)
     got = launch.matvec(x, weight, added, torch.float32, None, kind, limit)
     assert got.shape == wanted.shape
     assert relative_error(got, wanted) < 1e-6
@@ -103,9 +103,7 @@ def test_matvec_of_stored_values_is_scaled():
 @pytest.mark.parametrize("per_row", [False, True])
 def test_rotation_into_the_cache(rotated, grid, per_row):
     batch, tokens, capacity, first = 2, 3, 8, 4
-    model = blueprint(
-        rope=Rope(rotated, 100.0), quantization=Quantization(weights=None, kv_cache=grid)
-    )
+    model = spec(rope=Rope(rotated, 100.0), quantization=Quantization(weights=None, kv_cache=grid))
     qkv = randn(batch, tokens, (4 + 2 * 2) * 12)
     tables = blocks.rotary_tables(model.rope, 20, False, torch.device(DEVICE))
     position = torch.arange(tokens) + torch.tensor([[2], [5]] if per_row else [[2]])
@@ -147,7 +145,7 @@ def test_one_token_attends_to_the_cache(batch, kv_heads, pattern, slot, monkeypa
         randn(batch, kv_heads, capacity, size, seed=2),
     )
     pads = torch.tensor([0, 2, 1][:batch], device=DEVICE)
-    model = blueprint(num_heads=2 * heads, num_kv_heads=2 * kv_heads, tp_size=2, sparse=pattern)
+    model = spec(num_heads=2 * heads, num_kv_heads=2 * kv_heads, tp_size=2, sparse=pattern)
     mask = attend.slot_mask(model, pattern is not None, rank, pads)
     keys, values = (kept[:, :, : slot + 1] for kept in cache)
     wanted = blocks.masked_attention(query, keys, values, 0.4, mask).transpose(1, 2).flatten(2)

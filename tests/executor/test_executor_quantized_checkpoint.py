@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_sources import phi2, phi3, phi3_small, random_ids, write_checkpoint
 
 from phireg.errors import CheckError
-from phireg.executor import load, read_blueprint
+from phireg.executor import load, read_spec
 from phireg.reader.quantization import Quantization
 
 torch.set_num_threads(2)
@@ -103,7 +103,7 @@ def test_blocks_without_a_meaning_are_refused(block, said, model, tmp_path):
 )  # fmt: skip
 def test_blocks_with_a_meaning(block, wanted, model, tmp_path):
     edit_config(write_checkpoint(model, tmp_path), **block)
-    assert read_blueprint(tmp_path).quantization == wanted
+    assert read_spec(tmp_path).quantization == wanted
 
 
 BAD = {"0": 0.0, "inf": torch.inf, "nan": torch.nan, "-0.5": -0.5, "7.34684e-40": 2.0**-130}

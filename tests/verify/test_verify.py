@@ -13,7 +13,7 @@ import phireg
 from phireg.errors import SourceError, UsageError
 from phireg.executor import Executor, load
 from phireg.executor import attention as attend
-from phireg.reader.spec import read_blueprint
+from phireg.reader.spec import read_spec
 from phireg.verification.measure import divergence, token_errors, top1
 from phireg.verification.merge import merge
 from phireg.verification.prompts import choose_prompts, prompt_ids
@@ -132,11 +132,11 @@ def test_the_merged_ranks_are_the_checkpoint_of_one_rank():
         ranks = load(converted(family, 8 if family in ("phi3-small", "phi3-medium") else 4))
         for name in ("transformer.layers.1.attention.qkv.weight", "lm_head.weight"):
             shards = [source_(name) for source_ in ranks._sources]
-            assert torch.equal(merge(ranks.blueprint, name, shards), one._sources[0](name))
+            assert torch.equal(merge(ranks.spec, name, shards), one._sources[0](name))
         for name in ("attention.dense.weight", "mlp.fc.weight", "mlp.proj.weight"):
             shards = [weights[name] for weights in ranks.layer_weights(1)]
             whole = one.layer_weights(1)[0][name]
-            assert torch.equal(merge(ranks.blueprint, f"{L1}{name}", shards), whole)
+            assert torch.equal(merge(ranks.spec, f"{L1}{name}", shards), whole)
 
 
 def test_tensors_of_another_shape_or_dtype_are_structure(tmp_path):
@@ -301,8 +301,8 @@ def test_bad_requests(tmp_path):
 
 
 def test_lengths_cross_every_threshold(tmp_path):
-    blueprint = read_blueprint(converted("phi3-small"))
-    chosen = choose_prompts(blueprint, None, gpu=False)
+    spec = read_spec(converted("phi3-small"))
+    chosen = choose_prompts(spec, None, gpu=False)
     lengths = [prompt.tokens for prompt in chosen.prompts]
     assert [at for at, _ in chosen.thresholds] == [8, 52]
     assert 52 in lengths
@@ -312,8 +312,8 @@ def test_lengths_cross_every_threshold(tmp_path):
 
 
 def test_what_the_budget_cuts_is_told():
-    blueprint = read_blueprint(converted("phi3-small"))
-    chosen = choose_prompts(blueprint, 40, gpu=False)
+    spec = read_spec(converted("phi3-small"))
+    chosen = choose_prompts(spec, 40, gpu=False)
     assert [prompt.tokens for prompt in chosen.prompts] == [35, 40]
     assert any("--max-tokens allows 40 tokens: 57 tokens" in note for note in chosen.notes)
 
@@ -321,7 +321,7 @@ def test_what_the_budget_cuts_is_told():
 def test_published_sizes_get_prompts_within_the_budget():
     from dataclasses import replace
 
-    small = read_blueprint(converted("phi3-small"))
+    small = read_spec(converted("phi3-small"))
     published = replace(
         small, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32,
         num_kv_heads=8, head_size=128, vocab_size=100352, max_position_embeddings=131072,

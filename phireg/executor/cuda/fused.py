@@ -15,7 +15,7 @@ from phireg.executor.blocks import AttendCache, Cache, Reduce, Rotary, Weights
 from phireg.executor.cuda import launch
 from phireg.executor.model import Executor
 from phireg.reader.quantization import Grid
-from phireg.reader.spec import Blueprint
+from phireg.reader.spec import ModelSpec
 from phireg.reader.tensors import KV_SCALE
 
 
@@ -37,12 +37,12 @@ def forward(
         slot: int64 [1], where the first of the T tokens goes.
         attends: for every layer, each rank's attention.
     """
-    blueprint, ends = executor.blueprint, executor.end_weights()
+    spec, ends = executor.spec, executor.end_weights()
     x = executor.embed(ends, ids)
     pending: Tensor | None = None
-    for index in range(blueprint.num_layers):
+    for index in range(spec.num_layers):
         x, pending = layer(
-            blueprint,
+            spec,
             executor.layer_weights(index),
             x,
             pending,
@@ -54,13 +54,13 @@ def forward(
         )
     last = x[:, -1:].contiguous()
     delta = None if pending is None else pending[:, -1:].contiguous()
-    u = _norm(blueprint, ends[0], "transformer.ln_f", last, delta)
+    u = _norm(spec, ends[0], "transformer.ln_f", last, delta)
     parts = [_linear(weights, "lm_head", u, weights.get("lm_head.bias")) for weights in ends]
     return executor.whole_logits(parts)[:, 0]
 
 
 def layer(
-    blueprint: Blueprint,
+    spec: ModelSpec,
     shards: list[Weights],
     x: Tensor,
     pending: Tensor | None,
@@ -73,7 +73,7 @@ def layer(
     """One decoder layer over the ranks in this process, in lockstep.
 
     Args:
-        blueprint: what the tensors mean; no experts.
+        spec: what the tensors mean; no experts.
         shards: each rank's tensors of this layer.
         x: hidden states [B, T, h], contiguous; changed in place.
         pending: what is still to be added to them, or None.
@@ -86,38 +86,38 @@ def layer(
     Returns:
         Hidden states, and what is to be added to them.
     """
-    u = _norm(blueprint, shards[0], "input_layernorm", x, pending)
+    u = _norm(spec, shards[0], "input_layernorm", x, pending)
     heads = []
     for weights, cache, attend in zip(shards, caches, attends, strict=True):
         qkv = _linear(weights, "attention.qkv", u, weights.get("attention.qkv.bias"))
-        query = launch.rotate_into(blueprint, qkv, rotary, cache, slot, weights.get(KV_SCALE))
+        query = launch.rotate_into(spec, qkv, rotary, cache, slot, weights.get(KV_SCALE))
         heads.append(attend(query, cache))
-    attended = _row_linear(blueprint, shards, "attention.dense", heads, reduce)
-    if blueprint.residual == "sequential":
-        u = _norm(blueprint, shards[0], "post_layernorm", x, attended)
-    gated = [_gated(blueprint, weights, u) for weights in shards]
-    mlp = _row_linear(blueprint, shards, "mlp.proj", gated, reduce)
-    return x, mlp if blueprint.residual == "sequential" else attended + mlp
+    attended = _row_linear(spec, shards, "attention.dense", heads, reduce)
+    if spec.residual == "sequential":
+        u = _norm(spec, shards[0], "post_layernorm", x, attended)
+    gated = [_gated(spec, weights, u) for weights in shards]
+    mlp = _row_linear(spec, shards, "mlp.proj", gated, reduce)
+    return x, mlp if spec.residual == "sequential" else attended + mlp
 
 
 def _norm(
-    blueprint: Blueprint, weights: Weights, name: str, x: Tensor, pending: Tensor | None
+    spec: ModelSpec, weights: Weights, name: str, x: Tensor, pending: Tensor | None
 ) -> Tensor:
     """``blocks.norm`` of x + pending, which ``x`` becomes."""
     weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
-    return launch.norm(blueprint.norm, x, pending, weight, bias, blueprint.norm_epsilon)
+    return launch.norm(spec.norm, x, pending, weight, bias, spec.norm_epsilon)
 
 
-def _gated(blueprint: Blueprint, weights: Weights, u: Tensor) -> Tensor:
+def _gated(spec: ModelSpec, weights: Weights, u: Tensor) -> Tensor:
     bias = weights.get("mlp.fc.bias")
-    return _linear(weights, "mlp.fc", u, bias, blueprint.activation, blueprint.gegelu_limit)
+    return _linear(weights, "mlp.fc", u, bias, spec.activation, spec.gegelu_limit)
 
 
 def _row_linear(
-    blueprint: Blueprint, shards: list[Weights], name: str, xs: list[Tensor], reduce: Reduce
+    spec: ModelSpec, shards: list[Weights], name: str, xs: list[Tensor], reduce: Reduce
 ) -> Tensor:
     bias = shards[0].get(f"{name}.bias")
-    if blueprint.tp_size == 1:
+    if spec.tp_size == 1:
         return _linear(shards[0], name, xs[0], bias)
     total = reduce([_linear(w, name, x, None) for w, x in zip(shards, xs, strict=True)])
     return total if bias is None else total + bias

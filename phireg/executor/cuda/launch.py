@@ -19,7 +19,7 @@ from phireg.executor.attention import SPARSE_TILE
 from phireg.executor.blocks import Cache, Rotary
 from phireg.executor.cuda import kernels
 from phireg.reader.quantization import Grid
-from phireg.reader.spec import BlockSparse, Blueprint
+from phireg.reader.spec import BlockSparse, ModelSpec
 
 _GATED = ("swiglu", "gegelu")
 _LOG2_E = math.log2(math.e)
@@ -139,7 +139,7 @@ def activate(kind: str, z: Tensor, limit: float | None) -> Tensor:
 
 
 def rotate_into(
-    blueprint: Blueprint,
+    spec: ModelSpec,
     qkv: Tensor,
     rotary: Rotary,
     cache: Cache,
@@ -149,7 +149,7 @@ def rotate_into(
     """Rotate queries and keys; put keys and values into the cache, through its grid if it has one.
 
     Args:
-        blueprint: one rank's numbers of heads, the rotary dimensions, the cache's grid.
+        spec: one rank's numbers of heads, the rotary dimensions, the cache's grid.
         qkv: contiguous [B, T, (H + 2 G) * D].
         rotary: cos and sin, see ``blocks.rotate``.
         cache: keys and values, [B, G, C, D] each.
@@ -160,7 +160,7 @@ def rotate_into(
         Queries, [B, H, T, D] with the heads of a token side by side in memory.
     """
     batch, tokens, _ = qkv.shape
-    heads, kv_heads, size = blueprint.rank_heads, blueprint.rank_kv_heads, blueprint.head_size
+    heads, kv_heads, size = spec.rank_heads, spec.rank_kv_heads, spec.head_size
     cos, sin = (table.contiguous() for table in rotary)
     query = torch.empty((batch, tokens, heads, size), dtype=qkv.dtype, device=qkv.device)
     keys, values = cache
@@ -169,7 +169,7 @@ def rotate_into(
         qkv, cos, sin, slot, cos if kv_scale is None else kv_scale, query, keys, values,
         tokens, keys.shape[2], cos.shape[0],
         HEADS=heads, KV_HEADS=kv_heads, SIZE=size, HALF=cos.shape[-1],
-        GRID="none" if kv_scale is None else blueprint.quantization.kv_cache,
+        GRID="none" if kv_scale is None else spec.quantization.kv_cache,
         ROWS=rows, BLOCK=triton.next_power_of_2(size), **_launch(qkv.device, 4),
     )  # fmt: skip
     return query.transpose(1, 2)
