@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_trtllm import VOCAB, continued, engine, install, next_token
 from click.testing import CliRunner
+from fake_trtllm import VOCAB, continued, engine, install, next_token
 
 from phireg.cli import app
 from phireg.errors import CheckError, PhiregError, UsageError
