@@ -1,4 +1,4 @@
-"""Where to compute, and how much memory that took."""
+"""The device to compute on, and the peak of its memory."""
 
 from __future__ import annotations
 
@@ -14,48 +14,52 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def pick_device(name: str) -> torch.device:
-    """The device a user means.
+    """Choose the device to compute on.
 
     Args:
-        name: "auto" (a GPU if there is one), "cpu", "cuda" (of several processes, each takes its
-            own) or "cuda:N".
+        name: "auto" (a GPU if there is one), "cpu", "cuda" (each of several local processes takes
+            its own) or "cuda:N".
 
     Raises:
-        UsageError: there is no such device.
+        UsageError: there is no such device; the hint lists those available.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    kind, _, number = (
-        ("cuda" if gpus else "cpu").partition(":") if name == "auto" else (name.partition(":"))
-    )
-    if kind == "cpu" and not number:
+    available = ", ".join(["cpu", *(f"cuda:{index}" for index in range(gpus))])
+    kind, _, number = name.partition(":")
+    if name == "auto":
+        kind = "cuda" if gpus else "cpu"
+    if kind == "cpu" and ":" not in name:
         return torch.device("cpu")
     if kind != "cuda" or not (number.isdecimal() or name in ("cuda", "auto")):
-        raise UsageError(f"unknown device '{name}'", hint="known: auto, cpu, cuda, cuda:N.")
+        raise UsageError(
+            f"unknown device '{name}'",
+            hint=f"known: auto, cpu, cuda, cuda:N; available here: {available}.",
+        )
     index = int(number or os.environ.get("LOCAL_RANK", "0"))
     if index >= gpus:
         raise UsageError(
             f"there is no GPU {index}: torch {torch.__version__} sees {gpus}",
-            hint="use --device cpu, or check the driver and CUDA_VISIBLE_DEVICES.",
+            hint=f"available here: {available}; check the driver and CUDA_VISIBLE_DEVICES.",
         )
     return torch.device("cuda", index)
 
 
 def measure_memory(device: torch.device) -> None:
-    """Begin to measure the peak anew, where the system can."""
+    """Reset the peak that `peak_memory` reports, where the system can."""
     if device.type == "cuda":
-        torch.cuda.init()  # there are no figures to reset before
+        torch.cuda.init()  # before this there are no statistics to reset
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
         _CLEAR.write_text("5", encoding="ascii")
     except OSError:
-        return  # then it is the peak since the process began
+        return  # the peak then counts from the start of the process
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at most since ``measure_memory``.
+    """Return the peak in bytes since ``measure_memory``.
 
-    On a GPU what torch allocated; else what this process had in main memory, with mapped files.
+    On a GPU this is what torch allocated; on the CPU the resident set, mapped files included.
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
