@@ -55,13 +55,13 @@ def calibrate(work: Path, options: argparse.Namespace) -> Iterator[tuple[str, fl
     from phireg.calibration.run import calibrate as collect
     from phireg.calibration.settings import Settings
 
-    planned = phireg.plan(work / "model", family="phi3-mini")
+    plan = phireg.plan(work / "model", family="phi3-mini")
     settings = Settings(
         file=work / "samples.jsonl", size=options.samples, max_length=options.tokens,
         batch_size=options.batch_size, device=options.device,
     )  # fmt: skip
     start = time.perf_counter()
-    found = collect(planned.chosen.family, planned.plan.source, settings)
+    found = collect(plan.chosen.family, plan.source, settings)
     statistics.save(work / "calibration.safetensors", found)
     yield "seconds", time.perf_counter() - start
 
@@ -71,11 +71,11 @@ def export(work: Path, options: argparse.Namespace) -> Iterator[tuple[str, float
     from phireg.calibration import statistics
 
     start = time.perf_counter()
-    planned = phireg.plan(
+    plan = phireg.plan(
         work / "model", family="phi3-mini", qformat=options.format, kv_cache_dtype="fp8"
     )
     found = statistics.load(work / "calibration.safetensors")
-    made = phireg.quantize(planned, work / options.format, found)
+    made = phireg.quantize(plan, work / options.format, found)
     yield "seconds", time.perf_counter() - start
     yield "gigabytes", sum(made.files.values()) / 1e9
     shutil.rmtree(work / options.format)

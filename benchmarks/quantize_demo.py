@@ -109,10 +109,10 @@ def token_rows(model: DemoModel, first: int, last: int) -> list[list[int]]:
 
 def calibrated(model: DemoModel, rows: Rows) -> Statistics:
     """Maxima over rows, in float32."""
-    planned = phireg.plan(model.directory, family=model.family)
+    plan = phireg.plan(model.directory, family=model.family)
     device = torch.device("cpu")
     reference = open_reference(
-        planned.chosen.family, planned.plan.source, weights=None, dtype=torch.float32, device=device
+        plan.chosen.family, plan.source, weights=None, dtype=torch.float32, device=device
     )
     return collect(reference, rows, device=device)
 
@@ -169,7 +169,7 @@ class Measured:
         self, qformat: str, cache: str | None, *, tp_size: int = 1, dtype: str = "auto"
     ) -> Score:
         """A quantized checkpoint's."""
-        planned = phireg.plan(
+        plan = phireg.plan(
             self.model.directory,
             family=self.model.family,
             tp_size=tp_size,
@@ -178,7 +178,7 @@ class Measured:
             kv_cache_dtype=cache,
         )
         directory = self.place / f"{self.model.family}-{qformat}-{cache}-{tp_size}-{dtype}"
-        phireg.quantize(planned, directory, self.statistics)
+        phireg.quantize(plan, directory, self.statistics)
         return checkpoint_score(directory, self.rows)
 
     def modelopt(self, qformat: str, cache: str | None) -> tuple[Score, Score]:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from phireg.conversion.quantization import quantize, quantize_bytes
     from phireg.errors import PhiregError
     from phireg.planning.explain import explain
-    from phireg.planning.plan import Planned, plan
+    from phireg.planning.model import Plan
+    from phireg.planning.plan import plan
     from phireg.postprocessing.postprocess import (
         Postprocessed,
         RowOrder,
@@ -39,7 +40,8 @@ _MODULES = {
     "conversion.quantization": ("quantize", "quantize_bytes"),
     "errors": ("PhiregError",),
     "planning.explain": ("explain",),
-    "planning.plan": ("Planned", "plan"),
+    "planning.model": ("Plan",),
+    "planning.plan": ("plan",),
     "postprocessing.postprocess": (
         "Postprocessed",
         "RowOrder",
@@ -61,7 +63,7 @@ __all__ = [
     "Converted",
     "Inspection",
     "PhiregError",
-    "Planned",
+    "Plan",
     "Postprocessed",
     "RowOrder",
     "build",

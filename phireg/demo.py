@@ -154,8 +154,8 @@ def convert(model: DemoModel, output_dir: Path, tp_size: int = 1) -> Converted:
             f"{output_dir} exists, and phireg did not make what is in it",
             hint="give --output-dir another place.",
         )
-    planned = phireg.plan(model.directory, family=model.family, tp_size=tp_size)
-    return phireg.convert(planned, output_dir, overwrite=ours)
+    plan = phireg.plan(model.directory, family=model.family, tp_size=tp_size)
+    return phireg.convert(plan, output_dir, overwrite=ours)
 
 
 def verify(model: DemoModel, checkpoint_dir: Path) -> Verification:

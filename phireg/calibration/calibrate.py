@@ -11,7 +11,7 @@ from typing import Any
 from phireg.calibration.settings import Settings
 from phireg.calibration.statistics import Statistics, load, save
 from phireg.errors import OutputError, SourceError
-from phireg.planning.plan import Planned
+from phireg.planning.model import Plan
 
 SUFFIX = ".calib.safetensors"
 """What the name of an output is followed by in that of its statistics."""
@@ -61,7 +61,7 @@ def check_writable(path: Path, what: str) -> None:
 
 
 def calibrate(
-    planned: Planned,
+    plan: Plan,
     file: str | Path,
     settings: Settings,
     *,
@@ -75,7 +75,7 @@ def calibrate(
     again, and other formats, dtypes and numbers of ranks of the same source need not either.
 
     Args:
-        planned: from :func:`phireg.planning.plan`.
+        plan: from :func:`phireg.planning.plan`.
         file: statistics; replaced if they do not serve.
         settings: which samples. Statistics that were made with others do not serve.
         required: a file that exists must serve. It may have been made with other settings, as long
@@ -92,7 +92,7 @@ def calibrate(
     from phireg.calibration.run import calibrate as run
     from phireg.calibration.run import misfit, reuse
 
-    path, source = Path(file), planned.plan.source
+    path, source = Path(file), plan.source
     say = tell or (lambda line: None)
     if required and path.exists():
         found = load(path)
@@ -108,7 +108,7 @@ def calibrate(
     if earlier is not None:
         return Calibrated(earlier, path, True)
     check_writable(path, "the calibration statistics")
-    taken = run(planned.chosen.family, source, settings, progress=progress, tell=tell)
+    taken = run(plan.chosen.family, source, settings, progress=progress, tell=tell)
     save(path, taken)
     return Calibrated(taken, path, False)
 

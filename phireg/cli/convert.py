@@ -24,7 +24,7 @@ from phireg.cli.text import columns, counted, emit, emit_json, size
 if TYPE_CHECKING:
     from phireg.conversion.convert import Converted
     from phireg.findings import Finding
-    from phireg.planning.plan import Planned
+    from phireg.planning.model import Plan
 
 
 @click.command()
@@ -83,14 +83,14 @@ def _convert(
     **options: Any,
 ) -> None:
     started = time.monotonic()
-    planned = make_plan(model_dir, **options)
+    plan = make_plan(model_dir, **options)
 
     from phireg.planning.model import output_bytes
 
-    total = sum(output_bytes(output) for output in planned.plan.outputs)
+    total = sum(output_bytes(output) for output in plan.outputs)
     with progress_bar("converting", "flushing to disk", total, quiet=quiet) as progress:
         converted = phireg.convert(
-            planned,
+            plan,
             output_dir,
             overwrite=overwrite,
             allow_overflow=allow_overflow,
@@ -98,19 +98,19 @@ def _convert(
         )
     seconds = time.monotonic() - started
     if as_json:
-        emit_json(_document(planned, converted, seconds))
+        emit_json(_document(plan, converted, seconds))
     elif not quiet:
-        emit(_text(planned, converted, seconds))
+        emit(_text(plan, converted, seconds))
 
 
-def _document(planned: Planned, converted: Converted, seconds: float) -> dict[str, Any]:
+def _document(plan: Plan, converted: Converted, seconds: float) -> dict[str, Any]:
     from phireg.planning.report import findings_json
 
-    plan, candidate = planned.plan, planned.chosen.candidate
+    candidate = plan.chosen.candidate
     return {
         "output_dir": str(converted.output_dir),
         "files": dict(converted.files),
-        "model_dir": planned.model_dir,
+        "model_dir": plan.model_dir,
         "revision": plan.source.revision,
         "family": plan.family,
         "provided_by": {"distribution": candidate.distribution, "version": candidate.version},
@@ -123,30 +123,29 @@ def _document(planned: Planned, converted: Converted, seconds: float) -> dict[st
             name: {"overflowed": loss.overflowed, "flushed": loss.flushed}
             for name, loss in sorted(converted.losses.items())
         },
-        "plugin_warnings": list(planned.chosen.warnings),
+        "plugin_warnings": list(plan.chosen.warnings),
         "findings": findings_json(plan.findings),
         "seconds": round(seconds, 3),
     }
 
 
-def _text(planned: Planned, converted: Converted, seconds: float) -> str:
+def _text(plan: Plan, converted: Converted, seconds: float) -> str:
     from phireg.cli.findings import all_findings_text
 
-    plan = planned.plan
     ranks = plan.options.tp_size
     others = [name for name in converted.files if not name.endswith(".safetensors")]
     written = sum(converted.files.values())
     rows = [
-        ("family", family_text(planned)),
+        ("family", family_text(plan)),
         ("wrote", f"{size(written)} to {converted.output_dir}"),
         ("files", f"{counted(ranks, 'rank file')} of {size(max(plan.file_sizes))}"),
         ("", f"{', '.join(others)}"),
-        ("values", values_text(planned)),
+        ("values", values_text(plan)),
         ("time", f"{seconds:.1f} s, {size(int(written / max(seconds, 1e-9)))}/s"),
     ]
     findings = (*loss_findings(converted), *plan.findings)
     return "\n".join(
-        filter(None, (columns(rows), warnings_text(planned), all_findings_text(findings)))
+        filter(None, (columns(rows), warnings_text(plan), all_findings_text(findings)))
     )
 
 

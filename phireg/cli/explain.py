@@ -32,17 +32,16 @@ def command(model_dir: str, tensor: str, rank: int | None, as_json: bool, **opti
     module's such as transformer.layers.0.attention.qkv. Rows and columns count from 0; a:b is a up
     to, but not including, b. With --qformat modules have scales; how they are computed is shown.
     """
-    planned = make_plan(model_dir, **options)
+    plan = make_plan(model_dir, **options)
 
     from phireg.planning.report import output_json
 
-    plan = planned.plan
     if rank is not None and not 0 <= rank < plan.options.tp_size:
         raise UsageError(
             f"there is no rank {rank} of {plan.options.tp_size}",
             hint="ranks count from 0; --tp-size says how many there are.",
         )
-    outputs = [o for o in phireg.explain(planned, tensor) if rank is None or o.rank == rank]
+    outputs = [o for o in phireg.explain(plan, tensor) if rank is None or o.rank == rank]
     if as_json:
         emit_json({"tensor": tensor, "outputs": [output_json(plan, out) for out in outputs]})
     else:

@@ -12,7 +12,7 @@ import phireg
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
-    from phireg.planning.plan import Planned
+    from phireg.planning.model import Plan
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -200,7 +200,7 @@ def make_plan(
     weight_only_precision: str | None,
     qformat: str | None = None,
     **options: Any,
-) -> Planned:
+) -> Plan:
     """Plan what :func:`conversion_options` or :func:`planning_options` describe.
 
     Raises:

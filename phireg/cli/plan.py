@@ -12,7 +12,7 @@ from phireg.cli.text import columns, counted, emit, emit_json, memory, size
 from phireg.errors import PlanError
 
 if TYPE_CHECKING:
-    from phireg.planning.plan import Planned
+    from phireg.planning.model import Plan
 
 
 @click.command()
@@ -24,58 +24,57 @@ def command(model_dir: str, as_json: bool, **options: Any) -> None:
 
     Reads config.json and file headers only, and writes nothing. Ends with 3 if the plan has errors.
     """
-    planned = make_plan(model_dir, **options)
+    plan = make_plan(model_dir, **options)
     if as_json:
-        emit_json(_document(planned))
+        emit_json(_document(plan))
     else:
-        emit(_text(planned))
-    if planned.plan.errors:
+        emit(_text(plan))
+    if plan.errors:
         raise click.exceptions.Exit(PlanError.exit_code)
 
 
-def _document(planned: Planned) -> dict[str, Any]:
+def _document(plan: Plan) -> dict[str, Any]:
     from phireg.conversion.stream import WORKERS
     from phireg.planning.report import as_json
 
-    candidate = planned.chosen.candidate
+    candidate = plan.chosen.candidate
     return {
-        "model_dir": planned.model_dir,
+        "model_dir": plan.model_dir,
         "provided_by": {
             "distribution": candidate.distribution,
             "version": candidate.version,
-            "api": planned.chosen.family.api,
+            "api": plan.chosen.family.api,
         },
-        "plugin_warnings": list(planned.chosen.warnings),
-        **as_json(planned.plan, workers=WORKERS),
+        "plugin_warnings": list(plan.chosen.warnings),
+        **as_json(plan, workers=WORKERS),
     }
 
 
-def family_text(planned: Planned) -> str:
+def family_text(plan: Plan) -> str:
     """``phi3-mini (phireg 0.1.0)``."""
-    candidate = planned.chosen.candidate
+    candidate = plan.chosen.candidate
     return f"{candidate.name} ({candidate.distribution} {candidate.version})"
 
 
-def warnings_text(planned: Planned) -> str:
+def warnings_text(plan: Plan) -> str:
     """What was noticed while the family was chosen."""
-    return "\n".join(f"warning  {warning}" for warning in planned.chosen.warnings)
+    return "\n".join(f"warning  {warning}" for warning in plan.chosen.warnings)
 
 
-def _text(planned: Planned) -> str:
+def _text(plan: Plan) -> str:
     from phireg.cli.findings import all_findings_text
 
-    rows = [("family", f"{family_text(planned)}, plugin API {planned.chosen.family.api}")]
-    rows += _problem_rows(planned) if planned.plan.errors else _rows(planned)
+    rows = [("family", f"{family_text(plan)}, plugin API {plan.chosen.family.api}")]
+    rows += _problem_rows(plan) if plan.errors else _rows(plan)
     parts = (
         columns(rows),
-        warnings_text(planned),
-        all_findings_text(planned.plan.findings),
+        warnings_text(plan),
+        all_findings_text(plan.findings),
     )
     return "\n".join(filter(None, parts))
 
 
-def _problem_rows(planned: Planned) -> list[tuple[str, str]]:
-    plan = planned.plan
+def _problem_rows(plan: Plan) -> list[tuple[str, str]]:
     total = sum(tensor.nbytes for tensor in plan.source.tensors.values())
     files, tensors = len(plan.source.files), len(plan.source.tensors)
     return [
@@ -84,10 +83,9 @@ def _problem_rows(planned: Planned) -> list[tuple[str, str]]:
     ]
 
 
-def _rows(planned: Planned) -> list[tuple[str, str]]:
+def _rows(plan: Plan) -> list[tuple[str, str]]:
     from phireg.conversion.stream import WORKERS
 
-    plan = planned.plan
     read = {span.source for out in plan.outputs for span in out.rows if span.source is not None}
     used = read - plan.scales.keys()
     once = sum(plan.source.tensors[name].nbytes for name in used)
@@ -102,7 +100,7 @@ def _rows(planned: Planned) -> list[tuple[str, str]]:
         (
             "writes",
             f"{ranks} x {size(max(plan.file_sizes))}, {ranks} x {counted(per_rank, 'tensor')}, "
-            f"{values_text(planned)}",
+            f"{values_text(plan)}",
         ),
         *scale_rows(plan),
         (
@@ -121,9 +119,8 @@ def _rows(planned: Planned) -> list[tuple[str, str]]:
     ]
 
 
-def values_text(planned: Planned) -> str:
+def values_text(plan: Plan) -> str:
     """The dtype or format, and what happens to the values on the way."""
-    plan = planned.plan
     cast = f"{counted(plan.casts, 'tensor')} cast"
     if plan.options.scheme is None:
         return f"{plan.options.dtype}, {cast if plan.casts else 'no value changes'}"

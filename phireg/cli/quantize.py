@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from phireg.calibration.settings import Settings
     from phireg.calibration.statistics import Statistics
     from phireg.conversion.convert import Converted
-    from phireg.planning.plan import Planned
+    from phireg.planning.model import Plan
     from phireg.quality.result import Quality
 
 
@@ -124,18 +124,18 @@ class _Run:
         started = time.monotonic()
         data = {name: self.options.pop(name) for name in DATA_OPTIONS}
         settings = make_settings(**data)
-        planned = phireg.plan(**self.options)
-        self.check(planned, settings)
+        plan = phireg.plan(**self.options)
+        self.check(plan, settings)
         with Stages(self.quiet) as stages:
-            converted = self.write(planned, settings, stages)
-            found = self.measure(planned, settings, stages)
+            converted = self.write(plan, settings, stages)
+            found = self.measure(plan, settings, stages)
         if found is not None and self.report is not None:
             from phireg.quality.report import write_report
 
             write_report(found, self.report)
         self.seconds["all"] = time.monotonic() - started
         done = Done(
-            planned,
+            plan,
             converted,
             self.calibrated,
             self.alpha,
@@ -150,12 +150,12 @@ class _Run:
         elif not self.quiet:
             emit(done_text(done))
 
-    def check(self, planned: Planned, settings: Settings) -> None:
+    def check(self, plan: Plan, settings: Settings) -> None:
         """What the export does not check itself before it calibrates."""
         from phireg.conversion.convert import check_plan
 
-        check_plan(planned.plan)
-        options = planned.plan.options
+        check_plan(plan)
+        options = plan.options
         if self.stats is not None and not options.calibrated:
             raise UsageError(
                 f"--calib-stats has no effect: {options.qformat} without a quantized KV cache "
@@ -174,7 +174,7 @@ class _Run:
 
             pick_device(settings.device)
 
-    def write(self, planned: Planned, settings: Settings, stages: Stages) -> Converted:
+    def write(self, plan: Plan, settings: Settings, stages: Stages) -> Converted:
         """Calibrate if need be, and export."""
         from phireg.conversion.scales import bytes_read
 
@@ -184,12 +184,12 @@ class _Run:
             begun = time.monotonic()
             stages.waiting("preparing the calibration")
             self.calibrated = phireg.calibrate(
-                planned,
+                plan,
                 file,
                 settings,
                 required=self.stats is not None,
                 progress=stages.counting("calibrating", "tokens x layers"),
-                tell=self.teller(planned, stages),
+                tell=self.teller(plan, stages),
             )
             stages.close()
             self.seconds["calibration"] = time.monotonic() - begun
@@ -197,10 +197,10 @@ class _Run:
                 self.say(f"statistics of an earlier calibration serve: {file}")
             return self.calibrated.statistics
 
-        plan, total = planned.plan, phireg.quantize_bytes(planned, self.alpha)
+        total = phireg.quantize_bytes(plan, self.alpha)
         try:
             converted = phireg.quantize(
-                planned,
+                plan,
                 self.output_dir,
                 statistics,
                 alpha=self.alpha,
@@ -212,12 +212,12 @@ class _Run:
         stages.close()
         return converted
 
-    def teller(self, planned: Planned, stages: Stages) -> Callable[[str], None]:
+    def teller(self, plan: Plan, stages: Stages) -> Callable[[str], None]:
         """What tells the calibration's choices; warnings come first, before anybody waits."""
         from phireg.cli.findings import findings_text
         from phireg.findings import Severity
 
-        warnings = findings_text(planned.plan.findings, Severity.WARNING)
+        warnings = findings_text(plan.findings, Severity.WARNING)
 
         def tell(line: str) -> None:
             stages.close()
@@ -228,7 +228,7 @@ class _Run:
 
         return tell
 
-    def measure(self, planned: Planned, settings: Settings, stages: Stages) -> Quality | None:
+    def measure(self, plan: Plan, settings: Settings, stages: Stages) -> Quality | None:
         """The report's numbers; None if there are none, and then why."""
         from phireg.device import pick_device
         from phireg.quality import run
@@ -236,7 +236,7 @@ class _Run:
         if self.wanted is False:
             return None
         if self.wanted is None:
-            tokens = run.affordable(planned.plan, pick_device(settings.device))
+            tokens = run.affordable(plan, pick_device(settings.device))
             if tokens < run.FEWEST:
                 self.unmeasured = "it would take long on a CPU; --measure does it"
                 return None
@@ -244,7 +244,7 @@ class _Run:
         provenance = None if self.calibrated is None else self.calibrated.provenance
         try:
             found = run.measure(
-                planned,
+                plan,
                 self.output_dir,
                 settings,
                 provenance=provenance,

@@ -15,7 +15,7 @@ from phireg.cli.text import columns, counted, size
 if TYPE_CHECKING:
     from phireg.calibration.calibrate import Calibrated
     from phireg.conversion.convert import Converted
-    from phireg.planning.plan import Planned
+    from phireg.planning.model import Plan
     from phireg.quality.result import Quality
 
 
@@ -24,7 +24,7 @@ class Done:
     """A finished quantization.
 
     Attributes:
-        planned: what was planned.
+        plan: what was carried out.
         converted: what was written.
         calibrated: the statistics; None if none were needed.
         alpha: SmoothQuant's.
@@ -35,7 +35,7 @@ class Done:
         seconds: by part; ``all`` of them.
     """
 
-    planned: Planned
+    plan: Plan
     converted: Converted
     calibrated: Calibrated | None
     alpha: float
@@ -51,11 +51,11 @@ def done_text(done: Done) -> str:
     from phireg.cli.findings import all_findings_text
     from phireg.findings import Severity
 
-    plan, files = done.planned.plan, done.converted.files
+    plan, files = done.plan, done.converted.files
     others = [name for name in files if not name.endswith(".safetensors")]
     rank_files = counted(plan.options.tp_size, "rank file")
     rows = [
-        ("family", family_text(done.planned)),
+        ("family", family_text(done.plan)),
         ("format", format_text(plan)),
         *_calibration(done.calibrated),
         ("wrote", f"{size(sum(files.values()))} to {done.converted.output_dir}"),
@@ -75,7 +75,7 @@ def done_text(done: Done) -> str:
     parts = (
         columns(rows),
         quality_text(done.quality) if done.quality else "",
-        warnings_text(done.planned),
+        warnings_text(done.plan),
         all_findings_text((*loss_findings(done.converted), *untold)),
     )
     return "\n".join(filter(None, parts))
@@ -102,13 +102,13 @@ def done_document(done: Done) -> dict[str, Any]:
 
     from phireg.planning.report import findings_json
 
-    plan, candidate = done.planned.plan, done.planned.chosen.candidate
+    plan, candidate = done.plan, done.plan.chosen.candidate
     options, calibrated = plan.options, done.calibrated
     losses = sorted(done.converted.losses.items())
     return {
         "output_dir": str(done.converted.output_dir),
         "files": dict(done.converted.files),
-        "model_dir": done.planned.model_dir,
+        "model_dir": done.plan.model_dir,
         "revision": plan.source.revision,
         "family": plan.family,
         "provided_by": {"distribution": candidate.distribution, "version": candidate.version},
@@ -125,7 +125,7 @@ def done_document(done: Done) -> dict[str, Any]:
         },
         "cast_tensors": plan.casts,
         "losses": {name: dataclasses.asdict(loss) for name, loss in losses},
-        "plugin_warnings": list(done.planned.chosen.warnings),
+        "plugin_warnings": list(done.plan.chosen.warnings),
         "findings": findings_json(plan.findings),
         "quality": done.quality and quality_document(done.quality),
         "unmeasured": done.unmeasured,

@@ -17,7 +17,6 @@ from phireg.conversion.stream import Progress, Streamed, stream
 from phireg.errors import PlanError, SourceError, UsageError
 from phireg.files.output import OutputDirectory
 from phireg.planning.model import Plan
-from phireg.planning.plan import Planned
 from phireg.planning.report import problems
 from phireg.source.tokenizer_files import CARRIED
 
@@ -39,7 +38,7 @@ class Converted:
 
 
 def convert(
-    planned: Planned,
+    plan: Plan,
     output_dir: str | Path,
     *,
     overwrite: bool = False,
@@ -49,7 +48,7 @@ def convert(
     """Carry out a plan. The output appears under its name complete, or not at all.
 
     Args:
-        planned: from :func:`plan`.
+        plan: from :func:`plan`.
         output_dir: the checkpoint to make; must not exist, or be empty.
         overwrite: replace it, if it is recognisably a checkpoint, once the new one is complete.
         allow_overflow: let finite values become infinite in a cast.
@@ -61,14 +60,13 @@ def convert(
         SourceError: a source file changed or could not be read.
         OutputError: the output exists, or cannot be written.
     """
-    if planned.plan.options.calibrated:
+    if plan.options.calibrated:
         raise UsageError(
-            "this plan needs calibration statistics, for "
-            + " and ".join(_calibrated(planned.plan)),
+            "this plan needs calibration statistics, for " + " and ".join(_calibrated(plan)),
             hint="phireg quantize takes them from sample texts, or from a file of an earlier run.",
         )
     return write_checkpoint(
-        planned,
+        plan,
         Path(output_dir),
         overwrite=overwrite,
         allow_overflow=allow_overflow,
@@ -76,28 +74,28 @@ def convert(
     )
 
 
-def _calibrated(made: Plan) -> Iterator[str]:
-    if made.options.scheme and made.options.scheme.calibrated:
-        yield f"the format {made.options.qformat}"
-    if made.options.kv_cache_dtype:
-        yield f"the {made.options.kv_cache_dtype} KV cache"
+def _calibrated(plan: Plan) -> Iterator[str]:
+    if plan.options.scheme and plan.options.scheme.calibrated:
+        yield f"the format {plan.options.qformat}"
+    if plan.options.kv_cache_dtype:
+        yield f"the {plan.options.kv_cache_dtype} KV cache"
 
 
-def check_plan(made: Plan) -> None:
+def check_plan(plan: Plan) -> None:
     """Refuse a plan that has errors.
 
     Raises:
         PlanError: with all of them.
     """
-    if made.errors:
+    if plan.errors:
         raise PlanError(
-            f"the plan has {len(made.errors)} problem{'s' if len(made.errors) > 1 else ''}; "
-            f"nothing was written\n{problems(made.errors)}"
+            f"the plan has {len(plan.errors)} problem{'s' if len(plan.errors) > 1 else ''}; "
+            f"nothing was written\n{problems(plan.errors)}"
         )
 
 
 def write_checkpoint(
-    planned: Planned,
+    plan: Plan,
     target: Path,
     *,
     overwrite: bool,
@@ -109,7 +107,7 @@ def write_checkpoint(
     """Write everything a checkpoint consists of; see :func:`convert`.
 
     Args:
-        planned: from :func:`phireg.planning.plan`.
+        plan: from :func:`phireg.planning.plan`.
         target: the checkpoint to make.
         overwrite: whether it may replace another one.
         allow_overflow: let finite values become infinite in a cast.
@@ -118,25 +116,24 @@ def write_checkpoint(
             known to be usable, before anything is written to it.
         quantization: what the manifest says of them.
     """
-    made = planned.plan
-    check_plan(made)
+    check_plan(plan)
     carried = [
         file
         for name in CARRIED
-        for file in sorted(made.source.directory.glob(name))
+        for file in sorted(plan.source.directory.glob(name))
         if file.is_file()
     ]
-    size = made.bytes_out + sum(file.stat().st_size for file in carried)
+    size = plan.bytes_out + sum(file.stat().st_size for file in carried)
     with OutputDirectory(target, overwrite=overwrite, required_bytes=size) as directory:
         ready = quantizer() if quantizer else None
-        streamed = stream(made, directory, progress=progress, quantizer=ready)
+        streamed = stream(plan, directory, progress=progress, quantizer=ready)
         if not allow_overflow:
-            _check_overflow(streamed, made)
+            _check_overflow(streamed, plan)
         for file in carried:
             _carry(file, directory)
-        config = json.dumps(made.config, indent=4) + "\n"
+        config = json.dumps(plan.config, indent=4) + "\n"
         (directory / "config.json").write_text(config, encoding="utf-8")
-        manifest = _manifest(planned, directory, streamed)
+        manifest = _manifest(plan, directory, streamed)
         if quantization is not None:
             manifest["quantization"] = quantization
         write_manifest(directory, manifest)
@@ -153,21 +150,21 @@ def _carry(file: Path, directory: Path) -> None:
         raise SourceError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-def _check_overflow(streamed: Streamed, made: Plan) -> None:
+def _check_overflow(streamed: Streamed, plan: Plan) -> None:
     lost = {name: loss.overflowed for name, loss in streamed.losses.items() if loss.overflowed}
     if lost:
         raise PlanError(
-            f"{sum(lost.values())} finite values do not fit into {made.options.dtype}; "
+            f"{sum(lost.values())} finite values do not fit into {plan.options.dtype}; "
             "nothing was written\n"
             + "\n".join(f"  overflow  {name}: {count} values" for name, count in lost.items()),
             hint="choose another --dtype, or --allow-overflow to write them as infinite.",
         )
 
 
-def _manifest(planned: Planned, directory: Path, streamed: Streamed) -> dict[str, Any]:
-    made, candidate = planned.plan, planned.chosen.candidate
+def _manifest(plan: Plan, directory: Path, streamed: Streamed) -> dict[str, Any]:
+    candidate = plan.chosen.candidate
     ranks: dict[str, Any] = {}
-    for rank, (header, size) in enumerate(zip(made.headers, made.file_sizes, strict=True)):
+    for rank, (header, size) in enumerate(zip(plan.headers, plan.file_sizes, strict=True)):
         tensors = {name: d for (r, name), d in streamed.digests.items() if r == rank}
         ranks[f"rank{rank}.safetensors"] = rank_file_record(header, size, tensors)
     others = {
@@ -178,24 +175,24 @@ def _manifest(planned: Planned, directory: Path, streamed: Streamed) -> dict[str
     return {
         "producer": {"name": "phireg", "version": metadata.version("phireg")},
         "family": {
-            "name": made.family,
+            "name": plan.family,
             "distribution": candidate.distribution,
             "version": candidate.version,
         },
         "options": {
-            "dtype": made.options.dtype,
-            "tp_size": made.options.tp_size,
-            "moe_ep_size": made.options.ranks.moe_ep_size,
-            "weight_only": made.options.weight_only,
-            "qformat": made.options.qformat,
-            "kv_cache_dtype": made.options.kv_cache_dtype,
+            "dtype": plan.options.dtype,
+            "tp_size": plan.options.tp_size,
+            "moe_ep_size": plan.options.ranks.moe_ep_size,
+            "weight_only": plan.options.weight_only,
+            "qformat": plan.options.qformat,
+            "kv_cache_dtype": plan.options.kv_cache_dtype,
         },
         "source": {
-            "model_dir": planned.model_dir,
-            "revision": made.source.revision,
+            "model_dir": plan.model_dir,
+            "revision": plan.source.revision,
             "files": [
                 {"name": f.name, "size": f.size, "header": f.header_digest}
-                for f in made.source.files
+                for f in plan.source.files
             ],
         },
         "files": {**others, **ranks},

@@ -12,11 +12,11 @@ from phireg.conversion.quantizer import Quantizer
 from phireg.conversion.scales import bytes_read, compute_scales, statistics_digest
 from phireg.conversion.stream import Progress
 from phireg.errors import UsageError
-from phireg.planning.plan import Planned
+from phireg.planning.model import Plan
 
 
 def quantize(
-    planned: Planned,
+    plan: Plan,
     output_dir: str | Path,
     statistics: Statistics | Callable[[], Statistics] | None,
     *,
@@ -30,7 +30,7 @@ def quantize(
     Every scale is computed and checked before the first byte is written.
 
     Args:
-        planned: from :func:`phireg.planning.plan` with ``qformat``.
+        plan: from :func:`phireg.planning.plan` with ``qformat``.
         output_dir: the checkpoint to make; must not exist, or be empty.
         statistics: from calibrating the same source, or a function that calibrates: it is called
             if the plan needs statistics and nothing else stands against it, the output included,
@@ -49,8 +49,7 @@ def quantize(
         SourceError: a source file changed or could not be read.
         OutputError: the output exists, or cannot be written.
     """
-    made = planned.plan
-    options = made.options
+    options = plan.options
     if options.scheme is None:
         raise UsageError("this plan quantizes nothing", hint="plan with a qformat, or convert.")
     if not 0 <= alpha <= 1:
@@ -60,10 +59,10 @@ def quantize(
             f"alpha {alpha} has no effect on {options.qformat}",
             hint="it is SmoothQuant's (int8_sq); leave it out.",
         )
-    check_plan(made)
+    check_plan(plan)
     if not options.calibrated:
         return write_checkpoint(
-            planned,
+            plan,
             Path(output_dir),
             overwrite=overwrite,
             allow_overflow=allow_overflow,
@@ -80,10 +79,10 @@ def quantize(
             "digest": statistics_digest(found),
             "provenance": dict(found.provenance),
         }
-        return Quantizer(made, compute_scales(made, found, alpha=alpha, progress=progress))
+        return Quantizer(plan, compute_scales(plan, found, alpha=alpha, progress=progress))
 
     return write_checkpoint(
-        planned,
+        plan,
         Path(output_dir),
         overwrite=overwrite,
         allow_overflow=allow_overflow,
@@ -93,8 +92,7 @@ def quantize(
     )
 
 
-def quantize_bytes(planned: Planned, alpha: float = 1.0) -> int:
+def quantize_bytes(plan: Plan, alpha: float = 1.0) -> int:
     """What :func:`quantize` tells its ``progress`` in all: bytes read for scales, and written."""
-    made = planned.plan
-    written = made.bytes_out - sum(map(len, made.headers))
-    return bytes_read(made, alpha) + written
+    written = plan.bytes_out - sum(map(len, plan.headers))
+    return bytes_read(plan, alpha) + written

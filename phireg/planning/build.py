@@ -22,24 +22,28 @@ from phireg.reader.schema import required_tensors
 from phireg.source.source import Source
 
 if TYPE_CHECKING:
-    from phireg.family import Family
+    from phireg.registry import Chosen
 
 
-def build_plan(family: Family, hf: HFConfig, source: Source, options: Options) -> Plan:
+def build_plan(
+    chosen: Chosen, hf: HFConfig, source: Source, options: Options, model_dir: str | None = None
+) -> Plan:
     """Plan a conversion. Problems of the model are findings, all of them at once.
 
     Args:
-        family: whose rules apply.
+        chosen: the family whose rules apply.
         hf: the source's config.json.
         source: its tensors, from headers.
         options: dtype, ranks, quantization.
+        model_dir: what the user called the source; its directory by default.
     """
-    return _Builder(family, hf, source, options).plan()
+    return _Builder(chosen, hf, source, options).plan(model_dir or str(source.directory))
 
 
 class _Builder:
-    def __init__(self, family: Family, hf: HFConfig, source: Source, options: Options) -> None:
-        self.family = family
+    def __init__(self, chosen: Chosen, hf: HFConfig, source: Source, options: Options) -> None:
+        self.chosen = chosen
+        self.family = chosen.family
         self.hf = hf
         self.source = source
         self.options = options
@@ -47,7 +51,7 @@ class _Builder:
             Finding(Severity.NOTE, "source", "", note) for note in source.notes
         ]
 
-    def plan(self) -> Plan:
+    def plan(self, model_dir: str) -> Plan:
         translation = self.family.config_fields().translate(self.hf)
         self.findings += translation.findings
         dtype = self.dtype()
@@ -77,7 +81,8 @@ class _Builder:
         else:
             headers, outputs = _place(outputs, self.options.tp_size)
         return Plan(
-            family=self.family.name,
+            chosen=self.chosen,
+            model_dir=model_dir,
             options=dataclasses.replace(self.options, dtype=dtype),
             source=self.source,
             config=config,

@@ -5,24 +5,22 @@ from __future__ import annotations
 import difflib
 
 from phireg.errors import PlanError, UsageError
-from phireg.planning.model import Output
-from phireg.planning.plan import Planned
+from phireg.planning.model import Output, Plan
 from phireg.planning.report import problems
 
 
-def explain(planned: Planned, tensor: str) -> tuple[Output, ...]:
+def explain(plan: Plan, tensor: str) -> tuple[Output, ...]:
     """The outputs a name stands for: a tensor of every rank, or all tensors of a module.
 
     Raises:
         PlanError: the plan has errors.
         UsageError: no output has that name.
     """
-    made = planned.plan
-    if made.errors:
-        raise PlanError(f"the plan has problems\n{problems(made.errors)}")
-    found = tuple(o for o in made.outputs if o.name == tensor or o.name.startswith(f"{tensor}."))
-    if not found:
-        names = sorted({o.name for o in made.outputs})
+    if plan.errors:
+        raise PlanError(f"the plan has problems\n{problems(plan.errors)}")
+    outputs = tuple(o for o in plan.outputs if o.name == tensor or o.name.startswith(f"{tensor}."))
+    if not outputs:
+        names = sorted({o.name for o in plan.outputs})
         near = difflib.get_close_matches(tensor, names, 3, 0.5)
         raise UsageError(
             f"the checkpoint has no tensor or module '{tensor}'",
@@ -30,4 +28,4 @@ def explain(planned: Planned, tensor: str) -> tuple[Output, ...]:
             if near
             else "phireg plan --json lists all of them.",
         )
-    return found
+    return outputs

@@ -13,6 +13,7 @@ from phireg.layout.ranks import Ranks
 from phireg.layout.spans import Span
 from phireg.reader.schema import DTYPES as DTYPES
 from phireg.reader.schemes import SCHEMES, Scheme
+from phireg.registry import Chosen
 from phireg.source.source import Source, SourceTensor
 
 BLOCK_BYTES = 512 * 1024
@@ -150,7 +151,8 @@ class Plan:
     """Everything a conversion does, and everything that speaks against it.
 
     Attributes:
-        family: name of the family.
+        chosen: the family, and the distribution that provides it.
+        model_dir: the source as the user called it, a directory or a hub repository.
         options: what was asked for, with ``dtype`` resolved.
         source: the source model.
         config: the checkpoint's config.json.
@@ -164,7 +166,8 @@ class Plan:
             tensors like those of the files, with the source's rows and columns; they have no file.
     """
 
-    family: str
+    chosen: Chosen
+    model_dir: str
     options: Options
     source: Source
     config: Mapping[str, Any]
@@ -175,6 +178,11 @@ class Plan:
     linears: tuple[QuantizedLinear, ...] = ()
     kv_caches: tuple[str, ...] = ()
     scales: Mapping[str, SourceTensor] = field(default_factory=dict)
+
+    @property
+    def family(self) -> str:
+        """Name of the family."""
+        return self.chosen.family.name
 
     @property
     def errors(self) -> tuple[Finding, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 
 from phireg import registry
@@ -20,21 +19,6 @@ from phireg.source.hub import resolve_model_dir
 from phireg.source.source import open_source, without_weights
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A plan, who made it, and the request behind it.
-
-    Attributes:
-        plan: the plan; look at ``plan.errors`` before converting.
-        chosen: the family and the distribution that provides it.
-        model_dir: what was asked for, a directory or a hub repository.
-    """
-
-    plan: Plan
-    chosen: Chosen
-    model_dir: str
-
-
 def plan(
     model_dir: str | Path,
     *,
@@ -48,8 +32,10 @@ def plan(
     kv_cache_dtype: str | None = None,
     moe_tp_size: int | None = None,
     moe_ep_size: int | None = None,
-) -> Planned:
+) -> Plan:
     """Plan a conversion or quantization from config.json and file headers alone.
+
+    Look at the plan's ``errors`` before carrying it out.
 
     Args:
         model_dir: a directory, or a repository on the Hugging Face hub.
@@ -83,13 +69,12 @@ def plan(
         open_source(directory)
     chosen = _choose(hf, family)
     source = open_source(directory, commit)
-    built = build_plan(chosen.family, hf, source, options)
-    return Planned(built, chosen, str(model_dir))
+    return build_plan(chosen, hf, source, options, str(model_dir))
 
 
 def plan_config(
     model_dir: str | Path, *, family: str = AUTO, dtype: str = "auto", tp_size: int = 1
-) -> Planned:
+) -> Plan:
     """Plan a checkpoint's config.json alone, from the model's: no weights are needed.
 
     The plan's ``config`` is that of a conversion; it has no outputs and cannot be carried out.
@@ -112,11 +97,11 @@ def plan_config(
         )
     hf = HFConfig(read_json_object(directory / "config.json"))
     chosen = _choose(hf, family)
-    made = build_plan(chosen.family, hf, without_weights(directory), options)
-    errors = [finding for finding in made.errors if finding.code != "missing"]
+    plan = build_plan(chosen, hf, without_weights(directory), options, str(model_dir))
+    errors = [finding for finding in plan.errors if finding.code != "missing"]
     if errors:
         raise PlanError(f"the model's config.json has problems\n{problems(errors)}")
-    return Planned(made, chosen, str(model_dir))
+    return plan
 
 
 def _choose(hf: HFConfig, family: str) -> Chosen:

@@ -212,8 +212,8 @@ def _opened(
         if model_dir is None:
             chosen = _family(config, family)
         else:
-            planned = plan(model_dir, family=family, revision=revision)
-            chosen, made = planned.chosen, planned.plan
+            made = plan(model_dir, family=family, revision=revision)
+            chosen = made.chosen
             check_source(config, made)
         every = linears_of(chosen.family, config, ranks, directory)
         decision = decide(directory, config, ranks, every, made, stated=stated) if every else None

@@ -17,7 +17,6 @@ from phireg.executor.weights import open_ranks
 from phireg.generation.quiet import quiet
 from phireg.generation.tokenizer import find_tokenizer
 from phireg.planning.model import Plan
-from phireg.planning.plan import Planned
 from phireg.quality.layerwise import walk
 from phireg.quality.result import Quality, TextQuality
 from phireg.quality.text import Text, choose_text
@@ -50,7 +49,7 @@ def affordable(plan: Plan, device: torch.device) -> int:
 
 
 def measure(
-    planned: Planned,
+    plan: Plan,
     checkpoint_dir: str | Path,
     settings: Settings,
     *,
@@ -63,7 +62,7 @@ def measure(
     from its files, the unquantized one's from the source.
 
     Args:
-        planned: what the checkpoint was made by.
+        plan: what the checkpoint was made by.
         checkpoint_dir: the checkpoint.
         settings: the data whose samples behind those of the calibration are run, and where.
         provenance: of the statistics that it was made with, or None.
@@ -77,19 +76,22 @@ def measure(
     device = pick_device(settings.device)
     place = Path(checkpoint_dir)
     spec = read_spec(place)
-    text = _text(planned, settings, provenance, spec, device)
-    plan = unquantized_plan(planned)
+    text = _text(plan, settings, provenance, spec, device)
+    unquantized = unquantized_plan(plan)
     told = progress or (lambda more, total: None)
     with plan.source.open() as reader:
         ranks = range(spec.tp_size)
         options: dict[str, Any] = {"device": device, "dtype": torch.float32, "offload": True}
         plain = Executor(
-            parse_spec(dict(plan.config)), rank_sources(plan, reader), ranks, **options
+            parse_spec(dict(unquantized.config)),
+            rank_sources(unquantized, reader),
+            ranks,
+            **options,
         )
         quantized = Executor(spec, open_ranks(place, spec, ranks), ranks, **options)
         layers = spec.num_layers
         found = walk(plain, quantized, text.rows, lambda more: told(more, layers))
-    made = planned.plan.options
+    made = plan.options
     assert made.qformat is not None
     return Quality(
         str(checkpoint_dir),
@@ -111,18 +113,18 @@ def measure(
             found.nll,
             found.unquantized_nll,
         ),
-        tuple(_provenance(planned, place, provenance, text, device)),
+        tuple(_provenance(plan, place, provenance, text, device)),
     )
 
 
 def _text(
-    planned: Planned,
+    plan: Plan,
     settings: Settings,
     provenance: Mapping[str, Any] | None,
     spec: ModelSpec,
     device: torch.device,
 ) -> Text:
-    directory = planned.plan.source.directory
+    directory = plan.source.directory
     tokenizer = find_tokenizer(directory)
 
     def encode(text: str) -> list[int]:
@@ -139,7 +141,7 @@ def _text(
             settings,
             provenance,
             encode,
-            tokens=max(affordable(planned.plan, device), FEWEST),
+            tokens=max(affordable(plan, device), FEWEST),
             vocab_size=spec.vocab_size,
             longest=spec.max_position_embeddings,
         )
@@ -151,7 +153,7 @@ def _text(
 
 
 def _provenance(
-    planned: Planned,
+    plan: Plan,
     place: Path,
     provenance: Mapping[str, Any] | None,
     text: Text,
@@ -162,7 +164,7 @@ def _provenance(
     samples = f"{count} sample{'s' if count > 1 else ''}, {tokens} tokens, {which}"
     rows = [
         ("checkpoint", str(place.absolute())),
-        ("source", f"{planned.model_dir}, {len(planned.plan.source.files)} file(s)"),
+        ("source", f"{plan.model_dir}, {len(plan.source.files)} file(s)"),
     ]
     if provenance is not None:
         rows.append(("calibration", describe(provenance).removeprefix("calibration: ")))

@@ -13,17 +13,15 @@ from phireg.executor.weights import Source
 from phireg.files.json import read_json_object
 from phireg.planning.build import build_plan
 from phireg.planning.model import Output, Plan
-from phireg.planning.plan import Planned
 from phireg.source.source import Reader
 from phireg.verification.expected import expected_tensor
 
 
-def unquantized_plan(planned: Planned) -> Plan:
+def unquantized_plan(plan: Plan) -> Plan:
     """The plan of the same conversion without quantization."""
-    plan = planned.plan
     hf = HFConfig(read_json_object(plan.source.directory / "config.json"))
     options = dataclasses.replace(plan.options, qformat=None, kv_cache_dtype=None)
-    return build_plan(planned.chosen.family, hf, plan.source, options)
+    return build_plan(plan.chosen, hf, plan.source, options, plan.model_dir)
 
 
 def rank_sources(plan: Plan, reader: Reader) -> list[Source]:

@@ -95,7 +95,7 @@ class FamilyConformance:
             if not any(line.startswith(f"{key}:") for line in wrong)
         ]
         if translation.ok:
-            config = model.planned(1).plan.config
+            config = model.planned(1).config
             wrong += [
                 f"{key}: the reader of {config['architecture']} needs it, and no entry produces it"
                 for key in required_keys(config)
@@ -152,7 +152,7 @@ class FamilyConformance:
         """The plan read backwards rebuilds every source tensor from the rank files, bit for bit."""
         for tp_size in self.tp_sizes:
             ranks = _probes(model, tp_size)
-            plan = model.planned(tp_size, open_source(model.probe_dir)).plan
+            plan = model.planned(tp_size, open_source(model.probe_dir))
             rebuilt = {
                 name: np.zeros(shape, np.uint32) for name, shape in model.book.shapes.items()
             }
@@ -193,7 +193,7 @@ class FamilyConformance:
                 continue
             ranks = _probes(model, tp_size)
             try:
-                spec = parse_spec(dict(model.planned(tp_size).plan.config))
+                spec = parse_spec(dict(model.planned(tp_size).config))
             except CheckError as error:
                 _fail(f"{error} ({model.places.hook('phireg_config_fields')})")
             for name, wanted in whole.items():
@@ -294,7 +294,7 @@ def _samples(model: TinyModel) -> Iterator[str]:
     """The tensors of the last layer and those of no layer."""
     if model.plan_problems(1):
         pytest.skip("there is no plan at TP 1: see test_plan_is_complete")
-    number = model.planned(1).plan.config["num_hidden_layers"] - 1
+    number = model.planned(1).config["num_hidden_layers"] - 1
     mine = f".{number}."
     others = [f".{n}." for n in range(number)]
     for name in model.source.tensors:
@@ -307,9 +307,9 @@ def _samples(model: TinyModel) -> Iterator[str]:
 def _refused(model: TinyModel, tensors: Mapping[str, SourceTensor], code: str, name: str) -> None:
     """The plan of a source with these tensors must have one finding of a kind about a tensor."""
     source = dataclasses.replace(model.source, tensors=MappingProxyType(dict(tensors)))
-    planned = model.planned(1, source)
-    if not any((f.code, f.subject) == (code, name) for f in planned.plan.errors):
-        found = [f"{f.code} {f.subject}: {f.detail}" for f in planned.plan.errors]
+    plan = model.planned(1, source)
+    if not any((f.code, f.subject) == (code, name) for f in plan.errors):
+        found = [f"{f.code} {f.subject}: {f.detail}" for f in plan.errors]
         place = model.places.concerned(name)
         _fail(
             f"{name} is {code} in the source, and the plan does not say so; it says:",
@@ -317,7 +317,7 @@ def _refused(model: TinyModel, tensors: Mapping[str, SourceTensor], code: str, n
         )
     output = model.directory / "refused"
     try:
-        phireg.convert(planned, output)
+        phireg.convert(plan, output)
     except PlanError as error:
         if name not in error.message:
             _fail(f"{name} is {code}, and the error does not name it:", [error.message])

@@ -24,12 +24,12 @@ def logits_problems(model: TinyModel, tp_size: int) -> str | None:
     import torch
 
     torch.set_num_threads(1)
-    planned = model.planned(tp_size)
+    plan = model.planned(tp_size)
     directory = model.checkpoint(tp_size)
     source = str(model.source_dir)
     name = model.family.name
     request = Request(directory, source, name, None, ("logits",), "cpu", "float32", None)
-    computed = Computed(request, planned.plan.config, planned, lambda check, more, total: None)
+    computed = Computed(request, plan.config, plan, lambda check, more, total: None)
     try:
         summary, problems, _ = computed.logits()
         if tp_size > 1 and not problems:

@@ -79,23 +79,23 @@ class TinyModel:
 
     def planned(
         self, tp_size: int, source: Source | None = None, *, qformat: str | None = None
-    ) -> phireg.Planned:
+    ) -> phireg.Plan:
         """The plan of the model, or of another source with the same config.json."""
         if source is None:
             key = ("planned", tp_size, qformat)
             if key not in self._made:
                 self._made[key] = self.planned(tp_size, self.source, qformat=qformat)
-            made: phireg.Planned = self._made[key]
+            made: phireg.Plan = self._made[key]
             return made
         options = Options("float32", tp_size, qformat)
-        plan = build_plan(self.family, HFConfig(self.config), source, options)
         entry = metadata.EntryPoint(self.family.name, "under:test", GROUP)
         candidate = Candidate(self.family.name, "under test", "0", entry.value, entry)
-        return phireg.Planned(plan, Chosen(self.family, candidate), str(source.directory))
+        chosen = Chosen(self.family, candidate)
+        return build_plan(chosen, HFConfig(self.config), source, options)
 
     def plan_problems(self, tp_size: int, qformat: str | None = None) -> str | None:
         """What speaks against the plan, with the places concerned; None if nothing does."""
-        errors = self.planned(tp_size, qformat=qformat).plan.errors
+        errors = self.planned(tp_size, qformat=qformat).errors
         if not errors:
             return None
         text = problems(errors)
@@ -135,8 +135,8 @@ class TinyModel:
         """
         output = self.directory / f"{source_dir.name}-tp{tp_size}"
         if not output.exists():
-            planned = self.planned(tp_size, open_source(source_dir))
-            if planned.plan.errors:
+            plan = self.planned(tp_size, open_source(source_dir))
+            if plan.errors:
                 raise PlanError(self.plan_problems(tp_size) or "")
-            phireg.convert(planned, output)
+            phireg.convert(plan, output)
         return output

@@ -66,7 +66,7 @@ class Repairs:
         self.model = model
         self.reference = reference
         self.prompts = Prompts(tuple(Prompt(n, "") for n in tokens), (), ())
-        self.config = dict(model.planned(1).plan.config)
+        self.config = dict(model.planned(1).config)
         self.made = model.probes(1)[0]
         self.values = _source_values(model)
 

@@ -47,11 +47,11 @@ def scale_problems(model: TinyModel, tp_size: int, scheme: Scheme) -> str | None
     place = model.places.hook("phireg_quant_rules")
     if problems := model.plan_problems(tp_size, scheme.qformat):
         return f"{problems}\n    {place}  the quantization rules"
-    planned = model.planned(tp_size, qformat=scheme.qformat)
-    linears = {linear.target: linear for linear in planned.plan.linears}
+    plan = model.planned(tp_size, qformat=scheme.qformat)
+    linears = {linear.target: linear for linear in plan.linears}
     maxima = _maxima(linears.values())
     output = model.directory / f"{scheme.qformat}-tp{tp_size}"
-    phireg.quantize(planned, output, Statistics(maxima, (), (), {}))
+    phireg.quantize(plan, output, Statistics(maxima, (), (), {}))
     dequantized = model.directory / f"source-{scheme.qformat}"
     if not dequantized.exists():
         _write_dequantized(model, dequantized, scheme, linears.values(), maxima)

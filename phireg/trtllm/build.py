@@ -138,8 +138,8 @@ def plan_empty_build(
         PhiregError: as :func:`plan_build`; or as :func:`phireg.planning.plan`.
     """
     ranks = (options and options.tp_size) or 1
-    planned = plan_config(model_dir, family=family, dtype=dtype, tp_size=ranks)
-    return _plan(Path(model_dir), planned.plan.config, None, output_dir, options, version)
+    plan = plan_config(model_dir, family=family, dtype=dtype, tp_size=ranks)
+    return _plan(Path(model_dir), plan.config, None, output_dir, options, version)
 
 
 def _plan(

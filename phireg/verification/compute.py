@@ -12,7 +12,7 @@ from phireg.errors import CheckError, SourceError, UsageError
 from phireg.executor import Executor, ModelSpec
 from phireg.executor.model import free_memory
 from phireg.executor.weights import Source, open_ranks
-from phireg.planning.plan import Planned
+from phireg.planning.model import Plan
 from phireg.reader.quantization import Quantization
 from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
 from phireg.reader.spec import parse_spec
@@ -41,16 +41,16 @@ class Computed:
     Args:
         request: what to run and how.
         config: the checkpoint's config.json.
-        planned: the source's plan, whose family names the reference.
+        plan: the source's, whose family names the reference.
         progress: told how many more layers have been computed; first 0, when it begins.
     """
 
     def __init__(
-        self, request: Request, config: Mapping[str, Any], planned: Planned, progress: Progress
+        self, request: Request, config: Mapping[str, Any], plan: Plan, progress: Progress
     ) -> None:
         self.request = request
         self.config = dict(config)
-        self.planned = planned
+        self.plan = plan
         self.progress = progress
         self.result: LogitsResult | None = None
         self.versions = f"torch {torch.__version__}"
@@ -179,10 +179,10 @@ class Computed:
         Raises:
             Skipped: no class here reads it, or not even one layer fits.
         """
-        plan = self.planned.plan
+        plan = self.plan
         try:
             reference = open_reference(
-                self.planned.chosen.family,
+                plan.chosen.family,
                 plan.source,
                 weights=getattr(torch, spec.dtype),
                 dtype=getattr(torch, self.request.dtype),

@@ -46,7 +46,7 @@ def run(request: Request, progress: Progress | None = None) -> Verification:
     return Verification(
         str(request.checkpoint_dir),
         request.model_dir,
-        runner.planned.chosen.family.name,
+        runner.plan.chosen.family.name,
         inspected.config,
         tuple(made),
         runner.computed.result if runner.computed else None,
@@ -80,7 +80,7 @@ class _Runner:
         self.computed: Computed | None = None
         qformat, kv_cache_dtype = quantization_of(self.found)
         dtype = self.found.get("dtype")
-        self.planned = plan(
+        self.plan = plan(
             request.model_dir,
             family=request.family,
             revision=request.revision,
@@ -142,21 +142,21 @@ class _Runner:
 
     def config(self) -> Outcome:
         """See :mod:`phireg.verification.configcheck`."""
-        planned = self.planned.plan
-        if not planned.config:
-            raise Skipped(f"the source cannot be planned: {planned.errors[0].detail}")
-        wanted = dict(planned.config)
+        plan = self.plan
+        if not plan.config:
+            raise Skipped(f"the source cannot be planned: {plan.errors[0].detail}")
+        wanted = dict(plan.config)
         cache, alone = self._quantization().get("kv_cache_quant_algo"), []
         if cache in KV_CACHES.values() and self._quantization().get("quant_algo") is None:
             wanted["quantization"] = {**wanted["quantization"], "kv_cache_quant_algo": cache}
             alone = ["only the KV cache is quantized; phireg writes no such checkpoints"]
         problems, notes = compare_configs(self.found, wanted)
         notes += alone
-        return f"{len(planned.config)} keys compared", problems, notes
+        return f"{len(plan.config)} keys compared", problems, notes
 
     def weights(self) -> Outcome:
         """See :mod:`phireg.verification.weightcheck`."""
-        plan = self.planned.plan
+        plan = self.plan
         algorithm = self._quantization().get("quant_algo")
         if algorithm not in KNOWN:
             raise Skipped(f"quantized as {algorithm!r}, whose tensors phireg does not know")
@@ -176,7 +176,7 @@ class _Runner:
         """See :mod:`phireg.verification.logits`."""
         from phireg.verification.compute import Computed
 
-        self.computed = Computed(self.request, self.found, self.planned, self.progress)
+        self.computed = Computed(self.request, self.found, self.plan, self.progress)
         return self.computed.logits()
 
     def ranks(self) -> Outcome:
@@ -185,7 +185,7 @@ class _Runner:
             raise Skipped(ONE_RANK)
         from phireg.verification.compute import Computed
 
-        computed = self.computed or Computed(self.request, self.found, self.planned, self.progress)
+        computed = self.computed or Computed(self.request, self.found, self.plan, self.progress)
         return computed.ranks()
 
 
@@ -224,7 +224,7 @@ def _folded(problems: Iterable[Problem]) -> list[Problem]:
 
 
 def _provenance(request: Request, runner: _Runner) -> Iterator[tuple[str, str]]:
-    candidate, source = runner.planned.chosen.candidate, runner.planned.plan.source
+    candidate, source = runner.plan.chosen.candidate, runner.plan.source
     yield "checkpoint", str(request.checkpoint_dir)
     yield "source", request.model_dir + (f" at {source.revision}" if source.revision else "")
     yield "family", f"{candidate.name} ({candidate.distribution} {candidate.version})"

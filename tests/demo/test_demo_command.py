@@ -249,8 +249,8 @@ def test_a_wrong_checkpoint_ends_with_4(run, monkeypatch, as_json):
     """A conversion that zeroes one block of one tensor."""
     convert = phireg.convert
 
-    def wrong(planned, output_dir, **options):
-        made = convert(planned, output_dir, **options)
+    def wrong(plan, output_dir, **options):
+        made = convert(plan, output_dir, **options)
         path = Path(output_dir) / "rank0.safetensors"
         tensors = load_file(path)
         tensors["transformer.layers.2.mlp.proj.weight"][:16, :16] = 0

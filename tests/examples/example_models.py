@@ -32,21 +32,18 @@ def randomize(model, seed=0):
 
 def planned(family, directory, **options):
     hf = HFConfig(json.loads((directory / "config.json").read_text()))
-    made = build_plan(family, hf, open_source(directory), Options(**options))
     entry = metadata.EntryPoint(family.name, "under:test", "phireg.families")
     candidate = Candidate(family.name, "under test", "0", entry.value, entry)
-    return phireg.Planned(made, Chosen(family, candidate), str(directory))
+    return build_plan(Chosen(family, candidate), hf, open_source(directory), Options(**options))
 
 
 def convert(family, directory, output, **options):
     """Convert; without a dtype, float32."""
     plan = planned(family, directory, **{"dtype": "float32", **options})
-    assert plan.plan.errors == ()
+    assert plan.errors == ()
     phireg.convert(plan, output)
     return output
 
 
 def errors(family, directory, **options):
-    return [
-        (e.code, e.subject, e.detail) for e in planned(family, directory, **options).plan.errors
-    ]
+    return [(e.code, e.subject, e.detail) for e in planned(family, directory, **options).errors]

@@ -40,7 +40,7 @@ def problems(source, checkpoint, dtype):
     request = Request(
         checkpoint, str(source), "phi35-moe", None, ("logits",), "cpu", "float32", None
     )
-    return Computed(request, made.plan.config, made, lambda check, more, total: None).logits()[1]
+    return Computed(request, made.config, made, lambda check, more, total: None).logits()[1]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

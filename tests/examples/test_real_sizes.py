@@ -63,7 +63,7 @@ def test_every_parameter_is_read_once(name, tmp_path):
         file.write(header)
         file.truncate(len(header) + sum(entry.nbytes for entry in entries.values()))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    plan = planned(family, tmp_path, tp_size=2).plan
+    plan = planned(family, tmp_path, tp_size=2)
     assert plan.errors == ()
     assert plan.bytes_in == 2 * parameters
     assert plan.options.dtype == "bfloat16"

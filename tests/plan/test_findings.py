@@ -30,7 +30,7 @@ def spoilt():
 
 def test_all_problems_at_once(tmp_path):
     source = write(tmp_path / "hf", MINI, spoilt())
-    plan = phireg.plan(source, family="phi3-mini", tp_size=3).plan
+    plan = phireg.plan(source, family="phi3-mini", tp_size=3)
     layers = [f"model.layers.{i}" for i in range(LAYERS)]
     targets = [f"transformer.layers.{i}" for i in range(LAYERS)]
     cut = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
@@ -71,7 +71,7 @@ def test_the_message_folds_layers_and_names_the_rule(tmp_path):
 
 def test_a_config_with_errors_is_all_that_is_reported(tmp_path):
     source = write(tmp_path / "hf", {**PHI3, "hidden_act": "gelu", "mlp_bias": True}, spoilt())
-    plan = phireg.plan(source, family="phi3-mini").plan
+    plan = phireg.plan(source, family="phi3-mini")
     assert {(f.code, f.subject) for f in plan.errors} == {
         ("config", "hidden_act"),
         ("config", "mlp_bias"),
@@ -87,9 +87,9 @@ def test_a_config_with_errors_is_all_that_is_reported(tmp_path):
 
 def test_an_unknown_dtype_is_refused(tmp_path):
     source = write(tmp_path / "hf", {**MINI, "torch_dtype": "float8"}, addresses(SHAPES))
-    (error,) = phireg.plan(source, family="phi3-mini").plan.errors
+    (error,) = phireg.plan(source, family="phi3-mini").errors
     assert (error.code, error.subject) == ("dtype", "torch_dtype")
-    assert not phireg.plan(source, family="phi3-mini", dtype="bfloat16").plan.errors
+    assert not phireg.plan(source, family="phi3-mini", dtype="bfloat16").errors
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_auto_dtype(tmp_path, stated, dtype):
     if stated:
         config["torch_dtype"] = stated
     source = write(tmp_path / "hf", config, addresses(SHAPES))
-    assert phireg.plan(source, family="phi3-mini").plan.options.dtype == dtype
+    assert phireg.plan(source, family="phi3-mini").options.dtype == dtype
 
 
 def test_auto_dtype_of_a_config_that_names_none_is_what_most_bytes_are(tmp_path):
@@ -108,7 +108,7 @@ def test_auto_dtype_of_a_config_that_names_none_is_what_most_bytes_are(tmp_path)
     tensors = {n: t.astype(np.float16) for n, t in addresses(SHAPES).items()}
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
     source = write(tmp_path / "hf", config, tensors)
-    plan = phireg.plan(source, family="phi3-mini").plan
+    plan = phireg.plan(source, family="phi3-mini")
     assert plan.options.dtype == "float16"
     assert plan.casts == 1
 

@@ -24,7 +24,7 @@ def test_each_mapped_byte_is_read_once(tmp_path, name, tp):
     for i in range(3):  # dropped, so not read
         tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.uint32)
     source = write(tmp_path / "hf", config, tensors)
-    plan = phireg.plan(source, family=family, tp_size=tp, dtype="float32").plan
+    plan = phireg.plan(source, family=family, tp_size=tp, dtype="float32")
     assert not plan.errors
     assert plan.bytes_in == sum(4 * math.prod(shape) for shape in shapes.values())
     reads = {name: np.zeros(shape[0], int) for name, shape in shapes.items()}
@@ -49,11 +49,11 @@ def test_ranges_agree_with_where_every_element_came_from(tmp_path, name, tp):
     family, config, shapes = MODELS[name]
     tensors = addresses(shapes)
     source = write(tmp_path / "hf", config, tensors)
-    planned = phireg.plan(source, family=family, tp_size=tp, dtype="float32")
-    phireg.convert(planned, tmp_path / "out")
+    plan = phireg.plan(source, family=family, tp_size=tp, dtype="float32")
+    phireg.convert(plan, tmp_path / "out")
     stored = (source / "model.safetensors").read_bytes()
-    report = json.loads(json.dumps(as_json(planned.plan, workers=2)))
-    assert report["tp_size"] == tp and report["bytes_in"] == planned.plan.bytes_in
+    report = json.loads(json.dumps(as_json(plan, workers=2)))
+    assert report["tp_size"] == tp and report["bytes_in"] == plan.bytes_in
     assert {entry["file"] for entry in report["outputs"]} == {
         f"rank{rank}.safetensors" for rank in range(tp)
     }
@@ -86,20 +86,20 @@ def test_ranges_agree_with_where_every_element_came_from(tmp_path, name, tp):
 def test_explain_finds_tensors_modules_and_near_names(tmp_path):
     family, config, shapes = MODELS["small"]
     source = write(tmp_path / "hf", config, addresses(shapes))
-    planned = phireg.plan(source, family=family, tp_size=2)
+    plan = phireg.plan(source, family=family, tp_size=2)
     module = "transformer.layers.1.attention.qkv"
-    assert {(o.rank, o.name) for o in phireg.explain(planned, module)} == {
+    assert {(o.rank, o.name) for o in phireg.explain(plan, module)} == {
         (rank, f"{module}.{kind}") for rank in (0, 1) for kind in ("weight", "bias")
     }
-    assert len(phireg.explain(planned, f"{module}.bias")) == 2
+    assert len(phireg.explain(plan, f"{module}.bias")) == 2
     with pytest.raises(phireg.PhiregError, match=r"attention\.qkv"):
-        phireg.explain(planned, "transformer.layers.1.attention.kqv")
+        phireg.explain(plan, "transformer.layers.1.attention.kqv")
 
 
 def test_replicated_kv_heads_are_read_once_and_written_often(tmp_path):
     family, config, shapes = MODELS["one-kv-head"]
     source = write(tmp_path / "hf", config, addresses(shapes))
-    plan = phireg.plan(source, family=family, tp_size=4, dtype="float32").plan
+    plan = phireg.plan(source, family=family, tp_size=4, dtype="float32")
     qkv = "model.layers.0.self_attn.qkv_proj.weight"
     steps = [s for t in plan.tasks for s in t.steps if s.source and s.source.name == qkv]
     kv = [step for step in steps if step.row >= HEADS * 6]
@@ -129,7 +129,7 @@ def test_buffers_stay_under_the_bound(tmp_path, monkeypatch, name, block, worker
     del tensors
     monkeypatch.setattr(model, "BLOCK_BYTES", block)
     monkeypatch.setattr(stream, "BLOCK_BYTES", block)
-    plan = phireg.plan(source, family=family, tp_size=2, dtype="float32").plan
+    plan = phireg.plan(source, family=family, tp_size=2, dtype="float32")
     assert not plan.errors
     (tmp_path / "out").mkdir()
     tracemalloc.start()
@@ -222,7 +222,7 @@ config |= (dict(architectures=["Phi3SmallForCausalLM"], model_type="phi3small",
 
 import phireg
 begun = time.process_time()
-plan = phireg.plan(directory, family="auto", tp_size=tp).plan
+plan = phireg.plan(directory, family="auto", tp_size=tp)
 seconds = time.process_time() - begun
 assert not plan.findings, plan.findings
 print(json.dumps([plan.family, seconds, plan.bytes_in, sum(math.prod(s) * 2 for s in

@@ -130,14 +130,14 @@ def randomize(model, dtype, seed=0):
 
 
 def convert(source, output, **options):
-    planned = phireg.plan(source, **options)
-    phireg.convert(planned, output)
-    return planned
+    plan = phireg.plan(source, **options)
+    phireg.convert(plan, output)
+    return plan
 
 
 def errors(source, **options):
     """Error findings as (code, subject), and the text a user reads."""
-    plan = phireg.plan(source, **options).plan
+    plan = phireg.plan(source, **options)
     assert plan.outputs == () and plan.tasks == ()
     return {(f.code, f.subject) for f in plan.errors}, plan.errors
 

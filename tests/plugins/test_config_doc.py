@@ -31,10 +31,10 @@ def documented():
 def decided_by_phireg(tmp_path):
     """The fields the plan adds to a family's own, blocks key by key."""
     source = write_sparse(tmp_path / "hf", PUBLISHED, source_shapes(PUBLISHED))
-    planned = phireg.plan(source, weight_only="int8")
-    own = produced(planned.chosen.family)
+    plan = phireg.plan(source, weight_only="int8")
+    own = produced(plan.chosen.family)
     fields = set()
-    for key, value in planned.plan.config.items():
+    for key, value in plan.config.items():
         if isinstance(value, dict):
             fields |= {f"{key}.{inner}" for inner in value}
         elif key not in own:

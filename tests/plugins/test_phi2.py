@@ -319,8 +319,8 @@ def expected(state, tp):
 @pytest.mark.parametrize("source_dtype, dtype, result", CASTS)
 def test_rank_files(tmp_path, source_dtype, dtype, result, tp):
     state = tiny(tmp_path / "hf", source_dtype)
-    planned = convert(tmp_path / "hf", tmp_path / "out", family="phi2", dtype=dtype, tp_size=tp)
-    assert planned.plan.findings == ()
+    plan = convert(tmp_path / "hf", tmp_path / "out", family="phi2", dtype=dtype, tp_size=tp)
+    assert plan.findings == ()
     assert_ranks(tmp_path / "out", expected(state, tp), result)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["dtype"] == result
@@ -439,8 +439,8 @@ def test_rotary_buffers_are_dropped_with_a_note(tmp_path):
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(2) for i in range(2)}
     source = write_source(tmp_path / "buffers", config, {**state, **buffers})
-    planned = convert(source, tmp_path / "out", family="phi2")
-    notes = {f.subject for f in planned.plan.findings if f.severity is Severity.NOTE}
+    plan = convert(source, tmp_path / "out", family="phi2")
+    notes = {f.subject for f in plan.findings if f.severity is Severity.NOTE}
     assert notes == set(buffers)
     assert_ranks(tmp_path / "out", expected(state, 1), "float16")
 
@@ -472,10 +472,10 @@ def test_a_head_of_a_tied_model_is_dropped_with_a_note(tmp_path):
     state = tiny(tmp_path / "hf", tie_word_embeddings=True)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     other = {**state, "lm_head.weight": torch.full_like(state["lm_head.weight"], 7.0)}
-    planned = convert(
+    plan = convert(
         write_source(tmp_path / "both", config, other), tmp_path / "out", dtype="float32"
     )
-    (note,) = planned.plan.findings
+    (note,) = plan.findings
     assert (note.severity, note.code, note.subject) == (Severity.NOTE, "dropped", "lm_head.weight")
     assert_ranks(tmp_path / "out", expected(state, 1), "float32")
 
@@ -537,7 +537,7 @@ def source_shapes(config):
 @pytest.mark.parametrize("config", [PHI2, PHI2_V5], ids=["v4", "v5"])
 def test_complete_example(tmp_path, config):
     source = write_sparse(tmp_path / "hf", config, source_shapes(config), "F16")
-    plan = phireg.plan(source, family="phi2").plan
+    plan = phireg.plan(source, family="phi2")
     assert plan.findings == ()
     assert plan.bytes_in == 5_559_367_680  # the published index's total_size
     assert {key: plan.config.get(key, "absent") for key in EXAMPLE} == EXAMPLE
@@ -548,7 +548,7 @@ def test_complete_example(tmp_path, config):
 def test_published_bytes_per_rank(tmp_path):
     source = write_sparse(tmp_path / "hf", PHI2, source_shapes(PHI2), "F16")
     for tp, size in ((2, 2_780_016_640), (4, 1_390_341_120), (8, 695_503_360)):
-        plan = phireg.plan(source, family="phi2", tp_size=tp).plan
+        plan = phireg.plan(source, family="phi2", tp_size=tp)
         embedding = 51200 * 2560 * 2  # whole on every rank, where the figures divide it
         for header, file_size in zip(plan.headers, plan.file_sizes, strict=True):
             assert file_size - len(header) == size + embedding - embedding // tp

@@ -128,10 +128,8 @@ def test_published_128k():
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_rank_files(tmp_path, kv_heads, source_dtype, dtype, result, tp):
     state = tiny(tmp_path / "hf", kv_heads, source_dtype)
-    planned = convert(
-        tmp_path / "hf", tmp_path / "out", family="phi3-medium", dtype=dtype, tp_size=tp
-    )
-    assert planned.plan.findings == ()
+    plan = convert(tmp_path / "hf", tmp_path / "out", family="phi3-medium", dtype=dtype, tp_size=tp)
+    assert plan.findings == ()
     assert_ranks(tmp_path / "out", expected(state, kv_heads, tp), result)
 
 
@@ -169,10 +167,10 @@ def test_sizes_that_do_not_fit_the_kv_heads_are_refused(tmp_path):
 
 def test_published_bytes(tmp_path):
     source = write_sparse(tmp_path / "hf", MEDIUM_4K, source_shapes(MEDIUM_4K))
-    plan = phireg.plan(source, family="phi3-medium").plan
+    plan = phireg.plan(source, family="phi3-medium")
     assert plan.bytes_in == 27_920_476_160
     assert {key: plan.config[key] for key in EXPECTED_4K} == EXPECTED_4K
-    plan = phireg.plan(source, family="phi3-medium", tp_size=2).plan
+    plan = phireg.plan(source, family="phi3-medium", tp_size=2)
     embedding = 32064 * 5120 * 2  # whole on every rank, where the figure divides it
     for header, size in zip(plan.headers, plan.file_sizes, strict=True):
         assert size - len(header) == 13_960_652_800 + embedding // 2

@@ -318,10 +318,8 @@ def test_partial_rotation_is_a_warning():
 @pytest.mark.parametrize("source_dtype, dtype, result", CASTS)
 def test_rank_files(tmp_path, source_dtype, dtype, result, tp):
     state = tiny(tmp_path / "hf", 8, source_dtype)
-    planned = convert(
-        tmp_path / "hf", tmp_path / "out", family="phi3-mini", dtype=dtype, tp_size=tp
-    )
-    assert planned.plan.findings == ()
+    plan = convert(tmp_path / "hf", tmp_path / "out", family="phi3-mini", dtype=dtype, tp_size=tp)
+    assert plan.findings == ()
     assert_ranks(tmp_path / "out", expected(state, 8, tp), result)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["dtype"] == result
@@ -336,8 +334,8 @@ def test_long_rope_as_transformers_saves_it(tmp_path):
         original_max_position_embeddings=64,
         rope_scaling=block,
     )
-    planned = convert(tmp_path / "hf", tmp_path / "out", family="phi3-mini")
-    assert planned.plan.findings == ()
+    plan = convert(tmp_path / "hf", tmp_path / "out", family="phi3-mini")
+    assert plan.findings == ()
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["position_embedding_type"] == "long_rope"
     assert written["original_max_position_embeddings"] == 64
@@ -392,8 +390,8 @@ def test_tied_head(tmp_path, tp, stated):
     if stated is None:
         del config["tie_word_embeddings"]
     source = write_source(tmp_path / "tied", config, saved)
-    planned = convert(source, tmp_path / "out", family="phi3-mini", dtype="float32", tp_size=tp)
-    assert planned.plan.findings == ()
+    plan = convert(source, tmp_path / "out", family="phi3-mini", dtype="float32", tp_size=tp)
+    assert plan.findings == ()
     assert_ranks(tmp_path / "out", expected(state, 8, tp), "float32")
 
 
@@ -410,8 +408,8 @@ def test_a_head_of_a_tied_model_is_dropped_with_a_note(tmp_path):
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     other = {**state, "lm_head.weight": torch.full_like(state["lm_head.weight"], 7.0)}
     source = write_source(tmp_path / "both", config, other)
-    planned = convert(source, tmp_path / "out", family="phi3-mini", dtype="float32")
-    (note,) = planned.plan.findings
+    plan = convert(source, tmp_path / "out", family="phi3-mini", dtype="float32")
+    (note,) = plan.findings
     assert (note.severity, note.code, note.subject) == (Severity.NOTE, "dropped", "lm_head.weight")
     assert_ranks(tmp_path / "out", expected(state, 8, 1), "float32")
 
@@ -456,7 +454,7 @@ def test_weight_only_leaves_the_weights_raw(tmp_path, precision, algorithm):
 )
 def test_complete_example(tmp_path, config):
     source = write_sparse(tmp_path / "hf", config, source_shapes(config))
-    plan = phireg.plan(source, family="phi3-mini").plan
+    plan = phireg.plan(source, family="phi3-mini")
     assert plan.findings == ()
     assert plan.bytes_in == 7_642_159_104
     assert {key: plan.config.get(key, "absent") for key in EXAMPLE_128K} == EXAMPLE_128K
@@ -466,7 +464,7 @@ def test_complete_example(tmp_path, config):
 
 def test_complete_example_4k(tmp_path):
     source = write_sparse(tmp_path / "hf", MINI_4K, source_shapes(MINI_4K))
-    plan = phireg.plan(source, family="phi3-mini", tp_size=2).plan
+    plan = phireg.plan(source, family="phi3-mini", tp_size=2)
     assert set(plan.config) >= REQUIRED
     assert not [key for key in plan.config if key.startswith(("longrope", "original", "moe"))]
     assert plan.config["mapping"] == {"world_size": 2, "tp_size": 2, "pp_size": 1}

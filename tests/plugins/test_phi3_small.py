@@ -451,8 +451,8 @@ def expected(state, tp, kv_heads=KV_HEADS, head="model.embed_tokens.weight"):
 def test_rank_files(tmp_path, source_dtype, dtype, result, tp):
     state = random_state(dtype=source_dtype)
     source = write_source(tmp_path / "hf", {**TINY, "torch_dtype": source_dtype}, state)
-    planned = convert(source, tmp_path / "out", family="phi3-small", dtype=dtype, tp_size=tp)
-    assert not planned.plan.errors
+    plan = convert(source, tmp_path / "out", family="phi3-small", dtype=dtype, tp_size=tp)
+    assert not plan.errors
     assert_ranks(tmp_path / "out", expected(state, tp), result)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["dtype"] == result
@@ -499,8 +499,8 @@ def test_rotary_buffers_are_dropped_with_a_note(tmp_path):
         f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(SIZE // 2) for i in range(2)
     }
     source = write_source(tmp_path / "hf", TINY, {**state, **buffers})
-    planned = convert(source, tmp_path / "out", family="phi3-small", dtype="float32")
-    dropped = {f.subject for f in planned.plan.findings if f.code == "dropped"}
+    plan = convert(source, tmp_path / "out", family="phi3-small", dtype="float32")
+    dropped = {f.subject for f in plan.findings if f.code == "dropped"}
     assert dropped == set(buffers)
     assert_ranks(tmp_path / "out", expected(state, 1), "float32")
 
@@ -510,8 +510,8 @@ def test_a_head_of_a_tied_model_is_dropped_with_a_note(tmp_path, stated):
     state = random_state()
     other = {**state, "lm_head.weight": torch.full((VOCAB, HIDDEN), 7.0)}
     source = write_source(tmp_path / "hf", {**TINY, **stated}, other)
-    planned = convert(source, tmp_path / "out", family="phi3-small", dtype="float32", tp_size=2)
-    (note,) = [f for f in planned.plan.findings if f.code == "dropped"]
+    plan = convert(source, tmp_path / "out", family="phi3-small", dtype="float32", tp_size=2)
+    (note,) = [f for f in plan.findings if f.code == "dropped"]
     assert (note.severity, note.subject) == (Severity.NOTE, "lm_head.weight")
     assert_ranks(tmp_path / "out", expected(state, 2), "float32")
 
@@ -576,7 +576,7 @@ def test_weight_only_leaves_the_weights_raw(tmp_path, precision, algorithm):
 )
 def test_complete_example(tmp_path, config, example, required):
     source = write_sparse(tmp_path / "hf", config, source_shapes(config))
-    plan = phireg.plan(source, family="phi3-small").plan
+    plan = phireg.plan(source, family="phi3-small")
     assert plan.findings == ()
     assert plan.bytes_in == 14_784_544_768  # the tied head is not read twice
     assert {key: plan.config.get(key, "absent") for key in example} == example

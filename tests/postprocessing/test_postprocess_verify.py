@@ -63,11 +63,11 @@ def statistics():
 def written(kind, source, directory):
     """A right checkpoint and the same one with its rows put back into the source's order."""
     qformat = FORMATS[kind]
-    planned = phireg.plan(source, qformat=qformat)
+    plan = phireg.plan(source, qformat=qformat)
     if qformat is None:
-        phireg.convert(planned, directory)
+        phireg.convert(plan, directory)
     else:
-        phireg.quantize(planned, directory, statistics())
+        phireg.quantize(plan, directory, statistics())
     rows = np.arange(ROWS).reshape(KV, HEADS // KV + 2, SIZE)
     order = np.concatenate([rows[:, :-2].ravel(), rows[:, -2].ravel(), rows[:, -1].ravel()])
     tensors = load(directory / "rank0.safetensors")

@@ -55,8 +55,8 @@ def settings(ids):
 
 @pytest.fixture(scope="module")
 def statistics(source, settings, tmp_path_factory):
-    planned = phireg.plan(source, qformat="fp8")
-    return phireg.calibrate(planned, tmp_path_factory.mktemp("stats") / "amax", settings).statistics
+    plan = phireg.plan(source, qformat="fp8")
+    return phireg.calibrate(plan, tmp_path_factory.mktemp("stats") / "amax", settings).statistics
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +85,10 @@ def made(source, settings, statistics, tmp_path_factory):
     """By format: the checkpoint and what was measured."""
     found = {}
     for qformat, cache in (("fp8", None), ("int8_sq", "int8"), ("int4_wo", None)):
-        planned = phireg.plan(source, qformat=qformat, kv_cache_dtype=cache, tp_size=TP)
+        plan = phireg.plan(source, qformat=qformat, kv_cache_dtype=cache, tp_size=TP)
         place = tmp_path_factory.mktemp("made") / qformat
-        phireg.quantize(planned, place, statistics)
-        found[qformat] = place, measure(planned, place, settings, provenance=statistics.provenance)
+        phireg.quantize(plan, place, statistics)
+        found[qformat] = place, measure(plan, place, settings, provenance=statistics.provenance)
     return found
 
 
@@ -215,12 +215,12 @@ def test_weights_alone(made):
 def test_nothing_saturates_on_what_was_calibrated_and_louder_text_does(
     source, ids, statistics, qformat, tmp_path
 ):
-    planned = phireg.plan(source, qformat=qformat, dtype="float32")
-    phireg.quantize(planned, tmp_path / "same", statistics)
+    plan = phireg.plan(source, qformat=qformat, dtype="float32")
+    phireg.quantize(plan, tmp_path / "same", statistics)
     first = tmp_path / "first.jsonl"
     first.write_text("".join(ids[0].read_text().splitlines(keepends=True)[:6]))
     settings = Settings(file=first, device="cpu")
-    found = measure(planned, tmp_path / "same", settings, provenance=statistics.provenance)
+    found = measure(plan, tmp_path / "same", settings, provenance=statistics.provenance)
     assert found.text.calibrated
     assert {one.saturation for one in found.linears} == {0.0}
 
@@ -228,19 +228,19 @@ def test_nothing_saturates_on_what_was_calibrated_and_louder_text_does(
     quiet = Statistics(
         {name: amax / 4 for name, amax in statistics.inputs.items()}, (), (), statistics.provenance
     )
-    phireg.quantize(planned, tmp_path / "quiet", quiet)
-    loud = measure(planned, tmp_path / "quiet", settings, provenance=statistics.provenance)
+    phireg.quantize(plan, tmp_path / "quiet", quiet)
+    loud = measure(plan, tmp_path / "quiet", settings, provenance=statistics.provenance)
     assert all(one.saturation > 0 for one in loud.linears)
     assert loud.hidden[-1] > 3 * found.hidden[-1]
 
 
 def test_nothing_to_measure_on(source, tmp_path):
-    planned = phireg.plan(source, qformat="int8_wo")
-    phireg.quantize(planned, tmp_path / "out", None)
+    plan = phireg.plan(source, qformat="int8_wo")
+    phireg.quantize(plan, tmp_path / "out", None)
     rows = tmp_path / "short.jsonl"
     rows.write_text('{"input_ids": [5]}\n')
     with pytest.raises(SourceError, match="no sample has two tokens"):
-        measure(planned, tmp_path / "out", Settings(file=rows, device="cpu"))
+        measure(plan, tmp_path / "out", Settings(file=rows, device="cpu"))
 
 
 def test_close_and_exact(made):

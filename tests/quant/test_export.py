@@ -51,7 +51,7 @@ def planned(source, key, qformat, tp=1, dtype="float16", cache=None):
         tp_size=tp,
         dtype=dtype,
     )
-    assert not made.plan.errors
+    assert not made.errors
     return made
 
 
@@ -206,7 +206,7 @@ def test_progress_counts_all_the_work(tmp_path, qformat, alpha):
     )
     assert sum(told) == phireg.quantize_bytes(made, alpha)
     weights = 4 * LAYERS * (24 * 48 + 24 * 24 + 40 * 24 + 24 * 20)
-    assert bytes_read(made.plan, alpha) == weights * (1 + (alpha < 1))
+    assert bytes_read(made, alpha) == weights * (1 + (alpha < 1))
 
 
 @formats
@@ -396,7 +396,7 @@ def test_statistics_of_a_shallower_model(tmp_path):
 
 def test_a_missing_or_negative_scale_is_refused(tmp_path):
     source = write_model(tmp_path / "hf", "mini", model("mini"))
-    plan = planned(source, "mini", "int8_sq").plan
+    plan = planned(source, "mini", "int8_sq")
     values = dict(compute_scales(plan, calibration("mini")).values)
     check_scales(plan, values)
     missing = values.pop(f"{PROJ}.prequant_scaling_factor")
@@ -496,17 +496,17 @@ def resident(line):
     return next(int(l.split()[1]) * 1024 for l in status.splitlines() if l.startswith(line))
 
 source, qformat, alpha = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-planned = phireg.plan(source, family="phi3-mini", qformat=qformat, tp_size=2)
+plan = phireg.plan(source, family="phi3-mini", qformat=qformat, tp_size=2)
 statistics = Statistics(
-    {m: np.ones(x.columns, np.float32) for x in planned.plan.linears for m in x.sources}, (), (), {}
+    {m: np.ones(x.columns, np.float32) for x in plan.linears for m in x.sources}, (), (), {}
 )
 block = np.full((64, 64), 0x3F80, np.uint16)  # torch's own buffers, once
 quantize.to_e4m3(block, "BF16", np.float32(1))
 quantize.to_int8(block, "BF16", np.ones(64, np.float32), np.ones(64, np.float32))
 before = resident("VmRSS")
-phireg.quantize(planned, source.parent / "out", statistics, alpha=alpha)
-print(json.dumps([planned.plan.bytes_in, resident("VmHWM") - before,
-                  planned.plan.buffer_bytes(2)]))
+phireg.quantize(plan, source.parent / "out", statistics, alpha=alpha)
+print(json.dumps([plan.bytes_in, resident("VmHWM") - before,
+                  plan.buffer_bytes(2)]))
 """
 
 

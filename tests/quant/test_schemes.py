@@ -50,8 +50,8 @@ def test_the_plan_knows_every_tensor(tmp_path, key, qformat, tp):
     """Names, dtypes and per-rank shapes against the tensors computed by hand."""
     directory = write_model(tmp_path / "hf", key, model(key))
     options = {"family": MODELS[key][0], "tp_size": tp}
-    plan = phireg.plan(directory, qformat=qformat, kv_cache_dtype="fp8", **options).plan
-    plain = phireg.plan(directory, **options).plan
+    plan = phireg.plan(directory, qformat=qformat, kv_cache_dtype="fp8", **options)
+    plain = phireg.plan(directory, **options)
     linears = whole(key, model(key), calibration(key), qformat, "float16")
     for index in range(tp):
         found = {o.name: (o.dtype, o.shape) for o in plan.outputs if o.rank == index}
@@ -82,7 +82,7 @@ def test_the_quantization_block_has_no_key_that_an_old_reader_refuses(
 ):
     directory = write_model(tmp_path / "hf", key, model(key))
     options = {"family": MODELS[key][0], "qformat": qformat, "kv_cache_dtype": cache}
-    plan = phireg.plan(directory, **options).plan
+    plan = phireg.plan(directory, **options)
     assert plan.config["quantization"] == {
         "quant_algo": algorithm,
         "kv_cache_quant_algo": cache and cache.upper(),
@@ -95,8 +95,8 @@ def test_the_quantization_block_has_no_key_that_an_old_reader_refuses(
 def test_weight_only_is_one_thing_under_two_names(tmp_path):
     directory = source(tmp_path)
     for precision in ("int8", "int4"):
-        one = phireg.plan(directory, family="phi3-mini", weight_only=precision).plan
-        two = phireg.plan(directory, family="phi3-mini", qformat=f"{precision}_wo").plan
+        one = phireg.plan(directory, family="phi3-mini", weight_only=precision)
+        two = phireg.plan(directory, family="phi3-mini", qformat=f"{precision}_wo")
         assert (one.options, one.config, one.headers) == (two.options, two.config, two.headers)
         assert one.options.weight_only == precision
         assert one.scales == {} and one.linears == ()
@@ -127,7 +127,7 @@ def test_a_source_that_is_already_quantized_is_refused(tmp_path):
 
 
 def test_a_plan_as_json_says_what_is_computed(tmp_path):
-    plan = phireg.plan(source(tmp_path), family="phi3-mini", qformat="int8_sq", tp_size=2).plan
+    plan = phireg.plan(source(tmp_path), family="phi3-mini", qformat="int8_sq", tp_size=2)
     report = json.loads(json.dumps(as_json(plan, workers=2)))
     assert (report["qformat"], report["kv_cache_dtype"]) == ("int8_sq", None)
     outputs = {(o["file"], o["tensor"]): o for o in report["outputs"]}
@@ -290,19 +290,19 @@ def test_a_quantized_linear_of_one_row(tmp_path, qformat, owner):
 
 
 def test_notes_and_warnings(tmp_path):
-    plan = phireg.plan(source(tmp_path, "phi2"), family="phi2", qformat="fp8").plan
+    plan = phireg.plan(source(tmp_path, "phi2"), family="phi2", qformat="fp8")
     notes = [f.detail for f in plan.findings if f.code == "quant"]
     assert len(notes) == 1 and "its support matrix does not list it" in notes[0]
-    plan = phireg.plan(tmp_path / "hf", family="phi2", qformat="int8_wo").plan
+    plan = phireg.plan(tmp_path / "hf", family="phi2", qformat="int8_wo")
     assert not [f for f in plan.findings if f.code == "quant"]
 
 
 def test_fp8_kernels_want_multiples_of_16(tmp_path):
-    plan = phireg.plan(source(tmp_path), family="phi3-mini", qformat="fp8", tp_size=2).plan
+    plan = phireg.plan(source(tmp_path), family="phi3-mini", qformat="fp8", tp_size=2)
     warned = {f.subject for f in plan.findings if f.code == "alignment"}
     assert warned == {f"transformer.layers.{i}.{n}.weight" for i in range(LAYERS) for n in LINEARS}
     assert {f.severity for f in plan.findings if f.code == "alignment"} == {Severity.WARNING}
-    plan = phireg.plan(tmp_path / "hf", family="phi3-mini", qformat="int8_sq", tp_size=2).plan
+    plan = phireg.plan(tmp_path / "hf", family="phi3-mini", qformat="int8_sq", tp_size=2)
     assert not [f for f in plan.findings if f.code == "alignment"]
 
 
@@ -316,9 +316,7 @@ def test_fp8_keys_of_a_long_rope_model(tmp_path):
     directory = source(tmp_path, **config)
     warned = {}
     for cache in (None, "fp8", "int8"):
-        plan = phireg.plan(
-            directory, family="phi3-mini", qformat="int8_sq", kv_cache_dtype=cache
-        ).plan
+        plan = phireg.plan(directory, family="phi3-mini", qformat="int8_sq", kv_cache_dtype=cache)
         assert not plan.errors
         warned[cache] = [f.severity for f in plan.findings if f.code == "kv-cache"]
     assert warned == {None: [], "fp8": [Severity.WARNING], "int8": []}

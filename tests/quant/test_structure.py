@@ -21,10 +21,10 @@ def written(tmp_path_factory):
     made = {}
     for qformat in ("fp8", "int8_sq", "int8_wo"):
         for cache in (None, "fp8"):
-            planned = phireg.plan(
+            plan = phireg.plan(
                 source, family="phi3-small", qformat=qformat, kv_cache_dtype=cache, tp_size=2
             )
-            phireg.quantize(planned, place / f"{qformat}{cache}", calibration("small"))
+            phireg.quantize(plan, place / f"{qformat}{cache}", calibration("small"))
             found = phireg.inspect(place / f"{qformat}{cache}")
             made[qformat, cache] = found.config, [dict(rank) for rank in found.ranks]
     return made

@@ -63,10 +63,8 @@ def test_every_linear_is_the_same_arithmetic(measured, family, qformat, tmp_path
     made = measured(family, FEW)
     model = script.modelopt_model(made.model.directory, made.calibration, qformat, None)
     script.use_exported_maxima(model, qformat, None)
-    planned = script.phireg.plan(
-        made.model.directory, family=family, dtype="float32", qformat=qformat
-    )
-    script.phireg.quantize(planned, tmp_path / "c", made.statistics)
+    plan = script.phireg.plan(made.model.directory, family=family, dtype="float32", qformat=qformat)
+    script.phireg.quantize(plan, tmp_path / "c", made.statistics)
     tensors = load_file(tmp_path / "c" / "rank0.safetensors")
     given = {}
     for number, name, modules in linears(model):

@@ -60,14 +60,14 @@ def test_two_ranks_compute_what_one_computes(measured, family, qformat, cache, t
     made = measured(family, FEW)
     logits = []
     for tp_size in (1, 2):
-        planned = script.phireg.plan(
+        plan = script.phireg.plan(
             made.model.directory,
             family=family,
             tp_size=tp_size,
             qformat=qformat,
             kv_cache_dtype=cache,
         )
-        script.phireg.quantize(planned, tmp_path / str(tp_size), made.statistics)
+        script.phireg.quantize(plan, tmp_path / str(tp_size), made.statistics)
         executor = load(tmp_path / str(tp_size), dtype=torch.float64)
         logits.append(executor(torch.tensor([made.rows[0]])))
     one, two = logits

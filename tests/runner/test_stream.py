@@ -69,7 +69,7 @@ def source(tmp_path):
 
 
 def run(source, out, workers=2, progress=None, **options):
-    plan = phireg.plan(source, family="phi3-medium", **options).plan
+    plan = phireg.plan(source, family="phi3-medium", **options)
     assert not plan.errors
     out.mkdir()
     return plan, runner.stream(plan, out, workers=workers, progress=progress)
@@ -128,8 +128,8 @@ def test_progress_counts_every_byte_of_data(tmp_path, source):
 
 def test_whole_outputs_are_identical_from_run_to_run(tmp_path, source):
     for name in ("one", "two"):
-        planned = phireg.plan(source, tp_size=2)
-        phireg.convert(planned, tmp_path / name)
+        plan = phireg.plan(source, tp_size=2)
+        phireg.convert(plan, tmp_path / name)
     one, two = files(tmp_path / "one"), files(tmp_path / "two")
     assert one == two
     assert {"config.json", "rank0.safetensors", "rank1.safetensors"} < set(one)
@@ -256,16 +256,16 @@ def test_a_source_that_changes_is_noticed(tmp_path, source, monkeypatch, change,
 
 def test_a_source_that_changes_leaves_no_output(tmp_path, source, monkeypatch):
     monkeypatch.setattr(runner, "BLOCK_BYTES", 1)
-    planned = phireg.plan(source)
+    plan = phireg.plan(source)
     with pytest.raises(SourceError):
         phireg.convert(
-            planned, tmp_path / "out", progress=Once(lambda: truncate(source / "model.safetensors"))
+            plan, tmp_path / "out", progress=Once(lambda: truncate(source / "model.safetensors"))
         )
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_shard_replaced_after_planning_is_noticed(tmp_path, source):
-    plan = phireg.plan(source).plan
+    plan = phireg.plan(source)
     save_file(tensors(seed=1), source / "other")
     (source / "other").replace(source / "model.safetensors")
     (tmp_path / "out").mkdir()
@@ -274,7 +274,7 @@ def test_a_shard_replaced_after_planning_is_noticed(tmp_path, source):
 
 
 def test_a_shard_that_vanished_is_noticed(tmp_path, source):
-    plan = phireg.plan(source).plan
+    plan = phireg.plan(source)
     (source / "model.safetensors").unlink()
     (tmp_path / "out").mkdir()
     with pytest.raises(SourceError):
@@ -302,7 +302,7 @@ def test_an_error_stops_all_workers_and_is_the_one_reported(tmp_path, source, mo
 
 
 def test_rank_files_are_never_overwritten(tmp_path, source):
-    plan = phireg.plan(source).plan
+    plan = phireg.plan(source)
     (tmp_path / "rank0.safetensors").write_bytes(b"somebody's")
     with pytest.raises(FileExistsError):
         runner.stream(plan, tmp_path)
@@ -327,11 +327,11 @@ if dtype != "bfloat16":
     import numpy as np
     from phireg.conversion.cast import cast
     cast(np.zeros(1 << 16, np.uint16), "BF16", "F16")
-planned = phireg.plan(source, dtype=dtype, tp_size=tp)
+plan = phireg.plan(source, dtype=dtype, tp_size=tp)
 before = resident("VmRSS")
-phireg.convert(planned, source.parent / "out")
+phireg.convert(plan, source.parent / "out")
 peak = resident("VmHWM")
-print(json.dumps([planned.plan.bytes_in, before, peak, planned.plan.buffer_bytes(2)]))
+print(json.dumps([plan.bytes_in, before, peak, plan.buffer_bytes(2)]))
 """
 
 

@@ -49,8 +49,8 @@ def test_a_cast_is_compared_with_the_rounded_source(family, dtype):
 
 
 def test_nothing_is_cast_where_the_dtypes_agree(tmp_path):
-    planned = phireg.plan(source("phi3-small", "bfloat16"))
-    phireg.convert(planned, tmp_path / "c")
+    plan = phireg.plan(source("phi3-small", "bfloat16"))
+    phireg.convert(plan, tmp_path / "c")
     found = phireg.verify(tmp_path / "c", source("phi3-small", "bfloat16"))
     assert found.passed
     assert "nothing was cast" in found.check("weights").summary
@@ -89,8 +89,8 @@ def test_quick_computes_nothing():
 
 
 def test_a_weight_only_checkpoint_is_verified_before_the_builder_quantizes_it(tmp_path):
-    planned = phireg.plan(source("phi3-mini"), dtype="float32", weight_only="int8")
-    phireg.convert(planned, tmp_path / "c")
+    plan = phireg.plan(source("phi3-mini"), dtype="float32", weight_only="int8")
+    phireg.convert(plan, tmp_path / "c")
     found = phireg.verify(tmp_path / "c", source("phi3-mini"))
     assert found.passed
     assert "run without W8A16" in "\n".join(found.check("logits").notes)

@@ -117,8 +117,8 @@ def converted(family, tp_size=1, dtype="float32"):
 @lru_cache(None)
 def _converted(family, tp_size, dtype):
     directory = ROOT[0] / f"{family}-tp{tp_size}-{dtype}-checkpoint"
-    planned = phireg.plan(source(family), family=family, tp_size=tp_size, dtype=dtype)
-    phireg.convert(planned, directory)
+    plan = phireg.plan(source(family), family=family, tp_size=tp_size, dtype=dtype)
+    phireg.convert(plan, directory)
     return directory
 
 
@@ -151,9 +151,9 @@ def statistics(family):
     rows = [{"input_ids": torch.randint(0, 100, (60,), generator=generator).tolist()}] * 8
     path = ROOT[0] / f"{family}-rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    planned = phireg.plan(source(family), family=family)
+    plan = phireg.plan(source(family), family=family)
     settings = Settings(file=path, size=8, device="cpu")
-    return calibrate(planned.chosen.family, planned.plan.source, settings)
+    return calibrate(plan.chosen.family, plan.source, settings)
 
 
 def quantized(family, qformat, cache=None, tp_size=1, dtype="float16", alpha=1.0):
@@ -164,7 +164,7 @@ def quantized(family, qformat, cache=None, tp_size=1, dtype="float16", alpha=1.0
 @lru_cache(None)
 def _quantized(family, qformat, cache, tp_size, dtype, alpha):
     directory = ROOT[0] / f"{family}-{qformat}-{cache}-tp{tp_size}-{dtype}-{alpha}"
-    planned = phireg.plan(
+    plan = phireg.plan(
         source(family),
         family=family,
         tp_size=tp_size,
@@ -172,5 +172,5 @@ def _quantized(family, qformat, cache, tp_size, dtype, alpha):
         qformat=qformat,
         kv_cache_dtype=cache,
     )
-    phireg.quantize(planned, directory, statistics(family), alpha=alpha)
+    phireg.quantize(plan, directory, statistics(family), alpha=alpha)
     return directory
