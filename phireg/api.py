@@ -12,6 +12,7 @@ from phireg.config.common import (
     rotary_base,
     rotary_dim,
     same_as,
+    sliding_window,
     supported_rope,
 )
 from phireg.config.fields import (
@@ -50,7 +51,7 @@ from phireg.layout.axes import (
     tied,
     ungroup,
 )
-from phireg.layout.quant_rules import QuantRules
+from phireg.layout.quant_rules import QuantRules, every_linear
 from phireg.layout.rules import Experts, Linear, Norm, Policy, Rule, Rules, Table, one_of
 from phireg.layout.spans import Axis, LayoutError
 
@@ -92,6 +93,7 @@ __all__ = [
     "rotary_base",
     "rotary_dim",
     "same_as",
+    "sliding_window",
     "supported_rope",
     "in_rope",
     "is_long_rope",
@@ -123,4 +125,5 @@ __all__ = [
     "columns",
     # quantization
     "QuantRules",
+    "every_linear",
 ]

@@ -1,5 +1,5 @@
 """The built-in families, installed as ``phireg_plugins``.
 
-Each package is self-contained, imports only ``phireg.api`` (or the FAMILY it derives from), and is
-registered through the entry-point group any other distribution uses.
+Each package imports only ``phireg.api`` (and the FAMILY it derives from), and is registered through
+the same entry-point group as third-party plugins.
 """

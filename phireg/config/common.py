@@ -245,3 +245,14 @@ BOOKKEEPING = (
     ),
 )
 """Source keys without a counterpart that any family's config.json may have."""
+
+
+def sliding_window(fields: Fields, hf: HFConfig) -> str | None:
+    """Report a window: TensorRT-LLM takes it at run time, not from the checkpoint."""
+    window, length = hf.get("sliding_window"), fields["max_position_embeddings"]
+    if not isinstance(window, int) or window >= length:
+        return None
+    return (
+        f"is {window} of {length} positions; TensorRT-LLM attends to all unless it is run with "
+        f"--max_attention_window_size {window}"
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from phireg.layout.rules import Rules
 
@@ -29,3 +31,17 @@ class QuantRules:
     exclude_modules: tuple[str, ...] = ("lm_head", "*vocab_embedding")
     postprocess: Rules = field(default_factory=Rules)
     notes: tuple[str, ...] = ()
+
+
+def every_linear(
+    config: Mapping[str, Any], *, postprocess: Rules | None = None, notes: tuple[str, ...] = ()
+) -> QuantRules:
+    """Quantize the four linears and the KV cache of every layer (decoders without experts)."""
+    layers = [f"transformer.layers.{i}" for i in range(config["num_hidden_layers"])]
+    linears = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
+    return QuantRules(
+        linears=tuple(f"{layer}.{linear}" for layer in layers for linear in linears),
+        kv_caches=tuple(f"{layer}.attention" for layer in layers),
+        postprocess=postprocess or Rules(),
+        notes=notes,
+    )

@@ -1,17 +1,17 @@
 """phi-2, phi-1.5 and phi-1: parallel attention and MLP, one LayerNorm per layer, biases."""
 
-from phireg_plugins.phi2 import config, quant, weights
+from phireg_plugins.phi2 import config, weights
 
-from phireg.api import Family, PublishedModel
+import phireg.api as ph
 
-FAMILY = Family(
+FAMILY = ph.Family(
     name="phi2",
     architectures=("PhiForCausalLM", "MixFormerSequentialForCausalLM"),
     model_types=("phi", "phi-msft", "mixformer-sequential"),
-    steps=(config, weights, quant),
+    steps=(config, weights),
     api=1,
     published=(
-        PublishedModel(
+        ph.PublishedModel(
             "microsoft/phi-2",
             {
                 "architectures": ["PhiForCausalLM"],

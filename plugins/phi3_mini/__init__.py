@@ -1,8 +1,8 @@
 """Phi-3-mini and Phi-3.5-mini: RMSNorm, fused qkv and gate/up, no biases."""
 
-from phireg_plugins.phi3_mini import config, quant, weights
+from phireg_plugins.phi3_mini import config, weights
 
-from phireg.api import Family, HFConfig, PublishedModel
+import phireg.api as ph
 
 MINI_4K = {
     "architectures": ["Phi3ForCausalLM"],
@@ -22,24 +22,24 @@ MINI_4K = {
 }
 
 
-def tell_apart(hf: HFConfig) -> str | None:
-    """Phi-3-mini has as many KV heads as heads; medium shares them. Both are mapped alike."""
+def tell_apart(hf: ph.HFConfig) -> str | None:
+    """Refuse models whose heads share KV heads: those are phi3-medium's."""
     heads, kv_heads = hf.get("num_attention_heads"), hf.get("num_key_value_heads")
     if kv_heads is None or kv_heads == heads:
         return None
     return f"{heads} heads share {kv_heads} KV heads, and phi3-mini's have one each"
 
 
-FAMILY = Family(
+FAMILY = ph.Family(
     name="phi3-mini",
     architectures=("Phi3ForCausalLM",),
     model_types=("phi3",),
-    steps=(config, weights, quant),
+    steps=(config, weights),
     api=1,
     tell_apart=tell_apart,
     published=(
-        PublishedModel("microsoft/Phi-3-mini-4k-instruct", MINI_4K),
-        PublishedModel(
+        ph.PublishedModel("microsoft/Phi-3-mini-4k-instruct", MINI_4K),
+        ph.PublishedModel(
             "microsoft/Phi-3-mini-128k-instruct", {**MINI_4K, "max_position_embeddings": 131072}
         ),
     ),

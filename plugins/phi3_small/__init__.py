@@ -1,8 +1,8 @@
 """Phi-3-small: grouped qkv, interleaved gegelu, block-sparse attention, muP, a tied head."""
 
-from phireg_plugins.phi3_small import config, quant, weights
+from phireg_plugins.phi3_small import config, weights
 
-from phireg.api import Family, PublishedModel
+import phireg.api as ph
 
 SMALL_8K = {
     "architectures": ["Phi3SmallForCausalLM"],
@@ -20,15 +20,15 @@ SMALL_8K = {
     "torch_dtype": "bfloat16",
 }
 
-FAMILY = Family(
+FAMILY = ph.Family(
     name="phi3-small",
     architectures=("Phi3SmallForCausalLM",),
     model_types=("phi3small",),
-    steps=(config, weights, quant),
+    steps=(config, weights),
     api=1,
     published=(
-        PublishedModel("microsoft/Phi-3-small-8k-instruct", SMALL_8K),
-        PublishedModel(
+        ph.PublishedModel("microsoft/Phi-3-small-8k-instruct", SMALL_8K),
+        ph.PublishedModel(
             "microsoft/Phi-3-small-128k-instruct", {**SMALL_8K, "max_position_embeddings": 131072}
         ),
     ),

@@ -1,4 +1,4 @@
-"""Phi-3-small in plain PyTorch: what the source checkpoint computes, without its remote code.
+"""Phi-3-small in plain PyTorch, computing what the source's remote code computes.
 
 transformers does not carry this architecture, and the code published beside the weights needs
 remote execution, flash-attention, Triton and a GPU. ``Phi3SmallForCausalLM`` computes the same
@@ -8,7 +8,7 @@ function from the published math, reads the published directory as it is (config
     model = Phi3SmallForCausalLM.from_pretrained(directory)
     model.generate(**tokenizer(prompt, return_tensors="pt"))
 
-It is the witness that conversions are checked against, so it uses nothing else of phireg.
+Conversions are verified against it, so it imports nothing else of phireg.
 Shapes: batch B, new tokens T, all tokens K = cached + T, heads H, key/value heads G, head size D.
 """
 
@@ -25,7 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 __all__ = ["Phi3SmallConfig", "Phi3SmallForCausalLM"]
 
-# What transformers calls the cache in what its models take and return.
+# transformers' name for the cache in its models' inputs and outputs.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
@@ -68,8 +68,8 @@ def attention_masks(
     Block-sparse: query i of head h attends to key j <= i when their blocks are closer than
     ``blocksparse_num_local_blocks``, or when key block + h * step + 1 is a multiple of
     ``blocksparse_vert_stride``; step is max(1, stride // H), or 0 when all heads share one pattern.
-    i and j count from the sequence's first real token. A padding query, which nobody reads,
-    attends to itself so that its softmax is defined.
+    i and j count from the sequence's first real token. A padding query attends to itself, so that
+    its softmax is defined.
 
     Returns:
         The dense mask [B or 1, 1, T, K] and the sparse one [B or 1, H, T, K]; None stands for
@@ -109,7 +109,7 @@ def gegelu(x: Tensor, limit: float | None) -> Tensor:
 
 
 class Shared(NamedTuple):
-    """What all layers of one forward share."""
+    """Values that all layers of one forward pass share."""
 
     cos: Tensor
     sin: Tensor

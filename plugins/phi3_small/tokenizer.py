@@ -60,10 +60,10 @@ CHAT_TEMPLATE = (
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a Phi-3-small directory.
+    """Load the tokenizer of a Phi-3-small directory.
 
-    It pads on the left, adds no tokens of its own to a text, and reads special tokens that are
-    spelled out in it; bos, eos and padding are all ``<|endoftext|>``.
+    It pads on the left, adds no tokens to a text, and encodes special tokens that are spelled out
+    in it; bos, eos and padding are all ``<|endoftext|>``.
 
     Args:
         directory: holds ``cl100k_base.tiktoken``. If it also holds the model's config.json, the
@@ -132,7 +132,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _check_vocab_size(path: Path, found: int) -> None:
+def _check_vocab_size(path: Path, size: int) -> None:
     """Refuse a file that was cut off: every special token would silently have a wrong id."""
     try:
         config = json.loads((path.parent / "config.json").read_bytes())
@@ -140,10 +140,10 @@ def _check_vocab_size(path: Path, found: int) -> None:
         return  # a directory with the tokenizer alone; config.json is checked where it is needed
     if not isinstance(config, dict) or config.get("model_type") != "phi3small":
         return
-    expected = config.get("vocab_size", found)
-    if found != expected:
+    expected = config.get("vocab_size", size)
+    if size != expected:
         raise SourceError(
-            f"{path} gives {found} tokens, special tokens included; "
+            f"{path} gives {size} tokens, special tokens included; "
             f"config.json beside it says vocab_size {expected}",
             hint="Take both files from the same model, and check that the download is complete.",
         )

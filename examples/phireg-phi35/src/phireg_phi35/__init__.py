@@ -1,26 +1,11 @@
-"""Phi-3.5-mini, which is Phi-3-mini by another name, and Phi-3.5-MoE, which has its own mapping."""
+"""Phi-3.5-mini, with Phi-3-mini's mapping, and Phi-3.5-MoE, with its own."""
 
 from phireg_plugins.phi3_mini import FAMILY as PHI3_MINI
 
-from phireg.api import Family, PublishedModel
-from phireg_phi35 import config, quant, weights
+import phireg.api as ph
+from phireg_phi35 import config, weights
 
-MINI = {
-    "architectures": ["Phi3ForCausalLM"],
-    "model_type": "phi3",
-    "hidden_size": 3072,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "intermediate_size": 8192,
-    "vocab_size": 32064,
-    "max_position_embeddings": 131072,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
+MINI = {**PHI3_MINI.published[0].config, "max_position_embeddings": 131072}
 
 MOE = {
     **MINI,
@@ -36,21 +21,21 @@ MOE = {
     "lm_head_bias": True,
 }
 
-# Nothing in its config.json tells it from Phi-3-mini-128k, and nothing needs to: --family auto
-# takes phi3-mini, which maps it in the same way.
+# Its config.json is like Phi-3-mini-128k's, so --family auto takes phi3-mini, whose mapping is the
+# same.
 PHI35_MINI = PHI3_MINI.derive(
     "phi35-mini",
     api=1,
-    published=(PublishedModel("microsoft/Phi-3.5-mini-instruct", MINI),),
+    published=(ph.PublishedModel("microsoft/Phi-3.5-mini-instruct", MINI),),
 )
 
-PHI35_MOE = Family(
+PHI35_MOE = ph.Family(
     name="phi35-moe",
     # As published, and as transformers 5 calls its class.
     architectures=("PhiMoEForCausalLM", "PhimoeForCausalLM"),
     model_types=("phimoe",),
-    steps=(config, weights, quant),
+    steps=(config, weights),
     api=1,
-    published=(PublishedModel("microsoft/Phi-3.5-MoE-instruct", MOE),),
+    published=(ph.PublishedModel("microsoft/Phi-3.5-MoE-instruct", MOE),),
     reference="phireg_phi35.reference:PhiMoEForCausalLM",
 )

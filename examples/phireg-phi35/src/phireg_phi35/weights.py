@@ -1,76 +1,81 @@
-"""Phi-3.5-MoE's tensors: separate projections with biases, and experts one by one."""
+"""Phi-3.5-MoE's weight rules: separate projections with biases, and experts one by one."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from phireg.api import (
-    COLUMN,
-    COPY,
-    ROW,
-    Experts,
-    Linear,
-    Norm,
-    Rule,
-    Rules,
-    Table,
-    columns,
-    fuse,
-    hookimpl,
-    pad,
-    replicable,
-    src,
-)
+import phireg.api as ph
 
 
-@hookimpl
-def phireg_weight_rules(config: Mapping[str, Any]) -> Rules:
-    """Where the rows of each target module come from."""
+@ph.hookimpl
+def phireg_weight_rules(config: Mapping[str, Any]) -> ph.Rules:
+    """Map source rows to target modules."""
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     layers = config["num_hidden_layers"]
-    return Rules(
-        Table("transformer.vocab_embedding", src("model.embed_tokens", vocab), hidden),
+    return ph.Rules(
+        ph.Table("transformer.vocab_embedding", ph.src("model.embed_tokens", vocab), hidden),
         *(rule for i in range(layers) for rule in layer(i, config)),
-        Norm("transformer.ln_f", src("model.norm", hidden), bias=True),
-        Linear("lm_head", pad(src("lm_head", vocab)), hidden, COLUMN, bias=True),
+        ph.Norm("transformer.ln_f", ph.src("model.norm", hidden), bias=True),
+        ph.Linear("lm_head", ph.pad(ph.src("lm_head", vocab)), hidden, ph.COLUMN, bias=True),
     )
 
 
-def layer(i: int, config: Mapping[str, Any]) -> tuple[Rule, ...]:
-    """The rules of layer ``i``."""
+def layer(i: int, config: Mapping[str, Any]) -> tuple[ph.Rule, ...]:
+    """Build the rules of layer ``i``."""
     hidden, size, inner = config["hidden_size"], config["head_size"], config["intermediate_size"]
     q = config["num_attention_heads"] * size
     kv = config["num_key_value_heads"] * size
     source, target = f"model.layers.{i}", f"transformer.layers.{i}"
     attention, moe = f"{source}.self_attn", f"{source}.block_sparse_moe"
     experts = [f"{moe}.experts.{e}" for e in range(config["moe"]["num_experts"])]
-    qkv = fuse(
-        q=src(f"{attention}.q_proj", q),
-        k=src(f"{attention}.k_proj", kv),
-        v=src(f"{attention}.v_proj", kv),
+    qkv = ph.fuse(
+        q=ph.src(f"{attention}.q_proj", q),
+        k=ph.src(f"{attention}.k_proj", kv),
+        v=ph.src(f"{attention}.v_proj", kv),
         unit=size,
     )
     return (
-        Norm(f"{target}.input_layernorm", src(f"{source}.input_layernorm", hidden), bias=True),
-        Linear(f"{target}.attention.qkv", replicable(qkv, "k", "v"), hidden, COLUMN, bias=True),
-        Linear(
+        ph.Norm(
+            f"{target}.input_layernorm", ph.src(f"{source}.input_layernorm", hidden), bias=True
+        ),
+        ph.Linear(
+            f"{target}.attention.qkv", ph.replicable(qkv, "k", "v"), hidden, ph.COLUMN, bias=True
+        ),
+        ph.Linear(
             f"{target}.attention.dense",
-            src(f"{attention}.o_proj", hidden),
-            columns(q, unit=size),
-            ROW,
+            ph.src(f"{attention}.o_proj", hidden),
+            ph.columns(q, unit=size),
+            ph.ROW,
             bias=True,
         ),
-        Norm(
-            f"{target}.post_layernorm", src(f"{source}.post_attention_layernorm", hidden), bias=True
+        ph.Norm(
+            f"{target}.post_layernorm",
+            ph.src(f"{source}.post_attention_layernorm", hidden),
+            bias=True,
         ),
-        Linear(
-            f"{target}.mlp.router", src(f"{moe}.gate", len(experts)), hidden, COPY, float32=True
+        ph.Linear(
+            f"{target}.mlp.router",
+            ph.src(f"{moe}.gate", len(experts)),
+            hidden,
+            ph.COPY,
+            float32=True,
         ),
         # w1 is the gate and w3 is up. The second half is TensorRT-LLM's gate, so up comes first.
-        Experts(
+        ph.Experts(
             f"{target}.mlp.fc",
-            [fuse(up=src(f"{e}.w3", inner), gate=src(f"{e}.w1", inner)) for e in experts],
+            [ph.fuse(up=ph.src(f"{e}.w3", inner), gate=ph.src(f"{e}.w1", inner)) for e in experts],
             hidden,
-            COLUMN,
+            ph.COLUMN,
         ),
-        Experts(f"{target}.mlp.proj", [src(f"{e}.w2", hidden) for e in experts], inner, ROW),
+        ph.Experts(
+            f"{target}.mlp.proj", [ph.src(f"{e}.w2", hidden) for e in experts], inner, ph.ROW
+        ),
     )
+
+
+@ph.hookimpl
+def phireg_quant_rules() -> ph.QuantRules:
+    """Quantize nothing, so that phireg refuses every scheme.
+
+    Experts would need scales of their own, and calibration enough tokens for the least used one.
+    """
+    return ph.QuantRules(linears=())
