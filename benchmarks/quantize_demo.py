@@ -30,6 +30,7 @@ from phireg import demo
 from phireg.calibration.collect import collect
 from phireg.calibration.statistics import Statistics
 from phireg.demo import DemoModel
+from phireg.dtypes import E4M3_MAX
 from phireg.executor import load
 from phireg.generation.tokenizer import find_tokenizer
 from phireg.reference.load import open_reference
@@ -40,8 +41,6 @@ CALIBRATED = 16
 EVALUATED = 160 - CALIBRATED
 MODELOPT = ("phi2", "phi3-mini", "phi3-medium")
 """Families whose classes are in transformers, and so known to ModelOpt."""
-
-E4M3_MAX = 448.0
 
 Logits = Callable[[Tensor], Tensor]
 Rows = Sequence[Sequence[int]]

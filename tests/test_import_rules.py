@@ -34,7 +34,8 @@ class Rule:
     """Exceptions to the above."""
 
 
-ERRORS, FINDINGS, FILES = "phireg.errors", "phireg.findings", "phireg.files"
+ERRORS, FINDINGS, DTYPES = "phireg.errors", "phireg.findings", "phireg.dtypes"
+FILES = "phireg.files"
 LAYOUT, CONFIG, READER = "phireg.layout", "phireg.config", "phireg.reader"
 SOURCE, CHECKPOINT, PLANNING = "phireg.source", "phireg.checkpoint", "phireg.planning"
 PLANNED = (PLANNING, SOURCE, CHECKPOINT, READER, FILES, ERRORS)
@@ -47,11 +48,14 @@ ABOVE = ("phireg.cli", "phireg.report", "phireg_plugins")
 RULES = {
     ERRORS: Rule(),
     FINDINGS: Rule(),
+    DTYPES: Rule(lazily=("numpy", "torch"), typing=("numpy", "torch")),
     LAYOUT: Rule((ERRORS,)),
     CONFIG: Rule((LAYOUT, FINDINGS, ERRORS)),
-    READER: Rule((ERRORS,)),
-    FILES: Rule((ERRORS, "xxhash")),
-    SOURCE: Rule((FILES, LAYOUT, ERRORS, "numpy", "xxhash"), lazily=("torch", "huggingface_hub")),
+    READER: Rule((ERRORS, DTYPES)),
+    FILES: Rule((ERRORS, DTYPES, "xxhash")),
+    SOURCE: Rule(
+        (FILES, LAYOUT, DTYPES, ERRORS, "numpy", "xxhash"), lazily=("torch", "huggingface_hub")
+    ),
     "phireg.hookspecs": Rule(DESCRIBE),
     "phireg.family": Rule((*DESCRIBE, "phireg.hookspecs")),
     "phireg.declared": Rule(),
@@ -60,15 +64,20 @@ RULES = {
     "phireg.api": Rule((*DESCRIBE, "phireg.hookspecs", "phireg.family")),
     "phireg.device": Rule((ERRORS, "torch")),
     PLANNING: Rule(
-        (*DESCRIBE, SOURCE, FILES, "phireg.registry"),
+        (*DESCRIBE, SOURCE, FILES, DTYPES, "phireg.registry"),
         typing=("phireg.family",),
     ),
-    CHECKPOINT: Rule((READER, FILES, ERRORS, "numpy", "safetensors", "xxhash"), lazily=("torch",)),
+    CHECKPOINT: Rule(
+        (READER, FILES, DTYPES, ERRORS, "numpy", "safetensors", "xxhash"), lazily=("torch",)
+    ),
     "phireg.executor.cuda.kernels": Rule(("triton",)),
     "phireg.executor.cuda": Rule(("phireg.executor", READER, "torch", "triton")),
-    "phireg.executor": Rule((READER, CHECKPOINT, FILES, ERRORS, "torch", "numpy", "safetensors")),
+    "phireg.executor": Rule(
+        (READER, CHECKPOINT, FILES, DTYPES, ERRORS, "torch", "numpy", "safetensors")
+    ),
     "phireg.reference": Rule(
-        (CONFIG, SOURCE, FILES, PLANNING, "phireg.family", ERRORS, "torch"), ("transformers",)
+        (CONFIG, SOURCE, FILES, PLANNING, "phireg.family", DTYPES, ERRORS, "torch"),
+        ("transformers",),
     ),
     "phireg.data": Rule(
         ("phireg.calibration.settings", FILES, SOURCE, "phireg.demo", ERRORS, "xxhash"),
@@ -87,6 +96,7 @@ RULES = {
             FILES,
             STATISTICS,
             FINDINGS,
+            DTYPES,
             ERRORS,
             "numpy",
             "xxhash",
@@ -94,7 +104,7 @@ RULES = {
         lazily=("torch",),
     ),
     "phireg.generation": Rule(
-        ("phireg.executor", "phireg.device", READER, FILES, ERRORS, "torch"),
+        ("phireg.executor", "phireg.device", READER, FILES, DTYPES, ERRORS, "torch"),
         lazily=(
             *(SOURCE, CHECKPOINT, CONFIG, "phireg.reference", "phireg.registry"),
             *("phireg.trtllm", "transformers", "jinja2"),
@@ -110,8 +120,8 @@ RULES = {
             "phireg.conversion",
             READER,
             FILES,
+            DTYPES,
             ERRORS,
-            CONFIG,
             "phireg.registry",
             "numpy",
             "xxhash",
@@ -148,7 +158,7 @@ RULES = {
         never=("phireg.cli", "phireg.report"),
     ),
     "phireg.cli": Rule(
-        (ERRORS, FINDINGS, "phireg.planning.report", "click"),
+        (DTYPES, ERRORS, FINDINGS, "phireg.planning.report", "click"),
         lazily=(ANYTHING,),
         never=("phireg_plugins",),
     ),

@@ -20,6 +20,7 @@ from phireg.calibration.statistics import Statistics, load
 from phireg.checkpoint.manifest import file_digest
 from phireg.data.samples import Samples, read_samples
 from phireg.device import pick_device
+from phireg.dtypes import WEIGHT_DTYPES, torch_dtype
 from phireg.errors import SourceError, UsageError
 from phireg.family import Family
 from phireg.generation.quiet import quiet
@@ -34,7 +35,6 @@ FEWEST = 8
 """Samples that are taken even so."""
 
 _SAMPLE = 4096
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 Tell = Callable[[str], None]
 """Told a line of text before the work that it speaks of begins."""
@@ -222,7 +222,8 @@ def _compute_dtype(source: Source, device: torch.device) -> torch.dtype:
     sizes: Counter[str] = Counter()
     for tensor in source.tensors.values():
         sizes[tensor.dtype] += tensor.nbytes
-    dtype = _DTYPES.get(sizes.most_common(1)[0][0], torch.float32)
+    code = sizes.most_common(1)[0][0]
+    dtype = torch_dtype(code) if code in WEIGHT_DTYPES.values() else torch.float32
     return torch.float32 if device.type == "cpu" and dtype == torch.float16 else dtype
 
 

@@ -16,13 +16,13 @@ import phireg
 from phireg.cli.failures import stopped
 from phireg.cli.options import DTYPE_CHOICES, Directory, FamilyName, json_option
 from phireg.cli.text import columns, counted, emit, emit_json, folded, printable, size
+from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
     from phireg.trtllm.build import BuildPlan, Built
 
 _SWITCH = click.Choice(("enable", "disable"))
-_DTYPES = ("float16", "bfloat16", "float32")
 _COUNT = click.IntRange(min=1)
 _EXTRA = "phireg.build.extra"
 
@@ -58,12 +58,12 @@ class _PassingOn(click.Command):
 @click.option("--max-seq-len", type=_COUNT, metavar="N", help="Tokens of both together at most.")
 @click.option(
     "--gemm-plugin",
-    type=click.Choice(("auto", *_DTYPES, "fp8", "disable")),
+    type=click.Choice(("auto", *WEIGHT_DTYPES, "fp8", "disable")),
     help="auto is the checkpoint's dtype.",
 )
 @click.option(
     "--gpt-attention-plugin",
-    type=click.Choice(("auto", *_DTYPES, "disable")),
+    type=click.Choice(("auto", *WEIGHT_DTYPES, "disable")),
     help="auto is the checkpoint's dtype.",
 )
 @click.option("--context-fmha", type=_SWITCH, help="Fused attention for prompts.")

@@ -10,6 +10,7 @@ import click
 
 from phireg.cli.options import json_option
 from phireg.cli.text import columns, emit, emit_json
+from phireg.dtypes import WEIGHT_DTYPES
 
 if TYPE_CHECKING:
     from phireg.families import FamilyInfo
@@ -43,7 +44,7 @@ def _entry(info: FamilyInfo) -> dict[str, Any]:
         "auto": family.auto if family else None,
         "architectures": list(family.architectures) if family else [],
         "model_types": list(family.model_types) if family else [],
-        "dtypes": _dtypes(),
+        "dtypes": list(WEIGHT_DTYPES),
         "quantization": list(dict.fromkeys(chain.from_iterable(info.qformats.values()))),
         "published": [
             {"repo_id": model, "tp_sizes": list(sizes), "qformats": list(info.qformats[model])}
@@ -69,7 +70,7 @@ def _rows(info: FamilyInfo) -> Iterator[tuple[str, str]]:
             yield label, model
             label = ""
     yield from _values("TP sizes", info.tp_sizes)
-    yield "dtypes", ", ".join(_dtypes())
+    yield "dtypes", ", ".join(list(WEIGHT_DTYPES))
     yield from _values("quantization", info.qformats)
 
 
@@ -87,9 +88,3 @@ def _grouped(by_model: Mapping[str, tuple[object, ...]]) -> dict[tuple[object, .
     for model, values in by_model.items():
         groups.setdefault(tuple(values), []).append(model)
     return groups
-
-
-def _dtypes() -> list[str]:
-    from phireg.planning.model import DTYPES
-
-    return list(DTYPES)

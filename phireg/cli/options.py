@@ -9,6 +9,7 @@ import click
 from click.shell_completion import CompletionItem
 
 import phireg
+from phireg.dtypes import SHORT_NAMES, WEIGHT_DTYPES
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,11 +17,17 @@ if TYPE_CHECKING:
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-DTYPE_CHOICES = ("auto", "float16", "bfloat16", "float32")
+DTYPE_CHOICES = ("auto", *WEIGHT_DTYPES)
+COMPUTE_DTYPES = (*DTYPE_CHOICES, *SHORT_NAMES)
 PRECISION_CHOICES = ("int8", "int4")
 DEFAULT_PRECISION = "int8"
 QFORMAT_CHOICES = ("fp8", "int8_sq", "int8_wo", "int4_wo")
 KV_CACHE_CHOICES = ("fp8", "int8")
+
+
+def compute_dtype(name: str) -> str | None:
+    """Return the full name of a choice of ``COMPUTE_DTYPES``; None for the model's own dtype."""
+    return None if name == "auto" else SHORT_NAMES.get(name, name)
 
 
 class Directory(click.types.StringParamType):

@@ -27,7 +27,7 @@ from phireg.cli.answers import (
     timed,
 )
 from phireg.cli.failures import stopped
-from phireg.cli.options import Directory, json_option
+from phireg.cli.options import COMPUTE_DTYPES, Directory, compute_dtype, json_option
 from phireg.cli.progress import waiting
 from phireg.cli.text import emit_json
 from phireg.cli.where import check_processes, check_starter, chosen
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 _LOADING = "loading the model"
 _DEFAULT_BATCH = 8
-# Short names are those of TensorRT-LLM's own scripts.
-_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp16", "bf16", "fp32")
 
 
 @click.command()
@@ -111,7 +109,7 @@ _DTYPES = ("auto", "float16", "bfloat16", "float32", "fp16", "bf16", "fp32")
 @click.option(
     "--dtype",
     "--data-type",
-    type=click.Choice(_DTYPES),
+    type=click.Choice(COMPUTE_DTYPES),
     default="auto",
     show_default=True,
     help="To compute in; auto is the model's own.",
@@ -146,12 +144,11 @@ def command(
     phireg run CKPT ... Those of an engine have a process each: mpirun -n N phireg run ENGINE ...
     """
     from phireg.generation import Options, describe, follow, process_rank
-    from phireg.generation.backend import DTYPES
     from phireg.generation.choose import check_kind
 
     name, directory = chosen(place, backend, engine_dir, model_dir)
     check_starter(name)
-    how = Options(device, DTYPES.get(dtype), offload)
+    how = Options(device, compute_dtype(dtype), offload)
     rank, processes = process_rank(name)
     if rank > 0:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -12,7 +12,7 @@ import click
 
 from phireg.cli.answers import note
 from phireg.cli.failures import stopped
-from phireg.cli.options import Directory, json_option
+from phireg.cli.options import COMPUTE_DTYPES, Directory, compute_dtype, json_option
 from phireg.cli.outputs import check_file
 from phireg.cli.progress import count_bar
 from phireg.cli.task_options import THRESHOLD, task_options
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from phireg.summarization.run import Task
     from phireg.summarization.task import Settings
 
-# Upstream's names besides ours.
-_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-_DTYPE = click.Choice(("auto", *_DTYPES.values(), *_DTYPES))
 _COUNT = click.IntRange(min=1)
 
 
@@ -51,14 +48,14 @@ _COUNT = click.IntRange(min=1)
 @task_options
 @click.option(
     "--data-type",
-    type=_DTYPE,
+    type=click.Choice(COMPUTE_DTYPES),
     default="auto",
     show_default=True,
     help="What the executor computes in; auto is the checkpoint's.",
 )
 @click.option(
     "--hf-data-type",
-    type=_DTYPE,
+    type=click.Choice(COMPUTE_DTYPES),
     default="auto",
     show_default=True,
     help="What the source model computes in; auto is its own.",
@@ -171,12 +168,8 @@ def _contestants(
             "there is nothing to run",
             hint="give a checkpoint or an engine; or --backend hf and --hf-model-dir.",
         )
-    options = Options(dtype=_dtype(data_type), **device_options)
-    return choose(names, places, options, _dtype(hf_data_type)), places
-
-
-def _dtype(name: str) -> str | None:
-    return None if name == "auto" else _DTYPES.get(name, name)
+    options = Options(dtype=compute_dtype(data_type), **device_options)
+    return choose(names, places, options, compute_dtype(hf_data_type)), places
 
 
 def _places(place: str | None, engine_dir: str | None, hf_model_dir: str | None) -> Places:

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import click
 
+from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import OutputError
 
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -123,9 +124,7 @@ def memory(count: int) -> str:
 
 def dtype_name(code: str) -> str:
     """A safetensors dtype code by TensorRT-LLM's name, where it has one."""
-    from phireg.planning.model import DTYPES
-
-    return {code: name for name, code in DTYPES.items()}.get(code, code)
+    return {code: name for name, code in WEIGHT_DTYPES.items()}.get(code, code)
 
 
 def counted(count: int, noun: str) -> str:

@@ -10,17 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from phireg.dtypes import BITS, as_torch
+
 Bits = npt.NDArray[np.unsignedinteger[Any]]
 """Elements as unsigned integers of their own width: numpy has no bfloat16, and needs none."""
 
-BITS: dict[str, type[np.unsignedinteger[Any]]] = {
-    "F16": np.uint16,
-    "BF16": np.uint16,
-    "F32": np.uint32,
-    "F8_E4M3": np.uint8,
-    "I8": np.uint8,
-}
-_TORCH = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+Float32 = npt.NDArray[np.float32]
+
 _WIDER = {("F16", "F32"), ("BF16", "F32")}
 
 PIECE = 128 * 1024
@@ -78,13 +74,6 @@ def cast(block: Bits, source: str, target: str) -> tuple[Bits, Loss]:
             overflowed = int(made.isinf().sum()) - int(given.isinf().sum())
         loss += Loss(overflowed, _nonzero(before) - _nonzero(after))
     return result, loss
-
-
-def as_torch(block: Bits, code: str) -> Any:
-    """The same memory as a torch tensor of floating-point dtype ``code``."""
-    import torch
-
-    return torch.from_numpy(block).view(getattr(torch, _TORCH[code]))
 
 
 def _nonzero(bits: Bits) -> int:

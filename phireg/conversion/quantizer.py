@@ -13,20 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from phireg.conversion.cast import BITS, PIECE, Bits, as_torch
+from phireg.conversion.cast import PIECE, Bits, Float32
 from phireg.conversion.stream import Reads
-from phireg.planning.model import DTYPES, Plan
+from phireg.dtypes import BITS, E4M3_BEYOND, E4M3_MAX, WEIGHT_DTYPES, as_torch
+from phireg.planning.model import Plan
 from phireg.source.source import SourceTensor
-
-Float32 = npt.NDArray[np.float32]
-
-E4M3_MAX = 448.0
-"""Largest finite e4m3 value."""
-E4M3_BEYOND = 464.0
-"""From here on the nearest e4m3 value would be the next one after the largest."""
-INT8_MAX = 127.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +48,7 @@ class Quantizer:
     """
 
     def __init__(self, plan: Plan, scales: Scales) -> None:
-        self._code = DTYPES[plan.options.dtype]
+        self._code = WEIGHT_DTYPES[plan.options.dtype]
         self._scales = scales
         self._smoothed = bool(plan.options.scheme and plan.options.scheme.per_channel)
 

@@ -18,12 +18,13 @@ import numpy.typing as npt
 import xxhash
 
 from phireg.calibration.statistics import Statistics
-from phireg.conversion.cast import BITS, Bits, as_torch, cast, one_thread_each
-from phireg.conversion.quantizer import E4M3_MAX, INT8_MAX, Float32, Scales, pieces, smooth
+from phireg.conversion.cast import Bits, Float32, cast, one_thread_each
+from phireg.conversion.quantizer import Scales, pieces, smooth
 from phireg.conversion.stream import WORKERS, Progress, collect, read_blocks
+from phireg.dtypes import BITS, E4M3_MAX, INT8_MAX, SMALLEST_NORMAL, WEIGHT_DTYPES, as_torch
 from phireg.errors import PlanError
 from phireg.findings import Finding, Severity
-from phireg.planning.model import DTYPES, Plan, QuantizedLinear, row_bytes
+from phireg.planning.model import Plan, QuantizedLinear, row_bytes
 from phireg.planning.report import problems
 from phireg.reader.schemes import KV_SCALE
 from phireg.source.source import Reader
@@ -32,7 +33,6 @@ SMALLEST_SMOOTHER, LARGEST_SMOOTHER = 1e-4, 1e4
 """Range of the smoothing vector; a channel that calibration never saw gets the largest."""
 
 _NOTHING: Mapping[str, int] = {}
-_SMALLEST_NORMAL = {"F16": 2.0**-14, "BF16": 2.0**-126, "F32": 2.0**-126}
 
 
 def compute_scales(
@@ -131,7 +131,7 @@ def check_scales(
 
 def _defects(bits: Bits, code: str) -> Iterator[tuple[str, int]]:
     value = as_torch(bits, code).float().numpy()
-    normal = _SMALLEST_NORMAL[code]
+    normal = SMALLEST_NORMAL[code]
     for what, wrong in (
         ("is not a number", np.isnan(value)),
         ("is infinite", np.isinf(value)),
@@ -229,7 +229,7 @@ class _Worker:
         self.reader = reader
         self.alpha = alpha
         self.progress = progress
-        self.code = DTYPES[plan.options.dtype]
+        self.code = WEIGHT_DTYPES[plan.options.dtype]
         self.stop = Event()
 
     def make(self, linear: QuantizedLinear, inputs: Float32) -> _Made:

@@ -19,10 +19,10 @@ from typing import Protocol, TypeVar
 import numpy as np
 import xxhash
 
-from phireg.conversion.cast import BITS, NO_LOSS, Bits, Loss, cast, one_thread_each
+from phireg.conversion.cast import NO_LOSS, Bits, Loss, cast, one_thread_each
+from phireg.dtypes import BITS, WEIGHT_DTYPES
 from phireg.planning.model import (
     BLOCK_BYTES,
-    DTYPES,
     Output,
     Plan,
     Step,
@@ -198,7 +198,7 @@ class _Carrier:
         self.plan = plan
         self.quantizer = quantizer
         self.reader: Reads = quantizer.reader(reader) if quantizer else reader
-        self.code = DTYPES[plan.options.dtype]
+        self.code = WEIGHT_DTYPES[plan.options.dtype]
         self.files = files
         self.stop = stop
         self.progress = progress

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from phireg.dtypes import E4M3_MAX, E4M3_SMALLEST_NORMAL
 from phireg.executor.experts import ROUTER
 from phireg.reader.quantization import LINEARS, Grid, Quantization
 
-_E4M3_MAX = 448.0
-_E4M3_SMALLEST_NORMAL = 2.0**-6
 _WEIGHT_ONLY_BITS = {"int8_wo": 8, "int4_wo": 4}
 
 
@@ -123,7 +122,7 @@ def fake_quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     if grid == "int8":
         stored = scaled.round().clamp(-128, 127)
     else:
-        stored = _round_e4m3(scaled.clamp(-_E4M3_MAX, _E4M3_MAX))
+        stored = _round_e4m3(scaled.clamp(-E4M3_MAX, E4M3_MAX))
     return (stored * scale).to(x.dtype)
 
 
@@ -135,7 +134,7 @@ def _round_e4m3(x: Tensor) -> Tensor:
     power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^exponent
     # Three bits after the leading one are kept, fewer below the smallest normal number. The ulp of
     # `shift` is the grid's step here, so that adding it rounds and subtracting it restores.
-    shift = power.clamp(min=_E4M3_SMALLEST_NORMAL) * (1.5 * 2.0**20)
+    shift = power.clamp(min=E4M3_SMALLEST_NORMAL) * (1.5 * 2.0**20)
     return (x + shift) - shift
 
 
@@ -156,7 +155,7 @@ def linear(weights: Mapping[str, Tensor], name: str, x: Tensor, bias: Tensor | N
     if scale is None:
         return functional.linear(x, weight, bias)
     if weight.dtype == torch.float8_e4m3fn:
-        stored = (x.float() / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+        stored = (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         scales = (scale, weights[f"{name}.weights_scaling_factor"])
         y = stored_product(stored, weight, scales, x.dtype)
         return y if bias is None else y + bias

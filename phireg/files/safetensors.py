@@ -19,6 +19,7 @@ from typing import Any
 
 import xxhash
 
+from phireg.dtypes import ITEMSIZE
 from phireg.errors import SourceError
 from phireg.files.json import parse_object
 from phireg.files.regular import (
@@ -31,35 +32,6 @@ from phireg.files.regular import (
     read_bytes,
     stamp_of,
 )
-
-ITEMSIZE: Mapping[str, int] = MappingProxyType(
-    {
-        "BOOL": 1,
-        "U8": 1,
-        "I8": 1,
-        "F8_E5M2": 1,
-        "F8_E4M3": 1,
-        "F8_E8M0": 1,
-        "F8_E4M3FNUZ": 1,
-        "F8_E5M2FNUZ": 1,
-        "I16": 2,
-        "U16": 2,
-        "F16": 2,
-        "BF16": 2,
-        "I32": 4,
-        "U32": 4,
-        "F32": 4,
-        "C64": 8,
-        "F64": 8,
-        "I64": 8,
-        "U64": 8,
-    }
-)
-"""Bytes per element of each dtype code, in the order in which the safetensors library ranks them.
-
-The library writes tensors by descending rank. The codes for less than a byte per element (F4,
-F6_E2M3, F6_E3M2) are left out: no Phi checkpoint and no TensorRT-LLM checkpoint uses them.
-"""
 
 _RANK = {code: rank for rank, code in enumerate(ITEMSIZE)}
 _MAX_HEADER = 100_000_000  # the library's own limit
@@ -74,7 +46,7 @@ class TensorEntry:
 
     Attributes:
         name: the tensor's name.
-        dtype: a code of `ITEMSIZE`.
+        dtype: a code of ``phireg.dtypes.ITEMSIZE``.
         shape: dimensions, row-major.
         start: first byte of the data, counted from the start of the file.
         end: the byte after the data.

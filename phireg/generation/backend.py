@@ -24,16 +24,6 @@ BACKENDS: dict[str, str] = {
 }
 """Module by name; imported when it is asked for."""
 
-DTYPES = {
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-    "float32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-    "fp32": "float32",
-}
-"""What users call a dtype; the short names are those of TensorRT-LLM's summarize.py."""
-
 
 @dataclass(frozen=True, slots=True)
 class Options:

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from phireg import device as devices
+from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import CheckError, UsageError
 from phireg.executor import Sampling
-from phireg.generation.backend import DTYPES, Description, Options
+from phireg.generation.backend import Description, Options
 from phireg.generation.checks import check_batch, check_continuations
 from phireg.generation.executor import process_rank
 
@@ -49,7 +50,7 @@ def load(place: Path, options: Options) -> HFBackend:
     directory, values = _source(place)
     family = registry.choose(HFConfig(values)).family
     stated = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
-    dtype = options.dtype or (stated if stated in DTYPES else _UNSTATED)
+    dtype = options.dtype or (stated if stated in WEIGHT_DTYPES else _UNSTATED)
     device = devices.pick_device(options.device)
     devices.measure_memory(device)
     source = open_source(directory)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from phireg.config.hf import HFConfig
+from phireg.dtypes import WEIGHT_DTYPES
 from phireg.files.safetensors import encode_header
 from phireg.findings import Finding, Severity
 from phireg.layout.axes import OWN_COLUMNS
@@ -15,7 +16,7 @@ from phireg.layout.ranks import held, tp_sizes, undivided
 from phireg.layout.rules import Rule, Rules
 from phireg.layout.spans import Axis, LayoutError, Span, check_partition
 from phireg.planning.companions import axes_of
-from phireg.planning.model import DTYPES, Options, Output, Plan
+from phireg.planning.model import Options, Output, Plan
 from phireg.planning.quantized import Quantization
 from phireg.planning.schedule import schedule
 from phireg.reader.schema import required_tensors
@@ -23,6 +24,8 @@ from phireg.source.source import Source
 
 if TYPE_CHECKING:
     from phireg.registry import Chosen
+
+_LISTED_CODES = ", ".join(WEIGHT_DTYPES.values())
 
 
 def build_plan(
@@ -55,7 +58,7 @@ class _Builder:
         translation = self.family.config_fields().translate(self.hf)
         self.findings += translation.findings
         dtype = self.dtype()
-        code = DTYPES.get(dtype, "")
+        code = WEIGHT_DTYPES.get(dtype, "")
         self.quantization = Quantization(self.options, code)
         outputs: tuple[Output, ...] = ()
         config: dict[str, Any] = {}
@@ -111,12 +114,14 @@ class _Builder:
             sizes: Counter[str] = Counter()
             for tensor in self.source.tensors.values():
                 sizes[tensor.dtype] += tensor.nbytes
-            codes = {code: name for name, code in DTYPES.items()}
+            codes = {code: name for name, code in WEIGHT_DTYPES.items()}
             found = [codes[code] for code, _ in sizes.most_common() if code in codes]
             stated = found[0] if found else "float16"
         name = str(stated).removeprefix("torch.")
-        if name not in DTYPES:
-            self.error("dtype", "torch_dtype", f"is {stated!r}; known are {', '.join(DTYPES)}")
+        if name not in WEIGHT_DTYPES:
+            self.error(
+                "dtype", "torch_dtype", f"is {stated!r}; known are {', '.join(WEIGHT_DTYPES)}"
+            )
             return "float16"
         return "float16" if name == "float32" else name
 
@@ -209,11 +214,11 @@ class _Builder:
                         f"is {list(tensor.shape)}, the config says {list(expected)}",
                         rule.where,
                     )
-            elif tensor.dtype not in DTYPES.values() and name not in wanted:
+            elif tensor.dtype not in WEIGHT_DTYPES.values() and name not in wanted:
                 self.error(
                     "dtype",
                     name,
-                    f"is {tensor.dtype}; an unquantized weight is {', '.join(DTYPES.values())}",
+                    f"is {tensor.dtype}; unquantized weights are {_LISTED_CODES}",
                     rule.where,
                 )
             wanted[name] = rule.target

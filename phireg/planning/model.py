@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from phireg.files.safetensors import ITEMSIZE
+from phireg.dtypes import ITEMSIZE, WEIGHT_DTYPES
 from phireg.findings import Finding, Severity
 from phireg.layout.ranks import Ranks
 from phireg.layout.spans import Span
-from phireg.reader.schema import DTYPES as DTYPES
 from phireg.reader.schemes import SCHEMES, Scheme
 from phireg.registry import Chosen
 from phireg.source.source import Source, SourceTensor
@@ -29,7 +28,7 @@ class Options:
     """What the user chose.
 
     Attributes:
-        dtype: ``auto`` or a key of :data:`DTYPES`.
+        dtype: ``auto`` or a key of ``phireg.dtypes.WEIGHT_DTYPES``.
         tp_size: number of tensor-parallel ranks.
         qformat: a key of ``phireg.reader.schemes.SCHEMES``, or None.
         kv_cache_dtype: a key of ``phireg.reader.schemes.KV_CACHES``, or None.
@@ -220,7 +219,7 @@ class Plan:
     def casts(self) -> int:
         """Source tensors whose values change dtype."""
         read = {
-            (span.source, carried_code(output, DTYPES[self.options.dtype]))
+            (span.source, carried_code(output, WEIGHT_DTYPES[self.options.dtype]))
             for output in self.outputs
             for span in output.rows
             if span.source is not None and span.source not in self.scales
@@ -250,7 +249,7 @@ def carried_code(output: Output, code: str) -> str:
         output: the tensor they are for.
         code: of the checkpoint's dtype.
     """
-    return output.dtype if output.dtype in DTYPES.values() else code
+    return output.dtype if output.dtype in WEIGHT_DTYPES.values() else code
 
 
 def row_bytes(tensor: SourceTensor) -> int:

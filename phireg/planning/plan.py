@@ -7,10 +7,11 @@ from pathlib import Path
 
 from phireg import registry
 from phireg.config.hf import HFConfig
+from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import PlanError, SourceError, UsageError
 from phireg.files.json import read_json_object
 from phireg.planning.build import build_plan
-from phireg.planning.model import DTYPES, Options, Plan
+from phireg.planning.model import Options, Plan
 from phireg.planning.report import problems
 from phireg.planning.unsupported import check_model
 from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
@@ -168,8 +169,10 @@ def _moe_ep_size(tp_size: int, moe_tp_size: int | None, moe_ep_size: int | None)
 def _options(
     dtype: str, tp_size: int, pp_size: int, qformat: str | None, kv_cache_dtype: str | None
 ) -> Options:
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"unknown dtype '{dtype}'", hint=f"known: auto, {', '.join(DTYPES)}.")
+    if dtype != "auto" and dtype not in WEIGHT_DTYPES:
+        raise UsageError(
+            f"unknown dtype '{dtype}'", hint=f"known: auto, {', '.join(WEIGHT_DTYPES)}."
+        )
     if tp_size < 1:
         raise UsageError(f"tp size {tp_size} is not a number of ranks", hint="use 1 or more.")
     if pp_size != 1:

@@ -8,12 +8,13 @@ Each row votes for the orders whose source row it fits; a row that fits several 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from phireg.dtypes import BITS, WEIGHT_DTYPES, float32_values
 from phireg.errors import CheckError, SourceError
 from phireg.files.safetensors import TensorEntry
 from phireg.planning.model import Plan
@@ -212,31 +213,11 @@ def _source_row(reader: Reader, tensor: SourceTensor, row: int) -> Floats:
 
 
 def numbers_of(raw: bytearray, dtype: str) -> Floats:
-    """Stored elements as numbers.
+    """Return stored elements as numbers.
 
     Raises:
-        SourceError: a dtype that no weight or scale has.
+        SourceError: the dtype is none that weights or scales have.
     """
-    if dtype == "BF16":
-        return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
-    if dtype == "F8_E4M3":
-        return _E4M3[np.frombuffer(raw, np.uint8)]
-    if dtype not in _KINDS:
+    if dtype not in ("F8_E4M3", "I8", *WEIGHT_DTYPES.values()):
         raise SourceError(f"a tensor of dtype {dtype} cannot be compared with a model's weights")
-    return np.frombuffer(raw, _KINDS[dtype]).astype(np.float64)
-
-
-_KINDS: Mapping[str, str] = {"F16": "<f2", "F32": "<f4", "I8": "i1"}
-
-
-def _e4m3() -> Floats:
-    """The value of every float8_e4m3fn: one sign bit, four of exponent (bias 7), three fraction."""
-    codes = np.arange(256)
-    exponent, fraction = (codes >> 3) & 15, codes & 7
-    normal = (1 + fraction / 8) * 2.0 ** (exponent - 7)
-    values = np.where(exponent > 0, normal, fraction * 2.0**-9)
-    values[(codes & 127) == 127] = np.nan
-    return np.where(codes & 128, -values, values)
-
-
-_E4M3 = _e4m3()
+    return float32_values(np.frombuffer(raw, BITS[dtype]), dtype).astype(np.float64)

@@ -8,15 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from phireg.dtypes import E4M3_BEYOND
 from phireg.executor.blocks import Weights
 from phireg.executor.quantized import fake_quantize
 from phireg.quality.result import LinearQuality
 from phireg.reader.quantization import ROW_LINEARS
 
 _ROWS = 1024
-
-E4M3_BEYOND = 464.0
-"""From here on the nearest e4m3 value would be the next one after the largest, 448."""
 
 
 class LinearMeter:

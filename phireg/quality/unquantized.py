@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from phireg.config.hf import HFConfig
-from phireg.conversion.cast import as_torch
+from phireg.dtypes import as_torch
 from phireg.executor.weights import Source
 from phireg.files.json import read_json_object
 from phireg.planning.build import build_plan

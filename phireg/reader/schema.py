@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from phireg.dtypes import WEIGHT_DTYPES
+
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 """Safetensors code and shape by name."""
-
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-"""Checkpoint dtypes by TensorRT-LLM's names, with their safetensors codes."""
 
 RAW = (None, "W8A16", "W4A16")
 """Values of ``quant_algo`` whose weights are in the checkpoint's dtype: TensorRT-LLM's builder
@@ -92,7 +91,8 @@ def required_tensors(config: Mapping[str, Any], tp_size: int) -> Tensors | None:
 
     Returns:
         Code and shape by name, equal for all ranks; None for an architecture this table does not
-        know. With a dtype that is not in :data:`DTYPES`, the code of what has it is empty.
+        know. The code of what has the
+        checkpoint's dtype is empty if that is not among ``phireg.dtypes.WEIGHT_DTYPES``.
     """
     model = _MODELS.get(config["architecture"])
     if model is None:
@@ -101,7 +101,7 @@ def required_tensors(config: Mapping[str, Any], tp_size: int) -> Tensors | None:
     def share(count: int) -> int:
         return -(-count // tp_size)
 
-    code = DTYPES.get(str(config["dtype"]), "")
+    code = WEIGHT_DTYPES.get(str(config["dtype"]), "")
     quantization = config.get("quantization") or {}
     algorithm = quantization.get("quant_algo")
     excluded = quantization.get("exclude_modules") or ()

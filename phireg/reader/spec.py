@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import CheckError
 from phireg.executor.experts import Experts, parse_experts
 from phireg.reader.fields import Config
@@ -37,7 +38,6 @@ _ARCHITECTURES = (
     "Phi3SmallForCausalLM",
     "PhiMoEForCausalLM",
 )
-_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +214,8 @@ def parse_spec(values: dict[str, Any], where: str = "config.json") -> ModelSpec:
             f"known are {', '.join(_ACTIVATIONS)}",
         )
     dtype = config.get("dtype")
-    if dtype not in _DTYPES:
-        raise config.fail(f"dtype is {dtype!r}", f"known are {', '.join(_DTYPES)}")
+    if dtype not in WEIGHT_DTYPES:
+        raise config.fail(f"dtype is {dtype!r}", f"known are {', '.join(WEIGHT_DTYPES)}")
 
     layers = config.integer("num_hidden_layers")
     spec = ModelSpec(

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from phireg.dtypes import WEIGHT_DTYPES
 from phireg.reader.keys import NESTED, required_keys, with_defaults
-from phireg.reader.schema import DTYPES, KNOWN, required_tensors
+from phireg.reader.schema import KNOWN, required_tensors
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 """Dtype code and shape by name."""
@@ -74,8 +75,8 @@ def _config(config: Mapping[str, Any]) -> Iterator[str]:
     for key in required_keys(config):
         if config.get(key) is None and not (key == "gegelu_limit" and key in config):
             yield f"{key} is missing, and the reader has no default"
-    if str(config.get("dtype")) not in DTYPES and config.get("dtype") is not None:
-        yield f"dtype is {config['dtype']!r}; known are {', '.join(DTYPES)}"
+    if str(config.get("dtype")) not in WEIGHT_DTYPES and config.get("dtype") is not None:
+        yield f"dtype is {config['dtype']!r}; known are {', '.join(WEIGHT_DTYPES)}"
     for block, known in NESTED.items():
         found = config.get(block)
         if found is None:

@@ -8,15 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from phireg.dtypes import WEIGHT_DTYPES, torch_dtype
 from phireg.errors import SourceError
 from phireg.source.source import Reader, Source, SourceTensor
 
-_DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+_FLOATS = {*WEIGHT_DTYPES.values(), "F64"}
 
 
 class Parameters:
@@ -58,7 +54,7 @@ class Parameters:
                 found = source.tensors.get(tied.get(name, name))
                 if found is None:
                     absent.append(name)
-                elif found.shape != tuple(parameter.shape) or found.dtype not in _DTYPES:
+                elif found.shape != tuple(parameter.shape) or found.dtype not in _FLOATS:
                     shape = f"{found.dtype} {list(found.shape)}, not {list(parameter.shape)}"
                     wrong.append(f"{name} is {shape}")
                 else:
@@ -101,7 +97,7 @@ class Parameters:
 
     def _read(self, reader: Reader, tensor: SourceTensor) -> Tensor:
         """The values, on the device, rounded where they are to be."""
-        values = torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype])
+        values = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype))
         reader.read_into(tensor, 0, memoryview(values.view(-1).view(torch.uint8).numpy()))
         values = values.to(self._device)
         if self._rounded is None or tensor.name in self._exact:

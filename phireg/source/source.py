@@ -11,9 +11,10 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Protocol
 
+from phireg.dtypes import ITEMSIZE
 from phireg.errors import SourceError
 from phireg.files.regular import Stamp, check_unchanged, listed, open_regular, read_into
-from phireg.files.safetensors import ITEMSIZE, read_header
+from phireg.files.safetensors import read_header
 from phireg.source import torchbin
 from phireg.source.index import ShardIndex, index_error, missing_shards, read_index, shard_defects
 from phireg.source.kinds import no_weights_error, weight_files
@@ -25,7 +26,7 @@ class SourceTensor:
 
     Attributes:
         name: its name in the checkpoint.
-        dtype: a safetensors dtype code (`phireg.files.safetensors.ITEMSIZE`).
+        dtype: a safetensors dtype code (`phireg.dtypes.ITEMSIZE`).
         shape: dimensions; the bytes are read in row-major order.
         file: the file that holds it, relative to the directory.
         offset: where its bytes start in that file; 0 for PyTorch .bin files, whose tensors

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from phireg.dtypes import ITEMSIZE, TORCH_NAMES
 from phireg.errors import SourceError
 from phireg.files.regular import (
     Stamp,
@@ -35,26 +36,8 @@ from phireg.files.regular import (
     read_into,
     stamp_of,
 )
-from phireg.files.safetensors import ITEMSIZE
 
-_DTYPES = {
-    "torch.bool": "BOOL",
-    "torch.uint8": "U8",
-    "torch.int8": "I8",
-    "torch.float8_e5m2": "F8_E5M2",
-    "torch.float8_e4m3fn": "F8_E4M3",
-    "torch.int16": "I16",
-    "torch.uint16": "U16",
-    "torch.float16": "F16",
-    "torch.bfloat16": "BF16",
-    "torch.int32": "I32",
-    "torch.uint32": "U32",
-    "torch.float32": "F32",
-    "torch.complex64": "C64",
-    "torch.float64": "F64",
-    "torch.int64": "I64",
-    "torch.uint64": "U64",
-}
+_CODES = {f"torch.{name}": code for code, name in TORCH_NAMES.items()}
 _GATHER_BYTES = 16 * 1024 * 1024
 _RESAVE = (
     "if you trust the file: load it with torch.load and save its tensors with "
@@ -260,7 +243,7 @@ def _state_defects(state: Any) -> Iterator[str]:
             yield f"{name!r} is on device {value.device.type}: it has no data"
         elif value.layout != torch.strided:
             yield f"{name!r} is sparse"
-        elif value.is_quantized or str(value.dtype) not in _DTYPES:
+        elif value.is_quantized or str(value.dtype) not in _CODES:
             yield f"{name!r} has dtype {value.dtype}, which is not supported"
         elif value.is_neg() or value.is_conj():
             yield f"{name!r} is a lazily negated or conjugated view"
@@ -294,7 +277,7 @@ def _placed(
                 raise SourceError(
                     f"{path}: the data of {name!r} cannot be found in the file", hint=_RESAVE
                 )
-        tensors.append(BinTensor(name, _DTYPES[str(value.dtype)], shape, strides, start))
+        tensors.append(BinTensor(name, _CODES[str(value.dtype)], shape, strides, start))
     return tensors
 
 

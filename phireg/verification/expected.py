@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from phireg.conversion.cast import BITS, Bits, cast
+from phireg.conversion.cast import Bits, cast
+from phireg.dtypes import BITS
 from phireg.errors import SourceError
 from phireg.files.regular import open_regular, read_into
 from phireg.files.safetensors import Header, read_header

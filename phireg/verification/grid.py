@@ -14,24 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from phireg.conversion.cast import BITS, Bits, cast, one_thread_each
-from phireg.planning.model import (
-    BLOCK_BYTES,
-    DTYPES,
-    Output,
-    Plan,
-    QuantizedLinear,
-    Task,
-    row_bytes,
-)
+from phireg.conversion.cast import Bits, Float32, cast, one_thread_each
+from phireg.dtypes import BITS, E4M3_MAX, INT8_MAX, UNIT_ROUNDOFF, WEIGHT_DTYPES, float32_values
+from phireg.planning.model import BLOCK_BYTES, Output, Plan, QuantizedLinear, Task, row_bytes
 from phireg.planning.schedule import schedule
 from phireg.source.source import Reader
 from phireg.verification.expected import RankFiles, kept_columns
 from phireg.verification.scales import read_scale
-from phireg.verification.values import UNIT_ROUNDOFF, Float32, float32
 from phireg.verification.weights import Difference
-
-E4M3_MAX, INT8_MAX = np.float32(448), np.float32(127)
 
 _WORKERS = 2
 _FLOAT32_ROUNDING = 1e-6
@@ -117,7 +107,7 @@ class Seen:
 def tolerance_of(plan: Plan) -> Tolerance:
     """For a plan that quantizes weights."""
     assert plan.options.scheme is not None
-    return Tolerance(DTYPES[plan.options.dtype], plan.options.scheme.per_channel)
+    return Tolerance(WEIGHT_DTYPES[plan.options.dtype], plan.options.scheme.per_channel)
 
 
 def compare_quantized(
@@ -202,7 +192,9 @@ class _Grid:
                 linear.amax = max(linear.amax, float(np.abs(block).max(initial=0)))
                 scale = scales[output.rank]
             else:
-                linear.wanted[output.rank][rows] = _or_one(np.abs(block).max(axis=1) / INT8_MAX)
+                linear.wanted[output.rank][rows] = _or_one(
+                    np.abs(block).max(axis=1) / np.float32(INT8_MAX)
+                )
                 scale = scales[output.rank][rows, None]
             found = self.found(output, row, whole.shape)
             progress(found.size)
@@ -210,14 +202,14 @@ class _Grid:
                 right = self.tolerance.weights(found, whole / scale)
             _note(wrong, index, output, row, ~right)
         if linear.smoother is None:
-            scale = _or_one(np.float32(linear.amax) / E4M3_MAX)
+            scale = _or_one(np.float32(linear.amax) / np.float32(E4M3_MAX))
             linear.wanted = {rank: np.array([scale]).reshape(1) for rank in linear.scales}
         return list(wrong.values())
 
     def found(self, output: Output, row: int, shape: tuple[int, ...]) -> Float32:
         columns = output.shape[-1]
         bits = self.files.read(output.rank, output.name, row * columns, int(np.prod(shape)))
-        return float32(bits, output.dtype).reshape(shape)
+        return float32_values(bits, output.dtype).reshape(shape)
 
     def blocks(self, linear: Linear, tasks: tuple[Task, ...]) -> Iterator[tuple[int, int, Float32]]:
         """Output, row in it, and the source's rows that belong there, smoothed, whole."""
@@ -240,7 +232,7 @@ class _Grid:
         """W in the checkpoint's dtype, times 1 / s for SmoothQuant."""
         if code != self.tolerance.dtype:
             bits = cast(bits, code, self.tolerance.dtype)[0]
-        block = float32(bits, self.tolerance.dtype)
+        block = float32_values(bits, self.tolerance.dtype)
         if linear.smoother is None:
             return block
         with np.errstate(all="ignore"):  # a zero among them has been reported

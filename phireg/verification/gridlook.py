@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from phireg.conversion.cast import Float32
+from phireg.dtypes import UNIT_ROUNDOFF
 from phireg.layout.spans import Span
 from phireg.planning.model import Plan
 from phireg.planning.report import ranges
@@ -21,7 +23,6 @@ from phireg.verification.grid import Linear, Seen, Tolerance, tolerance_of, whol
 from phireg.verification.patterns import Heads
 from phireg.verification.recognise import MOST_LOOKED_AT, heads_of, place_of
 from phireg.verification.result import Problem
-from phireg.verification.values import UNIT_ROUNDOFF, Float32
 
 _MOST_ELEMENTS = 2**28
 """A weight of more elements over all ranks is only located: looking holds it whole, in float32."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from phireg.dtypes import E4M3_MAX, INT8_MAX
 from phireg.executor import ModelSpec
 from phireg.executor.weights import Source
 from phireg.reader.tensors import layer_prefix
@@ -14,7 +15,7 @@ from phireg.verification.merge import merge
 MOST, LEAST = 2.0, 1 / 16
 """Other inputs than those of the calibration differ, so only what is far from it is noted."""
 
-_ENDS = {"fp8": 448.0, "int8_sq": 127.0}
+_ENDS = {"fp8": E4M3_MAX, "int8_sq": INT8_MAX}
 
 
 class Reach:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from phireg.checkpoint.inspect import Inspection, inspect
 from phireg.checkpoint.manifest import MANIFEST, read_manifest
+from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import SourceError, UsageError
-from phireg.planning.model import DTYPES
 from phireg.planning.plan import plan
 from phireg.planning.report import ranges
 from phireg.reader.schema import KNOWN
@@ -57,8 +57,10 @@ def run(request: Request, progress: Progress | None = None) -> Verification:
 def _validate(request: Request) -> None:
     if unknown := sorted(set(request.checks) - set(CHECKS)):
         raise UsageError(f"unknown check {unknown[0]!r}", hint=f"known: {', '.join(CHECKS)}.")
-    if request.dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {request.dtype!r}", hint=f"known: {', '.join(DTYPES)}.")
+    if request.dtype not in WEIGHT_DTYPES:
+        raise UsageError(
+            f"unknown dtype {request.dtype!r}", hint=f"known: {', '.join(WEIGHT_DTYPES)}."
+        )
     if request.max_tokens is not None and request.max_tokens < 1:
         raise UsageError(
             f"prompts of {request.max_tokens} tokens are not possible", hint="use 1 or more."
@@ -84,7 +86,7 @@ class _Runner:
             request.model_dir,
             family=request.family,
             revision=request.revision,
-            dtype=dtype if isinstance(dtype, str) and dtype in DTYPES else "auto",
+            dtype=dtype if isinstance(dtype, str) and dtype in WEIGHT_DTYPES else "auto",
             tp_size=self.tp_size,
             qformat=qformat,
             kv_cache_dtype=kv_cache_dtype,

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from phireg.conversion.cast import Float32
+from phireg.dtypes import SMALLEST_NORMAL, UNIT_ROUNDOFF, WEIGHT_DTYPES, float32_values
 from phireg.planning.model import Output, Plan
 from phireg.planning.report import ranges
-from phireg.reader.schema import DTYPES
 from phireg.verification.expected import RankFiles
 from phireg.verification.recognise import place_of
 from phireg.verification.result import Problem
-from phireg.verification.values import SMALLEST_NORMAL, UNIT_ROUNDOFF, Float32, float32
 
 _SUFFIX = "_scaling_factor"
 _CACHE, _KEY, _VALUE = (f"{what}_cache{_SUFFIX}" for what in ("kv", "k", "v"))
@@ -22,7 +22,7 @@ def value_problems(files: RankFiles) -> Iterator[Problem]:
     """Scales of any rank that are zero, negative, infinite, not a number or denormal."""
     for rank, header in enumerate(files.headers):
         for name, entry in header.entries.items() if header else ():
-            if not name.endswith(_SUFFIX) or entry.dtype not in DTYPES.values():
+            if not name.endswith(_SUFFIX) or entry.dtype not in WEIGHT_DTYPES.values():
                 continue
             value = read_scale(files, rank, name)
             for what, wrong in _defects(value, SMALLEST_NORMAL[entry.dtype]):
@@ -32,10 +32,10 @@ def value_problems(files: RankFiles) -> Iterator[Problem]:
 
 
 def read_scale(files: RankFiles, rank: int, name: str) -> Float32:
-    """A whole scale in float32; one without dimensions has one element."""
+    """A whole scale in float32_values; one without dimensions has one element."""
     kind = files.kind(rank, name)
     assert kind is not None
-    return float32(files.read(rank, name, 0, int(np.prod(kind[1]))), kind[0])
+    return float32_values(files.read(rank, name, 0, int(np.prod(kind[1]))), kind[0])
 
 
 def _defects(value: Float32, normal: float) -> Iterator[tuple[str, int]]:
@@ -122,7 +122,7 @@ def activation_problems(
         scale = read_scale(files, 0, name)
         ranks = range(plan.options.tp_size)
         vector = np.concatenate([read_scale(files, rank, smoother) for rank in ranks])
-        slack = 2 * UNIT_ROUNDOFF[DTYPES[plan.options.dtype]] + 1e-6
+        slack = 2 * UNIT_ROUNDOFF[WEIGHT_DTYPES[plan.options.dtype]] + 1e-6
         clamped = (vector <= 1e-4 * (1 + slack)) | (vector >= 1e4 * (1 - slack))
         off = np.abs(scale * 127 - 1) > slack
         if off.any() and not clamped.any():

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from phireg.conversion.cast import BITS, Bits, cast, one_thread_each
+from phireg.conversion.cast import Bits, cast, one_thread_each
+from phireg.dtypes import BITS
 from phireg.planning.model import BLOCK_BYTES, Output, Plan, Step, Task, Write, row_bytes
 from phireg.source.source import Reader, SourceTensor
 from phireg.verification.expected import RankFiles, kept_columns

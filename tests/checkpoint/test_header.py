@@ -16,8 +16,9 @@ import xxhash
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from phireg.dtypes import ITEMSIZE
 from phireg.errors import SourceError
-from phireg.files.safetensors import ITEMSIZE, encode_header, read_header
+from phireg.files.safetensors import encode_header, read_header
 
 NUMPY = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "i2", "U16": "u2", "F16": "f2",

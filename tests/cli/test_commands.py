@@ -20,7 +20,6 @@ from damage import (
 from safetensors.numpy import load_file
 
 from phireg.cli import options
-from phireg.planning.model import DTYPES
 from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
 
 Q, KV = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
@@ -44,7 +43,6 @@ def ckpt(tiny, run):
 
 
 def test_choices_are_what_the_core_knows():
-    assert ("auto", *DTYPES) == options.DTYPE_CHOICES
     assert tuple(WEIGHT_ONLY) == options.PRECISION_CHOICES
     assert tuple(SCHEMES) == options.QFORMAT_CHOICES
     assert tuple(KV_CACHES) == options.KV_CACHE_CHOICES

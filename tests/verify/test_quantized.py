@@ -11,9 +11,9 @@ from planted_quantized import CACHE, FC, INPUT, PLANTED, QKV, SCALE, SMOOTH
 from verify_sources import FAMILIES, converted, edit_config, load_ranks, quantized, source
 
 import phireg
+from phireg.dtypes import float32_values
 from phireg.verification.report import render
 from phireg.verification.result import CHECKS, QUICK
-from phireg.verification.values import float32
 
 FORMATS = [
     ("fp8", None), ("fp8", "fp8"), ("int8_sq", None), ("int8_sq", "int8"), ("int8_wo", "int8")
@@ -49,7 +49,7 @@ def test_a_correct_quantized_checkpoint_passes(family, qformat, cache, tp_size):
     assert "quantized" in render(found)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32_values"])
 @pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
 def test_other_dtypes(qformat, dtype):
     directory = quantized("phi3-medium", qformat, None, 2, dtype)
@@ -251,7 +251,7 @@ def test_logits_show_a_wrong_config_of_a_quantized_checkpoint(family, change, pa
 def test_e4m3_values():
     every = torch.arange(256, dtype=torch.int16).to(torch.uint8)
     wanted = every.view(torch.float8_e4m3fn).float().numpy()
-    np.testing.assert_array_equal(float32(every.numpy(), "F8_E4M3"), wanted)
+    np.testing.assert_array_equal(float32_values(every.numpy(), "F8_E4M3"), wanted)
 
 
 def test_json_names_the_tolerances():
