@@ -32,7 +32,7 @@ def value_problems(files: RankFiles) -> Iterator[Problem]:
 
 
 def read_scale(files: RankFiles, rank: int, name: str) -> Float32:
-    """A whole scale in float32_values; one without dimensions has one element."""
+    """A whole scale in float32; one without dimensions has one element."""
     kind = files.kind(rank, name)
     assert kind is not None
     return float32_values(files.read(rank, name, 0, int(np.prod(kind[1]))), kind[0])

@@ -18,7 +18,7 @@ from phireg.errors import OutputError
 from phireg.files.output import OutputDirectory
 
 ROOT = Path(__file__).parents[2]
-VICTIM = Path(__file__).with_name("dir_victim.py")
+VICTIM = Path(__file__).with_name("output_victim.py")
 OLD = {"config.json": '{"architecture": "Old"}', "rank0.safetensors": "old"}
 NEW = {
     "config.json": '{"architecture": "New"}',
