@@ -5,11 +5,31 @@ from __future__ import annotations
 import io
 import signal
 import sys
+from importlib import import_module
+from typing import Any
 
 import click
 
-from phireg.cli.failures import stop
-from phireg.cli.group import LazyGroup
+from phireg.cli.errors import reported, stop
+
+COMMANDS = (
+    "demo",
+    "convert",
+    "quantize",
+    "plan",
+    "explain",
+    "inspect",
+    "verify",
+    "build",
+    "run",
+    "summarize",
+    "postprocess",
+    "families",
+    "plugins",
+    "doctor",
+    "new-plugin",
+)
+"""In the order help shows them; each is ``phireg.cli.NAME:command``, hyphens as underscores."""
 
 EXIT_CODES = """
 \b
@@ -23,25 +43,29 @@ Exit codes:
 """
 
 
+class LazyGroup(click.Group):
+    """A group whose commands are imported one by one, and whose errors end in exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """List the commands in the order of use."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f"phireg.cli.{cmd_name.replace('-', '_')}")
+        command: click.Command = module.command
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; turn an exception into a message and an exit code."""
+        with reported():
+            return super().invoke(ctx)
+
+
 @click.group(
     cls=LazyGroup,
-    commands_in_order=(
-        "demo",
-        "convert",
-        "quantize",
-        "plan",
-        "explain",
-        "inspect",
-        "verify",
-        "build",
-        "run",
-        "summarize",
-        "postprocess",
-        "families",
-        "plugins",
-        "doctor",
-        "new-plugin",
-    ),
     epilog=EXIT_CODES,
     context_settings={
         "help_option_names": ["-h", "--help"],

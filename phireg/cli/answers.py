@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from phireg.cli.text import emit, mute_stdout, printable
-from phireg.errors import OutputError, UsageError
+from phireg.cli.output import emit, emit_generated
+from phireg.errors import UsageError
 
 if TYPE_CHECKING:
     from phireg.executor import Sampling
@@ -118,37 +115,11 @@ def show_stream(
             if token is not None:
                 answer.tokens.append(token)
                 answer.stopped = token in stops
-                show(pieces.push(token))
-        show(pieces.finish())
+                emit_generated(pieces.push(token))
+        emit_generated(pieces.finish())
     finally:
-        show("\n")
+        emit_generated("\n")
     return answer
-
-
-def show(text: str) -> None:
-    """Print text of a model. A terminal is not to obey it; elsewhere it goes as it is.
-
-    Raises:
-        OutputError: standard output cannot take any more (a full disk).
-        BrokenPipeError: its reader has gone.
-    """
-    if not text:
-        return
-    if sys.stdout.isatty():
-        text = "\t".join(map(printable, text.split("\t")))
-    try:
-        click.echo(text, nl=False)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        mute_stdout()
-        raise OutputError(f"cannot write to standard output: {error.strerror}") from error
-
-
-def note(text: str) -> None:
-    """Say something beside the text, where a person sees it."""
-    if sys.stderr.isatty():
-        click.secho(printable(text), err=True, dim=True)
 
 
 def check_input(where: str, ids: Sequence[int], job: Job) -> None:
@@ -220,7 +191,7 @@ def show_answer(job: Job, number: str, prompt: Prompt, answer: Answer) -> None:
         emit(f"{number} {len(prompt.ids or ())} token ids")
     # Without a tokenizer there is no text, only ids.
     text = job.tokenizer.decode(answer.tokens) if job.tokenizer else str(answer.tokens)
-    show(f"{text}\n\n")
+    emit_generated(f"{text}\n\n")
 
 
 def document(

@@ -7,15 +7,22 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import phireg
-from phireg.cli.failures import stopped
-from phireg.cli.options import DTYPE_CHOICES, Directory, FamilyName, json_option
-from phireg.cli.text import columns, counted, emit, emit_json, folded, printable, size
+from phireg.cli.errors import interruptible, warn
+from phireg.cli.options import (
+    DTYPE_CHOICES,
+    Directory,
+    FamilyName,
+    json_option,
+    output_dir_option,
+    overwrite_option,
+    quiet_option,
+)
+from phireg.cli.output import columns, counted, emit, emit_json, printable, size
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import EngineError, UsageError
 
@@ -45,13 +52,7 @@ class _PassingOn(click.Command):
 
 @click.command(cls=_PassingOn)
 @click.argument("checkpoint_dir", type=Directory(), metavar="[CKPT]", required=False)
-@click.option(
-    "--output-dir",
-    type=Directory(),
-    required=True,
-    metavar="DIR",
-    help="The engine to make. It appears complete, or not at all.",
-)
+@output_dir_option("engine")
 @click.option("--max-batch-size", type=_COUNT, metavar="N", help="Rows of a batch at most.")
 @click.option("--max-input-len", type=_COUNT, metavar="N", help="Tokens of a prompt at most.")
 @click.option("--max-output-len", type=_COUNT, metavar="N", help="New tokens at most.")
@@ -83,16 +84,14 @@ class _PassingOn(click.Command):
 )
 @click.option("--family", type=FamilyName(), help="With --dummy-weights: as for convert.")
 @click.option("--dtype", type=click.Choice(DTYPE_CHOICES), help="With --dummy-weights.")
-@click.option(
-    "--overwrite", is_flag=True, help="Replace an existing engine once the new one is complete."
-)
+@overwrite_option("engine")
 @click.option("--print-command", is_flag=True, help="Show what would run, and do not run it.")
 @click.option(
     "--trtllm-version",
     metavar="V",
     help="With --print-command: for this release instead of the installed one.",
 )
-@click.option("--quiet", is_flag=True, help="No output of the builder and no summary.")
+@quiet_option("No output of the builder and no summary.")
 @json_option
 @click.pass_context
 def command(ctx: click.Context, /, **options: Any) -> None:
@@ -125,13 +124,9 @@ def command(ctx: click.Context, /, **options: Any) -> None:
             emit(shlex.join(plan.line))
         return
     _say_notes(plan, quiet=quiet or as_json)
-    before = _identity(plan.output_dir)
-    try:
+    unwritten = f"no engine was written; the builder's output is in {plan.log}"
+    with interruptible(plan.output_dir, lambda: unwritten):
         built = _build(plan, overwrite=overwrite, quiet=quiet)
-    except KeyboardInterrupt as interrupt:
-        whole = _identity(plan.output_dir) != before
-        outcome = f"{plan.output_dir} was already complete" if whole else "no engine was written"
-        raise stopped(interrupt, f"{outcome}; the builder's output is in {plan.log}") from None
     if as_json:
         emit_json(_document(plan, built))
     elif not quiet:
@@ -182,20 +177,11 @@ def _plan(
     return phireg.plan_build(checkpoint_dir, output_dir, asked, version=version)
 
 
-def _identity(directory: Path) -> tuple[int, int] | None:
-    """Which directory a name stands for now; another one once an engine is complete."""
-    try:
-        found = directory.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
 def _say_notes(plan: BuildPlan, *, quiet: bool) -> None:
     """Say what phireg set, so that nothing is set in silence; a JSON document has it too."""
     if not quiet:
         for note in plan.command.notes:
-            click.echo(folded("note: ", note), err=True)
+            warn(note, label="note: ")
 
 
 def _build(plan: BuildPlan, *, overwrite: bool, quiet: bool) -> Built:

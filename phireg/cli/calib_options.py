@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from phireg.cli.options import device_option
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
@@ -75,12 +76,7 @@ def calibration_options(function: _Function) -> _Function:
                 show_default=True,
                 help="Recorded; nothing is drawn.",
             ),
-            click.option(
-                "--device",
-                default="auto",
-                show_default=True,
-                help="auto (a GPU, if any), cpu, cuda, cuda:N.",
-            ),
+            device_option,
             click.option(
                 "--calib-stats",
                 type=click.Path(),

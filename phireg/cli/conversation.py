@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from phireg.cli.answers import Timing, note, show_stream, timed
+from phireg.cli.answers import Timing, show_stream, timed
+from phireg.cli.output import note
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import phireg
-from phireg.cli.failures import stopped
+from phireg.cli.errors import findings_text, interruptible
 from phireg.cli.options import (
-    Directory,
+    allow_overflow_option,
     conversion_options,
     json_option,
     make_plan,
     model_dir_option,
+    output_dir_option,
+    overwrite_option,
+    quiet_option,
 )
+from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json, size
 from phireg.cli.plan import family_text, values_text, warnings_text
-from phireg.cli.progress import progress_bar
-from phireg.cli.text import columns, counted, emit, emit_json, size
 
 if TYPE_CHECKING:
     from phireg.conversion.convert import Converted
@@ -29,47 +30,19 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_dir_option
-@click.option(
-    "--output-dir",
-    type=Directory(),
-    required=True,
-    metavar="DIR",
-    help="The checkpoint to make. It appears complete, or not at all.",
-)
+@output_dir_option("checkpoint")
 @conversion_options
-@click.option(
-    "--overwrite",
-    is_flag=True,
-    help="Replace an existing checkpoint once the new one is complete.",
-)
-@click.option(
-    "--allow-overflow",
-    is_flag=True,
-    help="Let values that do not fit into the dtype become infinite.",
-)
-@click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
+@overwrite_option("checkpoint")
+@allow_overflow_option
+@quiet_option()
 @json_option
 def command(output_dir: str, **options: Any) -> None:
     """Convert a model to a TensorRT-LLM checkpoint.
 
     Everything that can be checked is checked before the first byte is written (see phireg plan).
     """
-    before = identity(output_dir)
-    try:
+    with interruptible(output_dir):
         _convert(output_dir, **options)
-    except KeyboardInterrupt as interrupt:
-        if identity(output_dir) == before:
-            raise
-        raise stopped(interrupt, f"{output_dir} was already complete") from None
-
-
-def identity(directory: str) -> tuple[int, int] | None:
-    """Which directory a name stands for now; another one once a conversion is complete."""
-    try:
-        found = Path(directory).stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _convert(
@@ -88,13 +61,14 @@ def _convert(
     from phireg.planning.model import output_bytes
 
     total = sum(output_bytes(output) for output in plan.outputs)
-    with progress_bar("converting", "flushing to disk", total, quiet=quiet) as progress:
+    with ProgressBars(quiet) as bars:
+        advance = bars.bytes("converting", "flushing to disk")
         converted = phireg.convert(
             plan,
             output_dir,
             overwrite=overwrite,
             allow_overflow=allow_overflow,
-            progress=progress,
+            progress=lambda more: advance(more, total),
         )
     seconds = time.monotonic() - started
     if as_json:
@@ -130,8 +104,6 @@ def _document(plan: Plan, converted: Converted, seconds: float) -> dict[str, Any
 
 
 def _text(plan: Plan, converted: Converted, seconds: float) -> str:
-    from phireg.cli.findings import all_findings_text
-
     ranks = plan.options.tp_size
     others = [name for name in converted.files if not name.endswith(".safetensors")]
     written = sum(converted.files.values())
@@ -144,9 +116,7 @@ def _text(plan: Plan, converted: Converted, seconds: float) -> str:
         ("time", f"{seconds:.1f} s, {size(int(written / max(seconds, 1e-9)))}/s"),
     ]
     findings = (*loss_findings(converted), *plan.findings)
-    return "\n".join(
-        filter(None, (columns(rows), warnings_text(plan), all_findings_text(findings)))
-    )
+    return "\n".join(filter(None, (columns(rows), warnings_text(plan), findings_text(findings))))
 
 
 def loss_findings(converted: Converted) -> list[Finding]:

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from phireg.cli.failures import stopped
+from phireg.cli.errors import stopped, warn
 from phireg.cli.options import Directory, FamilyName, json_option
-from phireg.cli.progress import waiting
-from phireg.cli.text import counted, emit, emit_json, folded, printable, size
+from phireg.cli.output import counted, emit, emit_json, printable, size, spinner
 from phireg.cli.verify import show_verification, verification_document
 from phireg.errors import CheckError
 
@@ -72,7 +71,7 @@ def command(
     if family == _ALL:
         names, problems = demo.families()
         for problem in problems:
-            click.echo(folded("warning: ", problem), err=True)
+            warn(problem)
     models = [demo.find(name) for name in names]
     articles = [demo.article(model, number) for model in models]
     base = Path(output_dir or "phireg-demo")
@@ -109,7 +108,7 @@ def _demonstrate(
         written = size(sum(converted.files.values()))
         emit(f"wrote {written}, {counted(tp_size, 'rank file')}")
         emit(f"\n$ {_broken(commands['verify'])}")
-    with waiting("verifying", quiet=not told):
+    with spinner("verifying", quiet=not told):
         found = demo.verify(model, target)
     if told or (quiet and not found.passed):
         show_verification(found)
@@ -117,7 +116,7 @@ def _demonstrate(
     if found.passed:
         if told:
             emit(f"\n$ {_broken(commands['run'])}")
-        with waiting("summarizing", quiet=not told):
+        with spinner("summarizing", quiet=not told):
             summary = demo.summarize(target, [article])[0]
     if told and summary is not None:
         emit("\n" + _comparison(article, summary, model.scores))

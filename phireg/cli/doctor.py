@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from phireg.cli.options import json_option
-from phireg.cli.text import columns, emit, emit_json
+from phireg.cli.output import ProgressBars, columns, emit, emit_json
 
 if TYPE_CHECKING:
     from phireg.doctor import Part
@@ -26,24 +24,12 @@ def command(as_json: bool) -> None:
     """
     from phireg.doctor import examine
 
-    with _display() as tell:
-        parts = examine(tell)
+    with ProgressBars() as bars:
+        parts = examine(lambda name: bars.spinner(f"looking at {name}"))
     if as_json:
         emit_json({"parts": [asdict(part) for part in parts]})
     else:
         emit(_text(parts))
-
-
-@contextmanager
-def _display() -> Iterator[Callable[[str], None] | None]:
-    """On a terminal say what is being looked at: importing takes a while."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status("looking") as status:
-        yield lambda name: status.update(f"looking at {name}")
 
 
 def _text(parts: Sequence[Part]) -> str:

@@ -10,8 +10,8 @@ import click
 
 import phireg
 from phireg.cli.options import Directory, json_option, make_plan, planning_options
+from phireg.cli.output import columns, dtype_name, emit, emit_json
 from phireg.cli.scales import quantized_text, scale_text
-from phireg.cli.text import columns, dtype_name, emit, emit_json
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from phireg.cli.options import json_option
-from phireg.cli.text import columns, emit, emit_json
+from phireg.cli.output import columns, emit, emit_json
 from phireg.dtypes import WEIGHT_DTYPES
 
 if TYPE_CHECKING:

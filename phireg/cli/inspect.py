@@ -10,8 +10,7 @@ import click
 
 import phireg
 from phireg.cli.options import Directory, json_option
-from phireg.cli.progress import progress_bar
-from phireg.cli.text import columns, counted, dtype_name, emit, emit_json, size
+from phireg.cli.output import ProgressBars, columns, counted, dtype_name, emit, emit_json, size
 from phireg.errors import CheckError
 
 if TYPE_CHECKING:
@@ -33,8 +32,11 @@ def command(checkpoint_dir: str, check: bool, quiet: bool, as_json: bool) -> Non
     is missing, mis-shaped or (with --check) not what was written.
     """
     total = _bytes(checkpoint_dir) if check else 0
-    with progress_bar("checking", "checked", total, quiet=quiet or not check) as progress:
-        found = phireg.inspect(checkpoint_dir, check=check, progress=progress)
+    with ProgressBars(quiet) as bars:
+        advance = bars.bytes("checking", "checked")
+        found = phireg.inspect(
+            checkpoint_dir, check=check, progress=lambda more: advance(more, total)
+        )
     if as_json:
         emit_json(_document(checkpoint_dir, found, check))
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from phireg.cli.options import Directory, json_option
-from phireg.cli.text import columns, emit, emit_json
+from phireg.cli.output import columns, emit, emit_json
 
 
 def _families(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:

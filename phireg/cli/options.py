@@ -1,8 +1,9 @@
-"""Options that several commands share, and the plan they ask for."""
+"""Options that several commands share, their types, and the plan that they ask for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -31,22 +32,22 @@ def compute_dtype(name: str) -> str | None:
 
 
 class Directory(click.types.StringParamType):
-    """A path that the commands themselves look at; a shell completes it with directories."""
+    """A directory, checked by the command itself."""
 
     name = "directory"
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Leave it to the shell."""
+        """Let the shell complete directories."""
         return [CompletionItem(incomplete, type="dir")]
 
 
 class FamilyName(click.types.StringParamType):
-    """A family; which exist is for the registry to say.
+    """The name of a family, checked by the registry.
 
     Args:
-        besides: a word that is accepted too.
+        besides: another word that is accepted.
     """
 
     name = "name"
@@ -57,7 +58,7 @@ class FamilyName(click.types.StringParamType):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """The families that are installed."""
+        """Complete the families that are installed."""
         from phireg import registry
 
         names = [self.besides, *registry.index()]
@@ -65,15 +66,15 @@ class FamilyName(click.types.StringParamType):
 
 
 class QFormat(click.types.StringParamType):
-    """A format of quantized weights, by the name that help, errors and completion give it.
+    """A format of quantized weights, spelled with underscores; hyphens are accepted.
 
-    ``click.Choice`` would give them hyphens, since options are normalized so. Those pass, too.
+    ``click.Choice`` would show hyphens, since option names are normalized so.
     """
 
     name = "qformat"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The name with underscores."""
+        """Return the name with underscores."""
         name = str(value).replace("-", "_")
         if name not in QFORMAT_CHOICES:
             known = ", ".join(map(repr, QFORMAT_CHOICES))
@@ -81,100 +82,50 @@ class QFormat(click.types.StringParamType):
         return name
 
     def get_missing_message(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """What may be given; click 8.1 gives no context."""
+        """List the formats; click 8.1 gives no context."""
         return f"Choose from {', '.join(QFORMAT_CHOICES)}."
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """The formats."""
+        """Complete the formats."""
         return [CompletionItem(name) for name in QFORMAT_CHOICES if name.startswith(incomplete)]
 
 
-model_dir_option = click.option(
-    "--model-dir",
-    type=Directory(),
-    required=True,
-    metavar="DIR|REPO",
-    help="The model: a local directory, or owner/name on the Hugging Face hub.",
-)
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON document instead of text."
-)
+def compose(*decorators: Callable[[_Function], _Function]) -> Callable[[_Function], _Function]:
+    """Combine options into one decorator; help lists them in this order."""
+
+    def decorate(function: _Function) -> _Function:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
 
 
-def source_options(function: _Function) -> _Function:
-    """What decides the plan of a given model, apart from quantization."""
-    for option in reversed(
-        (
-            click.option(
-                "--family",
-                type=FamilyName(),
-                default="auto",
-                show_default=True,
-                help="Family, or DISTRIBUTION:FAMILY; auto decides by config.json.",
-            ),
-            click.option("--revision", metavar="REV", help="Branch, tag or commit on the hub."),
-            click.option(
-                "--dtype",
-                type=click.Choice(DTYPE_CHOICES),
-                default="auto",
-                show_default=True,
-                help="Of the checkpoint; auto keeps the model's, but makes float32 float16.",
-            ),
-            click.option(
-                "--tp-size",
-                type=int,
-                default=1,
-                show_default=True,
-                metavar="N",
-                help="Tensor-parallel ranks.",
-            ),
-            click.option(
-                "--pp-size",
-                type=int,
-                default=1,
-                show_default=True,
-                metavar="N",
-                help="Pipeline stages; only 1 is possible for Phi.",
-            ),
-            click.option(
-                "--moe-tp-size",
-                type=int,
-                metavar="N",
-                help="Ranks that divide each expert of a mixture.  [default: all]",
-            ),
-            click.option(
-                "--moe-ep-size",
-                type=int,
-                metavar="N",
-                help="Ranks that share the experts out.  [default: 1]",
-            ),
-        )
-    ):
-        function = option(function)
-    return function
+def output_dir_option(noun: str) -> Callable[[_Function], _Function]:
+    """``--output-dir``, required."""
+    return click.option(
+        "--output-dir",
+        type=Directory(),
+        required=True,
+        metavar="DIR",
+        help=f"The {noun} to make. It appears complete, or not at all.",
+    )
 
 
-def conversion_options(function: _Function) -> _Function:
-    """What decides the plan of a given model."""
-    for option in reversed(
-        (
-            source_options,
-            click.option(
-                "--use-weight-only",
-                is_flag=True,
-                help="Have TensorRT-LLM's builder quantize the weights.",
-            ),
-            click.option(
-                "--weight-only-precision",
-                type=click.Choice(PRECISION_CHOICES),
-                help=f"With --use-weight-only.  [default: {DEFAULT_PRECISION}]",
-            ),
-        )
-    ):
-        function = option(function)
-    return function
+def overwrite_option(noun: str) -> Callable[[_Function], _Function]:
+    """``--overwrite``."""
+    return click.option(
+        "--overwrite",
+        is_flag=True,
+        help=f"Replace an existing {noun} once the new one is complete.",
+    )
+
+
+def quiet_option(text: str = "No progress bar and no summary.") -> Callable[[_Function], _Function]:
+    """``--quiet``."""
+    return click.option("--quiet", is_flag=True, help=text)
 
 
 def qformat_option(*, required: bool) -> Callable[[_Function], _Function]:
@@ -188,16 +139,126 @@ def qformat_option(*, required: bool) -> Callable[[_Function], _Function]:
     )
 
 
+model_dir_option = click.option(
+    "--model-dir",
+    type=Directory(),
+    required=True,
+    metavar="DIR|REPO",
+    help="The model: a local directory, or owner/name on the Hugging Face hub.",
+)
+family_option = click.option(
+    "--family",
+    type=FamilyName(),
+    default="auto",
+    show_default=True,
+    help="Family, or DISTRIBUTION:FAMILY; auto decides by config.json.",
+)
+revision_option = click.option(
+    "--revision", metavar="REV", help="Branch, tag or commit on the hub."
+)
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto (a GPU, if any), cpu, cuda, cuda:N.",
+)
+report_option = click.option(
+    "--report", type=click.Path(), metavar="HTML", help="Also write a page about it."
+)
+allow_overflow_option = click.option(
+    "--allow-overflow",
+    is_flag=True,
+    help="Let values that do not fit into the dtype become infinite.",
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document instead of text."
+)
 kv_cache_option = click.option(
     "--kv-cache-dtype", type=click.Choice(KV_CACHE_CHOICES), help="Also quantize the KV cache."
 )
+source_options = compose(
+    family_option,
+    revision_option,
+    click.option(
+        "--dtype",
+        type=click.Choice(DTYPE_CHOICES),
+        default="auto",
+        show_default=True,
+        help="Of the checkpoint; auto keeps the model's, but makes float32 float16.",
+    ),
+    click.option(
+        "--tp-size",
+        type=int,
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Tensor-parallel ranks.",
+    ),
+    click.option(
+        "--pp-size",
+        type=int,
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Pipeline stages; only 1 is possible for Phi.",
+    ),
+    click.option(
+        "--moe-tp-size",
+        type=int,
+        metavar="N",
+        help="Ranks that divide each expert of a mixture.  [default: all]",
+    ),
+    click.option(
+        "--moe-ep-size",
+        type=int,
+        metavar="N",
+        help="Ranks that share the experts out.  [default: 1]",
+    ),
+)
+"""What decides the plan of a given model, apart from quantization."""
+
+conversion_options = compose(
+    source_options,
+    click.option(
+        "--use-weight-only",
+        is_flag=True,
+        help="Have TensorRT-LLM's builder quantize the weights.",
+    ),
+    click.option(
+        "--weight-only-precision",
+        type=click.Choice(PRECISION_CHOICES),
+        help=f"With --use-weight-only.  [default: {DEFAULT_PRECISION}]",
+    ),
+)
+"""What decides the plan of a conversion."""
+
+planning_options = compose(conversion_options, qformat_option(required=False), kv_cache_option)
+"""What decides the plan of a conversion or a quantization."""
 
 
-def planning_options(function: _Function) -> _Function:
-    """What decides the plan of a conversion or a quantization."""
-    for option in (kv_cache_option, qformat_option(required=False), conversion_options):
-        function = option(function)
-    return function
+def check_file(path: Path, option: str) -> Path:
+    """Check before the work that a file can be written after it.
+
+    Args:
+        path: the file; its directory must exist.
+        option: the option that names it.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: its directory does not exist.
+        OutputError: it is a directory, or there is no permission.
+    """
+    from phireg.calibration.calibrate import check_writable
+
+    if not path.absolute().parent.is_dir():
+        raise UsageError(
+            f"{option} {path}: no such directory: {path.parent}",
+            hint=f"make it first, or give {option} another place.",
+        )
+    check_writable(path, option)
+    return path
 
 
 def make_plan(
@@ -208,7 +269,7 @@ def make_plan(
     qformat: str | None = None,
     **options: Any,
 ) -> Plan:
-    """Plan what :func:`conversion_options` or :func:`planning_options` describe.
+    """Plan what ``conversion_options`` or ``planning_options`` describe.
 
     Raises:
         UsageError: a precision without the flag that it belongs to, or that flag with a format.
@@ -223,8 +284,7 @@ def make_plan(
     if use_weight_only and qformat:
         raise UsageError(
             f"--use-weight-only and --qformat {qformat} exclude each other",
-            hint="--use-weight-only is what convert takes, --qformat what quantize takes; leave "
-            "one of them out.",
+            hint="--use-weight-only is an option of convert, --qformat of quantize; leave one out.",
         )
 
     precision = weight_only_precision or DEFAULT_PRECISION

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from phireg.cli.errors import findings_text
 from phireg.cli.options import json_option, make_plan, model_dir_option, planning_options
+from phireg.cli.output import columns, counted, emit, emit_json, memory, size
 from phireg.cli.scales import format_text, pass_text, scale_rows
-from phireg.cli.text import columns, counted, emit, emit_json, memory, size
 from phireg.errors import PlanError
 
 if TYPE_CHECKING:
@@ -62,14 +63,12 @@ def warnings_text(plan: Plan) -> str:
 
 
 def _text(plan: Plan) -> str:
-    from phireg.cli.findings import all_findings_text
-
     rows = [("family", f"{family_text(plan)}, plugin API {plan.chosen.family.api}")]
     rows += _problem_rows(plan) if plan.errors else _rows(plan)
     parts = (
         columns(rows),
         warnings_text(plan),
-        all_findings_text(plan.findings),
+        findings_text(plan.findings),
     )
     return "\n".join(filter(None, parts))
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import phireg
-from phireg.cli.failures import stopped
+from phireg.cli.errors import interruptible
 from phireg.cli.options import Directory, FamilyName, json_option
-from phireg.cli.progress import progress_bar
-from phireg.cli.text import columns, counted, emit, emit_json, size
+from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json, size
 from phireg.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
@@ -79,23 +77,10 @@ def command(
             "--overwrite is of --output-dir, which is not given",
             hint="leave it out: without --output-dir CKPT itself is replaced.",
         )
-    before = _identity(output_dir or checkpoint_dir)
-    try:
+    with interruptible(output_dir or checkpoint_dir):
         _postprocess(
             checkpoint_dir, output_dir, in_source_order, overwrite, quiet, as_json, options
         )
-    except KeyboardInterrupt as interrupt:
-        if _identity(output_dir or checkpoint_dir) == before:
-            raise
-        raise stopped(interrupt, f"{output_dir or checkpoint_dir} was already complete") from None
-
-
-def _identity(directory: str) -> int | None:
-    """Which directory a name stands for now; another one once the new one is complete."""
-    try:
-        return Path(directory).stat().st_ino
-    except OSError:
-        return None
 
 
 def _check(place: str, quiet: bool, as_json: bool, options: dict[str, Any]) -> None:
@@ -122,13 +107,14 @@ def _postprocess(
 
     started = time.monotonic()
     total = phireg.postprocess_bytes(place)
-    with progress_bar("post-processing", "flushing to disk", total, quiet=quiet) as progress:
+    with ProgressBars(quiet) as bars:
+        advance = bars.bytes("post-processing", "flushing to disk")
         made = phireg.postprocess(
             place,
             output_dir,
             in_source_order=in_source_order,
             overwrite=overwrite,
-            progress=progress,
+            progress=lambda more: advance(more, total),
             **options,
         )
     seconds = time.monotonic() - started

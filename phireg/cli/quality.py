@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from phireg.cli.text import columns
+from phireg.cli.output import columns
 
 if TYPE_CHECKING:
     from phireg.quality.result import LinearQuality, Quality

@@ -11,20 +11,22 @@ import click
 
 import phireg
 from phireg.cli.calib_options import DATA_OPTIONS, calibration_options, make_settings
-from phireg.cli.convert import identity
-from phireg.cli.failures import stopped
+from phireg.cli.errors import findings_text, interruptible
 from phireg.cli.options import (
-    Directory,
+    allow_overflow_option,
+    check_file,
     json_option,
     kv_cache_option,
     model_dir_option,
+    output_dir_option,
+    overwrite_option,
     qformat_option,
+    quiet_option,
+    report_option,
     source_options,
 )
-from phireg.cli.outputs import check_file
+from phireg.cli.output import ProgressBars, emit, emit_json, printable
 from phireg.cli.quantized import Done, done_document, done_text
-from phireg.cli.stages import Stages
-from phireg.cli.text import emit, emit_json, printable
 from phireg.errors import CheckError, PhiregError, SourceError, UsageError
 
 if TYPE_CHECKING:
@@ -38,13 +40,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_dir_option
-@click.option(
-    "--output-dir",
-    type=Directory(),
-    required=True,
-    metavar="DIR",
-    help="The checkpoint to make. It appears complete, or not at all.",
-)
+@output_dir_option("checkpoint")
 @qformat_option(required=True)
 @kv_cache_option
 @click.option(
@@ -54,23 +50,15 @@ if TYPE_CHECKING:
 )
 @source_options
 @calibration_options
-@click.option(
-    "--overwrite",
-    is_flag=True,
-    help="Replace an existing checkpoint once the new one is complete.",
-)
-@click.option(
-    "--allow-overflow",
-    is_flag=True,
-    help="Let values that do not fit into the dtype become infinite.",
-)
+@overwrite_option("checkpoint")
+@allow_overflow_option
 @click.option(
     "--measure/--no-measure",
     default=None,
     help="Compare with the unquantized model.  [default: if that takes minutes at most]",
 )
-@click.option("--report", type=click.Path(), metavar="HTML", help="Also write a page about it.")
-@click.option("--quiet", is_flag=True, help="No progress bars and no summary.")
+@report_option
+@quiet_option("No progress bars and no summary.")
 @json_option
 def command(output_dir: str, **options: Any) -> None:
     """Quantize a model to a TensorRT-LLM checkpoint.
@@ -78,14 +66,9 @@ def command(output_dir: str, **options: Any) -> None:
     Everything that can be checked is checked before calibration starts. The statistics are kept,
     so that another format, or another attempt, need not calibrate again.
     """
-    before = identity(output_dir)
     run = _Run(Path(output_dir), **options)
-    try:
+    with interruptible(output_dir, lambda: f"nothing was written{run.kept()}"):
         run.start()
-    except KeyboardInterrupt as interrupt:
-        if identity(output_dir) != before:
-            raise stopped(interrupt, f"{output_dir} was already complete") from None
-        raise stopped(interrupt, f"nothing was written{run.kept()}") from None
 
 
 class _Run:
@@ -126,7 +109,7 @@ class _Run:
         settings = make_settings(**data)
         plan = phireg.plan(**self.options)
         self.check(plan, settings)
-        with Stages(self.quiet) as stages:
+        with ProgressBars(self.quiet) as stages:
             converted = self.write(plan, settings, stages)
             found = self.measure(plan, settings, stages)
         if found is not None and self.report is not None:
@@ -174,7 +157,7 @@ class _Run:
 
             pick_device(settings.device)
 
-    def write(self, plan: Plan, settings: Settings, stages: Stages) -> Converted:
+    def write(self, plan: Plan, settings: Settings, stages: ProgressBars) -> Converted:
         """Calibrate if need be, and export."""
         from phireg.conversion.scales import bytes_read
 
@@ -182,13 +165,13 @@ class _Run:
 
         def statistics() -> Statistics:
             begun = time.monotonic()
-            stages.waiting("preparing the calibration")
+            stages.spinner("preparing the calibration")
             self.calibrated = phireg.calibrate(
                 plan,
                 file,
                 settings,
                 required=self.stats is not None,
-                progress=stages.counting("calibrating", "tokens x layers"),
+                progress=stages.count("calibrating", "tokens x layers"),
                 tell=self.teller(plan, stages),
             )
             stages.close()
@@ -204,7 +187,7 @@ class _Run:
                 self.output_dir,
                 statistics,
                 alpha=self.alpha,
-                progress=stages.exporting(bytes_read(plan, self.alpha), total),
+                progress=_export_progress(stages, bytes_read(plan, self.alpha), total),
                 **self.how,
             )
         except PhiregError as error:
@@ -212,9 +195,8 @@ class _Run:
         stages.close()
         return converted
 
-    def teller(self, plan: Plan, stages: Stages) -> Callable[[str], None]:
+    def teller(self, plan: Plan, stages: ProgressBars) -> Callable[[str], None]:
         """What tells the calibration's choices; warnings come first, before anybody waits."""
-        from phireg.cli.findings import findings_text
         from phireg.findings import Severity
 
         warnings = findings_text(plan.findings, Severity.WARNING)
@@ -228,7 +210,7 @@ class _Run:
 
         return tell
 
-    def measure(self, plan: Plan, settings: Settings, stages: Stages) -> Quality | None:
+    def measure(self, plan: Plan, settings: Settings, stages: ProgressBars) -> Quality | None:
         """The report's numbers; None if there are none, and then why."""
         from phireg.device import pick_device
         from phireg.quality import run
@@ -248,7 +230,7 @@ class _Run:
                 self.output_dir,
                 settings,
                 provenance=provenance,
-                progress=stages.counting("measuring", "layers"),
+                progress=stages.count("measuring", "layers"),
             )
         except PhiregError as error:
             if self.wanted is None and isinstance(error, SourceError | CheckError):
@@ -270,3 +252,20 @@ class _Run:
         if self.calibrated is None or self.calibrated.reused:
             return ""
         return f"{before}the calibration statistics are kept in {self.calibrated.file}"
+
+
+def _export_progress(bars: ProgressBars, scales: int, total: int) -> Callable[[int], None]:
+    """Show two bars: of the bytes read for the scales, which come first, and of those written."""
+    reading = bars.bytes("computing scales", "scales")
+    writing = bars.bytes("writing", "flushing to disk")
+    done = 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        if done < scales:
+            reading(more, scales)
+        else:
+            writing(more, total - scales)
+        done += more
+
+    return advance

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phireg.cli.convert import loss_findings
+from phireg.cli.errors import findings_text
+from phireg.cli.output import columns, counted, size
 from phireg.cli.plan import family_text, warnings_text
 from phireg.cli.quality import quality_document, quality_text
 from phireg.cli.scales import format_text
-from phireg.cli.text import columns, counted, size
 
 if TYPE_CHECKING:
     from phireg.calibration.calibrate import Calibrated
@@ -48,7 +49,6 @@ class Done:
 
 def done_text(done: Done) -> str:
     """The summary."""
-    from phireg.cli.findings import all_findings_text
     from phireg.findings import Severity
 
     plan, files = done.plan, done.converted.files
@@ -76,7 +76,7 @@ def done_text(done: Done) -> str:
         columns(rows),
         quality_text(done.quality) if done.quality else "",
         warnings_text(done.plan),
-        all_findings_text((*loss_findings(done.converted), *untold)),
+        findings_text((*loss_findings(done.converted), *untold)),
     )
     return "\n".join(filter(None, parts))
 

@@ -20,17 +20,13 @@ from phireg.cli.answers import (
     check_input,
     document,
     new_tokens,
-    note,
-    show,
     show_answer,
     show_stream,
     timed,
 )
-from phireg.cli.failures import stopped
-from phireg.cli.options import COMPUTE_DTYPES, Directory, compute_dtype, json_option
-from phireg.cli.progress import waiting
-from phireg.cli.text import emit_json
-from phireg.cli.where import check_processes, check_starter, chosen
+from phireg.cli.errors import stopped
+from phireg.cli.options import COMPUTE_DTYPES, Directory, compute_dtype, device_option, json_option
+from phireg.cli.output import emit_generated, emit_json, note, spinner
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
@@ -103,9 +99,7 @@ _DEFAULT_BATCH = 8
 @click.option(
     "--tokenizer-dir", type=Directory(), metavar="DIR", help="[default: where the model is]"
 )
-@click.option(
-    "--device", default="auto", show_default=True, help="auto (a GPU, if any), cpu, cuda, cuda:N."
-)
+@device_option
 @click.option(
     "--dtype",
     "--data-type",
@@ -146,8 +140,8 @@ def command(
     from phireg.generation import Options, describe, follow, process_rank
     from phireg.generation.choose import check_kind
 
-    name, directory = chosen(place, backend, engine_dir, model_dir)
-    check_starter(name)
+    name, directory = _chosen(place, backend, engine_dir, model_dir)
+    _check_starter(name)
     how = Options(device, compute_dtype(dtype), offload)
     rank, processes = process_rank(name)
     if rank > 0:
@@ -156,9 +150,9 @@ def command(
         follow(name, directory, how)
         return
     check_kind(name, directory)
-    with waiting(_LOADING, quiet=False):
+    with spinner(_LOADING):
         model = describe(name, directory, how)
-    check_processes(name, directory, model, tp, processes)
+    _check_processes(name, directory, model, tp, processes)
     _check_options(**options)
     if tp and tp > processes:
         from phireg.generation.processes import run_processes
@@ -274,7 +268,7 @@ def _run(
         elif len(inputs) == 1 and job.tokenizer is not None:
             if num_beams > 1:
                 ((((answer,), timing)),) = batches(backend, job, inputs, size)
-                show(job.tokenizer.decode(answer.tokens) + "\n")
+                emit_generated(job.tokenizer.decode(answer.tokens) + "\n")
             else:
                 timing = Timing()
                 steps = backend.stream(inputs, new_tokens(job, inputs), job.stops, job.sampling)
@@ -295,7 +289,7 @@ def _opened(name: str, directory: Path, how: Options) -> Iterator[Backend]:
     from phireg.generation import open_backend
 
     with ExitStack() as stack:
-        with waiting(_LOADING, quiet=False):
+        with spinner(_LOADING):
             backend = stack.enter_context(open_backend(name, directory, how))
         yield backend
 
@@ -373,3 +367,93 @@ def _prompts(texts: Sequence[str], input_file: str | None) -> list[Prompt]:
             f"standard input is not UTF-8 text (byte {error.start})", hint="convert it to UTF-8."
         ) from None
     return [Prompt("standard input", text.rstrip("\r\n"))]
+
+
+def _chosen(
+    place: str | None, backend: str | None, engine_dir: str | None, model_dir: str | None
+) -> tuple[str, Path]:
+    """The backend's name and the directory that it is to run.
+
+    Raises:
+        UsageError: there is no directory or more than one, or its option is for another backend.
+    """
+    from phireg.generation.choose import default_backend
+
+    ways = (("the argument", place), ("--engine-dir", engine_dir), ("--model-dir", model_dir))
+    given = [(way, path) for way, path in ways if path is not None]
+    if not given:
+        raise UsageError("there is nothing to run", hint="give a checkpoint or an engine.")
+    if len(given) > 1:
+        raise UsageError(
+            f"{' and '.join(way for way, _ in given)} name one directory each, and only one is run",
+            hint="give the one that the backend runs.",
+        )
+    ((way, path),) = given
+    meant = {"--engine-dir": "tensorrt-llm", "--model-dir": "hf"}.get(way)
+    if meant and backend and backend != meant:
+        raise UsageError(
+            f"{way} is for backend {meant}, not for {backend}",
+            hint=f"leave out --backend, or give the directory without {way}.",
+        )
+    return backend or meant or default_backend(Path(path)), Path(path)
+
+
+def _check_starter(backend: str) -> None:
+    """Refuse processes that were started by what the backend does not use.
+
+    Raises:
+        UsageError: they were, and this is rank 0; the others end in silence.
+    """
+    from phireg.generation.choose import check_starter
+
+    rank, wrong = check_starter(backend)
+    if wrong and rank > 0:
+        raise click.exceptions.Exit(0)  # rank 0 says why; a failure here might end it before
+    if wrong:
+        raise UsageError(
+            f"this process was {wrong}",
+            hint="mpirun -n N phireg run ENGINE ...  or  torchrun --nproc-per-node N -m phireg run "
+            "CKPT ...",
+        )
+
+
+def _check_processes(
+    backend: str, directory: Path, model: Description, tp: int | None, processes: int
+) -> None:
+    """Refuse a number of processes that cannot run the model.
+
+    Args:
+        backend: its name.
+        directory: what it is to run.
+        model: what the directory says.
+        tp: how many processes are to be started.
+        processes: how many were started.
+
+    Raises:
+        UsageError: says how to start it.
+    """
+    ranks = model.tp_size
+    made = f"{directory} was made for {ranks} rank(s)"
+    if tp and backend != "executor":
+        raise UsageError(
+            f"--tp starts processes for backend executor, not for {backend}",
+            hint=f"{model.start} phireg run {directory} ..." if model.start else "leave it out.",
+        )
+    if tp and tp != ranks:
+        raise UsageError(
+            f"--tp {tp}, but {made}",
+            hint=f"use --tp {ranks}, or convert the model again with --tp-size {tp}.",
+        )
+    if processes in model.processes:
+        return
+    if not model.start:
+        raise UsageError(
+            f"{processes} processes were started, and backend {backend} runs in one",
+            hint="start it without torchrun.",
+        )
+    alone = ", or one process for all ranks" if 1 in model.processes and ranks > 1 else ""
+    started = "1 process was" if processes == 1 else f"{processes} processes were"
+    raise UsageError(
+        f"{started} started, but {made}",
+        hint=f"{model.start} phireg run {directory} ...{alone}",
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from phireg.cli.text import counted, dtype_name, size
+from phireg.cli.output import counted, dtype_name, size
 
 if TYPE_CHECKING:
     from phireg.planning.model import Output, Plan

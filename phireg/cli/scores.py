@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from phireg.cli.text import columns, counted, emit, memory
+from phireg.cli.output import columns, counted, emit, memory
 
 if TYPE_CHECKING:
     from phireg.summarization.result import BackendResult, Summarization

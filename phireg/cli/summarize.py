@@ -10,13 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from phireg.cli.answers import note
-from phireg.cli.failures import stopped
-from phireg.cli.options import COMPUTE_DTYPES, Directory, compute_dtype, json_option
-from phireg.cli.outputs import check_file
-from phireg.cli.progress import count_bar
+from phireg.cli.errors import stopped
+from phireg.cli.options import (
+    COMPUTE_DTYPES,
+    Directory,
+    check_file,
+    compute_dtype,
+    device_option,
+    json_option,
+    quiet_option,
+    report_option,
+)
+from phireg.cli.output import ProgressBars, emit_json, note
 from phireg.cli.task_options import THRESHOLD, task_options
-from phireg.cli.text import emit_json
 from phireg.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
@@ -60,9 +66,7 @@ _COUNT = click.IntRange(min=1)
     show_default=True,
     help="What the source model computes in; auto is its own.",
 )
-@click.option(
-    "--device", default="auto", show_default=True, help="auto (a GPU, if any), cpu, cuda, cuda:N."
-)
+@device_option
 @click.option(
     "--offload/--no-offload",
     default=None,
@@ -74,7 +78,7 @@ _COUNT = click.IntRange(min=1)
     metavar="N",
     help="Executor: start N processes through torchrun, one for each rank.",
 )
-@click.option("--report", type=click.Path(), metavar="HTML", help="Also write a page about it.")
+@report_option
 @click.option(
     "--results",
     type=click.Path(),
@@ -82,7 +86,7 @@ _COUNT = click.IntRange(min=1)
     help="Keep results as they come; a killed run goes on from it.  [default: beside --report]",
 )
 @click.option("--overwrite", is_flag=True, help="Start anew, whatever --results holds.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@quiet_option("No progress bar.")
 @json_option
 def command(as_json: bool, quiet: bool, report: str | None, **options: Any) -> None:
     """Summarize articles with backends and score them by ROUGE.
@@ -305,12 +309,14 @@ def _run(
     for one in contestants:
         check_fits(one, task.samples, settings)
     told = identity(contestants, task, digests=results_path is not None)
-    total = len(contestants) * len(task.samples)
+    total = len(task.samples)
     with (
         open_results(results_path, told, overwrite=overwrite) as results,
-        count_bar("articles", total, quiet=quiet) as advance,
+        ProgressBars(quiet) as bars,
     ):
-        found = evaluate(contestants, task, results, advance)
+        found = evaluate(
+            contestants, task, results, lambda name, more: bars.count(name, "articles")(more, total)
+        )
     return Summarization(
         data.name,
         data.note,

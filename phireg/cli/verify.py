@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import phireg
-from phireg.cli.options import Directory, FamilyName, json_option, model_dir_option
-from phireg.cli.outputs import check_file
-from phireg.cli.stages import Stages
-from phireg.cli.text import emit, emit_json, printable
+from phireg.cli.options import (
+    Directory,
+    check_file,
+    family_option,
+    json_option,
+    model_dir_option,
+    quiet_option,
+    report_option,
+    revision_option,
+)
+from phireg.cli.output import ProgressBars, emit, emit_json, printable
 from phireg.errors import CheckError
 
 if TYPE_CHECKING:
@@ -25,14 +32,8 @@ _PIPE_WIDTH = 80
 @click.command()
 @click.argument("checkpoint_dir", type=Directory(), metavar="CKPT")
 @model_dir_option
-@click.option(
-    "--family",
-    type=FamilyName(),
-    default="auto",
-    show_default=True,
-    help="Family, or DISTRIBUTION:FAMILY; auto decides by config.json.",
-)
-@click.option("--revision", metavar="REV", help="Branch, tag or commit on the hub.")
+@family_option
+@revision_option
 @click.option("--quick", is_flag=True, help="Stop before anything is computed.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda.")
 @click.option(
@@ -48,8 +49,8 @@ _PIPE_WIDTH = 80
     metavar="N",
     help="Longest prompt.  [default: what crosses the model's thresholds, within a budget]",
 )
-@click.option("--report", type=click.Path(), metavar="HTML", help="Also write a page about it.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@report_option
+@quiet_option("No progress bar.")
 @json_option
 def command(
     checkpoint_dir: str,
@@ -69,11 +70,11 @@ def command(
     from phireg.verification.result import CHECKS, QUICK
 
     page = None if report is None else check_file(Path(report), "--report")
-    with Stages(quiet) as stages:
+    with ProgressBars(quiet) as bars:
         advance = {
-            "weights": stages.reading("comparing bytes", "comparing"),
-            "logits": stages.counting("comparing logits", "layers"),
-            "ranks": stages.counting("comparing ranks", "layers"),
+            "weights": bars.bytes("comparing bytes", "comparing"),
+            "logits": bars.count("comparing logits", "layers"),
+            "ranks": bars.count("comparing ranks", "layers"),
         }
         found = phireg.verify(
             checkpoint_dir,

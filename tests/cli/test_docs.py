@@ -8,7 +8,7 @@ import click
 import pytest
 
 from phireg import errors
-from phireg.cli import app
+from phireg.cli import COMMANDS, app
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,7 +16,7 @@ TEXT = (ROOT / "docs" / "command-line.md").read_text()
 SECTIONS = dict(re.findall(r"^## ([\w-]+)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
 
 
-@pytest.mark.parametrize("name", app.commands_in_order)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_options(name):
     command = app.get_command(click.Context(app), name)
     assert f"phireg {name}" in TEXT

@@ -71,9 +71,9 @@ def test_the_end_of_the_turn_stops_whatever_generation_config_says():
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch):
-    from phireg.cli.failures import stop
+    from phireg.cli.errors import stop
 
-    monkeypatch.setattr("phireg.cli.failures._last_stop", float("-inf"))
+    monkeypatch.setattr("phireg.cli.errors._last_stop", float("-inf"))
     turns = []
 
     class Backend:

@@ -1,0 +1,143 @@
+"""Errors and findings of commands: messages on stderr, exit codes, Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from phireg.cli.output import columns, counted, folded, mute_stdout
+from phireg.errors import PhiregError
+from phireg.findings import Finding, Severity
+
+DEBUG = "PHIREG_DEBUG"
+"""Environment variable: with a value, a defect shows its traceback."""
+
+CLOSED_PIPE = 128 + signal.SIGPIPE
+_PATIENCE_S = 2.0
+
+
+class Stopped(KeyboardInterrupt):
+    """Raised in the main thread when SIGINT or SIGTERM arrived."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+_last_stop = -_PATIENCE_S
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """Signal handler: unwind the main thread, cleaning up on the way.
+
+    A second signal within a moment is ignored: it must not cut the cleaning short.
+    """
+    global _last_stop
+    now = time.monotonic()
+    if now - _last_stop >= _PATIENCE_S:
+        _last_stop = now
+        raise Stopped(number)
+
+
+def warn(message: str, label: str = "warning: ") -> None:
+    """Print a warning to stderr."""
+    click.echo(folded(label, message), err=True)
+
+
+def failed(message: str, exit_code: int, label: str = "error: ") -> click.exceptions.Exit:
+    """Print what went wrong to stderr; return the exception that ends the process."""
+    text = folded(label, message)
+    click.echo(click.style(label, fg="red", bold=True) + text[len(label) :], err=True)
+    return click.exceptions.Exit(exit_code)
+
+
+def stopped(interrupt: KeyboardInterrupt, outcome: str) -> click.exceptions.Exit:
+    """Print that a signal ended the run, and what became of the output."""
+    number = getattr(interrupt, "number", signal.SIGINT)
+    word = "terminated" if number == signal.SIGTERM else "interrupted"
+    return failed(f"{word}; {outcome}", 128 + number, label="")
+
+
+@contextmanager
+def interruptible(
+    output_dir: str | Path, unwritten: Callable[[], str] = lambda: "nothing was written"
+) -> Iterator[None]:
+    """On Ctrl-C report whether the output directory was already complete.
+
+    Args:
+        output_dir: appears, or is replaced, at the very end of what runs inside.
+        unwritten: returns the message where it did not.
+    """
+    before = _identity(output_dir)
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        complete = _identity(output_dir) != before
+        outcome = f"{output_dir} was already complete" if complete else unwritten()
+        raise stopped(interrupt, outcome) from None
+
+
+def _identity(directory: str | Path) -> tuple[int, int] | None:
+    try:
+        status = Path(directory).stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn whatever is raised inside into a message and an exit code."""
+    try:
+        yield
+    except (click.exceptions.Exit, click.ClickException, click.Abort):
+        raise
+    except PhiregError as error:
+        raise failed(str(error), error.exit_code) from None
+    except KeyboardInterrupt as interrupt:
+        raise stopped(interrupt, "nothing was written") from None
+    except BrokenPipeError:
+        mute_stdout()
+        raise click.exceptions.Exit(CLOSED_PIPE) from None
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            click.echo(traceback.format_exc(), err=True)
+        raise failed(
+            f"{type(error).__name__}: {error}\n  this is a defect in phireg, not in your input; "
+            f"please report it with the traceback that {DEBUG}=1 shows.",
+            PhiregError.exit_code,
+            label="internal error: ",
+        ) from None
+
+
+def findings_text(findings: Iterable[Finding], *severities: Severity) -> str:
+    """List findings under a heading for each severity, layers folded.
+
+    Args:
+        findings: of a plan.
+        severities: which of them; all, the worst first, if none is named.
+    """
+    findings = tuple(findings)
+    parts = []
+    for severity in severities or Severity:
+        if chosen := [finding for finding in findings if finding.severity is severity]:
+            parts += [counted(len(chosen), severity.value), columns(_rows(chosen), indent=2)]
+    return "\n".join(parts)
+
+
+def _rows(findings: Iterable[Finding]) -> Iterator[tuple[str, str]]:
+    from phireg.planning.report import fold
+
+    for finding, count in fold(findings):
+        subject = f"{finding.subject}: " if finding.subject else ""
+        times = f"  ({count} of them)" if count > 1 else ""
+        where = f"  [{finding.where}]" if finding.where else ""
+        yield finding.code, f"{subject}{finding.detail}{times}{where}"

@@ -1,0 +1,305 @@
+"""Output of commands: text and tables, JSON, and progress on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import shutil
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from phireg.dtypes import WEIGHT_DTYPES
+from phireg.errors import OutputError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_NARROWEST = 24
+
+
+def printable(text: str) -> str:
+    """Escape control characters: names and texts in a model may hold anything."""
+    text = _CONTROL.sub(lambda match: ascii(match.group())[1:-1], text)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def emit(text: str, *, styled: bool = False) -> None:
+    """Print lines to standard output.
+
+    Args:
+        text: without the last line's end.
+        styled: whether it is escaped already, and styled by :func:`columns` or click.
+
+    Raises:
+        OutputError: standard output cannot take any more (a full disk).
+        BrokenPipeError: its reader has gone.
+    """
+    _write(f"{text if styled else printable(text)}\n")
+
+
+def emit_generated(text: str) -> None:
+    """Print text that a model wrote, escaped on a terminal only; raises as :func:`emit`."""
+    if text:
+        _write("\t".join(map(printable, text.split("\t"))) if sys.stdout.isatty() else text)
+
+
+def _write(text: str) -> None:
+    try:
+        click.echo(text, nl=False)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        mute_stdout()
+        raise OutputError(f"cannot write to standard output: {error.strerror}") from error
+
+
+def mute_stdout() -> None:
+    """Discard what is still buffered, so that the interpreter does not complain at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def note(text: str) -> None:
+    """Print a remark to stderr if that is a terminal."""
+    if sys.stderr.isatty():
+        click.secho(printable(text), err=True, dim=True)
+
+
+def emit_json(document: Any) -> None:
+    """Print a JSON document; paths, dataclasses and infinite numbers become what JSON has."""
+    import json
+
+    emit(json.dumps(_plain(document), indent=2))
+
+
+def _plain(value: Any) -> Any:
+    """Replace numbers that are not finite by None, dataclasses by mappings, paths by strings."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value):
+        names = (field.name for field in dataclasses.fields(value))
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Set):
+        return sorted(map(_plain, value))
+    return value
+
+
+class Styled(str):
+    """A cell of :func:`columns` with click's styles, which only a terminal shows."""
+
+    style: dict[str, Any]
+
+    def __new__(cls, text: str, **style: Any) -> Styled:
+        """Add styles, for example ``Styled("failed", fg="red", bold=True)``."""
+        cell = super().__new__(cls, text)
+        cell.style = style
+        return cell
+
+
+def columns(rows: Iterable[Sequence[str]], *, indent: int = 0, right: Sequence[int] = ()) -> str:
+    """Align rows of cells.
+
+    On a terminal the last column is folded to fit; elsewhere every row stays one line.
+
+    Args:
+        rows: cells, equally many in each row; if one is styled, all of them must be printable.
+        indent: spaces before each line.
+        right: the columns to align at their right edge.
+    """
+    cells = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in cells), strict=True)]
+    lines = []
+    for *first, last in cells:
+        padded = [
+            _styled(cell, cell.rjust(width) if n in right else cell.ljust(width))
+            for n, (cell, width) in enumerate(zip(first, widths, strict=True))
+        ]
+        head = " " * indent + "".join(f"{cell}  " for cell in padded)
+        blank = " " * (indent + sum(width + 2 for width in widths))
+        spaces = last[: len(last) - len(last.lstrip(" "))]
+        text = _fold(last.lstrip(" "), blank + spaces, blank + spaces, sys.stdout)
+        body = "\n".join(_styled(last, line) for line in text[len(blank) :].split("\n"))
+        lines.append((head + body).rstrip())
+    return "\n".join(lines)
+
+
+def _styled(cell: str, text: str) -> str:
+    return click.style(text, **cell.style) if isinstance(cell, Styled) else text
+
+
+def folded(label: str, text: str) -> str:
+    """An error message after its label; its lines are folded if stderr is a terminal."""
+    first, *others = printable(text).split("\n")
+    lines = [_fold(first, label, " " * len(label), sys.stderr)]
+    for line in others:
+        start = line[: len(line) - len(line.lstrip())]
+        lines.append(_fold(line.lstrip(), start, f"{start}  ", sys.stderr))
+    return "\n".join(lines)
+
+
+def _fold(text: str, start: str, others: str, stream: TextIO) -> str:
+    if not stream.isatty():
+        return (start + text).rstrip()
+    width = max(shutil.get_terminal_size().columns, len(others) + _NARROWEST)
+    return (
+        textwrap.fill(
+            text,
+            width,
+            initial_indent=start,
+            subsequent_indent=others,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        or start.rstrip()
+    )
+
+
+def size(count: int) -> str:
+    """Bytes of files, in decimal units as disks are sold and tools show them."""
+    if count < 1000:
+        return f"{count} bytes"
+    value = float(count)
+    for unit in ("kB", "MB", "GB"):
+        value /= 1000
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+    return f"{value / 1000:.3g} TB"
+
+
+def memory(count: int) -> str:
+    """Bytes of memory, in binary units."""
+    return f"{count / 2**20:,.4g} MiB"
+
+
+def dtype_name(code: str) -> str:
+    """A safetensors dtype code by TensorRT-LLM's name, where it has one."""
+    return {code: name for name, code in WEIGHT_DTYPES.items()}.get(code, code)
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+@contextmanager
+def spinner(doing: str, *, quiet: bool = False) -> Iterator[None]:
+    """Show a spinner on stderr if it is a terminal; nothing else may be printed meanwhile."""
+    with ProgressBars(quiet) as bars:
+        bars.spinner(doing)
+        yield
+
+
+class ProgressBars:
+    """One bar or spinner after the other on stderr, opened by the first report of its stage.
+
+    A context manager; its reports may come from any thread. Nothing is shown where ``quiet`` is
+    set or stderr is not a terminal.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._shown = sys.stderr.isatty() and not quiet
+        self._lock = threading.Lock()
+        self._open = ExitStack()
+        self._stage = ""
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> ProgressBars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._open.close()
+        self._stage = ""
+
+    def spinner(self, doing: str) -> None:
+        """Show a spinner until the next stage or ``close``."""
+        if not self._shown:
+            return
+        from rich.console import Console
+
+        with self._lock:
+            self._open.close()
+            self._open.enter_context(Console(stderr=True).status(doing))
+            self._stage = doing
+
+    def count(self, doing: str, noun: str) -> Callable[[int, int], None]:
+        """Return a function that reports how many more things are done, and how many there are.
+
+        Args:
+            doing: what is being done.
+            noun: plural of the things.
+        """
+
+        def columns() -> tuple[ProgressColumn, ...]:
+            from rich.progress import MofNCompleteColumn, TextColumn
+
+            return MofNCompleteColumn(), TextColumn(noun)
+
+        return self._advance(doing, doing, columns)
+
+    def bytes(self, doing: str, then: str) -> Callable[[int, int], None]:
+        """Return a function that reports how many more bytes are done, and how many there are.
+
+        Args:
+            doing: what is being done.
+            then: what is going on once all bytes are done.
+        """
+
+        def columns() -> tuple[ProgressColumn, ...]:
+            from rich.progress import DownloadColumn, TransferSpeedColumn
+
+            return DownloadColumn(), TransferSpeedColumn()
+
+        return self._advance(doing, then, columns)
+
+    def _advance(
+        self, doing: str, then: str, columns: Callable[[], tuple[ProgressColumn, ...]]
+    ) -> Callable[[int, int], None]:
+        def advance(more: int, total: int) -> None:
+            with self._lock:
+                if doing != self._stage:
+                    self._start(doing, total, columns())
+                assert self._bar is not None
+                task = self._bar.tasks[0]
+                self._bar.advance(task.id, more)
+                if task.finished:
+                    self._bar.update(task.id, description=then)
+
+        return advance if self._shown else lambda _more, _total: None
+
+    def _start(self, doing: str, total: int, columns: tuple[ProgressColumn, ...]) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._open.close()
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            *columns,
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            refresh_per_second=5,
+            transient=True,
+        )
+        self._bar, self._stage = self._open.enter_context(bar), doing
+        bar.add_task(doing, total=total)
