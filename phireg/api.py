@@ -1,4 +1,4 @@
-"""Everything a plugin imports. What is not here is phireg's own business and may change."""
+"""The plugin API. Everything else in phireg is internal and may change."""
 
 from phireg.config.common import (
     BOOKKEEPING,

@@ -1,4 +1,4 @@
-"""A family: one architecture's mapping as a chain of steps, and how variants derive from it."""
+"""Families: the mapping of an architecture as a chain of hook implementations, and variants."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from phireg.config.fields import FieldTable
 from phireg.config.hf import HFConfig
 from phireg.errors import PhiregError, PluginError
 from phireg.hookspecs import API, PROJECT, Steps
+from phireg.layout.place import source_line
 from phireg.layout.quant_rules import QuantRules
 from phireg.layout.rules import Rules
 from phireg.layout.spans import LayoutError
 
-_Answer = TypeVar("_Answer", FieldTable, Rules, QuantRules)
+_Result = TypeVar("_Result", FieldTable, Rules, QuantRules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,8 @@ class PublishedModel:
 
     Attributes:
         repo_id: its name there.
-        config: the keys of its config.json that decide tensor names and shapes. Values that only
-            the user's own copy can tell (rope factors) are not repeated here.
+        config: the keys of its config.json that decide tensor names and shapes; long values that
+            decide neither (rope factors) are left out.
     """
 
     repo_id: str
@@ -41,29 +42,29 @@ class Family:
     """A named chain of hook implementations for one or more source architectures.
 
     Args:
-        name: what users type; the entry point must have the same name.
-        architectures: values of config.json's ``architectures`` it converts.
-        model_types: values of ``model_type`` it converts.
+        name: the value of ``--family``; the entry point must have the same name.
+        architectures: values of config.json's ``architectures`` that it converts.
+        model_types: values of ``model_type`` that it converts.
         steps: namespaces (modules, objects) with ``@hookimpl`` functions, base first.
-        api: the hook API number the plugin was written against, as a literal.
-        tell_apart: for ``--family auto``, why another family of the same architecture should be
-            chosen for this config, or None if this one should.
-        auto: whether ``--family auto`` considers it; a derived family does so only if it says so.
-        published: hub models it converts.
+        api: the hook API number that the plugin was written against, as a literal.
+        tell_apart: for ``--family auto``, returns why a config belongs to another family of the
+            same architecture, or None if it belongs to this one.
+        auto: whether ``--family auto`` considers it.
+        published: hub models that it converts.
         reference: ``module:class`` of a transformers-compatible model that runs the source
-            checkpoint, where transformers itself has none.
-        tokenizer: ``module:function`` that loads a tokenizer from a directory, where transformers
+            checkpoint, if transformers itself has none.
+        tokenizer: ``module:function`` that loads a tokenizer from a directory, if transformers
             needs remote code for it.
-        demo: ``package:directory`` of a small trained model that ``phireg demo`` shows: the files
-            of a published one, and ``heldback.jsonl`` with an ``article`` and its ``highlights``
-            per line.
-        base: the family it is derived from (:meth:`derive` says so), which steps back for it where
-            ``--family auto`` has both to choose from.
+        demo: ``package:directory`` of a small trained model for ``phireg demo``: the files of a
+            published one, and ``heldback.jsonl`` with an ``article`` and its ``highlights`` per
+            line.
+        base: the family that it is derived from, set by :meth:`derive`. ``--family auto`` prefers
+            the derived one where both claim a model.
 
     Raises:
         PluginError: another API number, an unknown hook (with the nearest known one), an argument
-            the hook does not have or that has a default, a step that implements nothing, a hook
-            nobody implements.
+            that the hook does not have or that has a default, a step without hooks, or a hook
+            without implementation.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Family:
     ) -> None:
         if api != API:
             raise PluginError(
-                f"family '{name}' was written for plugin API {api}; this phireg speaks API {API}",
+                f"family '{name}' was written for plugin API {api}; this phireg has API {API}",
                 hint=f"upgrade {'phireg' if api > API else 'the plugin'}, "
                 "or install versions made for each other.",
             )
@@ -114,14 +115,13 @@ class Family:
         published: tuple[PublishedModel, ...] = (),
         demo: str | None = None,
     ) -> Family:
-        """A variant: this family's steps, with ``steps`` on top.
+        """Create a variant: this family's steps, with ``steps`` on top.
 
-        An ``@hookimpl`` function replaces the base's answer; ``@hookimpl(wrapper=True)`` receives
-        it (``rules = yield``) and returns an amended one. ``api`` is the hook API number these
-        steps were written against, as a literal; a variant in the package of its base may leave it
-        out. The variant takes part in ``--family auto`` only when ``tell_apart`` says how to know
-        its models; where both claim a model, the variant is taken. The base's published models and
-        demo are not the variant's.
+        An ``@hookimpl`` function replaces the base's; ``@hookimpl(wrapper=True)`` receives the
+        base's result (``rules = yield``) and returns an amended one. ``api`` is the hook API number
+        that these steps were written against, as a literal; a variant in the package of its base
+        may leave it out. ``--family auto`` considers the variant only if it has ``tell_apart``, and
+        prefers it where both claim a model. It does not inherit the published models and the demo.
         """
         return Family(
             name=name,
@@ -139,16 +139,15 @@ class Family:
         )
 
     def derived_from(self, other: Family) -> bool:
-        """Whether ``other`` is its base, or the base of its base, and so on."""
+        """Return whether ``other`` is among its bases, direct or not."""
         base = self.base
         while base is not None and base is not other:
             base = base.base
         return base is not None
 
     def refusal(self, hf: HFConfig) -> str | None:
-        """Why this family cannot convert a model with this config, or None if it can."""
-        found = [name for name in hf.architectures if name in self.architectures]
-        if hf.architectures and not found:
+        """Return why this family cannot convert a model with this config, or None if it can."""
+        if hf.architectures and not set(hf.architectures) & set(self.architectures):
             return (
                 f"its architecture is {' / '.join(hf.architectures)}, "
                 f"and {self.name} converts {' / '.join(self.architectures)}"
@@ -161,45 +160,45 @@ class Family:
         return None
 
     def config_fields(self) -> FieldTable:
-        """The family's field table."""
-        return self._ask(FieldTable, "phireg_config_fields")
+        """Return the family's field table."""
+        return self._call(FieldTable, "phireg_config_fields")
 
     def weight_rules(self, config: Mapping[str, Any], hf: HFConfig) -> Rules:
-        """The family's rules for a translated config.
+        """Return the family's rules for a translated config.
 
         Raises:
             LayoutError: the config's sizes do not fit each other.
         """
-        return self._ask(Rules, "phireg_weight_rules", config=config, hf=hf)
+        return self._call(Rules, "phireg_weight_rules", config=config, hf=hf)
 
     def quant_rules(self, config: Mapping[str, Any], scheme: str) -> QuantRules:
-        """What a quantization scheme covers."""
-        return self._ask(QuantRules, "phireg_quant_rules", config=config, scheme=scheme)
+        """Return the modules that a quantization scheme covers."""
+        return self._call(QuantRules, "phireg_quant_rules", config=config, scheme=scheme)
 
-    def _ask(self, kind: type[_Answer], hook: str, **arguments: Any) -> _Answer:
+    def _call(self, kind: type[_Result], hook: str, **arguments: Any) -> _Result:
         try:
-            answer = getattr(self._hooks.hook, hook)(**arguments)
+            result = getattr(self._hooks.hook, hook)(**arguments)
         except (LayoutError, PhiregError):
             raise
         except Exception as error:
             raise PluginError(
                 f"family '{self.name}': {hook} failed with {type(error).__name__}: {error} "
-                f"({_culprit(error)})",
+                f"({_plugin_line(error)})",
                 hint="this is a defect of the plugin; report it to its authors.",
             ) from error
-        if not isinstance(answer, kind):
+        if not isinstance(result, kind):
             raise PluginError(
-                f"family '{self.name}': {hook} returned {type(answer).__name__}, "
+                f"family '{self.name}': {hook} returned {type(result).__name__}, "
                 f"not {kind.__name__}"
             )
-        return answer
+        return result
 
 
-class _Answers:
-    """The hooks of one step that have a say: what a later step replaces is not even registered.
+class _EffectiveHooks:
+    """The hooks of one step that no later step replaces; only these are registered.
 
-    To pluggy an answer of None is no answer, so the base would speak for a variant that forgot to
-    return its rules; and a wrapper of the base would amend what the variant put in its place.
+    pluggy skips a result of None, so with the base's hook registered too it would be called for a
+    variant that forgot to return its rules; and a wrapper of the base would amend the variant's.
     """
 
 
@@ -207,36 +206,37 @@ def _register(name: str, steps: tuple[object, ...]) -> pluggy.PluginManager:
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(Steps)
     known = [hook for hook in vars(Steps) if hook.startswith(f"{PROJECT}_")]
-    answers: list[_Answers] = []
+    effective: list[_EffectiveHooks] = []
     implemented: set[str] = set()
     for step in steps:
-        own = _Answers()
+        hooks = _EffectiveHooks()
         for attribute in dir(step):
             options = manager.parse_hookimpl_opts(step, attribute)
             function = getattr(step, attribute, None)
-            named = attribute.startswith(f"{PROJECT}_") and callable(function)
-            if options is None and not named:
+            named_like_hook = attribute.startswith(f"{PROJECT}_") and callable(function)
+            if options is None and not named_like_hook:
                 continue
             _check_hook(name, attribute, function, known, marked=options is not None)
             if options and not options.get("wrapper") and not options.get("hookwrapper"):
                 implemented.add(attribute)
-                for below in answers:
+                for below in effective:
                     vars(below).pop(attribute, None)
-            setattr(own, attribute, function)
-        if not vars(own):
+            setattr(hooks, attribute, function)
+        if not vars(hooks):
             raise PluginError(
-                f"family '{name}': the step {_step_name(step)} implements no hook",
+                f"family '{name}': the step {getattr(step, '__name__', type(step).__name__)} "
+                "implements no hook",
                 hint=f"mark its functions with @hookimpl; the hooks are {', '.join(known)}.",
             )
-        answers.append(own)
+        effective.append(hooks)
     try:
-        for own in answers:
-            manager.register(own)
+        for hooks in effective:
+            manager.register(hooks)
     except pluggy.PluginValidationError as error:
         raise PluginError(f"family '{name}': {error}") from error
     if missing := [hook for hook in known if hook not in implemented]:
         raise PluginError(
-            f"family '{name}': nobody implements {', '.join(missing)}",
+            f"family '{name}': no step implements {', '.join(missing)}",
             hint="a family implements every hook; a variant inherits them: BASE.derive(...).",
         )
     return manager
@@ -244,7 +244,7 @@ def _register(name: str, steps: tuple[object, ...]) -> pluggy.PluginManager:
 
 def _check_hook(name: str, hook: str, function: Any, known: list[str], *, marked: bool) -> None:
     code = getattr(inspect.unwrap(function), "__code__", None)
-    place = _place(code.co_filename, code.co_firstlineno) if code else "place unknown"
+    place = source_line(code.co_filename, code.co_firstlineno) if code else "place unknown"
     if hook not in known:
         near = difflib.get_close_matches(hook, known, 1)
         hint = f"did you mean '{near[0]}'?" if near else f"the hooks are {', '.join(known)}."
@@ -269,24 +269,15 @@ def _check_hook(name: str, hook: str, function: Any, known: list[str], *, marked
             )
 
 
-def _culprit(error: Exception) -> str:
-    """The line of the plugin that an exception came through last: not one of phireg or a library.
+def _plugin_line(error: Exception) -> str:
+    """Return the innermost line of the plugin in a traceback, skipping phireg and libraries.
 
-    The frame after pluggy's last one is the hook; the plugin is what lies in the same folder.
+    The frame after pluggy's last one is the hook; code in its folder belongs to the plugin.
     """
     library = Path(pluggy.__file__).parent
     frames = traceback.extract_tb(error.__traceback__)
     inside = [i for i, frame in enumerate(frames) if Path(frame.filename).parent == library]
-    plugin = frames[inside[-1] + 1 :] or frames[-1:]
-    folder = Path(plugin[0].filename).parent
-    own = [frame for frame in plugin if Path(frame.filename).parent == folder]
-    return _place(own[-1].filename, own[-1].lineno or 0)
-
-
-def _step_name(step: object) -> str:
-    return getattr(step, "__name__", type(step).__name__)
-
-
-def _place(filename: str, line: int) -> str:
-    path = Path(filename)
-    return f"{path.parent.name}/{path.name}:{line}"
+    called = frames[inside[-1] + 1 :] or frames[-1:]
+    folder = Path(called[0].filename).parent
+    line = [frame for frame in called if Path(frame.filename).parent == folder][-1]
+    return source_line(line.filename, line.lineno or 0)

@@ -1,8 +1,8 @@
-"""The families that are installed: an index of package metadata that imports nothing.
+"""Installed families: an index of entry points, from package metadata alone.
 
-Only the family asked for is imported, so a broken plugin cannot stop a user of another. Discovery
-does not use pluggy's own loader, which skips the second of two equal names in silence and stops at
-the first failing import.
+Only the family asked for is imported, so a broken plugin affects no other. pluggy's own loader is
+not used for discovery: it silently skips the second of two equal names and stops at the first
+failing import.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -18,16 +18,20 @@ from importlib import metadata
 from phireg.config.hf import HFConfig
 from phireg.errors import PluginError, SourceError
 from phireg.family import Family
+from phireg.layout.ranks import tp_sizes
+from phireg.layout.spans import LayoutError
+from phireg.reader.schemes import SCHEMES
 
 GROUP = "phireg.families"
 """The entry-point group in which any distribution offers families."""
 
 AUTO = "auto"
+"""The ``--family`` that asks every family whether a model is its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One offer of a family, as metadata tells it.
+    """A family that a distribution offers, according to its metadata.
 
     Attributes:
         name: family name.
@@ -44,7 +48,7 @@ class Candidate:
 
     @property
     def qualified(self) -> str:
-        """The name that is never ambiguous: ``distribution:name``."""
+        """The unambiguous name, ``distribution:name``."""
         return f"{self.distribution}:{self.name}"
 
     def load(self) -> Family:
@@ -55,9 +59,9 @@ class Candidate:
         """
         offer = f"{self.distribution} {self.version}"
         try:
-            # What a stranger's module prints must not get into what a command reports.
+            # A third-party module may print; standard output belongs to the command's result.
             with redirect_stdout(sys.stderr):
-                loaded = self._entry.load()
+                family = self._entry.load()
         except PluginError as error:
             raise PluginError(f"{offer}: {error.message}", hint=error.hint) from error
         except (Exception, SystemExit) as error:
@@ -66,22 +70,22 @@ class Candidate:
                 f"loaded:\n    {type(error).__name__}: {error}",
                 hint="the other families are not affected. All plugins: phireg plugins --check",
             ) from error
-        if not isinstance(loaded, Family):
+        if not isinstance(family, Family):
             raise PluginError(
-                f"{offer}: {self.value} is a {type(loaded).__name__}, not a phireg.api.Family"
+                f"{offer}: {self.value} is a {type(family).__name__}, not a phireg.api.Family"
             )
-        if loaded.name != self.name:
+        if family.name != self.name:
             raise PluginError(
                 f"{offer}: the entry point is called '{self.name}', "
-                f"but the family calls itself '{loaded.name}'",
-                hint="they must be equal.",
+                f"but the family is called '{family.name}'",
+                hint="the two names must be equal.",
             )
-        return loaded
+        return family
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
-    """A loaded family, who provides it, and what was noticed on the way."""
+class FamilyChoice:
+    """A loaded family, the candidate it was loaded from, and warnings about other plugins."""
 
     family: Family
     candidate: Candidate
@@ -89,86 +93,87 @@ class Chosen:
 
 
 Index = Mapping[str, tuple[Candidate, ...]]
+"""Candidates by family name."""
 
 
 def installed_entry_points() -> tuple[list[metadata.EntryPoint], list[str]]:
-    """The group's entry points, and what is wrong with distributions that cannot be read."""
+    """Return the group's entry points, and a message for each unreadable distribution."""
     try:
         return list(metadata.entry_points(group=GROUP)), []
     except Exception:
-        # It gives up on all distributions if the entry_points.txt of one, for whatever group, is
-        # damaged; so each is asked by itself.
-        return _one_by_one(metadata.distributions())
+        # One damaged entry_points.txt, of any group, makes it fail for all distributions; so ask
+        # each of them separately.
+        return _readable_entry_points(metadata.distributions())
 
 
-def _one_by_one(
+def _readable_entry_points(
     distributions: Iterable[metadata.Distribution],
 ) -> tuple[list[metadata.EntryPoint], list[str]]:
-    found: list[metadata.EntryPoint] = []
-    damaged: list[str] = []
-    seen: set[str] = set()
+    entries: list[metadata.EntryPoint] = []
+    problems: list[str] = []
+    names: set[str] = set()
     for dist in distributions:
         try:
             name = re.sub(r"[-_.]+", "-", dist.name or "").lower()
-            if not name or name not in seen:  # as for imports, the first one on the path counts
-                found += [entry for entry in dist.entry_points if entry.group == GROUP]
-            seen.add(name)
+            if not name or name not in names:  # as for imports, the first one on the path counts
+                entries += [entry for entry in dist.entry_points if entry.group == GROUP]
+            names.add(name)
         except Exception as error:
-            place = getattr(dist, "_path", "a distribution")
-            damaged.append(f"{place} cannot be read ({type(error).__name__}: {error})")
-    return found, damaged
+            path = getattr(dist, "_path", "a distribution")
+            problems.append(f"{path} cannot be read ({type(error).__name__}: {error})")
+    return entries, problems
 
 
 def index(entry_points: Iterable[metadata.EntryPoint] | None = None) -> Index:
-    """All candidates by family name, read from metadata.
-
-    Args:
-        entry_points: what to index; by default all installed ones of the group.
-    """
+    """Return all candidates by family name; by default those of all installed entry points."""
     if entry_points is None:
         entry_points, _ = installed_entry_points()
-    found: dict[str, list[Candidate]] = {}
+    by_name: dict[str, list[Candidate]] = {}
     for entry in entry_points:
         dist = entry.dist
-        # A damaged installation has metadata without a name; it must not stop the others.
+        # The metadata of a damaged installation may lack a name.
         name, version = (dist.name or "unknown", dist.version or "?") if dist else ("unknown", "?")
         candidate = Candidate(entry.name, name, version, entry.value, entry)
-        found.setdefault(entry.name, []).append(candidate)
+        by_name.setdefault(entry.name, []).append(candidate)
     return {
-        name: tuple(sorted(found[name], key=lambda c: (c.distribution, c.value)))
-        for name in sorted(found)
+        name: tuple(sorted(by_name[name], key=lambda c: (c.distribution, c.value)))
+        for name in sorted(by_name)
     }
 
 
-def load(name: str, candidates: Index | None = None) -> Chosen:
-    """The family called ``name`` (or ``distribution:name``); nothing else is imported.
+def load(name: str, candidates: Index | None = None) -> FamilyChoice:
+    """Load the family called ``name`` (or ``distribution:name``), importing nothing else.
 
     Raises:
-        PluginError: nobody offers it, several do, or the one that does is broken.
+        PluginError: no distribution offers it, several do, or the one that does is broken.
     """
-    known = index() if candidates is None else candidates
+    installed = index() if candidates is None else candidates
     distribution, _, plain = name.rpartition(":")
-    offers = [c for c in known.get(plain, ()) if not distribution or c.distribution == distribution]
+    offers = [
+        candidate
+        for candidate in installed.get(plain, ())
+        if not distribution or candidate.distribution == distribution
+    ]
     if not offers:
-        near = difflib.get_close_matches(name, known, 1)
+        near = difflib.get_close_matches(name, installed, 1)
         raise PluginError(
             f"no installed plugin offers a family '{name}'"
             + (f"; did you mean '{near[0]}'?" if near else ""),
-            hint=f"installed: {_listed(known)}",
+            hint=f"installed: {_by_distribution(installed)}",
         )
     if len(offers) > 1:
         raise PluginError(
             f"family '{name}' is offered {len(offers)} times:\n" + _table(offers),
-            hint=f"say which: {_choices(offers)}",
+            hint=_family_options(offers),
         )
-    return Chosen(offers[0].load(), offers[0])
+    return FamilyChoice(offers[0].load(), offers[0])
 
 
-def choose(hf: HFConfig, candidates: Index | None = None) -> Chosen:
-    """The family that ``--family auto`` takes for a config.
+def choose(hf: HFConfig, candidates: Index | None = None) -> FamilyChoice:
+    """Choose the family for ``--family auto``.
 
-    Every plugin must be imported to be asked; one that fails is a warning. A family derived from
-    another knows more, so where both claim the model the base steps back.
+    Every plugin is imported and asked; one that fails becomes a warning. If a family and one
+    derived from it both claim the model, the derived one is chosen.
 
     Raises:
         PluginError: several families claim the model, none of them derived from the others.
@@ -176,15 +181,14 @@ def choose(hf: HFConfig, candidates: Index | None = None) -> Chosen:
     """
     if not hf.architectures and not hf.model_type:
         raise SourceError(
-            "config.json names neither architectures nor a model_type, so nothing says which "
-            "family it belongs to",
-            hint="say which: --family NAME",
+            "config.json names neither architectures nor a model_type, so the family cannot be "
+            "chosen automatically",
+            hint="name it: --family NAME",
         )
-    known = index() if candidates is None else candidates
-    claims: list[Chosen] = []
+    claims: list[FamilyChoice] = []
     warnings: list[str] = []
-    reasons: list[str] = []
-    for candidate in (c for offers in known.values() for c in offers):
+    refusals: list[str] = []
+    for candidate in _flat(index() if candidates is None else candidates):
         try:
             family = candidate.load()
         except PluginError as error:
@@ -193,44 +197,96 @@ def choose(hf: HFConfig, candidates: Index | None = None) -> Chosen:
         if not family.auto:
             continue
         try:
-            reason = family.refusal(hf) or (family.tell_apart(hf) if family.tell_apart else None)
+            refusal = family.refusal(hf) or (family.tell_apart(hf) if family.tell_apart else None)
         except Exception as error:
             warnings.append(
                 f"{candidate.distribution} {candidate.version}: tell_apart of family "
                 f"'{family.name}' failed with {type(error).__name__}: {error}"
             )
             continue
-        if reason is None:
-            claims.append(Chosen(family, candidate))
+        if refusal is None:
+            claims.append(FamilyChoice(family, candidate))
         else:
-            reasons.append(f"    {family.name}: {reason}")
-    claimed = [claim.family for claim in claims]
-    claims = [c for c in claims if not any(f.derived_from(c.family) for f in claimed)]
+            refusals.append(f"    {family.name}: {refusal}")
+    claiming = [claim.family for claim in claims]
+    claims = [c for c in claims if not any(other.derived_from(c.family) for other in claiming)]
     if len(claims) > 1:
         offers = [claim.candidate for claim in claims]
         raise PluginError(
             f"{len(claims)} families claim this model:\n" + _table(offers),
-            hint=f"say which: {_choices(offers)}",
+            hint=_family_options(offers),
         )
     if not claims:
         raise SourceError(
-            "no installed family converts this model:\n" + "\n".join([*reasons, *warnings]),
-            hint="phireg families lists what is installed.",
+            "no installed family converts this model:\n" + "\n".join([*refusals, *warnings]),
+            hint="list the installed families: phireg families",
         )
-    return Chosen(claims[0].family, claims[0].candidate, tuple(warnings))
+    return FamilyChoice(claims[0].family, claims[0].candidate, tuple(warnings))
 
 
-def _listed(known: Index) -> str:
-    by_offer: dict[str, list[str]] = {}
-    for offers in known.values():
-        for c in offers:
-            by_offer.setdefault(f"{c.distribution} {c.version}", []).append(c.name)
-    return "; ".join(f"{', '.join(names)} ({offer})" for offer, names in by_offer.items()) or "none"
+@dataclass(frozen=True, slots=True)
+class FamilyInfo:
+    """A candidate, and what its family can do if it works.
+
+    Attributes:
+        candidate: the distribution's offer.
+        family: the loaded family; None if it is broken.
+        tp_sizes: numbers of ranks that work, by published model.
+        qformats: formats it can be quantized to, by published model.
+        problem: why it is broken; None if it works.
+    """
+
+    candidate: Candidate
+    family: Family | None = None
+    tp_sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    qformats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    problem: str | None = None
+
+
+def families(candidates: Index | None = None) -> tuple[FamilyInfo, ...]:
+    """Load every candidate, and call its hooks for the models that it publishes."""
+    return tuple(map(_info, _flat(index() if candidates is None else candidates)))
+
+
+def _info(candidate: Candidate) -> FamilyInfo:
+    sizes: dict[str, tuple[int, ...]] = {}
+    qformats: dict[str, tuple[str, ...]] = {}
+    try:
+        family = candidate.load()
+        table = family.config_fields()
+        for model in family.published:
+            hf = HFConfig(model.config)
+            translation = table.translate(hf)
+            if not translation.ok:
+                details = "; ".join(f"{f.subject}: {f.detail}" for f in translation.findings)
+                problem = f"its own model {model.repo_id} is refused: {details}"
+                return FamilyInfo(candidate, problem=problem)
+            sizes[model.repo_id] = tuple(tp_sizes(family.weight_rules(translation.fields, hf)))
+            qformats[model.repo_id] = tuple(
+                name
+                for name, scheme in SCHEMES.items()
+                if family.quant_rules(translation.fields, scheme.quant_algo).linears
+            )
+    except (PluginError, LayoutError) as error:
+        return FamilyInfo(candidate, problem=str(error))
+    return FamilyInfo(candidate, family, sizes, qformats)
+
+
+def _flat(candidates: Index) -> Iterator[Candidate]:
+    return (candidate for offers in candidates.values() for candidate in offers)
+
+
+def _by_distribution(candidates: Index) -> str:
+    names: dict[str, list[str]] = {}
+    for candidate in _flat(candidates):
+        offer = f"{candidate.distribution} {candidate.version}"
+        names.setdefault(offer, []).append(candidate.name)
+    return "; ".join(f"{', '.join(names[offer])} ({offer})" for offer in names) or "none"
 
 
 def _table(offers: list[Candidate]) -> str:
     return "\n".join(f"    {c.distribution} {c.version}  {c.name} = {c.value}" for c in offers)
 
 
-def _choices(offers: list[Candidate]) -> str:
-    return "  or  ".join(f"--family {c.qualified}" for c in offers)
+def _family_options(offers: list[Candidate]) -> str:
+    return "choose one: " + "  or  ".join(f"--family {c.qualified}" for c in offers)

@@ -58,9 +58,7 @@ RULES = {
     ),
     "phireg.hookspecs": Rule(DESCRIBE),
     "phireg.family": Rule((*DESCRIBE, "phireg.hookspecs")),
-    "phireg.declared": Rule(),
     "phireg.registry": Rule((*DESCRIBE, "phireg.hookspecs", "phireg.family")),
-    "phireg.families": Rule((*DESCRIBE, "phireg.family", "phireg.registry")),
     "phireg.api": Rule((*DESCRIBE, "phireg.hookspecs", "phireg.family")),
     "phireg.device": Rule((ERRORS, "torch")),
     PLANNING: Rule(

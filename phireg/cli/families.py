@@ -1,4 +1,4 @@
-"""``phireg families``: what can be converted, and who provides it."""
+"""``phireg families``: installed families, their models and TP sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from phireg.cli.output import columns, emit, emit_json
 from phireg.dtypes import WEIGHT_DTYPES
 
 if TYPE_CHECKING:
-    from phireg.families import FamilyInfo
+    from phireg.registry import FamilyInfo
 
 
 @click.command()
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 def command(as_json: bool) -> None:
     """List families, published models and the TP sizes that work.
 
-    A family that cannot be loaded is listed with what is wrong with it.
+    A broken family is listed with its problem.
     """
-    from phireg.families import families
+    from phireg.registry import families
 
-    found = families()
+    infos = families()
     if as_json:
-        emit_json({"families": [_entry(info) for info in found]})
+        emit_json({"families": [_entry(info) for info in infos]})
     else:
-        emit("\n\n".join([_text(info) for info in found] or ["no families are installed"]))
+        emit("\n\n".join([_text(info) for info in infos] or ["no families are installed"]))
 
 
 def _entry(info: FamilyInfo) -> dict[str, Any]:
@@ -58,24 +58,19 @@ def _text(info: FamilyInfo) -> str:
     title = f"{candidate.name}  ({candidate.distribution} {candidate.version})"
     if info.family is None:
         return f"{title}  cannot be loaded\n    {info.problem}"
-    return f"{title}\n{columns(_rows(info), indent=2)}"
+    models = list(chain.from_iterable(_grouped(info.tp_sizes).values()))
+    rows = [
+        ("architecture", ", ".join(info.family.architectures)),
+        *(("" if number else "models", model) for number, model in enumerate(models)),
+        *_rows("TP sizes", info.tp_sizes),
+        ("dtypes", ", ".join(WEIGHT_DTYPES)),
+        *_rows("quantization", info.qformats),
+    ]
+    return f"{title}\n{columns(rows, indent=2)}"
 
 
-def _rows(info: FamilyInfo) -> Iterator[tuple[str, str]]:
-    assert info.family is not None
-    yield "architecture", ", ".join(info.family.architectures)
-    label = "models"
-    for models in _grouped(info.tp_sizes).values():
-        for model in models:
-            yield label, model
-            label = ""
-    yield from _values("TP sizes", info.tp_sizes)
-    yield "dtypes", ", ".join(list(WEIGHT_DTYPES))
-    yield from _values("quantization", info.qformats)
-
-
-def _values(label: str, by_model: Mapping[str, tuple[object, ...]]) -> Iterator[tuple[str, str]]:
-    """A row, or one for each group of models that differ."""
+def _rows(label: str, by_model: Mapping[str, tuple[object, ...]]) -> Iterator[tuple[str, str]]:
+    """Yield one row, or one for each group of models with equal values."""
     groups = _grouped(by_model)
     for values, models in groups.items():
         which = "" if len(groups) == 1 else f"  ({', '.join(models)})"
@@ -83,7 +78,6 @@ def _values(label: str, by_model: Mapping[str, tuple[object, ...]]) -> Iterator[
 
 
 def _grouped(by_model: Mapping[str, tuple[object, ...]]) -> dict[tuple[object, ...], list[str]]:
-    """Models by what they have."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for model, values in by_model.items():
         groups.setdefault(tuple(values), []).append(model)

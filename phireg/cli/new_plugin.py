@@ -1,4 +1,4 @@
-"""``phireg new-plugin``: start a plugin of one's own."""
+"""``phireg new-plugin``: write a new plugin package."""
 
 from __future__ import annotations
 
@@ -35,31 +35,29 @@ def command(name: str, base: str, directory: str | None, as_json: bool) -> None:
     NAME becomes the name of the distribution and of its family. The package holds a family derived
     from FAMILY, its entry point and its conformance test, which passes as generated.
     """
-    from phireg.scaffold.write import new_plugin
+    from phireg.scaffold import new_plugin
 
-    made = new_plugin(name, base, Path(directory) if directory is not None else None)
-    place = shlex.quote(str(made.directory))
+    package = new_plugin(name, base, Path(directory) if directory is not None else None)
+    shown = shlex.quote(str(package.directory))
     commands = [
-        f"pip install -e {shlex.quote(f'{made.directory}[testing]')}",
+        f"pip install -e {shlex.quote(f'{package.directory}[testing]')}",
         "phireg plugins --check",
-        f"pytest {place}",
+        f"pytest {shown}",
     ]
     if as_json:
+        provider = package.base
         emit_json(
             {
-                "name": made.name,
-                "module": made.module,
-                "base": made.base.name,
-                "provided_by": {
-                    "distribution": made.base.distribution,
-                    "version": made.base.version,
-                },
-                "directory": str(made.directory),
-                "files": list(made.files),
+                "name": name,
+                "module": package.module,
+                "base": provider.name,
+                "provided_by": {"distribution": provider.distribution, "version": provider.version},
+                "directory": str(package.directory),
+                "files": list(package.files),
                 "commands": commands,
             }
         )
         return
-    rows = [("family", f"{made.name}, derived from {made.base.name}"), ("wrote", place)]
-    rows += [("", file) for file in made.files]
+    rows = [("family", f"{name}, derived from {package.base.name}"), ("wrote", shown)]
+    rows += [("", file) for file in package.files]
     emit("\n".join([columns(rows), "", "next:", *(f"    {line}" for line in commands)]))

@@ -1,4 +1,4 @@
-"""Where in a plugin something was made, for messages about it."""
+"""Places in plugins, for messages: a file with its folder, and a line."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import sys
 from pathlib import Path
 
 
-def caller(package: Path) -> str:
-    """File (with its folder) and line of the code that called into a package.
+def source_line(filename: str, line: int) -> str:
+    """Format a place as ``folder/file.py:line``."""
+    path = Path(filename)
+    return f"{path.parent.name}/{path.name}:{line}"
 
-    Args:
-        package: folder whose functions are passed over. What its modules make as they are imported
-            is their own.
+
+def caller(package: Path) -> str:
+    """Return the place of the code that called into the package in this folder.
+
+    Frames inside the package are skipped, except its modules' own top-level code.
     """
     inside = f"{package}{os.sep}"
     frame = sys._getframe(1)
@@ -22,5 +26,4 @@ def caller(package: Path) -> str:
         and frame.f_code.co_name != "<module>"
     ):
         frame = frame.f_back
-    path = Path(frame.f_code.co_filename)
-    return f"{path.parent.name}/{path.name}:{frame.f_lineno}"
+    return source_line(frame.f_code.co_filename, frame.f_lineno)

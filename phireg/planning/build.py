@@ -23,13 +23,17 @@ from phireg.reader.schema import required_tensors
 from phireg.source.source import Source
 
 if TYPE_CHECKING:
-    from phireg.registry import Chosen
+    from phireg.registry import FamilyChoice
 
 _LISTED_CODES = ", ".join(WEIGHT_DTYPES.values())
 
 
 def build_plan(
-    chosen: Chosen, hf: HFConfig, source: Source, options: Options, model_dir: str | None = None
+    chosen: FamilyChoice,
+    hf: HFConfig,
+    source: Source,
+    options: Options,
+    model_dir: str | None = None,
 ) -> Plan:
     """Plan a conversion. Problems of the model are findings, all of them at once.
 
@@ -44,7 +48,9 @@ def build_plan(
 
 
 class _Builder:
-    def __init__(self, chosen: Chosen, hf: HFConfig, source: Source, options: Options) -> None:
+    def __init__(
+        self, chosen: FamilyChoice, hf: HFConfig, source: Source, options: Options
+    ) -> None:
         self.chosen = chosen
         self.family = chosen.family
         self.hf = hf

@@ -12,7 +12,7 @@ from phireg.findings import Finding, Severity
 from phireg.layout.ranks import Ranks
 from phireg.layout.spans import Span
 from phireg.reader.schemes import SCHEMES, Scheme
-from phireg.registry import Chosen
+from phireg.registry import FamilyChoice
 from phireg.source.source import Source, SourceTensor
 
 BLOCK_BYTES = 512 * 1024
@@ -165,7 +165,7 @@ class Plan:
             tensors like those of the files, with the source's rows and columns; they have no file.
     """
 
-    chosen: Chosen
+    chosen: FamilyChoice
     model_dir: str
     options: Options
     source: Source

@@ -15,7 +15,7 @@ from phireg.planning.model import Options, Plan
 from phireg.planning.report import problems
 from phireg.planning.unsupported import check_model
 from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
-from phireg.registry import AUTO, Chosen
+from phireg.registry import AUTO, FamilyChoice
 from phireg.source.hub import resolve_model_dir
 from phireg.source.source import open_source, without_weights
 
@@ -105,7 +105,7 @@ def plan_config(
     return plan
 
 
-def _choose(hf: HFConfig, family: str) -> Chosen:
+def _choose(hf: HFConfig, family: str) -> FamilyChoice:
     check_model(hf)
     chosen = registry.choose(hf) if family == AUTO else registry.load(family)
     refusal = chosen.family.refusal(hf)

@@ -23,7 +23,7 @@ from phireg.postprocessing.orders import PARTS, RIGHT, TEXTS, Run, runs
 from phireg.postprocessing.ranks import Ranks
 from phireg.postprocessing.tensors import algorithm_of, check_alike, row_tensors
 from phireg.postprocessing.write import Progress, header_bytes, write_rank
-from phireg.registry import AUTO, Chosen
+from phireg.registry import AUTO, FamilyChoice
 
 if TYPE_CHECKING:
     from phireg.planning.model import Plan
@@ -70,7 +70,7 @@ class _Opened:
     directory: Path
     config: Mapping[str, Any]
     ranks: Ranks
-    chosen: Chosen
+    chosen: FamilyChoice
     decision: Decision | None
     """None where the family has no linear whose order can be wrong."""
 
@@ -232,7 +232,7 @@ def _config(directory: Path) -> dict[str, Any]:
     return checkpoint_config(directory)
 
 
-def _family(config: Mapping[str, Any], family: str) -> Chosen:
+def _family(config: Mapping[str, Any], family: str) -> FamilyChoice:
     """The family of a checkpoint, whose architecture has the name of the source's model class."""
     values = {key: value for key, value in config.items() if key != "model_type"}
     hf = HFConfig({**values, "architectures": [config["architecture"]]})

@@ -17,7 +17,7 @@ from phireg.family import Family
 from phireg.planning.build import build_plan
 from phireg.planning.model import Options
 from phireg.planning.report import problems
-from phireg.registry import GROUP, Candidate, Chosen
+from phireg.registry import GROUP, Candidate, FamilyChoice
 from phireg.source.source import Source, open_source
 from phireg.testing.places import Places
 from phireg.testing.probe import AddressBook, Addresses, read_addresses
@@ -90,7 +90,7 @@ class TinyModel:
         options = Options("float32", tp_size, qformat)
         entry = metadata.EntryPoint(self.family.name, "under:test", GROUP)
         candidate = Candidate(self.family.name, "under test", "0", entry.value, entry)
-        chosen = Chosen(self.family, candidate)
+        chosen = FamilyChoice(self.family, candidate)
         return build_plan(chosen, HFConfig(self.config), source, options)
 
     def plan_problems(self, tp_size: int, qformat: str | None = None) -> str | None:

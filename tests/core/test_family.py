@@ -184,7 +184,7 @@ def test_a_hook_nobody_implements():
             return FieldTable()
 
     error = refused(Part())
-    assert "nobody implements phireg_weight_rules, phireg_quant_rules" in error.message
+    assert "no step implements phireg_weight_rules, phireg_quant_rules" in error.message
 
 
 def test_a_wrapper_alone_implements_nothing():
@@ -194,7 +194,7 @@ def test_a_wrapper_alone_implements_nothing():
             return (yield)
 
     assert (
-        "nobody implements phireg_config_fields, phireg_weight_rules" in refused(Wrapper()).message
+        "no step implements phireg_config_fields, phireg_weight_rules" in refused(Wrapper()).message
     )
 
 
@@ -211,7 +211,7 @@ def test_a_wrapper_that_does_not_yield():
 def test_another_api_number(api, upgrade):
     with pytest.raises(PluginError) as caught:
         family(Base(), api=api)
-    assert f"plugin API {api}; this phireg speaks API {API}" in caught.value.message
+    assert f"plugin API {api}; this phireg has API {API}" in caught.value.message
     assert caught.value.hint.startswith(f"upgrade {upgrade},")
 
 

@@ -175,8 +175,8 @@ def test_a_malformed_entry_point():
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ("FAMILY = make('x', api=2)", "plugin API 2; this phireg speaks API 1"),
-        ("FAMILY = make('x', steps=())", "nobody implements"),
+        ("FAMILY = make('x', api=2)", "plugin API 2; this phireg has API 1"),
+        ("FAMILY = make('x', steps=())", "no step implements"),
     ],
 )
 def test_what_the_family_itself_refuses_names_the_distribution(plugin, body, says):
@@ -196,7 +196,7 @@ def test_something_else_than_a_family(plugin):
 def test_another_name_than_the_entry_points(plugin):
     plugin("acme_x", "FAMILY = make('y')")
     error = failure("x", offer("x", "acme_x:FAMILY"))
-    assert "the entry point is called 'x', but the family calls itself 'y'" in error.message
+    assert "the entry point is called 'x', but the family is called 'y'" in error.message
 
 
 def test_damaged_metadata_does_not_stop_the_others(plugin):
@@ -256,7 +256,7 @@ def test_choose_with_two_says_how_to_choose(plugin):
     with pytest.raises(PluginError) as caught:
         choose(ACME, offer("a", "acme_a:FAMILY"), offer("b", "acme_b:FAMILY", "b-dist", "1"))
     assert "2 families claim this model" in caught.value.message
-    assert caught.value.hint == "say which: --family acme-phi:a  or  --family b-dist:b"
+    assert caught.value.hint == "choose one: --family acme-phi:a  or  --family b-dist:b"
 
 
 def test_a_derived_family_goes_before_its_bases(plugin):

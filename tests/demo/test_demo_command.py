@@ -200,7 +200,7 @@ def test_all_names_families_that_cannot_be_loaded(run, monkeypatch):
     def load(name):
         if name != "phi2":
             raise PluginError(f"family '{name}' is broken")
-        return registry.Chosen(phi2, None)
+        return registry.FamilyChoice(phi2, None)
 
     phi2 = registry.load("phi2").family
     assert len(names()) >= 4

@@ -10,7 +10,7 @@ import phireg
 from phireg.config.hf import HFConfig
 from phireg.planning.build import build_plan
 from phireg.planning.model import Options
-from phireg.registry import Candidate, Chosen
+from phireg.registry import Candidate, FamilyChoice
 from phireg.source.source import open_source
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -34,7 +34,9 @@ def planned(family, directory, **options):
     hf = HFConfig(json.loads((directory / "config.json").read_text()))
     entry = metadata.EntryPoint(family.name, "under:test", "phireg.families")
     candidate = Candidate(family.name, "under test", "0", entry.value, entry)
-    return build_plan(Chosen(family, candidate), hf, open_source(directory), Options(**options))
+    return build_plan(
+        FamilyChoice(family, candidate), hf, open_source(directory), Options(**options)
+    )
 
 
 def convert(family, directory, output, **options):

@@ -107,11 +107,7 @@ def test_every_offer_is_listed_and_none_imported(environment):
     assert set(offers) == expected | built_in
     good = offers["acme-good", "acme-good"]
     assert (good["version"], good["value"]) == ("1.0", "acme_good:FAMILY")
-    apis = {name: offer["api"] for (_, name), offer in offers.items()}
-    assert apis["acme-api"] == 2
-    assert apis["acme-good"] == apis["acme-unmapped"] == apis["phi3-medium"] == 1
-    assert apis["acme-raises"] is None
-    assert apis["acme-nothing"] is None
+    assert {offer["api"] for offer in offers.values()} == {None}
 
 
 @pytest.mark.parametrize(
@@ -138,7 +134,7 @@ def test_every_offer_is_listed_and_none_imported(environment):
         (
             "acme-api",
             "acme-api",
-            ["acme-api 1.0: ", "plugin API 2; this phireg speaks API 1", "upgrade phireg"],
+            ["acme-api 1.0: ", "plugin API 2; this phireg has API 1", "upgrade phireg"],
         ),
         (
             "acme-nothing",
@@ -171,7 +167,7 @@ def test_the_text_says_the_same(environment):
     assert done.returncode == 5
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if "_" in line}
     assert lines["acme-good"].split()[-3:] == ["API", "1", "works"]
-    assert lines["acme-api"].split()[-3:] == ["API", "2", "broken"]
+    assert lines["acme-api"].split()[-1] == "broken"
     assert "phi2 is offered 2 times" in done.stdout
     assert "--family acme-twin:phi2  or  --family phireg:phi2" in done.stdout
 

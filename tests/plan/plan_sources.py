@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from phireg.config.hf import HFConfig
 from phireg.planning.build import build_plan
 from phireg.planning.model import Options
-from phireg.registry import Chosen
+from phireg.registry import FamilyChoice
 from phireg.source.source import open_source
 
 LAYERS, HEADS, SIZE, INNER, VOCAB = 3, 4, 6, 20, 37
@@ -134,4 +134,4 @@ def write(directory, config, tensors):
 def planned(family, directory, **options):
     """The plan of a family object, without looking anything up."""
     hf = HFConfig(json.loads((directory / "config.json").read_text()))
-    return build_plan(Chosen(family, None), hf, open_source(directory), Options(**options))
+    return build_plan(FamilyChoice(family, None), hf, open_source(directory), Options(**options))

@@ -9,7 +9,7 @@ from phireg.errors import CheckError
 from phireg.layout.rules import Rule
 from phireg.layout.spans import LayoutError
 from phireg.postprocessing.orders import orders_of, runs
-from phireg.registry import Candidate, Chosen
+from phireg.registry import Candidate, FamilyChoice
 
 FC = "transformer.layers.{}.mlp.fc"
 
@@ -40,7 +40,7 @@ def swapped(tmp_path, monkeypatch):
     steps = Steps()
     family = FAMILY.derive("swapped", steps)
     candidate = Candidate("swapped", "acme", "1.0", "acme:FAMILY", None)
-    monkeypatch.setattr(registry, "load", lambda name: Chosen(family, candidate))
+    monkeypatch.setattr(registry, "load", lambda name: FamilyChoice(family, candidate))
     rng = np.random.default_rng(0)
     tensors = {}
     for i in range(2):
