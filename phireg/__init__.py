@@ -1,6 +1,6 @@
 """Convert Microsoft's Phi models to TensorRT-LLM checkpoints, quantize, verify and run them.
 
-The functions of the command line are here, imported on first use:
+The functions behind the commands are here, imported on first use:
 
 >>> import phireg
 >>> plan = phireg.plan("./Phi-3-small-8k-instruct", tp_size=2)  # doctest: +SKIP
@@ -14,24 +14,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from phireg.calibration.calibrate import Calibrated, calibrate, statistics_beside
-    from phireg.checkpoint.inspect import Inspection, inspect
-    from phireg.conversion.convert import Converted, convert
-    from phireg.conversion.quantization import quantize, quantize_bytes
-    from phireg.errors import PhiregError
-    from phireg.planning.explain import explain
-    from phireg.planning.model import Plan
-    from phireg.planning.plan import plan
-    from phireg.postprocessing.postprocess import (
-        Postprocessed,
-        RowOrder,
-        postprocess,
-        postprocess_bytes,
-        row_order,
-    )
-    from phireg.trtllm.build import BuildPlan, Built, build, plan_build, plan_empty_build
-    from phireg.trtllm.command import BuildOptions
-    from phireg.verification.verify import verify
+    from phireg.calibration.calibrate import Calibrated as Calibrated
+    from phireg.calibration.calibrate import calibrate as calibrate
+    from phireg.calibration.calibrate import statistics_beside as statistics_beside
+    from phireg.checkpoint.inspect import Inspection as Inspection
+    from phireg.checkpoint.inspect import inspect as inspect
+    from phireg.conversion.convert import Converted as Converted
+    from phireg.conversion.convert import convert as convert
+    from phireg.conversion.quantization import quantize as quantize
+    from phireg.conversion.quantization import quantize_bytes as quantize_bytes
+    from phireg.errors import PhiregError as PhiregError
+    from phireg.planning.explain import explain as explain
+    from phireg.planning.model import Plan as Plan
+    from phireg.planning.plan import plan as plan
+    from phireg.postprocessing.postprocess import Postprocessed as Postprocessed
+    from phireg.postprocessing.postprocess import RowOrder as RowOrder
+    from phireg.postprocessing.postprocess import postprocess as postprocess
+    from phireg.postprocessing.postprocess import postprocess_bytes as postprocess_bytes
+    from phireg.postprocessing.postprocess import row_order as row_order
+    from phireg.trtllm.build import BuildPlan as BuildPlan
+    from phireg.trtllm.build import Built as Built
+    from phireg.trtllm.build import build as build
+    from phireg.trtllm.build import plan_build as plan_build
+    from phireg.trtllm.build import plan_empty_build as plan_empty_build
+    from phireg.trtllm.command import BuildOptions as BuildOptions
+    from phireg.verification.verify import verify as verify
 
 _MODULES = {
     "calibration.calibrate": ("Calibrated", "calibrate", "statistics_beside"),
@@ -43,52 +50,22 @@ _MODULES = {
     "planning.model": ("Plan",),
     "planning.plan": ("plan",),
     "postprocessing.postprocess": (
-        "Postprocessed",
-        "RowOrder",
-        "postprocess",
-        "postprocess_bytes",
-        "row_order",
+        *("Postprocessed", "RowOrder", "postprocess", "postprocess_bytes", "row_order"),
     ),
     "trtllm.build": ("BuildPlan", "Built", "build", "plan_build", "plan_empty_build"),
     "trtllm.command": ("BuildOptions",),
     "verification.verify": ("verify",),
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+_HOMES = {name: f"phireg.{module}" for module, names in _MODULES.items() for name in names}
 
-__all__ = [
-    "BuildOptions",
-    "BuildPlan",
-    "Built",
-    "Calibrated",
-    "Converted",
-    "Inspection",
-    "PhiregError",
-    "Plan",
-    "Postprocessed",
-    "RowOrder",
-    "build",
-    "calibrate",
-    "convert",
-    "explain",
-    "inspect",
-    "plan",
-    "plan_build",
-    "plan_empty_build",
-    "postprocess",
-    "postprocess_bytes",
-    "quantize",
-    "quantize_bytes",
-    "row_order",
-    "statistics_beside",
-    "verify",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'phireg' has no attribute {name!r}")
-    return getattr(import_module(f"phireg.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_HOMES})

@@ -423,7 +423,7 @@ PLUGINS = sorted(
 )
 
 
-@pytest.mark.parametrize("module", ["phireg.api", "phireg.registry", *PLUGINS])
+@pytest.mark.parametrize("module", ["phireg", "phireg.api", "phireg.registry", *PLUGINS])
 def test_a_fresh_interpreter_stays_light(module: str) -> None:
     code = f"import sys, {module}; print(*({{name.split('.')[0] for name in sys.modules}}))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
