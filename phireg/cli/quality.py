@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +16,15 @@ _LAYERS = 8
 
 def quality_text(found: Quality) -> str:
     """The verdict, the worst linears, and the error behind some layers."""
-    from phireg.quality.words import percent
+    from phireg.quality.result import percent
 
     layers = len(found.hidden)
     step = max(1, -(-layers // _LAYERS))
     shown = sorted({*range(layers - 1, -1, -step), layers - 1})
     hidden = ", ".join(f"{layer}: {percent(found.hidden[layer])}" for layer in shown)
-    text = found.text
-    count = f"{text.rows} sample{'s' if text.rows > 1 else ''}, {text.tokens} tokens"
-    which = "calibrated on as well" if text.calibrated else "not calibrated on"
     rows = [
         ("quality", found.verdict),
-        ("text", f"{text.origin}: {count}, {which}"),
+        ("text", found.text.description),
         ("hidden states", f"error behind layer {hidden}"),
     ]
     worst = found.worst_first()[:_WORST]
@@ -42,7 +38,7 @@ def quality_text(found: Quality) -> str:
 
 
 def _table(worst: Sequence[LinearQuality]) -> list[tuple[str, ...]]:
-    from phireg.quality.words import decibels, percent, share, times
+    from phireg.quality.result import decibels, percent, share, times
 
     rows: list[tuple[str, ...]] = []
     inputs = worst[0].activation is not None
@@ -57,7 +53,7 @@ def _table(worst: Sequence[LinearQuality]) -> list[tuple[str, ...]]:
 
 
 def quality_document(found: Quality) -> dict[str, Any]:
-    """What ``--json`` has under ``quality``; a number that is not finite is null."""
+    """What ``--json`` has under ``quality``."""
     from phireg.quality.result import sqnr
 
     text = found.text
@@ -68,28 +64,22 @@ def quality_document(found: Quality) -> dict[str, Any]:
         "rows": text.rows,
         "tokens": text.tokens,
         "calibrated_on": text.calibrated,
-        "perplexity": _finite(text.perplexity),
-        "unquantized_perplexity": _finite(text.unquantized_perplexity),
-        "kl": _finite(text.kl),
+        "perplexity": text.perplexity,
+        "unquantized_perplexity": text.unquantized_perplexity,
+        "kl": text.kl,
         "top1": text.top1,
-        "hidden": [_finite(error) for error in found.hidden],
+        "hidden": found.hidden,
         "linears": [
             {
                 "layer": one.layer,
                 "linear": one.linear,
-                "weight_error": _finite(one.weight),
-                "weight_sqnr": _finite(sqnr(one.weight)),
-                "activation_error": _finite(one.activation),
-                "activation_sqnr": None
-                if one.activation is None
-                else _finite(sqnr(one.activation)),
+                "weight_error": one.weight,
+                "weight_sqnr": sqnr(one.weight),
+                "activation_error": one.activation,
+                "activation_sqnr": None if one.activation is None else sqnr(one.activation),
                 "saturation": one.saturation,
-                "outlier_ratio": _finite(one.outliers),
+                "outlier_ratio": one.outliers,
             }
             for one in found.linears
         ],
     }
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -113,9 +113,10 @@ class _Run:
             converted = self.write(plan, settings, stages)
             found = self.measure(plan, settings, stages)
         if found is not None and self.report is not None:
-            from phireg.quality.report import write_report
+            from phireg.report.page import write_page
+            from phireg.report.quality import render_quality
 
-            write_report(found, self.report)
+            write_page(render_quality(found), self.report)
         self.seconds["all"] = time.monotonic() - started
         done = Done(
             plan,

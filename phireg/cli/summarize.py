@@ -113,10 +113,10 @@ def command(as_json: bool, quiet: bool, report: str | None, **options: Any) -> N
     except KeyboardInterrupt as interrupt:
         raise stopped(interrupt, _outcome(results_path)) from None
     if report_path is not None:
-        from phireg.report.document import write_page
-        from phireg.summarization.report import render
+        from phireg.report.page import write_page
+        from phireg.report.summary import render_summarization
 
-        write_page(render(found), report_path)
+        write_page(render_summarization(found), report_path)
     if as_json:
         from phireg.summarization.document import summarization_document
 

@@ -84,9 +84,10 @@ def command(
             **options,
         )
     if page is not None:
-        from phireg.verification.report import write_report
+        from phireg.report.page import write_page
+        from phireg.report.verification import render_verification
 
-        write_report(found, page)
+        write_page(render_verification(found), page)
     if as_json:
         emit_json(verification_document(found))
     else:
@@ -99,40 +100,23 @@ def verification_document(found: Verification) -> dict[str, Any]:
     """What ``--json`` prints; docs/command-line.md describes it."""
     import dataclasses
 
+    logits = None
+    if found.logits is not None:
+        logits = dataclasses.asdict(found.logits)
+        logits["places"] = [
+            {"layer": layer, "part": part, "error": error}
+            for (layer, part), error in found.logits.places
+        ]
+        logits["wrong_places"] = found.logits.wrong_places
     return {
         "checkpoint_dir": found.checkpoint_dir,
         "model_dir": found.model_dir,
         "family": found.family,
         "passed": found.passed,
         "checks": [dataclasses.asdict(check) for check in found.checks],
-        "logits": _numbers(found),
+        "logits": logits,
         "provenance": dict(found.provenance),
     }
-
-
-def _numbers(found: Verification) -> dict[str, Any] | None:
-    import dataclasses
-
-    if found.logits is None:
-        return None
-    numbers = dataclasses.asdict(found.logits)
-    numbers["places"] = [
-        {"layer": layer, "part": part, "error": _finite(error)}
-        for (layer, part), error in found.logits.places
-    ]
-    numbers["wrong_places"] = [list(place) for place in found.logits.wrong_places]
-    numbers["thresholds"] = [list(threshold) for threshold in found.logits.thresholds]
-    numbers["hidden"] = [_finite(error) for error in found.logits.hidden]
-    for prompt in numbers["prompts"]:
-        prompt["by_position"] = [_finite(error) for error in prompt["by_position"]]
-        for key in ("max_abs", "relative", "kl"):
-            prompt[key] = _finite(prompt[key])
-    return numbers
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity: null stands for what is not finite."""
-    return value if abs(value) < float("inf") else None
 
 
 def show_verification(found: Verification) -> None:

@@ -10,12 +10,43 @@ from pathlib import Path
 ALLOWED = {"fp8": 0.02, "int8_sq": 0.05, "int8_wo": 0.02, "int4_wo": 0.05}
 """By format: by how much perplexity may change in a model that is called close."""
 
+_NONE = "-"
+
 
 def sqnr(relative: float) -> float:
     """A relative error as a signal-to-quantization-noise ratio in decibels."""
     if relative == 0:
         return math.inf
     return -20 * math.log10(relative) if relative < math.inf else -math.inf
+
+
+def decibels(relative: float | None) -> str:
+    """A relative error as SQNR: ``31.5``; ``exact`` where there is none."""
+    if relative is None:
+        return _NONE
+    ratio = sqnr(relative)
+    return f"{ratio:.1f}" if math.isfinite(ratio) else "exact" if ratio > 0 else "lost"
+
+
+def percent(relative: float | None) -> str:
+    """A relative error: ``2.65%``."""
+    return _NONE if relative is None else f"{relative:.2%}"
+
+
+def share(value: float | None) -> str:
+    """A share of many values: ``0``, ``0.002%``, ``12%``."""
+    if value is None:
+        return _NONE
+    if 0 < value < 1e-6:
+        return "<0.0001%"
+    return "0" if value == 0 else f"{100 * value:.2g}%"
+
+
+def times(value: float) -> str:
+    """A ratio: ``2.42x``, ``1,520x``."""
+    if not math.isfinite(value):
+        return "infinite"
+    return f"{value:,.0f}x" if value >= 100 else f"{value:.3g}x"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +104,13 @@ class TextQuality:
     kl: float
     nll: float
     unquantized_nll: float
+
+    @property
+    def description(self) -> str:
+        """Where the text is from and how much it is, in a few words."""
+        samples = f"{self.rows} sample{'s' if self.rows > 1 else ''}"
+        which = "calibrated on as well" if self.calibrated else "not calibrated on"
+        return f"{self.origin}: {samples}, {self.tokens:,} tokens, {which}"
 
     @property
     def perplexity(self) -> float:

@@ -93,6 +93,16 @@ def measure(
         found = walk(plain, quantized, text.rows, lambda more: told(more, layers))
     made = plan.options
     assert made.qformat is not None
+    text_quality = TextQuality(
+        text.origin,
+        len(text.rows),
+        sum(map(len, text.rows)),
+        text.calibrated,
+        found.top1,
+        found.kl,
+        found.nll,
+        found.unquantized_nll,
+    )
     return Quality(
         str(checkpoint_dir),
         plan.family,
@@ -103,17 +113,8 @@ def measure(
         made.tp_size,
         found.linears,
         found.hidden,
-        TextQuality(
-            text.origin,
-            len(text.rows),
-            sum(map(len, text.rows)),
-            text.calibrated,
-            found.top1,
-            found.kl,
-            found.nll,
-            found.unquantized_nll,
-        ),
-        tuple(_provenance(plan, place, provenance, text, device)),
+        text_quality,
+        tuple(_provenance(plan, place, provenance, text_quality, device)),
     )
 
 
@@ -156,12 +157,9 @@ def _provenance(
     plan: Plan,
     place: Path,
     provenance: Mapping[str, Any] | None,
-    text: Text,
+    text: TextQuality,
     device: torch.device,
 ) -> list[tuple[str, str]]:
-    which = "calibrated on as well" if text.calibrated else "not calibrated on"
-    count, tokens = len(text.rows), sum(map(len, text.rows))
-    samples = f"{count} sample{'s' if count > 1 else ''}, {tokens} tokens, {which}"
     rows = [
         ("checkpoint", str(place.absolute())),
         ("source", f"{plan.model_dir}, {len(plan.source.files)} file(s)"),
@@ -171,6 +169,6 @@ def _provenance(
         rows.append(("calibrated", str(provenance.get("date", "unknown"))))
     return [
         *rows,
-        ("text", f"{text.origin}: {samples}"),
+        ("text", text.description),
         ("computed", f"in float32 on {device}, torch {torch.__version__}"),
     ]

@@ -1,1 +1,1 @@
-"""Self-contained HTML pages: style sheet, SVG vocabulary, and a file that appears whole."""
+"""Self-contained HTML pages about a verification, a quantization and a summarization."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Any
 
@@ -17,10 +16,7 @@ def summarization_document(found: Summarization) -> dict[str, Any]:
         "settings": asdict(found.settings),
         "passed": found.passed,
         "resumed_batches": found.resumed,
-        "checks": [
-            {**asdict(check), "value": _finite(check.value), "passed": check.passed}
-            for check in found.checks
-        ],
+        "checks": [{**asdict(check), "passed": check.passed} for check in found.checks],
         "backends": [_backend(result) for result in found.backends],
         "same_summaries": [
             {"between": list(pair), "count": count} for pair, count in found.agreement().items()
@@ -36,7 +32,7 @@ def summarization_document(found: Summarization) -> dict[str, Any]:
                         "summary": result.answers[n].summary,
                         "new_tokens": result.answers[n].new_tokens,
                         **result.rouge.articles[n],
-                        "perplexity": _finite(result.answers[n].perplexity),
+                        "perplexity": result.answers[n].perplexity,
                     }
                     for result in found.backends
                 ],
@@ -52,15 +48,10 @@ def _backend(result: BackendResult) -> dict[str, Any]:
         "backend": result.name,
         "place": result.place,
         **result.rouge.total,
-        "perplexity": _finite(result.perplexity),
+        "perplexity": result.perplexity,
         "new_tokens": result.new_tokens,
         "seconds": round(result.seconds, 3),
         "latency_seconds": round(result.latency, 4),
         "tokens_per_second": round(result.tokens_per_second, 2),
         "peak_memory_bytes": result.memory,
     }
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no infinity: null stands for what is not finite."""
-    return value if value is not None and math.isfinite(value) else None

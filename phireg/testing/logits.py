@@ -38,7 +38,9 @@ def logits_problems(model: TinyModel, tp_size: int) -> str | None:
         return f"TP {tp_size}: the logits cannot be compared: {reason}"
     if not problems:
         return None
-    lines = [f"TP {tp_size}: the checkpoint of '{model.family.name}' is not its source: {summary}"]
+    lines = [
+        f"TP {tp_size}: the checkpoint of '{model.family.name}' does not match the source: {summary}"
+    ]
     lines += [f"  {problem}" for problem in problems[:8]]
     wrong = _first_of_each_part(problems)
     for place in wrong:

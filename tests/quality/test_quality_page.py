@@ -5,9 +5,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from phireg.errors import OutputError
-from phireg.quality.report import render, write_report
 from phireg.quality.result import LinearQuality, Quality, TextQuality, sqnr
+from phireg.report.quality import render_quality as render
 
 NAMES = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
 
@@ -61,9 +60,7 @@ def test_the_worse_the_warmer():
 
 def test_nothing_is_fetched_and_nothing_in_a_name_is_markup():
     page = render(quality())
-    assert "<b>" not in page.replace("<b>0", "").replace("<b>2", "").replace("<b>9", "").replace(
-        "<b>3", ""
-    )
+    assert "<b>text" not in page
     assert "<i>ckpt" not in page
     assert "<u>" not in page
     assert not re.search(r"""(src|href)=|url\(|@import""", page)
@@ -80,10 +77,3 @@ def test_decibels():
     assert sqnr(0.1) == pytest.approx(20)
     assert sqnr(0.0) == float("inf")
     assert sqnr(float("inf")) == float("-inf")
-
-
-def test_a_page_that_cannot_be_written(tmp_path):
-    with pytest.raises(OutputError, match="cannot be written"):
-        write_report(quality(), tmp_path / "nowhere" / "page.html")
-    write_report(quality(), tmp_path / "page.html")
-    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]

@@ -10,7 +10,7 @@ from planted_quantized import CACHE, FC, INPUT, PLANTED, QKV, SCALE, SMOOTH
 from verify_sources import FAMILIES, converted, edit_config, load_ranks, quantized, source
 
 import phireg
-from phireg.verification.report import render
+from phireg.report.verification import render_verification as render
 from phireg.verification.result import CHECKS, QUICK
 
 FORMATS = [

@@ -1,35 +1,38 @@
-"""A whole page, and writing it so that it is complete or not there."""
+"""Render the templates of this package, and write a page so that it is complete or absent."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterable
-from html import escape
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from phireg.errors import OutputError
-from phireg.report.style import CSS
+
+WIDTH = 900
+"""Width of every chart, in pixels of its own."""
 
 
-def document(title: str, body: Iterable[str], css: str = "") -> str:
-    """A page as text.
+def render_template(template: str, **values: Any) -> str:
+    """Fill a template in; everything that a value holds is escaped."""
+    return _environment().get_template(template).render(values)
 
-    Args:
-        title: plain text.
-        body: HTML, section by section.
-        css: style of the page's own, beside that of all pages.
-    """
-    return "\n".join(
-        [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title>\n<style>{CSS}{css}</style>\n</head>\n<body>\n<main>",
-            *body,
-            "</main>\n</body>\n</html>\n",
-        ]
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("phireg.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters["px"] = "{:.1f}".format
+    return environment
 
 
 def write_page(page: str, path: Path) -> None:

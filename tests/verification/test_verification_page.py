@@ -1,17 +1,16 @@
-"""The command's table, its exit codes, and the page."""
+"""The page of a verification: whole, self-contained, and nothing in a name is taken for markup."""
 
 import html.parser
 import re
 
 import pytest
-from click.testing import CliRunner
 from planted import PLANTED
 from verify_sources import converted, copied, edit_config, source
 
 import phireg
-from phireg.cli import app
 from phireg.errors import OutputError
-from phireg.verification.report import render, write_report
+from phireg.report.page import write_page
+from phireg.report.verification import render_verification as render
 
 VOID = {"meta", "br"}
 
@@ -51,10 +50,6 @@ def damaged(tmp_path_factory):
     return directory
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, ["verify", *map(str, arguments)])
-
-
 def test_the_page_of_a_correct_checkpoint():
     page = Page(render(phireg.verify(converted("phi3-small", 2), source("phi3-small"))))
     text = " ".join(page.words)
@@ -71,7 +66,7 @@ def test_the_page_of_a_correct_checkpoint():
 def test_the_page_of_a_wrong_one_says_where(damaged):
     page = Page(render(phireg.verify(damaged, source("phi3-small"))))
     text = " ".join(page.words)
-    assert "✗ not its source" in text
+    assert "✗ does not match the source" in text
     assert "<b>&checkpoint" in text  # shown as text, not obeyed
     assert page.count("circle", "wrong") == 1
     assert "first: layer 1 attention" in text
@@ -111,49 +106,11 @@ def test_the_stripes_of_the_page_are_the_models_blocks(damaged):
     assert [size[path] for path in paths] == [remote(head) for head in range(8)]
 
 
-def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path):
-    found = phireg.verify(converted("phi2"), source("phi2"), checks=("structure",))
-    with pytest.raises(OutputError, match="cannot be written"):
-        write_report(found, tmp_path / "missing" / "out.html")
+def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(OutputError):
+        write_page("text", tmp_path / "missing" / "out.html")
     (tmp_path / "taken").mkdir()
     with pytest.raises(OutputError):
-        write_report(found, tmp_path / "taken")
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
-
-
-def test_the_command_passes_and_writes_the_page(tmp_path):
-    page = tmp_path / "out.html"
-    ran = run(converted("phi2"), "--model-dir", source("phi2"), "--report", page)
-    assert ran.exit_code == 0
-    assert " ".join(ran.stdout.split()).endswith(": verified")  # long paths are folded
-    assert page.read_text().startswith("<!doctype html>")
-
-
-@pytest.mark.parametrize(("place", "code"), [("typo/out.html", 2), (".", 6)])
-def test_a_report_that_cannot_be_written_is_told_before_verifying(
-    place, code, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(phireg, "verify", None)
-    ran = run(converted("phi2"), "--model-dir", source("phi2"), "--report", tmp_path / place)
-    assert ran.exit_code == code
-    assert "give --report another place" in ran.output or "give the name of a file" in ran.output
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_command_fails_with_4_and_names_the_place(damaged):
-    ran = run(damaged, "--model-dir", source("phi3-small"))
-    assert ran.exit_code == 4
-    assert "layer 1 attention" in ran.stdout
-    assert "not verified" in ran.stdout
-    assert max(map(len, ran.stdout.splitlines()[:-1])) <= 80
-
-
-def test_quick_says_what_it_leaves_out():
-    ran = run(converted("phi2"), "--model-dir", source("phi2"), "--quick")
-    assert ran.exit_code == 0
-    assert "not checked: logits, ranks" in " ".join(ran.stdout.split())
-
-
-def test_a_directory_that_is_no_checkpoint(tmp_path):
-    assert run(source("phi2"), "--model-dir", source("phi2")).exit_code == 3
-    assert run(tmp_path / "none", "--model-dir", source("phi2")).exit_code == 3
+        write_page("text", tmp_path / "taken")
+    write_page("text", tmp_path / "out.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "taken"]

@@ -1,0 +1,132 @@
+"""The page about a quantization."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from phireg.quality.result import LinearQuality, Quality, decibels, percent, share, sqnr, times
+from phireg.report.page import WIDTH, render_template
+from phireg.report.plot import LogPlot, every
+
+_WORST = 16
+_LEFT, _TOP, _ROW, _GAP = 126, 4, 30, 2
+_TICKS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One kind of number that every linear has.
+
+    Attributes:
+        name: a heading.
+        meaning: a sentence.
+        ends: of the classes of colors, in ascending order; a value up to the first one has the
+            palest color.
+        labels: of the classes, one more than ends.
+        value: the number on that axis, the worse the larger; None if the linear has none.
+        shown: the number for people.
+    """
+
+    name: str
+    meaning: str
+    ends: tuple[float, ...]
+    labels: tuple[str, ...]
+    value: Callable[[LinearQuality], float | None]
+    shown: Callable[[LinearQuality], str]
+
+
+def _loss(relative: float | None) -> float | None:
+    return None if relative is None else -sqnr(relative)
+
+
+_DECIBELS = ("40 dB or more", "35 to 40", "30 to 35", "25 to 30", "20 to 25", "15 to 20", "less")
+
+MEASURES = (
+    Measure(
+        "Weight",
+        "Signal-to-noise ratio of the quantized weight.",
+        (-40, -35, -30, -25, -20, -15),
+        _DECIBELS,
+        lambda linear: _loss(linear.weight),
+        lambda linear: decibels(linear.weight),
+    ),
+    Measure(
+        "Input",
+        "Signal-to-noise ratio of the quantized input on the report's text.",
+        (-40, -35, -30, -25, -20, -15),
+        _DECIBELS,
+        lambda linear: _loss(linear.activation),
+        lambda linear: decibels(linear.activation),
+    ),
+    Measure(
+        "Saturation",
+        "Share of the input's values that lie beyond the ends of the calibrated scale.",
+        (0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
+        ("none", "to 0.001%", "to 0.01%", "to 0.1%", "to 1%", "to 10%", "more"),
+        lambda linear: linear.saturation,
+        lambda linear: share(linear.saturation),
+    ),
+    Measure(
+        "Outliers",
+        "Largest channel of the input, before smoothing, over the median channel.",
+        (3, 10, 30, 100, 300, 1000),
+        ("to 3x", "to 10x", "to 30x", "to 100x", "to 300x", "to 1000x", "more"),
+        lambda linear: linear.outliers,
+        lambda linear: times(linear.outliers),
+    ),
+)
+
+
+def render_quality(quality: Quality) -> str:
+    """Return the page as text."""
+    layers = len(quality.hidden)
+    measures = [m for m in MEASURES if m.value(quality.linears[0]) is not None]
+    return render_template(
+        "quality.html",
+        quality=quality,
+        maps=[_heat_map(quality, measure) for measure in measures],
+        plot=LogPlot.around(240, quality.hidden, -0.5, layers - 0.5),
+        states=list(enumerate(quality.hidden)),
+        ticks=[(layer, layer) for layer in every(layers, _TICKS)],
+        worst=quality.worst_first()[:_WORST],
+        provenance=quality.provenance,
+        percent=percent,
+        decibels=decibels,
+        share=share,
+        times=times,
+    )
+
+
+def _heat_map(quality: Quality, measure: Measure) -> dict[str, Any]:
+    """Place a cell for every linear: layers across, linears down."""
+    names = list(dict.fromkeys(linear.linear for linear in quality.linears))
+    layers = len(quality.hidden)
+    width = (WIDTH - _LEFT) / layers
+    cells = []
+    for linear in quality.linears:
+        value = measure.value(linear)
+        assert value is not None
+        cells.append(
+            {
+                "x": _LEFT + linear.layer * width,
+                "y": _TOP + names.index(linear.linear) * _ROW,
+                "heat": bisect_left(measure.ends, value),
+                "label": f"layer {linear.layer} {linear.linear}",
+                "number": measure.shown(linear),
+            }
+        )
+    return {
+        "name": measure.name,
+        "meaning": measure.meaning,
+        "labels": measure.labels,
+        "left": _LEFT,
+        "height": _TOP + len(names) * _ROW + 24,
+        "cell_width": width - min(_GAP, width * 0.12),
+        "cell_height": _ROW - _GAP,
+        "rows": [(name, _TOP + row * _ROW) for row, name in enumerate(names)],
+        "cells": cells,
+        "ticks": [(layer, _LEFT + (layer + 0.5) * width) for layer in every(layers, _TICKS)],
+    }

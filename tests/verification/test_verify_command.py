@@ -1,0 +1,58 @@
+"""The command's table, its exit codes, and the page it writes."""
+
+import pytest
+from click.testing import CliRunner
+from planted import PLANTED
+from verify_sources import converted, copied, source
+
+import phireg
+from phireg.cli import app
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    directory = copied("phi3-small", 2, tmp_path_factory.mktemp("damaged") / "<b>&checkpoint")
+    PLANTED["interleave forgotten at TP 2"].damage(directory, "phi3-small")
+    return directory
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["verify", *map(str, arguments)])
+
+
+def test_the_command_passes_and_writes_the_page(tmp_path):
+    page = tmp_path / "out.html"
+    ran = run(converted("phi2"), "--model-dir", source("phi2"), "--report", page)
+    assert ran.exit_code == 0
+    assert " ".join(ran.stdout.split()).endswith(": verified")  # long paths are folded
+    assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(("place", "code"), [("typo/out.html", 2), (".", 6)])
+def test_a_report_that_cannot_be_written_is_told_before_verifying(
+    place, code, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(phireg, "verify", None)
+    ran = run(converted("phi2"), "--model-dir", source("phi2"), "--report", tmp_path / place)
+    assert ran.exit_code == code
+    assert "give --report another place" in ran.output or "give the name of a file" in ran.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_fails_with_4_and_names_the_place(damaged):
+    ran = run(damaged, "--model-dir", source("phi3-small"))
+    assert ran.exit_code == 4
+    assert "layer 1 attention" in ran.stdout
+    assert "not verified" in ran.stdout
+    assert max(map(len, ran.stdout.splitlines()[:-1])) <= 80
+
+
+def test_quick_says_what_it_leaves_out():
+    ran = run(converted("phi2"), "--model-dir", source("phi2"), "--quick")
+    assert ran.exit_code == 0
+    assert "not checked: logits, ranks" in " ".join(ran.stdout.split())
+
+
+def test_a_directory_that_is_no_checkpoint(tmp_path):
+    assert run(source("phi2"), "--model-dir", source("phi2")).exit_code == 3
+    assert run(tmp_path / "none", "--model-dir", source("phi2")).exit_code == 3
