@@ -39,7 +39,7 @@ def logits_problems(model: TinyModel, tp_size: int) -> str | None:
     if not problems:
         return None
     lines = [
-        f"TP {tp_size}: the checkpoint of '{model.family.name}' does not match the source: {summary}"
+        f"TP {tp_size}: the checkpoint of '{model.family.name}' differs from the source: {summary}"
     ]
     lines += [f"  {problem}" for problem in problems[:8]]
     wrong = _first_of_each_part(problems)
