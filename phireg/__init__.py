@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from phireg.trtllm.build import Built as Built
     from phireg.trtllm.build import build as build
     from phireg.trtllm.build import plan_build as plan_build
-    from phireg.trtllm.build import plan_empty_build as plan_empty_build
     from phireg.trtllm.command import BuildOptions as BuildOptions
     from phireg.verification.verify import verify as verify
 
@@ -52,7 +51,7 @@ _MODULES = {
     "postprocessing.postprocess": (
         *("Postprocessed", "RowOrder", "postprocess", "postprocess_bytes", "row_order"),
     ),
-    "trtllm.build": ("BuildPlan", "Built", "build", "plan_build", "plan_empty_build"),
+    "trtllm.build": ("BuildPlan", "Built", "build", "plan_build"),
     "trtllm.command": ("BuildOptions",),
     "verification.verify": ("verify",),
 }

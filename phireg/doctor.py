@@ -20,8 +20,8 @@ from typing import Any
 
 from phireg import registry
 from phireg.errors import EngineError, PluginError
+from phireg.trtllm.builder import DISTRIBUTION, builder_version, installed_version
 from phireg.trtllm.command import PROGRAM
-from phireg.trtllm.locate import DISTRIBUTION, builder_version, installed_version
 from phireg.trtllm.releases import INSTALL, LAST, NEWEST, release_of
 
 OK, MISSING, BROKEN, UNSUITABLE = "ok", "missing", "broken", "unsuitable"

@@ -1,4 +1,4 @@
-"""``phireg build``: from a checkpoint to an engine, with the installed TensorRT-LLM."""
+"""``phireg build``: build an engine from a checkpoint with the installed TensorRT-LLM."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _PassingOn(click.Command):
     """A command whose arguments after ``--`` go to another program."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Keep what follows ``--`` for :func:`command`."""
+        """Set aside what follows ``--``."""
         if "--" in args:
             end = args.index("--")
             ctx.meta[_EXTRA] = tuple(args[end + 1 :])
@@ -100,33 +100,35 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     The options are the same for every release from 0.10 to 1.3.0rc20. FLAGS after -- go to
     trtllm-build as they are.
     """
-    shown, trtllm_version = options.pop("print_command"), options.pop("trtllm_version")
-    if trtllm_version and not shown:
+    print_command, version = options.pop("print_command"), options.pop("trtllm_version")
+    if version and not print_command:
         raise UsageError(
-            f"--trtllm-version {trtllm_version} only shows a command",
+            f"--trtllm-version {version} only shows a command",
             hint="add --print-command, or leave it out: the installed release is found out.",
         )
     overwrite, quiet, as_json = (options.pop(key) for key in ("overwrite", "quiet", "as_json"))
     try:
-        plan = _plan(trtllm_version, ctx.meta.get(_EXTRA, ()), **options)
+        plan = _plan(version, ctx.meta.get(_EXTRA, ()), **options)
     except EngineError as error:
-        if not shown or trtllm_version:
+        if not print_command or version:
             raise
         from phireg.trtllm.releases import NEWEST
 
         hint = f"name the release to show it for: --trtllm-version {NEWEST}; or {error.hint}"
         raise EngineError(error.message, hint=hint) from None
-    if shown:
-        _say_notes(plan, quiet=as_json)
+    if not as_json and (print_command or not quiet):
+        for note in plan.command.notes:
+            warn(note, label="note: ")
+    if print_command:
         if as_json:
             emit_json(_document(plan, None))
         else:
             emit(shlex.join(plan.line))
         return
-    _say_notes(plan, quiet=quiet or as_json)
     unwritten = f"no engine was written; the builder's output is in {plan.log}"
     with interruptible(plan.output_dir, lambda: unwritten):
-        built = _build(plan, overwrite=overwrite, quiet=quiet)
+        with _display(plan.command.tp_size, quiet=quiet) as listen:
+            built = phireg.build(plan, overwrite=overwrite, listen=listen)
     if as_json:
         emit_json(_document(plan, built))
     elif not quiet:
@@ -145,54 +147,39 @@ def _plan(
     dtype: str | None,
     **options: Any,
 ) -> BuildPlan:
-
     for name in ("context_fmha", "context_fmha_fp32_acc", "use_fp8_context_fmha"):
         options[name] = None if options[name] is None else options[name] == "enable"
-    asked = phireg.BuildOptions(**options, extra=extra)
-    if dummy_weights:
-        if checkpoint_dir is not None or model_dir is None:
-            raise UsageError(
-                "--dummy-weights builds from --model-dir, without a checkpoint",
-                hint="phireg build --dummy-weights --model-dir DIR --output-dir ENGINE",
-            )
-        return phireg.plan_empty_build(
-            model_dir,
-            output_dir,
-            asked,
-            family=family or "auto",
-            dtype=dtype or "auto",
-            version=version,
+    if dummy_weights and (checkpoint_dir is not None or model_dir is None):
+        raise UsageError(
+            "--dummy-weights builds from --model-dir, without a checkpoint",
+            hint="phireg build --dummy-weights --model-dir DIR --output-dir ENGINE",
         )
     for option, value in (("model-dir", model_dir), ("family", family), ("dtype", dtype)):
-        if value is not None:
+        if value is not None and not dummy_weights:
             raise UsageError(
                 f"--{option} is for --dummy-weights; a checkpoint says for itself what it is",
                 hint=f"leave out --{option}, or add --dummy-weights.",
             )
-    if checkpoint_dir is None:
+    source = model_dir if dummy_weights else checkpoint_dir
+    if source is None:
         raise UsageError(
             "there is no checkpoint to build from",
             hint="phireg build CKPT --output-dir ENGINE; phireg convert makes checkpoints.",
         )
-    return phireg.plan_build(checkpoint_dir, output_dir, asked, version=version)
-
-
-def _say_notes(plan: BuildPlan, *, quiet: bool) -> None:
-    """Say what phireg set, so that nothing is set in silence; a JSON document has it too."""
-    if not quiet:
-        for note in plan.command.notes:
-            warn(note, label="note: ")
-
-
-def _build(plan: BuildPlan, *, overwrite: bool, quiet: bool) -> Built:
-
-    with _display(plan.command.tp_size, quiet=quiet) as listen:
-        return phireg.build(plan, overwrite=overwrite, listen=listen)
+    return phireg.plan_build(
+        source,
+        output_dir,
+        phireg.BuildOptions(**options, extra=extra),
+        dummy_weights=dummy_weights,
+        family=family or "auto",
+        dtype=dtype or "auto",
+        version=version,
+    )
 
 
 @contextmanager
 def _display(ranks: int, *, quiet: bool) -> Iterator[Callable[[str], None] | None]:
-    """Pass the builder's lines on to stderr; on a terminal a line below says what goes on."""
+    """Pass the builder's lines on to stderr; on a terminal a line below names the stage."""
     if quiet:
         yield None
         return
@@ -204,41 +191,19 @@ def _display(ranks: int, *, quiet: bool) -> Iterator[Callable[[str], None] | Non
     from rich.text import Text
 
     console = Console(stderr=True)
-    doing = TextColumn("{task.description}")
-    with Progress(
-        SpinnerColumn(), doing, TimeElapsedColumn(), console=console, transient=True
-    ) as bar:
-        task = bar.add_task("starting trtllm-build", total=None)
-        stage = _Stage(ranks)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("reading the checkpoint", total=None)
 
         def listen(line: str) -> None:
             console.print(Text(printable(line)))
-            bar.update(task, description=stage.after(line))
+            if "Build TensorRT engine" in line:
+                progress.update(task, description="building")
+            elif match := re.search(r"Serializing engine to .*rank(\d+)\.engine", line):
+                doing = f"writing rank engine {int(match[1]) + 1} of {ranks}"
+                progress.update(task, description=doing)
 
         yield listen
-
-
-class _Stage:
-    """What the builder does, told from its output.
-
-    Args:
-        ranks: how many engines it makes.
-    """
-
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
-        self.written = 0
-        self.doing = "reading the checkpoint"
-
-    def after(self, line: str) -> str:
-        """The description that holds after a line."""
-        if "Build TensorRT engine" in line:
-            self.doing = "building"
-        elif re.search(r"Serializing engine to .*rank\d+\.engine", line):
-            self.doing = "writing"
-            self.written += 1
-        of = f", {self.written} of {self.ranks} rank engines" if self.written else ""
-        return f"{self.doing}{of}"
 
 
 def _document(plan: BuildPlan, built: Built | None) -> dict[str, Any]:

@@ -1,29 +1,29 @@
-"""One stable set of options, translated into the flags of one release of ``trtllm-build``."""
+"""Translate one stable set of options into the flags of one release of ``trtllm-build``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from phireg.errors import EngineError, UsageError
 from phireg.trtllm.engine import FP32_ACCUMULATION
-from phireg.trtllm.releases import (
-    PHI2,
-    PHI3,
-    PHI3_SMALL,
-    PHI_MOE,
-    READ_EXPERTS_SINCE,
-    Release,
-    release_of,
-)
+from phireg.trtllm.releases import Release, public_version, release_of
 
 PROGRAM = "trtllm-build"
-MAX_INPUT_LEN = 1024
+
+PHI2, PHI3, PHI3_SMALL = "PhiForCausalLM", "Phi3ForCausalLM", "Phi3SmallForCausalLM"
+PHI_MOE = "PhiMoEForCausalLM"
+_READS_EXPERTS = Version("0.14.0.dev0")
+"""The first release whose Phi-3 reader has experts."""
+
+_MAX_INPUT_LEN = 1024
 """The builder's default in every release."""
 
-_OWN = (
+_OWN_FLAGS = (
     "checkpoint_dir", "model_config", "output_dir", "max_batch_size", "max_input_len",
     "max_output_len", "max_seq_len", "max_decoder_seq_len", "tp_size", "pp_size", "gemm_plugin",
     "gpt_attention_plugin", "context_fmha", "context_fmha_fp32_acc", "use_fp8_context_fmha",
@@ -69,7 +69,7 @@ class BuildOptions:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """The builder's arguments, without what is read and where it goes.
+    """The builder's arguments, without its input and output.
 
     Attributes:
         flags: in the order of the builder's help, extra arguments last.
@@ -84,13 +84,7 @@ class Command:
     tp_size: int = 1
 
     def line(self, program: str | Path, source: Path, output_dir: Path) -> tuple[str, ...]:
-        """The whole command.
-
-        Args:
-            program: ``trtllm-build``.
-            source: the checkpoint, or a config.json alone, for an engine without weights.
-            output_dir: where the engine goes.
-        """
+        """The whole command; ``source`` is a checkpoint, or a config.json for no weights."""
         if source.suffix == ".json" and not source.is_dir():
             reads = ("--model_config", str(source))
         else:
@@ -102,7 +96,7 @@ class Command:
 def translate(
     config: Mapping[str, Any], options: BuildOptions, version: str, *, weights: bool = True
 ) -> Command:
-    """The flags with which a release builds what is asked for.
+    """Choose the flags with which a release builds what is asked for.
 
     Args:
         config: the checkpoint's config.json.
@@ -117,11 +111,12 @@ def translate(
     _check_extra(options.extra)
     release = release_of(version)
     _check_model(config, release, version)
-    translation = _Translation(config, options, release)
-    return translation.command(weights)
+    return _Translation(config, options, release).command(weights)
 
 
 class _Translation:
+    """Collects flags and notes."""
+
     def __init__(self, config: Mapping[str, Any], options: BuildOptions, release: Release) -> None:
         self.config = config
         self.options = options
@@ -135,12 +130,12 @@ class _Translation:
         self.add("max_batch_size", options.max_batch_size)
         self.lengths()
         tp_size = self.ranks(weights)
-        self.plugins()
+        for name in ("gemm_plugin", "gpt_attention_plugin"):
+            self.plugin(name)
         self.context_attention()
         self.add("workers", options.workers)
-        return Command(
-            (*self.flags, *options.extra), tuple(self.notes), dict(self.run_options), tp_size
-        )
+        flags = (*self.flags, *options.extra)
+        return Command(flags, tuple(self.notes), self.run_options, tp_size)
 
     def add(self, flag: str, value: object) -> None:
         if isinstance(value, bool):
@@ -149,7 +144,7 @@ class _Translation:
             self.flags += (f"--{flag}", str(value))
 
     def lengths(self) -> None:
-        options, release = self.options, self.release
+        options = self.options
         if options.max_output_len and options.max_seq_len:
             raise UsageError(
                 "--max-output-len and --max-seq-len are two ways to say the same",
@@ -170,14 +165,14 @@ class _Translation:
                 hint="lower --max-input-len or raise --max-seq-len.",
             )
         self.add("max_input_len", options.max_input_len)
-        if release.limits_sum:
+        if self.release.max_seq_len:
             self.add("max_seq_len", total)
         elif total:
-            new_tokens = total - (options.max_input_len or MAX_INPUT_LEN)
+            new_tokens = total - (options.max_input_len or _MAX_INPUT_LEN)
             if new_tokens < 1:
                 raise UsageError(
                     f"--max-seq-len {total} leaves no room for new tokens: prompts have up to "
-                    f"{MAX_INPUT_LEN}",
+                    f"{_MAX_INPUT_LEN}",
                     hint="give --max-input-len too.",
                 )
             self.add("max_output_len", new_tokens)
@@ -186,18 +181,19 @@ class _Translation:
         """Tokens of prompt and continuation together, if the user limits them."""
         options = self.options
         if options.max_output_len:
-            return (options.max_input_len or MAX_INPUT_LEN) + options.max_output_len
+            return (options.max_input_len or _MAX_INPUT_LEN) + options.max_output_len
         return options.max_seq_len
 
     def ranks(self, weights: bool) -> int:
         options = self.options
-        tp_size, pp_size = _mapping(self.config)
+        mapping = self.config.get("mapping") or {}
+        tp_size, pp_size = mapping.get("tp_size", 1), mapping.get("pp_size", 1)
         if options.pp_size not in (None, pp_size):
             raise UsageError(
                 f"--pp-size {options.pp_size}: the checkpoint has {pp_size} pipeline stage",
                 hint="Phi models have no pipeline stages; use --tp-size when converting.",
             )
-        if self.release.ranks_by_flag and self.config["architecture"] == PHI2:
+        if self.release.splits_phi2 and self.config["architecture"] == PHI2:
             if weights and tp_size > 1:
                 raise EngineError(
                     f"TensorRT-LLM {self.release.name} splits phi-2 itself, and this checkpoint "
@@ -205,64 +201,59 @@ class _Translation:
                     hint="convert with --tp-size 1 and give this command --tp-size "
                     f"{tp_size}; or use release 0.12 or later.",
                 )
-            asked = options.tp_size or tp_size
-            if asked > 1:
-                self.add("tp_size", asked)
+            ranks = int(options.tp_size or tp_size)
+            if ranks > 1:
+                self.add("tp_size", ranks)
                 self.add("pp_size", 1)
-            return asked
+            return ranks
         if options.tp_size not in (None, tp_size):
             raise UsageError(
                 f"--tp-size {options.tp_size}: the checkpoint is split for {tp_size}",
                 hint="the number of ranks is decided when converting: phireg convert --tp-size "
                 f"{options.tp_size}.",
             )
-        return tp_size
+        return int(tp_size)
 
-    def plugins(self) -> None:
-        for name in ("gemm_plugin", "gpt_attention_plugin"):
-            value: str | None = getattr(self.options, name)
-            dtype = self.config["dtype"]
-            option = f"--{name.replace('_', '-')}"
-            if value == "fp8":
-                self.needs_fp8(f"{option} fp8")
-                if not self.release.fp8_gemm:
-                    raise EngineError(
-                        f"TensorRT-LLM {self.release.name} has no {option} fp8",
-                        hint=f"use {option} disable, or release 0.11 or later.",
-                    )
-            elif value not in (None, "auto", "disable", dtype):
-                raise UsageError(
-                    f"{option} {value}: the checkpoint is {dtype}, which a {value} plugin cannot "
-                    "take",
-                    hint=f"use {option} auto, which is the checkpoint's dtype.",
+    def plugin(self, name: str) -> None:
+        value: str | None = getattr(self.options, name)
+        dtype = self.config["dtype"]
+        option = _option(name)
+        if value == "fp8":
+            self.check_fp8(f"{option} fp8")
+            if not self.release.fp8_gemm:
+                raise EngineError(
+                    f"TensorRT-LLM {self.release.name} has no {option} fp8",
+                    hint=f"use {option} disable, or release 0.11 or later.",
                 )
-            if not self.release.auto_plugin and (
-                value == "auto" or (value is None and name == "gpt_attention_plugin")
-            ):
-                value = dtype
-            self.add(name, value)
+        elif value not in (None, "auto", "disable", dtype):
+            raise UsageError(
+                f"{option} {value}: the checkpoint is {dtype}, which a {value} plugin cannot take",
+                hint=f"use {option} auto, which is the checkpoint's dtype.",
+            )
+        by_default = value is None and name == "gpt_attention_plugin"
+        if not self.release.auto_plugin and (value == "auto" or by_default):
+            value = dtype
+        self.add(name, value)
 
     def context_attention(self) -> None:
         options = self.options
         fused = options.context_fmha
-        asked = {
-            "context_fmha_fp32_acc": options.context_fmha_fp32_acc,
-            "use_fp8_context_fmha": options.use_fp8_context_fmha,
-        }
-        wanted = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value]
-        if fused is False and wanted:
+        accumulate, fp8 = options.context_fmha_fp32_acc, options.use_fp8_context_fmha
+        switches = {"context_fmha_fp32_acc": accumulate, "use_fp8_context_fmha": fp8}
+        enabled = " and ".join(_option(name) for name, value in switches.items() if value)
+        if fused is False and enabled:
             raise UsageError(
-                f"{' and '.join(wanted)}: fused context attention is disabled",
+                f"{enabled}: fused context attention is disabled",
                 hint="leave out --context-fmha disable.",
             )
-        if options.use_fp8_context_fmha:
-            self.needs_fp8("--use-fp8-context-fmha")
-        if options.gpt_attention_plugin == "disable" and (fused or wanted):
+        if fp8:
+            self.check_fp8("--use-fp8-context-fmha")
+        if options.gpt_attention_plugin == "disable" and (fused or enabled):
             raise UsageError(
                 "fused context attention is part of the attention plugin, which is disabled",
                 hint="leave out --gpt-attention-plugin disable.",
             )
-        limit = sparse_from(self.config)
+        limit = _dense_tokens(self.config)
         if fused is None and limit is not None and self.longest_prompt() > limit:
             fused = False
             self.notes.append(
@@ -270,12 +261,11 @@ class _Translation:
                 "engine takes, the fused context attention ignores Phi-3-small's block sparsity; "
                 "--context-fmha enable keeps it"
             )
-            if wanted:
-                asked = dict.fromkeys(asked)
-                self.notes.append(f"{' and '.join(wanted)} has no effect without it")
+            if enabled:
+                accumulate = fp8 = None
+                self.notes.append(f"{enabled} has no effect without it")
         self.add("context_fmha", fused)
-        accumulate = asked["context_fmha_fp32_acc"]
-        if self.release.fp32_at_build:
+        if self.release.fp32_acc_flag:
             self.add("context_fmha_fp32_acc", accumulate)
         elif accumulate is not None:
             self.run_options[FP32_ACCUMULATION] = accumulate
@@ -283,18 +273,18 @@ class _Translation:
                 "--context-fmha-fp32-acc is a run-time option since 0.12: it is remembered for "
                 "phireg run and phireg summarize"
             )
-        self.add("use_fp8_context_fmha", asked["use_fp8_context_fmha"])
+        self.add("use_fp8_context_fmha", fp8)
 
     def longest_prompt(self) -> int:
-        """What the engine lets through.
+        """Tokens of the longest prompt that the engine takes.
 
         Since 0.11, ``max_input_len`` does not limit packed prompts with fused attention.
         """
-        if not self.release.limits_sum:
-            return self.options.max_input_len or MAX_INPUT_LEN
+        if not self.release.max_seq_len:
+            return self.options.max_input_len or _MAX_INPUT_LEN
         return (self.total() or int(self.config["max_position_embeddings"])) - 1
 
-    def needs_fp8(self, option: str) -> None:
+    def check_fp8(self, option: str) -> None:
         quantization = self.config.get("quantization") or {}
         if quantization.get("quant_algo") != "FP8":
             raise UsageError(
@@ -303,13 +293,12 @@ class _Translation:
             )
 
 
-def _mapping(config: Mapping[str, Any]) -> tuple[int, int]:
-    """TP and PP."""
-    mapping = config.get("mapping") or {}
-    return mapping.get("tp_size", 1), mapping.get("pp_size", 1)
+def _option(flag: str) -> str:
+    """The option of phireg that stands for a flag."""
+    return f"--{flag.replace('_', '-')}"
 
 
-def sparse_from(config: Mapping[str, Any]) -> int | None:
+def _dense_tokens(config: Mapping[str, Any]) -> int | None:
     """The number of tokens up to which block-sparse attention equals dense; None for no sparsity.
 
     Phi-3-small attends to the blocks nearby and to some of the others; layer i is dense if i + 1
@@ -321,39 +310,33 @@ def sparse_from(config: Mapping[str, Any]) -> int | None:
 
 
 def _check_model(config: Mapping[str, Any], release: Release, version: str) -> None:
-    if config["architecture"] == PHI_MOE and release.since < READ_EXPERTS_SINCE:
-        raise EngineError(
-            f"TensorRT-LLM {version} cannot read this model: Phi-3.5-MoE needs 0.14 or later",
-            hint="use a newer release.",
-        )
-    if release.grouped:
+    """Refuse a model that the release's reader does not know."""
+    architecture, heads = config["architecture"], config["num_attention_heads"]
+    grouped = config.get("num_key_value_heads", heads) != heads
+    if architecture == PHI_MOE and public_version(version) < _READS_EXPERTS:
+        needs = "Phi-3.5-MoE needs 0.14 or later"
+    elif not release.grouped_heads and (
+        architecture == PHI3_SMALL or (architecture == PHI3 and grouped)
+    ):
+        needs = "Phi-3-small and Phi-3-medium need 0.11 or later"
+    else:
         return
-    heads = config["num_attention_heads"]
-    groups = config.get("num_key_value_heads", heads)
-    architecture = config["architecture"]
-    if architecture == PHI3_SMALL or (architecture == PHI3 and groups != heads):
-        raise EngineError(
-            f"TensorRT-LLM {version} cannot read this model: Phi-3-small and Phi-3-medium need "
-            "0.11 or later",
-            hint="use a newer release.",
-        )
+    raise EngineError(
+        f"TensorRT-LLM {version} cannot read this model: {needs}", hint="use a newer release."
+    )
 
 
 def _check_extra(extra: Sequence[str]) -> None:
-    for flag in _flags(extra):
-        # The builder's parser takes abbreviations too.
-        for own in _OWN:
+    """Refuse flags that phireg sets itself; the builder's parser takes abbreviations, too."""
+    for argument in extra:
+        if not argument.startswith("--"):
+            continue
+        flag = argument[2:].partition("=")[0].replace("-", "_")
+        for own in _OWN_FLAGS:
             if own.startswith(flag):
-                option = own.replace("_", "-").replace("decoder-", "")
                 raise UsageError(
                     f"--{flag} cannot be passed on after '--': phireg decides --{own}",
                     hint="give CKPT, or --dummy-weights with --model-dir."
                     if own in ("checkpoint_dir", "model_config")
-                    else f"give phireg's own option --{option}.",
+                    else f"give phireg's own option {_option(own.replace('decoder_', ''))}.",
                 )
-
-
-def _flags(extra: Sequence[str]) -> Iterator[str]:
-    for argument in extra:
-        if argument.startswith("--"):
-            yield argument[2:].partition("=")[0].replace("-", "_")

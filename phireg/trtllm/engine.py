@@ -1,4 +1,4 @@
-"""A built engine: what its files say, without TensorRT-LLM.
+"""Describe a built engine from its files, without TensorRT-LLM.
 
 TensorRT-LLM's builder writes ``config.json`` with ``version``, ``pretrained_config`` (the
 checkpoint's config) and ``build_config``, and ``rank{r}.engine`` for every rank. ``phireg build``
@@ -30,7 +30,7 @@ class Engine:
     """What an engine directory holds.
 
     Attributes:
-        directory: where it is.
+        directory: the engine.
         version: the TensorRT-LLM release that built it and can run it, e.g. "0.17.0.post1".
         architecture: e.g. "Phi3ForCausalLM".
         dtype: of the checkpoint, e.g. "float16".
@@ -44,7 +44,6 @@ class Engine:
         gathers_logits: whether it can give the logits of the prompt's tokens.
         run_options: what ``phireg build`` was asked for and the runtime has to be told, by the
             names of TensorRT-LLM's runners (``enable_context_fmha_fp32_acc``: bool).
-        pretrained_config: the checkpoint's config.
         build_config: the builder's options.
     """
 
@@ -61,17 +60,15 @@ class Engine:
     max_beam_width: int
     gathers_logits: bool
     run_options: Mapping[str, Any] = field(default_factory=dict)
-    pretrained_config: Mapping[str, Any] = field(default_factory=dict)
     build_config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def is_engine_dir(path: str | Path) -> bool:
     """Whether a directory is, or was meant to be, an engine: for choosing a backend."""
     try:
-        config = read_json_object(Path(path) / "config.json")
+        return _is_engine_config(read_json_object(Path(path) / "config.json"))
     except SourceError:
         return False
-    return _is_engine_config(config)
 
 
 def _is_engine_config(config: Mapping[str, Any]) -> bool:
@@ -84,43 +81,43 @@ def read_engine(directory: str | Path) -> Engine:
     Raises:
         SourceError: it is not a complete engine.
     """
-    place = Path(directory)
-    path = place / "config.json"
+    directory = Path(directory)
+    path = directory / "config.json"
     config = read_json_object(path)
     if not _is_engine_config(config):
         raise SourceError(
-            f"{place} is not a TensorRT-LLM engine: its config.json has no 'pretrained_config' "
+            f"{directory} is not a TensorRT-LLM engine: its config.json has no 'pretrained_config' "
             "and 'build_config'",
             hint="an engine is made from a checkpoint by phireg build.",
         )
     pretrained, build = config["pretrained_config"], config["build_config"]
     mapping = pretrained.get("mapping")
-    ranks = mapping if isinstance(mapping, dict) else {}
-    world_size = _count(ranks, "world_size", path, 1)
+    mapping = mapping if isinstance(mapping, dict) else {}
+    world_size = _count(mapping, "world_size", path, 1)
     if world_size > _MOST_RANKS:
         raise SourceError(f"{path}: mapping.world_size is {world_size}")
     for rank in range(world_size):
-        if not (place / f"rank{rank}.engine").is_file():
-            raise SourceError(f"{place} has no rank{rank}.engine; it is made for {world_size}")
+        if not (directory / f"rank{rank}.engine").is_file():
+            raise SourceError(f"{directory} has no rank{rank}.engine; it is made for {world_size}")
     max_input_len = _count(build, "max_input_len", path)
-    whole = build
-    if "max_seq_len" not in build:  # before 0.11 the new tokens were limited, not the sum
-        whole = {"max_seq_len": max_input_len + _count(build, "max_output_len", path)}
+    if "max_seq_len" in build:
+        max_seq_len = _count(build, "max_seq_len", path)
+    else:  # before 0.11 the new tokens were limited, not the sum
+        max_seq_len = max_input_len + _count(build, "max_output_len", path)
     return Engine(
-        directory=place,
+        directory=directory,
         version=_text(config, "version", path),
         architecture=_text(pretrained, "architecture", path),
         dtype=_text(pretrained, "dtype", path),
         vocab_size=_count(pretrained, "vocab_size", path),
-        tp_size=_count(ranks, "tp_size", path, 1),
+        tp_size=_count(mapping, "tp_size", path, 1),
         world_size=world_size,
         max_batch_size=_count(build, "max_batch_size", path),
         max_input_len=max_input_len,
-        max_seq_len=_count(whole, "max_seq_len", path),
+        max_seq_len=max_seq_len,
         max_beam_width=_count(build, "max_beam_width", path, 1),
         gathers_logits=build.get("gather_context_logits") is True,
-        run_options=_run_options(place / BUILD_FILE),
-        pretrained_config=pretrained,
+        run_options=_run_options(directory / BUILD_FILE),
         build_config=build,
     )
 
@@ -132,11 +129,11 @@ def _text(config: Mapping[str, Any], key: str, path: Path) -> str:
     return value
 
 
-def _count(config: Mapping[str, Any], key: str, path: Path, missing: int | None = None) -> int:
+def _count(config: Mapping[str, Any], key: str, path: Path, default: int | None = None) -> int:
     value = config.get(key)
-    if value is None and missing is not None:
-        return missing
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if value is None and default is not None:
+        return default
+    if type(value) is not int or value < 1:
         raise SourceError(f"{path}: {key} is {value!r}, not a number of 1 or more")
     return value
 
@@ -144,10 +141,10 @@ def _count(config: Mapping[str, Any], key: str, path: Path, missing: int | None 
 def _run_options(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}  # built by trtllm-build alone
-    found = read_json_object(path).get("run_options")
-    if not isinstance(found, dict):
+    options = read_json_object(path).get("run_options")
+    if not isinstance(options, dict):
         raise SourceError(f"{path}: run_options is not an object")
-    return found
+    return options
 
 
 def not_an_engine(directory: Path) -> str | None:
@@ -155,9 +152,8 @@ def not_an_engine(directory: Path) -> str | None:
     known = ("config.json", BUILD_FILE, *CARRIED)
     for entry in sorted(directory.iterdir()):
         of_a_rank = re.fullmatch(r"rank\d+(\.engine|_managed_weights\.safetensors)", entry.name)
-        if not entry.is_file() or entry.is_symlink():
-            return f"{entry} does not belong to one"
-        if not of_a_rank and not any(fnmatchcase(entry.name, pattern) for pattern in known):
+        belongs = of_a_rank or any(fnmatchcase(entry.name, pattern) for pattern in known)
+        if not belongs or not entry.is_file() or entry.is_symlink():
             return f"{entry} does not belong to one"
     if not (directory / "rank0.engine").exists():
         return f"{directory} has no rank0.engine"

@@ -1,36 +1,34 @@
-"""The part of ``tensorrt_llm.runtime`` that is used, in the releases that have it.
+"""Load an engine with ``tensorrt_llm.runtime``, in the releases that have it.
 
 Its documented classes are ModelRunnerCpp, which needs an engine for in-flight batching (attention
-plugin, packed input, paged KV cache), and ModelRunner. Nothing else of TensorRT-LLM is imported
-here, and that late: it takes long, and prints to standard output.
+plugin, packed input, paged KV cache), and ModelRunner. TensorRT-LLM is imported late: that takes
+long, and prints to standard output.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from phireg.errors import CheckError, PhiregError
+from phireg.trtllm.builder import installed_version
 from phireg.trtllm.engine import Engine
+from phireg.trtllm.releases import LAST
 
 Output = Mapping[str, Any]
 """``output_ids`` int32 [batch, beams, length], prompts included, padded at the end;
 ``sequence_lengths`` int32 [batch, beams]; ``context_logits``, if the engine gathers them: for each
 row [tokens of the prompt, vocab_size or more]."""
 
-_LOG_LEVEL = "TLLM_LOG_LEVEL"
-
 
 class Runner(Protocol):
-    """An engine that is loaded."""
+    """The part of TensorRT-LLM's runners that is used."""
 
     def generate(self, batch_input_ids: Sequence[Tensor], **options: Any) -> Any:
         """An ``Output``; with ``streaming=True`` an iterator of them, each up to one more token.
@@ -40,45 +38,35 @@ class Runner(Protocol):
 
 
 def installed() -> str:
-    """The installed release.
-
-    Raises:
-        PhiregError: there is none.
-    """
-    try:
-        return version("tensorrt_llm")
-    except PackageNotFoundError:
+    """The installed release; an error if there is none."""
+    version = installed_version()
+    if version is None:
         raise PhiregError(
             "TensorRT-LLM is not installed, and an engine runs on nothing else",
             hint="pip install 'phireg[trtllm]' on a machine with a GPU (phireg doctor), or run the "
             "checkpoint that the engine was built from: --backend executor.",
-        ) from None
-
-
-def release_number(release: str) -> tuple[int, int]:
-    """``(0, 12)`` of ``0.12.0.dev2024``."""
-    found = re.match(r"(\d+)\.(\d+)", release)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+        )
+    return version
 
 
 def load_runner(engine: Engine, release: str, rank: int) -> Runner:
     """Load this rank's part of an engine.
 
     Args:
-        engine: what its config.json says; the runtime is told its run options.
-        release: that is installed.
+        engine: its description; the runtime gets its run options.
+        release: the installed one.
         rank: of this process.
 
     Raises:
         PhiregError: the installed release has no runtime for engines.
         CheckError: the runtime refuses the engine.
     """
-    # Upstream's scripts show errors only; what is set already, stays.
-    os.environ.setdefault(_LOG_LEVEL, "ERROR")
+    # Errors only, as in TensorRT-LLM's scripts, unless the user has set it.
+    os.environ.setdefault("TLLM_LOG_LEVEL", "ERROR")
     with quiet_stdout():
-        kind = _runner_class(release, in_flight_batching(engine))
+        runner_class = _runner_class(release, in_flight_batching(engine))
         try:
-            runner: Runner = kind.from_dir(
+            runner: Runner = runner_class.from_dir(
                 engine_dir=str(engine.directory), rank=rank, **engine.run_options
             )
         except Exception as error:  # which classes it raises is not documented
@@ -103,10 +91,10 @@ def _runner_class(release: str, in_flight: bool) -> Any:
             hint="phireg doctor says what is missing.",
         ) from None
     names = ("ModelRunnerCpp", "ModelRunner") if in_flight else ("ModelRunner",)
-    kinds = [getattr(runtime, name) for name in names if hasattr(runtime, name)]
-    if not kinds:
+    classes = [getattr(runtime, name) for name in names if hasattr(runtime, name)]
+    if not classes:
         raise _without_engines(release)
-    return kinds[0]
+    return classes[0]
 
 
 def in_flight_batching(engine: Engine) -> bool:
@@ -117,8 +105,8 @@ def in_flight_batching(engine: Engine) -> bool:
     """
     plugins = engine.build_config.get("plugin_config")
     plugins = plugins if isinstance(plugins, Mapping) else {}
-    kind = engine.build_config.get("kv_cache_type")
-    paged = plugins.get("paged_kv_cache") if kind is None else str(kind).lower() == "paged"
+    cache = engine.build_config.get("kv_cache_type")
+    paged = plugins.get("paged_kv_cache") if cache is None else str(cache).lower() == "paged"
     packed = plugins.get("remove_input_padding")
     return bool(plugins.get("gpt_attention_plugin") and packed and paged)
 
@@ -131,18 +119,18 @@ def quiet_stdout() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(sys.stderr))
         try:
-            kept = os.dup(1)
+            stdout = os.dup(1)
         except OSError:
             pass  # closed: nothing can get there
         else:
-            stack.callback(os.close, kept)
-            stack.callback(os.dup2, kept, 1)
+            stack.callback(os.close, stdout)
+            stack.callback(os.dup2, stdout, 1)
             os.dup2(2, 1)
         yield
 
 
 def _without_engines(release: str) -> PhiregError:
     return PhiregError(
-        f"TensorRT-LLM {release} has no runtime for engines; 1.3.0rc20 was the last with one",
+        f"TensorRT-LLM {release} has no runtime for engines; {LAST} was the last with one",
         hint="pip install 'phireg[trtllm]' installs a release that has it.",
     )

@@ -1,7 +1,6 @@
 """TensorRT-LLM's releases, as far as their builders differ for Phi.
 
-The table is data: which flags ``trtllm-build`` has and what its reader takes. Facts are from the
-builder's argument parser and the release notes of each release.
+Facts are from the argument parser of ``trtllm-build`` and the release notes of each release.
 """
 
 from __future__ import annotations
@@ -18,88 +17,92 @@ LAST = "1.3.0rc20"
 """The last version of all with the engine backend; the next one has no ``trtllm-build``."""
 INSTALL = f"pip install tensorrt_llm=={NEWEST}"
 
-PHI2, PHI3, PHI3_SMALL = "PhiForCausalLM", "Phi3ForCausalLM", "Phi3SmallForCausalLM"
-PHI_MOE = "PhiMoEForCausalLM"
-READ_EXPERTS_SINCE = Version("0.14.0.dev0")
-"""The first release whose Phi-3 reader has experts."""
-
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A line of releases whose builders take the same flags.
+    """A range of releases whose builders take the same flags.
 
     Attributes:
-        name: what it is called here.
-        since: its first version; it goes up to the next line's first.
-        limits_sum: ``--max_seq_len`` limits prompt and new tokens together; earlier
+        name: of the range.
+        first: its first version; it ends before the first of the next range.
+        max_seq_len: ``--max_seq_len`` limits prompt and new tokens together; earlier
             ``--max_output_len`` limits the new ones.
-        ranks_by_flag: ``--tp_size`` and ``--pp_size`` exist. They decide for phi-2, whose reader
-            then splits an unsplit ``rank0.safetensors``; for others config.json decides.
-        fp32_at_build: ``--context_fmha_fp32_acc`` exists; later the runtime is told.
+        splits_phi2: ``--tp_size`` and ``--pp_size`` exist and decide for phi-2, whose reader then
+            splits an unsplit ``rank0.safetensors``; for other models config.json decides.
+        fp32_acc_flag: ``--context_fmha_fp32_acc`` exists; later it is an option of the runtime.
         auto_plugin: plugins take ``auto``, the checkpoint's dtype, and it is the attention
             plugin's default; before, that was float16.
         fp8_gemm: ``--gemm_plugin fp8`` exists.
-        grouped: reads Phi-3 models with fewer key-value heads than heads, and Phi-3-small.
+        grouped_heads: the reader takes Phi-3 models with fewer key-value heads than heads, and
+            Phi-3-small.
     """
 
     name: str
-    since: Version
-    limits_sum: bool
-    ranks_by_flag: bool
-    fp32_at_build: bool
-    auto_plugin: bool
-    fp8_gemm: bool
-    grouped: bool
+    first: Version
+    max_seq_len: bool = True
+    splits_phi2: bool = False
+    fp32_acc_flag: bool = False
+    auto_plugin: bool = True
+    fp8_gemm: bool = True
+    grouped_heads: bool = True
 
 
-def _table() -> tuple[Release, ...]:
-    yes, no = True, False
-    # The guide's commit of 2024-06-04 calls itself 0.11.0.dev2024060400: nearly 0.10's flags, and
-    # the first to read Phi-3-small.
-    rows: tuple[tuple[str, str, bool, bool, bool, bool, bool, bool], ...] = (
-        #                                              sum  ranks fp32 auto fp8  grouped
-        ("0.10", "0.10.0.dev0",                        no,  yes,  yes, no,  no,  no),
-        ("0.11 of 2024-06-04", "0.11.0.dev2024060400", no,  yes,  yes, yes, no,  yes),
-        ("0.11", "0.11.0.dev2024060401",               yes, yes,  yes, yes, yes, yes),
-        ("0.12", "0.12.0.dev0",                        yes, no,   no,  yes, yes, yes),
-        ("0.13", "0.13.0.dev0",                        yes, no,   no,  yes, yes, yes),
-        ("0.14", "0.14.0.dev0",                        yes, no,   no,  yes, yes, yes),
-        ("0.15 to 0.17", "0.15.0.dev0",                yes, no,   no,  yes, yes, yes),
-        ("0.18 to 0.21", "0.18.0.dev0",                yes, no,   no,  yes, yes, yes),
-        ("1.0", "1.0.0.dev0",                          yes, no,   no,  yes, yes, yes),
-        ("1.1", "1.1.0.dev0",                          yes, no,   no,  yes, yes, yes),
-        ("1.2", "1.2.0.dev0",                          yes, no,   no,  yes, yes, yes),
-        ("1.3 to rc20", "1.3.0.dev0",                  yes, no,   no,  yes, yes, yes),
-    )  # fmt: skip
-    return tuple(Release(row[0], Version(row[1]), *row[2:]) for row in rows)
-
-
-RELEASES = _table()
+RELEASES = (
+    Release(
+        "0.10",
+        Version("0.10.0.dev0"),
+        max_seq_len=False,
+        splits_phi2=True,
+        fp32_acc_flag=True,
+        auto_plugin=False,
+        fp8_gemm=False,
+        grouped_heads=False,
+    ),
+    # The commit of the original guide: nearly 0.10's flags, and the first to read Phi-3-small.
+    Release(
+        "0.11 of 2024-06-04",
+        Version("0.11.0.dev2024060400"),
+        max_seq_len=False,
+        splits_phi2=True,
+        fp32_acc_flag=True,
+        fp8_gemm=False,
+    ),
+    Release("0.11", Version("0.11.0.dev2024060401"), splits_phi2=True, fp32_acc_flag=True),
+    Release(f"0.12 to {LAST}", Version("0.12.0.dev0")),
+)
 """Oldest first."""
 
 
-def release_of(version: str) -> Release:
-    """The line a version belongs to.
+def public_version(version: str) -> Version:
+    """A version without its local part, e.g. 1.2.1 of ``1.2.1+cu13``.
 
     Raises:
-        UsageError: that is no version.
-        EngineError: it has no builder for Phi checkpoints of this form.
+        UsageError: it is not a version.
     """
     try:
-        asked = Version(version)
+        return Version(Version(version).public)
     except InvalidVersion:
         raise UsageError(
             f"'{version}' is not a version of TensorRT-LLM", hint=f"for example {NEWEST}."
         ) from None
-    known = Version(asked.public)
-    if known < RELEASES[0].since:
+
+
+def release_of(version: str) -> Release:
+    """Return the range that a version belongs to.
+
+    Raises:
+        UsageError: it is not a version.
+        EngineError: it has no builder for Phi checkpoints of this form.
+    """
+    public = public_version(version)
+    if public < RELEASES[0].first:
         raise EngineError(
             f"TensorRT-LLM {version} is too old: Phi checkpoints of this form are read since 0.10",
             hint=f"install a newer one: {INSTALL}",
         )
-    if known > Version(LAST):
+    if public > Version(LAST):
         raise EngineError(
             f"TensorRT-LLM {version} has no engine backend: trtllm-build was removed after {LAST}",
             hint=f"install a release that has it: {INSTALL}",
         )
-    return [release for release in RELEASES if release.since <= known][-1]
+    return [release for release in RELEASES if release.first <= public][-1]

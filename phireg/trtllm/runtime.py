@@ -1,4 +1,4 @@
-"""TensorRT-LLM's own runtime as a backend, on an engine that trtllm-build made.
+"""The backend of TensorRT-LLM's own runtime, on an engine that trtllm-build made.
 
 Written against the documented interface of the releases 0.11 to 1.3.0rc20 and tested against a
 stand-in with that interface. It has not been run against TensorRT-LLM itself.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch.nn import functional
 
 from phireg.errors import PhiregError, UsageError
@@ -27,20 +28,22 @@ from phireg.trtllm.model_runner import (
     installed,
     load_runner,
     quiet_stdout,
-    release_number,
 )
 from phireg.trtllm.mpi import Communicator, communicator, process_rank
+from phireg.trtllm.releases import public_version
 
 __all__ = ["TrtllmBackend", "describe", "follow", "load", "process_rank"]
 
 
 def describe(place: Path, options: Options) -> Description:
     """See :class:`phireg.generation.backend.Opener`; TensorRT-LLM is not needed for this."""
-    given = [("--dtype", options.dtype), ("--offload and --no-offload", options.offload)]
-    for name, value in given:
+    for name, value in (
+        ("--dtype", options.dtype),
+        ("--offload and --no-offload", options.offload),
+    ):
         if value is not None:
             raise UsageError(
-                f"{name} cannot be chosen for an engine: that was settled when it was built",
+                f"{name} cannot be chosen for an engine: it was decided when it was built",
                 hint="leave it out.",
             )
     if options.device not in ("auto", "cuda"):
@@ -62,21 +65,21 @@ def load(place: Path, options: Options) -> TrtllmBackend:
 
 
 def follow(place: Path, options: Options) -> None:
-    """Do as rank 0 says until it closes its backend."""
+    """Run the requests that rank 0 sends until it closes its backend."""
     try:
         engine = _check(place, options)
     except PhiregError:
-        return  # rank 0 finds the same, and must not be killed before it has said so
+        return  # rank 0 reports the same, and must not be killed before that
     backend = _load(engine)
     try:
-        backend.obey()
+        backend.run_requests()
     except BaseException:
-        backend.abandon()
+        backend.abort_at_exit()
         raise
 
 
 def _check(place: Path, options: Options) -> Engine:
-    """The engine, if all that every rank finds alike is right."""
+    """The engine, after the checks that end alike on every rank."""
     describe(place, options)
     engine, (_, size) = read_engine(place), process_rank()
     if size != engine.world_size:
@@ -91,31 +94,31 @@ def _check(place: Path, options: Options) -> Engine:
 def _load(engine: Engine) -> TrtllmBackend:
     release = installed()
     rank, size = process_rank()
-    others = communicator() if size > 1 else None
+    ranks = communicator() if size > 1 else None
     try:
         runner = load_runner(engine, release, rank)
     except BaseException:
-        if others is not None:  # they may wait for this one for ever
-            atexit.register(others.Abort, 1)
+        if ranks is not None:  # the others may wait for this one for ever
+            atexit.register(ranks.Abort, 1)
         raise
-    return TrtllmBackend(runner, engine, release, others)
+    return TrtllmBackend(runner, engine, release, ranks)
 
 
 class TrtllmBackend:
-    """Continues prompts with an engine.
+    """A loaded engine; see :class:`phireg.generation.backend.Backend`.
 
     Args:
         runner: the loaded engine.
-        engine: what its config.json says.
+        engine: its description.
         release: of TensorRT-LLM.
-        others: the ranks' communicator if there are several.
+        ranks: the communicator of all ranks if there are several.
     """
 
     name = "tensorrt-llm"
     device = "cuda"
 
     def __init__(
-        self, runner: Runner, engine: Engine, release: str, others: Communicator | None
+        self, runner: Runner, engine: Engine, release: str, ranks: Communicator | None
     ) -> None:
         self.runner = runner
         self.engine = engine
@@ -123,7 +126,7 @@ class TrtllmBackend:
         self.dtype = engine.dtype
         self.processes = engine.world_size
         self._release = release
-        self._others = others
+        self._ranks = ranks
         self._busy = False
         self._peak = 0
 
@@ -135,11 +138,11 @@ class TrtllmBackend:
         sampling: Sampling,
         num_beams: int = 1,
     ) -> list[list[int]]:
-        """Continue a batch; see :class:`phireg.generation.backend.Backend`."""
+        """Continue a batch."""
         check_batch(self.description, prompts, max_new_tokens, sampling, num_beams)
         stops = sorted(stop_ids)
         request = _request(prompts, max_new_tokens, stops, sampling, num_beams)
-        with self._together(request):
+        with self._on_all_ranks(request):
             rows = self._rows(self._call(request), prompts, max_new_tokens)
         return [row[: next((n for n, t in enumerate(row) if t in stops), None)] for row in rows]
 
@@ -150,7 +153,7 @@ class TrtllmBackend:
         stop_ids: Collection[int],
         sampling: Sampling,
     ) -> Iterator[list[int | None]]:
-        """Continue a batch step by step; see :class:`phireg.generation.backend.Backend`.
+        """Continue a batch step by step.
 
         Rows may be ahead of others. A row that the runtime ended without giving its stop id gets
         the first of the stop ids.
@@ -158,44 +161,42 @@ class TrtllmBackend:
         check_batch(self.description, prompts, max_new_tokens, sampling)
         stops = sorted(stop_ids)
         request = _request(prompts, max_new_tokens, stops, sampling, 1) | {"streaming": True}
-        given = [0] * len(prompts)
+        counts = [0] * len(prompts)  # tokens of each row that were yielded
         ended = [False] * len(prompts)
-        with self._together(request):
+        with self._on_all_ranks(request):
             for output in self._steps(request):
                 rows = self._rows(output, prompts, max_new_tokens)
                 while any(
-                    len(row) > n and not end for row, n, end in zip(rows, given, ended, strict=True)
+                    len(row) > n and not end
+                    for row, n, end in zip(rows, counts, ended, strict=True)
                 ):
                     step: list[int | None] = []
                     for index, row in enumerate(rows):
-                        fresh = given[index] < len(row) and not ended[index]
-                        token = row[given[index]] if fresh else None
+                        is_new = counts[index] < len(row) and not ended[index]
+                        token = row[counts[index]] if is_new else None
                         step.append(token)
-                        given[index] += fresh
+                        counts[index] += is_new
                         ended[index] = ended[index] or token in stops
                     yield step
-        short = [
-            n < max_new_tokens and not end and bool(stops)
-            for n, end in zip(given, ended, strict=True)
-        ]
-        if any(short):
-            yield [stops[0] if missing else None for missing in short]
+        unfinished = [n < max_new_tokens and not end for n, end in zip(counts, ended, strict=True)]
+        if stops and any(unfinished):
+            yield [stops[0] if row else None for row in unfinished]
 
     def mean_nll(
         self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
     ) -> list[float] | None:
-        """See :class:`phireg.generation.backend.Backend`.
+        """The mean of -ln p over each continuation's tokens.
 
         None unless the engine was built with ``--gather_context_logits`` (or
-        ``--gather_all_token_logits``): there is nothing to tell it from.
+        ``--gather_all_token_logits``).
         """
         if not self.engine.gathers_logits:
             return None
         means = []
         for prompt, continuation in check_continuations(self.description, prompts, continuations):
-            # The engine has to generate something; its logits of the input are what is asked for.
+            # One token is generated because the runtime wants one; the input's logits count.
             request = _request([prompt + continuation[:-1]], 1, [], Sampling(), 1)
-            with self._together(request):
+            with self._on_all_ranks(request):
                 logits = self._call(request)["context_logits"][0]
             picked = logits[len(prompt) - 1 :, : self.engine.vocab_size].float().cpu()
             means.append(float(functional.cross_entropy(picked, torch.tensor(continuation))))
@@ -209,33 +210,33 @@ class TrtllmBackend:
         return self._peak or None
 
     def close(self) -> None:
-        """Let the other ranks end, or end them if they are in the middle of a batch."""
-        if self._others is not None:
+        """Let the other ranks end, or abort them if they are in the middle of a batch."""
+        if self._ranks is not None:
             if self._busy:
-                self.abandon()
+                self.abort_at_exit()
             else:
-                self._others.bcast(None, root=0)
+                self._ranks.bcast(None, root=0)
         del self.runner
 
-    def obey(self) -> None:
-        """Generate what rank 0 generates until it closes."""
-        assert self._others is not None
-        while (request := self._others.bcast(None, root=0)) is not None:
+    def run_requests(self) -> None:
+        """Worker loop: run the requests that rank 0 broadcasts until it closes."""
+        assert self._ranks is not None
+        while (request := self._ranks.bcast(None, root=0)) is not None:
             if request.get("streaming"):
                 for _ in self._steps(request):
                     pass
             else:
                 self._call(request)
 
-    def abandon(self) -> None:
-        """End all ranks when this process ends: they may wait for it for ever."""
-        if self._others is not None:
-            atexit.register(self._others.Abort, 1)
+    def abort_at_exit(self) -> None:
+        """Abort all ranks when this process ends: they may wait for it for ever."""
+        if self._ranks is not None:
+            atexit.register(self._ranks.Abort, 1)
 
     @contextmanager
-    def _together(self, request: dict[str, Any]) -> Iterator[None]:
-        if self._others is not None:
-            self._others.bcast(request, root=0)
+    def _on_all_ranks(self, request: dict[str, Any]) -> Iterator[None]:
+        if self._ranks is not None:
+            self._ranks.bcast(request, root=0)
         self._busy = True
         yield
         self._busy = False
@@ -244,23 +245,26 @@ class TrtllmBackend:
             self._peak = max(self._peak, total - free)
 
     def _call(self, request: dict[str, Any]) -> Any:
-        with quiet_stdout(), torch.no_grad():
-            try:
-                return self.runner.generate(**self._arguments(request))
-            except Exception as error:  # which classes it raises is not documented
-                raise PhiregError(f"TensorRT-LLM {self._release}: {error}") from None
+        with self._runtime():
+            return self.runner.generate(**self._arguments(request))
 
     def _steps(self, request: dict[str, Any]) -> Iterator[Output]:
         steps = iter(self._call(request))
         while True:
-            with quiet_stdout():
-                try:
-                    output = next(steps, None)
-                except Exception as error:
-                    raise PhiregError(f"TensorRT-LLM {self._release}: {error}") from None
+            with self._runtime():
+                output = next(steps, None)
             if output is None:
                 return
             yield output
+
+    @contextmanager
+    def _runtime(self) -> Iterator[None]:
+        """Keep TensorRT-LLM off standard output, and report whatever it raises."""
+        with quiet_stdout(), torch.no_grad():
+            try:
+                yield
+            except Exception as error:  # which classes it raises is not documented
+                raise PhiregError(f"TensorRT-LLM {self._release}: {error}") from None
 
     def _arguments(self, request: dict[str, Any]) -> dict[str, Any]:
         """The request with tensors, and without what the release does not know."""
@@ -268,7 +272,7 @@ class TrtllmBackend:
         rows = arguments.pop("input_ids")
         arguments["batch_input_ids"] = [torch.tensor(row, dtype=torch.int32) for row in rows]
         # 0.11 takes one list for all rows. It goes on to the last token then; rows are cut.
-        if release_number(self._release) < (0, 12):
+        if public_version(self._release) < Version("0.12.0.dev0"):
             arguments.pop("stop_words_list", None)
         return arguments
 
@@ -304,12 +308,12 @@ def _request(
     num_beams: int,
 ) -> dict[str, Any]:
     """The arguments of ``generate``, in plain values that can be sent to other ranks."""
-    how = asdict(sampling)
-    seed = how.pop("seed")
+    settings = asdict(sampling)
+    seed = settings.pop("seed")
     if sampling.greedy:
-        how = {"temperature": 1.0, "top_k": 1, "top_p": 0.0}
+        settings = {"temperature": 1.0, "top_k": 1, "top_p": 0.0}
     end = stops[0] if stops else -1
-    request = how | {
+    request = settings | {
         "input_ids": [list(prompt) for prompt in prompts],
         "max_new_tokens": max_new_tokens,
         "end_id": end,
@@ -322,6 +326,6 @@ def _request(
     if len(stops) > 1:
         request["stop_words_list"] = [[[stop] for stop in stops[1:]]] * len(prompts)
     if num_beams > 1:
-        # As upstream's summarize.py asks both sides to search.
+        # As TensorRT-LLM's summarize.py searches with both models.
         request |= {"length_penalty": 1.0, "early_stopping": 1}
     return request

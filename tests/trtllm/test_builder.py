@@ -1,4 +1,4 @@
-"""phireg build with a pretending builder: what it is given, and what becomes of its output."""
+"""phireg build with a stand-in for the builder: its arguments, and what becomes of its output."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from phireg.trtllm import process
+from phireg.trtllm import builder
 from phireg.trtllm.engine import read_engine
 
 
@@ -21,7 +21,7 @@ def build(run, checkpoint, tmp_path, *more):
     return run("build", checkpoint, "--output-dir", tmp_path / "engine", *more)
 
 
-# What goes well
+# Engines
 
 
 def test_an_engine_is_built(run, fake, checkpoint, tmp_path):
@@ -47,12 +47,12 @@ def test_json(run, fake, split, tmp_path):
     fake.behave(version="0.12.0")
     done = build(run, split, tmp_path, "--context-fmha-fp32-acc", "enable", "--json", "--quiet")
     assert done.exit_code == 0, done.output
-    told = json.loads(done.output)
-    assert told["trtllm_version"] == "0.12.0"
-    assert told["tp_size"] == 2
-    assert told["run_options"] == {"enable_context_fmha_fp32_acc": True}
-    assert "rank1.engine" in told["files"]
-    assert read_engine(tmp_path / "engine").run_options == told["run_options"]
+    document = json.loads(done.output)
+    assert document["trtllm_version"] == "0.12.0"
+    assert document["tp_size"] == 2
+    assert document["run_options"] == {"enable_context_fmha_fp32_acc": True}
+    assert "rank1.engine" in document["files"]
+    assert read_engine(tmp_path / "engine").run_options == document["run_options"]
     assert "--context_fmha_fp32_acc" not in fake.arguments
 
 
@@ -98,10 +98,11 @@ def test_without_weights(run, fake, model, tmp_path):
     assert (engine.architecture, engine.world_size) == ("Phi3ForCausalLM", 2)
     # The builder got the config that a conversion writes.
     shown = json.loads(run(*arguments, "--print-command", "--json").output)
-    assert dict(engine.pretrained_config) == shown["config"]
+    written = json.loads((engine.directory / "config.json").read_text())
+    assert written["pretrained_config"] == shown["config"]
 
 
-# What is shown without a builder
+# --print-command
 
 
 def test_print_command(run, checkpoint, tmp_path, monkeypatch):
@@ -123,13 +124,13 @@ def test_print_command_as_json(run, split, tmp_path):
         run, split, tmp_path, "--context_fmha_fp32_acc", "enable", "--print-command", "--json",
         "--trtllm-version", "1.0.0",
     )  # fmt: skip
-    told = json.loads(shown.stdout)
-    assert told["command"] == [
+    document = json.loads(shown.stdout)
+    assert document["command"] == [
         "trtllm-build", "--checkpoint_dir", str(split), "--output_dir", str(tmp_path / "engine"),
     ]  # fmt: skip
-    assert told["run_options"] == {"enable_context_fmha_fp32_acc": True}
-    assert len(told["notes"]) == 1
-    assert told["files"] is None
+    assert document["run_options"] == {"enable_context_fmha_fp32_acc": True}
+    assert len(document["notes"]) == 1
+    assert document["files"] is None
 
 
 def test_a_directory_that_looks_like_a_config(run, checkpoint, tmp_path):
@@ -140,32 +141,32 @@ def test_a_directory_that_looks_like_a_config(run, checkpoint, tmp_path):
     assert f"--checkpoint_dir {tmp_path / 'ckpt.json'}/ " in shown.output
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(
-    ("arguments", "exit_code", "message"),
+    ("arguments", "exit_code", "names"),
     [
-        ((), 2, "no checkpoint to build from"),
-        (("{ckpt}", "--family", "phi2"), 2, "--family is for --dummy-weights"),
-        (("{ckpt}", "--trtllm-version", "1.2.1"), 2, "only shows a command"),
-        (("{ckpt}", "--dummy-weights"), 2, "builds from --model-dir"),
-        (("--dummy-weights", "--model-dir", "{tmp}/no"), 3, "no such directory"),
-        (("{tmp}/no",), 3, "no such directory"),
-        (("{model}",), 3, "is a Hugging Face model, not a TensorRT-LLM checkpoint"),
+        ((), 2, "phireg build CKPT"),
+        (("{ckpt}", "--family", "phi2"), 2, "--family"),
+        (("{ckpt}", "--trtllm-version", "1.2.1"), 2, "--print-command"),
+        (("{ckpt}", "--dummy-weights"), 2, "--model-dir"),
+        (("--dummy-weights", "--model-dir", "{tmp}/no"), 3, "/no"),
+        (("{tmp}/no",), 3, "/no"),
+        (("{model}",), 3, "Hugging Face model"),
         (("{ckpt}", "--max-batch-size", "0"), 2, "max-batch-size"),
-        (("{ckpt}", "--", "--output_dir", "x"), 2, "phireg decides --output_dir"),
-        (("{ckpt}", "--print-command", "--trtllm-version", "1.4"), 7, "no engine backend"),
+        (("{ckpt}", "--", "--output_dir", "x"), 2, "--output_dir"),
+        (("{ckpt}", "--print-command", "--trtllm-version", "1.4"), 7, "1.4"),
     ],
 )
-def test_refusals(run, fake, checkpoint, model, tmp_path, arguments, exit_code, message):
+def test_refusals(run, fake, checkpoint, model, tmp_path, arguments, exit_code, names):
     places = {"ckpt": checkpoint, "model": model, "tmp": tmp_path}
     done = run(
         "build", "--output-dir", tmp_path / "engine",
         *(argument.format(**places) for argument in arguments),
     )  # fmt: skip
     assert done.exit_code == exit_code, done.output
-    assert message in done.output
+    assert names in done.output
     assert listing(tmp_path) == ["bin"]
     assert not (fake.directory / "arguments.json").exists()
 
@@ -181,14 +182,13 @@ def test_a_wrong_checkpoint_is_refused_before_the_builder_starts(run, fake, spli
     assert not (fake.directory / "arguments.json").exists()
 
 
-# Which builder there is
+# Finding the builder
 
 
 def test_no_builder(run, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
     done = build(run, checkpoint, tmp_path)
     assert done.exit_code == 7
-    assert "trtllm-build is not on PATH" in done.output
     assert "pip install tensorrt_llm==1.2.1" in done.output
 
 
@@ -207,117 +207,54 @@ def test_a_builder_of_a_release_without_engines(run, fake, checkpoint, tmp_path)
     fake.behave(version="1.3.0rc22")
     done = build(run, checkpoint, tmp_path)
     assert done.exit_code == 7
-    assert "1.3.0rc22 has no engine backend" in done.output
+    assert "1.3.0rc22" in done.output
 
 
-def test_the_version_of_the_interpreter_in_the_first_line(run, fake, checkpoint, tmp_path):
-    python = fake.directory / "python3.10"
+@pytest.mark.parametrize(
+    ("name", "script"),
+    [("python3.10", "#!{python}\n"), ("python3", "#!/bin/sh\nexec elsewhere\n")],
+    ids=["in the first line", "beside a wrapper"],
+)
+def test_the_version_comes_from_the_builders_interpreter(
+    run, fake, checkpoint, tmp_path, name, script
+):
+    python = fake.directory / name
     python.write_text("#!/bin/sh\necho 0.17.0\n")
-    fake.program.write_text(f"#!{python}\n")
+    fake.program.write_text(script.format(python=python))
     for program in (python, fake.program):
         program.chmod(0o755)
     shown = build(run, checkpoint, tmp_path, "--print-command", "--json")
     assert json.loads(shown.stdout)["trtllm_version"] == "0.17.0"
 
 
-def test_the_version_of_the_interpreter_beside_a_wrapper(run, fake, checkpoint, tmp_path):
-    python = fake.directory / "python3"
-    python.write_text("#!/bin/sh\necho 0.21.0\n")
-    fake.program.write_text("#!/bin/sh\nexec elsewhere\n")
-    for program in (python, fake.program):
-        program.chmod(0o755)
-    shown = build(run, checkpoint, tmp_path, "--print-command", "--json")
-    assert json.loads(shown.stdout)["trtllm_version"] == "0.21.0"
-
-
 def test_a_builder_that_says_nothing(run, fake, checkpoint, tmp_path):
     fake.program.write_text("#!/bin/sh\necho ready\n")
     done = build(run, checkpoint, tmp_path)
     assert done.exit_code == 7
-    assert "does not say which release it belongs to" in done.output
+    assert str(fake.program) in done.output
 
 
-# What goes wrong: texts as the releases print them
-
-MISSING_TENSOR = (
-    "RuntimeError: Required but not provided tensors:{'transformer.layers.1.mlp.fc.weight'}"
-)
-FORMATS = (
-    "[TRT] [E] 9: [pluginV2Builder.cpp::reportPluginError::24] Error Code 9: Internal Error "
-    "(layers/0/attention/qkv/PLUGIN_V2_Gemm_0: could not find any supported formats consistent "
-    "with input/output data types)\n[TRT-LLM] [E] Engine building failed, please check the error "
-    "log.\nTypeError: a bytes-like object is required, not 'NoneType'"
-)
-NO_MEMORY = (
-    "[TRT] [E] 2: [virtualMemoryBuffer.cpp::resizePhysical::140] Error Code 2: OutOfMemory (no "
-    "further information)\n[TRT] [W] Requested amount of GPU memory (24793579520 bytes) could not "
-    "be allocated."
-)
-UNSUPPORTED = (
-    "[TensorRT-LLM][ERROR] Assertion failed: Unsupported architecture "
-    "(kernels/contextFusedMultiHeadAttention/fmhaRunner.cpp:87)"
-)
+# Failures
 
 
-@pytest.mark.parametrize(
-    ("printed", "shown", "name", "advice"),
-    [
-        (MISSING_TENSOR, "layers.1.mlp.fc.weight", "missing tensor", "phireg verify"),
-        (FORMATS, "PLUGIN_V2_Gemm_0", "dtype", "--gemm-plugin auto"),
-        (NO_MEMORY, "OutOfMemory", "out of memory", "lower --max-batch-size"),
-        ("torch.OutOfMemoryError: CUDA out of memory.", "CUDA", "out of memory", "--workers 1"),
-        (UNSUPPORTED, "fmhaRunner", "unsupported GPU", "no kernels for the GPU"),
-        (
-            "RuntimeError: INT8/INT4 quantization is not supported on SM>=100.",
-            "SM>=100", "unsupported GPU", "neither INT8 nor INT4",
-        ),
-        (
-            "AssertionError: Unsupported model architecture: Phi3SmallForCausalLM",
-            "Phi3Small", "model", "use a newer one",
-        ),
-        (
-            "trtllm-build: error: unrecognized arguments: --paged 1",
-            "--paged 1", "unknown option", "--help",
-        ),
-        (
-            "RuntimeError: No CUDA GPUs are available", "No CUDA", "no GPU", "phireg doctor",
-        ),
-        (
-            "ImportError: libmpi.so.40: cannot open shared object file: No such file",
-            "libmpi", "MPI", "apt-get install",
-        ),
-        ("OSError: [Errno 28] No space left on device", "Errno 28", "disk full", "as large as"),
-    ],
-)  # fmt: skip
-def test_known_failures(run, fake, checkpoint, tmp_path, printed, shown, name, advice):
-    noise = "\n".join(f"[TRT] [I] layer {n}" for n in range(5000))
-    fake.fail(f"{noise}\n{printed}\n{noise[:200]}\n")
+def test_a_failure_shows_the_end_of_the_log(run, fake, checkpoint, tmp_path):
+    printed = "\n".join(f"step {n}" for n in range(500))
+    fake.fail(printed)
     done = build(run, checkpoint, tmp_path, "--quiet")
     assert done.exit_code == 7
-    assert shown in done.output
-    assert f"{name}: " in done.output
-    assert advice in done.output
-    assert "layer 17\n" not in done.output
+    assert "ended with 1" in done.output
+    assert "step 499" in done.output
+    assert "step 30\n" not in done.output
     assert "engine.build.log" in done.output
     assert printed in (tmp_path / "engine.build.log").read_text()
     assert listing(tmp_path) == ["bin", "engine.build.log"]
 
 
-def test_an_unknown_failure_shows_its_last_lines(run, fake, checkpoint, tmp_path):
-    fake.fail("\n".join(f"step {n}" for n in range(50)))
-    done = build(run, checkpoint, tmp_path, "--quiet")
-    assert done.exit_code == 7
-    assert "ended with 1" in done.output
-    assert "step 49" in done.output
-    assert "step 30" not in done.output
-
-
-def test_killed_by_the_system(run, fake, checkpoint, tmp_path):
+def test_a_builder_that_was_killed(run, fake, checkpoint, tmp_path):
     fake.behave(mode="killed")
     done = build(run, checkpoint, tmp_path, "--quiet")
     assert done.exit_code == 7
-    assert "ended by signal 9" in done.output
-    assert "out of main memory" in done.output
+    assert "signal 9" in done.output
 
 
 def test_an_incomplete_engine_is_none(run, fake, split, tmp_path):
@@ -331,7 +268,7 @@ def test_an_incomplete_engine_is_none(run, fake, split, tmp_path):
 def test_an_old_engine_survives_a_failure(run, fake, checkpoint, tmp_path):
     assert build(run, checkpoint, tmp_path).exit_code == 0
     before = (tmp_path / "engine" / "rank0.engine").read_bytes()
-    fake.fail(MISSING_TENSOR)
+    fake.fail("out of memory")
     assert build(run, checkpoint, tmp_path, "--overwrite").exit_code == 7
     assert (tmp_path / "engine" / "rank0.engine").read_bytes() == before
 
@@ -342,7 +279,7 @@ def test_an_old_engine_survives_a_failure(run, fake, checkpoint, tmp_path):
 def wait_for(condition, seconds=30):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
@@ -366,7 +303,7 @@ def lives(pid):
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return False
-    return state != "Z"  # nobody has asked for its exit code yet
+    return state != "Z"  # a zombie has ended
 
 
 @pytest.mark.parametrize(
@@ -399,14 +336,14 @@ def test_a_signal_while_the_builder_is_being_started(tmp_path, monkeypatch):
     """It arrives after the fork; the process must not be forgotten."""
     started = []
 
-    class Popen(process.subprocess.Popen):
+    class Popen(builder.subprocess.Popen):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             started.append(self.pid)
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(process.subprocess, "Popen", Popen)
+    monkeypatch.setattr(builder.subprocess, "Popen", Popen)
     with pytest.raises(KeyboardInterrupt):
-        process.run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log")
+        builder.run_builder([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log")
     assert len(started) == 1
     assert not lives(started[0])

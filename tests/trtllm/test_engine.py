@@ -32,7 +32,7 @@ def write(tmp_path):
     return make
 
 
-def test_what_an_engine_says(write):
+def test_the_description_of_an_engine(write):
     place = write(phireg_build={"run_options": {"enable_context_fmha_fp32_acc": True}})
     engine = read_engine(place)
     assert is_engine_dir(place)
@@ -62,39 +62,37 @@ def test_before_011_the_new_tokens_are_limited(write):
 
 
 @pytest.mark.parametrize(
-    ("config", "ranks", "message"),
+    ("config", "ranks", "names"),
     [
-        ({}, 1, r"has no rank1\.engine; it is made for 2"),
-        ({"pretrained_config": None}, 2, "is not a TensorRT-LLM engine"),
-        ({"build_config": {}}, 2, "max_input_len is None"),
-        ({"build_config": BUILD | {"max_batch_size": True}}, 2, "max_batch_size is True"),
-        ({"build_config": BUILD | {"max_seq_len": 0}}, 2, "max_seq_len is 0"),
-        ({"version": 1}, 2, "version is 1"),
-        (
-            {"pretrained_config": PRETRAINED | {"mapping": {"world_size": 10**9}}},
-            2,
-            "world_size is 1000000000",
-        ),
+        ({}, 1, "rank1.engine"),
+        ({"pretrained_config": None}, 2, "pretrained_config"),
+        ({"build_config": {}}, 2, "max_input_len"),
+        ({"build_config": BUILD | {"max_batch_size": True}}, 2, "max_batch_size"),
+        ({"build_config": BUILD | {"max_seq_len": 0}}, 2, "max_seq_len"),
+        ({"version": 1}, 2, "version"),
+        ({"pretrained_config": PRETRAINED | {"mapping": {"world_size": 10**9}}}, 2, "world_size"),
     ],
 )
-def test_what_is_no_engine(write, config, ranks, message):
-    with pytest.raises(SourceError, match=message):
+def test_incomplete_engines(write, config, ranks, names):
+    with pytest.raises(SourceError) as caught:
         read_engine(write(config, ranks))
+    assert names in caught.value.message
 
 
 def test_run_options_of_a_wrong_kind(write):
-    with pytest.raises(SourceError, match="run_options is not an object"):
+    with pytest.raises(SourceError, match="run_options"):
         read_engine(write(phireg_build={"run_options": []}))
 
 
 def test_a_checkpoint_is_no_engine(checkpoint, tmp_path):
     assert not is_engine_dir(checkpoint)
     assert not is_engine_dir(tmp_path)
-    with pytest.raises(SourceError, match="made from a checkpoint by phireg build"):
+    with pytest.raises(SourceError) as caught:
         read_engine(checkpoint)
+    assert "phireg build" in caught.value.hint
 
 
-def test_what_may_not_be_replaced(write):
+def test_a_directory_that_may_not_be_replaced(write):
     place = write()
     (place / "notes").mkdir()
-    assert "notes does not belong to one" in not_an_engine(place)
+    assert "notes" in not_an_engine(place)

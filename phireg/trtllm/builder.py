@@ -1,0 +1,220 @@
+"""The installed ``trtllm-build``: finding it, and running it without leaving a process behind.
+
+TensorRT-LLM is not imported. The script may belong to another environment than ours, so its
+release is asked in this order: the interpreter in its first line, for the metadata of its
+``tensorrt_llm``; the interpreter beside it; and at last the script itself, whose first line of
+output names the version in every release.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+
+from phireg.errors import EngineError
+from phireg.trtllm.command import PROGRAM
+from phireg.trtllm.releases import INSTALL, release_of
+
+DISTRIBUTION = "tensorrt_llm"
+_ASK = f"from importlib.metadata import version; print(version({DISTRIBUTION!r}))"
+_BANNER = re.compile(r"TensorRT[- ]LLM version: (\S+)")
+_METADATA_S, _BANNER_S = 30, 180
+
+Listener = Callable[[str], None]
+"""Called with each line of output, without its end."""
+
+LAST_LINES = 20
+"""Lines of output that are returned."""
+_PATIENCE_S = 5.0
+"""Between SIGTERM and SIGKILL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Builder:
+    """An installed builder: its script and its release."""
+
+    program: Path
+    version: str
+
+
+def find_builder() -> Builder:
+    """Find the ``trtllm-build`` on PATH.
+
+    Raises:
+        EngineError: there is none, it does not say its version, or its release cannot build.
+    """
+    path = shutil.which(PROGRAM)
+    if path is None:
+        here = installed_version()
+        if here is not None:
+            release_of(here)
+        raise EngineError(
+            f"{PROGRAM} is not on PATH"
+            + (f", though tensorrt_llm {here} is installed in {sys.prefix}" if here else ""),
+            hint=f"activate the environment it is in, or install it: {INSTALL}; "
+            "phireg doctor says what else is missing.",
+        )
+    version = builder_version(Path(path))
+    if version is None:
+        raise EngineError(
+            f"{path} does not say which release it belongs to",
+            hint=f"'{PROGRAM} --help' may say what is wrong with it; phireg doctor looks too.",
+        )
+    release_of(version)
+    return Builder(Path(path), version)
+
+
+def installed_version() -> str | None:
+    """The version of tensorrt_llm in our own environment, from its metadata."""
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def builder_version(program: Path) -> str | None:
+    """The release a builder belongs to, or None if it cannot be found out."""
+    for python in _interpreters(program):
+        answer = _output([str(python), "-c", _ASK], _METADATA_S)
+        if answer is not None and re.fullmatch(r"\d+\.\S+", answer.strip()):
+            return answer.strip()
+    banner = _BANNER.search(_output([str(program), "--help"], _BANNER_S, failing=True) or "")
+    return banner[1] if banner else None
+
+
+def _interpreters(program: Path) -> Iterator[Path]:
+    try:
+        with program.open("rb") as file:
+            first = file.readline(4096)
+    except OSError:
+        return
+    if first.startswith(b"#!"):
+        words = first[2:].decode(errors="replace").split()
+        if words and "python" in Path(words[0]).name:
+            yield Path(words[0])
+        elif len(words) > 1 and "python" in words[-1] and (env := shutil.which(words[-1])):
+            yield Path(env)
+    beside = program.parent / "python3"
+    if beside.exists():
+        yield beside
+
+
+def _output(command: list[str], seconds: float, *, failing: bool = False) -> str | None:
+    """The output of a command; None if it takes too long or fails, unless ``failing``."""
+    try:
+        completed = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if failing else subprocess.DEVNULL,
+            timeout=seconds,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    usable = failing or completed.returncode == 0
+    return completed.stdout.decode(errors="replace") if usable else None
+
+
+def run_builder(
+    command: Sequence[str], log: Path, listen: Listener | None = None
+) -> tuple[int, list[str]]:
+    """Run a command to its end, in a process group of its own.
+
+    Whatever is raised here, a signal's KeyboardInterrupt included, ends the whole group first.
+
+    Args:
+        command: the program and its arguments.
+        log: takes the whole output, as it comes.
+        listen: called with each line.
+
+    Returns:
+        The exit code (negative for a signal) and the last lines of the output that say something.
+
+    Raises:
+        OSError: the program cannot be started, or the log cannot be written.
+    """
+    last: deque[str] = deque(maxlen=LAST_LINES)
+    with log.open("ab", buffering=0) as file, ExitStack() as stack:
+        with _signals_deferred():
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            )
+            stack.callback(_end, process)
+        assert process.stdout is not None
+        for raw in process.stdout:
+            file.write(raw)
+            line = raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
+            if line.strip():
+                last.append(line)
+            if listen is not None:
+                listen(line)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    return process.wait(), list(last)
+
+
+@contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Let signals that are handled in Python take effect at the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # they are not handled here
+        return
+    arrived: list[tuple[int, FrameType | None]] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in handlers.items():
+        if callable(handler):
+            signal.signal(number, lambda *event: arrived.append(event))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for event in arrived:
+        handler = handlers[signal.Signals(event[0])]
+        assert callable(handler)
+        handler(*event)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End every process of the group; workers of the builder may outlive it.
+
+    The builder is reaped last: until then its number, which is the group's, is not given again.
+    """
+    try:
+        if not _has_ended(process.pid):
+            _signal_group(process.pid, signal.SIGTERM)
+            deadline = time.monotonic() + _PATIENCE_S
+            while not _has_ended(process.pid) and time.monotonic() < deadline:
+                time.sleep(0.02)
+    finally:
+        _signal_group(process.pid, signal.SIGKILL)
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _has_ended(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
