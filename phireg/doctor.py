@@ -1,4 +1,4 @@
-"""What of the whole road works on this machine, what each missing part prevents, and what to do.
+"""Report which features this environment supports, and what enables the others.
 
 Nothing heavy is imported here: packages are asked through their metadata and, where only an import
 tells, in a process of their own with a time limit. One broken part does not hide another.
@@ -10,17 +10,17 @@ import json
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from phireg import registry
 from phireg.errors import EngineError, PluginError
-from phireg.trtllm.builder import DISTRIBUTION, builder_version, installed_version
+from phireg.trtllm.builder import DISTRIBUTION, builder_version, installed_version, query
 from phireg.trtllm.command import PROGRAM
 from phireg.trtllm.releases import INSTALL, LAST, NEWEST, release_of
 
@@ -40,23 +40,26 @@ import json, torch, warnings
 from phireg.executor.attention import has_kernels
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    ready = has_kernels(torch.device("cuda"))
-print(json.dumps({"ready": ready, "said": " ".join(str(one.message) for one in caught)}))
+    available = has_kernels(torch.device("cuda"))
+print(json.dumps({"available": available, "warnings": " ".join(str(w.message) for w in caught)}))
 """
 _ENGINES = "phireg build, and the tensorrt-llm backend of phireg run and phireg summarize"
 _GPU_USE = f"{_ENGINES}; the executor runs on the CPU"
+_DRIVER = (
+    "install NVIDIA's driver: https://www.nvidia.com/drivers; in a container: docker run --gpus all"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One thing that was looked for.
+    """The result of a check.
 
     Attributes:
-        name: what.
+        name: of what was checked.
         state: ``OK``, ``MISSING``, ``BROKEN`` or ``UNSUITABLE``.
-        found: which one, or what is wrong with it.
+        found: its version or place, or what is wrong with it.
         prevents: what does not work without it; None if it is fine.
-        remedy: the command or step that puts it right; None if it is fine.
+        remedy: the command or step that helps; None if it is fine.
     """
 
     name: str
@@ -66,260 +69,206 @@ class Part:
     remedy: str | None = None
 
 
-def examine(tell: Callable[[str], None] | None = None) -> list[Part]:
-    """Look at every part.
-
-    Args:
-        tell: told the name of each part before it is looked at; importing takes a while.
-    """
+def examine(started: Callable[[str], None] | None = None) -> list[Part]:
+    """Run every check; ``started`` is called with the name of each, since importing takes long."""
     parts: list[Part] = []
-    for name, probe in PROBES.items():
-        if tell is not None:
-            tell(name)
+    for name, check in CHECKS.items():
+        if started is not None:
+            started(name)
         try:
-            parts += probe()
-        except Exception as error:
-            # A probe meets whatever state a machine is in, and the others must still be told.
+            parts += check()
+        except Exception as error:  # a defect of one check, on a machine in an unforeseen state
             text = f"{type(error).__name__}: {error}"
             parts.append(Part(name, BROKEN, text, "knowing about it", "look at it by hand"))
     return parts
 
 
 def _python() -> Iterator[Part]:
-    version = platform.python_version()
+    found = f"{platform.python_version()}, {sys.executable}"
     if (3, 10) <= sys.version_info[:2] <= (3, 12):
-        yield Part("Python", OK, f"{version}, {sys.executable}")
+        yield Part("Python", OK, found)
     else:
-        yield Part(
-            "Python",
-            UNSUITABLE,
-            f"{version}, {sys.executable}",
-            "phireg, which is made for 3.10 to 3.12",
-            "install phireg in an environment of Python 3.10 to 3.12",
-        )
+        prevents = "phireg, which is made for 3.10 to 3.12"
+        remedy = "install phireg in an environment of Python 3.10 to 3.12"
+        yield Part("Python", UNSUITABLE, found, prevents, remedy)
 
 
 def _torch() -> Iterator[Part]:
-    install = "pip install torch"
+    install, prevents = "pip install torch", "everything but planning"
     if _version("torch") is None:
-        yield Part("torch", MISSING, "", "everything but planning", install)
+        yield Part("torch", MISSING, "", prevents, install)
         return
-    told, said = _ask(_TORCH)
-    if told is None:
-        yield Part("torch", BROKEN, said, "everything but planning", f"{install} --force-reinstall")
+    torch, problem = _ask(_TORCH)
+    if torch is None:
+        yield Part("torch", BROKEN, problem, prevents, f"{install} --force-reinstall")
         return
-    yield Part("torch", OK, told["version"])
-    if told["cuda"] is None:
-        yield Part(
-            "CUDA",
-            MISSING,
-            "this torch is built for CPUs",
-            "running on a GPU",
-            "install torch for your CUDA: https://pytorch.org/get-started/locally/",
-        )
-    elif not told["available"]:
-        yield Part(
-            "CUDA",
-            BROKEN,
-            f"torch is built for CUDA {told['cuda']}, but sees no GPU",
-            "running on a GPU",
-            "see GPU and driver; in a container: docker run --gpus all",
-        )
+    yield Part("torch", OK, torch["version"])
+    prevents = "running on a GPU"
+    if torch["cuda"] is None:
+        remedy = "install torch for your CUDA: https://pytorch.org/get-started/locally/"
+        yield Part("CUDA", MISSING, "this torch is built for CPUs", prevents, remedy)
+    elif not torch["available"]:
+        found = f"torch is built for CUDA {torch['cuda']}, but sees no GPU"
+        remedy = "see GPU and driver; in a container: docker run --gpus all"
+        yield Part("CUDA", BROKEN, found, prevents, remedy)
     else:
-        yield Part("CUDA", OK, f"{told['cuda']}, as torch is built")
-        told, said = _ask(_KERNELS)
-        if told is not None and told["ready"]:
-            yield Part("GPU kernels", OK, "they can be built")
-        else:
-            yield Part(
-                "GPU kernels",
-                BROKEN,
-                said if told is None else told["said"],
-                "generation on a GPU at full speed: it takes several times as long",
-                "apt-get install gcc python3-dev",
-            )
+        yield Part("CUDA", OK, f"{torch['cuda']}, as torch is built")
+        yield _kernels()
+
+
+def _kernels() -> Part:
+    kernels, problem = _ask(_KERNELS)
+    if kernels is not None and kernels["available"]:
+        return Part("GPU kernels", OK, "they can be built")
+    prevents = "generation on a GPU at full speed: it takes several times as long"
+    found = problem if kernels is None else kernels["warnings"]
+    return Part("GPU kernels", BROKEN, found, prevents, "apt-get install gcc python3-dev")
 
 
 def _gpu() -> Iterator[Part]:
-    remedy = "install NVIDIA's driver: https://www.nvidia.com/drivers; in a container: docker run "
-    remedy += "--gpus all"
-    if shutil.which("nvidia-smi") is None:
-        for name in ("GPU", "driver"):
-            yield Part(name, MISSING, "there is no nvidia-smi", _GPU_USE, remedy)
-        return
-    query = "name,memory.total,compute_cap,driver_version"
-    ran = _run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], _PROGRAM_S)
-    rows = [line.split(", ") for line in ran.output.splitlines()]
-    if ran.code != 0 or not rows or any(len(row) != 4 for row in rows):
-        found = ran.last or "nvidia-smi names no GPU"
-        for name in ("GPU", "driver"):
-            yield Part(name, BROKEN, found, _GPU_USE, remedy)
-        return
-    gpus = [f"{name} ({memory}, compute capability {cap})" for name, memory, cap, _ in rows]
-    yield Part("GPU", OK, "; ".join(gpus))
-    yield Part("driver", OK, rows[0][3])
+    state, found = MISSING, "there is no nvidia-smi"
+    if shutil.which("nvidia-smi") is not None:
+        fields = "--query-gpu=name,memory.total,compute_cap,driver_version"
+        code, output = query(["nvidia-smi", fields, "--format=csv,noheader"], _PROGRAM_S)
+        rows = [line.split(", ") for line in output.splitlines()]
+        if code == 0 and rows and all(len(row) == 4 for row in rows):
+            gpus = [f"{name} ({memory}, compute capability {cap})" for name, memory, cap, _ in rows]
+            yield Part("GPU", OK, "; ".join(gpus))
+            yield Part("driver", OK, rows[0][3])
+            return
+        state, found = BROKEN, _last_line(code, output)
+    for name in ("GPU", "driver"):
+        yield Part(name, state, found, _GPU_USE, _DRIVER)
 
 
 def _mpi() -> Iterator[Part]:
-    prevents = "engines of several ranks; trtllm-build needs the library"
-    remedy = "apt-get install openmpi-bin libopenmpi-dev"
-    if shutil.which("mpirun") is None:
-        yield Part("MPI", MISSING, "there is no mpirun", prevents, remedy)
-        return
-    ran = _run(["mpirun", "--version"], _PROGRAM_S)
-    first = next(iter(ran.output.splitlines()), "")
-    if ran.code == 0:
-        yield Part("MPI", OK, first)
-    else:
-        yield Part("MPI", BROKEN, ran.last, prevents, remedy)
-
-
-def _tensorrt() -> Iterator[Part]:
-    for name in ("tensorrt", "tensorrt_cu13", "tensorrt_cu12"):
-        version = _version(name)
-        if version is not None:
-            yield Part("tensorrt", OK, version)
+    state, found = MISSING, "there is no mpirun"
+    if shutil.which("mpirun") is not None:
+        code, output = query(["mpirun", "--version"], _PROGRAM_S)
+        if code == 0:
+            yield Part("MPI", OK, output.partition("\n")[0])
             return
-    yield Part("tensorrt", MISSING, "", _ENGINES, f"{INSTALL} (brings the one it needs)")
+        state, found = BROKEN, _last_line(code, output)
+    prevents = "engines of several ranks; trtllm-build needs the library"
+    yield Part("MPI", state, found, prevents, "apt-get install openmpi-bin libopenmpi-dev")
+
+
+_PACKAGES = {
+    "tensorrt": (
+        ("tensorrt", "tensorrt_cu13", "tensorrt_cu12"),
+        _ENGINES,
+        f"{INSTALL} (brings the one it needs)",
+    ),
+    "modelopt": (
+        ("nvidia-modelopt",),
+        "nothing but the tests that compare with it; phireg quantizes by itself",
+        "pip install nvidia-modelopt",
+    ),
+    "datasets": (
+        ("datasets",),
+        "phireg summarize and calibration with cnn_dailymail",
+        "pip install 'phireg[data]'",
+    ),
+    "rouge-score": (("rouge-score",), "phireg summarize", "pip install rouge-score"),
+}
+"""Packages whose metadata suffices: their distributions, what they prevent, and the remedy."""
+
+
+def _package(name: str) -> Iterator[Part]:
+    distributions, prevents, remedy = _PACKAGES[name]
+    versions = [version for version in map(_version, distributions) if version is not None]
+    if versions:
+        yield Part(name, OK, versions[0])
+    else:
+        yield Part(name, MISSING, "", prevents, remedy)
 
 
 def _tensorrt_llm() -> Iterator[Part]:
     name, version = DISTRIBUTION, installed_version()
     if version is None:
         yield Part(name, MISSING, "", _ENGINES, INSTALL)
-        return
-    unsuitable = _without_engines(name, version)
-    if unsuitable is not None:
+    elif unsuitable := _without_engines(name, version):
         yield unsuitable
-        return
-    ran = _run([sys.executable, "-c", f"import {DISTRIBUTION}"], _IMPORT_S)
-    if ran.code == 0:
-        yield Part(name, OK, f"{version}, with the engine backend")
     else:
-        yield Part(
-            name,
-            BROKEN,
-            f"{version}; importing it fails: {ran.last}",
-            _ENGINES,
-            f"{INSTALL} --force-reinstall; or NVIDIA's image "
-            f"nvcr.io/nvidia/tensorrt-llm/release:{NEWEST}",
-        )
+        code, output = query([sys.executable, "-c", f"import {DISTRIBUTION}"], _IMPORT_S)
+        if code == 0:
+            yield Part(name, OK, f"{version}, with the engine backend")
+            return
+        found = f"{version}; importing it fails: {_last_line(code, output)}"
+        image = f"nvcr.io/nvidia/tensorrt-llm/release:{NEWEST}"
+        remedy = f"{INSTALL} --force-reinstall; or NVIDIA's image {image}"
+        yield Part(name, BROKEN, found, _ENGINES, remedy)
 
 
 def _trtllm_build() -> Iterator[Part]:
-    found = shutil.which(PROGRAM)
-    if found is None:
+    path = shutil.which(PROGRAM)
+    if path is None:
         yield Part(PROGRAM, MISSING, "not on PATH", "phireg build", INSTALL)
         return
-    version = builder_version(Path(found))
+    version = builder_version(Path(path))
     if version is None:
-        yield Part(
-            PROGRAM,
-            BROKEN,
-            f"{found} does not say which release it belongs to",
-            "phireg build",
-            f"see what '{PROGRAM} --help' says; {INSTALL} --force-reinstall",
-        )
-        return
-    yield _without_engines(PROGRAM, version) or Part(PROGRAM, OK, f"{version}, {found}")
+        found = f"{path} does not say which release it belongs to"
+        remedy = f"see what '{PROGRAM} --help' says; {INSTALL} --force-reinstall"
+        yield Part(PROGRAM, BROKEN, found, "phireg build", remedy)
+    else:
+        yield _without_engines(PROGRAM, version) or Part(PROGRAM, OK, f"{version}, {path}")
 
 
 def _without_engines(name: str, version: str) -> Part | None:
-    """A part of a release that cannot build Phi engines; None where it can."""
+    """The part of a release that cannot build Phi engines; None if it can."""
     try:
         release_of(version)
     except EngineError as error:
-        return Part(
-            name, UNSUITABLE, error.message, _ENGINES, f"{INSTALL} (the last of all is {LAST})"
-        )
+        remedy = f"{INSTALL} (the last of all is {LAST})"
+        return Part(name, UNSUITABLE, error.message, _ENGINES, remedy)
     return None
 
 
-def _modelopt() -> Iterator[Part]:
-    version = _version("nvidia-modelopt")
-    if version is not None:
-        yield Part("modelopt", OK, version)
-        return
-    yield Part(
-        "modelopt",
-        MISSING,
-        "optional",
-        "nothing but the tests that compare with it; phireg quantizes by itself",
-        "pip install nvidia-modelopt",
-    )
-
-
-def _summarizing() -> Iterator[Part]:
-    for name, prevents, remedy in (
-        (
-            "datasets",
-            "phireg summarize and calibration with cnn_dailymail",
-            "pip install 'phireg[data]'",
-        ),
-        ("rouge-score", "phireg summarize", "pip install rouge-score"),
-    ):
-        version = _version(name)
-        if version is None:
-            yield Part(name, MISSING, "", prevents, remedy)
-        else:
-            yield Part(name, OK, version)
-
-
 def _disk() -> Iterator[Part]:
-    place = Path.cwd()
-    free = shutil.disk_usage(place).free
-    found = f"{free / 10**9:,.1f} GB free in {place}"
+    directory = Path.cwd()
+    free = shutil.disk_usage(directory).free
+    found = f"{free / 10**9:,.1f} GB free in {directory}"
     if free >= _LITTLE_DISK:
         yield Part("disk", OK, found)
-        return
-    yield Part(
-        "disk",
-        UNSUITABLE,
-        found,
-        "a published model here: it, its checkpoint and its engine are 3 to 28 GB each",
-        "free some space, or write to another disk",
-    )
+    else:
+        prevents = "a published model here: it, its checkpoint and its engine are 3 to 28 GB each"
+        yield Part("disk", UNSUITABLE, found, prevents, "free some space, or write to another disk")
 
 
 def _plugins() -> Iterator[Part]:
-    found = [candidate for offers in registry.index().values() for candidate in offers]
-    if not found:
-        yield Part(
-            "plugins", MISSING, "", "every conversion", "pip install --force-reinstall phireg"
-        )
+    candidates = [candidate for offers in registry.index().values() for candidate in offers]
+    if not candidates:
+        remedy = "pip install --force-reinstall phireg"
+        yield Part("plugins", MISSING, "", "every conversion", remedy)
         return
     broken = []
-    for candidate in found:
+    for candidate in candidates:
         try:
             candidate.load()
         except PluginError as error:
             broken.append(f"{candidate.qualified}: {error.message}")
     if broken:
-        yield Part(
-            "plugins",
-            BROKEN,
-            "; ".join(broken),
-            "converting with these families",
-            "phireg plugins --check says more",
-        )
+        prevents, remedy = "converting with these families", "phireg plugins --check says more"
+        yield Part("plugins", BROKEN, "; ".join(broken), prevents, remedy)
     else:
-        yield Part("plugins", OK, ", ".join(candidate.name for candidate in found))
+        yield Part("plugins", OK, ", ".join(candidate.name for candidate in candidates))
 
 
-PROBES: dict[str, Callable[[], Iterator[Part]]] = {
+CHECKS: dict[str, Callable[[], Iterator[Part]]] = {
     "Python": _python,
     "torch": _torch,
     "GPU": _gpu,
     "MPI": _mpi,
-    "tensorrt": _tensorrt,
+    "tensorrt": partial(_package, "tensorrt"),
     "tensorrt_llm": _tensorrt_llm,
     PROGRAM: _trtllm_build,
-    "modelopt": _modelopt,
-    "datasets": _summarizing,
+    "modelopt": partial(_package, "modelopt"),
+    "datasets": partial(_package, "datasets"),
+    "rouge-score": partial(_package, "rouge-score"),
     "disk": _disk,
     "plugins": _plugins,
 }
-"""In the order of the table."""
+"""In the order of the report."""
 
 
 def _version(distribution: str) -> str | None:
@@ -329,40 +278,16 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class _Ran:
-    code: int
-    output: str
-
-    @property
-    def last(self) -> str:
-        lines = [line.strip() for line in self.output.splitlines() if line.strip()]
-        return lines[-1] if lines else f"it ended with {self.code}"
+def _last_line(code: int, output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return lines[-1] if lines else f"it ended with {code}"
 
 
-def _run(command: list[str], seconds: float) -> _Ran:
-    """Run a program; code 124 if it takes too long, 126 if it cannot be started."""
-    try:
-        ran = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return _Ran(124, f"no answer within {seconds} s")
-    except OSError as error:
-        return _Ran(126, f"it cannot be started: {error.strerror}")
-    return _Ran(ran.returncode, ran.stdout.decode(errors="replace"))
-
-
-def _ask(code: str) -> tuple[dict[str, Any] | None, str]:
-    """What code in a fresh interpreter prints last, as JSON; or None and what it said."""
-    ran = _run([sys.executable, "-c", code], _IMPORT_S)
-    found = re.findall(r"^\{.*\}$", ran.output, re.MULTILINE)
-    if ran.code != 0 or not found:
-        return None, ran.last
-    told: dict[str, Any] = json.loads(found[-1])
-    return told, ""
+def _ask(script: str) -> tuple[dict[str, Any] | None, str]:
+    """The JSON object that a script prints last in a fresh interpreter; or None and a problem."""
+    code, output = query([sys.executable, "-c", script], _IMPORT_S)
+    objects = re.findall(r"^\{.*\}$", output, re.MULTILINE)
+    if code != 0 or not objects:
+        return None, _last_line(code, output)
+    answer: dict[str, Any] = json.loads(objects[-1])
+    return answer, ""

@@ -1,4 +1,4 @@
-"""``phireg doctor``: what works on this machine, and what is missing for the rest."""
+"""``phireg doctor``: report which features this environment supports."""
 
 from __future__ import annotations
 

@@ -88,10 +88,10 @@ def installed_version() -> str | None:
 def builder_version(program: Path) -> str | None:
     """The release a builder belongs to, or None if it cannot be found out."""
     for python in _interpreters(program):
-        answer = _output([str(python), "-c", _ASK], _METADATA_S)
-        if answer is not None and re.fullmatch(r"\d+\.\S+", answer.strip()):
-            return answer.strip()
-    banner = _BANNER.search(_output([str(program), "--help"], _BANNER_S, failing=True) or "")
+        code, output = query([str(python), "-c", _ASK], _METADATA_S)
+        if code == 0 and (version := re.search(r"^\d+\.\S+$", output, re.MULTILINE)):
+            return version[0]
+    banner = _BANNER.search(query([str(program), "--help"], _BANNER_S)[1])
     return banner[1] if banner else None
 
 
@@ -112,21 +112,22 @@ def _interpreters(program: Path) -> Iterator[Path]:
         yield beside
 
 
-def _output(command: list[str], seconds: float, *, failing: bool = False) -> str | None:
-    """The output of a command; None if it takes too long or fails, unless ``failing``."""
+def query(command: Sequence[str], seconds: float) -> tuple[int, str]:
+    """Run a short program: its exit code (124 for no answer in time) and its whole output."""
     try:
         completed = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if failing else subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
             timeout=seconds,
             check=False,
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    usable = failing or completed.returncode == 0
-    return completed.stdout.decode(errors="replace") if usable else None
+    except subprocess.TimeoutExpired:
+        return 124, f"no answer within {seconds} s"
+    except OSError as error:
+        return 126, f"it cannot be started: {error.strerror}"
+    return completed.returncode, completed.stdout.decode(errors="replace")
 
 
 def run_builder(
