@@ -126,9 +126,9 @@ def command(ctx: click.Context, /, **options: Any) -> None:
             emit(shlex.join(plan.line))
         return
     unwritten = f"no engine was written; the builder's output is in {plan.log}"
-    with interruptible(plan.output_dir, lambda: unwritten):
-        with _display(plan.command.tp_size, quiet=quiet) as listen:
-            built = phireg.build(plan, overwrite=overwrite, listen=listen)
+    display = _display(plan.command.tp_size, quiet=quiet)
+    with interruptible(plan.output_dir, lambda: unwritten), display as listen:
+        built = phireg.build(plan, overwrite=overwrite, listen=listen)
     if as_json:
         emit_json(_document(plan, built))
     elif not quiet:
