@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import source_models as sources
 import torch
+from helpers import source_models as sources
 from safetensors.torch import load_file, save_file
 
 from phireg import registry

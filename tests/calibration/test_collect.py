@@ -1,8 +1,8 @@
 """The maxima, against hooks on transformers' own whole models and against nvidia-modelopt."""
 
 import pytest
-import source_models as sources
 import torch
+from helpers import source_models as sources
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from damage import (
+from helpers.damage import (
     HEAD_DIM,
     HEADS,
     HIDDEN,

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from damage import DAMAGES, config, drop_config
+from helpers.damage import DAMAGES, config, drop_config
 
 damages = pytest.mark.parametrize("damage", [pytest.param(d, id=d.name) for d in DAMAGES])
 

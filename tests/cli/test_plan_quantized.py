@@ -6,7 +6,7 @@ What is told is held against what ``quantize`` then writes, read and reported by
 import json
 
 import pytest
-from damage import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, config, tiny_tensors
+from helpers.damage import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, config, tiny_tensors
 from safetensors import safe_open
 
 from phireg.layout.quant_rules import QuantRules

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from damage import tiny_config, write_json
+from helpers.damage import tiny_config, write_json
 from safetensors.numpy import load_file, save_file
 
 from phireg import demo

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fresh_environment import FreshEnvironment, build_wheel, copy_of_the_checkout
+from helpers.fresh_environment import FreshEnvironment, build_wheel, copy_of_the_checkout
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from example_models import EXAMPLES, randomize
-from fresh_environment import FreshEnvironment, build_wheel, copy_of_the_checkout
+from helpers.fresh_environment import FreshEnvironment, build_wheel, copy_of_the_checkout
 from run.tiny import chat_tokenizer
 
 pytestmark = pytest.mark.slow

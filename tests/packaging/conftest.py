@@ -1,7 +1,7 @@
 """phireg's own wheel, built once, and a tiny model."""
 
 import pytest
-from fresh_environment import build_wheel, copy_of_the_checkout
+from helpers.fresh_environment import build_wheel, copy_of_the_checkout
 
 TINY = {
     "architectures": ["Phi3ForCausalLM"],

@@ -4,7 +4,7 @@ import json
 import textwrap
 
 import pytest
-from fresh_environment import FreshEnvironment, write_wheel
+from helpers.fresh_environment import FreshEnvironment, write_wheel
 
 pytestmark = pytest.mark.slow
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from fresh_environment import FreshEnvironment, build_wheel
+from helpers.fresh_environment import FreshEnvironment, build_wheel
 
 pytestmark = pytest.mark.slow
 

@@ -1,8 +1,8 @@
 """Loading the source's model from its files, against transformers' own from_pretrained."""
 
 import pytest
-import source_models as sources
 import torch
+from helpers import source_models as sources
 from transformers import AutoModelForCausalLM
 
 from phireg import registry

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from damage import DAMAGES, Damage, make_tiny_phi3
+from helpers.damage import DAMAGES, Damage, make_tiny_phi3
 
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from damage import INDEX, make_tiny_phi3, shard_path, tiny_tensors, write_json
+from helpers.damage import INDEX, make_tiny_phi3, shard_path, tiny_tensors, write_json
 from safetensors.numpy import save_file
 
 from phireg.errors import SourceError

@@ -1,0 +1,1 @@
+"""Models and environments that tests of several areas use."""
