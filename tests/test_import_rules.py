@@ -170,9 +170,7 @@ RULES = {
 }
 
 DEBT: set[tuple[str, str]] = {
-    ("phireg/checkpoint/inspect.py", "phireg.conversion.stream"),
     ("phireg/checkpoint/inspect.py", "phireg.generation.choose"),
-    ("phireg/checkpoint/mapped.py", "torch"),
     ("phireg/files/output.py", "phireg.checkpoint.manifest"),
     ("phireg/files/output.py", "phireg.source.tokenizer_files"),
     ("phireg/generation/choose.py", "phireg.trtllm.engine"),

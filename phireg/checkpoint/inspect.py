@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phireg.checkpoint.manifest import check_files, read_manifest
-from phireg.conversion.stream import Progress
+from phireg.checkpoint.manifest import Progress, check_files, read_manifest
+from phireg.checkpoint.rankfiles import Kind, RankFiles, world_size
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
-from phireg.files.safetensors import read_header
 from phireg.generation.choose import ENGINE, MODEL, kind_of
 from phireg.reader.structure import structure_problems
 
@@ -31,7 +30,7 @@ class Inspection:
     """
 
     config: Mapping[str, Any]
-    ranks: tuple[Mapping[str, tuple[str, tuple[int, ...]]], ...]
+    ranks: tuple[Mapping[str, Kind], ...]
     sizes: Mapping[str, int]
     manifest: Mapping[str, Any] | None
     problems: tuple[str, ...]
@@ -52,23 +51,20 @@ def inspect(
     """
     directory = Path(checkpoint_dir)
     config = checkpoint_config(directory)
-    mapping = config.get("mapping")
-    world = mapping.get("world_size", 1) if isinstance(mapping, dict) else 1
-    if not isinstance(world, int) or not 0 < world <= 4096:
-        raise SourceError(f"{directory / 'config.json'}: mapping.world_size is {world!r}")
-    found: list[str] = []
-    ranks = tuple(_rank_tensors(directory / f"rank{n}.safetensors", found) for n in range(world))
+    with RankFiles(directory, world_size(config)) as files:
+        ranks = tuple(files.kinds())
+        problems = [error.message for error in files.errors.values()]
     manifest = read_manifest(directory)
-    found += [f"{where}: {what}" for where, what in structure_problems(config, ranks)]
+    problems += [f"{where}: {what}" for where, what in structure_problems(config, ranks)]
     if check:
         if manifest is None:
             raise SourceError(
                 f"{directory} has no phireg.json to check against",
                 hint="only checkpoints written by phireg carry digests.",
             )
-        found += check_files(directory, manifest, progress)
+        problems += check_files(directory, manifest, progress)
     sizes = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
-    return Inspection(config, ranks, sizes, manifest, tuple(found))
+    return Inspection(config, ranks, sizes, manifest, tuple(problems))
 
 
 def checkpoint_config(directory: Path) -> dict[str, Any]:
@@ -107,13 +103,3 @@ def _not_a_checkpoint(directory: Path) -> SourceError:
         f"{directory} is not a TensorRT-LLM checkpoint: its config.json has no 'architecture'",
         hint=_HINT,
     )
-
-
-def _rank_tensors(path: Path, problems: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape by name; empty, with a further problem, for a file that cannot be read."""
-    try:
-        header = read_header(path)
-    except SourceError as error:
-        problems.append(error.message)
-        return {}
-    return {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}

@@ -9,9 +9,9 @@ from typing import Any
 
 import xxhash
 
+from phireg.checkpoint.rankfiles import RankFile
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
-from phireg.files.safetensors import read_header
 
 MANIFEST = "phireg.json"
 FORMAT = 1
@@ -99,22 +99,19 @@ def _check_rank_file(
     path: Path, record: Mapping[str, Any], progress: Progress | None
 ) -> Iterator[str]:
     try:
-        header = read_header(path)
+        file = RankFile(path)
     except SourceError as error:
         yield str(error)
         return
-    if header.digest != record["header"]:
-        yield f"{path.name}: the header differs from what was written"
-        return
-    with path.open("rb") as file:
-        for name, entry in header.entries.items():
-            hashed = xxhash.xxh3_128()
-            file.seek(entry.start)
-            left = entry.end - entry.start
-            while left and (block := file.read(min(_BLOCK, left))):
-                hashed.update(block)
-                left -= len(block)
+    with file:
+        if file.header.digest != record["header"]:
+            yield f"{path.name}: the header differs from what was written"
+            return
+        for name in file.header.entries:
+            digest = xxhash.xxh3_128()
+            for block in file.blocks(name):
+                digest.update(block)
                 if progress:
                     progress(len(block))
-            if hashed.hexdigest() != record["tensors"].get(name):
+            if digest.hexdigest() != record["tensors"].get(name):
                 yield f"{path.name}: {name} differs from what was written"

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from phireg.checkpoint.mapped import MappedFile
+from phireg.checkpoint.rankfiles import RankFile, RankFiles
 from phireg.errors import CheckError
 from phireg.reader.spec import ModelSpec
 from phireg.reader.tensors import (
@@ -62,13 +61,11 @@ def open_ranks(checkpoint_dir: Path, spec: ModelSpec, ranks: Sequence[int]) -> l
             f"{path.name}: config.json has only {spec.tp_size} rank(s)"
             for path in sorted(found - set(files.values()))
         ]
-    opened: dict[int, _RankFile] = {}
-    for rank, path in files.items():
-        handle, failure = _open(path)
-        if handle is not None:
-            opened[rank] = _RankFile(handle, spec)
-        found_here = [failure] if handle is None else opened[rank].problems()
-        problems += [f"{path.name}: {problem}" for problem in found_here]
+    with RankFiles(checkpoint_dir, ranks) as opened_files:
+        problems += [error.message for error in opened_files.errors.values()]
+        opened = {rank: _RankFile(file, spec) for rank, file in opened_files.items()}
+        for rank, checked in opened.items():
+            problems += [f"{files[rank].name}: {problem}" for problem in checked.problems()]
     if not problems:
         problems += _differences(opened, spec)
     if problems:
@@ -80,22 +77,12 @@ def open_ranks(checkpoint_dir: Path, spec: ModelSpec, ranks: Sequence[int]) -> l
     return [file.tensor for file in opened.values()]
 
 
-def _open(path: Path) -> tuple[MappedFile | None, str | None]:
-    """The mapped file, or why there is none."""
-    try:
-        return MappedFile(path), None
-    except FileNotFoundError:
-        return None, "is missing"
-    except (OSError, SafetensorError) as error:
-        return None, f"cannot be read ({error})"
-
-
 class _RankFile:
     """One mapped file."""
 
-    def __init__(self, handle: MappedFile, spec: ModelSpec) -> None:
-        self._handle = handle
-        self._present = set(handle.keys())
+    def __init__(self, file: RankFile, spec: ModelSpec) -> None:
+        self._tensor = file.mapped()
+        self._present = set(file.header.entries)
         self._required = rank_tensors(spec)
         self._optional = optional_rank_tensors(spec)
 
@@ -104,7 +91,7 @@ class _RankFile:
         if name not in self._present:
             return torch.maximum(*(self.tensor(part) for part in _parts(name)))
         expected = self._required.get(name) or self._optional[name]
-        tensor: Tensor = self._handle.get_tensor(name)
+        tensor: Tensor = self._tensor(name)
         if tensor.dtype == expected.stored:
             tensor = tensor.view(expected.dtype)
         return tensor.reshape(expected.shape)
@@ -130,7 +117,7 @@ class _RankFile:
         return name in self._present or (bool(parts) and self._present.issuperset(parts))
 
     def _differs(self, name: str, expected: Expected) -> list[str]:
-        tensor, problems = self._handle.get_tensor(name), []
+        tensor, problems = self._tensor(name), []
         shape = tuple(tensor.shape)
         if shape != expected.shape and (shape, expected.shape) != ((), (1,)):
             problems.append(f"{name} has the shape {list(shape)}, not {list(expected.shape)}")

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from phireg.checkpoint.rankfiles import RankFile
 from phireg.errors import SourceError
-from phireg.files.safetensors import encode_header, read_header
+from phireg.files.safetensors import encode_header
 
 Addresses = npt.NDArray[np.uint32]
 """Addresses of source elements, in the shape of a tensor; 0 is a zero that was filled in."""
@@ -123,9 +124,8 @@ def rows_of(array: Addresses) -> Addresses:
 
 def read_addresses(path: Path) -> dict[str, Addresses]:
     """The tensors of a rank file of a converted probe checkpoint, as addresses."""
-    header = read_header(path)
-    raw = path.read_bytes()
-    return {
-        name: np.frombuffer(raw[entry.start : entry.end], np.uint32).reshape(entry.shape)
-        for name, entry in header.entries.items()
-    }
+    with RankFile(path) as file:
+        return {
+            name: file.read(name).view(np.uint32).reshape(entry.shape)
+            for name, entry in file.header.entries.items()
+        }

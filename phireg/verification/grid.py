@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from phireg.checkpoint.rankfiles import RankFiles
 from phireg.conversion.cast import Bits, Float32, cast, one_thread_each
 from phireg.dtypes import BITS, E4M3_MAX, INT8_MAX, UNIT_ROUNDOFF, WEIGHT_DTYPES, float32_values
 from phireg.planning.model import BLOCK_BYTES, Output, Plan, QuantizedLinear, Task, row_bytes
 from phireg.planning.schedule import schedule
 from phireg.source.source import Reader
-from phireg.verification.expected import RankFiles, kept_columns
+from phireg.verification.expected import kept_columns
 from phireg.verification.scales import read_scale
 from phireg.verification.weights import Difference
 
@@ -208,7 +209,7 @@ class _Grid:
 
     def found(self, output: Output, row: int, shape: tuple[int, ...]) -> Float32:
         columns = output.shape[-1]
-        bits = self.files.read(output.rank, output.name, row * columns, int(np.prod(shape)))
+        bits = self.files[output.rank].read(output.name, row * columns, int(np.prod(shape)))
         return float32_values(bits, output.dtype).reshape(shape)
 
     def blocks(self, linear: Linear, tasks: tuple[Task, ...]) -> Iterator[tuple[int, int, Float32]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from phireg.checkpoint.rankfiles import RankFiles
 from phireg.conversion.cast import Float32
 from phireg.dtypes import UNIT_ROUNDOFF
 from phireg.layout.spans import Span
@@ -18,7 +19,6 @@ from phireg.planning.model import Plan
 from phireg.planning.report import ranges
 from phireg.verification import patterns
 from phireg.verification.diagnose import Diagnosis
-from phireg.verification.expected import RankFiles
 from phireg.verification.grid import Linear, Seen, Tolerance, tolerance_of, whole_levels
 from phireg.verification.patterns import Heads
 from phireg.verification.recognise import MOST_LOOKED_AT, heads_of, place_of

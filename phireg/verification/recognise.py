@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from phireg.checkpoint.rankfiles import RankFiles
 from phireg.conversion.cast import Bits
 from phireg.layout.spans import take
 from phireg.planning.model import Output, Plan, output_bytes
 from phireg.planning.report import ranges
 from phireg.source.source import Reader
 from phireg.verification.diagnose import Diagnosis, diagnose
-from phireg.verification.expected import RankFiles, expected_tensor
+from phireg.verification.expected import expected_tensor
 from phireg.verification.patterns import Heads, Ranks
 from phireg.verification.result import Problem
 from phireg.verification.weights import Difference
@@ -82,7 +83,7 @@ def _look(
     ranks: list[Output],
 ) -> Diagnosis:
     expected = [expected_tensor(plan, output, reader) for output in ranks]
-    found = [files.tensor(output) for output in ranks]
+    found = [files[o.rank].read(o.name).reshape(o.matrix) for o in ranks]
     return diagnose(
         ranks[0].name,
         ranks[0].dtype,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from phireg.checkpoint.inspect import Inspection, inspect
 from phireg.checkpoint.manifest import MANIFEST, read_manifest
+from phireg.checkpoint.rankfiles import RankFiles
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import SourceError, UsageError
 from phireg.planning.plan import plan
@@ -20,7 +21,6 @@ from phireg.reader.schema import KNOWN
 from phireg.reader.schemes import KV_CACHES, SCHEMES
 from phireg.reader.structure import structure_notes, structure_problems
 from phireg.verification.configcheck import compare_configs
-from phireg.verification.expected import RankFiles, tensors_of
 from phireg.verification.mend import with_commands
 from phireg.verification.request import Outcome, Progress, Request, Skipped
 from phireg.verification.result import CHECKS, ONE_RANK, QUICK, Check, Problem, Verification
@@ -122,11 +122,9 @@ class _Runner:
     def structure(self) -> Outcome:
         """Names, shapes, dtypes, keys."""
         with RankFiles(self.request.checkpoint_dir, self.tp_size) as files:
-            tensors = tensors_of(files)
+            tensors = files.kinds()
             unread = [
-                Problem(path.name, "is missing or damaged")
-                for path, header in zip(files.paths, files.headers, strict=True)
-                if header is None
+                Problem(files.paths[rank].name, "is missing or damaged") for rank in files.errors
             ]
             values = list(value_problems(files))
         problems = [Problem(*found) for found in structure_problems(self.found, tensors)] + values

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from phireg.checkpoint.rankfiles import RankFiles
 from phireg.conversion.cast import Float32
 from phireg.dtypes import SMALLEST_NORMAL, UNIT_ROUNDOFF, WEIGHT_DTYPES, float32_values
 from phireg.planning.model import Output, Plan
 from phireg.planning.report import ranges
-from phireg.verification.expected import RankFiles
 from phireg.verification.recognise import place_of
 from phireg.verification.result import Problem
 
@@ -20,8 +20,8 @@ _CACHE, _KEY, _VALUE = (f"{what}_cache{_SUFFIX}" for what in ("kv", "k", "v"))
 
 def value_problems(files: RankFiles) -> Iterator[Problem]:
     """Scales of any rank that are zero, negative, infinite, not a number or denormal."""
-    for rank, header in enumerate(files.headers):
-        for name, entry in header.entries.items() if header else ():
+    for rank, file in files.items():
+        for name, entry in file.header.entries.items():
             if not name.endswith(_SUFFIX) or entry.dtype not in WEIGHT_DTYPES.values():
                 continue
             value = read_scale(files, rank, name)
@@ -33,9 +33,8 @@ def value_problems(files: RankFiles) -> Iterator[Problem]:
 
 def read_scale(files: RankFiles, rank: int, name: str) -> Float32:
     """A whole scale in float32; one without dimensions has one element."""
-    kind = files.kind(rank, name)
-    assert kind is not None
-    return float32_values(files.read(rank, name, 0, int(np.prod(kind[1]))), kind[0])
+    file = files[rank]
+    return float32_values(file.read(name), file.header.entries[name].dtype)
 
 
 def _defects(value: Float32, normal: float) -> Iterator[tuple[str, int]]:

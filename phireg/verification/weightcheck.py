@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from phireg.checkpoint.manifest import read_manifest
+from phireg.checkpoint.rankfiles import RankFiles
 from phireg.errors import SourceError
 from phireg.planning.model import Output, Plan, output_bytes
 from phireg.planning.report import ranges
 from phireg.planning.schedule import schedule
-from phireg.verification.expected import RankFiles
 from phireg.verification.grid import Seen, compare_quantized
 from phireg.verification.gridlook import recognise_quantized
 from phireg.verification.recognise import place_of, recognise

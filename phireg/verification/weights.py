@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from phireg.checkpoint.rankfiles import RankFiles
 from phireg.conversion.cast import Bits, cast, one_thread_each
 from phireg.dtypes import BITS
 from phireg.planning.model import BLOCK_BYTES, Output, Plan, Step, Task, Write, row_bytes
 from phireg.source.source import Reader, SourceTensor
-from phireg.verification.expected import RankFiles, kept_columns
+from phireg.verification.expected import kept_columns
 
 _WORKERS = 2
 
@@ -84,7 +85,7 @@ def _compare(
                         else kept_columns(block, output)
                     )
                     row = write.row + done
-                    got = files.read(output.rank, output.name, row * columns, wanted.size)
+                    got = files[output.rank].read(output.name, row * columns, wanted.size)
                     tell(got.nbytes)
                     _note(wrong, write.output, output, row, wanted, got.reshape(wanted.shape))
     return list(wrong.values())

@@ -1,0 +1,200 @@
+"""The rank files of a TensorRT-LLM checkpoint: the one place that opens them."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from phireg.dtypes import BITS, torch_dtype
+from phireg.errors import SourceError
+from phireg.files.regular import Stamp, check_unchanged, open_regular, read_into
+from phireg.files.safetensors import TensorEntry, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Bits = npt.NDArray[np.unsignedinteger[Any]]
+"""Elements as unsigned integers of their own width: numpy has no bfloat16 and no float8."""
+
+Kind = tuple[str, tuple[int, ...]]
+"""Dtype code and shape of a tensor."""
+
+_MAP_NORESERVE = 0x4000  # Linux's; Python 3.12 has no name for it
+_MOST_RANKS = 4096
+_BLOCK = 4 * 1024 * 1024
+
+
+def world_size(config: Mapping[str, Any]) -> int:
+    """Return the number of rank files that a checkpoint's config.json asks for.
+
+    Raises:
+        SourceError: it is not a possible number.
+    """
+    mapping = config.get("mapping")
+    world = mapping.get("world_size", 1) if isinstance(mapping, Mapping) else 1
+    if type(world) is not int or not 0 < world <= _MOST_RANKS:
+        raise SourceError(f"config.json: mapping.world_size is {world!r}")
+    return world
+
+
+class RankFile:
+    """One rank file, held open: its header, and its tensors as bytes, numpy arrays or in torch.
+
+    What is read later belongs to the header that was read first, even if another checkpoint takes
+    the directory's name in the meantime.
+
+    Args:
+        path: the file.
+
+    Raises:
+        SourceError: it is missing, is not a regular file, or has a damaged header.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header = read_header(path)
+        self._stamp = Stamp(self.header.file_size, self.header.mtime_ns)
+        self._descriptor = open_regular(path)
+        try:
+            check_unchanged(self._descriptor, path, self._stamp)
+        except SourceError:
+            os.close(self._descriptor)
+            raise
+
+    def __enter__(self) -> RankFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; mapped tensors stay valid."""
+        os.close(self._descriptor)
+
+    def kinds(self) -> dict[str, Kind]:
+        """Return dtype code and shape by name."""
+        return {name: (entry.dtype, entry.shape) for name, entry in self.header.entries.items()}
+
+    def module(self, name: str) -> dict[str, TensorEntry]:
+        """Return the tensors of a module by the last component of their names."""
+        return {
+            tensor.removeprefix(f"{name}."): entry
+            for tensor, entry in self.header.entries.items()
+            if tensor.startswith(f"{name}.")
+        }
+
+    def read_bytes(self, offset: int, count: int) -> bytearray:
+        """Read ``count`` bytes of the file from ``offset`` on.
+
+        Raises:
+            SourceError: the file changed, or could not be read.
+        """
+        buffer = bytearray(count)
+        read_into(self._descriptor, self.path, offset, memoryview(buffer))
+        check_unchanged(self._descriptor, self.path, self._stamp)
+        return buffer
+
+    def blocks(self, name: str) -> Iterator[bytearray]:
+        """Read a tensor's bytes a block at a time."""
+        entry = self.header.entries[name]
+        for offset in range(entry.start, entry.end, _BLOCK):
+            yield self.read_bytes(offset, min(_BLOCK, entry.end - offset))
+
+    def read(self, name: str, start: int = 0, count: int | None = None) -> Bits:
+        """Read ``count`` elements of a tensor, or all that follow element ``start``, as bits."""
+        entry = self.header.entries[name]
+        if count is None:
+            count = math.prod(entry.shape) - start
+        bits = np.dtype(BITS[entry.dtype])
+        raw = self.read_bytes(entry.start + start * bits.itemsize, count * bits.itemsize)
+        return np.frombuffer(raw, bits)
+
+    def mapped(self) -> Callable[[str], Tensor]:
+        """Map the file and return a function from a tensor's name to the tensor, in torch.
+
+        The tensors outlive this object; they lie in the mapped file until they are copied.
+        ``safe_open`` maps a file for torch writably, and Linux then wants memory for all of it,
+        should every page be written to: a file larger than memory and swap is refused. Nothing is
+        reserved here. Writing to a tensor changes this process's copy of a page, not the file.
+        """
+        import torch
+
+        entries = self.header.entries
+        data = mmap.mmap(
+            self._descriptor,
+            0,
+            flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+        )
+
+        def tensor(name: str) -> Tensor:
+            entry = entries[name]
+            dtype = torch_dtype(entry.dtype)
+            if entry.start == entry.end:
+                return torch.empty(entry.shape, dtype=dtype)
+            size = entry.end - entry.start
+            raw = torch.frombuffer(data, dtype=torch.uint8, count=size, offset=entry.start)
+            return raw.view(dtype).reshape(entry.shape)
+
+        return tensor
+
+
+class RankFiles(Mapping[int, RankFile]):
+    """The readable rank files of a checkpoint by rank; a context manager that closes them.
+
+    Args:
+        directory: the checkpoint.
+        ranks: how many there should be, or the ranks to open.
+
+    Attributes:
+        paths: every rank's path.
+        errors: why a rank's file cannot be read, for those that cannot.
+    """
+
+    def __init__(self, directory: Path, ranks: int | Iterable[int]) -> None:
+        numbers = range(ranks) if isinstance(ranks, int) else ranks
+        self.paths = {rank: directory / f"rank{rank}.safetensors" for rank in numbers}
+        self.errors: dict[int, SourceError] = {}
+        self._files: dict[int, RankFile] = {}
+        for rank, path in self.paths.items():
+            try:
+                self._files[rank] = RankFile(path)
+            except SourceError as error:
+                self.errors[rank] = error
+
+    def __enter__(self) -> RankFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getitem__(self, rank: int) -> RankFile:
+        return self._files[rank]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def close(self) -> None:
+        """Close all files; mapped tensors stay valid."""
+        for file in self._files.values():
+            file.close()
+
+    def kind(self, rank: int, name: str) -> Kind | None:
+        """Return dtype code and shape of a tensor, or None if there is no such tensor."""
+        file = self._files.get(rank)
+        entry = file.header.entries.get(name) if file else None
+        return (entry.dtype, entry.shape) if entry else None
+
+    def kinds(self) -> list[dict[str, Kind]]:
+        """Return each rank's dtype codes and shapes by name; {} for a file that is not readable."""
+        return [self[rank].kinds() if rank in self else {} for rank in self.paths]
