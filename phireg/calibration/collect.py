@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from phireg.calibration.statistics import Statistics
 from phireg.errors import SourceError
-from phireg.reference.hooks import first
+from phireg.reference.hooks import hidden_states
 from phireg.reference.load import Reference
 
 Progress = Callable[[int, int], None]
@@ -151,7 +151,7 @@ class _Front:
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Call a layer as the decoder would, with other hidden states of the same shape."""
-        return first(layer(hidden, *self.arguments, **self.named))
+        return hidden_states(layer(hidden, *self.arguments, **self.named))
 
 
 class _ReachedError(Exception):

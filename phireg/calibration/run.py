@@ -23,9 +23,9 @@ from phireg.device import pick_device
 from phireg.dtypes import WEIGHT_DTYPES, torch_dtype
 from phireg.errors import SourceError, UsageError
 from phireg.family import Family
-from phireg.generation.quiet import quiet
 from phireg.generation.tokenizer import Tokenizer, find_tokenizer
 from phireg.reference.load import open_reference
+from phireg.reference.quiet import quiet
 from phireg.source.source import Source
 
 CPU_SECONDS = 300.0

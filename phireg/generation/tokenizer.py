@@ -11,7 +11,7 @@ from phireg import registry
 from phireg.checkpoint.manifest import read_manifest
 from phireg.errors import PluginError, SourceError, UsageError
 from phireg.files.json import read_json_object
-from phireg.generation.quiet import quiet
+from phireg.reference.quiet import quiet
 
 RANKS_FILES = "*.tiktoken"
 # What transformers builds a tokenizer from, the best first.

@@ -14,7 +14,6 @@ from phireg.device import pick_device
 from phireg.errors import SourceError
 from phireg.executor import Executor, ModelSpec, read_spec
 from phireg.executor.weights import open_ranks
-from phireg.generation.quiet import quiet
 from phireg.generation.tokenizer import find_tokenizer
 from phireg.planning.model import Plan
 from phireg.quality.layerwise import walk
@@ -22,6 +21,7 @@ from phireg.quality.result import Quality, TextQuality
 from phireg.quality.text import Text, choose_text
 from phireg.quality.unquantized import rank_sources, unquantized_plan
 from phireg.reader.spec import parse_spec
+from phireg.reference.quiet import quiet
 
 TOKENS = {"cpu": 512, "cuda": 2048}
 """Tokens of a report at most, by kind of device."""

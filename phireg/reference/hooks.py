@@ -1,4 +1,4 @@
-"""Looking at a model's layers while it computes."""
+"""Observe a model's layers while it computes, through forward hooks."""
 
 from __future__ import annotations
 
@@ -9,64 +9,65 @@ from typing import Any, Protocol
 from torch import Tensor
 
 
-class Watcher(Protocol):
-    """Told what the reference computes, as it goes. Tensors are [batch, tokens, hidden_size]."""
+class Observer(Protocol):
+    """Receives the reference's intermediate results; tensors are [batch, tokens, hidden_size]."""
 
     def embedded(self, x: Tensor) -> None:
-        """The first layer's input."""
+        """Receive the first layer's input."""
 
     def layer(self, index: int, before: Tensor, attention: Tensor, mlp: Tensor) -> None:
-        """A layer's input, and the outputs of its two sub-modules."""
+        """Receive a layer's input, and the outputs of its two sub-modules."""
 
     def hidden(self, index: int, after: Tensor) -> None:
-        """A layer's output."""
+        """Receive a layer's output."""
 
     def normed(self, u: Tensor) -> None:
-        """The final norm's output, which lm_head gets."""
+        """Receive the final norm's output, which is lm_head's input."""
 
 
 @contextmanager
-def watched(model: Any, watcher: Watcher) -> Iterator[None]:
-    """Hooks on a decoder whose layers are ``model.layers.N`` with ``self_attn`` and ``mlp``."""
-    parts: dict[str, Tensor] = {}
+def observed(model: Any, observer: Observer) -> Iterator[None]:
+    """Hook a decoder whose layers are ``model.layers.N`` with ``self_attn`` and ``mlp``."""
+    outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: Any, __: Any, output: Any) -> None:
-            parts[name] = first(output)
+            outputs[name] = hidden_states(output)
 
         return hook
 
     def enter(index: int) -> Callable[..., None]:
         def hook(_: Any, arguments: Any, named: Any) -> None:
-            parts["before"] = arguments[0] if arguments else named["hidden_states"]
+            outputs["before"] = arguments[0] if arguments else named["hidden_states"]
             if index == 0:
-                watcher.embedded(parts["before"])
+                observer.embedded(outputs["before"])
 
         return hook
 
     def leave(index: int) -> Callable[..., None]:
         def hook(_: Any, __: Any, output: Any) -> None:
-            watcher.layer(index, parts["before"], parts["attention"], parts["mlp"])
-            watcher.hidden(index, first(output))
-            parts.clear()
+            observer.layer(index, outputs["before"], outputs["attention"], outputs["mlp"])
+            observer.hidden(index, hidden_states(output))
+            outputs.clear()
 
         return hook
 
     with ExitStack() as stack:
-
-        def on(handle: Any) -> None:
-            stack.callback(handle.remove)
-
+        handles = []
         for index, layer in enumerate(model.model.layers):
-            on(layer.register_forward_pre_hook(enter(index), with_kwargs=True))
-            on(layer.self_attn.register_forward_hook(keep("attention")))
-            on(layer.mlp.register_forward_hook(keep("mlp")))
-            on(layer.register_forward_hook(leave(index)))
+            handles += [
+                layer.register_forward_pre_hook(enter(index), with_kwargs=True),
+                layer.self_attn.register_forward_hook(keep("attention")),
+                layer.mlp.register_forward_hook(keep("mlp")),
+                layer.register_forward_hook(leave(index)),
+            ]
         head = model.get_output_embeddings()
-        on(head.register_forward_pre_hook(lambda _, arguments: watcher.normed(arguments[0])))
+        handles.append(head.register_forward_pre_hook(lambda _, inputs: observer.normed(inputs[0])))
+        for handle in handles:
+            stack.callback(handle.remove)
         yield
 
 
-def first(output: Any) -> Tensor:
-    """Of what a module returns, the hidden states."""
+def hidden_states(output: Any) -> Tensor:
+    """Return the hidden states among a module's outputs."""
     return output[0] if isinstance(output, tuple) else output

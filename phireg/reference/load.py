@@ -1,23 +1,27 @@
 """The source's own model: transformers' class, or the one that the family ships.
 
 Its weights are read from the source's files as data. A reference keeps all of them, or has one
-decoder layer's in memory at a time; what it computes is the same.
+decoder layer's in memory at a time; the results are the same.
 """
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from phireg.errors import SourceError
 from phireg.family import Family
-from phireg.reference.build import build
-from phireg.reference.hooks import Watcher, watched
+from phireg.files.json import read_json_object
+from phireg.reference.hooks import Observer, observed
 from phireg.reference.parameters import Parameters
+from phireg.reference.quiet import quiet
 from phireg.source.source import Source
 
 _LAYERS = "model.layers."
@@ -25,12 +29,12 @@ _LAYERS = "model.layers."
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A reference, its weights not read yet: call ``keep_all`` or ``keep_ends``, or read layers.
+    """A reference whose weights are not read yet: call ``keep_all`` or ``keep_ends``, or ``layer``.
 
     Attributes:
         model: a transformers-compatible causal language model in evaluation mode, whose decoder
             layers are ``model.model.layers``.
-        notes: what was set differently from the source's config.json, and why.
+        notes: settings that differ from the source's config.json, with the reason.
         parameters: the weights of ``model``.
     """
 
@@ -51,7 +55,7 @@ class Reference:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Any]:
-        """A decoder layer, whose weights are in memory inside the ``with`` statement only."""
+        """Yield a decoder layer whose weights are in memory inside the ``with`` statement only."""
         names = self._layer(index)
         self.parameters.fill(names)
         try:
@@ -71,9 +75,9 @@ class Reference:
         largest = max((self.parameters.nbytes(self._layer(index)) for index in layers), default=0)
         return self.parameters.nbytes(self._ends()) + largest
 
-    def logits(self, ids: Tensor, watcher: Watcher) -> Tensor:
-        """Float32 logits [batch, tokens, vocab_size] of ``ids`` without a cache."""
-        with torch.no_grad(), watched(self.model, watcher):
+    def logits(self, ids: Tensor, observer: Observer) -> Tensor:
+        """Compute float32 logits [batch, tokens, vocab_size] of ``ids`` without a cache."""
+        with torch.no_grad(), observed(self.model, observer):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits.float()
 
@@ -99,14 +103,14 @@ def open_reference(
     device: torch.device,
     exact: Collection[str] = (),
 ) -> Reference:
-    """Build the source's model without reading its weights.
+    """Build the source's model without reading its weights; no code of the source is run.
 
     Args:
         family: names the model class where transformers has none.
         source: the files.
-        weights: dtype that the source's values are rounded to first, as a conversion rounds them;
-            what then differs from a checkpoint in that dtype is arithmetic, not rounding. None:
-            they are not.
+        weights: dtype that the source's values are rounded to first, as a conversion rounds them,
+            so that differences from a checkpoint in that dtype are arithmetic and not rounding.
+            None: they are not rounded.
         dtype: compute dtype.
         device: where to compute.
         exact: names of source tensors that a conversion does not round, whatever ``weights`` is.
@@ -114,10 +118,80 @@ def open_reference(
     Raises:
         SourceError: no model class on this machine reads the source.
     """
-    model, notes = build(family, source.directory, dtype)
+    model, notes = _build(family, source.directory, dtype)
     parameters = Parameters(model, source, weights, device, exact)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             # Moved and not cast: rotary tables are float32 whatever the compute dtype is.
             module._buffers[name] = buffer.to(device)
-    return Reference(model, notes, parameters)
+    return Reference(model, tuple(notes), parameters)
+
+
+def _build(family: Family, directory: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """Build a model with its parameters on the meta device; return it and notes on its config.
+
+    Buffers (rotary tables) hold their values, on the CPU and in the dtype their class gives them.
+    """
+    import transformers
+
+    values = read_json_object(directory / "config.json")
+    values.pop("quantization_config", None)
+    notes = list(_adapted(values)) if family.reference is None else []
+    key = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    try:
+        with quiet(), _parameters_on_meta(dtype):
+            if family.reference is None:
+                config = transformers.AutoConfig.for_model(**values)
+                model = transformers.AutoModelForCausalLM.from_config(config, **{key: dtype})
+            else:
+                model_class: Any = pkgutil.resolve_name(family.reference)
+                config = model_class.config_class(**values)
+                model = model_class._from_config(config, **{key: dtype})
+    except Exception as error:  # whatever transformers raises, this machine has no reference
+        raise SourceError(
+            f"the reference model cannot be loaded ({type(error).__name__}: {error})"
+        ) from error
+    return model.eval(), notes
+
+
+def _adapted(values: dict[str, Any]) -> Iterator[str]:
+    """Adapt a config to current transformers; yield a note on each change of meaning."""
+    for name in ("auto_map", "_attn_implementation"):
+        values.pop(name, None)
+    block = values.get("rope_scaling")
+    if isinstance(block, dict) and "su" in (block.get("type"), block.get("rope_type")):
+        # The first name of long rope, which transformers 5 no longer knows.
+        original = values.get("original_max_position_embeddings")
+        values["rope_scaling"] = {
+            **block,
+            "type": "longrope",
+            "rope_type": "longrope",
+            "original_max_position_embeddings": original,
+        }
+    if values.get("sliding_window") is not None:
+        values["sliding_window"] = None
+        yield (
+            "the reference attends to all tokens: TensorRT-LLM takes a sliding window at run time, "
+            "not from the checkpoint"
+        )
+
+
+@contextmanager
+def _parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
+    """Put the parameters of modules built inside on the meta device; buffers keep their values.
+
+    Building the whole model on the meta device would lose its rotary tables, which no file holds.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # a tied one keeps its identity
+            empty = torch.empty_like(parameter, device="meta", dtype=dtype)
+            parameter = nn.Parameter(empty, requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register

@@ -1,4 +1,4 @@
-"""A model's parameters, read from the source's files when they are needed and given back."""
+"""A model's parameters, read from the source's files on demand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Parameters:
     """Fills and empties the parameters of a model that was built without them.
 
     Args:
-        model: from ``phireg.reference.build.build``.
+        model: built without memory for its parameters.
         source: the files.
         rounded: dtype that values are rounded to on their way to the parameters' own dtype, or
             None.
@@ -51,25 +51,25 @@ class Parameters:
             for leaf, parameter in module.named_parameters(recurse=False):
                 name = f"{prefix}.{leaf}"
                 self._places[name] = module, leaf, parameter
-                found = source.tensors.get(tied.get(name, name))
-                if found is None:
+                tensor = source.tensors.get(tied.get(name, name))
+                if tensor is None:
                     absent.append(name)
-                elif found.shape != tuple(parameter.shape) or found.dtype not in _FLOATS:
-                    shape = f"{found.dtype} {list(found.shape)}, not {list(parameter.shape)}"
+                elif tensor.shape != tuple(parameter.shape) or tensor.dtype not in _FLOATS:
+                    shape = f"{tensor.dtype} {list(tensor.shape)}, not {list(parameter.shape)}"
                     wrong.append(f"{name} is {shape}")
                 else:
-                    self._tensors[name] = found
+                    self._tensors[name] = tensor
         if absent:
             raise SourceError(f"the reference model does not find {', '.join(absent[:5])}")
         if wrong:
             raise SourceError(f"the reference model cannot take {'; '.join(wrong[:5])}")
 
     def names(self, prefix: str = "") -> list[str]:
-        """Names of the parameters that begin with a prefix."""
+        """Return the names of the parameters that begin with a prefix."""
         return [name for name in self._places if name.startswith(prefix)]
 
     def nbytes(self, names: Collection[str]) -> int:
-        """Memory that these parameters take when filled, tied ones once."""
+        """Return the memory that these parameters take when filled, tied ones once."""
         places = {self._tensors[name].name: self._places[name][2] for name in names}
         return sum(parameter.numel() * parameter.itemsize for parameter in places.values())
 
@@ -90,13 +90,13 @@ class Parameters:
                 setattr(module, leaf, read[tensor.name])
 
     def release(self, names: Collection[str]) -> None:
-        """Give the memory of parameters back."""
+        """Free the memory of parameters."""
         for name in names:
             module, leaf, empty = self._places[name]
             setattr(module, leaf, empty)
 
     def _read(self, reader: Reader, tensor: SourceTensor) -> Tensor:
-        """The values, on the device, rounded where they are to be."""
+        """Read a tensor's values to the device, rounded unless it is exact."""
         values = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype))
         reader.read_into(tensor, 0, memoryview(values.view(-1).view(torch.uint8).numpy()))
         values = values.to(self._device)
@@ -106,7 +106,7 @@ class Parameters:
 
 
 def _tied(model: Any) -> dict[str, str]:
-    """Name of the parameter that another one is a copy of, by that one's name."""
+    """Map the name of a tied parameter to the name of the one it repeats."""
     if not model.config.tie_word_embeddings:
         return {}
     names = {module: name for name, module in model.named_modules()}

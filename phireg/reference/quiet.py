@@ -1,4 +1,4 @@
-"""Transformers without its remarks."""
+"""Silence transformers' log messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' remarks off the terminal; its errors still come as exceptions."""
+    """Log only transformers' errors; exceptions are not affected."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
