@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from phireg.conversion.quantization import quantize as quantize
     from phireg.conversion.quantization import quantize_bytes as quantize_bytes
     from phireg.errors import PhiregError as PhiregError
-    from phireg.planning.explain import explain as explain
     from phireg.planning.model import Plan as Plan
     from phireg.planning.plan import plan as plan
+    from phireg.planning.report import explain as explain
     from phireg.postprocessing.postprocess import Postprocessed as Postprocessed
     from phireg.postprocessing.postprocess import RowOrder as RowOrder
     from phireg.postprocessing.postprocess import postprocess as postprocess
@@ -45,9 +45,9 @@ _MODULES = {
     "conversion.convert": ("Converted", "convert"),
     "conversion.quantization": ("quantize", "quantize_bytes"),
     "errors": ("PhiregError",),
-    "planning.explain": ("explain",),
     "planning.model": ("Plan",),
     "planning.plan": ("plan",),
+    "planning.report": ("explain",),
     "postprocessing.postprocess": (
         *("Postprocessed", "RowOrder", "postprocess", "postprocess_bytes", "row_order"),
     ),

@@ -58,9 +58,7 @@ def _convert(
     started = time.monotonic()
     plan = make_plan(model_dir, **options)
 
-    from phireg.planning.model import output_bytes
-
-    total = sum(output_bytes(output) for output in plan.outputs)
+    total = sum(output.nbytes for output in plan.outputs)
     with ProgressBars(quiet) as bars:
         advance = bars.bytes("converting", "flushing to disk")
         converted = phireg.convert(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,6 @@ from phireg.cli.scales import quantized_text, scale_text
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
-    from phireg.layout.spans import Span
     from phireg.planning.model import Output, Plan
 
 
@@ -54,14 +52,14 @@ def _text(plan: Plan, output: Output) -> str:
         f"in rank{output.rank}.safetensors, from",
     ]
     position = 0
-    for source, group in groupby(output.rows, key=lambda span: span.source):
+    for source, group in groupby(output.origin.spans, key=lambda span: span.source):
         rows = []
         for span in group:
             target = _range(position, span.count)
             rows.append((target, "=", _range(span.start, span.count) if source else "zeros"))
             position += span.count
-        lines.append("  padding" if source is None else _origin(plan, source, output.columns))
-        if source in plan.scales and plan.tensor(source).shape == (1,):
+        lines.append("  padding" if source is None else _origin(plan, output, source))
+        if source in plan.scales and plan.scales[source].size == 1:
             lines.append("    one number")
         else:
             lines.append(columns(rows, indent=4, right=[0]))
@@ -70,14 +68,20 @@ def _text(plan: Plan, output: Output) -> str:
     return "\n".join(lines)
 
 
-def _origin(plan: Plan, source: str, kept: Iterable[Span] | None) -> str:
-    tensor = plan.tensor(source)
-    cut = ", ".join(_range(span.start, span.count) for span in kept or ())
-    which = f", columns {cut}" if cut else ""
-    kind = f"{list(tensor.shape)} {dtype_name(tensor.dtype)}{which}"
-    computed = source in plan.scales
-    place = f"computed {scale_text(plan, source)}" if computed else f"in {tensor.file}"
-    return "\n".join((f"  {tensor.name}  {kind}", columns([(place,)], indent=2)))
+def _origin(plan: Plan, output: Output, source: str) -> str:
+    from phireg.planning.model import Rows
+
+    if isinstance(output.origin, Rows):
+        tensor = plan.source.tensors[source]
+        cut = ", ".join(_range(span.start, span.count) for span in output.origin.columns or ())
+        kept = f", columns {cut}" if cut else ""
+        kind = f"{list(tensor.shape)} {dtype_name(tensor.dtype)}{kept}"
+        place = f"in {tensor.file}"
+    else:
+        scale = plan.scales[source]
+        kind = f"[{scale.size}] {dtype_name(scale.dtype)}"
+        place = f"computed {scale_text(plan, source)}"
+    return "\n".join((f"  {source}  {kind}", columns([(place,)], indent=2)))
 
 
 def _range(start: int, count: int) -> str:

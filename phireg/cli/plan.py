@@ -85,8 +85,7 @@ def _problem_rows(plan: Plan) -> list[tuple[str, str]]:
 def _rows(plan: Plan) -> list[tuple[str, str]]:
     from phireg.conversion.stream import WORKERS
 
-    read = {span.source for out in plan.outputs for span in out.rows if span.source is not None}
-    used = read - plan.scales.keys()
+    used = plan.sources
     once = sum(plan.source.tensors[name].nbytes for name in used)
     again = f"{size(plan.bytes_in - once)} of it twice" if plan.bytes_in > once else "each once"
     ranks = plan.options.tp_size

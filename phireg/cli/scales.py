@@ -29,17 +29,17 @@ def format_text(plan: Plan) -> str:
 
 def scale_rows(plan: Plan) -> list[tuple[str, str]]:
     """A row of the plan's summary for each kind of scale, and what they take."""
-    from phireg.planning.origins import CALIBRATION, WEIGHTS, computed_from
+    from phireg.planning.model import Basis
     from phireg.reader.schemes import KV_SCALE
 
     if not plan.scales:
         return []
     words = {
-        (CALIBRATION,): "from calibration",
-        (WEIGHTS,): "from the weights",
-        (CALIBRATION, WEIGHTS): "from calibration and the weights",
+        (Basis.CALIBRATION,): "from calibration",
+        (Basis.WEIGHTS,): "from the weights",
+        (Basis.CALIBRATION, Basis.WEIGHTS): "from calibration and the weights",
     }
-    origins = {name.rpartition(".")[2]: computed_from(plan, name) for name in plan.scales}
+    origins = {name.rpartition(".")[2]: scale.computed_from for name, scale in plan.scales.items()}
     texts = []
     for companion, origin in origins.items():
         count = len(plan.kv_caches) if companion == KV_SCALE else len(plan.linears)

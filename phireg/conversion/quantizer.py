@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 
 from phireg.conversion.cast import PIECE, Bits, Float32
-from phireg.conversion.stream import Reads
 from phireg.dtypes import BITS, E4M3_BEYOND, E4M3_MAX, WEIGHT_DTYPES, as_torch
 from phireg.planning.model import Plan
-from phireg.source.source import SourceTensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,12 +50,12 @@ class Quantizer:
         self._scales = scales
         self._smoothed = bool(plan.options.scheme and plan.options.scheme.per_channel)
 
-    def reader(self, files: Reads) -> Reads:
-        """A reader of source tensors that also knows the plan's scales."""
-        return _ScaleReader(files, self._scales.values)
+    def scale(self, name: str) -> Bits:
+        """All elements of one of the plan's scales."""
+        return self._scales.values[name]
 
     def weight(self, target: str, source: str, row: int, block: Bits) -> tuple[Bits, int]:
-        """Quantize rows of a weight; see :class:`phireg.conversion.stream.Quantizes`."""
+        """Quantize rows of a weight; see :class:`phireg.conversion.stream.Quantizer`."""
         linear, module = target.removesuffix(".weight"), source.removesuffix(".weight")
         if not self._smoothed:
             (scale,) = self._scales.float32(f"{linear}.weights_scaling_factor")
@@ -129,17 +127,3 @@ def smooth(block: Bits, code: str, inverse: Float32) -> Any:
 
     weight = as_torch(block, code)
     return (weight.float() * torch.from_numpy(inverse)).to(weight.dtype)
-
-
-class _ScaleReader:
-    def __init__(self, files: Reads, values: Mapping[str, Bits]) -> None:
-        self._files = files
-        self._bytes = {name: value.view(np.uint8).data for name, value in values.items()}
-
-    def read_into(self, tensor: SourceTensor, start: int, view: memoryview) -> None:
-        """Fill a view with bytes of a scale, or of a tensor of the files."""
-        held = self._bytes.get(tensor.name)
-        if held is None:
-            self._files.read_into(tensor, start, view)
-        else:
-            view[:] = held[start : start + len(view)]

@@ -1,7 +1,8 @@
-"""Carrying out a plan: source blocks in, rank files out, hashed on the way.
+"""Carrying out a plan: source blocks in, rows of outputs out to a sink.
 
 Every worker takes whole tasks and holds one block of source rows at a time, so memory is bounded
-whatever the tensors' sizes; a block is read once and written to every rank that needs it.
+for tensors of any size; a block is read once and goes to every output that needs it. Conversion's
+sink writes and hashes, verification's compares.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ import numpy as np
 import xxhash
 
 from phireg.conversion.cast import NO_LOSS, Bits, Loss, cast, one_thread_each
-from phireg.dtypes import BITS, WEIGHT_DTYPES
+from phireg.dtypes import BITS
 from phireg.planning.model import (
     BLOCK_BYTES,
     Output,
     Plan,
+    Rows,
+    Scale,
     Step,
     Task,
     Write,
-    carried_code,
     row_bytes,
 )
 from phireg.source.source import Reader, SourceTensor
@@ -40,47 +42,86 @@ WORKERS = 2
 blocks are so small that more threads mostly wait for the interpreter."""
 
 Progress = Callable[[int], None]
-"""Told how many more output bytes have been written; called from worker threads."""
+"""Takes the number of further bytes that are done; called from worker threads."""
 
 
-class Reads(Protocol):
-    """Where source bytes come from; see :class:`phireg.source.source.Reader`."""
+class Sink(Protocol):
+    """A receiver of the rows of all outputs."""
 
-    def read_into(self, tensor: SourceTensor, start: int, view: memoryview) -> None:
-        """Fill a view with bytes of a tensor."""
+    def put(self, index: int, row: int, rows: Bits) -> None:
+        """Take consecutive rows of an output. Called by all workers, by one for each output.
+
+        Args:
+            index: of the output in the plan.
+            row: the first of the rows; they come in order, without gaps.
+            rows: [rows, columns], valid during the call only.
+        """
 
 
-class Quantizes(Protocol):
+class Quantizer(Protocol):
     """The quantized part of a run; see :mod:`phireg.conversion.quantizer`."""
 
-    def reader(self, files: Reads) -> Reads:
-        """A reader that also knows the plan's scales."""
+    def scale(self, name: str) -> Bits:
+        """All elements of one of the plan's scales."""
 
     def weight(self, target: str, source: str, row: int, block: Bits) -> tuple[Bits, int]:
         """Quantize rows of a weight.
 
         Args:
-            target: the output tensor they are for.
-            source: the source tensor they come from.
+            target: the output tensor that they are for.
+            source: the source tensor that they come from.
             row: the first of them in the source tensor.
             block: them, in the checkpoint's dtype, [rows, columns].
 
         Returns:
-            The same rows on the quantized grid and how many of their elements lie beyond its ends.
+            The same rows on the quantized grid, and the number of elements beyond its ends.
         """
 
 
-class Cancelled(Exception):  # noqa: N818 - nothing is wrong
+class Cancelled(Exception):  # noqa: N818 - not an error
     """Another worker failed; its error is the one to report."""
+
+
+def carry(
+    plan: Plan, sink: Sink, *, workers: int = WORKERS, quantizer: Quantizer | None = None
+) -> dict[str, Loss]:
+    """Read the source once and pass the rows of every output to ``sink``.
+
+    Args:
+        plan: without errors.
+        sink: takes the rows.
+        workers: number of threads.
+        quantizer: needed by a plan with scales.
+
+    Returns:
+        Losses of casting and quantizing by source tensor; only of tensors that lost something.
+
+    Raises:
+        SourceError: a source file ended early, changed, or could not be read.
+    """
+    stop = Event()
+    with ExitStack() as stack:
+        reader = stack.enter_context(plan.source.open())
+        busy = plan.casts or quantizer is not None
+        stack.enter_context(one_thread_each(workers) if busy else nullcontext())
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
+        carrier = _Carrier(plan, reader, sink, stop, quantizer)
+        try:
+            carrier.scales()
+            results = collect([pool.submit(carrier.carry, task) for task in plan.tasks])
+        except BaseException:
+            stop.set()
+            raise
+    return {name: loss for losses in results for name, loss in losses.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """What a run did.
+    """The result of writing rank files.
 
     Attributes:
         digests: xxh3_128 of the bytes of each output tensor, by rank and name.
-        losses: what casting lost, by source tensor; only those that lost something.
+        losses: losses of casting and quantizing by source tensor; only of those that lost some.
     """
 
     digests: Mapping[tuple[int, str], str]
@@ -93,7 +134,7 @@ def stream(
     *,
     workers: int = WORKERS,
     progress: Progress | None = None,
-    quantizer: Quantizes | None = None,
+    quantizer: Quantizer | None = None,
 ) -> Streamed:
     """Write the rank files of ``plan`` into ``directory``.
 
@@ -101,17 +142,14 @@ def stream(
         plan: without errors.
         directory: an existing one, without rank files.
         workers: number of threads.
-        progress: told how many more bytes have been written.
+        progress: takes the number of further bytes written.
         quantizer: needed by a plan with scales.
 
     Raises:
         SourceError: a source file ended early, changed, or could not be read.
         OSError: writing failed.
     """
-    stop = Event()
-    results: list[Streamed] = []
     with ExitStack() as stack:
-        reader = stack.enter_context(plan.source.open())
         files = []
         for rank, (header, size) in enumerate(zip(plan.headers, plan.file_sizes, strict=True)):
             path = directory / f"rank{rank}.safetensors"
@@ -120,28 +158,42 @@ def stream(
             os.ftruncate(fd, size)
             _write(fd, memoryview(header), 0)
             files.append(fd)
-        busy = plan.casts or quantizer is not None
-        stack.enter_context(one_thread_each(workers) if busy else nullcontext())
-        pool = stack.enter_context(ThreadPoolExecutor(workers))
-        tell = progress or (lambda count: None)
-        carrier = _Carrier(plan, reader, files, stop, tell, quantizer)
-        try:
-            results = collect([pool.submit(carrier.carry, task) for task in plan.tasks])
-        except BaseException:
-            stop.set()
-            raise
-    digests: dict[tuple[int, str], str] = {}
-    losses: dict[str, Loss] = {}
-    for result in results:
-        digests.update(result.digests)
-        losses.update(result.losses)
-    return Streamed(digests, losses)
+        writer = _Writer(plan, files, progress)
+        losses = carry(plan, writer, workers=workers, quantizer=quantizer)
+        return Streamed(writer.digests(), losses)
+
+
+class _Writer:
+    """The sink that writes rank files and hashes every tensor."""
+
+    def __init__(self, plan: Plan, files: list[int], progress: Progress | None) -> None:
+        self.outputs = plan.outputs
+        self.files = files
+        self.progress = progress
+        self.hashes = [xxhash.xxh3_128() for _ in plan.outputs]
+
+    def put(self, index: int, row: int, rows: Bits) -> None:
+        """Write whole rows of an output and add them to its digest."""
+        output = self.outputs[index]
+        view = rows.reshape(-1).view(np.uint8).data
+        per_row = len(view) // len(rows)
+        _write(self.files[output.rank], view, output.offset + row * per_row)
+        self.hashes[index].update(view)
+        if self.progress is not None:
+            self.progress(len(view))
+
+    def digests(self) -> dict[tuple[int, str], str]:
+        """By rank and name."""
+        return {
+            (output.rank, output.name): digest.hexdigest()
+            for output, digest in zip(self.outputs, self.hashes, strict=True)
+        }
 
 
 def read_blocks(
-    reader: Reads, source: SourceTensor, row: int, count: int, code: str, stop: Event
+    reader: Reader, source: SourceTensor, row: int, count: int, code: str, stop: Event
 ) -> Iterator[tuple[int, Bits, Loss]]:
-    """Rows of a tensor, a block at a time, cast; a block lives until the next one is asked for.
+    """Read rows of a tensor and cast them, block by block; each replaces the one before it.
 
     Args:
         reader: of the source.
@@ -152,7 +204,7 @@ def read_blocks(
         stop: set when another worker failed.
 
     Yields:
-        How many rows came before, the block [rows, columns], and what casting it lost.
+        The number of rows before the block, the block [rows, columns], and the losses of the cast.
 
     Raises:
         Cancelled: ``stop`` was set.
@@ -173,6 +225,33 @@ def read_blocks(
         yield done, block.reshape(rows, -1), loss
 
 
+def assemble(plan: Plan, output: Output, reader: Reader) -> Bits:
+    """A whole output made of source rows, unquantized, in memory: [rows, columns]."""
+    assert isinstance(output.origin, Rows)
+    result: Bits = np.zeros(output.matrix, BITS[output.dtype])
+    position = 0
+    for span in output.origin.spans:
+        if span.source is not None:
+            source = plan.source.tensors[span.source]
+            for done, block, _ in read_blocks(
+                reader, source, span.start, span.count, output.dtype, Event()
+            ):
+                rows = slice(position + done, position + done + len(block))
+                result[rows] = kept_columns(block, output.origin)
+        position += span.count
+    return result
+
+
+def kept_columns(block: Bits, rows: Rows) -> Bits:
+    """The columns of ``block`` that an output keeps, contiguous."""
+    if rows.columns is None:
+        return block
+    if len(rows.columns) == 1:
+        only = rows.columns[0]
+        return np.ascontiguousarray(block[:, only.start : only.stop])
+    return np.concatenate([block[:, span.start : span.stop] for span in rows.columns], axis=1)
+
+
 def collect(running: list[Future[_Result]]) -> list[_Result]:
     """The results of all workers, or the error of the one that stopped the others."""
     wait(running)
@@ -184,76 +263,58 @@ def collect(running: list[Future[_Result]]) -> list[_Result]:
 
 
 class _Carrier:
-    """One run's open files; its methods are called by all workers."""
+    """One run; its methods are called by all workers."""
 
     def __init__(
-        self,
-        plan: Plan,
-        reader: Reader,
-        files: list[int],
-        stop: Event,
-        progress: Progress,
-        quantizer: Quantizes | None,
+        self, plan: Plan, reader: Reader, sink: Sink, stop: Event, quantizer: Quantizer | None
     ) -> None:
         self.plan = plan
-        self.quantizer = quantizer
-        self.reader: Reads = quantizer.reader(reader) if quantizer else reader
-        self.code = WEIGHT_DTYPES[plan.options.dtype]
-        self.files = files
+        self.reader = reader
+        self.sink = sink
         self.stop = stop
-        self.progress = progress
+        self.quantizer = quantizer
 
-    def carry(self, task: Task) -> Streamed:
+    def scales(self) -> None:
+        """Pass on all scales; they are in memory."""
+        for index, output in enumerate(self.plan.outputs):
+            if isinstance(output.origin, Scale):
+                assert self.quantizer is not None
+                parts = [
+                    self.quantizer.scale(span.source)[span.start : span.stop]
+                    for span in output.origin.spans
+                    if span.source is not None
+                ]
+                self.sink.put(index, 0, np.concatenate(parts)[:, None])
+
+    def carry(self, task: Task) -> dict[str, Loss]:
         """Do one task; a failure stops the other workers."""
+        losses: dict[str, Loss] = defaultdict(Loss)
         try:
-            return self._carry(task)
+            for step in task.steps:
+                if step.source is None:
+                    self.fill(step)
+                elif (loss := self.copy(step, step.source)) != NO_LOSS:
+                    losses[step.source.name] += loss
         except BaseException:
             self.stop.set()
             raise
+        return losses
 
-    def _carry(self, task: Task) -> Streamed:
-        hashes: dict[int, xxhash.xxh3_128] = {}
-        losses: dict[str, Loss] = defaultdict(Loss)
-        for step in task.steps:
-            for write in step.writes:
-                hashes.setdefault(write.output, xxhash.xxh3_128())
-            if step.source is None:
-                self.fill(step, hashes)
-            else:
-                loss = self.copy(step, step.source, hashes)
-                if loss != NO_LOSS:
-                    losses[step.source.name] += loss
-        outputs = self.plan.outputs
-        digests = {
-            (outputs[i].rank, outputs[i].name): hashed.hexdigest() for i, hashed in hashes.items()
-        }
-        return Streamed(digests, losses)
-
-    def copy(self, step: Step, source: SourceTensor, hashes: Mapping[int, xxhash.xxh3_128]) -> Loss:
-        """Read the step's rows block by block and write each block wherever it goes."""
+    def copy(self, step: Step, source: SourceTensor) -> Loss:
+        """Read the step's rows, once for each dtype that outputs hold them in."""
         loss = NO_LOSS
         by_code: dict[str, list[Write]] = defaultdict(list)
         for write in step.writes:
-            computed = source.name in self.plan.scales
-            output = self.plan.outputs[write.output]
-            by_code[source.dtype if computed else carried_code(output, self.code)].append(write)
+            by_code[self.plan.carried_code(self.plan.outputs[write.output])].append(write)
         for code, writes in by_code.items():
-            loss += self.copy_as(code, step, source, writes, hashes)
+            loss += self.copy_as(code, step, source, writes)
         return loss
 
-    def copy_as(
-        self,
-        code: str,
-        step: Step,
-        source: SourceTensor,
-        writes: list[Write],
-        hashes: Mapping[int, xxhash.xxh3_128],
-    ) -> Loss:
-        """The writes of a step whose values are cast to one dtype."""
+    def copy_as(self, code: str, step: Step, source: SourceTensor, writes: list[Write]) -> Loss:
+        """Read the step's rows block by block and pass each block to all of ``writes``."""
         loss = NO_LOSS
-        for done, block, lost in read_blocks(
-            self.reader, source, step.row, step.count, code, self.stop
-        ):
+        blocks = read_blocks(self.reader, source, step.row, step.count, code, self.stop)
+        for done, block, lost in blocks:
             loss += lost
             quantized: dict[str, Bits] = {}
             for write in writes:
@@ -261,39 +322,21 @@ class _Carrier:
                 rows = block
                 if self.quantizer is not None and output.dtype != code:
                     if output.name not in quantized:
-                        made, saturated = self.quantizer.weight(
+                        quantized[output.name], saturated = self.quantizer.weight(
                             output.name, source.name, step.row + done, block
                         )
-                        quantized[output.name] = made
                         loss += Loss(saturated=saturated)
                     rows = quantized[output.name]
-                self.put(output, write.row + done, _columns(rows, output), hashes[write.output])
+                assert isinstance(output.origin, Rows)
+                self.sink.put(write.output, write.row + done, kept_columns(rows, output.origin))
         return loss
 
-    def fill(self, step: Step, hashes: Mapping[int, xxhash.xxh3_128]) -> None:
-        """Write zero rows."""
+    def fill(self, step: Step) -> None:
+        """Pass on zero rows."""
         for write in step.writes:
             output = self.plan.outputs[write.output]
             zeros = np.zeros((step.count, output.matrix[1]), BITS[output.dtype])
-            self.put(output, write.row, zeros, hashes[write.output])
-
-    def put(self, output: Output, row: int, rows: Bits, hashed: xxhash.xxh3_128) -> None:
-        """Write whole rows of an output and add them to its digest."""
-        view = rows.reshape(-1).view(np.uint8).data
-        per_row = len(view) // len(rows)
-        _write(self.files[output.rank], view, output.offset + row * per_row)
-        hashed.update(view)
-        self.progress(len(view))
-
-
-def _columns(block: Bits, output: Output) -> Bits:
-    """The columns of ``block`` that ``output`` keeps, contiguous."""
-    if output.columns is None:
-        return block
-    if len(output.columns) == 1:
-        only = output.columns[0]
-        return np.ascontiguousarray(block[:, only.start : only.stop])
-    return np.concatenate([block[:, span.start : span.stop] for span in output.columns], axis=1)
+            self.sink.put(write.output, write.row, zeros)
 
 
 def _write(fd: int, view: memoryview, offset: int) -> None:

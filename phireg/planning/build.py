@@ -16,7 +16,7 @@ from phireg.layout.ranks import held, tp_sizes, undivided
 from phireg.layout.rules import Rule, Rules
 from phireg.layout.spans import Axis, LayoutError, Span, check_partition
 from phireg.planning.companions import axes_of
-from phireg.planning.model import Options, Output, Plan
+from phireg.planning.model import Options, Output, Plan, Rows, Scale
 from phireg.planning.quantized import Quantization
 from phireg.planning.schedule import schedule
 from phireg.reader.schema import required_tensors
@@ -97,7 +97,7 @@ class _Builder:
             config=config,
             outputs=outputs,
             headers=headers,
-            tasks=schedule(outputs, {**self.source.tensors, **quantization.scales}),
+            tasks=schedule(outputs, self.source.tensors),
             findings=tuple(self.findings),
             linears=tuple(quantization.linears),
             kv_caches=quantization.rules.kv_caches if quantization.kv_cache else (),
@@ -260,15 +260,9 @@ class _Builder:
                 sizes = (rank_cols.length,)
             else:
                 spans, sizes = (Span(own, 0, 1),), (1,)
-            yield Output(
-                rank=rank,
-                name=own,
-                dtype=code,
-                shape=sizes,
-                offset=0,
-                rows=spans,
-                columns=_kept(rank_cols) if "rows" in follows else None,
-            )
+            computed = companion not in ("weight", "bias")
+            origin = Scale(spans) if computed else Rows(spans, _kept(rank_cols))
+            yield Output(rank, own, code, sizes, 0, origin)
 
     def check_ranks(self, rules: Rules) -> None:
         """Every part must be divisible; the sizes that work for all of them are named."""

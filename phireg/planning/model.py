@@ -1,10 +1,11 @@
-"""What a plan consists of: outputs, and the steps that fill them. Immutable data."""
+"""A plan as immutable data: the outputs, and the steps that fill them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from phireg.dtypes import ITEMSIZE, WEIGHT_DTYPES
@@ -16,7 +17,7 @@ from phireg.registry import FamilyChoice
 from phireg.source.source import Source, SourceTensor
 
 BLOCK_BYTES = 512 * 1024
-"""Source bytes a worker holds at a time; a single longer row is held whole.
+"""Source bytes that a worker holds at a time; a single longer row is held whole.
 
 Small enough that a block is still in the processor's cache when it is hashed and written: blocks of
 4 MiB take half as long again.
@@ -25,15 +26,15 @@ Small enough that a block is still in the processor's cache when it is hashed an
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user chose.
+    """Choices of the user.
 
     Attributes:
         dtype: ``auto`` or a key of ``phireg.dtypes.WEIGHT_DTYPES``.
         tp_size: number of tensor-parallel ranks.
         qformat: a key of ``phireg.reader.schemes.SCHEMES``, or None.
         kv_cache_dtype: a key of ``phireg.reader.schemes.KV_CACHES``, or None.
-        moe_ep_size: over how many ranks the experts of a mixture are shared out; None if nothing
-            was said about it, which means 1.
+        moe_ep_size: number of ranks that share out the experts of a mixture; None (not given)
+            means 1.
     """
 
     dtype: str = "auto"
@@ -44,7 +45,7 @@ class Options:
 
     @property
     def ranks(self) -> Ranks:
-        """How modules are divided."""
+        """The division of modules over ranks."""
         return Ranks(self.tp_size, self.moe_ep_size or 1)
 
     @property
@@ -62,9 +63,62 @@ class Options:
 
     @property
     def calibrated(self) -> bool:
-        """Whether carrying out the plan needs calibration statistics."""
+        """True if carrying out the plan needs calibration statistics."""
         scheme = self.scheme
         return self.kv_cache_dtype is not None or (scheme is not None and scheme.calibrated)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of source tensors, as the origin of an output.
+
+    Attributes:
+        spans: over source tensors, in order; zero rows have no source. Stacked linears follow each
+            other.
+        columns: the source columns that a row keeps, in order; None for all, or for one axis.
+    """
+
+    spans: tuple[Span, ...]
+    columns: tuple[Span, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Elements of scales that the run computes, as the origin of an output.
+
+    Attributes:
+        spans: over the plan's ``scales``, in order.
+    """
+
+    spans: tuple[Span, ...]
+
+
+class Basis(Enum):
+    """Something a scale is computed from."""
+
+    CALIBRATION = "calibration"
+    WEIGHTS = "weights"
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleTensor:
+    """A scale in the source's coordinates: its elements follow the source's rows or columns.
+
+    Attributes:
+        dtype: safetensors code.
+        size: number of elements.
+        computed_from: with SmoothQuant's alpha at 1. With a smaller one all scales of its linears
+            depend on the weights as well.
+    """
+
+    dtype: str
+    size: int
+    computed_from: tuple[Basis, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.size * ITEMSIZE[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +131,7 @@ class Output:
         dtype: safetensors code.
         shape: its shape; [experts, rows, columns] for the stacked linears of experts.
         offset: absolute byte offset in the file.
-        rows: where its rows come from: spans over source *tensors*, in order; those of a scale
-            over the plan's ``scales``. Stacked linears follow each other.
-        columns: which source columns a row keeps, in order; None for all, or for one axis.
+        origin: where its values come from.
     """
 
     rank: int
@@ -87,15 +139,19 @@ class Output:
     dtype: str
     shape: tuple[int, ...]
     offset: int
-    rows: tuple[Span, ...]
-    columns: tuple[Span, ...] | None
+    origin: Rows | Scale
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """All its rows and their length; a tensor with one axis has rows of one element."""
+        """Number of rows and their length; a tensor with one axis has rows of one element."""
         if len(self.shape) < 2:
             return self.shape[0], 1
         return math.prod(self.shape[:-1]), self.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +170,7 @@ class Step:
         source: the source tensor, or None for zero rows.
         row: first row (an element, for a tensor with one axis).
         count: number of rows.
-        writes: where they go. Every output receives its rows in order over the steps of a task.
+        writes: their places. Every output receives its rows in order over the steps of a task.
     """
 
     source: SourceTensor | None
@@ -147,22 +203,21 @@ class QuantizedLinear:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything a conversion does, and everything that speaks against it.
+    """Everything a conversion does, and every reason why it cannot be done.
 
     Attributes:
         chosen: the family, and the distribution that provides it.
         model_dir: the source as the user called it, a directory or a hub repository.
-        options: what was asked for, with ``dtype`` resolved.
+        options: the user's choices, with ``dtype`` resolved.
         source: the source model.
         config: the checkpoint's config.json.
         outputs: all tensors of all ranks; empty if there are errors.
         headers: the safetensors header of each rank file.
-        tasks: the work, in source order.
+        tasks: the work on source rows, in source order; scales are no part of it.
         findings: errors, warnings and notes.
-        linears: what is quantized; empty unless the scheme quantizes weights.
+        linears: the quantized ones; empty unless the scheme quantizes weights.
         kv_caches: attention modules whose KV cache gets a scale, in the order of the layers.
-        scales: the scales a run computes before it writes, by name. To the outputs they are source
-            tensors like those of the files, with the source's rows and columns; they have no file.
+        scales: the scales that a run computes before it writes, by name.
     """
 
     chosen: FamilyChoice
@@ -176,7 +231,7 @@ class Plan:
     findings: tuple[Finding, ...]
     linears: tuple[QuantizedLinear, ...] = ()
     kv_caches: tuple[str, ...] = ()
-    scales: Mapping[str, SourceTensor] = field(default_factory=dict)
+    scales: Mapping[str, ScaleTensor] = field(default_factory=dict)
 
     @property
     def family(self) -> str:
@@ -195,19 +250,26 @@ class Plan:
             step.count * row_bytes(step.source)
             for task in self.tasks
             for step in task.steps
-            if step.source is not None and step.source.name not in self.scales
+            if step.source is not None
         )
 
-    def tensor(self, name: str) -> SourceTensor:
-        """What a span of an output names: a tensor of the source, or a scale."""
-        return self.scales.get(name) or self.source.tensors[name]
+    @property
+    def sources(self) -> frozenset[str]:
+        """Names of the source tensors that outputs are made of."""
+        return frozenset(
+            span.source
+            for output in self.outputs
+            if isinstance(output.origin, Rows)
+            for span in output.origin.spans
+            if span.source is not None
+        )
 
     @property
     def file_sizes(self) -> tuple[int, ...]:
         """Bytes of each rank file."""
         ends = [len(header) for header in self.headers]
         for output in self.outputs:
-            ends[output.rank] = max(ends[output.rank], output.offset + output_bytes(output))
+            ends[output.rank] = max(ends[output.rank], output.offset + output.nbytes)
         return tuple(ends)
 
     @property
@@ -219,12 +281,21 @@ class Plan:
     def casts(self) -> int:
         """Source tensors whose values change dtype."""
         read = {
-            (span.source, carried_code(output, WEIGHT_DTYPES[self.options.dtype]))
+            (span.source, self.carried_code(output))
             for output in self.outputs
-            for span in output.rows
-            if span.source is not None and span.source not in self.scales
+            if isinstance(output.origin, Rows)
+            for span in output.origin.spans
+            if span.source is not None
         }
         return len({name for name, code in read if self.source.tensors[name].dtype != code})
+
+    def carried_code(self, output: Output) -> str:
+        """The dtype that source rows of an output are cast to, before they may be quantized."""
+        return (
+            output.dtype
+            if output.dtype in WEIGHT_DTYPES.values()
+            else WEIGHT_DTYPES[self.options.dtype]
+        )
 
     def buffer_bytes(self, workers: int) -> int:
         """Upper bound of the memory a run holds in buffers.
@@ -242,25 +313,7 @@ class Plan:
         return workers * copies * max(BLOCK_BYTES, longest) + scales
 
 
-def carried_code(output: Output, code: str) -> str:
-    """The dtype that source values of an output are cast to, before they may be quantized.
-
-    Args:
-        output: the tensor they are for.
-        code: of the checkpoint's dtype.
-    """
-    return output.dtype if output.dtype in WEIGHT_DTYPES.values() else code
-
-
 def row_bytes(tensor: SourceTensor) -> int:
     """Bytes of one row of a source tensor (one element, if it has one axis)."""
     cols = tensor.shape[1] if len(tensor.shape) > 1 else 1
     return cols * ITEMSIZE[tensor.dtype]
-
-
-def output_bytes(output: Output) -> int:
-    """Bytes of an output tensor."""
-    total = ITEMSIZE[output.dtype]
-    for size in output.shape:
-        total *= size
-    return total

@@ -1,4 +1,4 @@
-"""What quantization adds to a plan: scales as source tensors, dtypes, objections and warnings."""
+"""The quantized part of a plan: scales, dtypes, errors and warnings."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from phireg.layout.quant_rules import QuantRules
 from phireg.layout.rules import Rule, Rules
 from phireg.layout.spans import Axis, Span
 from phireg.planning.companions import axes_of
-from phireg.planning.model import Options, Output, QuantizedLinear
+from phireg.planning.model import Basis, Options, Output, QuantizedLinear, Scale, ScaleTensor
 from phireg.reader.schemes import KV_CACHES, KV_SCALE
-from phireg.source.source import SourceTensor
 
 FP8_ALIGNMENT = 16
 """TensorRT's FP8 matrix products want both sides of a rank's weight to be multiples of this."""
@@ -32,7 +31,7 @@ class Quantization:
         self.code = code
         self.rules = QuantRules(())
         self.linears: list[QuantizedLinear] = []
-        self.scales: dict[str, SourceTensor] = {}
+        self.scales: dict[str, ScaleTensor] = {}
 
     def config(self) -> dict[str, Any]:
         """The ``quantization`` block: keys that every release knows; a reader refuses others."""
@@ -64,7 +63,7 @@ class Quantization:
         return self.scheme.companions
 
     def declare(self, rule: Rule, companion: str, rows: Axis, code: str) -> tuple[int, ...] | None:
-        """Declare a scale that the run computes, as tensors of the source.
+        """Declare a scale that the run computes.
 
         One that follows the rows is a companion of every source module; any other belongs to the
         target.
@@ -77,21 +76,28 @@ class Quantization:
         shape = () if companion == "weights_scaling_factor" and not per_channel else None
         follows = axes_of(companion, shape, rows.length)
         if "rows" in follows:
-            made = {f"{module}.{companion}": count for module, count in rows.sources}
+            sizes = dict(rows.sources)
         else:
-            count = rule.cols.length if rule.cols and "cols" in follows else 1
-            made = {f"{rule.target}.{companion}": count}
-        for name, count in made.items():
-            self.scales[name] = SourceTensor(name, code, (count,), "", 0)
+            sizes = {rule.target: rule.cols.length if rule.cols and "cols" in follows else 1}
+        for module, size in sizes.items():
+            name = f"{module}.{companion}"
+            self.scales[name] = ScaleTensor(code, size, self.computed_from(companion))
         return shape
+
+    def computed_from(self, companion: str) -> tuple[Basis, ...]:
+        """See :class:`phireg.planning.model.ScaleTensor`."""
+        if companion != "weights_scaling_factor":
+            return (Basis.CALIBRATION,)
+        smoothed = self.scheme is not None and "prequant_scaling_factor" in self.scheme.companions
+        return (Basis.CALIBRATION, Basis.WEIGHTS) if smoothed else (Basis.WEIGHTS,)
 
     def kv_outputs(self, tp_size: int) -> Iterator[Output]:
         """The scales of the KV caches, the same on every rank."""
         for module in self.rules.kv_caches if self.kv_cache else ():
             name = f"{module}.{KV_SCALE}"
-            self.scales[name] = SourceTensor(name, "F32", (1,), "", 0)
+            self.scales[name] = ScaleTensor("F32", 1, (Basis.CALIBRATION,))
             for rank in range(tp_size):
-                yield Output(rank, name, "F32", (1,), 0, (Span(name, 0, 1),), None)
+                yield Output(rank, name, "F32", (1,), 0, Scale((Span(name, 0, 1),)))
 
     def problems(self, rules: Rules, axes: Mapping[str, Axis]) -> Iterator[tuple[str, str, str]]:
         """What makes the family's quantization rules impossible: subject, detail, place.

@@ -1,61 +1,59 @@
-"""A plan for people and programs: findings with layers folded, and the plan as JSON."""
+"""A plan for people and programs: folded findings, the plan as JSON, the origin of a tensor."""
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from phireg.errors import PlanError, UsageError
 from phireg.findings import Finding
 from phireg.layout.spans import Span
-from phireg.planning.model import Output, Plan, output_bytes
-from phireg.planning.origins import computed_from
+from phireg.planning.model import Output, Plan, Rows
 
-_LAYER = re.compile(r"(?<=\.)\d+(?=\.)|(?<=^layers\.)\d+(?=\.)")
-"""The layer number in a tensor or module name, its first number between dots."""
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+"""The layer number in a tensor or module name: its first number between dots."""
+
+
+def fold_layers(items: Iterable[tuple[str, ...]]) -> list[tuple[tuple[str, ...], list[int]]]:
+    """Fold tuples of texts that differ in their layer number only.
+
+    ``model.layers.0.x`` and ``model.layers.1.x`` become ``model.layers.{0..1}.x``. The layer number
+    is that of the first text that has one.
+
+    Returns:
+        The folded texts of each group, and the indices of its items.
+    """
+    groups: dict[tuple[str, ...], tuple[list[int], list[int]]] = {}
+    for index, texts in enumerate(items):
+        match = next(filter(None, map(_LAYER.search, texts)), None)
+        layer = f".{match.group()}." if match else None
+        generic = tuple(text.replace(layer, ".{}.") for text in texts) if layer else texts
+        layers, indices = groups.setdefault(generic, ([], []))
+        indices.append(index)
+        if match:
+            layers.append(int(match.group()))
+    return [
+        (tuple(text.replace("{}", ranges(layers)) for text in texts) if layers else texts, indices)
+        for texts, (layers, indices) in groups.items()
+    ]
 
 
 def fold(findings: Iterable[Finding]) -> list[tuple[Finding, int]]:
-    """Findings that differ in their layer only become one, with their number.
-
-    ``model.layers.0.x`` and ``model.layers.1.x`` are ``model.layers.{0..1}.x``.
-    """
-    groups: dict[tuple[Any, ...], tuple[Finding, list[int]]] = {}
-    for finding in findings:
-        match = _LAYER.search(finding.subject) or _LAYER.search(finding.detail)
-        if match is None:
-            groups.setdefault((finding, "whole"), (finding, []))
-            continue
-        number = match.group()
-        subject = _LAYER.sub("{}", finding.subject, count=1)
-        detail = re.sub(rf"\.{number}\.", ".{}.", finding.detail)
-        generic = replace(finding, subject=subject, detail=detail)
-        groups.setdefault((generic,), (generic, []))[1].append(int(number))
-    folded = []
-    for finding, numbers in groups.values():
-        if numbers:
-            layers = ranges(numbers)
-            finding = replace(
-                finding,
-                subject=finding.subject.replace("{}", layers),
-                detail=finding.detail.replace("{}", layers),
-            )
-        folded.append((finding, max(1, len(numbers))))
-    return folded
+    """Fold findings that differ in their layer only; with the number of each group."""
+    findings = list(findings)
+    texts = [(f.subject, f.detail, f.severity.value, f.code, f.where) for f in findings]
+    return [
+        (replace(findings[indices[0]], subject=subject, detail=detail), len(indices))
+        for (subject, detail, *_), indices in fold_layers(texts)
+    ]
 
 
 def fold_names(names: Iterable[str]) -> list[tuple[str, int]]:
-    """Names that differ in their layer only become one, with their number."""
-    groups: dict[str, list[int]] = {}
-    for name in names:
-        match = _LAYER.search(name)
-        generic = name if match is None else _LAYER.sub("{}", name, count=1)
-        groups.setdefault(generic, []).extend([int(match.group())] if match else [])
-    return [
-        (generic.replace("{}", ranges(numbers)) if numbers else generic, max(1, len(numbers)))
-        for generic, numbers in groups.items()
-    ]
+    """Fold names that differ in their layer only; with the number of each group."""
+    return [(name, len(indices)) for (name,), indices in fold_layers((name,) for name in names)]
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -71,14 +69,42 @@ def ranges(numbers: Iterable[int]) -> str:
     return "{" + ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs) + "}"
 
 
-def problems(findings: Iterable[Finding]) -> str:
-    """Findings as lines of an error message."""
-    lines = []
+def finding_texts(findings: Iterable[Finding]) -> list[tuple[str, str]]:
+    """Code and text of findings, layers folded."""
+    rows = []
     for finding, count in fold(findings):
+        subject = f"{finding.subject}: " if finding.subject else ""
         times = f"  ({count} of them)" if count > 1 else ""
         where = f"  [{finding.where}]" if finding.where else ""
-        lines.append(f"  {finding.code:9} {finding.subject}: {finding.detail}{times}{where}")
-    return "\n".join(lines)
+        rows.append((finding.code, f"{subject}{finding.detail}{times}{where}"))
+    return rows
+
+
+def problems(findings: Iterable[Finding]) -> str:
+    """Findings as lines of an error message."""
+    return "\n".join(f"  {code:9} {text}" for code, text in finding_texts(findings))
+
+
+def explain(plan: Plan, tensor: str) -> tuple[Output, ...]:
+    """The outputs of a name: a tensor of every rank, or all tensors of a module.
+
+    Raises:
+        PlanError: the plan has errors.
+        UsageError: no output has that name.
+    """
+    if plan.errors:
+        raise PlanError(f"the plan has problems\n{problems(plan.errors)}")
+    outputs = tuple(o for o in plan.outputs if o.name == tensor or o.name.startswith(f"{tensor}."))
+    if not outputs:
+        names = sorted({o.name for o in plan.outputs})
+        near = difflib.get_close_matches(tensor, names, 3, 0.5)
+        raise UsageError(
+            f"the checkpoint has no tensor or module '{tensor}'",
+            hint=f"perhaps {' or '.join(near)}."
+            if near
+            else "phireg plan --json lists all of them.",
+        )
+    return outputs
 
 
 def as_json(plan: Plan, *, workers: int) -> dict[str, Any]:
@@ -113,7 +139,7 @@ def as_json(plan: Plan, *, workers: int) -> dict[str, Any]:
 
 
 def findings_json(findings: Iterable[Finding]) -> list[dict[str, str]]:
-    """Findings one by one, as they are."""
+    """Findings one by one."""
     return [
         {
             "severity": finding.severity.value,
@@ -127,41 +153,39 @@ def findings_json(findings: Iterable[Finding]) -> list[dict[str, str]]:
 
 
 def output_json(plan: Plan, output: Output) -> dict[str, Any]:
-    """One output tensor with the source ranges it is made of."""
+    """One output tensor with the source ranges that it is made of."""
     return {
         "file": f"rank{output.rank}.safetensors",
         "tensor": output.name,
         "dtype": output.dtype,
         "shape": list(output.shape),
         "offset": output.offset,
-        "bytes": output_bytes(output),
-        "rows": list(_placed(plan, output)),
+        "bytes": output.nbytes,
+        "rows": list(_spans_json(plan, output)),
     }
 
 
-def _placed(plan: Plan, output: Output) -> Iterable[Mapping[str, Any]]:
+def _spans_json(plan: Plan, output: Output) -> Iterator[Mapping[str, Any]]:
     position = 0
-    for span in output.rows:
-        entry: dict[str, Any] = {"rows": [position, position + span.count], "from": None}
+    for span in output.origin.spans:
+        source = None
         if span.source is not None:
-            tensor = plan.tensor(span.source)
-            per_row = tensor.nbytes // tensor.shape[0] if tensor.shape[0] else 0
-            computed = span.source in plan.scales
-            entry["from"] = {
-                "file": None if computed else tensor.file,
-                "tensor": tensor.name,
-                "rows": [span.start, span.stop],
-                "bytes": None
-                if computed
-                else [tensor.offset + n * per_row for n in (span.start, span.stop)],
-                "columns": _columns(output.columns, tensor.shape),
-                "computed_from": list(computed_from(plan, span.source)) if computed else None,
-            }
-        yield entry
+            source = {"tensor": span.source, "rows": [span.start, span.stop]}
+            source |= _place_json(plan, output, span, span.source)
+        yield {"rows": [position, position + span.count], "from": source}
         position += span.count
 
 
-def _columns(columns: tuple[Span, ...] | None, shape: tuple[int, ...]) -> list[list[int]]:
-    if len(shape) < 2:
-        return []
-    return [[s.start, s.stop] for s in columns] if columns else [[0, shape[1]]]
+def _place_json(plan: Plan, output: Output, span: Span, name: str) -> dict[str, Any]:
+    if not isinstance(output.origin, Rows):
+        basis = [basis.value for basis in plan.scales[name].computed_from]
+        return {"file": None, "bytes": None, "columns": [], "computed_from": basis}
+    tensor = plan.source.tensors[name]
+    per_row = tensor.nbytes // tensor.shape[0] if tensor.shape[0] else 0
+    columns = [[kept.start, kept.stop] for kept in output.origin.columns or ()]
+    return {
+        "file": tensor.file,
+        "bytes": [tensor.offset + row * per_row for row in (span.start, span.stop)],
+        "columns": columns or [[0, size] for size in tensor.shape[1:]],
+        "computed_from": None,
+    }

@@ -1,26 +1,27 @@
-"""The order of the work: each source row is read once, each output is filled front to back.
+"""The order of the work: read each source row once, fill each output front to back.
 
-Outputs are streams of source rows. A row range that several streams want (tensor-parallel ranks of
+Outputs are streams of source rows. A row range that several streams need (tensor-parallel ranks of
 a row-parallel weight, replicated norms, a tied head) is read when all of them have come to it.
 Filling outputs front to back is what lets them be hashed while they are written.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from phireg.layout.spans import Span
-from phireg.planning.model import Output, Step, Task, Write
+from phireg.planning.model import Output, Plan, Rows, Step, Task, Write
 from phireg.source.source import SourceTensor
 
 
 @dataclass(frozen=True, slots=True)
 class _Atom:
-    """A row range that no stream cuts any further."""
+    """A row range that no stream cuts."""
 
     source: str | None
     start: int
@@ -28,8 +29,9 @@ class _Atom:
 
 
 def schedule(outputs: Sequence[Output], tensors: Mapping[str, SourceTensor]) -> tuple[Task, ...]:
-    """Tasks that fill ``outputs``, ordered by where their first source bytes lie."""
-    tasks = [Task(tuple(_merge(group, outputs, tensors))) for group in _connected(outputs) if group]
+    """Tasks that fill the outputs made of source rows, ordered by their first source bytes."""
+    streams = {n: o.origin.spans for n, o in enumerate(outputs) if isinstance(o.origin, Rows)}
+    tasks = [Task(tuple(_merge(group, streams, tensors))) for group in _connected(streams)]
 
     def place(task: Task) -> tuple[str, int]:
         first = next((step.source for step in task.steps if step.source is not None), None)
@@ -38,26 +40,34 @@ def schedule(outputs: Sequence[Output], tensors: Mapping[str, SourceTensor]) -> 
     return tuple(sorted(tasks, key=place))
 
 
-def _connected(outputs: Sequence[Output]) -> Iterable[list[int]]:
+def restrict(plan: Plan, keep: Callable[[Output], bool]) -> Plan:
+    """The part of a plan that makes some of its outputs, at their places in the files."""
+    outputs = tuple(filter(keep, plan.outputs))
+    return dataclasses.replace(plan, outputs=outputs, tasks=schedule(outputs, plan.source.tensors))
+
+
+def _connected(streams: Mapping[int, tuple[Span, ...]]) -> Iterable[list[int]]:
     """Indices of outputs that read a common source, directly or through others."""
     group_of: dict[str, list[int]] = {}
     groups: list[list[int]] = []
-    for index, output in enumerate(outputs):
-        sources = {span.source for span in output.rows if span.source is not None}
+    for index, spans in streams.items():
+        sources = {span.source for span in spans if span.source is not None}
         joined = [index]
         for other in {id(group_of[s]): group_of[s] for s in sources if s in group_of}.values():
             joined = other + joined
             groups.remove(other)
         groups.append(joined)
         for member in joined:
-            group_of.update((s.source, joined) for s in outputs[member].rows if s.source)
+            group_of.update((s.source, joined) for s in streams[member] if s.source)
     return groups
 
 
 def _merge(
-    group: Sequence[int], outputs: Sequence[Output], tensors: Mapping[str, SourceTensor]
+    group: Sequence[int],
+    spans: Mapping[int, tuple[Span, ...]],
+    tensors: Mapping[str, SourceTensor],
 ) -> Iterable[Step]:
-    streams = _atoms([outputs[index].rows for index in group])
+    streams = _atoms([spans[index] for index in group])
     heads = [0] * len(streams)
     rows = [0] * len(streams)
     waiting = [Counter(atom for atom in stream if atom.source is not None) for stream in streams]
@@ -86,13 +96,13 @@ def _merge(
                 if atom.source is None:
                     yield emit(atom, [index])
                 else:
-                    wanted = [i for i in readers[atom] if waiting[i][atom] > 0]
-                    if not all(at(i, atom) for i in wanted):
+                    takers = [i for i in readers[atom] if waiting[i][atom] > 0]
+                    if not all(at(i, atom) for i in takers):
                         break
-                    yield emit(atom, wanted)
+                    yield emit(atom, takers)
                 emitted = True
         if not emitted:
-            # Two streams want two ranges in opposite orders: one is read again for the other.
+            # Two streams need two ranges in opposite orders: one is read again for the other.
             index = unfinished[0]
             yield emit(streams[index][heads[index]], [index])
 
@@ -103,7 +113,7 @@ def _atoms(rows: Sequence[tuple[Span, ...]]) -> list[list[_Atom]]:
         for span in spans:
             if span.source is not None:
                 cuts[span.source] |= {span.start, span.stop}
-    ordered = {source: sorted(found) for source, found in cuts.items()}
+    ordered = {source: sorted(marks) for source, marks in cuts.items()}
 
     def cut(span: Span) -> Iterable[_Atom]:
         if span.source is None:

@@ -132,7 +132,7 @@ def _votes(
     origin: dict[int, tuple[SourceTensor, int]] = {}
     numbers = orders.whole
     position = 0
-    for span in output.rows:
+    for span in output.origin.spans:
         if span.source is None or position + span.count > len(numbers):
             return votes
         for offset in range(span.count):

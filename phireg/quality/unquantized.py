@@ -8,13 +8,13 @@ from collections.abc import Callable
 from torch import Tensor
 
 from phireg.config.hf import HFConfig
+from phireg.conversion.stream import assemble
 from phireg.dtypes import as_torch
 from phireg.executor.weights import Source
 from phireg.files.json import read_json_object
 from phireg.planning.build import build_plan
 from phireg.planning.model import Output, Plan
 from phireg.source.source import Reader
-from phireg.verification.expected import expected_tensor
 
 
 def unquantized_plan(plan: Plan) -> Plan:
@@ -35,7 +35,7 @@ def rank_sources(plan: Plan, reader: Reader) -> list[Source]:
 def _source(plan: Plan, outputs: dict[str, Output], reader: Reader) -> Callable[[str], Tensor]:
     def read(name: str) -> Tensor:
         output = outputs[name]
-        bits = expected_tensor(plan, output, reader)
+        bits = assemble(plan, output, reader)
         tensor: Tensor = as_torch(bits, output.dtype)
         return tensor.reshape(output.shape)
 

@@ -15,6 +15,7 @@ import phireg
 from phireg.errors import PlanError, SourceError
 from phireg.family import Family
 from phireg.findings import Severity
+from phireg.planning.model import Rows
 from phireg.reader.keys import required_keys
 from phireg.source.source import SourceTensor, open_source
 from phireg.testing.model import TinyModel
@@ -160,7 +161,8 @@ class FamilyConformance:
                 tensor, row = ranks[output.rank][output.name], 0
                 if tensor.ndim > 2:  # the rows of all experts
                     tensor = tensor.reshape(output.matrix)
-                for span in output.rows:
+                assert isinstance(output.origin, Rows)
+                for span in output.origin.spans:
                     block = tensor[row : row + span.count]
                     row += span.count
                     if span.source is None:
@@ -168,11 +170,11 @@ class FamilyConformance:
                             _fail(f"{output.name}: its padding is not zero")
                         continue
                     rows = rebuilt[span.source][span.start : span.stop]
-                    if output.columns is None:
+                    if output.origin.columns is None:
                         rows[:] = block
                         continue
                     column = 0
-                    for kept in output.columns:
+                    for kept in output.origin.columns:
                         rows[:, kept.start : kept.stop] = block[:, column : column + kept.count]
                         column += kept.count
             for name, tensor in rebuilt.items():

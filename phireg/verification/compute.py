@@ -191,7 +191,7 @@ class Computed:
                     span.source
                     for output in plan.outputs
                     if output.dtype == "F32"
-                    for span in output.rows
+                    for span in output.origin.spans
                     if span.source is not None
                 ),
             )

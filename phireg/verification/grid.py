@@ -6,23 +6,23 @@ vector of SmoothQuant does not: it comes from a calibration, and is taken as it 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Any
 
 import numpy as np
 
 from phireg.checkpoint.rankfiles import RankFiles
-from phireg.conversion.cast import Bits, Float32, cast, one_thread_each
-from phireg.dtypes import BITS, E4M3_MAX, INT8_MAX, UNIT_ROUNDOFF, WEIGHT_DTYPES, float32_values
-from phireg.planning.model import BLOCK_BYTES, Output, Plan, QuantizedLinear, Task, row_bytes
+from phireg.conversion.cast import Bits, Float32, one_thread_each
+from phireg.conversion.stream import kept_columns, read_blocks
+from phireg.dtypes import E4M3_MAX, INT8_MAX, UNIT_ROUNDOFF, WEIGHT_DTYPES, float32_values
+from phireg.planning.model import Output, Plan, QuantizedLinear, Rows, Task
 from phireg.planning.schedule import schedule
 from phireg.source.source import Reader
-from phireg.verification.expected import kept_columns
 from phireg.verification.scales import read_scale
-from phireg.verification.weights import Difference
+from phireg.verification.weights import Difference, add_difference
 
 _WORKERS = 2
 _FLOAT32_ROUNDING = 1e-6
@@ -146,7 +146,7 @@ def open_linear(plan: Plan, files: RankFiles, linear: QuantizedLinear) -> Linear
     for output in plan.outputs:
         if output.name == name:
             own, position = read_scale(files, output.rank, name), 0
-            for span in output.rows:
+            for span in output.origin.spans:
                 smoother[span.start : span.stop] = own[position : position + span.count]
                 position += span.count
     return Linear(linear.target, weights, scales, smoother)
@@ -201,7 +201,7 @@ class _Grid:
             progress(found.size)
             with np.errstate(all="ignore"):
                 right = self.tolerance.weights(found, whole / scale)
-            _note(wrong, index, output, row, ~right)
+            add_difference(wrong, index, output, row, ~right)
         if linear.smoother is None:
             scale = _or_one(np.float32(linear.amax) / np.float32(E4M3_MAX))
             linear.wanted = {rank: np.array([scale]).reshape(1) for rank in linear.scales}
@@ -214,25 +214,17 @@ class _Grid:
 
     def blocks(self, linear: Linear, tasks: tuple[Task, ...]) -> Iterator[tuple[int, int, Float32]]:
         """Output, row in it, and the source's rows that belong there, smoothed, whole."""
-        for task in tasks:
-            for step in task.steps:
-                assert step.source is not None  # a quantized linear has no padded rows
-                per_row = row_bytes(step.source)
-                most = max(1, BLOCK_BYTES // per_row)
-                for done in range(0, step.count, most):
-                    rows = min(most, step.count - done)
-                    raw = np.empty(rows * per_row, np.uint8)
-                    start = (step.row + done) * per_row
-                    self.reader.read_into(step.source, start, raw.data)
-                    bits: Bits = raw.view(BITS[step.source.dtype]).reshape(rows, -1)
-                    block = self.smoothed(bits, step.source.dtype, linear)
-                    for write in step.writes:
-                        yield write.output, write.row + done, block
+        for step in (step for task in tasks for step in task.steps):
+            assert step.source is not None  # a quantized linear has no padded rows
+            for done, bits, _ in read_blocks(
+                self.reader, step.source, step.row, step.count, self.tolerance.dtype, Event()
+            ):
+                block = self.smoothed(bits, linear)
+                for write in step.writes:
+                    yield write.output, write.row + done, block
 
-    def smoothed(self, bits: Bits, code: str, linear: Linear) -> Float32:
+    def smoothed(self, bits: Bits, linear: Linear) -> Float32:
         """W in the checkpoint's dtype, times 1 / s for SmoothQuant."""
-        if code != self.tolerance.dtype:
-            bits = cast(bits, code, self.tolerance.dtype)[0]
         block = float32_values(bits, self.tolerance.dtype)
         if linear.smoother is None:
             return block
@@ -265,7 +257,8 @@ def whole_levels(plan: Plan, files: RankFiles, linear: Linear) -> tuple[list[Flo
 
 def kept_columns_of(block: Float32, output: Output) -> Float32:
     """The columns of whole source rows that an output keeps."""
-    kept: Float32 = kept_columns(block.view(np.uint32), output).view(np.float32)
+    assert isinstance(output.origin, Rows)
+    kept: Float32 = kept_columns(block.view(np.uint32), output.origin).view(np.float32)
     return kept
 
 
@@ -273,18 +266,3 @@ def _or_one(scale: Any) -> Float32:
     """A tensor or row of zeros has the scale 1."""
     made: Float32 = np.where(scale == 0, np.float32(1), scale).astype(np.float32)
     return made
-
-
-def _note(wrong: dict[int, Difference], index: int, output: Output, row: int, unequal: Any) -> None:
-    rows = unequal.any(axis=1)
-    if not rows.any():
-        return
-    at = int(rows.argmax())
-    first = (row + at, int(unequal[at].argmax()))
-    elements, count = int(unequal.sum()), int(rows.sum())
-    if (before := wrong.get(index)) is not None:
-        first = min(first, before.first)
-        elements, count = elements + before.elements, count + before.rows
-    wrong[index] = dataclasses.replace(
-        before or Difference(output, 0, 0, first), elements=elements, rows=count, first=first
-    )

@@ -15,7 +15,7 @@ from phireg.checkpoint.rankfiles import RankFiles
 from phireg.conversion.cast import Float32
 from phireg.dtypes import UNIT_ROUNDOFF
 from phireg.layout.spans import Span
-from phireg.planning.model import Plan
+from phireg.planning.model import Plan, Rows
 from phireg.planning.report import ranges
 from phireg.verification import patterns
 from phireg.verification.diagnose import Diagnosis
@@ -124,7 +124,8 @@ class _Look:
         for output, expected, found in zip(
             self.linear.weights, self.expected, self.found, strict=True
         ):
-            columns = _columns(output.columns, len(given))
+            assert isinstance(output.origin, Rows)
+            columns = _columns(output.origin.columns, len(given))
             with np.errstate(all="ignore"):
                 wanted, scale = (
                     of[output.rank][:, None] for of in (self.linear.wanted, self.linear.scales)

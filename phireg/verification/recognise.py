@@ -11,12 +11,12 @@ import numpy as np
 
 from phireg.checkpoint.rankfiles import RankFiles
 from phireg.conversion.cast import Bits
+from phireg.conversion.stream import assemble
 from phireg.layout.spans import take
-from phireg.planning.model import Output, Plan, output_bytes
+from phireg.planning.model import Output, Plan, Rows
 from phireg.planning.report import ranges
 from phireg.source.source import Reader
 from phireg.verification.diagnose import Diagnosis, diagnose
-from phireg.verification.expected import expected_tensor
 from phireg.verification.patterns import Heads, Ranks
 from phireg.verification.result import Problem
 from phireg.verification.weights import Difference
@@ -64,7 +64,7 @@ def recognise(plan: Plan, files: RankFiles, differences: Iterable[Difference]) -
         for number, (name, found) in enumerate(by_name.items()):
             ranks = outputs[name]
             there = all(files.kind(o.rank, name) == (o.dtype, o.shape) for o in ranks)
-            small = sum(map(output_bytes, ranks)) <= _MOST_BYTES
+            small = sum(output.nbytes for output in ranks) <= _MOST_BYTES
             if number < MOST_LOOKED_AT and there and small:
                 seen = _look(plan, files, reader, outputs, ranks)
             else:
@@ -82,7 +82,7 @@ def _look(
     outputs: Mapping[str, list[Output]],
     ranks: list[Output],
 ) -> Diagnosis:
-    expected = [expected_tensor(plan, output, reader) for output in ranks]
+    expected = [assemble(plan, output, reader) for output in ranks]
     found = [files[o.rank].read(o.name).reshape(o.matrix) for o in ranks]
     return diagnose(
         ranks[0].name,
@@ -99,10 +99,10 @@ def _rows(plan: Plan, reader: Reader) -> Callable[[Output, int | None], Bits]:
         if count is not None:
             rows, columns = output.matrix
             rows = min(count, rows)
-            output = dataclasses.replace(
-                output, shape=(rows, columns), rows=take(output.rows, 0, rows)
-            )
-        return expected_tensor(plan, output, reader)
+            assert isinstance(output.origin, Rows)
+            first = dataclasses.replace(output.origin, spans=take(output.origin.spans, 0, rows))
+            output = dataclasses.replace(output, shape=(rows, columns), origin=first)
+        return assemble(plan, output, reader)
 
     return read
 

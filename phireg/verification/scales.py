@@ -61,7 +61,7 @@ def rank_problems(plan: Plan, files: RankFiles, there: Mapping[int, bool]) -> It
     for index, is_there in there.items():
         output = plan.outputs[index]
         if is_there:
-            same.setdefault((output.name, output.rows), []).append(output)
+            same.setdefault((output.name, output.origin), []).append(output)
     for outputs in same.values():
         name = outputs[0].name
         values = [read_scale(files, output.rank, name) for output in outputs]

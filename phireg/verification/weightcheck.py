@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from phireg.checkpoint.manifest import read_manifest
 from phireg.checkpoint.rankfiles import RankFiles
 from phireg.errors import SourceError
-from phireg.planning.model import Output, Plan, output_bytes
+from phireg.planning.model import Output, Plan, Scale
 from phireg.planning.report import ranges
-from phireg.planning.schedule import schedule
+from phireg.planning.schedule import restrict
 from phireg.verification.grid import Seen, compare_quantized
 from phireg.verification.gridlook import recognise_quantized
 from phireg.verification.recognise import place_of, recognise
@@ -29,17 +28,14 @@ def check_weights(plan: Plan, directory: Path, progress: Callable[[int, int], No
         directory: the checkpoint.
         progress: told (how many more bytes have been compared, how many there are in all).
     """
-    total = sum(map(output_bytes, plan.outputs))
+    total = sum(output.nbytes for output in plan.outputs)
 
     def tell(more: int) -> None:
         progress(more, total)
 
     plain = _unquantized(plan)
     with RankFiles(directory, plan.options.tp_size) as files:
-        there = comparable(plain, files)
-        absent = [
-            output for output, is_there in zip(plain.outputs, there, strict=True) if not is_there
-        ]
+        absent = [output for output in plain.outputs if not comparable(files, output)]
         problems = recognise(plain, files, compare(plain, files, tell))
         seen: list[Seen] = []
         notes: list[str] = []
@@ -52,7 +48,7 @@ def check_weights(plan: Plan, directory: Path, progress: Callable[[int, int], No
             absent += [plan.outputs[index] for index, is_there in found.items() if not is_there]
             seen = compare_quantized(plan, files, _complete(plan, found), tell)
             scales = {n: ok for n, ok in found.items() if not _weight(plan, plan.outputs[n])}
-            tell(sum(output_bytes(plan.outputs[index]) for index in scales))
+            tell(sum(plan.outputs[index].nbytes for index in scales))
             problems += recognise_quantized(plan, files, seen)
             problems += rank_problems(plan, files, scales)
             problems += cache_problems(plan, files, scales)
@@ -77,15 +73,11 @@ def check_weights(plan: Plan, directory: Path, progress: Callable[[int, int], No
 
 def _unquantized(plan: Plan) -> Plan:
     """The part of the plan that is bit for bit the source's."""
-    if not plan.scales:
-        return plan
-    outputs = tuple(output for output in plan.outputs if not _quantized(plan, output))
-    tasks = schedule(outputs, plan.source.tensors)
-    return dataclasses.replace(plan, outputs=outputs, tasks=tasks)
+    return restrict(plan, lambda output: not _quantized(plan, output)) if plan.scales else plan
 
 
 def _quantized(plan: Plan, output: Output) -> bool:
-    return _weight(plan, output) or any(span.source in plan.scales for span in output.rows)
+    return _weight(plan, output) or isinstance(output.origin, Scale)
 
 
 def _weight(plan: Plan, output: Output) -> bool:

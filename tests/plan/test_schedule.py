@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phireg.layout.spans import Span
-from phireg.planning.model import Output
+from phireg.planning.model import Output, Rows
 from phireg.planning.schedule import schedule
 from phireg.source.source import SourceTensor
 
@@ -21,7 +21,7 @@ SHIFT = {name: 100 * n for n, name in enumerate(SOURCES)}
 
 def output(spans, name="x"):
     rows = sum(span.count for span in spans)
-    return Output(0, name, "F32", (rows, 2), 0, tuple(spans), None)
+    return Output(0, name, "F32", (rows, 2), 0, Rows(tuple(spans)))
 
 
 @st.composite

@@ -14,6 +14,7 @@ from phireg.api import COPY, Linear, QuantRules, Rules, Table, const, hookimpl, 
 from phireg.errors import PhiregError, UsageError
 from phireg.findings import Severity
 from phireg.layout.spans import Span
+from phireg.planning.model import Scale
 from phireg.planning.report import as_json, output_json
 from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
 
@@ -285,7 +286,7 @@ def test_a_quantized_linear_of_one_row(tmp_path, qformat, owner):
     name = "transformer.one.weights_scaling_factor"
     for output in (o for o in plan.outputs if o.name == name):
         assert output.shape == (1,)
-        assert output.rows == (Span(f"{owner}.weights_scaling_factor", 0, 1),)
+        assert output.origin == Scale((Span(f"{owner}.weights_scaling_factor", 0, 1),))
     assert {n.rpartition(".")[0] for n in plan.scales if "weights" in n} == {owner}
 
 
