@@ -125,19 +125,11 @@ def findings_text(findings: Iterable[Finding], *severities: Severity) -> str:
         findings: of a plan.
         severities: which of them; all, the worst first, if none is named.
     """
+    from phireg.planning.report import finding_texts
+
     findings = tuple(findings)
     parts = []
     for severity in severities or Severity:
         if chosen := [finding for finding in findings if finding.severity is severity]:
-            parts += [counted(len(chosen), severity.value), columns(_rows(chosen), indent=2)]
+            parts += [counted(len(chosen), severity.value), columns(finding_texts(chosen), indent=2)]
     return "\n".join(parts)
-
-
-def _rows(findings: Iterable[Finding]) -> Iterator[tuple[str, str]]:
-    from phireg.planning.report import fold
-
-    for finding, count in fold(findings):
-        subject = f"{finding.subject}: " if finding.subject else ""
-        times = f"  ({count} of them)" if count > 1 else ""
-        where = f"  [{finding.where}]" if finding.where else ""
-        yield finding.code, f"{subject}{finding.detail}{times}{where}"
