@@ -131,5 +131,6 @@ def findings_text(findings: Iterable[Finding], *severities: Severity) -> str:
     parts = []
     for severity in severities or Severity:
         if chosen := [finding for finding in findings if finding.severity is severity]:
-            parts += [counted(len(chosen), severity.value), columns(finding_texts(chosen), indent=2)]
+            parts.append(counted(len(chosen), severity.value))
+            parts.append(columns(finding_texts(chosen), indent=2))
     return "\n".join(parts)

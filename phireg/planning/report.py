@@ -13,8 +13,8 @@ from phireg.findings import Finding
 from phireg.layout.spans import Span
 from phireg.planning.model import Output, Plan, Rows
 
-_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
-"""The layer number in a tensor or module name: its first number between dots."""
+_LAYER = re.compile(r"\b([A-Za-z_]\w*)\.(\d+)\.")
+"""The layer number in a tensor or module name (``layers.0.``): its first number between dots."""
 
 
 def fold_layers(items: Iterable[tuple[str, ...]]) -> list[tuple[tuple[str, ...], list[int]]]:
@@ -29,12 +29,13 @@ def fold_layers(items: Iterable[tuple[str, ...]]) -> list[tuple[tuple[str, ...],
     groups: dict[tuple[str, ...], tuple[list[int], list[int]]] = {}
     for index, texts in enumerate(items):
         match = next(filter(None, map(_LAYER.search, texts)), None)
-        layer = f".{match.group()}." if match else None
-        generic = tuple(text.replace(layer, ".{}.") for text in texts) if layer else texts
+        generic = texts
+        if match:
+            generic = tuple(text.replace(match[0], f"{match[1]}.{{}}.") for text in texts)
         layers, indices = groups.setdefault(generic, ([], []))
         indices.append(index)
         if match:
-            layers.append(int(match.group()))
+            layers.append(int(match[2]))
     return [
         (tuple(text.replace("{}", ranges(layers)) for text in texts) if layers else texts, indices)
         for texts, (layers, indices) in groups.items()
