@@ -171,8 +171,7 @@ def summarize(checkpoint_dir: Path, articles: Sequence[Article]) -> list[str]:
         PhiregError: as :func:`phireg.executor.load`.
     """
     from phireg.executor import generate, load
-    from phireg.generation.stops import stop_ids
-    from phireg.generation.tokenizer import find_tokenizer
+    from phireg.generation.tokenizer import find_tokenizer, stop_ids
 
     tokenizer = find_tokenizer(checkpoint_dir)
     if tokenizer is None:

@@ -103,19 +103,10 @@ RULES = {
     ),
     "phireg.generation": Rule(
         (
-            "phireg.executor",
-            "phireg.reference.quiet",
-            "phireg.device",
-            READER,
-            FILES,
-            DTYPES,
-            ERRORS,
-            "torch",
+            *("phireg.executor", "phireg.reference", "phireg.registry", "phireg.device"),
+            *(SOURCE, CHECKPOINT, CONFIG, READER, FILES, DTYPES, ERRORS, "torch"),
         ),
-        lazily=(
-            *(SOURCE, CHECKPOINT, CONFIG, "phireg.reference", "phireg.registry"),
-            *("phireg.trtllm", "transformers", "jinja2"),
-        ),
+        lazily=("phireg.trtllm", "transformers", "jinja2"),
     ),
     "phireg.postprocessing": Rule(
         (
@@ -179,13 +170,9 @@ RULES = {
 }
 
 DEBT: set[tuple[str, str]] = {
-    ("phireg/checkpoint/inspect.py", "phireg.generation.choose"),
+    ("phireg/checkpoint/inspect.py", "phireg.generation.backend"),
     ("phireg/files/output.py", "phireg.checkpoint.manifest"),
     ("phireg/files/output.py", "phireg.source.tokenizer_files"),
-    ("phireg/generation/choose.py", "phireg.trtllm.engine"),
-    ("phireg/generation/choose.py", "phireg.trtllm.mpi"),
-    ("phireg/generation/tokenizer.py", "phireg.checkpoint.manifest"),
-    ("phireg/generation/tokenizer.py", "phireg.registry"),
     ("phireg/reader/spec.py", "phireg.executor.experts"),
     ("phireg/reader/tensors.py", "phireg.executor.experts"),
     ("phireg/reader/tensors.py", "torch"),

@@ -11,7 +11,7 @@ from phireg.checkpoint.manifest import Progress, check_files, read_manifest
 from phireg.checkpoint.rankfiles import Kind, RankFiles, world_size
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
-from phireg.generation.choose import ENGINE, MODEL, kind_of
+from phireg.generation.backend import ENGINE, MODEL, kind_of
 from phireg.reader.structure import structure_problems
 
 _HINT = "give a checkpoint; phireg convert and phireg quantize write them."

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phireg.cli.output import emit, emit_generated
-from phireg.errors import UsageError
 
 if TYPE_CHECKING:
     from phireg.executor import Sampling
@@ -107,46 +106,21 @@ def show_stream(
     steps: Iterable[list[int | None]], tokenizer: Tokenizer, stops: frozenset[int]
 ) -> Answer:
     """Print the text of a batch of one as it comes, whole characters only, and end its line."""
-    from phireg.generation.detokenizer import Pieces
+    answer = Answer()
 
-    answer, pieces = Answer(), Pieces(tokenizer)
-    try:
+    def tokens() -> Iterator[int]:
         for (token,) in steps:
             if token is not None:
                 answer.tokens.append(token)
                 answer.stopped = token in stops
-                emit_generated(pieces.push(token))
-        emit_generated(pieces.finish())
+                yield token
+
+    try:
+        for piece in tokenizer.stream(tokens()):
+            emit_generated(piece)
     finally:
         emit_generated("\n")
     return answer
-
-
-def check_input(where: str, ids: Sequence[int], job: Job) -> None:
-    """Refuse a prompt that the model cannot take, before its weights are read.
-
-    Raises:
-        UsageError: says which prompt, by ``where``.
-    """
-    vocab_size = job.model.vocab_size
-    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
-    if wrong is not None:
-        raise UsageError(
-            f"{where}: token {wrong} is outside the model's vocabulary of {vocab_size}",
-            hint="is this the model's own tokenizer?",
-        )
-    limit, new = job.model.positions, job.max_new_tokens or 1
-    if len(ids) + new > limit:
-        raise UsageError(
-            f"{where}: {len(ids)} tokens and {new} new ones exceed the model's {limit} positions",
-            hint="shorten the prompt or lower --max-new-tokens.",
-        )
-    most = job.model.max_input
-    if most is not None and len(ids) > most:
-        raise UsageError(
-            f"{where}: {len(ids)} tokens, and the engine was built for prompts of {most}",
-            hint="shorten the prompt, or build the engine with a larger --max-input-len.",
-        )
 
 
 def new_tokens(job: Job, inputs: Sequence[Sequence[int]]) -> int:

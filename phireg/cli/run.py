@@ -17,7 +17,6 @@ from phireg.cli.answers import (
     Job,
     Timing,
     batches,
-    check_input,
     document,
     new_tokens,
     show_answer,
@@ -137,31 +136,56 @@ def command(
     checkpoint run in this process, unless it is one of several: torchrun --nproc-per-node N -m
     phireg run CKPT ... Those of an engine have a process each: mpirun -n N phireg run ENGINE ...
     """
-    from phireg.generation import Options, describe, follow, process_rank
-    from phireg.generation.choose import check_kind
+    from phireg.generation import Options, describe, process_rank, run_worker
+    from phireg.generation.backend import check_directory
+    from phireg.generation.processes import check_launcher, check_processes, run_processes
 
     name, directory = _chosen(place, backend, engine_dir, model_dir)
-    _check_starter(name)
+    if not check_launcher(name):
+        return
     how = Options(device, compute_dtype(dtype), offload)
     rank, processes = process_rank(name)
     if rank > 0:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        follow(name, directory, how)
+        run_worker(name, directory, how)
         return
-    check_kind(name, directory)
+    check_directory(name, directory)
     with spinner(_LOADING):
         model = describe(name, directory, how)
-    _check_processes(name, directory, model, tp, processes)
+    check_processes(name, directory, model, processes, tp)
     _check_options(**options)
     if tp and tp > processes:
-        from phireg.generation.processes import run_processes
-
         raise click.exceptions.Exit(run_processes(tp, sys.argv[1:]))
     try:
         _run(name, directory, model, how=how, **options)
     except KeyboardInterrupt as interrupt:
         raise stopped(interrupt, "the text is not complete") from None
+
+
+def _chosen(
+    place: str | None, backend: str | None, engine_dir: str | None, model_dir: str | None
+) -> tuple[str, Path]:
+    """Return the backend's name and the directory that it runs."""
+    from phireg.generation.backend import default_backend
+
+    ways = (("the argument", place), ("--engine-dir", engine_dir), ("--model-dir", model_dir))
+    given = [(way, path) for way, path in ways if path is not None]
+    if not given:
+        raise UsageError("there is nothing to run", hint="give a checkpoint or an engine.")
+    if len(given) > 1:
+        raise UsageError(
+            f"{' and '.join(way for way, _ in given)} name one directory each, and only one is run",
+            hint="give the one that the backend runs.",
+        )
+    ((way, path),) = given
+    meant = {"--engine-dir": "tensorrt-llm", "--model-dir": "hf"}.get(way)
+    if meant and backend and backend != meant:
+        raise UsageError(
+            f"{way} is for backend {meant}, not for {backend}",
+            hint=f"leave out --backend, or give the directory without {way}.",
+        )
+    return backend or meant or default_backend(Path(path)), Path(path)
 
 
 def _check_options(
@@ -240,10 +264,11 @@ def _run(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    from phireg.generation.checks import check_beams
+    from phireg.generation.limits import check_batch, check_prompts
 
     job = _job(directory, model, tokenizer_dir, _sampling(**sampling), max_new_tokens, num_beams)
-    check_beams(model, num_beams, job.sampling)
+    size = batch_size or min(_DEFAULT_BATCH, model.max_batch or _DEFAULT_BATCH)
+    check_batch(model, size, num_beams, job.sampling)
     if chat:
         conversation = _conversation(job, system)
         with _opened(name, directory, how) as backend:
@@ -256,9 +281,7 @@ def _run(
             hint="leave it out, or give one prompt.",
         )
     inputs = [prompt.encoded(job.tokenizer) for prompt in prompts]
-    for prompt, ids in zip(prompts, inputs, strict=True):
-        check_input(prompt.where, ids, job)
-    size = _batch_size(batch_size, model)
+    check_prompts(model, inputs, max_new_tokens or 1, [prompt.where for prompt in prompts])
     started = time.monotonic()
     with _opened(name, directory, how) as backend:
         loaded = time.monotonic() - started
@@ -303,8 +326,7 @@ def _job(
     num_beams: int,
 ) -> Job:
     """What is settled before the weights are read."""
-    from phireg.generation.stops import stop_ids
-    from phireg.generation.tokenizer import find_tokenizer
+    from phireg.generation.tokenizer import find_tokenizer, stop_ids
     from phireg.source.hub import resolve_model_dir
 
     files = resolve_model_dir(str(directory), None)[0]  # backend hf may run one from the hub
@@ -314,16 +336,6 @@ def _job(
     lies_elsewhere = other is not None and not (files / "generation_config.json").exists()
     stops = stop_ids(other if other is not None and lies_elsewhere else files, tokenizer)
     return Job(directory, model, tokenizer, stops, sampling, max_new_tokens, num_beams)
-
-
-def _batch_size(asked: int | None, model: Description) -> int:
-    most = model.max_batch
-    if asked is not None and most is not None and asked > most:
-        raise UsageError(
-            f"--batch-size {asked}, and the engine was built for {most}",
-            hint=f"use --batch-size {most}, or build it with a larger --max-batch-size.",
-        )
-    return asked or min(_DEFAULT_BATCH, most or _DEFAULT_BATCH)
 
 
 def _conversation(job: Job, system: str | None) -> Any:
@@ -367,93 +379,3 @@ def _prompts(texts: Sequence[str], input_file: str | None) -> list[Prompt]:
             f"standard input is not UTF-8 text (byte {error.start})", hint="convert it to UTF-8."
         ) from None
     return [Prompt("standard input", text.rstrip("\r\n"))]
-
-
-def _chosen(
-    place: str | None, backend: str | None, engine_dir: str | None, model_dir: str | None
-) -> tuple[str, Path]:
-    """The backend's name and the directory that it is to run.
-
-    Raises:
-        UsageError: there is no directory or more than one, or its option is for another backend.
-    """
-    from phireg.generation.choose import default_backend
-
-    ways = (("the argument", place), ("--engine-dir", engine_dir), ("--model-dir", model_dir))
-    given = [(way, path) for way, path in ways if path is not None]
-    if not given:
-        raise UsageError("there is nothing to run", hint="give a checkpoint or an engine.")
-    if len(given) > 1:
-        raise UsageError(
-            f"{' and '.join(way for way, _ in given)} name one directory each, and only one is run",
-            hint="give the one that the backend runs.",
-        )
-    ((way, path),) = given
-    meant = {"--engine-dir": "tensorrt-llm", "--model-dir": "hf"}.get(way)
-    if meant and backend and backend != meant:
-        raise UsageError(
-            f"{way} is for backend {meant}, not for {backend}",
-            hint=f"leave out --backend, or give the directory without {way}.",
-        )
-    return backend or meant or default_backend(Path(path)), Path(path)
-
-
-def _check_starter(backend: str) -> None:
-    """Refuse processes that were started by what the backend does not use.
-
-    Raises:
-        UsageError: they were, and this is rank 0; the others end in silence.
-    """
-    from phireg.generation.choose import check_starter
-
-    rank, wrong = check_starter(backend)
-    if wrong and rank > 0:
-        raise click.exceptions.Exit(0)  # rank 0 says why; a failure here might end it before
-    if wrong:
-        raise UsageError(
-            f"this process was {wrong}",
-            hint="mpirun -n N phireg run ENGINE ...  or  torchrun --nproc-per-node N -m phireg run "
-            "CKPT ...",
-        )
-
-
-def _check_processes(
-    backend: str, directory: Path, model: Description, tp: int | None, processes: int
-) -> None:
-    """Refuse a number of processes that cannot run the model.
-
-    Args:
-        backend: its name.
-        directory: what it is to run.
-        model: what the directory says.
-        tp: how many processes are to be started.
-        processes: how many were started.
-
-    Raises:
-        UsageError: says how to start it.
-    """
-    ranks = model.tp_size
-    made = f"{directory} was made for {ranks} rank(s)"
-    if tp and backend != "executor":
-        raise UsageError(
-            f"--tp starts processes for backend executor, not for {backend}",
-            hint=f"{model.start} phireg run {directory} ..." if model.start else "leave it out.",
-        )
-    if tp and tp != ranks:
-        raise UsageError(
-            f"--tp {tp}, but {made}",
-            hint=f"use --tp {ranks}, or convert the model again with --tp-size {tp}.",
-        )
-    if processes in model.processes:
-        return
-    if not model.start:
-        raise UsageError(
-            f"{processes} processes were started, and backend {backend} runs in one",
-            hint="start it without torchrun.",
-        )
-    alone = ", or one process for all ranks" if 1 in model.processes and ranks > 1 else ""
-    started = "1 process was" if processes == 1 else f"{processes} processes were"
-    raise UsageError(
-        f"{started} started, but {made}",
-        hint=f"{model.start} phireg run {directory} ...{alone}",
-    )

@@ -178,7 +178,7 @@ def _contestants(
 
 def _places(place: str | None, engine_dir: str | None, hf_model_dir: str | None) -> Places:
     """Sort the directories into checkpoint and engine."""
-    from phireg.generation.choose import ENGINE, MODEL, kind_of
+    from phireg.generation.backend import ENGINE, MODEL, kind_of
     from phireg.summarization.contestants import Places
 
     kinds: dict[str, Path] = {}
@@ -202,7 +202,7 @@ def _places(place: str | None, engine_dir: str | None, hf_model_dir: str | None)
 
 def _followed(contestants: Sequence[Contestant]) -> bool:
     """Do as rank 0 says, if this process is another rank of one of the backends."""
-    from phireg.generation.backend import follow
+    from phireg.generation.backend import run_worker
     from phireg.summarization.contestants import following
 
     backends = following(contestants)
@@ -210,7 +210,7 @@ def _followed(contestants: Sequence[Contestant]) -> bool:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         for one in backends:
-            follow(one.name, one.place, one.options)
+            run_worker(one.name, one.place, one.options)
     return bool(backends)
 
 
@@ -330,8 +330,7 @@ def _run(
 
 
 def _task(data: Data, places: Places, settings: Settings, tokenizer_dir: str | None) -> Task:
-    from phireg.generation.stops import stop_ids
-    from phireg.generation.tokenizer import find_tokenizer
+    from phireg.generation.tokenizer import find_tokenizer, stop_ids
     from phireg.summarization.run import Task
     from phireg.summarization.task import make_samples
 

@@ -98,25 +98,15 @@ def _tokens(
 
 
 def _check(model: Executor, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise UsageError("there is nothing to continue: a prompt has no tokens")
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
-    vocab_size = model.spec.vocab_size
-    for prompt in prompts:
-        wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
-        if wrong is not None:
+    """Refuse what would index out of range; phireg.generation.limits tells users which prompt."""
+    vocab_size, positions = model.spec.vocab_size, model.spec.max_position_embeddings
+    for prompt in prompts or [()]:
+        in_vocabulary = all(0 <= token < vocab_size for token in prompt)
+        if not (prompt and in_vocabulary and 0 < max_new_tokens <= positions - len(prompt)):
             raise UsageError(
-                f"token {wrong} is outside the model's vocabulary of {vocab_size}",
-                hint="is this the model's own tokenizer?",
+                f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones: the model takes "
+                f"token ids below {vocab_size} and 2 to {positions} tokens in all"
             )
-    longest, limit = max(map(len, prompts)), model.spec.max_position_embeddings
-    if longest + max_new_tokens > limit:
-        raise UsageError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
-            f"{limit} positions",
-            hint="shorten the prompt or ask for fewer new tokens",
-        )
 
 
 def _fitting(

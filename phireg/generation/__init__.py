@@ -1,4 +1,4 @@
-"""What continues token ids: the executor, TensorRT-LLM's own runtime, the source model."""
+"""Text generation by backends: the executor, TensorRT-LLM's runtime, the source model."""
 
 from phireg.generation.backend import (
     BACKENDS,
@@ -6,9 +6,9 @@ from phireg.generation.backend import (
     Description,
     Options,
     describe,
-    follow,
     open_backend,
     process_rank,
+    run_worker,
 )
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "Description",
     "Options",
     "describe",
-    "follow",
     "open_backend",
     "process_rank",
+    "run_worker",
 ]

@@ -1,4 +1,4 @@
-"""What a backend is, and the table of those there are.
+"""The protocol of a backend, and the table of backends.
 
 A backend is a module with the four functions of :class:`Opener` and an entry in ``BACKENDS``.
 """
@@ -12,27 +12,38 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Protocol
 
-from phireg.errors import UsageError
+from phireg.errors import CheckError, SourceError, UsageError
+from phireg.files.json import read_json_object
 
 if TYPE_CHECKING:
     from phireg.executor import Sampling
 
+EXECUTOR, TENSORRT_LLM, HF = "executor", "tensorrt-llm", "hf"
+
 BACKENDS: dict[str, str] = {
-    "executor": "phireg.generation.executor",
-    "tensorrt-llm": "phireg.trtllm.runtime",
-    "hf": "phireg.generation.hf",
+    EXECUTOR: "phireg.generation.executor",
+    TENSORRT_LLM: "phireg.trtllm.runtime",
+    HF: "phireg.generation.hf",
 }
-"""Module by name; imported when it is asked for."""
+"""Module by name; a module is imported when its backend is asked for."""
+
+CHECKPOINT, ENGINE, MODEL = "checkpoint", "engine", "Hugging Face model"
+_PHRASES = {
+    CHECKPOINT: "a TensorRT-LLM checkpoint",
+    ENGINE: "a built engine",
+    MODEL: "a Hugging Face model",
+}
+_RUNS = {EXECUTOR: CHECKPOINT, TENSORRT_LLM: ENGINE, HF: MODEL}
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a backend is to compute. It refuses what it cannot do.
+    """How a backend computes; a backend refuses what it cannot do.
 
     Attributes:
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: to compute in, by name; None is the model's own.
-        offload: read each layer when it is needed; None leaves it to the backend.
+        offload: read each layer when it is needed; None leaves the choice to the backend.
     """
 
     device: str = "auto"
@@ -45,14 +56,14 @@ DEFAULTS = Options()
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a directory says of itself before its weights are read.
+    """The limits of a model, read without its weights.
 
     Attributes:
         vocab_size: token ids are below this.
         positions: prompt and new tokens together at most.
-        tp_size: how many ranks it was made for.
+        tp_size: the number of ranks it is split into.
         processes: the numbers of processes that can run it.
-        start: what starts one process for each rank ("torchrun --nproc-per-node 2 -m").
+        start: the launcher of one process per rank ("torchrun --nproc-per-node 2 -m").
         max_input: tokens of a prompt at most; None is as many as there are positions.
         max_batch: rows of a batch at most; None is any number.
         max_beams: beams at most; None is any number.
@@ -74,8 +85,8 @@ class Backend(Protocol):
     Attributes:
         name: its name in ``BACKENDS``.
         device: where it computes.
-        dtype: what it computes in.
-        processes: how many processes take part.
+        dtype: the dtype it computes in.
+        processes: the number of processes that take part.
     """
 
     name: str
@@ -95,16 +106,16 @@ class Backend(Protocol):
 
         Args:
             prompts: token ids of each row; the rows may differ in length.
-            max_new_tokens: of each row at most.
+            max_new_tokens: new tokens of each row at most.
             stop_ids: a row ends before the first of these.
             sampling: how tokens are chosen.
-            num_beams: above 1: the best of so many beams, which is not sampled.
+            num_beams: above 1, return the best of this many beams, without sampling.
 
         Returns:
             The new tokens of each row, without the stop id.
 
         Raises:
-            UsageError: it cannot do what is asked.
+            UsageError: the request exceeds the model's limits.
         """
 
     def stream(
@@ -114,18 +125,18 @@ class Backend(Protocol):
         stop_ids: Collection[int],
         sampling: Sampling,
     ) -> Iterator[list[int | None]]:
-        """As ``generate``, step by step, and with the stop ids.
+        """Continue a batch as ``generate`` does, step by step and with the stop ids.
 
-        With several processes, it must be taken to its end.
+        With several processes the iterator must be exhausted.
 
         Yields:
-            Each row's next token, or None where there is none: the row has ended, or is behind.
+            Each row's next token; None where the row has ended or is behind others.
         """
 
     def mean_nll(
         self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
     ) -> list[float] | None:
-        """How unlikely the model finds given continuations.
+        """Compute the negative log likelihood of given continuations.
 
         Args:
             prompts: token ids, at least one each.
@@ -133,39 +144,39 @@ class Backend(Protocol):
 
         Returns:
             For each prompt the mean of -ln p over the tokens of its continuation, in nats; None if
-            this backend cannot tell.
+            this backend does not give logits.
         """
 
     def peak_memory(self) -> int | None:
-        """Bytes at most since it was opened: of the GPU, or of this process's main memory."""
+        """Return the peak in bytes since it was opened: of the GPU, or of this process."""
 
     def close(self) -> None:
-        """Give back memory and let other processes end."""
+        """Free the memory and end the worker processes."""
 
 
 class Opener(Protocol):
-    """What a backend's module offers; a module with these functions is one."""
+    """The functions of a backend's module."""
 
-    def describe(self, place: Path, options: Options) -> Description:
-        """Look at a directory without reading weights or joining other processes.
+    def describe(self, directory: Path, options: Options) -> Description:
+        """Read a model's limits, without weights and without joining other processes.
 
         Raises:
-            UsageError: an option means nothing to this backend.
-            PhiregError: it cannot run the directory.
+            UsageError: an option has no meaning for this backend.
+            PhiregError: the backend cannot run the directory.
         """
 
     def process_rank(self) -> tuple[int, int]:
-        """The rank of this process and the number of processes, as their starter set them."""
+        """Return the rank of this process and the number of processes, as the launcher set them."""
 
-    def load(self, place: Path, options: Options) -> Backend:
-        """Load the model; as rank 0 of several processes, with the others."""
+    def load(self, directory: Path, options: Options) -> Backend:
+        """Load the model; of several processes, as rank 0 together with the others."""
 
-    def follow(self, place: Path, options: Options) -> None:
-        """As another rank: do as rank 0 says until it closes its backend or is gone."""
+    def run_worker(self, directory: Path, options: Options) -> None:
+        """Load another rank and run the requests of rank 0, until rank 0 closes its backend."""
 
 
 def opener(name: str) -> Opener:
-    """The module of a backend.
+    """Import the module of a backend.
 
     Raises:
         UsageError: there is no such backend.
@@ -176,35 +187,102 @@ def opener(name: str) -> Opener:
     return module
 
 
-def describe(name: str, place: str | Path, options: Options = DEFAULTS) -> Description:
-    """See :meth:`Opener.describe`."""
-    return opener(name).describe(Path(place), options)
+def describe(name: str, directory: str | Path, options: Options = DEFAULTS) -> Description:
+    """Read a model's limits; see :meth:`Opener.describe`."""
+    return opener(name).describe(Path(directory), options)
 
 
 def process_rank(name: str) -> tuple[int, int]:
-    """See :meth:`Opener.process_rank`."""
+    """Return rank and number of processes; see :meth:`Opener.process_rank`."""
     return opener(name).process_rank()
 
 
 @contextmanager
-def open_backend(name: str, place: str | Path, options: Options = DEFAULTS) -> Iterator[Backend]:
-    """Load a model and close it at the end. Only rank 0 does this; the others ``follow``.
+def open_backend(
+    name: str, directory: str | Path, options: Options = DEFAULTS
+) -> Iterator[Backend]:
+    """Load a model and close it at the end; other ranks call ``run_worker`` instead.
 
     Args:
         name: of ``BACKENDS``.
-        place: a checkpoint, an engine directory, or the source model, as the backend needs.
+        directory: a checkpoint, an engine, or the source model, as the backend needs.
         options: how to compute.
 
     Raises:
         PhiregError: see :meth:`Opener.describe`; or a file is damaged.
     """
-    backend = opener(name).load(Path(place), options)
+    backend = opener(name).load(Path(directory), options)
     try:
         yield backend
     finally:
         backend.close()
 
 
-def follow(name: str, place: str | Path, options: Options = DEFAULTS) -> None:
-    """See :meth:`Opener.follow`."""
-    opener(name).follow(Path(place), options)
+def run_worker(name: str, directory: str | Path, options: Options = DEFAULTS) -> None:
+    """Run the requests of rank 0; see :meth:`Opener.run_worker`."""
+    opener(name).run_worker(Path(directory), options)
+
+
+def kind_of(directory: Path) -> str:
+    """Tell a checkpoint, an engine and a Hugging Face model apart; a checkpoint by default.
+
+    Raises:
+        UsageError: there is no such directory.
+    """
+    from phireg.trtllm.engine import is_engine_dir
+
+    if not directory.is_dir():
+        raise UsageError(
+            f"no such directory: {directory}",
+            hint="give a checkpoint (phireg convert and phireg quantize write them), an engine, or "
+            "with --backend hf a source model.",
+        )
+    if is_engine_dir(directory) or any(directory.glob("rank*.engine")):
+        return ENGINE
+    try:
+        config = read_json_object(directory / "config.json")
+    except SourceError:
+        return CHECKPOINT  # opening it reports the problem
+    is_model = "architectures" in config or "model_type" in config
+    return MODEL if is_model and "architecture" not in config else CHECKPOINT
+
+
+def default_backend(directory: Path) -> str:
+    """Choose TensorRT-LLM for an engine and the executor for anything else."""
+    return TENSORRT_LLM if kind_of(directory) == ENGINE else EXECUTOR
+
+
+def check_directory(backend: str, directory: Path) -> None:
+    """Refuse a directory of a kind that another backend runs.
+
+    Raises:
+        CheckError: names the kind and what to do.
+        UsageError: there is no such directory.
+    """
+    runs = _RUNS.get(backend)
+    if runs is None or (runs == MODEL and not directory.is_dir()):
+        return  # a third-party backend, or a model on the hub
+    kind = kind_of(directory)
+    if kind == runs:
+        return
+    if kind == CHECKPOINT and not (directory / "config.json").exists():
+        raise CheckError(
+            f"{directory} is not {_PHRASES[runs]}: it holds no config.json",
+            hint=f"give {_PHRASES[runs]}, which backend {backend} runs.",
+        )
+    convert = f"phireg convert --model-dir {directory} --output-dir CKPT"
+    hints = {
+        (CHECKPOINT, ENGINE): "give the checkpoint that it was built from, or use --backend "
+        "tensorrt-llm.",
+        (CHECKPOINT, MODEL): f"convert it first: {convert}; or run the model itself: --backend hf",
+        (ENGINE, CHECKPOINT): f"build an engine first: phireg build {directory} --output-dir "
+        "ENGINE; or use --backend executor.",
+        (ENGINE, MODEL): f"convert it first: {convert}; then phireg build makes an engine.",
+        (MODEL, CHECKPOINT): "give the directory that it was converted from, or use --backend "
+        "executor.",
+        (MODEL, ENGINE): "give the directory that it was made from, or use --backend tensorrt-llm.",
+    }
+    raise CheckError(
+        f"{directory} is {_PHRASES[kind]}, not {_PHRASES[runs]}, which backend {backend} runs",
+        hint=hints[runs, kind],
+    )

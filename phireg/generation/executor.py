@@ -1,9 +1,8 @@
-"""The executor as a backend: in one process, or led by rank 0 of one process for each rank."""
+"""The executor as a backend, in one process or in one process per rank led by rank 0."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,20 +14,23 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from phireg import device as devices
-from phireg.errors import PhiregError, UsageError
+from phireg.errors import PhiregError
 from phireg.executor import Executor, ModelSpec, Sampling, read_spec, stream
 from phireg.executor import load as load_checkpoint
 from phireg.generation.backend import Description, Options
-from phireg.generation.checks import check_beams, check_continuations
+from phireg.generation.limits import check_batch, check_continuations, check_request
+from phireg.generation.processes import process_rank
 
-# A chat may leave the other ranks waiting for its next line for as long as it likes.
-_PATIENCE = timedelta(days=30)
+__all__ = ["ExecutorBackend", "describe", "load", "process_rank", "run_worker"]
+
+# Workers of a chat wait for its next line, however long the user takes.
+_TIMEOUT = timedelta(days=30)
 
 
-def describe(place: Path, options: Options) -> Description:
+def describe(directory: Path, options: Options) -> Description:
     """See :class:`phireg.generation.backend.Opener`."""
     devices.pick_device(options.device)
-    return _description(read_spec(place))
+    return _description(read_spec(directory))
 
 
 def _description(spec: ModelSpec) -> Description:
@@ -43,46 +45,28 @@ def _description(spec: ModelSpec) -> Description:
     )
 
 
-def process_rank() -> tuple[int, int]:
-    """The rank of this process and the number of processes, by the environment torchrun sets.
-
-    Raises:
-        UsageError: the environment is not one that torchrun makes.
-    """
-    try:
-        rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    except ValueError:
-        rank, world_size = -1, 0
-    if not 0 <= rank < world_size:
-        raise UsageError(
-            "the environment variables RANK and WORLD_SIZE are not what torchrun sets",
-            hint="unset them, or start with torchrun.",
-        )
-    return rank, world_size
-
-
-def load(place: Path, options: Options) -> ExecutorBackend:
+def load(directory: Path, options: Options) -> ExecutorBackend:
     """Load a checkpoint; as rank 0 of several processes, wait for the others first.
 
     Raises:
         PhiregError: as :func:`phireg.executor.load`.
     """
     device = devices.pick_device(options.device)
-    led = process_rank()[1] > 1
-    if led:
+    leads = process_rank()[1] > 1
+    if leads:
         _join(device)
     devices.measure_memory(device)
     try:
-        model = load_checkpoint(place, device, options.dtype, options.offload, led)
+        model = load_checkpoint(directory, device, options.dtype, options.offload, leads)
     except BaseException:
-        if led:
+        if leads:
             dist.destroy_process_group()
         raise
-    return ExecutorBackend(model, led=led)
+    return ExecutorBackend(model, leads_workers=leads)
 
 
-def follow(place: Path, options: Options) -> None:
-    """Do as rank 0 says, until it says to end or is gone.
+def run_worker(directory: Path, options: Options) -> None:
+    """Run the requests of rank 0 until it ends or disconnects.
 
     Raises:
         PhiregError: this rank's file is not what it must be.
@@ -90,19 +74,20 @@ def follow(place: Path, options: Options) -> None:
     device = devices.pick_device(options.device)
     try:
         _join(device)
-        model = load_checkpoint(place, device, options.dtype, options.offload, distributed=True)
+        model = load_checkpoint(directory, device, options.dtype, options.offload, distributed=True)
         try:
-            _obey(model)
+            _serve(model)
         finally:
             model.release()
     except RuntimeError as error:
-        if not _parted(error):  # whoever left has said why
+        if not _is_disconnect(error):  # the process that ended has reported why
             raise
     else:
         dist.destroy_process_group()
 
 
-def _obey(model: Executor) -> None:
+def _serve(model: Executor) -> None:
+    """Worker loop: run requests broadcast by rank 0."""
     while (request := _receive()) is not None:
         if "rows" in request:
             for prompt, continuation in request["rows"]:
@@ -120,18 +105,18 @@ class ExecutorBackend:
 
     Args:
         model: the loaded checkpoint.
-        led: there are processes of other ranks, which must be told what to do.
+        leads_workers: other processes hold the other ranks and wait for requests.
     """
 
     name = "executor"
 
-    def __init__(self, model: Executor, *, led: bool = False) -> None:
+    def __init__(self, model: Executor, *, leads_workers: bool = False) -> None:
         self.model = model
-        self.led = led
+        self.leads_workers = leads_workers
         self.description = _description(model.spec)
         self.device = str(model.device)
         self.dtype = str(model.dtype).removeprefix("torch.")
-        self.processes = model.spec.tp_size if led else 1
+        self.processes = model.spec.tp_size if leads_workers else 1
         self._busy = False
 
     def generate(
@@ -145,9 +130,9 @@ class ExecutorBackend:
         """Continue a batch; see :class:`phireg.generation.backend.Backend`.
 
         Raises:
-            UsageError: more than one beam; or as :func:`phireg.executor.stream`.
+            UsageError: as :func:`phireg.generation.limits.check_request`.
         """
-        check_beams(self.description, num_beams, sampling)
+        check_batch(self.description, len(prompts), num_beams, sampling)
         rows: list[list[int]] = [[] for _ in prompts]
         for tokens in self.stream(prompts, max_new_tokens, stop_ids, sampling):
             for row, token in zip(rows, tokens, strict=True):
@@ -164,8 +149,9 @@ class ExecutorBackend:
     ) -> Iterator[list[int | None]]:
         """Continue a batch; see :func:`phireg.executor.stream`.
 
-        With several processes, it must be taken to its end.
+        With several processes the iterator must be exhausted.
         """
+        check_request(self.description, prompts, max_new_tokens, sampling)
         request = {
             "prompts": [list(prompt) for prompt in prompts],
             "max_new_tokens": max_new_tokens,
@@ -175,7 +161,7 @@ class ExecutorBackend:
             "top_p": sampling.top_p,
             "seed": sampling.seed,
         }
-        with self._together(request):
+        with self._broadcast(request):
             yield from stream(self.model, prompts, max_new_tokens, stop_ids, sampling)
 
     def mean_nll(
@@ -187,31 +173,31 @@ class ExecutorBackend:
             UsageError: the model cannot take a prompt with its continuation.
         """
         rows = check_continuations(self.description, prompts, continuations)
-        with self._together({"rows": rows}):
+        with self._broadcast({"rows": rows}):
             return [_mean_nll(self.model, *row) for row in rows]
 
     def peak_memory(self) -> int:
-        """Bytes at most, of this process's GPU or of its main memory."""
+        """Return the peak in bytes of this process's GPU or main memory."""
         return devices.peak_memory(self.model.device)
 
     def close(self) -> None:
-        """Let the other processes end, unless they are in the middle of a batch and must die."""
-        if self.led:
+        """End the workers; those in the middle of a batch end when the connection closes."""
+        if self.leads_workers:
             if not self._busy:
                 _send(None)
             self.model.release()
             dist.destroy_process_group()
 
     @contextmanager
-    def _together(self, request: dict[str, Any]) -> Iterator[None]:
-        """Have the other processes do the same as this one does inside."""
-        if self.led:
+    def _broadcast(self, request: dict[str, Any]) -> Iterator[None]:
+        """Let the workers run the request that this process runs inside the context."""
+        if self.leads_workers:
             _send(request)
         self._busy = True
         try:
             yield
         except RuntimeError as error:
-            if _parted(error):
+            if _is_disconnect(error):
                 raise PhiregError("the process of another rank has ended") from None
             raise
         self._busy = False
@@ -226,9 +212,9 @@ def _mean_nll(model: Executor, prompt: list[int], continuation: list[int]) -> fl
 def _join(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # What ranks tell each other besides tensors goes through gloo.
+    # Requests go through gloo, tensors of a GPU through NCCL.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    dist.init_process_group(backend, timeout=_TIMEOUT)
 
 
 def _send(request: dict[str, Any] | None) -> None:
@@ -249,6 +235,5 @@ def _receive() -> dict[str, Any] | None:
     return request
 
 
-def _parted(error: RuntimeError) -> bool:
-    """Whether another process has closed its connection."""
+def _is_disconnect(error: RuntimeError) -> bool:
     return any(words in str(error) for words in ("closed by peer", "reset by peer", "Broken pipe"))

@@ -1,4 +1,4 @@
-"""The source model as a backend: transformers' class, or the one that its family ships."""
+"""The source model as a backend: transformers' class, or the one that its family provides."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import CheckError, UsageError
 from phireg.executor import Sampling
 from phireg.generation.backend import Description, Options
-from phireg.generation.checks import check_batch, check_continuations
-from phireg.generation.executor import process_rank
+from phireg.generation.limits import check_continuations, check_request
+from phireg.generation.processes import process_rank
 
-__all__ = ["HFBackend", "describe", "follow", "load", "process_rank"]
+__all__ = ["HFBackend", "describe", "load", "process_rank", "run_worker"]
 
-_UNSTATED = "float32"
+_DEFAULT_DTYPE = "float32"
 
 
-def describe(place: Path, options: Options) -> Description:
-    """See :class:`phireg.generation.backend.Opener`; ``place`` may be a hub repository."""
+def describe(directory: Path, options: Options) -> Description:
+    """See :class:`phireg.generation.backend.Opener`; ``directory`` may be a hub repository."""
     devices.pick_device(options.device)
-    _, values = _source(place)
+    _, values = _read_config(directory)
     return Description(
         vocab_size=int(values["vocab_size"]), positions=int(values["max_position_embeddings"])
     )
 
 
-def load(place: Path, options: Options) -> HFBackend:
-    """Load the source model as its files have it; no code among them is run.
+def load(directory: Path, options: Options) -> HFBackend:
+    """Load the source model without running code from its directory.
 
     Raises:
         SourceError: it cannot be read on this machine.
-        PluginError: no family knows it.
+        PluginError: no family supports it.
     """
     from phireg import registry
     from phireg.config.hf import HFConfig
     from phireg.reference.load import open_reference
     from phireg.source.source import open_source
 
-    model = describe(place, options)
-    directory, values = _source(place)
+    description = describe(directory, options)
+    directory, values = _read_config(directory)
     family = registry.choose(HFConfig(values)).family
-    stated = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
-    dtype = options.dtype or (stated if stated in WEIGHT_DTYPES else _UNSTATED)
+    own_dtype = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
+    dtype = options.dtype or (own_dtype if own_dtype in WEIGHT_DTYPES else _DEFAULT_DTYPE)
     device = devices.pick_device(options.device)
     devices.measure_memory(device)
     source = open_source(directory)
@@ -61,10 +61,10 @@ def load(place: Path, options: Options) -> HFBackend:
         reference.keep_ends()
     else:
         reference.keep_all()
-    return HFBackend(reference.model, model, device, dtype)
+    return HFBackend(reference.model, description, device, dtype)
 
 
-def follow(place: Path, options: Options) -> None:
+def run_worker(directory: Path, options: Options) -> None:
     """Refuse: the source model runs in one process.
 
     Raises:
@@ -92,7 +92,7 @@ class HFBackend:
         from transformers import GenerationConfig
 
         self.model = model
-        # What the directory's generation_config.json says of sampling is not asked for.
+        # Sampling is set by each request, not by the directory's generation_config.json.
         self.model.generation_config = GenerationConfig()
         self.description = description
         self.device = str(device)
@@ -108,10 +108,10 @@ class HFBackend:
         num_beams: int = 1,
     ) -> list[list[int]]:
         """Continue a batch; see :class:`phireg.generation.backend.Backend`."""
-        check_batch(self.description, prompts, max_new_tokens, sampling, num_beams)
+        check_request(self.description, prompts, max_new_tokens, sampling, num_beams)
         out = self._generate(prompts, max_new_tokens, stop_ids, sampling, num_beams)
         rows = out[:, max(map(len, prompts)) :].tolist()
-        return [_before(row, stop_ids) for row in rows]
+        return [_until_stop(row, stop_ids) for row in rows]
 
     def stream(
         self,
@@ -121,13 +121,13 @@ class HFBackend:
         sampling: Sampling,
     ) -> Iterator[list[int | None]]:
         """Continue a batch step by step; see :class:`phireg.generation.backend.Backend`."""
-        check_batch(self.description, prompts, max_new_tokens, sampling)
+        check_request(self.description, prompts, max_new_tokens, sampling)
         steps, ended = _Steps(), [False] * len(prompts)
 
         def work() -> None:
             try:
                 self._generate(prompts, max_new_tokens, stop_ids, sampling, 1, steps)
-            except _Left:
+            except _ConsumerStopped:
                 pass
             except BaseException as error:
                 steps.queue.put(error)
@@ -141,7 +141,7 @@ class HFBackend:
                 yield [None if end else token for token, end in zip(tokens, ended, strict=True)]
                 ended = [end or token in stop_ids for token, end in zip(tokens, ended, strict=True)]
         finally:
-            steps.left = True
+            steps.consumer_stopped = True
             thread.join()
 
     def mean_nll(
@@ -158,11 +158,11 @@ class HFBackend:
         return means
 
     def peak_memory(self) -> int:
-        """Bytes at most, of the GPU or of this process's main memory."""
+        """Return the peak in bytes of the GPU or of this process's main memory."""
         return devices.peak_memory(self._device)
 
     def close(self) -> None:
-        """Give the model's memory back."""
+        """Free the model's memory."""
         self.model = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -182,22 +182,22 @@ class HFBackend:
         length = max(map(len, prompts))
         ids = [[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts]
         mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        how: dict[str, Any] = {"do_sample": False}
+        arguments: dict[str, Any] = {"do_sample": False}
         if not sampling.greedy:
-            how = {
+            arguments = {
                 "do_sample": True,
                 "temperature": sampling.temperature,
                 "top_k": sampling.top_k,
                 "top_p": sampling.top_p,
             }
         elif num_beams > 1:
-            # As upstream's summarize.py asks both sides to search.
-            how |= {"num_beams": num_beams, "early_stopping": True, "length_penalty": 1.0}
+            # The beam search that TensorRT-LLM's summarize.py asks of both sides.
+            arguments |= {"num_beams": num_beams, "early_stopping": True, "length_penalty": 1.0}
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             eos_token_id=sorted(stop_ids) or None,
             pad_token_id=pad,
-            **how,
+            **arguments,
         )
         gpus = [self._device] if self._device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(gpus):
@@ -211,47 +211,47 @@ class HFBackend:
         return out
 
 
-class _Left(Exception):  # noqa: N818  (no error: nobody waits for the rest)
-    """Whoever took the steps has gone."""
+class _ConsumerStopped(Exception):  # noqa: N818  (not an error)
+    """Raised when the consumer stopped iterating."""
 
 
 class _Steps:
-    """What ``generate`` calls a streamer: gets the prompt, then each step's tokens, then the end.
+    """A streamer of transformers' ``generate``: gets the prompt, then each step's tokens.
 
     Attributes:
         queue: token ids of each row; None at the end.
-        left: nobody takes any more.
+        consumer_stopped: makes the next step end the generation.
     """
 
     def __init__(self) -> None:
         self.queue: queue.SimpleQueue[list[int] | BaseException | None] = queue.SimpleQueue()
-        self.left = False
-        self._begun = False
+        self.consumer_stopped = False
+        self._has_prompt = False
 
     def put(self, value: Tensor) -> None:
         """Take [batch] tokens of one step; the first call has the prompt."""
-        if self.left:
-            raise _Left
-        if self._begun:
+        if self.consumer_stopped:
+            raise _ConsumerStopped
+        if self._has_prompt:
             self.queue.put(value.tolist())
-        self._begun = True
+        self._has_prompt = True
 
     def end(self) -> None:
-        """There are no more."""
+        """Mark the end."""
         self.queue.put(None)
 
 
-def _before(row: list[int], stop_ids: Collection[int]) -> list[int]:
+def _until_stop(row: list[int], stop_ids: Collection[int]) -> list[int]:
     end = next((n for n, token in enumerate(row) if token in stop_ids), len(row))
     return row[:end]
 
 
-def _source(place: Path) -> tuple[Path, dict[str, Any]]:
-    """The directory of the source model and its config.json."""
+def _read_config(model: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the directory of a source model (of the hub, if it is not local) and its config."""
     from phireg.files.json import read_json_object
     from phireg.source.hub import resolve_model_dir
 
-    directory, _ = resolve_model_dir(str(place), None)
+    directory, _ = resolve_model_dir(str(model), None)
     path = directory / "config.json"
     values: dict[str, Any] = read_json_object(path)
     numbers = [values.get(key) for key in ("vocab_size", "max_position_embeddings")]
@@ -262,7 +262,7 @@ def _source(place: Path) -> tuple[Path, dict[str, Any]]:
         )
     if not all(type(number) is int and number > 0 for number in numbers):
         raise CheckError(
-            f"{path} names no vocab_size or no max_position_embeddings",
+            f"{path} has no vocab_size or no max_position_embeddings",
             hint="give the directory of a Phi model.",
         )
     return directory, values

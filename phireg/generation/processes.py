@@ -1,4 +1,4 @@
-"""One process for each rank, started as torchrun starts them."""
+"""One process per rank: torchrun's environment, starting it, and checks of the launcher."""
 
 from __future__ import annotations
 
@@ -7,6 +7,28 @@ import os
 import sys
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
+
+from phireg.errors import UsageError
+from phireg.generation.backend import EXECUTOR, TENSORRT_LLM, Description
+
+
+def process_rank() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes, as torchrun sets them.
+
+    Raises:
+        UsageError: the environment is not one that torchrun makes.
+    """
+    try:
+        rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    except ValueError:
+        rank, world_size = -1, 0
+    if not 0 <= rank < world_size:
+        raise UsageError(
+            "the environment variables RANK and WORLD_SIZE are not what torchrun sets",
+            hint="unset them, or start with torchrun.",
+        )
+    return rank, world_size
 
 
 def run_processes(count: int, arguments: Sequence[str]) -> int:
@@ -16,8 +38,8 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
     OMP_NUM_THREADS says otherwise.
 
     Returns:
-        The exit code of the process that failed first, rank 0's if it is among them; 0 if none
-        did; 128 and the signal's number after a signal.
+        The exit code of rank 0 if it failed, else of the first process that did; 0 if none did;
+        128 and the signal's number after a signal.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -34,7 +56,7 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
         local_addr="localhost",
         max_restarts=0,
     )
-    logging.disable(logging.CRITICAL)  # the processes say themselves what went wrong
+    logging.disable(logging.CRITICAL)  # the processes report their own errors
     try:
         elastic_launch(config, sys.executable)("-m", "phireg", *arguments)
     except ChildFailedError as error:
@@ -46,3 +68,75 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
     finally:
         logging.disable(logging.NOTSET)
     return 0
+
+
+def check_launcher(backend: str) -> bool:
+    """Check that the processes were started by the launcher of the backend.
+
+    Otherwise each process would take itself for the only one.
+
+    Returns:
+        False in a process that must end silently, because rank 0 reports the error.
+
+    Raises:
+        UsageError: in rank 0, if the launcher is the wrong one.
+    """
+    from phireg.trtllm.mpi import process_rank as mpi_rank
+
+    torchrun = os.environ.get("WORLD_SIZE", "1") != "1"
+    rank, size = mpi_rank()
+    if backend == TENSORRT_LLM and torchrun and size == 1:
+        rank = int(os.environ.get("RANK", "0") or 0)
+        problem = "torchrun; ranks of an engine are started by mpirun"
+    elif backend != TENSORRT_LLM and size > 1 and not torchrun:
+        problem = f"mpirun; backend {backend} does not use it"
+    else:
+        return True
+    if rank > 0:
+        return False
+    raise UsageError(
+        f"this process was started by {problem}",
+        hint="mpirun -n N phireg run ENGINE ...  or  torchrun --nproc-per-node N -m phireg run "
+        "CKPT ...",
+    )
+
+
+def check_processes(
+    backend: str, directory: Path, model: Description, processes: int, tp: int | None = None
+) -> None:
+    """Refuse a number of processes that cannot run the model.
+
+    Args:
+        backend: its name.
+        directory: the model.
+        model: its limits.
+        processes: how many were started.
+        tp: how many are to be started.
+
+    Raises:
+        UsageError: tells how to start the right number.
+    """
+    ranks = model.tp_size
+    if tp and backend != EXECUTOR:
+        raise UsageError(
+            f"--tp starts processes for backend executor, not for {backend}",
+            hint=f"{model.start} phireg run {directory} ..." if model.start else "leave it out.",
+        )
+    if tp and tp != ranks:
+        raise UsageError(
+            f"--tp {tp}, but {directory} was made for {ranks} rank(s)",
+            hint=f"use --tp {ranks}, or convert the model again with --tp-size {tp}.",
+        )
+    if processes in model.processes:
+        return
+    if not model.start:
+        raise UsageError(
+            f"{processes} processes were started, and backend {backend} runs in one",
+            hint="start it without torchrun.",
+        )
+    alone = ", or one process for all ranks" if 1 in model.processes and ranks > 1 else ""
+    started = "1 process was" if processes == 1 else f"{processes} processes were"
+    raise UsageError(
+        f"{started} started, but {directory} was made for {ranks} rank(s)",
+        hint=f"{model.start} phireg run {directory} ...{alone}",
+    )

@@ -1,8 +1,8 @@
-"""The tokenizer of a checkpoint: found among its files and loaded without running any of them."""
+"""The tokenizer of a checkpoint, loaded without running code from its directory; stop ids."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -14,14 +14,15 @@ from phireg.files.json import read_json_object
 from phireg.reference.quiet import quiet
 
 RANKS_FILES = "*.tiktoken"
-# What transformers builds a tokenizer from, the best first.
+# Files that transformers builds a tokenizer from, in order of preference.
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# A turn of a Phi chat ends with one of these, whatever generation_config.json says.
+# These end a turn of a Phi chat, whatever generation_config.json lists.
 _END_OF_TURN = ("<|end|>", "<|im_end|>")
+_REPLACEMENT = "\ufffd"
 
 
 class Tokenizer:
-    """Text to token ids and back, and the model's chat template.
+    """Convert between text and token ids, and apply the model's chat template.
 
     Args:
         inner: a transformers tokenizer.
@@ -32,11 +33,11 @@ class Tokenizer:
         self.eos_id: int | None = inner.eos_token_id
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
-        """Token ids of a prompt, with the special tokens that the model's prompts begin with.
+        """Return the token ids of a prompt, with the special tokens that begin it.
 
         Args:
             text: the prompt.
-            max_length: tokens at most, special ones included; the text's beginning is cut off.
+            max_length: tokens at most, special ones included; a longer text loses its beginning.
         """
         if max_length is None:
             return list(self._inner(text)["input_ids"])
@@ -44,20 +45,39 @@ class Tokenizer:
         return list(self._inner(text, truncation=True, max_length=max_length)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids without special tokens, and without any cosmetics."""
+        """Return the text of token ids, without special tokens and without cleaning up spaces."""
         text: str = self._inner.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
 
+    def stream(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Yield the text of tokens as they come, only whole characters until the last piece.
+
+        ``tokenizers.decoders.DecodeStream`` is not used: it raises where the byte tokens of
+        Phi-3-mini's tokenizer form no character, which sampling can produce.
+        """
+        shown: list[int] = []  # the tokens of the last piece: a token's text may depend on them
+        pending: list[int] = []
+        for token in tokens:
+            pending.append(token)
+            piece = self._after(shown, pending)
+            if piece and not piece.endswith(_REPLACEMENT):
+                yield piece
+                shown, pending = pending, []
+        yield self._after(shown, pending)
+
+    def _after(self, shown: list[int], pending: list[int]) -> str:
+        return self.decode(shown + pending)[len(self.decode(shown)) :]
+
     @property
     def end_of_turn_ids(self) -> frozenset[int]:
-        """The tokens that end the model's turn in a chat."""
+        """Return the tokens that end the model's turn in a chat."""
         added = self._inner.get_added_vocab()
         return frozenset(added[token] for token in _END_OF_TURN if token in added)
 
     def chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """A conversation as the model was trained to read it, up to where its answer begins.
+        """Render a conversation by the chat template, up to where the model's answer begins.
 
         Args:
             messages: ``{"role": "system" | "user" | "assistant", "content": text}``, in order.
@@ -81,7 +101,7 @@ class Tokenizer:
         return text
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of :meth:`chat_text`; the template itself writes what the prompt begins with.
+        """Return the token ids of :meth:`chat_text`; the template writes the first special tokens.
 
         Raises:
             UsageError: as :meth:`chat_text`.
@@ -90,14 +110,14 @@ class Tokenizer:
 
 
 def find_tokenizer(checkpoint_dir: Path, tokenizer_dir: Path | None = None) -> Tokenizer | None:
-    """The tokenizer that a checkpoint carries, or that of another directory.
+    """Load the tokenizer of a checkpoint, or of another directory.
 
     Args:
-        checkpoint_dir: a checkpoint; says which family a ``*.tiktoken`` file belongs to.
-        tokenizer_dir: where to look instead: the source model's directory, for example.
+        checkpoint_dir: a checkpoint; its family reads a ``*.tiktoken`` file.
+        tokenizer_dir: another directory with a tokenizer, such as the source model's.
 
     Returns:
-        The tokenizer; None if the checkpoint carries none and no other directory was named.
+        The tokenizer; None if the checkpoint has none and ``tokenizer_dir`` is None.
 
     Raises:
         UsageError: ``tokenizer_dir`` holds no tokenizer.
@@ -122,14 +142,14 @@ def find_tokenizer(checkpoint_dir: Path, tokenizer_dir: Path | None = None) -> T
 def _from_transformers(directory: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # tokenizer.json is the whole tokenizer. Without it, its class says how to build one.
+    # tokenizer.json is the whole tokenizer. Without it, the tokenizer class builds one.
     whole = (directory / "tokenizer.json").is_file()
     loader = PreTrainedTokenizerFast if whole else AutoTokenizer
     options = {} if whole else {"trust_remote_code": False}
     try:
         with quiet():
             return loader.from_pretrained(str(directory), local_files_only=True, **options)
-    except Exception as error:  # a damaged file shows in any way, from KeyError to Rust's own
+    except Exception as error:  # damaged files raise anything, from KeyError to Rust's errors
         raise SourceError(
             f"the tokenizer in {directory} cannot be loaded: {type(error).__name__}: {error}",
             hint="give --tokenizer-dir a directory with the model's tokenizer.json.",
@@ -137,16 +157,16 @@ def _from_transformers(directory: Path) -> Any:
 
 
 def _from_family(checkpoint_dir: Path, directory: Path) -> Any:
-    where = _family_loader(checkpoint_dir)
+    name = _family_loader(checkpoint_dir)
     try:
-        loader = resolve_name(where)
+        loader = resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise PluginError(f"the tokenizer loader {where} cannot be imported: {error}") from error
+        raise PluginError(f"the tokenizer loader {name} cannot be imported: {error}") from error
     return loader(directory)
 
 
 def _family_loader(checkpoint_dir: Path) -> str:
-    """``module:function`` of the family that wrote the checkpoint, or of its architecture."""
+    """Find ``module:function`` of the family that wrote or reads the checkpoint."""
     manifest = read_manifest(checkpoint_dir)
     family = manifest.get("family") if manifest else None
     written_by = family.get("name") if isinstance(family, dict) else None
@@ -157,7 +177,7 @@ def _family_loader(checkpoint_dir: Path) -> str:
         try:
             family = candidate.load()
         except PluginError:
-            continue  # another family's defect, unless nobody is left: then it is named below
+            continue  # reported below if no other family reads the file
         if family.tokenizer and architecture in family.architectures:
             return family.tokenizer
     raise PluginError(
@@ -168,10 +188,44 @@ def _family_loader(checkpoint_dir: Path) -> str:
 
 
 def _architecture(config: Mapping[str, Any]) -> Any:
-    """Of a checkpoint, an engine or a source model."""
+    """Return the architecture of a checkpoint, an engine or a source model."""
     inner, several = config.get("pretrained_config"), config.get("architectures")
     if isinstance(inner, Mapping):
         return inner.get("architecture")
     return config.get("architecture") or (
         several[0] if isinstance(several, list) and several else None
     )
+
+
+def stop_ids(directory: Path, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Return the ids that end a text, from the first source that has any.
+
+    The sources are generation_config.json (which lists the end of a turn as well as of a text),
+    the tokenizer, and config.json.
+
+    Args:
+        directory: of the model; convert copies generation_config.json into a checkpoint.
+        tokenizer: the model's, if there is one.
+
+    Raises:
+        SourceError: an eos_token_id is not an id or a list of ids.
+    """
+    eos_id = tokenizer.eos_id if tokenizer else None
+    return (
+        _eos_ids(directory / "generation_config.json")
+        or (frozenset() if eos_id is None else frozenset({eos_id}))
+        or _eos_ids(directory / "config.json")
+    )
+
+
+def _eos_ids(path: Path) -> frozenset[int]:
+    value: Any = read_json_object(path).get("eos_token_id") if path.exists() else None
+    if value is None:
+        return frozenset()
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(item) is int and item >= 0 for item in ids):
+        raise SourceError(
+            f"{path}: eos_token_id is {value!r}, not a token id or a list of them",
+            hint="compare the file with the published one.",
+        )
+    return frozenset(ids)

@@ -20,7 +20,7 @@ from torch.nn import functional
 from phireg.errors import PhiregError, UsageError
 from phireg.executor import Sampling
 from phireg.generation.backend import Description, Options
-from phireg.generation.checks import check_batch, check_continuations
+from phireg.generation.limits import check_continuations, check_request
 from phireg.trtllm.engine import Engine, read_engine
 from phireg.trtllm.model_runner import (
     Output,
@@ -32,7 +32,7 @@ from phireg.trtllm.model_runner import (
 from phireg.trtllm.mpi import Communicator, communicator, process_rank
 from phireg.trtllm.releases import public_version
 
-__all__ = ["TrtllmBackend", "describe", "follow", "load", "process_rank"]
+__all__ = ["TrtllmBackend", "describe", "load", "process_rank", "run_worker"]
 
 
 def describe(place: Path, options: Options) -> Description:
@@ -64,7 +64,7 @@ def load(place: Path, options: Options) -> TrtllmBackend:
     return _load(_check(place, options))
 
 
-def follow(place: Path, options: Options) -> None:
+def run_worker(place: Path, options: Options) -> None:
     """Run the requests that rank 0 sends until it closes its backend."""
     try:
         engine = _check(place, options)
@@ -139,7 +139,7 @@ class TrtllmBackend:
         num_beams: int = 1,
     ) -> list[list[int]]:
         """Continue a batch."""
-        check_batch(self.description, prompts, max_new_tokens, sampling, num_beams)
+        check_request(self.description, prompts, max_new_tokens, sampling, num_beams)
         stops = sorted(stop_ids)
         request = _request(prompts, max_new_tokens, stops, sampling, num_beams)
         with self._on_all_ranks(request):
@@ -158,7 +158,7 @@ class TrtllmBackend:
         Rows may be ahead of others. A row that the runtime ended without giving its stop id gets
         the first of the stop ids.
         """
-        check_batch(self.description, prompts, max_new_tokens, sampling)
+        check_request(self.description, prompts, max_new_tokens, sampling)
         stops = sorted(stop_ids)
         request = _request(prompts, max_new_tokens, stops, sampling, 1) | {"streaming": True}
         counts = [0] * len(prompts)  # tokens of each row that were yielded

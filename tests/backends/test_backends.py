@@ -126,7 +126,7 @@ def test_hf_keeps_the_models_dtype(pair):
         (lambda b: list(b.stream([[-1]], 3, (), GREEDY)), "token -1 is outside"),
         (lambda b: b.generate([[1]], 3, (), GREEDY, 0), "num_beams is 0"),
         (lambda b: b.mean_nll([[1]], [[]]), "has no tokens"),
-        (lambda b: b.mean_nll([[1] * 200], [[1] * 57]), "257 tokens together"),
+        (lambda b: b.mean_nll([[1] * 200], [[1] * 57]), "257 tokens exceed"),
         (lambda b: b.mean_nll([[1]], [[999]]), "token 999 is outside"),
     ],
 )
@@ -181,7 +181,7 @@ def test_a_fourth_backend_is_one_module(monkeypatch):
     module.describe = lambda place, options: Description(10, 20)
     module.process_rank = lambda: (0, 1)
     module.load = lambda place, options: bird
-    module.follow = lambda place, options: None
+    module.run_worker = lambda place, options: None
     monkeypatch.setitem(__import__("sys").modules, "aviary", module)
     monkeypatch.setitem(backends.BACKENDS, "parrot", "aviary")
     assert describe("parrot", "cage").positions == 20
@@ -209,12 +209,12 @@ def test_the_captured_step_goes_before_the_processes_part(monkeypatch):
     monkeypatch.setattr(executor, "_description", lambda spec: None)
     monkeypatch.setattr(executor, "_send", lambda request: order.append(request))
     monkeypatch.setattr(executor.dist, "destroy_process_group", lambda: order.append("part"))
-    executor.ExecutorBackend(model, led=True).close()
+    executor.ExecutorBackend(model, leads_workers=True).close()
     assert order == [None, "release", "part"]
 
     order.clear()
     monkeypatch.setattr(executor, "_join", lambda device: None)
     monkeypatch.setattr(executor, "load_checkpoint", lambda *_, **__: model)
     monkeypatch.setattr(executor, "_receive", lambda: None)
-    executor.follow("anywhere", FLOAT)
+    executor.run_worker("anywhere", FLOAT)
     assert order == ["release", "part"]

@@ -67,11 +67,11 @@ def test_errors_of_processes_come_once_and_keep_their_code(made, tmp_path):
 
 LED = """
 import json, sys
-from phireg.generation import Options, follow, open_backend, process_rank
+from phireg.generation import Options, open_backend, process_rank, run_worker
 from phireg.executor import Sampling
 place, how = sys.argv[1], Options("cpu", "float32")
 if process_rank("executor")[0]:
-    follow("executor", place, how)
+    run_worker("executor", place, how)
 else:
     with open_backend("executor", place, how) as backend:
         rows = backend.generate([[5, 6, 7], [9]], 4, (), Sampling())

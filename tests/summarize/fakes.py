@@ -22,7 +22,7 @@ def load(place, options):
     return Fake()
 
 
-def follow(place, options):
+def run_worker(place, options):
     raise AssertionError
 
 

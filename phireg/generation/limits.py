@@ -1,0 +1,124 @@
+"""The check that a request fits a model, shared by every backend, `generate` and `summarize`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from phireg.errors import UsageError
+
+if TYPE_CHECKING:
+    from phireg.executor import Sampling
+    from phireg.generation.backend import Description
+
+
+def check_prompts(
+    model: Description,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Refuse prompts that the model cannot take.
+
+    Args:
+        model: its limits.
+        prompts: token ids.
+        new_tokens: tokens that follow each prompt.
+        names: of the prompts, for messages.
+
+    Raises:
+        UsageError: there is no prompt or an empty one, a token is outside the vocabulary, or a
+            prompt is too long.
+    """
+    if not prompts or not all(map(len, prompts)):
+        raise UsageError("there is nothing to continue: a prompt has no tokens")
+    room = model.positions - new_tokens
+    for index, prompt in enumerate(prompts):
+        name = f"{names[index]}: " if names else ""
+        unknown = next((token for token in prompt if not 0 <= token < model.vocab_size), None)
+        if unknown is not None:
+            raise UsageError(
+                f"{name}token {unknown} is outside the model's vocabulary of {model.vocab_size}",
+                hint="is this the model's own tokenizer? --tokenizer-dir names another.",
+            )
+        if len(prompt) > room:
+            new = f" and {new_tokens} new ones" if new_tokens else ""
+            raise UsageError(
+                f"{name}{len(prompt)} tokens{new} exceed the model's {model.positions} positions",
+                hint=f"shorten the prompt to {room} tokens, or ask for fewer new tokens."
+                if room > 0
+                else "ask for fewer new tokens.",
+            )
+        if model.max_input is not None and len(prompt) > model.max_input:
+            raise UsageError(
+                f"{name}{len(prompt)} tokens, and the engine was built for prompts of "
+                f"{model.max_input}",
+                hint=f"shorten it to {model.max_input} tokens, or build the engine with a larger "
+                "--max-input-len.",
+            )
+
+
+def check_batch(model: Description, batch_size: int, num_beams: int, sampling: Sampling) -> None:
+    """Refuse a number of rows or beams that the model cannot take, and beams with sampling.
+
+    Raises:
+        UsageError: names the limit.
+    """
+    if model.max_batch is not None and batch_size > model.max_batch:
+        raise UsageError(
+            f"{batch_size} prompts at a time, and the engine was built for {model.max_batch}",
+            hint=f"use --batch-size {model.max_batch}, or build with a larger --max-batch-size.",
+        )
+    if num_beams < 1:
+        raise UsageError(f"num_beams is {num_beams}; it must be 1 or more")
+    if num_beams == 1:
+        return
+    if model.max_beams == 1 and model.max_batch is None:
+        raise UsageError(
+            f"the executor has no beam search, so {num_beams} beams are not possible",
+            hint="use one beam, or --backend hf or tensorrt-llm.",
+        )
+    if model.max_beams is not None and num_beams > model.max_beams:
+        raise UsageError(
+            f"{num_beams} beams, and the engine was built for {model.max_beams}",
+            hint=f"use --num-beams {model.max_beams}, or build the engine with a larger "
+            "--max-beam-width.",
+        )
+    if not sampling.greedy:
+        raise UsageError(
+            "beams are searched, not drawn, so temperature, top-k and top-p have no effect",
+            hint="leave them out, or use one beam.",
+        )
+
+
+def check_request(
+    model: Description,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    num_beams: int = 1,
+) -> None:
+    """Refuse a batch that the model cannot continue.
+
+    Raises:
+        UsageError: as ``check_prompts`` and ``check_batch``.
+    """
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
+    check_prompts(model, prompts, max_new_tokens)
+    check_batch(model, len(prompts), num_beams, sampling)
+
+
+def check_continuations(
+    model: Description, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+) -> list[tuple[list[int], list[int]]]:
+    """Pair prompts with continuations that the model can score.
+
+    Raises:
+        UsageError: as ``check_prompts``, for a prompt and its continuation together.
+    """
+    rows = [(list(p), list(c)) for p, c in zip(prompts, continuations, strict=True)]
+    if not all(prompt and continuation for prompt, continuation in rows):
+        raise UsageError("a prompt or its continuation has no tokens")
+    check_prompts(model, [prompt + continuation for prompt, continuation in rows], 0)
+    return rows
