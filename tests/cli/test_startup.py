@@ -122,7 +122,8 @@ def test_a_full_disk_behind_stdout(tiny, spawn):
     with Path("/dev/full").open("w") as full:
         done = spawn("plan", "--model-dir", tiny, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 6
-    assert done.stderr == "error: cannot write to standard output: No space left on device\n"
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
 
 
 def on_terminal(columns, *args):

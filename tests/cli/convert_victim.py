@@ -1,4 +1,4 @@
-"""Run phireg and meet with an accident: ``victim.py ACCIDENT NUMBER BASE PHIREG-ARGUMENTS...``.
+"""Run phireg and let an accident happen: ``convert_victim.py ACCIDENT NUMBER BASE ARGUMENTS...``.
 
 At the NUMBER-th moment at which a conversion changes the disk (mkdir, creating a file, half of a
 pwrite, fsync, rename, remove) the ACCIDENT happens: a signal, or "full", which fills the disk with
