@@ -126,7 +126,7 @@ def main() -> None:
 
 def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     from phireg import registry
-    from phireg.testing.factory import write_random_model
+    from phireg.testing import write_random_model
 
     family = registry.load("phi3-mini").family
     config = dict(family.published[0].config)

@@ -32,7 +32,7 @@ import torch
 
 from phireg import registry
 from phireg.executor import load
-from phireg.testing.factory import write_random_model
+from phireg.testing import write_random_model
 
 TOKENS = 1603
 """Past the 1024 tokens below which Phi-3-small's block-sparse layers are plain causal."""

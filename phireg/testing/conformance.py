@@ -1,4 +1,4 @@
-"""The tests that a family's author inherits."""
+"""The conformance tests that a family's author inherits."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SourceRow = tuple[str, int]
 
 
 class FamilyConformance:
-    """Proves a family right on a tiny model of it.
+    """Tests a family's mapping on a tiny model.
 
-    Inherit it and say which::
+    Inherit from it::
 
         from phireg.testing import FamilyConformance
         from acme_phi import FAMILY
@@ -41,18 +41,18 @@ class FamilyConformance:
                 max_position_embeddings=128, tie_word_embeddings=False, ...
             )
 
-    The tiny model is made by the class that the source is run with, transformers' own or the one
-    named by ``Family.reference``, with random values; so names, shapes and logits are that class's
-    word, not the family's. No entry point is needed or looked for.
+    The tiny model is made, with random values, by the class that runs the source: transformers' own
+    or the one that ``Family.reference`` names. So names, shapes and logits do not come from the
+    family's rules. No entry point is needed.
 
     Attributes:
         family: the family under test.
-        tiny: config.json of a tiny source model. ``architectures`` and ``model_type`` are the
-            family's first ones where it does not say; say ``tie_word_embeddings``. Choose sizes
-            that hide nothing: an odd vocabulary, fewer KV heads than heads but more than one, three
+        tiny: config.json of a tiny source model. ``architectures`` and ``model_type`` default to
+            the family's first ones; ``tie_word_embeddings`` must be given. Choose sizes that hide
+            no mistake: an odd vocabulary, fewer KV heads than heads but more than one, three
             layers, a rope base and an epsilon that are not the defaults.
-        tp_sizes: numbers of ranks to convert for, beginning with 1. Change it where 2 does not
-            divide the model.
+        tp_sizes: numbers of ranks to convert for, beginning with 1. Change it if 2 does not divide
+            the model.
     """
 
     family: ClassVar[Family]
@@ -60,100 +60,96 @@ class FamilyConformance:
     tp_sizes: ClassVar[tuple[int, ...]] = (1, 2)
 
     def expected_rows(self, module: str) -> Sequence[SourceRow] | None:
-        """Where the rows of a checkpoint module come from at TP 1, worked out by hand.
+        """Return the source rows of a checkpoint module at TP 1, worked out by hand.
 
-        Overriding it is optional: it adds a witness for what the author knows of the source's
-        layout. ``module`` is a name in the checkpoint (``transformer.layers.0.mlp.fc``); the answer
-        is the source module and row of each of its rows in order, or None for no opinion.
+        Overriding it is optional. ``module`` is a name in the checkpoint
+        (``transformer.layers.0.mlp.fc``); the result is the source module and row of each of its
+        rows in order, or None to check nothing.
         """
         return None
 
-    _made: ClassVar[TinyModel]
+    _model_of_class: ClassVar[TinyModel]
 
     @pytest.fixture(name="model")
     def _model(self, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-        """The tiny model; checkpoints of it are made once for the class."""
+        """The tiny model, shared by the tests of a class."""
         case = type(self)
-        if "_made" not in vars(case):
-            case._made = TinyModel(self.family, self.tiny, tmp_path_factory.mktemp("conformance"))
-        return case._made
+        if "_model_of_class" not in vars(case):
+            directory = tmp_path_factory.mktemp("conformance")
+            case._model_of_class = TinyModel(self.family, self.tiny, directory)
+        return case._model_of_class
 
     def test_config_table_is_complete(self, model: TinyModel) -> None:
-        """Every key of the source is used or ignored with a reason; the reader finds all it needs.
+        """Every source key is read or ignored with a reason; every key the reader needs is made.
 
-        A key without an effect inside a block the table reads, or an unknown value, is an error of
-        the translation itself. Warnings about values are the table's own business.
+        Errors of the translation itself, such as an unknown value, are reported too.
         """
-        translation, unread = model.translated()
-        wrong = [
+        translation, unread = model.translate()
+        problems = [
             f"{f.subject}: {f.detail}" + (f"  [{f.where}]" if f.where else "")
             for f in translation.findings
             if f.severity is Severity.ERROR
         ]
-        wrong += [
+        problems += [
             f"{key}: no entry reads it; use it, or ignore(..., why=...) it"
             for key in unread
-            if not any(line.startswith(f"{key}:") for line in wrong)
+            if not any(line.startswith(f"{key}:") for line in problems)
         ]
         if translation.ok:
-            config = model.planned(1).config
-            wrong += [
-                f"{key}: the reader of {config['architecture']} needs it, and no entry produces it"
+            config = model.plan(1).config
+            problems += [
+                f"{key}: the reader of {config['architecture']} needs it, and no entry makes it"
                 for key in required_keys(config)
                 if key not in config
             ]
-        if wrong:
-            place = model.places.hook("phireg_config_fields")
-            _fail(f"the field table of '{model.family.name}' ({place}) is incomplete:", wrong)
+        if problems:
+            _fail(f"the field table of '{model.family.name}' is incomplete:", problems)
 
     def test_plan_is_complete(self, model: TinyModel) -> None:
         """Every source tensor is mapped, every target filled, every part divided, at each TP size.
 
-        The sources are the tensors that the model class saves; the targets are what TensorRT-LLM's
-        reader asks for.
+        The sources are the tensors that the model class saves; the targets are those that
+        TensorRT-LLM's reader requires.
         """
         for tp_size in self.tp_sizes:
             if problems := model.plan_problems(tp_size):
                 _fail(problems)
 
     def test_partition_is_exact(self, model: TinyModel) -> None:
-        """No element of a tensor stands twice on one rank, and no source element is on none."""
+        """Every source element is on some rank, and no element is twice in a tensor of a rank."""
         for tp_size in self.tp_sizes:
-            there = np.zeros(model.book.end, bool)
+            present = np.zeros(model.book.end, bool)
             for rank, tensors in enumerate(_probes(model, tp_size)):
                 for name, tensor in tensors.items():
                     counts = np.bincount(tensor.reshape(-1), minlength=model.book.end)
                     if twice := np.flatnonzero(counts[1:] > 1).tolist():
-                        _fail(
-                            f"TP {tp_size}: rank {rank} {name} holds "
-                            f"{model.book.origin(twice[0] + 1)} twice ({model.places.where(name)})"
-                        )
-                    there |= counts > 0
-            for name in model.book.shapes:
-                lost = model.book.tensor(name)[~there[model.book.tensor(name)]]
-                if len(lost) and name not in model.places.rules.drop:
-                    origin = model.book.origin(int(lost[0]))
-                    _fail(f"TP {tp_size}: {origin} is on no rank", [model.places.concerned(name)])
+                        origin = model.book.origin(twice[0] + 1)
+                        place = model.place(name)
+                        _fail(f"TP {tp_size}: rank {rank} {name} holds {origin} twice  [{place}]")
+                    present |= counts > 0
+            for name in _mapped(model):
+                addresses = model.book.tensor(name)
+                lost = addresses[~present[addresses]]
+                if len(lost):
+                    _fail(f"TP {tp_size}: {model.book.origin(int(lost[0]))} is on no rank")
 
     def test_rows_are_where_the_author_expects_them(self, model: TinyModel) -> None:
         """Every row came from where :meth:`expected_rows` says."""
-        made = _probes(model, 1)[0]
-        known = {module: self.expected_rows(module) for module in model.places.rules}
-        if not any(known.values()):
-            pytest.skip("expected_rows has no opinion")
-        for module, rows in known.items():
-            for name in (f"{module}.weight", f"{module}.bias"):
-                if rows is None or name not in made:
-                    continue
-                kind = name.rpartition(".")[2]
-                wanted = np.stack([model.book.tensor(f"{source}.{kind}")[n] for source, n in rows])
-                self._same(model, name, made[name], wanted)
+        tensors = _probes(model, 1)[0]
+        expected = {module: self.expected_rows(module) for module in model.places}
+        if not any(expected.values()):
+            pytest.skip("expected_rows is not overridden")
+        for name, tensor in tensors.items():
+            module, _, kind = name.rpartition(".")
+            if rows := expected[module]:
+                addresses = [model.book.tensor(f"{source}.{kind}")[row] for source, row in rows]
+                _check_equal(model, name, tensor, np.stack(addresses))
 
     def test_inverse_restores_the_source(self, model: TinyModel) -> None:
-        """The plan read backwards rebuilds every source tensor from the rank files, bit for bit."""
+        """The plan, inverted, rebuilds every source tensor from the rank files, bit for bit."""
         for tp_size in self.tp_sizes:
             ranks = _probes(model, tp_size)
-            plan = model.planned(tp_size, open_source(model.probe_dir))
+            plan = model.plan_for(open_source(model.probe_dir), tp_size)
             rebuilt = {
                 name: np.zeros(shape, np.uint32) for name, shape in model.book.shapes.items()
             }
@@ -177,12 +173,14 @@ class FamilyConformance:
                     for kept in output.origin.columns:
                         rows[:, kept.start : kept.stop] = block[:, column : column + kept.count]
                         column += kept.count
-            for name, tensor in rebuilt.items():
-                if name not in model.places.rules.drop:
-                    self._same(model, name, tensor, model.book.tensor(name), f"TP {tp_size}: ")
+            for name in _mapped(model):
+                if difference := model.book.difference(
+                    name, rebuilt[name], model.book.tensor(name)
+                ):
+                    _fail(f"TP {tp_size}: {difference}")
 
     def test_ranks_reassemble(self, model: TinyModel) -> None:
-        """The ranks, put together as TensorRT-LLM takes their rows, are the checkpoint at TP 1."""
+        """The ranks, merged as TensorRT-LLM divides tensors, are the checkpoint at TP 1."""
         import torch
 
         from phireg.errors import CheckError
@@ -195,41 +193,36 @@ class FamilyConformance:
                 continue
             ranks = _probes(model, tp_size)
             try:
-                spec = parse_spec(dict(model.planned(tp_size).config))
+                spec = parse_spec(dict(model.plan(tp_size).config))
             except CheckError as error:
-                _fail(f"{error} ({model.places.hook('phireg_config_fields')})")
-            for name, wanted in whole.items():
+                _fail(str(error))
+            for name, expected in whole.items():
                 shards = [tensors[name] for tensors in ranks]
-                if shards[0].shape == wanted.shape:  # every rank repeats it
+                if shards[0].shape == expected.shape:  # every rank repeats it
                     for rank, shard in enumerate(shards):
-                        self._same(model, name, shard, wanted, f"TP {tp_size} rank {rank}: ")
+                        _check_equal(model, name, shard, expected, f"TP {tp_size} rank {rank}: ")
                 merged = merge(spec, name, [torch.from_numpy(s.astype(np.int64)) for s in shards])
-                got = merged.numpy().astype(np.uint32)
-                before = f"TP {tp_size}, all ranks together: "
-                self._same(model, name, got, wanted, before)
+                addresses = merged.numpy().astype(np.uint32)
+                prefix = f"TP {tp_size}, all ranks together: "
+                _check_equal(model, name, addresses, expected, prefix)
 
     def test_logits_agree_with_the_reference(self, model: TinyModel) -> None:
         """The executor on the checkpoint computes what the source's own model computes.
 
-        Part by part on the reference's own input, then as a whole, in float32, with prompts on both
-        sides of every length at which the model changes its behaviour; and each TP size what its
-        ranks merged into one compute. A part that differs is reported with its rules, and with the
-        mistake whose undoing makes it agree, where one is found.
+        Each sub-module is compared on the reference's own input, then the whole model, in float32,
+        with prompts on both sides of every length at which the model changes its behavior. At
+        larger TP sizes the ranks are compared with the merged checkpoint.
         """
-        from phireg.testing.logits import logits_problems
-
         for tp_size in self.tp_sizes:
             _probes(model, tp_size)
             if problems := logits_problems(model, tp_size):
                 _fail(problems)
 
     def test_scales_commute_with_the_mapping(self, model: TinyModel) -> None:
-        """For every scheme, converting then dequantizing is dequantizing then converting.
+        """For every scheme, converting then dequantizing equals dequantizing then converting.
 
-        The source is quantized and dequantized here, module by module and in plain arithmetic, and
-        then converted unquantized; the quantized checkpoint, dequantized, must hold the same
-        values. Input maxima are made up. The schemes are those for which ``phireg_quant_rules``
-        names linears; of the weight-only ones, whose weights stay raw, the bytes are compared.
+        Input maxima are made up. The schemes are those for which ``phireg_quant_rules`` names
+        linears; weight-only schemes leave weights as they are.
         """
         from phireg.testing.scales import scale_problems, schemes_of
 
@@ -243,47 +236,45 @@ class FamilyConformance:
         """Converting again gives the same files, byte for byte."""
         for tp_size in self.tp_sizes:
             _probes(model, tp_size)
-            first = model.checkpoint(tp_size)
+            first = model.convert(model.source_dir, tp_size)
             second = model.directory / f"again-tp{tp_size}"
-            phireg.convert(model.planned(tp_size), second)
+            phireg.convert(model.plan(tp_size), second)
             for file in sorted(first.iterdir()):
                 if file.read_bytes() != (second / file.name).read_bytes():
-                    place = model.places.hook("phireg_weight_rules")
-                    _fail(f"TP {tp_size}: {file.name} is not the same in a second run ({place})")
+                    _fail(f"TP {tp_size}: {file.name} is not the same in a second run")
 
     def test_a_missing_tensor_is_named(self, model: TinyModel) -> None:
-        """Without one of its tensors the source is refused, and the message names the tensor."""
+        """A source without one of its tensors is refused, and the message names the tensor."""
         for name in _samples(model):
             tensors = {n: t for n, t in model.source.tensors.items() if n != name}
-            _refused(model, tensors, "missing", name)
+            _check_refused(model, tensors, "missing", name)
 
     def test_an_unknown_tensor_is_named(self, model: TinyModel) -> None:
-        """A tensor that no rule maps is refused, not left out."""
+        """A source with a tensor that no rule maps is refused, and the message names it."""
         for name in _samples(model):
             module, _, kind = name.rpartition(".")
             extra = dataclasses.replace(model.source.tensors[name], name=f"{module}_extra.{kind}")
             tensors = {**model.source.tensors, extra.name: extra}
-            _refused(model, tensors, "unmapped", extra.name)
+            _check_refused(model, tensors, "unmapped", extra.name)
 
     def test_a_short_tensor_is_named(self, model: TinyModel) -> None:
-        """A tensor with a row less than the config says is refused, and so is a truncated file."""
+        """A source with a tensor of one row too few, or a truncated file, is refused."""
         for name in _samples(model):
             tensor = model.source.tensors[name]
             short = dataclasses.replace(tensor, shape=(tensor.shape[0] - 1, *tensor.shape[1:]))
-            _refused(model, {**model.source.tensors, name: short}, "shape", name)
-        _truncated(model)
-
-    def _same(
-        self, model: TinyModel, name: str, got: Addresses, wanted: Addresses, before: str = ""
-    ) -> None:
-        if problem := model.book.difference(name, got, wanted):
-            rule = model.places.rule(name)
-            where = rule.where if rule else model.places.concerned(name).strip()
-            _fail(f"{before}{problem}\n    {where}")
+            _check_refused(model, {**model.source.tensors, name: short}, "shape", name)
+        _check_truncation(model)
 
 
 def _fail(message: str, lines: Iterable[str] = ()) -> NoReturn:
     pytest.fail("\n  ".join([message, *lines]), pytrace=False)
+
+
+def _check_equal(
+    model: TinyModel, name: str, actual: Addresses, expected: Addresses, prefix: str = ""
+) -> None:
+    if difference := model.book.difference(name, actual, expected):
+        _fail(f"{prefix}{difference}  [{model.place(name)}]")
 
 
 def _probes(model: TinyModel, tp_size: int) -> list[dict[str, Addresses]]:
@@ -292,30 +283,70 @@ def _probes(model: TinyModel, tp_size: int) -> list[dict[str, Addresses]]:
     return model.probes(tp_size)
 
 
+def _mapped(model: TinyModel) -> list[str]:
+    """List the source tensors that the rules do not drop."""
+    dropped = {f.subject for f in model.plan(1).findings if f.code == "dropped"}
+    return [name for name in model.source.tensors if name not in dropped]
+
+
 def _samples(model: TinyModel) -> Iterator[str]:
-    """The tensors of the last layer and those of no layer."""
+    """Yield the tensors of the last layer and those of no layer."""
     if model.plan_problems(1):
         pytest.skip("there is no plan at TP 1: see test_plan_is_complete")
-    number = model.planned(1).config["num_hidden_layers"] - 1
-    mine = f".{number}."
-    others = [f".{n}." for n in range(number)]
-    for name in model.source.tensors:
-        if name in model.places.rules.drop:
-            continue
-        if mine in name or not any(other in name for other in others):
+    last = model.plan(1).config["num_hidden_layers"] - 1
+    for name in _mapped(model):
+        if not any(f".{number}." in name for number in range(last)):
             yield name
 
 
-def _refused(model: TinyModel, tensors: Mapping[str, SourceTensor], code: str, name: str) -> None:
-    """The plan of a source with these tensors must have one finding of a kind about a tensor."""
+def logits_problems(model: TinyModel, tp_size: int) -> str | None:
+    """Compare logits; name the tensors of wrong sub-modules and how the base makes them."""
+    import torch
+
+    from phireg.verification.compute import Computed
+    from phireg.verification.recognise import place_of
+    from phireg.verification.request import Request, Skipped
+
+    torch.set_num_threads(1)
+    plan = model.plan(tp_size)
+    directory = model.convert(model.source_dir, tp_size)
+    source, family = str(model.source_dir), model.family.name
+    request = Request(directory, source, family, None, ("logits",), "cpu", "float32", None)
+    computed = Computed(request, plan.config, plan, lambda check, more, total: None)
+    try:
+        summary, problems, _ = computed.logits()
+        if tp_size > 1 and not problems:
+            summary, problems, _ = computed.ranks()
+    except Skipped as reason:
+        return f"TP {tp_size}: the logits cannot be compared: {reason}"
+    if not problems:
+        return None
+    lines = [f"TP {tp_size}: the checkpoint of '{family}' does not match the source: {summary}"]
+    lines += [f"  {problem}" for problem in problems[:8]]
+    first_layers: dict[str | None, int | None] = {}
+    for problem in problems:
+        first_layers.setdefault(problem.part, problem.layer)
+    wrong = {(layer, part) for part, layer in first_layers.items()}
+    tensors = [output.name for output in model.plan(1).outputs if place_of(output.name) in wrong]
+    if tp_size == 1 and model.base and (differences := model.differences_from_base(tensors)):
+        lines += [f"unlike {model.base.family.name}, the base of '{family}':"]
+        lines += [f"  {difference}" for difference in differences]
+    elif tensors:
+        lines += ["made of:"]
+        lines += [f"  {name}  [{model.place(name)}]" for name in tensors]
+    return "\n".join(lines)
+
+
+def _check_refused(
+    model: TinyModel, tensors: Mapping[str, SourceTensor], code: str, name: str
+) -> None:
+    """Check that a source with these tensors is refused with one finding about ``name``."""
     source = dataclasses.replace(model.source, tensors=MappingProxyType(dict(tensors)))
-    plan = model.planned(1, source)
-    if not any((f.code, f.subject) == (code, name) for f in plan.errors):
-        found = [f"{f.code} {f.subject}: {f.detail}" for f in plan.errors]
-        place = model.places.concerned(name)
+    plan = model.plan_for(source, 1)
+    if (code, name) not in {(finding.code, finding.subject) for finding in plan.errors}:
         _fail(
-            f"{name} is {code} in the source, and the plan does not say so; it says:",
-            [*(found or ["nothing"]), f"concerned:\n{place}"],
+            f"{name} is {code} in the source, and the plan's errors do not name it:",
+            [f"{f.code} {f.subject}: {f.detail}" for f in plan.errors] or ["none"],
         )
     output = model.directory / "refused"
     try:
@@ -324,12 +355,12 @@ def _refused(model: TinyModel, tensors: Mapping[str, SourceTensor], code: str, n
         if name not in error.message:
             _fail(f"{name} is {code}, and the error does not name it:", [error.message])
     else:
-        _fail(f"{name} is {code} in the source, and the conversion was carried out")
+        _fail(f"{name} is {code} in the source, and the source was converted")
     if output.exists():
-        _fail(f"{name} is {code} in the source, and {output.name} was written all the same")
+        _fail(f"{name} is {code} in the source, and {output.name} was written")
 
 
-def _truncated(model: TinyModel) -> None:
+def _check_truncation(model: TinyModel) -> None:
     directory = model.directory / "truncated"
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(model.config), encoding="utf-8")

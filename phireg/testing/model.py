@@ -1,9 +1,9 @@
-"""A family's tiny model, and everything a conformance test makes of it."""
+"""A family's tiny model, its plans and its conversions, for the conformance tests."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -15,43 +15,42 @@ from phireg.config.hf import HFConfig
 from phireg.errors import PlanError
 from phireg.family import Family
 from phireg.planning.build import build_plan
-from phireg.planning.model import Options
+from phireg.planning.model import Options, Plan
 from phireg.planning.report import problems
 from phireg.registry import GROUP, Candidate, FamilyChoice
 from phireg.source.source import Source, open_source
-from phireg.testing.places import Places
 from phireg.testing.probe import AddressBook, Addresses, read_addresses
-from phireg.testing.tiny import tiny_config, write_tiny_model
+from phireg.testing.sources import tiny_config, write_tiny_model
 
 
-class _Recording(HFConfig):
-    """A config that can be asked, after a translation, what nobody read."""
+class _SharedConfig(HFConfig):
+    """A config whose translation records the keys it reads here, not in a copy."""
 
     def fresh(self) -> HFConfig:
         return self
 
 
 class TinyModel:
-    """A tiny model of a family; what is made of it is made when it is first asked for.
+    """A tiny model of a family; checkpoints and plans are made on first use.
 
     Args:
-        family: the family; no entry point is looked for.
+        family: the family; it needs no entry point.
         config: the tiny source config.json.
-        directory: where to write; must exist.
+        directory: an existing one, for all files.
     """
 
     def __init__(self, family: Family, config: Mapping[str, Any], directory: Path) -> None:
         self.family = family
         self.config = tiny_config(family, config)
         self.directory = directory
-        self.places = Places(family, self.config)
-        self._made: dict[tuple[Any, ...], Any] = {}
+        self._plans: dict[tuple[int, str | None], Plan] = {}
+        self._probes: dict[int, list[dict[str, Addresses]]] = {}
 
-    def translated(self) -> tuple[Translation, tuple[str, ...]]:
-        """The translated config, and the source keys that nobody read."""
-        recording = _Recording(self.config)
-        translation = self.family.config_fields().translate(recording)
-        return translation, recording.unread()
+    def translate(self) -> tuple[Translation, tuple[str, ...]]:
+        """Translate the config; return also the source keys that no entry reads."""
+        config = _SharedConfig(self.config)
+        translation = self.family.config_fields().translate(config)
+        return translation, config.unread()
 
     @cached_property
     def source_dir(self) -> Path:
@@ -60,83 +59,110 @@ class TinyModel:
 
     @cached_property
     def source(self) -> Source:
-        """Its tensors, from headers."""
+        """The tensors of the random model, from headers."""
         return open_source(self.source_dir)
 
     @cached_property
     def book(self) -> AddressBook:
-        """The addresses of its elements."""
+        """The addresses of the source's elements."""
         return AddressBook({name: t.shape for name, t in self.source.tensors.items()})
 
     @cached_property
     def probe_dir(self) -> Path:
-        """The model with addresses for values."""
+        """The model with every element's address for its value."""
         directory = self.directory / "probe"
         directory.mkdir()
         self.book.write(directory)
         shutil.copyfile(self.source_dir / "config.json", directory / "config.json")
         return directory
 
-    def planned(
-        self, tp_size: int, source: Source | None = None, *, qformat: str | None = None
-    ) -> phireg.Plan:
-        """The plan of the model, or of another source with the same config.json."""
-        if source is None:
-            key = ("planned", tp_size, qformat)
-            if key not in self._made:
-                self._made[key] = self.planned(tp_size, self.source, qformat=qformat)
-            made: phireg.Plan = self._made[key]
-            return made
-        options = Options("float32", tp_size, qformat)
+    @cached_property
+    def base(self) -> TinyModel | None:
+        """The same source converted by the family's base; None for a family without one."""
+        if self.family.base is None:
+            return None
+        directory = self.directory / "base"
+        directory.mkdir()
+        base = TinyModel(self.family.base, self.config, directory)
+        base.source_dir, base.probe_dir = self.source_dir, self.probe_dir
+        return base
+
+    @cached_property
+    def places(self) -> dict[str, str]:
+        """File and line of the rule of each target module."""
+        translation, _ = self.translate()
+        rules = self.family.weight_rules(translation.fields, HFConfig(self.config))
+        return {target: rule.where for target, rule in rules.items()}
+
+    def place(self, tensor: str) -> str:
+        """Return file and line of the rule that makes a checkpoint tensor."""
+        return self.places[tensor.rpartition(".")[0]]
+
+    def plan(self, tp_size: int, qformat: str | None = None) -> Plan:
+        """Return the plan of the random model."""
+        key = tp_size, qformat
+        if key not in self._plans:
+            self._plans[key] = self.plan_for(self.source, tp_size, qformat)
+        return self._plans[key]
+
+    def plan_for(self, source: Source, tp_size: int, qformat: str | None = None) -> Plan:
+        """Plan the conversion of a source with the same config.json."""
         entry = metadata.EntryPoint(self.family.name, "under:test", GROUP)
         candidate = Candidate(self.family.name, "under test", "0", entry.value, entry)
-        chosen = FamilyChoice(self.family, candidate)
-        return build_plan(chosen, HFConfig(self.config), source, options)
+        options = Options("float32", tp_size, qformat)
+        choice = FamilyChoice(self.family, candidate)
+        return build_plan(choice, HFConfig(self.config), source, options)
 
     def plan_problems(self, tp_size: int, qformat: str | None = None) -> str | None:
-        """What speaks against the plan, with the places concerned; None if nothing does."""
-        errors = self.planned(tp_size, qformat=qformat).errors
+        """Return the plan's errors as text; None if there are none."""
+        errors = self.plan(tp_size, qformat).errors
         if not errors:
             return None
-        text = problems(errors)
-        return (
-            f"the plan of '{self.family.name}' at TP {tp_size}{f', {qformat},' if qformat else ''} "
-            f"has {len(errors)} problems:\n{text}"
-            f"\nconcerned:\n{self.places.concerned(text)}"
-        )
-
-    def checkpoint(self, tp_size: int) -> Path:
-        """The converted model, float32.
-
-        Raises:
-            PlanError: it has no plan.
-        """
-        return self.convert(self.source_dir, tp_size)
+        size = f"TP {tp_size}{f', {qformat}' if qformat else ''}"
+        return f"the plan of '{self.family.name}' at {size} has errors:\n{problems(errors)}"
 
     def probes(self, tp_size: int) -> list[dict[str, Addresses]]:
-        """The converted probe: for each rank, every tensor's addresses.
+        """Convert the probe; return the addresses in every tensor of each rank.
 
         Raises:
-            PlanError: it has no plan.
+            PlanError: the plan has errors.
         """
-        key = ("probes", tp_size)
-        if key not in self._made:
+        if tp_size not in self._probes:
             directory = self.convert(self.probe_dir, tp_size)
             files = (directory / f"rank{rank}.safetensors" for rank in range(tp_size))
-            self._made[key] = [read_addresses(file) for file in files]
-        ranks: list[dict[str, Addresses]] = self._made[key]
-        return ranks
+            self._probes[tp_size] = [read_addresses(file) for file in files]
+        return self._probes[tp_size]
 
     def convert(self, source_dir: Path, tp_size: int) -> Path:
-        """The converted checkpoint of a source with the same config.json, float32.
+        """Convert a source with the same config.json to float32; return the checkpoint.
 
         Raises:
-            PlanError: it has no plan.
+            PlanError: the plan has errors.
         """
         output = self.directory / f"{source_dir.name}-tp{tp_size}"
         if not output.exists():
-            plan = self.planned(tp_size, open_source(source_dir))
+            plan = self.plan_for(open_source(source_dir), tp_size)
             if plan.errors:
-                raise PlanError(self.plan_problems(tp_size) or "")
+                raise PlanError(problems(plan.errors))
             phireg.convert(plan, output)
         return output
+
+    def differences_from_base(self, tensors: Iterable[str]) -> list[str]:
+        """List the tensors, among these, and the config fields that the base makes differently."""
+        if self.base is None or self.base.plan_problems(1):
+            return []
+        probes, base_probes = self.probes(1)[0], self.base.probes(1)[0]
+        lines = []
+        for name in tensors:
+            if name in probes and name in base_probes:
+                difference = self.book.difference(name, probes[name], base_probes[name])
+                lines += [f"{difference}  [{self.place(name)}]"] if difference else []
+        config, base_config = self.plan(1).config, self.base.plan(1).config
+        table = self.family.config_fields()
+        for key in {**config, **base_config}:
+            if config.get(key) != base_config.get(key):
+                places = "".join(f"  [{entry.where}]" for entry in table.producing(key))
+                lines.append(
+                    f"{key} is {config.get(key)!r}, expected {base_config.get(key)!r}{places}"
+                )
+        return lines

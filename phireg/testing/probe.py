@@ -1,4 +1,4 @@
-"""Probe checkpoints: every element is its own address, so a moved row says where it came from."""
+"""Probe checkpoints: every element is its own address, so a moved row tells its origin."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ import numpy.typing as npt
 
 from phireg.checkpoint.rankfiles import RankFile
 from phireg.errors import SourceError
-from phireg.files.safetensors import encode_header
 
 Addresses = npt.NDArray[np.uint32]
-"""Addresses of source elements, in the shape of a tensor; 0 is a zero that was filled in."""
+"""Addresses of source elements, in the shape of a tensor; 0 is padding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where an address points.
+    """The source element at an address.
 
     Attributes:
-        tensor: source tensor; empty for zeros that were filled in.
+        tensor: source tensor; empty for padding.
         row: its row (its element, for a tensor with one axis).
         column: its column; 0 for a tensor with one axis.
     """
@@ -36,14 +35,14 @@ class Origin:
 
 
 class AddressBook:
-    """Numbers the elements of all source tensors, from 1 on.
+    """Addresses of the elements of all source tensors, from 1 on.
 
     Args:
         shapes: shapes by tensor name; one or two axes.
 
     Attributes:
         shapes: the same.
-        end: the number after the last address.
+        end: one more than the last address.
 
     Raises:
         SourceError: there are more elements than 32 bits can number.
@@ -51,79 +50,66 @@ class AddressBook:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = dict(shapes)
-        self._first: dict[str, int] = {}
-        end = 1
-        for name, shape in self.shapes.items():
-            self._first[name] = end
-            end += int(np.prod(shape))
-        if end > 2**32:
+        sizes = [int(np.prod(shape)) for shape in self.shapes.values()]
+        self._starts = np.cumsum([1, *sizes])
+        self._first = dict(zip(self.shapes, self._starts.tolist(), strict=False))
+        self.end = int(self._starts[-1])
+        if self.end > 2**32:
             raise SourceError("the model is too large to probe: it has 2^32 elements or more")
-        self.end = end
-        self._names = list(self._first)
-        self._starts = np.fromiter(self._first.values(), np.int64, len(self._first))
 
     def tensor(self, name: str) -> Addresses:
-        """The addresses of a tensor, in its shape."""
-        shape = self.shapes[name]
-        first = self._first[name]
-        return np.arange(first, first + int(np.prod(shape)), dtype=np.uint32).reshape(shape)
+        """Return the addresses of a tensor, in its shape."""
+        shape, first = self.shapes[name], self._first[name]
+        return np.arange(first, first + np.prod(shape), dtype=np.uint32).reshape(shape)
 
     def origin(self, address: int) -> Origin:
-        """What an address points at."""
+        """Return the element at an address."""
         if not address:
             return Origin("", 0, 0)
-        number = int(np.searchsorted(self._starts, address, side="right")) - 1
-        name = self._names[number]
+        name = list(self.shapes)[int(np.searchsorted(self._starts, address, side="right")) - 1]
         width = self.shapes[name][1] if len(self.shapes[name]) > 1 else 1
-        row, column = divmod(int(address) - int(self._starts[number]), width)
+        row, column = divmod(int(address) - self._first[name], width)
         return Origin(name, row, column)
 
     def write(self, directory: Path) -> None:
-        """Write ``model.safetensors`` whose float32 elements are their addresses as raw bits."""
-        header, entries = encode_header([(n, "F32", s) for n, s in self.shapes.items()])
-        with (directory / "model.safetensors").open("wb") as out:
-            out.write(header)
-            for name in entries:
-                out.write(self.tensor(name).tobytes())
+        """Write ``model.safetensors``: float32 tensors whose bits are the addresses."""
+        from safetensors.numpy import save_file
 
-    def difference(self, name: str, got: Addresses, expected: Addresses) -> str | None:
-        """How a tensor differs from what was expected, by its first wrong row; None if it does not.
+        tensors = {name: self.tensor(name).view(np.float32) for name in self.shapes}
+        save_file(tensors, directory / "model.safetensors")
 
-        Args:
-            name: what to call the tensor.
-            got: its addresses.
-            expected: those it should have.
-        """
-        got, expected = (rows_of(array) for array in (got, expected))
-        if got.shape != expected.shape:
-            return f"{name} is {list(got.shape)}, expected {list(expected.shape)}"
-        wrong = got != expected
+    def difference(self, name: str, actual: Addresses, expected: Addresses) -> str | None:
+        """Describe the first wrong row (or column) of a tensor; None if all are right."""
+        actual, expected = rows_of(actual), rows_of(expected)
+        if actual.shape != expected.shape:
+            return f"{name} is {list(actual.shape)}, expected {list(expected.shape)}"
+        wrong = actual != expected
         if not wrong.any():
             return None
         row = int(wrong.any(axis=1).argmax())
         column = int(wrong[row].argmax())
-        found, wanted = (self.origin(int(array[row, column])) for array in (got, expected))
-        if found.tensor and (found.tensor, found.row) == (wanted.tensor, wanted.row):
+        origin, right = (self.origin(int(array[row, column])) for array in (actual, expected))
+        if origin.tensor and (origin.tensor, origin.row) == (right.tensor, right.row):
             columns = int(wrong.any(axis=0).sum())
             return (
-                f"column {column} of {name} came from column {found.column} of {found.tensor}, "
-                f"expected column {wanted.column} ({columns} of {got.shape[1]} columns are wrong)"
+                f"column {column} of {name} came from column {origin.column} of {origin.tensor}, "
+                f"expected column {right.column} ({columns} of {actual.shape[1]} columns are wrong)"
             )
-        short = f"row {wanted.row}" if found.tensor == wanted.tensor else str(wanted)
+        short = f"row {right.row}" if origin.tensor == right.tensor else str(right)
         rows = int(wrong.any(axis=1).sum())
         return (
-            f"row {row} of {name} came from {found}, expected {short} "
-            f"({rows} of {len(got)} rows are wrong)"
+            f"row {row} of {name} came from {origin}, expected {short} "
+            f"({rows} of {len(actual)} rows are wrong)"
         )
 
 
 def rows_of(array: Addresses) -> Addresses:
-    """A tensor as rows: stacked linears follow each other, a vector has rows of one element."""
+    """View a tensor as rows: stacked linears follow each other, a vector has rows of one."""
     return array.reshape(-1, array.shape[-1] if array.ndim > 1 else 1)
 
 
 def read_addresses(path: Path) -> dict[str, Addresses]:
-    """The tensors of a rank file of a converted probe checkpoint, as addresses."""
+    """Read the addresses in a rank file of a converted probe checkpoint."""
     with RankFile(path) as file:
         return {
             name: file.read(name).view(np.uint32).reshape(entry.shape)

@@ -1,11 +1,11 @@
-"""A plugin as a stranger might write it, on three bases, with one mistake planted at a time.
+"""A third-party plugin on three bases, with one mistake planted at a time.
 
-Each mistake is a function that makes the steps to put on top of the base, and what the conformance
-tests must say about it: words of the message, beside the file and line of the rule.
+Each mistake is a function that amends the result of one hook of the base, with parts of the message
+that the conformance tests must give: the tensor or key, and where it came from.
 """
 
-import inspect
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 from phireg_plugins.phi2 import FAMILY as PHI2
 from phireg_plugins.phi3_mini import FAMILY as MINI
@@ -69,12 +69,11 @@ Q, K = H * SIZE, KV * SIZE
 
 @dataclass(frozen=True)
 class Mistake:
-    """What is planted, what must be said of it, and the lines of this file that must be named."""
+    """A variant of a base with one mistake, and parts of a message about it."""
 
     base: str
     step: object
-    says: tuple[str, ...]
-    lines: range
+    message: tuple[str, ...]
 
     def family(self):
         return BASES[self.base].derive("acme", self.step)
@@ -83,57 +82,27 @@ class Mistake:
 MISTAKES = {}
 
 
-def lines_of(function):
-    source, start = inspect.getsourcelines(function)
-    return range(start, start + len(source))
+def planting(hook):
+    """A decorator for functions that amend the result of ``hook`` wrongly."""
 
-
-def mistake(base, *says, omission=False):
-    """Plant a function that amends the rules; the place of what it leaves out is the hook's."""
-
-    def planted(make):
-        class Weights:
+    def planted(base, *message):
+        def plant(amend):
             @hookimpl(wrapper=True)
-            def phireg_weight_rules(self):
-                return make((yield))
+            def wrapper():
+                return amend((yield))
 
-        place = Weights.phireg_weight_rules if omission else make
-        MISTAKES[make.__name__] = Mistake(base, Weights(), says, lines_of(place))
-        return make
+            step = SimpleNamespace(**{hook: wrapper})
+            MISTAKES[amend.__name__] = Mistake(base, step, message)
+            return amend
+
+        return plant
 
     return planted
 
 
-def wrong_fields(base, *says, omission=False):
-    """Plant a function that amends the field table; as for rules, the hook stands for omissions."""
-
-    def planted(make):
-        class Fields:
-            @hookimpl(wrapper=True)
-            def phireg_config_fields(self):
-                return make((yield))
-
-        place = Fields.phireg_config_fields if omission else make
-        MISTAKES[make.__name__] = Mistake(base, Fields(), says, lines_of(place))
-        return make
-
-    return planted
-
-
-def wrong_quantization(base, *says):
-    """Plant a function that amends the quantization rules, whose place is the hook's."""
-
-    def planted(make):
-        class Quantization:
-            @hookimpl(wrapper=True)
-            def phireg_quant_rules(self):
-                return make((yield))
-
-        place = lines_of(Quantization.phireg_quant_rules)
-        MISTAKES[make.__name__] = Mistake(base, Quantization(), says, place)
-        return make
-
-    return planted
+wrong_rules = planting("phireg_weight_rules")
+wrong_fields = planting("phireg_config_fields")
+wrong_quantization = planting("phireg_quant_rules")
 
 
 def target(i, name):
@@ -164,13 +133,20 @@ def qkv(i):
 # --- rows in another order -------------------------------------------------------------------
 
 
-@mistake("mini", "gate and up are exchanged", "row 0 of transformer.layers.0.mlp.fc.weight")
+@wrong_rules(
+    "mini",
+    "row 0 of transformer.layers.0.mlp.fc.weight came from row 0",
+    "expected row 40",
+    "acme.py:",
+)
 def halves_not_swapped(rules):
     """As the source has them: gate, up."""
     return rules.replace(*every(lambda i: Linear(target(i, "mlp.fc"), gate_up(i), HIDDEN, COLUMN)))
 
 
-@mistake("mini", "k and v are exchanged", "row 48 of transformer.layers.0.attention.qkv.weight")
+@wrong_rules(
+    "mini", "row 48 of transformer.layers.0.attention.qkv.weight came from row 72", "acme.py:"
+)
 def k_and_v_exchanged(rules):
     def rule(i):
         axis = order(qkv(i), "q", "v", "k")
@@ -179,7 +155,7 @@ def k_and_v_exchanged(rules):
     return rules.replace(*every(rule))
 
 
-@mistake("phi2", "k and v are exchanged", "self_attn.k_proj")
+@wrong_rules("phi2", "row 64 of transformer.layers.0.attention.qkv.bias", "self_attn.k_proj")
 def k_and_v_fused_in_the_wrong_order(rules):
     def rule(i):
         one = {p: src(source(i, f"self_attn.{p}_proj"), 64) for p in "qvk"}
@@ -188,7 +164,7 @@ def k_and_v_fused_in_the_wrong_order(rules):
     return rules.replace(*every(rule))
 
 
-@mistake("small", "still grouped by KV head", "row 12 of transformer.layers.0.attention.qkv")
+@wrong_rules("small", "row 12 of transformer.layers.0.attention.qkv.weight", "expected row 24")
 def de_interleaving_forgotten(rules):
     def rule(i):
         axis = src(source(i, "self_attn.query_key_value"), Q + 2 * K)
@@ -198,7 +174,9 @@ def de_interleaving_forgotten(rules):
     return rules.replace(*every(rule))
 
 
-@mistake("small", "de-interleaved into two halves", "row 1 of transformer.layers.0.mlp.fc.weight")
+@wrong_rules(
+    "small", "row 1 of transformer.layers.0.mlp.fc.weight came from row 2", "expected row 1"
+)
 def pairs_pulled_apart(rules):
     def rule(i):
         up = src(source(i, "mlp.up_proj"), 2 * INNER)
@@ -208,7 +186,7 @@ def pairs_pulled_apart(rules):
     return rules.replace(*every(rule))
 
 
-@mistake("mini", "query head 1 and query head 2 are exchanged", "row 6 of transformer.layers.1")
+@wrong_rules("mini", "row 6 of transformer.layers.1.attention.qkv.weight", "expected row 6")
 def one_head_permuted(rules):
     name = source(1, "self_attn.qkv_proj")
     heads = [Span(name, n * SIZE, SIZE) for n in range(H)]
@@ -218,7 +196,7 @@ def one_head_permuted(rules):
     return rules.replace(Linear(target(1, "attention.qkv"), axis, HIDDEN, COLUMN))
 
 
-@mistake("mini", "the columns of heads 0 and 2 are exchanged", "column 0 of")
+@wrong_rules("mini", "column 0 of transformer.layers.0.attention.dense.weight came from column 12")
 def columns_of_two_heads_exchanged(rules):
     cols = columns(Q, unit=SIZE)
     spans = [Span("", n * SIZE, SIZE) for n in (2, 1, 0)] + [Span("", 3 * SIZE, Q - 3 * SIZE)]
@@ -230,7 +208,11 @@ def columns_of_two_heads_exchanged(rules):
 # --- rows of something else ------------------------------------------------------------------
 
 
-@mistake("mini", "it reads model.layers.0.post_attention_layernorm, not", "input_layernorm")
+@wrong_rules(
+    "mini",
+    "row 0 of transformer.layers.0.input_layernorm.weight",
+    "layers.0.post_attention_layernorm",
+)
 def norms_exchanged(rules):
     def rule(i, name, other):
         return Norm(target(i, name), src(source(i, other), HIDDEN))
@@ -241,7 +223,7 @@ def norms_exchanged(rules):
     )
 
 
-@mistake("small", "it reads model.layers.1.post_attention_layernorm, not model.final_layernorm")
+@wrong_rules("small", "row 0 of transformer.ln_f.weight", "model.layers.1.post_attention_layernorm")
 def final_norm_from_a_layer(rules):
     return rules.replace(
         Norm("transformer.ln_f", src(source(1, "post_attention_layernorm"), HIDDEN), bias=True),
@@ -249,7 +231,7 @@ def final_norm_from_a_layer(rules):
     )
 
 
-@mistake("phi2", "transformer.layers.0.mlp.proj", "row 0 of transformer.layers.0.mlp.proj.bias")
+@wrong_rules("phi2", "row 0 of transformer.layers.0.mlp.proj.bias", "self_attn.dense.bias")
 def biases_of_two_modules_exchanged(rules):
     def rules_of(i):
         dense, proj = (src(source(i, name), 64) for name in ("self_attn.dense", "mlp.fc2"))
@@ -262,7 +244,9 @@ def biases_of_two_modules_exchanged(rules):
     return rules.replace(*(rule for pair in every(rules_of) for rule in pair))
 
 
-@mistake("mini", "it reads model.layers.1.mlp.down_proj, not model.layers.0.mlp.down_proj")
+@wrong_rules(
+    "mini", "row 0 of transformer.layers.0.mlp.proj.weight", "model.layers.1.mlp.down_proj"
+)
 def off_by_one_layer(rules):
     def rule(i):
         rows = src(source((i + 1) % LAYERS, "mlp.down_proj"), HIDDEN)
@@ -271,7 +255,7 @@ def off_by_one_layer(rules):
     return rules.replace(*every(rule))
 
 
-@mistake("mini", "embedding", "it reads lm_head, not model.embed_tokens")
+@wrong_rules("mini", "row 0 of transformer.vocab_embedding.weight came from row 0 of lm_head")
 def embedding_and_head_exchanged(rules):
     return rules.replace(
         Table("transformer.vocab_embedding", src("lm_head", VOCAB), HIDDEN),
@@ -282,18 +266,18 @@ def embedding_and_head_exchanged(rules):
 # --- missing and surplus ---------------------------------------------------------------------
 
 
-@mistake("tied", "lm_head.weight: the reader requires it, and no rule makes it", omission=True)
+@wrong_rules("tied", "schema    lm_head.weight")
 def tied_head_forgotten(rules):
     return without(rules, "lm_head")
 
 
-@mistake("tied", "model.embed_tokens are used twice")
+@wrong_rules("tied", "model.embed_tokens", "twice", "lm_head")
 def tie_not_said(rules):
     head = pad(src("model.embed_tokens", VOCAB))
     return rules.replace(Linear("lm_head", head, HIDDEN, COLUMN))
 
 
-@mistake("small", "mlp.down_proj.bias", "no rule maps it")
+@wrong_rules("small", "unmapped  model.layers.{0..2}.mlp.down_proj.bias")
 def bias_forgotten(rules):
     def rule(i):
         rows = src(source(i, "mlp.down_proj"), HIDDEN)
@@ -302,12 +286,12 @@ def bias_forgotten(rules):
     return rules.replace(*every(rule))
 
 
-@mistake("mini", "model.layers.2.post_attention_layernorm.weight", "no rule maps it", omission=True)
+@wrong_rules("mini", "unmapped  model.layers.2.post_attention_layernorm.weight")
 def last_layers_norm_dropped(rules):
     return without(rules, target(2, "post_layernorm"))
 
 
-@mistake("mini", "rows 72 to 96 of model.layers.{0..2}", "used nowhere")
+@wrong_rules("mini", "rows 72 to 96 of model.layers.{0..2}.self_attn.qkv_proj are used nowhere")
 def v_taken_from_k(rules):
     def rule(i):
         name = source(i, "self_attn.qkv_proj")
@@ -321,7 +305,12 @@ def v_taken_from_k(rules):
 # --- ranks -----------------------------------------------------------------------------------
 
 
-@mistake("mini", "TP 2, all ranks together: row 24 of transformer.layers.0.attention.qkv.weight")
+@wrong_rules(
+    "mini",
+    "TP 2",
+    "row 24 of transformer.layers.0.attention.qkv.weight came from row 48",
+    "acme.py:",
+)
 def parts_not_named(rules):
     """As one block: the first rank gets all of q, the second all of k and v."""
 
@@ -332,7 +321,7 @@ def parts_not_named(rules):
     return rules.replace(*every(rule))
 
 
-@mistake("mini", "mlp.proj.weight: would be", "reader expects [48, 20]")
+@wrong_rules("mini", "mlp.proj.weight", "[24, 40]", "[48, 20]")
 def wrong_policy(rules):
     def rule(i):
         rows = src(source(i, "mlp.down_proj"), HIDDEN)
@@ -341,7 +330,7 @@ def wrong_policy(rules):
     return rules.replace(*every(rule))
 
 
-@mistake("mini", "mlp.fc.weight: would be", "reader expects [40, 48]")
+@wrong_rules("mini", "mlp.fc.weight", "[80, 48]", "[40, 48]")
 def copied_instead_of_cut(rules):
     def rule(i):
         return Linear(target(i, "mlp.fc"), order(gate_up(i), "up", "gate"), HIDDEN, COPY)
@@ -349,18 +338,18 @@ def copied_instead_of_cut(rules):
     return rules.replace(*every(rule))
 
 
-@mistake("mini", "part 'rows': 97 rows cannot be divided over 2 ranks")
+@wrong_rules("mini", "sharding  lm_head", "acme.py:")
 def padding_forgotten(rules):
     return rules.replace(Linear("lm_head", src("lm_head", VOCAB), HIDDEN, COLUMN))
 
 
-@mistake("mini", "lm_head.weight", "would be [98, 48]; the reader expects [97, 48]")
+@wrong_rules("mini", "lm_head.weight", "[98, 48]", "[97, 48]")
 def padding_in_front(rules):
     axis = Axis((Part("rows", (Span(None, 0, 1), Span("lm_head", 0, VOCAB))),), (("lm_head", 97),))
     return rules.replace(Linear("lm_head", axis, HIDDEN, COLUMN))
 
 
-@mistake("mini", "TP 2, all ranks together: row 24 of lm_head.weight came from row 48")
+@wrong_rules("mini", "TP 2", "row 24 of lm_head.weight came from row 48", "acme.py:")
 def head_divided_in_two_parts(rules):
     """Two parts are divided one by one, so each rank gets half of either."""
     first, last = (Span("lm_head", 0, 48), Span("lm_head", 48, 49))
@@ -371,9 +360,7 @@ def head_divided_in_two_parts(rules):
 # --- config ----------------------------------------------------------------------------------
 
 
-@wrong_fields(
-    "mini", "rotary_base is 10000.0", "if it is 5000.0, which config.json has as rope_theta"
-)
+@wrong_fields("mini", "layer 0 attention", "rotary_base is 10000.0, expected 5000.0", "acme.py:")
 def rope_base_ignored(table):
     entries = (entry for entry in table if entry.to != ("rotary_base",))
     return FieldTable(
@@ -381,35 +368,29 @@ def rope_base_ignored(table):
     )
 
 
-@wrong_fields(
-    "mini", "norm_epsilon is 1e-05", "if it is 0.01, which config.json has as rms_norm_eps"
-)
+@wrong_fields("mini", "layer 0 attention", "norm_epsilon is 1e-05, expected 0.01")
 def wrong_epsilon(table):
     return table.replace(
         const("norm_epsilon", 1e-5), ignore("rms_norm_eps", why="taken for a default")
     )
 
 
-@wrong_fields("small", "'hidden_act = 'swiglu''", "hidden_act is 'swiglu'", "if it is 'gegelu'")
+@wrong_fields("small", "layer 0 mlp", "hidden_act is 'swiglu', expected 'gegelu'")
 def wrong_activation(table):
     return table.replace(const("hidden_act", "swiglu"))
 
 
-@wrong_fields("small", "gegelu_limit is 7.0", "0.5, which config.json has as gegelu_limit")
+@wrong_fields("small", "layer 0 mlp", "gegelu_limit is 7.0, expected 0.5")
 def limit_from_another_key(table):
     return table.replace(field("mup_embedding_multiplier", to="gegelu_limit", kind=positive))
 
 
-@wrong_fields("mini", "rope_theta: no entry reads it", omission=True)
+@wrong_fields("mini", "rope_theta: no entry reads it")
 def key_not_read(table):
     return table.replace(const("rotary_base", 5000.0))
 
 
-@wrong_fields(
-    "mini",
-    "hidden_act: the reader of Phi3ForCausalLM needs it, and no entry produces it",
-    omission=True,
-)
+@wrong_fields("mini", "hidden_act", "Phi3ForCausalLM")
 def required_key_not_made(table):
     kept = (entry for entry in table if entry.to != ("hidden_act",))
     return FieldTable(*kept, ignore("hidden_act", why="taken for training"))
@@ -418,16 +399,16 @@ def required_key_not_made(table):
 # --- quantization ----------------------------------------------------------------------------
 
 
-@wrong_quantization("mini", "the quantization rules name it, and no weight rule makes it")
+@wrong_quantization("mini", "quant     transformer.layers.0.attention.qvk")
 def linear_misspelt(rules):
     return replace(rules, linears=(*rules.linears, "transformer.layers.0.attention.qvk"))
 
 
-@wrong_quantization("mini", "lm_head", "has padded rows, which have no scale")
+@wrong_quantization("mini", "quant     lm_head")
 def head_quantized(rules):
     return replace(rules, linears=(*rules.linears, "lm_head"))
 
 
-@wrong_quantization("mini", "input_layernorm", "has no input features")
+@wrong_quantization("mini", "quant     transformer.layers.0.input_layernorm")
 def norm_quantized(rules):
     return replace(rules, linears=(*rules.linears, "transformer.layers.0.input_layernorm"))

@@ -1,4 +1,4 @@
-"""Mistakes with experts that the conformance tests must find, with the rule's place."""
+"""Mistakes with experts that the conformance tests must find and locate."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from example_models import errors
 from phireg_phi35 import PHI35_MOE
 
 from phireg.api import COLUMN, ROW, Experts, Linear, fuse, hookimpl, src
-from phireg.testing.logits import logits_problems
+from phireg.testing.conformance import logits_problems
 from phireg.testing.model import TinyModel
 
 torch.set_num_threads(1)
@@ -43,7 +43,7 @@ def experts(*parts, order=range(EXPERTS)):
 MISTAKES = {
     "gate first": (
         experts(("gate", "w1"), ("up", "w3")),
-        "mlp.fc: gate and up are exchanged",
+        "row 0 of transformer.layers.0.mlp.fc.weight came from",
     ),
     "experts in another order": (
         experts(("up", "w3"), ("gate", "w1"), order=(1, 0, 2)),
@@ -74,10 +74,10 @@ def test_without_a_mistake_there_is_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_found(name, tmp_path):
-    rule, said = MISTAKES[name]
+    rule, part = MISTAKES[name]
     problems = logits_problems(TinyModel(with_rule(rule), TINY, tmp_path), 1)
     assert problems is not None
-    assert said in problems, problems
+    assert part in problems, problems
     assert rule.where in problems, problems
 
 

@@ -8,7 +8,7 @@ from phireg_phi4 import PHI4, PHI4_MINI
 from phireg_phi35 import PHI35_MINI, PHI35_MOE
 
 from phireg.files.safetensors import encode_header
-from phireg.testing.factory import source_tensors
+from phireg.testing import source_tensors
 
 LONG = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 MOE_LONG = {

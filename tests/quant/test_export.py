@@ -35,7 +35,7 @@ from phireg.conversion import scales as scaling
 from phireg.conversion import stream as streaming
 from phireg.conversion.scales import bytes_read, check_scales, compute_scales
 from phireg.errors import PlanError, UsageError
-from phireg.testing.factory import write_random_model
+from phireg.testing import write_random_model
 
 FORMATS = [("fp8", 1.0), ("int8_sq", 1.0), ("int8_sq", 0.5)]
 formats = pytest.mark.parametrize(("qformat", "alpha"), FORMATS)
