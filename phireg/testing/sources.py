@@ -180,7 +180,7 @@ def write_random_model(
 
     shards: list[list[tuple[str, str, Shape]]] = [[]]
     size = 0
-    for name, shape in _source_shapes(family, config).items():
+    for name, shape in source_shapes(family, config).items():
         nbytes = 2 * math.prod(shape)
         if shards[-1] and size + nbytes > shard_bytes:
             shards.append([])
@@ -191,7 +191,8 @@ def write_random_model(
     (directory / "config.json").write_text(json.dumps(dict(config), indent=2))
 
 
-def _source_shapes(family: Family, config: Mapping[str, Any]) -> dict[str, Shape]:
+def source_shapes(family: Family, config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Return the shapes of the source tensors in the first alternatives of the rules."""
     hf = HFConfig(config)
     translation = family.config_fields().translate(hf)
     if not translation.ok:

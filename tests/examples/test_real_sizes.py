@@ -8,7 +8,7 @@ from phireg_phi4 import PHI4, PHI4_MINI
 from phireg_phi35 import PHI35_MINI, PHI35_MOE
 
 from phireg.files.safetensors import encode_header
-from phireg.testing import source_tensors
+from phireg.testing.sources import source_shapes
 
 LONG = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 MOE_LONG = {
@@ -57,7 +57,7 @@ CASES = {
 def test_every_parameter_is_read_once(name, tmp_path):
     family, rope, parameters = CASES[name]
     config = {**family.published[0].config, **rope}
-    shapes = source_tensors(family, config)
+    shapes = source_shapes(family, config)
     header, entries = encode_header([(name, "BF16", shape) for name, shape in shapes.items()])
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(header)
