@@ -6,7 +6,7 @@ import shutil
 import pytest
 from example_models import EXAMPLES, randomize
 from helpers.fresh_environment import FreshEnvironment, build_wheel, copy_of_the_checkout
-from run.tiny import chat_tokenizer
+from helpers.tokenized_models import chat_tokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from run.tiny import SOURCES
+from helpers.tokenized_models import SOURCES
 
 from phireg import generation as backends
 from phireg.device import measure_memory, peak_memory
@@ -44,8 +44,9 @@ def nll_by_loop(model, prompt, continuation):
 
 @pytest.mark.parametrize("family", SOURCES)
 @pytest.mark.parametrize("name", ["executor", "hf"])
-def test_greedy_and_likelihood_are_the_source_models(name, family, pair):
-    model, source, checkpoint = pair(family, tp_size=1 if family == "phi2" else 2)
+def test_greedy_and_likelihood_are_the_source_models(name, family, models):
+    it = models(family, tp_size=1 if family == "phi2" else 2)
+    model, source, checkpoint = it.model, it.source, it.checkpoint
     wanted = [by_loop(model, prompt, 9) for prompt in PROMPTS]
     stop = wanted[2][4]
     stopped = [by_loop(model, prompt, 9, {stop}) for prompt in PROMPTS]
@@ -66,9 +67,9 @@ def test_greedy_and_likelihood_are_the_source_models(name, family, pair):
         assert backend.peak_memory() > 2**20
 
 
-def test_beams_are_the_most_likely_of_all_texts(pair):
+def test_beams_are_the_most_likely_of_all_texts(models):
     """With as many beams as there are tokens, two steps of beams see every text of two tokens."""
-    model, source, _ = pair("phi3")
+    model, source = models("phi3").model, models("phi3").source
     prompt = PROMPTS[0]
     with torch.no_grad():
         first = model(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
@@ -82,8 +83,8 @@ def test_beams_are_the_most_likely_of_all_texts(pair):
             backend.generate([prompt], 2, (), Sampling(1.0), 2)
 
 
-def test_hf_draws_by_seed_and_leaves_the_generator_alone(pair):
-    _, source, _ = pair("phi3")
+def test_hf_draws_by_seed_and_leaves_the_generator_alone(models):
+    source = models("phi3").source
     before = torch.get_rng_state()
     with open_backend("hf", source, FLOAT) as backend:
         hot = [backend.generate([[5, 6]], 12, (), Sampling(1.5, seed=n)) for n in (1, 1, 2)]
@@ -99,15 +100,15 @@ def test_hf_draws_by_seed_and_leaves_the_generator_alone(pair):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_hf_reads_layer_by_layer_what_it_reads_at_once(pair):
-    model, source, _ = pair("phi3-small")
+def test_hf_reads_layer_by_layer_what_it_reads_at_once(models):
+    model, source = models("phi3-small").model, models("phi3-small").source
     with open_backend("hf", source, Options("cpu", "float32", offload=True)) as backend:
         wanted = [by_loop(model, prompt, 4) for prompt in PROMPTS]
         assert backend.generate(PROMPTS, 4, (), GREEDY) == wanted
 
 
-def test_hf_keeps_the_models_dtype(pair):
-    _, source, _ = pair("phi2")
+def test_hf_keeps_the_models_dtype(models):
+    source = models("phi2").source
     with open_backend("hf", source, Options("cpu")) as backend:
         assert backend.dtype == "float32"
     with open_backend("hf", source, Options("cpu", "bfloat16")) as backend:
@@ -130,24 +131,24 @@ def test_hf_keeps_the_models_dtype(pair):
         (lambda b: b.mean_nll([[1]], [[999]]), "token 999 is outside"),
     ],
 )
-def test_what_both_refuse(name, call, says, pair):
-    _, source, checkpoint = pair("phi3")
+def test_what_both_refuse(name, call, says, models):
+    source, checkpoint = models("phi3").source, models("phi3").checkpoint
     with open_backend(name, checkpoint if name == "executor" else source, FLOAT) as backend:
         with pytest.raises(UsageError, match=says):
             call(backend)
         assert len(backend.generate([[1, 2]], 2, (), GREEDY)[0]) == 2  # and goes on
 
 
-def test_the_executor_names_who_has_beams(pair):
+def test_the_executor_names_who_has_beams(models):
     with (
-        open_backend("executor", pair("phi3")[2], FLOAT) as backend,
+        open_backend("executor", models("phi3").checkpoint, FLOAT) as backend,
         pytest.raises(UsageError, match=r"(?s)no beam search.*hf or tensorrt-llm"),
     ):
         backend.generate([[1]], 2, (), GREEDY, 3)
 
 
-def test_what_is_no_place(pair, tmp_path):
-    _, source, checkpoint = pair("phi3")
+def test_what_is_no_place(models, tmp_path):
+    source, checkpoint = models("phi3").source, models("phi3").checkpoint
     with pytest.raises(CheckError, match="runs the source model"):
         describe("hf", checkpoint)
     with pytest.raises(CheckError):
@@ -158,8 +159,8 @@ def test_what_is_no_place(pair, tmp_path):
         describe("vllm", source)
 
 
-def test_descriptions(pair):
-    _, source, checkpoint = pair("phi3", tp_size=2)
+def test_descriptions(models):
+    source, checkpoint = models("phi3").source, models("phi3").checkpoint
     found = describe("executor", checkpoint)
     assert (found.vocab_size, found.positions, found.processes) == (312, 256, (1, 2))
     assert found.start == "torchrun --nproc-per-node 2 -m"

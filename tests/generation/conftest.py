@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from run.tiny import SOURCES, converted
+from helpers.tokenized_models import SOURCES, converted
 
 from phireg.cli import app
 
@@ -15,27 +15,29 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """A function from a family to its source model, tokenizer, source and checkpoint (TP 2)."""
+def models(tmp_path_factory):
+    """A function from a family to its source model, tokenizer, source and checkpoint."""
     cache = {}
 
-    def make(name):
-        if name not in cache:
-            base = tmp_path_factory.mktemp(name)
-            model, tokenizer = SOURCES[name](base / "source")
-            ckpt = converted(base / "source", base / "ckpt", tp_size=2)
-            cache[name] = SimpleNamespace(
-                model=model, tokenizer=tokenizer, source=base / "source", ckpt=ckpt
-            )
-        return cache[name]
+    def make(family, tp_size=2):
+        if family not in cache:
+            source = tmp_path_factory.mktemp(family) / "source"
+            cache[family] = (*SOURCES[family](source), source)
+        model, tokenizer, source = cache[family]
+        checkpoint = source.parent / f"tp{tp_size}"
+        if not checkpoint.exists():
+            converted(source, checkpoint, tp_size)
+        return SimpleNamespace(
+            model=model, tokenizer=tokenizer, source=source, checkpoint=checkpoint
+        )
 
     return make
 
 
 @pytest.fixture
-def altered(made, tmp_path):
+def altered(models, tmp_path):
     """A copy of the phi3 checkpoint to change."""
-    return shutil.copytree(made("phi3").ckpt, tmp_path / "altered")
+    return shutil.copytree(models("phi3").checkpoint, tmp_path / "altered")
 
 
 @pytest.fixture

@@ -4,21 +4,21 @@ import json
 
 import pytest
 import torch
-from run.tiny import SOURCES, chat_tokenizer, continuation, converted, eos_ids
+from helpers.tokenized_models import SOURCES, chat_tokenizer, continuation, converted, eos_ids
 
 PROMPTS = ("The engine", "Wer liest die Straße? 日本語", "déjà")
 
 
 @pytest.mark.parametrize("family", SOURCES)
-def test_text_is_that_of_the_source_model(family, made, run, document):
-    it = made(family)
+def test_text_is_that_of_the_source_model(family, models, run, document):
+    it = models(family)
     wanted = [
         continuation(it.model, it.tokenizer, prompt, 14, eos_ids(it.source)) for prompt in PROMPTS
     ]
-    alone = run(it.ckpt, "--prompt", PROMPTS[0], "--max-new-tokens", 14)
+    alone = run(it.checkpoint, "--prompt", PROMPTS[0], "--max-new-tokens", 14)
     assert (alone.exit_code, alone.stdout) == (0, wanted[0][1] + "\n")
     flags = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    found = document(it.ckpt, *flags, "--max_output_len", 14)
+    found = document(it.checkpoint, *flags, "--max_output_len", 14)
     assert [(row["tokens"], row["text"]) for row in found["results"]] == wanted
     assert [row["input_ids"] for row in found["results"]] == [
         it.tokenizer(prompt)["input_ids"] for prompt in PROMPTS
@@ -26,19 +26,19 @@ def test_text_is_that_of_the_source_model(family, made, run, document):
     assert [row["prompt"] for row in found["results"]] == list(PROMPTS)
     assert len({row["text"] for row in found["results"]}) == len(PROMPTS)
     # several prompts as text
-    texts = run(it.ckpt, *flags, "--max-new-tokens", 14).stdout
+    texts = run(it.checkpoint, *flags, "--max-new-tokens", 14).stdout
     shown = (f"[{n}/3] {PROMPTS[n - 1]}\n{wanted[n - 1][1]}\n\n" for n in (1, 2, 3))
     assert texts == "".join(shown)
 
 
-def test_all_ways_in_give_the_same(made, run, document, tmp_path):
-    ckpt = made("phi3").ckpt
+def test_all_ways_in_give_the_same(models, run, document, tmp_path):
+    ckpt = models("phi3").checkpoint
     text = "one line\nand another"
     first = run(ckpt, "--prompt", text, "--max-new-tokens", 5)
     assert first.exit_code == 0
     piped = run(ckpt, "--max-new-tokens", 5, stdin=f"{text}\n".encode())
     assert piped.stdout == first.stdout
-    ids = made("phi3").tokenizer(text)["input_ids"]
+    ids = models("phi3").tokenizer(text)["input_ids"]
     lines = [json.dumps({"prompt": text}), json.dumps({"input_ids": ids})]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     results = document(ckpt, "--input-file", tmp_path / "in.jsonl", "--max-new-tokens", 5)
@@ -50,11 +50,11 @@ def test_all_ways_in_give_the_same(made, run, document, tmp_path):
         assert [row["prompt"] for row in results["results"]] == ["one line", "and another"]
 
 
-def test_batches_change_nothing_but_the_timings(made, document):
-    it = made("phi3")
+def test_batches_change_nothing_but_the_timings(models, document):
+    it = models("phi3")
     flags = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    whole = document(it.ckpt, *flags, "--max-new-tokens", 6)
-    parts = document(it.ckpt, *flags, "--max-new-tokens", 6, "--batch-size", 2)
+    whole = document(it.checkpoint, *flags, "--max-new-tokens", 6)
+    parts = document(it.checkpoint, *flags, "--max-new-tokens", 6, "--batch-size", 2)
     assert [row["tokens"] for row in whole["results"]] == [r["tokens"] for r in parts["results"]]
     assert [row["batch"] for row in parts["results"]] == [0, 0, 1]
     assert [batch["prompts"] for batch in parts["batches"]] == [2, 1]
@@ -62,13 +62,13 @@ def test_batches_change_nothing_but_the_timings(made, document):
     for batch in parts["batches"]:
         assert batch["prefill_ms"] > 0
         assert batch["tokens_per_second"] > 0
-    single = document(it.ckpt, "--prompt", "x", "--max-new-tokens", 1)
+    single = document(it.checkpoint, "--prompt", "x", "--max-new-tokens", 1)
     assert single["batches"][0]["tokens_per_second"] is None
     assert (whole["tp_size"], whole["processes"], whole["device"]) == (2, 1, "cpu")
 
 
-def test_stop_ids_of_generation_config_end_a_text(made, altered, document, run):
-    it = made("phi3")
+def test_stop_ids_of_generation_config_end_a_text(models, altered, document, run):
+    it = models("phi3")
     free, _ = continuation(it.model, it.tokenizer, "The engine", 12)
     stop = next(token for n, token in enumerate(free) if n > 2 and token not in free[:n])
     (altered / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, stop]}))
@@ -82,8 +82,8 @@ def test_stop_ids_of_generation_config_end_a_text(made, altered, document, run):
     assert run(altered, *flags[:2], *flags[4:]).stdout == wanted[1] + "\n"
 
 
-def test_sampling(made, document):
-    ckpt = made("phi3").ckpt
+def test_sampling(models, document):
+    ckpt = models("phi3").checkpoint
 
     def tokens(*flags):
         found = document(ckpt, "--prompt", "The", "--max-new-tokens", 20, *flags)
@@ -100,14 +100,14 @@ def test_sampling(made, document):
     assert near != hot
 
 
-def test_seeds_differ_from_batch_to_batch(made, document):
+def test_seeds_differ_from_batch_to_batch(models, document):
     flags = ("--prompt", "The", "--prompt", "The", "--temperature", 1.5, "--max-new-tokens", 12)
-    first, second = document(made("phi3").ckpt, *flags, "--batch-size", 1)["results"]
+    first, second = document(models("phi3").checkpoint, *flags, "--batch-size", 1)["results"]
     assert first["tokens"] != second["tokens"]
 
 
-def test_dtype_and_offload(made, document):
-    ckpt = made("phi3").ckpt
+def test_dtype_and_offload(models, document):
+    ckpt = models("phi3").checkpoint
     plain = document(ckpt, "--prompt", "The", "--max-new-tokens", 4)
     off = document(ckpt, "--prompt", "The", "--max-new-tokens", 4, "--offload")
     assert plain["results"] == off["results"]
@@ -115,8 +115,8 @@ def test_dtype_and_offload(made, document):
     assert (plain["dtype"], half["dtype"]) == ("float32", "bfloat16")
 
 
-def test_token_ids_need_no_tokenizer(made, altered, run, document, tmp_path):
-    it = made("phi3")
+def test_token_ids_need_no_tokenizer(models, altered, run, document, tmp_path):
+    it = models("phi3")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (altered / name).unlink()
     ids = [5, 6, 300, 7]
@@ -135,21 +135,21 @@ def test_token_ids_need_no_tokenizer(made, altered, run, document, tmp_path):
     assert run(altered, *flags).stdout == text + "\n"
 
 
-def test_positions(made, run, document):
-    it = made("phi3")  # 256 positions
+def test_positions(models, run, document):
+    it = models("phi3")  # 256 positions
     prompt = "The engine " * 40
     length = len(it.tokenizer(prompt)["input_ids"])
     room = 256 - length
     assert 0 < room < 128
-    asked = run(it.ckpt, "--prompt", prompt, "--max-new-tokens", room + 1)
+    asked = run(it.checkpoint, "--prompt", prompt, "--max-new-tokens", room + 1)
     assert asked.exit_code == 2
     flat = " ".join(asked.stderr.split())
     assert f"{length} tokens and {room + 1} new ones exceed the model's 256 positions" in flat
-    (row,) = document(it.ckpt, "--prompt", prompt, "--max-new-tokens", room)["results"]
+    (row,) = document(it.checkpoint, "--prompt", prompt, "--max-new-tokens", room)["results"]
     assert len(row["tokens"]) == room
-    (row,) = document(it.ckpt, "--prompt", prompt)["results"]
+    (row,) = document(it.checkpoint, "--prompt", prompt)["results"]
     assert len(row["tokens"]) == room
-    assert run(it.ckpt, "--prompt", prompt * 2).exit_code == 2
+    assert run(it.checkpoint, "--prompt", prompt * 2).exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -173,8 +173,8 @@ def test_positions(made, run, document):
         (["--input-file", "nowhere"], 2, "cannot read nowhere"),
     ],
 )
-def test_wrong_usage(args, code, says, made, run):
-    result = run(made("phi3").ckpt, *args)
+def test_wrong_usage(args, code, says, models, run):
+    result = run(models("phi3").checkpoint, *args)
     assert result.exit_code == code
     assert says in " ".join(result.stderr.split())
     assert result.stdout == ""
@@ -184,7 +184,7 @@ def test_wrong_usage(args, code, says, made, run):
     ("device", "says"),
     [("tpu", "unknown"), ("cuda:x", "unknown"), ("cpu:1", "unknown"), ("cuda:99", "no GPU 99")],
 )
-def test_devices_that_are_none(device, says, made):
+def test_devices_that_are_none(device, says, models):
     from phireg.device import pick_device
     from phireg.errors import UsageError
 
@@ -192,22 +192,22 @@ def test_devices_that_are_none(device, says, made):
         pick_device(device)
 
 
-def test_stdin_that_is_no_text(made, run):
-    result = run(made("phi3").ckpt, stdin=b"caf\xe9")
+def test_stdin_that_is_no_text(models, run):
+    result = run(models("phi3").checkpoint, stdin=b"caf\xe9")
     assert result.exit_code == 2
     assert "not UTF-8 text (byte 3)" in result.stderr
 
 
-def test_ids_outside_the_vocabulary(made, run):
+def test_ids_outside_the_vocabulary(models, run):
     for token in (312, -1):
         content = json.dumps({"input_ids": [4, token]}).encode()
-        result = run(made("phi3").ckpt, "--input-file", "-", stdin=content)
+        result = run(models("phi3").checkpoint, "--input-file", "-", stdin=content)
         assert result.exit_code == 2
         assert f"standard input:1: token {token} is outside" in " ".join(result.stderr.split())
 
 
-def test_what_is_no_checkpoint(made, run, tmp_path):
-    it = made("phi3")
+def test_what_is_no_checkpoint(models, run, tmp_path):
+    it = models("phi3")
     source = run(it.source, "--prompt", "x")
     assert source.exit_code == 4
     assert "is a Hugging Face model" in source.stderr
@@ -232,11 +232,11 @@ def test_a_damaged_rank_file(altered, run):
     assert "rank1.safetensors" in result.stderr
 
 
-def test_one_rank_and_a_tokenizer_with_a_first_token(made, document, tmp_path):
+def test_one_rank_and_a_tokenizer_with_a_first_token(models, document, tmp_path):
     """bos is put before a prompt where the tokenizer says so."""
     from tokenizers.processors import TemplateProcessing
 
-    it = made("phi3")
+    it = models("phi3")
     ckpt = converted(it.source, tmp_path / "one")
     tokenizer = chat_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from run.tiny import chat_tokenizer, continuation
+from helpers.tokenized_models import chat_tokenizer, continuation
 
 from phireg.cli import conversation
 from phireg.cli.answers import Job, Timing, timed
@@ -22,24 +22,28 @@ def answer(it, text, count=8, eos=(END, 310, 311)):
     return continuation(it.model, it.tokenizer, text, count, list(eos))
 
 
-def test_every_turn_is_the_templates_string(made, run):
-    it = made("phi3")
+def test_every_turn_is_the_templates_string(models, run):
+    it = models("phi3")
     said = "<|system|>\nBe brief.<|end|>\n<|user|>\nWer liest?<|end|>\n<|assistant|>\n"
     _, first = answer(it, said)
     said += f"{first}<|end|>\n<|user|>\n  and why<|end|>\n<|assistant|>\n"
     _, second = answer(it, said)
     lines = b"Wer liest?\n\n  and why\n/exit\nnever read\n"
-    result = run(it.ckpt, "--chat", "--system", "Be brief.", "--max-new-tokens", 8, stdin=lines)
+    result = run(
+        it.checkpoint, "--chat", "--system", "Be brief.", "--max-new-tokens", 8, stdin=lines
+    )
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{first}\n{second}\n"
     assert first != second
 
 
-def test_small_begins_with_its_first_token(made, run):
-    it = made("phi3-small")
+def test_small_begins_with_its_first_token(models, run):
+    it = models("phi3-small")
     said = "<|endoftext|><|user|>\nhi<|end|>\n<|assistant|>\n"
     _, wanted = answer(it, said, eos=(it.tokenizer.convert_tokens_to_ids("<|end|>"),))
-    result = run(it.ckpt, "--chat", "--max-new-tokens", 8, stdin=b"hi")  # ends without a newline
+    result = run(
+        it.checkpoint, "--chat", "--max-new-tokens", 8, stdin=b"hi"
+    )  # ends without a newline
     assert (result.exit_code, result.stdout) == (0, wanted + "\n")
 
 
@@ -104,17 +108,17 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch):
     assert [m["content"] for m in chat.messages] == ["one", first, "two", second]
 
 
-def test_a_conversation_that_is_full(made, run):
+def test_a_conversation_that_is_full(models, run):
     lines = ("word " * 90 + "\nshort\n").encode()
-    result = run(made("phi3").ckpt, "--chat", "--max-new-tokens", 4, stdin=lines)
+    result = run(models("phi3").checkpoint, "--chat", "--max-new-tokens", 4, stdin=lines)
     assert result.exit_code == 0
     assert "256 positions" in result.stderr
     said = "<|user|>\nshort<|end|>\n<|assistant|>\n"  # what did not fit was never said
-    assert result.stdout == answer(made("phi3"), said, 4)[1] + "\n"
+    assert result.stdout == answer(models("phi3"), said, 4)[1] + "\n"
 
 
-def test_a_line_that_is_no_text(made, run):
-    result = run(made("phi3").ckpt, "--chat", "--max-new-tokens", 2, stdin=b"caf\xe9\n")
+def test_a_line_that_is_no_text(models, run):
+    result = run(models("phi3").checkpoint, "--chat", "--max-new-tokens", 2, stdin=b"caf\xe9\n")
     assert (result.exit_code, result.stdout) == (0, "")
     assert "not UTF-8" in result.stderr
 

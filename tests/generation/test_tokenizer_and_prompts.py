@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from run.tiny import chat_tokenizer, write_ranks
+from helpers.tokenized_models import chat_tokenizer, write_ranks
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders
 from tokenizers.models import BPE

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from run.tiny import SOURCES, continuation, eos_ids
+from helpers.tokenized_models import SOURCES, continuation, eos_ids
 
 from phireg import demo
 
@@ -11,8 +11,8 @@ PROMPTS = ("The engine", "Wer liest die Straße? 日本語", "déjà")
 
 
 @pytest.mark.parametrize("family", SOURCES)
-def test_the_source_model_says_what_the_checkpoint_says(family, made, document):
-    it = made(family)
+def test_the_source_model_says_what_the_checkpoint_says(family, models, document):
+    it = models(family)
     flags = [word for prompt in PROMPTS for word in ("--input_text", prompt)]
     flags += ["--max-new-tokens", 10]
     wanted = [
@@ -24,7 +24,7 @@ def test_the_source_model_says_what_the_checkpoint_says(family, made, document):
         assert [(row["tokens"], row["text"]) for row in found["results"]] == wanted
         assert (found["backend"], found["dtype"], found["device"]) == ("hf", "float32", "cpu")
         assert (found["model_dir"], found["checkpoint_dir"]) == (str(it.source), None)
-    other = document(it.ckpt, *flags, "--backend", "executor")
+    other = document(it.checkpoint, *flags, "--backend", "executor")
     for one, two in zip(found["results"], other["results"], strict=True):
         assert [one[key] for key in keys] == [two[key] for key in keys]
     assert found["stop_ids"] == other["stop_ids"]
@@ -45,24 +45,24 @@ def test_a_demo_models_summary_begins_alike(family, document, tmp_path):
     assert len(source[0]["tokens"]) == 8
 
 
-def test_text_and_chat_of_the_source_model(made, run):
-    it = made("phi3")
+def test_text_and_chat_of_the_source_model(models, run):
+    it = models("phi3")
     flags = ("--prompt", PROMPTS[0], "--max-new-tokens", 9)
-    plain = run(it.ckpt, *flags)
+    plain = run(it.checkpoint, *flags)
     assert plain.exit_code == 0
     assert run(it.source, "--backend", "hf", *flags, "--streaming").stdout == plain.stdout
     lines = b"Wer?\nWhy?\n/exit\n"
     chats = [
         run(*way, "--chat", "--max-new-tokens", 6, stdin=lines)
-        for way in ((it.ckpt,), ("--model-dir", it.source))
+        for way in ((it.checkpoint,), ("--model-dir", it.source))
     ]
     assert chats[0].exit_code == chats[1].exit_code == 0
     assert chats[0].stdout == chats[1].stdout
     assert len(chats[0].stdout.splitlines()) >= 2
 
 
-def test_beams(made, run, document):
-    it = made("phi3")
+def test_beams(models, run, document):
+    it = models("phi3")
     where = (it.source, "--backend", "hf")
     flags = ("--prompt", "The", "--prompt", "Wer", "--max-new-tokens", 5, "--num-beams", 4)
     found = document(*where, *flags)
@@ -73,7 +73,7 @@ def test_beams(made, run, document):
     assert found["num_beams"] == 4
     alone = run(*where, *flags[:2], *flags[4:])
     assert alone.stdout == found["results"][0]["text"] + "\n"
-    refused = run(it.ckpt, *flags)
+    refused = run(it.checkpoint, *flags)
     assert refused.exit_code == 2
     assert "no beam search" in refused.stderr
 
@@ -98,27 +98,27 @@ def test_beams(made, run, document):
         (["nowhere"], 2, "no such directory: nowhere"),
     ],
 )
-def test_combinations_that_are_none(args, code, says, made, run):
-    it = made("phi3")
-    names = {"ckpt": it.ckpt, "source": it.source}
+def test_combinations_that_are_none(args, code, says, models, run):
+    it = models("phi3")
+    names = {"ckpt": it.checkpoint, "source": it.source}
     result = run(*(word.format(**names) for word in args), "--prompt", "x")
     assert result.exit_code == code, result.output
     assert says.format(**names) in " ".join(result.stderr.split())
     assert result.stdout == ""
 
 
-def test_a_source_model_without_its_numbers(made, run, tmp_path):
-    config = json.loads((made("phi3").source / "config.json").read_text())
+def test_a_source_model_without_its_numbers(models, run, tmp_path):
+    config = json.loads((models("phi3").source / "config.json").read_text())
     del config["vocab_size"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     result = run(tmp_path, "--backend", "hf", "--prompt", "x")
     assert result.exit_code == 4
-    assert "names no vocab_size" in " ".join(result.stderr.split())
+    assert "has no vocab_size" in " ".join(result.stderr.split())
 
 
-def test_processes_for_one_that_runs_alone(made, run, monkeypatch):
+def test_processes_for_one_that_runs_alone(models, run, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    result = run(made("phi3").source, "--backend", "hf", "--prompt", "x")
+    result = run(models("phi3").source, "--backend", "hf", "--prompt", "x")
     assert result.exit_code == 2
     assert "backend hf runs in one" in " ".join(result.stderr.split())

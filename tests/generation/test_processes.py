@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from run.tiny import continuation, converted
+from helpers.tokenized_models import continuation, converted
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -25,11 +25,11 @@ def spawn(*command, **options):
 
 
 @pytest.mark.parametrize("start", [(*TORCHRUN, "run"), PHIREG], ids=["torchrun", "--tp"])
-def test_a_process_for_each_rank(start, made):
-    it = made("phi3-small")
+def test_a_process_for_each_rank(start, models):
+    it = models("phi3-small")
     flags = ("--prompt", "The engine", "--prompt", "Wer", "--max-new-tokens", 10, "--batch-size", 1)
     tp = ("--tp", 2) if start is PHIREG else ()
-    ran = spawn(*start, it.ckpt, *flags, *tp, "--json")
+    ran = spawn(*start, it.checkpoint, *flags, *tp, "--json")
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)  # one document: only rank 0 prints
     wanted = [
@@ -42,20 +42,20 @@ def test_a_process_for_each_rank(start, made):
         assert ran.stderr == b""
 
 
-def test_a_chat_of_two_processes(made):
-    it = made("phi3")
+def test_a_chat_of_two_processes(models):
+    it = models("phi3")
     lines = b"Wer?\nWhy?\n/exit\n"
     flags = ("--chat", "--max-new-tokens", 6, "--temperature", 0.8)
-    both = spawn(*PHIREG, it.ckpt, *flags, "--tp", 2, input=lines)
-    alone = spawn(*PHIREG, it.ckpt, *flags, input=lines)
+    both = spawn(*PHIREG, it.checkpoint, *flags, "--tp", 2, input=lines)
+    alone = spawn(*PHIREG, it.checkpoint, *flags, input=lines)
     assert (both.returncode, both.stderr) == (0, b"")
     assert both.stdout == alone.stdout
     assert len(both.stdout.split(b"\n")) >= 3
 
 
-def test_errors_of_processes_come_once_and_keep_their_code(made, tmp_path):
-    it = made("phi3")
-    refused = spawn(*PHIREG, it.ckpt, "--tp", 2, "--prompt", "word " * 200)
+def test_errors_of_processes_come_once_and_keep_their_code(models, tmp_path):
+    it = models("phi3")
+    refused = spawn(*PHIREG, it.checkpoint, "--tp", 2, "--prompt", "word " * 200)
     assert refused.returncode == 2
     assert refused.stderr.count(b"exceed the model's") == 1
     assert b"Traceback" not in refused.stderr
@@ -81,11 +81,11 @@ else:
 """
 
 
-def test_likelihoods_of_two_processes(made, tmp_path):
+def test_likelihoods_of_two_processes(models, tmp_path):
     from phireg.executor import Sampling
     from phireg.generation import Options, open_backend
 
-    ckpt = made("phi3-small").ckpt
+    ckpt = models("phi3-small").checkpoint
     (tmp_path / "led.py").write_text(LED)
     words = [*TORCHRUN[:-2], str(tmp_path / "led.py"), str(ckpt)]
     ran = subprocess.run(words, env=ENV, capture_output=True, timeout=120)
@@ -134,8 +134,8 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-def test_a_chat_at_a_terminal(made):
-    terminal = Terminal(*PHIREG, made("phi3").ckpt, "--chat", "--device", "cpu")
+def test_a_chat_at_a_terminal(models):
+    terminal = Terminal(*PHIREG, models("phi3").checkpoint, "--chat", "--device", "cpu")
     terminal.until(b"> ")
     terminal.type("Straße?\n".encode())
     assert b"tokens/s" in terminal.until(b"> ")
@@ -146,27 +146,27 @@ def test_a_chat_at_a_terminal(made):
     assert terminal.code() == 0
 
 
-def test_nothing_to_continue_at_a_terminal(made):
-    terminal = Terminal(*PHIREG, made("phi3").ckpt, "--device", "cpu")
+def test_nothing_to_continue_at_a_terminal(models):
+    terminal = Terminal(*PHIREG, models("phi3").checkpoint, "--device", "cpu")
     assert terminal.code() == 2
     assert b"there is nothing to continue" in terminal.seen
 
 
-def test_standard_input_that_is_closed(made):
-    words = f"{sys.executable} -m phireg run {made('phi3').ckpt} <&-"
+def test_standard_input_that_is_closed(models):
+    words = f"{sys.executable} -m phireg run {models('phi3').checkpoint} <&-"
     ran = subprocess.run(["sh", "-c", words], env=ENV, capture_output=True, timeout=60)
     assert ran.returncode == 2
     assert b"standard input is closed" in ran.stderr
 
 
 @pytest.mark.parametrize("tp", [(), ("--tp", "2")], ids=["one", "two"])
-def test_ctrl_c(tp, made, tmp_path):
-    it = made("phi3")
+def test_ctrl_c(tp, models, tmp_path):
+    it = models("phi3")
     # More than a terminal's worth of text: there is time for a Ctrl-C in the middle.
-    config = json.loads((it.ckpt / "config.json").read_text())
+    config = json.loads((it.checkpoint / "config.json").read_text())
     slow = tmp_path / "slow"
     slow.mkdir()
-    for file in it.ckpt.iterdir():
+    for file in it.checkpoint.iterdir():
         (slow / file.name).symlink_to(file)
     (slow / "config.json").unlink()
     (slow / "generation_config.json").unlink()
@@ -183,10 +183,10 @@ def test_ctrl_c(tp, made, tmp_path):
     assert b"Traceback" not in terminal.seen
 
 
-def test_a_reader_that_leaves(made):
-    it = made("phi3")
+def test_a_reader_that_leaves(models):
+    it = models("phi3")
     flags = ("--max-new-tokens", "250", "--temperature", "1", "--device", "cpu")
-    command = [*PHIREG, str(it.ckpt), "--prompt", "The engine", *flags]
+    command = [*PHIREG, str(it.checkpoint), "--prompt", "The engine", *flags]
     process = subprocess.Popen(
         command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
     )

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from summarize import fakes
+from summarization import fakes
 
 import phireg
 from phireg import demo
@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def fake(monkeypatch):
     """The module of the backend `fake`, as new."""
-    monkeypatch.setitem(protocol.BACKENDS, "fake", "summarize.fakes")
+    monkeypatch.setitem(protocol.BACKENDS, "fake", "summarization.fakes")
     monkeypatch.setattr(fakes, "CALLS", [])
     monkeypatch.setattr(fakes, "FAIL_AFTER", [None])
     monkeypatch.setattr(fakes, "NLL", [[0.5, 1.5]])
