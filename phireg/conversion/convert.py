@@ -133,7 +133,7 @@ def write_checkpoint(
             _carry(file, directory)
         config = json.dumps(plan.config, indent=4) + "\n"
         (directory / "config.json").write_text(config, encoding="utf-8")
-        manifest = _manifest(plan, directory, streamed)
+        manifest = manifest_of(plan, directory, streamed)
         if quantization is not None:
             manifest["quantization"] = quantization
         write_manifest(directory, manifest)
@@ -161,7 +161,8 @@ def _check_overflow(streamed: Streamed, plan: Plan) -> None:
         )
 
 
-def _manifest(plan: Plan, directory: Path, streamed: Streamed) -> dict[str, Any]:
+def manifest_of(plan: Plan, directory: Path, streamed: Streamed) -> dict[str, Any]:
+    """Describe a plan and everything that was written into ``directory`` for it."""
     candidate = plan.chosen.candidate
     ranks: dict[str, Any] = {}
     for rank, (header, size) in enumerate(zip(plan.headers, plan.file_sizes, strict=True)):

@@ -291,11 +291,8 @@ class Plan:
 
     def carried_code(self, output: Output) -> str:
         """The dtype that source rows of an output are cast to, before they may be quantized."""
-        return (
-            output.dtype
-            if output.dtype in WEIGHT_DTYPES.values()
-            else WEIGHT_DTYPES[self.options.dtype]
-        )
+        quantizes = bool(self.linears) and output.dtype not in WEIGHT_DTYPES.values()
+        return WEIGHT_DTYPES[self.options.dtype] if quantizes else output.dtype
 
     def buffer_bytes(self, workers: int) -> int:
         """Upper bound of the memory a run holds in buffers.

@@ -1,19 +1,29 @@
 """The orders in which the rank files of a checkpoint may hold the rows of a linear.
 
 A row has the number it has in the source's order, so an order is, for each rank, an array of such
-numbers. The rules of a family (``QuantRules.postprocess``) say what the right order is.
+numbers. A family's rules (``QuantRules.postprocess``) give the right order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from phireg.checkpoint.rankfiles import RankFile, RankFiles
+from phireg.errors import CheckError, SourceError
 from phireg.layout.rules import Policy, Rule
 from phireg.layout.spans import Axis, LayoutError, Part, Span, shard, take
+from phireg.planning.companions import axes_of
+from phireg.reader.schema import KNOWN
+
+if TYPE_CHECKING:
+    from phireg.family import Family
 
 Numbers = npt.NDArray[np.int64]
 Ranked = tuple[Numbers, ...]
@@ -30,23 +40,34 @@ TEXTS: Mapping[str, str] = {
     PARTS: "the source's order, cut over the ranks as if it were the right one",
     TWICE: "an order that comes of putting the right one right again",
 }
-"""What the orders are. At TP 1 the second and the third are the same and called :data:`BLOCK`."""
+"""The orders for people. At TP 1 the second and the third are the same, :data:`BLOCK`."""
 
-MENDABLE = (BLOCK, PARTS)
+REPAIRABLE = (BLOCK, PARTS)
+
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_size",
+)
+"""Keys of config.json that decide the order of rows."""
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
-class Orders:
-    """The orders one linear's rows may be in.
+class LinearOrders:
+    """The orders that one linear's rows may be in.
 
     Attributes:
-        target: the linear.
+        linear: module path.
         whole: the right order of the whole linear.
         columns: number of its input features.
         by_name: the orders that are possible for this number of ranks and differ, by name.
     """
 
-    target: str
+    linear: str
     whole: Numbers
     columns: int
     by_name: Mapping[str, Ranked]
@@ -54,18 +75,18 @@ class Orders:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Consecutive rows of one rank file that go to another (or the same) together."""
+    """Consecutive rows of one rank file."""
 
     rank: int
     row: int
     count: int
 
 
-def orders_of(rule: Rule, ranks: int) -> Orders:
-    """What the rows of a rule's target may look like over ``ranks`` files.
+def orders_of(rule: Rule, ranks: int) -> LinearOrders:
+    """Find the orders of a rule's target over ``ranks`` files.
 
     Raises:
-        LayoutError: the rule is not one from a checkpoint to a checkpoint, or the right order
+        LayoutError: the rule does not permute the rows of its own target, or the right order
             cannot be divided over the ranks.
     """
     axis = rule.weight[0]
@@ -75,56 +96,50 @@ def orders_of(rule: Rule, ranks: int) -> Orders:
     if sorted(_numbers(axis.spans)) != list(range(rows)) or rule.cols is None:
         raise LayoutError(f"{rule.target}: the rule must use each of its {rows} rows once")
     plain = (Span(rule.target, 0, rows),)
-    again = tuple(piece for s in axis.spans for piece in take(axis.spans, s.start, s.stop))
-    whole = Axis((Part("rows", plain),), axis.sources)
-    candidates = {
-        RIGHT: axis,
-        BLOCK: whole,
-        PARTS: _named_like(axis, plain),
-        TWICE: _named_like(axis, again),
-    }
-    found: dict[str, Ranked] = {}
-    for name, candidate in candidates.items():
-        try:
-            made = tuple(_numbers(shard(candidate, ranks, rank).spans) for rank in range(ranks))
-        except LayoutError:
-            if name == RIGHT:
-                raise
-            continue
-        fitting = RIGHT not in found or _alike(made, found[RIGHT])
-        if fitting and not any(_same(made, other) for other in found.values()):
-            found[name] = made
-    return Orders(rule.target, _numbers(axis.spans), rule.cols.length, found)
+    twice = tuple(piece for s in axis.spans for piece in take(axis.spans, s.start, s.stop))
+    by_name = {RIGHT: _ranked(axis, ranks)}
+    for name, candidate in (
+        (BLOCK, Axis((Part("rows", plain),), axis.sources)),
+        (PARTS, _cut_like(axis, plain)),
+        (TWICE, _cut_like(axis, twice)),
+    ):
+        with suppress(LayoutError):
+            order = _ranked(candidate, ranks)
+            # With repeated KV heads the right order has more rows than others.
+            fits = list(map(len, order)) == list(map(len, by_name[RIGHT]))
+            if fits and not any(_equal(order, other) for other in by_name.values()):
+                by_name[name] = order
+    return LinearOrders(rule.target, _numbers(axis.spans), rule.cols.length, by_name)
 
 
-def runs(held: Ranked, wanted: Ranked) -> list[list[Run]]:
-    """For each rank, where the rows it is to hold lie now; its own file first.
-
-    Raises:
-        LayoutError: a row is nowhere.
-    """
-    made = []
-    for rank, numbers in enumerate(wanted):
-        where: dict[int, tuple[int, int]] = {}
-        for other in sorted(range(len(held)), key=lambda r: r != rank):
+def moves(held: Ranked, right: Ranked) -> list[list[Run]]:
+    """For each rank, the places of the rows it is to hold; in its own file where possible."""
+    by_rank = []
+    for rank, numbers in enumerate(right):
+        places: dict[int, tuple[int, int]] = {}
+        for other in sorted(range(len(held)), key=lambda number: number != rank):
             for row, number in enumerate(held[other].tolist()):
-                where.setdefault(number, (other, row))
-        own: list[Run] = []
+                places.setdefault(number, (other, row))
+        runs: list[Run] = []
         for number in numbers.tolist():
-            if number not in where:
+            if number not in places:
                 raise LayoutError(f"row {number} is in no rank file")
-            other, row = where[number]
-            last = own[-1] if own else None
+            other, row = places[number]
+            last = runs[-1] if runs else None
             if last and last.rank == other and last.row + last.count == row:
-                own[-1] = replace(last, count=last.count + 1)
+                runs[-1] = replace(last, count=last.count + 1)
             else:
-                own.append(Run(other, row, 1))
-        made.append(own)
-    return made
+                runs.append(Run(other, row, 1))
+        by_rank.append(runs)
+    return by_rank
 
 
-def _named_like(axis: Axis, spans: tuple[Span, ...]) -> Axis:
-    """Other rows, cut as those of ``axis`` are."""
+def _ranked(axis: Axis, ranks: int) -> Ranked:
+    return tuple(_numbers(shard(axis, ranks, rank).spans) for rank in range(ranks))
+
+
+def _cut_like(axis: Axis, spans: tuple[Span, ...]) -> Axis:
+    """Other rows, in parts as long as those of ``axis``."""
     parts, start = [], 0
     for part in axis.parts:
         parts.append(replace(part, spans=take(spans, start, start + part.length)))
@@ -133,14 +148,118 @@ def _named_like(axis: Axis, spans: tuple[Span, ...]) -> Axis:
 
 
 def _numbers(spans: Iterable[Span]) -> Numbers:
-    made = [np.arange(span.start, span.stop, dtype=np.int64) for span in spans]
-    return np.concatenate(made) if made else np.empty(0, np.int64)
+    arrays = [np.arange(span.start, span.stop, dtype=np.int64) for span in spans]
+    return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
 
 
-def _alike(left: Ranked, right: Ranked) -> bool:
-    """Whether each rank has as many rows: those of KV heads that are repeated may be more."""
-    return all(len(a) == len(b) for a, b in zip(left, right, strict=True))
-
-
-def _same(left: Ranked, right: Ranked) -> bool:
+def _equal(left: Ranked, right: Ranked) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def quantization_of(config: Mapping[str, Any]) -> str | None:
+    """The quantization algorithm; one whose tensors have other axes (AWQ) is refused."""
+    block = config.get("quantization")
+    algorithm = block.get("quant_algo") if isinstance(block, Mapping) else None
+    if algorithm not in KNOWN:
+        raise CheckError(
+            f"the checkpoint is quantized as {algorithm!r}, whose tensors phireg does not know",
+            hint=f"known: {', '.join(str(name) for name in KNOWN if name)}.",
+        )
+    return None if algorithm is None else str(algorithm)
+
+
+def linears_of(
+    family: Family, config: Mapping[str, Any], files: RankFiles
+) -> tuple[LinearOrders, ...]:
+    """Find the linears that an exporter may have left in the source's order."""
+    algorithm = quantization_of(config)
+    sizes = _sizes(config, files[0])
+    try:
+        rules = family.quant_rules({**config, **sizes}, algorithm or "").postprocess
+        linears = [orders_of(rule, len(files)) for rule in rules.values()]
+    except LayoutError as problem:
+        raise CheckError(
+            f"config.json's sizes do not fit {len(files)} rank(s): {problem}",
+            hint="quantize again, with phireg quantize or with TP 1.",
+        ) from None
+    linears = [orders for orders in linears if set(REPAIRABLE) & set(orders.by_name)]
+    for orders in linears:
+        row_tensors(files, orders)
+    return tuple(linears)
+
+
+def _sizes(config: Mapping[str, Any], file: RankFile) -> dict[str, int]:
+    """The sizes in config.json; early exporters write ``num_kv_heads`` and no ``head_size``."""
+    path = file.path.with_name("config.json")
+    values = {key: config.get(key) for key in SIZES}
+    kv_heads = values["num_key_value_heads"]
+    early = config.get("num_kv_heads", kv_heads)
+    if kv_heads is None:
+        values["num_key_value_heads"] = early
+    elif early not in (None, kv_heads):
+        raise SourceError(f"{path}: num_key_value_heads is {kv_heads!r} and num_kv_heads {early!r}")
+    if values["head_size"] is None:
+        with suppress(TypeError, ZeroDivisionError):
+            values["head_size"] = config["hidden_size"] // config["num_attention_heads"]
+    sizes = {}
+    for key, value in values.items():
+        if type(value) is not int or value < 1:
+            raise SourceError(f"{path}: {key} is {value!r}")
+        sizes[key] = value
+    layers = {match[1] for name in file.header.entries if (match := _LAYER.search(name))}
+    if len(layers) != sizes["num_hidden_layers"]:
+        raise CheckError(
+            f"{path} says {sizes['num_hidden_layers']} layers, {file.path.name} has {len(layers)}"
+        )
+    return sizes
+
+
+def row_tensors(files: RankFiles, orders: LinearOrders) -> list[tuple[str, ...]]:
+    """For each rank, the tensors of a linear that have a row (or entry) per output feature."""
+    return [tuple(_row_tensors(files, orders, rank)) for rank in range(len(files))]
+
+
+def _row_tensors(files: RankFiles, orders: LinearOrders, rank: int) -> Iterator[str]:
+    rows = len(orders.by_name[RIGHT][rank])
+    sizes = {"rows": rows, "cols": orders.columns}
+    tensors = files[rank].module(orders.linear)
+    where = f"{files[rank].path.name}: {orders.linear}"
+    if "weight" not in tensors:
+        raise CheckError(f"{where}.weight is missing")
+    for companion, entry in tensors.items():
+        try:
+            axes = axes_of(companion, entry.shape, rows)
+        except LayoutError:
+            raise CheckError(
+                f"{where}.{companion} is not a tensor phireg knows, so nothing says whether it "
+                "has a row per output feature"
+            ) from None
+        shape = tuple(sizes[axis] for axis in axes)
+        if entry.shape != shape and (axes or entry.shape != (1,)):
+            raise CheckError(
+                f"{where}.{companion} is {list(entry.shape)}, and config.json calls for "
+                f"{list(shape) or [1]}",
+                hint="with more than one rank: the exporter may have cut through the groups of a "
+                "KV head; quantize again with phireg quantize or with TP 1."
+                if len(files) > 1
+                else "does config.json belong to this checkpoint?",
+            )
+        if "rows" in axes:
+            yield companion
+
+
+def check_scales(files: RankFiles, orders: LinearOrders, moved: tuple[str, ...]) -> None:
+    """Refuse to move rows from rank to rank if scales that stay differ: they are on two grids."""
+    for companion, entry in files[0].module(orders.linear).items():
+        name = f"{orders.linear}.{companion}"
+        for rank in range(1, len(files)):
+            other = files[rank].header.entries.get(name)
+            same = other is not None and other.dtype == entry.dtype
+            if same and companion not in moved:
+                same = np.array_equal(files[rank].read(name), files[0].read(name))
+            if not same:
+                raise CheckError(
+                    f"{name} differs between the ranks, and rows would have to go from one to "
+                    "another",
+                    hint="quantize again, with phireg quantize or with TP 1.",
+                )

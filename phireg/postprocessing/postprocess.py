@@ -1,44 +1,62 @@
-"""Putting the rows of an exporter's checkpoint into the order that the reader wants, once."""
+"""Put the rows of an exporter's checkpoint into the order that TensorRT-LLM's reader wants, once.
+
+The rank files are the source of a plan, whose outputs are the same files with some rows moved.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from phireg import registry
 from phireg.checkpoint.inspect import checkpoint_config
-from phireg.checkpoint.manifest import MANIFEST, file_record, rank_file_record, write_manifest
+from phireg.checkpoint.manifest import MANIFEST, write_manifest
+from phireg.checkpoint.rankfiles import RankFiles, world_size
 from phireg.config.hf import HFConfig
+from phireg.conversion.convert import manifest_of
+from phireg.conversion.stream import Progress, stream
 from phireg.errors import OutputError, SourceError, UsageError
 from phireg.files.output import PARTIAL_SUFFIX, OutputDirectory
+from phireg.layout.spans import Span
+from phireg.planning.model import Options, Output, Plan, Rows
 from phireg.planning.plan import plan
-from phireg.postprocessing.decide import Decision, check_source, decide, linears_of
-from phireg.postprocessing.orders import PARTS, RIGHT, TEXTS, Run, runs
-from phireg.postprocessing.ranks import Ranks
-from phireg.postprocessing.tensors import algorithm_of, check_alike, row_tensors
-from phireg.postprocessing.write import Progress, header_bytes, write_rank
+from phireg.planning.schedule import schedule
+from phireg.postprocessing.detection import Decision, check_source, decide
+from phireg.postprocessing.orders import (
+    PARTS,
+    RIGHT,
+    TEXTS,
+    LinearOrders,
+    Run,
+    check_scales,
+    linears_of,
+    moves,
+    quantization_of,
+    row_tensors,
+)
 from phireg.registry import AUTO, FamilyChoice
+from phireg.source.source import SourceTensor, source_of
 
-if TYPE_CHECKING:
-    from phireg.planning.model import Plan
+Moves = Mapping[tuple[int, str], Sequence[Run]]
+"""By rank and name, the places that the rows of a tensor come from; others stay as they are."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowOrder:
-    """In which order a checkpoint's rows are.
+    """The order of a checkpoint's rows.
 
     Attributes:
-        family: the family that knows what the right order is.
+        family: the family that defines the right order.
         needed: whether ``phireg postprocess`` has something to do.
         order: for people.
         linears: how many linears are concerned.
-        evidence: what tells it, the deciding reason first.
+        evidence: for people, the deciding one first.
     """
 
     family: str
@@ -54,7 +72,7 @@ class Postprocessed:
 
     Attributes:
         output_dir: where it is.
-        rows: in which order its rows were, and what told.
+        rows: the order its rows were in, with the evidence.
         tensors: how many tensors of all ranks were changed.
         files: every file written, with its size in bytes.
     """
@@ -66,23 +84,25 @@ class Postprocessed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Opened:
+class _Checkpoint:
+    """An open checkpoint; ``decision`` is None if the family has no such linears."""
+
     directory: Path
     config: Mapping[str, Any]
-    ranks: Ranks
+    files: RankFiles
     chosen: FamilyChoice
+    linears: tuple[LinearOrders, ...]
     decision: Decision | None
-    """None where the family has no linear whose order can be wrong."""
 
     @property
     def rows(self) -> RowOrder:
-        family = self.chosen.family.name
-        if self.decision is None:
+        family, decision = self.chosen.family.name, self.decision
+        if decision is None:
             text = f"{family} has no rows here that an exporter leaves in another order"
             return RowOrder(family, False, TEXTS[RIGHT], 0, (text,))
-        told = tuple(evidence.text for evidence in self.decision.evidence)
-        made = self.decision
-        return RowOrder(family, made.needed, TEXTS[made.order], len(made.every), told)
+        texts = tuple(evidence.text for evidence in decision.evidence)
+        needed = decision.order != RIGHT
+        return RowOrder(family, needed, TEXTS[decision.order], len(self.linears), texts)
 
 
 def row_order(
@@ -95,10 +115,10 @@ def row_order(
     """Tell whether a checkpoint needs post-processing; nothing is changed.
 
     Args:
-        checkpoint_dir: the checkpoint, whoever made it.
+        checkpoint_dir: the checkpoint, of any exporter.
         model_dir: the model it was made from, to compare rows with: a directory, or a repository
             on the Hugging Face hub.
-        family: as for :func:`phireg.planning.plan`; ``auto`` decides by the architecture.
+        family: as for :func:`phireg.plan`; ``auto`` decides by the architecture.
         revision: branch, tag or commit of a hub repository.
 
     Raises:
@@ -107,8 +127,8 @@ def row_order(
         CheckError: the checkpoint contradicts itself, or is not of this model.
         PluginError: the family cannot be found or loaded.
     """
-    with _opened(Path(checkpoint_dir), model_dir, family, revision, stated=False) as opened:
-        return opened.rows
+    with _open(Path(checkpoint_dir), model_dir, family, revision, stated=False) as checkpoint:
+        return checkpoint.rows
 
 
 def postprocess(
@@ -130,9 +150,9 @@ def postprocess(
         model_dir: as for :func:`row_order`.
         family: as for :func:`row_order`.
         revision: as for :func:`row_order`.
-        in_source_order: the user's word for it, where nothing in the checkpoint tells.
+        in_source_order: state that the rows are in the source's order, where nothing else tells.
         overwrite: replace an existing checkpoint in ``output_dir``.
-        progress: told how many more bytes of tensors have been written.
+        progress: takes the number of further bytes of tensors that were written.
 
     Raises:
         UsageError: the rows are right already, or nothing tells.
@@ -149,44 +169,41 @@ def postprocess(
             hint="leave it out to replace the checkpoint.",
         )
     _recover(target)
-    with _opened(directory, model_dir, family, revision, stated=in_source_order) as opened:
-        if not opened.rows.needed:
+    with _open(directory, model_dir, family, revision, stated=in_source_order) as checkpoint:
+        if not checkpoint.rows.needed:
             raise UsageError(
-                f"{directory} needs no post-processing: {opened.rows.evidence[0]}",
+                f"{directory} needs no post-processing: {checkpoint.rows.evidence[0]}",
                 hint="nothing was changed.",
             )
-        assert opened.decision is not None
-        files = _other_files(directory, opened.ranks, in_place=in_place)
-        moves = list(_moves(opened.ranks, opened.decision))
-        size = sum(header.file_size for header in opened.ranks.headers)
-        size += sum(file.stat().st_size for file in files)
+        others = _other_files(checkpoint, in_place=in_place)
+        moved = _moves(checkpoint)
+        size = sum(path.stat().st_size for path in (*checkpoint.files.paths.values(), *others))
         with OutputDirectory(
             target,
             overwrite=overwrite or in_place,
             required_bytes=size,
             objection=(lambda _: None) if in_place else None,
         ) as unfinished:
-            _write(opened, moves, files, unfinished, progress or (lambda count: None))
+            _write(checkpoint, moved, others, unfinished, progress)
             if in_place:
                 # Writable while it is filled, whatever the original's mode is.
                 unfinished.chmod(directory.stat().st_mode & 0o777 | 0o700)
             sizes = {file.name: file.stat().st_size for file in sorted(unfinished.iterdir())}
-    shown = directory if in_place else target
-    return Postprocessed(shown, opened.rows, sum(map(len, moves)), sizes)
+    return Postprocessed(directory if in_place else target, checkpoint.rows, len(moved), sizes)
 
 
 def postprocess_bytes(checkpoint_dir: str | Path) -> int:
-    """About how much :func:`postprocess` tells its ``progress`` in all."""
-    found = Path(checkpoint_dir).glob("rank*.safetensors")
-    return sum(file.stat().st_size for file in found if file.is_file())
+    """About how many bytes :func:`postprocess` reports to ``progress`` in all."""
+    paths = Path(checkpoint_dir).glob("rank*.safetensors")
+    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
-class _Recovered(Exception):  # noqa: N818 - nothing is wrong
+class _Recovered(Exception):  # noqa: N818 - not an error
     """Leaves an output directory as it was before the run that was killed."""
 
 
 def _recover(target: Path) -> None:
-    """Put right what a killed run left, which may be the only place where the original is."""
+    """Clean up after a killed run, which may hold the only copy of the original."""
     resolved = Path(os.path.realpath(target))
     if not resolved.with_name(resolved.name + PARTIAL_SUFFIX).is_dir():
         return
@@ -198,38 +215,56 @@ def _recover(target: Path) -> None:
 
 
 @contextmanager
-def _opened(
+def _open(
     directory: Path, model_dir: str | None, family: str, revision: str | None, *, stated: bool
-) -> Iterator[_Opened]:
-    config = _config(directory)
+) -> Iterator[_Checkpoint]:
+    """Open a checkpoint and decide the order of its rows."""
+    partial = Path(f"{directory}{PARTIAL_SUFFIX}")
+    if not directory.exists() and partial.is_dir():
+        raise SourceError(
+            f"no such directory: {directory}",
+            hint=f"a run was killed and left it in {partial}; phireg postprocess without "
+            "--check puts it back.",
+        )
+    config = checkpoint_config(directory)
     if revision is not None and model_dir is None:
         raise UsageError(
             "--revision is of --model-dir, which is not given",
             hint="leave it out, or give --model-dir.",
         )
-    with Ranks(directory, config) as ranks:
-        made: Plan | None = None
+    with RankFiles(directory, world_size(config)) as files:
+        _check_files(config, files)
+        source: Plan | None = None
         if model_dir is None:
             chosen = _family(config, family)
         else:
-            made = plan(model_dir, family=family, revision=revision)
-            chosen = made.chosen
-            check_source(config, made)
-        every = linears_of(chosen.family, config, ranks, directory)
-        decision = decide(directory, config, ranks, every, made, stated=stated) if every else None
-        yield _Opened(directory, config, ranks, chosen, decision)
+            source = plan(model_dir, family=family, revision=revision)
+            chosen = source.chosen
+            check_source(config, source)
+        linears = linears_of(chosen.family, config, files)
+        decision = None
+        if linears:
+            decision = decide(directory, config, files, linears, source, stated=stated)
+        yield _Checkpoint(directory, config, files, chosen, linears, decision)
 
 
-def _config(directory: Path) -> dict[str, Any]:
-    if not directory.exists():
-        partial = directory.with_name(directory.name + PARTIAL_SUFFIX)
-        if partial.is_dir():
+def _check_files(config: Mapping[str, Any], files: RankFiles) -> None:
+    """Refuse rank files that are missing or damaged, or another kind of parallelism."""
+    mapping = config.get("mapping")
+    tp_size = mapping.get("tp_size", len(files.paths)) if isinstance(mapping, Mapping) else 1
+    if tp_size != len(files.paths):
+        raise SourceError(
+            f"config.json: mapping.world_size is {len(files.paths)} and tp_size {tp_size!r}; "
+            "no Phi model has another kind of parallelism"
+        )
+    for rank, error in files.errors.items():
+        if rank and not files.paths[rank].exists():
             raise SourceError(
-                f"no such directory: {directory}",
-                hint=f"a run was killed and left it in {partial}; phireg postprocess without "
-                "--check puts it back.",
+                error.message,
+                hint="modelopt before 0.13 wrote one file for Phi-3-small whatever the TP size, "
+                "which no reader divides; quantize again, with phireg quantize or with TP 1.",
             )
-    return checkpoint_config(directory)
+        raise error
 
 
 def _family(config: Mapping[str, Any], family: str) -> FamilyChoice:
@@ -252,105 +287,107 @@ def _family(config: Mapping[str, Any], family: str) -> FamilyChoice:
     return chosen
 
 
-def _moves(ranks: Ranks, decision: Decision) -> Iterator[dict[str, Sequence[Run]]]:
-    """For each rank, the tensors whose rows change places."""
-    made: list[dict[str, Sequence[Run]]] = [{} for _ in range(len(ranks))]
-    for orders in decision.every:
-        held, wanted = orders.by_name[decision.order], orders.by_name[RIGHT]
-        moved = row_tensors(ranks, orders)
-        by_rank = runs(held, wanted)
-        if any(run.rank != rank for rank, own in enumerate(by_rank) for run in own):
-            check_alike(ranks, orders, moved[0])
-        for rank, own in enumerate(by_rank):
-            made[rank] |= {f"{orders.target}.{companion}": own for companion in moved[rank]}
-    yield from made
-
-
-def _other_files(directory: Path, ranks: Ranks, *, in_place: bool) -> list[Path]:
-    """What is carried along: every other file. In place nothing may get lost."""
-    own = {path.name for path in ranks.paths} | {MANIFEST}
-    files = []
+def _other_files(checkpoint: _Checkpoint, *, in_place: bool) -> list[Path]:
+    """Every other file, which is copied; in place, nothing may get lost."""
+    directory = checkpoint.directory
+    own = {path.name for path in checkpoint.files.paths.values()} | {MANIFEST}
+    others = []
     for path in sorted(directory.iterdir()):
-        if path.is_symlink() or not path.is_file():
-            if in_place:
-                raise OutputError(
-                    f"{path} is not a plain file, and would get lost when {directory} is replaced",
-                    hint="write a new checkpoint with --output-dir, or move it away.",
-                )
-            if not path.is_file():
-                continue
-        if path.name not in own:
-            files.append(path)
-    return files
+        if in_place and (path.is_symlink() or not path.is_file()):
+            raise OutputError(
+                f"{path} is not a plain file, and would get lost when {directory} is replaced",
+                hint="write a new checkpoint with --output-dir, or move it away.",
+            )
+        if path.name not in own and path.is_file():
+            others.append(path)
+    return others
+
+
+def _moves(checkpoint: _Checkpoint) -> Moves:
+    files, decision = checkpoint.files, checkpoint.decision
+    assert decision is not None
+    moved: dict[tuple[int, str], Sequence[Run]] = {}
+    for orders in checkpoint.linears:
+        by_rank = moves(orders.by_name[decision.order], orders.by_name[RIGHT])
+        companions = row_tensors(files, orders)
+        if any(run.rank != rank for rank, runs in enumerate(by_rank) for run in runs):
+            check_scales(files, orders, companions[0])
+        for rank, runs in enumerate(by_rank):
+            moved |= {(rank, f"{orders.linear}.{name}"): runs for name in companions[rank]}
+    return moved
+
+
+def _plan(checkpoint: _Checkpoint, moved: Moves) -> Plan:
+    """A plan that writes the rank files anew: every byte in its place, but rows in another order.
+
+    Tensors whose rows do not move are sequences of elements.
+    """
+    tensors: list[SourceTensor] = []
+    outputs: list[Output] = []
+    headers: list[bytes] = []
+    for rank, file in checkpoint.files.items():
+        entries = file.header.entries
+        data = min((entry.start for entry in entries.values()), default=file.header.file_size)
+        headers.append(bytes(file.read_bytes(0, data)))
+        for name, entry in entries.items():
+            runs = moved.get((rank, name))
+            shape = entry.shape if runs else (math.prod(entry.shape),)
+            key = _key(rank, name)
+            spans = [Span(_key(run.rank, name), run.row, run.count) for run in runs or ()]
+            spans = spans or [Span(key, 0, shape[0])]
+            tensors.append(SourceTensor(key, entry.dtype, shape, file.path.name, entry.start))
+            outputs.append(Output(rank, name, entry.dtype, shape, entry.start, Rows(tuple(spans))))
+    headers_by_file = {file.path.name: file.header for file in checkpoint.files.values()}
+    source = source_of(checkpoint.directory, tensors, headers_by_file)
+    return Plan(
+        checkpoint.chosen,
+        str(checkpoint.directory),
+        Options(tp_size=len(headers)),
+        source,
+        checkpoint.config,
+        tuple(outputs),
+        tuple(headers),
+        schedule(outputs, source.tensors),
+        (),
+    )
+
+
+def _key(rank: int, name: str) -> str:
+    """Name of a rank's tensor; the ranks have tensors of the same names."""
+    return f"rank{rank}:{name}"
 
 
 def _write(
-    opened: _Opened,
-    moves: Sequence[Mapping[str, Sequence[Run]]],
-    files: Sequence[Path],
+    checkpoint: _Checkpoint,
+    moved: Moves,
+    others: Sequence[Path],
     unfinished: Path,
-    progress: Progress,
+    progress: Progress | None,
 ) -> None:
-    records = {}
-    for rank, path in enumerate(opened.ranks.paths):
-        made = unfinished / path.name
-        digests = write_rank(opened.ranks, rank, moves[rank], made, progress)
-        size = opened.ranks.headers[rank].file_size
-        records[path.name] = rank_file_record(header_bytes(opened.ranks, rank), size, digests)
-        _copy_mode(path, made)
-    for file in files:
-        _carry(file, unfinished / file.name)
-        records[file.name] = file_record(unfinished / file.name)
-    write_manifest(unfinished, _manifest(opened, moves, records))
-
-
-def _carry(file: Path, made: Path) -> None:
-    try:
-        shutil.copyfile(file, made)
-        _copy_mode(file, made)
-    except OSError as error:
-        if error.filename != str(file):
-            raise  # about the copy: OutputDirectory knows what to say
-        raise SourceError(f"{file}: cannot be read ({error.strerror})") from error
-
-
-def _copy_mode(file: Path, made: Path) -> None:
-    made.chmod(file.stat().st_mode & 0o777)
-
-
-def _manifest(
-    opened: _Opened, moves: Sequence[Mapping[str, Sequence[Run]]], records: Mapping[str, Any]
-) -> dict[str, Any]:
-    candidate, decision = opened.chosen.candidate, opened.decision
+    rewriting = _plan(checkpoint, moved)
+    streamed = stream(rewriting, unfinished, progress=progress)
+    for path in others:
+        try:
+            shutil.copyfile(path, unfinished / path.name)
+        except OSError as error:
+            if error.filename != str(path):
+                raise
+            raise SourceError(f"{path}: cannot be read ({error.strerror})") from error
+    for path in (*checkpoint.files.paths.values(), *others):
+        (unfinished / path.name).chmod(path.stat().st_mode & 0o777)
+    config, decision = checkpoint.config, checkpoint.decision
     assert decision is not None
-    quantization = opened.config.get("quantization") or {}
-    headers = opened.ranks.headers
-    return {
-        "producer": {"name": "phireg", "version": metadata.version("phireg")},
-        "family": {
-            "name": opened.chosen.family.name,
-            "distribution": candidate.distribution,
-            "version": candidate.version,
-        },
-        "options": {
-            "dtype": opened.config.get("dtype"),
-            "tp_size": len(headers),
-            "quant_algo": algorithm_of(opened.config),
-            "kv_cache_quant_algo": quantization.get("kv_cache_quant_algo"),
-        },
-        "source": {
-            "model_dir": str(opened.directory),
-            "revision": None,
-            "files": [
-                {"name": path.name, "size": header.file_size, "header": header.digest}
-                for path, header in zip(opened.ranks.paths, headers, strict=True)
-            ],
-        },
-        "postprocess": {
-            "order": TEXTS[decision.order],
-            "across_ranks": decision.order == PARTS,
-            "evidence": [evidence.text for evidence in decision.evidence],
-            "tensors": sorted({name for rank in moves for name in rank}),
-        },
-        "files": dict(records),
+    manifest = manifest_of(rewriting, unfinished, streamed)
+    manifest["options"] = {
+        "dtype": config.get("dtype"),
+        "tp_size": len(rewriting.headers),
+        "quant_algo": quantization_of(config),
+        "kv_cache_quant_algo": (config.get("quantization") or {}).get("kv_cache_quant_algo"),
     }
+    manifest["postprocess"] = {
+        "order": TEXTS[decision.order],
+        "across_ranks": decision.order == PARTS,
+        "evidence": [evidence.text for evidence in decision.evidence],
+        "tensors": sorted({name for _, name in moved}),
+    }
+    write_manifest(unfinished, manifest)

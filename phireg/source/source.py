@@ -14,7 +14,7 @@ from typing import Protocol
 from phireg.dtypes import ITEMSIZE
 from phireg.errors import SourceError
 from phireg.files.regular import Stamp, check_unchanged, listed, open_regular, read_into
-from phireg.files.safetensors import read_header
+from phireg.files.safetensors import Header, read_header
 from phireg.source import torchbin
 from phireg.source.index import ShardIndex, index_error, missing_shards, read_index, shard_defects
 from phireg.source.kinds import no_weights_error, weight_files
@@ -163,6 +163,21 @@ def without_weights(directory: Path) -> Source:
         raise AssertionError("there are no tensors to read")
 
     return Source(directory, None, {}, (), (), {}, nothing)
+
+
+def source_of(
+    directory: Path, tensors: Iterable[SourceTensor], headers: Mapping[str, Header]
+) -> Source:
+    """Tensors of safetensors files whose headers were read; ``headers`` is by file name."""
+    return Source(
+        directory,
+        None,
+        MappingProxyType({tensor.name: tensor for tensor in tensors}),
+        tuple(SourceFile(name, h.file_size, h.digest) for name, h in headers.items()),
+        (),
+        MappingProxyType({name: Stamp(h.file_size, h.mtime_ns) for name, h in headers.items()}),
+        _fetch_plain,
+    )
 
 
 @dataclass(frozen=True, slots=True)

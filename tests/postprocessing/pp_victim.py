@@ -26,18 +26,18 @@ def kill_at(number):
             if calls == number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    fsync, write = os.fsync, os.write
+    fsync, pwrite = os.fsync, os.pwrite
 
-    def half(descriptor, data):
+    def half(descriptor, data, offset):
         if len(data) < 2000:  # else nearly all moments would be writes of single rows
-            return write(descriptor, data)
-        written = write(descriptor, bytes(data)[: len(data) // 2 + 1])
-        count("os.write")
+            return pwrite(descriptor, data, offset)
+        written = pwrite(descriptor, bytes(data)[: len(data) // 2 + 1], offset)
+        count("os.pwrite")
         return written
 
     sys.addaudithook(lambda event, _: count(event))
     os.fsync = lambda fd: (count("os.fsync"), fsync(fd))[1]
-    os.write = half
+    os.pwrite = half
 
 
 def main(source, base):

@@ -8,7 +8,7 @@ from phireg.api import COLUMN, COPY, Linear, QuantRules, Rules, columns, hookimp
 from phireg.errors import CheckError
 from phireg.layout.rules import Rule
 from phireg.layout.spans import LayoutError
-from phireg.postprocessing.orders import orders_of, runs
+from phireg.postprocessing.orders import moves, orders_of
 from phireg.registry import Candidate, FamilyChoice
 
 FC = "transformer.layers.{}.mlp.fc"
@@ -93,4 +93,4 @@ def test_rows_must_be_used_once():
     with pytest.raises(LayoutError, match="each of its 6 rows once"):
         orders_of(half, 1)
     with pytest.raises(LayoutError, match="in no rank file"):
-        runs((np.arange(3),), (np.arange(4),))
+        moves((np.arange(3),), (np.arange(4),))
