@@ -17,10 +17,10 @@ from typing import Any
 
 import phireg
 from phireg import registry
-from phireg.checkpoint.manifest import MANIFEST
 from phireg.conversion.convert import Converted
 from phireg.errors import OutputError, PluginError, UsageError
 from phireg.files.json import read_json_object
+from phireg.files.kinds import MANIFEST
 from phireg.verification.result import Verification
 
 PROMPT_END = " TL;DR: "

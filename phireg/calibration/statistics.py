@@ -7,9 +7,7 @@ model's own activations under the source's own module names, nothing of a target
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from phireg.errors import OutputError, SourceError
+from phireg.errors import SourceError
+from phireg.files.writing import write_file
 
 FORMAT = "phireg-calibration-1"
 _GIVE = "give a file that phireg quantize wrote."
@@ -93,25 +92,7 @@ def save(path: Path, statistics: Statistics) -> None:
         tensors[f"layers.{layer}.value_amax"] = np.array([value], dtype=np.float32)
     provenance = json.dumps(dict(statistics.provenance), sort_keys=True)
     content = to_bytes(tensors, metadata={"format": FORMAT, "provenance": provenance})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(fd)
-            mask = os.umask(0)
-            os.umask(mask)
-            Path(name).chmod(0o666 & ~mask)  # as any file; mkstemp's are for the owner alone
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OutputError(
-            f"cannot write the calibration statistics {path}: {error.strerror or error}"
-        ) from None
+    write_file(path, content, "the calibration statistics")
 
 
 def load(path: Path) -> Statistics:

@@ -11,7 +11,7 @@ from phireg.checkpoint.manifest import Progress, check_files, read_manifest
 from phireg.checkpoint.rankfiles import Kind, RankFiles, world_size
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
-from phireg.generation.backend import ENGINE, MODEL, kind_of
+from phireg.files.kinds import CHECKPOINT, ENGINE, HF_MODEL, kind_of
 from phireg.reader.structure import structure_problems
 
 _HINT = "give a checkpoint; phireg convert and phireg quantize write them."
@@ -88,18 +88,16 @@ def checkpoint_config(directory: Path) -> dict[str, Any]:
 def _not_a_checkpoint(directory: Path) -> SourceError:
     """The error for a directory whose config.json is not a checkpoint's; it says what it is."""
     kind = kind_of(directory)
-    if kind == ENGINE:
-        return SourceError(
-            f"{directory} is a built engine, not a TensorRT-LLM checkpoint",
-            hint="give the checkpoint that it was built from.",
+    if kind is HF_MODEL:
+        hint = (
+            f"convert it first: phireg convert --model-dir {directory} --output-dir CKPT; "
+            "phireg plan shows what that would do."
         )
-    if kind == MODEL:
+    elif kind is ENGINE:
+        hint = "give the checkpoint that it was built from."
+    else:
         return SourceError(
-            f"{directory} is a Hugging Face model, not a TensorRT-LLM checkpoint",
-            hint=f"convert it first: phireg convert --model-dir {directory} --output-dir CKPT; "
-            "phireg plan shows what that would do.",
+            f"{directory} is not {CHECKPOINT.name}: its config.json has no 'architecture'",
+            hint=_HINT,
         )
-    return SourceError(
-        f"{directory} is not a TensorRT-LLM checkpoint: its config.json has no 'architecture'",
-        hint=_HINT,
-    )
+    return SourceError(f"{directory} is {kind.name}, not {CHECKPOINT.name}", hint=hint)

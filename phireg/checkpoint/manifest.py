@@ -12,8 +12,8 @@ import xxhash
 from phireg.checkpoint.rankfiles import RankFile
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
+from phireg.files.kinds import MANIFEST
 
-MANIFEST = "phireg.json"
 FORMAT = 1
 _BLOCK = 4 * 1024 * 1024
 

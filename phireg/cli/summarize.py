@@ -178,26 +178,28 @@ def _contestants(
 
 def _places(place: str | None, engine_dir: str | None, hf_model_dir: str | None) -> Places:
     """Sort the directories into checkpoint and engine."""
-    from phireg.generation.backend import ENGINE, MODEL, kind_of
+    from phireg.files.kinds import CHECKPOINT, ENGINE, HF_MODEL, Kind
+    from phireg.generation.backend import kind_of_place
     from phireg.summarization.contestants import Places
 
-    kinds: dict[str, Path] = {}
+    kinds: dict[Kind, Path] = {}
     for path in (Path(given) for given in (place, engine_dir) if given is not None):
-        kind = kind_of(path)
-        if kind == MODEL:
+        kind = kind_of_place(path)
+        if kind is HF_MODEL:
             raise UsageError(
                 f"{path} is a Hugging Face model, not a checkpoint or an engine",
                 hint=f"convert it first: phireg convert --model-dir {path} --output-dir CKPT; or "
                 f"run it as it is: --backend hf --hf-model-dir {path}",
             )
+        kind = ENGINE if kind is ENGINE else CHECKPOINT
         if kind in kinds:
             raise UsageError(
-                f"{kinds[kind]} and {path} are both a{'n' if kind == ENGINE else ''} {kind}",
+                f"{kinds[kind]} and {path} are both {kind.name}",
                 hint="give one checkpoint and one engine at most.",
             )
         kinds[kind] = path
     hf = Path(hf_model_dir) if hf_model_dir is not None else None
-    return Places(kinds.get("checkpoint"), kinds.get("engine"), hf)
+    return Places(kinds.get(CHECKPOINT), kinds.get(ENGINE), hf)
 
 
 def _followed(contestants: Sequence[Contestant]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -14,11 +13,12 @@ from phireg.checkpoint.manifest import file_record, rank_file_record, write_mani
 from phireg.conversion.cast import Loss
 from phireg.conversion.quantizer import Quantizer
 from phireg.conversion.stream import Progress, Streamed, stream
-from phireg.errors import PlanError, SourceError, UsageError
+from phireg.errors import PlanError, UsageError
+from phireg.files.kinds import tokenizer_files
 from phireg.files.output import OutputDirectory
+from phireg.files.writing import copy_file
 from phireg.planning.model import Plan
 from phireg.planning.report import problems
-from phireg.source.tokenizer_files import CARRIED
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +117,7 @@ def write_checkpoint(
         quantization: what the manifest says of them.
     """
     check_plan(plan)
-    carried = [
-        file
-        for name in CARRIED
-        for file in sorted(plan.source.directory.glob(name))
-        if file.is_file()
-    ]
+    carried = tokenizer_files(plan.source.directory)
     size = plan.bytes_out + sum(file.stat().st_size for file in carried)
     with OutputDirectory(target, overwrite=overwrite, required_bytes=size) as directory:
         ready = quantizer() if quantizer else None
@@ -130,7 +125,7 @@ def write_checkpoint(
         if not allow_overflow:
             _check_overflow(streamed, plan)
         for file in carried:
-            _carry(file, directory)
+            copy_file(file, directory)
         config = json.dumps(plan.config, indent=4) + "\n"
         (directory / "config.json").write_text(config, encoding="utf-8")
         manifest = manifest_of(plan, directory, streamed)
@@ -139,15 +134,6 @@ def write_checkpoint(
         write_manifest(directory, manifest)
         files = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
     return Converted(target, files, streamed.losses)
-
-
-def _carry(file: Path, directory: Path) -> None:
-    try:
-        shutil.copyfile(file, directory / file.name)
-    except OSError as error:
-        if error.filename != str(file):
-            raise  # about the copy: OutputDirectory knows what to say
-        raise SourceError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 def _check_overflow(streamed: Streamed, plan: Plan) -> None:

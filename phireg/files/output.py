@@ -17,20 +17,18 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import fnmatch
 import json
 import os
 import shutil
 import socket
 import stat
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from phireg.checkpoint.manifest import MANIFEST
 from phireg.errors import OutputError
-from phireg.source.tokenizer_files import CARRIED
+from phireg.files.kinds import CHECKPOINT, Kind, objection
+from phireg.files.writing import REASONS, reason
 
 PARTIAL_SUFFIX = ".phireg-partial"
 MARKER = ".phireg-partial"
@@ -38,16 +36,6 @@ MARKER = ".phireg-partial"
 SPACE_MARGIN = 16 * 2**20
 
 _ELSEWHERE = "choose another output directory"
-_KNOWN_FILES = ("config.json", "quant_cfg.json", MANIFEST, "rank[0-9]*.safetensors", *CARRIED)
-
-_REASONS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file is larger than the file system or the process limit (ulimit -f) allows",
-    errno.EIO: "the disk reports an input/output error",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission denied",
-}
 
 
 class OutputDirectory:
@@ -60,11 +48,9 @@ class OutputDirectory:
     Args:
         target: the directory to publish. It may be missing (parents are created) or empty. A
             symbolic link is followed: what it points at is written or replaced.
-        overwrite: replace an existing target, if it is recognisably what is written here and
-            holds nothing else.
+        overwrite: replace an existing target that is of ``kind`` and holds nothing else.
         required_bytes: how much will be written; so much must be free on the disk.
-        kind: what is written, for messages.
-        objection: why a directory is not of that kind, or None if it is.
+        kind: what an existing target must be to be replaced; None is anything.
 
     Raises:
         OutputError: the target cannot be used, another run is writing it, the disk has too
@@ -78,8 +64,7 @@ class OutputDirectory:
         *,
         overwrite: bool,
         required_bytes: int,
-        kind: str = "checkpoint",
-        objection: Callable[[Path], str | None] | None = None,
+        kind: Kind | None = CHECKPOINT,
     ) -> None:
         # realpath drops "..", so a symbolic link to "/" or to a parent is seen for what it is.
         resolved = Path(os.path.realpath(target))
@@ -97,7 +82,6 @@ class OutputDirectory:
         self._overwrite = overwrite
         self._required_bytes = required_bytes
         self._kind = kind
-        self._objection = objection or _not_a_checkpoint
         self._partial = resolved.with_name(resolved.name + PARTIAL_SUFFIX)
         self._marker = self._partial / MARKER
         self._unfinished = self._partial / "unfinished"
@@ -204,7 +188,7 @@ class OutputDirectory:
             ) from None
         except OSError as error:
             raise OutputError(
-                f"cannot lock {self._marker}: {_reason(error)}",
+                f"cannot lock {self._marker}: {reason(error)}",
                 hint="write to a file system that supports locks (flock) and copy the result",
             ) from error
 
@@ -227,7 +211,7 @@ class OutputDirectory:
         if self._target.is_mount():
             raise OutputError(
                 f"the output {self._target} is a mount point, which no directory can replace",
-                hint=f"choose a new directory inside it, e.g. {self._target / self._kind}",
+                hint=f"choose a new directory inside it, e.g. {self._target / 'output'}",
             )
         if not _names(self._target):
             return False
@@ -240,10 +224,9 @@ class OutputDirectory:
             raise OutputError(
                 f"no permission to replace the output {self._target}", hint=_ELSEWHERE
             )
-        objection = self._objection(self._target)
-        if objection is not None:
+        if self._kind is not None and (problem := objection(self._target, self._kind)):
             raise OutputError(
-                f"--overwrite replaces only a TensorRT-LLM {self._kind}: {objection}",
+                f"--overwrite replaces only {self._kind.name}: {problem}",
                 hint="move it away, or choose another output directory",
             )
         return True
@@ -321,7 +304,7 @@ class OutputDirectory:
 
     def _is_ours(self, error: OSError) -> bool:
         """Whether an error from the block is about writing the output, as far as it says."""
-        if error.errno not in _REASONS:
+        if error.errno not in REASONS:
             return False
         # A failing write() names no file; a failing open() does, and it may be of the source.
         if not isinstance(error.filename, (str, bytes)):
@@ -332,7 +315,7 @@ class OutputDirectory:
         """Say what failed and what is left; called after ``_abandon``."""
         if self._published:
             return OutputError(
-                f"{self._target} is complete, but finishing failed: {_reason(error)}",
+                f"{self._target} is complete, but finishing failed: {reason(error)}",
                 hint=f"if {self._partial} is left, the next run into the same output removes it",
             )
         if os.path.lexists(self._replaced):
@@ -341,12 +324,7 @@ class OutputDirectory:
             rest = f"the partial output could not be removed from {self._partial}"
         else:
             rest = "nothing of it is left"
-        return OutputError(f"cannot write {self._target}: {_reason(error)}; {rest}")
-
-
-def _reason(error: OSError) -> str:
-    text = _REASONS.get(error.errno or 0) or error.strerror or str(error)
-    return text if error.filename is None else f"{text} ({error.filename})"
+        return OutputError(f"cannot write {self._target}: {reason(error)}; {rest}")
 
 
 def _human(size: int) -> str:
@@ -374,25 +352,6 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _not_a_checkpoint(directory: Path) -> str | None:
-    """Why ``directory`` is not a checkpoint and nothing else; None where it is."""
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if not entry.is_file(follow_symlinks=False) or not _is_known(entry.name):
-                return f"{entry.path} does not belong to one"
-    if not (directory / "rank0.safetensors").exists():
-        return f"{directory} has no rank0.safetensors"
-    try:
-        config = json.loads((directory / "config.json").read_bytes())
-    except FileNotFoundError:
-        return f"{directory} has no config.json"
-    except (ValueError, RecursionError):
-        return f"{directory / 'config.json'} is not JSON"
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        return f"{directory / 'config.json'} names no architecture"
-    return None
-
-
 def _fsync(path: str | Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -413,7 +372,3 @@ def _fsync_tree(directory: str | Path) -> None:
             elif entry.is_file(follow_symlinks=False):
                 _fsync(entry.path)
     _fsync(directory)
-
-
-def _is_known(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _KNOWN_FILES)

@@ -12,8 +12,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Protocol
 
-from phireg.errors import CheckError, SourceError, UsageError
-from phireg.files.json import read_json_object
+from phireg.errors import CheckError, UsageError
+from phireg.files.kinds import CHECKPOINT, ENGINE, HF_MODEL, UNKNOWN, Kind, kind_of
 
 if TYPE_CHECKING:
     from phireg.executor import Sampling
@@ -27,13 +27,7 @@ BACKENDS: dict[str, str] = {
 }
 """Module by name; a module is imported when its backend is asked for."""
 
-CHECKPOINT, ENGINE, MODEL = "checkpoint", "engine", "Hugging Face model"
-_PHRASES = {
-    CHECKPOINT: "a TensorRT-LLM checkpoint",
-    ENGINE: "a built engine",
-    MODEL: "a Hugging Face model",
-}
-_RUNS = {EXECUTOR: CHECKPOINT, TENSORRT_LLM: ENGINE, HF: MODEL}
+_RUNS = {EXECUTOR: CHECKPOINT, TENSORRT_LLM: ENGINE, HF: HF_MODEL}
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,33 +217,24 @@ def run_worker(name: str, directory: str | Path, options: Options = DEFAULTS) ->
     opener(name).run_worker(Path(directory), options)
 
 
-def kind_of(directory: Path) -> str:
-    """Tell a checkpoint, an engine and a Hugging Face model apart; a checkpoint by default.
+def kind_of_place(directory: Path) -> Kind:
+    """Return what a directory is.
 
     Raises:
         UsageError: there is no such directory.
     """
-    from phireg.trtllm.engine import is_engine_dir
-
     if not directory.is_dir():
         raise UsageError(
             f"no such directory: {directory}",
             hint="give a checkpoint (phireg convert and phireg quantize write them), an engine, or "
             "with --backend hf a source model.",
         )
-    if is_engine_dir(directory) or any(directory.glob("rank*.engine")):
-        return ENGINE
-    try:
-        config = read_json_object(directory / "config.json")
-    except SourceError:
-        return CHECKPOINT  # opening it reports the problem
-    is_model = "architectures" in config or "model_type" in config
-    return MODEL if is_model and "architecture" not in config else CHECKPOINT
+    return kind_of(directory)
 
 
 def default_backend(directory: Path) -> str:
     """Choose TensorRT-LLM for an engine and the executor for anything else."""
-    return TENSORRT_LLM if kind_of(directory) == ENGINE else EXECUTOR
+    return TENSORRT_LLM if kind_of_place(directory) is ENGINE else EXECUTOR
 
 
 def check_directory(backend: str, directory: Path) -> None:
@@ -260,29 +245,30 @@ def check_directory(backend: str, directory: Path) -> None:
         UsageError: there is no such directory.
     """
     runs = _RUNS.get(backend)
-    if runs is None or (runs == MODEL and not directory.is_dir()):
+    if runs is None or (runs is HF_MODEL and not directory.is_dir()):
         return  # a third-party backend, or a model on the hub
-    kind = kind_of(directory)
-    if kind == runs:
+    kind = kind_of_place(directory)
+    if kind is runs:
         return
-    if kind == CHECKPOINT and not (directory / "config.json").exists():
+    if not (directory / "config.json").exists():
         raise CheckError(
-            f"{directory} is not {_PHRASES[runs]}: it holds no config.json",
-            hint=f"give {_PHRASES[runs]}, which backend {backend} runs.",
+            f"{directory} is not {runs.name}: it holds no config.json",
+            hint=f"give {runs.name}, which backend {backend} runs.",
         )
-    convert = f"phireg convert --model-dir {directory} --output-dir CKPT"
+    if runs is CHECKPOINT and kind is UNKNOWN:
+        return  # loading it reports the problem
+    convert = f"convert it first: phireg convert --model-dir {directory} --output-dir CKPT"
+    to_other = f"or use --backend {default_backend(directory)}."
     hints = {
-        (CHECKPOINT, ENGINE): "give the checkpoint that it was built from, or use --backend "
-        "tensorrt-llm.",
-        (CHECKPOINT, MODEL): f"convert it first: {convert}; or run the model itself: --backend hf",
+        (CHECKPOINT, ENGINE): f"give the checkpoint that it was built from, {to_other}",
+        (CHECKPOINT, HF_MODEL): f"{convert}; or run the model itself: --backend hf",
         (ENGINE, CHECKPOINT): f"build an engine first: phireg build {directory} --output-dir "
-        "ENGINE; or use --backend executor.",
-        (ENGINE, MODEL): f"convert it first: {convert}; then phireg build makes an engine.",
-        (MODEL, CHECKPOINT): "give the directory that it was converted from, or use --backend "
-        "executor.",
-        (MODEL, ENGINE): "give the directory that it was made from, or use --backend tensorrt-llm.",
+        f"ENGINE; {to_other}",
+        (ENGINE, HF_MODEL): f"{convert}; then phireg build makes an engine.",
+        (HF_MODEL, CHECKPOINT): f"give the directory that it was converted from, {to_other}",
+        (HF_MODEL, ENGINE): f"give the directory that it was made from, {to_other}",
     }
     raise CheckError(
-        f"{directory} is {_PHRASES[kind]}, not {_PHRASES[runs]}, which backend {backend} runs",
-        hint=hints[runs, kind],
+        f"{directory} is {kind.name}, not {runs.name}, which backend {backend} runs",
+        hint=hints.get((runs, kind), f"give {runs.name}."),
     )

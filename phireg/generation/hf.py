@@ -249,15 +249,16 @@ def _until_stop(row: list[int], stop_ids: Collection[int]) -> list[int]:
 def _read_config(model: Path) -> tuple[Path, dict[str, Any]]:
     """Return the directory of a source model (of the hub, if it is not local) and its config."""
     from phireg.files.json import read_json_object
+    from phireg.files.kinds import CHECKPOINT, ENGINE, kind_of_config
     from phireg.source.hub import resolve_model_dir
 
     directory, _ = resolve_model_dir(str(model), None)
     path = directory / "config.json"
     values: dict[str, Any] = read_json_object(path)
     numbers = [values.get(key) for key in ("vocab_size", "max_position_embeddings")]
-    if "architecture" in values or "pretrained_config" in values:
+    if (kind := kind_of_config(values)) in (CHECKPOINT, ENGINE):
         raise CheckError(
-            f"{directory} was made for TensorRT-LLM; the hf backend runs the source model",
+            f"{directory} is {kind.name}; the hf backend runs the source model",
             hint="give the directory that it was converted from.",
         )
     if not all(type(number) is int and number > 0 for number in numbers):

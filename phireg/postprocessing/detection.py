@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from phireg.checkpoint.manifest import MANIFEST, read_manifest
+from phireg.checkpoint.manifest import read_manifest
 from phireg.checkpoint.rankfiles import RankFile, RankFiles
 from phireg.dtypes import BITS, float32_values
 from phireg.errors import CheckError, SourceError, UsageError
+from phireg.files.kinds import MANIFEST
 from phireg.planning.model import Plan, Rows
 from phireg.postprocessing.orders import (
     BLOCK,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,13 +15,15 @@ from typing import Any
 
 from phireg import registry
 from phireg.checkpoint.inspect import checkpoint_config
-from phireg.checkpoint.manifest import MANIFEST, write_manifest
+from phireg.checkpoint.manifest import write_manifest
 from phireg.checkpoint.rankfiles import RankFiles, world_size
 from phireg.config.hf import HFConfig
 from phireg.conversion.convert import manifest_of
 from phireg.conversion.stream import Progress, stream
 from phireg.errors import OutputError, SourceError, UsageError
+from phireg.files.kinds import CHECKPOINT, MANIFEST
 from phireg.files.output import PARTIAL_SUFFIX, OutputDirectory
+from phireg.files.writing import copy_file
 from phireg.layout.spans import Span
 from phireg.planning.model import Options, Output, Plan, Rows
 from phireg.planning.plan import plan
@@ -182,7 +183,7 @@ def postprocess(
             target,
             overwrite=overwrite or in_place,
             required_bytes=size,
-            objection=(lambda _: None) if in_place else None,
+            kind=None if in_place else CHECKPOINT,
         ) as unfinished:
             _write(checkpoint, moved, others, unfinished, progress)
             if in_place:
@@ -209,7 +210,7 @@ def _recover(target: Path) -> None:
         return
     with (
         suppress(_Recovered),
-        OutputDirectory(target, overwrite=True, required_bytes=0, objection=lambda _: None),
+        OutputDirectory(target, overwrite=True, required_bytes=0, kind=None),
     ):
         raise _Recovered
 
@@ -367,12 +368,7 @@ def _write(
     rewriting = _plan(checkpoint, moved)
     streamed = stream(rewriting, unfinished, progress=progress)
     for path in others:
-        try:
-            shutil.copyfile(path, unfinished / path.name)
-        except OSError as error:
-            if error.filename != str(path):
-                raise
-            raise SourceError(f"{path}: cannot be read ({error.strerror})") from error
+        copy_file(path, unfinished)
     for path in (*checkpoint.files.paths.values(), *others):
         (unfinished / path.name).chmod(path.stat().st_mode & 0o777)
     config, decision = checkpoint.config, checkpoint.decision

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from phireg.errors import OutputError
+from phireg.files.writing import write_file
 
 WIDTH = 900
 """Width of every chart, in pixels of its own."""
@@ -41,19 +38,4 @@ def write_page(page: str, path: Path) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-        raise OutputError(f"{path}: the report cannot be written: {error.strerror}") from error
+    write_file(path, page.encode("utf-8"), "the report")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -13,11 +13,11 @@ from typing import Protocol
 
 from phireg.dtypes import ITEMSIZE
 from phireg.errors import SourceError
+from phireg.files.kinds import WEIGHTS, kind_of_entries
 from phireg.files.regular import Stamp, check_unchanged, listed, open_regular, read_into
 from phireg.files.safetensors import Header, read_header
 from phireg.source import torchbin
 from phireg.source.index import ShardIndex, index_error, missing_shards, read_index, shard_defects
-from phireg.source.kinds import no_weights_error, weight_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +242,32 @@ def open_source(directory: Path, revision: str | None = None) -> Source:
             MappingProxyType({scan.file.name: scan.stamp for scan in scans}),
             _fetch_strided(strided) if strided else _fetch_plain,
         )
-    raise no_weights_error(directory, names)
+    raise _no_weights(directory, names)
+
+
+def _no_weights(directory: Path, names: Collection[str]) -> SourceError:
+    kind, name = kind_of_entries(names)
+    if kind is not None:
+        return SourceError(f"{directory}: this is {kind.name} ({name})", hint=kind.advice)
+    others = _weight_files(names, (".safetensors", ".bin", ".pt", ".pth", ".ckpt"))
+    if others:
+        content = f"no weights under a name that is known here, only {', '.join(others)}"
+    else:
+        content = "there are no weights in this directory" if names else "the directory is empty"
+    return SourceError(
+        f"{directory}: {content}",
+        hint="expected config.json and model.safetensors, model.safetensors.index.json with its "
+        "shards, or the same as pytorch_model.bin",
+    )
+
+
+def _weight_files(names: Iterable[str], suffixes: tuple[str, ...]) -> list[str]:
+    """Names that end like weight files, sorted, without those of a trainer's own state."""
+    return sorted(
+        name
+        for name in names
+        if name.endswith(suffixes) and not name.startswith(("training_args", "optimizer"))
+    )
 
 
 def _entries(directory: Path) -> set[str]:
@@ -287,7 +312,7 @@ def _notes(
     used = {scan.file.name for scan in scans}
     notes = []
     for other in _KINDS:
-        others = [n for n in weight_files(names, (other.suffix,)) if n not in used]
+        others = [n for n in _weight_files(names, (other.suffix,)) if n not in used]
         adapters = [n for n in others if n.startswith("adapter_")]
         strays = [n for n in others if n not in adapters]
         if adapters:
@@ -344,6 +369,6 @@ def _fetch_strided(strided: Mapping[tuple[str, str], torchbin.BinTensor]) -> _Fe
 
 
 _KINDS = (
-    _Kind("model.safetensors", ".safetensors", _scan_safetensors),
-    _Kind("pytorch_model.bin", ".bin", _scan_bin),
+    _Kind(WEIGHTS[0], ".safetensors", _scan_safetensors),
+    _Kind(WEIGHTS[1], ".bin", _scan_bin),
 )

@@ -6,7 +6,6 @@ import json
 import math
 import pkgutil
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +19,13 @@ from phireg.conversion.stream import read_blocks
 from phireg.errors import PluginError, SourceError, UsageError
 from phireg.family import Family
 from phireg.files.json import read_json_object
+from phireg.files.kinds import tokenizer_files
 from phireg.files.output import OutputDirectory
 from phireg.files.safetensors import TensorEntry, encode_header
+from phireg.files.writing import copy_file
 from phireg.planning.companions import axes_of
 from phireg.source.hub import resolve_model_dir
 from phireg.source.source import SourceTensor, open_source
-from phireg.source.tokenizer_files import CARRIED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -276,7 +276,7 @@ def cut(
     for tensor in _first_layers(directory, source.tensors.values(), count, layers):
         by_file.setdefault(tensor.file, []).append((tensor.name, tensor.dtype, tensor.shape))
     values = _shortened(directory, config, count, layers)
-    files = [file for name in CARRIED for file in sorted(directory.glob(name)) if file.is_file()]
+    files = tokenizer_files(directory)
     shards = [by_file[file] for file in sorted(by_file)]
     size = sum(source.tensors[name].nbytes for tensors in shards for name, _, _ in tensors)
     size += sum(file.stat().st_size for file in files)
@@ -295,7 +295,7 @@ def cut(
         _write_shards(output, shards, blocks)
         (output / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         for file in files:
-            shutil.copyfile(file, output / file.name)
+            copy_file(file, output)
     return target
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -16,14 +15,15 @@ from typing import Any
 
 from phireg.checkpoint.inspect import inspect
 from phireg.errors import CheckError, EngineError, OutputError, SourceError
+from phireg.files.kinds import BUILD_FILE, ENGINE, tokenizer_files
 from phireg.files.output import OutputDirectory
+from phireg.files.writing import copy_file
 from phireg.planning.plan import plan_config
 from phireg.reader.schemes import WEIGHT_ONLY
 from phireg.registry import AUTO
-from phireg.source.tokenizer_files import CARRIED
 from phireg.trtllm.builder import Builder, Listener, find_builder, run_builder
 from phireg.trtllm.command import PROGRAM, BuildOptions, Command, translate
-from phireg.trtllm.engine import BUILD_FILE, Engine, not_an_engine, read_engine
+from phireg.trtllm.engine import Engine, read_engine
 
 _SHOWN_PROBLEMS = 10
 
@@ -173,8 +173,7 @@ def build(plan: BuildPlan, *, overwrite: bool = False, listen: Listener | None =
                 plan.output_dir,
                 overwrite=overwrite,
                 required_bytes=(plan.weight_bytes or 0) // (4 if shrinks else 1),
-                kind="engine",
-                objection=not_an_engine,
+                kind=ENGINE,
             )
         )
         source = plan.source
@@ -183,7 +182,8 @@ def build(plan: BuildPlan, *, overwrite: bool = False, listen: Listener | None =
             source.write_text(json.dumps(plan.config, indent=4) + "\n", encoding="utf-8")
         line = plan.command.line(plan.builder.program, source, directory)
         _run(plan, line, directory, listen)
-        _copy_tokenizer(plan.source, directory)
+        for file in tokenizer_files(plan.source):
+            copy_file(file, directory)
         (directory / BUILD_FILE).write_text(
             json.dumps(_record(plan, line), indent=2) + "\n", encoding="utf-8"
         )
@@ -217,17 +217,6 @@ def _run(plan: BuildPlan, line: tuple[str, ...], directory: Path, listen: Listen
             f"{PROGRAM} ended well, but wrote no complete engine: {error.message}",
             hint=f"its output is in {plan.log}.",
         ) from error
-
-
-def _copy_tokenizer(source: Path, directory: Path) -> None:
-    """Copy the tokenizer's files, so that the engine can be run on its own."""
-    for file in sorted(file for name in CARRIED for file in source.glob(name) if file.is_file()):
-        try:
-            shutil.copyfile(file, directory / file.name)
-        except OSError as error:
-            if error.filename != str(file):
-                raise
-            raise SourceError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 def _record(plan: BuildPlan, line: tuple[str, ...]) -> dict[str, Any]:

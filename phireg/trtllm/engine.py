@@ -7,18 +7,15 @@ adds ``phireg-build.json``, which holds among others the options that became run
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
-from phireg.source.tokenizer_files import CARRIED
+from phireg.files.kinds import BUILD_FILE, ENGINE, kind_of_config
 
-BUILD_FILE = "phireg-build.json"
 FP32_ACCUMULATION = "enable_context_fmha_fp32_acc"
 """A run option: accumulate in float32 in the fused attention of the context phase."""
 
@@ -63,18 +60,6 @@ class Engine:
     build_config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def is_engine_dir(path: str | Path) -> bool:
-    """Whether a directory is, or was meant to be, an engine: for choosing a backend."""
-    try:
-        return _is_engine_config(read_json_object(Path(path) / "config.json"))
-    except SourceError:
-        return False
-
-
-def _is_engine_config(config: Mapping[str, Any]) -> bool:
-    return all(isinstance(config.get(key), dict) for key in ("pretrained_config", "build_config"))
-
-
 def read_engine(directory: str | Path) -> Engine:
     """Read an engine's config and look for its rank files.
 
@@ -84,7 +69,7 @@ def read_engine(directory: str | Path) -> Engine:
     directory = Path(directory)
     path = directory / "config.json"
     config = read_json_object(path)
-    if not _is_engine_config(config):
+    if kind_of_config(config) is not ENGINE:
         raise SourceError(
             f"{directory} is not a TensorRT-LLM engine: its config.json has no 'pretrained_config' "
             "and 'build_config'",
@@ -145,16 +130,3 @@ def _run_options(path: Path) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise SourceError(f"{path}: run_options is not an object")
     return options
-
-
-def not_an_engine(directory: Path) -> str | None:
-    """Why ``directory`` is not an engine and nothing else; None where it is."""
-    known = ("config.json", BUILD_FILE, *CARRIED)
-    for entry in sorted(directory.iterdir()):
-        of_a_rank = re.fullmatch(r"rank\d+(\.engine|_managed_weights\.safetensors)", entry.name)
-        belongs = of_a_rank or any(fnmatchcase(entry.name, pattern) for pattern in known)
-        if not belongs or not entry.is_file() or entry.is_symlink():
-            return f"{entry} does not belong to one"
-    if not (directory / "rank0.engine").exists():
-        return f"{directory} has no rank0.engine"
-    return None if is_engine_dir(directory) else f"{directory / 'config.json'} is not an engine's"

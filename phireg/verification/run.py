@@ -11,10 +11,11 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from phireg.checkpoint.inspect import Inspection, inspect
-from phireg.checkpoint.manifest import MANIFEST, read_manifest
+from phireg.checkpoint.manifest import read_manifest
 from phireg.checkpoint.rankfiles import RankFiles
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import SourceError, UsageError
+from phireg.files.kinds import MANIFEST
 from phireg.planning.plan import plan
 from phireg.planning.report import ranges
 from phireg.reader.schema import KNOWN

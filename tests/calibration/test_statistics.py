@@ -68,7 +68,7 @@ def test_a_new_file_replaces_the_old_one_only_when_complete(tmp_path):
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["amax"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError):
         save(tmp_path / "file" / "amax", made())
 
 

@@ -367,11 +367,11 @@ def test_overwrite_refuses_subdirectories_and_links(tmp_path):
     ("files", "message"),
     [
         ({"config.json": '{"architecture": "X"}'}, "no rank0.safetensors"),
-        ({"rank0.safetensors": ""}, "no config.json"),
-        ({"rank0.safetensors": "", "config.json": "{"}, "not JSON"),
-        ({"rank0.safetensors": "", "config.json": "[" * 100_000}, "not JSON"),
-        ({"rank0.safetensors": "", "config.json": '["architecture"]'}, "no architecture"),
-        ({"rank0.safetensors": "", "config.json": '{"architecture": 1}'}, "no architecture"),
+        ({"rank0.safetensors": ""}, "config.json"),
+        ({"rank0.safetensors": "", "config.json": "{"}, "config.json"),
+        ({"rank0.safetensors": "", "config.json": "[" * 100_000}, "config.json"),
+        ({"rank0.safetensors": "", "config.json": '["architecture"]'}, "config.json"),
+        ({"rank0.safetensors": "", "config.json": '{"architecture": 1}'}, "config.json"),
         # A Hugging Face model: "architectures", model.safetensors.
         ({"config.json": '{"architectures": ["X"]}', "model.safetensors": ""}, "model.safetensors"),
     ],

@@ -559,7 +559,7 @@ _SOURCE: list[tuple[str, Apply, str]] = [
     ("tensorflow-only", weightless("tf_model.h5"), "TensorFlow"),
     ("unknown-weights", weightless("weights.safetensors"), "only weights.safetensors"),
     ("engine", weightless("rank0.engine"), "TensorRT-LLM engine"),
-    ("converted-already", converted_checkpoint, "converted already"),
+    ("converted-already", converted_checkpoint, "TensorRT-LLM checkpoint"),
     ("hub-cache-folder", hub_cache_folder, r"Hugging Face cache[\s\S]*snapshots/"),
     # .bin
     ("bin-malicious", malicious_bin, "running code.*system"),

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from phireg.errors import SourceError
-from phireg.trtllm.engine import is_engine_dir, not_an_engine, read_engine
+from phireg.files.kinds import ENGINE, kind_of, objection
+from phireg.trtllm.engine import read_engine
 
 PRETRAINED = {
     "architecture": "PhiForCausalLM",
@@ -35,8 +36,8 @@ def write(tmp_path):
 def test_the_description_of_an_engine(write):
     place = write(phireg_build={"run_options": {"enable_context_fmha_fp32_acc": True}})
     engine = read_engine(place)
-    assert is_engine_dir(place)
-    assert not_an_engine(place) is None
+    assert kind_of(place) is ENGINE
+    assert objection(place, ENGINE) is None
     assert (engine.version, engine.architecture, engine.dtype) == (
         "0.17.0", "PhiForCausalLM", "float16",
     )  # fmt: skip
@@ -85,8 +86,8 @@ def test_run_options_of_a_wrong_kind(write):
 
 
 def test_a_checkpoint_is_no_engine(checkpoint, tmp_path):
-    assert not is_engine_dir(checkpoint)
-    assert not is_engine_dir(tmp_path)
+    assert kind_of(checkpoint) is not ENGINE
+    assert kind_of(tmp_path) is not ENGINE
     with pytest.raises(SourceError) as caught:
         read_engine(checkpoint)
     assert "phireg build" in caught.value.hint
@@ -95,4 +96,4 @@ def test_a_checkpoint_is_no_engine(checkpoint, tmp_path):
 def test_a_directory_that_may_not_be_replaced(write):
     place = write()
     (place / "notes").mkdir()
-    assert "notes" in not_an_engine(place)
+    assert "notes" in objection(place, ENGINE)

@@ -1,0 +1,182 @@
+"""What a directory is: the one answer, from its config.json and the names of its entries."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from phireg.errors import SourceError
+from phireg.files.json import read_json_object
+
+MANIFEST = "phireg.json"
+"""What phireg writes about a checkpoint into its directory."""
+
+BUILD_FILE = "phireg-build.json"
+"""The same about an engine."""
+
+TOKENIZER_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "*.tiktoken",
+)
+"""Patterns of the files that travel with the weights: what tokenizers need, no code."""
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Weights of a Hugging Face model; sharded ones have ``<name>.index.json`` instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of directory.
+
+    Attributes:
+        name: for messages, with its article.
+        advice: what to do with it where a Hugging Face model is needed.
+        entries: matches the names of the entries that tell the kind.
+        files: patterns of all files that phireg may have written into one.
+        rank_file: the file of rank 0, if it has rank files.
+    """
+
+    name: str
+    advice: str
+    entries: str
+    files: tuple[str, ...] = ()
+    rank_file: str = ""
+
+
+_ORIGINAL = "give the original Hugging Face checkpoint instead"
+
+ENGINE = Kind(
+    "a built engine",
+    "an engine cannot be converted back; give the Hugging Face checkpoint it was built from",
+    r"rank.*\.engine",
+    (
+        "config.json",
+        BUILD_FILE,
+        "rank[0-9]*.engine",
+        "rank[0-9]*_managed_weights.safetensors",
+        *TOKENIZER_FILES,
+    ),
+    "rank0.engine",
+)
+CHECKPOINT = Kind(
+    "a TensorRT-LLM checkpoint",
+    "build an engine from it with phireg build, or give the Hugging Face checkpoint instead",
+    r"rank\d+\.safetensors",
+    ("config.json", "quant_cfg.json", MANIFEST, "rank[0-9]*.safetensors", *TOKENIZER_FILES),
+    "rank0.safetensors",
+)
+HF_MODEL = Kind("a Hugging Face model", "", "")
+UNKNOWN = Kind("no model that is known here", "", "")
+
+_BY_ENTRIES = (
+    ENGINE,
+    CHECKPOINT,
+    Kind(
+        "a LoRA adapter without its base model",
+        "merge it into the base model first: peft's merge_and_unload(), then save_pretrained()",
+        r"adapter_config\.json|adapter_model\..*",
+    ),
+    Kind("a GGUF model", _ORIGINAL, r".*\.gguf"),
+    Kind("an ONNX model", _ORIGINAL, r".*\.onnx(\.data)?"),
+    Kind(
+        "a sharded checkpoint without its index",
+        "download model.safetensors.index.json (or pytorch_model.bin.index.json) as well",
+        r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)",
+    ),
+    Kind(
+        "a checkpoint in the original authors' consolidated layout",
+        "give the Hugging Face layout of the same model (model.safetensors and config.json)",
+        r"consolidated.*\..*",
+    ),
+    Kind(
+        "a Flax checkpoint",
+        "load it with transformers (from_flax=True) and save it with save_pretrained()",
+        r"flax_model.*\.msgpack",
+    ),
+    Kind(
+        "a TensorFlow checkpoint",
+        "load it with transformers (from_tf=True) and save it with save_pretrained()",
+        r"tf_model.*\.h5",
+    ),
+    Kind(
+        "a repository folder of the Hugging Face cache",
+        "give the folder of one revision inside it: snapshots/<commit>",
+        "snapshots",
+    ),
+)
+
+
+def kind_of(directory: Path) -> Kind:
+    """Return what a directory is; UNKNOWN if it cannot be read, too."""
+    try:
+        names = set(os.listdir(directory))  # noqa: PTH208 - names only
+    except (OSError, ValueError):
+        return UNKNOWN
+    try:
+        by_config = kind_of_config(read_json_object(directory / "config.json"))
+    except SourceError:
+        by_config = UNKNOWN
+    if by_config in (ENGINE, CHECKPOINT):
+        return by_config
+    if any(name in names or f"{name}.index.json" in names for name in WEIGHTS):
+        return HF_MODEL
+    return kind_of_entries(names)[0] or by_config
+
+
+def kind_of_config(config: Mapping[str, Any]) -> Kind:
+    """Return whose config.json this is: ENGINE, CHECKPOINT, HF_MODEL or UNKNOWN."""
+    if all(isinstance(config.get(key), dict) for key in ("pretrained_config", "build_config")):
+        return ENGINE
+    if isinstance(config.get("architecture"), str):
+        return CHECKPOINT
+    return HF_MODEL if "architectures" in config or "model_type" in config else UNKNOWN
+
+
+def kind_of_entries(names: Collection[str]) -> tuple[Kind | None, str]:
+    """Return the kind of a directory without Hugging Face weights, and the entry that tells it."""
+    for kind in _BY_ENTRIES:
+        for name in sorted(names):
+            if re.fullmatch(kind.entries, name):
+                return kind, name
+    return None, ""
+
+
+def objection(directory: Path, kind: Kind) -> str | None:
+    """Return why a directory is not of ``kind`` and nothing else; None if it is.
+
+    Args:
+        directory: an existing directory.
+        kind: ENGINE or CHECKPOINT.
+    """
+    for entry in sorted(directory.iterdir()):
+        known = any(fnmatchcase(entry.name, pattern) for pattern in kind.files)
+        if not known or entry.is_symlink() or not entry.is_file():
+            return f"{entry} does not belong to one"
+    if not (directory / kind.rank_file).exists():
+        return f"{directory} has no {kind.rank_file}"
+    try:
+        config = read_json_object(directory / "config.json")
+    except SourceError as error:
+        return error.message
+    if kind_of_config(config) is not kind:
+        return f"{directory / 'config.json'} is not that of {kind.name}"
+    return None
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """Return the files of a model directory that its tokenizer and generation need."""
+    files = (file for pattern in TOKENIZER_FILES for file in directory.glob(pattern))
+    return sorted(file for file in files if file.is_file())

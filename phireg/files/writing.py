@@ -1,0 +1,74 @@
+"""Single files: written atomically, or copied."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from phireg.errors import OutputError, SourceError
+
+REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file is larger than the file system or the process limit (ulimit -f) allows",
+    errno.EIO: "the disk reports an input/output error",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+}
+"""Why writing fails for reasons outside phireg, by error number."""
+
+
+def reason(error: OSError) -> str:
+    """Return why an operation failed and, where the error says it, on which file."""
+    text = REASONS.get(error.errno or 0) or error.strerror or str(error)
+    return text if error.filename is None else f"{text} ({error.filename})"
+
+
+def write_file(path: Path, content: bytes, what: str) -> None:
+    """Write a file, which appears complete or not at all; its directory is made if needed.
+
+    Args:
+        path: the file; one that exists is replaced.
+        content: all of it.
+        what: what it is, for the error.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(descriptor)
+            mask = os.umask(0)
+            os.umask(mask)
+            Path(name).chmod(0o666 & ~mask)  # as any file; mkstemp's are for the owner alone
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OutputError(f"{path}: {what} cannot be written: {reason(error)}") from error
+
+
+def copy_file(file: Path, directory: Path) -> Path:
+    """Copy a file's content into an output directory and return the copy.
+
+    Raises:
+        SourceError: the file cannot be read.
+        OSError: the copy cannot be written; ``OutputDirectory`` explains it.
+    """
+    copy = directory / file.name
+    try:
+        shutil.copyfile(file, copy)
+    except OSError as error:
+        if error.filename != str(file):
+            raise
+        raise SourceError(f"{file}: cannot be read ({error.strerror})") from error
+    return copy
