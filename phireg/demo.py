@@ -1,4 +1,4 @@
-"""The small trained models that families bring along: converted, verified, and put to work.
+"""Demo models: small trained models that come with their families.
 
 >>> from phireg import demo
 >>> model = demo.find("phi3-small")
@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -24,21 +24,21 @@ from phireg.files.kinds import MANIFEST
 from phireg.verification.result import Verification
 
 PROMPT_END = " TL;DR: "
-"""What an article of the demo models is followed by; then comes its summary."""
+"""The text between an article and its summary, in the training of the demo models."""
 
 MAX_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Article:
-    """An article that the model has not seen in training, and its reference summary."""
+    """An article that was not in the model's training, and its reference summary."""
 
     text: str
     reference: str
 
     @property
     def prompt(self) -> str:
-        """What the model continues."""
+        """The prompt for a summary."""
         return self.text + PROMPT_END
 
 
@@ -48,9 +48,9 @@ class DemoModel:
 
     Attributes:
         family: the family's name.
-        directory: config.json, weights and tokenizer, as of a published model.
+        directory: config.json, weights and tokenizer, like a published model's.
         articles: the held-back test split.
-        scores: what its authors measured on that split (card.json); empty if they say nothing.
+        scores: measured on that split by the model's authors (card.json); empty if unknown.
     """
 
     family: str
@@ -58,35 +58,22 @@ class DemoModel:
     articles: tuple[Article, ...]
     scores: dict[str, Any]
 
+    def article(self, number: int) -> Article:
+        """Return a held-back article, counted from 0.
 
-def find(family: str) -> DemoModel:
-    """The demo model that a family brings along.
-
-    Args:
-        family: name, or ``DISTRIBUTION:FAMILY``.
-
-    Raises:
-        PluginError: there is no such family, it has no demo, or the demo is damaged.
-    """
-    chosen = registry.load(family).family
-    if chosen.demo is None:
-        raise PluginError(
-            f"family '{chosen.name}' brings no demo model",
-            hint="convert a model of your own: phireg convert --model-dir DIR --output-dir CKPT",
-        )
-    directory = _directory(chosen.name, chosen.demo)
-    card = directory / "card.json"
-    scores = read_json_object(card).get("held_back") if card.exists() else None
-    return DemoModel(
-        chosen.name,
-        directory,
-        tuple(_articles(chosen.name, directory / "heldback.jsonl")),
-        scores if isinstance(scores, dict) else {},
-    )
+        Raises:
+            UsageError: there is no such article.
+        """
+        if not 0 <= number < len(self.articles):
+            raise UsageError(
+                f"{self.family}'s demo has no article {number}",
+                hint=f"they are numbered 0 to {len(self.articles) - 1}.",
+            )
+        return self.articles[number]
 
 
 def families() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The families that bring a demo model, and what is wrong with those that cannot be loaded."""
+    """Return the families with a demo model, and a message for each broken family."""
     names, problems = [], []
     for name in registry.index():
         try:
@@ -97,77 +84,86 @@ def families() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(names), tuple(problems)
 
 
-def _directory(family: str, place: str) -> Path:
-    package, _, name = place.partition(":")
-    try:
-        found = resources.files(package) / name
-    except (ImportError, TypeError, ValueError) as error:
-        raise PluginError(f"the demo of family '{family}' ({place}): {error}") from error
-    if not isinstance(found, Path) or not name or not found.is_dir():
+def find(family: str) -> DemoModel:
+    """Return the demo model of a family.
+
+    Args:
+        family: name, or ``DISTRIBUTION:FAMILY``.
+
+    Raises:
+        PluginError: there is no such family, it has no demo, or the demo is damaged.
+    """
+    loaded = registry.load(family).family
+    if loaded.demo is None:
         raise PluginError(
-            f"the demo of family '{family}' ({place}) is not a directory of an installed package",
+            f"family '{loaded.name}' has no demo model",
+            hint="convert a model of your own: phireg convert --model-dir DIR --output-dir CKPT",
+        )
+    directory = _directory(loaded.name, loaded.demo)
+    articles = _articles(loaded.name, directory / "heldback.jsonl")
+    card = directory / "card.json"
+    scores = read_json_object(card).get("held_back") if card.exists() else None
+    return DemoModel(loaded.name, directory, articles, scores if isinstance(scores, dict) else {})
+
+
+def _directory(family: str, location: str) -> Path:
+    package, _, name = location.partition(":")
+    try:
+        directory = resources.files(package) / name
+    except (ImportError, TypeError, ValueError) as error:
+        raise PluginError(f"the demo of family '{family}' ({location}): {error}") from error
+    if not isinstance(directory, Path) or not name or not directory.is_dir():
+        raise PluginError(
+            f"the demo of family '{family}' ({location}) is not a directory of an installed "
+            "package",
             hint="its package must list the files as package data, and be installed unpacked.",
         )
-    return found
+    return directory
 
 
-def _articles(family: str, path: Path) -> Iterator[Article]:
+def _articles(family: str, path: Path) -> tuple[Article, ...]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
-        pairs = [(row["article"], row["highlights"]) for row in rows]
+        articles = tuple(Article(row["article"], row["highlights"]) for row in rows)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise PluginError(
             f"the demo of family '{family}' is damaged: {path}: {type(error).__name__}: {error}",
             hint="install the package again.",
         ) from error
-    if not pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
+    texts = [text for article in articles for text in (article.text, article.reference)]
+    if not texts or not all(isinstance(text, str) for text in texts):
         raise PluginError(f"the demo of family '{family}' is damaged: {path} has no texts")
-    for text, reference in pairs:
-        yield Article(text, reference)
-
-
-def article(model: DemoModel, number: int) -> Article:
-    """A held-back article, counted from 0.
-
-    Raises:
-        UsageError: there are not so many.
-    """
-    if not 0 <= number < len(model.articles):
-        raise UsageError(
-            f"{model.family}'s demo has no article {number}",
-            hint=f"they are numbered 0 to {len(model.articles) - 1}.",
-        )
-    return model.articles[number]
+    return articles
 
 
 def convert(model: DemoModel, output_dir: Path, tp_size: int = 1) -> Converted:
-    """Convert a demo model; a checkpoint of phireg's under that name is replaced.
+    """Convert a demo model; an existing checkpoint of phireg's is replaced.
 
     Raises:
         OutputError: there is something else under that name.
-        PhiregError: as :func:`phireg.planning.plan` and :func:`phireg.conversion.convert`.
+        PhiregError: as :func:`phireg.plan` and :func:`phireg.convert`.
     """
-    ours = (output_dir / MANIFEST).is_file()
-    if not ours and output_dir.is_dir() and any(output_dir.iterdir()):
+    is_checkpoint = (output_dir / MANIFEST).is_file()
+    if not is_checkpoint and output_dir.is_dir() and any(output_dir.iterdir()):
         raise OutputError(
-            f"{output_dir} exists, and phireg did not make what is in it",
-            hint="give --output-dir another place.",
+            f"{output_dir} exists, and is not a checkpoint of phireg's",
+            hint="choose another --output-dir.",
         )
     plan = phireg.plan(model.directory, family=model.family, tp_size=tp_size)
-    return phireg.convert(plan, output_dir, overwrite=ours)
+    return phireg.convert(plan, output_dir, overwrite=is_checkpoint)
 
 
 def verify(model: DemoModel, checkpoint_dir: Path) -> Verification:
-    """All checks of :func:`phireg.verification.verify`."""
+    """Run all checks of :func:`phireg.verify`."""
     return phireg.verify(checkpoint_dir, model.directory, family=model.family)
 
 
 def summarize(checkpoint_dir: Path, articles: Sequence[Article]) -> list[str]:
-    """Greedy summaries by the executor, on the CPU in float32.
+    """Write greedy summaries with the executor, on the CPU in float32.
 
     Raises:
-        PluginError: the checkpoint carries no tokenizer.
+        PluginError: the checkpoint has no tokenizer.
         PhiregError: as :func:`phireg.executor.load`.
     """
     from phireg.executor import generate, load
@@ -176,7 +172,7 @@ def summarize(checkpoint_dir: Path, articles: Sequence[Article]) -> list[str]:
     tokenizer = find_tokenizer(checkpoint_dir)
     if tokenizer is None:
         raise PluginError("the demo model has no tokenizer", hint="install its package again.")
-    prompts = [tokenizer.encode(one.prompt) for one in articles]
+    prompts = [tokenizer.encode(article.prompt) for article in articles]
     model = load(checkpoint_dir, dtype="float32")
     rows = generate(model, prompts, MAX_NEW_TOKENS, stop_ids(checkpoint_dir, tokenizer))
     return [tokenizer.decode(row) for row in rows]

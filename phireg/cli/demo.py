@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from phireg.demo import Article, DemoModel
 
 DEFAULT_ARTICLE = 31
-"""A long one, which all four models summarize well."""
+"""A long one that all four models summarize well."""
 _ALL = "all"
 _WIDTH = 80
 
@@ -61,9 +61,8 @@ def command(
 ) -> None:
     """Convert, verify and run a small trained model.
 
-    FAMILY is phi3-small unless another one is named, or all. The model comes with phireg and writes
-    summaries of short articles; the article it is shown was not in its training. Ends with 4 if the
-    checkpoint is not right.
+    FAMILY is phi3-small by default, or all. The model comes with phireg and summarizes short
+    articles; the article shown was not in its training. The exit code is 4 if a check fails.
     """
     from phireg import demo
 
@@ -72,54 +71,53 @@ def command(
         names, problems = demo.families()
         for problem in problems:
             warn(problem)
-    models = [demo.find(name) for name in names]
-    articles = [demo.article(model, number) for model in models]
+    pairs = [(model, model.article(number)) for model in map(demo.find, names)]
     base = Path(output_dir or "phireg-demo")
-    below = family == _ALL or output_dir is None
-    documents = []
-    for model, article in zip(models, articles, strict=True):
-        target = base / model.family if below else base
-        told = not (quiet or as_json)
-        try:
-            document = _demonstrate(model, article, target, tp_size, told=told, quiet=quiet)
-        except KeyboardInterrupt as interrupt:
-            raise stopped(interrupt, f"whatever stands in {base} is complete") from None
-        documents.append(document)
-        if told and model is not models[-1]:
+    one_directory_each = family == _ALL or output_dir is None
+    verbose = not (quiet or as_json)
+    documents: list[dict[str, Any]] = []
+    for model, article in pairs:
+        target = base / model.family if one_directory_each else base
+        if verbose and documents:
             emit("")
+        try:
+            document = _run(model, article, target, tp_size, verbose=verbose, quiet=quiet)
+        except KeyboardInterrupt as interrupt:
+            raise stopped(interrupt, f"every checkpoint in {base} is complete") from None
+        documents.append(document)
     if as_json:
         emit_json({"article_number": number, "demos": documents})
     if not all(document["verification"]["passed"] for document in documents):
         raise click.exceptions.Exit(CheckError.exit_code)
 
 
-def _demonstrate(
-    model: DemoModel, article: Article, target: Path, tp_size: int, *, told: bool, quiet: bool
+def _run(
+    model: DemoModel, article: Article, target: Path, tp_size: int, *, verbose: bool, quiet: bool
 ) -> dict[str, Any]:
-    """Do all of it, telling each step as it is done; what ``--json`` prints about the model."""
+    """Convert, verify and run one model; return its JSON document."""
     from phireg import demo
 
     started = time.monotonic()
     commands = _commands(model, article, target, tp_size)
-    if told:
-        emit(f"== {model.family}\n\n$ {_broken(commands['convert'])}")
+    if verbose:
+        emit(f"== {model.family}\n\n$ {_folded(commands['convert'])}")
     converted = demo.convert(model, target, tp_size)
-    if told:
+    if verbose:
         written = size(sum(converted.files.values()))
         emit(f"wrote {written}, {counted(tp_size, 'rank file')}")
-        emit(f"\n$ {_broken(commands['verify'])}")
-    with spinner("verifying", quiet=not told):
-        found = demo.verify(model, target)
-    if told or (quiet and not found.passed):
-        show_verification(found)
+        emit(f"\n$ {_folded(commands['verify'])}")
+    with spinner("verifying", quiet=not verbose):
+        verification = demo.verify(model, target)
+    if verbose or (quiet and not verification.passed):
+        show_verification(verification)
     summary = None
-    if found.passed:
-        if told:
-            emit(f"\n$ {_broken(commands['run'])}")
-        with spinner("summarizing", quiet=not told):
+    if verification.passed:
+        if verbose:
+            emit(f"\n$ {_folded(commands['run'])}")
+        with spinner("summarizing", quiet=not verbose):
             summary = demo.summarize(target, [article])[0]
-    if told and summary is not None:
-        emit("\n" + _comparison(article, summary, model.scores))
+        if verbose:
+            emit("\n" + _comparison(article, summary, model.scores))
     return {
         "family": model.family,
         "model_dir": str(model.directory),
@@ -131,7 +129,7 @@ def _demonstrate(
         "identical": summary == article.reference,
         "commands": {name: shlex.join(words) for name, words in commands.items()},
         "files": dict(converted.files),
-        "verification": verification_document(found),
+        "verification": verification_document(verification),
         "scores": model.scores,
         "seconds": round(time.monotonic() - started, 3),
     }
@@ -140,20 +138,20 @@ def _demonstrate(
 def _commands(
     model: DemoModel, article: Article, target: Path, tp_size: int
 ) -> dict[str, list[str]]:
-    """What a user would type."""
+    """Return the equivalent command lines."""
     source = ["--model-dir", str(model.directory), "--family", model.family]
     ranks = ["--tp-size", str(tp_size)] if tp_size > 1 else []
     output = ["--output-dir", str(target), "--overwrite"]
-    computed = ["--device", "cpu", "--dtype", "float32"]
+    device = ["--device", "cpu", "--dtype", "float32"]
     return {
         "convert": ["phireg", "convert", *source, *ranks, *output],
         "verify": ["phireg", "verify", str(target), *source],
-        "run": ["phireg", "run", str(target), *computed, "--prompt", article.prompt],
+        "run": ["phireg", "run", str(target), *device, "--prompt", article.prompt],
     }
 
 
-def _broken(words: list[str]) -> str:
-    """A command over several lines, as a shell takes it back; an option stays with its value."""
+def _folded(words: list[str]) -> str:
+    """Fold a command line as a shell accepts it, keeping options with their values."""
     groups: list[str] = []
     for word in words:
         if groups and not word.startswith("--") and groups[-1].startswith("--"):
@@ -169,39 +167,35 @@ def _broken(words: list[str]) -> str:
     return " \\\n".join(lines)
 
 
-def _quoted(word: str, room: int) -> str:
-    """A shell word; a text that is longer than ``room`` goes on in further lines."""
-    # An interactive bash obeys ! in double quotes. A path is not broken, however long.
-    if len(word) <= room or "!" in word or " " not in word:
+def _quoted(word: str, width: int) -> str:
+    """Quote a shell word; a text longer than ``width`` continues on further lines."""
+    # An interactive bash expands ! in double quotes. A path is not folded, however long.
+    if len(word) <= width or "!" in word or " " not in word:
         return shlex.quote(word)
     text = '"' + re.sub(r'([\\"$`])', r"\\\1", word) + '"'
     lines = [""]
     for piece in re.findall(r"\S+\s*|\s+", text):
-        if len(lines[-1]) + len(piece) > (_WIDTH - 1 if len(lines) > 1 else room):
+        if len(lines[-1]) + len(piece) > (_WIDTH - 1 if len(lines) > 1 else width):
             lines.append("")
         lines[-1] += piece
     return "\\\n".join(lines)
 
 
 def _comparison(article: Article, summary: str, scores: dict[str, Any]) -> str:
-    """The summary beside its reference, and how typical that is."""
-    width = _WIDTH
-    if sys.stdout.isatty():
-        width = min(width, shutil.get_terminal_size().columns)
+    """Show the summary beside its reference, and the model's scores."""
+    width = min(_WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else _WIDTH
     half = max(20, (width - 3) // 2)
-    columns = [
+    cells = [
         [title, *textwrap.wrap(printable(text), half)]
         for title, text in (("the model's summary", summary), ("reference", article.reference))
     ]
-    lines = [
-        f"{left:<{half}}   {right}".rstrip() for left, right in zip_longest(*columns, fillvalue="")
-    ]
-    known = set(re.findall(r"\w+", article.reference))
-    others = [word for word in re.findall(r"\w+", summary) if word not in known]
-    lines.append("")
+    pairs = zip_longest(*cells, fillvalue="")
+    lines = [*(f"{left:<{half}}   {right}".rstrip() for left, right in pairs), ""]
     if summary == article.reference:
         lines.append("They are identical.")
     else:
+        known = set(re.findall(r"\w+", article.reference))
+        others = [word for word in re.findall(r"\w+", summary) if word not in known]
         lines.append(f"Not in the reference: {', '.join(others) or 'nothing'}.")
     if {"articles", "identical", "rouge1"} <= set(scores):
         lines.append(

@@ -176,7 +176,7 @@ def test_family_without_demo(run, monkeypatch):
     monkeypatch.setattr(registry.load("phi2").family, "demo", None)
     done = run("demo", "phi2")
     assert done.exit_code == 5
-    assert "family 'phi2' brings no demo model" in done.output
+    assert "family 'phi2' has no demo model" in done.output
     assert "phireg convert --model-dir" in done.output
     names, problems = demo.families()
     assert set(names) == FAMILIES - {"phi2"}
@@ -276,5 +276,5 @@ def test_an_interruption_after_the_conversion_does_not_deny_it(run, monkeypatch)
     monkeypatch.setattr(demo, "verify", interrupted)
     result = run("demo", "phi2")
     assert result.exit_code == 130
-    assert result.stderr == "interrupted; whatever stands in phireg-demo is complete\n"
+    assert result.stderr == "interrupted; every checkpoint in phireg-demo is complete\n"
     assert phireg.inspect("phireg-demo/phi2", check=True).problems == ()
