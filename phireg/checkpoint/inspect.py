@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from phireg.checkpoint.manifest import Progress, check_files, read_manifest
-from phireg.checkpoint.rankfiles import Kind, RankFiles, world_size
+from phireg.checkpoint.rankfiles import RankFiles, world_size
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
 from phireg.files.kinds import CHECKPOINT, ENGINE, HF_MODEL, kind_of
 from phireg.reader.structure import structure_problems
+from phireg.reader.tensors import Kind
 
 _HINT = "give a checkpoint; phireg convert and phireg quantize write them."
 

@@ -16,15 +16,13 @@ from phireg.dtypes import BITS, torch_dtype
 from phireg.errors import SourceError
 from phireg.files.regular import Stamp, check_unchanged, open_regular, read_into
 from phireg.files.safetensors import TensorEntry, read_header
+from phireg.reader.tensors import Kind
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Bits = npt.NDArray[np.unsignedinteger[Any]]
 """Elements as unsigned integers of their own width: numpy has no bfloat16 and no float8."""
-
-Kind = tuple[str, tuple[int, ...]]
-"""Dtype code and shape of a tensor."""
 
 _MAP_NORESERVE = 0x4000  # Linux's; Python 3.12 has no name for it
 _MOST_RANKS = 4096

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from phireg.executor import quantized
-from phireg.executor.experts import ROUTER, Experts, rank_mixture, route
-from phireg.reader.spec import ModelSpec, Rope
-from phireg.reader.tensors import KV_SCALE
+from phireg.executor.experts import rank_mixture, route
+from phireg.reader.spec import Experts, ModelSpec, Rope
+from phireg.reader.tensors import KV_SCALE, ROUTER
 
 Weights: TypeAlias = Mapping[str, Tensor]
 Rotary: TypeAlias = "tuple[Tensor, Tensor]"
@@ -38,7 +38,7 @@ QUERY_CHUNK = 512
 def norm(spec: ModelSpec, weights: Weights, name: str, x: Tensor) -> Tensor:
     """LayerNorm, or RMSNorm that is rounded to the model's dtype before the weight is applied."""
     weight = weights[f"{name}.weight"]
-    if spec.norm == "rms_norm":
+    if spec.architecture.norm == "rms_norm":
         return functional.rms_norm(x, x.shape[-1:], eps=spec.norm_epsilon) * weight
     bias = weights[f"{name}.bias"]
     return functional.layer_norm(x, x.shape[-1:], weight, bias, spec.norm_epsilon)
@@ -117,12 +117,17 @@ def activate(spec: ModelSpec, z: Tensor) -> Tensor:
 
 
 def mixture(
-    experts: Experts, shards: list[Weights], ranks: Sequence[int], u: Tensor, reduce: Reduce
+    experts: Experts,
+    epsilon: float,
+    shards: list[Weights],
+    ranks: Sequence[int],
+    u: Tensor,
+    reduce: Reduce,
 ) -> Tensor:
     """Experts in the MLP's place; every rank scores them in float32 and runs its own."""
     tokens = u.flatten(0, -2)
     scores = functional.linear(tokens.float(), shards[0][ROUTER])
-    chosen, shares = route(scores, experts.epsilon)
+    chosen, shares = route(scores, epsilon)
     partial = [
         rank_mixture(
             experts.first(rank), w["mlp.fc.weight"], w["mlp.proj.weight"], tokens, chosen, shares
@@ -168,7 +173,7 @@ def layer(
         observe_inputs("attention.qkv", [u])
         observe_inputs("attention.dense", heads)
     attended = row_linear(shards, "attention.dense", heads, reduce)
-    if spec.residual == "sequential":
+    if spec.architecture.residual == "sequential":
         x = x + attended
         u = norm(spec, shards[0], "post_layernorm", x)
     if spec.experts is None:
@@ -178,8 +183,8 @@ def layer(
             observe_inputs("mlp.proj", gated)
         mlp = row_linear(shards, "mlp.proj", gated, reduce)
     else:
-        mlp = mixture(spec.experts, shards, ranks, u, reduce)
-    x = x + mlp if spec.residual == "sequential" else x + attended + mlp
+        mlp = mixture(spec.experts, spec.mixer_epsilon, shards, ranks, u, reduce)
+    x = x + mlp if spec.architecture.residual == "sequential" else x + attended + mlp
     if observe is not None:
         observe("attention", attended)
         observe("mlp", mlp)

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from phireg.errors import UsageError
+from phireg.checkpoint.rankfiles import RankFile, RankFiles
+from phireg.dtypes import torch_dtype
+from phireg.errors import CheckError, UsageError
 from phireg.executor import blocks, quantized
 from phireg.executor.attention import on, prompt_attention
 from phireg.executor.blocks import Attend, Rotary, Weights
-from phireg.executor.weights import Source, open_ranks
-from phireg.reader.quantization import ROW_LINEARS
+from phireg.reader.schemes import ROW_LINEARS
 from phireg.reader.spec import ModelSpec, read_spec
-from phireg.reader.tensors import end_tensors, layer_prefix, layer_tensors, rank_tensors
+from phireg.reader.structure import tensor_deviations
+from phireg.reader.tensors import (
+    EMBEDDING,
+    KEY_SCALE,
+    KV_SCALE,
+    VALUE_SCALE,
+    Kind,
+    end_tensors,
+    is_scale,
+    layer_prefix,
+    layer_tensors,
+    optional_tensors,
+    rank_tensors,
+    replicated,
+)
 
+# Reads one tensor of one rank by its name in the file.
+Source: TypeAlias = Callable[[str], Tensor]
 # (layer, what, value): what is "embedding" (layer -1), "attention", "mlp" or "hidden".
 Observe = Callable[[int, str, Tensor], None]
 # (layer, linear, input): linear is "attention.qkv", "attention.dense", "mlp.fc" or "mlp.proj".
@@ -171,7 +189,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
 
     def embed(self, ends: list[Weights], ids: Tensor) -> Tensor:
         """Token ids of any shape to hidden states in the compute dtype."""
-        table = ends[0]["transformer.vocab_embedding.weight"]
+        table = ends[0][EMBEDDING]
         x = functional.embedding(ids.to(table.device), table).to(self.device, self.dtype)
         multiplier = self.spec.embedding_multiplier
         return x if multiplier == 1.0 else x * multiplier
@@ -236,7 +254,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         return whole
 
     def _read_layer(self, index: int) -> list[Weights]:
-        names, prefix = layer_tensors(self.spec), layer_prefix(index)
+        names, prefix = layer_tensors(self.spec, index), layer_prefix(index)
         return [
             quantized.prepare(
                 self.spec.quantization,
@@ -250,7 +268,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
     def _read_ends(self) -> list[Weights]:
         names = end_tensors(self.spec)
         # An embedding that is only looked up may stay in the mapped file.
-        stays = "transformer.vocab_embedding.weight" if self.offload else ""
+        stays = EMBEDDING if self.offload else ""
         return [
             {name: source(name) if name == stays else self._moved(source(name)) for name in names}
             for source in self._sources
@@ -269,10 +287,11 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         else:
             free = free_memory()
         needed = 0
-        for tensor in rank_tensors(self.spec).values():
-            native = quantized.has_native_fp8(tensor.dtype, tensor.shape, self.device, self.dtype)
-            dtype = tensor.dtype if native else self.dtype
-            needed += torch.Size(tensor.shape).numel() * dtype.itemsize * len(self.ranks)
+        for code, shape in rank_tensors(self.spec).values():
+            stored = torch_dtype(code)
+            native = quantized.has_native_fp8(stored, shape, self.device, self.dtype)
+            dtype = stored if native else self.dtype
+            needed += math.prod(shape) * dtype.itemsize * len(self.ranks)
         return bool(needed > _MEMORY_SHARE * free)
 
 
@@ -288,3 +307,124 @@ def free_memory() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def open_ranks(checkpoint_dir: Path, spec: ModelSpec, ranks: Sequence[int]) -> list[Source]:
+    """Map rank files and compare them with the spec.
+
+    Args:
+        checkpoint_dir: directory of config.json and rank*.safetensors.
+        spec: of config.json.
+        ranks: the ranks to open. When it is all of them there must be no further rank file, and
+            the tensors that every rank repeats must be equal.
+
+    Returns:
+        For each rank a function from a tensor's name to the tensor, mapped, on the CPU. Tensors
+        have the expected shape and dtype: e4m3 weights stored as int8 are viewed as e4m3, a scale
+        without dimensions has one, and the cache's scale is there even if the file has only the
+        keys' and the values' (TensorRT-LLM 1.x then takes the larger one, too).
+
+    Raises:
+        CheckError: lists every file that is missing or extra, and every tensor that is missing,
+            unknown, of another shape or dtype, not the same on all ranks, or a scale that is not
+            a finite positive normal number.
+    """
+    required = rank_tensors(spec)
+    accepted = optional_tensors(spec) | required
+    sources: dict[int, Source] = {}
+    with RankFiles(checkpoint_dir, ranks) as files:
+        problems = [error.message for error in files.errors.values()]
+        if len(ranks) == spec.tp_size:
+            extra = set(checkpoint_dir.glob("rank*.safetensors")) - set(files.paths.values())
+            problems += [
+                f"{path.name}: config.json has only {spec.tp_size} rank(s)"
+                for path in sorted(extra)
+            ]
+        for rank, file in files.items():
+            sources[rank] = _source(file, accepted)
+            problems += [
+                f"{file.path.name}: {problem}"
+                for problem in _rank_problems(file.kinds(), sources[rank], required, accepted)
+            ]
+    if not problems:
+        names = [name for name in required if replicated(name, spec.quantization.weights)]
+        problems += _differences(sources, names)
+    if problems:
+        raise CheckError(
+            f"{checkpoint_dir}: the rank files are not what config.json says:\n  "
+            + "\n  ".join(problems),
+            hint="convert the model again; a checkpoint is not meant to be edited by hand",
+        )
+    return list(sources.values())
+
+
+def _source(file: RankFile, accepted: Mapping[str, Kind]) -> Source:
+    """Return a rank's tensors by name, as they are expected."""
+    mapped, present = file.mapped(), file.header.entries.keys()
+
+    def read(name: str) -> Tensor:
+        if name not in present:
+            return torch.maximum(*map(read, _cache_scales(name)))
+        code, shape = accepted[name]
+        tensor = mapped(name)
+        if (code, tensor.dtype) == ("F8_E4M3", torch.int8):
+            tensor = tensor.view(torch.float8_e4m3fn)
+        return tensor.reshape(shape)
+
+    return read
+
+
+def _cache_scales(name: str) -> list[str]:
+    """Return the names of the scales that a cache's scale can be made of."""
+    prefix, suffix, _ = name.rpartition(KV_SCALE)
+    return [prefix + KEY_SCALE, prefix + VALUE_SCALE] if suffix else []
+
+
+def _rank_problems(
+    tensors: Mapping[str, Kind],
+    source: Source,
+    required: Mapping[str, Kind],
+    accepted: Mapping[str, Kind],
+) -> Iterator[str]:
+    for name in tensors:
+        if name.endswith(".per_channel_scale"):
+            yield (
+                f"{name} belongs to weights that were quantized and rearranged for the GPU of the "
+                "machine that made the file, and the file does not say which one"
+            )
+            return
+    wrong = set()
+    for deviation in tensor_deviations(tensors, required, accepted):
+        scales = _cache_scales(deviation.name)
+        derived = deviation.name not in tensors and scales and tensors.keys() >= set(scales)
+        if not deviation.harmless and not derived:
+            wrong.add(deviation.name)
+            yield f"{deviation.name} {deviation.text}"
+    for name in tensors.keys() & accepted.keys() - wrong:
+        if is_scale(name):
+            yield from _scale_problems(name, source(name))
+
+
+def _scale_problems(name: str, values: Tensor) -> Iterator[str]:
+    """Yield why a scale cannot be divided by, on any device."""
+    bad = ~(values.isfinite() & (values >= torch.finfo(values.dtype).tiny))
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        place = f"{int(bad.sum())} of {len(values)} values, the first at {first}: "
+        yield (
+            f"{name} is no scale ({place if len(values) > 1 else ''}{float(values[first]):g} "
+            "is not a finite positive normal number)"
+        )
+
+
+def _differences(sources: Mapping[int, Source], names: Sequence[str]) -> Iterator[str]:
+    """Yield the replicated tensors that some rank has other values of.
+
+    The ranks run in lockstep on one copy of the hidden states, which is right only while what
+    every rank repeats is the same everywhere.
+    """
+    (_, first), *others = sources.items()
+    for rank, source in others:
+        for name in names:
+            if not torch.equal(first(name).view(torch.uint8), source(name).view(torch.uint8)):
+                yield f"rank{rank}.safetensors: {name} differs from the first rank's"

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from phireg.dtypes import E4M3_MAX, E4M3_SMALLEST_NORMAL
-from phireg.executor.experts import ROUTER
-from phireg.reader.quantization import LINEARS, Grid, Quantization
+from phireg.reader.schemes import LINEARS, Grid, Quantization
+from phireg.reader.tensors import ROUTER
 
 _WEIGHT_ONLY_BITS = {"int8_wo": 8, "int4_wo": 4}
 

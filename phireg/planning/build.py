@@ -19,7 +19,7 @@ from phireg.planning.companions import axes_of
 from phireg.planning.model import Options, Output, Plan, Rows, Scale
 from phireg.planning.quantized import Quantization
 from phireg.planning.schedule import schedule
-from phireg.reader.schema import required_tensors
+from phireg.reader.tensors import required_tensors
 from phireg.source.source import Source
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from phireg.errors import CheckError, SourceError
 from phireg.layout.rules import Policy, Rule
 from phireg.layout.spans import Axis, LayoutError, Part, Span, shard, take
 from phireg.planning.companions import axes_of
-from phireg.reader.schema import KNOWN
+from phireg.reader.schemes import KNOWN
 
 if TYPE_CHECKING:
     from phireg.family import Family

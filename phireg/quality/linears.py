@@ -12,7 +12,7 @@ from phireg.dtypes import E4M3_BEYOND
 from phireg.executor.blocks import Weights
 from phireg.executor.quantized import fake_quantize
 from phireg.quality.result import LinearQuality
-from phireg.reader.quantization import ROW_LINEARS
+from phireg.reader.schemes import ROW_LINEARS
 
 _ROWS = 1024
 

@@ -13,7 +13,7 @@ from phireg.calibration.settings import Settings
 from phireg.device import pick_device
 from phireg.errors import SourceError
 from phireg.executor import Executor, ModelSpec, read_spec
-from phireg.executor.weights import open_ranks
+from phireg.executor.model import open_ranks
 from phireg.generation.tokenizer import find_tokenizer
 from phireg.planning.model import Plan
 from phireg.quality.layerwise import walk
@@ -108,7 +108,7 @@ def measure(
         plan.family,
         made.qformat,
         made.kv_cache_dtype,
-        spec.architecture,
+        spec.architecture.name,
         made.dtype,
         made.tp_size,
         found.linears,

@@ -10,7 +10,7 @@ from torch import Tensor
 from phireg.config.hf import HFConfig
 from phireg.conversion.stream import assemble
 from phireg.dtypes import as_torch
-from phireg.executor.weights import Source
+from phireg.executor.model import Source
 from phireg.files.json import read_json_object
 from phireg.planning.build import build_plan
 from phireg.planning.model import Output, Plan

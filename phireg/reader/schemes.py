@@ -1,15 +1,32 @@
-"""The quantization schemes phireg writes, as data: what TensorRT-LLM's reader finds on disk."""
+"""The quantization schemes: how TensorRT-LLM's reader finds quantized linears and KV caches.
+
+Quantized linears follow TensorRT-LLM's FP8Linear and SmoothQuantLinear, whose scales are
+parameters: all of them must be in the checkpoint.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+from phireg.reader.architectures import NESTED
+from phireg.reader.config import Config
+
+WeightScheme: TypeAlias = Literal["fp8", "int8_sq", "int8_wo", "int4_wo"]
+Grid: TypeAlias = Literal["fp8", "int8"]
+
+ROW_LINEARS = ("attention.dense", "mlp.proj")
+LINEARS = ("attention.qkv", "mlp.fc", *ROW_LINEARS)
+"""The linears of a layer. A row linear's inputs are split over the ranks, a column linear's
+outputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How the linears of a quantized checkpoint are stored.
+    """The storage of a quantized checkpoint's linears.
 
     Attributes:
         qformat: the name users type.
@@ -18,11 +35,11 @@ class Scheme:
             and TensorRT-LLM's builder quantizes them.
         companions: scales that every quantized linear must have, with their safetensors codes;
             None for the checkpoint's dtype.
-        per_channel: whether ``weights_scaling_factor`` has one entry per output row ([1] if not).
-        calibrated: whether scales need the maxima of the linears' inputs.
+        per_channel: ``weights_scaling_factor`` has one entry per output row ([1] if not).
+        calibrated: scales need the maxima of the linears' inputs.
     """
 
-    qformat: str
+    qformat: WeightScheme
     quant_algo: str
     weight: str | None
     companions: Mapping[str, str | None]
@@ -30,24 +47,25 @@ class Scheme:
     calibrated: bool
 
 
-def _by_name(*schemes: Scheme) -> Mapping[str, Scheme]:
-    return MappingProxyType({scheme.qformat: scheme for scheme in schemes})
-
-
 _SCALES = {"weights_scaling_factor": "F32", "activation_scaling_factor": "F32"}
 
-SCHEMES = _by_name(
-    Scheme("fp8", "FP8", "F8_E4M3", MappingProxyType(_SCALES), per_channel=False, calibrated=True),
-    Scheme(
-        "int8_sq",
-        "W8A8_SQ_PER_CHANNEL",
-        "I8",
-        MappingProxyType({"prequant_scaling_factor": None, **_SCALES}),
-        per_channel=True,
-        calibrated=True,
-    ),
-    Scheme("int8_wo", "W8A16", None, MappingProxyType({}), per_channel=False, calibrated=False),
-    Scheme("int4_wo", "W4A16", None, MappingProxyType({}), per_channel=False, calibrated=False),
+SCHEMES: Mapping[str, Scheme] = MappingProxyType(
+    {
+        scheme.qformat: scheme
+        for scheme in (
+            Scheme("fp8", "FP8", "F8_E4M3", _SCALES, per_channel=False, calibrated=True),
+            Scheme(
+                "int8_sq",
+                "W8A8_SQ_PER_CHANNEL",
+                "I8",
+                {"prequant_scaling_factor": None, **_SCALES},
+                per_channel=True,
+                calibrated=True,
+            ),
+            Scheme("int8_wo", "W8A16", None, {}, per_channel=False, calibrated=False),
+            Scheme("int4_wo", "W4A16", None, {}, per_channel=False, calibrated=False),
+        )
+    }
 )
 """By ``--qformat``.
 
@@ -71,3 +89,106 @@ KV_CACHES = MappingProxyType({"fp8": "FP8", "int8": "INT8"})
 KV_SCALE = "kv_cache_scaling_factor"
 """The scale of an attention module's KV cache, float32 [1]: what is stored is key (or value)
 divided by it."""
+
+_ALGORITHMS = {scheme.quant_algo: scheme.qformat for scheme in SCHEMES.values()}
+RAW = (None, *WEIGHT_ONLY.values())
+"""Values of ``quant_algo`` whose weights are in the checkpoint's dtype."""
+KNOWN = (None, *_ALGORITHMS)
+"""Values of ``quant_algo`` whose tensors are known."""
+
+# Settings that change nothing under the algorithms above, with the values that say so. The
+# reader's default of group_size is 128; only its grouped algorithms look at it.
+_INERT = {
+    "group_size": (None, 0, 128),
+    "has_zero_point": (None, False),
+    "pre_quant_scale": (None, False),
+    "clamp_val": (None,),
+    "use_meta_recipe": (None, False),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """Which parts of a checkpoint are quantized; lm_head, the embedding and norms never are.
+
+    Attributes:
+        weights: of the linears of every layer: "fp8" (e4m3 weights and inputs), "int8_sq"
+            (SmoothQuant: int8 weights and inputs), "int8_wo" and "int4_wo" (weights only), or
+            None.
+        kv_cache: the grid that keys and values are stored on, or None.
+        excluded: patterns of modules that are left unquantized.
+    """
+
+    weights: WeightScheme | None = None
+    kv_cache: Grid | None = None
+    excluded: tuple[str, ...] = field(default=(), compare=False)
+
+    def scheme(self, module: str) -> Scheme | None:
+        """Return how a linear of a layer is stored, or None for the checkpoint's dtype."""
+        if self.weights is None or is_excluded(module, self.excluded):
+            return None
+        return SCHEMES[self.weights]
+
+
+def is_excluded(name: str, patterns: Sequence[Any]) -> bool:
+    """Return whether the reader leaves a module alone.
+
+    It matches patterns with full names; before 0.11, names with the last component.
+    """
+    leaf = name.rpartition(".")[2]
+    return any(fnmatchcase(name, str(pattern)) or leaf == pattern for pattern in patterns)
+
+
+def parse_quantization(config: Config) -> Quantization:
+    """Read the ``quantization`` block of config.json.
+
+    Raises:
+        CheckError: an algorithm whose tensors are not known.
+    """
+    block = config.block("quantization")
+    caches = {algorithm: grid for grid, algorithm in KV_CACHES.items()}
+    patterns = block.values.get("exclude_modules") or []
+    if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
+        raise block.error(f"exclude_modules is {patterns!r}, not a list of module names")
+    return Quantization(
+        _algorithm(block, "quant_algo", _ALGORITHMS),
+        _algorithm(block, "kv_cache_quant_algo", caches),
+        tuple(patterns),
+    )
+
+
+def check_quantization(config: Config, num_layers: int) -> None:
+    """Check that every linear of a checkpoint of ``num_layers`` layers is quantized alike.
+
+    Raises:
+        CheckError: a setting the executor has no exact arithmetic for.
+    """
+    block, quantization = config.block("quantization"), parse_quantization(config)
+    if quantization.weights is None:
+        return
+    for key, value in block.values.items():
+        if key not in NESTED["quantization"]:
+            raise block.error(f"{key} is unknown to the executor")
+        if key in _INERT and value not in _INERT[key]:
+            raise block.error(f"{key} is {value!r}: {block.get('quant_algo')} has no such feature")
+    for layer in range(num_layers):
+        for linear in LINEARS:
+            name = f"transformer.layers.{layer}.{linear}"
+            if is_excluded(name, quantization.excluded):
+                raise block.error(
+                    f"exclude_modules leaves {name} unquantized",
+                    "the executor runs checkpoints that quantize every linear of every layer",
+                )
+    # An empty list is the reader's own, which has lm_head; any other replaces that.
+    if quantization.excluded and not is_excluded("lm_head", quantization.excluded):
+        raise block.error(
+            "exclude_modules has no lm_head, so TensorRT-LLM would quantize it",
+            "the executor runs checkpoints whose lm_head is not quantized",
+        )
+
+
+def _algorithm(block: Config, key: str, known: Mapping[str, Any]) -> Any:
+    value = block.values.get(key)
+    if value is not None and (not isinstance(value, str) or value not in known):
+        raise block.error(f"{key} {value!r} is not known", f"known are {', '.join(known)}")
+    return None if value is None else known[value]

@@ -1,43 +1,45 @@
-"""The checkpoint's config.json in a closed vocabulary whose meaning is TensorRT-LLM's.
+"""A checkpoint's config.json in a closed vocabulary whose meaning is TensorRT-LLM's.
 
-Everything the executor computes with is a word or a number of ``ModelSpec``: code behind it never
-looks at an architecture's name again. A key, an activation or a feature the executor has no exact
-meaning for is an error here, never a guess.
+``Dimensions`` decide the tensors of a rank file; ``ModelSpec`` decides what they compute, too. The
+executor computes with nothing else: code behind it never looks at an architecture's name. A key,
+an activation or a feature that has no exact meaning here is an error, never a guess.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import CheckError
-from phireg.executor.experts import Experts, parse_experts
-from phireg.reader.fields import Config
-from phireg.reader.quantization import Quantization, parse_quantization
-
-Norm = Literal["layer_norm", "rms_norm"]
-Residual = Literal["parallel", "sequential"]
-Activation = Literal["gelu_tanh", "swiglu", "gegelu"]
-
-# TensorRT-LLM's four names of one function, the tanh approximation; it has no erf gelu here.
-_ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "swiglu": "swiglu",
-    "gegelu": "gegelu",
-}
-_ARCHITECTURES = (
-    "PhiForCausalLM",
-    "Phi3ForCausalLM",
-    "Phi3SmallForCausalLM",
-    "PhiMoEForCausalLM",
+from phireg.reader.architectures import (
+    ACTIVATIONS,
+    ARCHITECTURES,
+    LONG_FACTORS,
+    SHORT_FACTORS,
+    Activation,
+    Architecture,
+    mapping_problems,
 )
+from phireg.reader.config import Config
+from phireg.reader.schemes import Quantization, check_quantization, parse_quantization
+
+# TensorRT-LLM's number for choosing experts as sparse mixer does.
+_SPARSE_MIXER = 2
+# Further keys of ``moe``, and the values with which they change nothing.
+_INERT_MOE: dict[str, tuple[Any, ...]] = {
+    "tp_mode": (None, 0),
+    "shared_expert_intermediate_size": (None, 0),
+    "device_limited_n_group": (None, 0),
+    "device_limited_topk_group": (None, 0),
+    "device_limited_routed_scaling_factor": (None, 1.0),
+}
+_MOE = {"num_experts", "top_k", "normalization_mode", "sparse_mixer_epsilon", *_INERT_MOE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class BlockSparse:
-    """The mask of a block-sparse layer; ``blocksparse.visible`` is its formula.
+    """The mask of a block-sparse layer; ``executor.attention.visible`` is its formula.
 
     Attributes:
         block_size: tokens per block.
@@ -83,25 +85,44 @@ class BlockSparse:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelSpec:
-    """Everything that decides what the tensors of a checkpoint compute.
+class Experts:
+    """The experts of every layer.
+
+    Attributes:
+        count: how many a layer has, of all ranks together.
+        ep_size: over how many ranks they are shared out. Rank r has the experts of share
+            r mod ``ep_size``; the ranks with the same experts divide each of them.
+    """
+
+    count: int
+    ep_size: int
+
+    @property
+    def rank_count(self) -> int:
+        """Experts of one rank."""
+        return -(-self.count // self.ep_size)
+
+    def first(self, rank: int) -> int:
+        """Return the number of a rank's first expert."""
+        return rank % self.ep_size * self.rank_count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dimensions:
+    """The names, shapes and dtypes of a rank file's tensors follow from these.
+
+    Sizes that the ranks do not divide are rounded up, as TensorRT-LLM's reader does.
 
     Attributes:
         dtype: the weights' dtype by name ("float16", "bfloat16", "float32").
-        attention_bias: qkv and dense have biases (and layer norms always do).
-        mlp_bias: fc and proj have biases.
-        residual: "parallel": x + attention(u) + mlp(u) with one norm; "sequential": two norms.
         activation: "swiglu" is silu(second half) * first half of fc's output, "gegelu" takes its
             even outputs as the gate and its odd ones as the value, "gelu_tanh" has no gate.
-        attention_scale: what q . k is multiplied by.
-        embedding_multiplier: what the embedding is multiplied by.
-        logits_divisor: what the logits are divided by.
-        sparse: the block-sparse layers' mask, or None when all layers are dense.
         quantization: how the layers' linears and the key/value cache are quantized.
         experts: what stands in the MLP's place, or None for an MLP.
+        embedding_split: the dimension in which the ranks divide the embedding, or None.
     """
 
-    architecture: str
+    architecture: Architecture
     dtype: str
     vocab_size: int
     hidden_size: int
@@ -110,47 +131,58 @@ class ModelSpec:
     num_heads: int
     num_kv_heads: int
     head_size: int
-    max_position_embeddings: int
     tp_size: int
-    norm: Norm
-    norm_epsilon: float
-    residual: Residual
     activation: Activation
+    quantization: Quantization
+    experts: Experts | None
+    embedding_split: int | None
+
+    @property
+    def rank_heads(self) -> int:
+        """Query heads of one rank."""
+        return -(-self.num_heads // self.tp_size)
+
+    @property
+    def rank_kv_heads(self) -> int:
+        """Key/value heads of one rank: with more ranks than heads, each rank holds one copy."""
+        return -(-self.num_kv_heads // self.tp_size)
+
+    @property
+    def rank_intermediate_size(self) -> int:
+        """One rank's part of the inner dimension of the MLP, or of each expert."""
+        divided = self.tp_size if self.experts is None else self.tp_size // self.experts.ep_size
+        return -(-self.intermediate_size // max(1, divided))
+
+    @property
+    def rank_vocab_size(self) -> int:
+        """One rank's rows of lm_head: the vocabulary is rounded up to the number of ranks."""
+        return -(-self.vocab_size // self.tp_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec(Dimensions):
+    """Everything that decides what the tensors of a checkpoint compute.
+
+    Attributes:
+        attention_scale: q . k is multiplied by this.
+        embedding_multiplier: the embedding is multiplied by this.
+        logits_divisor: the logits are divided by this.
+        sparse: the block-sparse layers' mask, or None when all layers are dense.
+        mixer_epsilon: sparse mixer compares the scores of experts by this.
+    """
+
+    max_position_embeddings: int
+    norm_epsilon: float
     gegelu_limit: float | None
-    attention_bias: bool
-    mlp_bias: bool
-    lm_head_bias: bool
     rope: Rope
     attention_scale: float
     embedding_multiplier: float
     logits_divisor: float
     sparse: BlockSparse | None
-    quantization: Quantization
-    experts: Experts | None = None
-
-    @property
-    def rank_heads(self) -> int:
-        """Query heads of one rank."""
-        return self.num_heads // self.tp_size
-
-    @property
-    def rank_kv_heads(self) -> int:
-        """Key/value heads of one rank: with more ranks than heads, each rank holds one copy."""
-        return max(1, self.num_kv_heads // self.tp_size)
-
-    @property
-    def rank_intermediate_size(self) -> int:
-        """What one rank has of the MLP's, or of each expert's, inner dimension."""
-        shared = self.experts.ep_size if self.experts is not None else 1
-        return self.intermediate_size * shared // self.tp_size
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of lm_head over all ranks: the vocabulary rounded up to the number of ranks."""
-        return -(-self.vocab_size // self.tp_size) * self.tp_size
+    mixer_epsilon: float
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether layer ``layer`` (from 0) has the block-sparse mask."""
+        """Return whether layer ``layer`` (from 0) has the block-sparse mask."""
         return self.sparse is not None and (layer + 1) % self.sparse.dense_every != 0
 
 
@@ -175,134 +207,133 @@ def read_spec(checkpoint_dir: Path) -> ModelSpec:
     return parse_spec(values, str(path))
 
 
-def parse_spec(values: dict[str, Any], where: str = "config.json") -> ModelSpec:
+def parse_dimensions(config: Config, tp_size: int) -> Dimensions:
+    """Read the sizes of a checkpoint, whether or not the executor can run it.
+
+    Args:
+        config: config.json, of an architecture in ``ARCHITECTURES``; ``hidden_act`` may be absent.
+        tp_size: number of tensor-parallel ranks.
+
+    Raises:
+        CheckError: a key is missing or of a wrong type, or a quantization algorithm is unknown.
+    """
+    row = ARCHITECTURES[config.get("architecture")]
+    heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
+    older = row.older_names.get("num_key_value_heads")
+    kv_heads = heads
+    if older or config.has("num_key_value_heads"):
+        kv_heads = config.integer("num_key_value_heads", *filter(None, [older]))
+    experts, mapping = None, config.block("mapping")
+    if row.experts:
+        ep_size = mapping.integer("moe_ep_size") if mapping.has("moe_ep_size") else 1
+        experts = Experts(config.block("moe").integer("num_experts"), ep_size)
+    split = None
+    if config.values.get("use_parallel_embedding"):
+        split = 1 if config.values.get("embedding_sharding_dim") == 1 else 0
+    return Dimensions(
+        architecture=row,
+        dtype=str(config.get("dtype")),
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=config.integer("intermediate_size"),
+        num_layers=config.integer("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_size=config.integer("head_size") if config.has("head_size") else hidden // heads,
+        tp_size=tp_size,
+        activation=ACTIVATIONS.get(str(config.values.get("hidden_act")), row.activation),
+        quantization=parse_quantization(config),
+        experts=experts,
+        embedding_split=split,
+    )
+
+
+def parse_spec(values: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
     """Turn a checkpoint's configuration into a spec.
 
     Args:
         values: config.json's object.
-        where: what to call it in an error.
+        where: its name in errors.
 
     Raises:
         CheckError: an unknown architecture, a missing key, or a feature without a meaning here.
     """
     config = Config(values, where)
-    architecture = config.get("architecture")
-    if architecture not in _ARCHITECTURES:
-        raise config.fail(
-            f"the architecture {architecture!r} is unknown to the executor",
-            f"it runs {', '.join(_ARCHITECTURES)}",
-        )
-    phi2 = architecture == "PhiForCausalLM"
-    small = architecture == "Phi3SmallForCausalLM"
-    moe = architecture == "PhiMoEForCausalLM"
-    _refuse_unsupported(config)
-
-    heads = config.integer("num_attention_heads")
-    hidden = config.integer("hidden_size")
-    if not config.has("head_size") and hidden % heads:
-        raise config.fail(f"hidden_size {hidden} is not a multiple of {heads} heads")
-    head_size = config.integer("head_size") if config.has("head_size") else hidden // heads
-    kv_heads = heads
-    if config.has("num_key_value_heads"):
-        kv_heads = config.integer("num_key_value_heads")
-    elif small:
-        kv_heads = config.integer("num_key_value_heads", "num_kv_heads")
-    activation = config.get("hidden_act")
-    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-        raise config.fail(
-            f"hidden_act {activation!r} is unknown to the executor",
-            f"known are {', '.join(_ACTIVATIONS)}",
-        )
-    dtype = config.get("dtype")
-    if dtype not in WEIGHT_DTYPES:
-        raise config.fail(f"dtype is {dtype!r}", f"known are {', '.join(WEIGHT_DTYPES)}")
-
-    layers = config.integer("num_hidden_layers")
+    _check_known(config)
+    mapping = config.block("mapping")
+    for problem in mapping_problems(mapping.values):
+        raise mapping.error(problem)
+    dimensions = parse_dimensions(config, mapping.values.get("tp_size", 1))
+    row, head_size = dimensions.architecture, dimensions.head_size
+    epsilon = config.positive("norm_epsilon") if config.has("norm_epsilon") else 1e-5
+    multiplier = config.number("mup_embedding_multiplier") if row.block_sparse else 0
+    divisor = "mup_width_multiplier"
     spec = ModelSpec(
-        architecture=architecture,
-        dtype=dtype,
-        vocab_size=config.integer("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=config.integer("intermediate_size"),
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_size=head_size,
+        **{f.name: getattr(dimensions, f.name) for f in dataclasses.fields(Dimensions)},
         max_position_embeddings=config.integer("max_position_embeddings"),
-        tp_size=_tp_size(config),
-        norm="layer_norm" if phi2 or small or moe else "rms_norm",
-        # TensorRT-LLM builds phi-2's LayerNorm without an epsilon: always the module's default.
-        norm_epsilon=1e-5
-        if phi2 or not config.has("norm_epsilon")
-        else config.positive("norm_epsilon"),
-        residual="parallel" if phi2 else "sequential",
-        activation=_ACTIVATIONS[activation],
+        norm_epsilon=epsilon if row.norm_epsilon is None else row.norm_epsilon,
         gegelu_limit=config.positive("gegelu_limit") if config.has("gegelu_limit") else None,
-        attention_bias=phi2 or small or moe,
-        mlp_bias=phi2 or small,
-        lm_head_bias=phi2 or moe,
-        rope=_rope(config, architecture, head_size),
+        rope=_rope(config, row, head_size),
         # Phi-3-small is built with q_scaling = sqrt(d), whatever mup_attn_multiplier says.
-        attention_scale=1 / head_size if small else head_size**-0.5,
-        embedding_multiplier=_embedding_multiplier(config) if small else 1.0,
-        logits_divisor=config.positive("mup_width_multiplier")
-        if config.has("mup_width_multiplier")
-        else 1.0,
-        sparse=_sparse(config, heads) if small else None,
-        quantization=parse_quantization(config, layers),
-        experts=parse_experts(config, config.integer("intermediate_size"), _tp_size(config))
-        if moe
-        else None,
+        attention_scale=1 / head_size if row.block_sparse else head_size**-0.5,
+        embedding_multiplier=multiplier if multiplier > 0 else 1.0,
+        logits_divisor=config.positive(divisor) if config.has(divisor) else 1.0,
+        sparse=_sparse(config, dimensions.num_heads) if row.block_sparse else None,
+        mixer_epsilon=_mixer_epsilon(config) if row.experts else 0.0,
     )
-    _check_parallel(config, spec)
+    check_quantization(config, spec.num_layers)
+    _check_division(config, spec)
     return spec
 
 
-def _refuse_unsupported(config: Config) -> None:
-    if config.values.get("moe") is not None and config.get("architecture") != "PhiMoEForCausalLM":
-        raise config.fail("moe is set: only PhiMoEForCausalLM has mixture-of-experts layers")
+def _check_known(config: Config) -> None:
+    """Refuse values that have no meaning for the executor."""
+    name = config.get("architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise config.error(
+            f"the architecture {name!r} is unknown to the executor",
+            f"it runs {', '.join(ARCHITECTURES)}",
+        )
+    activation = config.get("hidden_act")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise config.error(
+            f"hidden_act {activation!r} is unknown to the executor",
+            f"known are {', '.join(ACTIVATIONS)}",
+        )
+    if config.get("dtype") not in WEIGHT_DTYPES:
+        raise config.error(
+            f"dtype is {config.get('dtype')!r}", f"known are {', '.join(WEIGHT_DTYPES)}"
+        )
+    if config.values.get("moe") is not None and not ARCHITECTURES[name].experts:
+        raise config.error(f"moe is set: {name} has no mixture-of-experts layers")
     if config.values.get("qk_layernorm"):
-        raise config.fail("qk_layernorm is set; TensorRT-LLM's Phi models have no such norm")
+        raise config.error("qk_layernorm is set; TensorRT-LLM's Phi models have no such norm")
     if config.values.get("rotary_scaling") is not None:
-        raise config.fail("rotary_scaling is set: only plain rope and long rope are known")
+        raise config.error("rotary_scaling is set: only plain rope and long rope are known")
     kind = config.values.get("position_embedding_type", "rope_gpt_neox")
     if kind not in ("rope_gpt_neox", "long_rope"):
-        raise config.fail(f"position_embedding_type is {kind!r}, not rope_gpt_neox or long_rope")
+        raise config.error(f"position_embedding_type is {kind!r}, not rope_gpt_neox or long_rope")
 
 
-def _tp_size(config: Config) -> int:
-    mapping = config.block("mapping")
-    tp_size = mapping.integer("tp_size") if mapping.has("tp_size") else 1
-    pp_size = mapping.integer("pp_size") if mapping.has("pp_size") else 1
-    if pp_size != 1:
-        raise mapping.fail(f"pp_size is {pp_size}; no Phi model has pipeline stages")
-    world_size = mapping.integer("world_size") if mapping.has("world_size") else tp_size
-    if world_size != tp_size:
-        raise mapping.fail(f"world_size is {world_size} and tp_size {tp_size}")
-    return tp_size
+def _rope(config: Config, row: Architecture, head_size: int) -> Rope:
+    def positive(key: str, default: float) -> float:
+        if key in row.older_names:
+            return config.positive(key, row.older_names[key])
+        return config.positive(key) if config.has(key) else default
 
-
-def _rope(config: Config, architecture: str, head_size: int) -> Rope:
-    if architecture == "PhiForCausalLM":
-        fraction = config.positive("rotary_pct", "partial_rotary_factor")
-    else:
-        fraction = config.positive("rotary_pct") if config.has("rotary_pct") else 1.0
-    dim = int(head_size * fraction)
+    dim = int(head_size * positive("rotary_pct", 1.0))
     if dim % 2 or not 0 < dim <= head_size:
-        raise config.fail(
+        raise config.error(
             f"rotary_pct gives {dim} rotary dimensions of {head_size}: not an even part"
         )
-    if architecture == "Phi3SmallForCausalLM":
-        base = config.positive("rotary_base", "rotary_embedding_base")
-    else:
-        base = config.positive("rotary_base") if config.has("rotary_base") else 10000.0
-    # The presence of the short list is TensorRT-LLM's switch, in its Phi-3 models only.
-    if architecture == "PhiForCausalLM" or not config.has("longrope_scaling_short_factors"):
+    base = positive("rotary_base", 10000.0)
+    # The presence of the short list is TensorRT-LLM's switch.
+    if not row.long_rope or not config.has(SHORT_FACTORS):
         if config.values.get("position_embedding_type") == "long_rope":
-            raise config.fail("position_embedding_type is long_rope without longrope factors")
+            raise config.error("position_embedding_type is long_rope without longrope factors")
         return Rope(dim, base)
     original = config.integer("original_max_position_embeddings")
-    if architecture in ("Phi3SmallForCausalLM", "PhiMoEForCausalLM"):
+    if row.mscales:
         short_mscale = config.positive("longrope_short_mscale")
         long_mscale = config.positive("longrope_long_mscale")
     else:
@@ -312,17 +343,12 @@ def _rope(config: Config, architecture: str, head_size: int) -> Rope:
     return Rope(
         dim,
         base,
-        short=config.numbers("longrope_scaling_short_factors", dim // 2),
-        long=config.numbers("longrope_scaling_long_factors", dim // 2),
+        short=config.numbers(SHORT_FACTORS, dim // 2),
+        long=config.numbers(LONG_FACTORS, dim // 2),
         short_mscale=short_mscale,
         long_mscale=long_mscale,
         original=original,
     )
-
-
-def _embedding_multiplier(config: Config) -> float:
-    value = config.number("mup_embedding_multiplier")
-    return value if value > 0 else 1.0
 
 
 def _sparse(config: Config, num_heads: int) -> BlockSparse:
@@ -337,23 +363,50 @@ def _sparse(config: Config, num_heads: int) -> BlockSparse:
     )
 
 
-def _check_parallel(config: Config, spec: ModelSpec) -> None:
-    heads, kv_heads, tp = spec.num_heads, spec.num_kv_heads, spec.tp_size
-    if spec.architecture == "PhiForCausalLM" and kv_heads != heads:
-        raise config.fail("num_key_value_heads differs from num_attention_heads in PhiForCausalLM")
-    if heads % kv_heads:
-        raise config.fail(f"{heads} heads cannot share {kv_heads} key/value heads evenly")
-    if spec.experts is None and spec.intermediate_size % tp:
-        raise config.fail(
-            f"intermediate_size {spec.intermediate_size} cannot be split over {tp} ranks"
+def _mixer_epsilon(config: Config) -> float:
+    """Read ``moe``, whose experts must be chosen by sparse mixer."""
+    block = config.block("moe")
+    for key, value in block.values.items():
+        if key not in _MOE or value not in _INERT_MOE.get(key, (value,)):
+            raise block.error(f"{key} is {value!r}, which the executor has no meaning for")
+    if block.get("normalization_mode") != _SPARSE_MIXER or block.integer("top_k") != 2:
+        raise block.error(
+            f"normalization_mode {block.get('normalization_mode')!r} with top_k "
+            f"{block.get('top_k')!r} is unknown to the executor",
+            f"it knows mode {_SPARSE_MIXER}, sparse mixer, which chooses 2 experts",
         )
+    return block.positive("sparse_mixer_epsilon")
+
+
+def _check_division(config: Config, spec: ModelSpec) -> None:
+    """Refuse sizes that heads or ranks do not divide, and what no rank can hold alone."""
+    heads, kv_heads, tp = spec.num_heads, spec.num_kv_heads, spec.tp_size
+    if not config.has("head_size") and spec.hidden_size % heads:
+        raise config.error(f"hidden_size {spec.hidden_size} is not a multiple of {heads} heads")
+    if spec.architecture.grouped_since is None and kv_heads != heads:
+        raise config.error(
+            f"num_key_value_heads differs from num_attention_heads in {spec.architecture.name}"
+        )
+    if heads % kv_heads:
+        raise config.error(f"{heads} heads cannot share {kv_heads} key/value heads evenly")
     if heads % tp:
-        raise config.fail(f"{heads} heads cannot be split over {tp} ranks")
+        raise config.error(f"{heads} heads cannot be split over {tp} ranks")
     if kv_heads % tp and tp % kv_heads:
-        raise config.fail(f"{kv_heads} key/value heads cannot be split over {tp} ranks")
-    if spec.experts is not None and spec.activation != "swiglu":
-        raise config.fail("hidden_act of experts must be swiglu")
-    if spec.experts is not None and spec.quantization.weights is not None:
-        raise config.fail("quantized experts are unknown to the executor")
-    if config.values.get("use_parallel_embedding") and tp > 1:
-        raise config.fail("use_parallel_embedding is set: a split embedding table is not supported")
+        raise config.error(f"{kv_heads} key/value heads cannot be split over {tp} ranks")
+    divided = tp
+    if (experts := spec.experts) is not None:
+        divided = tp // experts.ep_size
+        if experts.count < 2 or experts.count % experts.ep_size:
+            raise config.error(
+                f"moe: {experts.count} experts cannot be shared out over {experts.ep_size} ranks"
+            )
+        if spec.activation != "swiglu":
+            raise config.error("hidden_act of experts must be swiglu")
+        if spec.quantization.weights is not None:
+            raise config.error("quantized experts are unknown to the executor")
+    if spec.intermediate_size % divided:
+        raise config.error(
+            f"intermediate_size {spec.intermediate_size} cannot be split over {divided} ranks"
+        )
+    if spec.embedding_split is not None and tp > 1:
+        raise config.error("use_parallel_embedding is set: a split embedding is not supported")

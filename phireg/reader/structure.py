@@ -1,126 +1,135 @@
-"""Structure: what the reader requires, with what TensorRT-LLM only warns about as errors."""
+"""Compare a checkpoint's config.json and tensors with the reader's requirements.
+
+What TensorRT-LLM only warns about is an error here.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from phireg.dtypes import WEIGHT_DTYPES
-from phireg.reader.keys import NESTED, required_keys, with_defaults
-from phireg.reader.schema import KNOWN, required_tensors
-
-Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Dtype code and shape by name."""
+from phireg.errors import CheckError
+from phireg.reader.architectures import NESTED, mapping_problems, required_keys
+from phireg.reader.schemes import KNOWN
+from phireg.reader.tensors import Kind, required_tensors
 
 _ROTARY_TABLES = re.compile(
     r"(long_rope_)?(embed_positions\w*|rotary_inv_freq)|(short|long)_inv_freq"
 )
 """Constants that TensorRT-LLM 0.12 and later writes at the root and computes again on loading."""
 
-
 _EXTRA_SCALES = re.compile(
     r"(transformer\.layers\.\d+\.attention\.(k_cache|v_cache|kv_cache_rcp)|"
     r"lm_head\.(weights|activation))_scaling_factor"
 )
-"""What exporters of some releases write beside what the reader needs; it drops or derives them."""
+"""Exporters of some releases write them beside what the reader needs; it drops or derives them."""
+
+
+class Deviation(NamedTuple):
+    """A tensor that is not as the reader requires; it accepts it all the same if ``harmless``."""
+
+    name: str
+    text: str
+    harmless: bool
 
 
 def structure_problems(
-    config: Mapping[str, Any], ranks: Sequence[Tensors]
+    config: Mapping[str, Any], ranks: Sequence[Mapping[str, Kind]]
 ) -> list[tuple[str, str]]:
-    """What is missing, unknown, mis-shaped or of another dtype, as (where, what).
+    """List what is missing, unknown, mis-shaped or of another dtype, as (where, what).
 
     Args:
         config: config.json. Tensors of algorithms and architectures unknown here are not judged.
         ranks: each rank file's tensors; an empty one, whose defect is known, is passed over.
     """
-    return [(where, what) for where, what, harmless in _findings(config, ranks) if not harmless]
+    problems = [("config.json", problem) for problem in _config_problems(config)]
+    try:
+        deviations = list(_deviations(config, ranks))
+    except CheckError as error:
+        return problems or [("config.json", error.message.removeprefix("config.json: "))]
+    return problems + [(where, what) for where, what, harmless in deviations if not harmless]
 
 
-def structure_notes(config: Mapping[str, Any], ranks: Sequence[Tensors]) -> list[tuple[str, str]]:
-    """What the reader accepts although phireg writes it otherwise, as (where, what).
+def structure_notes(
+    config: Mapping[str, Any], ranks: Sequence[Mapping[str, Kind]]
+) -> list[tuple[str, str]]:
+    """List what the reader accepts although phireg writes it otherwise, as (where, what).
 
     Arguments are those of :func:`structure_problems`.
     """
-    return [(where, what) for where, what, harmless in _findings(config, ranks) if harmless]
-
-
-def _findings(
-    config: Mapping[str, Any], ranks: Sequence[Tensors]
-) -> Iterator[tuple[str, str, bool]]:
-    found = list(_config(config))
-    yield from (("config.json", problem, False) for problem in found)
-    quantization = config.get("quantization")
-    if not isinstance(quantization, Mapping | None):
-        return
-    if (quantization or {}).get("quant_algo") not in KNOWN:
-        return
     try:
-        required = required_tensors(with_defaults(config), len(ranks))
-    except (KeyError, TypeError, ZeroDivisionError) as problem:
-        if not found:
-            yield "config.json", f"{problem} is missing or of the wrong type", False
+        return [(where, what) for where, what, harmless in _deviations(config, ranks) if harmless]
+    except CheckError:
+        return []
+
+
+def tensor_deviations(
+    tensors: Mapping[str, Kind],
+    required: Mapping[str, Kind],
+    optional: Mapping[str, Kind] | None = None,
+) -> Iterator[Deviation]:
+    """Compare a rank file's tensors with those that it must and may have."""
+    accepted = {**(optional or {}), **required}
+    for name, (code, shape) in accepted.items():
+        if name not in tensors:
+            if name in required:
+                yield Deviation(name, "is missing", False)
+            continue
+        stored_code, stored_shape = tensors[name]
+        if stored_shape == () and shape == (1,):
+            yield Deviation(name, "is a scalar, which the reader takes for [1]", True)
+        elif stored_shape != shape:
+            text = f"is {list(stored_shape)}, the reader expects {list(shape)}"
+            yield Deviation(name, text, False)
+            continue
+        if (stored_code, code) == ("I8", "F8_E4M3"):
+            text = "holds float8_e4m3fn as int8, as early exporters wrote it"
+            yield Deviation(name, text, True)
+        elif code and stored_code != code:
+            yield Deviation(name, f"is {stored_code}, config.json says {code}", False)
+    for name in sorted(tensors.keys() - accepted.keys()):
+        if _EXTRA_SCALES.fullmatch(name) and _is_quantized(name, required):
+            yield Deviation(name, "is not needed; the reader leaves it out", True)
+        elif not _ROTARY_TABLES.fullmatch(name):
+            yield Deviation(name, "is not known to the reader", False)
+
+
+def _deviations(
+    config: Mapping[str, Any], ranks: Sequence[Mapping[str, Kind]]
+) -> Iterator[tuple[str, str, bool]]:
+    quantization = config.get("quantization") or {}
+    if not isinstance(quantization, Mapping) or quantization.get("quant_algo") not in KNOWN:
         return
-    if required is None:
-        return
+    required = required_tensors(config, len(ranks))
     for rank, tensors in enumerate(ranks):
-        if tensors:
-            file = f"rank{rank}.safetensors"
-            for name, text, harmless in _tensors(tensors, required):
-                yield f"{file}: {name}", text, harmless
+        if tensors and required is not None:
+            for name, text, harmless in tensor_deviations(tensors, required):
+                yield f"rank{rank}.safetensors: {name}", text, harmless
 
 
-def _config(config: Mapping[str, Any]) -> Iterator[str]:
+def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for key in required_keys(config):
         if config.get(key) is None and not (key == "gegelu_limit" and key in config):
             yield f"{key} is missing, and the reader has no default"
     if str(config.get("dtype")) not in WEIGHT_DTYPES and config.get("dtype") is not None:
         yield f"dtype is {config['dtype']!r}; known are {', '.join(WEIGHT_DTYPES)}"
-    for block, known in NESTED.items():
-        found = config.get(block)
-        if found is None:
+    for name, known in NESTED.items():
+        block = config.get(name)
+        if block is None:
             continue
-        if not isinstance(found, Mapping):
-            yield f"{block} is not an object"
-        elif unknown := sorted(set(found) - known):
-            yield f"{block} has {', '.join(unknown)}, which no release of the reader accepts"
+        if not isinstance(block, Mapping):
+            yield f"{name} is not an object"
+        elif unknown := sorted(set(block) - known):
+            yield f"{name} has {', '.join(unknown)}, which no release of the reader accepts"
     mapping = config.get("mapping")
     if isinstance(mapping, Mapping):
-        world, tp, pp = (mapping.get(k, 1) for k in ("world_size", "tp_size", "pp_size"))
-        if pp != 1:
-            yield f"mapping.pp_size is {pp}; no Phi model of the reader has pipeline stages"
-        elif tp != world:
-            yield f"mapping.tp_size is {tp} and world_size {world}"
-        moe_tp, moe_ep = (mapping.get(key) for key in ("moe_tp_size", "moe_ep_size"))
-        if moe_ep is not None and not (moe_tp and moe_ep and moe_tp * moe_ep == tp):
-            yield f"mapping.moe_tp_size {moe_tp} times moe_ep_size {moe_ep} is not tp_size {tp}"
+        yield from (f"mapping: {problem}" for problem in mapping_problems(mapping))
 
 
-def _tensors(tensors: Tensors, required: Tensors) -> Iterator[tuple[str, str, bool]]:
-    for name, (code, shape) in required.items():
-        if name not in tensors:
-            yield name, "is missing", False
-            continue
-        found, size = tensors[name]
-        if size == () and shape == (1,):
-            yield name, "is a scalar, which the reader takes for [1]", True
-        elif size != shape:
-            yield name, f"is {list(size)}, the reader expects {list(shape)}", False
-            continue
-        if (found, code) == ("I8", "F8_E4M3"):
-            yield name, "holds float8_e4m3fn as int8, as early exporters wrote it", True
-        elif code and found != code:
-            yield name, f"is {found}, config.json says {code}", False
-    for name in sorted(tensors.keys() - required.keys()):
-        if _EXTRA_SCALES.fullmatch(name) and _has_scales(name, required):
-            yield name, "is not needed; the reader leaves it out", True
-        elif not _ROTARY_TABLES.fullmatch(name):
-            yield name, "is not known to the reader", False
-
-
-def _has_scales(name: str, required: Tensors) -> bool:
-    """Whether the scale belongs to something that is quantized in this checkpoint."""
+def _is_quantized(name: str, required: Mapping[str, Kind]) -> bool:
+    """Return whether the scale belongs to something that is quantized in this checkpoint."""
     if name.startswith("lm_head."):
         return any(code == "F8_E4M3" for code, _ in required.values())
     return f"{name.rpartition('.')[0]}.kv_cache_scaling_factor" in required

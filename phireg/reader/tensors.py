@@ -1,109 +1,131 @@
-"""The tensors a spec expects in a rank file: names, shapes and dtypes."""
+"""The tensors that TensorRT-LLM's reader requires in a rank file: names, shapes and dtypes.
+
+Written down apart from the families' rules, so that a mapping is compared with the reader and not
+with itself. Shapes follow TensorRT-LLM's layers: ColumnLinear cuts output features, RowLinear
+cuts input features and keeps its bias whole on every rank, attention holds at least one KV head per
+rank, the vocabulary of lm_head is rounded up to a multiple of the ranks. Experts are one tensor for
+all of a rank, [experts, rows, columns], with a float32 router that is whole on every rank.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
-import torch
+from phireg.dtypes import WEIGHT_DTYPES
+from phireg.reader.architectures import ARCHITECTURES
+from phireg.reader.config import Config
+from phireg.reader.schemes import KV_SCALE as _KV_SCALE
+from phireg.reader.schemes import ROW_LINEARS, Scheme, WeightScheme
+from phireg.reader.spec import Dimensions, parse_dimensions
 
-from phireg.executor.experts import ROUTER
-from phireg.reader.quantization import ROW_LINEARS, WeightScheme
-from phireg.reader.spec import ModelSpec
+Kind = tuple[str, tuple[int, ...]]
+"""Safetensors code and shape of a tensor."""
 
-KV_SCALE = "attention.kv_cache_scaling_factor"
-# Exporters write them beside KV_SCALE; it is the larger of the two.
+ROUTER = "mlp.router.weight"
+EMBEDDING = "transformer.vocab_embedding.weight"
+KV_SCALE = f"attention.{_KV_SCALE}"
 KEY_SCALE, VALUE_SCALE = "attention.k_cache_scaling_factor", "attention.v_cache_scaling_factor"
+"""Exporters write them beside KV_SCALE, which is the larger of the two."""
+
+_SCALE: Kind = ("F32", (1,))
 
 
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """One tensor.
+def required_tensors(config: Mapping[str, Any], tp_size: int) -> dict[str, Kind] | None:
+    """Return every tensor the reader wants in each rank file of a checkpoint.
 
-    Attributes:
-        shape: its shape; a tensor without dimensions passes for (1,).
-        dtype: what it is read as.
-        stored: the same bits under an older dtype are accepted too.
+    Args:
+        config: the checkpoint's config.json, with a ``quant_algo`` out of ``schemes.KNOWN``.
+        tp_size: number of tensor-parallel ranks; sizes it does not divide are rounded up.
+
+    Returns:
+        Code and shape by name, equal for all ranks; None for an unknown architecture. With a dtype
+        that no weights have, the code of what has it is empty.
+
+    Raises:
+        CheckError: a key is missing or of a wrong type.
     """
+    if config.get("architecture") not in ARCHITECTURES:
+        return None
+    return rank_tensors(parse_dimensions(Config(config), tp_size))
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    stored: torch.dtype | None = None
+
+def rank_tensors(dims: Dimensions) -> dict[str, Kind]:
+    """Return every tensor one rank file must have, by its full name; all ranks have the same."""
+    tensors = end_tensors(dims)
+    for layer in range(dims.num_layers):
+        for name, kind in layer_tensors(dims, layer).items():
+            tensors[layer_prefix(layer) + name] = kind
+    return tensors
+
+
+def end_tensors(dims: Dimensions) -> dict[str, Kind]:
+    """Return one rank's tensors that belong to no layer, by their full names."""
+    code, hidden = _code(dims), dims.hidden_size
+    table = [dims.vocab_size, hidden]
+    if (split := dims.embedding_split) is not None:
+        table[split] = -(-table[split] // dims.tp_size)
+    tensors: dict[str, Kind] = {EMBEDDING: (code, tuple(table))}
+    tensors |= _norm(dims, "transformer.ln_f")
+    tensors["lm_head.weight"] = (code, (dims.rank_vocab_size, hidden))
+    if dims.architecture.lm_head_bias:
+        tensors["lm_head.bias"] = (code, (dims.rank_vocab_size,))
+    return tensors
+
+
+def layer_tensors(dims: Dimensions, layer: int) -> dict[str, Kind]:
+    """Return one rank's tensors of a layer, by their names after ``layer_prefix``."""
+    row, code = dims.architecture, _code(dims)
+    hidden, size, inner = dims.hidden_size, dims.head_size, dims.rank_intermediate_size
+    fc = inner if dims.activation == "gelu_tanh" else 2 * inner
+    linears = {
+        "attention.qkv": ((dims.rank_heads + 2 * dims.rank_kv_heads) * size, hidden),
+        "attention.dense": (hidden, dims.rank_heads * size),
+    }
+    tensors: dict[str, Kind] = {}
+    if (experts := dims.experts) is None:
+        linears |= {"mlp.fc": (fc, hidden), "mlp.proj": (hidden, inner)}
+    else:
+        tensors[ROUTER] = ("F32", (experts.count, hidden))
+        tensors["mlp.fc.weight"] = (code, (experts.rank_count, fc, hidden))
+        tensors["mlp.proj.weight"] = (code, (experts.rank_count, hidden, inner))
+    for name, shape in linears.items():
+        scheme = dims.quantization.scheme(layer_prefix(layer) + name)
+        tensors |= _linear(name, code, shape, scheme)
+        if row.attention_bias if name.startswith("attention") else row.mlp_bias:
+            tensors[f"{name}.bias"] = (code, shape[:1])
+    if dims.quantization.kv_cache is not None:
+        tensors[KV_SCALE] = _SCALE
+    tensors |= _norm(dims, "input_layernorm")
+    if row.residual == "sequential":
+        tensors |= _norm(dims, "post_layernorm")
+    return tensors
+
+
+def optional_tensors(dims: Dimensions) -> dict[str, Kind]:
+    """Return the scales of the cache that exporters write unasked, by their full names."""
+    quantization = dims.quantization
+    if quantization.kv_cache is None and quantization.weights is None:
+        return {}
+    return {
+        layer_prefix(layer) + name: _SCALE
+        for layer in range(dims.num_layers)
+        for name in (KV_SCALE, KEY_SCALE, VALUE_SCALE)
+    }
 
 
 def layer_prefix(layer: int) -> str:
-    """What the file puts in front of a layer's names."""
+    """Return the file's prefix of a layer's names."""
     return f"transformer.layers.{layer}."
 
 
-def layer_tensors(spec: ModelSpec) -> dict[str, Expected]:
-    """One rank's tensors of one layer, by their names after ``transformer.layers.N.``."""
-    hidden, size = spec.hidden_size, spec.head_size
-    inner = spec.rank_intermediate_size
-    fc = inner if spec.activation == "gelu_tanh" else 2 * inner
-    qkv = (spec.rank_heads + 2 * spec.rank_kv_heads) * size
-    dtype = _dtype(spec)
-    tensors: dict[str, Expected] = {}
-    linears = {
-        "attention.qkv": (qkv, hidden),
-        "attention.dense": (hidden, spec.rank_heads * size),
-    }
-    if (experts := spec.experts) is None:
-        linears |= {"mlp.fc": (fc, hidden), "mlp.proj": (hidden, inner)}
-    else:
-        tensors[ROUTER] = Expected((experts.count, hidden), torch.float32)
-        tensors["mlp.fc.weight"] = Expected((experts.rank_count, fc, hidden), dtype)
-        tensors["mlp.proj.weight"] = Expected((experts.rank_count, hidden, inner), dtype)
-    for name, shape in linears.items():
-        tensors |= _linear(spec, name, shape)
-        attention = name.startswith("attention")
-        if spec.attention_bias if attention else spec.mlp_bias:
-            tensors[f"{name}.bias"] = Expected(shape[:1], dtype)
-    if spec.quantization.kv_cache is not None:
-        tensors[KV_SCALE] = Expected((1,), torch.float32)
-    tensors |= _norm(spec, "input_layernorm")
-    if spec.residual == "sequential":
-        tensors |= _norm(spec, "post_layernorm")
-    return tensors
-
-
-def optional_layer_tensors(spec: ModelSpec) -> dict[str, Expected]:
-    """What a layer may have besides: scales of the cache that exporters write unasked."""
-    quantization = spec.quantization
-    if quantization.kv_cache is None and quantization.weights is None:
-        return {}
-    return {name: Expected((1,), torch.float32) for name in (KV_SCALE, KEY_SCALE, VALUE_SCALE)}
-
-
-def end_tensors(spec: ModelSpec) -> dict[str, Expected]:
-    """One rank's tensors that belong to no layer, by their full names."""
-    rows, dtype = spec.padded_vocab_size // spec.tp_size, _dtype(spec)
-    tensors = {
-        "transformer.vocab_embedding.weight": Expected((spec.vocab_size, spec.hidden_size), dtype),
-        **_norm(spec, "transformer.ln_f"),
-        "lm_head.weight": Expected((rows, spec.hidden_size), dtype),
-    }
-    if spec.lm_head_bias:
-        tensors["lm_head.bias"] = Expected((rows,), dtype)
-    return tensors
-
-
-def rank_tensors(spec: ModelSpec) -> dict[str, Expected]:
-    """Every tensor one rank file must have, by its full name; all ranks have the same."""
-    return end_tensors(spec) | _in_all_layers(spec, layer_tensors(spec))
-
-
-def optional_rank_tensors(spec: ModelSpec) -> dict[str, Expected]:
-    """Every tensor one rank file may have besides, by its full name."""
-    return _in_all_layers(spec, optional_layer_tensors(spec))
-
-
 def is_scale(name: str) -> bool:
-    """Whether a tensor holds scaling factors of quantization."""
+    """Return whether a tensor holds scaling factors of quantization."""
     return name.endswith("scaling_factor")
 
 
 def replicated(name: str, weights: WeightScheme | None = None) -> bool:
-    """Whether every rank must hold the same values.
+    """Return whether every rank must hold the same values.
 
     These are norms, the embedding, the router of experts, biases of row linears; of the scales,
     those of activations and of the cache, of weights that are not split or have one scale for all
@@ -121,43 +143,29 @@ def replicated(name: str, weights: WeightScheme | None = None) -> bool:
         return not row
     if is_scale(part) or (row and part == "bias"):
         return True
-    return "norm" in name or "ln_f" in name or name.endswith(("vocab_embedding.weight", ROUTER))
+    return "norm" in name or "ln_f" in name or name.endswith((EMBEDDING, ROUTER))
 
 
-def _linear(spec: ModelSpec, name: str, shape: tuple[int, int]) -> dict[str, Expected]:
-    """Weight and scales; raw weights of a weight-only scheme are like unquantized ones."""
-    weights, dtype = spec.quantization.weights, _dtype(spec)
-    single = Expected((1,), torch.float32)
-    if weights == "fp8":
-        return {
-            f"{name}.weight": Expected(shape, torch.float8_e4m3fn, stored=torch.int8),
-            f"{name}.weights_scaling_factor": single,
-            f"{name}.activation_scaling_factor": single,
-        }
-    if weights == "int8_sq":
-        return {
-            f"{name}.weight": Expected(shape, torch.int8),
-            f"{name}.weights_scaling_factor": Expected(shape[:1], torch.float32),
-            f"{name}.activation_scaling_factor": single,
-            f"{name}.prequant_scaling_factor": Expected(shape[1:], dtype),
-        }
-    return {f"{name}.weight": Expected(shape, dtype)}
-
-
-def _norm(spec: ModelSpec, name: str) -> dict[str, Expected]:
-    kinds = ("weight", "bias") if spec.norm == "layer_norm" else ("weight",)
-    expected = Expected((spec.hidden_size,), _dtype(spec))
-    return {f"{name}.{kind}": expected for kind in kinds}
-
-
-def _in_all_layers(spec: ModelSpec, tensors: dict[str, Expected]) -> dict[str, Expected]:
-    return {
-        layer_prefix(layer) + name: expected
-        for layer in range(spec.num_layers)
-        for name, expected in tensors.items()
+def _linear(name: str, code: str, shape: tuple[int, int], scheme: Scheme | None) -> dict[str, Kind]:
+    """Return weight and scales; raw weights of a weight-only scheme are like unquantized ones."""
+    if scheme is None:
+        return {f"{name}.weight": (code, shape)}
+    shapes = {
+        "weights_scaling_factor": shape[:1] if scheme.per_channel else (1,),
+        "activation_scaling_factor": (1,),
+        "prequant_scaling_factor": shape[1:],
     }
+    scales = {
+        f"{name}.{part}": (part_code or code, shapes[part])
+        for part, part_code in scheme.companions.items()
+    }
+    return {f"{name}.weight": (scheme.weight or code, shape), **scales}
 
 
-def _dtype(spec: ModelSpec) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, spec.dtype)
-    return dtype
+def _norm(dims: Dimensions, name: str) -> dict[str, Kind]:
+    parts = ("weight", "bias") if dims.architecture.norm == "layer_norm" else ("weight",)
+    return {f"{name}.{part}": (_code(dims), (dims.hidden_size,)) for part in parts}
+
+
+def _code(dims: Dimensions) -> str:
+    return WEIGHT_DTYPES.get(dims.dtype, "")

@@ -16,7 +16,7 @@ from phireg.errors import PlanError, SourceError
 from phireg.family import Family
 from phireg.findings import Severity
 from phireg.planning.model import Rows
-from phireg.reader.keys import required_keys
+from phireg.reader.architectures import required_keys
 from phireg.source.source import SourceTensor, open_source
 from phireg.testing.model import TinyModel
 from phireg.testing.probe import Addresses

@@ -10,11 +10,9 @@ import torch
 
 from phireg.errors import CheckError, SourceError, UsageError
 from phireg.executor import Executor, ModelSpec
-from phireg.executor.model import free_memory
-from phireg.executor.weights import Source, open_ranks
+from phireg.executor.model import Source, free_memory, open_ranks
 from phireg.planning.model import Plan
-from phireg.reader.quantization import Quantization
-from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
+from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY, Quantization
 from phireg.reader.spec import parse_spec
 from phireg.reference.load import Reference, open_reference
 from phireg.verification.dequantized import dequantized

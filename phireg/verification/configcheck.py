@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from phireg.reader.keys import READ, with_defaults
-from phireg.reader.schema import RAW, is_excluded
+from phireg.reader.architectures import READ, with_defaults
+from phireg.reader.schemes import RAW, is_excluded
 from phireg.verification.result import Problem
 
 _SAME_FUNCTION = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from phireg.executor import ModelSpec
-from phireg.executor.weights import Source
-from phireg.reader.quantization import LINEARS, Quantization
+from phireg.executor.model import Source
+from phireg.reader.schemes import LINEARS, Quantization
 
 
 def dequantized(spec: ModelSpec, sources: Sequence[Source]) -> tuple[ModelSpec, list[Source]]:

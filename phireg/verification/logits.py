@@ -155,7 +155,7 @@ class _Comparer:
         ]
         seen = self.run(shards, before, attends)
         self.note((index, "attention"), seen["attention"], attention)
-        if executor.spec.residual == "sequential":
+        if executor.spec.architecture.residual == "sequential":
             # The MLP's input is the reference's too: its attention is added, ours is silenced.
             silent: list[Attend] = [lambda query, key, value: torch.zeros_like(query)]
             without: list[Weights] = [

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from phireg.reader.quantization import Quantization
+from phireg.reader.schemes import Quantization
 
 _ROWS = 256
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from phireg.executor import Executor, ModelSpec
-from phireg.executor.weights import Source
-from phireg.reader.quantization import ROW_LINEARS
+from phireg.executor.model import Source
+from phireg.reader.schemes import ROW_LINEARS
 from phireg.reader.tensors import replicated
 
 _BY_COLUMNS = tuple(

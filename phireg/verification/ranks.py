@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from phireg.executor import Executor
-from phireg.executor.weights import Source
+from phireg.executor.model import Source
 from phireg.verification.measure import logits_tolerance, overall, token_errors
 from phireg.verification.measure_types import Place
 from phireg.verification.merge import merged_executor

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from phireg.dtypes import E4M3_MAX, INT8_MAX
 from phireg.executor import ModelSpec
-from phireg.executor.weights import Source
+from phireg.executor.model import Source
 from phireg.reader.tensors import layer_prefix
 from phireg.verification.merge import merge
 

@@ -18,8 +18,7 @@ from phireg.errors import SourceError, UsageError
 from phireg.files.kinds import MANIFEST
 from phireg.planning.plan import plan
 from phireg.planning.report import ranges
-from phireg.reader.schema import KNOWN
-from phireg.reader.schemes import KV_CACHES, SCHEMES
+from phireg.reader.schemes import KNOWN, KV_CACHES, SCHEMES
 from phireg.reader.structure import structure_notes, structure_problems
 from phireg.verification.configcheck import compare_configs
 from phireg.verification.mend import with_commands

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from phireg.errors import CheckError
-from phireg.executor.experts import Experts, rank_mixture, route
-from phireg.reader.spec import parse_spec
+from phireg.executor.experts import rank_mixture, route
+from phireg.reader.spec import Experts, parse_spec
 
 CONFIG = {
     "architecture": "PhiMoEForCausalLM", "dtype": "float32", "vocab_size": 97, "hidden_size": 48,
@@ -62,7 +62,7 @@ def test_tokens_are_routed_each_for_itself():
 
 
 def test_ranks_hold_shares_of_the_experts():
-    experts = Experts(count=6, epsilon=0.1, ep_size=2)
+    experts = Experts(count=6, ep_size=2)
     assert [experts.first(rank) for rank in range(4)] == [0, 3, 0, 3]
     assert experts.rank_count == 3
 
@@ -84,30 +84,39 @@ def test_an_expert_sees_only_its_tokens():
 
 def test_the_spec():
     spec = parse_spec(CONFIG)
-    assert spec.experts == Experts(6, 0.1, 1)
+    assert spec.experts == Experts(6, 1)
     assert spec.rank_intermediate_size == 5
-    assert (spec.norm, spec.attention_bias, spec.mlp_bias) == (
-        "layer_norm", True, False,
-    )  # fmt: skip
-    assert spec.lm_head_bias
-    shared = {**CONFIG, "mapping": {"tp_size": 4, "moe_tp_size": 2, "moe_ep_size": 2}}
-    assert parse_spec(shared).experts == Experts(6, 0.1, 2)
+    assert spec.mixer_epsilon == 0.1
+    shared = {
+        **CONFIG,
+        "mapping": {"world_size": 4, "tp_size": 4, "moe_tp_size": 2, "moe_ep_size": 2},
+    }
+    assert parse_spec(shared).experts == Experts(6, 2)
     assert parse_spec(shared).rank_intermediate_size == 10
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"moe": None}, "the key normalization_mode is missing"),
+        ({"moe": None}, "num_experts"),
         ({"moe": {**CONFIG["moe"], "normalization_mode": 1}}, "normalization_mode 1"),
         ({"moe": {**CONFIG["moe"], "top_k": 1}}, "top_k 1"),
         ({"moe": {**CONFIG["moe"], "num_experts": 1}}, "1 experts"),
         ({"moe": {**CONFIG["moe"], "sparse_mixer_epsilon": 0}}, "sparse_mixer_epsilon"),
         ({"moe": {**CONFIG["moe"], "shared_expert_intermediate_size": 8}}, "has no meaning for"),
         ({"moe": {**CONFIG["moe"], "new": 1}}, "new is 1"),
-        ({"mapping": {"tp_size": 4, "moe_ep_size": 4}}, "6 experts cannot be shared out over 4"),
-        ({"mapping": {"tp_size": 4, "moe_ep_size": 3}}, "moe_tp_size 1 times moe_ep_size 3"),
-        ({"mapping": {"tp_size": 2, "moe_tp_size": 2, "moe_ep_size": 2}}, "is not 2"),
+        (
+            {"mapping": {"world_size": 4, "tp_size": 4, "moe_ep_size": 4}},
+            "6 experts cannot be shared out over 4",
+        ),
+        (
+            {"mapping": {"world_size": 4, "tp_size": 4, "moe_ep_size": 3}},
+            "moe_tp_size 1 times moe_ep_size 3",
+        ),
+        (
+            {"mapping": {"world_size": 2, "tp_size": 2, "moe_tp_size": 2, "moe_ep_size": 2}},
+            "is not 2",
+        ),
         ({"intermediate_size": 18}, "cannot be split over 4 ranks"),
         ({"hidden_act": "gelu"}, "must be swiglu"),
         ({"quantization": {"quant_algo": "W8A16"}}, "quantized experts"),

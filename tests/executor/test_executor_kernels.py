@@ -17,7 +17,7 @@ from torch.nn import functional
 from phireg.executor import attention as attend
 from phireg.executor import blocks, quantized
 from phireg.executor.cuda import kernels, launch
-from phireg.reader.quantization import Quantization
+from phireg.reader.schemes import Quantization
 from phireg.reader.spec import BlockSparse, Rope, parse_spec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

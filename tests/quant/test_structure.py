@@ -7,8 +7,8 @@ from plan.plan_sources import LAYERS
 from quant.by_hand import calibration, model, write_model
 
 import phireg
-from phireg.reader.schema import required_tensors
 from phireg.reader.structure import structure_notes, structure_problems
+from phireg.reader.tensors import required_tensors
 
 QKV = "transformer.layers.1.attention.qkv"
 

@@ -14,7 +14,7 @@ from phireg.executor import quantized
 from phireg.executor.blocks import AttendCache, Cache, Reduce, Rotary, Weights
 from phireg.executor.cuda import launch
 from phireg.executor.model import Executor
-from phireg.reader.quantization import Grid
+from phireg.reader.schemes import Grid
 from phireg.reader.spec import ModelSpec
 from phireg.reader.tensors import KV_SCALE
 
@@ -93,11 +93,11 @@ def layer(
         query = launch.rotate_into(spec, qkv, rotary, cache, slot, weights.get(KV_SCALE))
         heads.append(attend(query, cache))
     attended = _row_linear(spec, shards, "attention.dense", heads, reduce)
-    if spec.residual == "sequential":
+    if spec.architecture.residual == "sequential":
         u = _norm(spec, shards[0], "post_layernorm", x, attended)
     gated = [_gated(spec, weights, u) for weights in shards]
     mlp = _row_linear(spec, shards, "mlp.proj", gated, reduce)
-    return x, mlp if spec.residual == "sequential" else attended + mlp
+    return x, mlp if spec.architecture.residual == "sequential" else attended + mlp
 
 
 def _norm(
@@ -105,7 +105,7 @@ def _norm(
 ) -> Tensor:
     """``blocks.norm`` of x + pending, which ``x`` becomes."""
     weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
-    return launch.norm(spec.norm, x, pending, weight, bias, spec.norm_epsilon)
+    return launch.norm(spec.architecture.norm, x, pending, weight, bias, spec.norm_epsilon)
 
 
 def _gated(spec: ModelSpec, weights: Weights, u: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from phireg.executor.attention import SPARSE_TILE
 from phireg.executor.blocks import Cache, Rotary
 from phireg.executor.cuda import kernels
-from phireg.reader.quantization import Grid
+from phireg.reader.schemes import Grid
 from phireg.reader.spec import BlockSparse, ModelSpec
 
 _GATED = ("swiglu", "gegelu")
