@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from phireg.postprocessing.postprocess import Postprocessed as Postprocessed
     from phireg.postprocessing.postprocess import RowOrder as RowOrder
     from phireg.postprocessing.postprocess import postprocess as postprocess
-    from phireg.postprocessing.postprocess import postprocess_bytes as postprocess_bytes
     from phireg.postprocessing.postprocess import row_order as row_order
     from phireg.trtllm.build import BuildPlan as BuildPlan
     from phireg.trtllm.build import Built as Built
@@ -48,9 +47,7 @@ _MODULES = {
     "planning.model": ("Plan",),
     "planning.plan": ("plan",),
     "planning.report": ("explain",),
-    "postprocessing.postprocess": (
-        *("Postprocessed", "RowOrder", "postprocess", "postprocess_bytes", "row_order"),
-    ),
+    "postprocessing.postprocess": (*("Postprocessed", "RowOrder", "postprocess", "row_order"),),
     "trtllm.build": ("BuildPlan", "Built", "build", "plan_build"),
     "trtllm.command": ("BuildOptions",),
     "verification.verify": ("verify",),

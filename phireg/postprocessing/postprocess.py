@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from phireg.checkpoint.manifest import write_manifest
 from phireg.checkpoint.rankfiles import RankFiles, world_size
 from phireg.config.hf import HFConfig
 from phireg.conversion.convert import manifest_of
-from phireg.conversion.stream import Progress, stream
+from phireg.conversion.stream import stream
 from phireg.errors import OutputError, SourceError, UsageError
 from phireg.files.kinds import CHECKPOINT, MANIFEST
 from phireg.files.output import PARTIAL_SUFFIX, OutputDirectory
@@ -43,6 +43,8 @@ from phireg.postprocessing.orders import (
 )
 from phireg.registry import AUTO, FamilyChoice
 from phireg.source.source import SourceTensor, source_of
+
+Progress = Callable[[int, int], None]
 
 Moves = Mapping[tuple[int, str], Sequence[Run]]
 """By rank and name, the places that the rows of a tensor come from; others stay as they are."""
@@ -141,7 +143,7 @@ def postprocess(
     revision: str | None = None,
     in_source_order: bool = False,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = lambda more, total: None,
 ) -> Postprocessed:
     """Put the rows of a checkpoint right. The result appears complete, or not at all.
 
@@ -153,7 +155,7 @@ def postprocess(
         revision: as for :func:`row_order`.
         in_source_order: state that the rows are in the source's order, where nothing else tells.
         overwrite: replace an existing checkpoint in ``output_dir``.
-        progress: takes the number of further bytes of tensors that were written.
+        progress: takes the number of further bytes of tensors that were written, and of all.
 
     Raises:
         UsageError: the rows are right already, or nothing tells.
@@ -191,12 +193,6 @@ def postprocess(
                 unfinished.chmod(directory.stat().st_mode & 0o777 | 0o700)
             sizes = {file.name: file.stat().st_size for file in sorted(unfinished.iterdir())}
     return Postprocessed(directory if in_place else target, checkpoint.rows, len(moved), sizes)
-
-
-def postprocess_bytes(checkpoint_dir: str | Path) -> int:
-    """About how many bytes :func:`postprocess` reports to ``progress`` in all."""
-    paths = Path(checkpoint_dir).glob("rank*.safetensors")
-    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 class _Recovered(Exception):  # noqa: N818 - not an error
@@ -363,10 +359,11 @@ def _write(
     moved: Moves,
     others: Sequence[Path],
     unfinished: Path,
-    progress: Progress | None,
+    progress: Progress,
 ) -> None:
     rewriting = _plan(checkpoint, moved)
-    streamed = stream(rewriting, unfinished, progress=progress)
+    total = sum(output.nbytes for output in rewriting.outputs)
+    streamed = stream(rewriting, unfinished, progress=lambda more: progress(more, total))
     for path in others:
         copy_file(path, unfinished)
     for path in (*checkpoint.files.paths.values(), *others):

@@ -120,7 +120,7 @@ def test_a_file_that_changes_meanwhile(grouped):
     before = content(grouped)
     path = grouped / "rank0.safetensors"
 
-    def touch(count):
+    def touch(more, total):
         os.utime(path, ns=(1, 1))
 
     with pytest.raises(SourceError, match="changed while it was being used"):
