@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from phireg.conversion.quantization import quantize as quantize
     from phireg.conversion.quantization import quantize_bytes as quantize_bytes
     from phireg.errors import PhiregError as PhiregError
+    from phireg.executor.sampling import Sampling as Sampling
+    from phireg.generation.backend import Options as Options
+    from phireg.generation.generate import Completion as Completion
+    from phireg.generation.generate import generate as generate
     from phireg.planning.model import Plan as Plan
     from phireg.planning.plan import plan as plan
     from phireg.planning.report import explain as explain
@@ -44,6 +48,9 @@ _MODULES = {
     "conversion.convert": ("Converted", "convert"),
     "conversion.quantization": ("quantize", "quantize_bytes"),
     "errors": ("PhiregError",),
+    "executor.sampling": ("Sampling",),
+    "generation.backend": ("Options",),
+    "generation.generate": ("Completion", "generate"),
     "planning.model": ("Plan",),
     "planning.plan": ("plan",),
     "planning.report": ("explain",),

@@ -5,37 +5,26 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from phireg.cli.answers import (
-    DEFAULT_NEW_TOKENS,
-    Job,
-    Timing,
-    batches,
-    document,
-    new_tokens,
-    show_answer,
-    show_stream,
-    timed,
-)
 from phireg.cli.errors import stopped
 from phireg.cli.options import COMPUTE_DTYPES, Directory, compute_dtype, device_option, json_option
-from phireg.cli.output import emit_generated, emit_json, note, spinner
+from phireg.cli.output import emit, emit_generated, emit_json, note, spinner
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
     from phireg.executor import Sampling
-    from phireg.generation import Backend, Description, Options
+    from phireg.generation import Backend, Options
+    from phireg.generation.generate import Completion, Generator, Timing
     from phireg.generation.prompts import Prompt
-
+    from phireg.generation.tokenizer import Tokenizer
 
 _LOADING = "loading the model"
-_DEFAULT_BATCH = 8
 
 
 @click.command()
@@ -68,7 +57,7 @@ _DEFAULT_BATCH = 8
     "--max-output-len",
     type=click.IntRange(min=1),
     metavar="N",
-    help=f"[default: {DEFAULT_NEW_TOKENS}, with --chat 1024, or as many as fit]",
+    help="[default: 128, with --chat 1024, or as many as fit]",
 )
 @click.option(
     "--temperature",
@@ -128,6 +117,14 @@ def command(
     device: str,
     dtype: str,
     offload: bool | None,
+    tokenizer_dir: str | None,
+    max_new_tokens: int | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    num_beams: int,
+    batch_size: int | None,
     **options: Any,
 ) -> None:
     """Continue prompts, or chat, with a checkpoint, an engine or the source model.
@@ -136,34 +133,57 @@ def command(
     checkpoint run in this process, unless it is one of several: torchrun --nproc-per-node N -m
     phireg run CKPT ... Those of an engine have a process each: mpirun -n N phireg run ENGINE ...
     """
-    from phireg.generation import Options, describe, process_rank, run_worker
+    from phireg.generation import Options, describe, process_rank
     from phireg.generation.backend import check_directory
-    from phireg.generation.processes import check_launcher, check_processes, run_processes
+    from phireg.generation.generate import Generator
+    from phireg.generation.processes import check_processes, run_processes
 
-    name, directory = _chosen(place, backend, engine_dir, model_dir)
-    if not check_launcher(name):
-        return
-    how = Options(device, compute_dtype(dtype), offload)
-    rank, processes = process_rank(name)
-    if rank > 0:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        run_worker(name, directory, how)
+    name, directory = _choose(place, backend, engine_dir, model_dir)
+    compute = Options(device, compute_dtype(dtype), offload)
+    if served_as_worker(name, directory, compute):
         return
     check_directory(name, directory)
     with spinner(_LOADING):
-        model = describe(name, directory, how)
-    check_processes(name, directory, model, processes, tp)
-    _check_options(**options)
+        description = describe(name, directory, compute)
+    processes = process_rank(name)[1]
+    check_processes(name, directory, description, processes, tp)
+    sampling = _sampling(temperature, top_k, top_p, seed)
+    _check_options(num_beams=num_beams, **options)
     if tp and tp > processes:
         raise click.exceptions.Exit(run_processes(tp, sys.argv[1:]))
+    generator = Generator(
+        name,
+        directory,
+        compute,
+        description,
+        tokenizer_dir=None if tokenizer_dir is None else Path(tokenizer_dir),
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        batch_size=batch_size,
+    )
     try:
-        _run(name, directory, model, how=how, **options)
+        _run(generator, **options)
     except KeyboardInterrupt as interrupt:
         raise stopped(interrupt, "the text is not complete") from None
 
 
-def _chosen(
+def served_as_worker(backend: str, directory: Path, options: Options) -> bool:
+    """Run the requests of rank 0 if this process is another rank; return whether it is."""
+    from phireg.generation import process_rank, run_worker
+    from phireg.generation.processes import check_launcher
+
+    if not check_launcher(backend):
+        return True
+    if process_rank(backend)[0] == 0:
+        return False
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # rank 0 reports the signal
+    run_worker(backend, directory, options)
+    return True
+
+
+def _choose(
     place: str | None, backend: str | None, engine_dir: str | None, model_dir: str | None
 ) -> tuple[str, Path]:
     """Return the backend's name and the directory that it runs."""
@@ -195,16 +215,11 @@ def _check_options(
     chat: bool,
     system: str | None,
     as_json: bool,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
     num_beams: int,
     streaming: bool,
-    **_others: Any,
 ) -> None:
-    given = [("--prompt", texts), ("--input-file", input_file), ("--chat", chat)]
-    named = [name for name, value in given if value]
+    inputs = [("--prompt", texts), ("--input-file", input_file), ("--chat", chat)]
+    named = [name for name, value in inputs if value]
     if len(named) > 1:
         raise UsageError(f"{' and '.join(named)} exclude each other", hint="give one of them.")
     if sys.stdin is None and (chat or input_file == "-" or not named):
@@ -226,7 +241,6 @@ def _check_options(
         )
     if streaming and as_json:
         raise UsageError("--streaming and --json exclude each other", hint="leave one of them out.")
-    _sampling(temperature, top_k, top_p, seed)
 
 
 def _sampling(
@@ -247,116 +261,124 @@ def _sampling(
 
 
 def _run(
-    name: str,
-    directory: Path,
-    model: Description,
+    generator: Generator,
     *,
-    how: Options,
     chat: bool,
     system: str | None,
     texts: Sequence[str],
     input_file: str | None,
-    batch_size: int | None,
-    num_beams: int,
     streaming: bool,
-    tokenizer_dir: str | None,
-    max_new_tokens: int | None,
     as_json: bool,
-    **sampling: Any,
 ) -> None:
-    from phireg.generation.limits import check_batch, check_prompts
+    from phireg.cli.chat import Chat
+    from phireg.generation.generate import Timing
 
-    job = _job(directory, model, tokenizer_dir, _sampling(**sampling), max_new_tokens, num_beams)
-    size = batch_size or min(_DEFAULT_BATCH, model.max_batch or _DEFAULT_BATCH)
-    check_batch(model, size, num_beams, job.sampling)
     if chat:
-        conversation = _conversation(job, system)
-        with _opened(name, directory, how) as backend:
-            conversation.hold(backend)
+        conversation = Chat(generator, system)
+        with _open(generator) as backend:
+            conversation.run(backend)
         return
-    prompts = _prompts(texts, input_file)
+    prompts = generator.encode(_read_prompts(texts, input_file))
     if streaming and len(prompts) > 1:
         raise UsageError(
             f"--streaming shows one text as it comes, and there are {len(prompts)}",
             hint="leave it out, or give one prompt.",
         )
-    inputs = [prompt.encoded(job.tokenizer) for prompt in prompts]
-    check_prompts(model, inputs, max_new_tokens or 1, [prompt.where for prompt in prompts])
     started = time.monotonic()
-    with _opened(name, directory, how) as backend:
-        loaded = time.monotonic() - started
+    with _open(generator) as backend:
+        load_s = time.monotonic() - started
         if as_json:
-            results = list(batches(backend, job, inputs, size))
-            emit_json(document(job, backend, prompts, inputs, results, loaded))
-        elif len(inputs) == 1 and job.tokenizer is not None:
-            if num_beams > 1:
-                ((((answer,), timing)),) = batches(backend, job, inputs, size)
-                emit_generated(job.tokenizer.decode(answer.tokens) + "\n")
-            else:
-                timing = Timing()
-                steps = backend.stream(inputs, new_tokens(job, inputs), job.stops, job.sampling)
-                show_stream(timed(steps, timing), job.tokenizer, job.stops)
+            batches = list(generator.batches(backend, prompts))
+            emit_json(_document(generator, backend, batches, load_s))
+            return
+        if len(prompts) == 1 and generator.tokenizer and generator.num_beams == 1:
+            timing = Timing()
+            stream_text(generator.steps(backend, prompts, timing), generator.tokenizer)
             note(str(timing))
-        else:
-            done = 0
-            for answers, timing in batches(backend, job, inputs, size):
-                for number, answer in enumerate(answers, done):
-                    show_answer(job, f"[{number + 1}/{len(inputs)}]", prompts[number], answer)
-                done += len(answers)
-                note(str(timing))
+            return
+        number = 0
+        for completions, timing in generator.batches(backend, prompts):
+            for completion in completions:
+                number += 1
+                if len(prompts) > 1 or completion.text is None:
+                    _emit_numbered(f"[{number}/{len(prompts)}]", completion)
+                else:
+                    emit_generated(f"{completion.text}\n")
+            note(str(timing))
 
 
 @contextmanager
-def _opened(name: str, directory: Path, how: Options) -> Iterator[Backend]:
-    """The backend; reading large weights takes long enough to say so."""
-    from phireg.generation import open_backend
-
+def _open(generator: Generator) -> Iterator[Backend]:
+    """Load the model under a spinner."""
     with ExitStack() as stack:
         with spinner(_LOADING):
-            backend = stack.enter_context(open_backend(name, directory, how))
+            backend = stack.enter_context(generator.open())
         yield backend
 
 
-def _job(
-    directory: Path,
-    model: Description,
-    tokenizer_dir: str | None,
-    sampling: Sampling,
-    max_new_tokens: int | None,
-    num_beams: int,
-) -> Job:
-    """What is settled before the weights are read."""
-    from phireg.generation.tokenizer import find_tokenizer, stop_ids
-    from phireg.source.hub import resolve_model_dir
+def stream_text(steps: Iterable[list[int | None]], tokenizer: Tokenizer) -> list[int]:
+    """Print the text of a batch of one as it comes, and return its tokens."""
+    tokens: list[int] = []
 
-    files = resolve_model_dir(str(directory), None)[0]  # backend hf may run one from the hub
-    other = Path(tokenizer_dir) if tokenizer_dir else None
-    tokenizer = find_tokenizer(files, other)
-    # An engine may come without the small files, which then are where its tokenizer is.
-    lies_elsewhere = other is not None and not (files / "generation_config.json").exists()
-    stops = stop_ids(other if other is not None and lies_elsewhere else files, tokenizer)
-    return Job(directory, model, tokenizer, stops, sampling, max_new_tokens, num_beams)
+    def row() -> Iterator[int]:
+        for (token,) in steps:
+            if token is not None:
+                tokens.append(token)
+                yield token
+
+    try:
+        for piece in tokenizer.stream(row()):
+            emit_generated(piece)
+    finally:
+        emit_generated("\n")
+    return tokens
 
 
-def _conversation(job: Job, system: str | None) -> Any:
-    from phireg.cli.conversation import Chat, opening
-
-    if job.tokenizer is None:
-        raise UsageError(
-            "the model carries no tokenizer, and a chat needs one",
-            hint="give --tokenizer-dir the directory of the source model.",
-        )
-    return Chat(
-        job.tokenizer,
-        job.stops | job.tokenizer.end_of_turn_ids,
-        job.model.positions,
-        job.max_new_tokens,
-        job.sampling,
-        opening(job.tokenizer, system),
-    )
+def _emit_numbered(number: str, completion: Completion) -> None:
+    """Print one of several completions below its number and prompt."""
+    if completion.prompt is None:
+        emit(f"{number} {len(completion.input_ids)} token ids")
+    else:
+        emit(f"{number} {' '.join(completion.prompt.split())}")
+    text = str(list(completion.tokens)) if completion.text is None else completion.text
+    emit_generated(f"{text}\n\n")
 
 
-def _prompts(texts: Sequence[str], input_file: str | None) -> list[Prompt]:
+def _document(
+    generator: Generator,
+    backend: Backend,
+    batches: Sequence[tuple[Sequence[Completion], Timing]],
+    load_s: float,
+) -> dict[str, Any]:
+    """Build the document of ``--json``; docs/command-line.md describes it."""
+    keys = ("checkpoint_dir", "engine_dir", "model_dir")
+    key = {"tensorrt-llm": "engine_dir", "hf": "model_dir"}.get(backend.name, "checkpoint_dir")
+    return {
+        **dict.fromkeys(keys),
+        key: generator.directory,
+        "backend": backend.name,
+        "device": backend.device,
+        "dtype": backend.dtype,
+        "tp_size": generator.description.tp_size,
+        "processes": backend.processes,
+        "sampling": generator.sampling,
+        "num_beams": generator.num_beams,
+        "stop_ids": generator.stop_ids,
+        "load_seconds": round(load_s, 3),
+        "batches": [
+            {
+                "prompts": len(completions),
+                "new_tokens": timing.tokens,
+                "prefill_ms": round(timing.prefill_s * 1000, 3),
+                "tokens_per_second": timing.tokens_per_second,
+            }
+            for completions, timing in batches
+        ],
+        "results": [completion for completions, _ in batches for completion in completions],
+    }
+
+
+def _read_prompts(texts: Sequence[str], input_file: str | None) -> list[Prompt]:
     from phireg.generation.prompts import Prompt, read_prompts
 
     if texts:

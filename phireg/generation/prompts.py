@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from phireg.errors import UsageError
-from phireg.generation.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from phireg.generation.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,23 +18,23 @@ class Prompt:
     """A text to continue, or its token ids.
 
     Attributes:
-        where: where it came from, for messages.
+        where: its file and line or option, for messages.
         text: the text; None if only ids were given.
-        ids: the ids; None if they are to be made from the text.
+        ids: the token ids; empty until ``encode`` makes them from the text.
     """
 
     where: str
     text: str | None
-    ids: tuple[int, ...] | None = None
+    ids: tuple[int, ...] = ()
 
-    def encoded(self, tokenizer: Tokenizer | None) -> list[int]:
-        """The token ids.
+    def encode(self, tokenizer: Tokenizer | None) -> Prompt:
+        """Return the prompt with its token ids.
 
         Raises:
-            UsageError: there are none, or there is no tokenizer to make them with.
+            UsageError: the text is empty, or there is no tokenizer.
         """
-        if self.ids is not None:
-            return list(self.ids)
+        if self.ids:
+            return self
         if tokenizer is None:
             raise UsageError(
                 "the checkpoint carries no tokenizer",
@@ -47,19 +49,19 @@ class Prompt:
         ids = tokenizer.encode(text)
         if not ids:
             raise UsageError(f"{self.where}: the prompt is empty", hint="give it some text.")
-        return ids
+        return replace(self, ids=tuple(ids))
 
 
 def read_prompts(name: str, content: bytes) -> list[Prompt]:
-    """The prompts of a file; empty lines are skipped.
+    """Read the prompts of a file; empty lines are skipped.
 
     Args:
-        name: its name, for messages; ``.jsonl`` at its end makes every line JSON.
+        name: its name, for messages; with ``.jsonl`` at its end every line is JSON.
         content: UTF-8 text. Lines are JSON objects with "prompt" or "input_ids" if the first one
             is, and otherwise prompts themselves.
 
     Raises:
-        UsageError: it is not UTF-8, holds no prompt, or has a line that is not what it must be.
+        UsageError: it is not UTF-8, holds no prompt, or has a malformed line.
     """
     try:
         text = content.decode("utf-8-sig")
@@ -91,19 +93,19 @@ def _is_record(line: str) -> bool:
 def _records(lines: Iterable[tuple[str, str]]) -> Iterator[Prompt]:
     for where, line in lines:
         try:
-            value: Any = json.loads(line)
+            record: Any = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{where}: not JSON: {error}") from None
-        keys = [key for key in ("prompt", "input_ids") if isinstance(value, dict) and key in value]
+        keys = {"prompt", "input_ids"} & record.keys() if isinstance(record, dict) else set()
         if len(keys) != 1:
             raise UsageError(f'{where}: not an object with either "prompt" or "input_ids"')
         (key,) = keys
-        given = value[key]
+        value = record[key]
         if key == "prompt":
-            if not isinstance(given, str):
+            if not isinstance(value, str):
                 raise UsageError(f'{where}: "prompt" is not text')
-            yield Prompt(where, given)
+            yield Prompt(where, value)
         else:
-            if not (isinstance(given, list) and given and all(type(i) is int for i in given)):
+            if not (isinstance(value, list) and value and all(type(i) is int for i in value)):
                 raise UsageError(f'{where}: "input_ids" is not a list of token ids')
-            yield Prompt(where, None, tuple(given))
+            yield Prompt(where, None, tuple(value))

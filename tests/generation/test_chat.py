@@ -2,18 +2,15 @@
 
 import json
 import signal
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from helpers.tokenized_models import chat_tokenizer, continuation
 
-from phireg.cli import conversation
-from phireg.cli.answers import Job, Timing, timed
-from phireg.cli.run import _conversation
+from phireg.cli import chat as chat_module
 from phireg.executor import Sampling
-from phireg.generation import Description
-from phireg.generation.tokenizer import Tokenizer
+from phireg.generation import Description, Options
+from phireg.generation.generate import Generator, Timing, timed
 
 END, EOS = 303, 300
 
@@ -47,7 +44,17 @@ def test_small_begins_with_its_first_token(models, run):
     assert (result.exit_code, result.stdout) == (0, wanted + "\n")
 
 
-def test_the_end_of_the_turn_stops_whatever_generation_config_says():
+@pytest.fixture
+def generator(tmp_path):
+    """Of a model with 256 positions whose generation_config.json names no end of a turn."""
+    (tmp_path / "config.json").write_text("{}")
+    chat_tokenizer().save_pretrained(tmp_path)
+    return Generator(
+        "executor", tmp_path, Options(), Description(312, 256), sampling=Sampling(seed=5)
+    )
+
+
+def test_the_end_of_the_turn_stops_whatever_generation_config_says(generator):
     class Backend:
         processes = 1
 
@@ -58,13 +65,10 @@ def test_the_end_of_the_turn_stops_whatever_generation_config_says():
                 if token in stops:
                     return
 
-    backend = Backend()
-    tokenizer = Tokenizer(chat_tokenizer())
-    model = Description(vocab_size=312, positions=256)
-    job = Job(Path("ckpt"), model, tokenizer, frozenset({EOS}), Sampling(seed=5), None)
-    chat = _conversation(job, system=None)
+    backend, tokenizer = Backend(), generator.tokenizer
+    chat = chat_module.Chat(generator, system=None)
     with CliRunner().isolation(input=b"one\ntwo\n"):
-        chat.hold(backend)
+        chat.run(backend)
     text = tokenizer.decode([71, 72])
     roles = [(message["role"], message["content"]) for message in chat.messages]
     assert roles == [("user", "one"), ("assistant", text), ("user", "two"), ("assistant", text)]
@@ -74,7 +78,7 @@ def test_the_end_of_the_turn_stops_whatever_generation_config_says():
     assert backend.asked == ([ids], 256 - len(ids), {EOS, END}, 6)
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch):
+def test_ctrl_c_stops_the_answer_and_not_the_chat(generator, monkeypatch):
     from phireg.cli.errors import stop
 
     monkeypatch.setattr("phireg.cli.errors._last_stop", float("-inf"))
@@ -90,15 +94,15 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch):
                     signal.raise_signal(signal.SIGINT)
                 yield [token]
 
-    tokenizer = Tokenizer(chat_tokenizer())
-    chat = conversation.Chat(tokenizer, frozenset({EOS}), 256, 9, Sampling(), [])
+    tokenizer = generator.tokenizer
+    chat = chat_module.Chat(generator, system=None)
     before = signal.signal(signal.SIGINT, stop)
     try:
         with CliRunner().isolation(input=b"one\ntwo\n") as (out, *_):
-            chat.hold(Backend())
+            chat.run(Backend())
             shown = out.getvalue().decode()
         assert signal.getsignal(signal.SIGINT) is stop
-        with conversation._interruptible(), pytest.raises(KeyboardInterrupt):
+        with chat_module._interruptible(), pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
     finally:

@@ -1,10 +1,14 @@
 """`phireg run` against transformers' own generate on the source model."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 from helpers.tokenized_models import SOURCES, chat_tokenizer, continuation, converted, eos_ids
+
+import phireg
+from phireg.errors import UsageError
 
 PROMPTS = ("The engine", "Wer liest die Straße? 日本語", "déjà")
 
@@ -29,6 +33,21 @@ def test_text_is_that_of_the_source_model(family, models, run, document):
     texts = run(it.checkpoint, *flags, "--max-new-tokens", 14).stdout
     shown = (f"[{n}/3] {PROMPTS[n - 1]}\n{wanted[n - 1][1]}\n\n" for n in (1, 2, 3))
     assert texts == "".join(shown)
+
+
+def test_the_function_gives_what_the_command_gives(models, document):
+    it = models("phi3")
+    flags = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    rows = document(it.checkpoint, *flags, "--max-new-tokens", 6, "--batch-size", 2)["results"]
+    completions = phireg.generate(
+        it.checkpoint, PROMPTS, max_new_tokens=6, batch_size=2, options=phireg.Options("cpu")
+    )
+    assert [json.loads(json.dumps(asdict(one))) for one in completions] == rows
+    ids = [it.tokenizer(PROMPTS[0])["input_ids"]]
+    (source,) = phireg.generate(it.source, ids, backend="hf", max_new_tokens=6)
+    assert source.tokens == completions[0].tokens
+    with pytest.raises(UsageError, match=r"^prompt 1: "):
+        phireg.generate(it.checkpoint, ["word " * 300])
 
 
 def test_all_ways_in_give_the_same(models, run, document, tmp_path):

@@ -116,11 +116,11 @@ def test_stop_ids_that_are_none(value, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "wanted"),
     [
-        ("a.txt", "one\n\n  two \r\nthree", [("one", None), ("  two ", None), ("three", None)]),
-        ("a.txt", "\ufeffé\u2028x\n", [("é\u2028x", None)]),
-        ("a.txt", '{"other": 1}\n[1]', [('{"other": 1}', None), ("[1]", None)]),
-        ("a.jsonl", '{"prompt": "a\\nb"}\n{"input_ids": [3, 1]}', [("a\nb", None), (None, (3, 1))]),
-        ("-", '{"prompt": "", "id": 4}\n', [("", None)]),
+        ("a.txt", "one\n\n  two \r\nthree", [("one", ()), ("  two ", ()), ("three", ())]),
+        ("a.txt", "\ufeffé\u2028x\n", [("é\u2028x", ())]),
+        ("a.txt", '{"other": 1}\n[1]', [('{"other": 1}', ()), ("[1]", ())]),
+        ("a.jsonl", '{"prompt": "a\\nb"}\n{"input_ids": [3, 1]}', [("a\nb", ()), (None, (3, 1))]),
+        ("-", '{"prompt": "", "id": 4}\n', [("", ())]),
     ],
 )
 def test_prompts(name, content, wanted):
@@ -149,13 +149,13 @@ def test_prompts_that_are_none(name, content, says):
 
 def test_encoding_a_prompt():
     tokenizer = Tokenizer(chat_tokenizer())
-    assert Prompt("here", "x", (5, 6)).encoded(None) == [5, 6]
-    assert Prompt("here", "a<|end|>").encoded(tokenizer)[-1] == 303
+    assert Prompt("here", "x", (5, 6)).encode(None).ids == (5, 6)
+    assert Prompt("here", "a<|end|>").encode(tokenizer).ids[-1] == 303
     for text, says in (("", "here: the prompt is empty"), ("\ud800", "not valid Unicode")):
         with pytest.raises(UsageError, match=says):
-            Prompt("here", text).encoded(tokenizer)
+            Prompt("here", text).encode(tokenizer)
     with pytest.raises(UsageError, match="carries no tokenizer"):
-        Prompt("here", "x").encoded(None)
+        Prompt("here", "x").encode(None)
 
 
 # Tokenizers

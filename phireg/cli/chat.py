@@ -6,19 +6,19 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
 
-from phireg.cli.answers import Timing, show_stream, timed
 from phireg.cli.output import note
+from phireg.cli.run import stream_text
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
-    from phireg.executor import Sampling
     from phireg.generation import Backend
+    from phireg.generation.generate import Generator
     from phireg.generation.tokenizer import Tokenizer
 
 EXIT = "/exit"
@@ -27,27 +27,30 @@ _DEFAULT_NEW_TOKENS = 1024
 Message = dict[str, str]
 
 
-@dataclass(slots=True)
 class Chat:
     """A conversation with a model.
 
     Args:
-        tokenizer: with a chat template.
-        stops: the ids that end an answer.
-        positions: how many tokens the model can see.
-        max_new_tokens: of one answer; None is as many as are sensible and possible.
-        sampling: how tokens are chosen; each answer has a seed of its own.
-        messages: what has been said.
+        generator: whose tokenizer has a chat template; each answer has the next seed.
+        system: the system prompt.
+
+    Raises:
+        UsageError: there is no tokenizer or chat template, or it ignores system prompts.
     """
 
-    tokenizer: Tokenizer
-    stops: frozenset[int]
-    positions: int
-    max_new_tokens: int | None
-    sampling: Sampling
-    messages: list[Message]
+    def __init__(self, generator: Generator, system: str | None) -> None:
+        if generator.tokenizer is None:
+            raise UsageError(
+                "the model carries no tokenizer, and a chat needs one",
+                hint="give --tokenizer-dir the directory of the source model.",
+            )
+        self._generator = generator
+        self._tokenizer = generator.tokenizer
+        self._stop_ids = generator.stop_ids | generator.tokenizer.end_of_turn_ids
+        self._answers = 0
+        self.messages = _first_messages(generator.tokenizer, system)
 
-    def hold(self, backend: Backend) -> None:
+    def run(self, backend: Backend) -> None:
         """Answer lines of standard input until it ends or says ``/exit``."""
         note(f"{EXIT} or Ctrl-D leaves, Ctrl-C stops an answer")
         while True:
@@ -68,9 +71,11 @@ class Chat:
             if line.strip() == EXIT:
                 return
             if line.strip():
-                self._turn(backend, line)
+                self._answer(backend, line)
 
-    def _turn(self, backend: Backend, line: str) -> None:
+    def _answer(self, backend: Backend, line: str) -> None:
+        from phireg.generation.generate import Timing, timed
+
         self.messages.append({"role": "user", "content": line})
         try:
             prompt, count = self._prompt()
@@ -79,36 +84,35 @@ class Chat:
             _complain(error)
             return
         timing = Timing()
-        steps = timed(backend.stream([prompt], count, self.stops, self.sampling), timing)
-        # With other processes Ctrl-C goes to all of them and ends the chat.
+        sampling = self._generator.sampling
+        sampling = replace(sampling, seed=sampling.seed + self._answers)
+        steps = timed(backend.stream([prompt], count, self._stop_ids, sampling), timing)
+        # Ctrl-C reaches worker processes too and ends the chat.
         if backend.processes > 1:
-            answer = show_stream(steps, self.tokenizer, self.stops)
+            tokens = stream_text(steps, self._tokenizer)
         else:
             with _interruptible() as interrupted:
-                answer = show_stream(_until(steps, interrupted), self.tokenizer, self.stops)
-        self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)
-        self.messages.append({"role": "assistant", "content": self.tokenizer.decode(answer.tokens)})
+                tokens = stream_text(_until(steps, interrupted), self._tokenizer)
+        self._answers += 1
+        self.messages.append({"role": "assistant", "content": self._tokenizer.decode(tokens)})
         note(str(timing))
 
     def _prompt(self) -> tuple[list[int], int]:
-        """The conversation's tokens and how many may follow."""
-        prompt = self.tokenizer.chat_ids(self.messages)
-        room = self.positions - len(prompt)
+        """Return the conversation's tokens and the number of tokens of the answer at most."""
+        prompt = self._tokenizer.chat_ids(self.messages)
+        positions = self._generator.description.positions
+        room = positions - len(prompt)
         if room < 1:
             raise UsageError(
                 f"with this the conversation has {len(prompt)} tokens, and the model "
-                f"{self.positions} positions",
+                f"{positions} positions",
                 hint=f"say less, or {EXIT} and begin anew.",
             )
-        return prompt, min(self.max_new_tokens or _DEFAULT_NEW_TOKENS, room)
+        return prompt, min(self._generator.max_new_tokens or _DEFAULT_NEW_TOKENS, room)
 
 
-def opening(tokenizer: Tokenizer, system: str | None) -> list[Message]:
-    """What a conversation begins with.
-
-    Raises:
-        UsageError: the chat template has no place for a system prompt, or there is no template.
-    """
+def _first_messages(tokenizer: Tokenizer, system: str | None) -> list[Message]:
+    """Return the messages before the first question, and refuse what the template ignores."""
     probe = [{"role": "user", "content": "?"}]
     if system is None:
         tokenizer.chat_text(probe)
@@ -143,20 +147,20 @@ def _complain(error: UsageError) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Within this the first Ctrl-C is only noted, so that no step of the model is torn apart."""
+    """Record the first Ctrl-C inside the context, so that no step of the model is cut short."""
     before = signal.getsignal(signal.SIGINT)
-    noted = False
+    interrupted = False
 
-    def note_it(number: int, frame: FrameType | None) -> None:
-        nonlocal noted
-        if noted and callable(before):
+    def record(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if interrupted and callable(before):
             before(number, frame)
-        noted = True
+        interrupted = True
 
     if before is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, note_it)
+        signal.signal(signal.SIGINT, record)
     try:
-        yield lambda: noted
+        yield lambda: interrupted
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -1,0 +1,288 @@
+"""Prompts to completions: batches of a model, with the time they take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from phireg.executor import Sampling
+from phireg.generation.backend import (
+    Backend,
+    Description,
+    Options,
+    check_directory,
+    default_backend,
+    describe,
+    open_backend,
+    process_rank,
+    run_worker,
+)
+from phireg.generation.limits import check_batch, check_prompts
+from phireg.generation.processes import check_launcher, check_processes
+from phireg.generation.prompts import Prompt
+from phireg.generation.tokenizer import find_tokenizer, stop_ids
+from phireg.source.hub import resolve_model_dir
+
+DEFAULT_NEW_TOKENS = 128
+DEFAULT_BATCH_SIZE = 8
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The continuation of one prompt.
+
+    Attributes:
+        batch: number of the batch that it ran in.
+        prompt: the text; None if token ids were given.
+        input_ids: the prompt's token ids.
+        tokens: the new tokens, with the stop id (without it after a beam search).
+        text: of ``tokens``; None without a tokenizer.
+        finish_reason: "stop" after a stop id, "length" after as many tokens as were asked for.
+    """
+
+    batch: int
+    prompt: str | None
+    input_ids: tuple[int, ...]
+    tokens: tuple[int, ...]
+    text: str | None
+    finish_reason: str
+
+
+@dataclass(slots=True)
+class Timing:
+    """The time of a batch.
+
+    Attributes:
+        prefill_s: seconds from the request to the first token.
+        decode_s: seconds from there to the last token.
+        tokens: new tokens of all rows.
+        first: new tokens that came with the prefill.
+    """
+
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    tokens: int = 0
+    first: int = 0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens of all rows per second of decoding; None if nothing was decoded."""
+        return (self.tokens - self.first) / self.decode_s if self.tokens > self.first else None
+
+    def __str__(self) -> str:
+        rate = self.tokens_per_second
+        decoding = "" if rate is None else f", then {rate:,.1f} tokens/s"
+        return f"{self.tokens:,} tokens, the first after {self.prefill_s * 1000:,.0f} ms{decoding}"
+
+
+def timed(steps: Iterable[list[int | None]], timing: Timing) -> Iterator[list[int | None]]:
+    """Yield the steps of a batch and measure them."""
+    started = first = time.monotonic()
+    for step in steps:
+        now = time.monotonic()
+        count = sum(token is not None for token in step)
+        if timing.tokens == 0:
+            first, timing.first = now, count
+            timing.prefill_s = now - started
+        timing.decode_s = now - first
+        timing.tokens += count
+        yield step
+
+
+class Generator:
+    """A model and how to generate with it, checked before the weights are read.
+
+    Args:
+        backend: the backend's name.
+        directory: the checkpoint, engine or model that it runs.
+        options: how to compute.
+        description: the model's limits.
+        tokenizer_dir: where the tokenizer is, if not with the model.
+        sampling: how tokens are chosen; each further batch has the next seed.
+        max_new_tokens: of each prompt at most; None is 128, or as many as fit.
+        num_beams: above 1: search that many beams instead of sampling.
+        batch_size: prompts side by side; None is 8, or as many as an engine takes.
+
+    Attributes:
+        tokenizer: the model's, or None if it has none.
+        stop_ids: token ids that end a text.
+
+    Raises:
+        UsageError: the model cannot do what is asked; or as ``find_tokenizer``.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        directory: Path,
+        options: Options,
+        description: Description,
+        *,
+        tokenizer_dir: Path | None = None,
+        sampling: Sampling = GREEDY,
+        max_new_tokens: int | None = None,
+        num_beams: int = 1,
+        batch_size: int | None = None,
+    ) -> None:
+        self.backend = backend
+        self.directory = directory
+        self.options = options
+        self.description = description
+        self.sampling = sampling
+        self.max_new_tokens = max_new_tokens
+        self.num_beams = num_beams
+        largest = description.max_batch or DEFAULT_BATCH_SIZE
+        self.batch_size = batch_size or min(DEFAULT_BATCH_SIZE, largest)
+        check_batch(description, self.batch_size, num_beams, sampling)
+        model_dir, _ = resolve_model_dir(str(directory), None)  # backend hf runs models of the hub
+        self.tokenizer = find_tokenizer(model_dir, tokenizer_dir)
+        # Without generation_config.json, as in many engines, the tokenizer's directory may have it.
+        has_config = (model_dir / "generation_config.json").exists()
+        config_dir = tokenizer_dir if tokenizer_dir and not has_config else model_dir
+        self.stop_ids = stop_ids(config_dir, self.tokenizer)
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Return the prompts with their token ids.
+
+        Raises:
+            UsageError: names the prompt that the model cannot take.
+        """
+        encoded = [prompt.encode(self.tokenizer) for prompt in prompts]
+        rows = [prompt.ids for prompt in encoded]
+        check_prompts(
+            self.description, rows, self.max_new_tokens or 1, [prompt.where for prompt in prompts]
+        )
+        return encoded
+
+    def open(self) -> AbstractContextManager[Backend]:
+        """Load the model."""
+        return open_backend(self.backend, self.directory, self.options)
+
+    def steps(
+        self, backend: Backend, prompts: Sequence[Prompt], timing: Timing, seed_offset: int = 0
+    ) -> Iterator[list[int | None]]:
+        """Yield the tokens of one batch step by step, stop ids included."""
+        # Batches with the same seed would draw alike.
+        sampling = replace(self.sampling, seed=self.sampling.seed + seed_offset)
+        rows, count = [prompt.ids for prompt in prompts], self._new_tokens(prompts)
+        return timed(backend.stream(rows, count, self.stop_ids, sampling), timing)
+
+    def batches(
+        self, backend: Backend, prompts: Sequence[Prompt]
+    ) -> Iterator[tuple[list[Completion], Timing]]:
+        """Complete all prompts of ``encode``, batch by batch."""
+        for number, start in enumerate(range(0, len(prompts), self.batch_size)):
+            batch = prompts[start : start + self.batch_size]
+            timing = Timing()
+            if self.num_beams > 1:
+                rows, stopped = self._search(backend, batch, timing)
+            else:
+                rows, stopped = [[] for _ in batch], [False] * len(batch)
+                for step in self.steps(backend, batch, timing, number):
+                    for index, token in enumerate(step):
+                        if token is not None:
+                            rows[index].append(token)
+                            stopped[index] = token in self.stop_ids
+            yield (
+                [
+                    self._completion(number, prompt, row, stop)
+                    for prompt, row, stop in zip(batch, rows, stopped, strict=True)
+                ],
+                timing,
+            )
+
+    def _search(
+        self, backend: Backend, prompts: Sequence[Prompt], timing: Timing
+    ) -> tuple[list[list[int]], list[bool]]:
+        """Return the best beam of each prompt, and whether a stop id ended it."""
+        started = time.monotonic()
+        count = self._new_tokens(prompts)
+        inputs = [prompt.ids for prompt in prompts]
+        rows = backend.generate(inputs, count, self.stop_ids, self.sampling, self.num_beams)
+        timing.prefill_s = time.monotonic() - started
+        timing.tokens = timing.first = sum(map(len, rows))
+        return rows, [len(row) < count for row in rows]
+
+    def _new_tokens(self, prompts: Sequence[Prompt]) -> int:
+        room = self.description.positions - max(len(prompt.ids) for prompt in prompts)
+        return self.max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
+
+    def _completion(
+        self, batch: int, prompt: Prompt, tokens: Sequence[int], stopped: bool
+    ) -> Completion:
+        text = self.tokenizer.decode(tokens) if self.tokenizer else None
+        reason = "stop" if stopped else "length"
+        return Completion(batch, prompt.text, prompt.ids, tuple(tokens), text, reason)
+
+
+def generate(
+    directory: str | Path,
+    prompts: Iterable[str | Sequence[int]],
+    *,
+    backend: str | None = None,
+    max_new_tokens: int | None = None,
+    sampling: Sampling = GREEDY,
+    num_beams: int = 1,
+    batch_size: int | None = None,
+    tokenizer_dir: str | Path | None = None,
+    options: Options | None = None,
+) -> list[Completion]:
+    """Continue prompts with a checkpoint, an engine or the source model.
+
+    Under torchrun or mpirun, call it in every process: those other than rank 0 return no
+    completions.
+
+    Args:
+        directory: the checkpoint, the engine, or with ``backend="hf"`` the source model.
+        prompts: texts, or token ids.
+        backend: "executor", "tensorrt-llm" or "hf"; None chooses by the directory.
+        max_new_tokens: of each prompt at most; None is 128, or as many as fit.
+        sampling: how tokens are chosen; the most likely ones by default.
+        num_beams: above 1: search that many beams instead of sampling.
+        batch_size: prompts side by side; None is 8, or as many as an engine takes.
+        tokenizer_dir: where the tokenizer is, if not in ``directory``.
+        options: device, dtype and offload.
+
+    Returns:
+        The completions, in order.
+
+    Raises:
+        UsageError: a prompt, an option or the number of processes does not fit the model.
+        PhiregError: the model cannot be run.
+    """
+    directory, options = Path(directory), options or Options()
+    name = backend or default_backend(directory)
+    if not check_launcher(name):
+        return []
+    rank, processes = process_rank(name)
+    if rank > 0:
+        run_worker(name, directory, options)
+        return []
+    check_directory(name, directory)
+    description = describe(name, directory, options)
+    check_processes(name, directory, description, processes)
+    generator = Generator(
+        name,
+        directory,
+        options,
+        description,
+        tokenizer_dir=None if tokenizer_dir is None else Path(tokenizer_dir),
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        batch_size=batch_size,
+    )
+    encoded = generator.encode(
+        [
+            Prompt(f"prompt {number}", prompt)
+            if isinstance(prompt, str)
+            else Prompt(f"prompt {number}", None, tuple(prompt))
+            for number, prompt in enumerate(prompts, 1)
+        ]
+    )
+    with generator.open() as model:
+        return [one for batch, _ in generator.batches(model, encoded) for one in batch]
