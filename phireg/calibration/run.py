@@ -26,7 +26,7 @@ from phireg.family import Family
 from phireg.generation.tokenizer import Tokenizer, find_tokenizer
 from phireg.reference.load import open_reference
 from phireg.reference.quiet import quiet
-from phireg.source.source import Source
+from phireg.source.model import Source
 
 CPU_SECONDS = 300.0
 """What a calibration on a CPU may take, as far as the number of samples is not given."""

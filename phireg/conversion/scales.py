@@ -27,7 +27,7 @@ from phireg.findings import Finding, Severity
 from phireg.planning.model import Plan, QuantizedLinear, row_bytes
 from phireg.planning.report import problems
 from phireg.reader.schemes import KV_SCALE
-from phireg.source.source import Reader
+from phireg.source.model import Reader
 
 SMALLEST_SMOOTHER, LARGEST_SMOOTHER = 1e-4, 1e4
 """Range of the smoothing vector; a channel that calibration never saw gets the largest."""

@@ -33,7 +33,7 @@ from phireg.planning.model import (
     Write,
     row_bytes,
 )
-from phireg.source.source import Reader, SourceTensor
+from phireg.source.model import Reader, SourceTensor
 
 _Result = TypeVar("_Result")
 

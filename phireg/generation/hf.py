@@ -44,7 +44,7 @@ def load(directory: Path, options: Options) -> HFBackend:
     from phireg import registry
     from phireg.config.hf import HFConfig
     from phireg.reference.load import open_reference
-    from phireg.source.source import open_source
+    from phireg.source.model import open_source
 
     description = describe(directory, options)
     directory, values = _read_config(directory)

@@ -20,7 +20,7 @@ from phireg.planning.model import Options, Output, Plan, Rows, Scale
 from phireg.planning.quantized import Quantization
 from phireg.planning.schedule import schedule
 from phireg.reader.tensors import required_tensors
-from phireg.source.source import Source
+from phireg.source.model import Source
 
 if TYPE_CHECKING:
     from phireg.registry import FamilyChoice

@@ -14,7 +14,7 @@ from phireg.layout.ranks import Ranks
 from phireg.layout.spans import Span
 from phireg.reader.schemes import SCHEMES, Scheme
 from phireg.registry import FamilyChoice
-from phireg.source.source import Source, SourceTensor
+from phireg.source.model import Source, SourceTensor
 
 BLOCK_BYTES = 512 * 1024
 """Source bytes that a worker holds at a time; a single longer row is held whole.

@@ -17,7 +17,7 @@ from phireg.planning.unsupported import check_model
 from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
 from phireg.registry import AUTO, FamilyChoice
 from phireg.source.hub import resolve_model_dir
-from phireg.source.source import open_source, without_weights
+from phireg.source.model import open_source, without_weights
 
 
 def plan(

@@ -34,7 +34,7 @@ from phireg.postprocessing.orders import (
     LinearOrders,
     quantization_of,
 )
-from phireg.source.source import Reader, SourceTensor
+from phireg.source.model import Reader, SourceTensor
 
 Floats = npt.NDArray[np.float32]
 

@@ -42,7 +42,7 @@ from phireg.postprocessing.orders import (
     row_tensors,
 )
 from phireg.registry import AUTO, FamilyChoice
-from phireg.source.source import SourceTensor, source_of
+from phireg.source.model import SourceTensor, source_of
 
 Progress = Callable[[int, int], None]
 

@@ -14,7 +14,7 @@ from phireg.executor.model import Source
 from phireg.files.json import read_json_object
 from phireg.planning.build import build_plan
 from phireg.planning.model import Output, Plan
-from phireg.source.source import Reader
+from phireg.source.model import Reader
 
 
 def unquantized_plan(plan: Plan) -> Plan:

@@ -22,7 +22,7 @@ from phireg.files.json import read_json_object
 from phireg.reference.hooks import Observer, observed
 from phireg.reference.parameters import Parameters
 from phireg.reference.quiet import quiet
-from phireg.source.source import Source
+from phireg.source.model import Source
 
 _LAYERS = "model.layers."
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from phireg.dtypes import WEIGHT_DTYPES, torch_dtype
 from phireg.errors import SourceError
-from phireg.source.source import Reader, Source, SourceTensor
+from phireg.source.model import Reader, Source, SourceTensor
 
 _FLOATS = {*WEIGHT_DTYPES.values(), "F64"}
 

@@ -17,7 +17,7 @@ from phireg.family import Family
 from phireg.findings import Severity
 from phireg.planning.model import Rows
 from phireg.reader.architectures import required_keys
-from phireg.source.source import SourceTensor, open_source
+from phireg.source.model import SourceTensor, open_source
 from phireg.testing.model import TinyModel
 from phireg.testing.probe import Addresses
 

@@ -20,7 +20,7 @@ from phireg.conversion.stream import kept_columns, read_blocks
 from phireg.dtypes import E4M3_MAX, INT8_MAX, UNIT_ROUNDOFF, WEIGHT_DTYPES, float32_values
 from phireg.planning.model import Output, Plan, QuantizedLinear, Rows, Task
 from phireg.planning.schedule import schedule
-from phireg.source.source import Reader
+from phireg.source.model import Reader
 from phireg.verification.scales import read_scale
 from phireg.verification.weights import Difference, add_difference
 

@@ -15,7 +15,7 @@ from phireg.conversion.stream import assemble
 from phireg.layout.spans import take
 from phireg.planning.model import Output, Plan, Rows
 from phireg.planning.report import ranges
-from phireg.source.source import Reader
+from phireg.source.model import Reader
 from phireg.verification.diagnose import Diagnosis, diagnose
 from phireg.verification.patterns import Heads, Ranks
 from phireg.verification.result import Problem

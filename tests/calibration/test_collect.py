@@ -10,7 +10,7 @@ from phireg import registry
 from phireg.calibration.collect import collect, measure
 from phireg.errors import SourceError
 from phireg.reference.load import open_reference
-from phireg.source.source import open_source
+from phireg.source.model import open_source
 
 CPU = torch.device("cpu")
 # Past 8 tokens blocks are dropped, past 20 long rope takes the long factors.

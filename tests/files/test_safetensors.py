@@ -218,7 +218,7 @@ def test_files_that_cannot_be_read(tmp_path, name):
 
 def test_reading_headers_imports_no_torch():
     code = (
-        "import sys, phireg.source.source, phireg.source.hub\n"
+        "import sys, phireg.source.model, phireg.source.hub\n"
         "heavy = {'torch', 'huggingface_hub', 'transformers', 'safetensors'}\n"
         "sys.exit(bool(heavy & set(sys.modules)))"
     )

@@ -22,7 +22,7 @@ import phireg
 from phireg.checkpoint.rankfiles import RankFiles
 from phireg.conversion import stream
 from phireg.errors import CheckError, OutputError, SourceError, UsageError
-from phireg.source.source import Reader
+from phireg.source.model import Reader
 
 ROOT = Path(__file__).parents[2]
 VICTIM = Path(__file__).with_name("pp_victim.py")

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from phireg import registry
 from phireg.errors import SourceError
 from phireg.reference.load import open_reference
-from phireg.source.source import open_source
+from phireg.source.model import open_source
 
 CPU = torch.device("cpu")
 LENGTHS = (5, 20, 21, 33)

@@ -10,7 +10,7 @@ from helpers.damage import DAMAGES, Damage, make_tiny_phi3
 
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
-from phireg.source.source import open_source
+from phireg.source.model import open_source
 
 
 def params(stage: str):

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from phireg.errors import SourceError
 from phireg.files import regular as files
 from phireg.files.safetensors import read_header
-from phireg.source.source import open_source
+from phireg.source.model import open_source
 
 
 @pytest.fixture
@@ -267,7 +267,7 @@ def test_files_are_closed(model):
 
 def test_opening_safetensors_imports_no_torch(model):
     code = (
-        "import sys; from pathlib import Path; from phireg.source.source import open_source\n"
+        "import sys; from pathlib import Path; from phireg.source.model import open_source\n"
         "s = open_source(Path(sys.argv[1])); t = s.tensors['model.norm.weight']\n"
         "s.open().read_into(t, 0, memoryview(bytearray(t.nbytes)))\n"
         "sys.exit(bool({'torch', 'safetensors', 'transformers'} & set(sys.modules)))"

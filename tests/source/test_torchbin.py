@@ -15,7 +15,7 @@ import torch
 
 from phireg.errors import SourceError
 from phireg.source import torchbin
-from phireg.source.source import open_source
+from phireg.source.model import open_source
 
 torch.set_num_threads(1)
 
@@ -161,7 +161,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from phireg.source.source import open_source
+from phireg.source.model import open_source
 
 def kilobytes(key):
     for line in Path("/proc/self/status").read_text().splitlines():
