@@ -1,4 +1,8 @@
-"""What the tests of the four families share. It imports no plugin, and knows no mapping."""
+"""Helpers and tests that the four families share; independent of the plugins.
+
+``published/`` holds config.json of published models, and beside each the config.json that the
+reader needs for it.
+"""
 
 import json
 import math
@@ -7,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -34,17 +39,32 @@ CASTS = [
 # --- configs ---------------------------------------------------------------------------------
 
 
+def published(model):
+    """config.json of a published model."""
+    return _read_json(model, "config")
+
+
+def checkpoint_config(model):
+    """The checkpoint's config.json of a published model at TP 1."""
+    return _read_json(model, "checkpoint")
+
+
+def translated_fields(model):
+    """The part of it that the family's field table makes."""
+    return without(checkpoint_config(model), "dtype", "mapping", "quantization")
+
+
+def _read_json(model, kind):
+    return json.loads((Path(__file__).parent / "published" / f"{model}.{kind}.json").read_text())
+
+
 def translate(family, config):
     return family.config_fields().translate(HFConfig(config))
 
 
-def reported(translation, severity=Severity.ERROR):
-    """Subjects and details of the findings of one severity."""
-    found = {}
-    for finding in translation.findings:
-        if finding.severity is severity:
-            found.setdefault(finding.subject, []).append(finding.detail)
-    return {subject: "; ".join(details) for subject, details in found.items()}
+def subjects(translation, severity=Severity.ERROR):
+    """Subjects of the findings of one severity."""
+    return {finding.subject for finding in translation.findings if finding.severity is severity}
 
 
 def without(mapping, *keys):
@@ -58,7 +78,7 @@ def as_transformers5(config, **rope):
 
 
 def modules_after(plugin, config):
-    """What a fresh interpreter has imported once the plugin said everything it has to say."""
+    """The modules that a fresh interpreter has imported after calling every hook of the plugin."""
     code = f"""
 import json, sys
 from importlib import import_module
@@ -80,13 +100,6 @@ print(json.dumps(sorted(sys.modules)))
     )
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout))
-
-
-def assert_stands_alone(plugin, config, *bases):
-    modules = modules_after(plugin, config)
-    assert not modules & {"torch", "transformers", "numpy", "safetensors"}
-    plugins = {name.split(".")[1] for name in modules if name.startswith("phireg_plugins.")}
-    assert plugins == {plugin, *bases}
 
 
 # --- sources ---------------------------------------------------------------------------------
@@ -135,6 +148,10 @@ def convert(source, output, **options):
     return plan
 
 
+def read_config(directory):
+    return json.loads((Path(directory) / "config.json").read_text())
+
+
 def errors(source, **options):
     """Error findings as (code, subject), and the text a user reads."""
     plan = phireg.plan(source, **options)
@@ -153,15 +170,15 @@ def assert_ranks(output, expected, dtype):
     assert len(list(Path(output).glob("rank*"))) == len(expected)
     for rank, tensors in enumerate(expected):
         path = Path(output) / f"rank{rank}.safetensors"
-        wanted = {n: t.to(DTYPES[dtype]).contiguous().clone() for n, t in tensors.items()}
-        save_file(wanted, str(path) + ".expected")
+        right = {n: t.to(DTYPES[dtype]).contiguous().clone() for n, t in tensors.items()}
+        save_file(right, str(path) + ".expected")
         if path.read_bytes() != Path(str(path) + ".expected").read_bytes():
-            found = load_file(path)
-            assert found.keys() == wanted.keys(), f"rank {rank}"
-            for name, tensor in wanted.items():
-                assert found[name].dtype == tensor.dtype, f"rank {rank}: {name}"
-                assert found[name].shape == tensor.shape, f"rank {rank}: {name}"
-                assert torch.equal(found[name], tensor), f"rank {rank}: {name}"
+            written = load_file(path)
+            assert written.keys() == right.keys(), f"rank {rank}"
+            for name, tensor in right.items():
+                assert written[name].dtype == tensor.dtype, f"rank {rank}: {name}"
+                assert written[name].shape == tensor.shape, f"rank {rank}: {name}"
+                assert torch.equal(written[name], tensor), f"rank {rank}: {name}"
             raise AssertionError(f"rank {rank}: same tensors, other bytes")
 
 
@@ -188,3 +205,123 @@ def vocab_share(tensor, tp, rank):
     padding = -tensor.shape[0] % tp
     zeros = torch.zeros(padding, *tensor.shape[1:], dtype=tensor.dtype)
     return share(torch.cat([tensor, zeros]), tp, rank)
+
+
+# --- tests of every family's mapping ---------------------------------------------------------
+
+
+class MappingChecks:
+    """Converts a tiny model of a family in every way and compares with rank files made by hand.
+
+    Attributes:
+        family: its name.
+        bases: modules of the families it derives from.
+        large: a published model, by its name in ``published/``.
+        tp_sizes: numbers of ranks for the tiny model.
+        vocabularies: sizes of vocabularies to resize it to.
+        warnings: subjects of the warnings that a tiny config causes.
+    """
+
+    family: str
+    bases = ()
+    large: str
+    tp_sizes = (1, 2, 4)
+    vocabularies = (97, 128, 131)
+    warnings = ()
+
+    def write(self, directory, dtype="float32", vocab=None, **changes):
+        """Write a random tiny source model; return its tensors, a tied head included."""
+        raise NotImplementedError
+
+    def expected(self, state, tp):
+        """The tensors of every rank file, in plain torch."""
+        raise NotImplementedError
+
+    def convert(self, source, output, **options):
+        return convert(source, output, family=self.family, **options)
+
+    def rewrite(self, source, directory, state, **changes):
+        """The same config with other tensors; None removes a key."""
+        config = {**read_config(source), **changes}
+        config = {key: value for key, value in config.items() if value is not None}
+        return write_source(directory, config, state)
+
+    def test_the_plugin_imports_nothing_else(self):
+        plugin = self.family.replace("-", "_")
+        modules = modules_after(plugin, published(self.large))
+        assert not modules & {"torch", "transformers", "numpy", "safetensors"}
+        plugins = {name.split(".")[1] for name in modules if name.startswith("phireg_plugins.")}
+        assert plugins == {plugin, *self.bases}
+
+    def test_every_tp_size(self, tmp_path):
+        state = self.write(tmp_path / "hf")
+        for tp in self.tp_sizes:
+            out = tmp_path / f"out{tp}"
+            plan = self.convert(tmp_path / "hf", out, dtype="float32", tp_size=tp)
+            assert {finding.subject for finding in plan.findings} == set(self.warnings)
+            assert_ranks(out, self.expected(state, tp), "float32")
+            assert read_config(out)["mapping"] == {"world_size": tp, "tp_size": tp, "pp_size": 1}
+
+    @pytest.mark.parametrize("source_dtype, dtype, result", CASTS)
+    def test_every_dtype(self, tmp_path, source_dtype, dtype, result):
+        state = self.write(tmp_path / "hf", source_dtype)
+        self.convert(tmp_path / "hf", tmp_path / "out", dtype=dtype, tp_size=2)
+        assert_ranks(tmp_path / "out", self.expected(state, 2), result)
+        assert read_config(tmp_path / "out")["dtype"] == result
+
+    def test_resized_vocabularies(self, tmp_path):
+        for vocab in self.vocabularies:
+            source, out = tmp_path / f"hf{vocab}", tmp_path / f"out{vocab}"
+            state = self.write(source, vocab=vocab)
+            self.convert(source, out, dtype="float32", tp_size=4)
+            assert_ranks(out, self.expected(state, 4), "float32")
+            assert read_config(out)["vocab_size"] == vocab  # not padded: readers pad it themselves
+
+    def test_shards_and_torch_archives_give_the_same_bytes(self, tmp_path):
+        state = self.write(tmp_path / "hf")
+        names = sorted(state)
+        for form in ("sharded", "bin"):
+            (tmp_path / form).mkdir()
+            (tmp_path / form / "config.json").write_text(json.dumps(read_config(tmp_path / "hf")))
+        weight_map = {}
+        for number in range(3):
+            file = f"model-{number + 1:05d}-of-00003.safetensors"
+            tensors = {name: state[name].clone() for name in names[number::3]}
+            save_file(tensors, tmp_path / "sharded" / file)
+            weight_map |= dict.fromkeys(tensors, file)
+        index = tmp_path / "sharded" / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        torch.save(state, tmp_path / "bin" / "pytorch_model.bin")
+        for form in ("hf", "sharded", "bin"):
+            self.convert(tmp_path / form, tmp_path / f"out-{form}", tp_size=2)
+            assert rank_files(tmp_path / f"out-{form}") == rank_files(tmp_path / "out-hf")
+
+    @pytest.mark.parametrize("precision, algorithm", [("int8", "W8A16"), ("int4", "W4A16")])
+    def test_weight_only_leaves_the_weights_raw(self, tmp_path, precision, algorithm):
+        self.write(tmp_path / "hf")
+        for name, weight_only in (("plain", None), ("quantized", precision)):
+            self.convert(tmp_path / "hf", tmp_path / name, tp_size=2, weight_only=weight_only)
+        assert rank_files(tmp_path / "plain") == rank_files(tmp_path / "quantized")
+        plain, quantized = read_config(tmp_path / "plain"), read_config(tmp_path / "quantized")
+        # A list given to the reader replaces its own, so it must name the embedding as well.
+        assert quantized.pop("quantization") == {
+            "quant_algo": algorithm,
+            "kv_cache_quant_algo": None,
+            "exclude_modules": ["lm_head", "*vocab_embedding"],
+        }
+        plain.pop("quantization")
+        assert plain == quantized
+
+    def test_surplus_tensors_are_dropped_with_a_note(self, tmp_path):
+        """A head that the config ties to the embedding, and rotary buffers."""
+        state = self.write(tmp_path / "hf", tie_word_embeddings=True)
+        head = torch.full_like(state["model.embed_tokens.weight"], 7.0)
+        surplus = {"lm_head.weight": head}
+        for i in range(2):
+            surplus[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+        source = self.rewrite(tmp_path / "hf", tmp_path / "surplus", {**state, **surplus})
+        plan = self.convert(source, tmp_path / "out", dtype="float32", tp_size=2)
+        dropped = [finding for finding in plan.findings if finding.code == "dropped"]
+        assert {finding.subject for finding in dropped} == set(surplus)
+        assert {finding.severity for finding in dropped} == {Severity.NOTE}
+        assert_ranks(tmp_path / "out", self.expected(state, 2), "float32")

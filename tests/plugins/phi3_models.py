@@ -11,32 +11,22 @@ LAYERS, HEADS, HEAD_SIZE, INNER, VOCAB = 2, 8, 6, 24, 97
 HIDDEN = HEADS * HEAD_SIZE
 
 
-def tiny(directory, kv_heads, dtype="float32", resize=None, shard="5GB", **changes):
-    """A random model as transformers saves it, and its tensors."""
+def tiny(directory, kv_heads, dtype="float32", vocab=None, **changes):
+    """Write a random model as transformers saves it; return its tensors."""
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    model = Phi3ForCausalLM(
-        Phi3Config(
-            **{
-                "vocab_size": VOCAB,
-                "hidden_size": HIDDEN,
-                "intermediate_size": INNER,
-                "num_hidden_layers": LAYERS,
-                "num_attention_heads": HEADS,
-                "num_key_value_heads": kv_heads,
-                "max_position_embeddings": 64,
-                "original_max_position_embeddings": 64,
-                "bos_token_id": 1,
-                "eos_token_id": 2,
-                "pad_token_id": 2,
-                **changes,
-            }
-        )
-    )
-    if resize:
-        model.resize_token_embeddings(resize)
+    sizes = {
+        **{"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER},
+        **{"num_hidden_layers": LAYERS, "num_attention_heads": HEADS},
+        **{"num_key_value_heads": kv_heads, "max_position_embeddings": 64},
+        **{"original_max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2},
+        "pad_token_id": 2,
+    }
+    model = Phi3ForCausalLM(Phi3Config(**{**sizes, **changes}))
+    if vocab:
+        model.resize_token_embeddings(vocab)
     model = randomize(model, dtype)
-    model.save_pretrained(directory, max_shard_size=shard)
+    model.save_pretrained(directory)
     return model.state_dict()
 
 

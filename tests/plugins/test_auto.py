@@ -42,23 +42,20 @@ def test_auto(config, family):
 
 
 @pytest.mark.parametrize(
-    "config, says",
+    "architecture, model_type, culprit",
     [
-        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "LlamaForCausalLM"),
-        ({"architectures": ["PhiMoEForCausalLM"], "model_type": "phimoe"}, "PhiMoEForCausalLM"),
-        ({"architectures": ["Phi3ForCausalLM"], "model_type": "phi4mm"}, "phi4mm"),
-        (
-            {"architectures": ["Phi3SmallForSequenceClassification"], "model_type": "phi3small"},
-            "Phi3SmallForSequenceClassification",
-        ),
+        ("LlamaForCausalLM", "llama", "LlamaForCausalLM"),
+        ("PhiMoEForCausalLM", "phimoe", "PhiMoEForCausalLM"),
+        ("Phi3ForCausalLM", "phi4mm", "phi4mm"),
+        ("Phi3SmallForSequenceClassification", "phi3small", "Phi3SmallForSequenceClassification"),
     ],
 )
-def test_auto_refuses_with_every_familys_reason(config, says):
+def test_auto_refuses_with_every_familys_reason(architecture, model_type, culprit):
     with pytest.raises(SourceError) as caught:
-        registry.choose(HFConfig(config))
-    assert str(caught.value).count(says) >= 1
+        registry.choose(HFConfig({"architectures": [architecture], "model_type": model_type}))
+    assert culprit in str(caught.value)
     for family in ("phi2", "phi3-mini", "phi3-small", "phi3-medium"):
-        assert f"{family}: its" in str(caught.value)
+        assert f"{family}: " in str(caught.value)
 
 
 PUBLISHED = {
@@ -79,10 +76,10 @@ PUBLISHED = {
 @pytest.mark.parametrize("family", ["phi2", "phi3-small"])
 def test_a_wrong_explicit_family_is_refused_with_the_reason(tmp_path, family):
     source = write_sparse(tmp_path / "hf", PUBLISHED, source_shapes(PUBLISHED))
-    with pytest.raises(SourceError, match=r"its architecture is Phi3ForCausalLM") as caught:
+    with pytest.raises(SourceError, match="Phi3ForCausalLM") as caught:
         phireg.plan(source, family=family)
-    assert f"cannot be converted as {family}" in str(caught.value)
-    assert "leave out --family" in str(caught.value)
+    assert family in caught.value.message
+    assert "--family" in caught.value.hint
 
 
 def test_auto_and_either_explicit_name_plan_alike(tmp_path):

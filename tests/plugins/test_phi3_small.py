@@ -1,183 +1,46 @@
 """Phi-3-small: its config table, mapping and quant rules, against hand-written expectations."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from family_checks import (
-    CASTS,
     DTYPES,
+    MappingChecks,
     assert_ranks,
-    assert_stands_alone,
+    checkpoint_config,
     convert,
     errors,
     kv_share,
-    rank_files,
-    reported,
+    published,
+    read_config,
     share,
+    subjects,
     translate,
+    translated_fields,
     vocab_share,
     without,
     write_source,
     write_sparse,
 )
 from phireg_plugins.phi3_small import FAMILY
-from safetensors.torch import save_file
 
 import phireg
 from phireg.findings import Severity
 from phireg.planning.companions import FOLLOWS, axes_of
 from phireg.testing import FamilyConformance
 
-SMALL_8K = {
-    "_name_or_path": "Phi-3-small-8k-instruct",
-    "architectures": ["Phi3SmallForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout_prob": 0.0,
-    "auto_map": {
-        "AutoConfig": "configuration_phi3_small.Phi3SmallConfig",
-        "AutoModelForCausalLM": "modeling_phi3_small.Phi3SmallForCausalLM",
-        "AutoModelForSequenceClassification": (
-            "modeling_phi3_small.Phi3SmallForSequenceClassification"
-        ),
-        "AutoTokenizer": ["tokenization_phi3_small.Phi3SmallTokenizer", None],
-    },
-    "blocksparse_block_size": 64,
-    "blocksparse_homo_head_pattern": False,
-    "blocksparse_num_local_blocks": 16,
-    "blocksparse_triton_kernel_block_size": 64,
-    "blocksparse_vert_stride": 8,
-    "bos_token_id": 100257,
-    "dense_attention_every_n_layers": 2,
-    "embedding_dropout_prob": 0.1,
-    "eos_token_id": 100257,
-    "ff_dim_multiplier": None,
-    "ff_intermediate_size": 14336,
-    "ffn_dropout_prob": 0.1,
-    "gegelu_limit": 20.0,
-    "gegelu_pad_to_256": True,
-    "hidden_act": "gegelu",
-    "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "layer_norm_epsilon": 1e-05,
-    "max_position_embeddings": 8192,
-    "model_type": "phi3small",
-    "mup_attn_multiplier": 1.0,
-    "mup_embedding_multiplier": 10.0,
-    "mup_use_scaling": True,
-    "mup_width_multiplier": 8.0,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "pad_sequence_to_multiple_of_64": True,
-    "reorder_and_upcast_attn": False,
-    "rope_embedding_base": 1000000,
-    "rope_position_scale": 1.0,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.38.1",
-    "use_cache": True,
-    "vocab_size": 100352,
-}
+SMALL_8K, SMALL_128K = published("phi-3-small-8k"), published("phi-3-small-128k")
+FIELDS_8K = translated_fields("phi-3-small-8k")
+FIELDS_128K = translated_fields("phi-3-small-128k")
+BLOCK = SMALL_128K["rope_scaling"]
+SHORT = BLOCK["short_factor"]
 SMALL_8K_V5 = {
     **without(SMALL_8K, "torch_dtype"),
     "dtype": "bfloat16",
     "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
     "transformers_version": "5.23.0",
-}
-SHORT = [1.0 + 0.02 * i for i in range(64)]
-LONG = [1.0 + 0.75 * i for i in range(64)]
-BLOCK = {
-    "type": "su",
-    "short_factor": SHORT,
-    "long_factor": LONG,
-    "short_mscale": 1.05,
-    "long_mscale": 1.1902,
-    "original_max_position_embeddings": 8192,
-}
-SMALL_128K = {
-    **SMALL_8K,
-    "max_position_embeddings": 131072,
-    "original_max_position_embeddings": 8192,
-    "rope_scaling": BLOCK,
-}
-EXPECTED_8K = {
-    "architecture": "Phi3SmallForCausalLM",
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_kv_heads": 8,
-    "head_size": 128,
-    "vocab_size": 100352,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 8192,
-    "hidden_act": "gegelu",
-    "gegelu_limit": 20.0,
-    "norm_epsilon": 1e-05,
-    "position_embedding_type": "rope_gpt_neox",
-    "rotary_base": 1000000.0,
-    "rotary_embedding_base": 1000000.0,
-    "rotary_pct": 1.0,
-    "rotary_embedding_dim": 128,
-    "rotary_scaling": None,
-    "tie_word_embeddings": True,
-    "mup_attn_multiplier": 1.0,
-    "mup_embedding_multiplier": 10.0,
-    "mup_use_scaling": True,
-    "mup_width_multiplier": 8.0,
-    "blocksparse_block_size": 64,
-    "blocksparse_homo_head_pattern": False,
-    "blocksparse_num_local_blocks": 16,
-    "blocksparse_vertical_stride": 8,
-    "dense_attention_every_n_layers": 2,
-    "logits_dtype": "float32",
-    "qk_layernorm": False,
-    "use_parallel_embedding": False,
-    "embedding_sharding_dim": 0,
-    "share_embedding_table": False,
-}
-EXPECTED_128K = {
-    **EXPECTED_8K,
-    "max_position_embeddings": 131072,
-    "original_max_position_embeddings": 8192,
-    "position_embedding_type": "long_rope",
-    "longrope_scaling_short_factors": SHORT,
-    "longrope_scaling_long_factors": LONG,
-    "longrope_short_mscale": 1.05,
-    "longrope_long_mscale": 1.1902,
-}
-# What TensorRT-LLM's model reads without a usable default, 0.12 to 1.3.0rc20.
-REQUIRED = {
-    *("architecture", "dtype", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "vocab_size", "intermediate_size", "max_position_embeddings"),
-    *("hidden_act", "norm_epsilon", "position_embedding_type", "rotary_base", "rotary_pct"),
-    *("rotary_scaling", "mapping", "gegelu_limit", "mup_embedding_multiplier"),
-    *("mup_width_multiplier", "dense_attention_every_n_layers", "blocksparse_block_size"),
-    *("blocksparse_homo_head_pattern", "blocksparse_num_local_blocks"),
-    "blocksparse_vertical_stride",
-}
-REQUIRED_LONG = {
-    *REQUIRED,
-    *("original_max_position_embeddings", "longrope_scaling_short_factors"),
-    *("longrope_scaling_long_factors", "longrope_short_mscale", "longrope_long_mscale"),
-}
-EXAMPLE_8K = {
-    **{"architecture": "Phi3SmallForCausalLM", "dtype": "bfloat16", "logits_dtype": "float32"},
-    **{"vocab_size": 100352, "hidden_size": 4096, "intermediate_size": 14336},
-    **{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
-    **{"head_size": 128, "hidden_act": "gegelu", "gegelu_limit": 20.0, "norm_epsilon": 1e-05},
-    **{"max_position_embeddings": 8192, "position_embedding_type": "rope_gpt_neox"},
-    **{"rotary_base": 1000000, "rotary_scaling": None, "rotary_pct": 1.0},
-    **{"rotary_embedding_dim": 128, "tie_word_embeddings": True},
-    **{"mup_attn_multiplier": 1.0, "mup_embedding_multiplier": 10.0, "mup_use_scaling": True},
-    **{"mup_width_multiplier": 8.0, "blocksparse_block_size": 64},
-    **{"blocksparse_homo_head_pattern": False, "blocksparse_num_local_blocks": 16},
-    **{"blocksparse_vertical_stride": 8, "dense_attention_every_n_layers": 2},
-    **{"qk_layernorm": False, "use_parallel_embedding": False, "embedding_sharding_dim": 0},
-    "mapping": {"world_size": 1, "tp_size": 1, "pp_size": 1},
-    "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
 }
 
 
@@ -187,10 +50,6 @@ def long_rope(**changes):
     return {**SMALL_128K, "rope_scaling": block}
 
 
-def test_imports_nothing_but_itself():
-    assert_stands_alone("phi3_small", SMALL_128K)
-
-
 # --- config ----------------------------------------------------------------------------------
 
 
@@ -198,7 +57,7 @@ def test_imports_nothing_but_itself():
 def test_published_8k(config):
     translation = translate(FAMILY, config)
     assert translation.findings == ()
-    assert translation.fields == EXPECTED_8K
+    assert translation.fields == FIELDS_8K
 
 
 @pytest.mark.parametrize(
@@ -219,12 +78,12 @@ def test_published_8k(config):
 def test_published_128k(config):
     translation = translate(FAMILY, config)
     assert translation.findings == ()
-    assert translation.fields == EXPECTED_128K
+    assert translation.fields == FIELDS_128K
 
 
 def test_a_shorter_limit_stays_long_rope():
     fields = translate(FAMILY, {**SMALL_128K, "max_position_embeddings": 16384}).fields
-    assert fields == {**EXPECTED_128K, "max_position_embeddings": 16384}
+    assert fields == {**FIELDS_128K, "max_position_embeddings": 16384}
 
 
 def test_mscales_that_are_not_stated():
@@ -245,7 +104,7 @@ def test_absent_keys_are_the_class_defaults():
     kept += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
     translation = translate(FAMILY, {key: SMALL_8K[key] for key in kept})
     assert translation.findings == ()
-    assert translation.fields == EXPECTED_8K
+    assert translation.fields == FIELDS_8K
 
 
 @pytest.mark.parametrize(
@@ -260,8 +119,8 @@ def test_absent_keys_are_the_class_defaults():
 def test_null_is_not_absence(key, field, value):
     """Null means "none of it", in words the reader understands; absence means the default."""
     fields = translate(FAMILY, {**SMALL_8K, key: None}).fields
-    assert fields == {**EXPECTED_8K, field: value}
-    assert translate(FAMILY, without(SMALL_8K, key)).fields == EXPECTED_8K
+    assert fields == {**FIELDS_8K, field: value}
+    assert translate(FAMILY, without(SMALL_8K, key)).fields == FIELDS_8K
 
 
 def test_no_dense_layer_at_all():
@@ -292,74 +151,61 @@ def test_intermediate_size(stated, multiplier, padded, size):
 
 
 @pytest.mark.parametrize(
-    "config, subject, says",
+    "config, subject",
     [
-        ({**SMALL_8K, "hidden_act": "silu"}, "hidden_act", "gegelu"),
-        ({**SMALL_8K, "mup_attn_multiplier": 2.0}, "mup_attn_multiplier", "1/head_size"),
-        ({**SMALL_8K, "mup_use_scaling": False}, "mup_use_scaling", "1/head_size"),
-        ({**SMALL_8K, "mup_width_multiplier": 0.0}, "mup_width_multiplier", "above zero"),
-        ({**SMALL_8K, "mup_embedding_multiplier": "x"}, "mup_embedding_multiplier", "number"),
-        ({**SMALL_8K, "rope_position_scale": 2.0}, "rope_position_scale", "does not scale"),
-        ({**SMALL_8K, "ff_intermediate_size": None}, "intermediate_size", "neither"),
-        ({**SMALL_8K, "ff_intermediate_size": -1}, "intermediate_size", "ff_intermediate_size"),
+        ({**SMALL_8K, "hidden_act": "silu"}, "hidden_act"),
+        ({**SMALL_8K, "mup_attn_multiplier": 2.0}, "mup_attn_multiplier"),
+        ({**SMALL_8K, "mup_use_scaling": False}, "mup_use_scaling"),
+        ({**SMALL_8K, "mup_width_multiplier": 0.0}, "mup_width_multiplier"),
+        ({**SMALL_8K, "mup_embedding_multiplier": "x"}, "mup_embedding_multiplier"),
+        ({**SMALL_8K, "rope_position_scale": 2.0}, "rope_position_scale"),
+        ({**SMALL_8K, "ff_intermediate_size": None}, "intermediate_size"),
+        ({**SMALL_8K, "ff_intermediate_size": -1}, "intermediate_size"),
         (
             {**SMALL_8K, "ff_intermediate_size": None, "ff_dim_multiplier": "x"},
             "intermediate_size",
-            "ff_dim_multiplier",
         ),
-        ({**SMALL_8K, "num_key_value_heads": 7}, "num_key_value_heads", "cannot share"),
-        ({**SMALL_8K, "dense_attention_every_n_layers": -1}, "dense_attention", "from 1"),
-        ({**SMALL_8K, "blocksparse_vert_stride": 0}, "blocksparse_vert_stride", "from 1"),
-        ({**SMALL_8K, "hidden_size": 32 * 127}, "rotary_embedding_dim", "127 of"),
+        ({**SMALL_8K, "num_key_value_heads": 7}, "num_key_value_heads"),
+        ({**SMALL_8K, "dense_attention_every_n_layers": -1}, "dense_attention"),
+        ({**SMALL_8K, "blocksparse_vert_stride": 0}, "blocksparse_vert_stride"),
+        ({**SMALL_8K, "hidden_size": 32 * 127}, "rotary_embedding_dim"),
         (
             {**SMALL_8K, "rope_parameters": {"partial_rotary_factor": 0.5}},
             "rope_parameters.partial_rotary_factor",
-            "whole heads",
         ),
-        ({**SMALL_8K, "rope_theta": 1e4}, "rope_embedding_base", "rope_theta is 10000.0"),
-        (long_rope(type="yarn"), "rope_scaling", "'yarn' is not supported"),
-        (long_rope(type="linear"), "rope_scaling", "'linear' is not supported"),
-        (long_rope(type="dynamic"), "rope_scaling", "'dynamic' is not supported"),
-        (long_rope(type="llama3"), "rope_scaling", "'llama3' is not supported"),
-        (long_rope(type=None), "rope_scaling", "no rope type"),
-        (long_rope(short_factor=SHORT[1:]), "rope_scaling", "63 short and 64 long"),
-        (long_rope(long_mscale="x"), "longrope_long_mscale", "finite number"),
-        (long_rope(factor=16.0), "rope_scaling.factor", "not known"),
-        (long_rope(attention_factor=1.1), "rope_scaling.attention_factor", "not known"),
+        ({**SMALL_8K, "rope_theta": 1e4}, "rope_embedding_base"),
+        (long_rope(type="yarn"), "rope_scaling"),
+        (long_rope(type="linear"), "rope_scaling"),
+        (long_rope(type=None), "rope_scaling"),
+        (long_rope(short_factor=SHORT[1:]), "rope_scaling"),
+        (long_rope(long_mscale="x"), "longrope_long_mscale"),
+        (long_rope(factor=16.0), "rope_scaling.factor"),
+        (long_rope(attention_factor=1.1), "rope_scaling.attention_factor"),
         (
             without(
                 long_rope(original_max_position_embeddings=None),
                 "original_max_position_embeddings",
             ),
             "rope_parameters.original_max_position_embeddings",
-            "missing",
         ),
         (
             {**SMALL_128K, "original_max_position_embeddings": 4096},
             "rope_scaling.original_max_position_embeddings",
-            "is 8192, but original_max_position_embeddings is 4096",
         ),
     ],
 )
-def test_refused(config, subject, says):
-    translation = translate(FAMILY, config)
-    assert not translation.ok
-    found = reported(translation)
-    matching = {key: detail for key, detail in found.items() if key.startswith(subject)}
-    assert says in "; ".join(matching.values()), found
+def test_refused(config, subject):
+    assert any(name.startswith(subject) for name in subjects(translate(FAMILY, config)))
 
 
 @pytest.mark.parametrize(
-    "change, subject, says",
-    [
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon", "before 0.14"),
-        ({"hidden_size": 2048}, "head_size", "128 only"),
-    ],
+    "change, subject",
+    [({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"), ({"hidden_size": 2048}, "head_size")],
 )
-def test_warnings(change, subject, says):
+def test_warnings(change, subject):
     translation = translate(FAMILY, {**SMALL_8K, **change})
     assert translation.ok
-    assert says in reported(translation, Severity.WARNING)[subject]
+    assert subject in subjects(translation, Severity.WARNING)
 
 
 # --- weights ---------------------------------------------------------------------------------
@@ -446,17 +292,20 @@ def expected(state, tp, kv_heads=KV_HEADS, head="model.embed_tokens.weight"):
     return ranks
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4, 8])
-@pytest.mark.parametrize("source_dtype, dtype, result", CASTS)
-def test_rank_files(tmp_path, source_dtype, dtype, result, tp):
-    state = random_state(dtype=source_dtype)
-    source = write_source(tmp_path / "hf", {**TINY, "torch_dtype": source_dtype}, state)
-    plan = convert(source, tmp_path / "out", family="phi3-small", dtype=dtype, tp_size=tp)
-    assert not plan.errors
-    assert_ranks(tmp_path / "out", expected(state, tp), result)
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written["dtype"] == result
-    assert written["mapping"] == {"world_size": tp, "tp_size": tp, "pp_size": 1}
+class TestMapping(MappingChecks):
+    family, large = "phi3-small", "phi-3-small-128k"
+    tp_sizes = (1, 2, 4, 8)
+    vocabularies = (96, 97, 103)
+    warnings = ("head_size",)
+
+    def write(self, directory, dtype="float32", vocab=VOCAB, **changes):
+        config = {**TINY, "torch_dtype": dtype, "vocab_size": vocab, **changes}
+        state = random_state(config, dtype)
+        write_source(directory, config, state)
+        return state
+
+    def expected(self, state, tp):
+        return expected(state, tp)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4, 8])
@@ -469,51 +318,18 @@ def test_other_groupings(tmp_path, kv_heads, tp):
     assert_ranks(tmp_path / "out", expected(state, tp, kv_heads), "float32")
 
 
-@pytest.mark.parametrize("vocab", [96, 97, 103])
-def test_resized_vocabulary(tmp_path, vocab):
-    config = {**TINY, "vocab_size": vocab}
-    state = random_state(config)
-    source = write_source(tmp_path / "hf", config, state)
-    convert(source, tmp_path / "out", family="phi3-small", dtype="float32", tp_size=4)
-    assert_ranks(tmp_path / "out", expected(state, 4), "float32")
-
-
 def test_pairs_of_rows_stay_on_one_rank(tmp_path):
     """40 rows are 20 pairs: 8 ranks could share the rows, and would cut pairs."""
     config = {**TINY, "ff_intermediate_size": 20}
     source = write_source(tmp_path / "hf", config, random_state(config))
-    found, findings = errors(source, family="phi3-small", tp_size=8)
+    codes, findings = errors(source, family="phi3-small", tp_size=8)
     layers = range(LAYERS)
-    assert {subject for code, subject in found if code == "sharding"} == {
+    assert {subject for code, subject in codes if code == "sharding"} == {
         f"transformer.layers.{i}.{name}" for i in layers for name in ("mlp.fc", "mlp.proj")
     }
     fc = next(f for f in findings if f.subject.endswith("mlp.fc"))
-    assert "20 units of 2 cannot be divided over 8 ranks" in fc.detail
-    assert "tp sizes that work: 1, 2, 4" in fc.detail
+    assert "1, 2, 4" in fc.detail
     assert fc.where.startswith("phi3_small/weights.py:")
-
-
-def test_rotary_buffers_are_dropped_with_a_note(tmp_path):
-    state = random_state()
-    buffers = {
-        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(SIZE // 2) for i in range(2)
-    }
-    source = write_source(tmp_path / "hf", TINY, {**state, **buffers})
-    plan = convert(source, tmp_path / "out", family="phi3-small", dtype="float32")
-    dropped = {f.subject for f in plan.findings if f.code == "dropped"}
-    assert dropped == set(buffers)
-    assert_ranks(tmp_path / "out", expected(state, 1), "float32")
-
-
-@pytest.mark.parametrize("stated", [{}, {"tie_word_embeddings": True}])
-def test_a_head_of_a_tied_model_is_dropped_with_a_note(tmp_path, stated):
-    state = random_state()
-    other = {**state, "lm_head.weight": torch.full((VOCAB, HIDDEN), 7.0)}
-    source = write_source(tmp_path / "hf", {**TINY, **stated}, other)
-    plan = convert(source, tmp_path / "out", family="phi3-small", dtype="float32", tp_size=2)
-    (note,) = [f for f in plan.findings if f.code == "dropped"]
-    assert (note.severity, note.subject) == (Severity.NOTE, "lm_head.weight")
-    assert_ranks(tmp_path / "out", expected(state, 2), "float32")
 
 
 def test_untied_head(tmp_path):
@@ -522,8 +338,7 @@ def test_untied_head(tmp_path):
     source = write_source(tmp_path / "hf", {**TINY, "tie_word_embeddings": False}, state)
     convert(source, tmp_path / "out", family="phi3-small", dtype="float32", tp_size=2)
     assert_ranks(tmp_path / "out", expected(state, 2, head="lm_head.weight"), "float32")
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written["tie_word_embeddings"] is False
+    assert read_config(tmp_path / "out")["tie_word_embeddings"] is False
 
 
 def test_an_untied_model_without_a_head_is_refused(tmp_path):
@@ -531,59 +346,21 @@ def test_an_untied_model_without_a_head_is_refused(tmp_path):
     assert errors(source, family="phi3-small")[0] == {("missing", "lm_head.weight")}
 
 
-def test_other_files_same_bytes(tmp_path):
-    state = random_state(dtype="bfloat16")
-    write_source(tmp_path / "hf", TINY, state)
-    names = sorted(state)
-    shards = {f"model-0000{n + 1}-of-00003.safetensors": names[n::3] for n in range(3)}
-    (tmp_path / "sharded").mkdir()
-    for file, held in shards.items():
-        save_file({name: state[name] for name in held}, tmp_path / "sharded" / file)
-    index = {"weight_map": {name: file for file, held in shards.items() for name in held}}
-    (tmp_path / "sharded" / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "bin").mkdir()
-    torch.save(state, tmp_path / "bin" / "pytorch_model.bin")
-    for name in ("sharded", "bin"):
-        (tmp_path / name / "config.json").write_text(json.dumps(TINY))
-    for name in ("hf", "sharded", "bin"):
-        convert(tmp_path / name, tmp_path / f"out-{name}", family="phi3-small", tp_size=2)
-    assert rank_files(tmp_path / "out-hf") == rank_files(tmp_path / "out-sharded")
-    assert rank_files(tmp_path / "out-hf") == rank_files(tmp_path / "out-bin")
-
-
-@pytest.mark.parametrize("precision, algorithm", [("int8", "W8A16"), ("int4", "W4A16")])
-def test_weight_only_leaves_the_weights_raw(tmp_path, precision, algorithm):
-    source = write_source(tmp_path / "hf", TINY, random_state())
-    for name, weight_only in (("plain", None), ("quantized", precision)):
-        convert(source, tmp_path / name, family="phi3-small", weight_only=weight_only)
-    assert rank_files(tmp_path / "plain") == rank_files(tmp_path / "quantized")
-    written = json.loads((tmp_path / "quantized" / "config.json").read_text())
-    assert written["quantization"] == {
-        "quant_algo": algorithm,
-        "kv_cache_quant_algo": None,
-        "exclude_modules": ["lm_head", "*vocab_embedding"],
-    }
-
-
 @pytest.mark.parametrize(
-    "config, example, required",
+    "config, model",
     [
-        (SMALL_8K, EXAMPLE_8K, REQUIRED),
-        (SMALL_8K_V5, EXAMPLE_8K, REQUIRED),
-        (SMALL_128K, EXPECTED_128K, REQUIRED_LONG),
+        (SMALL_8K, "phi-3-small-8k"),
+        (SMALL_8K_V5, "phi-3-small-8k"),
+        (SMALL_128K, "phi-3-small-128k"),
     ],
     ids=["v4", "v5", "128k"],
 )
-def test_complete_example(tmp_path, config, example, required):
+def test_complete_example(tmp_path, config, model):
     source = write_sparse(tmp_path / "hf", config, source_shapes(config))
     plan = phireg.plan(source, family="phi3-small")
     assert plan.findings == ()
     assert plan.bytes_in == 14_784_544_768  # the tied head is not read twice
-    assert {key: plan.config.get(key, "absent") for key in example} == example
-    assert set(plan.config) >= required
-    assert plan.config["mapping"] == {"world_size": 1, "tp_size": 1, "pp_size": 1}
-    assert plan.config["quantization"] == {"quant_algo": None, "kv_cache_quant_algo": None}
-    assert "moe" not in plan.config
+    assert plan.config == checkpoint_config(model)
     assert len(plan.outputs) == 12 * 32 + 4
 
 
@@ -622,8 +399,8 @@ def test_postprocess_regroups_rows_and_nothing_else():
                 tensor = np.take(tensor, order if along == "rows" else columns, dimension)
             moved[name] = tensor
         for name in ("weight", "bias", "weights_scaling_factor"):
-            wanted = torch.cat(de_interleave(torch.from_numpy(tensors[name]))).numpy()
-            assert np.array_equal(moved[name], wanted), name
+            regrouped = torch.cat(de_interleave(torch.from_numpy(tensors[name]))).numpy()
+            assert np.array_equal(moved[name], regrouped), name
             assert not np.array_equal(moved[name], tensors[name]), name
         for name in ("prequant_scaling_factor", "activation_scaling_factor"):
             assert np.array_equal(moved[name], tensors[name]), name
