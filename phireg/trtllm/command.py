@@ -10,10 +10,12 @@ from typing import Any
 from packaging.version import Version
 
 from phireg.errors import EngineError, UsageError
-from phireg.trtllm.engine import FP32_ACCUMULATION
 from phireg.trtllm.releases import Release, public_version, release_of
 
 PROGRAM = "trtllm-build"
+
+FP32_ACCUMULATION = "enable_context_fmha_fp32_acc"
+"""A run option: accumulate in float32 in the fused attention of the context phase."""
 
 PHI2, PHI3, PHI3_SMALL = "PhiForCausalLM", "Phi3ForCausalLM", "Phi3SmallForCausalLM"
 PHI_MOE = "PhiMoEForCausalLM"

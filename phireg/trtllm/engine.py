@@ -12,50 +12,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from phireg.checkpoint.rankfiles import world_size
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
 from phireg.files.kinds import BUILD_FILE, ENGINE, kind_of_config
 
-FP32_ACCUMULATION = "enable_context_fmha_fp32_acc"
-"""A run option: accumulate in float32 in the fused attention of the context phase."""
-
-_MOST_RANKS = 4096
-
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What an engine directory holds.
+    """The content of an engine directory; lengths are in tokens.
 
-    Attributes:
-        directory: the engine.
-        version: the TensorRT-LLM release that built it and can run it, e.g. "0.17.0.post1".
-        architecture: e.g. "Phi3ForCausalLM".
-        dtype: of the checkpoint, e.g. "float16".
-        vocab_size: token ids are below this.
-        tp_size: tensor-parallel ranks.
-        world_size: rank engines.
-        max_batch_size: rows of a batch at most.
-        max_input_len: tokens of a prompt at most, as it was asked for.
-        max_seq_len: tokens of prompt and continuation together at most.
-        max_beam_width: beams at most.
-        gathers_logits: whether it can give the logits of the prompt's tokens.
-        run_options: what ``phireg build`` was asked for and the runtime has to be told, by the
-            names of TensorRT-LLM's runners (``enable_context_fmha_fp32_acc``: bool).
-        build_config: the builder's options.
+    ``run_options`` are those that the runtime has to be told, by the names of TensorRT-LLM's
+    runners (``enable_context_fmha_fp32_acc``: bool).
     """
 
     directory: Path
-    version: str
+    version: str  # the TensorRT-LLM release that built it and can run it, e.g. "0.17.0.post1"
     architecture: str
-    dtype: str
+    dtype: str  # of the checkpoint
     vocab_size: int
     tp_size: int
-    world_size: int
+    world_size: int  # rank engines
     max_batch_size: int
-    max_input_len: int
-    max_seq_len: int
+    max_input_len: int  # as it was asked for
+    max_seq_len: int  # prompt and continuation together
     max_beam_width: int
-    gathers_logits: bool
+    gathers_logits: bool  # gives the logits of the prompt's tokens
     run_options: Mapping[str, Any] = field(default_factory=dict)
     build_config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -78,12 +60,10 @@ def read_engine(directory: str | Path) -> Engine:
     pretrained, build = config["pretrained_config"], config["build_config"]
     mapping = pretrained.get("mapping")
     mapping = mapping if isinstance(mapping, dict) else {}
-    world_size = _count(mapping, "world_size", path, 1)
-    if world_size > _MOST_RANKS:
-        raise SourceError(f"{path}: mapping.world_size is {world_size}")
-    for rank in range(world_size):
+    ranks = world_size(pretrained)
+    for rank in range(ranks):
         if not (directory / f"rank{rank}.engine").is_file():
-            raise SourceError(f"{directory} has no rank{rank}.engine; it is made for {world_size}")
+            raise SourceError(f"{directory} has no rank{rank}.engine; it is made for {ranks}")
     max_input_len = _count(build, "max_input_len", path)
     if "max_seq_len" in build:
         max_seq_len = _count(build, "max_seq_len", path)
@@ -96,7 +76,7 @@ def read_engine(directory: str | Path) -> Engine:
         dtype=_text(pretrained, "dtype", path),
         vocab_size=_count(pretrained, "vocab_size", path),
         tp_size=_count(mapping, "tp_size", path, 1),
-        world_size=world_size,
+        world_size=ranks,
         max_batch_size=_count(build, "max_batch_size", path),
         max_input_len=max_input_len,
         max_seq_len=max_seq_len,

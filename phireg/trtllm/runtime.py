@@ -10,6 +10,7 @@ import atexit
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,7 @@ from phireg.executor import Sampling
 from phireg.generation.backend import Description, Options
 from phireg.generation.limits import check_continuations, check_request
 from phireg.trtllm.engine import Engine, read_engine
-from phireg.trtllm.model_runner import (
-    Output,
-    Runner,
-    installed,
-    load_runner,
-    quiet_stdout,
-)
+from phireg.trtllm.model_runner import Output, Runner, installed, load_runner, quiet_stdout
 from phireg.trtllm.mpi import Communicator, communicator, process_rank
 from phireg.trtllm.releases import public_version
 
@@ -37,10 +32,8 @@ __all__ = ["TrtllmBackend", "describe", "load", "process_rank", "run_worker"]
 
 def describe(place: Path, options: Options) -> Description:
     """See :class:`phireg.generation.backend.Opener`; TensorRT-LLM is not needed for this."""
-    for name, value in (
-        ("--dtype", options.dtype),
-        ("--offload and --no-offload", options.offload),
-    ):
+    settled = {"--dtype": options.dtype, "--offload and --no-offload": options.offload}
+    for name, value in settled.items():
         if value is not None:
             raise UsageError(
                 f"{name} cannot be chosen for an engine: it was decided when it was built",
@@ -55,12 +48,7 @@ def describe(place: Path, options: Options) -> Description:
 
 
 def load(place: Path, options: Options) -> TrtllmBackend:
-    """Load this rank's part of an engine; all ranks of mpirun do so at the same time.
-
-    Raises:
-        UsageError: the number of processes is not the engine's number of ranks.
-        PhiregError: TensorRT-LLM is missing or cannot run the engine.
-    """
+    """Load this rank's part of an engine; all ranks of mpirun do so at the same time."""
     return _load(_check(place, options))
 
 
@@ -107,11 +95,7 @@ def _load(engine: Engine) -> TrtllmBackend:
 class TrtllmBackend:
     """A loaded engine; see :class:`phireg.generation.backend.Backend`.
 
-    Args:
-        runner: the loaded engine.
-        engine: its description.
-        release: of TensorRT-LLM.
-        ranks: the communicator of all ranks if there are several.
+    With several ranks, ``ranks`` is the communicator of all of them.
     """
 
     name = "tensorrt-llm"
@@ -144,7 +128,7 @@ class TrtllmBackend:
         request = _request(prompts, max_new_tokens, stops, sampling, num_beams)
         with self._on_all_ranks(request):
             rows = self._rows(self._call(request), prompts, max_new_tokens)
-        return [row[: next((n for n, t in enumerate(row) if t in stops), None)] for row in rows]
+        return [row[: _end(row, stops)] for row in rows]
 
     def stream(
         self,
@@ -161,24 +145,14 @@ class TrtllmBackend:
         check_request(self.description, prompts, max_new_tokens, sampling)
         stops = sorted(stop_ids)
         request = _request(prompts, max_new_tokens, stops, sampling, 1) | {"streaming": True}
-        counts = [0] * len(prompts)  # tokens of each row that were yielded
-        ended = [False] * len(prompts)
+        rows: list[list[int]] = [[] for _ in prompts]
         with self._on_all_ranks(request):
             for output in self._steps(request):
-                rows = self._rows(output, prompts, max_new_tokens)
-                while any(
-                    len(row) > n and not end
-                    for row, n, end in zip(rows, counts, ended, strict=True)
-                ):
-                    step: list[int | None] = []
-                    for index, row in enumerate(rows):
-                        is_new = counts[index] < len(row) and not ended[index]
-                        token = row[counts[index]] if is_new else None
-                        step.append(token)
-                        counts[index] += is_new
-                        ended[index] = ended[index] or token in stops
-                    yield step
-        unfinished = [n < max_new_tokens and not end for n, end in zip(counts, ended, strict=True)]
+                before, rows = rows, self._rows(output, prompts, max_new_tokens)
+                rows = [row[: _end(row, stops) + 1] for row in rows]
+                new = [row[len(old) :] for row, old in zip(rows, before, strict=True)]
+                yield from map(list, zip_longest(*new))
+        unfinished = [_end(row, stops) == len(row) < max_new_tokens for row in rows]
         if stops and any(unfinished):
             yield [stops[0] if row else None for row in unfinished]
 
@@ -285,6 +259,11 @@ class TrtllmBackend:
             row[len(prompt) : min(ends[0], len(prompt) + max_new_tokens)]
             for row, ends, prompt in zip(ids, lengths, prompts, strict=True)
         ]
+
+
+def _end(row: Sequence[int], stops: Sequence[int]) -> int:
+    """The place of the first stop id, or behind the row."""
+    return next((n for n, token in enumerate(row) if token in stops), len(row))
 
 
 def _description(engine: Engine) -> Description:
