@@ -52,7 +52,7 @@ def write_model(work: Path, options: argparse.Namespace) -> None:
 def calibrate(work: Path, options: argparse.Namespace) -> Iterator[tuple[str, float]]:
     import phireg
     from phireg.calibration import statistics
-    from phireg.calibration.run import calibrate as collect
+    from phireg.calibration.calibrate import run_calibration as collect
     from phireg.calibration.settings import Settings
 
     plan = phireg.plan(work / "model", family="phi3-mini")

@@ -16,13 +16,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from phireg.calibration.calibrate import Calibrated as Calibrated
     from phireg.calibration.calibrate import calibrate as calibrate
-    from phireg.calibration.calibrate import statistics_beside as statistics_beside
     from phireg.checkpoint.inspect import Inspection as Inspection
     from phireg.checkpoint.inspect import inspect as inspect
     from phireg.conversion.convert import Converted as Converted
     from phireg.conversion.convert import convert as convert
-    from phireg.conversion.quantization import quantize as quantize
-    from phireg.conversion.quantization import quantize_bytes as quantize_bytes
+    from phireg.conversion.convert import quantize as quantize
     from phireg.errors import PhiregError as PhiregError
     from phireg.executor.sampling import Sampling as Sampling
     from phireg.generation.backend import Options as Options
@@ -43,10 +41,9 @@ if TYPE_CHECKING:
     from phireg.verification.verify import verify as verify
 
 _MODULES = {
-    "calibration.calibrate": ("Calibrated", "calibrate", "statistics_beside"),
+    "calibration.calibrate": ("Calibrated", "calibrate"),
     "checkpoint.inspect": ("Inspection", "inspect"),
-    "conversion.convert": ("Converted", "convert"),
-    "conversion.quantization": ("quantize", "quantize_bytes"),
+    "conversion.convert": ("Converted", "convert", "quantize"),
     "errors": ("PhiregError",),
     "executor.sampling": ("Sampling",),
     "generation.backend": ("Options",),

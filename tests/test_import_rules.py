@@ -99,7 +99,7 @@ RULES = {
             "numpy",
             "xxhash",
         ),
-        lazily=("torch",),
+        lazily=("torch", "phireg.calibration"),
     ),
     "phireg.generation": Rule(
         (

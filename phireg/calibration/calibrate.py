@@ -1,63 +1,61 @@
-"""Calibration statistics for a plan: from a file if they serve, else taken and kept in one."""
+"""Calibrating a source model, and reusing the statistics of an earlier calibration."""
 
 from __future__ import annotations
 
-import os
+import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
+
+from phireg.calibration.collect import Cost, Progress, collect, measure
 from phireg.calibration.settings import Settings
 from phireg.calibration.statistics import Statistics, load, save
-from phireg.errors import OutputError, SourceError
+from phireg.checkpoint.manifest import file_digest
+from phireg.data.samples import Samples, read_samples
+from phireg.device import pick_device
+from phireg.dtypes import WEIGHT_DTYPES, torch_dtype
+from phireg.errors import SourceError, UsageError
+from phireg.family import Family
+from phireg.files.writing import check_writable
+from phireg.generation.tokenizer import Tokenizer, find_tokenizer
 from phireg.planning.model import Plan
+from phireg.reference.load import open_reference
+from phireg.reference.quiet import quiet
+from phireg.source.model import Source
 
-SUFFIX = ".calib.safetensors"
-"""What the name of an output is followed by in that of its statistics."""
+CPU_SECONDS = 300.0
+"""Longest calibration on a CPU if the number of samples is not given."""
+
+FEWEST = 8
+"""Samples that are taken even so."""
+
+_SAMPLE = 4096
+
+Tell = Callable[[str], None]
+"""Takes a line of text before the work that it describes begins."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """Statistics and where they are kept.
+    """Statistics and the file that keeps them.
 
     Attributes:
         statistics: the maxima.
         file: the file.
-        reused: whether they were there already.
+        reused: True if it existed already.
     """
 
     statistics: Statistics
     file: Path
     reused: bool
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """Where the statistics come from."""
-        return self.statistics.provenance
-
-
-def statistics_beside(output_dir: Path) -> Path:
-    """Where the statistics of an output are kept if nothing else is said."""
-    return output_dir.parent / f"{output_dir.name}{SUFFIX}"
-
-
-def check_writable(path: Path, what: str) -> None:
-    """Refuse a file that could not be written later.
-
-    Raises:
-        OutputError: it is a directory, or its directory cannot be written to.
-    """
-    if path.is_dir():
-        raise OutputError(f"{what} {path} is a directory", hint="give the name of a file.")
-    nearest = path.absolute().parent
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"{what} {path} cannot be written: no permission, or no directory",
-            hint="give a place where you may write.",
-        )
 
 
 def calibrate(
@@ -66,22 +64,22 @@ def calibrate(
     settings: Settings,
     *,
     required: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-    tell: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+    tell: Tell | None = None,
 ) -> Calibrated:
-    """Statistics from a file if they serve for this source, else taken now and kept there.
+    """Load statistics from a file if they fit this source, else collect and save them there.
 
-    They are saved before anything else is done with them, so a failed export need not calibrate
-    again, and other formats, dtypes and numbers of ranks of the same source need not either.
+    They are saved at once, so a failed export need not calibrate again, and other formats, dtypes
+    and numbers of ranks of the same source need not either.
 
     Args:
-        plan: from :func:`phireg.planning.plan`.
-        file: statistics; replaced if they do not serve.
-        settings: which samples. Statistics that were made with others do not serve.
-        required: a file that exists must serve. It may have been made with other settings, as long
+        plan: from :func:`phireg.plan`.
+        file: statistics; replaced if they do not fit.
+        settings: the samples. Statistics that were made with others do not fit.
+        required: a file that exists must fit. It may have been made with other settings, as long
             as ``settings`` has only defaults.
-        progress: told (how many more tokens went through one layer, how many will in all).
-        tell: told what is calibrated on, what that costs, and why a file does not serve.
+        progress: takes (further tokens through one layer, all of them).
+        tell: takes a line on the samples, on their cost, and on why a file does not fit.
 
     Raises:
         UsageError: the settings make no sense.
@@ -89,30 +87,216 @@ def calibrate(
             tokenizer cannot be read; a maximum is not finite.
         OutputError: the file cannot be written.
     """
-    from phireg.calibration.run import calibrate as run
-    from phireg.calibration.run import misfit, reuse
-
-    path, source = Path(file), plan.source
-    say = tell or (lambda line: None)
-    if required and path.exists():
-        found = load(path)
-        reason = misfit(found, source, None if _defaults(settings) else settings)
-        if reason is not None:
+    path = Path(file)
+    if path.exists():
+        statistics = load(path)
+        named = required and settings == Settings(
+            batch_size=settings.batch_size, device=settings.device
+        )
+        reason = misfit(statistics, plan.source, None if named else settings)
+        if reason is None:
+            if tell is not None:
+                tell(f"statistics of an earlier calibration serve: {path}")
+            return Calibrated(statistics, path, True)
+        if required:
             raise SourceError(
                 f"{path} does not serve as calibration statistics: {reason}",
                 hint="name the file of this model and these settings, or one that does not exist: "
                 "it will be written.",
             )
-        return Calibrated(found, path, True)
-    earlier = reuse(path, source, settings, say)
-    if earlier is not None:
-        return Calibrated(earlier, path, True)
+        if tell is not None:
+            tell(f"{path} does not serve: {reason}")
     check_writable(path, "the calibration statistics")
-    taken = run(plan.chosen.family, source, settings, progress=progress, tell=tell)
-    save(path, taken)
-    return Calibrated(taken, path, False)
+    statistics = run_calibration(
+        plan.chosen.family, plan.source, settings, progress=progress, tell=tell
+    )
+    save(path, statistics)
+    return Calibrated(statistics, path, False)
 
 
-def _defaults(settings: Settings) -> bool:
-    """Whether nothing is asked for that decides about maxima."""
-    return settings == Settings(batch_size=settings.batch_size, device=settings.device)
+def run_calibration(
+    family: Family,
+    source: Source,
+    settings: Settings,
+    *,
+    progress: Progress | None = None,
+    tell: Tell | None = None,
+) -> Statistics:
+    """Run the source's own model over the samples that the settings ask for.
+
+    On a GPU it computes in the dtype of the source; on a CPU in bfloat16 if the source is in
+    bfloat16, else in float32, since float16 is slow there. Layer by layer, so the model may be
+    larger than memory; see :func:`phireg.calibration.collect.collect` for the memory it takes.
+
+    Returns:
+        The statistics. Their provenance has ``family``, ``model_dir``, ``revision``, ``source``
+        (digests of every file's header) and ``values`` (digest of a part of every tensor),
+        ``settings`` as asked for, and of the run ``data``, ``data_digest``, ``samples``,
+        ``tokens``, ``longest``, ``dtype``, ``device``, ``versions`` and ``date``.
+
+    Raises:
+        UsageError: the samples or the device make no sense.
+        SourceError: the model or its tokenizer cannot be read, or a maximum is not finite.
+    """
+    device = pick_device(settings.device)
+    dtype = _compute_dtype(source, device)
+    reference = open_reference(family, source, weights=None, dtype=dtype, device=device)
+    config = reference.model.config
+    with quiet():
+        samples = read_samples(
+            settings,
+            _Encoder(source.directory),
+            vocab_size=int(config.vocab_size),
+            longest=int(config.max_position_embeddings),
+        )
+    price = None
+    if device.type == "cpu":
+        cost = measure(reference, samples.rows, device=device, batch_size=settings.batch_size)
+        available = len(samples.rows)
+        if settings.size is None:
+            samples = samples.first(_affordable(cost, samples))
+        price = _price(cost, samples, available - len(samples.rows))
+    provenance = {
+        "phireg": metadata.version("phireg"),
+        "family": family.name,
+        "model_dir": str(source.directory),
+        "revision": source.revision,
+        "source": _headers(source),
+        "values": _values(source),
+        "settings": _asked(settings),
+        "data": samples.origin,
+        "data_digest": samples.digest,
+        "samples": len(samples.rows),
+        "tokens": samples.tokens,
+        "longest": max(map(len, samples.rows)),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    if tell is not None:
+        tell(f"calibration: {describe(provenance)}")
+        if price is not None:
+            tell(price)
+    statistics = collect(
+        reference,
+        samples.rows,
+        device=device,
+        batch_size=settings.batch_size,
+        progress=progress,
+    )
+    return dataclasses.replace(statistics, provenance=provenance)
+
+
+def describe(provenance: Mapping[str, Any]) -> str:
+    """The samples of statistics, and where they were computed, in one line."""
+    return (
+        f"{provenance['samples']} samples of up to {provenance['longest']} tokens "
+        f"({provenance['tokens']} in all) from {provenance['data']}; {provenance['dtype']} on "
+        f"{provenance['device']}"
+    )
+
+
+def misfit(statistics: Statistics, source: Source, settings: Settings | None) -> str | None:
+    """The reason why statistics do not belong to a model, or to settings; None if they do.
+
+    The directory may have another name, and the outcome of a setting of None does not matter.
+
+    Raises:
+        UsageError: the settings' own file cannot be read.
+    """
+    provenance = statistics.provenance
+    if provenance.get("source") != _headers(source):
+        return f"it was made from other weights files, those of {provenance.get('model_dir')}"
+    if provenance.get("values") != _values(source):
+        return f"the weights have other values than those of {provenance.get('model_dir')} had"
+    if settings is not None:
+        before = provenance.get("settings")
+        for name, value in _asked(settings).items():
+            recorded = before.get(name) if isinstance(before, Mapping) else None
+            if recorded != value:
+                return f"it was made with {name} {_shown(recorded)}, not {_shown(value)}"
+    return None
+
+
+def _shown(value: Any) -> str:
+    return "left open" if value is None else str(value)
+
+
+def _asked(settings: Settings) -> dict[str, Any]:
+    """The settings that maxima depend on."""
+    digest = None
+    if settings.file is not None:
+        try:
+            digest = file_digest(settings.file)
+        except OSError as error:
+            raise UsageError(f"cannot read {settings.file}: {error.strerror or error}") from None
+    return {
+        "dataset": settings.dataset,
+        "file": None if digest is None else f"xxh3_128:{digest}",
+        "size": settings.size,
+        "max_length": settings.max_length,
+        "seed": settings.seed,
+    }
+
+
+def _headers(source: Source) -> dict[str, str]:
+    return {file.name: file.header_digest for file in source.files}
+
+
+def _values(source: Source) -> str:
+    """xxh3_128 of up to 4 KiB out of the middle of every tensor.
+
+    Headers are the same for all trained versions of a model; their values are not.
+    """
+    hashed = xxhash.xxh3_128()
+    with source.open() as reader:
+        for name, tensor in sorted(source.tensors.items()):
+            part = bytearray(min(_SAMPLE, tensor.nbytes))
+            reader.read_into(tensor, (tensor.nbytes - len(part)) // 2, memoryview(part))
+            hashed.update(name.encode())
+            hashed.update(part)
+    return hashed.hexdigest()
+
+
+def _compute_dtype(source: Source, device: torch.device) -> torch.dtype:
+    sizes: Counter[str] = Counter()
+    for tensor in source.tensors.values():
+        sizes[tensor.dtype] += tensor.nbytes
+    code = sizes.most_common(1)[0][0]
+    dtype = torch_dtype(code) if code in WEIGHT_DTYPES.values() else torch.float32
+    return torch.float32 if device.type == "cpu" and dtype == torch.float16 else dtype
+
+
+def _affordable(cost: Cost, samples: Samples) -> int:
+    """Number of the first samples that end in time."""
+    counts = accumulate(map(len, samples.rows))
+    return max(FEWEST, sum(cost.of(tokens) <= CPU_SECONDS for tokens in counts))
+
+
+def _price(cost: Cost, samples: Samples, left_out: int) -> str:
+    seconds = cost.of(samples.tokens)
+    shown = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+    line = f"this takes about {shown} on this CPU"
+    if left_out:
+        line += f"; {left_out} more samples would take longer, so --calib-size must ask for them"
+    return line
+
+
+class _Encoder:
+    """The source's tokenizer, loaded when there is text."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._tokenizer: Tokenizer | None = None
+
+    def __call__(self, text: str) -> list[int]:
+        if self._tokenizer is None:
+            self._tokenizer = find_tokenizer(self._directory)
+        if self._tokenizer is None:
+            raise SourceError(
+                f"{self._directory} holds no tokenizer to calibrate with",
+                hint="copy the model's tokenizer files there, or give a --calib-file whose rows "
+                "have input_ids.",
+            )
+        return self._tokenizer.encode(text)

@@ -1,6 +1,6 @@
-"""Taking the maxima: the source model's layers one after the other, each over all samples.
+"""Maxima of activations: the source model's layers one after the other, each over all samples.
 
-So each layer's weights are read once and one layer is in memory at a time. lm_head is not computed.
+Each layer's weights are read once and one layer is in memory at a time. lm_head is not computed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from phireg.reference.hooks import hidden_states
 from phireg.reference.load import Reference
 
 Progress = Callable[[int, int], None]
-"""Told (how many more tokens went through one layer, how many will in all)."""
+"""Takes (further tokens through one layer, all of them)."""
 
 Rows = Sequence[Sequence[int]]
 
@@ -38,7 +38,7 @@ def collect(
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> Statistics:
-    """Maxima of the inputs of every linear of every decoder layer, and of keys and values.
+    """Collect maxima of the inputs of every linear of every layer, and of keys and values.
 
     Rows run as they are, without padding; up to ``batch_size`` rows of the same length run at once.
     Masks and rotary tables are the model's own for that length, so a row beyond the original
@@ -53,7 +53,7 @@ def collect(
         rows: token ids.
         device: the reference's.
         batch_size: rows that run at once.
-        progress: told as layers are done.
+        progress: takes the tokens of finished layers.
 
     Returns:
         The maxima, without provenance; float32 of values in the compute dtype.
@@ -85,7 +85,7 @@ def collect(
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What :func:`collect` takes, in seconds.
+    """Time that :func:`collect` takes, in seconds.
 
     Attributes:
         reading: all layers' weights.
@@ -101,14 +101,7 @@ class Cost:
 
 
 def measure(reference: Reference, rows: Rows, *, device: torch.device, batch_size: int) -> Cost:
-    """Run one layer on one batch, of the rows of average length, to see what it takes.
-
-    Args:
-        reference: as for :func:`collect`.
-        rows: token ids.
-        device: the reference's.
-        batch_size: rows that run at once.
-    """
+    """Time one layer on one batch of rows of average length; arguments as for :func:`collect`."""
     layers = len(reference.model.model.layers)
     typical = sorted(rows, key=len)[len(rows) // 2]
     ids = torch.tensor([typical] * min(batch_size, len(rows)), device=device)
@@ -143,7 +136,7 @@ def _groups(rows: Rows, batch_size: int) -> Iterator[list[Sequence[int]]]:
 
 @dataclass(frozen=True, slots=True)
 class _Front:
-    """What a decoder gives its first layer."""
+    """The arguments that a decoder passes to its first layer."""
 
     hidden: Tensor
     arguments: tuple[Any, ...]
@@ -185,13 +178,13 @@ def _front(model: Any, ids: Tensor, cache: Any) -> _Front:
 
 
 def _cache_name(model: Any) -> str:
-    """What the model's ``forward`` calls its cache: transformers' models had another name."""
+    """The name of the cache in the model's ``forward``: transformers has used two."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 @contextmanager
 def _embedding(reference: Reference) -> Iterator[None]:
-    """With the embedding's weights in memory."""
+    """Hold the embedding's weights in memory."""
     names = reference.parameters.names("model.embed_tokens.")
     reference.parameters.fill(names)
     try:
@@ -201,7 +194,7 @@ def _embedding(reference: Reference) -> Iterator[None]:
 
 
 def _recording_cache(record: Callable[[int, Tensor, Tensor], None]) -> Any:
-    """A cache for transformers' attention classes that keeps nothing and tells what it is given."""
+    """A cache for transformers' attention classes that records its inputs and keeps nothing."""
     from transformers import DynamicCache
 
     class Recording(DynamicCache):  # type: ignore[misc]
@@ -224,7 +217,7 @@ class _Largest:
         self._cached: dict[tuple[str, int], Tensor] = {}
 
     def cached(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Take what goes into the cache."""
+        """Record keys and values that go into the cache."""
         for what, states in (("key", key), ("value", value)):
             amax = states.abs().amax()
             before = self._cached.get((what, layer), amax)
@@ -232,7 +225,7 @@ class _Largest:
 
     @contextmanager
     def watching(self, layer: nn.Module, prefix: str) -> Iterator[None]:
-        """With hooks on all linears below a layer."""
+        """Record the inputs of all linears below a layer."""
         with ExitStack() as stack:
             for name, module in layer.named_modules():
                 if isinstance(module, nn.Linear):
@@ -242,7 +235,7 @@ class _Largest:
             yield
 
     def settle(self, layer: int) -> None:
-        """Bring a layer's maxima to main memory.
+        """Move a layer's maxima to main memory.
 
         Raises:
             SourceError: a linear or the cache saw no token, or something that is not finite.
@@ -267,8 +260,8 @@ class _Largest:
 
     def of(self, what: str) -> tuple[float, ...]:
         """Maxima of keys or of values, by layer."""
-        found = {layer: float(amax) for (kind, layer), amax in self._cached.items() if kind == what}
-        return tuple(found[layer] for layer in range(len(found)))
+        maxima = {layer: float(x) for (kind, layer), x in self._cached.items() if kind == what}
+        return tuple(maxima[layer] for layer in range(len(maxima)))
 
     def _hook(self, name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
         def hook(_: Any, arguments: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What a calibration is asked to do."""
+"""Settings of a calibration."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Settings:
         dataset: ``cnn_dailymail``; a directory with a copy of it; ``builtin`` for the text that
             phireg brings along; ``auto`` for the first where the hub can be reached and the
             ``datasets`` package is installed, and the built-in text elsewhere.
-        file: rows of one's own in place of a dataset; see ``phireg.data.samples``.
-        size: how many samples; None for 512, or on a CPU as many as end in reasonable time.
+        file: the user's rows in place of a dataset; see ``phireg.data.samples``.
+        size: number of samples; None for 512, or on a CPU as many as end in reasonable time.
         max_length: tokens after which a sample is cut off.
-        batch_size: how many samples of the same length run at once. Maxima do not depend on it
-            (apart from rounding), and nothing is ever padded.
+        batch_size: number of samples of the same length that run at once. Maxima do not depend
+            on it (apart from rounding), and nothing is ever padded.
         device: ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` for a GPU where there is one.
         seed: recorded, and without effect: samples are the first ones in order, as upstream's are,
             and nothing else is drawn at random.

@@ -22,7 +22,7 @@ from phireg.errors import SourceError
 from phireg.files.writing import write_file
 
 FORMAT = "phireg-calibration-1"
-_GIVE = "give a file that phireg quantize wrote."
+_HINT = "give a file that phireg quantize wrote."
 _INPUT = ".input_amax"
 _CACHED = re.compile(r"layers\.(0|[1-9]\d*)\.(key|value)_amax")
 
@@ -36,7 +36,7 @@ class Statistics:
             |x| per input channel of the linear, float32 [in_features].
         keys: by layer: the maximum of |key| after the rotary embedding; empty if not recorded.
         values: by layer: the maximum of |value|; as many as ``keys``.
-        provenance: JSON data on where they come from; see ``phireg.calibration.run``.
+        provenance: JSON data on their origin; see ``phireg.calibration.calibrate``.
 
     Raises:
         SourceError: a maximum is not finite or negative, a vector is empty or not float32, or keys
@@ -77,6 +77,11 @@ def _check(what: str, amax: NDArray[np.float32]) -> None:
         )
 
 
+def statistics_beside(output_dir: Path) -> Path:
+    """The default file for the statistics of an output."""
+    return output_dir.parent / f"{output_dir.name}.calib.safetensors"
+
+
 def save(path: Path, statistics: Statistics) -> None:
     """Write statistics to a safetensors file, which appears complete or not at all.
 
@@ -107,14 +112,14 @@ def load(path: Path) -> Statistics:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise SourceError(
-                    f"{path} holds no calibration statistics of the format {FORMAT}", hint=_GIVE
+                    f"{path} holds no calibration statistics of the format {FORMAT}", hint=_HINT
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise SourceError(f"{path}: no such file") from None
     # AttributeError: the file has a dtype numpy lacks.
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
-        raise SourceError(f"{path}: not a readable safetensors file: {error}", hint=_GIVE) from None
+        raise SourceError(f"{path}: not a readable safetensors file: {error}", hint=_HINT) from None
     try:
         provenance = json.loads(metadata.get("provenance", ""))
     except ValueError as error:
@@ -122,12 +127,12 @@ def load(path: Path) -> Statistics:
     if not isinstance(provenance, dict):
         raise SourceError(f"{path}: its provenance is not an object")
     try:
-        return _sorted_out(tensors, provenance)
+        return _statistics(tensors, provenance)
     except SourceError as error:
         raise SourceError(f"{path}: {error.message}", hint=error.hint) from None
 
 
-def _sorted_out(tensors: Mapping[str, NDArray[Any]], provenance: dict[str, Any]) -> Statistics:
+def _statistics(tensors: Mapping[str, NDArray[Any]], provenance: dict[str, Any]) -> Statistics:
     inputs: dict[str, NDArray[np.float32]] = {}
     cached: dict[str, dict[int, float]] = {"key": {}, "value": {}}
     for name, tensor in tensors.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from phireg.cli.options import (
     quiet_option,
 )
 from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json, size
-from phireg.cli.plan import family_text, values_text, warnings_text
+from phireg.cli.plan import family_text, provider_document, values_text, warnings_text
 
 if TYPE_CHECKING:
     from phireg.conversion.convert import Converted
@@ -36,93 +37,91 @@ if TYPE_CHECKING:
 @allow_overflow_option
 @quiet_option()
 @json_option
-def command(output_dir: str, **options: Any) -> None:
-    """Convert a model to a TensorRT-LLM checkpoint.
-
-    Everything that can be checked is checked before the first byte is written (see phireg plan).
-    """
-    with interruptible(output_dir):
-        _convert(output_dir, **options)
-
-
-def _convert(
-    output_dir: str,
-    *,
+def command(
     model_dir: str,
+    output_dir: str,
     overwrite: bool,
     allow_overflow: bool,
     quiet: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
+    """Convert a model to a TensorRT-LLM checkpoint.
+
+    Everything that can be checked is checked before the first byte is written (see phireg plan).
+    """
     started = time.monotonic()
-    plan = make_plan(model_dir, **options)
+    with interruptible(output_dir):
+        plan = make_plan(model_dir, **options)
+        with ProgressBars(quiet) as bars:
+            converted = phireg.convert(
+                plan,
+                output_dir,
+                overwrite=overwrite,
+                allow_overflow=allow_overflow,
+                progress=bars.bytes("converting", "flushing to disk"),
+            )
+        seconds = time.monotonic() - started
+        if as_json:
+            document = conversion_document(plan, converted)
+            document |= {
+                "moe_ep_size": plan.options.ranks.moe_ep_size,
+                "weight_only": plan.options.weight_only,
+                "seconds": round(seconds, 3),
+            }
+            emit_json(document)
+        elif not quiet:
+            emit(_text(plan, converted, seconds))
 
-    total = sum(output.nbytes for output in plan.outputs)
-    with ProgressBars(quiet) as bars:
-        advance = bars.bytes("converting", "flushing to disk")
-        converted = phireg.convert(
-            plan,
-            output_dir,
-            overwrite=overwrite,
-            allow_overflow=allow_overflow,
-            progress=lambda more: advance(more, total),
-        )
-    seconds = time.monotonic() - started
-    if as_json:
-        emit_json(_document(plan, converted, seconds))
-    elif not quiet:
-        emit(_text(plan, converted, seconds))
 
-
-def _document(plan: Plan, converted: Converted, seconds: float) -> dict[str, Any]:
+def conversion_document(plan: Plan, converted: Converted) -> dict[str, Any]:
+    """Return what ``--json`` prints of every conversion; docs/command-line.md describes it."""
     from phireg.planning.report import findings_json
 
-    candidate = plan.chosen.candidate
     return {
+        **provider_document(plan),
+        "revision": plan.source.revision,
         "output_dir": str(converted.output_dir),
         "files": dict(converted.files),
-        "model_dir": plan.model_dir,
-        "revision": plan.source.revision,
-        "family": plan.family,
-        "provided_by": {"distribution": candidate.distribution, "version": candidate.version},
         "dtype": plan.options.dtype,
         "tp_size": plan.options.tp_size,
-        "moe_ep_size": plan.options.ranks.moe_ep_size,
-        "weight_only": plan.options.weight_only,
         "cast_tensors": plan.casts,
         "losses": {
-            name: {"overflowed": loss.overflowed, "flushed": loss.flushed}
-            for name, loss in sorted(converted.losses.items())
+            name: dataclasses.asdict(loss) for name, loss in sorted(converted.losses.items())
         },
-        "plugin_warnings": list(plan.chosen.warnings),
         "findings": findings_json(plan.findings),
-        "seconds": round(seconds, 3),
     }
 
 
-def _text(plan: Plan, converted: Converted, seconds: float) -> str:
-    ranks = plan.options.tp_size
+def file_rows(plan: Plan, converted: Converted) -> list[tuple[str, str]]:
+    """Rows of a summary on the files that were written."""
     others = [name for name in converted.files if not name.endswith(".safetensors")]
-    written = sum(converted.files.values())
+    rank_files = counted(plan.options.tp_size, "rank file")
+    return [
+        ("wrote", f"{size(sum(converted.files.values()))} to {converted.output_dir}"),
+        ("files", f"{rank_files} of {size(max(plan.file_sizes))}"),
+        ("", f"{', '.join(others)}"),
+    ]
+
+
+def _text(plan: Plan, converted: Converted, seconds: float) -> str:
+    rate = size(int(sum(converted.files.values()) / max(seconds, 1e-9)))
     rows = [
         ("family", family_text(plan)),
-        ("wrote", f"{size(written)} to {converted.output_dir}"),
-        ("files", f"{counted(ranks, 'rank file')} of {size(max(plan.file_sizes))}"),
-        ("", f"{', '.join(others)}"),
+        *file_rows(plan, converted),
         ("values", values_text(plan)),
-        ("time", f"{seconds:.1f} s, {size(int(written / max(seconds, 1e-9)))}/s"),
+        ("time", f"{seconds:.1f} s, {rate}/s"),
     ]
-    findings = (*loss_findings(converted), *plan.findings)
-    return "\n".join(filter(None, (columns(rows), warnings_text(plan), findings_text(findings))))
+    findings = findings_text((*loss_findings(converted), *plan.findings))
+    return "\n".join(filter(None, (columns(rows), warnings_text(plan), findings)))
 
 
 def loss_findings(converted: Converted) -> list[Finding]:
     """One warning for each kind of loss; --json has the tensors."""
     from phireg.findings import Finding, Severity
 
-    found = []
-    for code, what in (("overflowed", "became infinite"), ("flushed", "became zero")):
+    findings = []
+    for code, change in (("overflowed", "became infinite"), ("flushed", "became zero")):
         counts = {
             name: count for name, loss in converted.losses.items() if (count := getattr(loss, code))
         }
@@ -130,7 +129,7 @@ def loss_findings(converted: Converted) -> list[Finding]:
             most = max(counts, key=counts.__getitem__)
             detail = (
                 f"{counted(sum(counts.values()), 'value')} in {counted(len(counts), 'tensor')} "
-                f"{what} in the cast, most in {most} ({counts[most]:,})"
+                f"{change} in the cast, most in {most} ({counts[most]:,})"
             )
-            found.append(Finding(Severity.WARNING, code, "", detail))
-    return found
+            findings.append(Finding(Severity.WARNING, code, "", detail))
+    return findings

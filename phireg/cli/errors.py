@@ -76,18 +76,19 @@ def interruptible(
         output_dir: appears, or is replaced, at the very end of what runs inside.
         unwritten: returns the message where it did not.
     """
-    before = _identity(output_dir)
+    before = identity(output_dir)
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        complete = _identity(output_dir) != before
+        complete = identity(output_dir) != before
         outcome = f"{output_dir} was already complete" if complete else unwritten()
         raise stopped(interrupt, outcome) from None
 
 
-def _identity(directory: str | Path) -> tuple[int, int] | None:
+def identity(path: str | Path) -> tuple[int, int] | None:
+    """Device and inode of a path; None if there is nothing."""
     try:
-        status = Path(directory).stat()
+        status = Path(path).stat()
     except OSError:
         return None
     return status.st_dev, status.st_ino

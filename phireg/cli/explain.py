@@ -1,7 +1,8 @@
-"""``phireg explain``: which rows of which source file a tensor is made of."""
+"""``phireg explain``: the rows of the source files that a tensor is made of."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,13 @@ import click
 import phireg
 from phireg.cli.options import Directory, json_option, make_plan, planning_options
 from phireg.cli.output import columns, dtype_name, emit, emit_json
-from phireg.cli.scales import quantized_text, scale_text
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
     from phireg.planning.model import Output, Plan
+
+_LARGEST = {"fp8": "448", "int8": "127", "int8_sq": "127"}
+"""The largest quantized value, by ``--qformat`` and ``--kv-cache-dtype``."""
 
 
 @click.command()
@@ -63,7 +66,7 @@ def _text(plan: Plan, output: Output) -> str:
             lines.append("    one number")
         else:
             lines.append(columns(rows, indent=4, right=[0]))
-    if text := quantized_text(plan, output):
+    if text := _quantized(plan, output):
         lines.append(columns([(text,)], indent=2))
     return "\n".join(lines)
 
@@ -80,9 +83,60 @@ def _origin(plan: Plan, output: Output, source: str) -> str:
     else:
         scale = plan.scales[source]
         kind = f"[{scale.size}] {dtype_name(scale.dtype)}"
-        place = f"computed {scale_text(plan, source)}"
+        place = f"computed {_formula(plan, source)}"
     return "\n".join((f"  {source}  {kind}", columns([(place,)], indent=2)))
 
 
 def _range(start: int, count: int) -> str:
     return f"{start}:{start + count}"
+
+
+def _formula(plan: Plan, name: str) -> str:
+    """The computation of a scale, in words."""
+    from phireg.reader.schemes import KV_SCALE
+
+    owner, _, companion = name.rpartition(".")
+    options = plan.options
+    if companion == KV_SCALE:
+        largest = _LARGEST[options.kv_cache_dtype or ""]
+        least = ", but at least 1" if options.kv_cache_dtype == "fp8" else ""
+        text = "from calibration: the largest absolute key or value of the layer"
+        return f"{text} / {largest}{least}"
+    largest = _LARGEST[options.qformat or ""]
+    modules = next((x.sources for x in plan.linears if x.target == owner), (owner,))
+    if companion == "prequant_scaling_factor":
+        return (
+            f"from calibration, for each input channel of {_listed(modules)}: 1 / its largest "
+            "absolute value; with --alpha below 1 from the weights as well"
+        )
+    if companion == "activation_scaling_factor":
+        smoothed = ", after prequant_scaling_factor," if plan.smoothed else ""
+        text = f"from calibration: the largest absolute input of {_listed(modules)}{smoothed}"
+        return f"{text} / {largest}"
+    weights = _listed([f"{module}.weight" for module in modules])
+    if plan.smoothed:
+        return (
+            f"for each row of {weights}: its largest absolute value, after division by "
+            f"prequant_scaling_factor, / {largest}"
+        )
+    return f"from the weights: the largest absolute value in {weights} / {largest}"
+
+
+def _quantized(plan: Plan, output: Output) -> str:
+    """The computation of a quantized weight, in words; empty for any other tensor."""
+    target, _, companion = output.name.rpartition(".")
+    if companion != "weight" or target not in {linear.target for linear in plan.linears}:
+        return ""
+    divided = "divided by weights_scaling_factor"
+    if plan.smoothed:
+        divided = (
+            "each column divided by its prequant_scaling_factor and each row by its "
+            "weights_scaling_factor"
+        )
+    rounded = f"rounded to {dtype_name(output.dtype)}"
+    return f"quantized: cast to {plan.options.dtype}, {divided}, {rounded}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last

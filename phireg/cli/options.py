@@ -250,7 +250,7 @@ def check_file(path: Path, option: str) -> Path:
         UsageError: its directory does not exist.
         OutputError: it is a directory, or there is no permission.
     """
-    from phireg.calibration.calibrate import check_writable
+    from phireg.files.writing import check_writable
 
     if not path.absolute().parent.is_dir():
         raise UsageError(

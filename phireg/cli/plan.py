@@ -9,7 +9,6 @@ import click
 from phireg.cli.errors import findings_text
 from phireg.cli.options import json_option, make_plan, model_dir_option, planning_options
 from phireg.cli.output import columns, counted, emit, emit_json, memory, size
-from phireg.cli.scales import format_text, pass_text, scale_rows
 from phireg.errors import PlanError
 
 if TYPE_CHECKING:
@@ -25,29 +24,32 @@ def command(model_dir: str, as_json: bool, **options: Any) -> None:
 
     Reads config.json and file headers only, and writes nothing. Ends with 3 if the plan has errors.
     """
+    from phireg.conversion.stream import WORKERS
+    from phireg.planning.report import as_json as plan_json
+
     plan = make_plan(model_dir, **options)
     if as_json:
-        emit_json(_document(plan))
+        family = plan.chosen.family
+        document = provider_document(plan)
+        document["provided_by"]["api"] = family.api
+        emit_json({**document, **plan_json(plan, workers=WORKERS)})
     else:
-        emit(_text(plan))
+        rows = [("family", f"{family_text(plan)}, plugin API {plan.chosen.family.api}")]
+        rows += _source_rows(plan) if plan.errors else _work_rows(plan, WORKERS)
+        parts = columns(rows), warnings_text(plan), findings_text(plan.findings)
+        emit("\n".join(filter(None, parts)))
     if plan.errors:
         raise click.exceptions.Exit(PlanError.exit_code)
 
 
-def _document(plan: Plan) -> dict[str, Any]:
-    from phireg.conversion.stream import WORKERS
-    from phireg.planning.report import as_json
-
+def provider_document(plan: Plan) -> dict[str, Any]:
+    """Return the source and the provider of its family, as ``--json`` has them."""
     candidate = plan.chosen.candidate
     return {
         "model_dir": plan.model_dir,
-        "provided_by": {
-            "distribution": candidate.distribution,
-            "version": candidate.version,
-            "api": plan.chosen.family.api,
-        },
+        "family": plan.family,
+        "provided_by": {"distribution": candidate.distribution, "version": candidate.version},
         "plugin_warnings": list(plan.chosen.warnings),
-        **as_json(plan, workers=WORKERS),
     }
 
 
@@ -58,22 +60,35 @@ def family_text(plan: Plan) -> str:
 
 
 def warnings_text(plan: Plan) -> str:
-    """What was noticed while the family was chosen."""
+    """List the warnings of the choice of the family."""
     return "\n".join(f"warning  {warning}" for warning in plan.chosen.warnings)
 
 
-def _text(plan: Plan) -> str:
-    rows = [("family", f"{family_text(plan)}, plugin API {plan.chosen.family.api}")]
-    rows += _problem_rows(plan) if plan.errors else _rows(plan)
-    parts = (
-        columns(rows),
-        warnings_text(plan),
-        findings_text(plan.findings),
-    )
-    return "\n".join(filter(None, parts))
+def values_text(plan: Plan) -> str:
+    """The dtype or format, and the change of values."""
+    cast = f"{counted(plan.casts, 'tensor')} cast" if plan.casts else "no value changes"
+    if plan.options.scheme is None:
+        return f"{plan.options.dtype}, {cast}"
+    if not plan.linears:
+        return f"{format_text(plan)}; {cast}"
+    return format_text(plan) + (f"; {cast} to {plan.options.dtype} first" if plan.casts else "")
 
 
-def _problem_rows(plan: Plan) -> list[tuple[str, str]]:
+def format_text(plan: Plan) -> str:
+    """``FP8, 128 linears, the rest bfloat16; FP8 KV cache``."""
+    from phireg.reader.schemes import KV_CACHES
+
+    scheme, cache = plan.options.scheme, plan.options.kv_cache_dtype
+    assert scheme is not None
+    if scheme.weight is None:
+        linears = f"{plan.options.dtype} weights, which TensorRT-LLM's builder quantizes"
+    else:
+        linears = f"{counted(len(plan.linears), 'linear')}, the rest {plan.options.dtype}"
+    text = f"{scheme.quant_algo}, {linears}"
+    return f"{text}; {KV_CACHES[cache]} KV cache" if cache else text
+
+
+def _source_rows(plan: Plan) -> list[tuple[str, str]]:
     total = sum(tensor.nbytes for tensor in plan.source.tensors.values())
     files, tensors = len(plan.source.files), len(plan.source.tensors)
     return [
@@ -82,9 +97,7 @@ def _problem_rows(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def _rows(plan: Plan) -> list[tuple[str, str]]:
-    from phireg.conversion.stream import WORKERS
-
+def _work_rows(plan: Plan, workers: int) -> list[tuple[str, str]]:
     used = plan.sources
     once = sum(plan.source.tensors[name].nbytes for name in used)
     again = f"{size(plan.bytes_in - once)} of it twice" if plan.bytes_in > once else "each once"
@@ -94,16 +107,16 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
     files = counted(len({plan.source.tensors[name].file for name in used}), "file")
     tensors = counted(len(used), "tensor")
     return [
-        ("reads", f"{size(plan.bytes_in)} in {files}, {tensors}, {again}{pass_text(plan)}"),
+        ("reads", f"{size(plan.bytes_in)} in {files}, {tensors}, {again}{_pass_text(plan)}"),
         (
             "writes",
             f"{ranks} x {size(max(plan.file_sizes))}, {ranks} x {counted(per_rank, 'tensor')}, "
             f"{values_text(plan)}",
         ),
-        *scale_rows(plan),
+        *_scale_rows(plan),
         (
             "peak",
-            f"{memory(plan.buffer_bytes(WORKERS))} of buffers, {counted(WORKERS, 'worker')}, "
+            f"{memory(plan.buffer_bytes(workers))} of buffers, {counted(workers, 'worker')}, "
             + ("two passes" if plan.linears else "one pass")
             + (", besides calibration" if plan.options.calibrated else ""),
         ),
@@ -117,13 +130,32 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def values_text(plan: Plan) -> str:
-    """The dtype or format, and what happens to the values on the way."""
-    cast = f"{counted(plan.casts, 'tensor')} cast"
-    if plan.options.scheme is None:
-        return f"{plan.options.dtype}, {cast if plan.casts else 'no value changes'}"
-    if plan.linears:
-        first = f"; {cast} to {plan.options.dtype} first" if plan.casts else ""
-    else:
-        first = f"; {cast if plan.casts else 'no value changes'}"
-    return format_text(plan) + first
+def _pass_text(plan: Plan) -> str:
+    """The bytes read for the scales before anything is written."""
+    from phireg.conversion.scales import bytes_read
+
+    if not plan.linears:
+        return ""
+    twice = " (twice with --alpha below 1)" if plan.smoothed else ""
+    return f" to be written, and {size(bytes_read(plan))} before that for the scales{twice}"
+
+
+def _scale_rows(plan: Plan) -> list[tuple[str, str]]:
+    """A row for each kind of scale, and the needs of the calibration."""
+    from phireg.reader.schemes import KV_SCALE
+
+    if not plan.scales:
+        return []
+    kinds = {name.rpartition(".")[2]: scale.computed_from for name, scale in plan.scales.items()}
+    texts = []
+    for companion, basis in kinds.items():
+        count = len(plan.kv_caches) if companion == KV_SCALE else len(plan.linears)
+        owner = "attention module" if companion == KV_SCALE else "linear"
+        origin = " and ".join(
+            {"calibration": "calibration", "weights": "the weights"}[part.value] for part in basis
+        )
+        texts.append(f"{companion} of {counted(count, owner)}, from {origin}")
+    labels = ["scales", *[""] * (len(texts) - 1)]
+    how = "calibration: quantize does it, or takes statistics of an earlier one (--calib-stats)"
+    needs = [("needs", how)] if plan.options.calibrated else []
+    return [*zip(labels, texts, strict=True), *needs]

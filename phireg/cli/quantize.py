@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import phireg
-from phireg.cli.calib_options import DATA_OPTIONS, calibration_options, make_settings
-from phireg.cli.errors import findings_text, interruptible
+from phireg.cli.convert import conversion_document, file_rows, loss_findings
+from phireg.cli.errors import findings_text, identity, interruptible
 from phireg.cli.options import (
     allow_overflow_option,
     check_file,
+    compose,
+    device_option,
     json_option,
     kv_cache_option,
     model_dir_option,
@@ -25,17 +27,68 @@ from phireg.cli.options import (
     report_option,
     source_options,
 )
-from phireg.cli.output import ProgressBars, emit, emit_json, printable
-from phireg.cli.quantized import Done, done_document, done_text
+from phireg.cli.output import ProgressBars, columns, emit, emit_json, printable
+from phireg.cli.plan import family_text, format_text, warnings_text
+from phireg.cli.quality import quality_document, quality_text
 from phireg.errors import CheckError, PhiregError, SourceError, UsageError
 
 if TYPE_CHECKING:
     from phireg.calibration.calibrate import Calibrated
     from phireg.calibration.settings import Settings
-    from phireg.calibration.statistics import Statistics
     from phireg.conversion.convert import Converted
     from phireg.planning.model import Plan
     from phireg.quality.result import Quality
+
+_COUNT = click.IntRange(min=1)
+
+calibration_options = compose(
+    click.option(
+        "--calib-dataset",
+        default="auto",
+        show_default=True,
+        metavar="NAME|DIR",
+        help="cnn_dailymail, a directory with it, or builtin; auto takes what can be had.",
+    ),
+    click.option(
+        "--calib-file",
+        type=click.Path(),
+        metavar="FILE",
+        help="Text of your own: .txt, .jsonl, .csv or .parquet; rows may have input_ids.",
+    ),
+    click.option(
+        "--calib-size",
+        type=_COUNT,
+        metavar="N",
+        help="Samples.  [default: 512; on a CPU what ends]",
+    ),
+    click.option(
+        "--calib-max-seq-length",
+        type=_COUNT,
+        default=512,
+        show_default=True,
+        metavar="N",
+        help="Tokens of a sample at most.",
+    ),
+    click.option(
+        "--batch-size",
+        type=_COUNT,
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Of calibration.",
+    ),
+    click.option(
+        "--seed", type=int, default=1234, show_default=True, help="Recorded; nothing is drawn."
+    ),
+    device_option,
+    click.option(
+        "--calib-stats",
+        type=click.Path(),
+        metavar="FILE",
+        help="Statistics, used if they exist, else kept.  [default: beside the output]",
+    ),
+)
+"""Names are those of TensorRT-LLM's quantize.py."""
 
 
 @click.command()
@@ -60,213 +113,265 @@ if TYPE_CHECKING:
 @report_option
 @quiet_option("No progress bars and no summary.")
 @json_option
-def command(output_dir: str, **options: Any) -> None:
+def command(
+    output_dir: str,
+    alpha: float | None,
+    calib_dataset: str,
+    calib_file: str | None,
+    calib_size: int | None,
+    calib_max_seq_length: int,
+    batch_size: int,
+    seed: int,
+    device: str,
+    calib_stats: str | None,
+    overwrite: bool,
+    allow_overflow: bool,
+    measure: bool | None,
+    report: str | None,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Quantize a model to a TensorRT-LLM checkpoint.
 
     Everything that can be checked is checked before calibration starts. The statistics are kept,
     so that another format, or another attempt, need not calibrate again.
     """
-    run = _Run(Path(output_dir), **options)
-    with interruptible(output_dir, lambda: f"nothing was written{run.kept()}"):
-        run.start()
+    from phireg.calibration.settings import Settings
+    from phireg.calibration.statistics import statistics_beside
 
+    started = time.monotonic()
+    statistics = Path(calib_stats) if calib_stats else statistics_beside(Path(output_dir))
+    before = identity(statistics)
 
-class _Run:
-    """One quantization, from plan to summary."""
+    def unwritten() -> str:
+        kept = identity(statistics) not in (None, before)
+        return "nothing was written" + (
+            f"; the calibration statistics are kept in {statistics}" if kept else ""
+        )
 
-    def __init__(
-        self,
-        output_dir: Path,
-        *,
-        calib_stats: str | None,
-        alpha: float | None,
-        overwrite: bool,
-        allow_overflow: bool,
-        measure: bool | None,
-        report: str | None,
-        quiet: bool,
-        as_json: bool,
-        **options: Any,
-    ) -> None:
-        self.output_dir = output_dir
-        self.stats = None if calib_stats is None else Path(calib_stats)
-        self.alpha = 1.0 if alpha is None else alpha
-        self.how = {"overwrite": overwrite, "allow_overflow": allow_overflow}
-        self.wanted = measure
-        self.report = None if report is None else Path(report)
-        self.quiet = quiet
-        self.as_json = as_json
-        self.options = options
-        self.calibrated: Calibrated | None = None
-        self.unmeasured: str | None = None
-        self.warned = False
-        self.seconds: dict[str, float] = {}
-
-    def start(self) -> None:
-        """Do all of it, and print the summary."""
-        started = time.monotonic()
-        data = {name: self.options.pop(name) for name in DATA_OPTIONS}
-        settings = make_settings(**data)
-        plan = phireg.plan(**self.options)
-        self.check(plan, settings)
-        with ProgressBars(self.quiet) as stages:
-            converted = self.write(plan, settings, stages)
-            found = self.measure(plan, settings, stages)
-        if found is not None and self.report is not None:
+    with interruptible(output_dir, unwritten):
+        file = _existing(calib_file)
+        settings = Settings(
+            calib_dataset, file, calib_size, calib_max_seq_length, batch_size, device, seed
+        )
+        plan = phireg.plan(**options)
+        _check(plan, calib_stats, report, measure, device)
+        measure = True if report else measure
+        with ProgressBars(quiet) as bars:
+            events = _Events(plan, bars, quiet)
+            converted = phireg.quantize(
+                plan,
+                output_dir,
+                calib_stats,
+                settings=settings,
+                alpha=1.0 if alpha is None else alpha,
+                overwrite=overwrite,
+                allow_overflow=allow_overflow,
+                progress=events.progress,
+                tell=events.tell,
+            )
+            bars.close()
+            result = _Result(plan, converted, alpha, report, events.warned, events.seconds)
+            _measure(result, settings, measure, bars)
+        if report and result.quality is not None:
             from phireg.report.page import write_page
             from phireg.report.quality import render_quality
 
-            write_page(render_quality(found), self.report)
-        self.seconds["all"] = time.monotonic() - started
-        done = Done(
-            plan,
-            converted,
-            self.calibrated,
-            self.alpha,
-            found,
-            self.unmeasured,
-            self.warned,
-            self.report,
-            self.seconds,
-        )
-        if self.as_json:
-            emit_json(done_document(done))
-        elif not self.quiet:
-            emit(done_text(done))
+            write_page(render_quality(result.quality), Path(report))
+        result.seconds["all"] = time.monotonic() - started
+        if as_json:
+            emit_json(_document(result))
+        elif not quiet:
+            emit(_text(result))
 
-    def check(self, plan: Plan, settings: Settings) -> None:
-        """What the export does not check itself before it calibrates."""
-        from phireg.conversion.convert import check_plan
 
-        check_plan(plan)
-        options = plan.options
-        if self.stats is not None and not options.calibrated:
-            raise UsageError(
-                f"--calib-stats has no effect: {options.qformat} without a quantized KV cache "
-                "needs no calibration",
-                hint="leave it out.",
-            )
-        if self.stats is not None and not self.stats.is_file():  # one that exists is only read
-            check_file(self.stats, "--calib-stats")
-        if self.report is not None:
-            if self.wanted is False:
-                raise UsageError("--report has no effect with --no-measure", hint="leave one out.")
-            self.wanted = True
-            check_file(self.report, "--report")
-        if options.calibrated or self.wanted is not False:
-            from phireg.device import pick_device
+def _existing(calib_file: str | None) -> Path | None:
+    if calib_file is None:
+        return None
+    file = Path(calib_file)
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file", hint="--calib-file names sample texts.")
+    return file
 
-            pick_device(settings.device)
 
-    def write(self, plan: Plan, settings: Settings, stages: ProgressBars) -> Converted:
-        """Calibrate if need be, and export."""
-        from phireg.conversion.scales import bytes_read
+def _check(
+    plan: Plan, calib_stats: str | None, report: str | None, measure: bool | None, device: str
+) -> None:
+    """Check what phireg.quantize does not check, or only after the checkpoint is written."""
+    from phireg.conversion.convert import check_plan
 
-        file = self.stats or phireg.statistics_beside(self.output_dir)
+    check_plan(plan)
+    if calib_stats and plan.options.calibrated and not Path(calib_stats).is_file():
+        check_file(Path(calib_stats), "--calib-stats")
+    if report:
+        if measure is False:
+            raise UsageError("--report has no effect with --no-measure", hint="leave one out.")
+        check_file(Path(report), "--report")
+    if plan.options.calibrated or measure is not False:
+        from phireg.device import pick_device
 
-        def statistics() -> Statistics:
-            begun = time.monotonic()
-            stages.spinner("preparing the calibration")
-            self.calibrated = phireg.calibrate(
-                plan,
-                file,
-                settings,
-                required=self.stats is not None,
-                progress=stages.count("calibrating", "tokens x layers"),
-                tell=self.teller(plan, stages),
-            )
-            stages.close()
-            self.seconds["calibration"] = time.monotonic() - begun
-            if self.calibrated.reused:
-                self.say(f"statistics of an earlier calibration serve: {file}")
-            return self.calibrated.statistics
+        pick_device(device)
 
-        total = phireg.quantize_bytes(plan, self.alpha)
-        try:
-            converted = phireg.quantize(
-                plan,
-                self.output_dir,
-                statistics,
-                alpha=self.alpha,
-                progress=_export_progress(stages, bytes_read(plan, self.alpha), total),
-                **self.how,
-            )
-        except PhiregError as error:
-            raise type(error)(error.message + self.kept("\n  "), hint=error.hint) from None
-        stages.close()
-        return converted
 
-    def teller(self, plan: Plan, stages: ProgressBars) -> Callable[[str], None]:
-        """What tells the calibration's choices; warnings come first, before anybody waits."""
+class _Events:
+    """Shows the progress of a quantization, and measures its calibration."""
+
+    def __init__(self, plan: Plan, bars: ProgressBars, quiet: bool) -> None:
+        self.plan = plan
+        self.bars = bars
+        self.quiet = quiet
+        self.warned = False
+        self.seconds: dict[str, float] = {}
+        self._started: float | None = None
+        self._stages = {
+            "calibrating": bars.count("calibrating", "tokens x layers"),
+            "scales": bars.bytes("computing scales", "scales"),
+            "writing": bars.bytes("writing", "flushing to disk"),
+        }
+
+    def progress(self, stage: str, more: int, total: int) -> None:
+        """Advance the bar of a stage."""
+        if stage == "preparing":
+            self._started = time.monotonic()
+            self.bars.spinner("preparing the calibration")
+            return
+        if stage != "calibrating" and self._started is not None:
+            self.seconds["calibration"] = time.monotonic() - self._started
+            self._started = None
+        self._stages[stage](more, total)
+
+    def tell(self, line: str) -> None:
+        """Print a line; the plan's warnings come first, before the user waits."""
         from phireg.findings import Severity
 
-        warnings = findings_text(plan.findings, Severity.WARNING)
-
-        def tell(line: str) -> None:
-            stages.close()
-            if warnings and not self.warned:
-                self.say(warnings)
-            self.warned = True
-            self.say(line)
-
-        return tell
-
-    def measure(self, plan: Plan, settings: Settings, stages: ProgressBars) -> Quality | None:
-        """The report's numbers; None if there are none, and then why."""
-        from phireg.device import pick_device
-        from phireg.quality import run
-
-        if self.wanted is False:
-            return None
-        if self.wanted is None:
-            tokens = run.affordable(plan, pick_device(settings.device))
-            if tokens < run.FEWEST:
-                self.unmeasured = "it would take long on a CPU; --measure does it"
-                return None
-        begun = time.monotonic()
-        provenance = None if self.calibrated is None else self.calibrated.provenance
-        try:
-            found = run.measure(
-                plan,
-                self.output_dir,
-                settings,
-                provenance=provenance,
-                progress=stages.count("measuring", "layers"),
-            )
-        except PhiregError as error:
-            if self.wanted is None and isinstance(error, SourceError | CheckError):
-                self.unmeasured = error.message
-                return None
-            message = f"{self.output_dir} is complete, but measuring it failed: {error.message}"
-            raise type(error)(message, hint=error.hint) from None
-        stages.close()
-        self.seconds["measurement"] = time.monotonic() - begun
-        return found
-
-    def say(self, line: str) -> None:
-        """Tell something while the work goes on."""
-        if not self.quiet:
-            click.echo(printable(line), err=True)
-
-    def kept(self, before: str = "; ") -> str:
-        """That a calibration is not lost."""
-        if self.calibrated is None or self.calibrated.reused:
-            return ""
-        return f"{before}the calibration statistics are kept in {self.calibrated.file}"
+        self.bars.close()
+        if self.quiet:
+            return
+        warnings = findings_text(self.plan.findings, Severity.WARNING)
+        if warnings and not self.warned:
+            click.echo(printable(warnings), err=True)
+        self.warned = True
+        click.echo(printable(line), err=True)
 
 
-def _export_progress(bars: ProgressBars, scales: int, total: int) -> Callable[[int], None]:
-    """Show two bars: of the bytes read for the scales, which come first, and of those written."""
-    reading = bars.bytes("computing scales", "scales")
-    writing = bars.bytes("writing", "flushing to disk")
-    done = 0
+@dataclass(slots=True)
+class _Result:
+    """A finished quantization.
 
-    def advance(more: int) -> None:
-        nonlocal done
-        if done < scales:
-            reading(more, scales)
-        else:
-            writing(more, total - scales)
-        done += more
+    Attributes:
+        plan: of the source.
+        converted: the checkpoint.
+        alpha: ``--alpha``.
+        report: the page, if one is written.
+        warned: True if the plan's warnings were printed before the calibration.
+        seconds: by part; ``all`` of them.
+        quality: the measurement, if there is one.
+        unmeasured: the reason why there is none, unless the user refused it.
+    """
 
-    return advance
+    plan: Plan
+    converted: Converted
+    alpha: float | None
+    report: str | None
+    warned: bool
+    seconds: dict[str, float]
+    quality: Quality | None = None
+    unmeasured: str | None = None
+
+
+def _measure(result: _Result, settings: Settings, measure: bool | None, bars: ProgressBars) -> None:
+    """Measure the quality, if the user asks for it (True) or it takes minutes at most (None)."""
+    if measure is False:
+        return
+
+    from phireg.device import pick_device
+    from phireg.quality import run
+
+    if measure is None and run.affordable(result.plan, pick_device(settings.device)) < run.FEWEST:
+        result.unmeasured = "it would take long on a CPU; --measure does it"
+        return
+    started = time.monotonic()
+    calibrated = result.converted.calibrated
+    try:
+        result.quality = run.measure(
+            result.plan,
+            result.converted.output_dir,
+            settings,
+            provenance=calibrated.statistics.provenance if calibrated else None,
+            progress=bars.count("measuring", "layers"),
+        )
+    except PhiregError as error:
+        if measure is None and isinstance(error, SourceError | CheckError):
+            result.unmeasured = error.message
+            return
+        place = f"{result.converted.output_dir} is complete, but measuring it failed"
+        raise type(error)(f"{place}: {error.message}", hint=error.hint) from None
+    result.seconds["measurement"] = time.monotonic() - started
+
+
+def _text(result: _Result) -> str:
+    from phireg.findings import Severity
+
+    plan = result.plan
+    rows = [
+        ("family", family_text(plan)),
+        ("format", format_text(plan)),
+        *_calibration_rows(result.converted.calibrated),
+        *file_rows(plan, result.converted),
+        ("time", _time(result.seconds)),
+    ]
+    if result.report is not None:
+        rows.append(("report", result.report))
+    if result.unmeasured is not None:
+        rows.append(("quality", f"not measured: {result.unmeasured}"))
+    findings = [
+        finding
+        for finding in plan.findings
+        if not (result.warned and finding.severity is Severity.WARNING)
+    ]
+    parts = (
+        columns(rows),
+        quality_text(result.quality) if result.quality else "",
+        warnings_text(plan),
+        findings_text((*loss_findings(result.converted), *findings)),
+    )
+    return "\n".join(filter(None, parts))
+
+
+def _calibration_rows(calibrated: Calibrated | None) -> list[tuple[str, str]]:
+    if calibrated is None:
+        return []
+    from phireg.calibration.calibrate import describe
+
+    verb = "taken from" if calibrated.reused else "kept in"
+    return [
+        ("scales", describe(calibrated.statistics.provenance)),
+        ("", f"statistics {verb} {calibrated.file}"),
+    ]
+
+
+def _time(seconds: dict[str, float]) -> str:
+    parts = [f"{name} {part:.1f} s" for name, part in seconds.items() if name != "all"]
+    return f"{seconds['all']:.1f} s" + (f" ({', '.join(parts)})" if parts else "")
+
+
+def _document(result: _Result) -> dict[str, Any]:
+    """What ``--json`` prints; docs/command-line.md describes it."""
+    plan, calibrated = result.plan, result.converted.calibrated
+    return {
+        **conversion_document(plan, result.converted),
+        "qformat": plan.options.qformat,
+        "kv_cache_dtype": plan.options.kv_cache_dtype,
+        "alpha": (1.0 if result.alpha is None else result.alpha) if plan.smoothed else None,
+        "calibration": calibrated
+        and {
+            "file": str(calibrated.file),
+            "reused": calibrated.reused,
+            "provenance": dict(calibrated.statistics.provenance),
+        },
+        "quality": result.quality and quality_document(result.quality),
+        "unmeasured": result.unmeasured,
+        "report": result.report,
+        "seconds": {name: round(part, 3) for name, part in result.seconds.items()},
+    }

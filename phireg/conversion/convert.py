@@ -1,24 +1,35 @@
-"""Carrying out a plan."""
+"""Writing a checkpoint: converting, and quantizing with calibration statistics."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from phireg.calibration.statistics import Statistics, statistics_beside
 from phireg.checkpoint.manifest import file_record, rank_file_record, write_manifest
 from phireg.conversion.cast import Loss
-from phireg.conversion.quantizer import Quantizer
+from phireg.conversion.quantizer import WeightQuantizer
+from phireg.conversion.scales import bytes_read, compute_scales, statistics_digest
 from phireg.conversion.stream import Progress, Streamed, stream
-from phireg.errors import PlanError, UsageError
+from phireg.errors import PhiregError, PlanError, UsageError
 from phireg.files.kinds import tokenizer_files
 from phireg.files.output import OutputDirectory
 from phireg.files.writing import copy_file
 from phireg.planning.model import Plan
 from phireg.planning.report import problems
+
+if TYPE_CHECKING:
+    from phireg.calibration.calibrate import Calibrated, Tell
+    from phireg.calibration.settings import Settings
+
+StageProgress = Callable[[str, int, int], None]
+"""Takes a stage, its further units and all of them: ``preparing`` the calibration (0, 0),
+``calibrating`` (tokens through one layer), ``scales`` (bytes read), ``writing`` (bytes written).
+May be called from worker threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +41,13 @@ class Converted:
         files: every file written, with its size in bytes.
         losses: values that became infinite or zero in a cast, or were cut off when quantized, by
             source tensor.
+        calibrated: statistics that were taken or read for it.
     """
 
     output_dir: Path
     files: Mapping[str, int]
     losses: Mapping[str, Loss]
+    calibrated: Calibrated | None = None
 
 
 def convert(
@@ -43,34 +56,35 @@ def convert(
     *,
     overwrite: bool = False,
     allow_overflow: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Converted:
     """Carry out a plan. The output appears under its name complete, or not at all.
 
     Args:
-        plan: from :func:`plan`.
+        plan: from :func:`phireg.plan`.
         output_dir: the checkpoint to make; must not exist, or be empty.
-        overwrite: replace it, if it is recognisably a checkpoint, once the new one is complete.
+        overwrite: replace it once the new one is complete, if it is recognizably a checkpoint.
         allow_overflow: let finite values become infinite in a cast.
-        progress: told how many more bytes have been written; called from worker threads.
+        progress: takes (further bytes written, all of them); called from worker threads.
 
     Raises:
-        UsageError: the plan needs calibration; see :func:`phireg.conversion.quantization`.
+        UsageError: the plan needs calibration; see :func:`quantize`.
         PlanError: the plan has errors, or a cast overflowed.
         SourceError: a source file changed or could not be read.
         OutputError: the output exists, or cannot be written.
     """
     if plan.options.calibrated:
         raise UsageError(
-            "this plan needs calibration statistics, for " + " and ".join(_calibrated(plan)),
+            f"this plan needs calibration statistics, for {' and '.join(_calibrated(plan))}",
             hint="phireg quantize takes them from sample texts, or from a file of an earlier run.",
         )
-    return write_checkpoint(
+    total = plan.tensor_bytes
+    return _write_checkpoint(
         plan,
         Path(output_dir),
         overwrite=overwrite,
         allow_overflow=allow_overflow,
-        progress=progress,
+        progress=None if progress is None else lambda more: progress(more, total),
     )
 
 
@@ -79,6 +93,119 @@ def _calibrated(plan: Plan) -> Iterator[str]:
         yield f"the format {plan.options.qformat}"
     if plan.options.kv_cache_dtype:
         yield f"the {plan.options.kv_cache_dtype} KV cache"
+
+
+def quantize(
+    plan: Plan,
+    output_dir: str | Path,
+    statistics: Statistics | str | Path | None = None,
+    *,
+    settings: Settings | None = None,
+    alpha: float = 1.0,
+    overwrite: bool = False,
+    allow_overflow: bool = False,
+    progress: StageProgress | None = None,
+    tell: Tell | None = None,
+) -> Converted:
+    """Calibrate if the plan needs it, and write a quantized checkpoint.
+
+    The output appears under its name complete, or not at all. Everything else is checked before
+    the calibration starts, and every scale before the first byte is written.
+
+    Args:
+        plan: from :func:`phireg.plan` with ``qformat``.
+        output_dir: the checkpoint to make; must not exist, or be empty.
+        statistics: of the same source, or a file: it is used if it exists, else written. By
+            default, a file beside the output, which is replaced if it does not fit.
+        settings: samples of the calibration, and its device.
+        alpha: SmoothQuant's share of the activations, 0 to 1.
+        overwrite: replace the output once the new one is complete, if it is recognizably a
+            checkpoint.
+        allow_overflow: let finite values of unquantized tensors become infinite in a cast.
+        progress: takes the progress of each stage.
+        tell: takes a line on the samples, on their cost, and on why a file does not fit.
+
+    Raises:
+        UsageError: the plan quantizes nothing, or the other arguments make no sense for it.
+        PlanError: the plan has errors, the statistics do not belong to it, a scale cannot be used,
+            or a cast overflowed.
+        SourceError: a source file changed or could not be read, statistics do not fit, or the
+            model has no tokenizer.
+        OutputError: the output exists, or cannot be written.
+    """
+    target = Path(output_dir)
+    _check_request(plan, statistics, alpha)
+    check_plan(plan)
+    report = progress or (lambda stage, more, total: None)
+    quantization: dict[str, Any] = {"alpha": alpha if plan.smoothed else None}
+    calibrated: Calibrated | None = None
+
+    def quantizer() -> WeightQuantizer:
+        nonlocal calibrated
+        if isinstance(statistics, Statistics):
+            maxima = statistics
+        else:
+            from phireg.calibration.calibrate import calibrate
+            from phireg.calibration.settings import Settings
+
+            report("preparing", 0, 0)
+            calibrated = calibrate(
+                plan,
+                statistics or statistics_beside(target),
+                settings or Settings(),
+                required=statistics is not None,
+                progress=lambda more, total: report("calibrating", more, total),
+                tell=tell,
+            )
+            maxima = calibrated.statistics
+        quantization["statistics"] = {
+            "digest": statistics_digest(maxima),
+            "provenance": dict(maxima.provenance),
+        }
+        read = bytes_read(plan, alpha)
+        return WeightQuantizer(
+            plan,
+            compute_scales(
+                plan, maxima, alpha=alpha, progress=lambda more: report("scales", more, read)
+            ),
+        )
+
+    total = plan.tensor_bytes
+    try:
+        converted = _write_checkpoint(
+            plan,
+            target,
+            overwrite=overwrite,
+            allow_overflow=allow_overflow,
+            progress=lambda more: report("writing", more, total),
+            quantizer=quantizer if plan.options.calibrated else None,
+            quantization=quantization if plan.options.calibrated else None,
+        )
+    except PhiregError as error:
+        if calibrated is None or calibrated.reused:
+            raise
+        kept = f"\n  the calibration statistics are kept in {calibrated.file}"
+        raise type(error)(error.message + kept, hint=error.hint) from None
+    return replace(converted, calibrated=calibrated)
+
+
+def _check_request(plan: Plan, statistics: Statistics | str | Path | None, alpha: float) -> None:
+    qformat = plan.options.qformat
+    if qformat is None:
+        raise UsageError("this plan quantizes nothing", hint="plan with a qformat, or convert.")
+    if not 0 <= alpha <= 1:
+        raise UsageError(f"alpha {alpha} is not between 0 and 1")
+    if alpha != 1 and not plan.smoothed:
+        raise UsageError(
+            f"alpha {alpha} has no effect on {qformat}",
+            hint="it is SmoothQuant's (int8_sq); leave it out.",
+        )
+    if isinstance(statistics, str | Path) and not plan.options.calibrated:
+        raise UsageError(
+            f"calibration statistics have no effect: {qformat} without a quantized KV cache needs "
+            "no calibration",
+            hint="leave them out (--calib-stats).",
+        )
 
 
 def check_plan(plan: Plan) -> None:
@@ -94,34 +221,34 @@ def check_plan(plan: Plan) -> None:
         )
 
 
-def write_checkpoint(
+def _write_checkpoint(
     plan: Plan,
     target: Path,
     *,
     overwrite: bool,
     allow_overflow: bool,
     progress: Progress | None,
-    quantizer: Callable[[], Quantizer] | None = None,
+    quantizer: Callable[[], WeightQuantizer] | None = None,
     quantization: Mapping[str, Any] | None = None,
 ) -> Converted:
-    """Write everything a checkpoint consists of; see :func:`convert`.
+    """Write all files of a checkpoint; see :func:`convert`.
 
     Args:
-        plan: from :func:`phireg.planning.plan`.
+        plan: of the source.
         target: the checkpoint to make.
-        overwrite: whether it may replace another one.
+        overwrite: replace another one.
         allow_overflow: let finite values become infinite in a cast.
-        progress: told how many more bytes have been written.
-        quantizer: makes one with all scales, for a plan that has some; called when the output is
-            known to be usable, before anything is written to it.
-        quantization: what the manifest says of them.
+        progress: takes the number of further bytes written.
+        quantizer: makes one, for a plan with scales; called when the output is known to be usable,
+            before anything is written to it.
+        quantization: the manifest's record of the scales.
     """
     check_plan(plan)
     carried = tokenizer_files(plan.source.directory)
     size = plan.bytes_out + sum(file.stat().st_size for file in carried)
     with OutputDirectory(target, overwrite=overwrite, required_bytes=size) as directory:
-        ready = quantizer() if quantizer else None
-        streamed = stream(plan, directory, progress=progress, quantizer=ready)
+        scales = quantizer() if quantizer else None
+        streamed = stream(plan, directory, progress=progress, quantizer=scales)
         if not allow_overflow:
             _check_overflow(streamed, plan)
         for file in carried:
@@ -149,7 +276,7 @@ def _check_overflow(streamed: Streamed, plan: Plan) -> None:
 
 def manifest_of(plan: Plan, directory: Path, streamed: Streamed) -> dict[str, Any]:
     """Describe a plan and everything that was written into ``directory`` for it."""
-    candidate = plan.chosen.candidate
+    candidate, options = plan.chosen.candidate, plan.options
     ranks: dict[str, Any] = {}
     for rank, (header, size) in enumerate(zip(plan.headers, plan.file_sizes, strict=True)):
         tensors = {name: d for (r, name), d in streamed.digests.items() if r == rank}
@@ -167,12 +294,12 @@ def manifest_of(plan: Plan, directory: Path, streamed: Streamed) -> dict[str, An
             "version": candidate.version,
         },
         "options": {
-            "dtype": plan.options.dtype,
-            "tp_size": plan.options.tp_size,
-            "moe_ep_size": plan.options.ranks.moe_ep_size,
-            "weight_only": plan.options.weight_only,
-            "qformat": plan.options.qformat,
-            "kv_cache_dtype": plan.options.kv_cache_dtype,
+            "dtype": options.dtype,
+            "tp_size": options.tp_size,
+            "moe_ep_size": options.ranks.moe_ep_size,
+            "weight_only": options.weight_only,
+            "qformat": options.qformat,
+            "kv_cache_dtype": options.kv_cache_dtype,
         },
         "source": {
             "model_dir": plan.model_dir,

@@ -1,4 +1,4 @@
-"""Quantizing blocks of weights with scales that are known already.
+"""Quantizing blocks of weights with known scales.
 
 The arithmetic is that of the exporters TensorRT-LLM's reader was written for: FP8 divides in
 float32 and rounds once, to the nearest e4m3; INT8 SmoothQuant multiplies by the reciprocal of the
@@ -25,8 +25,8 @@ class Scales:
 
     Attributes:
         values: by name in the plan's ``scales``, of the dtype named there, as bits.
-        inverse: by target of a SmoothQuant linear: 1 / s per source column, what its weight is
-            multiplied by. The float32 s itself is not in the checkpoint, only rounded.
+        inverse: by target of a SmoothQuant linear: 1 / s per source column, the factor of its
+            weight. The float32 s itself is not in the checkpoint, only rounded.
     """
 
     values: Mapping[str, Bits]
@@ -37,7 +37,7 @@ class Scales:
         return self.values[name].view(np.float32)
 
 
-class Quantizer:
+class WeightQuantizer:
     """Quantizes the weights of one plan; its methods are called by all workers.
 
     Args:
@@ -48,7 +48,7 @@ class Quantizer:
     def __init__(self, plan: Plan, scales: Scales) -> None:
         self._code = WEIGHT_DTYPES[plan.options.dtype]
         self._scales = scales
-        self._smoothed = bool(plan.options.scheme and plan.options.scheme.per_channel)
+        self._smoothed = plan.smoothed
 
     def scale(self, name: str) -> Bits:
         """All elements of one of the plan's scales."""
@@ -81,11 +81,11 @@ def to_e4m3(block: Bits, code: str, scale: np.float32) -> tuple[Bits, int]:
         scale: of the whole tensor.
 
     Returns:
-        e4m3 bits, and how many elements lie beyond the ends.
+        e4m3 bits, and the number of elements beyond the ends.
     """
     import torch
 
-    made = np.empty(block.shape, BITS["F8_E4M3"])
+    quantized = np.empty(block.shape, BITS["F8_E4M3"])
     saturated = 0
     for piece in pieces(block):
         scaled = as_torch(block[piece], code).float() / float(scale)
@@ -93,8 +93,8 @@ def to_e4m3(block: Bits, code: str, scale: np.float32) -> tuple[Bits, int]:
         if beyond:
             scaled = scaled.clamp(-E4M3_MAX, E4M3_MAX)
             saturated += beyond
-        made[piece] = scaled.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-    return made, saturated
+        quantized[piece] = scaled.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    return quantized, saturated
 
 
 def to_int8(block: Bits, code: str, inverse: Float32, scales: Float32) -> tuple[Bits, int]:
@@ -107,18 +107,18 @@ def to_int8(block: Bits, code: str, inverse: Float32, scales: Float32) -> tuple[
         scales: [rows].
 
     Returns:
-        int8 bits, and how many elements lie beyond the ends.
+        int8 bits, and the number of elements beyond the ends.
     """
     import torch
 
-    made = np.empty(block.shape, BITS["I8"])
+    quantized = np.empty(block.shape, BITS["I8"])
     saturated = 0
     by_row = torch.from_numpy(scales)[:, None]
     for piece in pieces(block):
         levels = (smooth(block[piece], code, inverse).float() / by_row[piece]).round()
         saturated += int(((levels > 127) | (levels < -128)).sum())
-        made[piece] = levels.clamp(-128, 127).to(torch.int8).view(torch.uint8).numpy()
-    return made, saturated
+        quantized[piece] = levels.clamp(-128, 127).to(torch.int8).view(torch.uint8).numpy()
+    return quantized, saturated
 
 
 def smooth(block: Bits, code: str, inverse: Float32) -> Any:

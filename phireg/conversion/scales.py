@@ -1,4 +1,4 @@
-"""All scales of a plan, computed and checked before anything is written.
+"""The scales of a plan, computed and checked before anything is written.
 
 Activation maxima come from calibration; weight maxima from reading every quantized weight once, in
 the checkpoint's dtype and a block at a time (twice for SmoothQuant with alpha below 1, whose
@@ -43,19 +43,19 @@ def compute_scales(
     workers: int = WORKERS,
     progress: Progress | None = None,
 ) -> Scales:
-    """Every scale of ``plan``, from calibration and the source's weights.
+    """Compute every scale of ``plan`` from calibration and the source's weights.
 
     Args:
         plan: without errors.
         statistics: of the same model; the maxima of modules that are fused are taken together.
         alpha: SmoothQuant's share of the activations: 1 moves all of their range into the weights.
         workers: number of threads; the result does not depend on it.
-        progress: told how many more source bytes have been read, in all :func:`bytes_read`.
+        progress: takes the number of further source bytes read, in all :func:`bytes_read`.
 
     Raises:
         PlanError: the statistics lack a module or are of another model, a weight does not fit the
             checkpoint's dtype, or a scale is missing, zero, infinite, not a number or denormal.
-            All that is wrong is named at once.
+            All problems are named at once.
         SourceError: a source file changed or could not be read.
     """
     maxima = _input_maxima(plan, statistics)
@@ -63,30 +63,31 @@ def compute_scales(
         worker = _Worker(plan, reader, alpha, progress or (lambda count: None))
         with ThreadPoolExecutor(workers) as pool:
             try:
-                made = collect(
-                    [pool.submit(worker.make, x, maxima[x.target]) for x in plan.linears]
+                results = collect(
+                    [pool.submit(worker.compute, x, maxima[x.target]) for x in plan.linears]
                 )
             except BaseException:
                 worker.stop.set()
                 raise
     values: dict[str, Bits] = {}
-    for scales in made:
+    overflowed: dict[str, int] = {}
+    for scales in results:
         values.update(scales.values)
+        overflowed.update(scales.overflowed)
     values.update(_kv_scales(plan, statistics))
-    overflowed = {name: count for scales in made for name, count in scales.overflowed.items()}
     check_scales(plan, values, overflowed)
-    return Scales(values, {x.target: x.inverse for x in made if x.inverse is not None})
+    return Scales(values, {x.target: x.inverse for x in results if x.inverse is not None})
 
 
 def bytes_read(plan: Plan, alpha: float = 1.0) -> int:
-    """How many source bytes :func:`compute_scales` reads."""
-    twice = _smoothed(plan) and alpha < 1
+    """Source bytes that :func:`compute_scales` reads."""
+    twice = plan.smoothed and alpha < 1
     names = [f"{module}.weight" for linear in plan.linears for module in linear.sources]
     return (1 + twice) * sum(plan.source.tensors[name].nbytes for name in names)
 
 
 def statistics_digest(statistics: Statistics) -> str:
-    """xxh3_128 of names and float32 maxima, whatever file they are in."""
+    """xxh3_128 of names and float32 maxima."""
     hashed = xxhash.xxh3_128()
     for name in sorted(statistics.inputs):
         hashed.update(name.encode() + b"\0" + statistics.inputs[name].tobytes())
@@ -101,29 +102,29 @@ def check_scales(
     """Refuse scales that no engine could work with.
 
     Args:
-        plan: names the scales there must be.
+        plan: names the scales that must be there.
         values: bits by name.
-        overflowed: source tensors with finite values that the checkpoint's dtype cannot hold, and
-            how many: their scales are infinite, and this is why.
+        overflowed: number of finite values that the checkpoint's dtype cannot hold, by source
+            tensor: the reason why their scales are infinite.
 
     Raises:
         PlanError: with every tensor that has one.
     """
-    found = [
+    defects = [
         _finding(name, f"{count} finite values do not fit into {plan.options.dtype}")
         for name, count in overflowed.items()
     ]
     for name, scale in plan.scales.items():
         if name not in values:
-            found.append(_finding(name, "is missing"))
+            defects.append(_finding(name, "is missing"))
             continue
         count = len(values[name])
-        for what, wrong in _defects(values[name], scale.dtype):
-            many = f" ({wrong} of {count} values)" if count > 1 else ""
-            found.append(_finding(name, what + many))
-    if found:
+        for detail, number in _defects(values[name], scale.dtype):
+            times = f" ({number} of {count} values)" if count > 1 else ""
+            defects.append(_finding(name, detail + times))
+    if defects:
         raise PlanError(
-            f"{len(found)} tensors cannot be quantized; nothing was written\n{problems(found)}",
+            f"{len(defects)} tensors cannot be quantized; nothing was written\n{problems(defects)}",
             hint="if the weights are sound, calibrate with more text, or choose another --dtype: "
             "bfloat16 and float32 hold a wider range than float16.",
         )
@@ -132,7 +133,7 @@ def check_scales(
 def _defects(bits: Bits, code: str) -> Iterator[tuple[str, int]]:
     value = as_torch(bits, code).float().numpy()
     normal = SMALLEST_NORMAL[code]
-    for what, wrong in (
+    for detail, wrong in (
         ("is not a number", np.isnan(value)),
         ("is infinite", np.isinf(value)),
         ("is zero", value == 0),
@@ -140,56 +141,50 @@ def _defects(bits: Bits, code: str) -> Iterator[tuple[str, int]]:
         (f"is denormal in {code} (below {normal:.2g})", (value > 0) & (value < normal)),
     ):
         if wrong.any():
-            yield what, int(wrong.sum())
+            yield detail, int(wrong.sum())
 
 
-def _finding(subject: str, detail: str) -> Finding:
-    return Finding(Severity.ERROR, "scale", subject, detail)
-
-
-def _smoothed(plan: Plan) -> bool:
-    return bool(plan.linears and plan.options.scheme and plan.options.scheme.per_channel)
+def _finding(subject: str, detail: str, code: str = "scale") -> Finding:
+    return Finding(Severity.ERROR, code, subject, detail)
 
 
 def _input_maxima(plan: Plan, statistics: Statistics) -> dict[str, Float32]:
-    """Per target the maxima of its input channels; whatever is not there, at once."""
-    found: list[Finding] = []
+    """Per target the maxima of its input channels; all that are missing are named at once."""
+    missing: list[Finding] = []
     maxima: dict[str, Float32] = {}
     for linear in plan.linears:
         for module in linear.sources:
             amax = statistics.inputs.get(module)
             if amax is None:
-                found.append(_lacks(module, f"no input maxima, wanted by {linear.target}"))
+                detail = f"no input maxima, needed by {linear.target}"
+                missing.append(_finding(module, detail, "calibrate"))
             elif amax.shape != (linear.columns,):
-                shapes = f"{len(amax)} input channels, the weight has {linear.columns}"
-                found.append(_lacks(module, shapes))
+                detail = f"{len(amax)} input channels, the weight has {linear.columns}"
+                missing.append(_finding(module, detail, "calibrate"))
             else:
                 before = maxima.get(linear.target)
                 maxima[linear.target] = amax if before is None else np.maximum(before, amax)
     layers = len(statistics.keys)
     if plan.kv_caches and layers != len(plan.kv_caches):
         recorded = f"keys and values of {layers} layers" if layers else "no keys and values"
-        found.append(_lacks("KV cache", f"{recorded}, the model has {len(plan.kv_caches)} layers"))
-    if found:
+        detail = f"{recorded}, the model has {len(plan.kv_caches)} layers"
+        missing.append(_finding("KV cache", detail, "calibrate"))
+    if missing:
         raise PlanError(
             f"the calibration statistics are not of this model; nothing was written\n"
-            f"{problems(found)}",
+            f"{problems(missing)}",
             hint="calibrate the model that is quantized, with its KV cache.",
         )
     return maxima
 
 
-def _lacks(subject: str, detail: str) -> Finding:
-    return Finding(Severity.ERROR, "calibrate", subject, detail)
-
-
 def _kv_scales(plan: Plan, statistics: Statistics) -> dict[str, Bits]:
     """INT8: the larger of the two maxima / 127. FP8: its maximum / 448, but at least 1.
 
-    Releases before 0.13 take 1 for FP8 whatever is written, and e4m3 loses nothing with 1 as long
-    as no value is beyond 448.
+    Releases before 0.13 take 1 for FP8 and ignore the tensor, and e4m3 loses nothing with 1 as
+    long as no value is beyond 448.
     """
-    made: dict[str, Bits] = {}
+    scales: dict[str, Bits] = {}
     for layer, module in enumerate(plan.kv_caches):
         largest = np.maximum(np.float32(statistics.keys[layer]), statistics.values[layer])
         amax = np.array([largest], np.float32)
@@ -197,16 +192,16 @@ def _kv_scales(plan: Plan, statistics: Statistics) -> dict[str, Bits]:
             scale = amax / np.float32(INT8_MAX)
         else:
             scale = np.maximum(np.float32(1), amax / np.float32(E4M3_MAX))
-        made[f"{module}.{KV_SCALE}"] = scale.view(BITS["F32"])
-    return made
+        scales[f"{module}.{KV_SCALE}"] = scale.view(BITS["F32"])
+    return scales
 
 
 @dataclass(slots=True)
-class _Made:
-    """What a worker found out about one linear.
+class _LinearScales:
+    """The scales of one linear.
 
     Attributes:
-        values: its scales, as bits.
+        values: bits by name.
         inverse: 1 / s, for SmoothQuant.
         overflowed: finite values that its source tensors lost in the cast.
     """
@@ -217,7 +212,7 @@ class _Made:
     overflowed: dict[str, int] = field(default_factory=dict)
 
     def put(self, name: str, scale: npt.ArrayLike) -> None:
-        """Take a scale that is stored in float32."""
+        """Add a scale that is stored in float32."""
         self.values[name] = np.asarray(scale, np.float32).reshape(-1).view(BITS["F32"])
 
 
@@ -232,73 +227,75 @@ class _Worker:
         self.code = WEIGHT_DTYPES[plan.options.dtype]
         self.stop = Event()
 
-    def make(self, linear: QuantizedLinear, inputs: Float32) -> _Made:
-        """The scales of one linear; a failure stops the other workers."""
-        made = _Made(linear.target)
+    def compute(self, linear: QuantizedLinear, inputs: Float32) -> _LinearScales:
+        """Compute the scales of one linear; a failure stops the other workers."""
+        scales = _LinearScales(linear.target)
         try:
-            if _smoothed(self.plan):
-                self.smoothquant(linear, inputs, made)
+            if self.plan.smoothed:
+                self.smoothquant(linear, inputs, scales)
             else:
-                self.fp8(linear, inputs, made)
+                self.fp8(linear, inputs, scales)
         except BaseException:
             self.stop.set()
             raise
-        return made
+        return scales
 
-    def fp8(self, linear: QuantizedLinear, inputs: Float32, made: _Made) -> None:
-        """One scale for the weight, whatever it is fused from, and one for its input."""
+    def fp8(self, linear: QuantizedLinear, inputs: Float32, scales: _LinearScales) -> None:
+        """One scale for the whole weight, fused or not, and one for its input."""
         largest = np.float32(0)
         for module in linear.sources:
-            for _, block in self.blocks(module, made):
+            for _, block in self.blocks(module, scales):
                 amax = as_torch(block, self.code).abs().max().item()
                 largest = np.maximum(largest, np.float32(amax))
         scale = np.float32(1) if largest == 0 else largest / np.float32(E4M3_MAX)
-        made.put(f"{linear.target}.weights_scaling_factor", scale)
-        made.put(f"{linear.target}.activation_scaling_factor", inputs.max() / np.float32(E4M3_MAX))
+        scales.put(f"{linear.target}.weights_scaling_factor", scale)
+        scales.put(
+            f"{linear.target}.activation_scaling_factor", inputs.max() / np.float32(E4M3_MAX)
+        )
 
-    def smoothquant(self, linear: QuantizedLinear, inputs: Float32, made: _Made) -> None:
+    def smoothquant(self, linear: QuantizedLinear, inputs: Float32, scales: _LinearScales) -> None:
         """A smoothing vector for the input, then a scale for each row of the smoothed weight."""
-        smoother = self.smoother(linear, inputs, made)
-        made.inverse = np.float32(1) / smoother
-        made.values[f"{linear.target}.prequant_scaling_factor"] = self.rounded(smoother)
+        smoother = self.smoother(linear, inputs, scales)
+        scales.inverse = np.float32(1) / smoother
+        scales.values[f"{linear.target}.prequant_scaling_factor"] = self.rounded(smoother)
         with np.errstate(over="ignore"):  # an infinite scale is refused by name
             largest = as_torch(self.rounded((inputs * smoother).max(keepdims=True)), self.code)
-        made.put(
+        scales.put(
             f"{linear.target}.activation_scaling_factor",
             largest.float().numpy() / np.float32(INT8_MAX),
         )
         for module in linear.sources:
             amax = np.empty(self.plan.source.tensors[f"{module}.weight"].shape[0], np.float32)
-            for row, block in self.blocks(module, made):
-                smoothed = smooth(block, self.code, made.inverse).float()
+            for row, block in self.blocks(module, scales):
+                smoothed = smooth(block, self.code, scales.inverse).float()
                 amax[row : row + len(block)] = smoothed.abs().amax(1).numpy()
-            scales = np.where(amax == 0, np.float32(1), amax / np.float32(INT8_MAX))
-            made.put(f"{module}.weights_scaling_factor", scales)
+            per_row = np.where(amax == 0, np.float32(1), amax / np.float32(INT8_MAX))
+            scales.put(f"{module}.weights_scaling_factor", per_row)
 
-    def smoother(self, linear: QuantizedLinear, inputs: Float32, made: _Made) -> Float32:
-        """Per column wmax^(1 - alpha) / amax^alpha: what the input is multiplied by."""
+    def smoother(self, linear: QuantizedLinear, inputs: Float32, scales: _LinearScales) -> Float32:
+        """Per column wmax^(1 - alpha) / amax^alpha: the factor of the input."""
         import torch
 
         amax = torch.from_numpy(inputs)
         if self.alpha == 1:
-            made_of = 1 / amax
+            smoother = 1 / amax
         else:
             wmax = torch.zeros(linear.columns)
             for module in linear.sources:
-                for _, block in self.blocks(module, made):
+                for _, block in self.blocks(module, scales):
                     columns = as_torch(block, self.code).abs().amax(0).float()
                     wmax = torch.maximum(wmax, columns)
-            made_of = wmax.pow(1 - self.alpha) / amax.pow(self.alpha)
+            smoother = wmax.pow(1 - self.alpha) / amax.pow(self.alpha)
         if self.alpha > 0:
-            made_of[amax == 0] = LARGEST_SMOOTHER
-        smoother: Float32 = made_of.clamp(SMALLEST_SMOOTHER, LARGEST_SMOOTHER).numpy()
-        return smoother
+            smoother[amax == 0] = LARGEST_SMOOTHER
+        clamped: Float32 = smoother.clamp(SMALLEST_SMOOTHER, LARGEST_SMOOTHER).numpy()
+        return clamped
 
     def rounded(self, values: Float32) -> Bits:
         """Float32 values in the checkpoint's dtype."""
         return cast(values.view(BITS["F32"]), "F32", self.code)[0]
 
-    def blocks(self, module: str, made: _Made) -> Iterator[tuple[int, Bits]]:
+    def blocks(self, module: str, scales: _LinearScales) -> Iterator[tuple[int, Bits]]:
         """A module's weight in the checkpoint's dtype: the first row, and the rows."""
         source = self.plan.source.tensors[f"{module}.weight"]
         overflowed = 0
@@ -310,4 +307,4 @@ class _Worker:
                 yield row + piece.start, block[piece]
             self.progress(len(block) * row_bytes(source))
         if overflowed:
-            made.overflowed[source.name] = overflowed
+            scales.overflowed[source.name] = overflowed

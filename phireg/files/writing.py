@@ -27,6 +27,24 @@ def reason(error: OSError) -> str:
     return text if error.filename is None else f"{text} ({error.filename})"
 
 
+def check_writable(path: Path, what: str) -> None:
+    """Refuse a file that could not be written later.
+
+    Raises:
+        OutputError: it is a directory, or its directory cannot be written to.
+    """
+    if path.is_dir():
+        raise OutputError(f"{what} {path} is a directory", hint="give the name of a file.")
+    nearest = path.absolute().parent
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"{what} {path} cannot be written: no permission, or no directory",
+            hint="give a place where you may write.",
+        )
+
+
 def write_file(path: Path, content: bytes, what: str) -> None:
     """Write a file, which appears complete or not at all; its directory is made if needed.
 

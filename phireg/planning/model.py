@@ -265,6 +265,16 @@ class Plan:
         )
 
     @property
+    def smoothed(self) -> bool:
+        """True if weights are quantized with SmoothQuant."""
+        return self.options.scheme is not None and self.options.scheme.per_channel
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of the tensors of all rank files."""
+        return sum(output.nbytes for output in self.outputs)
+
+    @property
     def file_sizes(self) -> tuple[int, ...]:
         """Bytes of each rank file."""
         ends = [len(header) for header in self.headers]

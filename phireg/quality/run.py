@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from phireg.calibration.run import describe
+from phireg.calibration.calibrate import describe
 from phireg.calibration.settings import Settings
 from phireg.device import pick_device
 from phireg.errors import SourceError
@@ -165,7 +165,7 @@ def _provenance(
         ("source", f"{plan.model_dir}, {len(plan.source.files)} file(s)"),
     ]
     if provenance is not None:
-        rows.append(("calibration", describe(provenance).removeprefix("calibration: ")))
+        rows.append(("calibration", describe(provenance)))
         rows.append(("calibrated", str(provenance.get("date", "unknown"))))
     return [
         *rows,

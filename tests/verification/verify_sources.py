@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Phi3Config, Phi3ForCausalLM, PhiConfig, PhiForCausalLM
 
 import phireg
-from phireg.calibration.run import calibrate
+from phireg.calibration.calibrate import run_calibration
 from phireg.calibration.settings import Settings
 
 torch.set_num_threads(1)
@@ -153,7 +153,7 @@ def statistics(family):
     path.write_text("\n".join(map(json.dumps, rows)))
     plan = phireg.plan(source(family), family=family)
     settings = Settings(file=path, size=8, device="cpu")
-    return calibrate(plan.chosen.family, plan.source, settings)
+    return run_calibration(plan.chosen.family, plan.source, settings)
 
 
 def quantized(family, qformat, cache=None, tp_size=1, dtype="float16", alpha=1.0):

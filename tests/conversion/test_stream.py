@@ -221,7 +221,7 @@ class Once:
         self.action = action
         self.lock = threading.Lock()
 
-    def __call__(self, count):
+    def __call__(self, *_):
         with self.lock:
             action, self.action = self.action, None
         if action:

@@ -8,9 +8,9 @@ import json
 
 import numpy as np
 import torch
-from plan.plan_sources import HEADS, HIDDEN, INNER, LAYERS, MODELS, SIZE
 from safetensors.torch import save_file
 
+from helpers.plan_sources import HEADS, HIDDEN, INNER, LAYERS, MODELS, SIZE
 from phireg.calibration.statistics import Statistics
 
 torch.set_num_threads(1)

@@ -3,13 +3,12 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from phireg_plugins.phi3_mini import FAMILY
-from plan.plan_sources import LAYERS, MODELS
-from quant.by_hand import (
+from helpers.by_hand import (
     COLUMNS,
     DTYPES,
     FAMILY_OF,
@@ -25,6 +24,8 @@ from quant.by_hand import (
     whole,
     write_model,
 )
+from helpers.plan_sources import LAYERS, MODELS
+from phireg_plugins.phi3_mini import FAMILY
 from safetensors.torch import load_file
 
 import phireg
@@ -33,7 +34,7 @@ from phireg.checkpoint.manifest import read_manifest
 from phireg.conversion import quantizer as quantizing
 from phireg.conversion import scales as scaling
 from phireg.conversion import stream as streaming
-from phireg.conversion.scales import bytes_read, check_scales, compute_scales
+from phireg.conversion.scales import check_scales, compute_scales
 from phireg.errors import PlanError, UsageError
 from phireg.testing import write_random_model
 
@@ -200,13 +201,18 @@ def test_blocks_pieces_and_workers_do_not_matter(tmp_path, monkeypatch, key, qfo
 @formats
 def test_progress_counts_all_the_work(tmp_path, qformat, alpha):
     source = write_model(tmp_path / "hf", "medium", model("medium"))
-    made, told = planned(source, "medium", qformat, 2), []
-    phireg.quantize(
-        made, tmp_path / "out", calibration("medium"), alpha=alpha, progress=told.append
-    )
-    assert sum(told) == phireg.quantize_bytes(made, alpha)
+    plan, done = planned(source, "medium", qformat, 2), Counter()
+    totals = set()
+
+    def progress(stage, more, total):
+        done[stage] += more
+        totals.add((stage, total))
+
+    statistics = calibration("medium")
+    phireg.quantize(plan, tmp_path / "out", statistics, alpha=alpha, progress=progress)
     weights = 4 * LAYERS * (24 * 48 + 24 * 24 + 40 * 24 + 24 * 20)
-    assert bytes_read(made, alpha) == weights * (1 + (alpha < 1))
+    assert done == {"scales": weights * (1 + (alpha < 1)), "writing": plan.tensor_bytes}
+    assert totals == set(done.items())
 
 
 @formats
@@ -420,8 +426,6 @@ def test_requests_that_make_no_sense(tmp_path):
     ):
         with pytest.raises(UsageError, match=said):
             phireg.quantize(made, tmp_path / "out", statistics, **options)
-    with pytest.raises(UsageError, match="needs calibration statistics"):
-        phireg.quantize(fp8, tmp_path / "out", None)
     for made in (fp8, planned(source, "mini", "int8_wo", cache="int8")):
         with pytest.raises(UsageError, match="needs calibration statistics") as caught:
             phireg.convert(made, tmp_path / "out")

@@ -8,7 +8,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from plan_sources import HEADS, MODELS, addresses, write
+from helpers.plan_sources import HEADS, MODELS, addresses, write
 
 import phireg
 from phireg.conversion import stream

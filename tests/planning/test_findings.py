@@ -5,8 +5,8 @@ import re
 
 import numpy as np
 import pytest
+from helpers.plan_sources import LAYERS, MODELS, PHI3, addresses, planned, write
 from phireg_plugins.phi3_mini import FAMILY, config, weights
-from plan_sources import LAYERS, MODELS, PHI3, addresses, planned, write
 
 import phireg
 from phireg.api import COLUMN, Linear, Rules, hookimpl, parts, select, src

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers.by_hand import KV_HEADS, calibration, model, rank, whole, write_model
+from helpers.plan_sources import LAYERS, MODELS, PHI3, planned
 from phireg_plugins.phi3_mini import FAMILY
-from plan.plan_sources import LAYERS, MODELS, PHI3, planned
-from quant.by_hand import KV_HEADS, calibration, model, rank, whole, write_model
 
 import phireg
 from phireg.api import COPY, Linear, QuantRules, Rules, Table, const, hookimpl, src, tied

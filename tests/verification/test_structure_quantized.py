@@ -3,8 +3,8 @@
 import re
 
 import pytest
-from plan.plan_sources import LAYERS
-from quant.by_hand import calibration, model, write_model
+from helpers.by_hand import calibration, model, write_model
+from helpers.plan_sources import LAYERS
 
 import phireg
 from phireg.reader.structure import structure_notes, structure_problems
