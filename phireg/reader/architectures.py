@@ -237,7 +237,7 @@ def mapping_problems(mapping: Mapping[str, Any]) -> Iterator[str]:
     if pp != 1:
         yield f"pp_size is {pp}; no Phi model of the reader has pipeline stages"
     elif tp != world:
-        yield f"tp_size is {tp} and world_size is {world}"
+        yield f"tp_size is {tp} and world_size {world}"
     if "moe_ep_size" in experts:
         ep = experts["moe_ep_size"]
         divided = experts.get("moe_tp_size", tp // ep)

@@ -176,7 +176,7 @@ def check_quantization(config: Config, num_layers: int) -> None:
             name = f"transformer.layers.{layer}.{linear}"
             if is_excluded(name, quantization.excluded):
                 raise block.error(
-                    f"exclude_modules leaves {name} unquantized",
+                    f"exclude_modules {list(quantization.excluded)} leaves {name} unquantized",
                     "the executor runs checkpoints that quantize every linear of every layer",
                 )
     # An empty list is the reader's own, which has lm_head; any other replaces that.

@@ -10,6 +10,7 @@ from typing import Any
 from packaging.version import Version
 
 from phireg.errors import EngineError, UsageError
+from phireg.reader.architectures import ARCHITECTURES
 from phireg.trtllm.releases import Release, public_version, release_of
 
 PROGRAM = "trtllm-build"
@@ -17,10 +18,7 @@ PROGRAM = "trtllm-build"
 FP32_ACCUMULATION = "enable_context_fmha_fp32_acc"
 """A run option: accumulate in float32 in the fused attention of the context phase."""
 
-PHI2, PHI3, PHI3_SMALL = "PhiForCausalLM", "Phi3ForCausalLM", "Phi3SmallForCausalLM"
-PHI_MOE = "PhiMoEForCausalLM"
-_READS_EXPERTS = Version("0.14.0.dev0")
-"""The first release whose Phi-3 reader has experts."""
+PHI2 = "PhiForCausalLM"
 
 _MAX_INPUT_LEN = 1024
 """The builder's default in every release."""
@@ -112,7 +110,7 @@ def translate(
     """
     _check_extra(options.extra)
     release = release_of(version)
-    _check_model(config, release, version)
+    _check_model(config, version)
     return _Translation(config, options, release).command(weights)
 
 
@@ -306,26 +304,27 @@ def _dense_tokens(config: Mapping[str, Any]) -> int | None:
     Phi-3-small attends to the blocks nearby and to some of the others; layer i is dense if i + 1
     is a multiple of ``dense_attention_every_n_layers``.
     """
-    if config["architecture"] != PHI3_SMALL or config["dense_attention_every_n_layers"] == 1:
+    row = ARCHITECTURES.get(config["architecture"])
+    if row is None or not row.block_sparse or config["dense_attention_every_n_layers"] == 1:
         return None
     return int(config["blocksparse_num_local_blocks"] * config["blocksparse_block_size"])
 
 
-def _check_model(config: Mapping[str, Any], release: Release, version: str) -> None:
+def _check_model(config: Mapping[str, Any], version: str) -> None:
     """Refuse a model that the release's reader does not know."""
-    architecture, heads = config["architecture"], config["num_attention_heads"]
-    grouped = config.get("num_key_value_heads", heads) != heads
-    if architecture == PHI_MOE and public_version(version) < _READS_EXPERTS:
-        needs = "Phi-3.5-MoE needs 0.14 or later"
-    elif not release.grouped_heads and (
-        architecture == PHI3_SMALL or (architecture == PHI3 and grouped)
-    ):
-        needs = "Phi-3-small and Phi-3-medium need 0.11 or later"
-    else:
+    row = ARCHITECTURES.get(config["architecture"])
+    if row is None:
         return
-    raise EngineError(
-        f"TensorRT-LLM {version} cannot read this model: {needs}", hint="use a newer release."
-    )
+    heads = config["num_attention_heads"]
+    grouped = config.get("num_key_value_heads", heads) != heads
+    first = Version((grouped and row.grouped_since) or row.since)
+    if public_version(version) < first:
+        raise EngineError(
+            f"TensorRT-LLM {version} cannot read this model: {row.name}"
+            f"{' with grouped key/value heads' if grouped else ''} needs "
+            f"{first.major}.{first.minor} or later",
+            hint="use a newer release.",
+        )
 
 
 def _check_extra(extra: Sequence[str]) -> None:

@@ -33,8 +33,6 @@ class Release:
         auto_plugin: plugins take ``auto``, the checkpoint's dtype, and it is the attention
             plugin's default; before, that was float16.
         fp8_gemm: ``--gemm_plugin fp8`` exists.
-        grouped_heads: the reader takes Phi-3 models with fewer key-value heads than heads, and
-            Phi-3-small.
     """
 
     name: str
@@ -44,7 +42,6 @@ class Release:
     fp32_acc_flag: bool = False
     auto_plugin: bool = True
     fp8_gemm: bool = True
-    grouped_heads: bool = True
 
 
 RELEASES = (
@@ -56,7 +53,6 @@ RELEASES = (
         fp32_acc_flag=True,
         auto_plugin=False,
         fp8_gemm=False,
-        grouped_heads=False,
     ),
     # The commit of the original guide: nearly 0.10's flags, and the first to read Phi-3-small.
     Release(

@@ -68,7 +68,7 @@ def small_model():
         ({"blocksparse_vertical_stride": "absent"}, "blocksparse_vertical_stride is missing"),
         ({"blocksparse_homo_head_pattern": 1}, "not true or false"),
         ({"dense_attention_every_n_layers": 0}, "dense_attention_every_n_layers is 0"),
-        ({"mapping": {"tp_size": 2, "world_size": 4}}, "world_size is 4"),
+        ({"mapping": {"tp_size": 2, "world_size": 4}}, "world_size 4"),
         ({"mapping": {"tp_size": 1, "pp_size": 2}}, "pp_size is 2"),
         ({"mapping": {"tp_size": 3, "world_size": 3}}, "cannot be split over 3 ranks"),
         ({"moe": {}}, "mixture-of-experts"),

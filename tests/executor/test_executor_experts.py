@@ -22,6 +22,10 @@ CONFIG = {
 }  # fmt: skip
 
 
+def ranks(count):
+    return {"world_size": count, "tp_size": count}
+
+
 def one(scores, epsilon):
     chosen, weights = route(torch.tensor([scores]), epsilon)
     return chosen[0].tolist(), pytest.approx(weights[0].tolist(), abs=1e-6)
@@ -89,7 +93,7 @@ def test_the_spec():
     assert spec.mixer_epsilon == 0.1
     shared = {
         **CONFIG,
-        "mapping": {"world_size": 4, "tp_size": 4, "moe_tp_size": 2, "moe_ep_size": 2},
+        "mapping": {**ranks(4), "moe_tp_size": 2, "moe_ep_size": 2},
     }
     assert parse_spec(shared).experts == Experts(6, 2)
     assert parse_spec(shared).rank_intermediate_size == 10
@@ -106,16 +110,16 @@ def test_the_spec():
         ({"moe": {**CONFIG["moe"], "shared_expert_intermediate_size": 8}}, "has no meaning for"),
         ({"moe": {**CONFIG["moe"], "new": 1}}, "new is 1"),
         (
-            {"mapping": {"world_size": 4, "tp_size": 4, "moe_ep_size": 4}},
+            {"mapping": {**ranks(4), "moe_ep_size": 4}},
             "6 experts cannot be shared out over 4",
         ),
         (
-            {"mapping": {"world_size": 4, "tp_size": 4, "moe_ep_size": 3}},
+            {"mapping": {**ranks(4), "moe_ep_size": 3}},
             "moe_tp_size 1 times moe_ep_size 3",
         ),
         (
-            {"mapping": {"world_size": 2, "tp_size": 2, "moe_tp_size": 2, "moe_ep_size": 2}},
-            "is not 2",
+            {"mapping": {**ranks(2), "moe_tp_size": 2, "moe_ep_size": 2}},
+            "is not tp_size 2",
         ),
         ({"intermediate_size": 18}, "cannot be split over 4 ranks"),
         ({"hidden_act": "gelu"}, "must be swiglu"),
