@@ -68,7 +68,7 @@ def plan(
     hf = HFConfig(read_json_object(directory / "config.json"))
     if not hf.architectures and not hf.model_type:
         open_source(directory)
-    chosen = _choose(hf, family)
+    chosen = choose_family(hf, family)
     source = open_source(directory, commit)
     return build_plan(chosen, hf, source, options, str(model_dir))
 
@@ -97,7 +97,7 @@ def plan_config(
             f"{str(model_dir)!r}: no such directory", hint="give one that has a config.json."
         )
     hf = HFConfig(read_json_object(directory / "config.json"))
-    chosen = _choose(hf, family)
+    chosen = choose_family(hf, family)
     plan = build_plan(chosen, hf, without_weights(directory), options, str(model_dir))
     errors = [finding for finding in plan.errors if finding.code != "missing"]
     if errors:
@@ -105,7 +105,13 @@ def plan_config(
     return plan
 
 
-def _choose(hf: HFConfig, family: str) -> FamilyChoice:
+def choose_family(hf: HFConfig, family: str) -> FamilyChoice:
+    """Return the family of a config: the one that claims it, or the named one if it fits.
+
+    Raises:
+        SourceError: none fits.
+        PluginError: the family cannot be found or loaded.
+    """
     check_model(hf)
     chosen = registry.choose(hf) if family == AUTO else registry.load(family)
     refusal = chosen.family.refusal(hf)

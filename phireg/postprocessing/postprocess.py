@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phireg import registry
 from phireg.checkpoint.inspect import checkpoint_config
 from phireg.checkpoint.manifest import write_manifest
 from phireg.checkpoint.rankfiles import RankFiles, world_size
@@ -26,7 +25,7 @@ from phireg.files.output import PARTIAL_SUFFIX, OutputDirectory
 from phireg.files.writing import copy_file
 from phireg.layout.spans import Span
 from phireg.planning.model import Options, Output, Plan, Rows
-from phireg.planning.plan import plan
+from phireg.planning.plan import choose_family, plan
 from phireg.planning.schedule import schedule
 from phireg.postprocessing.detection import Decision, check_source, decide
 from phireg.postprocessing.orders import (
@@ -268,20 +267,13 @@ def _family(config: Mapping[str, Any], family: str) -> FamilyChoice:
     """The family of a checkpoint, whose architecture has the name of the source's model class."""
     values = {key: value for key, value in config.items() if key != "model_type"}
     hf = HFConfig({**values, "architectures": [config["architecture"]]})
-    if family == AUTO:
-        try:
-            return registry.choose(hf)
-        except SourceError as error:
-            raise UsageError(
-                f"no family is known for architecture {config['architecture']}: {error.message}",
-                hint="say which: --family NAME.",
-            ) from None
-    chosen = registry.load(family)
-    if reason := chosen.family.refusal(hf):
+    try:
+        return choose_family(hf, family)
+    except SourceError as error:
         raise UsageError(
-            f"--family {family} does not fit: {reason}", hint="leave it out to let it be found."
-        )
-    return chosen
+            f"architecture {config['architecture']}: {error.message}",
+            hint="say which family this is: --family NAME.",
+        ) from None
 
 
 def _other_files(checkpoint: _Checkpoint, *, in_place: bool) -> list[Path]:

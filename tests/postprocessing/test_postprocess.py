@@ -385,7 +385,7 @@ def test_other_families(tmp_path, source):
     )
     with pytest.raises(UsageError, match="LlamaForCausalLM"):
         phireg.row_order(unknown)
-    with pytest.raises(UsageError, match="--family phi3-small"):
+    with pytest.raises(UsageError, match="phi3-small"):
         phireg.row_order(unknown, family="phi3-small")
     with pytest.raises(SourceError, match="architecture"):
         phireg.row_order(unknown, model_dir=str(source))
