@@ -30,7 +30,7 @@ from phireg.trtllm.releases import public_version
 __all__ = ["TrtllmBackend", "describe", "load", "process_rank", "run_worker"]
 
 
-def describe(place: Path, options: Options) -> Description:
+def describe(directory: Path, options: Options) -> Description:
     """See :class:`phireg.generation.backend.Opener`; TensorRT-LLM is not needed for this."""
     settled = {"--dtype": options.dtype, "--offload and --no-offload": options.offload}
     for name, value in settled.items():
@@ -44,18 +44,18 @@ def describe(place: Path, options: Options) -> Description:
             f"--device {options.device}: TensorRT-LLM takes the GPU by the process's rank",
             hint="leave it out, and choose GPUs by CUDA_VISIBLE_DEVICES.",
         )
-    return _description(read_engine(place))
+    return _description(read_engine(directory))
 
 
-def load(place: Path, options: Options) -> TrtllmBackend:
+def load(directory: Path, options: Options) -> TrtllmBackend:
     """Load this rank's part of an engine; all ranks of mpirun do so at the same time."""
-    return _load(_check(place, options))
+    return _load(_check(directory, options))
 
 
-def run_worker(place: Path, options: Options) -> None:
+def run_worker(directory: Path, options: Options) -> None:
     """Run the requests that rank 0 sends until it closes its backend."""
     try:
-        engine = _check(place, options)
+        engine = _check(directory, options)
     except PhiregError:
         return  # rank 0 reports the same, and must not be killed before that
     backend = _load(engine)
@@ -66,15 +66,15 @@ def run_worker(place: Path, options: Options) -> None:
         raise
 
 
-def _check(place: Path, options: Options) -> Engine:
+def _check(directory: Path, options: Options) -> Engine:
     """The engine, after the checks that end alike on every rank."""
-    describe(place, options)
-    engine, (_, size) = read_engine(place), process_rank()
+    describe(directory, options)
+    engine, (_, size) = read_engine(directory), process_rank()
     if size != engine.world_size:
         raise UsageError(
-            f"{place} was built for {engine.world_size} rank(s), and the number of processes "
+            f"{directory} was built for {engine.world_size} rank(s), and the number of processes "
             f"is {size}",
-            hint=f"mpirun -n {engine.world_size} phireg run {place} ...",
+            hint=f"mpirun -n {engine.world_size} phireg run {directory} ...",
         )
     return engine
 

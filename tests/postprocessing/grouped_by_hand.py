@@ -1,7 +1,7 @@
 """Tiny Phi-3-small checkpoints written by hand, right and in the source's order.
 
-Nothing here is of phireg. The hidden size is a multiple of heads + 2 * KV heads, so that an entry
-per input feature could be taken for one per head, and a head has neither one row nor all.
+Nothing of phireg is used here. The hidden size is a multiple of heads + 2 * KV heads, so that an
+entry per input feature could be taken for one per head, and a head has neither one row nor all.
 """
 
 import json
@@ -37,12 +37,12 @@ def load(path):
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
     header.pop("__metadata__", None)
-    made = {}
+    tensors = {}
     for name, entry in header.items():
         first, last = (8 + length + n for n in entry["data_offsets"])
         array = np.frombuffer(raw[first:last], CODES[entry["dtype"]])
-        made[name] = (entry["dtype"], array.reshape(entry["shape"]))
-    return made
+        tensors[name] = (entry["dtype"], array.reshape(entry["shape"]))
+    return tensors
 
 
 def e4m3(values):
@@ -99,20 +99,20 @@ def write_source(directory, tensors, kv=KV):
     """The Hugging Face model that the checkpoints are of."""
     directory.mkdir()
     random = np.random.default_rng(9)
-    made = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
     for name in ("model.final_layernorm", *(
         f"model.layers.{i}.{norm}" for i in range(LAYERS)
         for norm in ("input_layernorm", "post_attention_layernorm")
     )):  # fmt: skip
-        made |= {f"{name}.weight": (HIDDEN,), f"{name}.bias": (HIDDEN,)}
+        shapes |= {f"{name}.weight": (HIDDEN,), f"{name}.bias": (HIDDEN,)}
     for i in range(LAYERS):
         for name, rows, cols in (
             ("self_attn.dense", HIDDEN, HIDDEN), ("mlp.up_proj", 2 * INNER, HIDDEN),
             ("mlp.down_proj", HIDDEN, INNER),
         ):  # fmt: skip
             layer = f"model.layers.{i}.{name}"
-            made |= {f"{layer}.weight": (rows, cols), f"{layer}.bias": (rows,)}
-    saved = {name: ("F16", random.standard_normal(shape)) for name, shape in made.items()}
+            shapes |= {f"{layer}.weight": (rows, cols), f"{layer}.bias": (rows,)}
+    saved = {name: ("F16", random.standard_normal(shape)) for name, shape in shapes.items()}
     for i, (weight, bias) in enumerate(tensors):
         name = f"model.layers.{i}.self_attn.query_key_value"
         saved |= {f"{name}.weight": ("F16", weight), f"{name}.bias": ("F16", bias)}
@@ -129,24 +129,24 @@ def write_source(directory, tensors, kv=KV):
 
 def exported(kind, weight, bias, rng):
     """A whole qkv in the source's order as an exporter stores it: (code, array) by companion."""
-    made = {"bias": ("F16", bias)}
+    stored = {"bias": ("F16", bias)}
     wide = weight.astype("f8")
     if kind == "float16":
-        return made | {"weight": ("F16", weight)}
-    made["activation_scaling_factor"] = ("F32", rng.random(1) + 0.5)
+        return stored | {"weight": ("F16", weight)}
+    stored["activation_scaling_factor"] = ("F32", rng.random(1) + 0.5)
     if kind in ("fp8", "fp8 as int8"):
         scale = np.float32(np.abs(wide).max() / 448)
         codes = e4m3(wide / scale)
-        made["weight"] = ("F8_E4M3", codes) if kind == "fp8" else ("I8", codes.view("i1"))
-        made["weights_scaling_factor"] = ("F32", np.array([scale]))
-        return made
+        stored["weight"] = ("F8_E4M3", codes) if kind == "fp8" else ("I8", codes.view("i1"))
+        stored["weights_scaling_factor"] = ("F32", np.array([scale]))
+        return stored
     smooth = (10 ** rng.uniform(-1, 1, HIDDEN)).astype("f2")
     smoothed = wide / smooth.astype("f8")
     scales = np.abs(smoothed).max(1) / 127
-    made["weight"] = ("I8", np.rint(smoothed / scales[:, None]))
-    made["weights_scaling_factor"] = ("F32", scales)
-    made["prequant_scaling_factor"] = ("F16", smooth)
-    return made
+    stored["weight"] = ("I8", np.rint(smoothed / scales[:, None]))
+    stored["weights_scaling_factor"] = ("F32", scales)
+    stored["prequant_scaling_factor"] = ("F16", smooth)
+    return stored
 
 
 PER_ROW = {
@@ -211,12 +211,12 @@ def content(directory):
 
 
 def same(directory, ranks):
-    """Whether the rank files hold exactly these tensors."""
+    """Assert that the rank files hold exactly these tensors."""
     for rank, tensors in enumerate(ranks):
-        found = load(directory / f"rank{rank}.safetensors")
-        assert list(found) == list(tensors)
+        stored = load(directory / f"rank{rank}.safetensors")
+        assert list(stored) == list(tensors)
         for name, (code, array) in tensors.items():
-            assert found[name][0] == code
-            wanted = array.astype(CODES[code])
-            assert found[name][1].shape == wanted.shape, name
-            assert found[name][1].tobytes() == wanted.tobytes(), name
+            assert stored[name][0] == code
+            expected = array.astype(CODES[code])
+            assert stored[name][1].shape == expected.shape, name
+            assert stored[name][1].tobytes() == expected.tobytes(), name

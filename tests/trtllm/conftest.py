@@ -17,29 +17,29 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    place = tmp_path_factory.mktemp("made")
-    make_tiny_phi3(place / "model")
-    (place / "model" / "tokenizer.json").write_text("{}")
+def checkpoints(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoints")
+    make_tiny_phi3(directory / "model")
+    (directory / "model" / "tokenizer.json").write_text("{}")
     for ranks in (1, 2):
-        phireg.convert(phireg.plan(place / "model", tp_size=ranks), place / f"ckpt{ranks}")
-    return place
+        phireg.convert(phireg.plan(directory / "model", tp_size=ranks), directory / f"ckpt{ranks}")
+    return directory
 
 
 @pytest.fixture
-def model(made):
-    return made / "model"
+def model(checkpoints):
+    return checkpoints / "model"
 
 
 @pytest.fixture
-def checkpoint(made):
-    return made / "ckpt1"
+def checkpoint(checkpoints):
+    return checkpoints / "ckpt1"
 
 
 @pytest.fixture
-def split(made):
+def split(checkpoints):
     """For two ranks."""
-    return made / "ckpt2"
+    return checkpoints / "ckpt2"
 
 
 class Fake:

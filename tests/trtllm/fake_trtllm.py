@@ -213,8 +213,8 @@ def install(folder, release="0.17.0.post1", *, engines=True):
 
 def engine(folder, ranks=1, *, run_options=None, paged="PAGED", **build):
     """An engine directory of a model with the vocabulary above."""
-    place = Path(folder)
-    place.mkdir(parents=True)
+    directory = Path(folder)
+    directory.mkdir(parents=True)
     pretrained = {
         "architecture": "Phi3ForCausalLM",
         "dtype": "float16",
@@ -228,9 +228,9 @@ def engine(folder, ranks=1, *, run_options=None, paged="PAGED", **build):
         "pretrained_config": pretrained,
         "build_config": {**limits, "kv_cache_type": paged, "plugin_config": plugins, **build},
     }
-    (place / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(config))
     for rank in range(ranks):
-        (place / f"rank{rank}.engine").write_bytes(b"\0")
+        (directory / f"rank{rank}.engine").write_bytes(b"\0")
     if run_options is not None:
-        (place / "phireg-build.json").write_text(json.dumps({"run_options": run_options}))
-    return place
+        (directory / "phireg-build.json").write_text(json.dumps({"run_options": run_options}))
+    return directory

@@ -20,24 +20,24 @@ BUILD = {"max_input_len": 1024, "max_seq_len": 2048, "max_batch_size": 8, "max_b
 @pytest.fixture
 def write(tmp_path):
     def make(config=None, ranks=2, **files):
-        place = tmp_path / "engine"
-        place.mkdir(exist_ok=True)
+        directory = tmp_path / "engine"
+        directory.mkdir(exist_ok=True)
         whole = {"version": "0.17.0", "pretrained_config": PRETRAINED, "build_config": BUILD}
-        (place / "config.json").write_text(json.dumps(whole | (config or {})))
+        (directory / "config.json").write_text(json.dumps(whole | (config or {})))
         for rank in range(ranks):
-            (place / f"rank{rank}.engine").write_bytes(b"x")
+            (directory / f"rank{rank}.engine").write_bytes(b"x")
         for name, document in files.items():
-            (place / f"{name.replace('_', '-')}.json").write_text(json.dumps(document))
-        return place
+            (directory / f"{name.replace('_', '-')}.json").write_text(json.dumps(document))
+        return directory
 
     return make
 
 
 def test_the_description_of_an_engine(write):
-    place = write(phireg_build={"run_options": {"enable_context_fmha_fp32_acc": True}})
-    engine = read_engine(place)
-    assert kind_of(place) is ENGINE
-    assert objection(place, ENGINE) is None
+    directory = write(phireg_build={"run_options": {"enable_context_fmha_fp32_acc": True}})
+    engine = read_engine(directory)
+    assert kind_of(directory) is ENGINE
+    assert objection(directory, ENGINE) is None
     assert (engine.version, engine.architecture, engine.dtype) == (
         "0.17.0", "PhiForCausalLM", "float16",
     )  # fmt: skip
@@ -48,16 +48,11 @@ def test_the_description_of_an_engine(write):
     assert engine.run_options == {"enable_context_fmha_fp32_acc": True}
 
 
-def test_built_without_phireg(write):
+def test_engines_of_other_builders(write):
     assert read_engine(write()).run_options == {}
-
-
-def test_logits(write):
-    gathered = BUILD | {"gather_context_logits": True}
-    assert read_engine(write({"build_config": gathered})).gathers_logits is True
-
-
-def test_before_011_the_new_tokens_are_limited(write):
+    gathers = BUILD | {"gather_context_logits": True}
+    assert read_engine(write({"build_config": gathers})).gathers_logits is True
+    # before 0.11 the new tokens were limited
     old = {"max_input_len": 1000, "max_output_len": 24, "max_batch_size": 1, "max_beam_width": 1}
     assert read_engine(write({"build_config": old})).max_seq_len == 1024
 
@@ -94,6 +89,6 @@ def test_a_checkpoint_is_no_engine(checkpoint, tmp_path):
 
 
 def test_a_directory_that_may_not_be_replaced(write):
-    place = write()
-    (place / "notes").mkdir()
-    assert "notes" in objection(place, ENGINE)
+    directory = write()
+    (directory / "notes").mkdir()
+    assert "notes" in objection(directory, ENGINE)

@@ -53,12 +53,12 @@ def log(tmp_path, call="generate"):
 
 def test_greedy_batches_and_stop_ids(fake, tmp_path, capfd):
     fake()
-    place = engine(tmp_path / "engine")
+    directory = engine(tmp_path / "engine")
     free = [continued(prompt, 8) for prompt in PROMPTS]
     stops = {free[0][3], free[1][5]}
     expected = [continued(prompt, 8, stops) for prompt in PROMPTS]
     assert expected != free
-    with open_backend("tensorrt-llm", place) as backend:
+    with open_backend("tensorrt-llm", directory) as backend:
         facts = backend.name, backend.device, backend.dtype, backend.processes
         assert facts == ("tensorrt-llm", "cuda", "float16", 1)
         assert backend.generate(PROMPTS, 8, (), GREEDY) == free
@@ -100,13 +100,13 @@ def test_sampling_and_beams(fake, tmp_path):
 
 def test_likelihood_from_context_logits(fake, tmp_path):
     fake()
-    place = engine(tmp_path / "engine", gather_context_logits=True)
+    directory = engine(tmp_path / "engine", gather_context_logits=True)
     likely = continued([3, 1, 4], 4)
     unlikely = [(next_token([7]) + 1) % VOCAB]
     norm = math.log(math.exp(3) + VOCAB - 1)
-    with open_backend("tensorrt-llm", place) as backend:
-        found = backend.mean_nll([[3, 1, 4], [7]], [likely, unlikely])
-        assert found == pytest.approx([norm - 3, norm], rel=1e-3)
+    with open_backend("tensorrt-llm", directory) as backend:
+        means = backend.mean_nll([[3, 1, 4], [7]], [likely, unlikely])
+        assert means == pytest.approx([norm - 3, norm], rel=1e-3)
         mixed = backend.mean_nll([[3, 1, 4]], [[*likely[:3], (likely[3] + 1) % VOCAB]])
         assert mixed == pytest.approx([norm - 3 * 3 / 4], rel=1e-3)
         with pytest.raises(UsageError, match="20"):
@@ -114,7 +114,7 @@ def test_likelihood_from_context_logits(fake, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("release", "options", "build", "kind", "told"),
+    ("release", "options", "build", "kind", "accumulates"),
     [
         ("0.17.0", {"enable_context_fmha_fp32_acc": True}, {}, "ModelRunnerCpp", True),
         ("1.2.0", None, {}, "ModelRunnerCpp", None),
@@ -143,32 +143,32 @@ def test_likelihood_from_context_logits(fake, tmp_path):
         ),
     ],
 )
-def test_runner_and_its_options(release, options, build, kind, told, fake, tmp_path):
+def test_runner_and_its_options(release, options, build, kind, accumulates, fake, tmp_path):
     fake(release)
-    place = engine(tmp_path / "engine", run_options=options, **build)
+    directory = engine(tmp_path / "engine", run_options=options, **build)
     stops = {continued([3, 1], 9)[4], 49}
-    with open_backend("tensorrt-llm", place) as backend:
-        found = backend.generate([[3, 1]], 9, stops, GREEDY)
-    assert found == [continued([3, 1], 9, stops)]
+    with open_backend("tensorrt-llm", directory) as backend:
+        tokens = backend.generate([[3, 1]], 9, stops, GREEDY)
+    assert tokens == [continued([3, 1], 9, stops)]
     (loaded,) = log(tmp_path, "from_dir")
-    assert (loaded["call"], loaded["fp32"]) == (f"{kind}.from_dir", told)
+    assert (loaded["call"], loaded["fp32"]) == (f"{kind}.from_dir", accumulates)
     # 0.11 has another shape of stop words
     assert (log(tmp_path)[0]["stop_words_list"] is None) == (release == "0.11.0")
 
 
 def test_refusals_of_the_backend(fake, tmp_path, monkeypatch):
-    place = engine(tmp_path / "engine")
+    directory = engine(tmp_path / "engine")
     with (
         pytest.raises(PhiregError, match="--backend executor"),
-        open_backend("tensorrt-llm", place),
+        open_backend("tensorrt-llm", directory),
     ):
         pass
     fake()
     monkeypatch.setenv("FAKE_REFUSES", "1")
     with pytest.raises(CheckError, match="version mismatch"):
-        open_backend("tensorrt-llm", place).__enter__()
+        open_backend("tensorrt-llm", directory).__enter__()
     monkeypatch.delenv("FAKE_REFUSES")
-    with open_backend("tensorrt-llm", place) as backend:
+    with open_backend("tensorrt-llm", directory) as backend:
         for prompts, count, limit in (
             ([[1] * 21], 2, "20"),
             ([[1]] * 5, 2, "4"),
@@ -189,10 +189,10 @@ def test_refusals_of_the_backend(fake, tmp_path, monkeypatch):
         (Options(device="cuda:1"), "CUDA_VISIBLE_DEVICES"),
     ):
         with pytest.raises(UsageError, match=names):
-            describe("tensorrt-llm", place, options)
-    (place / "rank0.engine").unlink()
+            describe("tensorrt-llm", directory, options)
+    (directory / "rank0.engine").unlink()
     with pytest.raises(PhiregError, match=r"rank0\.engine"):
-        describe("tensorrt-llm", place)
+        describe("tensorrt-llm", directory)
 
 
 def test_a_release_without_runtime(fake, tmp_path):
@@ -262,23 +262,27 @@ def ids_file(tmp_path, rows=PROMPTS):
 
 def test_run_takes_an_engine_by_itself(fake, tmp_path):
     fake()
-    place = engine(tmp_path / "engine")
+    directory = engine(tmp_path / "engine")
     flags = ("--input-file", ids_file(tmp_path), "--max_output_len", 6, "--json")
-    for way in ((place,), ("--engine_dir", place), (place, "--backend", "tensorrt-llm")):
+    for way in (
+        (directory,),
+        ("--engine_dir", directory),
+        (directory, "--backend", "tensorrt-llm"),
+    ):
         result = phireg(*way, *flags)
         assert result.exit_code == 0, result.output
-        found = json.loads(result.stdout)
-        assert [row["tokens"] for row in found["results"]] == [continued(p, 6) for p in PROMPTS]
-        assert (found["backend"], found["engine_dir"]) == ("tensorrt-llm", str(place))
-        assert (found["checkpoint_dir"], found["model_dir"]) == (None, None)
-        assert (found["tp_size"], found["processes"], found["num_beams"]) == (1, 1, 1)
-    found = json.loads(phireg(place, *flags, "--num_beams", 2).stdout)
-    assert [row["tokens"] for row in found["results"]] == [continued(p, 6) for p in PROMPTS]
-    assert found["num_beams"] == 2
+        document = json.loads(result.stdout)
+        assert [row["tokens"] for row in document["results"]] == [continued(p, 6) for p in PROMPTS]
+        assert (document["backend"], document["engine_dir"]) == ("tensorrt-llm", str(directory))
+        assert (document["checkpoint_dir"], document["model_dir"]) == (None, None)
+        assert (document["tp_size"], document["processes"], document["num_beams"]) == (1, 1, 1)
+    document = json.loads(phireg(directory, *flags, "--num_beams", 2).stdout)
+    assert [row["tokens"] for row in document["results"]] == [continued(p, 6) for p in PROMPTS]
+    assert document["num_beams"] == 2
     # a batch is no larger than the engine takes
     many = ids_file(tmp_path, [[n + 1] for n in range(9)])
-    found = json.loads(phireg(place, "--input-file", many, *flags[2:]).stdout)
-    assert [batch["prompts"] for batch in found["batches"]] == [4, 4, 1]
+    document = json.loads(phireg(directory, "--input-file", many, *flags[2:]).stdout)
+    assert [batch["prompts"] for batch in document["batches"]] == [4, 4, 1]
 
 
 @pytest.mark.parametrize(
@@ -308,19 +312,19 @@ def test_run_refuses_what_an_engine_cannot_do(flags, names, tmp_path):
 
 def test_run_says_what_starts_an_engine_of_two_ranks(fake, tmp_path, monkeypatch):
     fake()
-    place, file = engine(tmp_path / "engine", ranks=2), ids_file(tmp_path)
-    result = phireg(place, "--input-file", file)
+    directory, file = engine(tmp_path / "engine", ranks=2), ids_file(tmp_path)
+    result = phireg(directory, "--input-file", file)
     assert result.exit_code == 2
     assert "1 process was started" in result.stderr
-    assert f"mpirun -n 2 phireg run {place}" in " ".join(result.stderr.split())
-    result = phireg(place, "--input-file", file, "--tp", 2)
+    assert f"mpirun -n 2 phireg run {directory}" in " ".join(result.stderr.split())
+    result = phireg(directory, "--input-file", file, "--tp", 2)
     assert (result.exit_code, "mpirun -n 2 phireg run" in result.stderr) == (2, True)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    result = phireg(place, "--input-file", file)
+    result = phireg(directory, "--input-file", file)
     assert (result.exit_code, "started by torchrun" in result.stderr) == (2, True)
     monkeypatch.setenv("RANK", "1")
-    result = phireg(place, "--input-file", file)
+    result = phireg(directory, "--input-file", file)
     assert (result.exit_code, result.output) == (0, "")
 
 
@@ -351,14 +355,14 @@ def mpirun(count, tmp_path, *args, stdin=b"", **more):
 @pytest.mark.parametrize("paged", ["PAGED", "CONTINUOUS"])
 def test_two_processes(paged, tmp_path):
     install(tmp_path / "site")
-    place = engine(tmp_path / "engine", ranks=2, paged=paged)
+    directory = engine(tmp_path / "engine", ranks=2, paged=paged)
     lines = b"".join(json.dumps({"input_ids": row}).encode() + b"\n" for row in PROMPTS)
     flags = ("--input-file", "-", "--max-new-tokens", 5, "--batch-size", 2, "--json")
-    (out, err, code), (nothing, _, other) = mpirun(2, tmp_path, place, *flags, stdin=lines)
+    (out, err, code), (nothing, _, other) = mpirun(2, tmp_path, directory, *flags, stdin=lines)
     assert (code, other, nothing) == (0, 0, b""), err
-    found = json.loads(out)
-    assert [row["tokens"] for row in found["results"]] == [continued(p, 5) for p in PROMPTS]
-    assert (found["tp_size"], found["processes"]) == (2, 2)
+    document = json.loads(out)
+    assert [row["tokens"] for row in document["results"]] == [continued(p, 5) for p in PROMPTS]
+    assert (document["tp_size"], document["processes"]) == (2, 2)
     assert sorted(line["rank"] for line in log(tmp_path, "from_dir")) == [0, 1]
     # both ranks generate, batch by batch; a ModelRunner's other ranks with the same arguments
     calls = [[c for c in log(tmp_path) if c["rank"] == rank] for rank in (0, 1)]
@@ -371,8 +375,8 @@ def test_two_processes(paged, tmp_path):
 def test_two_processes_that_fail_together(tmp_path):
     install(tmp_path / "site")
     file = ids_file(tmp_path)
-    one = engine(tmp_path / "one", ranks=1)
-    (_, err, code), (nothing, quiet, _) = mpirun(2, tmp_path, one, "--input-file", file)
+    single = engine(tmp_path / "one", ranks=1)
+    (_, err, code), (nothing, quiet, _) = mpirun(2, tmp_path, single, "--input-file", file)
     assert code == 2
     assert b"2 processes were started" in err
     assert b"mpirun -n 1" in err

@@ -21,9 +21,9 @@ def commands(name):
     variables = dict(re.findall(r"^(\w+)=(\S+)$", text, re.MULTILINE))
     for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            found = re.match(r"(?:mpirun -n 2 --allow-run-as-root\s+)?phireg (.*)", line.strip())
-            if found:
-                yield Template(" ".join(found[1].split())).safe_substitute(variables)
+            match = re.match(r"(?:mpirun -n 2 --allow-run-as-root\s+)?phireg (.*)", line.strip())
+            if match:
+                yield Template(" ".join(match[1].split())).safe_substitute(variables)
 
 
 LINES = sorted({*commands("guide.md"), *commands("gpu-host.md")})
@@ -54,13 +54,13 @@ def test_json_keys(run, split, tmp_path):
     assert undocumented == set()
 
 
-def test_the_example_of_print_command(made):
+def test_the_example_of_print_command(checkpoints):
     """The flags of the documented example, without the paths and with the model's own lengths."""
     text = (DOCS / "command-line.md").read_text()
     (line,) = re.findall(
         r"^trtllm-build --checkpoint_dir ckpt --output_dir engine (.*)$", text, re.M
     )
-    config = json.loads((made / "ckpt1" / "config.json").read_text())
+    config = json.loads((checkpoints / "ckpt1" / "config.json").read_text())
     options = BuildOptions(
         max_input_len=1024,
         max_output_len=1024,
