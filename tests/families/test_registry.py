@@ -1,4 +1,4 @@
-"""The registry, with made-up distributions: only metadata is read until a family is asked for."""
+"""The registry, with made-up distributions."""
 
 import sys
 import textwrap
@@ -114,14 +114,8 @@ def test_an_unknown_family_is_answered_with_the_nearest_and_all():
         offer("phi2", "x:F", "phireg", "0.1.0"),
         offer("acme-phi4", "x:F"),
     )
-    assert "no installed plugin offers a family 'phi3-mimi'" in error.message
-    assert "did you mean 'phi3-mini'?" in error.message
-    assert error.hint == "installed: acme-phi4 (acme-phi 0.3); phi2, phi3-mini (phireg 0.1.0)"
-
-
-def test_an_unknown_family_like_no_other():
-    assert "did you mean" not in failure("llama", offer("phi2", "x:F")).message
-    assert failure("llama").hint == "installed: none"
+    assert "'phi3-mimi'" in error.message and "'phi3-mini'" in error.message
+    assert "acme-phi4 (acme-phi 0.3); phi2, phi3-mini (phireg 0.1.0)" in error.hint
 
 
 def test_two_distributions_with_one_name(plugin):
@@ -132,11 +126,10 @@ def test_two_distributions_with_one_name(plugin):
         offer("phi3-small", "acme_two:FAMILY", "acme-phi", "0.3"),
     )
     error = failure("phi3-small", *offers)
-    assert "family 'phi3-small' is offered 2 times" in error.message
     assert "phireg 0.1.0  phi3-small = acme_one:FAMILY" in error.message
     assert "acme-phi 0.3  phi3-small = acme_two:FAMILY" in error.message
     assert "--family acme-phi:phi3-small  or  --family phireg:phi3-small" in error.hint
-    assert not {"acme_one", "acme_two"} & set(sys.modules), "asking which needs no import"
+    assert not {"acme_one", "acme_two"} & set(sys.modules)
     chosen = registry.load("acme-phi:phi3-small", registry.index(offers))
     assert chosen.candidate.distribution == "acme-phi"
     assert "acme_one" not in sys.modules
@@ -144,7 +137,7 @@ def test_two_distributions_with_one_name(plugin):
 
 def test_a_distribution_that_does_not_offer_the_family():
     error = failure("other:phi2", offer("phi2", "x:F", "phireg"))
-    assert "no installed plugin offers a family 'other:phi2'" in error.message
+    assert "'other:phi2'" in error.message
 
 
 @pytest.mark.parametrize(
@@ -162,41 +155,30 @@ def test_a_plugin_that_cannot_be_imported(plugin, body, says):
     plugin("acme_good", "FAMILY = make('good')")
     offers = (offer("bad", "acme_bad:FAMILY"), offer("good", "acme_good:FAMILY"))
     error = failure("bad", *offers)
-    assert "family 'bad' is offered by acme-phi 0.3 (acme_bad:FAMILY)" in error.message
+    assert "acme-phi 0.3 (acme_bad:FAMILY)" in error.message
     assert says in error.message
-    assert "other families are not affected" in error.hint
+    assert error.hint
     assert registry.load("good", registry.index(offers)).family.name == "good"
 
 
 def test_a_malformed_entry_point():
-    assert "cannot be loaded" in failure("bad", offer("bad", "not a module at all!")).message
+    assert "not a module at all!" in failure("bad", offer("bad", "not a module at all!")).message
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "culprit"),
     [
-        ("FAMILY = make('x', api=2)", "plugin API 2; this phireg has API 1"),
-        ("FAMILY = make('x', steps=())", "no step implements"),
+        ("FAMILY = make('x', api=2)", "API 2"),
+        ("FAMILY = make('x', steps=())", "phireg_weight_rules"),
+        ("FAMILY = {'name': 'x'}", "dict"),
+        ("FAMILY = make('y')", "'y'"),  # not the entry point's name
     ],
 )
-def test_what_the_family_itself_refuses_names_the_distribution(plugin, body, says):
+def test_what_is_no_such_family_names_the_distribution(plugin, body, culprit):
     plugin("acme_x", body)
     error = failure("x", offer("x", "acme_x:FAMILY"))
     assert error.message.startswith("acme-phi 0.3: ")
-    assert says in error.message
-    assert error.hint
-
-
-def test_something_else_than_a_family(plugin):
-    plugin("acme_x", "FAMILY = {'name': 'x'}")
-    error = failure("x", offer("x", "acme_x:FAMILY"))
-    assert error.message == "acme-phi 0.3: acme_x:FAMILY is a dict, not a phireg.api.Family"
-
-
-def test_another_name_than_the_entry_points(plugin):
-    plugin("acme_x", "FAMILY = make('y')")
-    error = failure("x", offer("x", "acme_x:FAMILY"))
-    assert "the entry point is called 'x', but the family is called 'y'" in error.message
+    assert culprit in error.message
 
 
 def test_damaged_metadata_does_not_stop_the_others(plugin):
@@ -244,9 +226,9 @@ def test_choose_with_none_lists_the_reasons(plugin):
             offer("bad", "acme_bad:FAMILY"),
         )
     message = caught.value.message
-    assert "a: its architecture is Acme, and a converts Other" in message
+    assert "a: its architecture is Acme" in message
     assert "b: it is small" in message
-    assert "family 'bad' is offered by acme-phi 0.3" in message, "it might have been the one"
+    assert "family 'bad'" in message, "it might have been the one"
     assert caught.value.exit_code == 3
 
 
@@ -255,20 +237,18 @@ def test_choose_with_two_says_how_to_choose(plugin):
     plugin("acme_b", "FAMILY = make('b')")
     with pytest.raises(PluginError) as caught:
         choose(ACME, offer("a", "acme_a:FAMILY"), offer("b", "acme_b:FAMILY", "b-dist", "1"))
-    assert "2 families claim this model" in caught.value.message
-    assert caught.value.hint == "choose one: --family acme-phi:a  or  --family b-dist:b"
+    assert "--family acme-phi:a  or  --family b-dist:b" in caught.value.hint
 
 
 def test_a_derived_family_goes_before_its_bases(plugin):
-    """A package for one model of a known architecture does not make auto ambiguous."""
     plugin("acme_a", "FAMILY = make('a')")
     plugin("acme_b", "from acme_a import FAMILY as A\nFAMILY = A.derive('b')")
-    told = "tell_apart=lambda hf: hf.get('told')"
-    plugin("acme_c", f"from acme_b import FAMILY as B\nFAMILY = B.derive('c', {told})")
+    reason = "tell_apart=lambda hf: hf.get('reason')"
+    plugin("acme_c", f"from acme_b import FAMILY as B\nFAMILY = B.derive('c', {reason})")
     offers = [offer(n, f"acme_{n}:FAMILY") for n in "abc"]
     assert choose(ACME, *offers).family.name == "c"
     assert choose(ACME, *reversed(offers)).family.name == "c"
-    assert choose({**ACME, "told": "it is not c"}, *offers).family.name == "a"
+    assert choose({**ACME, "reason": "it is not c"}, *offers).family.name == "a"
 
 
 @pytest.mark.parametrize(
@@ -289,34 +269,31 @@ def test_a_broken_plugin_is_a_warning(plugin, body, says):
     assert "acme-phi 0.3" in warning
 
 
-def test_a_variant_that_cannot_be_told_apart_is_not_considered(plugin):
-    plugin("acme_a", "FAMILY = make('a')")
-    plugin("acme_v", "FAMILY = make('a').derive('v')")
-    chosen = choose(ACME, offer("a", "acme_a:FAMILY"), offer("v", "acme_v:FAMILY"))
-    assert chosen.family.name == "a"
-    assert registry.load("v", registry.index([offer("v", "acme_v:FAMILY")])).family.name == "v"
-
-
-def test_a_variant_that_can_be_told_apart_is_considered(plugin):
-    plugin("acme_a", "FAMILY = make('a', tell_apart=lambda hf: 'large' if hf.has('big') else None)")
-    plugin(
-        "acme_v",
-        "FAMILY = make('a').derive('v', tell_apart=lambda hf: None if hf.has('big') else 'small')",
-    )
-    offers = offer("a", "acme_a:FAMILY"), offer("v", "acme_v:FAMILY")
-    assert choose(ACME, *offers).family.name == "a"
-    assert choose({**ACME, "big": 1}, *offers).family.name == "v"
-
-
 @pytest.mark.parametrize("config", [{}, {"architectures": []}, {"hidden_size": 6}])
 def test_a_config_that_names_no_model_is_not_guessed(plugin, config):
     plugin("acme_a", "FAMILY = make('a')")
-    with pytest.raises(SourceError, match="neither architectures nor a model_type") as caught:
+    with pytest.raises(SourceError) as caught:
         choose(config, offer("a", "acme_a:FAMILY"))
     assert "--family" in caught.value.hint
 
 
-# What is really installed
+# All families
+
+
+def test_families_are_listed_with_what_they_can_do_or_their_problem(plugin):
+    model = "PublishedModel('acme/model', {'hidden_size': 6})"
+    plugin(
+        "acme_a", f"from phireg.api import PublishedModel\nFAMILY = make('a', published=({model},))"
+    )
+    plugin("acme_bad", "1 / 0")
+    offers = (offer("a", "acme_a:FAMILY"), offer("bad", "acme_bad:FAMILY"))
+    infos = {info.candidate.name: info for info in registry.families(registry.index(offers))}
+    assert "ZeroDivisionError" in infos["bad"].problem and infos["bad"].family is None
+    assert infos["a"].problem is None and infos["a"].family.name == "a"
+    assert 1 in infos["a"].tp_sizes["acme/model"] and infos["a"].qformats["acme/model"] == ()
+
+
+# Installed families
 
 
 def test_the_built_in_families_use_the_public_group():

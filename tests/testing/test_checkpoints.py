@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conformance.acme import BASES, TINY
 from phireg_plugins.phi3_mini import FAMILY as MINI
 from safetensors.torch import load_file, save_file
+from testing.acme import BASES, TINY
 
 from phireg.errors import OutputError, PluginError, SourceError, UsageError
 from phireg.testing import cut, write_tiny_model

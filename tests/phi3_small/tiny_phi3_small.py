@@ -61,27 +61,20 @@ def source_shapes(config):
     h, f = config["hidden_size"], config["ff_intermediate_size"]
     d = h // config["num_attention_heads"]
     qkv = (config["num_attention_heads"] + 2 * config["num_key_value_heads"]) * d
-    shapes = {
-        "model.embed_tokens.weight": (config["vocab_size"], h),
-        "model.final_layernorm.weight": (h,),
-        "model.final_layernorm.bias": (h,),
+    norms = ("input_layernorm", "post_attention_layernorm")
+    linears = {
+        "self_attn.query_key_value": (qkv, h),
+        "self_attn.dense": (h, h),
+        "mlp.up_proj": (2 * f, h),
+        "mlp.down_proj": (h, f),
     }
+    modules = {"model.final_layernorm": (h,)}
     for layer in range(config["num_hidden_layers"]):
-        for name, shape in {
-            "input_layernorm.weight": (h,),
-            "input_layernorm.bias": (h,),
-            "post_attention_layernorm.weight": (h,),
-            "post_attention_layernorm.bias": (h,),
-            "self_attn.query_key_value.weight": (qkv, h),
-            "self_attn.query_key_value.bias": (qkv,),
-            "self_attn.dense.weight": (h, h),
-            "self_attn.dense.bias": (h,),
-            "mlp.up_proj.weight": (2 * f, h),
-            "mlp.up_proj.bias": (2 * f,),
-            "mlp.down_proj.weight": (h, f),
-            "mlp.down_proj.bias": (h,),
-        }.items():
-            shapes[f"model.layers.{layer}.{name}"] = shape
+        modules |= {f"model.layers.{layer}.{norm}": (h,) for norm in norms}
+        modules |= {f"model.layers.{layer}.{name}": shape for name, shape in linears.items()}
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], h)}
+    for name, shape in modules.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     return shapes
 
 

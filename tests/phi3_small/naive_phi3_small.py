@@ -1,8 +1,7 @@
-"""Phi-3-small once more, in float64 NumPy with a loop per token and per head.
+"""Phi-3-small in float64 NumPy, with a loop per token and per head.
 
-Written from the published formulas and nothing else: this is the truth that reference.py is
-compared with. ``wrong`` plants one known mistake, so that the tests can show that they would see
-it.
+Written from the published formulas alone; reference.py is compared with it. ``wrong`` plants one
+known mistake, so that the tests can show that they would notice it.
 """
 
 import math
@@ -101,11 +100,8 @@ class Naive:
 
     def split(self, y):
         """Queries by global head, keys and values by group, of one token's projection."""
-        heads, groups, d = (
-            self.c["num_attention_heads"],
-            self.c["num_key_value_heads"],
-            self.head_dim,
-        )
+        heads, groups = self.c["num_attention_heads"], self.c["num_key_value_heads"]
+        d = self.head_dim
         per_group = heads // groups
         pieces = [y[n * d : (n + 1) * d] for n in range(heads + 2 * groups)]
         if self.wrong == "qkv as [Q; K; V]":

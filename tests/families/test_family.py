@@ -1,4 +1,4 @@
-"""Families: what the constructor refuses, how steps answer, how variants derive."""
+"""Families: refused constructions, hooks and their errors, derived variants."""
 
 import inspect
 import re
@@ -11,7 +11,7 @@ from phireg.config.fields import FieldTable, const
 from phireg.config.hf import HFConfig
 from phireg.errors import PluginError
 from phireg.family import Family, PublishedModel
-from phireg.hookspecs import API, hookimpl
+from phireg.hookspecs import API, Steps, hookimpl
 from phireg.layout.axes import parts, src
 from phireg.layout.quant_rules import QuantRules
 from phireg.layout.rules import Norm, Rules
@@ -63,8 +63,8 @@ def refused(*steps):
 def line_of(needle):
     """The number of the line that ends with a marker comment."""
     lines = Path(__file__).read_text().splitlines()
-    (found,) = [i for i, line in enumerate(lines, 1) if line.endswith(f"# {needle}")]
-    return found
+    (number,) = [i for i, line in enumerate(lines, 1) if line.endswith(f"# {needle}")]
+    return number
 
 
 def test_a_family_answers_with_its_steps():
@@ -99,36 +99,28 @@ def test_the_steps_may_be_one_namespace_per_hook():
 # What is refused
 
 
-def test_a_misspelt_hook_names_the_nearest():
+@pytest.mark.parametrize("mark", [hookimpl, lambda function: function])
+def test_a_misspelt_hook_is_found_and_the_nearest_named(mark):
     class Misspelt(Base):
-        @hookimpl
+        @mark
         def phireg_weigth_rules(self, config, hf):
             return Rules()
 
     error = refused(Misspelt())
-    assert "there is no hook 'phireg_weigth_rules'" in error.message
+    assert "phireg_weigth_rules" in error.message
     assert re.search(rf"{HERE}:\d+", error.message)
-    assert error.hint == "did you mean 'phireg_weight_rules'?"
+    assert "phireg_weight_rules" in error.hint
 
 
-def test_a_misspelt_unmarked_hook_is_found_too():
-    class Misspelt(Base):
-        def phireg_quant_rule(self):
-            return QuantRules(())
-
-    assert refused(Misspelt()).hint == "did you mean 'phireg_quant_rules'?"
-
-
-def test_a_marked_function_that_is_like_no_hook_lists_them_all():
+def test_a_marked_function_that_resembles_no_hook():
     class Odd(Base):
         @hookimpl
         def tokenizer(self):
             return None
 
     error = refused(Odd())
-    assert "there is no hook 'tokenizer'" in error.message
-    for hook in ("phireg_config_fields", "phireg_weight_rules", "phireg_quant_rules"):
-        assert hook in error.hint
+    assert "'tokenizer'" in error.message
+    assert all(hook in error.hint for hook in HOOKS)
 
 
 def test_an_unmarked_hook():
@@ -137,7 +129,6 @@ def test_an_unmarked_hook():
             return Rules()
 
     error = refused(Unmarked())
-    assert "'phireg_weight_rules' is not marked as a hook" in error.message
     assert f"({HERE}:{line_of('unmarked')})" in error.message
     assert "@hookimpl" in error.hint
 
@@ -149,8 +140,8 @@ def test_an_unknown_argument():
             return Rules()
 
     error = refused(Unknown())
-    assert "'phireg_weight_rules' has no argument 'tp_size'" in error.message
-    assert error.hint == "its arguments are: config, hf."
+    assert "'tp_size'" in error.message
+    assert "config, hf" in error.hint
 
 
 def test_catch_all_arguments():
@@ -159,7 +150,7 @@ def test_catch_all_arguments():
         def phireg_weight_rules(self, **config):
             return Rules()
 
-    assert "has no argument 'config'" in refused(CatchAll()).message
+    assert "'config'" in refused(CatchAll()).message
 
 
 def test_an_argument_with_a_default():
@@ -168,34 +159,24 @@ def test_an_argument_with_a_default():
         def phireg_weight_rules(self, config, hf=None):
             return Rules()
 
-    error = refused(Default())
-    assert "argument 'hf' of 'phireg_weight_rules' has a default" in error.message
+    assert "'hf' of 'phireg_weight_rules'" in refused(Default()).message
 
 
 def test_a_step_without_hooks():
-    error = refused(Base(), SimpleNamespace(helper=len))
-    assert "the step SimpleNamespace implements no hook" in error.message
+    assert "SimpleNamespace" in refused(Base(), SimpleNamespace(helper=len)).message
 
 
-def test_a_hook_nobody_implements():
+def test_a_hook_without_implementation():
     class Part:
         @hookimpl
         def phireg_config_fields(self):
             return FieldTable()
 
-    error = refused(Part())
-    assert "no step implements phireg_weight_rules, phireg_quant_rules" in error.message
-
-
-def test_a_wrapper_alone_implements_nothing():
-    class Wrapper:
         @hookimpl(wrapper=True)
-        def phireg_weight_rules(self):
+        def phireg_quant_rules(self):
             return (yield)
 
-    assert (
-        "no step implements phireg_config_fields, phireg_weight_rules" in refused(Wrapper()).message
-    )
+    assert "phireg_weight_rules, phireg_quant_rules" in refused(Part()).message
 
 
 def test_a_wrapper_that_does_not_yield():
@@ -211,11 +192,11 @@ def test_a_wrapper_that_does_not_yield():
 def test_another_api_number(api, upgrade):
     with pytest.raises(PluginError) as caught:
         family(Base(), api=api)
-    assert f"plugin API {api}; this phireg has API {API}" in caught.value.message
+    assert f"API {api};" in caught.value.message
     assert caught.value.hint.startswith(f"upgrade {upgrade},")
 
 
-# What goes wrong when a hook is asked
+# Errors in hooks
 
 
 @pytest.mark.parametrize("wrong", [{}, (), "rules"])
@@ -227,9 +208,7 @@ def test_a_wrong_type(wrong):
 
     with pytest.raises(PluginError) as caught:
         family(Wrong()).weight_rules({}, HF)
-    assert str(caught.value) == (
-        f"family 'acme': phireg_weight_rules returned {type(wrong).__name__}, not Rules"
-    )
+    assert f"phireg_weight_rules returned {type(wrong).__name__}" in caught.value.message
 
 
 def helper(config):
@@ -251,21 +230,21 @@ class Raises(Base):
 
 
 @pytest.mark.parametrize(
-    ("hook", "says", "culprit"),
+    ("call", "hook", "culprit"),
     [
-        (lambda f: f.weight_rules({}, HF), "phireg_weight_rules failed with KeyError", "culprit"),
-        (lambda f: f.quant_rules({}, "("), "phireg_quant_rules failed with", "in the library"),
-        (lambda f: f.config_fields(), "phireg_config_fields failed with ValueError", "in phireg"),
+        (lambda f: f.weight_rules({}, HF), "phireg_weight_rules", "culprit"),
+        (lambda f: f.quant_rules({}, "("), "phireg_quant_rules", "in the library"),
+        (lambda f: f.config_fields(), "phireg_config_fields", "in phireg"),
     ],
 )
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_raising_hook_names_the_line_of_the_plugin(hook, says, culprit, wrapped):
+def test_a_raising_hook_names_the_line_of_the_plugin(call, hook, culprit, wrapped):
     acme = family(Raises())
     if wrapped:
         acme = acme.derive("acme", *(Wraps(name) for name in HOOKS))
     with pytest.raises(PluginError) as caught:
-        hook(acme)
-    assert says in caught.value.message
+        call(acme)
+    assert hook in caught.value.message
     assert f"({HERE}:{line_of(culprit)})" in caught.value.message
     assert caught.value.__cause__ is not None
 
@@ -283,13 +262,13 @@ def Wraps(hook):  # noqa: N802
     return SimpleNamespace(**{hook: passes_on})
 
 
-def test_sizes_that_do_not_fit_are_not_the_plugins_fault():
+def test_sizes_that_do_not_fit_are_no_defect_of_the_plugin():
     class Odd(Base):
         @hookimpl
         def phireg_weight_rules(self):
             return Rules(Norm("ln", parts(src("x", 5), a=2, b=2)))
 
-    with pytest.raises(LayoutError, match="add up to 4, not to 5 rows"):
+    with pytest.raises(LayoutError):
         family(Odd()).weight_rules({}, HF)
 
 
@@ -350,7 +329,7 @@ def test_a_variant_that_forgets_to_return_does_not_get_the_bases_answer():
         def phireg_weight_rules(self):
             Rules(Norm("ln", src("lost", 6)))
 
-    with pytest.raises(PluginError, match="phireg_weight_rules returned NoneType, not Rules"):
+    with pytest.raises(PluginError, match="NoneType"):
         rules_of(family(Base()).derive("acme-2", Forgets()))
 
 
@@ -371,16 +350,6 @@ def test_the_order_of_the_chain_cannot_be_turned_round():
 def test_the_same_step_may_stand_twice():
     step = Amends()
     assert rules_of(family(Base()).derive("one", step).derive("two", step)) == "base++"
-
-
-def test_a_variants_mistakes_are_found_like_the_bases():
-    class Misspelt:
-        @hookimpl
-        def phireg_weights_rules(self):
-            return Rules()
-
-    with pytest.raises(PluginError, match="family 'acme-2': there is no hook"):
-        family(Base()).derive("acme-2", Misspelt())
 
 
 def test_a_variant_is_considered_by_auto_only_when_it_can_be_told_apart():
@@ -416,24 +385,18 @@ def test_a_family_takes_its_own_models(config):
 
 
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("config", "culprit"),
     [
-        ({"architectures": ["Other"], "model_type": "acme"}, "its architecture is Other"),
-        ({"architectures": ["A", "B"]}, "architecture is A / B, and acme converts AcmeForCausalLM"),
-        (
-            {"architectures": ["AcmeForCausalLM"], "model_type": "acme_v"},
-            "its model_type is 'acme_v', and acme converts acme",
-        ),
-        ({"model_type": "other"}, "its model_type is 'other'"),
+        ({"architectures": ["Other"], "model_type": "acme"}, "Other"),
+        ({"architectures": ["A", "B"]}, "A / B"),
+        ({"architectures": ["AcmeForCausalLM"], "model_type": "acme_v"}, "'acme_v'"),
+        ({"model_type": "other"}, "'other'"),
     ],
 )
-def test_a_family_refuses_others_with_the_reason(config, says):
-    assert says in family(Base()).refusal(HFConfig(config))
+def test_a_family_refuses_others_with_the_reason(config, culprit):
+    assert culprit in family(Base()).refusal(HFConfig(config))
 
 
-def test_the_hooks_see_only_what_they_may():
-    """Neither ranks nor tensors: a mapping cannot depend on how it is run."""
-    from phireg.hookspecs import Steps
-
-    seen = {hook: set(inspect.signature(getattr(Steps, hook)).parameters) for hook in HOOKS}
-    assert set.union(*seen.values()) == {"self", "config", "hf", "scheme"}
+def test_hooks_see_neither_ranks_nor_tensors():
+    arguments = [set(inspect.signature(getattr(Steps, hook)).parameters) for hook in HOOKS]
+    assert set.union(*arguments) == {"self", "config", "hf", "scheme"}

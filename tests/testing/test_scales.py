@@ -1,8 +1,8 @@
 """Scales that went elsewhere than their weights are found."""
 
 import pytest
-from conformance.acme import BASES, TINY
 from safetensors.torch import load_file, save_file
+from testing.acme import BASES, TINY
 
 import phireg
 from phireg.reader.schemes import SCHEMES

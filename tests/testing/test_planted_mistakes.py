@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conformance.acme import BASES, MISTAKES, TINY
+from testing.acme import BASES, MISTAKES, TINY
 
 from phireg.testing import FamilyConformance, write_tiny_model
 from phireg.testing.model import TinyModel
@@ -54,4 +54,4 @@ def test_without_a_base_the_tensors_of_the_wrong_part_are_listed(sources, tmp_pa
     family.base = None
     messages = "\n".join(failures(family, TINY["mini"], sources["mini"], tmp_path))
     assert "layer 0 mlp" in messages
-    assert "transformer.layers.0.mlp.fc.weight  [conformance/acme.py:" in messages
+    assert "transformer.layers.0.mlp.fc.weight  [testing/acme.py:" in messages

@@ -1,6 +1,7 @@
 """Reading and writing directories in the published layout, and what config.json may say."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,12 @@ from tiny_phi3_small import (
     without,
     write_checkpoint,
 )
+
+PUBLISHED_8K = Path(__file__).parents[1] / "plugins" / "published" / "phi-3-small-8k.config.json"
+NOT_READ = ("_name_or_path", "architectures", "attention_bias", "attention_dropout_prob")
+NOT_READ += ("auto_map", "blocksparse_triton_kernel_block_size", "embedding_dropout_prob")
+NOT_READ += ("ffn_dropout_prob", "pad_sequence_to_multiple_of_64", "reorder_and_upcast_attn")
+NOT_READ += ("torch_dtype", "transformers_version")
 
 
 def read_file(path):
@@ -89,39 +96,13 @@ def test_half_precision(reference, tmp_path, dtype):
 
 
 def test_published_defaults(reference):
+    """An absent key has the published 8k model's value."""
+    published = json.loads(PUBLISHED_8K.read_text())
     config = reference.Phi3SmallConfig()
-    published_8k = {
-        "model_type": "phi3small",
-        "vocab_size": 100352,
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 8192,
-        "rope_embedding_base": 1e6,
-        "rope_position_scale": 1.0,
-        "rope_scaling": None,
-        "layer_norm_epsilon": 1e-5,
-        "gegelu_limit": 20.0,
-        "gegelu_pad_to_256": True,
-        "ff_dim_multiplier": None,
-        "mup_use_scaling": True,
-        "mup_attn_multiplier": 1.0,
-        "mup_embedding_multiplier": 10.0,
-        "mup_width_multiplier": 8.0,
-        "blocksparse_block_size": 64,
-        "blocksparse_num_local_blocks": 16,
-        "blocksparse_vert_stride": 8,
-        "blocksparse_homo_head_pattern": False,
-        "dense_attention_every_n_layers": 2,
-        "tie_word_embeddings": True,
-        "bos_token_id": 100257,
-        "eos_token_id": 100257,
-        "use_cache": True,
-    }
-    assert {key: getattr(config, key) for key in published_8k} == published_8k
+    for key in without(published, *NOT_READ):
+        assert getattr(config, key) == published[key], key
+    assert (config.head_dim, config.intermediate_size) == (128, 14336)
+    assert (config.rope_scaling, config.tie_word_embeddings) == (None, True)
 
 
 def test_published_size(reference):
@@ -207,24 +188,21 @@ def test_magnitudes_not_given(reference):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        ({"hidden_act": "silu"}, "hidden_act is 'silu'"),
-        ({"ff_intermediate_size": None}, "exactly one of"),
-        ({"ff_dim_multiplier": 4}, "exactly one of"),
-        ({"rope_scaling": {**LONG_ROPE, "type": "yarn"}}, "of type 'yarn'"),
-        ({"rope_scaling": {**LONG_ROPE, "attention_factor": 2.0}}, "attention_factor"),
-        ({"rope_scaling": {**LONG_ROPE, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"rope_scaling": without(LONG_ROPE, "long_factor")}, "lacks 'long_factor'"),
-        (
-            {"rope_scaling": without(LONG_ROPE, "original_max_position_embeddings")},
-            "lacks 'original_max_position_embeddings'",
-        ),
-        ({"rope_scaling": {**LONG_ROPE, "short_factor": [1.0]}}, "1 short and 3 long factors"),
+        {"hidden_act": "silu"},
+        {"ff_intermediate_size": None},
+        {"ff_dim_multiplier": 4},
+        {"rope_scaling": {**LONG_ROPE, "type": "yarn"}},
+        {"rope_scaling": {**LONG_ROPE, "attention_factor": 2.0}},
+        {"rope_scaling": {**LONG_ROPE, "partial_rotary_factor": 0.5}},
+        {"rope_scaling": without(LONG_ROPE, "long_factor")},
+        {"rope_scaling": without(LONG_ROPE, "original_max_position_embeddings")},
+        {"rope_scaling": {**LONG_ROPE, "short_factor": [1.0]}},
     ],
 )
-def test_what_has_no_meaning_is_refused(reference, change, message):
-    with pytest.raises(ValueError, match=message):
+def test_unsupported_configs_are_refused(reference, change):
+    with pytest.raises(ValueError):
         reference.Phi3SmallConfig(**{**TINY, **change})
 
 

