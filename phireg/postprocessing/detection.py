@@ -34,6 +34,7 @@ from phireg.postprocessing.orders import (
     LinearOrders,
     quantization_of,
 )
+from phireg.reader.architectures import ARCHITECTURES
 from phireg.source.model import Reader, SourceTensor
 
 Floats = npt.NDArray[np.float32]
@@ -189,9 +190,10 @@ def _from_manifest(
 
 
 def _from_producer(config: Mapping[str, Any]) -> Evidence | None:
-    """The evidence of modelopt's version and decoder type, for Phi-3-small."""
+    """The evidence of modelopt's version and decoder type; of Phi-3-small only, as is known."""
     producer = config.get("producer")
-    if config.get("architecture") != "Phi3SmallForCausalLM" or not isinstance(producer, Mapping):
+    row = ARCHITECTURES.get(str(config.get("architecture")))
+    if row is None or not row.block_sparse or not isinstance(producer, Mapping):
         return None
     version = producer.get("version")
     numbers = re.match(r"(\d+)\.(\d+)", str(version))

@@ -49,6 +49,8 @@ class Architecture:
         since: the first version that reads it.
         grouped_since: the first version that reads it with fewer key/value heads than heads, or
             None if no version does.
+        split_until: before this version the reader itself splits one unsplit rank file by
+            ``trtllm-build --tp_size``, and takes no others; None if no version does.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Architecture:
     norm_epsilon: float | None = None
     since: str = "0.10.0.dev0"
     grouped_since: str | None = None
+    split_until: str | None = None
 
 
 ARCHITECTURES = {
@@ -83,6 +86,7 @@ ARCHITECTURES = {
             older_names={"rotary_pct": "partial_rotary_factor"},
             long_rope=False,
             norm_epsilon=1e-5,
+            split_until="0.12.0.dev0",
         ),
         Architecture(
             "Phi3ForCausalLM",

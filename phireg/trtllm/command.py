@@ -18,8 +18,6 @@ PROGRAM = "trtllm-build"
 FP32_ACCUMULATION = "enable_context_fmha_fp32_acc"
 """A run option: accumulate in float32 in the fused attention of the context phase."""
 
-PHI2 = "PhiForCausalLM"
-
 _MAX_INPUT_LEN = 1024
 """The builder's default in every release."""
 
@@ -119,6 +117,7 @@ class _Translation:
 
     def __init__(self, config: Mapping[str, Any], options: BuildOptions, release: Release) -> None:
         self.config = config
+        self.architecture = ARCHITECTURES.get(config["architecture"])
         self.options = options
         self.release = release
         self.notes: list[str] = []
@@ -193,13 +192,14 @@ class _Translation:
                 f"--pp-size {options.pp_size}: the checkpoint has {pp_size} pipeline stage",
                 hint="Phi models have no pipeline stages; use --tp-size when converting.",
             )
-        if self.release.splits_phi2 and self.config["architecture"] == PHI2:
+        split_until = self.architecture.split_until if self.architecture else None
+        if split_until and self.release.first < Version(split_until):
             if weights and tp_size > 1:
                 raise EngineError(
-                    f"TensorRT-LLM {self.release.name} splits phi-2 itself, and this checkpoint "
-                    f"is already split for {tp_size} ranks",
+                    f"TensorRT-LLM {self.release.name} splits this model itself, and the "
+                    f"checkpoint is already split for {tp_size} ranks",
                     hint="convert with --tp-size 1 and give this command --tp-size "
-                    f"{tp_size}; or use release 0.12 or later.",
+                    f"{tp_size}; or use release {Version(split_until).base_version} or later.",
                 )
             ranks = int(options.tp_size or tp_size)
             if ranks > 1:
@@ -253,7 +253,7 @@ class _Translation:
                 "fused context attention is part of the attention plugin, which is disabled",
                 hint="leave out --gpt-attention-plugin disable.",
             )
-        limit = _dense_tokens(self.config)
+        limit = self.dense_tokens()
         if fused is None and limit is not None and self.longest_prompt() > limit:
             fused = False
             self.notes.append(
@@ -284,6 +284,18 @@ class _Translation:
             return self.options.max_input_len or _MAX_INPUT_LEN
         return (self.total() or int(self.config["max_position_embeddings"])) - 1
 
+    def dense_tokens(self) -> int | None:
+        """The number of tokens up to which block-sparse attention equals dense, if it is sparse.
+
+        Phi-3-small attends to the blocks nearby and to some of the others; layer i is dense if
+        i + 1 is a multiple of ``dense_attention_every_n_layers``.
+        """
+        sparse = self.architecture is not None and self.architecture.block_sparse
+        if not sparse or self.config["dense_attention_every_n_layers"] == 1:
+            return None
+        blocks, size = "blocksparse_num_local_blocks", "blocksparse_block_size"
+        return int(self.config[blocks] * self.config[size])
+
     def check_fp8(self, option: str) -> None:
         quantization = self.config.get("quantization") or {}
         if quantization.get("quant_algo") != "FP8":
@@ -296,18 +308,6 @@ class _Translation:
 def _option(flag: str) -> str:
     """The option of phireg that stands for a flag."""
     return f"--{flag.replace('_', '-')}"
-
-
-def _dense_tokens(config: Mapping[str, Any]) -> int | None:
-    """The number of tokens up to which block-sparse attention equals dense; None for no sparsity.
-
-    Phi-3-small attends to the blocks nearby and to some of the others; layer i is dense if i + 1
-    is a multiple of ``dense_attention_every_n_layers``.
-    """
-    row = ARCHITECTURES.get(config["architecture"])
-    if row is None or not row.block_sparse or config["dense_attention_every_n_layers"] == 1:
-        return None
-    return int(config["blocksparse_num_local_blocks"] * config["blocksparse_block_size"])
 
 
 def _check_model(config: Mapping[str, Any], version: str) -> None:

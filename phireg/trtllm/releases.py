@@ -27,8 +27,6 @@ class Release:
         first: its first version; it ends before the first of the next range.
         max_seq_len: ``--max_seq_len`` limits prompt and new tokens together; earlier
             ``--max_output_len`` limits the new ones.
-        splits_phi2: ``--tp_size`` and ``--pp_size`` exist and decide for phi-2, whose reader then
-            splits an unsplit ``rank0.safetensors``; for other models config.json decides.
         fp32_acc_flag: ``--context_fmha_fp32_acc`` exists; later it is an option of the runtime.
         auto_plugin: plugins take ``auto``, the checkpoint's dtype, and it is the attention
             plugin's default; before, that was float16.
@@ -38,7 +36,6 @@ class Release:
     name: str
     first: Version
     max_seq_len: bool = True
-    splits_phi2: bool = False
     fp32_acc_flag: bool = False
     auto_plugin: bool = True
     fp8_gemm: bool = True
@@ -49,7 +46,6 @@ RELEASES = (
         "0.10",
         Version("0.10.0.dev0"),
         max_seq_len=False,
-        splits_phi2=True,
         fp32_acc_flag=True,
         auto_plugin=False,
         fp8_gemm=False,
@@ -59,11 +55,10 @@ RELEASES = (
         "0.11 of 2024-06-04",
         Version("0.11.0.dev2024060400"),
         max_seq_len=False,
-        splits_phi2=True,
         fp32_acc_flag=True,
         fp8_gemm=False,
     ),
-    Release("0.11", Version("0.11.0.dev2024060401"), splits_phi2=True, fp32_acc_flag=True),
+    Release("0.11", Version("0.11.0.dev2024060401"), fp32_acc_flag=True),
     Release(f"0.12 to {LAST}", Version("0.12.0.dev0")),
 )
 """Oldest first."""
