@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from phireg.postprocessing.postprocess import RowOrder as RowOrder
     from phireg.postprocessing.postprocess import postprocess as postprocess
     from phireg.postprocessing.postprocess import row_order as row_order
+    from phireg.summarization.models import ModelRun as ModelRun
+    from phireg.summarization.summarize import summarize as summarize
     from phireg.trtllm.build import BuildPlan as BuildPlan
     from phireg.trtllm.build import Built as Built
     from phireg.trtllm.build import build as build
@@ -52,6 +54,8 @@ _MODULES = {
     "planning.plan": ("plan",),
     "planning.report": ("explain",),
     "postprocessing.postprocess": (*("Postprocessed", "RowOrder", "postprocess", "row_order"),),
+    "summarization.models": ("ModelRun",),
+    "summarization.summarize": ("summarize",),
     "trtllm.build": ("BuildPlan", "Built", "build", "plan_build"),
     "trtllm.command": ("BuildOptions",),
     "verification.verify": ("verify",),

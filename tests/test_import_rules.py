@@ -77,10 +77,7 @@ RULES = {
         (CONFIG, SOURCE, FILES, PLANNING, "phireg.family", DTYPES, ERRORS, "torch"),
         ("transformers",),
     ),
-    "phireg.data": Rule(
-        ("phireg.calibration.settings", FILES, SOURCE, "phireg.demo", ERRORS, "xxhash"),
-        ("huggingface_hub", "datasets", "pyarrow"),
-    ),
+    "phireg.data": Rule((ERRORS, "xxhash"), lazily=("huggingface_hub", "datasets", "pyarrow")),
     STATISTICS: Rule((FILES, ERRORS, "numpy", "safetensors")),
     "phireg.calibration": Rule(
         ("phireg", "numpy", "torch", "xxhash"), ("transformers",), never=ABOVE
@@ -103,7 +100,8 @@ RULES = {
     ),
     "phireg.generation": Rule(
         (
-            *("phireg.executor", "phireg.reference", "phireg.registry", "phireg.device"),
+            *("phireg.executor", "phireg.reference", "phireg.registry", "phireg.data"),
+            "phireg.device",
             *(SOURCE, CHECKPOINT, CONFIG, READER, FILES, DTYPES, ERRORS, "torch"),
         ),
         lazily=("phireg.trtllm", "transformers", "jinja2"),

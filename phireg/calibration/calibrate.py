@@ -144,10 +144,11 @@ def run_calibration(
     config = reference.model.config
     with quiet():
         samples = read_samples(
-            settings,
+            settings.source,
             _Encoder(source.directory),
+            size=settings.size,
+            max_length=min(settings.max_length, int(config.max_position_embeddings)),
             vocab_size=int(config.vocab_size),
-            longest=int(config.max_position_embeddings),
         )
     price = None
     if device.type == "cpu":

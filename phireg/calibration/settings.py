@@ -5,14 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from phireg.data.rows import AUTO
+from phireg.data.samples import DEFAULT_SIZE
 from phireg.errors import UsageError
-
-AUTO = "auto"
-BUILTIN = "builtin"
-CNN_DAILYMAIL = "cnn_dailymail"
-
-DEFAULT_SIZE = 512
-"""Samples, as upstream's scripts take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +53,8 @@ class Settings:
                 f"both a calibration file ({self.file}) and a dataset ({self.dataset}) are named",
                 hint="give one of them.",
             )
+
+    @property
+    def source(self) -> str:
+        """The file or dataset, as :func:`phireg.data.samples.read_samples` takes it."""
+        return self.dataset if self.file is None else str(self.file)

@@ -1,15 +1,17 @@
-"""``phireg summarize``: how well backends summarize articles, by ROUGE."""
+"""``phireg summarize``: summarize articles with backends and score them by ROUGE."""
 
 from __future__ import annotations
 
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+import phireg
 from phireg.cli.errors import stopped
 from phireg.cli.options import (
     COMPUTE_DTYPES,
@@ -21,16 +23,15 @@ from phireg.cli.options import (
     quiet_option,
     report_option,
 )
-from phireg.cli.output import ProgressBars, emit_json, note
-from phireg.cli.task_options import THRESHOLD, task_options
+from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json, memory
 from phireg.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
-    from phireg.data.articles import Data
-    from phireg.summarization.contestants import Contestant, Places
-    from phireg.summarization.result import Summarization
-    from phireg.summarization.run import Task
-    from phireg.summarization.task import Settings
+    from phireg.summarization.models import ModelRun
+    from phireg.summarization.result import BackendResult, Summarization, Thresholds
+
+THRESHOLD = 15.0
+"""The default of both thresholds in TensorRT-LLM's summarize.py."""
 
 _COUNT = click.IntRange(min=1)
 
@@ -51,7 +52,67 @@ _COUNT = click.IntRange(min=1)
 )
 @click.option("--test-trt-llm", is_flag=True, help="Run the engine: --backend tensorrt-llm.")
 @click.option("--test-hf", is_flag=True, help="Also run the source model, beside the others.")
-@task_options
+@click.option(
+    "--dataset",
+    default="auto",
+    show_default=True,
+    metavar="FILE|NAME",
+    help="JSONL, CSV or parquet with article, highlights; or cnn_dailymail, or demo.",
+)
+@click.option("--dataset-dir", type=Directory(), metavar="DIR", help="cnn_dailymail on this disk.")
+@click.option("--eval-task", type=click.Choice(("summarize",)), default="summarize")
+@click.option("--batch-size", type=_COUNT, default=1, show_default=True, metavar="N")
+@click.option(
+    "--max-ite", type=_COUNT, default=20, show_default=True, metavar="N", help="Batches at most."
+)
+@click.option(
+    "--max-input-length",
+    type=click.IntRange(min=2),
+    default=923,
+    show_default=True,
+    metavar="N",
+    help="Tokens of a prompt at most; its beginning is cut off.",
+)
+@click.option(
+    "--min-input-length",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Leave out articles whose prompt has no more tokens.",
+)
+@click.option(
+    "--output-len",
+    type=_COUNT,
+    default=100,
+    show_default=True,
+    metavar="N",
+    help="New tokens at most.",
+)
+@click.option("--num-beams", type=_COUNT, default=1, show_default=True, metavar="N")
+@click.option("--eval-ppl", is_flag=True, help="Also compute perplexity.")
+@click.option("--check-accuracy", is_flag=True, help="End with 4 if a threshold is missed.")
+@click.option(
+    "--check-backend",
+    "checked",
+    multiple=True,
+    metavar="NAME",
+    help="Which backends to check; may be given repeatedly.  [default: all but hf]",
+)
+@click.option(
+    "--tensorrt-llm-rouge1-threshold",
+    "rouge1_threshold",
+    type=float,
+    metavar="X",
+    help=f"rouge1 must be above it, whatever the backend.  [default: {THRESHOLD}]",
+)
+@click.option(
+    "--tensorrt-llm-ppl-threshold",
+    "ppl_threshold",
+    type=float,
+    metavar="X",
+    help=f"Perplexity must be below it.  [default: {THRESHOLD}]",
+)
 @click.option(
     "--data-type",
     type=click.Choice(COMPUTE_DTYPES),
@@ -79,171 +140,122 @@ _COUNT = click.IntRange(min=1)
     help="Executor: start N processes through torchrun, one for each rank.",
 )
 @report_option
-@click.option(
-    "--results",
-    type=click.Path(),
-    metavar="FILE",
-    help="Keep results as they come; a killed run goes on from it.  [default: beside --report]",
-)
-@click.option("--overwrite", is_flag=True, help="Start anew, whatever --results holds.")
 @quiet_option("No progress bar.")
 @json_option
-def command(as_json: bool, quiet: bool, report: str | None, **options: Any) -> None:
-    """Summarize articles with backends and score them by ROUGE.
-
-    The task is that of TensorRT-LLM's summarize.py: the same prompts, lengths and scores.
-    """
-    del options["eval_task"]
-    report_path = None if report is None else check_file(Path(report), "--report")
-    results_path = _results_path(options.pop("results"), report_path, options["overwrite"])
-    tp, device_options = options.pop("tp"), {k: options.pop(k) for k in ("device", "offload")}
-    contestants, places = _contestants(device_options, **options)
-    if _followed(contestants):
-        return
-    from phireg.summarization.contestants import check_processes
-
-    checks = _checked(contestants, **options)
-    if tp and _start(tp, contestants):
-        from phireg.generation.processes import run_processes
-
-        raise click.exceptions.Exit(run_processes(tp, sys.argv[1:]))
-    check_processes(contestants)
-    try:
-        found = _run(contestants, places, checks, results_path, quiet=quiet, **options)
-    except KeyboardInterrupt as interrupt:
-        raise stopped(interrupt, _outcome(results_path)) from None
-    if report_path is not None:
-        from phireg.report.page import write_page
-        from phireg.report.summary import render_summarization
-
-        write_page(render_summarization(found), report_path)
-    if as_json:
-        from phireg.summarization.document import summarization_document
-
-        emit_json(summarization_document(found))
-    else:
-        from phireg.cli.scores import show_scores
-
-        show_scores(found, report_path, results_path)
-    if not found.passed:
-        raise click.exceptions.Exit(CheckError.exit_code)
-
-
-def _results_path(results: str | None, report: Path | None, overwrite: bool) -> Path | None:
-    if results is not None:
-        return check_file(Path(results), "--results")
-    if report is not None:
-        return report.with_name(f"{report.stem}.results.jsonl")
-    if overwrite:
-        raise UsageError(
-            "--overwrite has no effect without --results or --report", hint="leave it out."
-        )
-    return None
-
-
-def _contestants(
-    device_options: dict[str, Any],
-    *,
+def command(
     place: str | None,
     engine_dir: str | None,
     hf_model_dir: str | None,
+    tokenizer_dir: str | None,
     backends: Sequence[str],
     test_trt_llm: bool,
     test_hf: bool,
     data_type: str,
     hf_data_type: str,
-    **_others: Any,
-) -> tuple[tuple[Contestant, ...], Places]:
-    from phireg.generation.backend import Options, opener
-    from phireg.summarization.contestants import ENGINE, EXECUTOR, HF, choose
-
-    places = _places(place, engine_dir, hf_model_dir)
-    names = [*backends, *([ENGINE] if test_trt_llm else [])]
-    if not names and places.engine is not None:
-        names = [ENGINE]
-    elif not names:
-        names = [EXECUTOR]
-    if test_hf:
-        names.append(HF)
-    for name in names:
-        opener(name)
-    if places.checkpoint is None and places.engine is None and set(names) != {HF}:
-        raise UsageError(
-            "there is nothing to run",
-            hint="give a checkpoint or an engine; or --backend hf and --hf-model-dir.",
-        )
-    options = Options(dtype=compute_dtype(data_type), **device_options)
-    return choose(names, places, options, compute_dtype(hf_data_type)), places
-
-
-def _places(place: str | None, engine_dir: str | None, hf_model_dir: str | None) -> Places:
-    """Sort the directories into checkpoint and engine."""
-    from phireg.files.kinds import CHECKPOINT, ENGINE, HF_MODEL, Kind
-    from phireg.generation.backend import kind_of_place
-    from phireg.summarization.contestants import Places
-
-    kinds: dict[Kind, Path] = {}
-    for path in (Path(given) for given in (place, engine_dir) if given is not None):
-        kind = kind_of_place(path)
-        if kind is HF_MODEL:
-            raise UsageError(
-                f"{path} is a Hugging Face model, not a checkpoint or an engine",
-                hint=f"convert it first: phireg convert --model-dir {path} --output-dir CKPT; or "
-                f"run it as it is: --backend hf --hf-model-dir {path}",
-            )
-        kind = ENGINE if kind is ENGINE else CHECKPOINT
-        if kind in kinds:
-            raise UsageError(
-                f"{kinds[kind]} and {path} are both {kind.name}",
-                hint="give one checkpoint and one engine at most.",
-            )
-        kinds[kind] = path
-    hf = Path(hf_model_dir) if hf_model_dir is not None else None
-    return Places(kinds.get(CHECKPOINT), kinds.get(ENGINE), hf)
-
-
-def _followed(contestants: Sequence[Contestant]) -> bool:
-    """Do as rank 0 says, if this process is another rank of one of the backends."""
-    from phireg.generation.backend import run_worker
-    from phireg.summarization.contestants import following
-
-    backends = following(contestants)
-    if backends:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        for one in backends:
-            run_worker(one.name, one.place, one.options)
-    return bool(backends)
-
-
-def _checked(
-    contestants: Sequence[Contestant],
-    *,
+    device: str,
+    offload: bool | None,
+    tp: int | None,
+    dataset: str,
+    dataset_dir: str | None,
+    eval_task: str,
     check_accuracy: bool,
     checked: Sequence[str],
     rouge1_threshold: float | None,
     ppl_threshold: float | None,
+    report: str | None,
+    as_json: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Summarize articles with backends and score them by ROUGE.
+
+    The task is that of TensorRT-LLM's summarize.py: the same prompts, lengths and scores.
+    """
+    from phireg.generation.processes import run_processes
+    from phireg.summarization.models import (
+        check_model_processes,
+        choose_models,
+        is_worker,
+        serve_as_worker,
+    )
+    from phireg.summarization.task import Settings
+
+    report_path = None if report is None else check_file(Path(report), "--report")
+    hf_dir = None if hf_model_dir is None else Path(hf_model_dir)
+    models = choose_models(
+        [Path(directory) for directory in (place, engine_dir) if directory is not None],
+        hf_dir,
+        [*backends, *(["tensorrt-llm"] if test_trt_llm else [])],
+        phireg.Options(device, compute_dtype(data_type), offload),
+        hf_dtype=compute_dtype(hf_data_type),
+        also_hf=test_hf,
+    )
+    if any(map(is_worker, models)):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)  # rank 0 reports the signal
+        serve_as_worker(models)
+        return
+    thresholds = _thresholds(
+        models, check_accuracy, checked, rouge1_threshold, ppl_threshold, settings["eval_ppl"]
+    )
+    if check_model_processes(models, tp) and tp:
+        raise click.exceptions.Exit(run_processes(tp, sys.argv[1:]))
+    try:
+        with ProgressBars(quiet) as bars:
+            bars.spinner("loading the articles")
+            summarization = phireg.summarize(
+                models,
+                Settings(**settings),
+                dataset=dataset,
+                dataset_dir=dataset_dir,
+                tokenizer_dir=tokenizer_dir,
+                model_dirs=[] if hf_dir is None else [hf_dir],
+                thresholds=thresholds,
+                progress=lambda name, more, total: bars.count(name, "articles")(more, total),
+            )
+    except KeyboardInterrupt as interrupt:
+        raise stopped(interrupt, "nothing was kept") from None
+    if report_path is not None:
+        from phireg.report.page import write_page
+        from phireg.report.summary import render_summarization
+
+        write_page(render_summarization(summarization), report_path)
+    if as_json:
+        emit_json(_document(summarization))
+    else:
+        _emit_scores(summarization, report_path)
+    if not summarization.passed:
+        raise click.exceptions.Exit(CheckError.exit_code)
+
+
+def _thresholds(
+    models: Sequence[ModelRun],
+    check_accuracy: bool,
+    checked: Sequence[str],
+    rouge1: float | None,
+    ppl: float | None,
     eval_ppl: bool,
-    **_others: Any,
-) -> dict[str, Any] | None:
-    """The arguments of ``make_checks``; None if nothing is to be checked."""
-    given = {
-        "--check-backend": checked or None,
-        "--tensorrt-llm-rouge1-threshold": rouge1_threshold,
-        "--tensorrt-llm-ppl-threshold": ppl_threshold,
-    }
+) -> Thresholds | None:
+    """Return the thresholds that the options ask for; None without --check-accuracy."""
+    from phireg.summarization.result import Thresholds
+
     if not check_accuracy:
-        for name, value in given.items():
+        options = {
+            "--check-backend": checked or None,
+            "--tensorrt-llm-rouge1-threshold": rouge1,
+            "--tensorrt-llm-ppl-threshold": ppl,
+        }
+        for name, value in options.items():
             if value is not None:
                 raise UsageError(
                     f"{name} has no effect without --check-accuracy", hint="add --check-accuracy."
                 )
         return None
-    if ppl_threshold is not None and not eval_ppl:
+    if ppl is not None and not eval_ppl:
         raise UsageError(
             "--tensorrt-llm-ppl-threshold has no effect without --eval-ppl", hint="add --eval-ppl."
         )
-    running = [one.name for one in contestants]
+    running = [model.backend for model in models]
     for name in checked:
         if name not in running:
             raise UsageError(
@@ -256,102 +268,88 @@ def _checked(
             "--check-accuracy checks all backends but hf, and only hf is run",
             hint="add --check-backend hf.",
         )
-    ppl = THRESHOLD if ppl_threshold is None else ppl_threshold
-    return {
-        "names": names,
-        "rouge1_threshold": THRESHOLD if rouge1_threshold is None else rouge1_threshold,
-        "ppl_threshold": ppl if eval_ppl else None,
-    }
-
-
-def _start(tp: int, contestants: Sequence[Contestant]) -> bool:
-    """Whether processes are still to be started for ``--tp``."""
-    from phireg.generation.backend import describe, process_rank
-    from phireg.summarization.contestants import EXECUTOR
-
-    one = next((one for one in contestants if one.name == EXECUTOR), None)
-    if one is None:
-        raise UsageError("--tp is for the executor, which is not run", hint="leave it out.")
-    ranks = describe(one.name, one.place, one.options).tp_size
-    if tp != ranks:
-        raise UsageError(
-            f"--tp {tp}, but {one.place} was converted for {ranks} rank(s)",
-            hint=f"use --tp {ranks}, or convert the model again with --tp-size {tp}.",
-        )
-    return tp > process_rank(EXECUTOR)[1]
-
-
-def _run(
-    contestants: Sequence[Contestant],
-    places: Places,
-    checks: dict[str, Any] | None,
-    results_path: Path | None,
-    *,
-    dataset: str,
-    dataset_dir: str | None,
-    tokenizer_dir: str | None,
-    overwrite: bool,
-    quiet: bool,
-    **options: Any,
-) -> Summarization:
-    from phireg.data.articles import TEST_ROWS, open_data
-    from phireg.summarization.contestants import check_fits
-    from phireg.summarization.result import Summarization, make_checks
-    from phireg.summarization.resultsfile import open_results
-    from phireg.summarization.run import evaluate
-    from phireg.summarization.task import Settings
-    from phireg.summarization.traits import identity, provenance
-
-    settings = Settings(**{name: options[name] for name in Settings.__dataclass_fields__})
-    wanted = TEST_ROWS if settings.min_input_length else settings.count
-    if not quiet:
-        note("loading the articles")
-    data = open_data(dataset, wanted, places.given(), dataset_dir)
-    task = _task(data, places, settings, tokenizer_dir)
-    for one in contestants:
-        check_fits(one, task.samples, settings)
-    told = identity(contestants, task, digests=results_path is not None)
-    total = len(task.samples)
-    with (
-        open_results(results_path, told, overwrite=overwrite) as results,
-        ProgressBars(quiet) as bars,
-    ):
-        found = evaluate(
-            contestants, task, results, lambda name, more: bars.count(name, "articles")(more, total)
-        )
-    return Summarization(
-        data.name,
-        data.note,
-        settings,
-        tuple(task.samples),
-        found,
-        make_checks(found, **checks) if checks else (),
-        results.earlier,
-        provenance(told, data.name),
+    ppl_threshold = THRESHOLD if ppl is None else ppl
+    return Thresholds(
+        names, THRESHOLD if rouge1 is None else rouge1, ppl_threshold if eval_ppl else None
     )
 
 
-def _task(data: Data, places: Places, settings: Settings, tokenizer_dir: str | None) -> Task:
-    from phireg.generation.tokenizer import find_tokenizer, stop_ids
-    from phireg.summarization.run import Task
-    from phireg.summarization.task import make_samples
+def _emit_scores(summarization: Summarization, report: Path | None) -> None:
+    """Print the data, the scores of each backend, and the checks."""
+    count = len(summarization.samples)
+    emit(f"{summarization.data}: {counted(count, 'article')}")
+    if summarization.note is not None:
+        emit(f"note: {summarization.note}")
+    emit("")
+    head = ["backend", "rouge1", "rouge2", "rougeL", "rougeLsum"]
+    if summarization.settings.eval_ppl:
+        head.append("perplexity")
+    head += ["tokens/s", "latency", "memory"]
+    rows = [head, *(_row(summarization, result) for result in summarization.backends)]
+    # The last column is right-aligned here: columns() folds it on a narrow terminal.
+    width = max(len(row[-1]) for row in rows)
+    rows = [[*row[:-1], row[-1].rjust(width)] for row in rows]
+    emit(columns(rows, right=range(1, len(head) - 1)))
+    emit("")
+    for (first, second), same in summarization.agreement().items():
+        emit(f"{first} and {second}: {same} of {count} summaries are the same")
+    if report is not None:
+        emit(f"report: {report}")
+    for check in summarization.checks:
+        word, color = ("passed", "green") if check.passed else ("FAILED", "red")
+        click.secho(f"{word}  {check}", fg=color)
 
-    owner, *others = places.given()
-    tokenizer = find_tokenizer(owner, Path(tokenizer_dir) if tokenizer_dir else None)
-    for other in others:
-        tokenizer = tokenizer or find_tokenizer(other)
-    if tokenizer is None:
-        raise UsageError(
-            f"{owner} carries no tokenizer",
-            hint="give --tokenizer-dir (or --hf-model-dir) the directory of the source model.",
-        )
-    # As upstream, which ends a summary with the end of a text, not of a turn.
-    own = tokenizer.eos_id
-    stops = stop_ids(owner, tokenizer) if own is None else frozenset({own})
-    return Task(make_samples(data.rows, tokenizer, settings), settings, tokenizer, stops)
+
+def _row(summarization: Summarization, result: BackendResult) -> list[str]:
+    row = [result.name, *(f"{score:.2f}" for score in result.rouge.total.values())]
+    if summarization.settings.eval_ppl:
+        row.append("unknown" if result.perplexity is None else f"{result.perplexity:.3f}")
+    peak = "unknown" if result.memory is None else memory(result.memory)
+    return [*row, f"{result.tokens_per_second:,.1f}", f"{result.latency:.3f} s", peak]
 
 
-def _outcome(results: Path | None) -> str:
-    if results is None:
-        return "nothing was kept; with --results FILE a run can go on where it stopped"
-    return f"the results so far are in {results}; the same command goes on from there"
+def _document(summarization: Summarization) -> dict[str, Any]:
+    """Build the document of ``--json``; docs/command-line.md describes it."""
+    return {
+        "data": summarization.data,
+        "note": summarization.note,
+        "settings": summarization.settings,
+        "passed": summarization.passed,
+        "checks": [{**asdict(check), "passed": check.passed} for check in summarization.checks],
+        "backends": [
+            {
+                "backend": result.name,
+                "place": result.directory,
+                **result.rouge.total,
+                "perplexity": result.perplexity,
+                "new_tokens": result.new_tokens,
+                "seconds": round(result.seconds, 3),
+                "latency_seconds": round(result.latency, 4),
+                "tokens_per_second": round(result.tokens_per_second, 2),
+                "peak_memory_bytes": result.memory,
+            }
+            for result in summarization.backends
+        ],
+        "same_summaries": [
+            {"between": pair, "count": count} for pair, count in summarization.agreement().items()
+        ],
+        "articles": [
+            {
+                "where": sample.where,
+                "prompt_tokens": len(sample.prompt),
+                "reference": sample.reference,
+                "summaries": [
+                    {
+                        "backend": result.name,
+                        "summary": result.summaries[index].text,
+                        "new_tokens": result.summaries[index].new_tokens,
+                        **result.rouge.articles[index],
+                        "perplexity": result.summaries[index].perplexity,
+                    }
+                    for result in summarization.backends
+                ],
+            }
+            for index, sample in enumerate(summarization.samples)
+        ],
+        "provenance": dict(summarization.provenance),
+    }

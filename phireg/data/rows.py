@@ -1,25 +1,32 @@
-"""Rows of local data files, and of the public cnn_dailymail set.
+"""Rows of data: local files, the public cnn_dailymail set, data that comes with phireg.
 
-A row knows where it came from, so that whoever misses a value in it can name file and line.
+Local files are read with Python's csv and json instead of ``datasets``: that package is an optional
+dependency, and does not tell the line of a damaged row.
 """
 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 import logging
+import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from phireg.errors import SourceError, UsageError
+from phireg.errors import PhiregError, SourceError, UsageError
 
-CNN_DAILYMAIL = "ccdv/cnn_dailymail"
-CNN_DAILYMAIL_CONFIG = "3.0.0"
+AUTO, CNN_DAILYMAIL = "auto", "cnn_dailymail"
+CNN_REPOSITORY, CNN_CONFIG = "ccdv/cnn_dailymail", "3.0.0"
 
 _INSTALL = "install it: pip install 'phireg[data]'"
+_CONNECT_S = 3.0
+_PROXIES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +41,148 @@ class Row:
     where: str
     values: Mapping[str, Any]
 
-    def text(self, name: str) -> str:
-        """A value that must be text.
+    def text(self, *names: str) -> str:
+        """Return the text of the first of these columns that has a value.
 
         Raises:
-            UsageError: it is missing or something else.
+            UsageError: none has one, or it is not valid text.
         """
+        name = next((name for name in names if self.values.get(name) is not None), names[0])
         value = self.values.get(name)
-        if not isinstance(value, str):
-            problem = f"'{name}' is not text" if name in self.values else f"there is no '{name}'"
-            found = ", ".join(map(str, self.values)) or "nothing"
-            raise UsageError(f"{self.where}: {problem}", hint=f"the row has: {found}.")
-        return value
+        if isinstance(value, str):
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:
+                raise UsageError(f"{self.where}: '{name}' is not valid Unicode text") from None
+            return value
+        missing = f"there is no {' or '.join(map(repr, names))}"
+        problem = f"'{name}' is not text" if name in self.values else missing
+        columns = ", ".join(map(str, self.values)) or "nothing"
+        raise UsageError(f"{self.where}: {problem}", hint=f"the row has: {columns}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Rows and where they are from.
+
+    Attributes:
+        name: the origin in words, for output.
+        rows: at least one.
+        note: why ``auto`` did not take the public set.
+    """
+
+    name: str
+    rows: list[Row]
+    note: str | None = None
+
+
+def load_rows(
+    source: str, split: str, count: int, bundled: Mapping[str, Callable[[], Data]]
+) -> Data:
+    """Load the rows that a user names.
+
+    Args:
+        source: a file, as ``read_rows`` takes; "cnn_dailymail", or a directory with a copy of it;
+            a name of ``bundled``; or "auto": cnn_dailymail, or if it is not available the first
+            of ``bundled``, with a note.
+        split: of cnn_dailymail.
+        count: of cnn_dailymail at most; other rows come whole.
+        bundled: by name, data that needs no network.
+
+    Raises:
+        UsageError: there is no such data, or a file is damaged.
+        SourceError: cnn_dailymail cannot be loaded.
+    """
+    path = Path(source)
+    if source in bundled:
+        return bundled[source]()
+    if source == AUTO:
+        return _public_or_bundled(split, count, next(iter(bundled.values())))
+    if source == CNN_DAILYMAIL:
+        return cnn_dailymail(split, count)
+    if path.is_dir():
+        # TensorRT-LLM's scripts take the directory above the set's own name as well.
+        copy = path / CNN_REPOSITORY
+        return cnn_dailymail(split, count, str(copy if copy.is_dir() else path))
+    if path.is_file() or path.suffix:
+        return Data(source, read_rows(path))
+    raise UsageError(
+        f"unknown data '{source}': no such file or directory",
+        hint=f"give a file of rows, {CNN_DAILYMAIL}, a directory with a copy of it, or "
+        f"{', '.join(bundled)}.",
+    )
+
+
+def _public_or_bundled(split: str, count: int, bundled: Callable[[], Data]) -> Data:
+    reason = _unavailable()
+    if reason is None:
+        try:
+            return cnn_dailymail(split, count)
+        except PhiregError as error:
+            reason = error.message
+    data = bundled()
+    return Data(data.name, data.rows, reason)
+
+
+def _unavailable() -> str | None:
+    """Return why the public set need not be tried; None if it may be available."""
+    if importlib.util.find_spec("datasets") is None:
+        return "the package 'datasets' is not installed"
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    if any(os.environ.get(name) for name in _PROXIES):
+        return None  # only the proxy can tell
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((hub.hostname, hub.port or 443), _CONNECT_S).close()
+    except OSError:
+        return f"{hub.hostname} cannot be reached"
+    return None
+
+
+def cnn_dailymail(split: str, count: int, directory: str | None = None) -> Data:
+    """Load the first rows of cnn_dailymail 3.0.0, with ``article`` and ``highlights``.
+
+    Args:
+        split: "train", "validation" or "test".
+        count: how many; fewer if the split is shorter.
+        directory: a local copy of the hub's ccdv/cnn_dailymail.
+
+    Raises:
+        SourceError: ``datasets`` is not installed, or the set cannot be loaded.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise SourceError(
+            "cnn_dailymail needs the package 'datasets', which is not installed", hint=_INSTALL
+        ) from None
+    repository = directory or CNN_REPOSITORY
+    name = f"{repository} {CNN_CONFIG}, {split}"
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it logs every attempt without a network
+    try:
+        table = datasets.load_dataset(repository, CNN_CONFIG, split=split)
+        values = [dict(table[index]) for index in range(min(count, len(table)))]
+    except Exception as error:  # no network, a proxy's page, a damaged cache: anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SourceError(
+            f"{name} cannot be loaded: {reason}",
+            hint="it is downloaded from the Hugging Face hub and then kept; without a network "
+            "give a local file of articles instead."
+            if directory is None
+            else f"give a copy of the hub's {CNN_REPOSITORY}, or a local file of articles.",
+        ) from None
+    finally:
+        logger.setLevel(level)
+    return Data(name, [Row(f"{name}, row {n}", row) for n, row in enumerate(values, 1)])
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file; its name's ending says of what kind it is.
+    """Read the rows of a file, in the format that its suffix names.
 
     Args:
         path: ``.jsonl`` or ``.json`` (one JSON object per line; empty lines are skipped), ``.csv``
@@ -57,20 +190,20 @@ def read_rows(path: Path) -> list[Row]:
             text per line that is not empty, as the value ``text``).
 
     Raises:
-        UsageError: there is no such file, it has no rows, or something in it is damaged; the
-            message names file and line.
+        UsageError: there is no such file, it has no rows, or it is damaged; the message names file
+            and line.
     """
-    kinds: dict[str, Callable[[Path], Iterator[Row]]] = {
+    readers: dict[str, Callable[[Path], Iterator[Row]]] = {
         ".jsonl": _json_rows,
         ".json": _json_rows,
         ".csv": _csv_rows,
         ".parquet": _parquet_rows,
         ".txt": _text_rows,
     }
-    reader = kinds.get(path.suffix.lower())
+    reader = readers.get(path.suffix.lower())
     if reader is None:
         raise UsageError(
-            f"{path}: unknown kind of data file", hint=f"known endings: {', '.join(kinds)}."
+            f"{path}: unknown kind of data file", hint=f"known endings: {', '.join(readers)}."
         )
     try:
         rows = list(reader(path))
@@ -81,88 +214,61 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def cnn_dailymail(split: str, count: int, *, dataset_dir: str | None = None) -> list[Row]:
-    """The first ``count`` rows of a split of cnn_dailymail 3.0.0: ``article``, ``highlights``.
-
-    Args:
-        split: "train", "validation" or "test".
-        count: how many; fewer if the split is shorter.
-        dataset_dir: a local copy of the set's repository (or another name on the hub), in place
-            of the hub's ccdv/cnn_dailymail.
+def decode_text(name: str, content: bytes) -> str:
+    """Decode UTF-8 with or without a byte order mark.
 
     Raises:
-        SourceError: ``datasets`` is not installed, or the set cannot be had.
+        UsageError: it is not UTF-8; names the line.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise SourceError(
-            "cnn_dailymail needs the package 'datasets', which is not installed", hint=_INSTALL
-        ) from None
-    name = dataset_dir or CNN_DAILYMAIL
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it reports every attempt without a network
-    try:
-        found = datasets.load_dataset(name, CNN_DAILYMAIL_CONFIG, split=split)
-        rows = [dict(found[n]) for n in range(min(count, len(found)))]
-    except Exception as error:  # no network, a proxy's page, a damaged cache: anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SourceError(
-            f"{name} {CNN_DAILYMAIL_CONFIG} ({split}) cannot be loaded: {reason}",
-            hint="it is downloaded from the Hugging Face hub and then kept; without a network "
-            "give a local file of articles instead."
-            if dataset_dir is None
-            else f"give a copy of the hub's {CNN_DAILYMAIL}, or a local file of articles.",
-        ) from None
-    finally:
-        logger.setLevel(level)
-    return [Row(f"{name} ({split}) row {n}", values) for n, values in enumerate(rows, 1)]
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Place and text of the lines that are not empty."""
-    for number, line in enumerate(_decoded(path).split("\n"), 1):
-        if line.strip():
-            yield f"{path}:{number}", line.removesuffix("\r")
-
-
-def _decoded(path: Path) -> str:
-    content = path.read_bytes()
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UsageError(
-            f"{path}:{line}: not UTF-8 text (byte {error.start})", hint="save it as UTF-8."
+            f"{name}:{line}: not UTF-8 text (byte {error.start})", hint="save it as UTF-8."
         ) from None
 
 
+def text_lines(name: str, content: bytes) -> list[tuple[str, str]]:
+    """Return place (``name:number``) and text of the lines that are not empty."""
+    return [
+        (f"{name}:{number}", line.removesuffix("\r"))
+        for number, line in enumerate(decode_text(name, content).split("\n"), 1)
+        if line.strip()
+    ]
+
+
+def parse_object(where: str, line: str) -> dict[str, Any]:
+    """Parse a line of JSON.
+
+    Raises:
+        UsageError: it is not a JSON object.
+    """
+    hint = "each line must be one JSON object."
+    try:
+        value: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: not JSON: {error}", hint=hint) from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{where}: a JSON {type(value).__name__}, not an object", hint=hint)
+    return value
+
+
 def _json_rows(path: Path) -> Iterator[Row]:
-    for where, line in _lines(path):
-        try:
-            value: Any = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(
-                f"{where}: not JSON: {error}", hint="each line must be one JSON object."
-            ) from None
-        if not isinstance(value, dict):
-            raise UsageError(
-                f"{where}: a JSON {type(value).__name__}, not an object",
-                hint="each line must be one JSON object.",
-            )
-        yield Row(where, value)
+    for where, line in text_lines(str(path), path.read_bytes()):
+        yield Row(where, parse_object(where, line))
 
 
 def _text_rows(path: Path) -> Iterator[Row]:
-    for where, line in _lines(path):
+    for where, line in text_lines(str(path), path.read_bytes()):
         yield Row(where, {"text": line})
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    # Articles are longer than the reader's own limit of 128 KiB may allow.
+    # The reader's own limit of 128 KiB is shorter than some articles.
     csv.field_size_limit(2**30)
-    reader = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
+    text = decode_text(str(path), path.read_bytes())
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     names: list[str] | None = None
     line = 1
     try:
@@ -188,7 +294,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             f"{path}: parquet files need the package 'pyarrow', which is not installed",
             hint=_INSTALL,
         ) from None
-    path.stat()  # pyarrow's own words for a missing file are others
+    path.stat()  # raises the same error for a missing file as the other readers
     try:
         values = parquet.read_table(path).to_pylist()
     except (ArrowException, OSError) as error:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import xxhash
 
-from phireg.calibration.settings import AUTO, BUILTIN, CNN_DAILYMAIL, DEFAULT_SIZE, Settings
-from phireg.data.rows import Row, cnn_dailymail, read_rows
+from phireg.data.rows import Data, Row, load_rows
 from phireg.errors import UsageError
 
-TEXT_KEYS = ("text", "article", "prompt")
-"""Where a row's text is looked for, in this order."""
+BUILTIN = "builtin"
+"""The name of the text that phireg contains."""
 
-_SECONDS = 3.0
-_PROXIES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+DEFAULT_SIZE = 512
+"""Samples, as TensorRT-LLM's quantization scripts take."""
+
+TEXT_COLUMNS = ("text", "article", "prompt")
+"""Columns with a row's text, in order of preference."""
 
 Encode = Callable[[str], list[int]]
 """Text to token ids, with the special tokens that the tokenizer adds."""
@@ -30,11 +27,11 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """What to calibrate on.
+    """Data to calibrate on.
 
     Attributes:
         rows: token ids of each sample, at least one.
-        origin: where they are from, for one line of text.
+        origin: of the data, as one line of text.
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -42,134 +39,90 @@ class Samples:
 
     @property
     def tokens(self) -> int:
-        """How many tokens there are in all."""
+        """The number of tokens in all."""
         return sum(map(len, self.rows))
 
     @property
     def digest(self) -> str:
         """xxh3_128 of the token ids, row by row, in hexadecimal."""
-        hashed = xxhash.xxh3_128()
+        hasher = xxhash.xxh3_128()
         for row in self.rows:
-            hashed.update((" ".join(map(str, row)) + "\n").encode())
-        return hashed.hexdigest()
+            hasher.update((" ".join(map(str, row)) + "\n").encode())
+        return hasher.hexdigest()
 
     def first(self, count: int) -> Samples:
-        """Only the first samples."""
+        """Keep only the first samples."""
         return Samples(self.rows[:count], self.origin)
 
 
-def read_samples(settings: Settings, encode: Encode, *, vocab_size: int, longest: int) -> Samples:
-    """The samples that the settings ask for: the first ones in order.
+def read_samples(
+    source: str, encode: Encode, *, size: int | None, max_length: int, vocab_size: int
+) -> Samples:
+    """Read the first samples of the data, in order.
 
-    A file's rows (`.jsonl`, `.csv`, `.parquet`, `.txt`) have ``input_ids``, a list of token ids
-    that is taken as it is, or a text under one of ``TEXT_KEYS``. The built-in text has one sample
-    per passage, which begins there and runs on into the following ones.
+    A row has ``input_ids``, a list of token ids that is taken as it is, or a text in one of
+    ``TEXT_COLUMNS``. The built-in text has one sample per passage, which begins there and runs on
+    into the following ones.
 
     Args:
-        settings: which data, how many samples, how long.
-        encode: the model's tokenizer; called only where there is text.
+        source: a file, "cnn_dailymail" (its train split) or a directory with a copy of it,
+            "builtin" for the text that phireg contains, or "auto": the first of cnn_dailymail and
+            the built-in text that is available.
+        encode: the model's tokenizer; called only for text.
+        size: number of samples; None for 512, or as many as there are.
+        max_length: tokens of a sample at most.
         vocab_size: ids must be below it.
-        longest: tokens the model takes at most.
 
     Raises:
-        UsageError: a row is empty, has no text, or has an id that the model does not know (file and
-            line are named); there is no such dataset.
-        PhiregError: a dataset that was asked for cannot be had.
+        UsageError: a row is empty, has no text, or has an id outside the vocabulary (file and line
+            are named); or there is no such data.
+        SourceError: a dataset that was asked for cannot be loaded.
     """
-    limit = min(settings.max_length, longest)
-    count = DEFAULT_SIZE if settings.size is None else settings.size
-    found, origin = _rows(settings, count)
+    count = DEFAULT_SIZE if size is None else size
+    data = load_rows(source, "train", count, {BUILTIN: _builtin})
+    origin = data.name if data.note is None else f"{data.name}, because {data.note}"
     rows = []
-    for row in found[:count]:
-        ids = _ids(row, encode, limit)
-        wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
-        if wrong is not None:
+    for row in data.rows[:count]:
+        ids = _token_ids(row, encode, max_length)
+        unknown = next((token for token in ids if not 0 <= token < vocab_size), None)
+        if unknown is not None:
             raise UsageError(
-                f"{row.where}: token id {wrong} is not one of the model's {vocab_size}",
+                f"{row.where}: token id {unknown} is not one of the model's {vocab_size}",
                 hint="the ids, or the tokenizer, are of another model.",
             )
         rows.append(tuple(ids))
-    if len(rows) < count and settings.size is not None:
+    if len(rows) < count and size is not None:
         origin += f" (which has {len(rows)} samples, not {count})"
     return Samples(tuple(rows), origin)
 
 
-def _rows(settings: Settings, count: int) -> tuple[Sequence[Row], str]:
-    if settings.file is not None:
-        return read_rows(settings.file), str(settings.file)
-    if settings.dataset == AUTO:
-        reason = _no_dataset()
-        if reason is not None:
-            return _builtin(), f"the built-in text, because {reason}"
-        return _articles(count, None), f"{CNN_DAILYMAIL} 3.0.0, train"
-    if settings.dataset == BUILTIN:
-        return _builtin(), "the built-in text"
-    if settings.dataset == CNN_DAILYMAIL:
-        return _articles(count, None), f"{CNN_DAILYMAIL} 3.0.0, train"
-    if Path(settings.dataset).is_dir():
-        return _articles(count, settings.dataset), f"{settings.dataset}, train"
-    raise UsageError(
-        f"unknown calibration dataset '{settings.dataset}'",
-        hint=f"known: {CNN_DAILYMAIL}, a directory with a copy of it, {BUILTIN}; for other text "
-        "use --calib-file.",
-    )
-
-
-def _articles(count: int, directory: str | None) -> list[Row]:
-    rows = cnn_dailymail("train", count, dataset_dir=directory)
-    return [Row(row.where, {"text": row.text("article")}) for row in rows]
-
-
-def _builtin() -> list[Row]:
+def _builtin() -> Data:
     text = resources.files(__package__).joinpath("builtin.txt").read_text(encoding="utf-8")
     passages = text.split("---\n")
-    return [
+    rows = [
         Row(f"built-in text, passage {number + 1}", {"text": "\n".join(passages[number:])})
         for number in range(len(passages))
     ]
+    return Data("the built-in text", rows)
 
 
-def _no_dataset() -> str | None:
-    """Why the dataset is not even tried, or None."""
-    if importlib.util.find_spec("datasets") is None:
-        return "the package 'datasets' is not installed"
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    if any(os.environ.get(name) for name in _PROXIES):
-        return None  # only the proxy can tell
-    place = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((place.hostname, place.port or 443), _SECONDS).close()
-    except OSError:
-        return f"{place.hostname} cannot be reached"
-    return None
-
-
-def _ids(row: Row, encode: Encode, limit: int) -> list[int]:
+def _token_ids(row: Row, encode: Encode, max_length: int) -> list[int]:
     if "input_ids" in row.values:
-        ids = _whole_numbers(row)[:limit]
+        ids = _input_ids(row)[:max_length]
     else:
-        key = next((name for name in TEXT_KEYS if row.values.get(name) is not None), None)
-        if key is None:
-            raise UsageError(
-                f"{row.where}: there is none of 'input_ids', {', '.join(map(repr, TEXT_KEYS))}",
-                hint=f"the row has: {', '.join(map(str, row.values)) or 'nothing'}.",
-            )
-        text = row.text(key)
-        ids = encode(text)[:limit] if text.strip() else []
+        text = row.text(*TEXT_COLUMNS)
+        ids = encode(text)[:max_length] if text.strip() else []
     if not ids:
         raise UsageError(f"{row.where}: the row is empty", hint="remove it, or give it text.")
     return ids
 
 
-def _whole_numbers(row: Row) -> list[int]:
-    ids: Any = row.values["input_ids"]
-    if not isinstance(ids, Iterable) or isinstance(ids, str):
+def _input_ids(row: Row) -> list[int]:
+    value: Any = row.values["input_ids"]
+    if not isinstance(value, Iterable) or isinstance(value, str):
         raise UsageError(f"{row.where}: 'input_ids' is no list of token ids")
-    numbers = list(ids)
-    for number in numbers:
+    ids = list(value)
+    for number in ids:
         if not isinstance(number, int) or isinstance(number, bool):
             raise UsageError(f"{row.where}: 'input_ids' has {number!r}, which is no token id")
-    return numbers
+    return ids

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from phireg.data.rows import parse_object, text_lines
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
@@ -63,18 +64,7 @@ def read_prompts(name: str, content: bytes) -> list[Prompt]:
     Raises:
         UsageError: it is not UTF-8, holds no prompt, or has a malformed line.
     """
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(
-            f"{name}:{line}: not UTF-8 text (byte {error.start})", hint="save it as UTF-8."
-        ) from None
-    lines = [
-        (f"{name}:{number}", line.removesuffix("\r"))
-        for number, line in enumerate(text.split("\n"), 1)
-        if line.strip()
-    ]
+    lines = text_lines(name, content)
     if not lines:
         raise UsageError(f"{name} holds no prompt", hint="write one into each line.")
     if name.endswith(".jsonl") or _is_record(lines[0][1]):
@@ -92,11 +82,8 @@ def _is_record(line: str) -> bool:
 
 def _records(lines: Iterable[tuple[str, str]]) -> Iterator[Prompt]:
     for where, line in lines:
-        try:
-            record: Any = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{where}: not JSON: {error}") from None
-        keys = {"prompt", "input_ids"} & record.keys() if isinstance(record, dict) else set()
+        record = parse_object(where, line)
+        keys = {"prompt", "input_ids"} & record.keys()
         if len(keys) != 1:
             raise UsageError(f'{where}: not an object with either "prompt" or "input_ids"')
         (key,) = keys

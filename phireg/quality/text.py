@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from phireg.calibration.settings import DEFAULT_SIZE, Settings
-from phireg.data.samples import Encode, Samples, read_samples
+from phireg.calibration.settings import Settings
+from phireg.data.samples import DEFAULT_SIZE, Encode, Samples, read_samples
 
 _FURTHER = 64
 """Samples that are read behind those that were calibrated on."""
@@ -54,8 +53,10 @@ def choose_text(
     """
 
     def read(size: int | None) -> Samples:
-        asked = dataclasses.replace(settings, size=size)
-        return read_samples(asked, encode, vocab_size=vocab_size, longest=longest)
+        length = min(settings.max_length, longest)
+        return read_samples(
+            settings.source, encode, size=size, max_length=length, vocab_size=vocab_size
+        )
 
     samples = read(None)
     used = 0

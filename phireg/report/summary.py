@@ -112,7 +112,7 @@ def _worst_articles(summarization: Summarization) -> Iterator[dict[str, Any]]:
                 {
                     "name": result.name,
                     "rouge1": result.rouge.articles[n]["rouge1"],
-                    "words": list(_words(result.answers[n].summary.strip(), sample.reference)),
+                    "words": list(_words(result.summaries[n].text.strip(), sample.reference)),
                 }
                 for result in summarization.backends
             ],

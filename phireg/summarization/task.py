@@ -1,4 +1,4 @@
-"""The task: which articles, and what a model is given of each. As TensorRT-LLM's summarize.py."""
+"""The task of TensorRT-LLM's summarize.py: the articles, and the prompt made of each."""
 
 from __future__ import annotations
 
@@ -6,17 +6,28 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from phireg.data.rows import Row
+from phireg import demo
+from phireg.data.rows import AUTO, CNN_DAILYMAIL, Data, Row, load_rows
 from phireg.errors import UsageError
 from phireg.generation.tokenizer import Tokenizer
 
+DEMO = "demo"
+"""The name of the demo models' held-back articles."""
+
 PROMPT_END = " TL;DR: "
+
+_TEST_ROWS = 11_490
+"""Rows of cnn_dailymail's test split."""
+
+_DEFAULT_FAMILY = "phi3-small"
+_TOKENIZERS = ("tokenizer.json", "cl100k_base.tiktoken")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What decides the summaries, given data and model. The defaults are upstream's.
+    """Settings of the task; names and defaults are those of TensorRT-LLM's summarize.py.
 
     Attributes:
         batch_size: prompts continued side by side.
@@ -25,7 +36,7 @@ class Settings:
         min_input_length: articles whose prompt has no more tokens than this are left out.
         output_len: new tokens at most.
         num_beams: 1 is greedy.
-        eval_ppl: whether perplexity is computed.
+        eval_ppl: compute perplexity.
     """
 
     batch_size: int = 1
@@ -38,8 +49,13 @@ class Settings:
 
     @property
     def count(self) -> int:
-        """How many articles are wanted."""
+        """The number of articles."""
         return self.batch_size * self.max_ite
+
+    @property
+    def count_to_load(self) -> int:
+        """The number of articles to load, as some may be left out."""
+        return _TEST_ROWS if self.min_input_length else self.count
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +63,9 @@ class Sample:
     """An article to summarize.
 
     Attributes:
-        where: where it came from.
+        where: file and line, for messages.
         article: the whole text.
-        reference: the summary that a person wrote.
+        reference: the human summary.
         prompt: the token ids that the model continues.
     """
 
@@ -59,17 +75,77 @@ class Sample:
     prompt: tuple[int, ...]
 
 
-def prompt_text(article: str) -> str:
-    """What the model continues, before it is cut to length.
+def load_articles(
+    dataset: str, count: int, directories: Sequence[Path], dataset_dir: str | None = None
+) -> Data:
+    """Load articles with ``article`` and ``highlights``.
 
-    cnn_dailymail holds split words ("did n't"), which upstream joins; the blank behind the colon
-    goes with the strip.
+    Args:
+        dataset: a file of rows; "cnn_dailymail" (its test split); "demo" (the held-back articles
+            of a demo model); or "auto": a demo model's own articles, for other models
+            cnn_dailymail or, if it is not available, held-back articles with a note.
+        count: how many are needed, before any is left out.
+        directories: of the models.
+        dataset_dir: a local copy of cnn_dailymail.
+
+    Raises:
+        UsageError: there is no such data, or ``dataset_dir`` has no effect on the choice.
+        SourceError: cnn_dailymail cannot be loaded.
+    """
+    family = _demo_family(directories)
+    if dataset_dir is not None:
+        if dataset not in (AUTO, CNN_DAILYMAIL):
+            raise UsageError(
+                f"--dataset-dir is a copy of cnn_dailymail, and --dataset asks for {dataset}",
+                hint="give one of them.",
+            )
+        if not Path(dataset_dir).is_dir():
+            raise UsageError(f"--dataset-dir {dataset_dir}: no such directory")
+        dataset = dataset_dir
+    elif dataset == AUTO and family:
+        dataset = DEMO
+    return load_rows(dataset, "test", count, {DEMO: lambda: _held_back(family or _DEFAULT_FAMILY)})
+
+
+def _demo_family(directories: Sequence[Path]) -> str | None:
+    """Find the family whose demo model a directory was made from, by its tokenizer."""
+    for family in demo.families()[0]:
+        original = demo.find(family).directory
+        for name in _TOKENIZERS:
+            if any(_same_file(original / name, directory / name) for directory in directories):
+                return family
+    return None
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    return (
+        first.is_file()
+        and second.is_file()
+        and first.stat().st_size == second.stat().st_size
+        and first.read_bytes() == second.read_bytes()
+    )
+
+
+def _held_back(family: str) -> Data:
+    articles = demo.find(family).articles
+    rows = [
+        Row(f"article {number}", {"article": article.text, "highlights": article.reference})
+        for number, article in enumerate(articles)
+    ]
+    return Data("the held-back split of phireg's demo models", rows)
+
+
+def prompt_text(article: str) -> str:
+    """Return the text of a prompt, before it is cut to length.
+
+    As TensorRT-LLM's script, join the words that cnn_dailymail splits ("did n't"), and strip the
+    blank after the colon.
     """
     return (article + PROMPT_END).strip().replace(" n't", "n't")
 
 
 def make_samples(rows: Iterable[Row], tokenizer: Tokenizer, settings: Settings) -> list[Sample]:
-    """The first articles in order, with their prompts.
+    """Return the first articles in order, with their prompts.
 
     Args:
         rows: with the texts ``article`` and ``highlights``.
@@ -79,32 +155,23 @@ def make_samples(rows: Iterable[Row], tokenizer: Tokenizer, settings: Settings) 
     Raises:
         UsageError: a row lacks one of its texts, or no article is long enough.
     """
-    found: list[Sample] = []
+    samples: list[Sample] = []
     for row in rows:
-        if len(found) == settings.count:
+        if len(samples) == settings.count:
             break
-        article, reference = (_unicode(row, name) for name in ("article", "highlights"))
+        article, reference = row.text("article"), row.text("highlights")
         prompt = tokenizer.encode(prompt_text(article), max_length=settings.max_input_length)
         if len(prompt) > settings.min_input_length:
-            found.append(Sample(row.where, article, reference, tuple(prompt)))
-    if not found:
+            samples.append(Sample(row.where, article, reference, tuple(prompt)))
+    if not samples:
         raise UsageError(
             f"no article's prompt has more than {settings.min_input_length} tokens",
             hint="lower --min-input-length.",
         )
-    return found
-
-
-def _unicode(row: Row, name: str) -> str:
-    text = row.text(name)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UsageError(f"{row.where}: '{name}' is not valid Unicode text") from None
-    return text
+    return samples
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
-    """SHA-256 of all texts and prompts, in hexadecimal."""
-    content = [[one.article, one.reference, one.prompt] for one in samples]
+    """Return the SHA-256 of all texts and prompts, in hexadecimal."""
+    content = [[sample.article, sample.reference, sample.prompt] for sample in samples]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -190,3 +190,15 @@ def test_settings_that_matter(calibrated, tmp_path):
     assert "file" in misfit(statistics, source, Settings(file=copied))
     with pytest.raises(UsageError):
         misfit(statistics, source, Settings(file=tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("name", ["size", "max_length", "batch_size"])
+def test_settings_refuse_zero(name):
+    with pytest.raises(UsageError):
+        Settings(**{name: 0})
+
+
+def test_settings_take_a_file_or_a_dataset(tmp_path):
+    assert Settings(file=tmp_path).source == str(tmp_path)
+    with pytest.raises(UsageError):
+        Settings(dataset="builtin", file=tmp_path)

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from phireg.calibration.settings import Settings
-from phireg.data import samples as data
-from phireg.data.rows import Row
+from phireg.data import rows as data
+from phireg.data.rows import Data, Row
 from phireg.data.samples import read_samples
 from phireg.errors import PhiregError, UsageError
 
@@ -26,8 +25,10 @@ def never(text):
     raise AssertionError("there is no text to encode")
 
 
-def read(settings, encode=encode, vocab_size=100, longest=10**6):
-    return read_samples(settings, encode, vocab_size=vocab_size, longest=longest)
+def read(source, encode=encode, vocab_size=100, size=None, max_length=512):
+    return read_samples(
+        str(source), encode, size=size, max_length=max_length, vocab_size=vocab_size
+    )
 
 
 def jsonl(path, *rows):
@@ -37,52 +38,48 @@ def jsonl(path, *rows):
 
 def test_ids_are_taken_as_they_are(tmp_path):
     path = jsonl(tmp_path / "x.jsonl", {"input_ids": [99, 0, 5]}, {"input_ids": [7], "text": "no"})
-    samples = read(Settings(file=path), never)
+    samples = read(path, never)
     assert samples.rows == ((99, 0, 5), (7,))
     assert samples.tokens == 4
     assert samples.origin == str(path)
     assert samples.first(1).rows == ((99, 0, 5),)
     assert samples.digest != samples.first(1).digest
     other = jsonl(tmp_path / "y.jsonl", {"input_ids": [99, 0]}, {"input_ids": [5, 7]})
-    assert read(Settings(file=other)).digest != samples.digest
+    assert read(other).digest != samples.digest
 
 
 @pytest.mark.parametrize("key", ["text", "article", "prompt"])
 def test_text_under_each_key(tmp_path, key):
     path = jsonl(tmp_path / "x.jsonl", {"highlights": "no", key: "ab"}, {key: "abcdef"})
-    samples = read(Settings(file=path, max_length=4))
+    samples = read(path, max_length=4)
     assert samples.rows == tuple(tuple(encode(t)) for t in ("ab", "abc"))
 
 
 def test_the_other_kinds_of_file(tmp_path):
     (tmp_path / "x.txt").write_text("ab\n\ncd\n")
     (tmp_path / "x.csv").write_text('id,article\n1,"a\nb"\n2,cd\n')
-    assert read(Settings(file=tmp_path / "x.txt")).rows == (
+    assert read(tmp_path / "x.txt").rows == (
         tuple(encode("ab")),
         tuple(encode("cd")),
     )
-    assert read(Settings(file=tmp_path / "x.csv")).rows[0] == tuple(encode("a\nb"))
+    assert read(tmp_path / "x.csv").rows[0] == tuple(encode("a\nb"))
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     parquet.write_table(pyarrow.table({"input_ids": [[3, 4], [5]]}), tmp_path / "x.parquet")
-    assert read(Settings(file=tmp_path / "x.parquet"), never).rows == ((3, 4), (5,))
+    assert read(tmp_path / "x.parquet", never).rows == ((3, 4), (5,))
 
 
 def test_the_first_ones_in_order(tmp_path):
     path = jsonl(tmp_path / "x.jsonl", *({"input_ids": [n]} for n in range(20)))
-    for seed in (1234, 5):
-        samples = read(Settings(file=path, size=3, seed=seed))
-        assert samples.rows == ((0,), (1,), (2,))
-    all_of_them = read(Settings(file=path, size=30))
-    assert len(all_of_them.rows) == 20
-    assert "has 20 samples, not 30" in all_of_them.origin
-    assert read(Settings(file=path)).origin == str(path)
+    assert read(path, size=3).rows == ((0,), (1,), (2,))
+    short = read(path, size=30)
+    assert len(short.rows) == 20
+    assert "has 20 samples, not 30" in short.origin
 
 
-def test_no_longer_than_the_model_takes(tmp_path):
+def test_no_longer_than_asked(tmp_path):
     path = jsonl(tmp_path / "x.jsonl", {"input_ids": list(range(50))})
-    assert len(read(Settings(file=path), longest=20).rows[0]) == 20
-    assert len(read(Settings(file=path, max_length=10), longest=20).rows[0]) == 10
+    assert len(read(path, max_length=20).rows[0]) == 20
 
 
 @pytest.mark.parametrize(
@@ -98,25 +95,25 @@ def test_no_longer_than_the_model_takes(tmp_path):
         ({"input_ids": [True]}, "has True, which is no token id"),
         ({"text": "  "}, "the row is empty"),
         ({"text": 5}, "'text' is not text"),
-        ({"question": "why"}, "there is none of 'input_ids', 'text', 'article', 'prompt'"),
-        ({}, "there is none of"),
+        ({"question": "why"}, "there is no 'text' or 'article' or 'prompt'"),
+        ({}, "there is no 'text'"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, row, message):
     path = jsonl(tmp_path / "x.jsonl", {"text": "good"}, row)
     with pytest.raises(UsageError, match=message) as caught:
-        read(Settings(file=path))
+        read(path)
     assert f"{path}:2" in caught.value.message
 
 
 def test_the_tokenizer_of_another_model(tmp_path):
     path = jsonl(tmp_path / "x.jsonl", {"text": "abc"})
     with pytest.raises(UsageError, match=r"x\.jsonl:1: token id \d+ is not one of the model's 5"):
-        read(Settings(file=path), vocab_size=5)
+        read(path, vocab_size=5)
 
 
 def test_the_built_in_text():
-    samples = read(Settings(dataset="builtin"), lambda text: list(text.encode()), 256)
+    samples = read("builtin", lambda text: list(text.encode()), 256)
     assert samples.origin == "the built-in text"
     assert 20 < len(samples.rows) < 60
     lengths = [len(row) for row in samples.rows]
@@ -125,9 +122,9 @@ def test_the_built_in_text():
     texts = [bytes(row).decode(errors="ignore") for row in samples.rows]
     assert len({text[:40] for text in texts}) == len(texts)
     assert not any("---" in text for text in texts)
-    few = read(Settings(dataset="builtin", size=2), lambda text: list(text.encode()), 256)
+    few = read("builtin", lambda text: list(text.encode()), 256, size=2)
     assert few.rows == samples.rows[:2]
-    many = read(Settings(dataset="builtin", size=500), lambda text: list(text.encode()), 256)
+    many = read("builtin", lambda text: list(text.encode()), 256, size=500)
     assert f"has {len(texts)} samples, not 500" in many.origin
 
 
@@ -135,31 +132,33 @@ ARTICLES = [Row(f"row {n}", {"article": f"article {n}", "highlights": "no"}) for
 
 
 def test_the_public_dataset(monkeypatch, tmp_path):
-    asked = []
+    calls = []
 
-    def found(split, count, *, dataset_dir=None):
-        asked.append((split, count, dataset_dir))
-        return ARTICLES[:count]
+    def load(split, count, directory=None):
+        calls.append((split, count, directory))
+        return Data("cnn", ARTICLES[:count])
 
-    monkeypatch.setattr(data, "cnn_dailymail", found)
-    samples = read(Settings(dataset="cnn_dailymail", size=2))
+    monkeypatch.setattr(data, "cnn_dailymail", load)
+    samples = read("cnn_dailymail", size=2)
     assert samples.rows == (tuple(encode("article 0")), tuple(encode("article 1")))
-    assert samples.origin == "cnn_dailymail 3.0.0, train"
-    assert read(Settings(dataset=str(tmp_path))).origin == f"{tmp_path}, train"
-    assert asked == [("train", 2, None), ("train", 512, str(tmp_path))]
-    monkeypatch.setattr(data, "_no_dataset", lambda: None)
-    assert read(Settings(size=1)).rows == samples.rows[:1]
-    with pytest.raises(UsageError, match="unknown calibration dataset 'pile'"):
-        read(Settings(dataset="pile"))
+    assert samples.origin == "cnn"
+    read(tmp_path)
+    assert calls == [("train", 2, None), ("train", 512, str(tmp_path))]
+    monkeypatch.setattr(data, "_unavailable", lambda: None)
+    assert read("auto", size=1).rows == samples.rows[:1]
+    with pytest.raises(UsageError, match="'pile'"):
+        read("pile")
 
 
-def test_a_dataset_that_was_asked_for_is_not_replaced(monkeypatch):
+def test_only_auto_is_replaced(monkeypatch):
     def missing(*args, **kwargs):
         raise PhiregError("cannot be loaded")
 
     monkeypatch.setattr(data, "cnn_dailymail", missing)
+    monkeypatch.setattr(data, "_unavailable", lambda: None)
     with pytest.raises(PhiregError, match="cannot be loaded"):
-        read(Settings(dataset="cnn_dailymail"))
+        read("cnn_dailymail")
+    assert read("auto").origin == "the built-in text, because cannot be loaded"
 
 
 def test_without_a_network_the_built_in_text_is_taken_and_said(monkeypatch):
@@ -172,22 +171,11 @@ def test_without_a_network_the_built_in_text_is_taken_and_said(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
     monkeypatch.setattr(socket, "create_connection", unreachable)
-    assert read(Settings()).origin == "the built-in text, because hub.invalid cannot be reached"
+    assert read("auto").origin == "the built-in text, because hub.invalid cannot be reached"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert read(Settings()).origin == "the built-in text, because HF_HUB_OFFLINE is set"
+    assert read("auto").origin == "the built-in text, because HF_HUB_OFFLINE is set"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "'datasets' is not installed" in read(Settings()).origin
-
-
-@pytest.mark.parametrize("name", ["size", "max_length", "batch_size"])
-def test_numbers_that_make_no_sense(name):
-    with pytest.raises(UsageError, match="0 makes no sense"):
-        Settings(**{name: 0})
-
-
-def test_a_file_or_a_dataset(tmp_path):
-    with pytest.raises(UsageError, match="both"):
-        Settings(dataset="builtin", file=tmp_path)
+    assert "'datasets' is not installed" in read("auto").origin
 
 
 @pytest.mark.parametrize(

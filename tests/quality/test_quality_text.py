@@ -11,6 +11,10 @@ from phireg.quality.text import choose_text
 LIMITS = {"vocab_size": 100, "longest": 50}
 
 
+def samples_of(settings):
+    return read_samples(settings.source, list, size=None, max_length=50, vocab_size=100)
+
+
 @pytest.fixture
 def data(tmp_path):
     """Settings with ten rows of five ids, and what is recorded of a calibration on the first."""
@@ -20,7 +24,7 @@ def data(tmp_path):
     settings = Settings(file=path)
 
     def calibrated(count):
-        samples = read_samples(settings, list, **LIMITS).first(count)
+        samples = samples_of(settings).first(count)
         return {"samples": count, "data_digest": samples.digest}
 
     return settings, rows, calibrated
@@ -63,7 +67,7 @@ def test_more_samples_than_a_calibration_takes(tmp_path):
     path = tmp_path / "ids.jsonl"
     path.write_text("".join(json.dumps({"input_ids": [1, n % 90, 5]}) + "\n" for n in range(520)))
     settings = Settings(file=path)
-    samples = read_samples(settings, list, **LIMITS)
+    samples = samples_of(settings)
     provenance = {"samples": len(samples.rows), "data_digest": samples.digest}
     assert provenance["samples"] == 512
     text = chosen(settings, provenance)

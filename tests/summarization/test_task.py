@@ -3,11 +3,17 @@
 import pytest
 
 from phireg import demo
-from phireg.data import articles as data
-from phireg.data.rows import Row
+from phireg.data import rows as data_rows
+from phireg.data.rows import Data, Row
 from phireg.errors import UsageError
 from phireg.generation.tokenizer import find_tokenizer
-from phireg.summarization.task import Settings, make_samples, prompt_text, samples_digest
+from phireg.summarization.task import (
+    Settings,
+    load_articles,
+    make_samples,
+    prompt_text,
+    samples_digest,
+)
 
 
 class Words:
@@ -98,40 +104,44 @@ def test_the_digest_sees_every_text_and_prompt():
         assert samples_digest(one) != samples_digest(make_samples(other, Words(), Settings()))
 
 
+@pytest.fixture
+def public(monkeypatch):
+    """Calls for cnn_dailymail, which gives one row."""
+    calls = []
+
+    def load(split, count, directory=None):
+        calls.append((split, count, directory))
+        return Data("cnn", rows("a"))
+
+    monkeypatch.setattr(data_rows, "cnn_dailymail", load)
+    monkeypatch.setattr(data_rows, "_unavailable", lambda: None)
+    return calls
+
+
 @pytest.mark.parametrize("family", ["phi2", "phi3-mini", "phi3-small", "phi3-medium"])
-def test_a_demo_model_gets_its_own_articles(family, monkeypatch):
-    def load(*_args, **_options):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(data, "cnn_dailymail", load)
+def test_a_demo_model_gets_its_own_articles(family, public):
     model = demo.find(family)
-    found = data.open_data("auto", 3, [model.directory], None)
-    assert [row.values["article"] for row in found.rows] == [a.text for a in model.articles]
-    assert found.note is None
+    data = load_articles("auto", 3, [model.directory])
+    assert [row.values["article"] for row in data.rows] == [a.text for a in model.articles]
+    assert data.note is None
+    assert public == []
 
 
-def test_another_model_gets_cnn_dailymail_or_is_told(monkeypatch, tmp_path):
-    asked = []
-
-    def load(split, count, dataset_dir=None):
-        asked.append((split, count, dataset_dir))
-        return rows("a")
-
-    monkeypatch.setattr(data, "cnn_dailymail", load)
-    assert "cnn_dailymail 3.0.0, test" in data.open_data("auto", 3, [tmp_path], None).name
+def test_another_model_gets_cnn_dailymail(public, monkeypatch, tmp_path):
+    assert load_articles("auto", 3, [tmp_path]).name == "cnn"
     below = tmp_path / "ccdv" / "cnn_dailymail"
-    data.open_data("auto", 3, [], str(tmp_path))
+    load_articles("auto", 3, [], str(tmp_path))
     below.mkdir(parents=True)
-    data.open_data("auto", 3, [], str(tmp_path))
-    assert asked == [("test", 3, None), ("test", 3, str(tmp_path)), ("test", 3, str(below))]
+    load_articles("auto", 3, [], str(tmp_path))
+    assert public == [("test", 3, None), ("test", 3, str(tmp_path)), ("test", 3, str(below))]
 
     def fail(*_args, **_options):
         raise UsageError("no network")
 
-    monkeypatch.setattr(data, "cnn_dailymail", fail)
-    found = data.open_data("auto", 3, [tmp_path], None)
-    assert "held-back" in found.name
-    assert "no network" in found.note
+    monkeypatch.setattr(data_rows, "cnn_dailymail", fail)
+    data = load_articles("auto", 3, [tmp_path])
+    assert "held-back" in data.name
+    assert "no network" in data.note
     for choice, directory in (("cnn_dailymail", None), ("auto", str(tmp_path))):
         with pytest.raises(UsageError, match="no network"):
-            data.open_data(choice, 3, [], directory)
+            load_articles(choice, 3, [], directory)

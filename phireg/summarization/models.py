@@ -1,0 +1,159 @@
+"""The models of a summarization: which backend runs which directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from phireg.errors import UsageError
+from phireg.files.kinds import ENGINE, HF_MODEL
+from phireg.generation.backend import (
+    DEFAULTS,
+    EXECUTOR,
+    HF,
+    TENSORRT_LLM,
+    Description,
+    Options,
+    describe,
+    kind_of_place,
+    opener,
+    process_rank,
+    run_worker,
+)
+from phireg.generation.processes import check_processes
+
+_HINTS = {
+    EXECUTOR: "give the checkpoint as the argument.",
+    TENSORRT_LLM: "give --engine-dir the engine; phireg build makes one of a checkpoint.",
+    HF: "give --hf-model-dir the source model.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRun:
+    """A model and the backend that runs it.
+
+    Attributes:
+        backend: the backend's name.
+        directory: the checkpoint, engine or source model.
+        options: how to compute.
+    """
+
+    backend: str
+    directory: Path
+    options: Options = DEFAULTS
+
+    @property
+    def description(self) -> Description:
+        """The model's limits."""
+        return describe(self.backend, self.directory, self.options)
+
+    @property
+    def leads_workers(self) -> bool:
+        """Whether other processes wait for this one to open the backend."""
+        return self.backend != HF and process_rank(self.backend)[1] > 1
+
+
+def choose_models(
+    directories: Sequence[Path],
+    hf_model_dir: Path | None,
+    backends: Sequence[str],
+    options: Options,
+    *,
+    hf_dtype: str | None = None,
+    also_hf: bool = False,
+) -> tuple[ModelRun, ...]:
+    """Give each backend the directory that it runs.
+
+    Args:
+        directories: a checkpoint, an engine, or one of each.
+        hf_model_dir: the source model.
+        backends: names, in order; empty for the one that runs the directories.
+        options: of the executor. The others share its device; an engine has its own dtype.
+        hf_dtype: of the source model.
+        also_hf: run the source model beside the backends.
+
+    Raises:
+        UsageError: there is no such backend, a directory is missing or of another kind, or there
+            are two of a kind.
+    """
+    engine, checkpoint = _by_kind(directories)
+    names = list(backends) or [EXECUTOR if engine is None else TENSORRT_LLM]
+    names += [HF] if also_hf else []
+    fixed = replace(options, dtype=None, offload=None)
+    models = []
+    for name in dict.fromkeys(names):
+        opener(name)
+        directory, own_options = {
+            HF: (hf_model_dir, replace(fixed, dtype=hf_dtype)),
+            TENSORRT_LLM: (engine, fixed),
+        }.get(name, (checkpoint, options))
+        if directory is None:
+            raise UsageError(
+                f"there is nothing to run with backend '{name}'",
+                hint=_HINTS.get(name, _HINTS[EXECUTOR]),
+            )
+        models.append(ModelRun(name, directory, own_options))
+    return tuple(models)
+
+
+def _by_kind(directories: Sequence[Path]) -> tuple[Path | None, Path | None]:
+    """Return the engine and the checkpoint among the directories."""
+    by_kind: dict[str, Path] = {}
+    for directory in directories:
+        kind = kind_of_place(directory)
+        if kind is HF_MODEL:
+            raise UsageError(
+                f"{directory} is a Hugging Face model, not a checkpoint or an engine",
+                hint=f"convert it first: phireg convert --model-dir {directory} --output-dir CKPT; "
+                f"or run the model itself: --backend hf --hf-model-dir {directory}",
+            )
+        name = "engine" if kind is ENGINE else "checkpoint"
+        if name in by_kind:
+            raise UsageError(
+                f"{by_kind[name]} and {directory} are both {name}s",
+                hint="give one checkpoint and one engine at most.",
+            )
+        by_kind[name] = directory
+    return by_kind.get("engine"), by_kind.get("checkpoint")
+
+
+def check_model_processes(models: Sequence[ModelRun], tp: int | None = None) -> bool:
+    """Refuse a number of processes that the models cannot use; hf may run in rank 0 alone.
+
+    Args:
+        models: the models.
+        tp: the number of processes to start for the executor.
+
+    Returns:
+        Whether the processes for ``tp`` have to be started.
+
+    Raises:
+        UsageError: tells how to start the right number.
+    """
+    backends = [model.backend for model in models]
+    if tp and EXECUTOR not in backends:
+        raise UsageError("--tp is for the executor, which is not run", hint="leave it out.")
+    start = False
+    for model in models:
+        processes = process_rank(model.backend)[1]
+        if tp and model.backend == EXECUTOR:
+            start = tp > processes
+            processes = max(tp, processes)
+        if model.backend != HF or len(models) == 1:
+            own_tp = tp if model.backend == EXECUTOR else None
+            check_processes(model.backend, model.directory, model.description, processes, own_tp)
+    return start
+
+
+def serve_as_worker(models: Sequence[ModelRun]) -> None:
+    """Run the requests of rank 0 with each model whose other rank this process is."""
+    for model in models:
+        if is_worker(model):
+            run_worker(model.backend, model.directory, model.options)
+
+
+def is_worker(model: ModelRun) -> bool:
+    """Whether this process is another rank of a model than 0."""
+    return model.backend != HF and process_rank(model.backend)[0] > 0

@@ -1,0 +1,178 @@
+"""Summarize articles with several backends and score the summaries."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from phireg.errors import UsageError
+from phireg.executor import Sampling
+from phireg.generation.backend import Backend, open_backend
+from phireg.generation.limits import check_batch, check_prompts
+from phireg.generation.tokenizer import Tokenizer, find_tokenizer, stop_ids
+from phireg.summarization.models import ModelRun, check_model_processes
+from phireg.summarization.result import BackendResult, Batch, Summarization, Summary, Thresholds
+from phireg.summarization.scores import perplexity, rouge
+from phireg.summarization.task import Sample, Settings, load_articles, make_samples, samples_digest
+
+Progress = Callable[[str, int, int], None]
+"""Called with a backend's name, how many more articles it has done, and how many all have."""
+
+_PACKAGES = ("phireg", "torch", "transformers", "rouge-score")
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """The input of all backends."""
+
+    samples: Sequence[Sample]
+    settings: Settings
+    tokenizer: Tokenizer
+    stop_ids: Collection[int]
+
+    def generate(self, backend: Backend, samples: Sequence[Sample]) -> list[list[int]]:
+        prompts = [sample.prompt for sample in samples]
+        return backend.generate(
+            prompts,
+            self.settings.output_len,
+            self.stop_ids,
+            Sampling(),
+            self.settings.num_beams,
+        )
+
+
+def summarize(
+    models: Sequence[ModelRun],
+    settings: Settings | None = None,
+    *,
+    dataset: str = "auto",
+    dataset_dir: str | None = None,
+    tokenizer_dir: str | Path | None = None,
+    model_dirs: Sequence[Path] = (),
+    thresholds: Thresholds | None = None,
+    progress: Progress | None = None,
+) -> Summarization:
+    """Summarize articles with each model, and score the summaries by ROUGE.
+
+    Everything is checked before any weights are read. Other ranks than 0 call
+    :func:`phireg.summarization.models.serve_as_worker` instead.
+
+    Args:
+        models: the models and their backends.
+        settings: of the task; None for the defaults of TensorRT-LLM's summarize.py.
+        dataset: the articles; see :func:`phireg.summarization.task.load_articles`.
+        dataset_dir: a local copy of cnn_dailymail.
+        tokenizer_dir: where the tokenizer is, if not with a model.
+        model_dirs: further directories of the same model that may have its tokenizer.
+        thresholds: scores to check.
+        progress: called after each batch.
+
+    Raises:
+        UsageError: a model cannot take the articles or the settings, or there is no tokenizer.
+        PhiregError: a model or the data cannot be loaded.
+    """
+    settings = settings or Settings()
+    check_model_processes(models)
+    directories = list(dict.fromkeys([*(model.directory for model in models), *model_dirs]))
+    articles = load_articles(dataset, settings.count_to_load, directories, dataset_dir)
+    tokenizer = _find_tokenizer(directories, tokenizer_dir)
+    # Like TensorRT-LLM's script, end a summary at the end of a text, not of a turn.
+    eos_id = tokenizer.eos_id
+    stops = stop_ids(directories[0], tokenizer) if eos_id is None else frozenset({eos_id})
+    task = _Task(make_samples(articles.rows, tokenizer, settings), settings, tokenizer, stops)
+    for model in models:
+        _check_model(model, task)
+    report = progress or (lambda _backend, _more, _total: None)
+    total = len(models) * len(task.samples)
+    results = tuple(
+        _run(model, task, lambda name, more: report(name, more, total)) for model in models
+    )
+    return Summarization(
+        articles.name,
+        articles.note,
+        settings,
+        tuple(task.samples),
+        results,
+        thresholds.check(results) if thresholds else (),
+        _provenance(models, task, articles.name),
+    )
+
+
+def _find_tokenizer(directories: Sequence[Path], tokenizer_dir: str | Path | None) -> Tokenizer:
+    named = None if tokenizer_dir is None else Path(tokenizer_dir)
+    tokenizer = find_tokenizer(directories[0], named)
+    for directory in directories[1:]:
+        tokenizer = tokenizer or find_tokenizer(directory)
+    if tokenizer is None:
+        raise UsageError(
+            f"{directories[0]} carries no tokenizer",
+            hint="give --tokenizer-dir (or --hf-model-dir) the directory of the source model.",
+        )
+    return tokenizer
+
+
+def _check_model(model: ModelRun, task: _Task) -> None:
+    settings, limits = task.settings, model.description
+    check_batch(limits, settings.batch_size, settings.num_beams, Sampling())
+    names = [f"{model.backend}: {sample.where}" for sample in task.samples]
+    check_prompts(limits, [sample.prompt for sample in task.samples], settings.output_len, names)
+
+
+def _run(model: ModelRun, task: _Task, report: Callable[[str, int], None]) -> BackendResult:
+    batches = []
+    with open_backend(model.backend, model.directory, model.options) as backend:
+        for batch in _batches(backend, task):
+            batches.append(batch)
+            report(model.backend, len(batch.summaries))
+    scores = rouge(
+        [summary.text for batch in batches for summary in batch.summaries],
+        [sample.reference for sample in task.samples],
+    )
+    return BackendResult(model.backend, str(model.directory), tuple(batches), scores)
+
+
+def _batches(backend: Backend, task: _Task) -> Iterator[Batch]:
+    task.generate(backend, task.samples[:1])  # the warm-up of TensorRT-LLM's script; not scored
+    size = task.settings.batch_size
+    for start in range(0, len(task.samples), size):
+        samples = task.samples[start : start + size]
+        started = time.monotonic()
+        rows = task.generate(backend, samples)
+        seconds = time.monotonic() - started
+        scores = _perplexities(backend, samples, rows) if task.settings.eval_ppl else None
+        summaries = tuple(
+            Summary(task.tokenizer.decode(row), len(row), scores[index] if scores else None)
+            for index, row in enumerate(rows)
+        )
+        yield Batch(seconds, backend.peak_memory(), summaries)
+
+
+def _perplexities(
+    backend: Backend, samples: Sequence[Sample], rows: Sequence[Sequence[int]]
+) -> list[float] | None:
+    """Score each prompt and its summary as one text, as TensorRT-LLM's script does."""
+    texts = [[*sample.prompt, *row] for sample, row in zip(samples, rows, strict=True)]
+    means = backend.mean_nll([text[:1] for text in texts], [text[1:] for text in texts])
+    return None if means is None else [perplexity(mean) for mean in means]
+
+
+def _provenance(models: Sequence[ModelRun], task: _Task, data: str) -> tuple[tuple[str, str], ...]:
+    """Return label and value pairs about data, settings, models and versions."""
+    settings = ", ".join(f"{key} {value}" for key, value in asdict(task.settings).items())
+    return (
+        ("data", f"{data}: {len(task.samples)} articles"),
+        ("digest of texts and prompts", f"sha256 {samples_digest(task.samples)}"),
+        ("settings", settings),
+        *(
+            (
+                model.backend,
+                f"{model.directory} ({model.options.dtype or 'own dtype'}, "
+                f"device {model.options.device})",
+            )
+            for model in models
+        ),
+        ("versions", ", ".join(f"{name} {version(name)}" for name in _PACKAGES)),
+    )
