@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from phireg import demo
 from phireg.executor import load
 
-torch.set_num_threads(2)
 SUBSET = 16
 
 
