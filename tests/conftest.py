@@ -1,11 +1,16 @@
-"""Where there is no GPU, Triton's interpreter runs the kernels.
+"""Settings of the whole test process.
 
-That is chosen for a whole process, before anything in it imports Triton.
+Tests run side by side and their models are tiny, so torch computes in one thread here and in
+processes that tests start. Where there is no GPU, Triton's interpreter runs the kernels; that is
+chosen before anything imports Triton.
 """
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
+torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

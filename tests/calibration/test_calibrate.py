@@ -25,11 +25,6 @@ CPU = torch.device("cpu")
 IDS = [[1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def family(name):
     return registry.load(sources.MODELS[name][1]).family
 

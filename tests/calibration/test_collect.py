@@ -17,11 +17,6 @@ CPU = torch.device("cpu")
 LENGTHS = (5, 7, 20, 7, 21, 33, 2, 33)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def rows(lengths=LENGTHS):
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(1, 100, (n,), generator=generator).tolist() for n in lengths]

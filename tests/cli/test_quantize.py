@@ -5,7 +5,6 @@ import os
 
 import numpy as np
 import pytest
-import torch
 from helpers.damage import tiny_config, write_json
 from safetensors.numpy import load_file, save_file
 
@@ -14,11 +13,6 @@ from phireg.calibration import calibrate as calibrating
 from phireg.conversion import convert as exporting
 from phireg.errors import OutputError
 from phireg.quality import run as measuring
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

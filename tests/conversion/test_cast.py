@@ -6,8 +6,6 @@ import torch
 
 from phireg.conversion.cast import NO_LOSS, Loss, cast, one_thread_each
 
-torch.set_num_threads(1)
-
 ALL_16 = np.arange(2**16, dtype=np.uint16)
 
 

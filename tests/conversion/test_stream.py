@@ -9,7 +9,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
 import xxhash
 from safetensors.numpy import load_file, save_file
 
@@ -18,8 +17,6 @@ from phireg.conversion import stream as runner
 from phireg.conversion.cast import Loss
 from phireg.errors import PlanError, SourceError
 from phireg.planning.model import BLOCK_BYTES
-
-torch.set_num_threads(1)
 
 HEADS, KV_HEADS, SIZE, INNER, VOCAB, LAYERS = 4, 2, 6, 20, 37, 2
 HIDDEN = HEADS * SIZE

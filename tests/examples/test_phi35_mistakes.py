@@ -1,15 +1,12 @@
 """Mistakes with experts that the conformance tests must find and locate."""
 
 import pytest
-import torch
 from example_models import errors
 from phireg_phi35 import PHI35_MOE
 
 from phireg.api import COLUMN, ROW, Experts, Linear, fuse, hookimpl, src
 from phireg.testing.conformance import logits_problems
 from phireg.testing.model import TinyModel
-
-torch.set_num_threads(1)
 
 HIDDEN, INNER, EXPERTS = 24, 10, 3
 TINY = {

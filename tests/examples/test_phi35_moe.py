@@ -17,8 +17,6 @@ from phireg.config.hf import HFConfig
 from phireg.findings import Severity
 from phireg.testing import write_random_model
 
-torch.set_num_threads(1)
-
 HIDDEN, HEADS, KV_HEADS, INNER, EXPERTS, VOCAB, LAYERS = 48, 8, 4, 20, 6, 97, 2
 SIZE = HIDDEN // HEADS
 ROPE = {

@@ -10,8 +10,6 @@ from phireg.testing import write_tiny_model
 from phireg.verification.compute import Computed
 from phireg.verification.request import Request
 
-torch.set_num_threads(1)
-
 SIZES = {
     "hidden_size": 48,
     "num_hidden_layers": 2,

@@ -12,7 +12,6 @@ from phireg.executor.cuda import launch
 from phireg.reader.spec import BlockSparse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-torch.set_num_threads(2)
 
 
 def allowed(pattern, head, i, j):

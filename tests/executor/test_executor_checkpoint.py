@@ -19,8 +19,6 @@ from tiny_sources import (
 from phireg.errors import CheckError
 from phireg.executor import load, read_spec
 
-torch.set_num_threads(2)
-
 
 def edit_config(directory, **changes):
     path = directory / "config.json"

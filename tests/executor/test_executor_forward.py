@@ -16,8 +16,6 @@ from tiny_sources import (
 
 from phireg.executor import load
 
-torch.set_num_threads(2)
-
 MODELS = {
     "phi2": (phi2, {}),
     "phi2-partial": (phi2, {"hidden_size": 160, "partial_rotary_factor": 0.5}),

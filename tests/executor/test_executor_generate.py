@@ -28,7 +28,6 @@ from phireg.executor.decoder import Decoder
 from phireg.executor.sampling import choose
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-torch.set_num_threads(2)
 
 
 def greedy(model, prompt, count):

@@ -8,8 +8,6 @@ import torch
 
 from phireg.executor import quantized
 
-torch.set_num_threads(2)
-
 # Written out from the format: 4 exponent bits with bias 7, 3 of the mantissa, no infinities.
 E4M3 = sorted(
     {m * 2.0**-9 for m in range(8)}

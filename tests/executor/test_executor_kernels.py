@@ -21,7 +21,6 @@ from phireg.reader.schemes import Quantization
 from phireg.reader.spec import BlockSparse, Rope, parse_spec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-torch.set_num_threads(2)
 
 
 def randn(*shape, seed=0, dtype=torch.float32):

@@ -25,8 +25,6 @@ from tiny_sources import (
 
 from phireg.executor import generate, load, quantized
 
-torch.set_num_threads(2)
-
 MODELS = {
     "phi2": (phi2, {"num_hidden_layers": 2}),
     "phi3": (phi3, {"num_hidden_layers": 2, "num_key_value_heads": 2}),

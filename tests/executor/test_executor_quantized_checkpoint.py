@@ -12,8 +12,6 @@ from phireg.errors import CheckError
 from phireg.executor import load, read_spec
 from phireg.reader.schemes import Quantization
 
-torch.set_num_threads(2)
-
 
 @pytest.fixture(scope="module")
 def model():

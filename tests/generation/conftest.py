@@ -5,13 +5,10 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-import torch
 from click.testing import CliRunner
 from helpers.tokenized_models import SOURCES, converted
 
 from phireg.cli import app
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

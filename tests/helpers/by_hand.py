@@ -13,8 +13,6 @@ from safetensors.torch import save_file
 from helpers.plan_sources import HEADS, HIDDEN, INNER, LAYERS, MODELS, SIZE
 from phireg.calibration.statistics import Statistics
 
-torch.set_num_threads(1)
-
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 KV_HEADS = {"phi2": HEADS, "mini": HEADS, "medium": 2, "one-kv-head": 1, "small": 2}
 SOURCES = {

@@ -19,8 +19,6 @@ import phireg
 from phireg.config.hf import HFConfig
 from phireg.findings import Severity
 
-torch.set_num_threads(1)
-
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # Source dtype, --dtype, what must come out: auto keeps 16-bit types and narrows float32.

@@ -28,11 +28,6 @@ MODULES = {
 """Of phi-2: where transformers' model has the input of each linear."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def source():
     return demo.find("phi2").directory

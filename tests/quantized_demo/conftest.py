@@ -3,16 +3,7 @@
 from functools import lru_cache
 
 import pytest
-import torch
 from demo_script import script
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

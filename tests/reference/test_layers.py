@@ -28,11 +28,6 @@ class Silent:
         pass
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def opened(name, directory, dtype=torch.float32, weights=None):
     family = registry.load(sources.MODELS[name][1]).family
     source = open_source(directory)

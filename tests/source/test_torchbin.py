@@ -17,8 +17,6 @@ from phireg.errors import SourceError
 from phireg.source import torchbin
 from phireg.source.model import open_source
 
-torch.set_num_threads(1)
-
 
 def odd_tensors() -> dict[str, torch.Tensor]:
     base = torch.arange(60 * 70, dtype=torch.float16).reshape(60, 70)

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from click.testing import CliRunner
 from summarization import fakes
 
@@ -11,8 +10,6 @@ import phireg
 from phireg import demo
 from phireg.cli import app
 from phireg.generation import backend as protocol
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,6 @@ import phireg
 from phireg.calibration.calibrate import run_calibration
 from phireg.calibration.settings import Settings
 
-torch.set_num_threads(1)
-
 
 def randomize(model, boost):
     generator = torch.Generator().manual_seed(5)
