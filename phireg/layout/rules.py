@@ -1,7 +1,7 @@
 """Rules: which target module is made of which source modules, and how it is sharded.
 
 A rule names modules, not tensors: ``attention.qkv`` covers the weight, the bias and every scale of
-that linear, each along the axes it lives on (``phireg.planning.companions``). Rules know neither
+that linear, each along the axes it lives on (``phireg.planning.quantized``). Rules know neither
 ranks nor data, so parallelism cannot leak into a mapping.
 """
 

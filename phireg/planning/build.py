@@ -1,4 +1,4 @@
-"""Building a plan: config table, weight rules, source headers and ranks brought together."""
+"""Building a plan out of a family's config table and weight rules, source headers and ranks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from phireg.layout.axes import OWN_COLUMNS
 from phireg.layout.ranks import held, tp_sizes, undivided
 from phireg.layout.rules import Rule, Rules
 from phireg.layout.spans import Axis, LayoutError, Span, check_partition
-from phireg.planning.companions import axes_of
 from phireg.planning.model import Options, Output, Plan, Rows, Scale
-from phireg.planning.quantized import Quantization
+from phireg.planning.quantized import FOLLOWS, Quantization
 from phireg.planning.schedule import schedule
 from phireg.reader.tensors import required_tensors
 from phireg.source.model import Source
@@ -121,8 +120,7 @@ class _Builder:
             for tensor in self.source.tensors.values():
                 sizes[tensor.dtype] += tensor.nbytes
             codes = {code: name for name, code in WEIGHT_DTYPES.items()}
-            found = [codes[code] for code, _ in sizes.most_common() if code in codes]
-            stated = found[0] if found else "float16"
+            stated = next((codes[c] for c, _ in sizes.most_common() if c in codes), "float16")
         name = str(stated).removeprefix("torch.")
         if name not in WEIGHT_DTYPES:
             self.error(
@@ -132,7 +130,7 @@ class _Builder:
         return "float16" if name == "float32" else name
 
     def config(self, fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-        """The checkpoint's config.json: the family's fields and what phireg decides.
+        """The checkpoint's config.json: the family's fields, the mapping and the quantization.
 
         Readers refuse keys they do not know inside ``mapping`` and ``quantization``, so both hold
         only what every release knows.
@@ -155,43 +153,45 @@ class _Builder:
     def outputs(self, rules: Rules, code: str) -> tuple[Output, ...]:
         """Every tensor of every rank, not placed in files yet; findings on the way."""
         self.check_ranks(rules)
-        made: list[Output] = []
-        wanted: dict[str, str] = {}
+        outputs: list[Output] = []
+        mapped: set[str] = set()
         owners: dict[str, dict[str, Axis]] = {"weight": {}, "bias": {}}
         for rule in rules.values():
             for companion, alternatives in rule.tensors.items():
                 rows = self.choose(alternatives, companion)
                 owners[companion][rule.target] = rows
-                self.check_sources(rule, companion, rows, wanted)
+                self.check_sources(rule, companion, rows, mapped)
                 weight = companion == "weight"
                 kind = self.quantization.weight_code(rule) if weight else code
-                made += self.shards(rule, companion, rows, rule.dtype or kind)
+                outputs += self.shards(
+                    rule, companion, rows, rule.dtype or kind, FOLLOWS[companion]
+                )
             if rule.cols is not None:
                 for problem in check_partition(
                     {rule.target: rule.cols}, {OWN_COLUMNS: rule.cols.length}
                 ):
                     self.error("columns", rule.target, problem, rule.where)
         self.check_uses(owners, rules)
-        self.check_unmapped(wanted, rules)
+        self.check_unmapped(mapped, rules)
         problems = list(self.quantization.problems(rules, owners["weight"]))
         for subject, detail, where in problems:
             self.error("quant", subject, detail, where)
         if not problems:
             for target in self.quantization.targets():
-                made += self.scales(rules[target], owners["weight"][target], code)
-            made += self.quantization.kv_outputs(self.options.tp_size)
-        return tuple(made)
+                outputs += self.scales(rules[target], owners["weight"][target], code)
+            outputs += self.quantization.kv_outputs(self.options.tp_size)
+        return tuple(outputs)
 
     def scales(self, rule: Rule, rows: Axis, code: str) -> Iterator[Output]:
         """The scales of a quantized linear, cut over ranks as its weight is."""
         for companion, kind in self.quantization.add(rule, rows).items():
-            shape = self.quantization.declare(rule, companion, rows, kind or code)
-            yield from self.shards(rule, companion, rows, kind or code, shape)
+            follows = self.quantization.declare(rule, companion, rows, kind or code)
+            yield from self.shards(rule, companion, rows, kind or code, follows)
 
     def choose(self, alternatives: tuple[Axis, ...], companion: str) -> Axis:
         """The first alternative whose sources all exist; else one of which some do; else the first.
 
-        What the others would have used is then found unmapped, so nothing is passed over.
+        Sources of the others are then reported as unmapped, so nothing is passed over.
         """
 
         def present(axis: Axis) -> list[bool]:
@@ -203,31 +203,23 @@ class _Builder:
                     return axis
         return alternatives[0]
 
-    def check_sources(self, rule: Rule, companion: str, rows: Axis, wanted: dict[str, str]) -> None:
-        cols = _columns_of(rule, companion, rows)
+    def check_sources(self, rule: Rule, companion: str, rows: Axis, mapped: set[str]) -> None:
+        cols = rule.cols if "cols" in FOLLOWS[companion] else None
         for module, count in rows.sources:
             name = f"{module}.{companion}"
-            expected = (count,) if cols is None else (count, cols.length)
+            if name in mapped:
+                continue
+            mapped.add(name)
+            shape = (count,) if cols is None else (count, cols.length)
             tensor = self.source.tensors.get(name)
             if tensor is None:
-                if name not in wanted:
-                    self.error("missing", name, f"wanted by {rule.target}", rule.where)
-            elif tensor.shape != expected:
-                if name not in wanted:
-                    self.error(
-                        "shape",
-                        name,
-                        f"is {list(tensor.shape)}, the config says {list(expected)}",
-                        rule.where,
-                    )
-            elif tensor.dtype not in WEIGHT_DTYPES.values() and name not in wanted:
-                self.error(
-                    "dtype",
-                    name,
-                    f"is {tensor.dtype}; unquantized weights are {_LISTED_CODES}",
-                    rule.where,
-                )
-            wanted[name] = rule.target
+                self.error("missing", name, f"needed by {rule.target}", rule.where)
+            elif tensor.shape != shape:
+                detail = f"is {list(tensor.shape)}, the config says {list(shape)}"
+                self.error("shape", name, detail, rule.where)
+            elif tensor.dtype not in WEIGHT_DTYPES.values():
+                detail = f"is {tensor.dtype}; unquantized weights are {_LISTED_CODES}"
+                self.error("dtype", name, detail, rule.where)
 
     def shards(
         self,
@@ -235,17 +227,16 @@ class _Builder:
         companion: str,
         rows: Axis,
         code: str,
-        shape: tuple[int, ...] | None = None,
+        follows: tuple[str, ...],
     ) -> Iterator[Output]:
-        """A companion of every rank, cut along those of its axes along which the module is cut."""
+        """A tensor of a module on every rank, cut along the axes that it follows."""
         ranks = self.options.ranks
-        follows = axes_of(companion, shape, rows.length)
         cols = rule.cols if "cols" in follows else None
         for rank in range(ranks.tp_size):
             try:
                 rank_rows, rank_cols = held(rule, rows, cols, ranks, rank)
             except LayoutError:
-                return  # check_ranks has said so
+                return  # check_ranks reports it
             own = f"{rule.target}.{companion}"
             if "rows" in follows:
                 spans = tuple(
@@ -282,16 +273,16 @@ class _Builder:
                     rule.where,
                 )
                 return
-        found = list(undivided(rules, ranks))
-        works = ", ".join(map(str, tp_sizes(rules, ranks.moe_ep_size))) if found else ""
-        for rule, part in found:
+        parts = list(undivided(rules, ranks))
+        possible = ", ".join(map(str, tp_sizes(rules, ranks.moe_ep_size))) if parts else ""
+        for rule, part in parts:
             unit = f"units of {part.unit}" if part.unit > 1 else "rows"
             over = ranks.moe_tp_size if rule.experts else ranks.tp_size
             self.error(
                 "sharding",
                 rule.target,
                 f"part '{part.name}': {part.length // part.unit} {unit} cannot be divided "
-                f"over {over} ranks; tp sizes that work: {works}",
+                f"over {over} ranks; tp sizes that work: {possible}",
                 rule.where,
             )
 
@@ -301,9 +292,9 @@ class _Builder:
             for problem in check_partition(axes, sources):
                 self.error("partition", f"rows of every {companion}", problem)
 
-    def check_unmapped(self, wanted: Mapping[str, str], rules: Rules) -> None:
+    def check_unmapped(self, mapped: set[str], rules: Rules) -> None:
         for name in self.source.tensors:
-            if name in wanted:
+            if name in mapped:
                 continue
             if name in rules.drop:
                 self.findings.append(Finding(Severity.NOTE, "dropped", name, rules.drop[name]))
@@ -311,41 +302,28 @@ class _Builder:
                 self.error("unmapped", name, "is in the source, and no rule maps it")
 
     def check_schema(self, config: Mapping[str, Any], outputs: tuple[Output, ...]) -> None:
-        """Hold the family's targets against what the reader requires."""
+        """Compare the targets of the family with the tensors that the reader requires."""
         required = required_tensors(config, self.options.tp_size)
         if required is None:
-            self.findings.append(
-                Finding(
-                    Severity.WARNING,
-                    "schema",
-                    str(config["architecture"]),
-                    "phireg does not know what the reader requires of it",
-                )
-            )
+            detail = "phireg does not know what the reader requires of it"
+            architecture = str(config["architecture"])
+            self.findings.append(Finding(Severity.WARNING, "schema", architecture, detail))
             return
         if any(finding.code in ("sharding", "quant") for finding in self.findings):
             return
-        made = {output.name: output for output in outputs}
+        by_name = {output.name: output for output in outputs}
         for name, (code, shape) in required.items():
-            if name not in made:
+            output = by_name.get(name)
+            if output is None:
                 self.error("schema", name, "the reader requires it, and no rule makes it")
-            elif made[name].shape != shape:
-                self.error(
-                    "schema",
-                    name,
-                    f"would be {list(made[name].shape)}; the reader expects {list(shape)}",
-                )
-            elif made[name].dtype != code:
-                self.error(
-                    "schema", name, f"would be {made[name].dtype}; the reader expects {code}"
-                )
-        for name in made.keys() - required.keys():
+            elif output.shape != shape:
+                detail = f"would be {list(output.shape)}; the reader expects {list(shape)}"
+                self.error("schema", name, detail)
+            elif output.dtype != code:
+                detail = f"would be {output.dtype}; the reader expects {code}"
+                self.error("schema", name, detail)
+        for name in by_name.keys() - required.keys():
             self.error("schema", name, "is made by a rule, and the reader does not know it")
-
-
-def _columns_of(rule: Rule, companion: str, rows: Axis) -> Axis | None:
-    """The input axis of a companion, if it lives on it."""
-    return rule.cols if "cols" in axes_of(companion, None, rows.length) else None
 
 
 def _kept(cols: Axis | None) -> tuple[Span, ...] | None:
@@ -362,8 +340,8 @@ def _place(
     headers = []
     placed: list[Output] = []
     for rank in range(tp_size):
-        mine = [output for output in outputs if output.rank == rank]
-        header, entries = encode_header([(o.name, o.dtype, o.shape) for o in mine])
+        own = [output for output in outputs if output.rank == rank]
+        header, entries = encode_header([(o.name, o.dtype, o.shape) for o in own])
         headers.append(header)
-        placed += [dataclasses.replace(o, offset=entries[o.name].start) for o in mine]
+        placed += [dataclasses.replace(o, offset=entries[o.name].start) for o in own]
     return tuple(headers), tuple(placed)

@@ -1,8 +1,8 @@
-"""Planning a conversion."""
+"""Planning a conversion: the request, the family, and models that are refused."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 from phireg import registry
@@ -13,11 +13,12 @@ from phireg.files.json import read_json_object
 from phireg.planning.build import build_plan
 from phireg.planning.model import Options, Plan
 from phireg.planning.report import problems
-from phireg.planning.unsupported import check_model
 from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
 from phireg.registry import AUTO, FamilyChoice
 from phireg.source.hub import resolve_model_dir
 from phireg.source.model import open_source, without_weights
+
+MODALITIES = ("vision_config", "img_processor", "embd_layer", "audio_config", "audio_processor")
 
 
 def plan(
@@ -49,8 +50,8 @@ def plan(
             ``qformat`` ``int8_wo`` or ``int4_wo``.
         qformat: ``fp8``, ``int8_sq``, ``int8_wo`` or ``int4_wo``.
         kv_cache_dtype: ``fp8`` or ``int8`` for a quantized KV cache, beside a ``qformat``.
-        moe_tp_size: over how many ranks each expert of a mixture is divided.
-        moe_ep_size: over how many ranks the experts are shared out. The product of both is
+        moe_tp_size: number of ranks that divide each expert of a mixture.
+        moe_ep_size: number of ranks that share the experts out. The product of both is
             ``tp_size``; without them every expert is divided over all ranks.
 
     Raises:
@@ -58,49 +59,46 @@ def plan(
         SourceError: the model cannot be read, or is not one phireg converts.
         PluginError: the family cannot be found or loaded.
     """
-    qformat = _qformat(qformat, weight_only, kv_cache_dtype)
-    options = _options(dtype, tp_size, pp_size, qformat, kv_cache_dtype)
-    shared = _moe_ep_size(tp_size, moe_tp_size, moe_ep_size)
-    options = dataclasses.replace(options, moe_ep_size=shared)
+    _check_sizes(dtype, tp_size, pp_size)
+    options = Options(
+        dtype,
+        tp_size,
+        _qformat(qformat, weight_only, kv_cache_dtype),
+        kv_cache_dtype,
+        _moe_ep_size(tp_size, moe_tp_size, moe_ep_size),
+    )
     directory, commit = resolve_model_dir(str(model_dir), revision)
     if directory.is_dir() and not (directory / "config.json").exists():
-        open_source(directory)  # may know better what this directory is
+        open_source(directory)  # refuses other kinds of directories by name
     hf = HFConfig(read_json_object(directory / "config.json"))
     if not hf.architectures and not hf.model_type:
         open_source(directory)
-    chosen = choose_family(hf, family)
-    source = open_source(directory, commit)
-    return build_plan(chosen, hf, source, options, str(model_dir))
+    choice = choose_family(hf, family)
+    return build_plan(choice, hf, open_source(directory, commit), options, str(model_dir))
 
 
 def plan_config(
     model_dir: str | Path, *, family: str = AUTO, dtype: str = "auto", tp_size: int = 1
 ) -> Plan:
-    """Plan a checkpoint's config.json alone, from the model's: no weights are needed.
+    """Plan a checkpoint's config.json from the model's alone: no weights are needed.
 
     The plan's ``config`` is that of a conversion; it has no outputs and cannot be carried out.
-
-    Args:
-        model_dir: a local directory with a config.json.
-        family: as for :func:`plan`.
-        dtype: as for :func:`plan`; a config that names none counts as float16.
-        tp_size: number of tensor-parallel ranks.
+    Arguments are those of :func:`plan`; without a dtype in config.json, ``auto`` is float16.
 
     Raises:
         PlanError: the config has errors.
         PhiregError: as :func:`plan`.
     """
-    options = _options(dtype, tp_size, 1, None, None)
+    _check_sizes(dtype, tp_size)
     directory = Path(model_dir)
     if not directory.is_dir():
         raise SourceError(
             f"{str(model_dir)!r}: no such directory", hint="give one that has a config.json."
         )
     hf = HFConfig(read_json_object(directory / "config.json"))
-    chosen = choose_family(hf, family)
-    plan = build_plan(chosen, hf, without_weights(directory), options, str(model_dir))
-    errors = [finding for finding in plan.errors if finding.code != "missing"]
-    if errors:
+    choice, options = choose_family(hf, family), Options(dtype, tp_size)
+    plan = build_plan(choice, hf, without_weights(directory), options, str(model_dir))
+    if errors := [finding for finding in plan.errors if finding.code != "missing"]:
         raise PlanError(f"the model's config.json has problems\n{problems(errors)}")
     return plan
 
@@ -113,26 +111,85 @@ def choose_family(hf: HFConfig, family: str) -> FamilyChoice:
         PluginError: the family cannot be found or loaded.
     """
     check_model(hf)
-    chosen = registry.choose(hf) if family == AUTO else registry.load(family)
-    refusal = chosen.family.refusal(hf)
-    if refusal:
+    choice = registry.choose(hf) if family == AUTO else registry.load(family)
+    if refusal := choice.family.refusal(hf):
         raise SourceError(
-            f"this model cannot be converted as {chosen.family.name}: {refusal}",
+            f"this model cannot be converted as {choice.family.name}: {refusal}",
             hint="leave out --family to let config.json decide.",
         )
-    return chosen
+    return choice
+
+
+def check_model(hf: HFConfig) -> None:
+    """Refuse quantized, multimodal and encoder-decoder models, and configs of no model at all.
+
+    Raises:
+        SourceError: with every reason.
+    """
+    if reasons := list(_refusals(hf)):
+        raise SourceError(
+            "config.json does not describe a model phireg converts:\n"
+            + "\n".join(f"    {reason}" for reason, _ in reasons),
+            hint=reasons[0][1],
+        )
+
+
+def _refusals(hf: HFConfig) -> Iterator[tuple[str, str]]:
+    if hf.has("quantization_config"):
+        method = hf.get("quantization_config.quant_method") or "unnamed method"
+        yield (
+            f"it is already quantized (quantization_config, {method})",
+            "convert the unquantized model; quantize afterwards.",
+        )
+    # phi-1's first configs say embd_layer "default", of a plain embedding.
+    modalities = [key for key in MODALITIES if hf.has(key) and hf.get(key) != "default"]
+    if modalities:
+        yield (
+            f"it is multimodal ({', '.join(modalities)})",
+            "phireg converts text models only; extract the language model first.",
+        )
+    if hf.get("is_encoder_decoder"):
+        yield "it is an encoder-decoder model", "phireg converts decoder-only Phi models."
+    if hf.has("peft_type") or hf.has("base_model_name_or_path"):
+        yield "it configures a LoRA adapter", "merge it into its base model first."
+    names = hf.get("architectures")
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        yield (
+            f"its architectures are {names!r}, not a list of names",
+            "this is not the config.json of a transformers model.",
+        )
+    if not hf.architectures and not hf.model_type:
+        yield (
+            "it names neither architectures nor model_type",
+            "this is not the config.json of a transformers model.",
+        )
+
+
+def _check_sizes(dtype: str, tp_size: int, pp_size: int = 1) -> None:
+    if dtype != "auto" and dtype not in WEIGHT_DTYPES:
+        known = ", ".join(WEIGHT_DTYPES)
+        raise UsageError(f"unknown dtype '{dtype}'", hint=f"known: auto, {known}.")
+    if tp_size < 1:
+        raise UsageError(f"tp size {tp_size} is not a number of ranks", hint="use 1 or more.")
+    if pp_size != 1:
+        raise UsageError(
+            f"pipeline parallelism ({pp_size} stages) is not possible for Phi: TensorRT-LLM's Phi "
+            "models create the embedding and the head on every rank and pass nothing between "
+            "stages",
+            hint="use --tp-size instead.",
+        )
 
 
 def _qformat(qformat: str | None, weight_only: str | None, cache: str | None) -> str | None:
-    if weight_only is not None and weight_only not in WEIGHT_ONLY:
-        raise UsageError(
-            f"unknown weight-only precision '{weight_only}'",
-            hint=f"known: {', '.join(WEIGHT_ONLY)}.",
-        )
-    if qformat is not None and qformat not in SCHEMES:
-        raise UsageError(
-            f"unknown quantization format '{qformat}'", hint=f"known: {', '.join(SCHEMES)}."
-        )
+    for kind, name, known in (
+        ("weight-only precision", weight_only, WEIGHT_ONLY),
+        ("quantization format", qformat, SCHEMES),
+        ("KV cache dtype", cache, KV_CACHES),
+    ):
+        if name is not None and name not in known:
+            raise UsageError(f"unknown {kind} '{name}'", hint=f"known: {', '.join(known)}.")
     if weight_only is not None:
         if qformat not in (None, f"{weight_only}_wo"):
             raise UsageError(
@@ -141,10 +198,6 @@ def _qformat(qformat: str | None, weight_only: str | None, cache: str | None) ->
                 hint="leave one of them out.",
             )
         qformat = f"{weight_only}_wo"
-    if cache is not None and cache not in KV_CACHES:
-        raise UsageError(
-            f"unknown KV cache dtype '{cache}'", hint=f"known: {', '.join(KV_CACHES)}."
-        )
     if cache is not None and qformat is None:
         raise UsageError(
             f"KV cache dtype '{cache}' needs a quantization format",
@@ -154,7 +207,7 @@ def _qformat(qformat: str | None, weight_only: str | None, cache: str | None) ->
 
 
 def _moe_ep_size(tp_size: int, moe_tp_size: int | None, moe_ep_size: int | None) -> int | None:
-    """The number of ranks that share the experts out; None if nobody spoke of experts."""
+    """The number of ranks that share the experts out; None if not given."""
     if moe_tp_size is None and moe_ep_size is None:
         return None
     for size in (moe_tp_size, moe_ep_size):
@@ -170,22 +223,3 @@ def _moe_ep_size(tp_size: int, moe_tp_size: int | None, moe_ep_size: int | None)
             hint="leave one of them out.",
         )
     return shared
-
-
-def _options(
-    dtype: str, tp_size: int, pp_size: int, qformat: str | None, kv_cache_dtype: str | None
-) -> Options:
-    if dtype != "auto" and dtype not in WEIGHT_DTYPES:
-        raise UsageError(
-            f"unknown dtype '{dtype}'", hint=f"known: auto, {', '.join(WEIGHT_DTYPES)}."
-        )
-    if tp_size < 1:
-        raise UsageError(f"tp size {tp_size} is not a number of ranks", hint="use 1 or more.")
-    if pp_size != 1:
-        raise UsageError(
-            f"pipeline parallelism ({pp_size} stages) is not possible for Phi: TensorRT-LLM's Phi "
-            "models create the embedding and the head on every rank and pass nothing between "
-            "stages",
-            hint="use --tp-size instead.",
-        )
-    return Options(dtype, tp_size, qformat, kv_cache_dtype)

@@ -1,15 +1,18 @@
-"""The quantized part of a plan: scales, dtypes, errors and warnings."""
+"""The quantized part of a plan: scales, dtypes, errors and warnings.
+
+A scale lives on axes of its weight: permuting, fusing or sharding a module moves all of its tensors
+through one table (:data:`FOLLOWS`), and no family has code for scales.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from phireg.findings import Finding, Severity
 from phireg.layout.quant_rules import QuantRules
 from phireg.layout.rules import Rule, Rules
-from phireg.layout.spans import Axis, Span
-from phireg.planning.companions import axes_of
+from phireg.layout.spans import Axis, LayoutError, Span
 from phireg.planning.model import Basis, Options, Output, QuantizedLinear, Scale, ScaleTensor
 from phireg.reader.schemes import KV_CACHES, KV_SCALE
 
@@ -17,11 +20,46 @@ FP8_ALIGNMENT = 16
 """TensorRT's FP8 matrix products want both sides of a rank's weight to be multiples of this."""
 
 
+FOLLOWS: dict[str, tuple[str, ...]] = {
+    "weight": ("rows", "cols"),
+    "bias": ("rows",),
+    "weights_scaling_factor": ("rows",),
+    "prequant_scaling_factor": ("cols",),
+    "activation_scaling_factor": (),
+}
+"""The axes of a linear's tensors, in order, by the last component of the name.
+
+Names and shapes are those of TensorRT-LLM's quantized checkpoints (FP8, ``W8A8_SQ_PER_CHANNEL``)
+and of the unquantized ones. ``weights_scaling_factor`` has one entry per output row; a per-tensor
+one (shape [1]) follows nothing.
+"""
+
+
+def axes_of(companion: str, shape: Sequence[int] | None, rows: int) -> tuple[str, ...]:
+    """The axes of a tensor of a linear: names out of ``rows`` and ``cols``, in tensor order.
+
+    Args:
+        companion: last component of the tensor name.
+        shape: that of a scale read from a checkpoint, else None.
+        rows: number of output rows of its module; for a scale that was read, of the source module,
+            since a target fused from single rows has more.
+
+    Raises:
+        LayoutError: a linear has no such tensor.
+    """
+    if companion not in FOLLOWS:
+        raise LayoutError(f"'{companion}' is not a companion of a linear")
+    if companion == "weights_scaling_factor" and shape is not None:
+        per_tensor = len(shape) == 0 or (tuple(shape) == (1,) and rows > 1)
+        return () if per_tensor else ("rows",)
+    return FOLLOWS[companion]
+
+
 class Quantization:
     """The quantized part of one plan, filled while its outputs are made.
 
     Args:
-        options: what was asked for.
+        options: the user's choices.
         code: safetensors code of the checkpoint's dtype.
     """
 
@@ -37,10 +75,10 @@ class Quantization:
         """The ``quantization`` block: keys that every release knows; a reader refuses others."""
         algorithm = self.scheme and self.scheme.quant_algo
         cache = KV_CACHES[self.kv_cache] if self.kv_cache else None
-        made: dict[str, Any] = {"quant_algo": algorithm, "kv_cache_quant_algo": cache}
+        block: dict[str, Any] = {"quant_algo": algorithm, "kv_cache_quant_algo": cache}
         if algorithm or cache:
-            made["exclude_modules"] = list(self.rules.exclude_modules)
-        return made
+            block["exclude_modules"] = list(self.rules.exclude_modules)
+        return block
 
     def weight_code(self, rule: Rule) -> str:
         """Safetensors code of a target's weight."""
@@ -55,26 +93,23 @@ class Quantization:
         return tuple(dict.fromkeys(self.rules.linears))
 
     def add(self, rule: Rule, rows: Axis) -> Mapping[str, str | None]:
-        """Take a linear among those to be quantized; its companions, as the scheme has them."""
+        """Add a linear to the quantized ones; return its scales and their dtypes by companion."""
         assert self.scheme is not None
-        assert rule.cols is not None  # problems() has seen to it
+        assert rule.cols is not None  # problems() has checked it
         sources = tuple(module for module, _ in rows.sources)
         self.linears.append(QuantizedLinear(rule.target, sources, rule.cols.length))
         return self.scheme.companions
 
-    def declare(self, rule: Rule, companion: str, rows: Axis, code: str) -> tuple[int, ...] | None:
-        """Declare a scale that the run computes.
+    def declare(self, rule: Rule, companion: str, rows: Axis, code: str) -> tuple[str, ...]:
+        """Declare a scale that the run computes, and return the axes that it follows.
 
         One that follows the rows is a companion of every source module; any other belongs to the
         target.
-
-        Returns:
-            ``()`` if it is one number for the whole tensor; None if it is as long as the axes it
-            follows. :func:`axes_of` takes either for the shape.
         """
-        per_channel = self.scheme is not None and self.scheme.per_channel
-        shape = () if companion == "weights_scaling_factor" and not per_channel else None
-        follows = axes_of(companion, shape, rows.length)
+        per_tensor = companion == "weights_scaling_factor" and not (
+            self.scheme and self.scheme.per_channel
+        )
+        follows = () if per_tensor else FOLLOWS[companion]
         if "rows" in follows:
             sizes = dict(rows.sources)
         else:
@@ -82,7 +117,7 @@ class Quantization:
         for module, size in sizes.items():
             name = f"{module}.{companion}"
             self.scales[name] = ScaleTensor(code, size, self.computed_from(companion))
-        return shape
+        return follows
 
     def computed_from(self, companion: str) -> tuple[Basis, ...]:
         """See :class:`phireg.planning.model.ScaleTensor`."""
@@ -100,7 +135,7 @@ class Quantization:
                 yield Output(rank, name, "F32", (1,), 0, Scale((Span(name, 0, 1),)))
 
     def problems(self, rules: Rules, axes: Mapping[str, Axis]) -> Iterator[tuple[str, str, str]]:
-        """What makes the family's quantization rules impossible: subject, detail, place.
+        """Errors of the family's quantization rules: subject, detail, place.
 
         Args:
             rules: the weight rules.
@@ -135,7 +170,7 @@ class Quantization:
                         yield target, f"{detail}: its scale would not be its own", rule.where
 
     def findings(self, config: Mapping[str, Any], outputs: tuple[Output, ...]) -> Iterator[Finding]:
-        """What does not forbid the conversion, and somebody should know."""
+        """Warnings and notes, which do not forbid the conversion."""
         for note in self.rules.notes:
             yield Finding(Severity.NOTE, "quant", str(config["architecture"]), note)
         if self.kv_cache == "fp8" and (

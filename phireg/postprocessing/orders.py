@@ -19,7 +19,7 @@ from phireg.checkpoint.rankfiles import RankFile, RankFiles
 from phireg.errors import CheckError, SourceError
 from phireg.layout.rules import Policy, Rule
 from phireg.layout.spans import Axis, LayoutError, Part, Span, shard, take
-from phireg.planning.companions import axes_of
+from phireg.planning.quantized import axes_of
 from phireg.reader.schemes import KNOWN
 
 if TYPE_CHECKING:

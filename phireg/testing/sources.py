@@ -23,7 +23,7 @@ from phireg.files.kinds import tokenizer_files
 from phireg.files.output import OutputDirectory
 from phireg.files.safetensors import TensorEntry, encode_header
 from phireg.files.writing import copy_file
-from phireg.planning.companions import axes_of
+from phireg.planning.quantized import axes_of
 from phireg.source.hub import resolve_model_dir
 from phireg.source.model import SourceTensor, open_source
 

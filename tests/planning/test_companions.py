@@ -9,7 +9,7 @@ from phireg.layout.axes import columns, fuse, order, pad, parts, src, ungroup
 from phireg.layout.quant_rules import QuantRules
 from phireg.layout.rules import Linear, Policy, Rules
 from phireg.layout.spans import LayoutError, shard
-from phireg.planning.companions import FOLLOWS, axes_of
+from phireg.planning.quantized import FOLLOWS, axes_of
 
 COLUMN, ROW = Policy.COLUMN, Policy.ROW
 SHARDED = {COLUMN: "rows", ROW: "cols"}

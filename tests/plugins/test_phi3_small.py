@@ -28,7 +28,7 @@ from phireg_plugins.phi3_small import FAMILY
 
 import phireg
 from phireg.findings import Severity
-from phireg.planning.companions import FOLLOWS, axes_of
+from phireg.planning.quantized import FOLLOWS, axes_of
 from phireg.testing import FamilyConformance
 
 SMALL_8K, SMALL_128K = published("phi-3-small-8k"), published("phi-3-small-128k")
