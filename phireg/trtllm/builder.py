@@ -36,8 +36,7 @@ _METADATA_S, _BANNER_S = 30, 180
 Listener = Callable[[str], None]
 """Called with each line of output, without its end."""
 
-LAST_LINES = 20
-"""Lines of output that are returned."""
+_LAST_LINES = 20
 _PATIENCE_S = 5.0
 """Between SIGTERM and SIGKILL."""
 
@@ -51,11 +50,7 @@ class Builder:
 
 
 def find_builder() -> Builder:
-    """Find the ``trtllm-build`` on PATH.
-
-    Raises:
-        EngineError: there is none, it does not say its version, or its release cannot build.
-    """
+    """Find the ``trtllm-build`` on PATH, of a release that can build."""
     path = shutil.which(PROGRAM)
     if path is None:
         here = installed_version()
@@ -133,22 +128,12 @@ def query(command: Sequence[str], seconds: float) -> tuple[int, str]:
 def run_builder(
     command: Sequence[str], log: Path, listen: Listener | None = None
 ) -> tuple[int, list[str]]:
-    """Run a command to its end, in a process group of its own.
+    """Run a command to its end, in a process group of its own, with its output in ``log``.
 
     Whatever is raised here, a signal's KeyboardInterrupt included, ends the whole group first.
-
-    Args:
-        command: the program and its arguments.
-        log: takes the whole output, as it comes.
-        listen: called with each line.
-
-    Returns:
-        The exit code (negative for a signal) and the last lines of the output that say something.
-
-    Raises:
-        OSError: the program cannot be started, or the log cannot be written.
+    Returns the exit code (negative for a signal) and the last lines of output that are not empty.
     """
-    last: deque[str] = deque(maxlen=LAST_LINES)
+    last: deque[str] = deque(maxlen=_LAST_LINES)
     with log.open("ab", buffering=0) as file, ExitStack() as stack:
         with _signals_deferred():
             process = subprocess.Popen(

@@ -32,7 +32,7 @@ _OWN_FLAGS = (
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """What a user may ask of an engine; None leaves it to the builder or to phireg.
+    """The options of an engine; None leaves them to the builder or to phireg.
 
     Attributes:
         max_batch_size: rows of a batch at most.
@@ -94,17 +94,9 @@ class Command:
 def translate(
     config: Mapping[str, Any], options: BuildOptions, version: str, *, weights: bool = True
 ) -> Command:
-    """Choose the flags with which a release builds what is asked for.
+    """Choose the flags with which a release of TensorRT-LLM builds what is asked for.
 
-    Args:
-        config: the checkpoint's config.json.
-        options: what is asked for.
-        version: of TensorRT-LLM.
-        weights: whether there are weights, which are split for the ranks in ``config``.
-
-    Raises:
-        UsageError: the options contradict each other or the checkpoint.
-        EngineError: this release cannot build it.
+    ``config`` is the checkpoint's config.json. Weights, if there are any, are split for its ranks.
     """
     _check_extra(options.extra)
     release = release_of(version)

@@ -50,17 +50,7 @@ def installed() -> str:
 
 
 def load_runner(engine: Engine, release: str, rank: int) -> Runner:
-    """Load this rank's part of an engine.
-
-    Args:
-        engine: its description; the runtime gets its run options.
-        release: the installed one.
-        rank: of this process.
-
-    Raises:
-        PhiregError: the installed release has no runtime for engines.
-        CheckError: the runtime refuses the engine.
-    """
+    """Load this rank's part of an engine with the installed release."""
     # Errors only, as in TensorRT-LLM's scripts, unless the user has set it.
     os.environ.setdefault("TLLM_LOG_LEVEL", "ERROR")
     with quiet_stdout():

@@ -20,11 +20,7 @@ Communicator = Any
 
 
 def process_rank() -> tuple[int, int]:
-    """The rank of this process and the number of processes; (0, 1) without mpirun.
-
-    Raises:
-        UsageError: the variables are not such as mpirun sets.
-    """
+    """The rank of this process and the number of processes; (0, 1) without mpirun."""
     for name, count in _VARIABLES:
         if name in os.environ and count in os.environ:
             try:
@@ -41,11 +37,7 @@ def process_rank() -> tuple[int, int]:
 
 
 def communicator() -> Communicator:
-    """Duplicate MPI's default communicator, over which TensorRT-LLM's own messages go.
-
-    Raises:
-        PhiregError: mpi4py is missing, or it sees other processes than the environment says.
-    """
+    """Duplicate MPI's default communicator, over which TensorRT-LLM's own messages go."""
     try:
         world = import_module("mpi4py.MPI").COMM_WORLD
     except ImportError as error:

@@ -65,11 +65,7 @@ RELEASES = (
 
 
 def public_version(version: str) -> Version:
-    """A version without its local part, e.g. 1.2.1 of ``1.2.1+cu13``.
-
-    Raises:
-        UsageError: it is not a version.
-    """
+    """A version without its local part, e.g. 1.2.1 of ``1.2.1+cu13``."""
     try:
         return Version(Version(version).public)
     except InvalidVersion:
@@ -79,12 +75,7 @@ def public_version(version: str) -> Version:
 
 
 def release_of(version: str) -> Release:
-    """Return the range that a version belongs to.
-
-    Raises:
-        UsageError: it is not a version.
-        EngineError: it has no builder for Phi checkpoints of this form.
-    """
+    """Return the range of a version; an EngineError if it cannot build Phi checkpoints."""
     public = public_version(version)
     if public < RELEASES[0].first:
         raise EngineError(
