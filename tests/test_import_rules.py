@@ -52,7 +52,7 @@ RULES = {
     LAYOUT: Rule((ERRORS,)),
     CONFIG: Rule((LAYOUT, FINDINGS, ERRORS)),
     READER: Rule((ERRORS, DTYPES)),
-    FILES: Rule((ERRORS, DTYPES, "xxhash")),
+    FILES: Rule((ERRORS, DTYPES, "safetensors", "xxhash")),
     SOURCE: Rule(
         (FILES, LAYOUT, DTYPES, ERRORS, "numpy", "xxhash"), lazily=("torch", "huggingface_hub")
     ),

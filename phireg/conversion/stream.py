@@ -33,7 +33,8 @@ from phireg.planning.model import (
     Write,
     row_bytes,
 )
-from phireg.source.model import Reader, SourceTensor
+from phireg.source.model import Reader
+from phireg.source.tensors import SourceTensor
 
 _Result = TypeVar("_Result")
 

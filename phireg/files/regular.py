@@ -59,8 +59,10 @@ def open_regular(path: Path) -> int:
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
-        what = "a directory" if stat.S_ISDIR(mode) else "a device, pipe or socket"
-        raise SourceError(f"{path}: expected a file, this is {what}")
+        actual = "a directory" if stat.S_ISDIR(mode) else "a device, pipe or socket"
+        raise SourceError(
+            f"{path}: expected a file, this is {actual}", hint="put the file itself in its place"
+        )
     return fd
 
 

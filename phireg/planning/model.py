@@ -14,7 +14,8 @@ from phireg.layout.ranks import Ranks
 from phireg.layout.spans import Span
 from phireg.reader.schemes import SCHEMES, Scheme
 from phireg.registry import FamilyChoice
-from phireg.source.model import Source, SourceTensor
+from phireg.source.model import Source
+from phireg.source.tensors import SourceTensor
 
 BLOCK_BYTES = 512 * 1024
 """Source bytes that a worker holds at a time; a single longer row is held whole.

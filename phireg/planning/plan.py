@@ -16,7 +16,7 @@ from phireg.planning.report import problems
 from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
 from phireg.registry import AUTO, FamilyChoice
 from phireg.source.hub import resolve_model_dir
-from phireg.source.model import open_source, without_weights
+from phireg.source.model import Source, open_source
 
 MODALITIES = ("vision_config", "img_processor", "embd_layer", "audio_config", "audio_processor")
 
@@ -97,7 +97,7 @@ def plan_config(
         )
     hf = HFConfig(read_json_object(directory / "config.json"))
     choice, options = choose_family(hf, family), Options(dtype, tp_size)
-    plan = build_plan(choice, hf, without_weights(directory), options, str(model_dir))
+    plan = build_plan(choice, hf, Source(directory, {}, ()), options, str(model_dir))
     if errors := [finding for finding in plan.errors if finding.code != "missing"]:
         raise PlanError(f"the model's config.json has problems\n{problems(errors)}")
     return plan

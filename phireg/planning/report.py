@@ -183,10 +183,11 @@ def _place_json(plan: Plan, output: Output, span: Span, name: str) -> dict[str, 
         return {"file": None, "bytes": None, "columns": [], "computed_from": basis}
     tensor = plan.source.tensors[name]
     per_row = tensor.nbytes // tensor.shape[0] if tensor.shape[0] else 0
+    bounds = (span.start, span.stop)
     columns = [[kept.start, kept.stop] for kept in output.origin.columns or ()]
     return {
         "file": tensor.file,
-        "bytes": [tensor.offset + row * per_row for row in (span.start, span.stop)],
+        "bytes": None if tensor.strides else [tensor.offset + row * per_row for row in bounds],
         "columns": columns or [[0, size] for size in tensor.shape[1:]],
         "computed_from": None,
     }

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from phireg.layout.spans import Span
 from phireg.planning.model import Output, Plan, Rows, Step, Task, Write
-from phireg.source.model import SourceTensor
+from phireg.source.tensors import SourceTensor
 
 
 @dataclass(frozen=True, slots=True)

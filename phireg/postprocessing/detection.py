@@ -35,7 +35,8 @@ from phireg.postprocessing.orders import (
     quantization_of,
 )
 from phireg.reader.architectures import ARCHITECTURES
-from phireg.source.model import Reader, SourceTensor
+from phireg.source.model import Reader
+from phireg.source.tensors import SourceTensor
 
 Floats = npt.NDArray[np.float32]
 

@@ -22,6 +22,7 @@ from phireg.conversion.stream import stream
 from phireg.errors import OutputError, SourceError, UsageError
 from phireg.files.kinds import CHECKPOINT, MANIFEST
 from phireg.files.output import PARTIAL_SUFFIX, OutputDirectory
+from phireg.files.regular import Stamp
 from phireg.files.writing import copy_file
 from phireg.layout.spans import Span
 from phireg.planning.model import Options, Output, Plan, Rows
@@ -41,7 +42,8 @@ from phireg.postprocessing.orders import (
     row_tensors,
 )
 from phireg.registry import AUTO, FamilyChoice
-from phireg.source.model import SourceTensor, source_of
+from phireg.source.model import Source
+from phireg.source.tensors import SourceTensor, WeightsFile
 
 Progress = Callable[[int, int], None]
 
@@ -326,8 +328,18 @@ def _plan(checkpoint: _Checkpoint, moved: Moves) -> Plan:
             spans = spans or [Span(key, 0, shape[0])]
             tensors.append(SourceTensor(key, entry.dtype, shape, file.path.name, entry.start))
             outputs.append(Output(rank, name, entry.dtype, shape, entry.start, Rows(tuple(spans))))
-    headers_by_file = {file.path.name: file.header for file in checkpoint.files.values()}
-    source = source_of(checkpoint.directory, tensors, headers_by_file)
+    source = Source(
+        checkpoint.directory,
+        {tensor.name: tensor for tensor in tensors},
+        tuple(
+            WeightsFile(
+                file.path.name,
+                file.header.digest,
+                Stamp(file.header.file_size, file.header.mtime_ns),
+            )
+            for file in checkpoint.files.values()
+        ),
+    )
     return Plan(
         checkpoint.chosen,
         str(checkpoint.directory),

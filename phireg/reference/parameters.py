@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from phireg.dtypes import WEIGHT_DTYPES, torch_dtype
 from phireg.errors import SourceError
-from phireg.source.model import Reader, Source, SourceTensor
+from phireg.source.model import Reader, Source
+from phireg.source.tensors import SourceTensor
 
 _FLOATS = {*WEIGHT_DTYPES.values(), "F64"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -66,12 +66,12 @@ def missing_shards(index: ShardIndex) -> list[str]:
     return [name for name in index.shards if not os.access(index.path.parent / name, os.F_OK)]
 
 
-def shard_defects(index: ShardIndex, held: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def shard_defects(index: ShardIndex, held: Mapping[str, Collection[str]]) -> list[str]:
     """Compare the index with what the shards hold.
 
     Args:
         index: the index.
-        held: for each shard that could be read, its tensors by name.
+        held: for each shard that could be read, the names of its tensors.
 
     Returns:
         One line per shard and kind of disagreement: tensors listed but absent, present but not
@@ -93,7 +93,7 @@ def shard_defects(index: ShardIndex, held: Mapping[str, Mapping[str, Any]]) -> l
             if (file := index.weight_map.get(name, shard)) != shard:
                 elsewhere.setdefault(file, []).append(name)
         for file, names in elsewhere.items():
-            twice = all(name in held.get(file, {}) for name in names)
+            twice = all(name in held.get(file, ()) for name in names)
             defects.append(
                 f"{shard} holds tensors the index lists for {file}"
                 f"{', which holds them too' if twice else ''}: {listed(names, len(names))}"

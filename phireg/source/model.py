@@ -1,73 +1,21 @@
-"""A source model directory as data: which tensors it holds, where their bytes lie, reading them."""
+"""A source model directory as data: which tensors it holds, and reading their bytes."""
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Protocol
+from types import MappingProxyType
 
-from phireg.dtypes import ITEMSIZE
 from phireg.errors import SourceError
 from phireg.files.kinds import WEIGHTS, kind_of_entries
 from phireg.files.regular import Stamp, check_unchanged, listed, open_regular, read_into
-from phireg.files.safetensors import Header, read_header
-from phireg.source import torchbin
+from phireg.files.safetensors import read_header
 from phireg.source.index import ShardIndex, index_error, missing_shards, read_index, shard_defects
-
-
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
-    """One tensor of a source checkpoint.
-
-    Attributes:
-        name: its name in the checkpoint.
-        dtype: a safetensors dtype code (`phireg.dtypes.ITEMSIZE`).
-        shape: dimensions; the bytes are read in row-major order.
-        file: the file that holds it, relative to the directory.
-        offset: where its bytes start in that file; 0 for PyTorch .bin files, whose tensors
-            need not be contiguous.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return ITEMSIZE[self.dtype] * math.prod(self.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class SourceFile:
-    """One weights file.
-
-    Attributes:
-        name: relative to the directory.
-        size: in bytes.
-        header_digest: of a safetensors file, xxh3_128 of its header with the eight length bytes;
-            of a .bin file, xxh3_128 of its sorted listing, one line ``name dtype shape`` per
-            tensor. Hexadecimal.
-    """
-
-    name: str
-    size: int
-    header_digest: str
-
-
-class _Fetch(Protocol):
-    """How one kind of file gets the bytes of a tensor, once it is open."""
-
-    def __call__(
-        self, fd: int, path: Path, tensor: SourceTensor, start: int, view: memoryview
-    ) -> None: ...
+from phireg.source.tensors import SourceTensor, WeightsFile
+from phireg.source.torchbin import list_bin, read_strided
 
 
 class Reader:
@@ -77,10 +25,9 @@ class Reader:
     manager.
     """
 
-    def __init__(self, directory: Path, stamps: Mapping[str, Stamp], fetch: _Fetch) -> None:
+    def __init__(self, directory: Path, stamps: Mapping[str, Stamp]) -> None:
         self._directory = directory
         self._stamps = stamps
-        self._fetch = fetch
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -101,7 +48,10 @@ class Reader:
             raise ValueError(f"{tensor.name}: bytes {start}+{len(view)} of {tensor.nbytes}")
         path = self._directory / tensor.file
         fd = self._descriptor(tensor.file, path)
-        self._fetch(fd, path, tensor, start, view)
+        if tensor.strides is None:
+            read_into(fd, path, tensor.offset + start, view)
+        elif len(view):
+            read_strided(fd, path, tensor, start, view)
         # After the read, so that bytes written meanwhile cannot go unnoticed.
         check_unchanged(fd, path, self._stamps[tensor.file])
 
@@ -114,12 +64,7 @@ class Reader:
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _descriptor(self, file: str, path: Path) -> int:
@@ -137,70 +82,54 @@ class Source:
 
     Attributes:
         directory: where it lies.
-        revision: the hub commit it was resolved from, or None.
         tensors: by name, ordered by file and by place in the file; read-only.
         files: the weights files that are used, sorted by name.
-        notes: things worth telling that are not errors.
+        revision: the hub commit it was resolved from, or None.
+        notes: things worth knowing that are not errors.
     """
 
     directory: Path
-    revision: str | None
     tensors: Mapping[str, SourceTensor]
-    files: tuple[SourceFile, ...]
-    notes: tuple[str, ...]
-    _stamps: Mapping[str, Stamp] = field(repr=False)
-    _fetch: _Fetch = field(repr=False)
+    files: tuple[WeightsFile, ...]
+    revision: str | None = None
+    notes: tuple[str, ...] = ()
 
     def open(self) -> Reader:
-        """A reader for the tensors' bytes; use it in a ``with`` statement."""
-        return Reader(self.directory, self._stamps, self._fetch)
-
-
-def without_weights(directory: Path) -> Source:
-    """The source of a model of which only the config is there: it has no tensors."""
-
-    def nothing(fd: int, path: Path, tensor: SourceTensor, start: int, view: memoryview) -> None:
-        raise AssertionError("there are no tensors to read")
-
-    return Source(directory, None, {}, (), (), {}, nothing)
-
-
-def source_of(
-    directory: Path, tensors: Iterable[SourceTensor], headers: Mapping[str, Header]
-) -> Source:
-    """Tensors of safetensors files whose headers were read; ``headers`` is by file name."""
-    return Source(
-        directory,
-        None,
-        MappingProxyType({tensor.name: tensor for tensor in tensors}),
-        tuple(SourceFile(name, h.file_size, h.digest) for name, h in headers.items()),
-        (),
-        MappingProxyType({name: Stamp(h.file_size, h.mtime_ns) for name, h in headers.items()}),
-        _fetch_plain,
-    )
+        """Return a reader for the tensors' bytes; use it in a ``with`` statement."""
+        return Reader(self.directory, {file.name: file.stamp for file in self.files})
 
 
 @dataclass(frozen=True, slots=True)
-class _Scan:
-    """One weights file, whatever its kind."""
-
-    file: SourceFile
-    stamp: Stamp
-    tensors: tuple[SourceTensor, ...]
-    strided: tuple[torchbin.BinTensor, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Kind:
+class _Format:
     """A way in which Hugging Face checkpoints store weights."""
 
     single: str
     suffix: str
-    scan: Callable[[Path, str], _Scan]
+    list_file: Callable[[Path, str], WeightsFile]
 
     @property
     def index(self) -> str:
         return f"{self.single}.index.json"
+
+
+def list_safetensors(directory: Path, name: str) -> WeightsFile:
+    """List the tensors of a safetensors file.
+
+    Raises:
+        SourceError: the file cannot be read or is damaged.
+    """
+    header = read_header(directory / name)
+    tensors = tuple(
+        SourceTensor(entry.name, entry.dtype, entry.shape, name, entry.start)
+        for entry in header.entries.values()
+    )
+    return WeightsFile(name, header.digest, Stamp(header.file_size, header.mtime_ns), tensors)
+
+
+_FORMATS = (
+    _Format(WEIGHTS[0], ".safetensors", list_safetensors),
+    _Format(WEIGHTS[1], ".bin", list_bin),
+)
 
 
 def open_source(directory: Path, revision: str | None = None) -> Source:
@@ -220,28 +149,20 @@ def open_source(directory: Path, revision: str | None = None) -> Source:
             or the index and the files do not agree (all such defects in one message).
     """
     names = _entries(directory)
-    for kind in _KINDS:
-        if kind.index in names:
-            index = read_index(directory / kind.index, kind.suffix)
-            scans = _scan_shards(directory, index, kind)
-        elif kind.single in names:
+    for format_ in _FORMATS:
+        if format_.index in names:
+            index = read_index(directory / format_.index, format_.suffix)
+            files = _list_shards(directory, index, format_)
+        elif format_.single in names:
             index = None
-            scans = [kind.scan(directory, kind.single)]
+            files = [format_.list_file(directory, format_.single)]
         else:
             continue
-        tensors = {tensor.name: tensor for scan in scans for tensor in scan.tensors}
+        tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
         if not tensors:
-            raise SourceError(f"{directory / kind.single}: the file holds no tensors")
-        strided = {(s.file.name, t.name): t for s in scans for t in s.strided}
-        return Source(
-            directory,
-            revision,
-            MappingProxyType(tensors),
-            tuple(scan.file for scan in scans),
-            tuple(_notes(names, kind, scans, index)),
-            MappingProxyType({scan.file.name: scan.stamp for scan in scans}),
-            _fetch_strided(strided) if strided else _fetch_plain,
-        )
+            raise SourceError(f"{directory / format_.single}: the file holds no tensors")
+        notes = _notes(names, format_, files, index)
+        return Source(directory, MappingProxyType(tensors), tuple(files), revision, tuple(notes))
     raise _no_weights(directory, names)
 
 
@@ -284,91 +205,51 @@ def _entries(directory: Path) -> set[str]:
         raise SourceError(f"{str(directory)!r}: cannot be read: {error}") from None
 
 
-def _scan_shards(directory: Path, index: ShardIndex, kind: _Kind) -> list[_Scan]:
+def _list_shards(directory: Path, index: ShardIndex, format_: _Format) -> list[WeightsFile]:
     defects: list[str] = []
     hint = None
     missing = missing_shards(index)
     if missing:
         defects.append(f"missing files: {listed(missing, len(missing), 20)}")
-    scans = []
+    files = []
     for name in index.shards:
         if name in missing:
             continue
         try:
-            scans.append(kind.scan(directory, name))
+            files.append(format_.list_file(directory, name))
         except SourceError as error:
             defects.append(error.message)
             hint = hint or error.hint
-    held = {scan.file.name: {t.name: t for t in scan.tensors} for scan in scans}
-    defects += shard_defects(index, held)
+    defects += shard_defects(index, {file.name: {t.name for t in file.tensors} for file in files})
     if defects:
         raise index_error(index.path, defects, hint)
-    return scans
+    return files
 
 
 def _notes(
-    names: Iterable[str], kind: _Kind, scans: list[_Scan], index: ShardIndex | None
+    names: Iterable[str], format_: _Format, files: list[WeightsFile], index: ShardIndex | None
 ) -> list[str]:
-    used = {scan.file.name for scan in scans}
+    used = {file.name for file in files}
     notes = []
-    for other in _KINDS:
-        others = [n for n in _weight_files(names, (other.suffix,)) if n not in used]
-        adapters = [n for n in others if n.startswith("adapter_")]
-        strays = [n for n in others if n not in adapters]
+    for other in _FORMATS:
+        unused = [name for name in _weight_files(names, (other.suffix,)) if name not in used]
+        adapters = [name for name in unused if name.startswith("adapter_")]
+        strays = [name for name in unused if name not in adapters]
         if adapters:
             notes.append(f"a LoRA adapter lies beside the model and is not applied: {adapters[0]}")
-        if strays and other is kind:
+        if strays and other is format_:
             notes.append(
-                f"not used, since {kind.single if index is None else kind.index} "
+                f"not used, since {format_.single if index is None else format_.index} "
                 f"does not name them: {listed(strays, len(strays))}"
             )
         elif strays:
             notes.append(
-                f"the {kind.suffix} weights are used, "
+                f"the {format_.suffix} weights are used, "
                 f"the {other.suffix} files are not: {listed(strays, len(strays))}"
             )
-    total = sum(tensor.nbytes for scan in scans for tensor in scan.tensors)
+    total = sum(tensor.nbytes for file in files for tensor in file.tensors)
     if index is not None and index.total_size not in (None, total):
         notes.append(
-            f"{kind.index} says {index.total_size} bytes in total, the tensors have {total}"
+            f"{format_.index} says {index.total_size} bytes in total, the tensors have {total}"
         )
     return notes
-
-
-def _scan_safetensors(directory: Path, name: str) -> _Scan:
-    header = read_header(directory / name)
-    return _Scan(
-        SourceFile(name, header.file_size, header.digest),
-        Stamp(header.file_size, header.mtime_ns),
-        tuple(
-            SourceTensor(entry.name, entry.dtype, entry.shape, name, entry.start)
-            for entry in header.entries.values()
-        ),
-    )
-
-
-def _scan_bin(directory: Path, name: str) -> _Scan:
-    listing = torchbin.read_listing(directory / name)
-    return _Scan(
-        SourceFile(name, listing.stamp.size, listing.digest),
-        listing.stamp,
-        tuple(SourceTensor(t.name, t.dtype, t.shape, name, 0) for t in listing.tensors),
-        listing.tensors,
-    )
-
-
-def _fetch_plain(fd: int, path: Path, tensor: SourceTensor, start: int, view: memoryview) -> None:
-    read_into(fd, path, tensor.offset + start, view)
-
-
-def _fetch_strided(strided: Mapping[tuple[str, str], torchbin.BinTensor]) -> _Fetch:
-    def fetch(fd: int, path: Path, tensor: SourceTensor, start: int, view: memoryview) -> None:
-        torchbin.read_strided(fd, path, strided[tensor.file, tensor.name], start, view)
-
-    return fetch
-
-
-_KINDS = (
-    _Kind(WEIGHTS[0], ".safetensors", _scan_safetensors),
-    _Kind(WEIGHTS[1], ".bin", _scan_bin),
-)

@@ -17,7 +17,8 @@ from phireg.family import Family
 from phireg.findings import Severity
 from phireg.planning.model import Rows
 from phireg.reader.architectures import required_keys
-from phireg.source.model import SourceTensor, open_source
+from phireg.source.model import open_source
+from phireg.source.tensors import SourceTensor
 from phireg.testing.model import TinyModel
 from phireg.testing.probe import Addresses
 

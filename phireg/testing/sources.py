@@ -25,7 +25,8 @@ from phireg.files.safetensors import TensorEntry, encode_header
 from phireg.files.writing import copy_file
 from phireg.planning.quantized import axes_of
 from phireg.source.hub import resolve_model_dir
-from phireg.source.model import SourceTensor, open_source
+from phireg.source.model import open_source
+from phireg.source.tensors import SourceTensor
 
 if TYPE_CHECKING:
     from torch import Tensor

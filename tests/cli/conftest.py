@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from helpers.damage import make_tiny_phi3
+from helpers.tiny_phi3 import make_tiny_phi3
 
 from phireg.cli import app
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.damage import tiny_config, tiny_tensors, write_json
+from helpers.tiny_phi3 import tiny_config, tiny_tensors, write_json
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).parents[2]

@@ -6,17 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from helpers.damage import (
-    HEAD_DIM,
-    HEADS,
-    HIDDEN,
-    INTERMEDIATE,
-    KV_HEADS,
-    VOCAB,
-    config,
-    tensors,
-    tiny_tensors,
-)
+from helpers.damage import config, tensors
+from helpers.tiny_phi3 import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, VOCAB, tiny_tensors
 from safetensors.numpy import load_file
 
 from phireg.cli import options

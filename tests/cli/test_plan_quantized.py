@@ -6,7 +6,8 @@ What is told is held against what ``quantize`` then writes, read and reported by
 import json
 
 import pytest
-from helpers.damage import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, config, tiny_tensors
+from helpers.damage import config
+from helpers.tiny_phi3 import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, tiny_tensors
 from safetensors import safe_open
 
 from phireg.layout.quant_rules import QuantRules

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from helpers.damage import tiny_config, write_json
+from helpers.tiny_phi3 import tiny_config, write_json
 from safetensors.numpy import load_file, save_file
 
 from phireg import demo

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from phireg.layout.spans import Span
 from phireg.planning.model import Output, Rows
 from phireg.planning.schedule import schedule
-from phireg.source.model import SourceTensor
+from phireg.source.tensors import SourceTensor
 
 SOURCES = {"a": 7, "b": 5, "c": 3}
 # The files' order is not the names' order.
