@@ -51,8 +51,18 @@ from phireg.layout.axes import (
     tied,
     ungroup,
 )
-from phireg.layout.quant_rules import QuantRules, every_linear
-from phireg.layout.rules import Experts, Linear, Norm, Policy, Rule, Rules, Table, one_of
+from phireg.layout.rules import (
+    Experts,
+    Linear,
+    Norm,
+    Policy,
+    QuantRules,
+    Rule,
+    Rules,
+    Table,
+    every_linear,
+    one_of,
+)
 from phireg.layout.spans import Axis, LayoutError
 
 COLUMN = Policy.COLUMN

@@ -15,10 +15,9 @@ import pluggy
 from phireg.config.fields import FieldTable
 from phireg.config.hf import HFConfig
 from phireg.errors import PhiregError, PluginError
+from phireg.findings import source_line
 from phireg.hookspecs import API, PROJECT, Steps
-from phireg.layout.place import source_line
-from phireg.layout.quant_rules import QuantRules
-from phireg.layout.rules import Rules
+from phireg.layout.rules import QuantRules, Rules
 from phireg.layout.spans import LayoutError
 
 _Result = TypeVar("_Result", FieldTable, Rules, QuantRules)

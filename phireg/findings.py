@@ -1,9 +1,12 @@
-"""What a plan has to say about its input: collected, never raised one by one."""
+"""Findings of a plan, which are collected and never raised one by one, and the places they name."""
 
 from __future__ import annotations
 
 import enum
+import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class Severity(enum.Enum):
@@ -12,9 +15,9 @@ class Severity(enum.Enum):
     ERROR = "error"
     """The conversion is refused."""
     WARNING = "warning"
-    """The result is what was asked for, but somebody should know."""
+    """The result is as requested, but may not be what is meant."""
     NOTE = "note"
-    """Worth telling; nothing to do."""
+    """Information; nothing to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,7 @@ class Finding:
         severity: whether the conversion may go on.
         code: one word for the kind (``missing``, ``unmapped``, ``shape``, ``sharding``, ...).
         subject: the tensor, module or config key it is about.
-        detail: what is the matter, and what to do where that is known.
+        detail: the problem, and what to do where that is known.
         where: file and line of the rule concerned, if any.
     """
 
@@ -34,3 +37,25 @@ class Finding:
     subject: str
     detail: str
     where: str = ""
+
+
+def source_line(filename: str, line: int) -> str:
+    """Format a place in a plugin as ``folder/file.py:line``."""
+    path = Path(filename)
+    return f"{path.parent.name}/{path.name}:{line}"
+
+
+def calling_line(package: Path) -> str:
+    """Return the place of the code that called into the package in this folder.
+
+    Frames inside the package are skipped, except its modules' own top-level code.
+    """
+    inside = f"{package}{os.sep}"
+    frame = sys._getframe(1)
+    while (
+        frame.f_back is not None
+        and frame.f_code.co_filename.startswith(inside)
+        and frame.f_code.co_name != "<module>"
+    ):
+        frame = frame.f_back
+    return source_line(frame.f_code.co_filename, frame.f_lineno)

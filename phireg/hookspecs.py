@@ -25,8 +25,7 @@ import pluggy
 
 from phireg.config.fields import FieldTable
 from phireg.config.hf import HFConfig
-from phireg.layout.quant_rules import QuantRules
-from phireg.layout.rules import Rules
+from phireg.layout.rules import QuantRules, Rules
 
 API = 1
 """The hook API number of this phireg."""

@@ -49,7 +49,7 @@ RULES = {
     ERRORS: Rule(),
     FINDINGS: Rule(),
     DTYPES: Rule(lazily=("numpy", "torch"), typing=("numpy", "torch")),
-    LAYOUT: Rule((ERRORS,)),
+    LAYOUT: Rule((FINDINGS, ERRORS)),
     CONFIG: Rule((LAYOUT, FINDINGS, ERRORS)),
     READER: Rule((ERRORS, DTYPES)),
     FILES: Rule((ERRORS, DTYPES, "safetensors", "xxhash")),

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from phireg.config.hf import HFConfig
-from phireg.findings import Finding, Severity
-from phireg.layout.place import caller
+from phireg.findings import Finding, Severity, calling_line
 
 _HERE = Path(__file__).parent
 
@@ -153,7 +152,7 @@ def _entry(
     apply: Callable[[_Run], None],
     inner: tuple[Entry, ...] = (),
 ) -> Entry:
-    return Entry(to, doc, apply, caller(_HERE), inner)
+    return Entry(to, doc, apply, calling_line(_HERE), inner)
 
 
 def const(to: str, value: Any) -> Entry:

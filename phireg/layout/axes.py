@@ -1,4 +1,4 @@
-"""The vocabulary in which plugins write index maps. Every word returns a new :class:`Axis`.
+"""Constructors of index maps for plugins. Every one returns a new :class:`Axis`.
 
 Sizes are stated, never guessed: they come from the config, and the plan checks them against the
 headers of the source files.
@@ -14,7 +14,7 @@ from phireg.layout.spans import Axis, LayoutError, Part, Span, take
 
 
 def src(name: str, rows: int, *, unit: int = 1) -> Axis:
-    """The source module ``name`` as it is: ``rows`` rows, ``unit`` of them inseparable."""
+    """Take the source module ``name`` as it is: ``rows`` rows, ``unit`` of them inseparable."""
     return Axis((Part("rows", (Span(name, 0, rows),), unit),), ((name, rows),))
 
 
@@ -34,7 +34,7 @@ def parts(axis: Axis, *, unit: int = 1, **lengths: int) -> Axis:
     Raises:
         LayoutError: the lengths do not add up to the axis, or one is negative.
     """
-    _counted(axis, lengths)
+    _check_counts(axis, lengths)
     if sum(lengths.values()) != axis.length:
         raise LayoutError(
             f"{_names(axis)}: parts {lengths} add up to {sum(lengths.values())}, "
@@ -49,7 +49,7 @@ def parts(axis: Axis, *, unit: int = 1, **lengths: int) -> Axis:
 
 
 def order(axis: Axis, *names: str) -> Axis:
-    """The parts of ``axis`` in another order; every part must be named once.
+    """Put the parts of ``axis`` in another order; every part must be named once.
 
     Raises:
         LayoutError: the names are not exactly the parts.
@@ -61,7 +61,7 @@ def order(axis: Axis, *names: str) -> Axis:
 
 
 def select(axis: Axis, name: str) -> Axis:
-    """One named part of ``axis`` alone.
+    """Take one named part of ``axis`` alone.
 
     Raises:
         LayoutError: there is no such part.
@@ -82,7 +82,7 @@ def ungroup(axis: Axis, *, groups: int, unit: int, **heads: int) -> Axis:
     Raises:
         LayoutError: the sizes do not add up to the axis, or one is negative.
     """
-    _counted(axis, heads)
+    _check_counts(axis, heads)
     group = sum(heads.values()) * unit
     if groups * group != axis.length:
         raise LayoutError(
@@ -102,7 +102,7 @@ def ungroup(axis: Axis, *, groups: int, unit: int, **heads: int) -> Axis:
 
 
 def tied(axis: Axis) -> Axis:
-    """The same rows again: another target owns them (lm_head of a model with tied embeddings)."""
+    """Use rows that another target owns (lm_head of a model with tied embeddings)."""
     return replace(
         axis,
         parts=tuple(
@@ -135,13 +135,13 @@ def replicable(axis: Axis, *names: str) -> Axis:
 
 
 def stack(axes: Sequence[Axis]) -> Axis:
-    """The parts of all ``axes``, one axis after the other.
+    """Concatenate ``axes`` that all have the same parts.
 
     Raises:
-        LayoutError: there is none, or two differ in the names, lengths or units of their parts.
+        LayoutError: there are no axes, or two differ in the names, lengths or units of their parts.
     """
     if not axes:
-        raise LayoutError("a stack of nothing has no rows")
+        raise LayoutError("stack() needs at least one axis")
     for axis in axes[1:]:
         if _form(axis) != _form(axes[0]):
             raise LayoutError(
@@ -152,7 +152,7 @@ def stack(axes: Sequence[Axis]) -> Axis:
 
 
 def columns(count: int, *, unit: int = 1) -> Axis:
-    """The input features of a linear, in order: ``count`` of them, ``unit`` inseparable."""
+    """Take the input features of a linear in order: ``count``, ``unit`` of them inseparable."""
     return src(OWN_COLUMNS, count, unit=unit)
 
 
@@ -174,11 +174,11 @@ def _form(axis: Axis) -> list[tuple[str, int, int]]:
 
 
 def _unit(unit: int, axis: Axis) -> int:
-    """A unit that also keeps together what the axis already keeps together."""
+    """The unit combined with those of the axis."""
     return math.lcm(unit, *(part.unit for part in axis.parts))
 
 
-def _counted(axis: Axis, amounts: Mapping[str, int]) -> None:
+def _check_counts(axis: Axis, amounts: Mapping[str, int]) -> None:
     if negative := [name for name, amount in amounts.items() if amount < 0]:
         raise LayoutError(f"{_names(axis)}: {', '.join(negative)} would be negative: {amounts}")
 

@@ -9,19 +9,19 @@ from phireg.layout.rules import Policy, Rule, Rules
 from phireg.layout.spans import Axis, LayoutError, Part, possible_ranks, shard
 
 MOST_RANKS = 64
-"""Numbers of ranks up to this one are tried when a number does not work."""
+"""The largest number of ranks that is suggested where another one does not work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """How many ranks there are, and how they hold the experts of a mixture.
+    """The number of ranks, and how they hold the experts of a mixture.
 
     Tensor-parallel rank r has the experts of expert-parallel rank r mod ``moe_ep_size`` and of each
     of them the share of r // ``moe_ep_size``, as TensorRT-LLM's Mapping numbers them.
 
     Attributes:
         tp_size: number of tensor-parallel ranks.
-        moe_ep_size: over how many ranks the experts are shared out.
+        moe_ep_size: number of ranks that the experts are distributed over.
     """
 
     tp_size: int
@@ -29,11 +29,11 @@ class Ranks:
 
     @property
     def moe_tp_size(self) -> int:
-        """Over how many ranks each expert is divided."""
+        """The number of ranks that each expert is divided over."""
         return self.tp_size // self.moe_ep_size
 
     def divides(self, rule: Rule, part: Part) -> bool:
-        """Whether a part of a module can be cut over these ranks."""
+        """Return whether a part of a module can be cut over these ranks."""
         if not rule.experts:
             return possible_ranks(part, self.tp_size)
         return (
@@ -46,17 +46,17 @@ class Ranks:
 def held(
     rule: Rule, rows: Axis, cols: Axis | None, ranks: Ranks, rank: int
 ) -> tuple[Axis, Axis | None]:
-    """The rows and columns of a module that one rank holds.
+    """Return the rows and columns of a module that one rank holds.
 
     Args:
         rule: the module's.
         rows: its row map, of the weight or of a companion that follows the rows.
         cols: its column map, if the companion lives on it.
-        ranks: how many there are.
-        rank: which of them.
+        ranks: their number.
+        rank: one of them.
 
     Raises:
-        LayoutError: the module cannot be divided so.
+        LayoutError: the module cannot be divided this way.
     """
     size = ranks.tp_size
     if rule.experts:
@@ -72,7 +72,7 @@ def held(
 def _own_experts(rule: Rule, rows: Axis, ranks: Ranks, ep_rank: int) -> Axis:
     if ranks.tp_size % ranks.moe_ep_size or rule.experts % ranks.moe_ep_size:
         raise LayoutError(
-            f"{rule.experts} experts cannot be shared out over {ranks.moe_ep_size} "
+            f"{rule.experts} experts cannot be distributed over {ranks.moe_ep_size} "
             f"of {ranks.tp_size} ranks"
         )
     share = len(rows.parts) // ranks.moe_ep_size
@@ -82,7 +82,7 @@ def _own_experts(rule: Rule, rows: Axis, ranks: Ranks, ep_rank: int) -> Axis:
 
 
 def cut_parts(rule: Rule) -> tuple[Part, ...]:
-    """The parts of a module that ranks divide; experts have the same, so those of one."""
+    """Return the parts of a module that ranks divide; of experts those of the first."""
     if rule.policy is Policy.COLUMN:
         parts = rule.weight[0].parts
         return parts[: len(parts) // rule.experts] if rule.experts else parts
@@ -90,7 +90,7 @@ def cut_parts(rule: Rule) -> tuple[Part, ...]:
 
 
 def undivided(rules: Rules, ranks: Ranks) -> Iterator[tuple[Rule, Part]]:
-    """The parts that these ranks cannot divide."""
+    """Yield the parts that these ranks cannot divide."""
     for rule in rules.values():
         for part in cut_parts(rule):
             if not ranks.divides(rule, part):
@@ -98,7 +98,7 @@ def undivided(rules: Rules, ranks: Ranks) -> Iterator[tuple[Rule, Part]]:
 
 
 def tp_sizes(rules: Rules, moe_ep_size: int = 1) -> list[int]:
-    """Numbers of ranks, up to :data:`MOST_RANKS`, over which all modules can be divided."""
+    """List the numbers of ranks, up to :data:`MOST_RANKS`, that can divide all modules."""
     kinds = {(rule.experts, part): rule for rule in rules.values() for part in cut_parts(rule)}
     return [
         size

@@ -1,4 +1,4 @@
-"""Rules: which target module is made of which source modules, and how it is sharded.
+"""Rules: the source modules that each target module is made of, and how it is sharded.
 
 A rule names modules, not tensors: ``attention.qkv`` covers the weight, the bias and every scale of
 that linear, each along the axes it lives on (``phireg.planning.quantized``). Rules know neither
@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
+from phireg.findings import calling_line
 from phireg.layout.axes import columns, stack
-from phireg.layout.place import caller
 from phireg.layout.spans import Axis, LayoutError
 
 _HERE = Path(__file__).parent
@@ -144,7 +145,7 @@ def _rule(
     if len(cuts) != 1:
         raise LayoutError(f"{target}: the alternatives would be divided over ranks differently")
     axis = columns(cols) if isinstance(cols, int) else cols
-    return Rule(target, weight, biases, axis, policy, caller(_HERE))
+    return Rule(target, weight, biases, axis, policy, calling_line(_HERE))
 
 
 def _alternatives(rows: Axis | OneOf) -> tuple[Axis, ...]:
@@ -192,3 +193,41 @@ class Rules(Mapping[str, Rule]):
             raise LayoutError(f"nothing to replace: no rule makes {', '.join(unknown)}")
         merged = {**self._rules, **new}
         return Rules(*merged.values(), drop=self.drop)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantRules:
+    """What a family says about quantization: the result of ``phireg_quant_rules``.
+
+    Attributes:
+        linears: target modules the scheme quantizes; everything else stays in the checkpoint's
+            dtype.
+        kv_caches: target attention modules that hold a KV cache, one per layer and in the order of
+            the layers.
+        exclude_modules: patterns TensorRT-LLM's reader must leave alone. A list given to the
+            reader replaces its own defaults, so it must name the embedding as well as the head:
+            with ``lm_head`` alone, weight-only readers would also quantize the embedding.
+        postprocess: modules that an exporter may have written in the source's row order, as rules
+            from such a checkpoint to a right one (target and source are both checkpoint names).
+        notes: what a user of the scheme should know about it, a sentence each.
+    """
+
+    linears: tuple[str, ...]
+    kv_caches: tuple[str, ...] = ()
+    exclude_modules: tuple[str, ...] = ("lm_head", "*vocab_embedding")
+    postprocess: Rules = field(default_factory=Rules)
+    notes: tuple[str, ...] = ()
+
+
+def every_linear(
+    config: Mapping[str, Any], *, postprocess: Rules | None = None, notes: tuple[str, ...] = ()
+) -> QuantRules:
+    """Quantize the four linears and the KV cache of every layer (decoders without experts)."""
+    layers = [f"transformer.layers.{i}" for i in range(config["num_hidden_layers"])]
+    linears = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
+    return QuantRules(
+        linears=tuple(f"{layer}.{linear}" for layer in layers for linear in linears),
+        kv_caches=tuple(f"{layer}.attention" for layer in layers),
+        postprocess=postprocess or Rules(),
+        notes=notes,
+    )

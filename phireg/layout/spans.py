@@ -1,4 +1,4 @@
-"""The normal form of an index map, and everything that is derived from it.
+"""The normal form of an index map, and the operations derived from it.
 
 An :class:`Axis` is a sequence of named parts; a :class:`Part` is a sequence of spans of source
 rows. "Row" means a position along whichever axis the map describes: an output feature, an input
@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 
 
 class LayoutError(ValueError):
-    """An index map that cannot be built, cut or inverted; the text says which part and why."""
+    """An index map cannot be built, cut or inverted; the text says which part and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
     """``count`` consecutive rows of ``source`` from row ``start``; ``source=None`` is zero rows.
 
-    ``shared`` marks rows that another span owns: they are used again because somebody said so
-    (tied embeddings, replicated KV heads).
+    ``shared`` marks rows that another span owns and that are used again on purpose (tied
+    embeddings, replicated KV heads).
     """
 
     source: str | None
@@ -38,7 +38,7 @@ class Span:
         return self.start + self.count
 
     def cut(self, start: int, stop: int) -> Span:
-        """Rows ``start`` to ``stop`` of this span, counted from its own beginning."""
+        """Take rows ``start`` to ``stop`` of this span, counted from its own beginning."""
         first = 0 if self.source is None else self.start + start
         return replace(self, start=first, count=stop - start)
 
@@ -113,7 +113,7 @@ def coalesce(spans: Iterable[Span]) -> tuple[Span, ...]:
 
 
 def take(spans: Iterable[Span], start: int, stop: int) -> tuple[Span, ...]:
-    """Rows ``start`` to ``stop`` of a sequence of spans."""
+    """Take rows ``start`` to ``stop`` of a sequence of spans."""
     taken = []
     position = 0
     for span in spans:
@@ -125,7 +125,7 @@ def take(spans: Iterable[Span], start: int, stop: int) -> tuple[Span, ...]:
 
 
 def possible_ranks(part: Part, tp_size: int) -> bool:
-    """Whether ``part`` can be cut over ``tp_size`` ranks (or repeated, if it says so)."""
+    """Return whether ``part`` can be cut over ``tp_size`` ranks, or repeated if it is replicable."""
     if part.padded:
         return True
     units, rest = divmod(part.length, part.unit)
@@ -135,7 +135,7 @@ def possible_ranks(part: Part, tp_size: int) -> bool:
 
 
 def shard(axis: Axis, tp_size: int, rank: int) -> Axis:
-    """What ``rank`` of ``tp_size`` holds of ``axis``: every part cut separately, in whole units.
+    """Take the share of ``axis`` that a rank holds: every part is cut separately, in whole units.
 
     Raises:
         LayoutError: a part cannot be divided (the sizes that can be: :func:`possible_ranks`).
@@ -177,7 +177,7 @@ def _amount(part: Part) -> str:
 
 
 def blocks(axis: Axis, size: int) -> Axis:
-    """The same map for a tensor that has one entry per ``size`` rows (a block scale).
+    """Return the map of a tensor that has one entry per ``size`` rows (a block scale).
 
     Raises:
         LayoutError: a span, unit or source is not aligned to whole blocks, or a part is still to be
@@ -209,7 +209,7 @@ def blocks(axis: Axis, size: int) -> Axis:
 
 
 def invert(targets: Mapping[str, Axis], sources: Mapping[str, int]) -> dict[str, Axis]:
-    """For every source, the axis over ``targets`` that rebuilds it.
+    """Return for every source the axis over ``targets`` that rebuilds it.
 
     ``targets`` may be whole tensors or shards (one entry each). Zero rows are dropped; of rows that
     occur several times the one that owns them (``shared=False``) is read.
@@ -221,12 +221,12 @@ def invert(targets: Mapping[str, Axis], sources: Mapping[str, int]) -> dict[str,
     if problems:
         raise LayoutError("; ".join(problems))
     lengths = {name: axis.length for name, axis in targets.items()}
-    found: dict[str, list[tuple[int, Span]]] = {name: [] for name in sources}
+    spans_of: dict[str, list[tuple[int, Span]]] = {name: [] for name in sources}
     for target, position, span in _placed(targets):
         if span.source is not None and not span.shared:
-            found[span.source].append((span.start, Span(target, position, span.count)))
+            spans_of[span.source].append((span.start, Span(target, position, span.count)))
     inverse = {}
-    for source, placed in found.items():
+    for source, placed in spans_of.items():
         spans = coalesce(span for _, span in sorted(placed, key=lambda item: item[0]))
         used = dict.fromkeys(span.source for span in spans if span.source is not None)
         inverse[source] = Axis((Part("rows", spans),), tuple((t, lengths[t]) for t in used))
@@ -234,10 +234,10 @@ def invert(targets: Mapping[str, Axis], sources: Mapping[str, int]) -> dict[str,
 
 
 def check_partition(targets: Mapping[str, Axis], sources: Mapping[str, int]) -> list[str]:
-    """Every source row must be owned by exactly one target row; what is not, by range.
+    """Check that every source row is owned by exactly one target row.
 
     Returns:
-        One sentence per hole, overlap, or row outside its source; empty when the map is exact.
+        A sentence per range of rows that is used nowhere, used twice or not in its source.
     """
     used: dict[str, list[tuple[int, int, str]]] = {name: [] for name in sources}
     problems = []

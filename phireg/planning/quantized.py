@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from phireg.findings import Finding, Severity
-from phireg.layout.quant_rules import QuantRules
-from phireg.layout.rules import Rule, Rules
+from phireg.layout.rules import QuantRules, Rule, Rules
 from phireg.layout.spans import Axis, LayoutError, Span
 from phireg.planning.model import Basis, Options, Output, QuantizedLinear, Scale, ScaleTensor
 from phireg.reader.schemes import KV_CACHES, KV_SCALE

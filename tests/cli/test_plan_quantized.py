@@ -10,7 +10,7 @@ from helpers.damage import config
 from helpers.tiny_phi3 import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, tiny_tensors
 from safetensors import safe_open
 
-from phireg.layout.quant_rules import QuantRules
+from phireg.layout.rules import QuantRules
 
 Q, KV = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
 LAYERS = 2

@@ -13,8 +13,7 @@ from phireg.errors import PluginError
 from phireg.family import Family, PublishedModel
 from phireg.hookspecs import API, Steps, hookimpl
 from phireg.layout.axes import parts, src
-from phireg.layout.quant_rules import QuantRules
-from phireg.layout.rules import Norm, Rules
+from phireg.layout.rules import Norm, QuantRules, Rules
 from phireg.layout.spans import LayoutError
 
 HERE = f"{Path(__file__).parent.name}/{Path(__file__).name}"

@@ -6,8 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from phireg.layout.axes import columns, fuse, order, pad, parts, src, ungroup
-from phireg.layout.quant_rules import QuantRules
-from phireg.layout.rules import Linear, Policy, Rules
+from phireg.layout.rules import Linear, Policy, QuantRules, Rules
 from phireg.layout.spans import LayoutError, shard
 from phireg.planning.quantized import FOLLOWS, axes_of
 
