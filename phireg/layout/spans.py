@@ -125,7 +125,7 @@ def take(spans: Iterable[Span], start: int, stop: int) -> tuple[Span, ...]:
 
 
 def possible_ranks(part: Part, tp_size: int) -> bool:
-    """Return whether ``part`` can be cut over ``tp_size`` ranks, or repeated if it is replicable."""
+    """Return whether ``part`` can be cut over ``tp_size`` ranks, or repeated if replicable."""
     if part.padded:
         return True
     units, rest = divmod(part.length, part.unit)
