@@ -22,7 +22,7 @@ from phireg import registry
 from phireg.errors import EngineError, PluginError
 from phireg.trtllm.builder import DISTRIBUTION, builder_version, installed_version, query
 from phireg.trtllm.command import PROGRAM
-from phireg.trtllm.releases import INSTALL, LAST, NEWEST, release_of
+from phireg.trtllm.releases import INSTALL, release_of
 
 OK, MISSING, BROKEN, UNSUITABLE = "ok", "missing", "broken", "unsuitable"
 
@@ -44,10 +44,54 @@ with warnings.catch_warnings(record=True) as caught:
 print(json.dumps({"available": available, "warnings": " ".join(str(w.message) for w in caught)}))
 """
 _ENGINES = "phireg build, and the tensorrt-llm backend of phireg run and phireg summarize"
-_GPU_USE = f"{_ENGINES}; the executor runs on the CPU"
-_DRIVER = (
-    "install NVIDIA's driver: https://www.nvidia.com/drivers; in a container: docker run --gpus all"
+_GPU = (
+    f"{_ENGINES}; the executor runs on the CPU",
+    "install NVIDIA's driver: https://www.nvidia.com/drivers; in a container: docker run --gpus "
+    "all",
 )
+_ADVICE = {
+    "Python": (
+        "phireg, which is made for 3.10 to 3.12",
+        "install phireg in an environment of Python 3.10 to 3.12",
+    ),
+    "torch": ("everything but planning", "pip install torch"),
+    "CUDA": (
+        "running on a GPU",
+        "install torch for your CUDA: https://pytorch.org/get-started/locally/; see GPU and "
+        "driver; in a container: docker run --gpus all",
+    ),
+    "GPU kernels": (
+        "generation on a GPU at full speed: it takes several times as long",
+        "apt-get install gcc python3-dev",
+    ),
+    "GPU": _GPU,
+    "driver": _GPU,
+    "MPI": (
+        "engines of several ranks; trtllm-build needs the library",
+        "apt-get install openmpi-bin libopenmpi-dev",
+    ),
+    "tensorrt": (_ENGINES, INSTALL),
+    DISTRIBUTION: (_ENGINES, INSTALL),
+    PROGRAM: ("phireg build", INSTALL),
+    "modelopt": (
+        "nothing but the tests that compare with it; phireg quantizes by itself",
+        "pip install nvidia-modelopt",
+    ),
+    "datasets": (
+        "phireg summarize and calibration with cnn_dailymail",
+        "pip install 'phireg[data]'",
+    ),
+    "rouge-score": ("phireg summarize", "pip install rouge-score"),
+    "disk": (
+        "a published model here: it, its checkpoint and its engine are 3 to 28 GB each",
+        "free some space, or write to another disk",
+    ),
+    "plugins": (
+        "converting with these families",
+        "see phireg plugins --check; without any: pip install --force-reinstall phireg",
+    ),
+}
+"""By part: what does not work without it, and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,51 +122,45 @@ def examine(started: Callable[[str], None] | None = None) -> list[Part]:
         try:
             parts += check()
         except Exception as error:  # a defect of one check, on a machine in an unforeseen state
-            text = f"{type(error).__name__}: {error}"
-            parts.append(Part(name, BROKEN, text, "knowing about it", "look at it by hand"))
+            parts.append(_part(name, BROKEN, f"{type(error).__name__}: {error}"))
     return parts
 
 
+def _part(name: str, state: str, found: str = "") -> Part:
+    if state == OK:
+        return Part(name, state, found)
+    prevents, remedy = _ADVICE[name]
+    if state == BROKEN and remedy.startswith("pip install"):
+        remedy += " --force-reinstall"
+    return Part(name, state, found, prevents, remedy)
+
+
 def _python() -> Iterator[Part]:
+    supported = (3, 10) <= sys.version_info[:2] <= (3, 12)
     found = f"{platform.python_version()}, {sys.executable}"
-    if (3, 10) <= sys.version_info[:2] <= (3, 12):
-        yield Part("Python", OK, found)
-    else:
-        prevents = "phireg, which is made for 3.10 to 3.12"
-        remedy = "install phireg in an environment of Python 3.10 to 3.12"
-        yield Part("Python", UNSUITABLE, found, prevents, remedy)
+    yield _part("Python", OK if supported else UNSUITABLE, found)
 
 
 def _torch() -> Iterator[Part]:
-    install, prevents = "pip install torch", "everything but planning"
     if _version("torch") is None:
-        yield Part("torch", MISSING, "", prevents, install)
+        yield _part("torch", MISSING)
         return
     torch, problem = _ask(_TORCH)
     if torch is None:
-        yield Part("torch", BROKEN, problem, prevents, f"{install} --force-reinstall")
+        yield _part("torch", BROKEN, problem)
         return
-    yield Part("torch", OK, torch["version"])
-    prevents = "running on a GPU"
+    yield _part("torch", OK, torch["version"])
     if torch["cuda"] is None:
-        remedy = "install torch for your CUDA: https://pytorch.org/get-started/locally/"
-        yield Part("CUDA", MISSING, "this torch is built for CPUs", prevents, remedy)
+        yield _part("CUDA", MISSING, "this torch is built for CPUs")
     elif not torch["available"]:
-        found = f"torch is built for CUDA {torch['cuda']}, but sees no GPU"
-        remedy = "see GPU and driver; in a container: docker run --gpus all"
-        yield Part("CUDA", BROKEN, found, prevents, remedy)
+        yield _part("CUDA", BROKEN, f"torch is built for CUDA {torch['cuda']}, but sees no GPU")
     else:
-        yield Part("CUDA", OK, f"{torch['cuda']}, as torch is built")
-        yield _kernels()
-
-
-def _kernels() -> Part:
-    kernels, problem = _ask(_KERNELS)
-    if kernels is not None and kernels["available"]:
-        return Part("GPU kernels", OK, "they can be built")
-    prevents = "generation on a GPU at full speed: it takes several times as long"
-    found = problem if kernels is None else kernels["warnings"]
-    return Part("GPU kernels", BROKEN, found, prevents, "apt-get install gcc python3-dev")
+        yield _part("CUDA", OK, f"{torch['cuda']}, as torch is built")
+        kernels, problem = _ask(_KERNELS)
+        if kernels is not None and kernels["available"]:
+            yield _part("GPU kernels", OK, "they can be built")
+        else:
+            yield _part("GPU kernels", BROKEN, kernels["warnings"] if kernels else problem)
 
 
 def _gpu() -> Iterator[Part]:
@@ -133,94 +171,65 @@ def _gpu() -> Iterator[Part]:
         rows = [line.split(", ") for line in output.splitlines()]
         if code == 0 and rows and all(len(row) == 4 for row in rows):
             gpus = [f"{name} ({memory}, compute capability {cap})" for name, memory, cap, _ in rows]
-            yield Part("GPU", OK, "; ".join(gpus))
-            yield Part("driver", OK, rows[0][3])
+            yield _part("GPU", OK, "; ".join(gpus))
+            yield _part("driver", OK, rows[0][3])
             return
         state, found = BROKEN, _last_line(code, output)
-    for name in ("GPU", "driver"):
-        yield Part(name, state, found, _GPU_USE, _DRIVER)
+    yield _part("GPU", state, found)
+    yield _part("driver", state, found)
 
 
 def _mpi() -> Iterator[Part]:
-    state, found = MISSING, "there is no mpirun"
-    if shutil.which("mpirun") is not None:
-        code, output = query(["mpirun", "--version"], _PROGRAM_S)
-        if code == 0:
-            yield Part("MPI", OK, output.partition("\n")[0])
-            return
-        state, found = BROKEN, _last_line(code, output)
-    prevents = "engines of several ranks; trtllm-build needs the library"
-    yield Part("MPI", state, found, prevents, "apt-get install openmpi-bin libopenmpi-dev")
-
-
-_PACKAGES = {
-    "tensorrt": (
-        ("tensorrt", "tensorrt_cu13", "tensorrt_cu12"),
-        _ENGINES,
-        f"{INSTALL} (brings the one it needs)",
-    ),
-    "modelopt": (
-        ("nvidia-modelopt",),
-        "nothing but the tests that compare with it; phireg quantizes by itself",
-        "pip install nvidia-modelopt",
-    ),
-    "datasets": (
-        ("datasets",),
-        "phireg summarize and calibration with cnn_dailymail",
-        "pip install 'phireg[data]'",
-    ),
-    "rouge-score": (("rouge-score",), "phireg summarize", "pip install rouge-score"),
-}
-"""Packages whose metadata suffices: their distributions, what they prevent, and the remedy."""
-
-
-def _package(name: str) -> Iterator[Part]:
-    distributions, prevents, remedy = _PACKAGES[name]
-    versions = [version for version in map(_version, distributions) if version is not None]
-    if versions:
-        yield Part(name, OK, versions[0])
+    if shutil.which("mpirun") is None:
+        yield _part("MPI", MISSING, "there is no mpirun")
+        return
+    code, output = query(["mpirun", "--version"], _PROGRAM_S)
+    if code == 0:
+        yield _part("MPI", OK, output.partition("\n")[0])
     else:
-        yield Part(name, MISSING, "", prevents, remedy)
+        yield _part("MPI", BROKEN, _last_line(code, output))
+
+
+def _package(name: str, *distributions: str) -> Iterator[Part]:
+    """A package whose metadata suffices; it has one of several names."""
+    versions = [version for version in map(_version, distributions) if version is not None]
+    yield _part(name, OK, versions[0]) if versions else _part(name, MISSING)
 
 
 def _tensorrt_llm() -> Iterator[Part]:
-    name, version = DISTRIBUTION, installed_version()
+    version = installed_version()
     if version is None:
-        yield Part(name, MISSING, "", _ENGINES, INSTALL)
-    elif unsuitable := _without_engines(name, version):
-        yield unsuitable
+        yield _part(DISTRIBUTION, MISSING)
+    elif (problem := _without_engines(version)) is not None:
+        yield _part(DISTRIBUTION, UNSUITABLE, problem)
     else:
         code, output = query([sys.executable, "-c", f"import {DISTRIBUTION}"], _IMPORT_S)
         if code == 0:
-            yield Part(name, OK, f"{version}, with the engine backend")
-            return
-        found = f"{version}; importing it fails: {_last_line(code, output)}"
-        image = f"nvcr.io/nvidia/tensorrt-llm/release:{NEWEST}"
-        remedy = f"{INSTALL} --force-reinstall; or NVIDIA's image {image}"
-        yield Part(name, BROKEN, found, _ENGINES, remedy)
+            yield _part(DISTRIBUTION, OK, f"{version}, with the engine backend")
+        else:
+            found = f"{version}; importing it fails: {_last_line(code, output)}"
+            yield _part(DISTRIBUTION, BROKEN, found)
 
 
 def _trtllm_build() -> Iterator[Part]:
     path = shutil.which(PROGRAM)
+    version = builder_version(Path(path)) if path else None
     if path is None:
-        yield Part(PROGRAM, MISSING, "not on PATH", "phireg build", INSTALL)
-        return
-    version = builder_version(Path(path))
-    if version is None:
-        found = f"{path} does not say which release it belongs to"
-        remedy = f"see what '{PROGRAM} --help' says; {INSTALL} --force-reinstall"
-        yield Part(PROGRAM, BROKEN, found, "phireg build", remedy)
+        yield _part(PROGRAM, MISSING, "not on PATH")
+    elif version is None:
+        yield _part(PROGRAM, BROKEN, f"{path} does not say which release it belongs to")
+    elif (problem := _without_engines(version)) is not None:
+        yield _part(PROGRAM, UNSUITABLE, problem)
     else:
-        yield _without_engines(PROGRAM, version) or Part(PROGRAM, OK, f"{version}, {path}")
+        yield _part(PROGRAM, OK, f"{version}, {path}")
 
 
-def _without_engines(name: str, version: str) -> Part | None:
-    """The part of a release that cannot build Phi engines; None if it can."""
+def _without_engines(version: str) -> str | None:
+    """Why a release cannot build Phi engines; None if it can."""
     try:
         release_of(version)
     except EngineError as error:
-        remedy = f"{INSTALL} (the last of all is {LAST})"
-        return Part(name, UNSUITABLE, error.message, _ENGINES, remedy)
+        return error.message
     return None
 
 
@@ -228,19 +237,11 @@ def _disk() -> Iterator[Part]:
     directory = Path.cwd()
     free = shutil.disk_usage(directory).free
     found = f"{free / 10**9:,.1f} GB free in {directory}"
-    if free >= _LITTLE_DISK:
-        yield Part("disk", OK, found)
-    else:
-        prevents = "a published model here: it, its checkpoint and its engine are 3 to 28 GB each"
-        yield Part("disk", UNSUITABLE, found, prevents, "free some space, or write to another disk")
+    yield _part("disk", OK if free >= _LITTLE_DISK else UNSUITABLE, found)
 
 
 def _plugins() -> Iterator[Part]:
     candidates = [candidate for offers in registry.index().values() for candidate in offers]
-    if not candidates:
-        remedy = "pip install --force-reinstall phireg"
-        yield Part("plugins", MISSING, "", "every conversion", remedy)
-        return
     broken = []
     for candidate in candidates:
         try:
@@ -248,10 +249,10 @@ def _plugins() -> Iterator[Part]:
         except PluginError as error:
             broken.append(f"{candidate.qualified}: {error.message}")
     if broken:
-        prevents, remedy = "converting with these families", "phireg plugins --check says more"
-        yield Part("plugins", BROKEN, "; ".join(broken), prevents, remedy)
+        yield _part("plugins", BROKEN, "; ".join(broken))
     else:
-        yield Part("plugins", OK, ", ".join(candidate.name for candidate in candidates))
+        names = ", ".join(candidate.name for candidate in candidates)
+        yield _part("plugins", OK if candidates else MISSING, names)
 
 
 CHECKS: dict[str, Callable[[], Iterator[Part]]] = {
@@ -259,12 +260,12 @@ CHECKS: dict[str, Callable[[], Iterator[Part]]] = {
     "torch": _torch,
     "GPU": _gpu,
     "MPI": _mpi,
-    "tensorrt": partial(_package, "tensorrt"),
-    "tensorrt_llm": _tensorrt_llm,
+    "tensorrt": partial(_package, "tensorrt", "tensorrt", "tensorrt_cu13", "tensorrt_cu12"),
+    DISTRIBUTION: _tensorrt_llm,
     PROGRAM: _trtllm_build,
-    "modelopt": partial(_package, "modelopt"),
-    "datasets": partial(_package, "datasets"),
-    "rouge-score": partial(_package, "rouge-score"),
+    "modelopt": partial(_package, "modelopt", "nvidia-modelopt"),
+    "datasets": partial(_package, "datasets", "datasets"),
+    "rouge-score": partial(_package, "rouge-score", "rouge-score"),
     "disk": _disk,
     "plugins": _plugins,
 }
