@@ -96,19 +96,11 @@ _ADVICE = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The result of a check.
-
-    Attributes:
-        name: of what was checked.
-        state: ``OK``, ``MISSING``, ``BROKEN`` or ``UNSUITABLE``.
-        found: its version or place, or what is wrong with it.
-        prevents: what does not work without it; None if it is fine.
-        remedy: the command or step that helps; None if it is fine.
-    """
+    """The result of a check; what it prevents and the remedy are None if it is fine."""
 
     name: str
     state: str
-    found: str
+    found: str  # its version or place, or what is wrong with it
     prevents: str | None = None
     remedy: str | None = None
 
