@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from phireg.generation.tokenizer import Tokenizer
 
 _LOADING = "loading the model"
+_EXCLUSIVE = (
+    ("--prompt", "--chat"),
+    ("--prompt", "--input-file"),
+    ("--input-file", "--chat"),
+    ("--json", "--chat"),
+    ("--streaming", "--json"),
+    ("--num-beams", "--chat"),
+    ("--num-beams", "--streaming"),
+)
 
 
 @click.command()
@@ -218,29 +227,26 @@ def _check_options(
     num_beams: int,
     streaming: bool,
 ) -> None:
-    inputs = [("--prompt", texts), ("--input-file", input_file), ("--chat", chat)]
-    named = [name for name, value in inputs if value]
-    if len(named) > 1:
-        raise UsageError(f"{' and '.join(named)} exclude each other", hint="give one of them.")
-    if sys.stdin is None and (chat or input_file == "-" or not named):
+    inputs = {"--prompt": texts, "--input-file": input_file, "--chat": chat}
+    options = inputs | {
+        "--json": as_json,
+        "--streaming": streaming,
+        "--num-beams": num_beams > 1,  # the best beam is known at the end only
+    }
+    for pair in _EXCLUSIVE:
+        if all(options[name] for name in pair):
+            raise UsageError(
+                f"{' and '.join(pair)} exclude each other", hint="leave one of them out."
+            )
+    if system is not None and not chat:
+        raise UsageError("--system has no effect without --chat", hint="add --chat.")
+    if sys.stdin is None and (chat or input_file == "-" or not any(inputs.values())):
         raise UsageError("standard input is closed", hint="give --prompt or --input-file FILE.")
-    if not named and sys.stdin.isatty():
+    if not any(inputs.values()) and sys.stdin.isatty():
         raise UsageError(
             "there is nothing to continue",
             hint="give --prompt TEXT, --input-file FILE or --chat, or a text on standard input.",
         )
-    if chat and as_json:
-        raise UsageError("--json and --chat exclude each other", hint="leave one of them out.")
-    if system is not None and not chat:
-        raise UsageError("--system has no effect without --chat", hint="add --chat.")
-    if num_beams > 1 and (chat or streaming):
-        raise UsageError(
-            f"--num-beams and {'--chat' if chat else '--streaming'} exclude each other: the best "
-            "beam is known at the end only",
-            hint="leave one of them out.",
-        )
-    if streaming and as_json:
-        raise UsageError("--streaming and --json exclude each other", hint="leave one of them out.")
 
 
 def _sampling(

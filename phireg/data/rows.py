@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,7 @@ class Row:
     values: Mapping[str, Any]
 
     def text(self, *names: str) -> str:
-        """Return the text of the first of these columns that has a value.
-
-        Raises:
-            UsageError: none has one, or it is not valid text.
-        """
+        """Return the text of the first of these columns with a value; UsageError without one."""
         name = next((name for name in names if self.values.get(name) is not None), names[0])
         value = self.values.get(name)
         if isinstance(value, str):
@@ -59,6 +55,19 @@ class Row:
         problem = f"'{name}' is not text" if name in self.values else missing
         columns = ", ".join(map(str, self.values)) or "nothing"
         raise UsageError(f"{self.where}: {problem}", hint=f"the row has: {columns}.")
+
+    def token_ids(self, name: str) -> list[int]:
+        """Return a column's list of token ids; raise UsageError for anything else."""
+        value = self.values[name]
+        if not isinstance(value, Iterable) or isinstance(value, str):
+            raise UsageError(f"{self.where}: '{name}' is no list of token ids")
+        ids = list(value)
+        for number in ids:
+            if not isinstance(number, int) or isinstance(number, bool):
+                raise UsageError(f"{self.where}: '{name}' has {number!r}, which is no token id")
+        if not ids:
+            raise UsageError(f"{self.where}: the row is empty", hint="remove it, or give it text.")
+        return ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,11 +224,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def decode_text(name: str, content: bytes) -> str:
-    """Decode UTF-8 with or without a byte order mark.
-
-    Raises:
-        UsageError: it is not UTF-8; names the line.
-    """
+    """Decode UTF-8 with or without a byte order mark; UsageError with the line of other bytes."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -239,11 +244,7 @@ def text_lines(name: str, content: bytes) -> list[tuple[str, str]]:
 
 
 def parse_object(where: str, line: str) -> dict[str, Any]:
-    """Parse a line of JSON.
-
-    Raises:
-        UsageError: it is not a JSON object.
-    """
+    """Parse a line of JSON; raise UsageError if it is not an object."""
     hint = "each line must be one JSON object."
     try:
         value: Any = json.loads(line)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
 
 import xxhash
 
@@ -108,21 +107,10 @@ def _builtin() -> Data:
 
 def _token_ids(row: Row, encode: Encode, max_length: int) -> list[int]:
     if "input_ids" in row.values:
-        ids = _input_ids(row)[:max_length]
+        ids = row.token_ids("input_ids")[:max_length]
     else:
         text = row.text(*TEXT_COLUMNS)
         ids = encode(text)[:max_length] if text.strip() else []
     if not ids:
         raise UsageError(f"{row.where}: the row is empty", hint="remove it, or give it text.")
-    return ids
-
-
-def _input_ids(row: Row) -> list[int]:
-    value: Any = row.values["input_ids"]
-    if not isinstance(value, Iterable) or isinstance(value, str):
-        raise UsageError(f"{row.where}: 'input_ids' is no list of token ids")
-    ids = list(value)
-    for number in ids:
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise UsageError(f"{row.where}: 'input_ids' has {number!r}, which is no token id")
     return ids

@@ -28,6 +28,13 @@ BACKENDS: dict[str, str] = {
 """Module by name; a module is imported when its backend is asked for."""
 
 _RUNS = {EXECUTOR: CHECKPOINT, TENSORRT_LLM: ENGINE, HF: HF_MODEL}
+_HINTS = {
+    CHECKPOINT: "run it with --backend executor, or build an engine of it first: phireg build "
+    "{directory} --output-dir ENGINE",
+    ENGINE: "run it with --backend tensorrt-llm.",
+    HF_MODEL: "run it with --backend hf, or convert it first: phireg convert --model-dir "
+    "{directory} --output-dir CKPT",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +103,14 @@ class Backend(Protocol):
         sampling: Sampling,
         num_beams: int = 1,
     ) -> list[list[int]]:
-        """Continue a batch.
+        """Continue rows of token ids, which may differ in length.
 
         Args:
-            prompts: token ids of each row; the rows may differ in length.
+            prompts: token ids of each row.
             max_new_tokens: new tokens of each row at most.
             stop_ids: a row ends before the first of these.
             sampling: how tokens are chosen.
             num_beams: above 1, return the best of this many beams, without sampling.
-
-        Returns:
-            The new tokens of each row, without the stop id.
 
         Raises:
             UsageError: the request exceeds the model's limits.
@@ -130,15 +134,9 @@ class Backend(Protocol):
     def mean_nll(
         self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
     ) -> list[float] | None:
-        """Compute the negative log likelihood of given continuations.
+        """Return for each prompt the mean of -ln p over the tokens of its continuation, in nats.
 
-        Args:
-            prompts: token ids, at least one each.
-            continuations: token ids that follow them, at least one each.
-
-        Returns:
-            For each prompt the mean of -ln p over the tokens of its continuation, in nats; None if
-            this backend does not give logits.
+        None if this backend does not give logits.
         """
 
     def peak_memory(self) -> int | None:
@@ -170,11 +168,7 @@ class Opener(Protocol):
 
 
 def opener(name: str) -> Opener:
-    """Import the module of a backend.
-
-    Raises:
-        UsageError: there is no such backend.
-    """
+    """Import the module of a backend; raise UsageError if there is none."""
     if name not in BACKENDS:
         raise UsageError(f"unknown backend '{name}'", hint=f"known: {', '.join(BACKENDS)}.")
     module: Opener = resolve_name(BACKENDS[name])
@@ -195,16 +189,7 @@ def process_rank(name: str) -> tuple[int, int]:
 def open_backend(
     name: str, directory: str | Path, options: Options = DEFAULTS
 ) -> Iterator[Backend]:
-    """Load a model and close it at the end; other ranks call ``run_worker`` instead.
-
-    Args:
-        name: of ``BACKENDS``.
-        directory: a checkpoint, an engine, or the source model, as the backend needs.
-        options: how to compute.
-
-    Raises:
-        PhiregError: see :meth:`Opener.describe`; or a file is damaged.
-    """
+    """Load a model and close it at the end; other ranks call ``run_worker`` instead."""
     backend = opener(name).load(Path(directory), options)
     try:
         yield backend
@@ -250,25 +235,9 @@ def check_directory(backend: str, directory: Path) -> None:
     kind = kind_of_place(directory)
     if kind is runs:
         return
-    if not (directory / "config.json").exists():
-        raise CheckError(
-            f"{directory} is not {runs.name}: it holds no config.json",
-            hint=f"give {runs.name}, which backend {backend} runs.",
-        )
-    if runs is CHECKPOINT and kind is UNKNOWN:
+    if kind is UNKNOWN and runs is CHECKPOINT and (directory / "config.json").exists():
         return  # loading it reports the problem
-    convert = f"convert it first: phireg convert --model-dir {directory} --output-dir CKPT"
-    to_other = f"or use --backend {default_backend(directory)}."
-    hints = {
-        (CHECKPOINT, ENGINE): f"give the checkpoint that it was built from, {to_other}",
-        (CHECKPOINT, HF_MODEL): f"{convert}; or run the model itself: --backend hf",
-        (ENGINE, CHECKPOINT): f"build an engine first: phireg build {directory} --output-dir "
-        f"ENGINE; {to_other}",
-        (ENGINE, HF_MODEL): f"{convert}; then phireg build makes an engine.",
-        (HF_MODEL, CHECKPOINT): f"give the directory that it was converted from, {to_other}",
-        (HF_MODEL, ENGINE): f"give the directory that it was made from, {to_other}",
-    }
     raise CheckError(
         f"{directory} is {kind.name}, not {runs.name}, which backend {backend} runs",
-        hint=hints.get((runs, kind), f"give {runs.name}."),
+        hint=_HINTS.get(kind, f"give {runs.name}.").format(directory=directory),
     )

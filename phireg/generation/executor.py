@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,7 @@ def _description(spec: ModelSpec) -> Description:
 
 
 def load(directory: Path, options: Options) -> ExecutorBackend:
-    """Load a checkpoint; as rank 0 of several processes, wait for the others first.
-
-    Raises:
-        PhiregError: as :func:`phireg.executor.load`.
-    """
+    """Load a checkpoint; as rank 0 of several processes, wait for the others first."""
     device = devices.pick_device(options.device)
     leads = process_rank()[1] > 1
     if leads:
@@ -66,11 +63,7 @@ def load(directory: Path, options: Options) -> ExecutorBackend:
 
 
 def run_worker(directory: Path, options: Options) -> None:
-    """Run the requests of rank 0 until it ends or disconnects.
-
-    Raises:
-        PhiregError: this rank's file is not what it must be.
-    """
+    """Run the requests of rank 0 until it ends or disconnects."""
     device = devices.pick_device(options.device)
     try:
         _join(device)
@@ -94,19 +87,13 @@ def _serve(model: Executor) -> None:
                 _mean_nll(model, prompt, continuation)
             continue
         prompts, count = request["prompts"], request["max_new_tokens"]
-        keys = ("temperature", "top_k", "top_p", "seed")
-        sampling = Sampling(**{key: request[key] for key in keys})
+        sampling = Sampling(**request["sampling"])
         for _ in stream(model, prompts, count, request["stop_ids"], sampling):
             pass
 
 
 class ExecutorBackend:
-    """Continues prompts with a checkpoint.
-
-    Args:
-        model: the loaded checkpoint.
-        leads_workers: other processes hold the other ranks and wait for requests.
-    """
+    """Run a checkpoint; ``leads_workers`` if other processes hold its other ranks."""
 
     name = "executor"
 
@@ -127,11 +114,7 @@ class ExecutorBackend:
         sampling: Sampling,
         num_beams: int = 1,
     ) -> list[list[int]]:
-        """Continue a batch; see :class:`phireg.generation.backend.Backend`.
-
-        Raises:
-            UsageError: as :func:`phireg.generation.limits.check_request`.
-        """
+        """Continue a batch; see :class:`phireg.generation.backend.Backend`."""
         check_batch(self.description, len(prompts), num_beams, sampling)
         rows: list[list[int]] = [[] for _ in prompts]
         for tokens in self.stream(prompts, max_new_tokens, stop_ids, sampling):
@@ -147,19 +130,13 @@ class ExecutorBackend:
         stop_ids: Collection[int],
         sampling: Sampling,
     ) -> Iterator[list[int | None]]:
-        """Continue a batch; see :func:`phireg.executor.stream`.
-
-        With several processes the iterator must be exhausted.
-        """
+        """Continue a batch step by step; see :class:`phireg.generation.backend.Backend`."""
         check_request(self.description, prompts, max_new_tokens, sampling)
         request = {
             "prompts": [list(prompt) for prompt in prompts],
             "max_new_tokens": max_new_tokens,
             "stop_ids": sorted(stop_ids),
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "seed": sampling.seed,
+            "sampling": asdict(sampling),
         }
         with self._broadcast(request):
             yield from stream(self.model, prompts, max_new_tokens, stop_ids, sampling)
@@ -167,11 +144,7 @@ class ExecutorBackend:
     def mean_nll(
         self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
     ) -> list[float]:
-        """See :class:`phireg.generation.backend.Backend`.
-
-        Raises:
-            UsageError: the model cannot take a prompt with its continuation.
-        """
+        """See :class:`phireg.generation.backend.Backend`."""
         rows = check_continuations(self.description, prompts, continuations)
         with self._broadcast({"rows": rows}):
             return [_mean_nll(self.model, *row) for row in rows]

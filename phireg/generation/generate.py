@@ -101,18 +101,11 @@ class Generator:
         directory: the checkpoint, engine or model that it runs.
         options: how to compute.
         description: the model's limits.
-        tokenizer_dir: where the tokenizer is, if not with the model.
-        sampling: how tokens are chosen; each further batch has the next seed.
-        max_new_tokens: of each prompt at most; None is 128, or as many as fit.
-        num_beams: above 1: search that many beams instead of sampling.
-        batch_size: prompts side by side; None is 8, or as many as an engine takes.
+        tokenizer_dir, sampling, max_new_tokens, num_beams, batch_size: see ``generate``.
 
     Attributes:
         tokenizer: the model's, or None if it has none.
         stop_ids: token ids that end a text.
-
-    Raises:
-        UsageError: the model cannot do what is asked; or as ``find_tokenizer``.
     """
 
     def __init__(
@@ -146,11 +139,7 @@ class Generator:
         self.stop_ids = stop_ids(config_dir, self.tokenizer)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Return the prompts with their token ids.
-
-        Raises:
-            UsageError: names the prompt that the model cannot take.
-        """
+        """Return the prompts with their token ids; raise UsageError if one does not fit."""
         encoded = [prompt.encode(self.tokenizer) for prompt in prompts]
         rows = [prompt.ids for prompt in encoded]
         check_prompts(
@@ -241,7 +230,8 @@ def generate(
         prompts: texts, or token ids.
         backend: "executor", "tensorrt-llm" or "hf"; None chooses by the directory.
         max_new_tokens: of each prompt at most; None is 128, or as many as fit.
-        sampling: how tokens are chosen; the most likely ones by default.
+        sampling: how tokens are chosen, by default the most likely ones; each further batch has
+            the next seed.
         num_beams: above 1: search that many beams instead of sampling.
         batch_size: prompts side by side; None is 8, or as many as an engine takes.
         tokenizer_dir: where the tokenizer is, if not in ``directory``.

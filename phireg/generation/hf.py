@@ -35,12 +35,7 @@ def describe(directory: Path, options: Options) -> Description:
 
 
 def load(directory: Path, options: Options) -> HFBackend:
-    """Load the source model without running code from its directory.
-
-    Raises:
-        SourceError: it cannot be read on this machine.
-        PluginError: no family supports it.
-    """
+    """Load the source model without running code from its directory."""
     from phireg import registry
     from phireg.config.hf import HFConfig
     from phireg.reference.load import open_reference
@@ -65,23 +60,12 @@ def load(directory: Path, options: Options) -> HFBackend:
 
 
 def run_worker(directory: Path, options: Options) -> None:
-    """Refuse: the source model runs in one process.
-
-    Raises:
-        UsageError: always.
-    """
+    """Raise UsageError: the source model runs in one process."""
     raise UsageError("the hf backend runs in one process", hint="start it without torchrun.")
 
 
 class HFBackend:
-    """Continues prompts with the source model.
-
-    Args:
-        model: a transformers-compatible causal language model.
-        description: its limits.
-        device: where it is.
-        dtype: what it computes in, by name.
-    """
+    """Run the source model, a causal language model of transformers or of its family."""
 
     name = "hf"
     processes = 1
@@ -216,7 +200,9 @@ class _ConsumerStopped(Exception):  # noqa: N818  (not an error)
 
 
 class _Steps:
-    """A streamer of transformers' ``generate``: gets the prompt, then each step's tokens.
+    """A streamer of transformers' ``generate``, which gives it the prompt and then each step.
+
+    Its own streamers take one row only, and text instead of tokens.
 
     Attributes:
         queue: token ids of each row; None at the end.

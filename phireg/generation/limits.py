@@ -18,17 +18,13 @@ def check_prompts(
     new_tokens: int,
     names: Sequence[str] | None = None,
 ) -> None:
-    """Refuse prompts that the model cannot take.
+    """Refuse empty prompts, unknown tokens, and prompts without room for the new tokens.
 
     Args:
         model: its limits.
         prompts: token ids.
         new_tokens: tokens that follow each prompt.
         names: of the prompts, for messages.
-
-    Raises:
-        UsageError: there is no prompt or an empty one, a token is outside the vocabulary, or a
-            prompt is too long.
     """
     if not prompts or not all(map(len, prompts)):
         raise UsageError("there is nothing to continue: a prompt has no tokens")
@@ -59,11 +55,7 @@ def check_prompts(
 
 
 def check_batch(model: Description, batch_size: int, num_beams: int, sampling: Sampling) -> None:
-    """Refuse a number of rows or beams that the model cannot take, and beams with sampling.
-
-    Raises:
-        UsageError: names the limit.
-    """
+    """Refuse a number of rows or beams that the model cannot take, and beams with sampling."""
     if model.max_batch is not None and batch_size > model.max_batch:
         raise UsageError(
             f"{batch_size} prompts at a time, and the engine was built for {model.max_batch}",
@@ -98,11 +90,7 @@ def check_request(
     sampling: Sampling,
     num_beams: int = 1,
 ) -> None:
-    """Refuse a batch that the model cannot continue.
-
-    Raises:
-        UsageError: as ``check_prompts`` and ``check_batch``.
-    """
+    """Refuse a batch that the model cannot continue, as ``check_prompts`` and ``check_batch``."""
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
     check_prompts(model, prompts, max_new_tokens)
@@ -112,11 +100,7 @@ def check_request(
 def check_continuations(
     model: Description, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
 ) -> list[tuple[list[int], list[int]]]:
-    """Pair prompts with continuations that the model can score.
-
-    Raises:
-        UsageError: as ``check_prompts``, for a prompt and its continuation together.
-    """
+    """Pair prompts with continuations, and refuse those that the model cannot score."""
     rows = [(list(p), list(c)) for p, c in zip(prompts, continuations, strict=True)]
     if not all(prompt and continuation for prompt, continuation in rows):
         raise UsageError("a prompt or its continuation has no tokens")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from phireg.data.rows import parse_object, text_lines
+from phireg.data.rows import Row, parse_object, text_lines
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,11 +29,7 @@ class Prompt:
     ids: tuple[int, ...] = ()
 
     def encode(self, tokenizer: Tokenizer | None) -> Prompt:
-        """Return the prompt with its token ids.
-
-        Raises:
-            UsageError: the text is empty, or there is no tokenizer.
-        """
+        """Return the prompt with its token ids; raise UsageError if it is empty."""
         if self.ids:
             return self
         if tokenizer is None:
@@ -42,12 +38,7 @@ class Prompt:
                 hint="give --tokenizer-dir the directory of the source model, or --input-file a "
                 'file with {"input_ids": [...]} in each line.',
             )
-        text = self.text or ""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UsageError(f"{self.where}: the prompt is not valid Unicode text") from None
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode(Row(self.where, {"prompt": self.text}).text("prompt"))
         if not ids:
             raise UsageError(f"{self.where}: the prompt is empty", hint="give it some text.")
         return replace(self, ids=tuple(ids))
@@ -82,17 +73,10 @@ def _is_record(line: str) -> bool:
 
 def _records(lines: Iterable[tuple[str, str]]) -> Iterator[Prompt]:
     for where, line in lines:
-        record = parse_object(where, line)
-        keys = {"prompt", "input_ids"} & record.keys()
-        if len(keys) != 1:
+        row = Row(where, parse_object(where, line))
+        if ("prompt" in row.values) == ("input_ids" in row.values):
             raise UsageError(f'{where}: not an object with either "prompt" or "input_ids"')
-        (key,) = keys
-        value = record[key]
-        if key == "prompt":
-            if not isinstance(value, str):
-                raise UsageError(f'{where}: "prompt" is not text')
-            yield Prompt(where, value)
+        if "prompt" in row.values:
+            yield Prompt(where, row.text("prompt"))
         else:
-            if not (isinstance(value, list) and value and all(type(i) is int for i in value)):
-                raise UsageError(f'{where}: "input_ids" is not a list of token ids')
-            yield Prompt(where, None, tuple(value))
+            yield Prompt(where, None, tuple(row.token_ids("input_ids")))

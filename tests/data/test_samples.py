@@ -83,27 +83,26 @@ def test_no_longer_than_asked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    "row",
     [
-        ({"input_ids": [1, 100]}, "token id 100 is not one of the model's 100"),
-        ({"input_ids": [-1]}, "token id -1"),
-        ({"input_ids": []}, "the row is empty"),
-        ({"input_ids": "1 2"}, "no list of token ids"),
-        ({"input_ids": 7}, "no list of token ids"),
-        ({"input_ids": None}, "no list of token ids"),
-        ({"input_ids": [1, 2.0]}, "has 2.0, which is no token id"),
-        ({"input_ids": [True]}, "has True, which is no token id"),
-        ({"text": "  "}, "the row is empty"),
-        ({"text": 5}, "'text' is not text"),
-        ({"question": "why"}, "there is no 'text' or 'article' or 'prompt'"),
-        ({}, "there is no 'text'"),
+        {"input_ids": [1, 100]},
+        {"input_ids": [-1]},
+        {"input_ids": []},
+        {"input_ids": "1 2"},
+        {"input_ids": 7},
+        {"input_ids": None},
+        {"input_ids": [1, 2.0]},
+        {"input_ids": [True]},
+        {"text": "  "},
+        {"text": 5},
+        {"question": "why"},
+        {},
     ],
 )
-def test_bad_rows_are_named(tmp_path, row, message):
-    path = jsonl(tmp_path / "x.jsonl", {"text": "good"}, row)
-    with pytest.raises(UsageError, match=message) as caught:
+def test_damaged_rows_are_named(tmp_path, row):
+    path = jsonl(tmp_path / "x.jsonl", {"text": "whole"}, row)
+    with pytest.raises(UsageError, match=f"^{path}:2: "):
         read(path)
-    assert f"{path}:2" in caught.value.message
 
 
 def test_the_tokenizer_of_another_model(tmp_path):

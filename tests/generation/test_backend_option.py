@@ -15,19 +15,19 @@ def test_the_source_model_says_what_the_checkpoint_says(family, models, document
     it = models(family)
     flags = [word for prompt in PROMPTS for word in ("--input_text", prompt)]
     flags += ["--max-new-tokens", 10]
-    wanted = [
+    expected = [
         continuation(it.model, it.tokenizer, prompt, 10, eos_ids(it.source)) for prompt in PROMPTS
     ]
     for way in ((it.source, "--backend", "hf"), ("--hf_model_dir", it.source)):
-        found = document(*way, *flags)
+        output = document(*way, *flags)
         keys = ("tokens", "text", "finish_reason", "input_ids", "batch", "prompt")
-        assert [(row["tokens"], row["text"]) for row in found["results"]] == wanted
-        assert (found["backend"], found["dtype"], found["device"]) == ("hf", "float32", "cpu")
-        assert (found["model_dir"], found["checkpoint_dir"]) == (str(it.source), None)
+        assert [(row["tokens"], row["text"]) for row in output["results"]] == expected
+        assert (output["backend"], output["dtype"], output["device"]) == ("hf", "float32", "cpu")
+        assert (output["model_dir"], output["checkpoint_dir"]) == (str(it.source), None)
     other = document(it.checkpoint, *flags, "--backend", "executor")
-    for one, two in zip(found["results"], other["results"], strict=True):
-        assert [one[key] for key in keys] == [two[key] for key in keys]
-    assert found["stop_ids"] == other["stop_ids"]
+    for row, same in zip(output["results"], other["results"], strict=True):
+        assert [row[key] for key in keys] == [same[key] for key in keys]
+    assert output["stop_ids"] == other["stop_ids"]
     half = document(it.source, *flags, "--backend", "hf", "--data_type", "bf16")
     assert half["dtype"] == "bfloat16"
 
@@ -65,45 +65,42 @@ def test_beams(models, run, document):
     it = models("phi3")
     where = (it.source, "--backend", "hf")
     flags = ("--prompt", "The", "--prompt", "Wer", "--max-new-tokens", 5, "--num-beams", 4)
-    found = document(*where, *flags)
-    for row in found["results"]:
+    output = document(*where, *flags)
+    for row in output["results"]:
         assert len(row["tokens"]) == 5
         assert row["finish_reason"] == "length"
-    assert found["batches"][0]["tokens_per_second"] is None
-    assert found["num_beams"] == 4
+    assert output["batches"][0]["tokens_per_second"] is None
+    assert output["num_beams"] == 4
     alone = run(*where, *flags[:2], *flags[4:])
-    assert alone.stdout == found["results"][0]["text"] + "\n"
-    refused = run(it.checkpoint, *flags)
-    assert refused.exit_code == 2
-    assert "no beam search" in refused.stderr
+    assert alone.stdout == output["results"][0]["text"] + "\n"
+    assert run(it.checkpoint, *flags).exit_code == 2
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "says"),
+    ("args", "code", "names"),
     [
-        (["{ckpt}", "--backend", "hf"], 4, "is a TensorRT-LLM checkpoint, not a Hugging Face"),
-        (["{ckpt}", "--backend", "tensorrt-llm"], 4, "phireg build {ckpt}"),
-        (["{source}", "--backend", "tensorrt-llm"], 4, "convert it first"),
+        (["{checkpoint}", "--backend", "hf"], 4, "--backend executor"),
+        (["{checkpoint}", "--backend", "tensorrt-llm"], 4, "phireg build {checkpoint}"),
+        (["{source}", "--backend", "tensorrt-llm"], 4, "phireg convert"),
         (["{source}"], 4, "--backend hf"),
-        (["{ckpt}", "--backend", "vllm"], 2, "known: executor, tensorrt-llm, hf"),
-        (["{ckpt}", "--model-dir", "{source}"], 2, "the argument and --model-dir name one"),
-        (["--model-dir", "{source}", "--backend", "executor"], 2, "--model-dir is for backend hf"),
-        (["--engine-dir", "{ckpt}"], 4, "not a built engine"),
-        (["--engine-dir", "{ckpt}", "--backend", "hf"], 2, "is for backend tensorrt-llm"),
-        ([], 2, "there is nothing to run"),
-        (["{source}", "--backend", "hf", "--tp", "2"], 2, "for backend executor, not for hf"),
-        (["{ckpt}", "--streaming", "--json"], 2, "--streaming and --json"),
-        (["{ckpt}", "--streaming", "--prompt", "y"], 2, "there are 2"),
-        (["nowhere", "--backend", "hf"], 3, "no such directory"),
-        (["nowhere"], 2, "no such directory: nowhere"),
+        (["{checkpoint}", "--backend", "vllm"], 2, "executor, tensorrt-llm, hf"),
+        (["{checkpoint}", "--model-dir", "{source}"], 2, "--model-dir"),
+        (["--model-dir", "{source}", "--backend", "executor"], 2, "--model-dir"),
+        (["--engine-dir", "{checkpoint}"], 4, "phireg build {checkpoint}"),
+        (["--engine-dir", "{checkpoint}", "--backend", "hf"], 2, "--engine-dir"),
+        ([], 2, "give a checkpoint"),
+        (["{source}", "--backend", "hf", "--tp", "2"], 2, "--tp"),
+        (["{checkpoint}", "--streaming", "--json"], 2, "--streaming and --json"),
+        (["{checkpoint}", "--streaming", "--prompt", "y"], 2, "--streaming"),
+        (["nowhere", "--backend", "hf"], 3, "nowhere"),
+        (["nowhere"], 2, "nowhere"),
     ],
 )
-def test_combinations_that_are_none(args, code, says, models, run):
-    it = models("phi3")
-    names = {"ckpt": it.checkpoint, "source": it.source}
-    result = run(*(word.format(**names) for word in args), "--prompt", "x")
+def test_other_combinations_are_refused(args, code, names, models, run):
+    paths = {"checkpoint": models("phi3").checkpoint, "source": models("phi3").source}
+    result = run(*(word.format(**paths) for word in args), "--prompt", "x")
     assert result.exit_code == code, result.output
-    assert says.format(**names) in " ".join(result.stderr.split())
+    assert names.format(**paths) in " ".join(result.stderr.split())
     assert result.stdout == ""
 
 
@@ -113,12 +110,12 @@ def test_a_source_model_without_its_numbers(models, run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     result = run(tmp_path, "--backend", "hf", "--prompt", "x")
     assert result.exit_code == 4
-    assert "has no vocab_size" in " ".join(result.stderr.split())
+    assert "vocab_size" in result.stderr
 
 
-def test_processes_for_one_that_runs_alone(models, run, monkeypatch):
+def test_the_source_model_runs_in_one_process(models, run, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = run(models("phi3").source, "--backend", "hf", "--prompt", "x")
     assert result.exit_code == 2
-    assert "backend hf runs in one" in " ".join(result.stderr.split())
+    assert "without torchrun" in " ".join(result.stderr.split())

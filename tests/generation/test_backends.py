@@ -47,23 +47,23 @@ def nll_by_loop(model, prompt, continuation):
 def test_greedy_and_likelihood_are_the_source_models(name, family, models):
     it = models(family, tp_size=1 if family == "phi2" else 2)
     model, source, checkpoint = it.model, it.source, it.checkpoint
-    wanted = [by_loop(model, prompt, 9) for prompt in PROMPTS]
-    stop = wanted[2][4]
+    expected = [by_loop(model, prompt, 9) for prompt in PROMPTS]
+    stop = expected[2][4]
     stopped = [by_loop(model, prompt, 9, {stop}) for prompt in PROMPTS]
-    assert stopped != wanted
+    assert stopped != expected
     with open_backend(name, checkpoint if name == "executor" else source, FLOAT) as backend:
         assert (backend.name, backend.device, backend.dtype) == (name, "cpu", "float32")
         assert backend.processes == 1
-        assert backend.generate(PROMPTS, 9, (), GREEDY) == wanted
+        assert backend.generate(PROMPTS, 9, (), GREEDY) == expected
         assert backend.generate(PROMPTS, 9, {stop, 300}, GREEDY) == stopped
-        assert backend.generate(PROMPTS[:1], 9, (), GREEDY, 1) == wanted[:1]
+        assert backend.generate(PROMPTS[:1], 9, (), GREEDY, 1) == expected[:1]
         steps = list(backend.stream(PROMPTS, 9, {stop}, GREEDY))
         for row, tokens in enumerate(stopped):
-            found = [step[row] for step in steps if step[row] is not None]
-            assert found == tokens + [stop] * (len(tokens) < 9)
-        found = backend.mean_nll(PROMPTS, [[3], [7, 8, 9, 10], [11, 12]])
+            streamed = [step[row] for step in steps if step[row] is not None]
+            assert streamed == tokens + [stop] * (len(tokens) < 9)
+        means = backend.mean_nll(PROMPTS, [[3], [7, 8, 9, 10], [11, 12]])
         pairs = zip(PROMPTS, ([3], [7, 8, 9, 10], [11, 12]), strict=True)
-        assert found == pytest.approx([nll_by_loop(model, *one) for one in pairs], rel=1e-5)
+        assert means == pytest.approx([nll_by_loop(model, *pair) for pair in pairs], rel=1e-5)
         assert backend.peak_memory() > 2**20
 
 
@@ -79,7 +79,7 @@ def test_beams_are_the_most_likely_of_all_texts(models):
     best = int((first[:, None] + second).argmax())
     with open_backend("hf", source, FLOAT) as backend:
         assert backend.generate([prompt], 2, (), GREEDY, count) == [[*divmod(best, count)]]
-        with pytest.raises(UsageError, match="searched, not drawn"):
+        with pytest.raises(UsageError):
             backend.generate([prompt], 2, (), Sampling(1.0), 2)
 
 
@@ -103,8 +103,8 @@ def test_hf_draws_by_seed_and_leaves_the_generator_alone(models):
 def test_hf_reads_layer_by_layer_what_it_reads_at_once(models):
     model, source = models("phi3-small").model, models("phi3-small").source
     with open_backend("hf", source, Options("cpu", "float32", offload=True)) as backend:
-        wanted = [by_loop(model, prompt, 4) for prompt in PROMPTS]
-        assert backend.generate(PROMPTS, 4, (), GREEDY) == wanted
+        expected = [by_loop(model, prompt, 4) for prompt in PROMPTS]
+        assert backend.generate(PROMPTS, 4, (), GREEDY) == expected
 
 
 def test_hf_keeps_the_models_dtype(models):
@@ -117,57 +117,59 @@ def test_hf_keeps_the_models_dtype(models):
 
 @pytest.mark.parametrize("name", ["executor", "hf"])
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "names"),
     [
-        (lambda b: b.generate([], 3, (), GREEDY), "nothing to continue"),
-        (lambda b: b.generate([[]], 3, (), GREEDY), "nothing to continue"),
-        (lambda b: b.generate([[1]], 0, (), GREEDY), "max_new_tokens is 0"),
-        (lambda b: b.generate([[1, 312]], 3, (), GREEDY), "token 312 is outside"),
+        (lambda b: b.generate([], 3, (), GREEDY), "no tokens"),
+        (lambda b: b.generate([[]], 3, (), GREEDY), "no tokens"),
+        (lambda b: b.generate([[1]], 0, (), GREEDY), "max_new_tokens"),
+        (lambda b: b.generate([[1, 312]], 3, (), GREEDY), "312"),
         (lambda b: b.generate([[1] * 250], 7, (), GREEDY), "256 positions"),
-        (lambda b: list(b.stream([[-1]], 3, (), GREEDY)), "token -1 is outside"),
-        (lambda b: b.generate([[1]], 3, (), GREEDY, 0), "num_beams is 0"),
-        (lambda b: b.mean_nll([[1]], [[]]), "has no tokens"),
-        (lambda b: b.mean_nll([[1] * 200], [[1] * 57]), "257 tokens exceed"),
-        (lambda b: b.mean_nll([[1]], [[999]]), "token 999 is outside"),
+        (lambda b: list(b.stream([[-1]], 3, (), GREEDY)), "-1"),
+        (lambda b: b.generate([[1]], 3, (), GREEDY, 0), "num_beams"),
+        (lambda b: b.mean_nll([[1]], [[]]), "no tokens"),
+        (lambda b: b.mean_nll([[1] * 200], [[1] * 57]), "257 tokens"),
+        (lambda b: b.mean_nll([[1]], [[999]]), "999"),
     ],
 )
-def test_what_both_refuse(name, call, says, models):
+def test_both_refuse(name, call, names, models):
     source, checkpoint = models("phi3").source, models("phi3").checkpoint
     with open_backend(name, checkpoint if name == "executor" else source, FLOAT) as backend:
-        with pytest.raises(UsageError, match=says):
+        with pytest.raises(UsageError, match=names):
             call(backend)
         assert len(backend.generate([[1, 2]], 2, (), GREEDY)[0]) == 2  # and goes on
 
 
-def test_the_executor_names_who_has_beams(models):
+def test_beams_are_refused_with_the_backends_that_have_them(models):
     with (
         open_backend("executor", models("phi3").checkpoint, FLOAT) as backend,
-        pytest.raises(UsageError, match=r"(?s)no beam search.*hf or tensorrt-llm"),
+        pytest.raises(UsageError) as caught,
     ):
         backend.generate([[1]], 2, (), GREEDY, 3)
+    assert "hf" in caught.value.hint
 
 
-def test_what_is_no_place(models, tmp_path):
+def test_other_directories_and_backends_are_refused(models, tmp_path):
     source, checkpoint = models("phi3").source, models("phi3").checkpoint
-    with pytest.raises(CheckError, match="runs the source model"):
+    with pytest.raises(CheckError):
         describe("hf", checkpoint)
     with pytest.raises(CheckError):
         describe("executor", source)
-    with pytest.raises(SourceError, match="no such directory"):
+    with pytest.raises(SourceError):
         describe("hf", tmp_path / "no")
-    with pytest.raises(UsageError, match=r"(?s)unknown backend 'vllm'.*executor, tensorrt-llm, hf"):
+    with pytest.raises(UsageError, match="vllm") as caught:
         describe("vllm", source)
+    assert "executor, tensorrt-llm, hf" in caught.value.hint
 
 
 def test_descriptions(models):
     source, checkpoint = models("phi3").source, models("phi3").checkpoint
-    found = describe("executor", checkpoint)
-    assert (found.vocab_size, found.positions, found.processes) == (312, 256, (1, 2))
-    assert found.start == "torchrun --nproc-per-node 2 -m"
+    limits = describe("executor", checkpoint)
+    assert (limits.vocab_size, limits.positions, limits.processes) == (312, 256, (1, 2))
+    assert limits.start == "torchrun --nproc-per-node 2 -m"
     assert describe("hf", source) == Description(312, 256)
 
 
-def test_a_fourth_backend_is_one_module(monkeypatch):
+def test_a_further_backend_is_one_module(monkeypatch):
     class Parrot:
         name, device, dtype, processes = "parrot", "cpu", "none", 1
 

@@ -37,11 +37,11 @@ def test_every_turn_is_the_templates_string(models, run):
 def test_small_begins_with_its_first_token(models, run):
     it = models("phi3-small")
     said = "<|endoftext|><|user|>\nhi<|end|>\n<|assistant|>\n"
-    _, wanted = answer(it, said, eos=(it.tokenizer.convert_tokens_to_ids("<|end|>"),))
+    _, expected = answer(it, said, eos=(it.tokenizer.convert_tokens_to_ids("<|end|>"),))
     result = run(
         it.checkpoint, "--chat", "--max-new-tokens", 8, stdin=b"hi"
     )  # ends without a newline
-    assert (result.exit_code, result.stdout) == (0, wanted + "\n")
+    assert (result.exit_code, result.stdout) == (0, expected + "\n")
 
 
 @pytest.fixture
@@ -128,15 +128,15 @@ def test_a_line_that_is_no_text(models, run):
 
 
 @pytest.mark.parametrize(
-    ("template", "system", "says"),
+    ("template", "system", "names"),
     [
-        (None, None, "no chat template"),
-        ("{{ raise_exception('only users') }}", None, "refuses this: only users"),
-        ("{% for m in messages[-1:] %}{{ m.content }}{% endfor %}", "Brief.", "leaves out system"),
-        ("{% for m in", None, "refuses this"),
+        (None, None, "--prompt"),
+        ("{{ raise_exception('only users') }}", None, "only users"),
+        ("{% for m in messages[-1:] %}{{ m.content }}{% endfor %}", "Brief.", "--system"),
+        ("{% for m in", None, "chat template"),
     ],
 )
-def test_templates_that_do_not_serve(template, system, says, altered, run):
+def test_unusable_templates_are_refused(template, system, names, altered, run):
     path = altered / "tokenizer_config.json"
     (altered / "chat_template.jinja").unlink()
     config = json.loads(path.read_text()) | ({"chat_template": template} if template else {})
@@ -144,14 +144,14 @@ def test_templates_that_do_not_serve(template, system, says, altered, run):
     flags = () if system is None else ("--system", system)
     result = run(altered, "--chat", *flags, stdin=b"hi\n")
     assert result.exit_code == 2
-    assert says in " ".join(result.stderr.split())
+    assert names in " ".join(result.stderr.split())
 
 
-def test_no_tokenizer(altered, run):
+def test_a_chat_needs_a_tokenizer(altered, run):
     (altered / "tokenizer.json").unlink()
     result = run(altered, "--chat")
     assert result.exit_code == 2
-    assert "carries no tokenizer" in result.stderr
+    assert "--tokenizer-dir" in result.stderr
 
 
 def test_timings_of_nothing():

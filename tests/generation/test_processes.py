@@ -31,13 +31,13 @@ def test_a_process_for_each_rank(start, models):
     tp = ("--tp", 2) if start is PHIREG else ()
     ran = spawn(*start, it.checkpoint, *flags, *tp, "--json")
     assert ran.returncode == 0, ran.stderr
-    found = json.loads(ran.stdout)  # one document: only rank 0 prints
-    wanted = [
+    output = json.loads(ran.stdout)  # one document: only rank 0 prints
+    expected = [
         continuation(it.model, it.tokenizer, prompt, 10, it.tokenizer.eos_token_id)
         for prompt in ("The engine", "Wer")
     ]
-    assert [(row["tokens"], row["text"]) for row in found["results"]] == wanted
-    assert (found["tp_size"], found["processes"]) == (2, 2)
+    assert [(row["tokens"], row["text"]) for row in output["results"]] == expected
+    assert (output["tp_size"], output["processes"]) == (2, 2)
     if start is PHIREG:
         assert ran.stderr == b""
 
@@ -65,15 +65,15 @@ def test_errors_of_processes_come_once_and_keep_their_code(models, tmp_path):
     assert b"torchrun --nproc-per-node 4" in wrong.stderr
 
 
-LED = """
+LEADER = """
 import json, sys
 from phireg.generation import Options, open_backend, process_rank, run_worker
 from phireg.executor import Sampling
-place, how = sys.argv[1], Options("cpu", "float32")
+directory, options = sys.argv[1], Options("cpu", "float32")
 if process_rank("executor")[0]:
-    run_worker("executor", place, how)
+    run_worker("executor", directory, options)
 else:
-    with open_backend("executor", place, how) as backend:
+    with open_backend("executor", directory, options) as backend:
         rows = backend.generate([[5, 6, 7], [9]], 4, (), Sampling())
         nll = backend.mean_nll([[5, 6, 7], [9]], [[1, 2], [3, 4, 5]])
         rows += backend.generate([[9]], 4, (), Sampling())
@@ -86,14 +86,14 @@ def test_likelihoods_of_two_processes(models, tmp_path):
     from phireg.generation import Options, open_backend
 
     ckpt = models("phi3-small").checkpoint
-    (tmp_path / "led.py").write_text(LED)
-    words = [*TORCHRUN[:-2], str(tmp_path / "led.py"), str(ckpt)]
+    (tmp_path / "leader.py").write_text(LEADER)
+    words = [*TORCHRUN[:-2], str(tmp_path / "leader.py"), str(ckpt)]
     ran = subprocess.run(words, env=ENV, capture_output=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
     rows, nll, processes = json.loads(ran.stdout)
     with open_backend("executor", ckpt, Options("cpu", "float32")) as alone:
-        wanted = alone.generate([[5, 6, 7], [9]], 4, (), Sampling())
-        assert rows == [*wanted, wanted[1]]
+        expected = alone.generate([[5, 6, 7], [9]], 4, (), Sampling())
+        assert rows == [*expected, expected[1]]
         assert nll == pytest.approx(alone.mean_nll([[5, 6, 7], [9]], [[1, 2], [3, 4, 5]]), rel=1e-5)
     assert processes == 2
 

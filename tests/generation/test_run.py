@@ -8,6 +8,7 @@ import torch
 from helpers.tokenized_models import SOURCES, chat_tokenizer, continuation, converted, eos_ids
 
 import phireg
+from phireg.device import pick_device
 from phireg.errors import UsageError
 
 PROMPTS = ("The engine", "Wer liest die Straße? 日本語", "déjà")
@@ -16,22 +17,22 @@ PROMPTS = ("The engine", "Wer liest die Straße? 日本語", "déjà")
 @pytest.mark.parametrize("family", SOURCES)
 def test_text_is_that_of_the_source_model(family, models, run, document):
     it = models(family)
-    wanted = [
+    expected = [
         continuation(it.model, it.tokenizer, prompt, 14, eos_ids(it.source)) for prompt in PROMPTS
     ]
     alone = run(it.checkpoint, "--prompt", PROMPTS[0], "--max-new-tokens", 14)
-    assert (alone.exit_code, alone.stdout) == (0, wanted[0][1] + "\n")
+    assert (alone.exit_code, alone.stdout) == (0, expected[0][1] + "\n")
     flags = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    found = document(it.checkpoint, *flags, "--max_output_len", 14)
-    assert [(row["tokens"], row["text"]) for row in found["results"]] == wanted
-    assert [row["input_ids"] for row in found["results"]] == [
+    output = document(it.checkpoint, *flags, "--max_output_len", 14)
+    assert [(row["tokens"], row["text"]) for row in output["results"]] == expected
+    assert [row["input_ids"] for row in output["results"]] == [
         it.tokenizer(prompt)["input_ids"] for prompt in PROMPTS
     ]
-    assert [row["prompt"] for row in found["results"]] == list(PROMPTS)
-    assert len({row["text"] for row in found["results"]}) == len(PROMPTS)
+    assert [row["prompt"] for row in output["results"]] == list(PROMPTS)
+    assert len({row["text"] for row in output["results"]}) == len(PROMPTS)
     # several prompts as text
     texts = run(it.checkpoint, *flags, "--max-new-tokens", 14).stdout
-    shown = (f"[{n}/3] {PROMPTS[n - 1]}\n{wanted[n - 1][1]}\n\n" for n in (1, 2, 3))
+    shown = (f"[{n}/3] {PROMPTS[n - 1]}\n{expected[n - 1][1]}\n\n" for n in (1, 2, 3))
     assert texts == "".join(shown)
 
 
@@ -96,17 +97,17 @@ def test_stop_ids_of_generation_config_end_a_text(models, altered, document, run
     assert stopped["tokens"] == free[: free.index(stop) + 1]
     assert stopped["finish_reason"] == "stop"
     assert (other["finish_reason"], len(other["tokens"])) == ("length", 12)
-    wanted = continuation(it.model, it.tokenizer, "The engine", 12, [3, stop])
-    assert (stopped["tokens"], stopped["text"]) == wanted
-    assert run(altered, *flags[:2], *flags[4:]).stdout == wanted[1] + "\n"
+    expected = continuation(it.model, it.tokenizer, "The engine", 12, [3, stop])
+    assert (stopped["tokens"], stopped["text"]) == expected
+    assert run(altered, *flags[:2], *flags[4:]).stdout == expected[1] + "\n"
 
 
 def test_sampling(models, document):
     ckpt = models("phi3").checkpoint
 
     def tokens(*flags):
-        found = document(ckpt, "--prompt", "The", "--max-new-tokens", 20, *flags)
-        return found["results"][0]["tokens"]
+        output = document(ckpt, "--prompt", "The", "--max-new-tokens", 20, *flags)
+        return output["results"][0]["tokens"]
 
     greedy = tokens()
     assert tokens("--temperature", 0) == tokens("--top-k", 1) == greedy
@@ -141,10 +142,10 @@ def test_token_ids_need_no_tokenizer(models, altered, run, document, tmp_path):
     ids = [5, 6, 300, 7]
     (tmp_path / "in.jsonl").write_text('{"input_ids": [5, 6, 300, 7]}')
     flags = ("--input-file", tmp_path / "in.jsonl", "--max-new-tokens", 6)
-    wanted, _ = continuation(it.model, it.tokenizer, torch.tensor([ids]), 6, eos_ids(it.source))
+    expected, _ = continuation(it.model, it.tokenizer, torch.tensor([ids]), 6, eos_ids(it.source))
     (row,) = document(altered, *flags)["results"]
-    assert (row["tokens"], row["text"], row["prompt"]) == (wanted, None, None)
-    assert run(altered, *flags).stdout == f"[1/1] 4 token ids\n{wanted}\n\n"
+    assert (row["tokens"], row["text"], row["prompt"]) == (expected, None, None)
+    assert run(altered, *flags).stdout == f"[1/1] 4 token ids\n{expected}\n\n"
     failed = run(altered, "--prompt", "x")
     assert failed.exit_code == 2
     assert "carries no tokenizer" in failed.stderr
@@ -160,10 +161,9 @@ def test_positions(models, run, document):
     length = len(it.tokenizer(prompt)["input_ids"])
     room = 256 - length
     assert 0 < room < 128
-    asked = run(it.checkpoint, "--prompt", prompt, "--max-new-tokens", room + 1)
-    assert asked.exit_code == 2
-    flat = " ".join(asked.stderr.split())
-    assert f"{length} tokens and {room + 1} new ones exceed the model's 256 positions" in flat
+    refused = run(it.checkpoint, "--prompt", prompt, "--max-new-tokens", room + 1)
+    assert refused.exit_code == 2
+    assert "256 positions" in " ".join(refused.stderr.split())
     (row,) = document(it.checkpoint, "--prompt", prompt, "--max-new-tokens", room)["results"]
     assert len(row["tokens"]) == room
     (row,) = document(it.checkpoint, "--prompt", prompt)["results"]
@@ -172,73 +172,57 @@ def test_positions(models, run, document):
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "says"),
+    ("args", "names"),
     [
-        (["--prompt", "x", "--chat"], 2, "--prompt and --chat exclude each other"),
-        (["--prompt", "x", "--input-file", "y"], 2, "exclude each other"),
-        (["--prompt", ""], 2, "--prompt 1: the prompt is empty"),
-        ([], 2, "standard input: the prompt is empty"),
-        (["--chat", "--json"], 2, "--json and --chat"),
-        (["--prompt", "x", "--system", "y"], 2, "--system has no effect without --chat"),
-        (["--prompt", "x", "--top-k", "-1"], 2, "out of range"),
-        (["--prompt", "x", "--top-p", "0"], 2, "out of range"),
-        (["--prompt", "x", "--temperature", "nan"], 2, "out of range"),
-        (["--prompt", "x", "--temperature", "0", "--top-k", "3"], 2, "have no effect"),
-        (["--prompt", "x", "--seed", "-1"], 2, "--seed -1"),
-        (["--prompt", "x", "--max-new-tokens", "0"], 2, "max-new-tokens"),
-        (["--prompt", "x", "--tp", "3"], 2, "made for 2 rank(s)"),
-        (["--prompt", "x", "--dtype", "int8"], 2, "--dtype"),
-        (["--prompt", "x", "--tokenizer-dir", "nowhere"], 2, "no such directory: nowhere"),
-        (["--input-file", "nowhere"], 2, "cannot read nowhere"),
+        (["--prompt", "x", "--chat"], "--prompt and --chat"),
+        (["--prompt", "x", "--input-file", "y"], "--prompt and --input-file"),
+        (["--prompt", ""], "--prompt 1"),
+        ([], "standard input"),
+        (["--chat", "--json"], "--json and --chat"),
+        (["--prompt", "x", "--system", "y"], "--chat"),
+        (["--prompt", "x", "--top-k", "-1"], "top_k"),
+        (["--prompt", "x", "--top-p", "0"], "top_p"),
+        (["--prompt", "x", "--temperature", "nan"], "temperature"),
+        (["--prompt", "x", "--temperature", "0", "--top-k", "3"], "--temperature 0"),
+        (["--prompt", "x", "--seed", "-1"], "--seed -1"),
+        (["--prompt", "x", "--tp", "3"], "--tp 2"),
+        (["--prompt", "x", "--tokenizer-dir", "nowhere"], "nowhere"),
+        (["--input-file", "nowhere"], "nowhere"),
+        (["--input-file", "-"], "standard input"),
     ],
 )
-def test_wrong_usage(args, code, says, models, run):
+def test_wrong_usage(args, names, models, run):
     result = run(models("phi3").checkpoint, *args)
-    assert result.exit_code == code
-    assert says in " ".join(result.stderr.split())
+    assert result.exit_code == 2
+    assert names in " ".join(result.stderr.split())
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize(
-    ("device", "says"),
-    [("tpu", "unknown"), ("cuda:x", "unknown"), ("cpu:1", "unknown"), ("cuda:99", "no GPU 99")],
-)
-def test_devices_that_are_none(device, says, models):
-    from phireg.device import pick_device
-    from phireg.errors import UsageError
-
-    with pytest.raises(UsageError, match=says):
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "cpu:1", "cuda:99"])
+def test_other_devices_are_refused_with_those_available(device):
+    with pytest.raises(UsageError, match=device.removeprefix("cuda:")) as caught:
         pick_device(device)
+    assert "available here: cpu" in caught.value.hint
 
 
-def test_stdin_that_is_no_text(models, run):
-    result = run(models("phi3").checkpoint, stdin=b"caf\xe9")
-    assert result.exit_code == 2
-    assert "not UTF-8 text (byte 3)" in result.stderr
-
-
-def test_ids_outside_the_vocabulary(models, run):
+def test_input_that_is_not_text_or_not_in_the_vocabulary(models, run):
+    assert run(models("phi3").checkpoint, stdin=b"caf\xe9").exit_code == 2
     for token in (312, -1):
         content = json.dumps({"input_ids": [4, token]}).encode()
         result = run(models("phi3").checkpoint, "--input-file", "-", stdin=content)
         assert result.exit_code == 2
-        assert f"standard input:1: token {token} is outside" in " ".join(result.stderr.split())
+        assert f"standard input:1: token {token} " in " ".join(result.stderr.split())
 
 
-def test_what_is_no_checkpoint(models, run, tmp_path):
-    it = models("phi3")
-    source = run(it.source, "--prompt", "x")
+def test_other_directories_are_refused_with_advice(models, run, tmp_path):
+    source = run(models("phi3").source, "--prompt", "x")
     assert source.exit_code == 4
-    assert "is a Hugging Face model" in source.stderr
     assert "phireg convert --model-dir" in source.stderr
     (tmp_path / "config.json").write_text('{"pretrained_config": {}, "build_config": {}}')
     engine = run(tmp_path, "--prompt", "x", "--backend", "executor")
     assert engine.exit_code == 4
-    assert "is a built engine" in engine.stderr
     assert "--backend tensorrt-llm" in engine.stderr
-    nothing = run(tmp_path / "no", "--prompt", "x")
-    assert nothing.exit_code == 2
-    assert "no such directory" in nothing.stderr
+    assert run(tmp_path / "no", "--prompt", "x").exit_code == 2
     (tmp_path / "config.json").unlink()
     assert run(tmp_path, "--prompt", "x").exit_code == 4
 
@@ -262,6 +246,6 @@ def test_one_rank_and_a_tokenizer_with_a_first_token(models, document, tmp_path)
         single="<|user|> $A", special_tokens=[("<|user|>", 304)]
     )
     tokenizer.save_pretrained(ckpt)
-    found = document(ckpt, "--prompt", "The", "--max-new-tokens", 3, "--tp", 1)
-    assert found["results"][0]["input_ids"] == [304, *it.tokenizer("The")["input_ids"]]
-    assert found["tp_size"] == 1
+    output = document(ckpt, "--prompt", "The", "--max-new-tokens", 3, "--tp", 1)
+    assert output["results"][0]["input_ids"] == [304, *it.tokenizer("The")["input_ids"]]
+    assert output["tp_size"] == 1

@@ -27,11 +27,10 @@ def test_pieces_are_whole_characters_and_make_the_text(text):
     tokenizer = Tokenizer(chat_tokenizer())
     ids = tokenizer.encode(text)
     assert any("\ufffd" in tokenizer.decode([token]) for token in ids) or text.isascii()
-    found = pieces_of(tokenizer, ids)
-    assert "".join(found) == text
-    assert not any("\ufffd" in piece for piece in found)
-    assert sum(map(bool, found)) > 3
-    assert found[-1] == ""
+    pieces = pieces_of(tokenizer, ids)
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert sum(map(bool, pieces)) > 3
 
 
 def test_broken_characters_come_at_the_end_or_with_what_follows():
@@ -81,7 +80,7 @@ def test_leading_spaces_and_byte_tokens():
 
 
 @pytest.mark.parametrize(
-    ("generation", "own", "config", "wanted"),
+    ("generation", "own", "config", "expected"),
     [
         ({"eos_token_id": 7}, 3, {}, {7}),
         ({"eos_token_id": [7, 9, 7]}, 3, {}, {7, 9}),
@@ -92,7 +91,7 @@ def test_leading_spaces_and_byte_tokens():
         (None, None, {}, set()),
     ],
 )
-def test_stop_ids(generation, own, config, wanted, tmp_path):
+def test_stop_ids(generation, own, config, expected, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
@@ -100,7 +99,7 @@ def test_stop_ids(generation, own, config, wanted, tmp_path):
     class Fake:
         eos_id = own
 
-    assert stop_ids(tmp_path, Fake() if own is not None else None) == wanted
+    assert stop_ids(tmp_path, Fake() if own is not None else None) == expected
 
 
 @pytest.mark.parametrize("value", ["7", [7, "9"], -1, 1.0, True, {}])
@@ -114,7 +113,7 @@ def test_stop_ids_that_are_none(value, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "wanted"),
+    ("name", "content", "expected"),
     [
         ("a.txt", "one\n\n  two \r\nthree", [("one", ()), ("  two ", ()), ("three", ())]),
         ("a.txt", "\ufeffé\u2028x\n", [("é\u2028x", ())]),
@@ -123,38 +122,39 @@ def test_stop_ids_that_are_none(value, tmp_path):
         ("-", '{"prompt": "", "id": 4}\n', [("", ())]),
     ],
 )
-def test_prompts(name, content, wanted):
+def test_prompts(name, content, expected):
     prompts = read_prompts(name, content.encode())
-    assert [(prompt.text, prompt.ids) for prompt in prompts] == wanted
+    assert [(prompt.text, prompt.ids) for prompt in prompts] == expected
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "line"),
     [
-        ("a", b"\n \n", "a holds no prompt"),
-        ("a", b"x\ny\xff", "a:2: not UTF-8 text"),
-        ("a.jsonl", b'{"prompt": "x"}\n\nplain', "a.jsonl:3: not JSON"),
-        ("a.jsonl", b"[1]", "either"),
-        ("a.jsonl", b'{"prompt": "x", "input_ids": [1]}', "either"),
-        ("a.jsonl", b'{"prompt": 1}', "is not text"),
-        ("a.jsonl", b'{"input_ids": []}', "is not a list of token ids"),
-        ("a.jsonl", b'{"input_ids": [true]}', "is not a list of token ids"),
-        ("a", b'{"input_ids": [1]}\nplain', "a:2: not JSON"),
+        ("a", b"x\ny\xff", 2),
+        ("a.jsonl", b'{"prompt": "x"}\n\nplain', 3),
+        ("a.jsonl", b"[1]", 1),
+        ("a.jsonl", b'{"prompt": "x", "input_ids": [1]}', 1),
+        ("a.jsonl", b'{"prompt": 1}', 1),
+        ("a.jsonl", b'{"input_ids": []}', 1),
+        ("a.jsonl", b'{"input_ids": [true]}', 1),
+        ("a", b'{"input_ids": [1]}\nplain', 2),
     ],
 )
-def test_prompts_that_are_none(name, content, says):
-    with pytest.raises(UsageError, match=says):
+def test_damaged_prompts_are_named(name, content, line):
+    with pytest.raises(UsageError, match=f"^{name}:{line}: "):
         read_prompts(name, content)
+    with pytest.raises(UsageError, match=r"^empty "):
+        read_prompts("empty", b"\n \n")
 
 
 def test_encoding_a_prompt():
     tokenizer = Tokenizer(chat_tokenizer())
     assert Prompt("here", "x", (5, 6)).encode(None).ids == (5, 6)
     assert Prompt("here", "a<|end|>").encode(tokenizer).ids[-1] == 303
-    for text, says in (("", "here: the prompt is empty"), ("\ud800", "not valid Unicode")):
-        with pytest.raises(UsageError, match=says):
+    for text in ("", "\ud800"):
+        with pytest.raises(UsageError, match=r"^here: "):
             Prompt("here", text).encode(tokenizer)
-    with pytest.raises(UsageError, match="carries no tokenizer"):
+    with pytest.raises(UsageError, match="--tokenizer-dir"):
         Prompt("here", "x").encode(None)
 
 
@@ -170,8 +170,8 @@ def checkpoint(directory, architecture="Phi3SmallForCausalLM"):
 def test_no_tokenizer_and_a_named_directory_without_one(tmp_path):
     ckpt = checkpoint(tmp_path / "ckpt")
     assert find_tokenizer(ckpt) is None
-    for directory, says in ((tmp_path, "holds no tokenizer"), (tmp_path / "no", "no such")):
-        with pytest.raises(UsageError, match=says):
+    for directory in (tmp_path, tmp_path / "no"):
+        with pytest.raises(UsageError, match=str(directory)):
             find_tokenizer(ckpt, directory)
 
 
@@ -206,7 +206,7 @@ def test_code_beside_the_tokenizer_is_not_run(tmp_path):
         path.write_text(json.dumps(config | {"tokenizer_class": "X"}))
     (tmp_path / "cut" / "vocab.json").write_text("{}")
     assert find_tokenizer(ckpt).encode("a") == [64]
-    with pytest.raises(SourceError, match="cannot be loaded"):
+    with pytest.raises(SourceError):
         find_tokenizer(ckpt, tmp_path / "cut")
     assert not trap.exists()
 
@@ -215,7 +215,7 @@ def test_a_damaged_tokenizer(tmp_path):
     ckpt = checkpoint(tmp_path / "ckpt")
     for content in ("{", "{}", '{"model": {"type": "BPE", "vocab": 1}}'):
         (ckpt / "tokenizer.json").write_text(content)
-        with pytest.raises(SourceError, match="cannot be loaded"):
+        with pytest.raises(SourceError, match=str(ckpt)):
             find_tokenizer(ckpt)
 
 
@@ -226,7 +226,7 @@ def test_tiktoken_files_go_to_the_family_of_the_architecture(tmp_path):
     # <|dummy_id_2|> and <|endoftext|> follow the ranks, <|end|> is the eleventh
     assert (tokenizer.eos_id, tokenizer.end_of_turn_ids) == (size + 1, {size + 10})
     other = checkpoint(tmp_path / "other", "PhiForCausalLM")
-    with pytest.raises(PluginError, match=r"no installed family reads the \*.tiktoken"):
+    with pytest.raises(PluginError, match="PhiForCausalLM"):
         find_tokenizer(other, ckpt)
 
 
