@@ -23,15 +23,15 @@ Fields = Mapping[str, Any]
 """Target fields produced so far, by TensorRT-LLM's names."""
 
 Kind = Callable[[Any], Any]
-"""Checks and normalises one value; raises ValueError saying what was expected."""
+"""Checks and normalizes one value; raises ValueError with what was expected."""
 
 
 class ConfigError(ValueError):
-    """Raised by a derived field that cannot be computed; the text says why and what would work."""
+    """A derived field cannot be computed; the text says why and what would work."""
 
 
 def integer(minimum: int = 1, maximum: int = 2**24) -> Kind:
-    """A whole number within bounds (bounds keep a damaged config from exhausting memory)."""
+    """Accept a whole number within bounds, which keep a damaged config from exhausting memory."""
 
     def kind(value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool):
@@ -44,7 +44,7 @@ def integer(minimum: int = 1, maximum: int = 2**24) -> Kind:
 
 
 def number(value: Any) -> float:
-    """A finite number."""
+    """Accept a finite number."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError("expected a finite number")
     try:
@@ -57,7 +57,7 @@ def number(value: Any) -> float:
 
 
 def positive(value: Any) -> float:
-    """A finite number above zero."""
+    """Accept a finite number above zero."""
     result = number(value)
     if result <= 0:
         raise ValueError("expected a number above zero")
@@ -65,21 +65,21 @@ def positive(value: Any) -> float:
 
 
 def boolean(value: Any) -> bool:
-    """True or false."""
+    """Accept true or false."""
     if not isinstance(value, bool):
         raise ValueError("expected true or false")
     return value
 
 
 def text(value: Any) -> str:
-    """A string."""
+    """Accept a string."""
     if not isinstance(value, str):
         raise ValueError("expected a string")
     return value
 
 
 def factors(value: Any) -> list[float]:
-    """A list of positive numbers (rope factors), in float64 as the source has them."""
+    """Accept a list of positive numbers (rope factors), in float64 as the source has them."""
     if not isinstance(value, list) or not value:
         raise ValueError("expected a list of numbers")
     return [positive(item) for item in value]
@@ -91,18 +91,18 @@ class _Run:
     fields: dict[str, Any] = dataclass_field(default_factory=dict)
     findings: list[Finding] = dataclass_field(default_factory=list)
     skipped: list[tuple[str, str, str]] = dataclass_field(default_factory=list)
-    """Subjects that could not be looked at, the field each lacked, and the entry's place."""
+    """Subjects that could not be checked, the field each lacked, and the entry's place."""
     where: str = ""
-    """Of the entry that is being applied."""
+    """The place of the entry that is being applied."""
 
     def do(self, entry: Entry) -> None:
-        """Apply an entry; what it reports has its place."""
+        """Apply an entry; its findings have its place."""
         outer, self.where = self.where, entry.where
         entry.apply(self)
         self.where = outer
 
     def compute(self, subject: str, function: Callable[[], Any]) -> Any:
-        """What ``function`` returns; ``_SKIPPED`` when it cannot, which is noted or reported."""
+        """Return the result of ``function``, or ``_SKIPPED`` after noting or reporting a failure."""
         try:
             return function()
         except KeyError as lacking:
@@ -127,7 +127,7 @@ class Entry:
     Attributes:
         to: target keys it produces.
         doc: the line as documentation.
-        apply: does it.
+        apply: applies it.
         where: file and line that made it, for error messages.
         inner: the entries of both branches of :func:`when`.
     """
@@ -147,16 +147,13 @@ _SKIPPED: Any = object()
 
 
 def _entry(
-    to: tuple[str, ...],
-    doc: str,
-    apply: Callable[[_Run], None],
-    inner: tuple[Entry, ...] = (),
+    to: tuple[str, ...], doc: str, apply: Callable[[_Run], None], inner: tuple[Entry, ...] = ()
 ) -> Entry:
     return Entry(to, doc, apply, calling_line(_HERE), inner)
 
 
 def const(to: str, value: Any) -> Entry:
-    """``to`` is always ``value``."""
+    """Set ``to`` to ``value``, always."""
 
     def apply(run: _Run) -> None:
         run.fields[to] = copy.deepcopy(value)
@@ -172,11 +169,11 @@ def field(
     null: Any = _UNSET,
     via: Mapping[Any, Any] | None = None,
 ) -> Entry:
-    """``to`` is the value of the first of ``keys`` that is present.
+    """Set ``to`` to the value of the first of ``keys`` that is present.
 
     Args:
         keys: source keys, dotted to reach into blocks; those present must agree.
-        kind: what the value must be.
+        kind: checks the value.
         to: target key; the first source key by default.
         default: value when no key is present, or a function of the fields so far (as in
             :func:`derive`); without one the field is required.
@@ -220,7 +217,7 @@ def field(
 
 
 def derive(to: str, function: Callable[[Fields, HFConfig], Any], doc: str) -> Entry:
-    """``to`` is computed from the fields so far and the source.
+    """Compute ``to`` from the fields so far and the source.
 
     ``function`` may raise :class:`ConfigError`. A field it needs that could not be read is a
     problem already reported, so the entry is skipped; without such a report it is an error.
@@ -238,7 +235,7 @@ def check(
     *,
     severity: Severity = Severity.ERROR,
 ) -> Entry:
-    """Report what ``function`` says, if it says anything; skipped like :func:`derive`."""
+    """Report the text that ``function`` returns, if any; skipped like :func:`derive`."""
 
     def apply(run: _Run) -> None:
         detail = run.compute(subject, lambda: function(run.fields, run.hf))
@@ -249,7 +246,7 @@ def check(
 
 
 def refuse(key: str, *, unless: Sequence[Any], why: str) -> Entry:
-    """``key`` must be absent or one of ``unless``: the reader cannot express anything else."""
+    """Refuse ``key`` unless it is absent or one of ``unless``, which the reader can express."""
 
     def apply(run: _Run) -> None:
         value = run.hf.get(key)
@@ -260,7 +257,7 @@ def refuse(key: str, *, unless: Sequence[Any], why: str) -> Entry:
 
 
 def ignore(*keys: str, why: str) -> Entry:
-    """These keys have no counterpart, for a reason."""
+    """Declare keys that have no counterpart, with the reason."""
 
     def apply(run: _Run) -> None:
         for key in keys:
@@ -293,7 +290,7 @@ def when(
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """The outcome of a table.
+    """The result of a table.
 
     Attributes:
         fields: target keys and values; incomplete if there are errors.
@@ -305,7 +302,7 @@ class Translation:
 
     @property
     def ok(self) -> bool:
-        """Whether there is no error."""
+        """Return whether there is no error."""
         return not any(finding.severity is Severity.ERROR for finding in self.findings)
 
 
@@ -324,7 +321,7 @@ class FieldTable:
         return iter(self.entries)
 
     def replace(self, *entries: Entry) -> FieldTable:
-        """The same table with entries of the same target keys replaced, others appended."""
+        """Return the table with entries of the same target keys replaced, others appended."""
         _one_producer_each(entries)
         by_target = {entry.to: entry for entry in entries if entry.to}
         kept = [by_target.pop(entry.to, entry) for entry in self.entries]
@@ -333,8 +330,8 @@ class FieldTable:
     def translate(self, hf: HFConfig) -> Translation:
         """Apply the table to a source config.
 
-        A source key no entry looked at is a warning; inside a block the table reads from it is an
-        error, because an unknown key there (of rope scaling, say) changes the mathematics.
+        A source key that no entry read is a warning; inside a block that the table reads from it
+        is an error, because an unknown key there (of rope scaling, say) changes the mathematics.
         """
         run = _Run(hf.fresh())
         for entry in self.entries:
@@ -351,16 +348,16 @@ class FieldTable:
         return Translation(run.fields, tuple(run.findings))
 
     def producing(self, key: str) -> tuple[Entry, ...]:
-        """The entries that may produce a target key: one, or those of branches of :func:`when`."""
+        """Return the entries that may produce a key: one, or those of branches of :func:`when`."""
         return tuple(entry for entry in _single(self.entries) if key in entry.to)
 
     def describe(self) -> tuple[str, ...]:
-        """The table as documentation, a line per field or rule."""
+        """Return the table as documentation, a line per field or rule."""
         return tuple(line for entry in self.entries for line in entry.doc.splitlines())
 
 
 def _single(entries: Sequence[Entry]) -> Iterator[Entry]:
-    """Entries, those of :func:`when` in place of itself."""
+    """Yield entries, those of :func:`when` in place of itself."""
     for entry in entries:
         if entry.inner:
             yield from _single(entry.inner)

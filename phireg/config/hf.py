@@ -1,4 +1,4 @@
-"""A Hugging Face config.json as plain data that remembers what was read."""
+"""A Hugging Face config.json as plain data that remembers which keys were read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class HFConfig:
 
     Keys may be dotted to reach into a block (``rope_parameters.rope_theta``). A JSON null counts as
     absent, since transformers writes both for "not set" (:meth:`is_null` tells them apart). Every
-    key looked at is remembered, so that what nobody read can be reported (:meth:`unread`).
+    key that is read is remembered, so that the others can be reported (:meth:`unread`).
 
     Args:
         data: the JSON object.
@@ -23,16 +23,16 @@ class HFConfig:
         self._read = {"architectures", "model_type"}
 
     def fresh(self) -> HFConfig:
-        """The same config with nothing read yet."""
+        """Return the same config with nothing read yet."""
         return HFConfig(self._data)
 
     def get(self, key: str) -> Any:
-        """The value of a dotted key, or None if it is absent or null."""
+        """Return the value of a dotted key, or None if it is absent or null."""
         self._read.add(key)
         return self._value(key)
 
     def has(self, key: str) -> bool:
-        """Whether a dotted key is present and not null.
+        """Return whether a dotted key is present and not null.
 
         Asking for a block does not count as reading what is in it.
         """
@@ -42,11 +42,11 @@ class HFConfig:
         return value is not None
 
     def looked_into(self, key: str) -> bool:
-        """Whether anybody asked for a key inside the block ``key``."""
+        """Return whether a key inside the block ``key`` was read."""
         return any(read.startswith(f"{key}.") for read in self._read)
 
     def is_null(self, key: str) -> bool:
-        """Whether a top-level key is present with the value null."""
+        """Return whether a top-level key is present with the value null."""
         return self.get(key) is None and key in self._data
 
     @property
@@ -61,9 +61,9 @@ class HFConfig:
         return str(self.get("model_type") or "")
 
     def unread(self) -> tuple[str, ...]:
-        """Dotted keys with a value that nobody asked for, in file order.
+        """Return the dotted keys with a value that were not read, in file order.
 
-        A block somebody looked into counts leaf by leaf, any other as one key.
+        A block of which some key was read counts leaf by leaf, any other as one key.
         """
         return tuple(self._unread(self._data, ""))
 

@@ -1,1 +1,1 @@
-"""Files: regular files read with bounds, JSON, safetensors headers, atomic output directories."""
+"""Files: kinds of directories, bounded reading, JSON, safetensors headers, atomic output."""

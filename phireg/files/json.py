@@ -1,4 +1,4 @@
-"""JSON files as plain data, read strictly: one object, every key once, finite numbers only."""
+"""JSON files, read strictly: one object, every key once, finite numbers only."""
 
 from __future__ import annotations
 
@@ -13,25 +13,20 @@ from phireg.files.regular import disguise, open_regular, read_bytes
 
 
 def read_json_object(path: Path, *, limit: int = 64 * 1024 * 1024) -> dict[str, Any]:
-    """Read a file that must hold one JSON object.
-
-    Args:
-        path: the file.
-        limit: the largest size accepted, in bytes.
-
-    Returns:
-        The object. No key was repeated at any level and every number is finite.
+    """Read a file that must hold one JSON object, without repeated keys or infinite numbers.
 
     Raises:
-        SourceError: the file is missing, unreadable, not a regular file, larger than ``limit``,
-            not UTF-8 or not such an object; the message names the file and, where the parser
-            knows it, the line.
+        SourceError: the file is missing, unreadable, not a regular file, larger than ``limit``
+            bytes, not UTF-8 or not such an object; names the file and, where known, the line.
     """
     fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size
         if size > limit:
-            raise SourceError(f"{path}: {size} bytes of JSON, more than the {limit} accepted")
+            raise SourceError(
+                f"{path}: {size} bytes of JSON, more than the {limit} accepted",
+                hint="compare the file with the one that was published",
+            )
         raw = read_bytes(fd, path, 0, size)
     finally:
         os.close(fd)

@@ -1,4 +1,4 @@
-"""The output directory: it appears under its name complete, or not at all.
+"""The output directory, which appears under its name complete or not at all.
 
 Beside the target ``NAME`` a run keeps one directory of its own::
 
@@ -49,7 +49,7 @@ class OutputDirectory:
         target: the directory to publish. It may be missing (parents are created) or empty. A
             symbolic link is followed: what it points at is written or replaced.
         overwrite: replace an existing target that is of ``kind`` and holds nothing else.
-        required_bytes: how much will be written; so much must be free on the disk.
+        required_bytes: the size of what will be written, which must be free on the disk.
         kind: what an existing target must be to be replaced; None is anything.
 
     Raises:
@@ -159,7 +159,7 @@ class OutputDirectory:
         _fsync(self._partial)
 
     def _make_parents(self) -> None:
-        """Create the missing directories above the target, and remember which."""
+        """Create the missing directories above the target."""
         missing: list[Path] = []
         nearest = self._target.parent
         while not nearest.exists():
@@ -192,14 +192,14 @@ class OutputDirectory:
                 hint="write to a file system that supports locks (flock) and copy the result",
             ) from error
 
-    def _not_ours(self, what: str) -> OutputError:
+    def _not_ours(self, problem: str) -> OutputError:
         return OutputError(
-            f"{self._partial} {what}, so it is left alone",
+            f"{self._partial} {problem}, so it is left alone",
             hint="move it away, or choose another output directory",
         )
 
     def _is_replacing(self) -> bool:
-        """Whether publishing replaces a checkpoint; refuses a target that must stay."""
+        """Return whether publishing replaces something; refuse a target that must stay."""
         try:
             mode = self._target.lstat().st_mode
         except FileNotFoundError:
@@ -244,7 +244,7 @@ class OutputDirectory:
         raise OutputError(message, hint="free some space, or write to another disk")
 
     def _recover(self) -> None:
-        """Put an interrupted replacement right, then delete what is unfinished."""
+        """Complete or undo an interrupted replacement, then delete what is unfinished."""
         own = {MARKER, self._unfinished.name, self._replaced.name}
         for name in _names(self._partial):
             if name not in own:
@@ -280,7 +280,7 @@ class OutputDirectory:
         self._release()
 
     def _release(self) -> None:
-        """Remove the partial directory and give the lock back."""
+        """Remove the partial directory and release the lock."""
         assert self._lock is not None
         try:
             self._recover()
@@ -294,7 +294,7 @@ class OutputDirectory:
             self._partial.rmdir()
 
     def _abandon(self) -> None:
-        """Remove what this run created, as far as possible; what stays is for the next run."""
+        """Remove what this run created, as far as possible; the next run removes the rest."""
         if self._lock is not None:
             with suppress(OSError, OutputError):
                 self._release()
@@ -303,7 +303,7 @@ class OutputDirectory:
                 directory.rmdir()
 
     def _is_ours(self, error: OSError) -> bool:
-        """Whether an error from the block is about writing the output, as far as it says."""
+        """Return whether an error from the block is about writing the output."""
         if error.errno not in REASONS:
             return False
         # A failing write() names no file; a failing open() does, and it may be of the source.
@@ -312,7 +312,7 @@ class OutputDirectory:
         return (Path.cwd() / os.fsdecode(error.filename)).is_relative_to(self._unfinished)
 
     def _failure(self, error: OSError) -> OutputError:
-        """Say what failed and what is left; called after ``_abandon``."""
+        """Explain what failed and what is left; called after ``_abandon``."""
         if self._published:
             return OutputError(
                 f"{self._target} is complete, but finishing failed: {reason(error)}",
@@ -337,7 +337,7 @@ def _human(size: int) -> str:
 
 
 def _names(directory: Path) -> list[str]:
-    """The entries of a directory that another run may remove at any moment."""
+    """List a directory that another run may remove at any moment."""
     try:
         return sorted(entry.name for entry in directory.iterdir())
     except FileNotFoundError:
@@ -345,7 +345,7 @@ def _names(directory: Path) -> list[str]:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the open file is still the one at ``path``."""
+    """Return whether the open file is still the one at ``path``."""
     try:
         return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Regular files: opened without surprises, read at an offset, noticed when they change."""
+"""Regular files: opened without waiting, read at an offset, checked for changes."""
 
 from __future__ import annotations
 
@@ -12,30 +12,24 @@ from typing import NamedTuple
 from phireg.errors import SourceError
 
 MAX_LISTED = 5
-"""How many defects or names one message spells out before it only counts."""
+"""Number of defects or names that one message spells out before it only counts."""
 
 
 class Stamp(NamedTuple):
-    """What tells one state of a file from another: size in bytes, modification time in ns."""
+    """The state of a file: size in bytes, modification time in ns."""
 
     size: int
     mtime_ns: int
 
 
 def stamp_of(fd: int) -> Stamp:
-    """The stamp of an open file."""
+    """Return the stamp of an open file."""
     status = os.fstat(fd)
     return Stamp(status.st_size, status.st_mtime_ns)
 
 
 def open_regular(path: Path) -> int:
-    """Open a regular file for reading; symbolic links are followed.
-
-    Args:
-        path: the file.
-
-    Returns:
-        A file descriptor, which the caller closes.
+    """Open a regular file for reading and return its descriptor; symbolic links are followed.
 
     Raises:
         SourceError: there is no such file, it is not a regular file, or it may not be read.
@@ -67,13 +61,7 @@ def open_regular(path: Path) -> int:
 
 
 def read_into(fd: int, path: Path, offset: int, view: memoryview) -> None:
-    """Fill a writable byte view from a file at an absolute offset.
-
-    Args:
-        fd: the open file; its own position is neither used nor moved.
-        path: the file's name, for messages.
-        offset: where to start, in bytes.
-        view: one-dimensional writable view of bytes.
+    """Fill a writable byte view from a file at an absolute offset; ``path`` is for messages.
 
     Raises:
         SourceError: the file ends before the view is full, or reading it fails.
@@ -90,7 +78,8 @@ def read_into(fd: int, path: Path, offset: int, view: memoryview) -> None:
         if count == 0:
             raise SourceError(
                 f"{path}: the file ends at byte {offset + done}, "
-                f"{len(view) - done} bytes before the end of what was asked for"
+                f"{len(view) - done} bytes too early",
+                hint="the file is damaged or incomplete; download it again",
             )
         done += count
 
@@ -103,10 +92,10 @@ def read_bytes(fd: int, path: Path, offset: int, count: int) -> bytes:
 
 
 def check_unchanged(fd: int, path: Path, stamp: Stamp) -> None:
-    """Refuse a file that is no longer in the state in which it was described.
+    """Refuse a file that changed since it had ``stamp``.
 
     Raises:
-        SourceError: size or modification time differ from ``stamp``.
+        SourceError: it did.
     """
     if stamp_of(fd) != stamp:
         raise SourceError(
@@ -116,14 +105,7 @@ def check_unchanged(fd: int, path: Path, stamp: Stamp) -> None:
 
 
 def disguise(head: bytes) -> tuple[str, str] | None:
-    """Say what a file is that is not what its name promises.
-
-    Args:
-        head: the first bytes of the file (64 are enough).
-
-    Returns:
-        A description and a hint, or None when the bytes look like none of the known mix-ups.
-    """
+    """Return what a file really is, and a hint, where its first 64 bytes are a known mix-up."""
     text = head.lstrip()[:64].lower()
     if head.startswith(b"version https://git-lfs"):
         return (
@@ -158,7 +140,7 @@ def listed(items: Iterable[str], total: int, limit: int = MAX_LISTED) -> str:
 
 
 def bullets(defects: list[str], limit: int = MAX_LISTED) -> str:
-    """Lay out defects one per line; past ``limit`` they are only counted."""
+    """List defects one per line; past ``limit`` they are only counted."""
     lines = [f"\n  - {defect}" for defect in defects[:limit]]
     if len(defects) > limit:
         lines.append(f"\n  ... and {len(defects) - limit} more")

@@ -1,4 +1,4 @@
-"""From the name of a model to its directory: a local path, or a Hugging Face Hub repository."""
+"""The directory of a model: a local path, or a download from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def resolve_model_dir(model_dir: str, revision: str | None) -> tuple[Path, str |
     that has no safetensors. Without a network the Hugging Face cache is used.
 
     Args:
-        model_dir: a local directory (which wins), or ``owner/name`` on the Hugging Face Hub.
+        model_dir: a local directory (preferred), or ``owner/name`` on the Hugging Face Hub.
         revision: branch, tag or commit on the hub.
 
     Returns:
@@ -31,8 +31,7 @@ def resolve_model_dir(model_dir: str, revision: str | None) -> tuple[Path, str |
 
     Raises:
         UsageError: a revision was given for a local directory.
-        SourceError: there is no such directory or repository, it is a file, or it cannot be
-            downloaded.
+        SourceError: there is no such directory or repository, or it cannot be downloaded.
     """
     path = Path(model_dir)
     if model_dir.startswith("~"):

@@ -1,4 +1,4 @@
-"""The index of a sharded checkpoint: which shard holds which tensor, according to its publisher."""
+"""The index of a sharded checkpoint, which names the shard of every tensor."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ShardIndex:
 
     Attributes:
         path: the index file.
-        weight_map: tensor name to shard name; read-only. Every shard name is a plain relative
-            path that stays, by its text, inside the directory of the index.
+        weight_map: tensor name to shard name; read-only. Shard names are plain relative paths
+            that stay inside the directory of the index.
         total_size: ``metadata.total_size`` in bytes, or None where it is absent or no integer.
     """
 
@@ -37,14 +37,11 @@ class ShardIndex:
 
 
 def read_index(path: Path, suffix: str) -> ShardIndex:
-    """Read an index and check everything that needs no shard.
-
-    Args:
-        path: ``model.safetensors.index.json`` or ``pytorch_model.bin.index.json``.
-        suffix: what every shard name must end with: ``.safetensors`` or ``.bin``.
+    """Read ``model.safetensors.index.json`` or the like, and check what needs no shard.
 
     Raises:
-        SourceError: the file is not such an index; all defects found are reported together.
+        SourceError: the file is not such an index (all defects together), or a shard name does
+            not end with ``suffix``.
     """
     document = read_json_object(path)
     weight_map = document.get("weight_map")
@@ -62,16 +59,12 @@ def read_index(path: Path, suffix: str) -> ShardIndex:
 
 
 def missing_shards(index: ShardIndex) -> list[str]:
-    """The shards that the index names and the directory does not have."""
+    """Return the shards that the index names and the directory does not have."""
     return [name for name in index.shards if not os.access(index.path.parent / name, os.F_OK)]
 
 
 def shard_defects(index: ShardIndex, held: Mapping[str, Collection[str]]) -> list[str]:
-    """Compare the index with what the shards hold.
-
-    Args:
-        index: the index.
-        held: for each shard that could be read, the names of its tensors.
+    """Compare the index with the names of the tensors in each shard that could be read.
 
     Returns:
         One line per shard and kind of disagreement: tensors listed but absent, present but not
@@ -102,7 +95,7 @@ def shard_defects(index: ShardIndex, held: Mapping[str, Collection[str]]) -> lis
 
 
 def index_error(path: Path, defects: list[str], hint: str | None = None) -> SourceError:
-    """The error that reports every defect found through an index."""
+    """Return the error that reports defects of an index and its shards."""
     return SourceError(
         f"{path}: the index and its shards cannot be used:{bullets(defects, 20)}",
         hint=hint or "download the model again; every file of it must come from the same revision",
@@ -121,7 +114,7 @@ def _map_defects(weight_map: dict[str, Any], suffix: str) -> Iterator[str]:
 
 
 def _name_defect(name: str, suffix: str) -> str | None:
-    """Why a shard name is refused, judged by its text alone.
+    """Return what is wrong with the text of a shard name.
 
     Links are not resolved: the Hugging Face cache keeps snapshots as links to blobs elsewhere.
     """

@@ -1,4 +1,4 @@
-"""A source model directory as data: which tensors it holds, and reading their bytes."""
+"""A Hugging Face model directory as data: its tensors, and reading their bytes."""
 
 from __future__ import annotations
 
@@ -33,11 +33,6 @@ class Reader:
 
     def read_into(self, tensor: SourceTensor, start: int, view: memoryview) -> None:
         """Fill a view with bytes ``[start, start + len(view))`` of a tensor in row-major order.
-
-        Args:
-            tensor: one of the source's tensors.
-            start: first byte, counted from the start of the tensor.
-            view: one-dimensional writable view of bytes.
 
         Raises:
             SourceError: the file ended early, changed since it was opened as a source, or could
@@ -101,7 +96,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """A way in which Hugging Face checkpoints store weights."""
+    """A format in which Hugging Face checkpoints store weights."""
 
     single: str
     suffix: str
@@ -145,8 +140,8 @@ def open_source(directory: Path, revision: str | None = None) -> Source:
         revision: the hub commit the directory was resolved from.
 
     Raises:
-        SourceError: there is no such directory, it holds something else (the message says what),
-            or the index and the files do not agree (all such defects in one message).
+        SourceError: there is no such directory, it is not a Hugging Face model, or the index and
+            the files do not agree (all such defects in one message).
     """
     names = _entries(directory)
     for format_ in _FORMATS:

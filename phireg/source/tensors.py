@@ -1,4 +1,4 @@
-"""What a weights file holds: its tensors, and where their bytes lie."""
+"""The content of a weights file: its tensors, and where their bytes lie."""
 
 from __future__ import annotations
 
