@@ -28,23 +28,23 @@ LONG_ROPE_TYPES = ("longrope", "su")
 
 
 def in_rope(key: str) -> tuple[str, ...]:
-    """The dotted spellings of a key of the rope block."""
+    """Return the dotted spellings of a key of the rope block."""
     return tuple(f"{block}.{key}" for block in BLOCKS)
 
 
-def _stated_rope_types(hf: HFConfig) -> dict[str, str]:
-    """The rope type under every spelling; transformers 4.43 and later write two in one block."""
+def _rope_types(hf: HFConfig) -> dict[str, str]:
+    """Return the type under every spelling; transformers 4.43 and later write two in a block."""
     keys = (*in_rope("rope_type"), *in_rope("type"))
     return {key: str(hf.get(key)) for key in keys if hf.has(key)}
 
 
 def rope_type(hf: HFConfig) -> str:
-    """The source's rope type; ``default`` when it names none."""
-    return next(iter(_stated_rope_types(hf).values()), "default")
+    """Return the source's rope type; ``default`` if it names none."""
+    return next(iter(_rope_types(hf).values()), "default")
 
 
 def is_long_rope(hf: HFConfig) -> bool:
-    """Whether the rope block says long rope, whatever the context length is."""
+    """Return whether the rope block says long rope, whatever the context length is."""
     return rope_type(hf) in LONG_ROPE_TYPES
 
 
@@ -52,14 +52,17 @@ def supported_rope(*types: str) -> Entry:
     """Refuse a rope type other than ``types``, types that disagree, and factors without a type."""
 
     def problem(_: Fields, hf: HFConfig) -> str | None:
-        stated = _stated_rope_types(hf)
-        if len({"longrope" if name in LONG_ROPE_TYPES else name for name in stated.values()}) > 1:
-            listed = ", ".join(f"{key} is '{name}'" for key, name in stated.items())
+        types_by_key = _rope_types(hf)
+        if (
+            len({"longrope" if name in LONG_ROPE_TYPES else name for name in types_by_key.values()})
+            > 1
+        ):
+            listed = ", ".join(f"{key} is '{name}'" for key, name in types_by_key.items())
             return f"names different rope types: {listed}"
-        found = rope_type(hf)
-        if found not in types:
-            return f"rope type '{found}' is not supported; supported: {', '.join(types)}"
-        if found == "default" and any(
+        actual = rope_type(hf)
+        if actual not in types:
+            return f"rope type '{actual}' is not supported; supported: {', '.join(types)}"
+        if actual == "default" and any(
             hf.has(key) for name in ("short_factor", "long_factor") for key in in_rope(name)
         ):
             return "has rope factors but no rope type; say 'longrope' if that is meant"
@@ -69,7 +72,7 @@ def supported_rope(*types: str) -> Entry:
 
 
 def dimensions(**aliases: str) -> tuple[Entry, ...]:
-    """hidden_size, num_hidden_layers, num_attention_heads, head_size and vocab_size.
+    """Read hidden_size, num_hidden_layers, num_attention_heads, head_size and vocab_size.
 
     Args:
         aliases: another spelling of a source key, by the usual one (``hidden_size="n_embd"``).
@@ -81,11 +84,11 @@ def dimensions(**aliases: str) -> tuple[Entry, ...]:
 
     def head_size(fields: Fields, hf: HFConfig) -> int:
         hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
-        stated = hf.get("head_dim")
-        if isinstance(stated, int) and not isinstance(stated, bool) and 0 < stated <= 2**16:
-            return stated
-        if stated is not None:
-            raise ConfigError(f"head_dim is {stated!r}: expected a whole number above zero")
+        if (head_dim := hf.get("head_dim")) is not None:
+            try:
+                return int(integer(1, 2**16)(head_dim))
+            except ValueError as error:
+                raise ConfigError(f"head_dim is {head_dim!r}: {error}") from None
         if hidden % heads:
             raise ConfigError(f"hidden_size {hidden} cannot be divided by {heads} heads")
         return int(hidden // heads)
@@ -101,7 +104,7 @@ def dimensions(**aliases: str) -> tuple[Entry, ...]:
 
 
 def grouped_heads(*aliases: str) -> tuple[Entry, ...]:
-    """num_key_value_heads, which must divide the attention heads.
+    """Read num_key_value_heads, which must divide the attention heads.
 
     Args:
         aliases: other spellings of the source key.
@@ -123,22 +126,22 @@ def grouped_heads(*aliases: str) -> tuple[Entry, ...]:
 
 
 def long_rope_factors(original: Entry) -> tuple[Entry, ...]:
-    """The long-rope fields. Their presence is what switches TensorRT-LLM's model to long rope.
+    """Read the long-rope fields, whose presence switches TensorRT-LLM's model to long rope.
 
     Args:
         original: the entry that produces ``original_max_position_embeddings``.
     """
 
     def fits(fields: Fields, _: HFConfig) -> str | None:
-        wanted = fields["rotary_embedding_dim"] // 2
-        found = {
-            name: len(fields[f"longrope_scaling_{name}_factors"]) for name in ("short", "long")
-        }
-        if set(found.values()) == {wanted}:
+        frequencies = fields["rotary_embedding_dim"] // 2
+        short, long = (
+            len(fields[f"longrope_scaling_{name}_factors"]) for name in ("short", "long")
+        )
+        if short == long == frequencies:
             return None
         return (
-            f"has {found['short']} short and {found['long']} long factors, "
-            f"not one for each of {wanted} rotary frequencies"
+            f"has {short} short and {long} long factors, "
+            f"not one for each of {frequencies} rotary frequencies"
         )
 
     return (
@@ -151,20 +154,20 @@ def long_rope_factors(original: Entry) -> tuple[Entry, ...]:
 
 
 def long_rope_scale(maximum: int, original: int) -> float:
-    """The factor on cos and sin when the config states none: sqrt(1 + ln(s) / ln(original))."""
+    """Return the default factor on cos and sin: sqrt(1 + ln(maximum/original) / ln(original))."""
     ratio = maximum / original
     return 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(original))
 
 
 def rotary_base(*keys: str, default: float) -> Entry:
-    """Theta, under every spelling; readers call it ``rotary_base``."""
+    """Read theta under every spelling; readers call it ``rotary_base``."""
     return field(
         "rope_parameters.rope_theta", *keys, to="rotary_base", kind=positive, default=default
     )
 
 
 def rotary_dim(fields: Fields, _: HFConfig) -> int:
-    """Number of rotated dimensions of a head, as readers compute it: int(head_size * rotary_pct).
+    """Compute the rotated dimensions of a head as readers do: int(head_size * rotary_pct).
 
     Raises:
         ConfigError: it is odd or not within the head.
@@ -181,7 +184,7 @@ def rotary_dim(fields: Fields, _: HFConfig) -> int:
 
 
 def same_as(source: str, to: str) -> Entry:
-    """Write ``to`` with the value of ``source``: another reader release knows it by that name."""
+    """Write ``to`` with the value of ``source``, for releases of readers that use that name."""
 
     def value(fields: Fields, _: HFConfig) -> Any:
         return fields[source]
@@ -207,40 +210,20 @@ BOOKKEEPING = (
     ignore("architectures", "model_type", "auto_map", why="names the source's own code"),
     ignore("torch_dtype", "dtype", why="read with --dtype auto"),
     ignore(
-        "_name_or_path",
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "transformers_version",
-        "unsloth_version",
-        "unsloth_fixed",
+        *("_name_or_path", "_attn_implementation", "_attn_implementation_autoset"),
+        *("transformers_version", "unsloth_version", "unsloth_fixed"),
         why="tells how the file was made",
     ),
     ignore(
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "use_cache",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "num_labels",
-        "cross_attention_hidden_size",
-        "torchscript",
-        "pretraining_tp",
+        *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "output_attentions"),
+        *("output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder"),
+        *("id2label", "label2id", "problem_type", "num_labels", "cross_attention_hidden_size"),
+        *("torchscript", "pretraining_tp"),
         why="concerns generation or another task",
     ),
     ignore(
-        "attention_dropout",
-        "attn_pdrop",
-        "embd_pdrop",
-        "resid_pdrop",
-        "initializer_range",
-        "gradient_checkpointing",
+        *("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
+        *("initializer_range", "gradient_checkpointing"),
         why="training only",
     ),
 )

@@ -102,7 +102,7 @@ class _Run:
         self.where = outer
 
     def compute(self, subject: str, function: Callable[[], Any]) -> Any:
-        """Return the result of ``function``, or ``_SKIPPED`` after noting or reporting a failure."""
+        """Return the result of ``function``; ``_SKIPPED`` after noting or reporting a failure."""
         try:
             return function()
         except KeyError as lacking:
