@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from phireg.conversion.convert import convert as convert
     from phireg.conversion.convert import quantize as quantize
     from phireg.errors import PhiregError as PhiregError
-    from phireg.executor.sampling import Sampling as Sampling
+    from phireg.executor.decoder import Sampling as Sampling
     from phireg.generation.backend import Options as Options
     from phireg.generation.generate import Completion as Completion
     from phireg.generation.generate import generate as generate
@@ -47,7 +47,7 @@ _MODULES = {
     "checkpoint.inspect": ("Inspection", "inspect"),
     "conversion.convert": ("Converted", "convert", "quantize"),
     "errors": ("PhiregError",),
-    "executor.sampling": ("Sampling",),
+    "executor.decoder": ("Sampling",),
     "generation.backend": ("Options",),
     "generation.generate": ("Completion", "generate"),
     "planning.model": ("Plan",),

@@ -3,9 +3,9 @@
 It shares no code with what writes checkpoints: what it computes is evidence about them.
 """
 
+from phireg.executor.decoder import Sampling
 from phireg.executor.generate import generate, stream
 from phireg.executor.model import Executor, load
-from phireg.executor.sampling import Sampling
 from phireg.reader.spec import ModelSpec, read_spec
 
 __all__ = ["ModelSpec", "Executor", "Sampling", "generate", "load", "read_spec", "stream"]

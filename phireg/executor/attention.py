@@ -1,7 +1,8 @@
-"""Which attention a layer gets: of a whole prompt, or of one new token over a cache.
+"""The attention of a layer: of a whole prompt, or of one new token over a cache.
 
 A batch's rows are padded on the left, so that they end together: row b's first real token lies in
-slot ``pads[b]``. Positions, for the block-sparse mask too, count from there.
+slot ``pads[b]``. Positions, of the block-sparse mask too, count from there. Heads of the mask count
+from the model's first head: with a rank's own numbers it would be another model at TP 8.
 """
 
 from __future__ import annotations
@@ -15,21 +16,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from phireg.executor import blocks, blocksparse
+from phireg.executor import blocks
 from phireg.executor.blocks import Attend
 from phireg.reader.spec import BlockSparse, ModelSpec
 
-# Block sizes that the kernel of prompts takes are multiples of this.
-SPARSE_TILE = 64
-
 # (first, last, keys) -> bool that broadcasts to [B, H, last - first, keys]
 Mask: TypeAlias = Callable[[int, int, int], Tensor]
-
-
-def rank_heads(spec: ModelSpec, rank: int, device: torch.device) -> Tensor:
-    """Global numbers of a rank's query heads, int64 [H]."""
-    first = rank * spec.rank_heads
-    return torch.arange(first, first + spec.rank_heads, device=device)
 
 
 def prompt_attention(
@@ -40,13 +32,12 @@ def prompt_attention(
     pads: Sequence[int],
     device: torch.device,
 ) -> Attend:
-    """Attention among the ``length`` slots of a batch of prompts, for one rank's heads.
+    """Return the attention among the ``length`` slots of a batch of prompts, for one rank's heads.
 
     ``pads`` may be empty when no row is padded.
     """
-    scale, pattern = spec.attention_scale, spec.sparse
-    sparse = spec.is_sparse(layer)
-    if pattern is None or not sparse or blocksparse.always_dense(pattern, length):
+    scale, pattern, sparse = spec.attention_scale, spec.sparse, spec.is_sparse(layer)
+    if pattern is None or not sparse or always_dense(pattern, length):
         if not any(pads):
             return lambda query, key, value: blocks.causal_attention(query, key, value, scale)
         sparse = False
@@ -62,19 +53,59 @@ def prompt_attention(
     return lambda query, key, value: blocks.masked_attention(query, key, value, scale, mask)
 
 
+def slot_mask(spec: ModelSpec, sparse: bool, rank: int, pads: Tensor) -> Mask:
+    """Return the mask of a dense or block-sparse layer between slots, for one rank's heads."""
+    first_head = rank * spec.rank_heads
+    heads = torch.arange(first_head, first_head + spec.rank_heads, device=pads.device)
+
+    def mask(first: int, last: int, keys: int) -> Tensor:
+        slots = torch.arange(keys, device=pads.device)
+        key = slots - pads[:, None, None, None]
+        query = key[..., first:last].transpose(2, 3)
+        seen = key <= query
+        if sparse and spec.sparse is not None:
+            seen = visible(spec.sparse, query, key, heads[:, None, None])
+        # Padding sees itself, because softmax over nothing has no value.
+        return (seen & (key >= 0)) | (query == key)
+
+    return mask
+
+
+def visible(pattern: BlockSparse, query: Tensor, key: Tensor, head: Tensor) -> Tensor:
+    """Return whether a query sees a key under Phi-3-small's block-sparse mask.
+
+    ``query`` and ``key`` are int64 positions and ``head`` global head numbers; the three broadcast
+    against each other.
+    """
+    query_block = query // pattern.block_size
+    key_block = key // pattern.block_size
+    local = query_block - key_block < pattern.num_local_blocks
+    stripe = (key_block + head * pattern.head_step + 1) % pattern.vertical_stride == 0
+    return (key <= query) & (local | stripe)
+
+
+def always_dense(pattern: BlockSparse, length: int) -> bool:
+    """Return whether the mask is plain causal for every sequence of so many tokens or fewer."""
+    return length <= pattern.block_size * pattern.num_local_blocks
+
+
 def can_skip(pattern: BlockSparse, device: torch.device) -> bool:
-    """Whether prompts go through the kernel that reads no tile which a query cannot see."""
-    return has_kernels(device) and pattern.block_size % SPARSE_TILE == 0
+    """Return whether prompts go through the kernel that reads no tile which a query cannot see."""
+    if not has_kernels(device):
+        return False
+    from phireg.executor.cuda.launch import SPARSE_TILE
+
+    return pattern.block_size % SPARSE_TILE == 0
 
 
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Where a GPU is the current one: Triton launches on that, whatever its tensors lie on."""
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one: Triton launches on that, whatever its tensors lie on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @functools.cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether the kernels of ``launch`` run there, which the first call finds out.
+    """Return whether the kernels of ``executor.cuda`` run there; the first call builds one.
 
     PyTorch's CUDA builds bring Triton on Linux; it needs a C compiler and Python's headers. Without
     them one warning says so, and everything is computed one operation at a time.
@@ -84,7 +115,7 @@ def has_kernels(device: torch.device) -> bool:
     try:
         from phireg.executor.cuda import launch
 
-        with on(device):
+        with current_device(device):
             launch.activate("gelu_tanh", torch.zeros(1, 16, device=device), None)
     except Exception as error:  # Triton's own errors, and those of the compiler it calls
         reason = " ".join(str(error).split())
@@ -96,20 +127,3 @@ def has_kernels(device: torch.device) -> bool:
         )
         return False
     return True
-
-
-def slot_mask(spec: ModelSpec, sparse: bool, rank: int, pads: Tensor) -> Mask:
-    """The mask of a dense or block-sparse layer between slots, for one rank's heads."""
-    heads = rank_heads(spec, rank, pads.device)
-
-    def mask(first: int, last: int, keys: int) -> Tensor:
-        slots = torch.arange(keys, device=pads.device)
-        key = slots - pads[:, None, None, None]
-        query = key[..., first:last].transpose(2, 3)
-        seen = key <= query
-        if sparse and spec.sparse is not None:
-            seen = blocksparse.visible(spec.sparse, query, key, heads[:, None, None])
-        # Padding sees itself, because softmax over nothing has no value.
-        return (seen & (key >= 0)) | (query == key)
-
-    return mask

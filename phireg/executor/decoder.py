@@ -3,17 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from phireg.executor import attention as attend
-from phireg.executor import blocks
+from phireg.errors import UsageError
+from phireg.executor import attention, blocks
 from phireg.executor.blocks import Attend, AttendCache, Cache, Rotary
-from phireg.executor.cuda.graph import capture
 from phireg.executor.model import Executor
-from phireg.executor.sampling import Sampling, choose
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen from its logits: greedily, or drawn at random.
+
+    Attributes:
+        temperature: the logits are divided by this; 0 takes the most likely token, always.
+        top_k: draw among so many most likely tokens; 0 is all.
+        top_p: of these, among the fewest that hold this probability together; 1 is all.
+        seed: the same seed, batch and device draw the same tokens.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
+            raise UsageError(
+                f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}: "
+                "one is out of range",
+                hint="temperature and top_k are 0 or more, top_p is above 0 and at most 1",
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Nothing is drawn."""
+        return self.temperature == 0
+
+
+def choose(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
+    """Return the next token of every row, without leaving the device.
+
+    Args:
+        logits: float32 [batch, vocab_size].
+        sampling: how to choose.
+        noise: float32 [batch, vocab_size], drawn from the exponential distribution with mean 1;
+            the largest p / noise is a token drawn with probability p. Unused when greedy.
+
+    Returns:
+        int64 [batch].
+    """
+    if sampling.greedy:
+        return logits.argmax(dim=-1)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probability = logits.softmax(dim=-1)
+    if sampling.top_p < 1:
+        ordered, order = probability.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered  # what the more likely tokens hold together
+        kept = ordered.masked_fill(before >= sampling.top_p, 0)
+        probability = torch.zeros_like(probability).scatter(-1, order, kept)
+    return (probability / noise).argmax(dim=-1)
 
 
 class Decoder:
@@ -77,13 +133,13 @@ class Decoder:
 
     def prefill(self, prompts: Sequence[Sequence[int]], seed: int) -> None:
         """Fill the cache with prompts and choose each row's first token, into ``token``."""
-        with torch.no_grad(), attend.on(self.executor.device):
+        with torch.no_grad(), attention.current_device(self.executor.device):
             self._random.manual_seed(seed)
             self._prefill(prompts)
 
     def step(self) -> None:
         """Put ``token`` into the cache and choose the next one, without waiting for a GPU."""
-        with torch.no_grad(), attend.on(self.executor.device):
+        with torch.no_grad(), attention.current_device(self.executor.device):
             self._draw()
             if self._capturable and self._graph is None:
                 self._graph = self._captured()
@@ -117,7 +173,7 @@ class Decoder:
         cos, sin = (table[long][position][:, None] for table in self._tables)
         attends = [
             [
-                attend.prompt_attention(spec, layer, rank, length, pads, executor.device)
+                attention.prompt_attention(spec, layer, rank, length, pads, executor.device)
                 for rank in executor.ranks
             ]
             for layer in range(spec.num_layers)
@@ -140,6 +196,8 @@ class Decoder:
         self.token.copy_(choose(logits, self.sampling, self._noise))
 
     def _captured(self) -> Any:
+        from phireg.executor.cuda.graph import capture
+
         token, slot = self.token.clone(), self._slot.clone()
 
         def restore() -> None:
@@ -155,7 +213,7 @@ class Decoder:
     def _plain_step(self) -> None:
         spec = self.executor.spec
         masks = {
-            (sparse, rank): attend.slot_mask(spec, sparse, rank, self._pads)
+            (sparse, rank): attention.slot_mask(spec, sparse, rank, self._pads)
             for sparse in (False, True)
             for rank in self.executor.ranks
         }
@@ -251,7 +309,7 @@ def _of_prompt(inner: Attend, length: int) -> AttendCache:
     return attend_prompt
 
 
-def _extending(cache: Cache, slot: int, mask: attend.Mask, scale: float) -> Attend:
+def _extending(cache: Cache, slot: int, mask: attention.Mask, scale: float) -> Attend:
     """Attention of the token in ``slot`` over the slots up to it."""
 
     def attend_cache(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Experts in an MLP's place: which two a token gets, and what they compute."""
+"""A mixture of experts: which two a token gets, and what they compute."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional
 
 
 def route(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The experts of each token and their weights, as sparse mixer chooses at inference.
+    """Return each token's experts and their weights, as sparse mixer chooses at inference.
 
     The weight of the best expert is its share in a softmax over those whose score is near the best
     one: (best - score) / max(|score|, best) is at most 2 epsilon. The second is the best of the
@@ -16,7 +16,7 @@ def route(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 
     Args:
         scores: float32 [tokens, experts].
-        epsilon: half of what counts as near.
+        epsilon: half of the distance that counts as near.
 
     Returns:
         int64 and float32 [tokens, 2].
@@ -36,7 +36,7 @@ def route(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 def rank_mixture(
     first: int, fc: Tensor, proj: Tensor, x: Tensor, chosen: Tensor, weights: Tensor
 ) -> Tensor:
-    """What one rank's experts add up to; the sum over all ranks is the layer's output.
+    """Return the sum over one rank's experts; the sum over all ranks is the layer's output.
 
     Args:
         first: the number of the rank's first expert.
@@ -45,9 +45,6 @@ def rank_mixture(
         x: [tokens, h].
         chosen: int64 [tokens, 2], see ``route``.
         weights: float32 [tokens, 2].
-
-    Returns:
-        As ``x``.
     """
     total = torch.zeros_like(x)
     for index in range(len(fc)):
@@ -55,6 +52,6 @@ def rank_mixture(
         if not len(token):
             continue
         up, gate = functional.linear(x[token], fc[index]).chunk(2, dim=-1)
-        made = functional.linear(functional.silu(gate) * up, proj[index])
-        total.index_add_(0, token, (made * weights[token, place, None]).to(x.dtype))
+        output = functional.linear(functional.silu(gate) * up, proj[index])
+        total.index_add_(0, token, (output * weights[token, place, None]).to(x.dtype))
     return total

@@ -9,9 +9,8 @@ import torch
 
 from phireg.errors import UsageError
 from phireg.executor.attention import has_kernels
-from phireg.executor.decoder import Decoder
+from phireg.executor.decoder import Decoder, Sampling
 from phireg.executor.model import Executor
-from phireg.executor.sampling import Sampling
 
 _GREEDY = Sampling()
 # Caches have a multiple of so many slots, so that calls of about the same size share one.

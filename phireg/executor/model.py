@@ -17,7 +17,7 @@ from phireg.checkpoint.rankfiles import RankFile, RankFiles
 from phireg.dtypes import torch_dtype
 from phireg.errors import CheckError, UsageError
 from phireg.executor import blocks, quantized
-from phireg.executor.attention import on, prompt_attention
+from phireg.executor.attention import current_device, prompt_attention
 from phireg.executor.blocks import Attend, Rotary, Weights
 from phireg.reader.schemes import ROW_LINEARS
 from phireg.reader.spec import ModelSpec, read_spec
@@ -169,7 +169,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         Returns:
             float32 [batch, sequence, vocab_size].
         """
-        with torch.no_grad(), on(self.device):
+        with torch.no_grad(), current_device(self.device):
             length = input_ids.shape[1]
             ends = self.end_weights()
             x = self.embed(ends, input_ids)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_sources import phi3_small, relative_error, write_checkpoint
 
-from phireg.executor import blocksparse, load
-from phireg.executor.attention import prompt_attention
+from phireg.executor import load
+from phireg.executor.attention import always_dense, prompt_attention
 from phireg.executor.cuda import launch
 from phireg.reader.spec import BlockSparse
 
@@ -48,15 +48,17 @@ PATTERNS = {
 }
 
 
+@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
 @pytest.mark.parametrize("name", PATTERNS)
-def test_prompts_of_unequal_lengths(name, tmp_path):
+def test_prompts_of_unequal_lengths(name, device, tmp_path):
+    """Through the mask on a CPU, and through the mask or the kernel on a GPU."""
     model = phi3_small(hidden_size=64, num_attention_heads=8, num_key_value_heads=4)
     spec = dataclasses.replace(
         load(write_checkpoint(model, tmp_path, 2)).spec, sparse=PATTERNS[name]
     )
     length, pads = 290, (0, 37)
-    query, key, value = random_rows(2, 4, 2, length, 8)
-    got = prompt_attention(spec, 0, 1, length, pads, torch.device("cpu"))(query, key, value)
+    query, key, value = random_rows(2, 4, 2, length, 8, device)
+    got = prompt_attention(spec, 0, 1, length, pads, torch.device(device))(query, key, value)
     check(got, query, key, value, pads, PATTERNS[name], range(4, 8), spec.attention_scale)
 
 
@@ -86,11 +88,11 @@ def test_the_kernel_reads_no_block_that_is_not_seen():
     assert torch.equal(got, wanted)
 
 
-def random_rows(batch, heads, kv_heads, length, size):
+def random_rows(batch, heads, kv_heads, length, size, device=DEVICE):
     """Queries, keys and values as parts of one tensor, heads side by side, as a model has them."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(batch, length, heads + 2 * kv_heads, size, generator=generator)
-    query, key, value = rows.to(DEVICE).transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)
+    query, key, value = rows.to(device).transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)
     return query * 3, key, value
 
 
@@ -105,7 +107,7 @@ def check(got, query, key, value, pads, pattern, heads, scale):
 
 def test_short_prompts_and_dense_layers_are_plain_causal():
     pattern = PATTERNS["16"]
-    assert blocksparse.always_dense(pattern, 32)
+    assert always_dense(pattern, 32)
     assert whole_mask(pattern, [0], 32)[0].equal(torch.ones(32, 32).tril().bool())
-    assert not blocksparse.always_dense(pattern, 33)
+    assert not always_dense(pattern, 33)
     assert not whole_mask(pattern, [0], 33)[0].equal(torch.ones(33, 33).tril().bool())

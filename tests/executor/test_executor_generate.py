@@ -24,8 +24,7 @@ from phireg.errors import UsageError
 from phireg.executor import Sampling, generate, load, stream
 from phireg.executor.attention import has_kernels
 from phireg.executor.cuda import launch
-from phireg.executor.decoder import Decoder
-from phireg.executor.sampling import choose
+from phireg.executor.decoder import Decoder, choose
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

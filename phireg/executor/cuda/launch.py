@@ -15,12 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phireg.executor.attention import SPARSE_TILE
 from phireg.executor.blocks import Cache, Rotary
 from phireg.executor.cuda import kernels
 from phireg.reader.schemes import Grid
 from phireg.reader.spec import BlockSparse, ModelSpec
 
+# Block sizes that the kernel of prompts takes are multiples of this.
+SPARSE_TILE = 64
 _GATED = ("swiglu", "gegelu")
 _LOG2_E = math.log2(math.e)
 # Of one token's attention; twice as many or half as many are no faster on an H200.
@@ -247,7 +248,7 @@ def sparse_attention(
         query: [B, H, T, D], any strides but the last.
         key: [B, G, T, D], likewise.
         value: as ``key``.
-        pattern: the mask; its blocks are multiples of ``attend.SPARSE_TILE``.
+        pattern: the mask; its blocks are multiples of ``SPARSE_TILE``.
         pads: int64 [B], the slot of each row's first token, what is before it becomes 0; or None
             when no row is padded.
         first_head: global number of the first query head.
