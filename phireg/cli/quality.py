@@ -1,4 +1,4 @@
-"""A quantization report as text and as JSON."""
+"""A quality measurement as text and as JSON."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ _WORST = 8
 _LAYERS = 8
 
 
-def quality_text(found: Quality) -> str:
-    """The verdict, the worst linears, and the error behind some layers."""
+def quality_text(quality: Quality) -> str:
+    """Show the verdict, the worst linears, and the error behind some layers."""
     from phireg.quality.result import percent
 
-    layers = len(found.hidden)
+    layers = len(quality.hidden)
     step = max(1, -(-layers // _LAYERS))
     shown = sorted({*range(layers - 1, -1, -step), layers - 1})
-    hidden = ", ".join(f"{layer}: {percent(found.hidden[layer])}" for layer in shown)
+    hidden = ", ".join(f"{layer}: {percent(quality.hidden[layer])}" for layer in shown)
     rows = [
-        ("quality", found.verdict),
-        ("text", found.text.description),
+        ("quality", quality.verdict),
+        ("text", quality.text.description),
         ("hidden states", f"error behind layer {hidden}"),
     ]
-    worst = found.worst_first()[:_WORST]
+    worst = quality.worst_first()[:_WORST]
     return "\n".join(
         (
             columns(rows),
-            f"the worst {len(worst)} of {len(found.linears)} linears: errors, and SQNR in dB",
+            f"the worst {len(worst)} of {len(quality.linears)} linears: errors, and SQNR in dB",
             columns(_table(worst), indent=2, right=(1, 2, 3, 4, 5)),
         )
     )
@@ -44,22 +44,30 @@ def _table(worst: Sequence[LinearQuality]) -> list[tuple[str, ...]]:
     inputs = worst[0].activation is not None
     heads = ("", "weights", "SQNR")
     rows.append((*heads, *(("inputs", "SQNR", "saturated") if inputs else ()), "outliers"))
-    for one in worst:
-        cells = [f"layer {one.layer} {one.linear}", percent(one.weight), decibels(one.weight)]
+    for linear in worst:
+        cells = [
+            f"layer {linear.layer} {linear.linear}",
+            percent(linear.weight),
+            decibels(linear.weight),
+        ]
         if inputs:
-            cells += [percent(one.activation), decibels(one.activation), share(one.saturation)]
-        rows.append((*cells, times(one.outliers)))
+            cells += [
+                percent(linear.activation),
+                decibels(linear.activation),
+                share(linear.saturation),
+            ]
+        rows.append((*cells, times(linear.outliers)))
     return rows
 
 
-def quality_document(found: Quality) -> dict[str, Any]:
-    """What ``--json`` has under ``quality``."""
+def quality_document(quality: Quality) -> dict[str, Any]:
+    """Return the document that ``--json`` has under ``quality``."""
     from phireg.quality.result import sqnr
 
-    text = found.text
+    text = quality.text
     return {
-        "close": found.close,
-        "verdict": found.verdict,
+        "close": quality.close,
+        "verdict": quality.verdict,
         "text": text.origin,
         "rows": text.rows,
         "tokens": text.tokens,
@@ -68,18 +76,18 @@ def quality_document(found: Quality) -> dict[str, Any]:
         "unquantized_perplexity": text.unquantized_perplexity,
         "kl": text.kl,
         "top1": text.top1,
-        "hidden": found.hidden,
+        "hidden": quality.hidden,
         "linears": [
             {
-                "layer": one.layer,
-                "linear": one.linear,
-                "weight_error": one.weight,
-                "weight_sqnr": sqnr(one.weight),
-                "activation_error": one.activation,
-                "activation_sqnr": None if one.activation is None else sqnr(one.activation),
-                "saturation": one.saturation,
-                "outlier_ratio": one.outliers,
+                "layer": linear.layer,
+                "linear": linear.linear,
+                "weight_error": linear.weight,
+                "weight_sqnr": sqnr(linear.weight),
+                "activation_error": linear.activation,
+                "activation_sqnr": None if linear.activation is None else sqnr(linear.activation),
+                "saturation": linear.saturation,
+                "outlier_ratio": linear.outliers,
             }
-            for one in found.linears
+            for linear in quality.linears
         ],
     }

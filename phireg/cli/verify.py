@@ -1,4 +1,4 @@
-"""``phireg verify``: prove a checkpoint to be its source, or say where it is not."""
+"""``phireg verify``: compare a checkpoint with its source, and locate what differs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import phireg
 from phireg.cli.options import (
     Directory,
     check_file,
+    device_option,
     family_option,
     json_option,
     model_dir_option,
@@ -19,14 +20,13 @@ from phireg.cli.options import (
     report_option,
     revision_option,
 )
-from phireg.cli.output import ProgressBars, emit, emit_json, printable
+from phireg.cli.output import ProgressBars, Styled, columns, emit, emit_json, printable
 from phireg.errors import CheckError
 
 if TYPE_CHECKING:
-    from phireg.verification.result import Check, Problem, Verification
+    from phireg.verification.result import Check, Verification
 
 _MOST_PROBLEMS = 12
-_PIPE_WIDTH = 80
 
 
 @click.command()
@@ -35,7 +35,7 @@ _PIPE_WIDTH = 80
 @family_option
 @revision_option
 @click.option("--quick", is_flag=True, help="Stop before anything is computed.")
-@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda.")
+@device_option
 @click.option(
     "--dtype",
     type=click.Choice(("float32", "float16", "bfloat16")),
@@ -76,7 +76,7 @@ def command(
             "logits": bars.count("comparing logits", "layers"),
             "ranks": bars.count("comparing ranks", "layers"),
         }
-        found = phireg.verify(
+        verification = phireg.verify(
             checkpoint_dir,
             model_dir,
             checks=QUICK if quick else tuple(CHECKS),
@@ -87,91 +87,64 @@ def command(
         from phireg.report.page import write_page
         from phireg.report.verification import render_verification
 
-        write_page(render_verification(found), page)
+        write_page(render_verification(verification), page)
     if as_json:
-        emit_json(verification_document(found))
+        emit_json(verification_document(verification))
     else:
-        show_verification(found)
-    if not found.passed:
+        show_verification(verification)
+    if not verification.passed:
         raise click.exceptions.Exit(CheckError.exit_code)
 
 
-def verification_document(found: Verification) -> dict[str, Any]:
-    """What ``--json`` prints; docs/command-line.md describes it."""
+def verification_document(verification: Verification) -> dict[str, Any]:
+    """Return the document that ``--json`` prints; docs/command-line.md describes it."""
     import dataclasses
 
     logits = None
-    if found.logits is not None:
-        logits = dataclasses.asdict(found.logits)
+    if verification.logits is not None:
+        logits = dataclasses.asdict(verification.logits)
+        logits["wrong_places"] = verification.logits.wrong_places
         logits["places"] = [
             {"layer": layer, "part": part, "error": error}
-            for (layer, part), error in found.logits.places
+            for (layer, part), error in verification.logits.places
         ]
-        logits["wrong_places"] = found.logits.wrong_places
     return {
-        "checkpoint_dir": found.checkpoint_dir,
-        "model_dir": found.model_dir,
-        "family": found.family,
-        "passed": found.passed,
-        "checks": [dataclasses.asdict(check) for check in found.checks],
+        "checkpoint_dir": verification.checkpoint_dir,
+        "model_dir": verification.model_dir,
+        "family": verification.family,
+        "passed": verification.passed,
+        "checks": verification.checks,
         "logits": logits,
-        "provenance": dict(found.provenance),
+        "provenance": dict(verification.provenance),
     }
 
 
-def show_verification(found: Verification) -> None:
+def show_verification(verification: Verification) -> None:
     """Print the table of checks and the verdict."""
-    import io
-    import shutil
-    import sys
-
-    from rich.console import Console
-    from rich.padding import Padding
-    from rich.table import Table
-    from rich.text import Text
-
-    terminal = sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if terminal else _PIPE_WIDTH
-    styles = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for check in found.checks:
-        table.add_row(
-            Text(check.name), Text(check.verdict, styles[check.verdict]), Text(check.summary)
-        )
-        for line, style in _lines(check):
-            indent = len(line) - len(line.lstrip())
-            table.add_row("", "", Padding(Text(printable(line.lstrip()), style), (0, 0, 0, indent)))
-    last = ("verified", "green") if found.passed else ("not verified", "bold red")
-    text = io.StringIO()
-    console = Console(file=text, width=width, force_terminal=terminal, highlight=False)
-    console.print(table)
-    console.print(Text(f"{printable(found.checkpoint_dir)}: {last[0]}{_limits(found)}", last[1]))
-    lines = (line.rstrip() for line in text.getvalue().splitlines())
-    if terminal:
-        click.echo("\n".join(lines))  # with its colours; names in it were made printable
-    else:
-        emit("\n".join(lines))
+    rows = [row for check in verification.checks for row in _rows(check)]
+    verdict = Styled("verified", fg="green")
+    if not verification.passed:
+        verdict = Styled("not verified", fg="red", bold=True)
+    elif verification.unchecked:
+        missing = ", ".join(verification.unchecked)
+        verdict = Styled(f"verified, but not checked: {missing}", fg="green")
+    name = printable(verification.checkpoint_dir)
+    emit(f"{columns(rows)}\n{name}: {click.style(verdict, **verdict.style)}", styled=True)
 
 
-def _lines(check: Check) -> Iterator[tuple[str, str]]:
+def _rows(check: Check) -> Iterator[tuple[str, str, str]]:
+    styles: dict[str, dict[str, Any]] = {
+        "passed": {"fg": "green"},
+        "failed": {"fg": "red", "bold": True},
+        "skipped": {"fg": "yellow"},
+    }
+    yield check.name, Styled(check.verdict, **styles[check.verdict]), printable(check.summary)
     for problem in check.problems[:_MOST_PROBLEMS]:
-        yield from _problem(problem)
+        yield "", "", Styled(printable(problem.where), fg="red")
+        yield "", "", f"  {printable(problem.text)}"
+        if problem.hint:
+            yield "", "", Styled(f"  {printable(problem.hint)}", dim=True)
     if len(check.problems) > _MOST_PROBLEMS:
-        yield f"and {len(check.problems) - _MOST_PROBLEMS} more; --json has all", ""
+        yield "", "", f"and {len(check.problems) - _MOST_PROBLEMS} more; --json has all"
     for note in check.notes:
-        yield f"note: {note}", "dim"
-
-
-def _problem(problem: Problem) -> Iterator[tuple[str, str]]:
-    yield problem.where, "red"
-    yield f"  {problem.text}", ""
-    if problem.hint:
-        yield f"  {problem.hint}", "dim"
-
-
-def _limits(found: Verification) -> str:
-    missing = ", ".join(found.unchecked)
-    return f", but not checked: {missing}" if missing and found.passed else ""
+        yield "", "", Styled(f"note: {printable(note)}", dim=True)

@@ -12,7 +12,7 @@ from phireg.executor import Executor, blocks
 from phireg.executor.attention import prompt_attention
 from phireg.quality.linears import LinearMeter
 from phireg.quality.result import LinearQuality
-from phireg.verification.measure import divergence
+from phireg.verification.layers import divergence
 
 LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
 """Of every layer, in the order of the computation."""

@@ -44,25 +44,22 @@ def structure_problems(
         config: config.json. Tensors of algorithms and architectures unknown here are not judged.
         ranks: each rank file's tensors; an empty one, whose defect is known, is passed over.
     """
-    problems = [("config.json", problem) for problem in _config_problems(config)]
-    try:
-        deviations = list(_deviations(config, ranks))
-    except CheckError as error:
-        return problems or [("config.json", error.message.removeprefix("config.json: "))]
-    return problems + [(where, what) for where, what, harmless in deviations if not harmless]
+    findings = structure_findings(config, ranks)
+    return [(where, what) for where, what, harmless in findings if not harmless]
 
 
-def structure_notes(
+def structure_findings(
     config: Mapping[str, Any], ranks: Sequence[Mapping[str, Kind]]
-) -> list[tuple[str, str]]:
-    """List what the reader accepts although phireg writes it otherwise, as (where, what).
+) -> list[tuple[str, str, bool]]:
+    """List (where, what, harmless): the reader accepts a harmless deviation.
 
     Arguments are those of :func:`structure_problems`.
     """
+    problems = [("config.json", problem, False) for problem in _config_problems(config)]
     try:
-        return [(where, what) for where, what, harmless in _deviations(config, ranks) if harmless]
-    except CheckError:
-        return []
+        return [*problems, *_deviations(config, ranks)]
+    except CheckError as error:
+        return problems or [("config.json", error.message.removeprefix("config.json: "), False)]
 
 
 def tensor_deviations(

@@ -8,14 +8,16 @@ from typing import Any
 
 from phireg.report.page import WIDTH, render_template
 from phireg.report.plot import LogPlot, Ticks, every
-from phireg.verification.measure_types import (
+from phireg.verification.result import (
+    CHECKS,
     LogitsResult,
     Place,
-    limit,
+    Problem,
+    Verification,
+    error_text,
     place_text,
-    shown,
+    tolerance_text,
 )
-from phireg.verification.result import CHECKS, Problem, Verification
 
 _MOST_PROBLEMS = 40
 _MOST_HEADS = 32
@@ -47,8 +49,8 @@ def render_verification(verification: Verification) -> str:
         positions=_position_chart(logits) if logits else None,
         attention=_attention_chart(config, tp_size),
         provenance=verification.provenance,
-        shown=shown,
-        limit=limit,
+        error_text=error_text,
+        tolerance_text=tolerance_text,
     )
 
 

@@ -186,7 +186,7 @@ class FamilyConformance:
 
         from phireg.errors import CheckError
         from phireg.reader.spec import parse_spec
-        from phireg.verification.merge import merge
+        from phireg.verification.ranks import merge
 
         whole = _probes(model, 1)[0]
         for tp_size in self.tp_sizes:
@@ -304,20 +304,18 @@ def logits_problems(model: TinyModel, tp_size: int) -> str | None:
     """Compare logits; name the tensors of wrong sub-modules and how the base makes them."""
     import torch
 
-    from phireg.verification.compute import Computed
-    from phireg.verification.recognise import place_of
-    from phireg.verification.request import Request, Skipped
+    from phireg.verification.compute import ComputedChecks
+    from phireg.verification.result import Skipped, place_of
 
     torch.set_num_threads(1)
     plan = model.plan(tp_size)
     directory = model.convert(model.source_dir, tp_size)
-    source, family = str(model.source_dir), model.family.name
-    request = Request(directory, source, family, None, ("logits",), "cpu", "float32", None)
-    computed = Computed(request, plan.config, plan, lambda check, more, total: None)
+    family = model.family.name
+    checks = ComputedChecks(directory, plan.config, device="cpu")
     try:
-        summary, problems, _ = computed.logits()
+        summary, problems, _ = checks.logits(plan)
         if tp_size > 1 and not problems:
-            summary, problems, _ = computed.ranks()
+            summary, problems, _ = checks.ranks()
     except Skipped as reason:
         return f"TP {tp_size}: the logits cannot be compared: {reason}"
     if not problems:

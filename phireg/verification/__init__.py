@@ -1,5 +1,4 @@
-"""Proving a conversion right: structure, config, bytes, logits, ranks; and saying where it is not.
+"""Compare a checkpoint with its source: structure, config, bytes, logits, ranks; locate mistakes.
 
-``phireg.verify`` is the entrance. This package imports torch and transformers only in the modules
-that compute.
+``phireg.verify`` is the entry point. Only the modules that compute import torch and transformers.
 """

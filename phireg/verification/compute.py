@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from phireg.errors import CheckError, SourceError, UsageError
+from phireg.device import pick_device
+from phireg.errors import CheckError, SourceError
 from phireg.executor import Executor, ModelSpec
 from phireg.executor.model import Source, free_memory, open_ranks
 from phireg.planning.model import Plan
 from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY, Quantization
 from phireg.reader.spec import parse_spec
 from phireg.reference.load import Reference, open_reference
-from phireg.verification.dequantized import dequantized
-from phireg.verification.logits import compare_logits
-from phireg.verification.measure_types import LogitsResult, limit, place_text, shown
-from phireg.verification.prompts import Prompts, choose_prompts
-from phireg.verification.ranks import compare_ranks
-from phireg.verification.reach import Reach
-from phireg.verification.recognise import place_of
-from phireg.verification.request import Outcome, Progress, Request, Skipped
-from phireg.verification.result import Problem
+from phireg.verification.activation_range import ActivationRanges
+from phireg.verification.logits import Prompts, choose_prompts, compare_logits
+from phireg.verification.ranks import compare_ranks, dequantized
+from phireg.verification.result import (
+    LogitsResult,
+    Outcome,
+    Problem,
+    Progress,
+    Skipped,
+    error_text,
+    place_of,
+    place_text,
+    tolerance_text,
+)
 
 _MEMORY_SHARE = 0.8
 _WITHOUT_ROUNDING = (
@@ -33,195 +41,213 @@ _WITHOUT_ROUNDING = (
 _TENSOR = re.compile(r"(transformer|lm_head)[\w.]+")
 
 
-class Computed:
-    """One checkpoint, opened for running when a check first needs it.
+class ComputedChecks:
+    """The computed checks of one checkpoint, which is opened when the first of them needs it.
 
     Args:
-        request: what to run and how.
-        config: the checkpoint's config.json.
-        plan: the source's, whose family names the reference.
-        progress: told how many more layers have been computed; first 0, when it begins.
+        directory: the checkpoint.
+        config: its config.json.
+        device: where to compute: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: in which dtype, by torch's name.
+        max_tokens: most tokens of a prompt; None for what the budget allows.
+        progress: takes the check, how many more of its layers are computed (first 0, when it
+            begins) and how many there are.
+
+    Attributes:
+        result: the numbers of the logits check, once it ran.
+
+    Raises:
+        UsageError: there is no such device.
     """
 
     def __init__(
-        self, request: Request, config: Mapping[str, Any], plan: Plan, progress: Progress
+        self,
+        directory: Path,
+        config: Mapping[str, Any],
+        device: str = "auto",
+        dtype: str = "float32",
+        max_tokens: int | None = None,
+        progress: Progress | None = None,
     ) -> None:
-        self.request = request
+        self.directory = directory
         self.config = dict(config)
-        self.plan = plan
-        self.progress = progress
+        self.device = pick_device(device)
+        self.dtype = dtype
+        self.max_tokens = max_tokens
+        self.progress: Progress = progress or (lambda check, more, total: None)
         self.result: LogitsResult | None = None
-        self.versions = f"torch {torch.__version__}"
-        self.notes: list[str] = []
-        self._opened: tuple[Executor, list[Source]] | None = None
 
-    def logits(self) -> Outcome:
-        """Compare with the reference.
+    @property
+    def description(self) -> str:
+        """Dtype, device and version, for people."""
+        return f"{self.dtype} on {self.device}, torch {torch.__version__}"
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The meaning of config.json; weights that the builder is to quantize run as they are."""
+        values = dict(self.config)
+        for key, kind in (("mapping", dict), ("quantization", dict), ("hidden_act", str)):
+            if not isinstance(values.get(key), kind | None):
+                raise CheckError(f"config.json: {key} is {values[key]!r}")
+        if self._later_algorithm is not None:
+            values["quantization"] = {**values["quantization"], "quant_algo": None}
+        return parse_spec(values, str(self.directory / "config.json"))
+
+    @property
+    def _later_algorithm(self) -> str | None:
+        """The weight-only algorithm that TensorRT-LLM's builder is to apply."""
+        quantization = self.config.get("quantization")
+        algorithm = quantization.get("quant_algo") if isinstance(quantization, Mapping) else None
+        return algorithm if algorithm in WEIGHT_ONLY.values() else None
+
+    @cached_property
+    def opened(self) -> tuple[Executor, list[Source]]:
+        """The executor and its ranks' tensors."""
+        ranks = range(self.spec.tp_size)
+        sources = open_ranks(self.directory, self.spec, ranks)
+        return Executor(self.spec, sources, ranks, device=self.device, dtype=self.dtype), sources
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        """The prompt lengths to run."""
+        return choose_prompts(self.spec, self.max_tokens, gpu=self.device.type == "cuda")
+
+    def logits(self, plan: Plan) -> Outcome:
+        """Compare with the source's own model.
+
+        Args:
+            plan: of the source; its family names the reference.
 
         Raises:
             Skipped: there is no reference here, or no room for it.
-            UsageError: there is no such device.
         """
-        device = pick_device(self.request.device)
         try:
-            spec = self.spec()
-            reference, room = self.reference(spec, device)
-            if problems := list(_sizes(spec, reference)):
+            reference, notes = self._reference(plan)
+            if problems := list(_size_problems(self.spec, reference)):
                 return "the source's model has other sizes", problems, []
-            executor, sources = self.open(device)
-            reach = Reach(spec, sources)
-            prompts = self.prompts(spec)
+            executor, sources = self.opened
+            ranges = ActivationRanges(self.spec, sources)
             # Each layer is compared alone, and once more when the executor runs on its own.
-            total = 2 * spec.num_layers * len(prompts.prompts)
+            total = 2 * self.spec.num_layers * len(self.prompts.prompts)
             self.progress("logits", 0, total)
             result = compare_logits(
                 executor,
                 reference,
-                prompts,
+                self.prompts,
                 lambda more: self.progress("logits", more, total),
-                reach.observe,
+                ranges.observe,
             )
         except CheckError as error:
-            return "the executor refuses the checkpoint", refusals(error), []
+            return _refused(error)
         except torch.OutOfMemoryError as error:
-            raise Skipped(f"out of memory on {device}: use --max-tokens or --dtype") from error
+            raise Skipped(f"out of memory on {self.device}: use --max-tokens or --dtype") from error
         self.result = result
-        longest = result.prompts[-1]
-        masked = (
-            [f"{result.masked} ids the source suppresses are left out"] if result.masked else []
-        )
         tokens = ", ".join(str(prompt.tokens) for prompt in result.prompts)
         summary = (
             f"prompts of {tokens} tokens; relative error "
-            f"{shown(max(prompt.relative for prompt in result.prompts))} "
-            f"(tolerance {limit(result.logits_tolerance)}), top-1 {longest.top1:.1%}"
+            f"{error_text(max(prompt.relative for prompt in result.prompts))} "
+            f"(tolerance {tolerance_text(result.logits_tolerance)}), "
+            f"top-1 {result.prompts[-1].top1:.1%}"
         )
         if result.quantized:
             kl = max(prompt.kl for prompt in result.prompts)
-            summary = f"quantized ({quantized_as(spec)}); {summary}, KL {shown(kl)}"
-        notes = [*prompts.notes, *reference.notes, *room, *masked, *self.notes, *reach.notes()]
-        return summary, list(_problems(result)), notes
+            summary = f"quantized ({_algorithms(self.spec)}); {summary}, KL {error_text(kl)}"
+        notes = [*self.prompts.notes, *notes]
+        if result.masked:
+            notes.append(f"{result.masked} ids the source suppresses are left out")
+        if self._later_algorithm is not None:
+            algorithm = self._later_algorithm
+            notes.append(f"run without {algorithm}, which TensorRT-LLM's builder applies later")
+        return summary, list(_logits_problems(result)), [*notes, *ranges.notes()]
 
     def ranks(self) -> Outcome:
-        """Compare the ranks with themselves merged.
+        """Compare the ranks with the same ranks merged.
 
         Raises:
             Skipped: no room.
-            UsageError: there is no such device.
         """
-        device = pick_device(self.request.device)
         try:
-            executor, sources = self.open(device)
-            quantized = executor.spec.quantization != Quantization()
+            executor, sources = self.opened
+            quantized = self.spec.quantization != Quantization()
             if quantized:
-                plain, sources = dequantized(executor.spec, sources)
+                plain, sources = dequantized(self.spec, sources)
                 executor = Executor(
-                    plain, sources, executor.ranks, device=device, dtype=self.request.dtype
+                    plain, sources, executor.ranks, device=self.device, dtype=self.dtype
                 )
-            prompts = self.prompts(executor.spec).prompts
-            total = 2 * executor.spec.num_layers
+            tokens = self.prompts.prompts[-1].tokens
+            total = 2 * self.spec.num_layers
             self.progress("ranks", 0, total)
             error, tolerance, place = compare_ranks(
-                executor,
-                sources,
-                prompts[-1].tokens,
-                lambda more: self.progress("ranks", more, total),
+                executor, sources, tokens, lambda more: self.progress("ranks", more, total)
             )
         except CheckError as problem:
-            return "the executor refuses the checkpoint", refusals(problem), []
+            return _refused(problem)
         except torch.OutOfMemoryError as problem:
-            raise Skipped(f"out of memory on {device}: use --max-tokens") from problem
+            raise Skipped(f"out of memory on {self.device}: use --max-tokens") from problem
         summary = (
-            f"{executor.spec.tp_size} ranks, {prompts[-1].tokens} tokens; relative error "
-            f"{shown(error)} (tolerance {tolerance:.0e})"
+            f"{self.spec.tp_size} ranks, {tokens} tokens; relative error "
+            f"{error_text(error)} (tolerance {tolerance:.0e})"
         )
         notes = [_WITHOUT_ROUNDING] if quantized else []
         if error <= tolerance and place is None:
             return summary, [], notes
         where = "logits" if place is None else place_text(place)
-        layer, part = place or (None, None)
         text = "the ranks together do not compute what they compute merged into one"
-        return summary, [Problem(where, text, None, layer, part)], notes
+        return summary, [Problem(where, text, None, *(place or (None, None)))], notes
 
-    def spec(self) -> ModelSpec:
-        """What config.json means; weights that the builder is to quantize run as they are."""
-        values = dict(self.config)
-        for key, kind in (("mapping", dict), ("quantization", dict), ("hidden_act", str)):
-            if not isinstance(values.get(key), kind | None):
-                raise CheckError(f"config.json: {key} is {values[key]!r}")
-        quantization = values.get("quantization")
-        algorithm = quantization.get("quant_algo") if isinstance(quantization, Mapping) else None
-        if isinstance(quantization, Mapping) and algorithm in WEIGHT_ONLY.values():
-            values["quantization"] = {**quantization, "quant_algo": None}
-            self.notes = [f"run without {algorithm}, which TensorRT-LLM's builder applies later"]
-        return parse_spec(values, str(self.request.checkpoint_dir / "config.json"))
-
-    def open(self, device: torch.device) -> tuple[Executor, list[Source]]:
-        """The executor and its ranks' tensors."""
-        if self._opened is None:
-            spec = self.spec()
-            ranks = range(spec.tp_size)
-            sources = open_ranks(self.request.checkpoint_dir, spec, ranks)
-            executor = Executor(spec, sources, ranks, device=device, dtype=self.request.dtype)
-            self._opened = executor, sources
-        return self._opened
-
-    def prompts(self, spec: ModelSpec) -> Prompts:
-        """The lengths to run."""
-        gpu = self.request.device.startswith("cuda")
-        return choose_prompts(spec, self.request.max_tokens, gpu=gpu)
-
-    def reference(self, spec: ModelSpec, device: torch.device) -> tuple[Reference, list[str]]:
-        """The source's own model: in memory if it fits, else one layer at a time, with a note.
+    def _reference(self, plan: Plan) -> tuple[Reference, list[str]]:
+        """Open the source's model, whole if it fits into memory or else layer by layer; with notes.
 
         Raises:
             Skipped: no class here reads it, or not even one layer fits.
         """
-        plan = self.plan
+        exact = {
+            span.source
+            for output in plan.outputs
+            if output.dtype == "F32"
+            for span in output.origin.spans
+            if span.source is not None
+        }
         try:
             reference = open_reference(
                 plan.chosen.family,
                 plan.source,
-                weights=getattr(torch, spec.dtype),
-                dtype=getattr(torch, self.request.dtype),
-                device=device,
-                exact=frozenset(
-                    span.source
-                    for output in plan.outputs
-                    if output.dtype == "F32"
-                    for span in output.origin.spans
-                    if span.source is not None
-                ),
+                weights=getattr(torch, self.spec.dtype),
+                dtype=getattr(torch, self.dtype),
+                device=self.device,
+                exact=exact,
             )
         except SourceError as error:
             raise Skipped(error.message) from error
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-        needed, room = reference.nbytes, f"{free / 1e9:.2g} GB of memory are free on {device}"
+        cuda = self.device.type == "cuda"
+        free = torch.cuda.mem_get_info(self.device)[0] if cuda else free_memory()
+        room = f"{free / 1e9:.2g} GB of memory are free on {self.device}"
+        needed, streamed = reference.nbytes, reference.streamed_nbytes
         if needed <= _MEMORY_SHARE * free:
             reference.keep_all()
-            return reference, []
-        if reference.streamed_nbytes <= _MEMORY_SHARE * free:
+            return reference, list(reference.notes)
+        if streamed <= _MEMORY_SHARE * free:
             reference.keep_ends()
             return reference, [
+                *reference.notes,
                 f"the reference was read layer by layer: it needs {needed / 1e9:.2g} GB in "
-                f"{self.request.dtype} and {room}"
+                f"{self.dtype} and {room}",
             ]
         raise Skipped(
-            f"the reference needs {reference.streamed_nbytes / 1e9:.2g} GB in "
-            f"{self.request.dtype} even layer by layer and {room}: use --device cuda, --dtype "
-            "or a larger machine"
+            f"the reference needs {streamed / 1e9:.2g} GB in {self.dtype} even layer by layer and "
+            f"{room}: use --device cuda, --dtype or a larger machine"
         )
 
 
-def quantized_as(spec: ModelSpec) -> str:
-    """What is quantized, in TensorRT-LLM's names of the algorithms."""
+def _algorithms(spec: ModelSpec) -> str:
+    """Name what is quantized, in TensorRT-LLM's names of the algorithms."""
     weights, cache = spec.quantization.weights, spec.quantization.kv_cache
     names = [SCHEMES[weights].quant_algo] if weights else []
     return ", ".join([*names, *([f"{KV_CACHES[cache]} KV cache"] if cache else [])])
 
 
-def refusals(error: CheckError) -> list[Problem]:
-    """The executor's complaints one by one, each with its place."""
+def _refused(error: CheckError) -> Outcome:
+    """Make the executor's refusal an outcome; each line of it becomes a problem with its place."""
     lines = [line.strip() for line in error.message.splitlines()]
     problems = []
     for line in lines[1:] or lines:
@@ -229,16 +255,16 @@ def refusals(error: CheckError) -> list[Problem]:
         layer, part = place_of(match[0]) if match else (None, "config")
         where, _, text = line.partition(": ")
         problems.append(Problem(where, text or line, None, layer, part))
-    return problems
+    return "the executor refuses the checkpoint", problems, []
 
 
-def _problems(result: LogitsResult) -> Iterator[Problem]:
+def _logits_problems(result: LogitsResult) -> Iterator[Problem]:
     errors = dict(result.places)
     for place in result.wrong_places:
         yield Problem(
             place_text(place),
-            f"its output is off by {shown(errors[place])} given the reference's own input "
-            f"(tolerance {limit(result.tolerance_of(place))})",
+            f"its output is off by {error_text(errors[place])} given the reference's own input "
+            f"(tolerance {tolerance_text(result.tolerance_of(place))})",
             None,
             *place,
         )
@@ -248,46 +274,26 @@ def _problems(result: LogitsResult) -> Iterator[Problem]:
         tokens = ", ".join(str(prompt.tokens) for prompt in wrong)
         yield Problem(
             f"logits, {tokens} tokens",
-            f"relative error up to {shown(worst.relative)} (tolerance "
-            f"{limit(result.logits_tolerance)}), largest difference {worst.max_abs:.3g}, "
-            f"KL {shown(worst.kl)}, top-1 {worst.top1:.1%}",
+            f"relative error up to {error_text(worst.relative)} (tolerance "
+            f"{tolerance_text(result.logits_tolerance)}), largest difference {worst.max_abs:.3g}, "
+            f"KL {error_text(worst.kl)}, top-1 {worst.top1:.1%}",
         )
     if not result.wrong_places:
         for layer, error in enumerate(result.hidden):
             if not error <= result.logits_tolerance:
-                yield Problem(
-                    f"layer {layer}",
-                    f"hidden states are off by {error:.1e} although every sub-module agrees: "
-                    "the residual path differs",
-                    None,
-                    layer,
-                )
+                text = f"hidden states are off by {error:.1e} although every sub-module agrees: "
+                yield Problem(f"layer {layer}", f"{text}the residual path differs", None, layer)
                 break
 
 
-def _sizes(spec: ModelSpec, reference: Reference) -> Iterator[Problem]:
+def _size_problems(spec: ModelSpec, reference: Reference) -> Iterator[Problem]:
     config = reference.model.config
-    pairs = {
+    sizes = {
         "layers": (spec.num_layers, len(reference.model.model.layers)),
         "hidden_size": (spec.hidden_size, config.hidden_size),
         "vocab_size": (spec.vocab_size, config.vocab_size),
     }
-    for name, (found, wanted) in pairs.items():
-        if found != wanted:
-            text = f"{name} is {found}, the source has {wanted}"
+    for name, (size, expected) in sizes.items():
+        if size != expected:
+            text = f"{name} is {size}, the source has {expected}"
             yield Problem("config.json", text, None, None, "config")
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        UsageError: there is none.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}", hint="use cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("there is no CUDA device here", hint="use --device cpu.")
-    return device

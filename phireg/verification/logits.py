@@ -1,4 +1,4 @@
-"""The executor against the reference, place by place and as a whole.
+"""Compare the executor with the reference: every sub-module alone, and the logits as a whole.
 
 Every sub-module of the executor is given the reference's own input, so a wrong one shows where it
 is and does not blame those behind it. Then the executor runs on its own.
@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from phireg.executor import Executor, blocks
-from phireg.executor.attention import prompt_attention
-from phireg.executor.blocks import Attend, Weights
+from phireg.executor import Executor, ModelSpec, blocks
 from phireg.executor.model import ObserveInputs
 from phireg.reference.load import Reference
-from phireg.verification.measure import (
+from phireg.verification.layers import (
     QUANTIZED_KL,
     QUANTIZED_LOGITS_TOLERANCE,
     QUANTIZED_TOLERANCE,
     TOLERANCES,
+    Layer,
     divergence,
     logits_tolerance,
     overall,
@@ -30,16 +29,111 @@ from phireg.verification.measure import (
     token_errors,
     top1,
 )
-from phireg.verification.measure_types import LogitsResult, Place, PromptResult
-from phireg.verification.prompts import Prompts, prompt_ids
+from phireg.verification.result import LogitsResult, Place, PromptResult
+
+CPU_BUDGET = 2e13
+"""Multiply-adds a logits check may take on a CPU: some minutes on a few cores."""
+
+GPU_BUDGET = 4e16
+"""The same on a GPU."""
+
+_PASSES = 4
+"""Forward passes over a prompt: the reference, the executor on its own, and its two halves of every
+layer on the reference's states."""
+
+_SHORT = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt length, and its purpose."""
+
+    tokens: int
+    purpose: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The prompt lengths of a check.
+
+    Attributes:
+        prompts: by length.
+        thresholds: tokens above which the model's behavior changes, with the change.
+        notes: on lengths beyond the budget.
+    """
+
+    prompts: tuple[Prompt, ...]
+    thresholds: tuple[tuple[int, str], ...]
+    notes: tuple[str, ...]
+
+
+def choose_prompts(spec: ModelSpec, most: int | None, *, gpu: bool) -> Prompts:
+    """Choose prompts long enough to cross every length at which the model's behavior changes.
+
+    One short prompt, and for each threshold one just behind it: far enough for block-sparse layers
+    to drop blocks and keep stripes. With long rope also the longest prompt that still takes the
+    short factors.
+
+    Args:
+        spec: the checkpoint's.
+        most: tokens a prompt may have; None for what the budget allows.
+        gpu: whether it runs on one.
+    """
+    limit = spec.max_position_embeddings - 1
+    candidates = [Prompt(min(_SHORT, limit), "short")]
+    thresholds = []
+    if (sparse := spec.sparse) is not None:
+        window = sparse.block_size * sparse.num_local_blocks
+        stripes = window + (sparse.vertical_stride + 1) * sparse.block_size + 3
+        if window < limit:
+            thresholds.append((window, "block-sparse layers drop blocks"))
+            candidates.append(Prompt(min(stripes, limit), f"past {window}: block-sparse"))
+    original = spec.rope.original
+    if spec.rope.short is not None and original < limit:
+        thresholds.append((original, "long rope takes the long factors"))
+        candidates.append(Prompt(original, f"{original}: last with short factors"))
+        beyond = min(original + 5, limit)
+        candidates.append(Prompt(beyond, f"past {original}: long factors"))
+    budget = GPU_BUDGET if gpu else CPU_BUDGET
+    allowed = int(budget / (_PASSES * _weights(spec))) if most is None else most
+    reason = f"the budget of {budget:.0e} multiply-adds" if most is None else "--max-tokens"
+    chosen = {p.tokens: p for p in reversed(candidates) if p.tokens <= allowed}
+    notes = [
+        f"not run, because {reason} allows {allowed} tokens: {p.tokens} tokens ({p.purpose})"
+        for p in candidates
+        if p.tokens > allowed
+    ]
+    if notes and allowed not in chosen:
+        chosen[allowed] = Prompt(allowed, "as long as allowed")
+    ordered = tuple(prompt for _, prompt in sorted(chosen.items()))
+    return Prompts(ordered, tuple(sorted(thresholds)), tuple(notes))
+
+
+def _weights(spec: ModelSpec) -> int:
+    """Return the number of multiply-adds for each token, without attention's scores."""
+    hidden, size = spec.hidden_size, spec.head_size
+    attention = 2 * hidden * size * (spec.num_heads + spec.num_kv_heads)
+    mlp = (2 if spec.activation == "gelu_tanh" else 3) * hidden * spec.intermediate_size
+    return spec.num_layers * (attention + mlp) + spec.vocab_size * hidden
+
+
+def prompt_ids(vocab_size: int, tokens: int) -> Tensor:
+    """Return token ids, int64 [1, tokens]: the vocabulary in a fixed random order, over and over.
+
+    A prompt then uses as many rows of the embedding as it has tokens.
+    """
+    generator = torch.Generator().manual_seed(tokens)
+    rounds = -(-tokens // vocab_size)
+    order = [torch.randperm(vocab_size, generator=generator) for _ in range(rounds)]
+    return torch.cat(order)[None, :tokens]
 
 
 def compare_logits(
     executor: Executor,
     reference: Reference,
     prompts: Prompts,
-    progress: Callable[[int], None] | None = None,
-    inputs: ObserveInputs | None = None,
+    progress: Callable[[int], None],
+    observe_inputs: ObserveInputs,
 ) -> LogitsResult:
     """Run both on all prompts.
 
@@ -47,42 +141,32 @@ def compare_logits(
         executor: the checkpoint.
         reference: the source's own model, on the same device in the same dtype.
         prompts: from ``choose_prompts``.
-        progress: told how many more layers have been computed: each is compared alone, and once
+        progress: takes the number of further layers computed: each is compared alone, and once
             more when the executor runs on its own.
-        inputs: told what goes into the linears when the executor runs on its own.
+        observe_inputs: takes the inputs of the linears when the executor runs on its own.
     """
     spec = executor.spec
-    worst: dict[Place, float] = {}
+    errors: dict[Place, float] = {}
     hidden = [0.0] * spec.num_layers
     results = []
     masked = 0
     slack = logits_tolerance(executor.dtype, spec.num_layers)
-    report = progress or (lambda more: None)
     for prompt in prompts.prompts:
         ids = prompt_ids(spec.vocab_size, prompt.tokens).to(executor.device)
-        watcher = _Comparer(executor, ids, worst, report)
-        wanted = reference.logits(ids, watcher)[0]
-        shown = wanted > torch.finfo(torch.float32).min / 2
-        seen = shown.all(dim=0)
+        comparer = _LayerComparer(executor, ids, errors, progress)
+        expected = reference.logits(ids, comparer)[0]
+        seen = (expected > torch.finfo(torch.float32).min / 2).all(dim=0)
         masked = int((~seen).sum())
-        watcher.head(wanted[:, seen], seen)
-        own: list[float] = []
-
-        def observe(
-            layer: int, what: str, x: Tensor, own: list[float] = own, watcher: Any = watcher
-        ) -> None:
-            if what == "hidden":
-                own.append(overall(token_errors(x, watcher.states[layer].to(x.device))))
-                report(1)
-
-        got = executor(ids, observe, inputs)[0]
-        hidden = [max(pair) for pair in zip(hidden, own, strict=True)]
-        got, wanted = got[:, seen], wanted[:, seen]
-        results.append(_result(got, wanted, prompt.tokens, prompt.purpose, slack))
+        comparer.lm_head(expected[:, seen], seen)
+        actual = executor(ids, comparer.own_run, observe_inputs)[0]
+        hidden = list(map(max, hidden, comparer.own_errors))
+        results.append(_prompt_result(actual[:, seen], expected[:, seen], prompt, slack))
     quantized = quantized_parts(spec.quantization)
+    inside: list[Place] = [(n, p) for n in range(spec.num_layers) for p in ("attention", "mlp")]
+    places = [(None, "embedding"), *inside, (None, "final norm"), (None, "lm_head")]
     return LogitsResult(
         tuple(results),
-        tuple((place, worst[place]) for place in _order(spec.num_layers)),
+        tuple((place, errors[place]) for place in places),
         tuple(hidden),
         TOLERANCES[executor.dtype],
         QUANTIZED_LOGITS_TOLERANCE if quantized else slack,
@@ -96,74 +180,57 @@ def compare_logits(
     )
 
 
-def _order(layers: int) -> list[Place]:
-    inside: list[Place] = [(n, part) for n in range(layers) for part in ("attention", "mlp")]
-    return [(None, "embedding"), *inside, (None, "final norm"), (None, "lm_head")]
-
-
-def _result(got: Tensor, wanted: Tensor, tokens: int, purpose: str, slack: float) -> PromptResult:
-    errors = token_errors(got, wanted)
-    scale = float(wanted.square().mean().sqrt())
-    same, wrong = top1(got, wanted, slack * scale)
+def _prompt_result(actual: Tensor, expected: Tensor, prompt: Prompt, slack: float) -> PromptResult:
+    errors = token_errors(actual, expected)
+    scale = float(expected.square().mean().sqrt())
+    same, wrong = top1(actual, expected, slack * scale)
+    largest = float((actual - expected).abs().max())
     return PromptResult(
-        tokens,
-        purpose,
-        _finite(float((got - wanted).abs().max())),
+        prompt.tokens,
+        prompt.purpose,
+        math.inf if math.isnan(largest) else largest,
         overall(errors),
-        divergence(got, wanted),
+        divergence(actual, expected),
         same,
         wrong,
-        tuple(float(error) for error in errors),
+        tuple(errors.tolist()),
     )
 
 
-def _finite(value: float) -> float:
-    return math.inf if math.isnan(value) else value
+class _LayerComparer:
+    """Compares every part of the executor with the reference's, as the reference computes it.
 
-
-class _Comparer:
-    """Holds every part of the executor against what the reference computes, as it computes it."""
+    Args:
+        executor: the checkpoint.
+        ids: the prompt.
+        errors: by place, raised to this prompt's.
+        progress: takes the number of further layers compared.
+    """
 
     def __init__(
         self,
         executor: Executor,
         ids: Tensor,
-        worst: dict[Place, float],
+        errors: dict[Place, float],
         progress: Callable[[int], None],
     ) -> None:
         self.executor = executor
         self.ids = ids
-        self.worst = worst
-        self.quantized = quantized_parts(executor.spec.quantization)
+        self.errors = errors
         self.progress = progress
+        self.quantized = quantized_parts(executor.spec.quantization)
         self.states: list[Tensor] = []  # on the CPU: the largest thing kept
         self.ends = executor.end_weights()
-        self.after = torch.empty(0)
-        self.final = torch.empty(0)
-        rope, length = executor.spec.rope, ids.shape[1]
-        self.rotary = blocks.rotary_tables(rope, length, length > rope.original, executor.device)
+        self.own_errors: list[float] = []
+        self.after = self.final = torch.empty(0)
 
     def embedded(self, x: Tensor) -> None:
-        self.note((None, "embedding"), self.executor.embed(self.ends, self.ids), x)
+        self.compare((None, "embedding"), self.executor.embed(self.ends, self.ids), x)
 
     def layer(self, index: int, before: Tensor, attention: Tensor, mlp: Tensor) -> None:
-        executor = self.executor
-        shards = executor.layer_weights(index)
-        attends = [
-            prompt_attention(executor.spec, index, rank, self.ids.shape[1], (), executor.device)
-            for rank in executor.ranks
-        ]
-        seen = self.run(shards, before, attends)
-        self.note((index, "attention"), seen["attention"], attention)
-        if executor.spec.architecture.residual == "sequential":
-            # The MLP's input is the reference's too: its attention is added, ours is silenced.
-            silent: list[Attend] = [lambda query, key, value: torch.zeros_like(query)]
-            without: list[Weights] = [
-                {n: torch.zeros_like(w) if n == "attention.dense.bias" else w for n, w in s.items()}
-                for s in shards
-            ]
-            seen = self.run(without, before + attention, silent * len(shards))
-        self.note((index, "mlp"), seen["mlp"], mlp)
+        outputs = Layer(self.executor, index).parts(before, attention)
+        self.compare((index, "attention"), outputs["attention"], attention)
+        self.compare((index, "mlp"), outputs["mlp"], mlp)
         self.progress(1)
 
     def hidden(self, index: int, after: Tensor) -> None:
@@ -171,23 +238,23 @@ class _Comparer:
         self.states.append(after.cpu())
 
     def normed(self, u: Tensor) -> None:
-        ours = blocks.norm(self.executor.spec, self.ends[0], "transformer.ln_f", self.after)
-        self.note((None, "final norm"), ours, u)
+        norm = blocks.norm(self.executor.spec, self.ends[0], "transformer.ln_f", self.after)
+        self.compare((None, "final norm"), norm, u)
         self.final = u
 
-    def head(self, wanted: Tensor, seen: Tensor) -> None:
-        """Compare lm_head, given the reference's normed states."""
-        rows = [blocks.linear(weights, "lm_head", self.final) for weights in self.ends]
-        spec = self.executor.spec
-        ours = torch.cat(rows, dim=-1)[..., : spec.vocab_size].float()
-        self.note((None, "lm_head"), (ours / spec.logits_divisor)[..., seen], wanted)
+    def lm_head(self, expected: Tensor, seen: Tensor) -> None:
+        """Compare lm_head, given the reference's normed states; ``seen`` masks the vocabulary."""
+        parts = [blocks.linear(weights, "lm_head", self.final) for weights in self.ends]
+        logits = self.executor.whole_logits(parts)
+        self.compare((None, "lm_head"), logits[..., seen], expected)
 
-    def run(self, shards: list[Weights], x: Tensor, attends: list[Attend]) -> dict[str, Tensor]:
-        seen: dict[str, Tensor] = {}
-        self.executor.run_layer(shards, x, self.rotary, attends, seen.__setitem__)
-        return seen
+    def own_run(self, layer: int, what: str, x: Tensor) -> None:
+        """Compare the hidden states of the executor running on its own."""
+        if what == "hidden":
+            self.own_errors.append(overall(token_errors(x, self.states[layer].to(x.device))))
+            self.progress(1)
 
-    def note(self, place: Place, got: Tensor, wanted: Tensor) -> None:
-        errors = token_errors(got, wanted)
+    def compare(self, place: Place, actual: Tensor, expected: Tensor) -> None:
+        errors = token_errors(actual, expected)
         error = overall(errors) if place[1] in self.quantized else float(errors.max())
-        self.worst[place] = max(self.worst.get(place, 0.0), error)
+        self.errors[place] = max(self.errors.get(place, 0.0), error)

@@ -1,24 +1,28 @@
-"""TP n in lockstep against the same ranks merged into one."""
+"""Compare the ranks in lockstep with the same ranks merged into one."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
-from phireg.executor import Executor
+from phireg.executor import Executor, ModelSpec
 from phireg.executor.model import Source
-from phireg.verification.measure import logits_tolerance, overall, token_errors
-from phireg.verification.measure_types import Place
-from phireg.verification.merge import merged_executor
-from phireg.verification.prompts import prompt_ids
+from phireg.reader.schemes import LINEARS, ROW_LINEARS, Quantization
+from phireg.reader.tensors import replicated
+from phireg.verification.layers import logits_tolerance, overall, token_errors
+from phireg.verification.logits import prompt_ids
+from phireg.verification.result import Place
+
+_BY_COLUMNS = tuple(
+    f"{module}.{part}" for module in ROW_LINEARS for part in ("weight", "prequant_scaling_factor")
+)
 
 
 def compare_ranks(
-    executor: Executor,
-    sources: Sequence[Source],
-    tokens: int,
-    progress: Callable[[int], None] | None = None,
+    executor: Executor, sources: Sequence[Source], tokens: int, progress: Callable[[int], None]
 ) -> tuple[float, float, Place | None]:
     """Run both on one prompt.
 
@@ -26,33 +30,113 @@ def compare_ranks(
         executor: all ranks in lockstep.
         sources: its ranks' tensors by name.
         tokens: of the prompt.
-        progress: told how many more layers have been computed, of one and then of the other.
+        progress: takes the number of further layers computed, of one and then of the other.
 
     Returns:
-        The relative error of the logits, what it may reach, and the first sub-module whose output
-        is off by more (None when all agree, or when only the logits do not).
+        The relative error of the logits, its tolerance, and the first sub-module whose output is
+        off by more (None when all agree, or when only the logits do not).
     """
     spec = executor.spec
     ids = prompt_ids(spec.vocab_size, tokens).to(executor.device)
-    seen: dict[tuple[int, str], torch.Tensor] = {}
+    outputs: dict[tuple[int, str], Tensor] = {}
     tolerance = logits_tolerance(executor.dtype, spec.num_layers)
-    first: list[Place] = []
-    report = progress or (lambda more: None)
+    wrong: list[Place] = []
 
-    def keep(layer: int, what: str, x: torch.Tensor) -> None:
-        seen[layer, what] = x.cpu()
+    def keep(layer: int, what: str, x: Tensor) -> None:
         if what == "hidden":
-            report(1)
+            progress(1)
+        else:
+            outputs[layer, what] = x.cpu()
 
-    def hold(layer: int, what: str, x: torch.Tensor) -> None:
-        if what in ("attention", "mlp") and not first:
-            error = float(token_errors(x.cpu(), seen[layer, what]).max())
+    def compare(layer: int, what: str, x: Tensor) -> None:
+        if what == "hidden":
+            progress(1)
+        elif what in ("attention", "mlp"):
+            error = float(token_errors(x.cpu(), outputs[layer, what]).max())
             if not error <= tolerance:
-                first.append((layer, what))
-        if what == "hidden":
-            report(1)
+                wrong.append((layer, what))
 
-    wanted = merged_executor(executor, sources)(ids, keep)[0]
-    got = executor(ids, hold)[0]
-    error = overall(token_errors(got, wanted))
-    return error, tolerance, first[0] if first else None
+    expected = merged_executor(executor, sources)(ids, keep)[0]
+    actual = executor(ids, compare)[0]
+    error = overall(token_errors(actual, expected))
+    return error, tolerance, wrong[0] if wrong else None
+
+
+def merged_executor(executor: Executor, sources: Sequence[Source]) -> Executor:
+    """Return the same checkpoint at TP 1; tensors are merged when a layer asks for them.
+
+    Args:
+        executor: all ranks in lockstep.
+        sources: its ranks' tensors by name.
+    """
+    experts = executor.spec.experts
+    whole = dataclasses.replace(
+        executor.spec,
+        tp_size=1,
+        experts=experts and dataclasses.replace(experts, ep_size=1),
+    )
+    return Executor(
+        whole,
+        [lambda name: merge(executor.spec, name, [source(name) for source in sources])],
+        range(1),
+        device=executor.device,
+        dtype=executor.dtype,
+        offload=True,
+    )
+
+
+def merge(spec: ModelSpec, name: str, shards: list[Tensor]) -> Tensor:
+    """Merge a tensor of all ranks, by what the reader takes their rows for."""
+    if replicated(name, spec.quantization.weights):
+        return shards[0]
+    if spec.experts is not None and name.endswith(("mlp.fc.weight", "mlp.proj.weight")):
+        return _merge_experts(name, shards, spec.experts.ep_size)
+    if name.startswith("lm_head"):
+        return torch.cat(shards)[: spec.vocab_size]
+    if name.endswith(_BY_COLUMNS):
+        return torch.cat(shards, dim=-1)
+    if "attention.qkv" in name:
+        own, kv = (heads * spec.head_size for heads in (spec.rank_heads, spec.rank_kv_heads))
+        parts = [shard.split([own, kv, kv]) for shard in shards]
+        copies = max(1, spec.tp_size // spec.num_kv_heads)
+        return torch.cat([p[0] for p in parts] + [p[n] for n in (1, 2) for p in parts[::copies]])
+    return _merge_halves(shards) if spec.activation == "swiglu" else torch.cat(shards)
+
+
+def _merge_halves(shards: Sequence[Tensor], dim: int = 0) -> Tensor:
+    halves = [shard.chunk(2, dim) for shard in shards]
+    return torch.cat([half[n] for n in (0, 1) for half in halves], dim)
+
+
+def _merge_experts(name: str, shards: list[Tensor], ep_size: int) -> Tensor:
+    """Merge stacked linears: rank r has share r mod ``ep_size`` of the experts."""
+    shares = [shards[share::ep_size] for share in range(ep_size)]
+    if name.endswith("mlp.proj.weight"):
+        return torch.cat([torch.cat(share, dim=2) for share in shares])
+    return torch.cat([_merge_halves(share, dim=1) for share in shares])
+
+
+def dequantized(spec: ModelSpec, sources: Sequence[Source]) -> tuple[ModelSpec, list[Source]]:
+    """Return the same model with nothing quantized, neither inputs nor the KV cache.
+
+    Args:
+        spec: a checkpoint's, quantized or not.
+        sources: its ranks' tensors by name.
+    """
+    plain = dataclasses.replace(spec, quantization=Quantization())
+    if spec.quantization.weights is None:
+        return plain, list(sources)
+    return plain, [_dequantized(source) for source in sources]
+
+
+def _dequantized(source: Source) -> Source:
+    def read(name: str) -> Tensor:
+        tensor, (linear, _, part) = source(name), name.rpartition(".")
+        if part != "weight" or not linear.endswith(LINEARS):
+            return tensor
+        values = tensor.float() * source(f"{linear}.weights_scaling_factor")[:, None]
+        if tensor.is_floating_point():
+            return values  # FP8 has no smoothing
+        return values * source(f"{linear}.prequant_scaling_factor").float()
+
+    return read

@@ -1,12 +1,11 @@
-"""What a verification found. Immutable data; no torch."""
+"""The result of a verification. Immutable data; no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
-
-from phireg.verification.measure_types import LogitsResult
 
 CHECKS = {
     "structure": "names, shapes and dtypes against the reader's rules",
@@ -17,10 +16,49 @@ CHECKS = {
 }
 """The checks, weakest to strongest, and what each compares."""
 
-ONE_RANK = "there is one rank: nothing to merge"
-
 QUICK = ("structure", "config", "weights")
 """The checks that run nothing."""
+
+ONE_RANK = "there is one rank: nothing to merge"
+
+Progress = Callable[[str, int, int], None]
+"""Takes a check, how much more of it is done, and its total; called from worker threads, too."""
+
+Place = tuple[int | None, str]
+"""Layer (None outside the layers) and part, such as ``(3, "attention")``."""
+
+_LAYER = re.compile(r"transformer\.layers\.(\d+)\.(.+)")
+
+
+def place_of(name: str) -> Place:
+    """Return the layer and part that a tensor belongs to; a norm belongs to what it feeds."""
+    match = _LAYER.match(name)
+    if match:
+        attention = match[2].startswith(("attention", "input_layernorm"))
+        return int(match[1]), "attention" if attention else "mlp"
+    if name.startswith("lm_head"):
+        return None, "lm_head"
+    return None, "embedding" if "embedding" in name else "final norm"
+
+
+def place_text(place: Place) -> str:
+    """Write a place as ``layer 3 attention``, or as the part alone."""
+    layer, part = place
+    return part if layer is None else f"layer {layer} {part}"
+
+
+def error_text(error: float) -> str:
+    """Write an error for people: plain where it is large, else by its power of ten."""
+    return f"{error:.3g}" if error >= 0.01 else f"{error:.1e}"
+
+
+def tolerance_text(tolerance: float) -> str:
+    """Write a tolerance for people."""
+    return f"{tolerance:.0e}" if tolerance < 0.01 else f"{tolerance:.2g}"
+
+
+class Skipped(Exception):  # noqa: N818 - not an error
+    """Raised by a check that cannot be made; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +67,8 @@ class Problem:
 
     Attributes:
         where: file and tensor, config key, or layer and sub-module.
-        text: what is wrong with it and what it looks like.
-        hint: what may mend it, if that is known.
+        text: the defect.
+        hint: what may correct it, if that is known.
         layer: the layer concerned, counted from 0.
         part: ``embedding``, ``attention``, ``mlp``, ``final norm``, ``lm_head`` or ``config``.
     """
@@ -45,6 +83,10 @@ class Problem:
         return f"{self.where}: {self.text}"
 
 
+Outcome = tuple[str, list[Problem], list[str]]
+"""A check's summary, problems and notes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
     """The outcome of one check.
@@ -53,8 +95,8 @@ class Check:
         name: a key of :data:`CHECKS`.
         verdict: ``passed``, ``failed`` or ``skipped``.
         summary: one line; for a skipped check, the reason.
-        problems: what is wrong, most telling first.
-        notes: what should be known all the same, such as what was not covered.
+        problems: the defects, most telling first.
+        notes: limits of the check and harmless differences.
         seconds: time it took.
     """
 
@@ -64,6 +106,90 @@ class Check:
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptResult:
+    """One prompt.
+
+    Attributes:
+        tokens: its length.
+        purpose: why this length.
+        max_abs: largest absolute difference of any logit.
+        relative: root mean square of the differences over that of the reference's logits.
+        kl: mean over positions of KL(reference || executor), in nats.
+        top1: share of positions at which both have the same most likely token, or two that the
+            tolerance does not tell apart.
+        top1_wrong: the number of the other positions.
+        by_position: relative error at every position.
+    """
+
+    tokens: int
+    purpose: str
+    max_abs: float
+    relative: float
+    kl: float
+    top1: float
+    top1_wrong: int
+    by_position: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsResult:
+    """The executor against the reference.
+
+    Attributes:
+        prompts: by length.
+        places: for every place in the order of the computation, the relative error of its output
+            on the worst token of all prompts when it is given the reference's own input.
+        hidden: for every layer, the relative error of the hidden states behind it when the
+            executor runs on its own, of the worst prompt.
+        tolerance: of ``places``, apart from those of quantized parts.
+        logits_tolerance: of the prompts' relative error and of ``hidden``.
+        thresholds: tokens at which the model's behavior changes, with the change.
+        masked: vocabulary ids whose logits the source suppresses and the reader does not.
+        device: where it ran.
+        dtype: compute dtype.
+        quantized: parts of every layer that compute with quantized values. Their errors in
+            ``places`` are of all tokens of the worst prompt together.
+        quantized_tolerance: of the places of quantized parts.
+        kl_tolerance: of the prompts' KL, where something is quantized.
+    """
+
+    prompts: tuple[PromptResult, ...]
+    places: tuple[tuple[Place, float], ...]
+    hidden: tuple[float, ...]
+    tolerance: float
+    logits_tolerance: float
+    thresholds: tuple[tuple[int, str], ...]
+    masked: int
+    device: str
+    dtype: str
+    quantized: tuple[str, ...] = ()
+    quantized_tolerance: float | None = None
+    kl_tolerance: float | None = None
+
+    @property
+    def wrong_places(self) -> tuple[Place, ...]:
+        """Places whose error is above their tolerance, in the order of the computation."""
+        return tuple(place for place, error in self.places if not error <= self.tolerance_of(place))
+
+    def tolerance_of(self, place: Place) -> float:
+        """Return the tolerance of a place's error."""
+        if place[1] in self.quantized and self.quantized_tolerance is not None:
+            return self.quantized_tolerance
+        return self.tolerance
+
+    def is_wrong(self, prompt: PromptResult) -> bool:
+        """Return True if a prompt's logits are too far off.
+
+        Where something is quantized, the most likely token may be another one.
+        """
+        if not prompt.relative <= self.logits_tolerance:
+            return True
+        if self.kl_tolerance is not None:
+            return not prompt.kl <= self.kl_tolerance
+        return prompt.top1_wrong > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +203,7 @@ class Verification:
         config: the checkpoint's config.json.
         checks: in the order of :data:`CHECKS`; those not asked for are left out.
         logits: the numbers of the logits check, if it ran.
-        provenance: label and value pairs about versions, files and how it was run.
+        provenance: label and value pairs about versions, files and settings.
     """
 
     checkpoint_dir: str
@@ -86,22 +212,22 @@ class Verification:
     config: Mapping[str, Any]
     checks: tuple[Check, ...]
     logits: LogitsResult | None = None
-    provenance: tuple[tuple[str, str], ...] = field(default=())
+    provenance: tuple[tuple[str, str], ...] = ()
 
     @property
     def passed(self) -> bool:
-        """No check failed and one passed at least."""
+        """No check failed, and at least one passed."""
         verdicts = {check.verdict for check in self.checks}
         return "failed" not in verdicts and "passed" in verdicts
 
     @property
     def unchecked(self) -> tuple[str, ...]:
-        """Checks that were skipped or not asked for; merging a single rank is not missed."""
-        made = {c.name for c in self.checks if c.verdict != "skipped" or c.summary == ONE_RANK}
-        return tuple(name for name in CHECKS if name not in made)
+        """Checks that were skipped or not asked for; a single rank needs no merging."""
+        done = {c.name for c in self.checks if c.verdict != "skipped" or c.summary == ONE_RANK}
+        return tuple(name for name in CHECKS if name not in done)
 
     def check(self, name: str) -> Check:
-        """The check of that name.
+        """Return the check of that name.
 
         Raises:
             KeyError: it was not asked for.

@@ -1,12 +1,46 @@
-"""Proving a checkpoint to be its source."""
+"""Verify a checkpoint against its source: all checks, weakest to strongest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import dataclasses
+import re
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from phireg.checkpoint.inspect import checkpoint_config
+from phireg.checkpoint.manifest import read_manifest
+from phireg.checkpoint.rankfiles import RankFiles, world_size
+from phireg.dtypes import WEIGHT_DTYPES
+from phireg.errors import SourceError, UsageError
+from phireg.files.kinds import MANIFEST
+from phireg.planning.model import Plan
+from phireg.planning.plan import plan as plan_source
+from phireg.planning.report import fold_layers, ranges
+from phireg.reader.schemes import KNOWN, KV_CACHES, SCHEMES
+from phireg.reader.structure import structure_findings
 from phireg.registry import AUTO
-from phireg.verification.result import CHECKS, Verification
+from phireg.verification.config import compare_configs
+from phireg.verification.mistakes import REGROUP, regroup_hint
+from phireg.verification.quantized import scale_defects
+from phireg.verification.result import (
+    CHECKS,
+    ONE_RANK,
+    QUICK,
+    Check,
+    Outcome,
+    Problem,
+    Progress,
+    Skipped,
+    Verification,
+)
+from phireg.verification.weights import check_weights
+
+if TYPE_CHECKING:
+    from phireg.verification.compute import ComputedChecks
 
 
 def verify(
@@ -16,34 +50,239 @@ def verify(
     family: str = AUTO,
     revision: str | None = None,
     checks: Collection[str] = tuple(CHECKS),
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "float32",
     max_tokens: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Verification:
-    """Prove a checkpoint to be its source, or say where it is not; see docs/verify.md.
+    """Compare a checkpoint with the model it was made from; see docs/verify.md.
 
     Args:
-        checkpoint_dir: the checkpoint, whoever made it.
+        checkpoint_dir: the checkpoint, whatever tool wrote it.
         model_dir: the source: a directory, or a repository on the Hugging Face hub.
-        family: as for :func:`plan`.
+        family: as for :func:`phireg.plan`.
         revision: branch, tag or commit of a hub repository.
         checks: names out of ``phireg.verification.result.CHECKS``.
-        device: where logits are computed, ``cpu`` or ``cuda``.
+        device: where logits are computed: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: in which dtype; float32 compares sharpest.
         max_tokens: most tokens of a prompt; None for what a stated budget allows.
-        progress: told (check, how much more is done, how much there is in all), perhaps from
-            worker threads: bytes of ``weights``, layers of ``logits`` and ``ranks``.
+        progress: takes (check, how much more is done, the total), perhaps from worker threads:
+            bytes of ``weights``, layers of ``logits`` and ``ranks``.
 
     Raises:
         UsageError: an unknown check, device or dtype.
-        SourceError: the checkpoint is none, or the source cannot be read.
+        SourceError: the directory is not a checkpoint, or the source cannot be read.
         PluginError: the family cannot be found or loaded.
     """
-    from phireg.verification.request import Request
-    from phireg.verification.run import run
+    if unknown := sorted(set(checks) - set(CHECKS)):
+        raise UsageError(f"unknown check {unknown[0]!r}", hint=f"known: {', '.join(CHECKS)}.")
+    if dtype not in WEIGHT_DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}", hint=f"known: {', '.join(WEIGHT_DTYPES)}.")
+    if max_tokens is not None and max_tokens < 1:
+        raise UsageError(f"prompts of {max_tokens} tokens are not possible", hint="use 1 or more.")
+    directory = Path(checkpoint_dir)
+    config = checkpoint_config(directory)
+    with RankFiles(directory, world_size(config)) as files:
+        verifier = _Verifier(
+            directory, config, files, progress or (lambda check, more, total: None)
+        )
+        if set(checks) - set(QUICK):
+            from phireg.verification.compute import ComputedChecks
 
-    request = Request(
-        Path(checkpoint_dir), str(model_dir), family, revision, checks, device, dtype, max_tokens
-    )
-    return run(request, progress)
+            # An unknown device is an error before any byte is compared.
+            verifier.computed = ComputedChecks(
+                directory, config, device, dtype, max_tokens, verifier.progress
+            )
+        verifier.plan_source(str(model_dir), family, revision)
+        results = [verifier.check(name) for name in CHECKS if name in checks]
+        return Verification(
+            str(checkpoint_dir),
+            str(model_dir),
+            verifier.plan.family,
+            config,
+            tuple(results),
+            verifier.computed.result if verifier.computed else None,
+            tuple(verifier.provenance()),
+        )
+
+
+class _Verifier:
+    """What the checks share: config.json, manifest, rank files, and the plan of the source."""
+
+    plan: Plan
+    postprocess: list[str]
+
+    def __init__(
+        self, directory: Path, config: Mapping[str, Any], files: RankFiles, progress: Progress
+    ) -> None:
+        self.directory = directory
+        self.config = config
+        self.files = files
+        self.progress = progress
+        self.computed: ComputedChecks | None = None
+        block = config.get("quantization")
+        self.quantization: Mapping[str, Any] = block if isinstance(block, Mapping) else {}
+        try:
+            self.manifest = read_manifest(directory)
+        except SourceError:
+            self.manifest = None
+        self._checks = {
+            "structure": self.structure,
+            "config": self.config_json,
+            "weights": self.weights,
+            "logits": self.logits,
+            "ranks": self.ranks,
+        }
+
+    @property
+    def tp_size(self) -> int:
+        return len(self.files.paths)
+
+    def plan_source(self, model_dir: str, family: str, revision: str | None) -> None:
+        """Plan the conversion of the source that the checkpoint's config.json tells of."""
+        dtype = self.config.get("dtype")
+        qformat, kv_cache_dtype = self._formats()
+        mapping = self.config.get("mapping")
+        ep_size = mapping.get("moe_ep_size") if isinstance(mapping, Mapping) else None
+        possible = isinstance(ep_size, int) and ep_size > 1 and self.tp_size % ep_size == 0
+        self.plan = plan_source(
+            model_dir,
+            family=family,
+            revision=revision,
+            dtype=dtype if isinstance(dtype, str) and dtype in WEIGHT_DTYPES else "auto",
+            tp_size=self.tp_size,
+            qformat=qformat,
+            kv_cache_dtype=kv_cache_dtype,
+            moe_ep_size=ep_size if possible else None,
+        )
+        self.postprocess = ["phireg", "postprocess", str(self.directory), "--model-dir", model_dir]
+        self.postprocess += ["--family", family] if family != AUTO else []
+        self.postprocess += ["--revision", revision] if revision is not None else []
+
+    def _formats(self) -> tuple[str | None, str | None]:
+        """Return qformat and KV cache dtype to plan with; None for those phireg does not write."""
+        qformats = {scheme.quant_algo: name for name, scheme in SCHEMES.items()}
+        caches = {algorithm: name for name, algorithm in KV_CACHES.items()}
+        algorithm, cache = (
+            str(self.quantization.get(key)) for key in ("quant_algo", "kv_cache_quant_algo")
+        )
+        qformat = qformats.get(algorithm)
+        return qformat, caches.get(cache) if qformat is not None else None
+
+    def check(self, name: str) -> Check:
+        """Make one check; what prevents it becomes its outcome."""
+        started = time.monotonic()
+        problems: list[Problem] = []
+        notes: list[str] = []
+        try:
+            summary, problems, notes = self._checks[name]()
+            verdict = "failed" if problems else "passed"
+        except Skipped as reason:
+            verdict, summary = "skipped", str(reason)
+        seconds = time.monotonic() - started
+        return Check(name, verdict, summary, tuple(problems), tuple(notes), seconds)
+
+    def structure(self) -> Outcome:
+        """Check names, shapes, dtypes and keys against the reader's rules."""
+        tensors = self.files.kinds()
+        problems = [
+            Problem(self.files.paths[rank].name, "is missing or damaged")
+            for rank in self.files.errors
+        ]
+        harmless: list[Problem] = []
+        for where, text, is_harmless in structure_findings(self.config, tensors):
+            (harmless if is_harmless else problems).append(Problem(where, text))
+        problems += scale_defects(self.files)
+        known = {path.name for path in self.files.paths.values()}
+        problems += [
+            Problem(path.name, f"config.json has only {self.tp_size} ranks")
+            for path in sorted(self.directory.glob("rank*.safetensors"))
+            if path.name not in known
+        ]
+        count = sum(map(len, tensors))
+        summary = f"{count} tensors in {self.tp_size} rank file{'s'[: self.tp_size > 1]}"
+        return summary, _folded(problems), list(map(str, _folded(harmless)))
+
+    def config_json(self) -> Outcome:
+        """Compare config.json with the one that a conversion of the source would write."""
+        if not self.plan.config:
+            raise Skipped(f"the source cannot be planned: {self.plan.errors[0].detail}")
+        expected = dict(self.plan.config)
+        cache, alone = self.quantization.get("kv_cache_quant_algo"), []
+        if cache in KV_CACHES.values() and self.quantization.get("quant_algo") is None:
+            expected["quantization"] = {**expected["quantization"], "kv_cache_quant_algo": cache}
+            alone = ["only the KV cache is quantized; phireg writes no such checkpoints"]
+        problems, notes = compare_configs(self.config, expected)
+        return f"{len(self.plan.config)} keys compared", problems, notes + alone
+
+    def weights(self) -> Outcome:
+        """Compare the rank files with the source."""
+        algorithm = self.quantization.get("quant_algo")
+        if algorithm not in KNOWN:
+            raise Skipped(f"quantized as {algorithm!r}, whose tensors phireg does not know")
+        if self.plan.errors:
+            error = self.plan.errors[0]
+            raise Skipped(
+                f"the source has no plan at TP {self.tp_size}: {error.subject} {error.detail}"
+            )
+        recorded = (self.manifest or {}).get("quantization")
+        alpha = recorded.get("alpha") if isinstance(recorded, Mapping) else None
+        summary, problems, notes = check_weights(
+            self.plan,
+            self.files,
+            float(alpha) if isinstance(alpha, int | float) else None,
+            lambda more, total: self.progress("weights", more, total),
+        )
+        if any(problem.hint == REGROUP for problem in problems):
+            command = None if self.manifest else self.postprocess
+            problems = regroup_hint(problems, self.plan, command)
+        return summary, _folded(problems), notes
+
+    def logits(self) -> Outcome:
+        """Compare the executor with the source's own model."""
+        assert self.computed is not None
+        return self.computed.logits(self.plan)
+
+    def ranks(self) -> Outcome:
+        """Compare the ranks in lockstep with the ranks merged into one."""
+        if self.tp_size == 1:
+            raise Skipped(ONE_RANK)
+        assert self.computed is not None
+        return self.computed.ranks()
+
+    def provenance(self) -> Iterator[tuple[str, str]]:
+        """Yield label and value pairs about files, versions and settings."""
+        candidate, source = self.plan.chosen.candidate, self.plan.source
+        revision = f" at {source.revision}" if source.revision else ""
+        yield "checkpoint", str(self.directory)
+        yield "source", self.plan.model_dir + revision
+        yield "family", f"{candidate.name} ({candidate.distribution} {candidate.version})"
+        producer = (self.manifest or {}).get("producer")
+        if isinstance(producer, Mapping):
+            yield "made by", f"{producer.get('name')} {producer.get('version')}"
+        else:
+            yield "made by", f"not known: there is no {MANIFEST}"
+        sizes = [file.stat().st_size for file in self.directory.glob("rank*.safetensors")]
+        yield "rank files", f"{len(sizes)} of {sum(sizes):,} bytes together"
+        yield "weights", f"{self.config.get('dtype')}, TP {self.tp_size}"
+        yield "verified by", f"phireg {metadata.version('phireg')}"
+        if self.computed is not None:
+            yield "computed", self.computed.description
+        yield "date", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _folded(problems: Iterable[Problem]) -> list[Problem]:
+    """Fold problems that differ in their rank or layer only; the first of each group is kept."""
+    by_rank: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        generic = re.sub(r"^rank\d+", "rank", problem.where)
+        by_rank.setdefault((generic, problem.text), []).append(problem)
+    ranked = []
+    for (generic, _), same in by_rank.items():
+        numbers = [int(match[0]) for p in same if (match := re.search(r"(?<=^rank)\d+", p.where))]
+        where = "rank" + ranges(numbers) + generic.removeprefix("rank") if numbers else generic
+        ranked.append(dataclasses.replace(same[0], where=where))
+    return [
+        dataclasses.replace(ranked[indices[0]], where=where)
+        for (where, _), indices in fold_layers((p.where, p.text) for p in ranked)
+    ]

@@ -7,8 +7,7 @@ from phireg_phi35 import PHI35_MOE
 from safetensors.torch import load_file, save_file
 
 from phireg.testing import write_tiny_model
-from phireg.verification.compute import Computed
-from phireg.verification.request import Request
+from phireg.verification.compute import ComputedChecks
 
 SIZES = {
     "hidden_size": 48,
@@ -34,11 +33,8 @@ ROUTER = "transformer.layers.1.mlp.router.weight"
 
 
 def problems(source, checkpoint, dtype):
-    made = planned(PHI35_MOE, source, dtype=dtype)
-    request = Request(
-        checkpoint, str(source), "phi35-moe", None, ("logits",), "cpu", "float32", None
-    )
-    return Computed(request, made.config, made, lambda check, more, total: None).logits()[1]
+    plan = planned(PHI35_MOE, source, dtype=dtype)
+    return ComputedChecks(checkpoint, plan.config, device="cpu").logits(plan)[1]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

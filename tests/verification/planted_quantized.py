@@ -95,7 +95,7 @@ PLANTED = {
     ),
     "smoothing vector regrouped like rows of qkv": Planted(
         SMALL, "int8_sq", None, 1, ranks(regrouped_smoothing), (QKV + SMOOTH,),
-        "regrouped as if they were rows of qkv", logits=True,
+        "the same entries in another order", logits=True,
     ),
     "smoothing vector of another linear": Planted(
         SMALL, "int8_sq", None, 2, exchanged(QKV + SMOOTH, FC + SMOOTH),
@@ -156,7 +156,7 @@ PLANTED = {
     ),
     "one weight": Planted(
         "phi2", "int8_sq", None, 2, each(FC + ".weight", off_by_steps, only=(1,)),
-        (FC + ".weight",), "1 of 6,400 elements",
+        (FC + ".weight",), "1 of 3,200 elements",
     ),
     "one e4m3 weight": Planted(
         "phi2", "fp8", None, 1,

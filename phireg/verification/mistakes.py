@@ -1,0 +1,443 @@
+"""Locate wrong tensors, and name the mistake where it is one that exporters make.
+
+A named mistake is one that makes exactly the tensors of the rank files, from those that the source
+gives: rows of a fused linear in another order, halves exchanged, tensors divided over the ranks as
+one block, a rank's part in another rank's file, a transposed weight, a scale along the wrong axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from phireg.checkpoint.rankfiles import RankFiles
+from phireg.conversion.cast import Float32
+from phireg.conversion.stream import assemble, kept_columns
+from phireg.dtypes import UNIT_ROUNDOFF, float32_values
+from phireg.planning.model import Output, Plan, Rows
+from phireg.planning.report import ranges
+from phireg.source.model import Reader
+from phireg.verification.comparison import Difference, is_comparable
+from phireg.verification.quantized import (
+    SMOOTHER,
+    WEIGHT_SCALE,
+    LinearComparison,
+    Tolerance,
+)
+from phireg.verification.result import Problem, place_of
+
+_MOST_EXPLAINED = 24
+"""Tensors whose mistake is looked for; a systematic one shows in the first ones."""
+
+_MOST_ELEMENTS = 2**30
+"""A larger tensor, over all ranks, is only located: looking for a mistake holds it in memory."""
+
+REGROUP = "all q come first, then all k, then all v"
+"""The hint for rows that ``phireg postprocess`` puts in order."""
+
+Array = npt.NDArray[Any]
+Ranks = Sequence[Array]
+"""A tensor of each rank, [rows, columns], as bits or values."""
+
+Close = Callable[[Array, Array], bool]
+"""Takes a stored and an expected array of one shape; True if they are the same or close enough."""
+
+Candidate = tuple["Mistake", list[Array]]
+"""A mistake, and the tensors that it would make."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """A known mistake: its name, and what may correct it."""
+
+    text: str
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The order of attention and MLP rows.
+
+    Attributes:
+        heads: query heads of the whole model.
+        kv_heads: key/value heads of the whole model.
+        size: rows of one head.
+        activation: ``swiglu``, ``gegelu`` or one without a gate.
+    """
+
+    heads: int
+    kv_heads: int
+    size: int
+    activation: str
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Heads:
+        """Return the order of a planned config.json."""
+        keys = ("num_attention_heads", "num_key_value_heads", "head_size", "hidden_act")
+        return cls(*(config[key] for key in keys))
+
+
+def explain(plan: Plan, files: RankFiles, differences: Iterable[Difference]) -> list[Problem]:
+    """Make one problem of the differences of each tensor, whatever ranks it differs on."""
+    by_name: dict[str, list[Difference]] = {}
+    for difference in differences:
+        by_name.setdefault(difference.output.name, []).append(difference)
+    problems = []
+    with plan.source.open() as reader:
+        for number, (name, of_name) in enumerate(by_name.items()):
+            outputs = [output for output in plan.outputs if output.name == name]
+            mistake = None
+            if number < _MOST_EXPLAINED and _elements(outputs) <= _MOST_ELEMENTS:
+                mistake = _find(plan, files, reader, outputs, of_name)
+            problems.append(_problem(name, of_name, mistake or _located(of_name)))
+    return problems
+
+
+def explain_quantized(
+    plan: Plan, files: RankFiles, comparisons: Iterable[LinearComparison]
+) -> list[Problem]:
+    """Make one problem of each quantized weight and each weight scale that is wrong."""
+    problems: list[Problem] = []
+    wrong = [linear for linear in comparisons if linear.differences or linear.wrong_scales]
+    with plan.source.open() as reader:
+        for number, linear in enumerate(wrong):
+            explained = number < _MOST_EXPLAINED and _elements(linear.weights) <= _MOST_ELEMENTS
+            problems += _quantized_problems(plan, linear, files, reader if explained else None)
+    return problems
+
+
+def regroup_hint(
+    problems: Iterable[Problem], plan: Plan, command: Sequence[str] | None
+) -> list[Problem]:
+    """Complete the hint for rows grouped by KV head: post-process, or convert again.
+
+    Args:
+        problems: of the weights.
+        plan: of the source.
+        command: a ``phireg postprocess`` command, which works where the rows of every layer are
+            grouped; None if phireg itself wrote the checkpoint.
+    """
+    problems = list(problems)
+    qkv = {o.name for o in plan.outputs if o.name.endswith("attention.qkv.weight")}
+    wrong = {problem.where.rpartition(" ")[2] for problem in problems}
+    hint = "convert or quantize again."
+    if command is not None and qkv <= wrong:
+        hint = f"correct it: {shlex.join(command)}"
+    return [
+        dataclasses.replace(problem, hint=f"{REGROUP}; {hint}")
+        if problem.hint == REGROUP
+        else problem
+        for problem in problems
+    ]
+
+
+def _problem(name: str, wrong: Iterable[Difference | int], mistake: Mistake) -> Problem:
+    ranks = (item if isinstance(item, int) else item.output.rank for item in wrong)
+    return Problem(f"rank{ranges(ranks)} {name}", mistake.text, mistake.hint, *place_of(name))
+
+
+def _elements(outputs: Iterable[Output]) -> int:
+    return sum(int(np.prod(output.shape)) for output in outputs)
+
+
+def _located(differences: Sequence[Difference], text: str = "elements differ") -> Mistake:
+    elements = sum(difference.elements for difference in differences)
+    size = _elements(difference.output for difference in differences)
+    first = differences[0]
+    row, column = first.first
+    return Mistake(
+        f"{elements:,} of {size:,} {text}, first at row {row}, column {column}: "
+        f"{first.stored:.5g} instead of {first.expected:.5g}"
+    )
+
+
+# Unquantized tensors, bit for bit
+
+
+def _find(
+    plan: Plan,
+    files: RankFiles,
+    reader: Reader,
+    outputs: Sequence[Output],
+    differences: Sequence[Difference],
+) -> Mistake | None:
+    """Look for the mistake in a tensor; all ranks' are held in memory."""
+    if not all(is_comparable(files, output) for output in outputs):
+        return None
+    expected = [assemble(plan, output, reader) for output in outputs]
+    stored = [files[o.rank].read(o.name).reshape(o.matrix) for o in outputs]
+    module = outputs[0].name.rpartition(".")[0]
+    heads = Heads.of(plan.config)
+    mistake = named_mistake(module, expected, stored, heads, np.array_equal)
+    if mistake is not None:
+        return mistake
+    wrong = {difference.output.rank for difference in differences}
+    code = outputs[0].dtype
+    values, wanted = (
+        np.concatenate(
+            [
+                float32_values(bits, code).ravel()
+                for output, bits in zip(outputs, arrays, strict=True)
+                if output.rank in wrong
+            ]
+        )
+        for arrays in (stored, expected)
+    )
+    return mistake_in_values(values, wanted, code, len(outputs))
+
+
+def mistake_in_values(values: Float32, expected: Float32, code: str, ranks: int) -> Mistake | None:
+    """Name a mistake with the values of a tensor on the ranks where it is wrong.
+
+    Args:
+        values: stored ones, in one dimension.
+        expected: those of the source.
+        code: their dtype.
+        ranks: how many ranks there are.
+    """
+    if not np.isfinite(values).all() and np.isfinite(expected).all():
+        return Mistake(f"{int((~np.isfinite(values)).sum())} values are not finite")
+    if not values.any():
+        return Mistake("it is all zero: it was dropped")
+    values, expected = values.astype(np.float64), expected.astype(np.float64)
+    power = float(expected @ expected)
+    slack = 4 * UNIT_ROUNDOFF[code] * np.abs(expected).max(initial=0)
+    factor = float(values @ expected) / power if power and len(expected) > 1 else 1.0
+    rescaled = np.abs(values - factor * expected).max() <= slack * abs(factor)
+    if not rescaled or np.abs(values - expected).max() <= slack:
+        return None
+    if ranks > 1:
+        for value, verb in ((ranks, "multiplied"), (1 / ranks, "divided")):
+            if abs(factor / value - 1) < 1e-3:
+                return Mistake(f"it is {verb} by the number of ranks; the reader adds it once")
+    return Mistake(f"it is scaled by {factor:.6g}")
+
+
+# Quantized linears, within the tolerance
+
+
+def _quantized_problems(
+    plan: Plan, linear: LinearComparison, files: RankFiles, reader: Reader | None
+) -> Iterator[Problem]:
+    """Yield the problems of a linear; mistakes are looked for where there is a reader."""
+    target, tolerance = linear.target, Tolerance.of(plan)
+    heads = Heads.of(plan.config)
+    if linear.differences:
+        mistake = None
+        if reader is not None:
+            levels, stored = linear.levels(plan, files, reader)
+            used = _used_smoother(linear, levels, stored, tolerance)
+            if used is not None:
+                ranks = [output.rank for output in linear.weights]
+                yield _problem(
+                    f"{target}.{SMOOTHER}", ranks, _other_smoother(linear, used, tolerance)
+                )
+                return
+
+            def on_grid(left: Array, right: Array) -> bool:
+                return bool(tolerance.weights(left, right).all())
+
+            mistake = named_mistake(target, levels, stored, heads, on_grid)
+        text = "elements are more than a step of the grid from the source"
+        mistake = mistake or _located(linear.differences, text)
+        yield _problem(f"{target}.weight", linear.differences, mistake)
+    if linear.wrong_scales:
+        mistake = None
+        if tolerance.per_channel:
+
+            def is_close(left: Array, right: Array) -> bool:
+                return bool((np.abs(left - right) <= tolerance.scales * right).all())
+
+            expected = [linear.scales[o.rank][:, None] for o in linear.weights]
+            stored = [linear.stored_scales[o.rank][:, None] for o in linear.weights]
+            mistake = named_mistake(target, expected, stored, heads, is_close)
+        mistake = mistake or _wrong_scale(linear, tolerance)
+        yield _problem(f"{target}.{WEIGHT_SCALE}", linear.wrong_scales, mistake)
+
+
+def _wrong_scale(linear: LinearComparison, tolerance: Tolerance) -> Mistake:
+    with np.errstate(all="ignore"):
+        ratios = np.concatenate(
+            [linear.stored_scales[rank] / linear.scales[rank] for rank in linear.wrong_scales]
+        )
+    grid = (
+        "the weight is not on the grid of either scale"
+        if linear.differences
+        else "the weight itself is on the grid of one of the two"
+    )
+    if np.ptp(ratios) <= 3 * tolerance.scales * abs(ratios[0]):
+        value = linear.scales[linear.wrong_scales[0]][0]
+        return Mistake(
+            f"is {ratios[0]:.3g} times what the source's largest values give ({value:.6g}); {grid}"
+        )
+    off = np.flatnonzero(~(np.abs(ratios - 1) <= 1e-2))
+    row = int(off[0]) if len(off) else 0
+    return Mistake(
+        f"{len(off)} of {len(ratios)} scales are not what the source's rows give, first at row "
+        f"{row}: {ratios[row]:.4g} times that; {grid}"
+    )
+
+
+def _used_smoother(
+    linear: LinearComparison, levels: Ranks, stored: Ranks, tolerance: Tolerance
+) -> Float32 | None:
+    """Return the vector that the weight was smoothed with, if it is not the one in the files.
+
+    The least squares of every column give it, if the weight is the source's: a stored weight times
+    its scale is W / s, and ``levels`` times theirs is W over the vector in the files.
+    """
+    vector = linear.smoother
+    if vector is None:
+        return None
+    products, squares = np.zeros((2, len(vector)))
+    parts = []
+    with np.errstate(all="ignore"):
+        for output, level, weight in zip(linear.weights, levels, stored, strict=True):
+            assert isinstance(output.origin, Rows)
+            columns = kept_columns(np.arange(len(vector), dtype=np.uint32)[None], output.origin)[0]
+            scale = linear.stored_scales[output.rank][:, None]
+            source = level * linear.scales[output.rank][:, None] * vector[columns]
+            products[columns] += (source * weight * scale).sum(axis=0, dtype=np.float64)
+            squares[columns] += np.square(weight * scale, dtype=np.float64).sum(axis=0)
+            parts.append((columns, source / scale, weight))
+        used = np.where(squares > 0, products / squares, vector).astype(np.float32)
+        explained = all(
+            tolerance.weights(weight, source / used[columns]).all()
+            for columns, source, weight in parts
+        )
+        same = np.abs(vector / used - 1) <= tolerance.smoother
+    return used if explained and not same.all() else None
+
+
+def _other_smoother(linear: LinearComparison, used: Float32, tolerance: Tolerance) -> Mistake:
+    vector = linear.smoother
+    assert vector is not None
+    with np.errstate(all="ignore"):
+        off = np.flatnonzero(~(np.abs(vector / used - 1) <= tolerance.smoother))
+        reordered = (np.abs(np.sort(vector) / np.sort(used) - 1) <= tolerance.smoother).all()
+    first = int(off[0]) if len(off) else 0
+    text = (
+        f"is not what the weight was smoothed with: {len(off)} of {len(vector)} entries, first at "
+        f"{first}: {vector[first]:.5g} instead of {used[first]:.5g}"
+    )
+    if not reordered:
+        return Mistake(text)
+    return Mistake(
+        f"{text}; the same entries in another order",
+        "it belongs to the columns of the input and is never regrouped with rows.",
+    )
+
+
+# Mistakes with whole rows
+
+
+def named_mistake(
+    module: str, expected: Ranks, stored: Ranks, heads: Heads, close: Close
+) -> Mistake | None:
+    """Return the mistake that turns ``expected`` into ``stored``, if it is a known one."""
+    for mistake, tensors in _candidates(module, expected, heads):
+        pairs = list(zip(stored, tensors, strict=True))
+        if all(s.shape == t.shape for s, t in pairs) and all(close(s, t) for s, t in pairs):
+            return mistake
+    return _misplaced_ranks(expected, stored, close)
+
+
+def _candidates(module: str, expected: Ranks, heads: Heads) -> Iterator[Candidate]:
+    if module.endswith("attention.qkv"):
+        yield from _qkv_candidates(expected, heads)
+    elif module.endswith("mlp.fc"):
+        yield from _fc_candidates(expected, heads)
+    if all(e.shape[0] == e.shape[1] > 1 for e in expected):
+        yield Mistake("it is transposed", "weights are [out, in]."), [e.T for e in expected]
+
+
+def _qkv_candidates(expected: Ranks, heads: Heads) -> Iterator[Candidate]:
+    """Yield mistakes with the parts of a fused qkv."""
+    ranks = len(expected)
+    own = heads.heads // ranks * heads.size
+    kv = max(1, heads.kv_heads // ranks) * heads.size
+    local = [np.split(rows, [own, own + kv]) for rows in expected]
+    for order in permutations("qkv"):
+        exchanged = [a for a, b in zip("qkv", order, strict=True) if a != b]
+        if not exchanged:
+            continue
+        text = (
+            f"{exchanged[0]} and {exchanged[1]} are exchanged"
+            if len(exchanged) == 2
+            else f"the parts lie in the order {', '.join(order)} instead of q, k, v"
+        )
+        parts = [[rank["qkv".index(part)] for part in order] for rank in local]
+        yield Mistake(text), list(map(np.concatenate, parts))
+    owners = local[:: max(1, ranks // heads.kv_heads)]  # KV heads may be repeated
+    query = np.concatenate([rank[0] for rank in local])
+    key, value = (np.concatenate([rank[part] for rank in owners]) for part in (1, 2))
+    if ranks > 1:
+        text = "q, k and v are cut over the ranks as one block, not each for itself"
+        yield from _cut(Mistake(text), np.concatenate([query, key, value]), ranks)
+    groups = [part.reshape(heads.kv_heads, -1, part.shape[1]) for part in (query, key, value)]
+    grouped = np.concatenate(groups, axis=1).reshape(-1, query.shape[1])
+    text = (
+        f"the rows are still grouped by KV head ({heads.heads // heads.kv_heads} q, 1 k, 1 v for "
+        "each): the de-interleaving is missing"
+    )
+    yield from _cut(Mistake(text, REGROUP), grouped, ranks)
+    if ranks > 1 and heads.kv_heads % ranks == 0:
+        bounds = [len(query), len(query) + len(key)]
+        parts = [np.split(part, ranks) for part in np.split(grouped, bounds)]
+        tensors = [np.concatenate([part[rank] for part in parts]) for rank in range(ranks)]
+        yield Mistake(f"{text}, and then they were cut as q, k and v", REGROUP), tensors
+
+
+def _fc_candidates(expected: Ranks, heads: Heads) -> Iterator[Candidate]:
+    """Yield mistakes with the two halves of a gated MLP's first linear."""
+    ranks = len(expected)
+    if heads.activation == "swiglu":
+        halves = [np.split(rows, 2) for rows in expected]
+        text = "gate and up are exchanged: the reader takes the second half as the gate"
+        exchanged = [np.concatenate([gate, up]) for up, gate in halves]
+        yield Mistake(text, "up comes first."), exchanged
+        if ranks > 1:
+            up, gate = (np.concatenate([pair[n] for pair in halves]) for n in (0, 1))
+            text = "up and gate are cut over the ranks as one block, not each for itself"
+            yield from _cut(Mistake(text), np.concatenate([up, gate]), ranks)
+            yield from _cut(
+                Mistake(f"gate comes first, and {text}"), np.concatenate([gate, up]), ranks
+            )
+    elif heads.activation == "gegelu":
+        pairs = [rows.reshape(-1, 2, rows.shape[1]) for rows in expected]
+        text = "the gelu and the linear row of every pair are exchanged"
+        yield Mistake(text), [pair[:, ::-1].reshape(-1, pair.shape[2]) for pair in pairs]
+        text = "the rows are de-interleaved into two halves; the reader wants pairs, as the source"
+        yield Mistake(text), [np.concatenate([pair[:, 0], pair[:, 1]]) for pair in pairs]
+        whole = np.concatenate(pairs)
+        yield from _cut(Mistake(text), np.concatenate([whole[:, 0], whole[:, 1]]), ranks)
+
+
+def _cut(mistake: Mistake, whole: Array, ranks: int) -> Iterator[Candidate]:
+    if len(whole) % ranks == 0:
+        yield mistake, np.split(whole, ranks)
+
+
+def _misplaced_ranks(expected: Ranks, stored: Ranks, close: Close) -> Mistake | None:
+    """Recognize parts of other ranks: exchanged, or one in several files."""
+    holds = []
+    for rank, tensor in enumerate(stored):
+        order = [rank, *(other for other in range(len(expected)) if other != rank)]
+        fits = (
+            other
+            for other in order
+            if expected[other].shape == tensor.shape and close(tensor, expected[other])
+        )
+        holds.append(next(fits, None))
+    moved = [f"rank {r} holds rank {s}'s" for r, s in enumerate(holds) if r != s]
+    if None in holds or not moved:
+        return None
+    text = "ranks are exchanged" if len(set(holds)) == len(holds) else "a rank's part is repeated"
+    return Mistake(f"{text}: {', '.join(moved)}")

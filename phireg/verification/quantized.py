@@ -1,0 +1,380 @@
+"""Compare quantized tensors: weights within a step of their grid, weight scales computed anew.
+
+A weight's scale follows from the weight, so it is computed again from the source. The smoothing
+vector of SmoothQuant does not: it comes from a calibration, and is taken from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from phireg.checkpoint.rankfiles import RankFiles
+from phireg.conversion.cast import Bits, Float32, one_thread_each
+from phireg.conversion.stream import WORKERS, assemble, carry, kept_columns
+from phireg.dtypes import (
+    E4M3_MAX,
+    E4M3_SMALLEST_NORMAL,
+    INT8_MAX,
+    SMALLEST_NORMAL,
+    UNIT_ROUNDOFF,
+    WEIGHT_DTYPES,
+    float32_values,
+)
+from phireg.planning.model import Output, Plan, QuantizedLinear, Rows
+from phireg.planning.report import ranges
+from phireg.planning.schedule import restrict
+from phireg.source.model import Reader
+from phireg.verification.comparison import Difference, Progress, add_difference
+from phireg.verification.result import Problem, place_of
+
+_FLOAT32_ROUNDING = 1e-6
+_E4M3_MANTISSA_BITS = 3
+
+_SUFFIX = "_scaling_factor"
+WEIGHT_SCALE, INPUT_SCALE, SMOOTHER = (
+    f"{what}{_SUFFIX}" for what in ("weights", "activation", "prequant")
+)
+_CACHE, _KEY, _VALUE = (f"{what}_cache{_SUFFIX}" for what in ("kv", "k", "v"))
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far quantized tensors may be from what the source gives.
+
+    Attributes:
+        dtype: safetensors code of the checkpoint's dtype.
+        per_channel: True for INT8 SmoothQuant, False for FP8.
+    """
+
+    dtype: str
+    per_channel: bool
+
+    @classmethod
+    def of(cls, plan: Plan) -> Tolerance:
+        """Return the tolerance of a plan that quantizes weights."""
+        assert plan.options.scheme is not None
+        return cls(WEIGHT_DTYPES[plan.options.dtype], plan.options.scheme.per_channel)
+
+    def weights(self, stored: Float32, unrounded: Float32) -> Any:
+        """Return which grid values are within a step of the unrounded values.
+
+        A step of SmoothQuant's grid is 1. The smoothing vector is rounded to the checkpoint's
+        dtype, and so are the smoothed weights; exporters before modelopt 0.23 round both once more.
+        """
+        with np.errstate(all="ignore"):
+            distance = np.abs(stored - unrounded)
+            if self.per_channel:
+                return distance <= 1 + 4 * UNIT_ROUNDOFF[self.dtype] * np.abs(unrounded)
+            magnitude = np.maximum(np.abs(unrounded), np.float32(E4M3_SMALLEST_NORMAL))
+            step = np.ldexp(np.float32(1), np.frexp(magnitude)[1] - 1 - _E4M3_MANTISSA_BITS)
+            return distance <= step
+
+    @property
+    def scales(self) -> float:
+        """Largest relative error of a weight's scale."""
+        return _FLOAT32_ROUNDING + (4 * UNIT_ROUNDOFF[self.dtype] if self.per_channel else 0)
+
+    @property
+    def scales_rounded_once(self) -> float:
+        """The same where nothing was rounded twice."""
+        return _FLOAT32_ROUNDING + (2 * UNIT_ROUNDOFF[self.dtype] if self.per_channel else 0)
+
+    @property
+    def smoother(self) -> float:
+        """Largest relative error of a smoothing vector that is inferred from the weight."""
+        return 8 * UNIT_ROUNDOFF[self.dtype]
+
+
+@dataclass(slots=True)
+class LinearComparison:
+    """One linear on all ranks.
+
+    Attributes:
+        target: module path.
+        weights: every rank's weight.
+        stored_scales: every rank's weight scales in its file, [rows], or [1] for the whole tensor.
+        smoother: the factors of inputs, in the source's columns; None for FP8.
+        scales: as ``stored_scales``, from the source.
+        differences: weights off the grid, with the stored scales and with those of the source.
+        wrong_scales: ranks whose stored scales are not those of the source.
+        rounded_twice: scales are off by so little that they were rounded twice.
+    """
+
+    target: str
+    weights: tuple[Output, ...]
+    stored_scales: dict[int, Float32]
+    smoother: Float32 | None
+    scales: dict[int, Float32] = field(default_factory=dict)
+    differences: tuple[Difference, ...] = ()
+    wrong_scales: tuple[int, ...] = ()
+    rounded_twice: bool = False
+
+    def smoothed(self, output: Output, rows: Float32) -> Float32:
+        """Return rows of a rank's weight times 1 / s; the rows themselves for FP8."""
+        if self.smoother is None:
+            return rows
+        assert isinstance(output.origin, Rows)
+        vector = kept_columns(self.smoother[None].view(np.uint32), output.origin)
+        with np.errstate(all="ignore"):  # zeros in the vector are problems of the structure check
+            smoothed: Float32 = rows * (np.float32(1) / vector.view(np.float32))
+        return smoothed
+
+    def levels(self, plan: Plan, files: RankFiles, reader: Reader) -> tuple[list[Float32], ...]:
+        """Return every rank's whole weight on the grid: the source's unrounded, and as stored."""
+        code = WEIGHT_DTYPES[plan.options.dtype]
+        expected, stored = [], []
+        for output in self.weights:
+            unquantized = dataclasses.replace(output, dtype=code)
+            rows = self.smoothed(output, float32_values(assemble(plan, unquantized, reader), code))
+            with np.errstate(all="ignore"):
+                expected.append(rows / self.scales[output.rank][:, None])
+            stored.append(_stored_rows(files, output, 0, output.matrix[0]))
+        return expected, stored
+
+
+def compare_quantized(
+    plan: Plan, files: RankFiles, linears: Sequence[QuantizedLinear], progress: Progress
+) -> list[LinearComparison]:
+    """Compare quantized linears; memory is bounded by some blocks.
+
+    Args:
+        plan: a plan with scales.
+        files: of the checkpoint.
+        linears: those whose tensors are all there, on every rank.
+        progress: takes how many more bytes of quantized weights have been compared.
+
+    Raises:
+        SourceError: a file could not be read.
+    """
+    if not linears:
+        return []
+    comparisons = {f"{linear.target}.weight": _open(plan, files, linear) for linear in linears}
+    stored = {name: linear.stored_scales for name, linear in comparisons.items()}
+    tolerance = Tolerance.of(plan)
+    sink = _GridComparison(plan, files, comparisons, stored, progress)
+    sink.run()
+    again = {}
+    for name, linear in comparisons.items():
+        linear.scales = sink.source_scales(name)
+        linear.differences = sink.of(name)
+        with np.errstate(all="ignore"):
+            error = {
+                rank: np.abs(scales / linear.scales[rank] - 1)
+                for rank, scales in linear.stored_scales.items()
+            }
+        linear.wrong_scales = tuple(
+            rank for rank, off in error.items() if not (off <= tolerance.scales).all()
+        )
+        linear.rounded_twice = not linear.wrong_scales and not all(
+            (off <= tolerance.scales_rounded_once).all() for off in error.values()
+        )
+        if linear.differences and linear.wrong_scales:
+            again[name] = linear
+    if again:  # on the grid of the source's scales there may be no difference
+        sink = _GridComparison(
+            plan, files, again, {n: c.scales for n, c in again.items()}, lambda count: None
+        )
+        sink.run()
+        for name, linear in again.items():
+            linear.differences = sink.of(name)
+    return list(comparisons.values())
+
+
+def _open(plan: Plan, files: RankFiles, linear: QuantizedLinear) -> LinearComparison:
+    """Read a linear's scales."""
+    outputs = [o for o in plan.outputs if o.name.rpartition(".")[0] == linear.target]
+    weights = tuple(output for output in outputs if output.name.endswith(".weight"))
+    scales = {o.rank: read_scale(files, o.rank, f"{linear.target}.{WEIGHT_SCALE}") for o in weights}
+    smoother = None
+    for output in outputs:
+        if output.name.endswith(SMOOTHER):
+            if smoother is None:
+                smoother = np.zeros(linear.columns, np.float32)
+            own, position = read_scale(files, output.rank, output.name), 0
+            for span in output.origin.spans:
+                smoother[span.start : span.stop] = own[position : position + span.count]
+                position += span.count
+    return LinearComparison(linear.target, weights, scales, smoother)
+
+
+class _GridComparison:
+    """The sink that compares unquantized rows, on the grid of given scales, with stored ones."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        files: RankFiles,
+        linears: Mapping[str, LinearComparison],
+        scales: Mapping[str, Mapping[int, Float32]],
+        progress: Progress,
+    ) -> None:
+        self.plan = restrict(plan, lambda output: output.name in linears)
+        self.files = files
+        self.linears = linears
+        self.scales = scales
+        self.progress = progress
+        self.tolerance = Tolerance.of(plan)
+        self.maxima = [np.zeros(output.matrix[0], np.float32) for output in self.plan.outputs]
+        self.differences: dict[int, Difference] = {}
+
+    def run(self) -> None:
+        """Read the source once; without a quantizer its rows come in the checkpoint's dtype."""
+        with one_thread_each(WORKERS):
+            carry(self.plan, self)
+
+    def put(self, index: int, row: int, rows: Bits) -> None:
+        """Compare consecutive rows of an output."""
+        output = self.plan.outputs[index]
+        at = slice(row, row + len(rows))
+        values = float32_values(rows, self.tolerance.dtype)
+        values = self.linears[output.name].smoothed(output, values)
+        self.maxima[index][at] = np.abs(values).max(axis=1, initial=0)
+        stored = _stored_rows(self.files, output, row, len(rows))
+        self.progress(stored.size)
+        scale = self.scales[output.name][output.rank]
+        with np.errstate(all="ignore"):
+            unrounded: Float32 = values / (scale[at, None] if self.tolerance.per_channel else scale)
+        off_grid = ~self.tolerance.weights(stored, unrounded)
+        if off_grid.any():
+            pair = (stored, unrounded)
+            add_difference(self.differences, index, output, row, off_grid, pair)
+
+    def of(self, name: str) -> tuple[Difference, ...]:
+        """Return the differences of a weight, by rank."""
+        ordered = sorted(self.differences.items())
+        return tuple(difference for _, difference in ordered if difference.output.name == name)
+
+    def source_scales(self, name: str) -> dict[int, Float32]:
+        """Return every rank's scales of a weight: its largest values over the grid's largest."""
+        outputs = {o.rank: n for n, o in enumerate(self.plan.outputs) if o.name == name}
+        maxima = {rank: self.maxima[index] for rank, index in outputs.items()}
+        if not self.tolerance.per_channel:
+            whole = np.array([max(map(np.max, maxima.values()))], np.float32)
+            return {rank: _scale(whole, E4M3_MAX) for rank in maxima}
+        origins = [self.plan.outputs[index].origin for index in outputs.values()]
+        if any(isinstance(origin, Rows) and origin.columns is not None for origin in origins):
+            rows: Float32 = np.stack(list(maxima.values())).max(axis=0)
+            maxima = dict.fromkeys(maxima, rows)  # every rank has columns of all rows
+        return {rank: _scale(rows, INT8_MAX) for rank, rows in maxima.items()}
+
+
+def _scale(maxima: Float32, largest: float) -> Float32:
+    """Return maxima over the grid's largest value; a tensor or row of zeros has the scale 1."""
+    scale = maxima / np.float32(largest)
+    scales: Float32 = np.where(scale == 0, np.float32(1), scale).astype(np.float32)
+    return scales
+
+
+def _stored_rows(files: RankFiles, output: Output, row: int, count: int) -> Float32:
+    columns = output.matrix[1]
+    bits = files[output.rank].read(output.name, row * columns, count * columns)
+    return float32_values(bits, output.dtype).reshape(count, columns)
+
+
+# Scales
+
+
+def read_scale(files: RankFiles, rank: int, name: str) -> Float32:
+    """Read a whole scale in float32; one without dimensions has one element."""
+    file = files[rank]
+    return float32_values(file.read(name), file.header.entries[name].dtype)
+
+
+def scale_defects(files: RankFiles) -> Iterator[Problem]:
+    """Yield scales that are zero, negative, infinite, not a number or denormal."""
+    for rank, file in files.items():
+        for name, entry in file.header.entries.items():
+            if not name.endswith(_SUFFIX) or entry.dtype not in WEIGHT_DTYPES.values():
+                continue
+            values = read_scale(files, rank, name)
+            normal = SMALLEST_NORMAL[entry.dtype]
+            for text, defects in (
+                ("is not a number", np.isnan(values)),
+                ("is infinite", np.isinf(values)),
+                ("is zero", values == 0),
+                ("is negative", np.isfinite(values) & (values < 0)),
+                ("is denormal", (values > 0) & (values < normal)),
+            ):
+                if defects.any():
+                    many = f" ({defects.sum()} of {values.size} values)" if values.size > 1 else ""
+                    where = f"rank{rank}.safetensors: {name}"
+                    yield Problem(where, f"{text}{many}: no scale", None, *place_of(name))
+
+
+def rank_problems(files: RankFiles, scales: Iterable[Output]) -> Iterator[Problem]:
+    """Yield scales that every rank must repeat and some rank has other values of.
+
+    Args:
+        files: of the checkpoint.
+        scales: the plan's scales that can be read.
+    """
+    repeated: dict[tuple[object, ...], list[Output]] = {}
+    for output in scales:
+        repeated.setdefault((output.name, output.origin), []).append(output)
+    for first, *others in repeated.values():
+        value = read_scale(files, first.rank, first.name)
+        different = {}
+        for output in others:
+            other = read_scale(files, output.rank, output.name)
+            if not np.array_equal(other, value, equal_nan=True):
+                different[output.rank] = other
+        if different:
+            rank, other = next(iter(different.items()))
+            text = f"is {_shown(value)} on rank {first.rank} and {_shown(other)} on rank {rank}; "
+            text += "every rank must hold the same"
+            where = f"rank{ranges(different)} {first.name}"
+            yield Problem(where, text, None, *place_of(first.name))
+
+
+def cache_problems(files: RankFiles, scales: Iterable[Output]) -> Iterator[Problem]:
+    """Yield KV cache scales that are not the larger one of the keys' and the values'.
+
+    Arguments are those of :func:`rank_problems`.
+    """
+    for output in scales:
+        rank, name = output.rank, output.name
+        parts = [name.replace(_CACHE, part) for part in (_KEY, _VALUE)]
+        if not name.endswith(_CACHE) or any(files.kind(rank, part) is None for part in parts):
+            continue
+        key, value = (read_scale(files, rank, part) for part in parts)
+        scale = read_scale(files, rank, name)
+        if not np.isclose(scale, np.maximum(key, value), rtol=1e-6).all():
+            text = f"is {_shown(scale)}; keys have {_shown(key)} and values {_shown(value)}, and "
+            text += "the larger one is wanted"
+            yield Problem(f"rank{rank} {name}", text, None, *place_of(name))
+
+
+def activation_problems(
+    plan: Plan, files: RankFiles, scales: Iterable[Output]
+) -> Iterator[Problem]:
+    """Yield activation scales that do not follow from the smoothing vector, as with alpha 1.
+
+    The vector is 1 / amax then, so that every smoothed channel reaches 1 and the scale is 1 / 127;
+    unless channels were so small or large that their entries were clamped to 1e4 or 1e-4.
+
+    Arguments are those of :func:`rank_problems`.
+    """
+    names = {output.name for output in scales}
+    for linear in plan.linears:
+        name, smoother = f"{linear.target}.{INPUT_SCALE}", f"{linear.target}.{SMOOTHER}"
+        if not {name, smoother} <= names:
+            continue
+        scale = read_scale(files, 0, name)
+        ranks = range(plan.options.tp_size)
+        vector = np.concatenate([read_scale(files, rank, smoother) for rank in ranks])
+        slack = 2 * UNIT_ROUNDOFF[WEIGHT_DTYPES[plan.options.dtype]] + 1e-6
+        clamped = (vector <= 1e-4 * (1 + slack)) | (vector >= 1e4 * (1 - slack))
+        off = np.abs(scale * 127 - 1) > slack
+        if off.any() and not clamped.any():
+            text = f"is {_shown(scale * 127)} times 1/127, which it is where inputs are smoothed"
+            yield Problem(f"rank0 {name}", f"{text} with alpha 1", None, *place_of(name))
+
+
+def _shown(value: Float32) -> str:
+    flat = value.ravel()
+    return f"{flat[0]:.6g}" if flat.size == 1 else f"[{flat[0]:.6g}, ...]"
