@@ -52,7 +52,6 @@ def test_without_arguments(run):
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
     directory = str(demo.find("phi3-small").directory)
-    assert max(len(line) for line in lines if directory not in line) <= 80
     assert sum(directory in line for line in lines) == 2, "a path is not broken"
     assert Path("phireg-demo/phi3-small/rank0.safetensors").is_file()
     for name in CHECKS[:4]:

@@ -5,7 +5,7 @@ from helpers.by_hand import calibration, model, write_model
 from helpers.plan_sources import LAYERS
 
 import phireg
-from phireg.reader.structure import structure_notes, structure_problems
+from phireg.reader.structure import structure_findings, structure_problems
 from phireg.reader.tensors import required_tensors
 
 QKV = "transformer.layers.1.attention.qkv"
@@ -32,7 +32,8 @@ def judged(written, qformat, cache=None, **changes):
     """Problems and notes after changing rank 1; None removes a tensor."""
     config, (first, second) = written[qformat, cache]
     ranks = [first, {n: t for n, t in {**second, **changes}.items() if t is not None}]
-    return structure_problems(config, ranks), structure_notes(config, ranks)
+    notes = [(w, text) for w, text, harmless in structure_findings(config, ranks) if harmless]
+    return structure_problems(config, ranks), notes
 
 
 @pytest.mark.parametrize("cache", [None, "fp8"])
@@ -172,4 +173,4 @@ def test_exporters_that_cut_the_embedding(written, dim, shape):
 def test_an_unknown_algorithm_is_not_judged(written):
     config, ranks = written["fp8", None]
     other = {**config, "quantization": {"quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": None}}
-    assert structure_problems(other, ranks) == structure_notes(other, ranks) == []
+    assert structure_findings(other, ranks) == []
