@@ -35,6 +35,7 @@ from phireg.files.regular import (
 
 _RANK = {code: rank for rank, code in enumerate(ITEMSIZE)}
 _PREFIX = "Error while deserializing header: "
+_MAX_HEADER = 100_000_000  # the library's own limit
 _MAX_DIMENSIONS = 32
 _TOO_LARGE = 2**63
 
@@ -95,12 +96,16 @@ def read_header(path: Path) -> Header:
         # A header length may by chance spell another format's first bytes: "{" behind it decides.
         if head[8:9] != b"{" and (known := disguise(head)):
             raise SourceError(f"{path}: {known[0]}", hint=known[1])
+        length = 8 + int.from_bytes(head[:8], "little")
         try:
             with safe_open(path, framework="numpy"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise _invalid(path, [str(error).removeprefix(_PREFIX)]) from None
-        length = 8 + int.from_bytes(head[:8], "little")
+            problem = str(error).removeprefix(_PREFIX)
+            if length <= min(stamp.size, _MAX_HEADER):
+                raw = read_bytes(fd, path, 0, length)
+                problem = _truncation(raw, stamp.size) or problem
+            raise _invalid(path, [problem]) from None
         raw = read_bytes(fd, path, 0, length)
         check_unchanged(fd, path, stamp)
     finally:
@@ -125,6 +130,19 @@ def read_header(path: Path) -> Header:
         stamp.mtime_ns,
         MappingProxyType(metadata),
     )
+
+
+def _truncation(raw: bytes, size: int) -> str | None:
+    """Name the first tensor that a truncated file lacks, which the library does not."""
+    try:
+        listing = parse_object(raw[8:])
+        listing.pop("__metadata__", None)
+        ends = sorted((len(raw) + entry["data_offsets"][1], key) for key, entry in listing.items())
+        name = next(key for end, key in ends if end > size)
+        missing = ends[-1][0] - size
+        return f"the file is truncated: {missing} bytes are missing, from {name[:200]!r} on"
+    except (ValueError, TypeError, LookupError, StopIteration):
+        return None  # damaged in another way
 
 
 def _defects(name: str, entry: Mapping[str, Any]) -> Iterator[str]:
