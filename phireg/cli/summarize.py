@@ -60,7 +60,9 @@ _COUNT = click.IntRange(min=1)
     help="JSONL, CSV or parquet with article, highlights; or cnn_dailymail, or demo.",
 )
 @click.option("--dataset-dir", type=Directory(), metavar="DIR", help="cnn_dailymail on this disk.")
-@click.option("--eval-task", type=click.Choice(("summarize",)), default="summarize")
+@click.option(
+    "--eval-task", type=click.Choice(("summarize",)), default="summarize", expose_value=False
+)
 @click.option("--batch-size", type=_COUNT, default=1, show_default=True, metavar="N")
 @click.option(
     "--max-ite", type=_COUNT, default=20, show_default=True, metavar="N", help="Batches at most."
@@ -157,7 +159,6 @@ def command(
     tp: int | None,
     dataset: str,
     dataset_dir: str | None,
-    eval_task: str,
     check_accuracy: bool,
     checked: Sequence[str],
     rouge1_threshold: float | None,

@@ -28,10 +28,11 @@ _DEFAULT_DTYPE = "float32"
 def describe(directory: Path, options: Options) -> Description:
     """See :class:`phireg.generation.backend.Opener`; ``directory`` may be a hub repository."""
     devices.pick_device(options.device)
-    _, values = _read_config(directory)
-    return Description(
-        vocab_size=int(values["vocab_size"]), positions=int(values["max_position_embeddings"])
-    )
+    return _description(_read_config(directory)[1])
+
+
+def _description(config: dict[str, Any]) -> Description:
+    return Description(config["vocab_size"], config["max_position_embeddings"])
 
 
 def load(directory: Path, options: Options) -> HFBackend:
@@ -41,10 +42,9 @@ def load(directory: Path, options: Options) -> HFBackend:
     from phireg.reference.load import open_reference
     from phireg.source.model import open_source
 
-    description = describe(directory, options)
-    directory, values = _read_config(directory)
-    family = registry.choose(HFConfig(values)).family
-    own_dtype = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
+    directory, config = _read_config(directory)
+    family = registry.choose(HFConfig(config)).family
+    own_dtype = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
     dtype = options.dtype or (own_dtype if own_dtype in WEIGHT_DTYPES else _DEFAULT_DTYPE)
     device = devices.pick_device(options.device)
     devices.measure_memory(device)
@@ -56,7 +56,7 @@ def load(directory: Path, options: Options) -> HFBackend:
         reference.keep_ends()
     else:
         reference.keep_all()
-    return HFBackend(reference.model, description, device, dtype)
+    return HFBackend(reference.model, _description(config), device, dtype)
 
 
 def run_worker(directory: Path, options: Options) -> None:
@@ -240,9 +240,9 @@ def _read_config(model: Path) -> tuple[Path, dict[str, Any]]:
 
     directory, _ = resolve_model_dir(str(model), None)
     path = directory / "config.json"
-    values: dict[str, Any] = read_json_object(path)
-    numbers = [values.get(key) for key in ("vocab_size", "max_position_embeddings")]
-    if (kind := kind_of_config(values)) in (CHECKPOINT, ENGINE):
+    config: dict[str, Any] = read_json_object(path)
+    numbers = [config.get(key) for key in ("vocab_size", "max_position_embeddings")]
+    if (kind := kind_of_config(config)) in (CHECKPOINT, ENGINE):
         raise CheckError(
             f"{directory} is {kind.name}; the hf backend runs the source model",
             hint="give the directory that it was converted from.",
@@ -252,4 +252,4 @@ def _read_config(model: Path) -> tuple[Path, dict[str, Any]]:
             f"{path} has no vocab_size or no max_position_embeddings",
             hint="give the directory of a Phi model.",
         )
-    return directory, values
+    return directory, config

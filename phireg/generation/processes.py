@@ -71,15 +71,9 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
 
 
 def check_launcher(backend: str) -> bool:
-    """Check that the processes were started by the launcher of the backend.
+    """Refuse the launcher of another backend, with which each process would believe it is alone.
 
-    Otherwise each process would take itself for the only one.
-
-    Returns:
-        False in a process that must end silently, because rank 0 reports the error.
-
-    Raises:
-        UsageError: in rank 0, if the launcher is the wrong one.
+    Only rank 0 raises the UsageError; others return False, and have to end silently.
     """
     from phireg.trtllm.mpi import process_rank as mpi_rank
 
@@ -110,11 +104,8 @@ def check_processes(
         backend: its name.
         directory: the model.
         model: its limits.
-        processes: how many were started.
-        tp: how many are to be started.
-
-    Raises:
-        UsageError: tells how to start the right number.
+        processes: the number of processes that were started.
+        tp: the number of processes to start.
     """
     ranks = model.tp_size
     if tp and backend != EXECUTOR:

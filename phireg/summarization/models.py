@@ -49,11 +49,6 @@ class ModelRun:
         """The model's limits."""
         return describe(self.backend, self.directory, self.options)
 
-    @property
-    def leads_workers(self) -> bool:
-        """Whether other processes wait for this one to open the backend."""
-        return self.backend != HF and process_rank(self.backend)[1] > 1
-
 
 def choose_models(
     directories: Sequence[Path],
@@ -124,13 +119,10 @@ def check_model_processes(models: Sequence[ModelRun], tp: int | None = None) -> 
 
     Args:
         models: the models.
-        tp: the number of processes to start for the executor.
+        tp: the number of processes for the executor.
 
     Returns:
-        Whether the processes for ``tp`` have to be started.
-
-    Raises:
-        UsageError: tells how to start the right number.
+        Whether these processes are still to be started.
     """
     backends = [model.backend for model in models]
     if tp and EXECUTOR not in backends:

@@ -26,40 +26,24 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """One batch of a backend.
-
-    Attributes:
-        seconds: from the request to the last token; perplexity not included.
-        memory: the backend's peak so far, in bytes; None if unknown.
-        summaries: of each article, in order.
-    """
-
-    seconds: float
-    memory: int | None
-    summaries: tuple[Summary, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class BackendResult:
     """The result of one backend.
 
     Attributes:
         name: the backend's name.
         directory: of the model that it ran.
-        batches: in order, without the warm-up.
+        summaries: of each article.
         rouge: of the summaries.
+        batch_seconds: of the generation of each batch, without the warm-up.
+        memory: the peak in bytes; None if unknown.
     """
 
     name: str
     directory: str
-    batches: tuple[Batch, ...]
+    summaries: tuple[Summary, ...]
     rouge: Rouge
-
-    @property
-    def summaries(self) -> tuple[Summary, ...]:
-        """The summary of each article."""
-        return tuple(summary for batch in self.batches for summary in batch.summaries)
+    batch_seconds: tuple[float, ...]
+    memory: int | None
 
     @property
     def perplexity(self) -> float | None:
@@ -70,12 +54,12 @@ class BackendResult:
     @property
     def seconds(self) -> float:
         """The seconds of all batches."""
-        return sum(batch.seconds for batch in self.batches)
+        return sum(self.batch_seconds)
 
     @property
     def latency(self) -> float:
         """The mean seconds of a batch."""
-        return self.seconds / len(self.batches)
+        return self.seconds / len(self.batch_seconds)
 
     @property
     def new_tokens(self) -> int:
@@ -86,11 +70,6 @@ class BackendResult:
     def tokens_per_second(self) -> float:
         """The new tokens of all articles by the seconds of all batches."""
         return self.new_tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def memory(self) -> int | None:
-        """The peak in bytes; None if unknown."""
-        return max((b.memory for b in self.batches if b.memory is not None), default=None)
 
     def metric(self, name: str) -> float | None:
         """Return a score by name: one of ``ROUGES``, or "perplexity"."""
@@ -123,12 +102,11 @@ class Check:
         return self.value > self.threshold
 
     def __str__(self) -> str:
-        relation, must = ("<", "below") if self.metric == "perplexity" else (">", "above")
+        bound = f"{'below' if self.metric == 'perplexity' else 'above'} {self.threshold:g}"
         if self.value is None:
-            return f"{self.backend}: no {self.metric}; it must be {must} {self.threshold:g}"
-        if self.passed:
-            return f"{self.backend}: {self.metric} {self.value:.2f} {relation} {self.threshold:g}"
-        return f"{self.backend}: {self.metric} {self.value:.2f} is not {must} {self.threshold:g}"
+            return f"{self.backend}: no {self.metric}; it must be {bound}"
+        verb = "is" if self.passed else "is not"
+        return f"{self.backend}: {self.metric} {self.value:.2f} {verb} {bound}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,12 +14,12 @@ from phireg.generation.backend import Backend, open_backend
 from phireg.generation.limits import check_batch, check_prompts
 from phireg.generation.tokenizer import Tokenizer, find_tokenizer, stop_ids
 from phireg.summarization.models import ModelRun, check_model_processes
-from phireg.summarization.result import BackendResult, Batch, Summarization, Summary, Thresholds
+from phireg.summarization.result import BackendResult, Summarization, Summary, Thresholds
 from phireg.summarization.scores import perplexity, rouge
 from phireg.summarization.task import Sample, Settings, load_articles, make_samples, samples_digest
 
 Progress = Callable[[str, int, int], None]
-"""Called with a backend's name, how many more articles it has done, and how many all have."""
+"""Called with a backend's name, how many more articles it has done, and how many there are."""
 
 _PACKAGES = ("phireg", "torch", "transformers", "rouge-score")
 
@@ -86,10 +86,7 @@ def summarize(
     for model in models:
         _check_model(model, task)
     report = progress or (lambda _backend, _more, _total: None)
-    total = len(models) * len(task.samples)
-    results = tuple(
-        _run(model, task, lambda name, more: report(name, more, total)) for model in models
-    )
+    results = tuple(_run(model, task, report) for model in models)
     return Summarization(
         articles.name,
         articles.note,
@@ -121,33 +118,33 @@ def _check_model(model: ModelRun, task: _Task) -> None:
     check_prompts(limits, [sample.prompt for sample in task.samples], settings.output_len, names)
 
 
-def _run(model: ModelRun, task: _Task, report: Callable[[str, int], None]) -> BackendResult:
-    batches = []
+def _run(model: ModelRun, task: _Task, progress: Progress) -> BackendResult:
+    summaries: list[Summary] = []
+    batch_seconds = []
     with open_backend(model.backend, model.directory, model.options) as backend:
-        for batch in _batches(backend, task):
-            batches.append(batch)
-            report(model.backend, len(batch.summaries))
-    scores = rouge(
-        [summary.text for batch in batches for summary in batch.summaries],
-        [sample.reference for sample in task.samples],
+        task.generate(backend, task.samples[:1])  # the warm-up of TensorRT-LLM's script
+        for start in range(0, len(task.samples), task.settings.batch_size):
+            samples = task.samples[start : start + task.settings.batch_size]
+            started = time.monotonic()
+            rows = task.generate(backend, samples)
+            batch_seconds.append(time.monotonic() - started)
+            scores = _perplexities(backend, samples, rows) if task.settings.eval_ppl else None
+            for index, row in enumerate(rows):
+                text = task.tokenizer.decode(row)
+                summaries.append(Summary(text, len(row), scores[index] if scores else None))
+            progress(model.backend, len(samples), len(task.samples))
+        memory = backend.peak_memory()
+    rouge_scores = rouge(
+        [summary.text for summary in summaries], [sample.reference for sample in task.samples]
     )
-    return BackendResult(model.backend, str(model.directory), tuple(batches), scores)
-
-
-def _batches(backend: Backend, task: _Task) -> Iterator[Batch]:
-    task.generate(backend, task.samples[:1])  # the warm-up of TensorRT-LLM's script; not scored
-    size = task.settings.batch_size
-    for start in range(0, len(task.samples), size):
-        samples = task.samples[start : start + size]
-        started = time.monotonic()
-        rows = task.generate(backend, samples)
-        seconds = time.monotonic() - started
-        scores = _perplexities(backend, samples, rows) if task.settings.eval_ppl else None
-        summaries = tuple(
-            Summary(task.tokenizer.decode(row), len(row), scores[index] if scores else None)
-            for index, row in enumerate(rows)
-        )
-        yield Batch(seconds, backend.peak_memory(), summaries)
+    return BackendResult(
+        model.backend,
+        str(model.directory),
+        tuple(summaries),
+        rouge_scores,
+        tuple(batch_seconds),
+        memory,
+    )
 
 
 def _perplexities(
