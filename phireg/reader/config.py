@@ -51,6 +51,13 @@ class Config:
             raise self.error(f"{key} is {value!r}, not a positive whole number")
         return value
 
+    def text(self, key: str) -> str:
+        """Return a text."""
+        value = self.get(key)
+        if not isinstance(value, str):
+            raise self.error(f"{key} is {value!r}, not a text")
+        return value
+
     def number(self, key: str, *older: str) -> float:
         """Return a number."""
         value = self.get(key, *older)

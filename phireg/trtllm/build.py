@@ -212,7 +212,7 @@ def _run(plan: BuildPlan, line: tuple[str, ...], directory: Path, listen: Listen
         )
     try:
         read_engine(directory)
-    except SourceError as error:
+    except (CheckError, SourceError) as error:
         raise EngineError(
             f"{PROGRAM} ended well, but wrote no complete engine: {error.message}",
             hint=f"its output is in {plan.log}.",

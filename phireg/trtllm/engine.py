@@ -16,6 +16,7 @@ from phireg.checkpoint.rankfiles import world_size
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
 from phireg.files.kinds import BUILD_FILE, ENGINE, kind_of_config
+from phireg.reader.config import Config
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ def read_engine(directory: str | Path) -> Engine:
 
     Raises:
         SourceError: it is not a complete engine.
+        CheckError: a value of its config is missing or of a wrong type.
     """
     directory = Path(directory)
     path = directory / "config.json"
@@ -57,50 +59,33 @@ def read_engine(directory: str | Path) -> Engine:
             "and 'build_config'",
             hint="an engine is made from a checkpoint by phireg build.",
         )
-    pretrained, build = config["pretrained_config"], config["build_config"]
-    mapping = pretrained.get("mapping")
-    mapping = mapping if isinstance(mapping, dict) else {}
-    ranks = world_size(pretrained)
+    engine = Config(config, str(path))
+    pretrained, build = engine.block("pretrained_config"), engine.block("build_config")
+    mapping, ranks = pretrained.block("mapping"), world_size(pretrained.values)
     for rank in range(ranks):
         if not (directory / f"rank{rank}.engine").is_file():
             raise SourceError(f"{directory} has no rank{rank}.engine; it is made for {ranks}")
-    max_input_len = _count(build, "max_input_len", path)
-    if "max_seq_len" in build:
-        max_seq_len = _count(build, "max_seq_len", path)
+    max_input_len = build.integer("max_input_len")
+    if build.has("max_seq_len"):
+        max_seq_len = build.integer("max_seq_len")
     else:  # before 0.11 the new tokens were limited, not the sum
-        max_seq_len = max_input_len + _count(build, "max_output_len", path)
+        max_seq_len = max_input_len + build.integer("max_output_len")
     return Engine(
         directory=directory,
-        version=_text(config, "version", path),
-        architecture=_text(pretrained, "architecture", path),
-        dtype=_text(pretrained, "dtype", path),
-        vocab_size=_count(pretrained, "vocab_size", path),
-        tp_size=_count(mapping, "tp_size", path, 1),
+        version=engine.text("version"),
+        architecture=pretrained.text("architecture"),
+        dtype=pretrained.text("dtype"),
+        vocab_size=pretrained.integer("vocab_size"),
+        tp_size=mapping.integer("tp_size") if mapping.has("tp_size") else 1,
         world_size=ranks,
-        max_batch_size=_count(build, "max_batch_size", path),
+        max_batch_size=build.integer("max_batch_size"),
         max_input_len=max_input_len,
         max_seq_len=max_seq_len,
-        max_beam_width=_count(build, "max_beam_width", path, 1),
-        gathers_logits=build.get("gather_context_logits") is True,
+        max_beam_width=build.integer("max_beam_width") if build.has("max_beam_width") else 1,
+        gathers_logits=build.values.get("gather_context_logits") is True,
         run_options=_run_options(directory / BUILD_FILE),
-        build_config=build,
+        build_config=build.values,
     )
-
-
-def _text(config: Mapping[str, Any], key: str, path: Path) -> str:
-    value = config.get(key)
-    if not isinstance(value, str):
-        raise SourceError(f"{path}: {key} is {value!r}, not a text")
-    return value
-
-
-def _count(config: Mapping[str, Any], key: str, path: Path, default: int | None = None) -> int:
-    value = config.get(key)
-    if value is None and default is not None:
-        return default
-    if type(value) is not int or value < 1:
-        raise SourceError(f"{path}: {key} is {value!r}, not a number of 1 or more")
-    return value
 
 
 def _run_options(path: Path) -> dict[str, Any]:
