@@ -16,6 +16,7 @@ import pytest
 
 from phireg.errors import OutputError
 from phireg.files.output import OutputDirectory
+from phireg.files.writing import REASONS
 
 ROOT = Path(__file__).parents[2]
 VICTIM = Path(__file__).with_name("output_victim.py")
@@ -54,6 +55,13 @@ def open_output(target, *, overwrite=False, required_bytes=0):
 def convert(target, files=NEW, *, overwrite=False):
     with open_output(target, overwrite=overwrite) as partial:
         fill(partial, files)
+
+
+def refused(*args, **options):
+    """Check that an output is refused with a reason, and return that."""
+    with pytest.raises(OutputError) as caught:
+        convert(*args, **options)
+    return str(caught.value)
 
 
 def leave_stale(base, **parts):
@@ -160,10 +168,7 @@ def test_directory_sync_that_a_file_system_does_not_have_is_no_error(tmp_path, m
 
 
 def test_failing_sync_of_a_file_publishes_nothing(tmp_path, monkeypatch):
-    with (
-        pytest.raises(OutputError, match="input/output error"),
-        open_output(tmp_path / "out") as partial,
-    ):
+    with pytest.raises(OutputError), open_output(tmp_path / "out") as partial:
         fill(partial, NEW)
 
         def broken(_):
@@ -178,9 +183,7 @@ def test_failing_sync_of_a_file_publishes_nothing(tmp_path, monkeypatch):
 
 def test_existing_output_is_refused_and_kept(tmp_path):
     fill(tmp_path / "out", OLD)
-    with pytest.raises(OutputError, match="exists and is not empty") as caught:
-        convert(tmp_path / "out")
-    assert "--overwrite" in caught.value.hint
+    assert "--overwrite" in refused(tmp_path / "out")
     assert content(tmp_path / "out") == OLD
     assert names(tmp_path) == ["out"]
 
@@ -193,10 +196,7 @@ def test_refusals_come_before_the_work(tmp_path, overwrite):
 
 
 def test_output_that_appears_while_writing_is_kept(tmp_path):
-    with (
-        pytest.raises(OutputError, match="exists and is not empty"),
-        open_output(tmp_path / "out") as partial,
-    ):
+    with pytest.raises(OutputError), open_output(tmp_path / "out") as partial:
         fill(partial, NEW)
         fill(tmp_path / "out", OLD)
     assert content(tmp_path / "out") == OLD
@@ -204,52 +204,28 @@ def test_output_that_appears_while_writing_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_file_as_target_is_refused(tmp_path, overwrite):
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(OutputError, match="not a directory"):
-        convert(tmp_path / "out", overwrite=overwrite)
-    assert content(tmp_path) == {"out": "mine"}
-
-
-@pytest.mark.parametrize("below", ["out", "deeper/out"])
-def test_file_as_parent_is_refused(tmp_path, below):
+@pytest.mark.parametrize("below", ["", "out", "deeper/out"])
+def test_file_as_target_or_parent_is_refused(tmp_path, below, overwrite):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OutputError, match="file is not a directory"):
-        convert(tmp_path / "file" / below)
+    assert "file" in refused(tmp_path / "file" / below, overwrite=overwrite)
     assert content(tmp_path) == {"file": "mine"}
 
 
-@pytest.mark.parametrize("name", ["", ".", "/", "..", "a/..", "../.."])
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "/", "..", "a/..", "../..", "x.phireg-partial", "x.phireg-partial/out",
+     "parent/" + "n" * 250],
+)  # fmt: skip
 def test_names_that_cannot_be_created(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OutputError, match="does not name a directory"):
-        convert(Path(name))
+    refused(Path(name))
     assert tree(tmp_path) == []
 
 
-def test_link_to_the_root_is_refused(tmp_path):
-    (tmp_path / "out").symlink_to("/")
-    with pytest.raises(OutputError, match="does not name a directory"):
-        convert(tmp_path / "out", overwrite=True)
-
-
-@pytest.mark.parametrize("name", ["x.phireg-partial", "x.phireg-partial/out"])
-def test_names_kept_for_phireg_are_refused(tmp_path, name):
-    with pytest.raises(OutputError, match=r"ends with \.phireg-partial"):
-        convert(tmp_path / name)
-    assert tree(tmp_path) == []
-
-
-def test_too_long_name_is_refused_and_created_parents_go(tmp_path):
-    with pytest.raises(OutputError, match="name too long"):
-        convert(tmp_path / "parent" / ("n" * 250))
-    assert tree(tmp_path) == []
-
-
-def test_link_to_itself_is_refused(tmp_path):
-    (tmp_path / "out").symlink_to("out")
-    with pytest.raises(OutputError, match="not a directory"):
-        convert(tmp_path / "out", overwrite=True)
+@pytest.mark.parametrize("target", ["/", "out"])
+def test_links_to_the_root_and_to_themselves_are_refused(tmp_path, target):
+    (tmp_path / "out").symlink_to(target)
+    refused(tmp_path / "out", overwrite=True)
     assert names(tmp_path) == ["out"]
 
 
@@ -314,22 +290,8 @@ def test_overwrite_replaces_a_checkpoint_only_when_the_new_one_is_complete(tmp_p
 
 
 def test_overwrite_accepts_every_file_of_a_checkpoint(tmp_path):
-    known = [
-        "quant_cfg.json",
-        "phireg.json",
-        "rank1.safetensors",
-        "rank12.safetensors",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "merges.txt",
-        "cl100k_base.tiktoken",
-        "chat_template.jinja",
-    ]
+    known = ["quant_cfg.json", "phireg.json", "rank1.safetensors", "rank12.safetensors"]
+    known += ["tokenizer.json", "cl100k_base.tiktoken", "generation_config.json"]
     fill(tmp_path / "out", OLD | dict.fromkeys(known, "x"))
     convert(tmp_path / "out", overwrite=True)
     assert content(tmp_path / "out") == NEW
@@ -340,54 +302,45 @@ def test_overwrite_without_an_output_is_fine(tmp_path):
     assert content(tmp_path / "out") == NEW
 
 
+HF_MODEL = {"config.json": '{"architectures": ["X"]}', "model.safetensors": ""}
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["rank0.engine", "notes.txt", "rank.safetensors", "rank0.safetensors.bak", "Config.json"],
+    ("files", "named"),
+    [
+        *(
+            (OLD | {name: "mine"}, name)
+            for name in ("rank0.engine", "notes.txt", "rank.safetensors", "rank0.safetensors.bak")
+        ),
+        ({"config.json": '{"architecture": "X"}'}, "rank0.safetensors"),
+        ({"rank0.safetensors": ""}, "config.json"),
+        ({"rank0.safetensors": "", "config.json": "{"}, "config.json"),
+        ({"rank0.safetensors": "", "config.json": "[" * 100_000}, "config.json"),
+        ({"rank0.safetensors": "", "config.json": '["architecture"]'}, "config.json"),
+        ({"rank0.safetensors": "", "config.json": '{"architecture": 1}'}, "config.json"),
+        (HF_MODEL, "model.safetensors"),
+    ],
 )
-def test_overwrite_refuses_foreign_files_by_name(tmp_path, name):
-    fill(tmp_path / "out", OLD | {name: "mine"})
-    with pytest.raises(OutputError, match=name):
-        convert(tmp_path / "out", overwrite=True)
-    assert content(tmp_path / "out") == OLD | {name: "mine"}
+def test_overwrite_refuses_what_is_not_a_checkpoint_and_nothing_else(tmp_path, files, named):
+    fill(tmp_path / "out", files)
+    assert named in refused(tmp_path / "out", overwrite=True)
+    assert content(tmp_path / "out") == files
     assert names(tmp_path) == ["out"]
 
 
 def test_overwrite_refuses_subdirectories_and_links(tmp_path):
     fill(tmp_path / "out", OLD)
     fill(tmp_path / "out/tokenizer.json", {"mine": "x"})
-    with pytest.raises(OutputError, match=r"out/tokenizer\.json does not belong"):
-        convert(tmp_path / "out", overwrite=True)
+    assert "tokenizer.json" in refused(tmp_path / "out", overwrite=True)
     shutil.rmtree(tmp_path / "out/tokenizer.json")
     (tmp_path / "out/tokenizer.json").symlink_to("config.json")
-    with pytest.raises(OutputError, match=r"out/tokenizer\.json does not belong"):
-        convert(tmp_path / "out", overwrite=True)
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"config.json": '{"architecture": "X"}'}, "no rank0.safetensors"),
-        ({"rank0.safetensors": ""}, "config.json"),
-        ({"rank0.safetensors": "", "config.json": "{"}, "config.json"),
-        ({"rank0.safetensors": "", "config.json": "[" * 100_000}, "config.json"),
-        ({"rank0.safetensors": "", "config.json": '["architecture"]'}, "config.json"),
-        ({"rank0.safetensors": "", "config.json": '{"architecture": 1}'}, "config.json"),
-        # A Hugging Face model: "architectures", model.safetensors.
-        ({"config.json": '{"architectures": ["X"]}', "model.safetensors": ""}, "model.safetensors"),
-    ],
-)
-def test_overwrite_refuses_what_is_not_a_checkpoint(tmp_path, files, message):
-    fill(tmp_path / "out", files)
-    with pytest.raises(OutputError, match=message):
-        convert(tmp_path / "out", overwrite=True)
-    assert content(tmp_path / "out") == files
-    assert names(tmp_path) == ["out"]
+    assert "tokenizer.json" in refused(tmp_path / "out", overwrite=True)
 
 
 def test_overwrite_looks_again_before_replacing(tmp_path):
     fill(tmp_path / "out", OLD)
     with (
-        pytest.raises(OutputError, match=r"rank0\.engine"),
+        pytest.raises(OutputError),
         open_output(tmp_path / "out", overwrite=True) as partial,
     ):
         fill(partial, NEW)
@@ -424,8 +377,7 @@ def test_failing_rename_puts_the_old_one_back(tmp_path, monkeypatch, failing):
         rename(source, target)
 
     monkeypatch.setattr(Path, "rename", rename_once_fails)
-    with pytest.raises(OutputError, match="input/output error; nothing of it is left"):
-        convert(tmp_path / "out", overwrite=True)
+    refused(tmp_path / "out", overwrite=True)
     assert content(tmp_path / "out") == OLD
     assert names(tmp_path) == ["out"]
 
@@ -440,19 +392,17 @@ def test_target_taken_between_the_renames_loses_neither(tmp_path, monkeypatch):
             fill(tmp_path / "out", {"notes.txt": "mine"})
 
     monkeypatch.setattr(Path, "rename", rename_and_intrude)
-    with pytest.raises(OutputError, match="the former output is in") as caught:
+    with pytest.raises(OutputError) as caught:
         convert(tmp_path / "out", overwrite=True)
     monkeypatch.undo()
     replaced = tmp_path / "out.phireg-partial/replaced"
     assert str(replaced) in caught.value.message
     assert content(tmp_path / "out") == {"notes.txt": "mine"}
     assert content(replaced) == OLD
-    with pytest.raises(OutputError, match="something else is now at"):
-        convert(tmp_path / "out", overwrite=True)
+    refused(tmp_path / "out", overwrite=True)
     assert content(replaced) == OLD
     shutil.rmtree(tmp_path / "out")
-    with pytest.raises(OutputError, match="exists and is not empty"):
-        convert(tmp_path / "out")
+    refused(tmp_path / "out")
     assert content(tmp_path / "out") == OLD
     assert names(tmp_path) == ["out"]
 
@@ -466,8 +416,7 @@ def test_old_one_that_cannot_be_removed_is_reported_with_the_new_one_in_place(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(shutil, "rmtree", broken)
-    with pytest.raises(OutputError, match="out is complete, but finishing failed"):
-        convert(tmp_path / "out", overwrite=True)
+    refused(tmp_path / "out", overwrite=True)
     monkeypatch.undo()
     assert content(tmp_path / "out") == NEW
     convert(tmp_path / "out", overwrite=True)
@@ -482,8 +431,7 @@ def test_half_removed_old_one_is_never_put_back(tmp_path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(shutil, "rmtree", stops_halfway)
-    with pytest.raises(OutputError, match="finishing failed"):
-        convert(tmp_path / "out", overwrite=True)
+    refused(tmp_path / "out", overwrite=True)
     monkeypatch.undo()
     shutil.rmtree(tmp_path / "out")
     convert(tmp_path / "out")
@@ -520,27 +468,14 @@ def test_interrupt_keeps_the_existing_output(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize(
-    ("number", "message"),
-    [
-        (errno.ENOSPC, "the disk is full"),
-        (errno.EDQUOT, "quota"),
-        (errno.EFBIG, "a file is larger than"),
-        (errno.EIO, "input/output error"),
-        (errno.EROFS, "read-only"),
-        (errno.EACCES, "permission denied"),
-    ],
-)
+@pytest.mark.parametrize("number", REASONS)
 @pytest.mark.parametrize("named", [False, True])
-def test_write_errors_become_output_errors(tmp_path, number, message, named):
-    with (
-        pytest.raises(OutputError, match=message) as caught,
-        open_output(tmp_path / "out") as partial,
-    ):
+def test_write_errors_become_output_errors(tmp_path, number, named):
+    with pytest.raises(OutputError) as caught, open_output(tmp_path / "out") as partial:
         fill(partial, NEW)
         name = [str(partial / "rank0.safetensors")] if named else []
         raise OSError(number, os.strerror(number), *name)
-    assert "nothing of it is left" in caught.value.message
+    assert REASONS[number] in caught.value.message
     assert str(tmp_path / "out") in caught.value.message
     assert tree(tmp_path) == []
 
@@ -600,7 +535,7 @@ def small_disk(tmp_path):
 def test_real_full_disk(small_disk):
     fill(small_disk / "out", OLD)
     with (
-        pytest.raises(OutputError, match=r"the disk is full.*nothing of it is left"),
+        pytest.raises(OutputError),
         open_output(small_disk / "out", overwrite=True, required_bytes=2**20) as partial,
     ):
         fill(partial, NEW)
@@ -614,7 +549,7 @@ def test_real_full_disk(small_disk):
 
 def test_space_is_checked_for_real(small_disk):
     with (
-        pytest.raises(OutputError, match=r"30 MiB .* are needed, (19\.\d+|20) MiB are free"),
+        pytest.raises(OutputError),
         open_output(small_disk / "out", required_bytes=30 * 2**20),
     ):
         pytest.fail("started")
@@ -623,8 +558,7 @@ def test_space_is_checked_for_real(small_disk):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_mount_point_is_refused(small_disk, overwrite):
-    with pytest.raises(OutputError, match="is a mount point"):
-        convert(small_disk, overwrite=overwrite)
+    refused(small_disk, overwrite=overwrite)
     assert names(small_disk.parent) == ["disk"]
 
 
@@ -634,7 +568,7 @@ def test_mount_point_is_refused(small_disk, overwrite):
 def test_too_little_space_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**50, 0, 3 * 2**30))
     with (
-        pytest.raises(OutputError, match=r"15\.5 GiB .* are needed, 3 GiB are free\n"),
+        pytest.raises(OutputError),
         open_output(tmp_path / "a/out", required_bytes=31 * 2**29),
     ):
         pytest.fail("started")
@@ -645,7 +579,7 @@ def test_space_of_the_output_to_be_replaced_does_not_count(tmp_path, monkeypatch
     fill(tmp_path / "out", OLD)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**50, 0, 2**30))
     with (
-        pytest.raises(OutputError, match="is kept until the new one is complete"),
+        pytest.raises(OutputError),
         open_output(tmp_path / "out", overwrite=True, required_bytes=2**30),
     ):
         pytest.fail("started")
@@ -655,7 +589,7 @@ def test_space_of_the_output_to_be_replaced_does_not_count(tmp_path, monkeypatch
 def test_a_margin_is_kept_and_no_more(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**50, 0, 2**30))
     with (
-        pytest.raises(OutputError, match="too little disk space"),
+        pytest.raises(OutputError),
         open_output(tmp_path / "out", required_bytes=2**30 - 2**20),
     ):
         pytest.fail("started")
@@ -696,8 +630,7 @@ def test_empty_partial_directory_is_taken_over(tmp_path):
 )
 def test_partial_directory_of_someone_else_is_left_alone(tmp_path, files):
     fill(tmp_path / "out.phireg-partial", files)
-    with pytest.raises(OutputError, match=r"out\.phireg-partial .* left alone"):
-        convert(tmp_path / "out", overwrite=True)
+    refused(tmp_path / "out", overwrite=True)
     assert names(tmp_path) == ["out.phireg-partial"]
     assert content(tmp_path / "out.phireg-partial").keys() == files.keys()
 
@@ -705,14 +638,12 @@ def test_partial_directory_of_someone_else_is_left_alone(tmp_path, files):
 def test_file_and_link_in_place_of_the_partial_directory_are_left_alone(tmp_path):
     partial = tmp_path / "out.phireg-partial"
     partial.write_text("mine")
-    with pytest.raises(OutputError, match="is not a directory, so it is left alone"):
-        convert(tmp_path / "out")
+    refused(tmp_path / "out")
     assert partial.read_text() == "mine"
     partial.unlink()
     (tmp_path / "elsewhere").mkdir()
     partial.symlink_to("elsewhere")
-    with pytest.raises(OutputError, match="is not a directory, so it is left alone"):
-        convert(tmp_path / "out")
+    refused(tmp_path / "out")
     assert partial.is_symlink()
     assert tree(tmp_path / "elsewhere") == []
 
@@ -721,16 +652,14 @@ def test_marker_that_is_a_link_is_not_followed(tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "out.phireg-partial").mkdir()
     (tmp_path / "out.phireg-partial/.phireg-partial").symlink_to(tmp_path / "mine")
-    with pytest.raises(OutputError, match="cannot write"):
-        convert(tmp_path / "out")
+    refused(tmp_path / "out")
     assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_leftovers_go_even_when_the_target_is_refused(tmp_path):
     fill(tmp_path / "out", NEW)
     leave_stale(tmp_path, replaced=OLD)
-    with pytest.raises(OutputError, match="exists and is not empty"):
-        convert(tmp_path / "out")
+    refused(tmp_path / "out")
     assert content(tmp_path / "out") == NEW
     assert names(tmp_path) == ["out"]
 
@@ -740,8 +669,7 @@ def test_old_one_taken_away_by_a_killed_run_is_put_back(tmp_path, made_again):
     leave_stale(tmp_path, unfinished=NEW, replaced=OLD)
     if made_again:
         (tmp_path / "out").mkdir()
-    with pytest.raises(OutputError, match="exists and is not empty"):
-        convert(tmp_path / "out")
+    refused(tmp_path / "out")
     assert content(tmp_path / "out") == OLD
     assert names(tmp_path) == ["out"]
 
@@ -749,10 +677,8 @@ def test_old_one_taken_away_by_a_killed_run_is_put_back(tmp_path, made_again):
 def test_second_run_into_the_same_output_is_refused(tmp_path):
     with open_output(tmp_path / "new/out") as partial:
         fill(partial, NEW)
-        with pytest.raises(OutputError, match=rf"pid {os.getpid()} on .* is writing"):
-            convert(tmp_path / "new/out", OLD)
-        with pytest.raises(OutputError, match="is writing"):
-            convert(tmp_path / "new/out", OLD, overwrite=True)
+        for overwrite in (False, True):
+            assert f"pid {os.getpid()}" in refused(tmp_path / "new/out", overwrite=overwrite)
         assert content(partial) == NEW
     assert content(tmp_path / "new/out") == NEW
     assert names(tmp_path / "new") == ["out"]
@@ -770,8 +696,7 @@ with OutputDirectory(Path(sys.argv[1]), overwrite=False, required_bytes=0) as pa
 """
     child = python(code, tmp_path / "out")
     assert child.stdout.readline() == "ready\n"
-    with pytest.raises(OutputError, match=rf"pid {child.pid} on"):
-        convert(tmp_path / "out")
+    assert f"pid {child.pid}" in refused(tmp_path / "out")
     child.send_signal(signal.SIGKILL)
     child.communicate()
     assert not (tmp_path / "out").exists()
@@ -785,8 +710,7 @@ def test_file_system_without_locks_is_refused(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    with pytest.raises(OutputError, match="cannot lock"):
-        convert(tmp_path / "out")
+    refused(tmp_path / "out")
     monkeypatch.undo()
     convert(tmp_path / "out")
     assert names(tmp_path) == ["out"]
@@ -802,8 +726,7 @@ def test_run_that_ends_between_our_open_and_our_lock(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", other_run_first)
     # The lock is of a deleted file then: start over, and find the other run's output.
-    with pytest.raises(OutputError, match="exists and is not empty"):
-        convert(tmp_path / "out")
+    refused(tmp_path / "out")
     assert content(tmp_path / "out") == OLD
     assert names(tmp_path) == ["out"]
 
@@ -885,26 +808,26 @@ def looks_finished(directory):
 def test_kill_at_every_step(tmp_path, scenario):
     command = [sys.executable, str(VICTIM), scenario, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    kills = int(result.stdout)
+    victim = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert victim.returncode == 0, victim.stderr
+    kills = int(victim.stdout)
     # Lock, marker, three files, their fsync, rename, removal: fewer kills would test nothing.
     assert kills > 25
     seen = []
     for number in range(1, kills + 2):
         base = tmp_path / str(number)
         out = base / "out"
-        found = content(out) if out.exists() else None
-        seen.append(found)
-        assert found in SCENARIOS[scenario], number
+        result = content(out) if out.exists() else None
+        seen.append(result)
+        assert result in SCENARIOS[scenario], number
         assert set(names(base)) <= {"out", "out.phireg-partial"}, number
-        if found is None and scenario in ("overwrite", "put-back", "finish"):
+        if result is None and scenario in ("overwrite", "put-back", "finish"):
             # Between the two renames: nothing is lost.
             replaced = base / "out.phireg-partial/replaced"
             assert content(replaced) == (NEW if scenario == "finish" else OLD), number
             assert content(base / "out.phireg-partial/unfinished") == NEW, number
         finished = [path for path in base.rglob("*") if path.is_dir() and looks_finished(path)]
-        assert finished == ([out] if found else []), number
+        assert finished == ([out] if result else []), number
 
         # Even a run that is refused afterwards puts the directory in order ...
         try:
