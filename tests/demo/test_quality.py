@@ -1,4 +1,4 @@
-"""How well the demo models do on articles they have not seen: by their own code, and converted.
+"""Quality of the demo models on held-back articles, in their own code and converted.
 
 The bounds are a little below what was measured on all 160 articles when the models were trained
 (docs/demo-models.md).
@@ -69,12 +69,14 @@ def it(request, script, tmp_path_factory):
     checkpoint = tmp_path_factory.mktemp(family) / "checkpoint"
     demo.convert(model, checkpoint, tp_size=2 if family == "phi3-small" else 1)
     tokenizer = script("vocabulary").open_tokenizer(model.directory, family)
-    rows = [SimpleNamespace(article=one.text, summary=one.reference) for one in articles]
+    rows = [
+        SimpleNamespace(article=article.text, summary=article.reference) for article in articles
+    ]
     return SimpleNamespace(
         family=family,
         bounds=BOUNDS[family],
         articles=articles,
-        references=[one.reference for one in articles],
+        references=[article.reference for article in articles],
         checkpoint=checkpoint,
         tokenizer=tokenizer,
         pairs=script("batches").tokenized(tokenizer, rows),
@@ -118,11 +120,11 @@ def test_a_broken_conversion_is_seen(it, script, tmp_path):
 
 
 def test_the_articles_were_not_trained_on(it, script):
-    """What lies in the package is the split that the script holds back."""
+    """The package has the split that the script holds back."""
     generated = script("articles").held_back_articles(0)
-    for one in demo.find(it.family).articles:
+    for article in demo.find(it.family).articles:
         example = next(generated)
-        assert (one.text, one.reference) == (example.article, example.summary)
+        assert (article.text, article.reference) == (example.article, example.summary)
 
 
 def test_the_card_agrees_with_what_is_shipped(it):

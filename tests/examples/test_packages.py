@@ -1,4 +1,4 @@
-"""The packages as their users meet them: wheels beside phireg's in a fresh environment."""
+"""The example packages, installed from wheels beside phireg's in a fresh environment."""
 
 import json
 import shutil
@@ -30,19 +30,19 @@ ROPE = {"rope_type": "longrope", "original_max_position_embeddings": 32}
 def wheels(tmp_path_factory):
     """Of phireg and of the packages; a build writes into the directory it builds."""
     place, copies = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("sources")
-    made = [build_wheel(copy_of_the_checkout(tmp_path_factory.mktemp("checkout")), place)]
+    built = [build_wheel(copy_of_the_checkout(tmp_path_factory.mktemp("checkout")), place)]
     for name in PACKAGES:
         unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
         shutil.copytree(EXAMPLES / name, copies / name, ignore=unwanted)
-        made.append(build_wheel(copies / name, place))
-    return made
+        built.append(build_wheel(copies / name, place))
+    return built
 
 
 @pytest.fixture(scope="module")
 def environment(wheels, tmp_path_factory):
-    made = FreshEnvironment(tmp_path_factory.mktemp("environment"))
-    made.install(*wheels)
-    return made
+    environment = FreshEnvironment(tmp_path_factory.mktemp("environment"))
+    environment.install(*wheels)
+    return environment
 
 
 @pytest.fixture(scope="module")
@@ -92,19 +92,19 @@ def models(tmp_path_factory):
 
 
 def test_they_are_listed(environment):
-    told = json.loads(environment.check("phireg", "plugins", "--check", "--json"))
-    found = {
+    document = json.loads(environment.check("phireg", "plugins", "--check", "--json"))
+    offers = {
         plugin["name"]: (plugin["distribution"], plugin["api"], plugin["problem"])
-        for plugin in told["plugins"]
+        for plugin in document["plugins"]
         if plugin["distribution"] in PACKAGES
     }
-    assert found == {
+    assert offers == {
         family: (package, 1, None) for package, families in PACKAGES.items() for family in families
     }
-    told = json.loads(environment.check("phireg", "families", "--json"))
+    document = json.loads(environment.check("phireg", "families", "--json"))
     published = {
         model["repo_id"]: model["tp_sizes"]
-        for family in told["families"]
+        for family in document["families"]
         for model in family["published"]
     }
     assert published["microsoft/phi-4"] == [1, 2, 5, 10, 20, 40]
@@ -116,8 +116,8 @@ def test_they_are_listed(environment):
 @pytest.mark.parametrize("package", PACKAGES)
 def test_their_own_tests_pass(package, environment):
     tests = EXAMPLES / package / "tests"
-    said = environment.check("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", tests)
-    assert " passed" in said or "[100%]" in said
+    output = environment.check("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", tests)
+    assert " passed" in output or "[100%]" in output
 
 
 @pytest.mark.parametrize(
@@ -135,11 +135,11 @@ def test_their_own_tests_pass(package, environment):
 def test_convert_verify_run(family, options, environment, models, tmp_path):
     """Without --family auto finds it; only Phi-3.5-mini cannot be told from Phi-3-mini."""
     source, output = models[family], tmp_path / "ckpt"
-    told = environment.check(
+    converted = environment.check(
         *("phireg", "convert", "--json", "--model-dir", source, "--output-dir", output),
         *("--dtype", "float32", *options),
     )
-    assert json.loads(told)["family"] == family
+    assert json.loads(converted)["family"] == family
     checked = json.loads(
         environment.check(
             *("phireg", "verify", "--json", output, "--model-dir", source),
@@ -152,6 +152,6 @@ def test_convert_verify_run(family, options, environment, models, tmp_path):
     prompt = ("--prompt", "The engine reads", "--max-new-tokens", "5", "--json")
     texts = []
     for place in ((output,), ("--backend", "hf", source, "--dtype", "float32")):
-        said = json.loads(environment.check("phireg", "run", *place, "--device", "cpu", *prompt))
-        texts.append(said["results"][0]["tokens"])
+        answers = json.loads(environment.check("phireg", "run", *place, "--device", "cpu", *prompt))
+        texts.append(answers["results"][0]["tokens"])
     assert len(texts[0]) == 5 and texts[0] == texts[1]

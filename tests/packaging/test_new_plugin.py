@@ -10,9 +10,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory, phireg_wheel):
-    made = FreshEnvironment(tmp_path_factory.mktemp("environment"))
-    made.install(phireg_wheel)
-    return made
+    environment = FreshEnvironment(tmp_path_factory.mktemp("environment"))
+    environment.install(phireg_wheel)
+    return environment
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,14 @@ def test_the_wheel_holds_everything(environment):
 
 
 def test_it_is_listed(installed):
-    told = json.loads(installed.check("phireg", "families", "--json"))
-    (family,) = (family for family in told["families"] if family["name"] == "acme-phi")
+    document = json.loads(installed.check("phireg", "families", "--json"))
+    (family,) = (family for family in document["families"] if family["name"] == "acme-phi")
     assert (family["distribution"], family["version"]) == ("acme-phi", "0.1.0")
     assert family["problem"] is None
     assert family["architectures"] == ["Phi3ForCausalLM"]
     assert "acme-phi" in installed.check("phireg", "families")
-    told = json.loads(installed.check("phireg", "plugins", "--check", "--json"))
-    (plugin,) = (plugin for plugin in told["plugins"] if plugin["name"] == "acme-phi")
+    document = json.loads(installed.check("phireg", "plugins", "--check", "--json"))
+    (plugin,) = (plugin for plugin in document["plugins"] if plugin["name"] == "acme-phi")
     assert (plugin["api"], plugin["problem"], plugin["note"]) == (1, None, None)
 
 
@@ -57,16 +57,13 @@ def test_it_converts_like_its_base_until_it_is_changed(installed, tiny_phi3, tmp
         mine, base = ((tmp_path / f / name).read_bytes() for f in ("acme-phi", "phi3-mini"))
         assert mine == base
     manifest = json.loads((tmp_path / "acme-phi" / "phireg.json").read_text())
-    assert manifest["family"] == {
-        "name": "acme-phi",
-        "distribution": "acme-phi",
-        "version": "0.1.0",
-    }
+    provider = {"name": "acme-phi", "distribution": "acme-phi", "version": "0.1.0"}
+    assert manifest["family"] == provider
 
 
 def test_its_tests_pass(installed, generated):
-    said = installed.check("python", "-m", "pytest", "-p", "no:cacheprovider", generated)
-    assert " passed" in said
+    output = installed.check("python", "-m", "pytest", "-p", "no:cacheprovider", generated)
+    assert " passed" in output
 
 
 def test_its_tests_notice_a_wrong_rule(installed, generated, tmp_path):
@@ -95,7 +92,7 @@ def test_every_family_can_be_derived_from(base, installed, tmp_path):
     name = f"other-{base}"
     installed.check("phireg", "new-plugin", name, "--from", base, cwd=tmp_path)
     installed.install(tmp_path / name)
-    told = json.loads(installed.check("phireg", "plugins", "--check", "--json"))
-    assert {p["name"]: p["problem"] for p in told["plugins"]}[name] is None
-    said = installed.check("python", "-m", "pytest", "-p", "no:cacheprovider", tmp_path / name)
-    assert " passed" in said
+    document = json.loads(installed.check("phireg", "plugins", "--check", "--json"))
+    assert {p["name"]: p["problem"] for p in document["plugins"]}[name] is None
+    output = installed.check("python", "-m", "pytest", "-p", "no:cacheprovider", tmp_path / name)
+    assert " passed" in output
