@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from phireg.executor import quantized
 from phireg.executor.experts import rank_mixture, route
-from phireg.reader.spec import Experts, ModelSpec, Rope
+from phireg.reader.spec import ModelSpec, Rope
 from phireg.reader.tensors import KV_SCALE, ROUTER
 
 Weights: TypeAlias = Mapping[str, Tensor]
@@ -36,7 +36,7 @@ QUERY_CHUNK = 512
 
 
 def norm(spec: ModelSpec, weights: Weights, name: str, x: Tensor) -> Tensor:
-    """LayerNorm, or RMSNorm that is rounded to the model's dtype before the weight is applied."""
+    """Apply LayerNorm, or RMSNorm that is rounded to the model's dtype before its weight."""
     weight = weights[f"{name}.weight"]
     if spec.architecture.norm == "rms_norm":
         return functional.rms_norm(x, x.shape[-1:], eps=spec.norm_epsilon) * weight
@@ -45,12 +45,12 @@ def norm(spec: ModelSpec, weights: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
-    """X W^T + b of a column-parallel linear (each rank has its own outputs and their biases)."""
+    """Return X W^T + b of a column-parallel linear: each rank has its own outputs and biases."""
     return quantized.linear(weights, name, x, weights.get(f"{name}.bias"))
 
 
 def row_linear(shards: list[Weights], name: str, xs: list[Tensor], reduce: Reduce) -> Tensor:
-    """X W^T over inputs split across ranks; the bias is added once, after the sum."""
+    """Return X W^T over inputs split across ranks; the bias is added once, after the sum."""
     partial = [quantized.linear(w, name, x, None) for w, x in zip(shards, xs, strict=True)]
     total = reduce(partial)
     bias = shards[0].get(f"{name}.bias")
@@ -58,7 +58,7 @@ def row_linear(shards: list[Weights], name: str, xs: list[Tensor], reduce: Reduc
 
 
 def rotary_tables(rope: Rope, length: int, long: bool, device: torch.device) -> Rotary:
-    """Cos and sin for positions 0 to length - 1, float32 [length, R/2], mscale included."""
+    """Return cos and sin for positions 0 to length - 1, float32 [length, R/2], mscale included."""
     exponent = torch.arange(0, rope.dim, 2, dtype=torch.float32, device=device) / rope.dim
     divisor = rope.base**exponent
     mscale = 1.0
@@ -78,18 +78,18 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     cos, sin = rotary
     half = cos.shape[-1]
     left, right = x[..., :half].float(), x[..., half : 2 * half].float()
-    turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
-    return torch.cat((turned, x[..., 2 * half :]), dim=-1)
+    rotated = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+    return torch.cat((rotated, x[..., 2 * half :]), dim=-1)
 
 
 def attention(
     spec: ModelSpec, weights: Weights, u: Tensor, rotary: Rotary, attend: Attend
 ) -> Tensor:
-    """One rank's heads, [B, T, h] -> [B, T, H * D], before the output projection.
+    """Return one rank's heads, [B, T, h] -> [B, T, H * D], before the output projection.
 
-    With a quantized cache, what is attended to are the values the cache gives back, those of the
-    prompt's own tokens too: logits are the same with and without a cache. TensorRT-LLM's fused
-    kernel for prompts attends to their keys and values before they are quantized.
+    With a quantized cache, attention is to the values the cache gives back, those of the prompt's
+    own tokens too: logits are the same with and without a cache. TensorRT-LLM's fused kernel for
+    prompts attends to their keys and values before they are quantized.
     """
     heads, kv_heads, size = spec.rank_heads, spec.rank_kv_heads, spec.head_size
     rows = linear(weights, "attention.qkv", u).view(*u.shape[:-1], -1, size).transpose(1, 2)
@@ -103,7 +103,7 @@ def attention(
 
 
 def activate(spec: ModelSpec, z: Tensor) -> Tensor:
-    """The MLP's nonlinearity on fc's output; gated ones halve the last dimension."""
+    """Apply the MLP's nonlinearity to fc's output; gated ones halve the last dimension."""
     if spec.activation == "swiglu":
         up, gate = z.chunk(2, dim=-1)
         return functional.silu(gate) * up
@@ -117,23 +117,18 @@ def activate(spec: ModelSpec, z: Tensor) -> Tensor:
 
 
 def mixture(
-    experts: Experts,
-    epsilon: float,
-    shards: list[Weights],
-    ranks: Sequence[int],
-    u: Tensor,
-    reduce: Reduce,
+    spec: ModelSpec, shards: list[Weights], ranks: Sequence[int], u: Tensor, reduce: Reduce
 ) -> Tensor:
-    """Experts in the MLP's place; every rank scores them in float32 and runs its own."""
+    """Run the experts in the MLP's place; every rank scores all in float32 and runs its own."""
+    assert spec.experts is not None
     tokens = u.flatten(0, -2)
     scores = functional.linear(tokens.float(), shards[0][ROUTER])
-    chosen, shares = route(scores, epsilon)
-    partial = [
-        rank_mixture(
-            experts.first(rank), w["mlp.fc.weight"], w["mlp.proj.weight"], tokens, chosen, shares
-        )
-        for rank, w in zip(ranks, shards, strict=True)
-    ]
+    chosen, shares = route(scores, spec.mixer_epsilon)
+    partial = []
+    for rank, weights in zip(ranks, shards, strict=True):
+        fc, proj = weights["mlp.fc.weight"], weights["mlp.proj.weight"]
+        first = spec.experts.first(rank)
+        partial.append(rank_mixture(first, fc, proj, tokens, chosen, shares))
     return reduce(partial).view_as(u)
 
 
@@ -148,17 +143,17 @@ def layer(
     observe_inputs: Callable[[str, list[Tensor]], None] | None = None,
     ranks: Sequence[int] = (),
 ) -> Tensor:
-    """One decoder layer over the ranks in this process, in lockstep.
+    """Run one decoder layer over the ranks in this process, in lockstep.
 
     Args:
-        spec: what the tensors mean.
+        spec: the meaning of the tensors.
         shards: each rank's tensors of this layer.
         x: hidden states [B, T, h].
         rotary: cos and sin, see ``rotate``.
         attends: each rank's attention of its own heads.
         reduce: sums partial outputs over all ranks.
         observe: called with "attention", "mlp" (their outputs, biases included) and "hidden".
-        observe_inputs: called with a linear's name and what goes into it, before smoothing and
+        observe_inputs: called with a linear's name and its input, before smoothing and
             quantization: one tensor of a column linear, each rank's of a row linear. Linears of
             experts are not observed.
         ranks: the numbers of the ranks in this process; experts are shared out by them.
@@ -183,7 +178,7 @@ def layer(
             observe_inputs("mlp.proj", gated)
         mlp = row_linear(shards, "mlp.proj", gated, reduce)
     else:
-        mlp = mixture(spec.experts, spec.mixer_epsilon, shards, ranks, u, reduce)
+        mlp = mixture(spec, shards, ranks, u, reduce)
     x = x + mlp if spec.architecture.residual == "sequential" else x + attended + mlp
     if observe is not None:
         observe("attention", attended)
@@ -193,7 +188,7 @@ def layer(
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Every token sees itself and all before it; shapes as ``Attend``."""
+    """Attend to every token's own and all earlier ones; shapes as ``Attend``."""
     key, value = _per_query_head(query, key, value)
     return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
 
@@ -205,16 +200,12 @@ def masked_attention(
     scale: float,
     mask: Callable[[int, int, int], Tensor],
 ) -> Tensor:
-    """Attention under any causal mask, a chunk of queries at a time.
+    """Attend under any causal mask, a chunk of queries at a time.
 
-    Args:
-        query: [B, H, T, D], the last T of the S positions.
-        key: [B, G, S, D].
-        value: as ``key``.
-        scale: what q . k is multiplied by.
-        mask: (first, last, keys) -> bool that broadcasts to [B, H, last - first, keys]: what the
-            queries of the slots first to last - 1 see of the slots before ``keys``. Every query
-            must see one key at least.
+    The queries [B, H, T, D] are the last T of the S positions of ``key`` and ``value`` [B, G, S,
+    D]. ``mask`` takes (first, last, keys) and returns bool that broadcasts to [B, H, last - first,
+    keys]: what the queries of the slots first to last - 1 see of the slots before ``keys``. Every
+    query must see one key at least.
     """
     key, value = _per_query_head(query, key, value)
     total, new = key.shape[2], query.shape[2]
@@ -235,7 +226,7 @@ def masked_attention(
 
 
 def _per_query_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Query head j uses key/value head j // (H / G)."""
+    """Repeat keys and values: query head j uses key/value head j // (H / G)."""
     group = query.shape[1] // key.shape[1]
     if group == 1:
         return key, value

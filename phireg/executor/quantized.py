@@ -1,9 +1,9 @@
 """The arithmetic of quantized linears and of the quantized key/value cache.
 
-Quantized values lie on a grid: e4m3 with 448 as its end, or the integers -128 to 127, times a
-scaling factor. ``fake_quantize`` gives the values on the grid in the compute dtype, as a graph of
-TensorRT's quantize and dequantize nodes does: products of them are what the quantized product is,
-up to the compute dtype's rounding. Values beyond the grid get its end.
+Quantized values lie on a grid: e4m3 up to 448, or the integers -128 to 127, times a scaling factor.
+``fake_quantize`` gives the values on the grid in the compute dtype, as a graph of TensorRT's
+quantize and dequantize nodes does: products of them are the quantized product, up to the compute
+dtype's rounding.
 
 ``prepare`` decides once, when a layer is read, how each linear is computed; ``linear`` follows the
 dtype and the scales it finds. All of it is device arithmetic with static shapes, so that a decode
@@ -31,46 +31,45 @@ def prepare(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """One rank's tensors of a layer as ``linear`` needs them.
+    """Return one rank's tensors of a layer as ``linear`` needs them, on the device.
+
+    They have the same names. Scales of activations and of the cache and the router of experts are
+    float32, everything else has the compute dtype: weights on a grid are kept multiplied by their
+    scales, which are then gone. Only where ``has_native_fp8`` do e4m3 weights stay e4m3 and keep
+    their scale.
 
     Args:
-        quantization: how they are stored.
+        quantization: of the checkpoint.
         tensors: by their names in the file, without the layer's prefix.
         device: where to compute.
         dtype: compute dtype.
-
-    Returns:
-        Tensors on the device under the same names. Scales of activations and of the cache and the
-        router of experts are float32, everything else has the compute dtype: weights on a grid are
-        kept multiplied by their scales, which are then gone. Only where ``has_native_fp8`` do e4m3
-        weights stay e4m3 and keep their scale.
     """
-    ready = {}
+    prepared = {}
     for name, tensor in tensors.items():
         linear, _, part = name.rpartition(".")
         if part == "weights_scaling_factor":
             continue
         if part in ("activation_scaling_factor", "kv_cache_scaling_factor") or name == ROUTER:
-            ready[name] = tensor.to(device)
+            prepared[name] = tensor.to(device)
         elif part != "weight" or linear not in LINEARS or quantization.weights is None:
-            ready[name] = tensor.to(device, dtype)
+            prepared[name] = tensor.to(device, dtype)
         elif quantization.weights in _WEIGHT_ONLY_BITS:
             bits = _WEIGHT_ONLY_BITS[quantization.weights]
-            ready[name] = weight_only(tensor.to(device), bits).to(dtype)
+            prepared[name] = weight_only(tensor.to(device), bits).to(dtype)
         else:
             scale_name = f"{linear}.weights_scaling_factor"
             scale, weight = tensors[scale_name].to(device), tensor.to(device)
             if has_native_fp8(weight.dtype, weight.shape, device, dtype):
-                ready |= {name: weight, scale_name: scale}
+                prepared |= {name: weight, scale_name: scale}
             else:
-                ready[name] = (weight.float() * scale[:, None]).to(dtype)
-    return ready
+                prepared[name] = (weight.float() * scale[:, None]).to(dtype)
+    return prepared
 
 
 def has_native_fp8(
     weight: torch.dtype, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> bool:
-    """Whether a GPU multiplies with an e4m3 weight as it is (compute capability 8.9 or more).
+    """Return whether a GPU (of compute capability 8.9 or more) multiplies e4m3 weights as they are.
 
     Its kernels want both sizes in multiples of 16, and are used for half-precision results.
     """
@@ -84,18 +83,11 @@ def has_native_fp8(
 
 
 def weight_only(weight: Tensor, bits: int) -> Tensor:
-    """A raw weight through the integers TensorRT-LLM's builder stores for it, and back.
+    """Return a raw weight [out, in] through the integers TensorRT-LLM's builder stores, in float32.
 
     One scale per row, max|row| / 2^(bits - 1), rounds in float32, half away from zero; the scale
     that multiplies again is rounded to the weight's dtype. The builder sees one rank: a row of a
     row linear has another scale on every rank.
-
-    Args:
-        weight: [out, in] in the checkpoint's dtype.
-        bits: 8 or 4.
-
-    Returns:
-        float32 [out, in].
     """
     end = 2 ** (bits - 1)
     values = weight.float()
@@ -108,15 +100,9 @@ def weight_only(weight: Tensor, bits: int) -> Tensor:
 
 
 def fake_quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """The nearest values on a grid, ties to even: ``x`` / scale, rounded, times scale.
+    """Return the nearest values on a grid, ties to even: ``x`` / scale, rounded, times scale.
 
-    Args:
-        x: any shape, in the compute dtype.
-        scale: float32 [1].
-        grid: "fp8" is e4m3, "int8" the integers.
-
-    Returns:
-        As ``x``; what is beyond the grid's end is the end.
+    ``x`` has any shape and ``scale`` is float32 [1]; values beyond the grid's end become the end.
     """
     scaled = x.float() / scale
     if grid == "int8":
@@ -127,7 +113,7 @@ def fake_quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 
 
 def _round_e4m3(x: Tensor) -> Tensor:
-    """Float32 values of -448 to 448 rounded to e4m3's, ties to even.
+    """Round float32 values of -448 to 448 to e4m3's, ties to even.
 
     Not by a cast, which not every device has; the kernels do the same.
     """
@@ -139,16 +125,12 @@ def _round_e4m3(x: Tensor) -> Tensor:
 
 
 def linear(weights: Mapping[str, Tensor], name: str, x: Tensor, bias: Tensor | None) -> Tensor:
-    """X W^T + b of a quantized or unquantized linear.
+    """Return X W^T + b of a quantized or unquantized linear.
 
     FP8: x / as is rounded to e4m3, the product is multiplied by as * ws. INT8 SmoothQuant: x is
     multiplied by the smoothing vector in the compute dtype, then x / as is rounded to an integer.
-
-    Args:
-        weights: from ``prepare``, or unquantized.
-        name: the linear's.
-        x: [..., in_features] in the compute dtype.
-        bias: [out_features], or None.
+    ``weights`` are from ``prepare``, or unquantized; ``x`` is [..., in_features] in the compute
+    dtype.
     """
     weight = weights[f"{name}.weight"]
     scale = weights.get(f"{name}.activation_scaling_factor")
@@ -170,14 +152,7 @@ def linear(weights: Mapping[str, Tensor], name: str, x: Tensor, bias: Tensor | N
 def stored_product(
     x: Tensor, weight: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype
 ) -> Tensor:
-    """X W^T of e4m3 values on a GPU that has FP8.
-
-    Args:
-        x: e4m3 [..., in_features].
-        weight: e4m3 [out_features, in_features].
-        scales: float32 [1] each, what the product is multiplied by.
-        dtype: of the result.
-    """
+    """Return X W^T of e4m3 values, times two float32 [1] scales, on a GPU that has FP8."""
     y = torch._scaled_mm(
         x.flatten(0, -2), weight.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=dtype
     )

@@ -1,7 +1,7 @@
-"""A layer of generation on a GPU: what ``blocks.layer`` computes, in a dozen kernels.
+"""The layers of generation on a GPU: as ``blocks.layer`` computes them, in a dozen kernels.
 
-``verify`` never comes here. A residual that is still to be added travels beside the hidden states
-to the next norm, which adds it on its way.
+``verify`` does not use them. A residual that is still to be added is passed beside the hidden
+states to the next norm, which adds it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def forward(
     slot: Tensor,
     attends: list[list[AttendCache]],
 ) -> Tensor:
-    """Logits of each row's last token, float32 [B, vocab_size]; the cache gets all its tokens.
+    """Return logits of each row's last token, float32 [B, vocab_size]; fill the caches.
 
     Args:
         executor: the model.
@@ -70,21 +70,10 @@ def layer(
     attends: list[AttendCache],
     reduce: Reduce,
 ) -> tuple[Tensor, Tensor]:
-    """One decoder layer over the ranks in this process, in lockstep.
+    """Run one decoder layer over the ranks in this process, in lockstep.
 
-    Args:
-        spec: what the tensors mean; no experts.
-        shards: each rank's tensors of this layer.
-        x: hidden states [B, T, h], contiguous; changed in place.
-        pending: what is still to be added to them, or None.
-        rotary: cos and sin, see ``blocks.rotate``.
-        caches: each rank's keys and values.
-        slot: int64 [1], where the first of the T tokens goes.
-        attends: each rank's attention.
-        reduce: sums partial outputs over all ranks.
-
-    Returns:
-        Hidden states, and what is to be added to them.
+    ``x``, hidden states [B, T, h], is contiguous and changed in place; ``pending`` is still to be
+    added to it. Returns both. Other arguments as of ``forward``, for one layer without experts.
     """
     u = _norm(spec, shards[0], "input_layernorm", x, pending)
     heads = []
@@ -103,7 +92,7 @@ def layer(
 def _norm(
     spec: ModelSpec, weights: Weights, name: str, x: Tensor, pending: Tensor | None
 ) -> Tensor:
-    """``blocks.norm`` of x + pending, which ``x`` becomes."""
+    """Return ``blocks.norm`` of x + pending, which ``x`` becomes."""
     weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
     return launch.norm(spec.architecture.norm, x, pending, weight, bias, spec.norm_epsilon)
 
@@ -131,7 +120,7 @@ def _linear(
     activation: str = "none",
     limit: float | None = None,
 ) -> Tensor:
-    """``quantized.linear``, and the MLP's nonlinearity on it."""
+    """Return ``quantized.linear``, and the MLP's nonlinearity on it."""
     weight, scale = weights[f"{name}.weight"], weights.get(f"{name}.activation_scaling_factor")
     dtype, scales = x.dtype, None
     if scale is not None:

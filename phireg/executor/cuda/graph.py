@@ -9,17 +9,11 @@ import torch
 
 
 def capture(step: Callable[[], None], restore: Callable[[], None]) -> Any:
-    """Record ``step`` in a CUDA graph.
+    """Record ``step`` in a CUDA graph (``torch.cuda.CUDAGraph``), to replay in its place.
 
-    Everything that changes from one step to the next must lie in tensors on the device: then the
-    host never waits, and one graph serves every step.
-
-    Args:
-        step: reads and writes tensors that stay where they are.
-        restore: undoes what ``step`` did to them.
-
-    Returns:
-        The graph (``torch.cuda.CUDAGraph``), to replay in place of ``step``.
+    Everything that changes from one step to the next must lie in tensors on the device that stay
+    where they are: then the host never waits, and one graph serves every step. ``restore`` undoes
+    what ``step`` did to them.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -1,6 +1,6 @@
 """Triton kernels of the parts of a layer that take PyTorch several passes over memory.
 
-This is what runs on the GPU; ``launch`` starts it and says what goes in and out. All sums, norms,
+``launch`` starts them and says what goes in and out. All sums, norms,
 rotations and softmaxes are in float32, and values are rounded to the compute dtype where ``blocks``
 has them in memory. Names in capitals are constants of a compilation.
 
@@ -18,7 +18,7 @@ _NONE: tl.constexpr = tl.constexpr(-1.0e30)
 
 @triton.jit
 def _wait(EARLY: tl.constexpr):
-    """Until what was launched before has written its results."""
+    """Wait until the kernel launched before has written its results."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -26,7 +26,7 @@ def _wait(EARLY: tl.constexpr):
 
 @triton.jit
 def _on_grid(x, scale, GRID: tl.constexpr):
-    """float32 x / scale rounded to e4m3's values or to integers, ties to even, ends clamped."""
+    """Round float32 x / scale to e4m3's values or to integers, ties to even, ends clamped."""
     x = tl.div_rn(x, scale)
     if GRID == "int8":
         shift = 12582912.0  # 1.5 * 2^23: its ulp is 1
@@ -40,7 +40,7 @@ def _on_grid(x, scale, GRID: tl.constexpr):
 
 @triton.jit
 def _activate(first, second, limit, KIND: tl.constexpr):
-    """The MLP's nonlinearity; ``second`` is unused by an ungated one."""
+    """Apply the MLP's nonlinearity; ``second`` is unused by an ungated one."""
     if KIND == "swiglu":
         return second * tl.sigmoid(second) * first
     if KIND == "gegelu":
@@ -211,7 +211,7 @@ def rotate_kernel(
 
 @triton.jit
 def _fold(scores, value, best, total, acc, scale):
-    """A tile of keys into the running maximum, sum and output; scores times scale are log2s."""
+    """Add a tile of keys to the running maximum, sum and output; scores times scale are log2s."""
     new_best = tl.maximum(best, tl.max(scores, 1) * scale)
     weight = tl.exp2(scores * scale - new_best[:, None])
     fade = tl.exp2(best - new_best)
@@ -258,11 +258,11 @@ def attend_kernel(
             stripe = (key_block[None, :] + number[:, None] * STEP + 1) % STRIDE == 0
             seen = seen & (local[None, :] | stripe)
             # A key that no head of the group sees is not read.
-            wanted = tl.max(seen.to(tl.int32), 0) > 0
+            needed = tl.max(seen.to(tl.int32), 0) > 0
         else:
-            wanted = key_slot <= slot
+            needed = key_slot <= slot
         place = cache + key_slot[:, None] * SIZE + dim[None, :]
-        mask = wanted[:, None] & (dim < SIZE)[None, :]
+        mask = needed[:, None] & (dim < SIZE)[None, :]
         key = tl.load(key_ptr + place, mask=mask, other=0.0)
         value = tl.load(value_ptr + place, mask=mask, other=0.0)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")

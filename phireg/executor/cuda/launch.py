@@ -1,7 +1,7 @@
-"""The kernels of ``kernels`` as functions of tensors.
+"""The Triton kernels as functions of tensors.
 
 Generation on a GPU uses them, through ``fused``; a forward pass there uses ``sparse_attention``
-alone. Tests hold each against ``blocks``, with which ``verify`` computes.
+alone. Tests compare each with ``blocks``, with which ``verify`` computes.
 """
 
 from __future__ import annotations
@@ -34,18 +34,10 @@ _MATVEC_ROWS, _MATVEC_BLOCK = 4, 1024
 def norm(
     kind: str, x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, epsilon: float
 ) -> Tensor:
-    """LayerNorm or RMSNorm of ``x`` + ``delta``; ``x`` becomes that sum.
+    """Return LayerNorm or RMSNorm of ``x`` + ``delta``; ``x`` becomes that sum.
 
-    Args:
-        kind: "layer_norm" or "rms_norm".
-        x: contiguous [..., width].
-        delta: as ``x``, or None.
-        weight: [width].
-        bias: [width]; of a layer norm only.
-        epsilon: what is added to the variance, or to the mean square.
-
-    Returns:
-        As ``x``.
+    ``kind`` is "layer_norm" or "rms_norm"; ``x`` and ``delta`` are contiguous [..., width],
+    ``weight`` and the layer norm's ``bias`` [width].
     """
     width = x.shape[-1]
     out = torch.empty_like(x)
@@ -60,17 +52,11 @@ def norm(
 def quantize(
     x: Tensor, scale: Tensor, smoothing: Tensor | None, grid: Grid, *, stored: bool
 ) -> Tensor:
-    """The nearest values on a grid, ties to even.
+    """Return the nearest values on a grid, ties to even.
 
-    Args:
-        x: contiguous [..., width].
-        scale: float32 [1].
-        smoothing: [width], what ``x`` is multiplied by first, or None.
-        grid: "fp8" is e4m3, "int8" the integers.
-        stored: give the e4m3 values themselves, as such, instead of those times the scale.
-
-    Returns:
-        As ``x``, or float8_e4m3fn.
+    ``x`` is contiguous [..., width] and multiplied by ``smoothing`` [width] first; ``scale`` is
+    float32 [1]. ``stored`` gives the e4m3 values themselves, as such, instead of those times the
+    scale.
     """
     width, block = x.shape[-1], 1024
     out = torch.empty_like(x, dtype=torch.float8_e4m3fn if stored else x.dtype)
@@ -91,19 +77,16 @@ def matvec(
     activation: str = "none",
     limit: float | None = None,
 ) -> Tensor:
-    """One token's X W^T + b, and the MLP's nonlinearity on it.
+    """Return one token's X W^T + b, and the MLP's nonlinearity on it.
 
     Args:
         x: contiguous, one row of inputs; the compute dtype, or e4m3 values.
         weight: contiguous [rows, inputs].
         bias: [rows], or None.
         dtype: of the result.
-        scales: float32 [1] each: what the product of stored values is multiplied by; or None.
+        scales: float32 [1] each, which multiply the product of stored values; or None.
         activation: "none" or as in ``activate``; a gated one halves the rows.
         limit: gegelu's clamp, or None.
-
-    Returns:
-        [..., outputs] with the leading dimensions of ``x``.
     """
     rows, inputs = weight.shape
     outputs = rows // 2 if activation in _GATED else rows
@@ -120,15 +103,10 @@ def matvec(
 
 
 def activate(kind: str, z: Tensor, limit: float | None) -> Tensor:
-    """The MLP's nonlinearity on fc's output, as ``blocks.activate``.
+    """Return the MLP's nonlinearity on fc's output, as ``blocks.activate``.
 
-    Args:
-        kind: "swiglu", "gegelu" or "gelu_tanh".
-        z: contiguous [..., inputs].
-        limit: gegelu's clamp, or None.
-
-    Returns:
-        [..., inputs], or half as many of a gated one.
+    ``kind`` is "swiglu", "gegelu" or "gelu_tanh"; ``z`` is contiguous [..., inputs], of which a
+    gated kind leaves half; ``limit`` is gegelu's clamp, or None.
     """
     width, block = z.shape[-1] // (2 if kind in _GATED else 1), 1024
     out = torch.empty((*z.shape[:-1], width), dtype=z.dtype, device=z.device)
@@ -185,19 +163,16 @@ def attend_cache(
     pattern: BlockSparse | None,
     first_head: int,
 ) -> Tensor:
-    """Attention of one new token per row over the cache, its own key included.
+    """Return the attention of one new token per row over the cache, [B, 1, H * D].
 
     Args:
         query: [B, H, 1, D] from ``rotate_into``.
-        cache: keys and values, [B, G, C, D] each.
+        cache: keys and values, [B, G, C, D] each, the new token's included.
         slot: int64 [1], the new token's.
         pads: int64 [B], the slot of each row's first token.
-        scale: what q . k is multiplied by.
+        scale: q . k is multiplied by this.
         pattern: the mask of a block-sparse layer, or None.
         first_head: global number of the first query head.
-
-    Returns:
-        [B, 1, H * D].
     """
     keys, values = cache
     batch, kv_heads, capacity, size = keys.shape
@@ -206,8 +181,8 @@ def attend_cache(
     device = query.device
     out = torch.empty((batch, 1, heads * size), dtype=query.dtype, device=device)
     # Enough programs to fill the GPU, whatever the batch; a split without tiles costs nothing.
-    wanted = _PROGRAMS_PER_PROCESSOR * _processors(device) // (batch * kv_heads)
-    splits = 1 << max(0, wanted.bit_length() - 1)
+    programs = _PROGRAMS_PER_PROCESSOR * _processors(device) // (batch * kv_heads)
+    splits = 1 << max(0, programs.bit_length() - 1)
     parts = torch.empty(
         (batch * heads * splits, size) if splits > 1 else (1,), dtype=torch.float32, device=device
     )
@@ -242,27 +217,24 @@ def sparse_attention(
     first_head: int,
     scale: float,
 ) -> Tensor:
-    """Block-sparse attention of a batch of prompts, which reads no tile that a query cannot see.
+    """Return block-sparse attention of a batch of prompts; tiles that no query sees are not read.
 
     Args:
         query: [B, H, T, D], any strides but the last.
         key: [B, G, T, D], likewise.
         value: as ``key``.
         pattern: the mask; its blocks are multiples of ``SPARSE_TILE``.
-        pads: int64 [B], the slot of each row's first token, what is before it becomes 0; or None
+        pads: int64 [B], the slot of each row's first token, before which the result is 0; or None
             when no row is padded.
         first_head: global number of the first query head.
-        scale: what q . k is multiplied by.
-
-    Returns:
-        As ``query``.
+        scale: q . k is multiplied by this.
     """
     batch, heads, length, size = query.shape
     device = query.device
     shape = (batch, length, heads, size)
-    # What nobody writes must be a number, since it will be multiplied by 0.
-    make = torch.empty if pads is None else torch.zeros
-    out = make(shape, dtype=query.dtype, device=device)
+    # Unwritten rows of padding must be numbers, since they will be multiplied by 0.
+    new = torch.empty if pads is None else torch.zeros
+    out = new(shape, dtype=query.dtype, device=device)
     half = query.dtype != torch.float32
     tile = SPARSE_TILE if half else SPARSE_TILE // 2
     kernels.sparse_kernel[(triton.cdiv(length, tile), heads, batch)](
@@ -278,7 +250,7 @@ def sparse_attention(
 
 
 def _launch(device: torch.device, num_warps: int) -> dict[str, Any]:
-    """Options of a launch: threads, and whether it may begin before the kernel before it ends."""
+    """Return a launch's options: threads, and an early start on GPUs that can."""
     early = _can_start_early(device)
     options: dict[str, Any] = {"num_warps": num_warps, "EARLY": early}
     return options | {"launch_pdl": True} if early else options
@@ -295,7 +267,7 @@ def _can_start_early(device: torch.device) -> bool:
 
 @functools.cache
 def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a few where Triton's interpreter plays one in tests."""
+    """Return a GPU's multiprocessors; a few where Triton's interpreter plays one in tests."""
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
