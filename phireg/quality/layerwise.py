@@ -1,26 +1,32 @@
-"""Two executors side by side through the layers, one layer of each in memory at a time."""
+"""Run two executors side by side, one layer of each in memory at a time, and measure the layers.
+
+What is compared in a linear are the two factors of its product, the weight and the input.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from phireg.executor import Executor, blocks
-from phireg.executor.attention import prompt_attention
-from phireg.quality.linears import LinearMeter
+from phireg.dtypes import E4M3_BEYOND
+from phireg.executor import Executor
+from phireg.executor.blocks import Weights
+from phireg.executor.quantized import fake_quantize
 from phireg.quality.result import LinearQuality
-from phireg.verification.layers import divergence
+from phireg.reader.schemes import LINEARS, ROW_LINEARS
+from phireg.verification.layers import Layer, divergence
 
-LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
-"""Of every layer, in the order of the computation."""
+_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Walked:
-    """What was measured; see ``phireg.quality.result``."""
+class LayerwiseQuality:
+    """The measured numbers; see ``phireg.quality.result``."""
 
     linears: tuple[LinearQuality, ...]
     hidden: tuple[float, ...]
@@ -30,12 +36,12 @@ class Walked:
     unquantized_nll: float
 
 
-def walk(
+def compare_layers(
     plain: Executor,
     quantized: Executor,
     rows: Sequence[Sequence[int]],
-    progress: Callable[[int], None] | None = None,
-) -> Walked:
+    progress: Callable[[int], None],
+) -> LayerwiseQuality:
     """Run both on all rows, layer by layer.
 
     Both must compute in float32, on the same device. Between layers only the hidden states of all
@@ -45,103 +51,172 @@ def walk(
         plain: the unquantized model, made with ``offload``.
         quantized: the quantized one, likewise.
         rows: token ids of each row, two or more.
-        progress: told how many more layers are done.
+        progress: takes the number of further layers.
     """
-    report = progress or (lambda more: None)
     with torch.no_grad():
         ids = [torch.tensor([list(row)], device=plain.device) for row in rows]
-        states = list(zip(_embedded(plain, ids), _embedded(quantized, ids), strict=True))
+        states, quantized_states = (
+            [executor.embed(executor.end_weights(), row) for row in ids]
+            for executor in (plain, quantized)
+        )
         linears: list[LinearQuality] = []
         hidden = []
-        for layer in range(plain.spec.num_layers):
-            states, found = _layer(plain, quantized, layer, states)
-            linears += found
-            errors = [_token_errors(ours, wanted) for wanted, ours in states]
-            hidden.append(float(torch.cat(errors).mean()))
-            report(1)
-        wanted = _logits(plain, [before for before, _ in states])
-        got = _logits(quantized, [after for _, after in states])
-        return _compared(tuple(linears), tuple(hidden), ids, list(wanted), got)
-
-
-def _embedded(executor: Executor, ids: Sequence[Tensor]) -> list[Tensor]:
-    ends = executor.end_weights()
-    return [executor.embed(ends, row) for row in ids]
-
-
-def _layer(
-    plain: Executor, quantized: Executor, layer: int, states: list[tuple[Tensor, Tensor]]
-) -> tuple[list[tuple[Tensor, Tensor]], list[LinearQuality]]:
-    """All rows through one layer of both."""
-    before, after = plain.layer_weights(layer), quantized.layer_weights(layer)
-    meters = {linear: LinearMeter(linear, before, after) for linear in LINEARS}
-    made = []
-    for wanted, ours in states:
-        length, rope = wanted.shape[1], plain.spec.rope
-        rotary = blocks.rotary_tables(rope, length, length > rope.original, plain.device)
-        attends = [
-            prompt_attention(plain.spec, layer, rank, length, (), plain.device)
-            for rank in plain.ranks
-        ]
-        made.append(
-            (
-                plain.run_layer(
-                    before,
-                    wanted,
-                    rotary,
-                    attends,
-                    observe_inputs=lambda linear, parts: meters[linear].see(parts),
-                ),
-                quantized.run_layer(after, ours, rotary, attends),
-            )
+        for index in range(plain.spec.num_layers):
+            meters = _run_layer(index, plain, quantized, states, quantized_states)
+            linears += [meter.result(index) for meter in meters.values()]
+            errors = map(_token_errors, quantized_states, states)
+            hidden.append(float(torch.cat(list(errors)).mean()))
+            progress(1)
+        return _compare_logits(
+            plain, quantized, ids, states, quantized_states, tuple(linears), tuple(hidden)
         )
-    return made, [meter.result(layer) for meter in meters.values()]
 
 
-def _token_errors(got: Tensor, wanted: Tensor) -> Tensor:
-    """Every token's error relative to itself, float32 [tokens].
+def _run_layer(
+    index: int,
+    plain: Executor,
+    quantized: Executor,
+    states: list[Tensor],
+    quantized_states: list[Tensor],
+) -> dict[str, LinearMeter]:
+    """Advance the states of both by a layer, in place; return what was measured of its linears."""
+    before, after = Layer(plain, index), Layer(quantized, index)
+    meters = {name: LinearMeter(name, before.weights, after.weights) for name in LINEARS}
+    for row, (x, quantized_x) in enumerate(zip(states, quantized_states, strict=True)):
+        states[row] = before.run(
+            x, observe_inputs=lambda linear, parts: meters[linear].observe(parts)
+        )
+        quantized_states[row] = after.run(quantized_x)
+    return meters
 
-    Some models have a few tokens whose states are a thousand times as large as all others; taken
-    together with them the others would not count.
+
+def _token_errors(actual: Tensor, expected: Tensor) -> Tensor:
+    """Compute every token's error relative to itself, float32 [tokens].
+
+    Unlike those of ``phireg.verification.layers``: some models have a few tokens whose states are a
+    thousand times as large as all others; taken together with them the others would not count.
     """
-    norm = wanted[0].norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return (got - wanted)[0].norm(dim=-1) / norm
+    norm = expected[0].norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return (actual - expected)[0].norm(dim=-1) / norm
 
 
-def _logits(executor: Executor, states: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Of every row [tokens, vocab_size]; the head is in memory meanwhile."""
-    ends = executor.end_weights()
-    for x in states:
-        yield executor.logits(ends, x)[0]
-
-
-def _compared(
+def _compare_logits(
+    plain: Executor,
+    quantized: Executor,
+    ids: Sequence[Tensor],
+    states: Sequence[Tensor],
+    quantized_states: Sequence[Tensor],
     linears: tuple[LinearQuality, ...],
     hidden: tuple[float, ...],
-    ids: Sequence[Tensor],
-    wanted: Sequence[Tensor],
-    got: Iterator[Tensor],
-) -> Walked:
+) -> LayerwiseQuality:
+    ends = plain.end_weights()
+    expected = [plain.logits(ends, x)[0] for x in states]
+    ends = quantized.end_weights()
     positions = predicted = same = 0
-    kl = nll = unquantized = 0.0
-    for row, before, after in zip(ids, wanted, got, strict=True):
+    kl = nll = unquantized_nll = 0.0
+    for row, before, x in zip(ids, expected, quantized_states, strict=True):
+        after = quantized.logits(ends, x)[0]
         positions += len(before)
         predicted += len(before) - 1
         same += int((before.argmax(-1) == after.argmax(-1)).sum())
         kl += divergence(after, before) * len(before)
-        unquantized += _nll(before, row[0])
+        unquantized_nll += _nll(before, row[0])
         nll += _nll(after, row[0])
-    return Walked(
+    return LayerwiseQuality(
         linears,
         hidden,
         same / positions,
         kl / positions,
         nll / predicted,
-        unquantized / predicted,
+        unquantized_nll / predicted,
     )
 
 
 def _nll(logits: Tensor, ids: Tensor) -> float:
-    """Negative log likelihood of every token but the first, summed up."""
-    chosen = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
-    return float(chosen.sum(dtype=torch.float64))
+    """Sum the negative log likelihoods of all tokens but the first."""
+    losses = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
+    return float(losses.sum(dtype=torch.float64))
+
+
+class LinearMeter:
+    """Measures one linear of one layer: ``observe`` inputs, then ``result``.
+
+    Args:
+        linear: its name in the layer.
+        plain: each rank's unquantized tensors of the layer, in float32.
+        quantized: each rank's tensors as the executor prepares them, in float32: weights on a grid
+            are multiplied by their scales.
+    """
+
+    def __init__(self, linear: str, plain: list[Weights], quantized: list[Weights]) -> None:
+        self._linear = linear
+        self._plain = plain
+        self._quantized = quantized
+        self._scale = quantized[0].get(f"{linear}.activation_scaling_factor")
+        smoothing = [ws.get(f"{linear}.prequant_scaling_factor") for ws in quantized]
+        self._smoothing = [vector for vector in smoothing if vector is not None]
+        self._noise = self._power = 0.0
+        self._beyond = self._values = 0
+        self._amax = torch.zeros(())
+
+    def observe(self, parts: list[Tensor]) -> None:
+        """Take an input of the unquantized model: one of all ranks, or each rank's of a row linear.
+
+        Args:
+            parts: [..., in_features], in float32.
+        """
+        x = torch.cat(parts, dim=-1).flatten(0, -2)
+        self._amax = torch.maximum(self._amax.to(x.device), x.abs().amax(0))
+        if self._scale is None:
+            return
+        if self._smoothing:
+            by_rank = self._linear in ROW_LINEARS
+            x = x * torch.cat(self._smoothing if by_rank else self._smoothing[:1])
+        steps = x / self._scale
+        if self._smoothing:
+            beyond = (steps.round() > 127) | (steps.round() < -128)
+        else:
+            beyond = steps.abs() >= E4M3_BEYOND
+        self._beyond += int(beyond.sum())
+        self._values += x.numel()
+        rounded = fake_quantize(x, self._scale, "int8" if self._smoothing else "fp8")
+        self._noise += _squares(rounded - x)
+        self._power += _squares(x)
+
+    def result(self, layer: int) -> LinearQuality:
+        """Return the numbers of all inputs so far, and of the weight."""
+        inputs = self._scale is not None
+        channels = self._amax.cpu().numpy()
+        median = float(np.median(channels))
+        return LinearQuality(
+            layer,
+            self._linear,
+            self._weight_error(),
+            _relative(self._noise, self._power) if inputs else None,
+            self._beyond / self._values if inputs else None,
+            float(channels.max()) / median if median > 0 else math.inf,
+        )
+
+    def _weight_error(self) -> float:
+        noise = power = 0.0
+        name = f"{self._linear}.weight"
+        for rank, (plain, quantized) in enumerate(zip(self._plain, self._quantized, strict=True)):
+            blocks = zip(plain[name].split(_ROWS), quantized[name].split(_ROWS), strict=True)
+            for before, after in blocks:
+                expected = before / self._smoothing[rank] if self._smoothing else before
+                noise += _squares(after - expected)
+                power += _squares(expected)
+        return _relative(noise, power)
+
+
+def _relative(noise: float, power: float) -> float:
+    """Return the root of noise over power; infinite for noise where there should be nothing."""
+    if noise == 0:
+        return 0.0
+    if power == 0 or not math.isfinite(noise):
+        return math.inf
+    return math.sqrt(noise / power)
+
+
+def _squares(x: Tensor) -> float:
+    return float(x.square().sum(dtype=torch.float64))

@@ -1,42 +1,54 @@
-"""Measuring a quantized checkpoint that was just written."""
+"""Measure a quantized checkpoint that was just written."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from phireg.calibration.calibrate import describe
 from phireg.calibration.settings import Settings
+from phireg.config.hf import HFConfig
+from phireg.conversion.stream import assemble
+from phireg.data.samples import DEFAULT_SIZE, Encode, Samples, read_samples
 from phireg.device import pick_device
+from phireg.dtypes import as_torch
 from phireg.errors import SourceError
 from phireg.executor import Executor, ModelSpec, read_spec
-from phireg.executor.model import open_ranks
+from phireg.executor.model import Source, open_ranks
+from phireg.files.json import read_json_object
 from phireg.generation.tokenizer import find_tokenizer
+from phireg.planning.build import build_plan
 from phireg.planning.model import Plan
-from phireg.quality.layerwise import walk
+from phireg.quality.layerwise import compare_layers
 from phireg.quality.result import Quality, TextQuality
-from phireg.quality.text import Text, choose_text
-from phireg.quality.unquantized import rank_sources, unquantized_plan
 from phireg.reader.spec import parse_spec
 from phireg.reference.quiet import quiet
+from phireg.source.model import Reader
 
 TOKENS = {"cpu": 512, "cuda": 2048}
-"""Tokens of a report at most, by kind of device."""
+"""Most tokens of a measurement, by kind of device."""
 
 CPU_BUDGET = 4e12
-"""Multiply-adds that a report may take on a CPU: about two minutes on a few cores."""
+"""Multiply-adds that a measurement may take on a CPU: about two minutes on a few cores."""
 
 FEWEST = 64
-"""Tokens below which nothing is measured unless somebody asks for it."""
+"""Tokens below which nothing is measured unless the user asks for it."""
+
+_FURTHER = 64
+"""Samples that are read behind those that were calibrated on."""
 
 Progress = Callable[[int, int], None]
+"""Takes the number of further layers, and of all layers."""
 
 
 def affordable(plan: Plan, device: torch.device) -> int:
-    """How many tokens both models can run in time; every weight is multiplied once with each."""
+    """Return how many tokens both models can run in time."""
     most = TOKENS[device.type]
     if device.type == "cuda":
         return most
@@ -45,7 +57,7 @@ def affordable(plan: Plan, device: torch.device) -> int:
         for tensor in plan.source.tensors.values()
         if len(tensor.shape) > 1
     )
-    return min(most, int(CPU_BUDGET / (2 * weights)))
+    return min(most, int(CPU_BUDGET / (2 * weights)))  # each model multiplies every weight once
 
 
 def measure(
@@ -56,17 +68,17 @@ def measure(
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Quality:
-    """Hold a quantized checkpoint against what ``convert`` would have written.
+    """Compare a quantized checkpoint with the one that ``convert`` would have written.
 
     Both run in float32 on the executor, which reads one layer of each at a time: the checkpoint's
     from its files, the unquantized one's from the source.
 
     Args:
-        plan: what the checkpoint was made by.
+        plan: the one that the checkpoint was made by.
         checkpoint_dir: the checkpoint.
-        settings: the data whose samples behind those of the calibration are run, and where.
+        settings: the device, and the data whose samples behind those of the calibration are run.
         provenance: of the statistics that it was made with, or None.
-        progress: told (how many more layers are done, how many there are).
+        progress: takes how many more layers are done, and how many there are.
 
     Raises:
         UsageError: no such device, or the samples make no sense.
@@ -74,56 +86,78 @@ def measure(
         CheckError: the executor refuses the checkpoint.
     """
     device = pick_device(settings.device)
-    place = Path(checkpoint_dir)
-    spec = read_spec(place)
-    text = _text(plan, settings, provenance, spec, device)
-    unquantized = unquantized_plan(plan)
-    told = progress or (lambda more, total: None)
+    directory = Path(checkpoint_dir)
+    spec = read_spec(directory)
+    text = _read_text(plan, settings, provenance, spec, affordable(plan, device))
+    unquantized = _unquantized(plan)
+    report = progress or (lambda more, total: None)
     with plan.source.open() as reader:
         ranks = range(spec.tp_size)
         options: dict[str, Any] = {"device": device, "dtype": torch.float32, "offload": True}
-        plain = Executor(
-            parse_spec(dict(unquantized.config)),
-            rank_sources(unquantized, reader),
-            ranks,
-            **options,
-        )
-        quantized = Executor(spec, open_ranks(place, spec, ranks), ranks, **options)
+        sources = [_planned_tensors(unquantized, rank, reader) for rank in ranks]
+        plain = Executor(parse_spec(dict(unquantized.config)), sources, ranks, **options)
+        quantized = Executor(spec, open_ranks(directory, spec, ranks), ranks, **options)
         layers = spec.num_layers
-        found = walk(plain, quantized, text.rows, lambda more: told(more, layers))
-    made = plan.options
-    assert made.qformat is not None
+        layerwise = compare_layers(plain, quantized, text.rows, lambda more: report(more, layers))
+    assert plan.options.qformat is not None
     text_quality = TextQuality(
         text.origin,
         len(text.rows),
         sum(map(len, text.rows)),
         text.calibrated,
-        found.top1,
-        found.kl,
-        found.nll,
-        found.unquantized_nll,
+        layerwise.top1,
+        layerwise.kl,
+        layerwise.nll,
+        layerwise.unquantized_nll,
     )
+    labels = {
+        "checkpoint": str(directory.absolute()),
+        "source": f"{plan.model_dir}, {len(plan.source.files)} file(s)",
+    }
+    if provenance is not None:
+        labels["calibration"] = describe(provenance)
+        labels["calibrated"] = str(provenance.get("date", "unknown"))
+    labels["text"] = text_quality.description
+    labels["computed"] = f"in float32 on {device}, torch {torch.__version__}"
     return Quality(
         str(checkpoint_dir),
         plan.family,
-        made.qformat,
-        made.kv_cache_dtype,
+        plan.options.qformat,
+        plan.options.kv_cache_dtype,
         spec.architecture.name,
-        made.dtype,
-        made.tp_size,
-        found.linears,
-        found.hidden,
+        plan.options.dtype,
+        plan.options.tp_size,
+        layerwise.linears,
+        layerwise.hidden,
         text_quality,
-        tuple(_provenance(plan, place, provenance, text_quality, device)),
+        tuple(labels.items()),
     )
 
 
-def _text(
+# The text
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """The text to measure on.
+
+    Attributes:
+        rows: token ids of each sample, two or more.
+        origin: of the samples.
+        calibrated: whether the statistics were taken from them.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    origin: str
+    calibrated: bool
+
+
+def _read_text(
     plan: Plan,
     settings: Settings,
     provenance: Mapping[str, Any] | None,
     spec: ModelSpec,
-    device: torch.device,
+    tokens: int,
 ) -> Text:
     directory = plan.source.directory
     tokenizer = find_tokenizer(directory)
@@ -142,7 +176,7 @@ def _text(
             settings,
             provenance,
             encode,
-            tokens=max(affordable(plan, device), FEWEST),
+            tokens=max(tokens, FEWEST),
             vocab_size=spec.vocab_size,
             longest=spec.max_position_embeddings,
         )
@@ -153,22 +187,70 @@ def _text(
     return text
 
 
-def _provenance(
-    plan: Plan,
-    place: Path,
+def choose_text(
+    settings: Settings,
     provenance: Mapping[str, Any] | None,
-    text: TextQuality,
-    device: torch.device,
-) -> list[tuple[str, str]]:
-    rows = [
-        ("checkpoint", str(place.absolute())),
-        ("source", f"{plan.model_dir}, {len(plan.source.files)} file(s)"),
-    ]
+    encode: Encode,
+    *,
+    tokens: int,
+    vocab_size: int,
+    longest: int,
+) -> Text:
+    """Choose the samples behind those of the calibration, or the first ones if there are none.
+
+    Args:
+        settings: name the data.
+        provenance: of the statistics; None if nothing was calibrated.
+        encode: the model's tokenizer.
+        tokens: most tokens in all; the last sample is cut off there.
+        vocab_size: of the model.
+        longest: most tokens of the model.
+
+    Raises:
+        PhiregError: the data cannot be read; see ``phireg.data.samples``.
+    """
+
+    def read(size: int | None) -> Samples:
+        length = min(settings.max_length, longest)
+        return read_samples(
+            settings.source, encode, size=size, max_length=length, vocab_size=vocab_size
+        )
+
+    samples = read(None)
+    used = 0
     if provenance is not None:
-        rows.append(("calibration", describe(provenance)))
-        rows.append(("calibrated", str(provenance.get("date", "unknown"))))
-    return [
-        *rows,
-        ("text", text.description),
-        ("computed", f"in float32 on {device}, torch {torch.__version__}"),
-    ]
+        used = int(provenance["samples"])
+        if used >= DEFAULT_SIZE:
+            samples = Samples(read(used + _FURTHER).rows, samples.origin)
+        if samples.first(used).digest != provenance["data_digest"]:
+            used = 0  # statistics of other text
+    further = [row for row in samples.rows[used:] if len(row) > 1]
+    rows: list[tuple[int, ...]] = []
+    for row in further or samples.rows:
+        kept = row[: tokens - sum(map(len, rows))]
+        if len(kept) < 2:
+            break
+        rows.append(kept)
+    return Text(tuple(rows), samples.origin, used > 0 and not further)
+
+
+# The unquantized model, read from the source as an executor asks for its tensors
+
+
+def _unquantized(plan: Plan) -> Plan:
+    """Plan the same conversion without quantization."""
+    hf = HFConfig(read_json_object(plan.source.directory / "config.json"))
+    options = dataclasses.replace(plan.options, qformat=None, kv_cache_dtype=None)
+    return build_plan(plan.chosen, hf, plan.source, options, plan.model_dir)
+
+
+def _planned_tensors(plan: Plan, rank: int, reader: Reader) -> Source:
+    """Return a function from a tensor's name to the tensor that the plan would write."""
+    outputs = {output.name: output for output in plan.outputs if output.rank == rank}
+
+    def read(name: str) -> Tensor:
+        output = outputs[name]
+        tensor: Tensor = as_torch(assemble(plan, output, reader), output.dtype)
+        return tensor.reshape(output.shape)
+
+    return read

@@ -19,7 +19,7 @@ WeightScheme: TypeAlias = Literal["fp8", "int8_sq", "int8_wo", "int4_wo"]
 Grid: TypeAlias = Literal["fp8", "int8"]
 
 ROW_LINEARS = ("attention.dense", "mlp.proj")
-LINEARS = ("attention.qkv", "mlp.fc", *ROW_LINEARS)
+LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
 """The linears of a layer. A row linear's inputs are split over the ranks, a column linear's
 outputs."""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from phireg.reader.architectures import READ, with_defaults
-from phireg.reader.schemes import RAW, is_excluded
+from phireg.reader.schemes import LINEARS, RAW, is_excluded
 from phireg.verification.result import Problem
 
 _SAME_FUNCTION = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
@@ -106,7 +106,7 @@ def _quantizable(layers: int, *, raw: bool) -> Iterator[str]:
     if raw:
         yield "transformer.vocab_embedding"
     for layer in range(layers):
-        for linear in ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj"):
+        for linear in LINEARS:
             yield f"transformer.layers.{layer}.{linear}"
 
 

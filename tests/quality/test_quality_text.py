@@ -6,7 +6,7 @@ import pytest
 
 from phireg.calibration.settings import Settings
 from phireg.data.samples import read_samples
-from phireg.quality.text import choose_text
+from phireg.quality.run import choose_text
 
 LIMITS = {"vocab_size": 100, "longest": 50}
 
