@@ -1,1 +1,1 @@
-"""Mending checkpoints whose exporter left the rows of a linear in the source's order."""
+"""Reorder the rows of checkpoints whose exporter left a linear in the source's order."""

@@ -1,4 +1,4 @@
-"""TensorRT-LLM from outside: its releases, its builder's command line, and built engines.
+"""TensorRT-LLM: its releases, its builder's command line, built engines and their runtime.
 
-Nothing here imports tensorrt_llm; the builder runs as a process of its own.
+Only ``model_runner`` imports tensorrt_llm; the builder runs as a process of its own.
 """
