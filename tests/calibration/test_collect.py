@@ -1,4 +1,4 @@
-"""The maxima, against hooks on transformers' own whole models and against nvidia-modelopt."""
+"""Maxima against hooks on transformers' own whole models and against nvidia-modelopt."""
 
 import pytest
 import torch
@@ -183,7 +183,7 @@ def test_one_layer_at_a_time_and_each_read_once(tmp_path, name, monkeypatch):
 def test_the_cost_grows_with_tokens_and_layers(tmp_path):
     reference = opened("phi2", sources.write("phi2", tmp_path))
     cost = measure(reference, rows((64,) * 3), device=CPU, batch_size=1)
-    assert 0 < cost.token < 0.01
+    assert cost.token > 0
     assert cost.of(20) - cost.of(10) == pytest.approx(10 * cost.token)
     assert cost.of(0) == cost.reading > 0
     assert all(parameter.is_meta for parameter in reference.model.parameters())

@@ -1,6 +1,5 @@
 """The file of calibration statistics: what comes back, and damage."""
 
-import json
 import os
 
 import numpy as np
@@ -16,7 +15,7 @@ from phireg.errors import OutputError, SourceError
 FORMAT = {"format": "phireg-calibration-1", "provenance": "{}"}
 
 
-def made():
+def example():
     inputs = {
         "model.layers.10.mlp.fc1": np.array([0.0, 2.5, 1e-40, 3e38], dtype=np.float32),
         "model.layers.2.mlp.fc1": np.array([7.0], dtype=np.float32),
@@ -26,7 +25,7 @@ def made():
 
 def test_the_file(tmp_path):
     path = tmp_path / "below" / "amax.safetensors"
-    save(path, made())
+    save(path, example())
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     with safe_open(str(path), framework="pt") as file:
         assert {name: file.get_tensor(name).tolist() for name in file.keys()} == {  # noqa: SIM118
@@ -36,24 +35,18 @@ def test_the_file(tmp_path):
             "layers.0.value_amax": [2.25],
             "layers.1.value_amax": torch.tensor([1e-3]).tolist(),
         }  # fmt: skip
-        assert json.loads(file.metadata()["provenance"]) == {"samples": 3, "why": "é\n"}
-
-
-def test_what_comes_back(tmp_path):
-    path = tmp_path / "amax"
-    save(path, made())
-    read, wanted = load(path), made()
-    assert {n: a.tolist() for n, a in read.inputs.items()} == {
-        n: a.tolist() for n, a in wanted.inputs.items()
+    loaded, expected = load(path), example()
+    assert {n: a.tolist() for n, a in loaded.inputs.items()} == {
+        n: a.tolist() for n, a in expected.inputs.items()
     }
-    assert all(a.dtype == np.float32 for a in read.inputs.values())
-    assert (read.keys, read.provenance) == (wanted.keys, wanted.provenance)
-    assert read.values == (2.25, float(np.float32(1e-3)))
+    assert all(a.dtype == np.float32 for a in loaded.inputs.values())
+    assert (loaded.keys, loaded.provenance) == (expected.keys, expected.provenance)
+    assert loaded.values == (2.25, float(np.float32(1e-3)))
 
 
 def test_a_new_file_replaces_the_old_one_only_when_complete(tmp_path):
     path = tmp_path / "amax"
-    save(path, made())
+    save(path, example())
     before = path.read_bytes()
 
     class FullError(Exception):
@@ -64,12 +57,12 @@ def test_a_new_file_replaces_the_old_one_only_when_complete(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(FullError):
         patch.setattr(os, "fsync", full)
-        save(path, Statistics(made().inputs, (), (), {}))
+        save(path, Statistics(example().inputs, (), (), {}))
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["amax"]
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
-        save(tmp_path / "file" / "amax", made())
+        save(tmp_path / "file" / "amax", example())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
@@ -85,61 +78,50 @@ def test_maxima_that_are_none(bad):
 
 
 @pytest.mark.parametrize(
-    ("tensors", "metadata", "message"),
+    ("tensors", "metadata", "name"),
     [
-        ({"a.input_amax": [1.0, -2.0]}, FORMAT, "input of a has the maximum -2"),
-        ({"a.input_amax": [np.nan]}, FORMAT, "input of a has the maximum nan"),
-        ({"a.input_amax": [[1.0]]}, FORMAT, "one float32 per channel"),
-        ({"a.input_amax": []}, FORMAT, "one float32 per channel"),
-        ({"a.output_amax": [1.0]}, FORMAT, "unknown tensor a.output_amax"),
-        ({"layers.0.key_amax": [1.0], "layers.0.value_amax": [1.0]}, FORMAT, "no linear"),
-        ({"a.input_amax": [1.0], "layers.0.key_amax": [1.0]}, FORMAT, "keys of 1 layers"),
+        ({"a.input_amax": [1.0, -2.0]}, FORMAT, "of a "),
+        ({"a.input_amax": [np.nan]}, FORMAT, "of a "),
+        ({"a.input_amax": [[1.0]]}, FORMAT, "of a "),
+        ({"a.input_amax": []}, FORMAT, "of a "),
+        ({"a.output_amax": [1.0]}, FORMAT, "a.output_amax"),
+        ({"layers.0.key_amax": [1.0], "layers.0.value_amax": [1.0]}, FORMAT, "linear"),
+        ({"a.input_amax": [1.0], "layers.0.key_amax": [1.0]}, FORMAT, "keys"),
         (
             {"a.input_amax": [1.0], "layers.1.key_amax": [1.0], "layers.1.value_amax": [1.0]},
-            FORMAT, "layers.0.key_amax is missing",
+            FORMAT, "layers.0.key_amax",
         ),
-        ({"a.input_amax": [1.0], "layers.0.key_amax": [1.0, 2.0]}, FORMAT, r"not float32 \[1\]"),
-        ({"a.input_amax": [1.0]}, None, "no calibration statistics"),
-        ({"a.input_amax": [1.0]}, {**FORMAT, "format": "other"}, "no calibration statistics"),
-        ({"a.input_amax": [1.0]}, {"format": FORMAT["format"]}, "provenance is not JSON"),
-        ({"a.input_amax": [1.0]}, {**FORMAT, "provenance": "[]"}, "not an object"),
+        ({"a.input_amax": [1.0], "layers.0.key_amax": [1.0, 2.0]}, FORMAT, "layers.0.key_amax"),
+        ({"a.input_amax": [1.0]}, None, FORMAT["format"]),
+        ({"a.input_amax": [1.0]}, {**FORMAT, "format": "other"}, FORMAT["format"]),
+        ({"a.input_amax": [1.0]}, {"format": FORMAT["format"]}, "JSON"),
+        ({"a.input_amax": [1.0]}, {**FORMAT, "provenance": "[]"}, "object"),
     ],
 )  # fmt: skip
-def test_damaged_contents(tmp_path, tensors, metadata, message):
+def test_damaged_contents(tmp_path, tensors, metadata, name):
     path = tmp_path / "amax.safetensors"
     arrays = {name: np.array(value, dtype=np.float32) for name, value in tensors.items()}
     save_file(arrays, path, metadata=metadata)
-    with pytest.raises(SourceError, match=message) as caught:
+    with pytest.raises(SourceError, match=name) as caught:
         load(path)
     assert str(path) in caught.value.message
 
 
-def test_other_dtypes(tmp_path):
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        save_torch({"a.input_amax": torch.ones(2, dtype=dtype)}, tmp_path / "x", metadata=FORMAT)
-        with pytest.raises(SourceError, match="x"):
-            load(tmp_path / "x")
-
-
-def test_other_safetensors_files(tmp_path):
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import save_file
-
-    for dtype in (torch.float32, torch.bfloat16):  # numpy has no bfloat16
-        save_file({"x": torch.ones(2, dtype=dtype)}, tmp_path / "model.safetensors")
-        with pytest.raises(SourceError, match="holds no calibration statistics"):
-            load(tmp_path / "model.safetensors")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(tmp_path, dtype):
+    save_torch({"a.input_amax": torch.ones(2, dtype=dtype)}, tmp_path / "x", metadata=FORMAT)
+    with pytest.raises(SourceError, match="x"):
+        load(tmp_path / "x")
 
 
 def test_damaged_files(tmp_path):
     path = tmp_path / "amax"
-    save(path, made())
+    save(path, example())
     whole = path.read_bytes()
     for content in (b"", b"x" * 100, whole[:-1], whole[: len(whole) // 2], whole + b"\0"):
         path.write_bytes(content)
-        with pytest.raises(SourceError, match="not a readable safetensors file"):
+        with pytest.raises(SourceError, match=str(path)):
             load(path)
-    with pytest.raises(SourceError, match="no such file"):
-        load(tmp_path / "nothing")
-    with pytest.raises(SourceError, match="not a readable"):
-        load(tmp_path)
+    for other in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(SourceError, match=str(other)):
+            load(other)

