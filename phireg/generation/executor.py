@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +20,8 @@ from phireg.generation.limits import check_batch, check_continuations, check_req
 from phireg.generation.processes import process_rank
 
 __all__ = ["ExecutorBackend", "describe", "load", "process_rank", "run_worker"]
+
+_Result = TypeVar("_Result")
 
 # Workers of a chat wait for its next line, however long the user takes.
 _TIMEOUT = timedelta(days=30)
@@ -81,14 +80,9 @@ def run_worker(directory: Path, options: Options) -> None:
 
 def _serve(model: Executor) -> None:
     """Worker loop: run requests broadcast by rank 0."""
-    while (request := _receive()) is not None:
-        if "rows" in request:
-            for prompt, continuation in request["rows"]:
-                _mean_nll(model, prompt, continuation)
-            continue
-        prompts, count = request["prompts"], request["max_new_tokens"]
-        sampling = Sampling(**request["sampling"])
-        for _ in stream(model, prompts, count, request["stop_ids"], sampling):
+    while (request := _exchange()) is not None:
+        function, arguments = request
+        for _ in function(model, *arguments):
             pass
 
 
@@ -132,22 +126,15 @@ class ExecutorBackend:
     ) -> Iterator[list[int | None]]:
         """Continue a batch step by step; see :class:`phireg.generation.backend.Backend`."""
         check_request(self.description, prompts, max_new_tokens, sampling)
-        request = {
-            "prompts": [list(prompt) for prompt in prompts],
-            "max_new_tokens": max_new_tokens,
-            "stop_ids": sorted(stop_ids),
-            "sampling": asdict(sampling),
-        }
-        with self._broadcast(request):
-            yield from stream(self.model, prompts, max_new_tokens, stop_ids, sampling)
+        rows = [list(prompt) for prompt in prompts]
+        yield from self._on_all_ranks(stream, rows, max_new_tokens, frozenset(stop_ids), sampling)
 
     def mean_nll(
         self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
     ) -> list[float]:
         """See :class:`phireg.generation.backend.Backend`."""
         rows = check_continuations(self.description, prompts, continuations)
-        with self._broadcast({"rows": rows}):
-            return [_mean_nll(self.model, *row) for row in rows]
+        return list(self._on_all_ranks(_mean_nll, rows))
 
     def peak_memory(self) -> int:
         """Return the peak in bytes of this process's GPU or main memory."""
@@ -157,18 +144,19 @@ class ExecutorBackend:
         """End the workers; those in the middle of a batch end when the connection closes."""
         if self.leads_workers:
             if not self._busy:
-                _send(None)
+                _exchange(None)
             self.model.release()
             dist.destroy_process_group()
 
-    @contextmanager
-    def _broadcast(self, request: dict[str, Any]) -> Iterator[None]:
-        """Let the workers run the request that this process runs inside the context."""
+    def _on_all_ranks(
+        self, function: Callable[..., Iterator[_Result]], *arguments: Any
+    ) -> Iterator[_Result]:
+        """Run a function of the model here and in the workers; arguments are pickled."""
         if self.leads_workers:
-            _send(request)
+            _exchange((function, arguments))
         self._busy = True
         try:
-            yield
+            yield from function(self.model, *arguments)
         except RuntimeError as error:
             if _is_disconnect(error):
                 raise PhiregError("the process of another rank has ended") from None
@@ -176,10 +164,11 @@ class ExecutorBackend:
         self._busy = False
 
 
-def _mean_nll(model: Executor, prompt: list[int], continuation: list[int]) -> float:
-    ids = torch.tensor([prompt + continuation], device=model.device)
-    logits = model(ids[:, :-1])[0, len(prompt) - 1 :]
-    return float(functional.cross_entropy(logits, ids[0, len(prompt) :]))
+def _mean_nll(model: Executor, rows: list[tuple[list[int], list[int]]]) -> Iterator[float]:
+    for prompt, continuation in rows:
+        ids = torch.tensor([prompt + continuation], device=model.device)
+        logits = model(ids[:, :-1])[0, len(prompt) - 1 :]
+        yield float(functional.cross_entropy(logits, ids[0, len(prompt) :]))
 
 
 def _join(device: torch.device) -> None:
@@ -190,22 +179,11 @@ def _join(device: torch.device) -> None:
     dist.init_process_group(backend, timeout=_TIMEOUT)
 
 
-def _send(request: dict[str, Any] | None) -> None:
-    content = b"" if request is None else json.dumps(request).encode()
-    dist.broadcast(torch.tensor([len(content)]), src=0)
-    if content:
-        dist.broadcast(torch.frombuffer(bytearray(content), dtype=torch.uint8), src=0)
-
-
-def _receive() -> dict[str, Any] | None:
-    length = torch.zeros(1, dtype=torch.int64)
-    dist.broadcast(length, src=0)
-    if not length:
-        return None
-    content = torch.empty(int(length), dtype=torch.uint8)
-    dist.broadcast(content, src=0)
-    request: dict[str, Any] = json.loads(bytes(content.tolist()))
-    return request
+def _exchange(request: Any = None) -> Any:
+    """Return the request that rank 0 gives, in every process."""
+    requests = [request]
+    dist.broadcast_object_list(requests, src=0, device=torch.device("cpu"))
+    return requests[0]
 
 
 def _is_disconnect(error: RuntimeError) -> bool:

@@ -210,7 +210,7 @@ def test_the_captured_step_goes_before_the_processes_part(monkeypatch):
     model.spec = Mock()
     model.release.side_effect = lambda: order.append("release")
     monkeypatch.setattr(executor, "_description", lambda spec: None)
-    monkeypatch.setattr(executor, "_send", lambda request: order.append(request))
+    monkeypatch.setattr(executor, "_exchange", lambda request: order.append(request))
     monkeypatch.setattr(executor.dist, "destroy_process_group", lambda: order.append("part"))
     executor.ExecutorBackend(model, leads_workers=True).close()
     assert order == [None, "release", "part"]
@@ -218,6 +218,6 @@ def test_the_captured_step_goes_before_the_processes_part(monkeypatch):
     order.clear()
     monkeypatch.setattr(executor, "_join", lambda device: None)
     monkeypatch.setattr(executor, "load_checkpoint", lambda *_, **__: model)
-    monkeypatch.setattr(executor, "_receive", lambda: None)
+    monkeypatch.setattr(executor, "_exchange", lambda: None)
     executor.run_worker("anywhere", FLOAT)
     assert order == ["release", "part"]
