@@ -1,1 +1,1 @@
-"""Model directories as data: what a source checkpoint holds, and safetensors headers."""
+"""TensorRT-LLM checkpoints on disk: rank files, the manifest, inspection."""

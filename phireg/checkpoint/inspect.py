@@ -1,4 +1,4 @@
-"""Looking into a checkpoint."""
+"""Inspect a checkpoint: its config, its tensors, its manifest, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HINT = "give a checkpoint; phireg convert and phireg quantize write them."
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a checkpoint directory holds.
+    """The content of a checkpoint directory.
 
     Attributes:
         config: its config.json.
@@ -40,12 +40,12 @@ class Inspection:
 def inspect(
     checkpoint_dir: str | Path, *, check: bool = False, progress: Progress | None = None
 ) -> Inspection:
-    """Look into a TensorRT-LLM checkpoint.
+    """Read what a TensorRT-LLM checkpoint holds, from headers only unless ``check`` is set.
 
     Args:
         checkpoint_dir: the directory.
         check: read all files and compare them with the manifest.
-        progress: told how many more bytes have been compared.
+        progress: called with the number of further bytes that were compared.
 
     Raises:
         SourceError: it is not a checkpoint.
@@ -69,7 +69,7 @@ def inspect(
 
 
 def checkpoint_config(directory: Path) -> dict[str, Any]:
-    """A checkpoint's config.json.
+    """Read a checkpoint's config.json.
 
     Raises:
         SourceError: there is no such directory, or it is something else; the message says what.
@@ -87,7 +87,7 @@ def checkpoint_config(directory: Path) -> dict[str, Any]:
 
 
 def _not_a_checkpoint(directory: Path) -> SourceError:
-    """The error for a directory whose config.json is not a checkpoint's; it says what it is."""
+    """Return the error for a config.json that is not a checkpoint's; it says what it is."""
     kind = kind_of(directory)
     if kind is HF_MODEL:
         hint = (

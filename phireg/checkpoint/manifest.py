@@ -19,22 +19,22 @@ _BLOCK = 4 * 1024 * 1024
 
 
 Progress = Callable[[int], None]
-"""Told how many more bytes have been read."""
+"""Called with the number of further bytes that were read."""
 
 
 def file_digest(path: Path, progress: Progress | None = None) -> str:
-    """xxh3_128 of a whole file, in hexadecimal."""
-    hashed = xxhash.xxh3_128()
+    """Return xxh3_128 of a whole file, in hexadecimal."""
+    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
-            hashed.update(block)
+            digest.update(block)
             if progress:
                 progress(len(block))
-    return hashed.hexdigest()
+    return digest.hexdigest()
 
 
 def rank_file_record(header: bytes, size: int, tensors: Mapping[str, str]) -> dict[str, Any]:
-    """The record of a rank file: its header and each tensor have a digest of their own.
+    """Return the record of a rank file: its header and each tensor have a digest of their own.
 
     Tensors are hashed one by one because a conversion fills them side by side.
     """
@@ -46,7 +46,7 @@ def rank_file_record(header: bytes, size: int, tensors: Mapping[str, str]) -> di
 
 
 def file_record(path: Path) -> dict[str, Any]:
-    """The record of any other file."""
+    """Return the record of any other file."""
     return {"size": path.stat().st_size, "digest": file_digest(path)}
 
 
@@ -57,7 +57,7 @@ def write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The manifest, or None if there is none.
+    """Return the manifest, or None if there is none.
 
     Raises:
         SourceError: it is damaged, or of a format this phireg does not know.
@@ -77,7 +77,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 def check_files(
     directory: Path, manifest: Mapping[str, Any], progress: Progress | None = None
 ) -> Iterator[str]:
-    """Read every file the manifest lists and say what differs from it."""
+    """Read every file the manifest lists and yield what differs from it."""
     for name, record in manifest["files"].items():
         path = directory / name
         if Path(name).name != name:

@@ -1,7 +1,8 @@
-"""``phireg inspect``: what a checkpoint holds and where it came from."""
+"""``phireg inspect``: show what a checkpoint holds and where it came from."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import phireg
 from phireg.cli.options import Directory, json_option
 from phireg.cli.output import ProgressBars, columns, counted, dtype_name, emit, emit_json, size
 from phireg.errors import CheckError
+from phireg.planning.report import fold_names, ranges
 
 if TYPE_CHECKING:
     from phireg.checkpoint.inspect import Inspection
@@ -34,14 +36,14 @@ def command(checkpoint_dir: str, check: bool, quiet: bool, as_json: bool) -> Non
     total = _bytes(checkpoint_dir) if check else 0
     with ProgressBars(quiet) as bars:
         advance = bars.bytes("checking", "checked")
-        found = phireg.inspect(
+        inspection = phireg.inspect(
             checkpoint_dir, check=check, progress=lambda more: advance(more, total)
         )
     if as_json:
-        emit_json(_document(checkpoint_dir, found, check))
+        emit_json(_document(checkpoint_dir, inspection, check))
     else:
-        emit(_text(checkpoint_dir, found, check))
-    if found.problems:
+        emit(_text(checkpoint_dir, inspection, check))
+    if inspection.problems:
         raise click.exceptions.Exit(CheckError.exit_code)
 
 
@@ -49,35 +51,35 @@ def _bytes(directory: str) -> int:
     return sum(file.stat().st_size for file in Path(directory).glob("*") if file.is_file())
 
 
-def _document(directory: str, found: Inspection, checked: bool) -> dict[str, Any]:
+def _document(directory: str, inspection: Inspection, checked: bool) -> dict[str, Any]:
     return {
         "checkpoint_dir": directory,
-        "config": found.config,
-        "files": dict(found.sizes),
+        "config": inspection.config,
+        "files": dict(inspection.sizes),
         "ranks": [
             {name: {"dtype": dtype, "shape": list(shape)} for name, (dtype, shape) in rank.items()}
-            for rank in found.ranks
+            for rank in inspection.ranks
         ],
-        "manifest": found.manifest,
+        "manifest": inspection.manifest,
         "checked": checked,
-        "problems": list(found.problems),
+        "problems": list(inspection.problems),
     }
 
 
-def _text(directory: str, found: Inspection, checked: bool) -> str:
+def _text(directory: str, inspection: Inspection, checked: bool) -> str:
     rows = [
         ("checkpoint", directory),
-        ("model", f"{found.config['architecture']}, {found.config.get('dtype')}"),
-        ("quantized", _quantization(found.config)),
-        *_provenance(found.manifest),
-        *_files(found.sizes),
-        ("check", _verdict(found, checked)),
+        ("model", f"{inspection.config['architecture']}, {inspection.config.get('dtype')}"),
+        ("quantized", _quantization(inspection.config)),
+        *_provenance(inspection.manifest),
+        *_files(inspection.sizes),
+        ("check", _verdict(inspection, checked)),
     ]
     parts = [
         columns(rows),
-        "\n".join(f"  {problem}" for problem in found.problems),
-        "config\n" + columns(_config(found.config), indent=2),
-        *_tensors(found),
+        "\n".join(f"  {problem}" for problem in inspection.problems),
+        "config\n" + columns(_config(inspection.config), indent=2),
+        *_tensors(inspection),
     ]
     return "\n".join(filter(None, parts))
 
@@ -125,17 +127,15 @@ def _files(sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
         label = ""
 
 
-def _verdict(found: Inspection, checked: bool) -> str:
-    if found.problems:
-        return f"{counted(len(found.problems), 'problem')}:"
+def _verdict(inspection: Inspection, checked: bool) -> str:
+    if inspection.problems:
+        return f"{counted(len(inspection.problems), 'problem')}:"
     if checked:
         return "all files are as they were written"
     return "names and shapes are what the reader requires; --check compares the contents"
 
 
 def _config(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    import json
-
     for key, value in config.items():
         if isinstance(value, list) and len(value) > _LONG:
             ends = ", ".join(json.dumps(item) for item in (value[0], value[1]))
@@ -144,12 +144,10 @@ def _config(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, json.dumps(value)
 
 
-def _tensors(found: Inspection) -> Iterator[str]:
-    """One list for all ranks that hold the same names, shapes and dtypes."""
-    from phireg.planning.report import ranges
-
+def _tensors(inspection: Inspection) -> Iterator[str]:
+    """List tensors once for all ranks that hold the same names, shapes and dtypes."""
     alike: list[tuple[Mapping[str, Any], list[int]]] = []
-    for number, rank in enumerate(found.ranks):
+    for number, rank in enumerate(inspection.ranks):
         for tensors, numbers in alike:
             if tensors == rank:
                 numbers.append(number)
@@ -168,9 +166,7 @@ def _tensors(found: Inspection) -> Iterator[str]:
 def _folded(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
 ) -> Iterator[tuple[str, str, str, str]]:
-    """Name, shape, dtype and number of layers."""
-    from phireg.planning.report import fold_names
-
+    """Yield name, shape, dtype and number of layers."""
     groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, kind in tensors.items():
         groups.setdefault(kind, []).append(name)

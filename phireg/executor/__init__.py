@@ -1,6 +1,6 @@
 """Runs a TensorRT-LLM checkpoint of the Phi family in PyTorch, straight from its files.
 
-It shares no code with what writes checkpoints: what it computes is evidence about them.
+It shares no code with what writes checkpoints, so that its results can verify them.
 """
 
 from phireg.executor.decoder import Sampling

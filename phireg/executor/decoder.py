@@ -73,7 +73,7 @@ def choose(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
 
 
 class Decoder:
-    """Generates for one batch at a time; a later batch of the same shape can follow.
+    """Generate for one batch at a time; a later batch of the same shape can follow.
 
     A quantized cache is one in effect: it holds, in the compute dtype, the values that come back
     from the layer's grid.
@@ -109,16 +109,12 @@ class Decoder:
         columns = 0 if sampling.greedy else spec.vocab_size
         self._noise = torch.ones(batch, columns, dtype=torch.float32, device=device)
         shape = (batch, spec.rank_kv_heads, capacity, spec.head_size)
-        self._caches: list[list[Cache]] = [
-            [
-                (
-                    torch.zeros(shape, dtype=executor.dtype, device=device),
-                    torch.zeros(shape, dtype=executor.dtype, device=device),
-                )
-                for _ in executor.ranks
-            ]
-            for _ in range(spec.num_layers)
-        ]
+
+        def cache() -> Cache:
+            keys = torch.zeros(shape, dtype=executor.dtype, device=device)
+            return keys, torch.zeros_like(keys)
+
+        self._caches = [[cache() for _ in executor.ranks] for _ in range(spec.num_layers)]
         tables = [blocks.rotary_tables(spec.rope, capacity, long, device) for long in (False, True)]
         self._tables: Rotary = (
             torch.stack([cos for cos, _ in tables]),
@@ -127,7 +123,7 @@ class Decoder:
         self._graph: Any = None
 
     def serves(self, batch: int, slots: int, sampling: Sampling) -> bool:
-        """Whether a call for so many slots can follow in this cache without wasting most of it."""
+        """Return whether this cache serves a call for so many slots without wasting most of it."""
         same = (self.batch, self.sampling) == (batch, sampling)
         return same and slots <= self.capacity <= 4 * slots
 
@@ -152,7 +148,7 @@ class Decoder:
         self._length += 1
 
     def release(self) -> None:
-        """Give back the captured step, whoever still refers to this decoder."""
+        """Free the CUDA graph, even while something still refers to this decoder."""
         if self._graph is not None:
             self._graph.reset()
             self._graph = None
@@ -196,7 +192,7 @@ class Decoder:
         self.token.copy_(choose(logits, self.sampling, self._noise))
 
     def _captured(self) -> Any:
-        from phireg.executor.cuda.graph import capture
+        from phireg.executor.cuda.fused import capture
 
         token, slot = self.token.clone(), self._slot.clone()
 
@@ -248,7 +244,7 @@ class Decoder:
         self._slot += 1
 
     def _step_rotary(self) -> Rotary:
-        """Cos and sin [B, 1, 1, R/2] of the token in the slot."""
+        """Return cos and sin [B, 1, 1, R/2] of the token in the slot."""
         long = (self._slot + 1 > self.executor.spec.rope.original).long()
         position = self._slot - self._pads
         cos, sin = (table[long, position][:, None, None] for table in self._tables)
@@ -289,7 +285,7 @@ class Decoder:
 
 
 def _filling(cache: Cache, inner: Attend) -> Attend:
-    """``inner``, which also leaves the prompt's keys and values in the first slots."""
+    """Return ``inner``, also storing the prompt's keys and values in the first slots."""
 
     def attend_prompt(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         for kept, new in zip(cache, (key, value), strict=True):
@@ -300,7 +296,7 @@ def _filling(cache: Cache, inner: Attend) -> Attend:
 
 
 def _of_prompt(inner: Attend, length: int) -> AttendCache:
-    """``inner`` over the first slots, which hold the prompt's keys and values."""
+    """Return ``inner`` over the first slots, which hold the prompt's keys and values."""
 
     def attend_prompt(query: Tensor, cache: Cache) -> Tensor:
         keys, values = (kept[:, :, :length] for kept in cache)
@@ -310,7 +306,7 @@ def _of_prompt(inner: Attend, length: int) -> AttendCache:
 
 
 def _extending(cache: Cache, slot: int, mask: attention.Mask, scale: float) -> Attend:
-    """Attention of the token in ``slot`` over the slots up to it."""
+    """Return the attention of the token in ``slot`` over the slots up to it."""
 
     def attend_cache(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys, values = cache

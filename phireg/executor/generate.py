@@ -54,7 +54,7 @@ def stream(
     stop_ids: Collection[int] = (),
     sampling: Sampling = _GREEDY,
 ) -> Iterator[list[int | None]]:
-    """As ``generate``, step by step.
+    """Continue every prompt of a batch, step by step; arguments as of ``generate``.
 
     Yields:
         Each row's next token, or None where the row has ended.
@@ -111,7 +111,7 @@ def _check(model: Executor, prompts: Sequence[Sequence[int]], max_new_tokens: in
 def _fitting(
     model: Executor, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
 ) -> Decoder:
-    """The last call's decoder when it serves this one too, with its captured step."""
+    """Return the last call's decoder, with its captured step, when it serves this one too."""
     need = max(map(len, prompts)) + max_new_tokens
     batch, slots = len(prompts), -(-need // _SLOTS) * _SLOTS
     sampling = replace(sampling, seed=0)  # given with the prompts

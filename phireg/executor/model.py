@@ -1,4 +1,4 @@
-"""The executor: a checkpoint as a module, its ranks in lockstep in one process or one each."""
+"""A checkpoint as a module of torch, its ranks in lockstep in one process or in one each."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
     """A checkpoint ready to run; ``load`` makes one from files.
 
     Args:
-        spec: what the tensors mean.
+        spec: the meaning of the tensors.
         sources: for each rank of this process, a function from a tensor's name to the tensor.
         ranks: the numbers of those ranks: all of them, or one when each rank has its own process.
         device: where to compute.
@@ -127,7 +127,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
 
     @property
     def distributed(self) -> bool:
-        """Whether the other ranks run in other processes."""
+        """The other ranks run in other processes."""
         return len(self.ranks) < self.spec.tp_size
 
     def release(self) -> None:
@@ -141,11 +141,11 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
             self.decoder = None
 
     def layer_weights(self, index: int) -> list[Weights]:
-        """The tensors of layer ``index``, for each rank of this process."""
+        """Return the tensors of layer ``index``, for each rank of this process."""
         return self._layers[index] if self._layers else self._read_layer(index)
 
     def end_weights(self) -> list[Weights]:
-        """Embedding, final norm and lm_head under their full names, for each rank here."""
+        """Return embedding, final norm and lm_head by full names, for each rank here."""
         return self._ends or self._read_ends()
 
     def forward(
@@ -154,7 +154,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         observe: Observe | None = None,
         observe_inputs: ObserveInputs | None = None,
     ) -> Tensor:
-        """Logits of every position of every sequence, without a cache.
+        """Return logits of every position, float32 [batch, sequence, vocab_size], without a cache.
 
         Args:
             input_ids: int64 [batch, sequence], no padding.
@@ -165,9 +165,6 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
             observe_inputs: called with (layer, linear, value) for every linear of every layer:
                 what goes into it, before smoothing and quantization, [batch, sequence,
                 in_features] of all ranks together, in the compute dtype.
-
-        Returns:
-            float32 [batch, sequence, vocab_size].
         """
         with torch.no_grad(), current_device(self.device):
             length = input_ids.shape[1]
@@ -188,7 +185,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
             return self.logits(ends, x)
 
     def embed(self, ends: list[Weights], ids: Tensor) -> Tensor:
-        """Token ids of any shape to hidden states in the compute dtype."""
+        """Turn token ids of any shape into hidden states in the compute dtype."""
         table = ends[0][EMBEDDING]
         x = functional.embedding(ids.to(table.device), table).to(self.device, self.dtype)
         multiplier = self.spec.embedding_multiplier
@@ -203,7 +200,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         observe: Callable[[str, Tensor], None] | None = None,
         observe_inputs: Callable[[str, list[Tensor]], None] | None = None,
     ) -> Tensor:
-        """One layer; see ``blocks.layer``."""
+        """Run one layer; see ``blocks.layer``."""
         return blocks.layer(
             self.spec,
             shards,
@@ -217,18 +214,18 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         )
 
     def logits(self, ends: list[Weights], x: Tensor) -> Tensor:
-        """Final norm and lm_head: float32 [..., vocab_size], the padding of the vocabulary cut."""
+        """Apply final norm and lm_head: float32 [..., vocab_size] without the padding."""
         u = blocks.norm(self.spec, ends[0], "transformer.ln_f", x)
         return self.whole_logits([blocks.linear(weights, "lm_head", u) for weights in ends])
 
     def whole_logits(self, parts: list[Tensor]) -> Tensor:
-        """Logits of the ranks' lm_head outputs, as ``logits``."""
+        """Join the ranks' lm_head outputs to logits, as ``logits``."""
         whole = self.gather(parts)[..., : self.spec.vocab_size].float()
         divisor = self.spec.logits_divisor
         return whole if divisor == 1.0 else whole / divisor
 
     def reduce(self, partial: list[Tensor]) -> Tensor:
-        """Sum of the ranks' partial outputs, in rank order."""
+        """Sum the ranks' partial outputs, in rank order."""
         total = partial[0]
         for part in partial[1:]:
             total = total + part
@@ -237,7 +234,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         return total
 
     def gather(self, parts: list[Tensor]) -> Tensor:
-        """All ranks' parts side by side in the last dimension, in rank order."""
+        """Join all ranks' parts in the last dimension, in rank order."""
         if self.distributed:
             own = parts[0].contiguous()
             parts = [torch.empty_like(own) for _ in range(self.spec.tp_size)]
@@ -300,7 +297,7 @@ def _of_layer(observe: Observe, layer: int) -> Callable[[str, Tensor], None]:
 
 
 def free_memory() -> int:
-    """Bytes of main memory that can be had without swapping."""
+    """Return the bytes of main memory available without swapping."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text(encoding="ascii").splitlines():

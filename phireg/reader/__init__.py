@@ -1,1 +1,1 @@
-"""What TensorRT-LLM's checkpoint reader requires, stated once."""
+"""The requirements of TensorRT-LLM's checkpoint reader, stated once."""

@@ -6,6 +6,9 @@ states to the next norm, which adds it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -137,3 +140,22 @@ def _linear(
         y = quantized.stored_product(x, weight, scales, dtype)
         y = y if bias is None else y + bias
     return y if activation == "none" else launch.activate(activation, y, limit)
+
+
+def capture(step: Callable[[], None], restore: Callable[[], None]) -> Any:
+    """Record ``step`` in a CUDA graph (``torch.cuda.CUDAGraph``), to replay in its place.
+
+    Everything that changes from one step to the next must lie in tensors on the device that stay
+    where they are: then the host never waits, and one graph serves every step. ``restore`` undoes
+    what ``step`` did to them.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # kernels are compiled and workspaces made before recording
+        restore()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
