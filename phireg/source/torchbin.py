@@ -66,7 +66,7 @@ def list_bin(directory: Path, name: str) -> WeightsFile:
             raise _not_tensors(path, [f"it holds a {type(state).__name__}, not a dict of tensors"])
         if defects := [text for item in state.items() for text in _defects(*item)]:
             raise _not_tensors(path, defects)
-        tensors = [_located(path, members, key, value) for key, value in state.items()]
+        tensors = [_located(directory, name, members, key, value) for key, value in state.items()]
         check_unchanged(fd, path, stamp)
     finally:
         os.close(fd)
@@ -92,7 +92,7 @@ def _check_magic(fd: int, path: Path, size: int) -> None:
 
 
 def _members(fd: int, path: Path) -> dict[int, int]:
-    """The size of each member of the archive by the place of its first byte."""
+    """Return the size of each member of the archive by the offset of its first byte."""
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
@@ -154,7 +154,9 @@ def _defects(name: Any, value: Any) -> Iterator[str]:
         yield f"{name!r} is a lazily negated or conjugated view"
 
 
-def _located(path: Path, members: Mapping[int, int], name: str, value: Any) -> SourceTensor:
+def _located(
+    directory: Path, file: str, members: Mapping[int, int], name: str, value: Any
+) -> SourceTensor:
     """Find a tensor's bytes, which must lie inside the member that is its storage."""
     shape, strides = tuple(value.shape), tuple(value.stride())
     offset = 0
@@ -163,11 +165,13 @@ def _located(path: Path, members: Mapping[int, int], name: str, value: Any) -> S
         first = value.storage_offset() * value.element_size()
         length = value.element_size() * _span(shape, strides)
         if storage is None or first + length > members.get(storage, -1):
-            raise SourceError(f"{path}: the data of {name!r} is not in the file", hint=_RESAVE)
+            raise SourceError(
+                f"{directory / file}: the data of {name!r} is not in the file", hint=_RESAVE
+            )
         offset = storage + first
     packed = value.is_contiguous()
     code = _CODES[str(value.dtype)]
-    return SourceTensor(name, code, shape, path.name, offset, None if packed else strides)
+    return SourceTensor(name, code, shape, file, offset, None if packed else strides)
 
 
 def _not_tensors(path: Path, defects: list[str]) -> SourceError:

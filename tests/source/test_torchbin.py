@@ -84,10 +84,12 @@ def test_dtypes(tmp_path):
 
 def test_sharded_with_index(tmp_path):
     first, second = {"a": torch.ones(3), "b": torch.zeros(2, 2).t()}, {"c": torch.ones(4).half()}
-    torch.save(first, tmp_path / "pytorch_model-00001-of-00002.bin")
-    torch.save(second, tmp_path / "pytorch_model-00002-of-00002.bin")
-    weight_map = dict.fromkeys(first, "pytorch_model-00001-of-00002.bin")
-    weight_map |= dict.fromkeys(second, "pytorch_model-00002-of-00002.bin")
+    (tmp_path / "weights").mkdir()
+    weight_map = {}
+    for number, tensors in enumerate((first, second), 1):
+        file = f"weights/pytorch_model-{number:05d}-of-00002.bin"
+        torch.save(tensors, tmp_path / file)
+        weight_map |= dict.fromkeys(tensors, file)
     index = {"metadata": {"total_size": 36}, "weight_map": weight_map}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     source = open_source(tmp_path)
