@@ -46,12 +46,6 @@ def compare_layers(
 
     Both must compute in float32, on the same device. Between layers only the hidden states of all
     rows are in memory; at the end also the logits of one of the two.
-
-    Args:
-        plain: the unquantized model, made with ``offload``.
-        quantized: the quantized one, likewise.
-        rows: token ids of each row, two or more.
-        progress: takes the number of further layers.
     """
     with torch.no_grad():
         ids = [torch.tensor([list(row)], device=plain.device) for row in rows]
@@ -141,11 +135,7 @@ def _nll(logits: Tensor, ids: Tensor) -> float:
 class LinearMeter:
     """Measures one linear of one layer: ``observe`` inputs, then ``result``.
 
-    Args:
-        linear: its name in the layer.
-        plain: each rank's unquantized tensors of the layer, in float32.
-        quantized: each rank's tensors as the executor prepares them, in float32: weights on a grid
-            are multiplied by their scales.
+    Weights are those that the executor prepares in float32, multiplied by their scales.
     """
 
     def __init__(self, linear: str, plain: list[Weights], quantized: list[Weights]) -> None:
@@ -160,11 +150,7 @@ class LinearMeter:
         self._amax = torch.zeros(())
 
     def observe(self, parts: list[Tensor]) -> None:
-        """Take an input of the unquantized model: one of all ranks, or each rank's of a row linear.
-
-        Args:
-            parts: [..., in_features], in float32.
-        """
+        """Take an unquantized input [..., in_features]; of a row linear each rank's part."""
         x = torch.cat(parts, dim=-1).flatten(0, -2)
         self._amax = torch.maximum(self._amax.to(x.device), x.abs().amax(0))
         if self._scale is None:

@@ -139,13 +139,7 @@ def measure(
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """The text to measure on.
-
-    Attributes:
-        rows: token ids of each sample, two or more.
-        origin: of the samples.
-        calibrated: whether the statistics were taken from them.
-    """
+    """The text to measure on; ``calibrated`` if the statistics were taken from the same samples."""
 
     rows: tuple[tuple[int, ...], ...]
     origin: str
@@ -196,19 +190,7 @@ def choose_text(
     vocab_size: int,
     longest: int,
 ) -> Text:
-    """Choose the samples behind those of the calibration, or the first ones if there are none.
-
-    Args:
-        settings: name the data.
-        provenance: of the statistics; None if nothing was calibrated.
-        encode: the model's tokenizer.
-        tokens: most tokens in all; the last sample is cut off there.
-        vocab_size: of the model.
-        longest: most tokens of the model.
-
-    Raises:
-        PhiregError: the data cannot be read; see ``phireg.data.samples``.
-    """
+    """Choose the samples behind those of the calibration, or the first ones if there are none."""
 
     def read(size: int | None) -> Samples:
         length = min(settings.max_length, longest)

@@ -19,17 +19,8 @@ _FLOATS = {*WEIGHT_DTYPES.values(), "F64"}
 class Parameters:
     """Fills and empties the parameters of a model that was built without them.
 
-    Args:
-        model: built without memory for its parameters.
-        source: the files.
-        rounded: dtype that values are rounded to on their way to the parameters' own dtype, or
-            None.
-        device: where filled parameters are.
-        exact: names of source tensors that are not rounded.
-
-    Raises:
-        SourceError: a parameter is not in the source, or has another shape or no floating dtype
-            there.
+    Values are rounded to ``rounded`` on their way to the parameters' dtype, except those of the
+    source tensors named in ``exact``.
     """
 
     def __init__(
@@ -75,11 +66,7 @@ class Parameters:
         return sum(parameter.numel() * parameter.itemsize for parameter in places.values())
 
     def fill(self, names: Collection[str]) -> None:
-        """Read parameters; tied ones that are filled together share their memory.
-
-        Raises:
-            SourceError: a file changed since its header was read, or cannot be read.
-        """
+        """Read parameters; tied ones that are filled together share their memory."""
         read: dict[str, nn.Parameter] = {}
         with self._source.open() as reader:
             for name in names:

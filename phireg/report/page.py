@@ -33,9 +33,5 @@ def _environment() -> Environment:
 
 
 def write_page(page: str, path: Path) -> None:
-    """Write a page; it appears complete or not at all.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write a page; it appears complete or not at all."""
     write_file(path, page.encode("utf-8"), "the report")

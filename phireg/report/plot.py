@@ -15,14 +15,9 @@ Ticks = list[tuple[float, object]]
 
 @dataclass(frozen=True, slots=True)
 class LogPlot:
-    """A plot area with a logarithmic vertical axis.
+    """A plot area with a logarithmic vertical axis from exponent ``low`` to ``high``.
 
-    Attributes:
-        height: of the picture, in pixels.
-        low: exponent of ten at the bottom.
-        high: exponent of ten at the top.
-        first: value of the horizontal axis at the left edge.
-        last: at the right edge.
+    ``first`` and ``last`` are the values at the ends of the horizontal axis.
     """
 
     height: int

@@ -18,16 +18,9 @@ _TICKS = 20
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One kind of number that every linear has.
+    """One kind of number that every linear has, the worse the larger.
 
-    Attributes:
-        name: a heading.
-        meaning: a sentence.
-        ends: of the classes of colors, in ascending order; a value up to the first one has the
-            palest color.
-        labels: of the classes, one more than ends.
-        value: the number on that axis, the worse the larger; None if the linear has none.
-        shown: the number for people.
+    ``ends`` divide the values into classes of colors, which have ``labels``.
     """
 
     name: str

@@ -19,12 +19,7 @@ _LARGEST = {"fp8": E4M3_MAX, "int8_sq": INT8_MAX}
 
 
 class ActivationRanges:
-    """Observes the inputs of quantized linears.
-
-    Args:
-        spec: the checkpoint's.
-        sources: the ranks' tensors by name.
-    """
+    """Observes the inputs of quantized linears."""
 
     def __init__(self, spec: ModelSpec, sources: Sequence[Source]) -> None:
         self.spec = spec

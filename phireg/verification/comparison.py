@@ -45,11 +45,7 @@ def is_comparable(files: RankFiles, output: Output) -> bool:
 
 
 def compare(plan: Plan, files: RankFiles, progress: Progress) -> list[Difference]:
-    """Compare all comparable outputs of a plan that quantizes nothing.
-
-    Raises:
-        SourceError: a file could not be read.
-    """
+    """Compare all comparable outputs of a plan that quantizes nothing."""
     plan = restrict(plan, lambda output: is_comparable(files, output))
     sink = _Comparison(plan, files, progress)
     carry(plan, sink)
@@ -85,16 +81,7 @@ def add_difference(
     unequal: Any,
     values: tuple[Float32, Float32],
 ) -> None:
-    """Add unequal elements among rows of an output.
-
-    Args:
-        differences: by index of the output.
-        index: of the output.
-        output: the output.
-        row: the first of the rows.
-        unequal: booleans, [rows, columns].
-        values: stored and expected, [rows, columns].
-    """
+    """Add unequal elements among rows of an output; ``values`` are stored and expected."""
     at, column = (int(axis[0]) for axis in np.nonzero(unequal))
     stored, expected = (float(array[at, column]) for array in values)
     first = Difference(output, 0, (row + at, column), stored, expected)

@@ -113,14 +113,7 @@ class ComputedChecks:
         return choose_prompts(self.spec, self.max_tokens, gpu=self.device.type == "cuda")
 
     def logits(self, plan: Plan) -> Outcome:
-        """Compare with the source's own model.
-
-        Args:
-            plan: of the source; its family names the reference.
-
-        Raises:
-            Skipped: there is no reference here, or no room for it.
-        """
+        """Compare with the source's own model."""
         try:
             reference, notes = self._reference(plan)
             if problems := list(_size_problems(self.spec, reference)):
@@ -161,11 +154,7 @@ class ComputedChecks:
         return summary, list(_logits_problems(result)), [*notes, *ranges.notes()]
 
     def ranks(self) -> Outcome:
-        """Compare the ranks with the same ranks merged.
-
-        Raises:
-            Skipped: no room.
-        """
+        """Compare the ranks with the same ranks merged."""
         try:
             executor, sources = self.opened
             quantized = self.spec.quantization != Quantization()
@@ -196,11 +185,7 @@ class ComputedChecks:
         return summary, [Problem(where, text, None, *(place or (None, None)))], notes
 
     def _reference(self, plan: Plan) -> tuple[Reference, list[str]]:
-        """Open the source's model, whole if it fits into memory or else layer by layer; with notes.
-
-        Raises:
-            Skipped: no class here reads it, or not even one layer fits.
-        """
+        """Open the source's model, whole or layer by layer as memory allows, with notes."""
         exact = {
             span.source
             for output in plan.outputs

@@ -26,10 +26,8 @@ def compare_configs(
 ) -> tuple[list[Problem], list[str]]:
     """Return problems and notes.
 
-    Args:
-        config: the checkpoint's config.json.
-        planned: the one that phireg would write. It holds a superset of keys, for readers old and
-            new, so an absent key is a problem only where the reader's default has another effect.
+    ``planned``, the config.json that phireg would write, has a superset of keys, for readers old
+    and new: an absent key is a problem only where the reader's default has another effect.
     """
     problems: list[Problem] = []
     notes: list[str] = []

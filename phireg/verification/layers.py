@@ -42,12 +42,7 @@ QUANTIZED_KL = 1.0
 
 
 class Layer:
-    """One layer of an executor, whose weights are in memory as long as it is.
-
-    Args:
-        executor: on one device, with all ranks in this process.
-        index: of the layer.
-    """
+    """One layer of an executor, whose weights are in memory as long as it is."""
 
     def __init__(self, executor: Executor, index: int) -> None:
         self.weights = executor.layer_weights(index)
@@ -69,12 +64,7 @@ class Layer:
         return self._run(self.weights, x, attends, observe, observe_inputs)
 
     def parts(self, before: Tensor, attention: Tensor) -> dict[str, Tensor]:
-        """Compute the outputs of attention and MLP, each given a reference's input.
-
-        Args:
-            before: the reference's hidden states before the layer.
-            attention: the output of the reference's attention.
-        """
+        """Compute the outputs of attention and MLP, each given the reference's input."""
         outputs: dict[str, Tensor] = {}
         self.run(before, outputs.__setitem__)
         if self._executor.spec.architecture.residual == "parallel":
@@ -133,12 +123,7 @@ def overall(errors: Tensor) -> float:
 
 
 def divergence(actual: Tensor, expected: Tensor) -> float:
-    """Compute the mean over positions of KL(expected || actual) in nats.
-
-    Args:
-        actual: logits [positions, vocabulary].
-        expected: the same of the reference.
-    """
+    """Compute the mean KL(expected || actual) in nats of logits [positions, vocabulary]."""
     total = 0.0
     for start in range(0, len(expected), _ROWS):
         left, right = (

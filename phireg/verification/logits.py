@@ -73,11 +73,6 @@ def choose_prompts(spec: ModelSpec, most: int | None, *, gpu: bool) -> Prompts:
     One short prompt, and for each threshold one just behind it: far enough for block-sparse layers
     to drop blocks and keep stripes. With long rope also the longest prompt that still takes the
     short factors.
-
-    Args:
-        spec: the checkpoint's.
-        most: tokens a prompt may have; None for what the budget allows.
-        gpu: whether it runs on one.
     """
     limit = spec.max_position_embeddings - 1
     candidates = [Prompt(min(_SHORT, limit), "short")]
@@ -135,16 +130,7 @@ def compare_logits(
     progress: Callable[[int], None],
     observe_inputs: ObserveInputs,
 ) -> LogitsResult:
-    """Run both on all prompts.
-
-    Args:
-        executor: the checkpoint.
-        reference: the source's own model, on the same device in the same dtype.
-        prompts: from ``choose_prompts``.
-        progress: takes the number of further layers computed: each is compared alone, and once
-            more when the executor runs on its own.
-        observe_inputs: takes the inputs of the linears when the executor runs on its own.
-    """
+    """Run both on all prompts; both are on the same device and compute in the same dtype."""
     spec = executor.spec
     errors: dict[Place, float] = {}
     hidden = [0.0] * spec.num_layers
@@ -198,14 +184,7 @@ def _prompt_result(actual: Tensor, expected: Tensor, prompt: Prompt, slack: floa
 
 
 class _LayerComparer:
-    """Compares every part of the executor with the reference's, as the reference computes it.
-
-    Args:
-        executor: the checkpoint.
-        ids: the prompt.
-        errors: by place, raised to this prompt's.
-        progress: takes the number of further layers compared.
-    """
+    """Compares every part of the executor with the reference's, as the reference computes it."""
 
     def __init__(
         self,

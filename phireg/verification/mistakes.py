@@ -63,14 +63,7 @@ class Mistake:
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """The order of attention and MLP rows.
-
-    Attributes:
-        heads: query heads of the whole model.
-        kv_heads: key/value heads of the whole model.
-        size: rows of one head.
-        activation: ``swiglu``, ``gegelu`` or one without a gate.
-    """
+    """The order of attention and MLP rows, by sizes of the whole model; ``size`` is of one head."""
 
     heads: int
     kv_heads: int
@@ -116,13 +109,10 @@ def explain_quantized(
 def regroup_hint(
     problems: Iterable[Problem], plan: Plan, command: Sequence[str] | None
 ) -> list[Problem]:
-    """Complete the hint for rows grouped by KV head: post-process, or convert again.
+    """Complete the hint for rows grouped by KV head.
 
-    Args:
-        problems: of the weights.
-        plan: of the source.
-        command: a ``phireg postprocess`` command, which works where the rows of every layer are
-            grouped; None if phireg itself wrote the checkpoint.
+    ``command`` calls ``phireg postprocess``, which works where the rows of every layer are grouped;
+    it is None if phireg itself wrote the checkpoint.
     """
     problems = list(problems)
     qkv = {o.name for o in plan.outputs if o.name.endswith("attention.qkv.weight")}
@@ -194,14 +184,7 @@ def _find(
 
 
 def mistake_in_values(values: Float32, expected: Float32, code: str, ranks: int) -> Mistake | None:
-    """Name a mistake with the values of a tensor on the ranks where it is wrong.
-
-    Args:
-        values: stored ones, in one dimension.
-        expected: those of the source.
-        code: their dtype.
-        ranks: how many ranks there are.
-    """
+    """Name a mistake with the values of a tensor on the ranks where it is wrong."""
     if not np.isfinite(values).all() and np.isfinite(expected).all():
         return Mistake(f"{int((~np.isfinite(values)).sum())} values are not finite")
     if not values.any():

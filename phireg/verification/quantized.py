@@ -46,9 +46,7 @@ _CACHE, _KEY, _VALUE = (f"{what}_cache{_SUFFIX}" for what in ("kv", "k", "v"))
 class Tolerance:
     """How far quantized tensors may be from what the source gives.
 
-    Attributes:
-        dtype: safetensors code of the checkpoint's dtype.
-        per_channel: True for INT8 SmoothQuant, False for FP8.
+    ``dtype`` is the code of the checkpoint's dtype; INT8 SmoothQuant is per channel, FP8 is not.
     """
 
     dtype: str
@@ -140,17 +138,7 @@ class LinearComparison:
 def compare_quantized(
     plan: Plan, files: RankFiles, linears: Sequence[QuantizedLinear], progress: Progress
 ) -> list[LinearComparison]:
-    """Compare quantized linears; memory is bounded by some blocks.
-
-    Args:
-        plan: a plan with scales.
-        files: of the checkpoint.
-        linears: those whose tensors are all there, on every rank.
-        progress: takes how many more bytes of quantized weights have been compared.
-
-    Raises:
-        SourceError: a file could not be read.
-    """
+    """Compare quantized linears; memory is bounded by some blocks."""
     if not linears:
         return []
     comparisons = {f"{linear.target}.weight": _open(plan, files, linear) for linear in linears}
@@ -307,12 +295,7 @@ def scale_defects(files: RankFiles) -> Iterator[Problem]:
 
 
 def rank_problems(files: RankFiles, scales: Iterable[Output]) -> Iterator[Problem]:
-    """Yield scales that every rank must repeat and some rank has other values of.
-
-    Args:
-        files: of the checkpoint.
-        scales: the plan's scales that can be read.
-    """
+    """Yield scales that every rank must repeat and some rank has other values of."""
     repeated: dict[tuple[object, ...], list[Output]] = {}
     for output in scales:
         repeated.setdefault((output.name, output.origin), []).append(output)
@@ -332,10 +315,7 @@ def rank_problems(files: RankFiles, scales: Iterable[Output]) -> Iterator[Proble
 
 
 def cache_problems(files: RankFiles, scales: Iterable[Output]) -> Iterator[Problem]:
-    """Yield KV cache scales that are not the larger one of the keys' and the values'.
-
-    Arguments are those of :func:`rank_problems`.
-    """
+    """Yield KV cache scales that are not the larger one of the keys' and the values'."""
     for output in scales:
         rank, name = output.rank, output.name
         parts = [name.replace(_CACHE, part) for part in (_KEY, _VALUE)]
@@ -356,8 +336,6 @@ def activation_problems(
 
     The vector is 1 / amax then, so that every smoothed channel reaches 1 and the scale is 1 / 127;
     unless channels were so small or large that their entries were clamped to 1e4 or 1e-4.
-
-    Arguments are those of :func:`rank_problems`.
     """
     names = {output.name for output in scales}
     for linear in plan.linears:

@@ -24,18 +24,7 @@ _BY_COLUMNS = tuple(
 def compare_ranks(
     executor: Executor, sources: Sequence[Source], tokens: int, progress: Callable[[int], None]
 ) -> tuple[float, float, Place | None]:
-    """Run both on one prompt.
-
-    Args:
-        executor: all ranks in lockstep.
-        sources: its ranks' tensors by name.
-        tokens: of the prompt.
-        progress: takes the number of further layers computed, of one and then of the other.
-
-    Returns:
-        The relative error of the logits, its tolerance, and the first sub-module whose output is
-        off by more (None when all agree, or when only the logits do not).
-    """
+    """Return the relative error of the logits, its tolerance, and the first wrong sub-module."""
     spec = executor.spec
     ids = prompt_ids(spec.vocab_size, tokens).to(executor.device)
     outputs: dict[tuple[int, str], Tensor] = {}
@@ -63,12 +52,7 @@ def compare_ranks(
 
 
 def merged_executor(executor: Executor, sources: Sequence[Source]) -> Executor:
-    """Return the same checkpoint at TP 1; tensors are merged when a layer asks for them.
-
-    Args:
-        executor: all ranks in lockstep.
-        sources: its ranks' tensors by name.
-    """
+    """Return the same checkpoint at TP 1; tensors are merged when a layer asks for them."""
     experts = executor.spec.experts
     whole = dataclasses.replace(
         executor.spec,
@@ -117,12 +101,7 @@ def _merge_experts(name: str, shards: list[Tensor], ep_size: int) -> Tensor:
 
 
 def dequantized(spec: ModelSpec, sources: Sequence[Source]) -> tuple[ModelSpec, list[Source]]:
-    """Return the same model with nothing quantized, neither inputs nor the KV cache.
-
-    Args:
-        spec: a checkpoint's, quantized or not.
-        sources: its ranks' tensors by name.
-    """
+    """Return the same model with nothing quantized, neither inputs nor the KV cache."""
     plain = dataclasses.replace(spec, quantization=Quantization())
     if spec.quantization.weights is None:
         return plain, list(sources)

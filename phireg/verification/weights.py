@@ -23,14 +23,7 @@ from phireg.verification.result import Outcome, Problem, place_of
 def check_weights(
     plan: Plan, files: RankFiles, alpha: float | None, progress: Callable[[int, int], None]
 ) -> Outcome:
-    """Compare every tensor of a plan without errors.
-
-    Args:
-        plan: of the source.
-        files: of the checkpoint.
-        alpha: of SmoothQuant, if it is recorded.
-        progress: takes how many more bytes have been compared, and how many there are in all.
-    """
+    """Compare every tensor of a plan without errors."""
     total = sum(output.nbytes for output in plan.outputs)
 
     def report(more: int) -> None:
