@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ALLOWED = {"fp8": 0.02, "int8_sq": 0.05, "int8_wo": 0.02, "int4_wo": 0.05}
-"""By format: by how much perplexity may change in a model that is called close."""
+"""Largest relative change of the perplexity, by format, of a model that is called close."""
 
 _NONE = "-"
 
 
 def sqnr(relative: float) -> float:
-    """A relative error as a signal-to-quantization-noise ratio in decibels."""
+    """Return a relative error as a signal-to-quantization-noise ratio in decibels."""
     if relative == 0:
         return math.inf
     return -20 * math.log10(relative) if relative < math.inf else -math.inf
 
 
 def decibels(relative: float | None) -> str:
-    """A relative error as SQNR: ``31.5``; ``exact`` where there is none."""
+    """Write a relative error as SQNR: ``31.5``; ``exact`` where there is none."""
     if relative is None:
         return _NONE
     ratio = sqnr(relative)
@@ -29,12 +29,12 @@ def decibels(relative: float | None) -> str:
 
 
 def percent(relative: float | None) -> str:
-    """A relative error: ``2.65%``."""
+    """Write a relative error: ``2.65%``."""
     return _NONE if relative is None else f"{relative:.2%}"
 
 
 def share(value: float | None) -> str:
-    """A share of many values: ``0``, ``0.002%``, ``12%``."""
+    """Write a share of many values: ``0``, ``0.002%``, ``12%``."""
     if value is None:
         return _NONE
     if 0 < value < 1e-6:
@@ -43,7 +43,7 @@ def share(value: float | None) -> str:
 
 
 def times(value: float) -> str:
-    """A ratio: ``2.42x``, ``1,520x``."""
+    """Write a ratio: ``2.42x``, ``1,520x``."""
     if not math.isfinite(value):
         return "infinite"
     return f"{value:,.0f}x" if value >= 100 else f"{value:.3g}x"
@@ -107,7 +107,7 @@ class TextQuality:
 
     @property
     def description(self) -> str:
-        """Where the text is from and how much it is, in a few words."""
+        """Origin and size of the text, in a few words."""
         samples = f"{self.rows} sample{'s' if self.rows > 1 else ''}"
         which = "calibrated on as well" if self.calibrated else "not calibrated on"
         return f"{self.origin}: {samples}, {self.tokens:,} tokens, {which}"
@@ -124,7 +124,7 @@ class TextQuality:
 
     @property
     def loss(self) -> float:
-        """By how much of itself the perplexity is higher; negative if it is lower."""
+        """Relative increase of the perplexity; negative if it is lower."""
         return _exp(self.nll - self.unquantized_nll) - 1
 
 
@@ -160,7 +160,7 @@ class Quality:
 
     @property
     def close(self) -> bool:
-        """Whether perplexity is as near to the unquantized one as ``ALLOWED`` says."""
+        """The perplexity is as near to the unquantized one as ``ALLOWED`` says."""
         return abs(self.text.loss) <= ALLOWED[self.qformat]
 
     @property
@@ -178,7 +178,7 @@ class Quality:
 
     @property
     def name(self) -> str:
-        """What people call the checkpoint."""
+        """The name of the checkpoint's directory."""
         return Path(self.checkpoint_dir).name
 
     @property
@@ -188,8 +188,8 @@ class Quality:
         return self.qformat + (f" with an {cache} KV cache" if cache else "")
 
     def worst_first(self) -> Sequence[LinearQuality]:
-        """The linears, that with the largest error of weight or input first."""
-        return sorted(self.linears, key=lambda one: -one.worst)
+        """Return the linears, that with the largest error of weight or input first."""
+        return sorted(self.linears, key=lambda linear: -linear.worst)
 
 
 def _exp(value: float) -> float:

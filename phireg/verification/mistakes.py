@@ -170,7 +170,7 @@ def _find(
         return mistake
     wrong = {difference.output.rank for difference in differences}
     code = outputs[0].dtype
-    values, wanted = (
+    values, source_values = (
         np.concatenate(
             [
                 float32_values(bits, code).ravel()
@@ -180,7 +180,7 @@ def _find(
         )
         for arrays in (stored, expected)
     )
-    return mistake_in_values(values, wanted, code, len(outputs))
+    return mistake_in_values(values, source_values, code, len(outputs))
 
 
 def mistake_in_values(values: Float32, expected: Float32, code: str, ranks: int) -> Mistake | None:
