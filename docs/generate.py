@@ -58,7 +58,7 @@ def words() -> list[str]:
         if line.startswith("#"):
             title = line.lstrip("# ")
             parts.append(f"## Words: {title}")
-        elif name := line.strip('",]'):
+        for name in re.findall(r'"(\w+)"', line):
             parts += [f"### {name}", *word(name, getattr(api, name))]
     return parts
 

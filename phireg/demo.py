@@ -59,11 +59,7 @@ class DemoModel:
     scores: dict[str, Any]
 
     def article(self, number: int) -> Article:
-        """Return a held-back article, counted from 0.
-
-        Raises:
-            UsageError: there is no such article.
-        """
+        """Return a held-back article, counted from 0."""
         if not 0 <= number < len(self.articles):
             raise UsageError(
                 f"{self.family}'s demo has no article {number}",
@@ -85,10 +81,7 @@ def families() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def find(family: str) -> DemoModel:
-    """Return the demo model of a family.
-
-    Args:
-        family: name, or ``DISTRIBUTION:FAMILY``.
+    """Return the demo model of a family (name, or ``DISTRIBUTION:FAMILY``).
 
     Raises:
         PluginError: there is no such family, it has no demo, or the demo is damaged.
@@ -138,12 +131,7 @@ def _articles(family: str, path: Path) -> tuple[Article, ...]:
 
 
 def convert(model: DemoModel, output_dir: Path, tp_size: int = 1) -> Converted:
-    """Convert a demo model; an existing checkpoint of phireg's is replaced.
-
-    Raises:
-        OutputError: there is something else under that name.
-        PhiregError: as :func:`phireg.plan` and :func:`phireg.convert`.
-    """
+    """Convert a demo model, replacing a checkpoint of phireg's but nothing else."""
     is_checkpoint = (output_dir / MANIFEST).is_file()
     if not is_checkpoint and output_dir.is_dir() and any(output_dir.iterdir()):
         raise OutputError(
@@ -160,12 +148,7 @@ def verify(model: DemoModel, checkpoint_dir: Path) -> Verification:
 
 
 def summarize(checkpoint_dir: Path, articles: Sequence[Article]) -> list[str]:
-    """Write greedy summaries with the executor, on the CPU in float32.
-
-    Raises:
-        PluginError: the checkpoint has no tokenizer.
-        PhiregError: as :func:`phireg.executor.load`.
-    """
+    """Write greedy summaries with the executor, on the CPU in float32."""
     from phireg.executor import generate, load
     from phireg.generation.tokenizer import find_tokenizer, stop_ids
 

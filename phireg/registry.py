@@ -31,14 +31,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A family that a distribution offers, according to its metadata.
-
-    Attributes:
-        name: family name.
-        distribution: name of the distribution that offers it.
-        version: its version.
-        value: where the object is, ``module:attribute``.
-    """
+    """A family that a distribution offers, at ``value`` (``module:attribute``)."""
 
     name: str
     distribution: str

@@ -151,34 +151,8 @@ def _commands(
 
 
 def _folded(words: list[str]) -> str:
-    """Fold a command line as a shell accepts it, keeping options with their values."""
-    groups: list[str] = []
-    for word in words:
-        if groups and not word.startswith("--") and groups[-1].startswith("--"):
-            groups[-1] += f" {_quoted(word, _WIDTH - 6 - len(groups[-1]))}"
-        else:
-            groups.append(shlex.quote(word))
-    lines = [groups[0]]
-    for group in groups[1:]:
-        if len(lines[-1]) + len(group) < _WIDTH - 6:
-            lines[-1] += f" {group}"
-        else:
-            lines.append(f"    {group}")
-    return " \\\n".join(lines)
-
-
-def _quoted(word: str, width: int) -> str:
-    """Quote a shell word; a text longer than ``width`` continues on further lines."""
-    # An interactive bash expands ! in double quotes. A path is not folded, however long.
-    if len(word) <= width or "!" in word or " " not in word:
-        return shlex.quote(word)
-    text = '"' + re.sub(r'([\\"$`])', r"\\\1", word) + '"'
-    lines = [""]
-    for piece in re.findall(r"\S+\s*|\s+", text):
-        if len(lines[-1]) + len(piece) > (_WIDTH - 1 if len(lines) > 1 else width):
-            lines.append("")
-        lines[-1] += piece
-    return "\\\n".join(lines)
+    """Write a command line with an option per line, as a shell accepts it."""
+    return re.sub(r" (--[a-z])", r" \\\n    \1", shlex.join(words))
 
 
 def _comparison(article: Article, summary: str, scores: dict[str, Any]) -> str:

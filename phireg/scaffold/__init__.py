@@ -18,8 +18,8 @@ from string import Template
 from typing import Any
 
 from phireg import registry
-from phireg.errors import OutputError, PluginError, UsageError
-from phireg.family import Family, PublishedModel
+from phireg.errors import OutputError, UsageError
+from phireg.family import Family
 from phireg.files.output import OutputDirectory
 from phireg.hookspecs import API
 from phireg.registry import AUTO, Candidate, FamilyChoice, Index
@@ -89,7 +89,7 @@ def new_plugin(name: str, base: str, directory: Path | None = None) -> PluginPac
             f"{target} exists already; nothing was written",
             hint="choose another directory with --directory, or move it away.",
         )
-    values = _values(name, choice, installed)
+    values = _values(name, choice)
     templates = resources.files("phireg.scaffold") / "templates"
     contents = {
         Template(path).substitute(values): Template(
@@ -115,7 +115,7 @@ def _check_name(name: str, installed: Index) -> None:
             hint="use lower-case letters, digits and single hyphens, beginning with a letter"
             f"{f'; perhaps {suggestion}' if usable else ''}.",
         )
-    module = _module(name)
+    module = name.replace("-", "_")
     hint = f"choose another name, e.g. {name}-family."
     if name == AUTO:
         raise UsageError("--family auto has a meaning already", hint=hint)
@@ -137,11 +137,7 @@ def _check_name(name: str, installed: Index) -> None:
         raise UsageError(f"a distribution '{name}' is installed already", hint=hint)
 
 
-def _module(name: str) -> str:
-    return name.replace("-", "_")
-
-
-def _values(name: str, choice: FamilyChoice, installed: Index) -> dict[str, str]:
+def _values(name: str, choice: FamilyChoice) -> dict[str, str]:
     """Return the values of the templates' placeholders."""
     base = choice.candidate
     location = re.fullmatch(r"([\w.]+):(\w+)", base.value)
@@ -153,9 +149,9 @@ def _values(name: str, choice: FamilyChoice, installed: Index) -> dict[str, str]
     requirements = [f"phireg>={metadata.version('phireg')}"]
     if base.distribution not in ("phireg", "unknown"):
         requirements.append(f"{base.distribution}>={base.version}")
-    tiny = _tiny_config(choice.family, installed)
+    tiny = _tiny_config(choice.family)
     literals = {k: json.dumps(v) if isinstance(v, str) else repr(v) for k, v in tiny.items()}
-    module = _module(name)
+    module = name.replace("-", "_")
     return {
         "name": name,
         "module": module,
@@ -170,15 +166,15 @@ def _values(name: str, choice: FamilyChoice, installed: Index) -> dict[str, str]
     }
 
 
-def _tiny_config(family: Family, installed: Index) -> dict[str, Any]:
+def _tiny_config(family: Family) -> dict[str, Any]:
     """Shrink the config of a published model to small, awkward sizes.
 
     The vocabulary is odd, the intermediate size is no multiple of the hidden size, and heads share
-    KV heads if the published model's do. A family without published models takes those of another
-    one of its architecture, if there is one.
+    KV heads if the published model's do. The model is the family's first one, or its base's.
     """
-    models = family.published or _published_by_relatives(family, installed)
-    config = dict(models[0].config) if models else {}
+    while not family.published and family.base is not None:
+        family = family.base
+    config = dict(family.published[0].config) if family.published else {}
     # FamilyConformance adds these itself, and its model is float32.
     for key in ("architectures", "model_type", "torch_dtype"):
         config.pop(key, None)
@@ -191,14 +187,3 @@ def _tiny_config(family: Family, installed: Index) -> dict[str, Any]:
         **dict.fromkeys(inner, _TINY_INTERMEDIATE_SIZE),
         **{key: value for key, value in _UNUSUAL_VALUES.items() if key in config},
     }
-
-
-def _published_by_relatives(family: Family, installed: Index) -> tuple[PublishedModel, ...]:
-    for candidate in (candidate for offers in installed.values() for candidate in offers):
-        try:
-            other = candidate.load()
-        except PluginError:
-            continue
-        if other.published and set(other.architectures) & set(family.architectures):
-            return other.published
-    return ()

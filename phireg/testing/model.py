@@ -122,11 +122,7 @@ class TinyModel:
         return f"the plan of '{self.family.name}' at {size} has errors:\n{problems(errors)}"
 
     def probes(self, tp_size: int) -> list[dict[str, Addresses]]:
-        """Convert the probe; return the addresses in every tensor of each rank.
-
-        Raises:
-            PlanError: the plan has errors.
-        """
+        """Convert the probe; return the addresses in every tensor of each rank."""
         if tp_size not in self._probes:
             directory = self.convert(self.probe_dir, tp_size)
             files = (directory / f"rank{rank}.safetensors" for rank in range(tp_size))
@@ -134,11 +130,7 @@ class TinyModel:
         return self._probes[tp_size]
 
     def convert(self, source_dir: Path, tp_size: int) -> Path:
-        """Convert a source with the same config.json to float32; return the checkpoint.
-
-        Raises:
-            PlanError: the plan has errors.
-        """
+        """Convert a source with the same config.json to float32; return the checkpoint."""
         output = self.directory / f"{source_dir.name}-tp{tp_size}"
         if not output.exists():
             plan = self.plan_for(open_source(source_dir), tp_size)

@@ -46,10 +46,7 @@ def schemes_of(model: TinyModel) -> Iterator[Scheme]:
 def scale_problems(model: TinyModel, tp_size: int, scheme: Scheme) -> str | None:
     """Describe the first difference from the quantized source; None if there is none.
 
-    Args:
-        model: the model; its unquantized plan at this size has no errors.
-        tp_size: number of ranks.
-        scheme: how to quantize.
+    The model's unquantized plan at this size must have no errors.
     """
     if problems := model.plan_problems(tp_size, scheme.qformat):
         return problems

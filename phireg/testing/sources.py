@@ -163,9 +163,6 @@ def write_random_model(
         directory: created if missing.
         shard_bytes: size at which a new shard begins.
         seed: of the random values.
-
-    Raises:
-        UsageError: the family cannot translate the config.
     """
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
