@@ -13,7 +13,6 @@ import phireg
 from phireg.cli.options import Directory, json_option
 from phireg.cli.output import ProgressBars, columns, counted, dtype_name, emit, emit_json, size
 from phireg.errors import CheckError
-from phireg.planning.report import fold_names, ranges
 
 if TYPE_CHECKING:
     from phireg.checkpoint.inspect import Inspection
@@ -146,6 +145,8 @@ def _config(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _tensors(inspection: Inspection) -> Iterator[str]:
     """List tensors once for all ranks that hold the same names, shapes and dtypes."""
+    from phireg.planning.report import ranges
+
     alike: list[tuple[Mapping[str, Any], list[int]]] = []
     for number, rank in enumerate(inspection.ranks):
         for tensors, numbers in alike:
@@ -167,6 +168,8 @@ def _folded(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
 ) -> Iterator[tuple[str, str, str, str]]:
     """Yield name, shape, dtype and number of layers."""
+    from phireg.planning.report import fold_names
+
     groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, kind in tensors.items():
         groups.setdefault(kind, []).append(name)
