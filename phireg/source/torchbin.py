@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import re
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -110,7 +111,13 @@ def _members(fd: int, path: Path) -> dict[int, int]:
     for info in infos:
         lengths = read_bytes(fd, path, info.header_offset + _LOCAL_HEADER - 4, 4)
         name, extra = (int.from_bytes(length, "little") for length in (lengths[:2], lengths[2:]))
-        members[info.header_offset + _LOCAL_HEADER + name + extra] = info.file_size
+        offset = info.header_offset + _LOCAL_HEADER + name + extra
+        members[offset] = info.file_size
+        # torch finds names in any case, and would swap bytes of storages that have none (a crash).
+        if info.filename.lower().endswith("byteorder") and (
+            read_bytes(fd, path, offset, min(info.file_size, 16)) != sys.byteorder.encode()
+        ):
+            raise SourceError(f"{path}: written on a machine of another byte order", hint=_RESAVE)
     return members
 
 

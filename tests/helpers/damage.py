@@ -260,14 +260,19 @@ def malicious_bin(directory: Path) -> None:
     torch_bin(lambda state: state | {"evil": RunsCode(directory / "executed")})(directory)
 
 
-def compressed_bin(directory: Path) -> None:
-    torch_bin()(directory)
-    path = directory / "pytorch_model.bin"
-    with zipfile.ZipFile(path) as stored:
-        members = {name: stored.read(name) for name in stored.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
-        for name, data in members.items():
-            packed.writestr(name, data)
+def rewritten_bin(compression: int, **contents: bytes) -> Apply:
+    """Pack the archive again; ``contents`` replaces members by the last part of their names."""
+
+    def apply(directory: Path) -> None:
+        torch_bin()(directory)
+        path = directory / "pytorch_model.bin"
+        with zipfile.ZipFile(path) as stored:
+            members = {name: stored.read(name) for name in stored.namelist()}
+        with zipfile.ZipFile(path, "w", compression) as packed:
+            for name, data in members.items():
+                packed.writestr(name, contents.get(name.rpartition("/")[2], data))
+
+    return apply
 
 
 def sparse() -> Any:
@@ -396,7 +401,8 @@ _BIN: dict[str, Apply] = {
     "empty": bin_bytes(lambda raw: b""),
     "git-lfs": bin_bytes(lambda raw: LFS),
     "garbage": bin_bytes(lambda raw: b"garbage" * 99),
-    "compressed": compressed_bin,
+    "compressed": rewritten_bin(zipfile.ZIP_DEFLATED),
+    "big-endian": rewritten_bin(zipfile.ZIP_STORED, byteorder=b"big"),
     "list": torch_bin(lambda state: list(state.values())),
     "nested": torch_bin(lambda state: {"state_dict": state}),
     "number": with_entry(lambda: 3),
