@@ -17,13 +17,9 @@ Activation = Literal["gelu_tanh", "swiglu", "gegelu"]
 
 _KV_HEADS = ("num_key_value_heads", "rotary_base")
 _BLOCK_SPARSE = (
-    "mup_embedding_multiplier",
-    "dense_attention_every_n_layers",
-    "blocksparse_block_size",
-    "blocksparse_homo_head_pattern",
-    "blocksparse_num_local_blocks",
-    "blocksparse_vertical_stride",
-)
+    "mup_embedding_multiplier", "dense_attention_every_n_layers", "blocksparse_block_size",
+    "blocksparse_homo_head_pattern", "blocksparse_num_local_blocks", "blocksparse_vertical_stride",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +29,8 @@ class Architecture:
     Attributes:
         name: the value of ``architecture`` in config.json.
         norm: of every layer and before lm_head; a layer norm has a bias.
-        residual: "parallel": x + attention(u) + mlp(u) with one norm; "sequential": two norms.
         activation: of the published models; config.json's ``hidden_act`` decides.
+        residual: "parallel": x + attention(u) + mlp(u) with one norm; "sequential": two norms.
         attention_bias: qkv and dense have biases.
         mlp_bias: fc and proj have biases.
         lm_head_bias: lm_head has a bias.
@@ -55,11 +51,11 @@ class Architecture:
 
     name: str
     norm: Norm
-    residual: Residual
     activation: Activation
-    attention_bias: bool
-    mlp_bias: bool
-    lm_head_bias: bool
+    residual: Residual = "sequential"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    lm_head_bias: bool = False
     required: tuple[str, ...] = ()
     older_names: Mapping[str, str] = field(default_factory=dict)
     long_rope: bool = True
@@ -91,21 +87,15 @@ ARCHITECTURES = {
         Architecture(
             "Phi3ForCausalLM",
             norm="rms_norm",
-            residual="sequential",
             activation="swiglu",
-            attention_bias=False,
-            mlp_bias=False,
-            lm_head_bias=False,
             grouped_since="0.11.0.dev2024060400",
         ),
         Architecture(
             "Phi3SmallForCausalLM",
             norm="layer_norm",
-            residual="sequential",
             activation="gegelu",
             attention_bias=True,
             mlp_bias=True,
-            lm_head_bias=False,
             required=(*_KV_HEADS, *_BLOCK_SPARSE, "gegelu_limit"),
             older_names={
                 "num_key_value_heads": "num_kv_heads",
@@ -119,10 +109,8 @@ ARCHITECTURES = {
         Architecture(
             "PhiMoEForCausalLM",
             norm="layer_norm",
-            residual="sequential",
             activation="swiglu",
             attention_bias=True,
-            mlp_bias=False,
             lm_head_bias=True,
             required=(*_KV_HEADS, "moe"),
             mscales=True,
@@ -145,35 +133,18 @@ ACTIVATIONS: Mapping[str, Activation] = {
 """By ``hidden_act``: four names of the tanh approximation; the reader has no erf gelu for Phi."""
 
 _COMMON = (
-    "dtype",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "hidden_act",
-    "position_embedding_type",
+    "dtype", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+    "intermediate_size", "max_position_embeddings", "hidden_act", "position_embedding_type",
     "rotary_pct",
-)
+)  # fmt: skip
 SHORT_FACTORS, LONG_FACTORS = "longrope_scaling_short_factors", "longrope_scaling_long_factors"
 _LONG_ROPE = (SHORT_FACTORS, LONG_FACTORS, "original_max_position_embeddings")
 _MSCALES = ("longrope_short_mscale", "longrope_long_mscale")
 _OPTIONAL = (
-    "num_key_value_heads",
-    "norm_epsilon",
-    "rotary_base",
-    "rotary_scaling",
-    "head_size",
-    "qk_layernorm",
-    "mup_width_multiplier",
-    "use_parallel_embedding",
-    "embedding_sharding_dim",
-    "share_embedding_table",
-    "architecture",
-    "mapping",
-    "quantization",
-)
+    "num_key_value_heads", "norm_epsilon", "rotary_base", "rotary_scaling", "head_size",
+    "qk_layernorm", "mup_width_multiplier", "use_parallel_embedding", "embedding_sharding_dim",
+    "share_embedding_table", "architecture", "mapping", "quantization",
+)  # fmt: skip
 READ = {*_COMMON, *_LONG_ROPE, *_MSCALES, *_OPTIONAL} | {
     key for row in ARCHITECTURES.values() for key in row.required
 }
