@@ -100,7 +100,10 @@ def load_articles(
                 hint="give one of them.",
             )
         if not Path(dataset_dir).is_dir():
-            raise UsageError(f"--dataset-dir {dataset_dir}: no such directory")
+            raise UsageError(
+                f"--dataset-dir {dataset_dir}: no such directory",
+                hint="give a copy of the hub's ccdv/cnn_dailymail.",
+            )
         dataset = dataset_dir
     elif dataset == AUTO and family:
         dataset = DEMO

@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from helpers.command_line import run_phireg
 from helpers.tiny_phi3 import make_tiny_phi3
-
-from phireg.cli import app
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,12 +21,8 @@ def tiny(tmp_path):
 
 @pytest.fixture
 def run():
-    """Run phireg here; `.output` is stdout and stderr, `.exit_code` what the process would give."""
-
-    def invoke(*args):
-        return CliRunner().invoke(app, [str(arg) for arg in args], prog_name="phireg")
-
-    return invoke
+    """Run phireg in this process."""
+    return run_phireg
 
 
 @pytest.fixture

@@ -3,10 +3,9 @@
 import shutil
 
 import pytest
-from click.testing import CliRunner
+from helpers.command_line import run_phireg
 
 from phireg import demo
-from phireg.cli import app
 
 # {none} does not exist, {other} is a directory of something else.
 WRONG = ("{none}", "{file}", "{other}", "{empty}")
@@ -67,8 +66,8 @@ def places(tmp_path_factory):
     paths["other"].mkdir()
     (paths["other"] / "readme.txt").write_text("hello")
     shutil.copytree(demo.find("phi3-mini").directory, paths["model"])
-    args = ["convert", "--model-dir", str(paths["model"]), "--output-dir", str(paths["ckpt"])]
-    assert CliRunner().invoke(app, args).exit_code == 0
+    args = ("convert", "--model-dir", paths["model"], "--output-dir", paths["ckpt"])
+    assert run_phireg(*args).exit_code == 0
     return paths
 
 

@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from helpers.command_line import run_phireg
 from safetensors.torch import load_file, save_file
 
 import phireg
 from phireg import demo, registry
-from phireg.cli import app
 from phireg.errors import PluginError
 
 ROOT = Path(__file__).parents[2]
@@ -27,11 +26,7 @@ def run(tmp_path, monkeypatch):
     """phireg in an empty directory."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-
-    def invoke(*args):
-        return CliRunner().invoke(app, [str(arg) for arg in args], prog_name="phireg")
-
-    return invoke
+    return run_phireg
 
 
 @pytest.fixture

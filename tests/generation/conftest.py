@@ -5,10 +5,8 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from click.testing import CliRunner
+from helpers.command_line import run_phireg
 from helpers.tokenized_models import SOURCES, converted
-
-from phireg.cli import app
 
 
 @pytest.fixture(scope="session")
@@ -42,8 +40,7 @@ def run():
     """`phireg run ...`; the result's `.stdout`, `.stderr` and `.exit_code`."""
 
     def invoke(*args, stdin=b""):
-        words = ["run", *map(str, args), "--device", "cpu"]
-        return CliRunner().invoke(app, words, input=stdin, prog_name="phireg")
+        return run_phireg("run", *args, "--device", "cpu", stdin=stdin)
 
     return invoke
 

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from click.testing import CliRunner
 from grouped_by_hand import (
     EARLY,
     block_rows,
@@ -15,15 +14,10 @@ from grouped_by_hand import (
     write_checkpoint,
     write_source,
 )
-
-from phireg.cli import app
+from helpers.command_line import run_phireg
 
 TENSORS = source_tensors()
 RIGHT = checkpoint("fp8", TENSORS, rank_rows)
-
-
-def phireg(*args):
-    return CliRunner().invoke(app, [str(arg) for arg in args], prog_name="phireg")
 
 
 @pytest.fixture
@@ -34,26 +28,26 @@ def grouped(tmp_path):
 
 def test_the_guides_command(grouped):
     before = content(grouped)
-    checked = phireg("postprocess", grouped, "--check")
+    checked = run_phireg("postprocess", grouped, "--check")
     assert checked.exit_code == 4
     assert "modelopt 0.11.2" in checked.output
     assert "--model-dir" in checked.output  # the original script leaves no mark
     assert content(grouped) == before
-    done = phireg("postprocess", grouped)
+    done = run_phireg("postprocess", grouped)
     assert done.exit_code == 0
     same(grouped, RIGHT)
     for expected in ("phi3-small", "the source's order", "4 tensors of 2 linears"):
         assert expected in done.output
     after = content(grouped)
-    assert phireg("postprocess", grouped, "--check").exit_code == 0
-    again = phireg("postprocess", grouped)
+    assert run_phireg("postprocess", grouped, "--check").exit_code == 0
+    again = run_phireg("postprocess", grouped)
     assert again.exit_code == 2
     assert "phireg.json" in again.output
     assert content(grouped) == after
 
 
 def test_json(grouped, tmp_path):
-    document = json.loads(phireg("postprocess", grouped, "--check", "--json").output)
+    document = json.loads(run_phireg("postprocess", grouped, "--check", "--json").output)
     assert document == {
         "checkpoint_dir": str(grouped),
         "family": "phi3-small",
@@ -63,7 +57,7 @@ def test_json(grouped, tmp_path):
         "evidence": document["evidence"],
     }
     source = write_source(tmp_path / "model", TENSORS)
-    done = phireg(
+    done = run_phireg(
         "postprocess", grouped, "--model_dir", source, "--output_dir", tmp_path / "out", "--json"
     )
     document = json.loads(done.output)
@@ -77,8 +71,8 @@ def test_json(grouped, tmp_path):
 
 
 def test_quiet(grouped):
-    assert phireg("postprocess", grouped, "--check", "--quiet").output == ""
-    assert phireg("postprocess", grouped, "--quiet").output == ""
+    assert run_phireg("postprocess", grouped, "--check", "--quiet").output == ""
+    assert run_phireg("postprocess", grouped, "--quiet").output == ""
 
 
 @pytest.mark.parametrize(
@@ -98,27 +92,27 @@ def test_refusals(tmp_path, args, code):
     ranks = checkpoint("fp8", TENSORS, block_rows)
     directory = write_checkpoint(tmp_path / "ckpt", "fp8", ranks)
     before = content(directory)
-    refused = phireg("postprocess", directory, *args)
+    refused = run_phireg("postprocess", directory, *args)
     assert refused.exit_code == code, refused.output
     assert "Traceback" not in refused.output
     assert content(directory) == before
 
 
 def test_other_directories(tmp_path):
-    assert phireg("postprocess", tmp_path / "nothing").exit_code == 3
-    assert phireg("postprocess", tmp_path).exit_code == 3
+    assert run_phireg("postprocess", tmp_path / "nothing").exit_code == 3
+    assert run_phireg("postprocess", tmp_path).exit_code == 3
     source = write_source(tmp_path / "model", TENSORS)
-    assert phireg("postprocess", source).exit_code == 3
+    assert run_phireg("postprocess", source).exit_code == 3
 
 
 def test_the_working_directory(grouped, monkeypatch):
     monkeypatch.chdir(grouped)
-    assert phireg("postprocess", ".").exit_code == 0
+    assert run_phireg("postprocess", ".").exit_code == 0
     same(grouped, RIGHT)
 
 
 def test_output_that_cannot_be_written(grouped, tmp_path):
     (tmp_path / "file").write_text("")
-    refused = phireg("postprocess", grouped, "--output-dir", tmp_path / "file")
+    refused = run_phireg("postprocess", grouped, "--output-dir", tmp_path / "file")
     assert refused.exit_code == 6
     assert (tmp_path / "file").read_text() == ""

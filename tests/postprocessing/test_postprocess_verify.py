@@ -7,7 +7,6 @@ import shutil
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from grouped_by_hand import (
     HIDDEN,
     INNER,
@@ -21,10 +20,10 @@ from grouped_by_hand import (
     source_tensors,
     write_source,
 )
+from helpers.command_line import run_phireg
 
 import phireg
 from phireg.calibration.statistics import Statistics
-from phireg.cli import app
 
 FORMATS = {"float16": None, "fp8": "fp8", "fp8 as int8": "fp8", "int8": "int8_sq"}
 
@@ -68,26 +67,23 @@ def test_the_command_works_as_printed(tmp_path, kind):
     source = write_source(tmp_path / "model", source_tensors())
     right, directory = written(kind, source, tmp_path / "right")
 
-    def phireg(*args):
-        return CliRunner().invoke(app, [str(arg) for arg in args], prog_name="phireg")
-
     before = content(directory)
-    verified = phireg("verify", directory, "--model-dir", source, "--quick", "--json")
+    verified = run_phireg("verify", directory, "--model-dir", source, "--quick", "--json")
     assert verified.exit_code == 4
     checks = json.loads(verified.output)["checks"]
     problems = next(check["problems"] for check in checks if check["name"] == "weights")
     (hint,) = {problem["hint"] for problem in problems}
     command = re.search(r"phireg (postprocess .*)", hint)[1]
-    assert phireg(*shlex.split(command), "--check").exit_code == 4
+    assert run_phireg(*shlex.split(command), "--check").exit_code == 4
     assert content(directory) == before
-    done = phireg(*shlex.split(command))
+    done = run_phireg(*shlex.split(command))
     assert done.exit_code == 0, done.output
     tensors = load(directory / "rank0.safetensors")
     assert {n: (c, a.tobytes()) for n, (c, a) in tensors.items()} == {
         n: (c, a.tobytes()) for n, (c, a) in right.items()
     }
-    assert phireg(*shlex.split(command)).exit_code == 2
-    assert phireg("verify", directory, "--model-dir", source, "--quick").exit_code == 0
+    assert run_phireg(*shlex.split(command)).exit_code == 2
+    assert run_phireg("verify", directory, "--model-dir", source, "--quick").exit_code == 0
 
 
 def test_no_command_where_it_would_be_refused(tmp_path):

@@ -5,14 +5,14 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from helpers.command_line import run_phireg
 from packaging.requirements import Requirement
 
 from phireg import registry
-from phireg.cli import app
 from phireg.scaffold import FILES
 
 if sys.version_info >= (3, 11):
@@ -24,11 +24,7 @@ else:
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def invoke(*args):
-        return CliRunner().invoke(app, ["new-plugin", *args], prog_name="phireg")
-
-    return invoke
+    return partial(run_phireg, "new-plugin")
 
 
 def files(directory):

@@ -1,14 +1,14 @@
 """Converted demo models, made once; phireg summarize in this process; a fake backend."""
 
 import json
+from functools import partial
 
 import pytest
-from click.testing import CliRunner
+from helpers.command_line import run_phireg
 from summarization import fakes
 
 import phireg
 from phireg import demo
-from phireg.cli import app
 from phireg.generation import backend as protocol
 
 
@@ -42,10 +42,7 @@ def fake(monkeypatch):
 def run():
     """`phireg summarize ...`; the result's `.stdout`, `.stderr` and `.exit_code`."""
 
-    def invoke(*args):
-        return CliRunner().invoke(app, ["summarize", *map(str, args)], prog_name="phireg")
-
-    return invoke
+    return partial(run_phireg, "summarize")
 
 
 @pytest.fixture

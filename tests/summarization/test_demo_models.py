@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from helpers.command_line import run_phireg
 from safetensors.torch import load_file, save_file
 
 from phireg import demo
-from phireg.cli import app
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("phi2", "phi3-mini", "phi3-small", "phi3-medium")
@@ -68,11 +67,12 @@ def test_two_processes_miss_a_threshold(checkpoint):
 @pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_quantized_checkpoint_passes(family, qformat, document, tmp_path):
-    out = str(tmp_path / "quantized")
-    quantize = ["quantize", "--model-dir", str(demo.find(family).directory), "--output-dir", out]
-    quantize += ["--qformat", qformat, "--kv-cache-dtype", qformat.partition("_")[0]]
-    quantize += ["--calib-size", "16", "--no-measure", "--device", "cpu"]
-    done = CliRunner().invoke(app, quantize)
+    out = tmp_path / "quantized"
+    options = ["--qformat", qformat, "--kv-cache-dtype", qformat.partition("_")[0]]
+    options += ["--calib-size", "16", "--no-measure", "--device", "cpu"]
+    done = run_phireg(
+        *("quantize", "--model-dir", demo.find(family).directory, "--output-dir", out), *options
+    )
     assert done.exit_code == 0, done.output
     told = document(out, *hf(family), *CHECK, "--max-ite", 2, "--batch-size", 4)
     executor, source = told["backends"]

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from helpers.command_line import run_phireg
 from helpers.tiny_phi3 import make_tiny_phi3
 
 import phireg
-from phireg.cli import app
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,10 +78,7 @@ def fake(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run():
-    def invoke(*args):
-        return CliRunner().invoke(app, [str(arg) for arg in args], prog_name="phireg")
-
-    return invoke
+    return run_phireg
 
 
 @pytest.fixture

@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from fake_trtllm import VOCAB, continued, engine, install, next_token
+from helpers.command_line import run_phireg
 
-from phireg.cli import app
 from phireg.errors import CheckError, PhiregError, UsageError
 from phireg.executor import Sampling
 from phireg.generation import Options, describe, open_backend, process_rank
@@ -250,8 +249,7 @@ def test_mpi_that_disagrees_or_is_missing(fake, monkeypatch):
 
 
 def phireg(*args, stdin=b""):
-    words = ["run", *map(str, args)]
-    return CliRunner().invoke(app, words, input=stdin, prog_name="phireg")
+    return run_phireg("run", *args, stdin=stdin)
 
 
 def ids_file(tmp_path, rows=PROMPTS):

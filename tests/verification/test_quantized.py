@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from helpers.command_line import run_phireg
 from planted import L1, config, each, ranks, without
 from planted_quantized import CACHE, FC, INPUT, PLANTED, QKV, SCALE, SMOOTH
 from verify_sources import FAMILIES, converted, edit_config, load_ranks, quantized, source
@@ -247,14 +248,8 @@ def test_logits_show_a_wrong_config_of_a_quantized_checkpoint(family, change, pa
 
 
 def test_json_names_the_tolerances():
-    from click.testing import CliRunner
-
-    from phireg.cli import app
-
     directory = quantized("phi2", "fp8", "fp8", 1)
-    ran = CliRunner().invoke(
-        app, ["verify", str(directory), "--model-dir", str(source("phi2")), "--json"]
-    )
+    ran = run_phireg("verify", directory, "--model-dir", source("phi2"), "--json")
     assert ran.exit_code == 0, ran.output
     numbers = json.loads(ran.stdout)["logits"]
     assert numbers["quantized"] == ["attention", "mlp"]

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from helpers.command_line import run_phireg
 from planted import L1, each
 from verify_sources import FAMILIES, converted, copied, edit_config, source
 
@@ -369,15 +370,9 @@ def test_top1_excuses_only_near_ties():
 
 
 def test_json_can_hold_what_is_infinite(tmp_path):
-    from click.testing import CliRunner
-
-    from phireg.cli import app
-
     directory = copied("phi2", 1, tmp_path / "c")
     each(L1 + "mlp.fc.bias", lambda x: x * math.nan)(directory, "phi2")
-    ran = CliRunner().invoke(
-        app, ["verify", str(directory), "--model-dir", str(source("phi2")), "--json"]
-    )
+    ran = run_phireg("verify", directory, "--model-dir", source("phi2"), "--json")
     assert ran.exit_code == 4
     document = json.loads(ran.stdout)
     assert "NaN" not in ran.stdout

@@ -1,12 +1,11 @@
 """The command's table, its exit codes, and the page it writes."""
 
 import pytest
-from click.testing import CliRunner
+from helpers.command_line import run_phireg
 from planted import PLANTED
 from verify_sources import converted, copied, source
 
 import phireg
-from phireg.cli import app
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +16,7 @@ def damaged(tmp_path_factory):
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, ["verify", *map(str, arguments)])
+    return run_phireg("verify", *arguments)
 
 
 def test_the_command_passes_and_writes_the_page(tmp_path):
