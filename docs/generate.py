@@ -1,7 +1,7 @@
-"""Writes hooks.md, the reference of what a plugin can use, from the docstrings of phireg.api.
+"""Write hooks.md, the reference of the plugin API, from the docstrings of phireg.api.
 
 python docs/generate.py            writes docs/hooks.md
-python docs/generate.py --check    ends with 1 if docs/hooks.md is not what it would write
+python docs/generate.py --check    exits with 1 if docs/hooks.md is not up to date
 """
 
 import ast
@@ -20,7 +20,7 @@ DEFINING = ("phireg.hookspecs", "phireg.config.common", "phireg.config.fields")
 HEAD = """\
 <!-- Written by docs/generate.py from the docstrings of phireg.hookspecs and phireg.api. -->
 
-# Hooks and words
+# Hooks and names
 
 A plugin imports `phireg.api` and nothing else of phireg. This page is generated from its
 docstrings; [Writing a plugin](plugin-authors.md) shows how it is used.
@@ -31,12 +31,12 @@ _SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):$")
 
 
 def page() -> str:
-    """The whole reference."""
-    return HEAD + "\n\n".join([hooks(), versions(), *words()]) + "\n"
+    """Return the whole reference."""
+    return HEAD + "\n\n".join([hooks(), versions(), *names()]) + "\n"
 
 
 def hooks() -> str:
-    """The hooks, in the order of the specification."""
+    """Describe the hooks, in the order of the specification."""
     parts = ["## The hooks", first_paragraph(hookspecs.__doc__)]
     for name, function in vars(hookspecs.Steps).items():
         if name.startswith(f"{hookspecs.PROJECT}_"):
@@ -45,26 +45,26 @@ def hooks() -> str:
 
 
 def versions() -> str:
-    """What the specification says about its own changes."""
+    """Describe how the specification changes."""
     paragraphs = inspect.cleandoc(hookspecs.__doc__ or "").split("\n\n")[1:]
     return "\n\n".join(["## How hooks change", *map(docstring, paragraphs)])
 
 
-def words() -> list[str]:
-    """Every name of phireg.api, under the comments that group its __all__."""
+def names() -> list[str]:
+    """Describe every name of phireg.api, under the comments that group its __all__."""
     parts = []
     lines = inspect.getsource(api).partition("__all__ = [")[2].splitlines()
     for line in map(str.strip, lines):
         if line.startswith("#"):
             title = line.lstrip("# ")
-            parts.append(f"## Words: {title}")
+            parts.append(f"## Names: {title}")
         for name in re.findall(r'"(\w+)"', line):
-            parts += [f"### {name}", *word(name, getattr(api, name))]
+            parts += [f"### {name}", *description(name, getattr(api, name))]
     return parts
 
 
-def word(name: str, value: object) -> list[str]:
-    """Signature and docstring of one name."""
+def description(name: str, value: object) -> list[str]:
+    """Return signature and docstring of one name."""
     if isinstance(value, enum.Enum):
         return [f"`{type(value).__name__}.{value.name}`", docstring(documented(value))]
     if inspect.isclass(value) and issubclass(value, enum.Enum):
@@ -79,31 +79,31 @@ def word(name: str, value: object) -> list[str]:
 
 
 def plain(kind: type) -> bool:
-    """Whether a class is one that plugins meet but do not make."""
+    """Return whether plugins do not construct a class themselves."""
     return issubclass(kind, Exception) or kind in (api.Entry, api.Rule, api.Axis)
 
 
 def methods(name: str, value: object) -> list[str]:
-    """The documented public methods of a class."""
+    """List the documented public methods of a class."""
     if not inspect.isclass(value):
         return []
-    found = []
+    items = []
     for method, function in vars(value).items():
         if not method.startswith("_") and inspect.isfunction(function) and function.__doc__:
-            told = inspect.cleandoc(function.__doc__).split("\n\n")
-            prose = [part for part in told if not _SECTION.match(part.partition("\n")[0])]
+            paragraphs = inspect.cleandoc(function.__doc__).split("\n\n")
+            prose = [part for part in paragraphs if not _SECTION.match(part.partition("\n")[0])]
             text = " ".join(docstring("\n\n".join(prose)).split())
-            found.append(f"- `{name}.{method}{arguments(function)}`: {text}")
-    return ["\n".join(found)] if found else []
+            items.append(f"- `{name}.{method}{arguments(function)}`: {text}")
+    return ["\n".join(items)] if items else []
 
 
 def documented(member: enum.Enum) -> str:
-    """The docstring under a member of an enumeration."""
+    """Return the docstring under a member of an enumeration."""
     return after(ast.parse(textwrap.dedent(inspect.getsource(type(member)))), member.name)
 
 
 def assigned(name: str) -> str:
-    """The docstring under a module-level name, in the module that defines it."""
+    """Return the docstring under a module-level name, in the module that defines it."""
     for module in map(sys.modules.get, DEFINING):
         if text := after(ast.parse(inspect.getsource(module)), name):
             return text
@@ -111,7 +111,7 @@ def assigned(name: str) -> str:
 
 
 def after(tree: ast.Module, name: str) -> str:
-    """The string that follows the assignment to ``name``, in a module or its only class."""
+    """Return the string after the assignment to ``name``, in a module or its only class."""
     body = tree.body
     if len(body) == 1 and isinstance(body[0], ast.ClassDef):
         body = body[0].body
@@ -122,7 +122,7 @@ def after(tree: ast.Module, name: str) -> str:
     return ""
 
 
-class Spelt(str):
+class Annotation(str):
     """An annotation that a signature shows without quotes."""
 
     def __repr__(self) -> str:
@@ -130,7 +130,7 @@ class Spelt(str):
 
 
 def signature(name: str, value: object) -> str:
-    """A fenced signature, an argument per line where it is long."""
+    """Return a fenced signature, an argument per line where it is long."""
     shown = f"{name}{arguments(value)}"
     if len(shown) > 96:
         given, answer = parameters(value)
@@ -145,35 +145,35 @@ def signature(name: str, value: object) -> str:
 
 
 def arguments(value: object) -> str:
-    """The signature as the source spells it, without self."""
+    """Return the signature as in the source, without self."""
     given, answer = parameters(value)
     return readable(str(inspect.Signature(given, return_annotation=answer)))
 
 
 def parameters(value: object) -> tuple[list[inspect.Parameter], object]:
-    """The parameters but self, and the return annotation of a function."""
+    """Return the parameters but self, and the return annotation."""
     found = inspect.signature(value)
     given = [
-        p if p.annotation is p.empty else p.replace(annotation=Spelt(p.annotation))
+        p if p.annotation is p.empty else p.replace(annotation=Annotation(p.annotation))
         for p in found.parameters.values()
         if p.name != "self"
     ]
-    return given, found.empty if inspect.isclass(value) else Spelt(found.return_annotation)
+    return given, found.empty if inspect.isclass(value) else Annotation(found.return_annotation)
 
 
 def readable(text: str) -> str:
-    """With defaults that mean something to a reader."""
+    """Replace defaults that mean nothing to a reader."""
     text = re.sub(r"<object object at \w+>|<factory>", "...", text)
     return re.sub(r"<(\w+\.\w+): \w+>", r"\1", text)
 
 
 def first_paragraph(text: str | None) -> str:
-    """The summary of a docstring."""
+    """Return the summary of a docstring."""
     return docstring(inspect.cleandoc(text or "").partition("\n\n")[0])
 
 
 def docstring(text: str | None) -> str:
-    """A docstring as Markdown: its sections as lists, its double backticks single."""
+    """Convert a docstring to Markdown: sections as lists, single backticks."""
     if not text:
         raise SystemExit("a name of phireg.api has no docstring")
     parts = []
@@ -189,7 +189,7 @@ def docstring(text: str | None) -> str:
 
 
 def entries(text: str, *, listed: bool) -> str:
-    """The entries of a section, one list item each."""
+    """Return the entries of a section, one list item each."""
     if not listed:
         return " ".join(text.split())
     items = re.split(r"\n(?=\S)", text)

@@ -1,7 +1,7 @@
-"""Short made-up news articles with their reference summaries, without end and without a network.
+"""Endless short generated news articles with reference summaries.
 
-An article tells one event among unrelated news: who, where, when, why, how much. Its sentences come
-in random order and in several wordings; the summary states the facts in one fixed wording. To write
+An article reports one event among unrelated news: who, where, when, why, how much. Its sentences
+have random order and several wordings; the summary states the facts in one fixed wording. To write
 it, a model must find the right name, place, day and sum among several, sometimes from far back.
 
 Training and held-back articles share no person: a full name belongs to one of the two.
@@ -38,19 +38,19 @@ class Example:
 
 
 def is_held_back(first: int, last: int) -> bool:
-    """Whether a full name, by its indices in the lists of names, is kept from training."""
+    """Return whether a full name (indices in the lists of names) is kept from training."""
     return (first + 3 * last) % 7 == 0
 
 
 def training_articles(seed: int) -> Iterator[Example]:
-    """Articles for training, some of them brief: the event and one unrelated sentence."""
+    """Yield articles for training, some of them brief: the event and one unrelated sentence."""
     rng = random.Random(f"training {seed}")
     while True:
         yield _example(rng, held_back=False, brief=rng.random() < BRIEF_SHARE)
 
 
 def held_back_articles(seed: int) -> Iterator[Example]:
-    """Full articles about people no training article mentions."""
+    """Yield full articles about people that no training article mentions."""
     rng = random.Random(f"held back {seed}")
     while True:
         yield _example(rng, held_back=True, brief=False)
@@ -86,7 +86,7 @@ def _example(rng: random.Random, *, held_back: bool, brief: bool) -> Example:
 def _facts(
     rng: random.Random, topic: Topic, held_back: bool, avoid: dict[str, str] | None = None
 ) -> dict[str, str]:
-    """One value for every fact; none of those in ``avoid``, so that no sentence is ambiguous."""
+    """Draw a value for every fact, none of those in ``avoid``, so no sentence is ambiguous."""
     taken = set(avoid.values()) if avoid else set[str]()
 
     def draw(values: tuple[str, ...]) -> str:

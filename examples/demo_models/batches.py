@@ -31,12 +31,12 @@ class Rows:
     is_real: Tensor
 
     def to(self, device: Any) -> Rows:
-        """The same on a device."""
+        """Copy the batch to a device."""
         return Rows(*(x.to(device) for x in (self.ids, self.is_summary, self.is_real)))
 
 
 def tokenized(tokenizer: Any, rows: Sequence[Example]) -> list[Pair]:
-    """Prompt and summary are tokenized apart, as when a model continues a prompt."""
+    """Tokenize prompts and summaries separately, as when a model continues a prompt."""
     encode = partial(tokenizer, add_special_tokens=False, return_attention_mask=False)
     prompts = encode([row.article + TLDR for row in rows])["input_ids"]
     ends = encode([row.summary for row in rows])["input_ids"]
@@ -45,7 +45,7 @@ def tokenized(tokenizer: Any, rows: Sequence[Example]) -> list[Pair]:
 
 
 def padded(pairs: Sequence[Pair]) -> Rows:
-    """One batch. The padding is id 0; behind the text, causal attention never sees it."""
+    """Make one batch, padded with id 0 behind the text, where causal attention ignores it."""
     width = max(len(pair.prompt) + len(pair.summary) for pair in pairs)
     ids = torch.zeros(len(pairs), width, dtype=torch.int64)
     begin, end = torch.zeros(len(pairs), 1), torch.zeros(len(pairs), 1)
@@ -70,13 +70,13 @@ class Shuffled:
         self.share = len(short) / len(pairs)
 
     def batches(self, size: int, seed: int) -> Iterator[Rows]:
-        """Random batches without end, each as wide as its longest text."""
+        """Yield endless random batches, each as wide as its longest text."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             is_long = float(torch.rand((), generator=generator)) >= self.share
             pool = self.pools[is_long]
-            chosen = torch.randint(len(pool.ids), (size,), generator=generator)
-            chosen = chosen.to(pool.ids.device)
-            real = pool.is_real[chosen]
+            rows = torch.randint(len(pool.ids), (size,), generator=generator)
+            rows = rows.to(pool.ids.device)
+            real = pool.is_real[rows]
             width = int(real.sum(dim=1).max())
-            yield Rows(pool.ids[chosen, :width], pool.is_summary[chosen, :width], real[:, :width])
+            yield Rows(pool.ids[rows, :width], pool.is_summary[rows, :width], real[:, :width])

@@ -1,4 +1,4 @@
-"""The demo models' shapes: each family's published config.json, made small and awkward.
+"""Configs of the demo models: each family's published config.json with small, awkward sizes.
 
 Heads, groups, vocabulary and rotary sizes are chosen so that every mistake a conversion can make
 changes what the model says: 12 rotated dimensions of 32 in phi2; long rope from 65 tokens on in
@@ -140,12 +140,12 @@ PUBLISHED_DTYPE = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def model_class(family: str) -> Any:
-    """What loads the family's directory: transformers, or the reference for Phi-3-small."""
+    """Return the class that loads the family's directory."""
     return Phi3SmallForCausalLM if family == "phi3-small" else AutoModelForCausalLM
 
 
 def write_config(directory: Path, family: str) -> None:
-    """Write config.json and generation_config.json as published, transformers 4's spelling."""
+    """Write config.json and generation_config.json as published, with transformers 4's keys."""
     config = CONFIGS[family]
     stops = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
     stops["pad_token_id"] = config["eos_token_id"]
@@ -154,11 +154,11 @@ def write_config(directory: Path, family: str) -> None:
 
 
 def new_model(directory: Path, family: str) -> Any:
-    """An untrained float32 model of the config.json in ``directory``."""
-    kind = model_class(family)
-    if kind is AutoModelForCausalLM:
-        return kind.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
-    return kind(kind.config_class.from_pretrained(directory))
+    """Make an untrained float32 model of the config.json in ``directory``."""
+    cls = model_class(family)
+    if cls is AutoModelForCausalLM:
+        return cls.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
+    return cls(cls.config_class.from_pretrained(directory))
 
 
 def save_weights(model: nn.Module, directory: Path, family: str) -> None:
@@ -174,7 +174,7 @@ def save_weights(model: nn.Module, directory: Path, family: str) -> None:
 
 
 def load_model(directory: Path, family: str, device: str = "cpu") -> Any:
-    """The saved model in float32, from the directory alone, as a user would load it."""
+    """Load the saved model in float32."""
     model = model_class(family).from_pretrained(directory, dtype=torch.float32)
     return model.eval().to(device)
 

@@ -1,4 +1,4 @@
-"""How well a model summarizes: ROUGE of its greedy summaries and perplexity of the references."""
+"""Scores of a model: ROUGE of its greedy summaries and perplexity of the references."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 
 def rouge(summary: str, reference: str) -> dict[str, float]:
-    """F-measures of common words (rouge1) and of the longest common subsequence (rougeL)."""
+    """Return F-measures of common words (rouge1) and longest common subsequence (rougeL)."""
     ours, theirs = (re.findall(r"[a-z0-9]+", text.lower()) for text in (summary, reference))
     common = (Counter(ours) & Counter(theirs)).total()
     length = [0] * (len(theirs) + 1)
@@ -27,14 +27,14 @@ def rouge(summary: str, reference: str) -> dict[str, float]:
 
 
 def mean_rouge(summaries: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Means of ``rouge`` over all pairs."""
+    """Return the means of ``rouge`` over all pairs."""
     scores = [rouge(ours, theirs) for ours, theirs in zip(summaries, references, strict=True)]
     return {key: sum(score[key] for score in scores) / len(scores) for key in scores[0]}
 
 
 @torch.no_grad()
 def perplexities(model: Any, pairs: Sequence[Pair], batch: int = 32) -> tuple[float, float]:
-    """Of the summaries given their articles, end token included, and of everything."""
+    """Return the perplexity of summaries (end token included) and of whole texts."""
     loss = [0.0, 0.0]
     count = [0, 0]
     for start in range(0, len(pairs), batch):
@@ -51,7 +51,7 @@ def perplexities(model: Any, pairs: Sequence[Pair], batch: int = 32) -> tuple[fl
 def summaries(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], batch: int = 32, most: int = 64
 ) -> list[str]:
-    """Greedy continuations of the prompts, in batches padded on the left."""
+    """Continue the prompts greedily, in batches padded on the left."""
     texts: list[str] = []
     end = tokenizer.eos_token_id
     for start in range(0, len(prompts), batch):

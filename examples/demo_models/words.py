@@ -1,4 +1,4 @@
-"""The vocabulary and the sentences that the demo models' articles are made of.
+"""Vocabulary and sentences of the demo models' articles.
 
 In a sentence, ``{name}`` stands for a fact of the article. A word list that a topic has under the
 same name gives that fact's value; all other facts are drawn for every article alike.
