@@ -48,15 +48,8 @@ def collect(
     Between two layers the hidden states of all rows are in memory, on ``device`` and in the compute
     dtype: tokens x hidden_size x 2 bytes in 16 bits (512 rows of 512 tokens of Phi-3-mini: 1.6 GB).
 
-    Args:
-        reference: from ``open_reference``, with no weights read yet; none are left in memory.
-        rows: token ids.
-        device: the reference's.
-        batch_size: rows that run at once.
-        progress: takes the tokens of finished layers.
-
-    Returns:
-        The maxima, without provenance; float32 of values in the compute dtype.
+    ``reference`` comes from ``open_reference`` with no weights read yet; none are left in memory.
+    The maxima have no provenance, and are float32 of values in the compute dtype.
 
     Raises:
         SourceError: a linear saw no token, or a maximum is not finite; it is named.

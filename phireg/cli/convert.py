@@ -75,7 +75,7 @@ def command(
 
 
 def conversion_document(plan: Plan, converted: Converted) -> dict[str, Any]:
-    """Return what ``--json`` prints of every conversion; docs/command-line.md describes it."""
+    """Return the common part of ``--json``; docs/command-line.md describes it."""
     from phireg.planning.report import findings_json
 
     return {

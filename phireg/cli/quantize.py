@@ -199,9 +199,6 @@ def _check(
     plan: Plan, calib_stats: str | None, report: str | None, measure: bool | None, device: str
 ) -> None:
     """Check what phireg.quantize does not check, or only after the checkpoint is written."""
-    from phireg.conversion.convert import check_plan
-
-    check_plan(plan)
     if calib_stats and plan.options.calibrated and not Path(calib_stats).is_file():
         check_file(Path(calib_stats), "--calib-stats")
     if report:
@@ -357,7 +354,7 @@ def _time(seconds: dict[str, float]) -> str:
 
 
 def _document(result: _Result) -> dict[str, Any]:
-    """What ``--json`` prints; docs/command-line.md describes it."""
+    """Return the document of ``--json``; docs/command-line.md describes it."""
     plan, calibrated = result.plan, result.converted.calibrated
     return {
         **conversion_document(plan, result.converted),

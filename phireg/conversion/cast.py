@@ -25,7 +25,7 @@ PIECE = 128 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What a cast or quantization could not keep.
+    """Values that a cast or quantization could not keep.
 
     Attributes:
         overflowed: finite values that became infinite in a cast.
@@ -50,28 +50,19 @@ NO_LOSS = Loss()
 
 
 def cast(block: Bits, source: str, target: str) -> tuple[Bits, Loss]:
-    """Round ``block`` to another dtype (to nearest, ties to even).
-
-    Args:
-        block: elements of dtype ``source``, as bits; any shape.
-        source: safetensors code of what they are.
-        target: of what they become.
-
-    Returns:
-        Elements of dtype ``target``, as bits, and what was lost.
-    """
+    """Round bits of one dtype to another (to nearest, ties to even), and count the losses."""
     result = np.empty(block.shape, BITS[target])
     flat = block.reshape(-1), result.reshape(-1)
     loss = NO_LOSS
     for start in range(0, block.size, PIECE):
         before, after = (elements[start : start + PIECE] for elements in flat)
-        given, made = as_torch(before, source), as_torch(after, target)
-        made.copy_(given)
+        values, rounded = as_torch(before, source), as_torch(after, target)
+        rounded.copy_(values)
         if (source, target) in _WIDER:
             continue
         overflowed = 0
-        if not bool(made.abs().max().isfinite()):
-            overflowed = int(made.isinf().sum()) - int(given.isinf().sum())
+        if not bool(rounded.abs().max().isfinite()):
+            overflowed = int(rounded.isinf().sum()) - int(values.isinf().sum())
         loss += Loss(overflowed, _nonzero(before) - _nonzero(after))
     return result, loss
 

@@ -233,15 +233,8 @@ def _write_checkpoint(
 ) -> Converted:
     """Write all files of a checkpoint; see :func:`convert`.
 
-    Args:
-        plan: of the source.
-        target: the checkpoint to make.
-        overwrite: replace another one.
-        allow_overflow: let finite values become infinite in a cast.
-        progress: takes the number of further bytes written.
-        quantizer: makes one, for a plan with scales; called when the output is known to be usable,
-            before anything is written to it.
-        quantization: the manifest's record of the scales.
+    ``quantizer`` is called when the output is known to be usable, before anything is written;
+    ``quantization`` is the manifest's record of the scales.
     """
     check_plan(plan)
     carried = tokenizer_files(plan.source.directory)

@@ -38,12 +38,7 @@ class Scales:
 
 
 class WeightQuantizer:
-    """Quantizes the weights of one plan; its methods are called by all workers.
-
-    Args:
-        plan: with a scheme or a quantized KV cache.
-        scales: from :func:`phireg.conversion.scales.compute_scales`.
-    """
+    """Quantizes the weights of one plan with known scales; called by all workers."""
 
     def __init__(self, plan: Plan, scales: Scales) -> None:
         self._code = WEIGHT_DTYPES[plan.options.dtype]
@@ -75,13 +70,7 @@ def pieces(block: Bits) -> Iterator[slice]:
 def to_e4m3(block: Bits, code: str, scale: np.float32) -> tuple[Bits, int]:
     """W / scale as e4m3, rounded to nearest, ties to even; the ends are +-448, never NaN.
 
-    Args:
-        block: W, [rows, columns] of dtype ``code``.
-        code: F16, BF16 or F32.
-        scale: of the whole tensor.
-
-    Returns:
-        e4m3 bits, and the number of elements beyond the ends.
+    Returns the bits, and the number of elements beyond the ends.
     """
     import torch
 
@@ -100,14 +89,8 @@ def to_e4m3(block: Bits, code: str, scale: np.float32) -> tuple[Bits, int]:
 def to_int8(block: Bits, code: str, inverse: Float32, scales: Float32) -> tuple[Bits, int]:
     """The smoothed W / scale of its row as int8, rounded to nearest, ties to even.
 
-    Args:
-        block: W, [rows, columns] of dtype ``code``.
-        code: F16, BF16 or F32.
-        inverse: 1 / s, [columns].
-        scales: [rows].
-
-    Returns:
-        int8 bits, and the number of elements beyond the ends.
+    Takes W [rows, columns] of dtype ``code``, 1 / s [columns] and scales [rows]; returns the bits,
+    and the number of elements beyond the ends.
     """
     import torch
 

@@ -43,14 +43,9 @@ def compute_scales(
     workers: int = WORKERS,
     progress: Progress | None = None,
 ) -> Scales:
-    """Compute every scale of ``plan`` from calibration and the source's weights.
+    """Compute every scale of a plan without errors; the maxima of fused modules are joined.
 
-    Args:
-        plan: without errors.
-        statistics: of the same model; the maxima of modules that are fused are taken together.
-        alpha: SmoothQuant's share of the activations: 1 moves all of their range into the weights.
-        workers: number of threads; the result does not depend on it.
-        progress: takes the number of further source bytes read, in all :func:`bytes_read`.
+    ``progress`` takes the number of further source bytes read, in all :func:`bytes_read`.
 
     Raises:
         PlanError: the statistics lack a module or are of another model, a weight does not fit the
@@ -99,16 +94,13 @@ def statistics_digest(statistics: Statistics) -> str:
 def check_scales(
     plan: Plan, values: Mapping[str, Bits], overflowed: Mapping[str, int] = _NOTHING
 ) -> None:
-    """Refuse scales that no engine could work with.
+    """Refuse missing scales, and those that no engine could work with.
 
-    Args:
-        plan: names the scales that must be there.
-        values: bits by name.
-        overflowed: number of finite values that the checkpoint's dtype cannot hold, by source
-            tensor: the reason why their scales are infinite.
+    ``overflowed`` is the number of finite values that the checkpoint's dtype cannot hold, by source
+    tensor: the reason why their scales are infinite.
 
     Raises:
-        PlanError: with every tensor that has one.
+        PlanError: with all of them.
     """
     defects = [
         _finding(name, f"{count} finite values do not fit into {plan.options.dtype}")

@@ -137,14 +137,7 @@ def stream(
     progress: Progress | None = None,
     quantizer: Quantizer | None = None,
 ) -> Streamed:
-    """Write the rank files of ``plan`` into ``directory``.
-
-    Args:
-        plan: without errors.
-        directory: an existing one, without rank files.
-        workers: number of threads.
-        progress: takes the number of further bytes written.
-        quantizer: needed by a plan with scales.
+    """Write the rank files of a plan into a directory that has none; see :func:`carry`.
 
     Raises:
         SourceError: a source file ended early, changed, or could not be read.
@@ -194,21 +187,14 @@ class _Writer:
 def read_blocks(
     reader: Reader, source: SourceTensor, row: int, count: int, code: str, stop: Event
 ) -> Iterator[tuple[int, Bits, Loss]]:
-    """Read rows of a tensor and cast them, block by block; each replaces the one before it.
-
-    Args:
-        reader: of the source.
-        source: the tensor.
-        row: first row.
-        count: number of rows.
-        code: dtype to cast to.
-        stop: set when another worker failed.
+    """Read ``count`` rows of a tensor from ``row`` on and cast them to ``code``, block by block.
 
     Yields:
-        The number of rows before the block, the block [rows, columns], and the losses of the cast.
+        The number of rows before the block, the block [rows, columns], which is valid until the
+        next one is read, and the losses of the cast.
 
     Raises:
-        Cancelled: ``stop`` was set.
+        Cancelled: ``stop`` was set, because another worker failed.
     """
     per_row = row_bytes(source)
     per_block = max(1, BLOCK_BYTES // per_row)

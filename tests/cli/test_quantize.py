@@ -325,7 +325,7 @@ def test_ctrl_c_while_writing(quantize, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_while_measuring(quantize, tmp_path, monkeypatch):
-    monkeypatch.setattr(measuring, "walk", interrupt)
+    monkeypatch.setattr(measuring, "compare_layers", interrupt)
     result = quantize()
     assert result.exit_code == 130
     assert f"{tmp_path / 'out'} was already complete" in result.stderr
