@@ -1,4 +1,4 @@
-"""pyproject.toml and setup.cfg: nothing twice, nothing forgotten, nothing that does not exist."""
+"""pyproject.toml and setup.cfg: nothing forgotten, nothing that does not exist."""
 
 import ast
 import configparser
@@ -21,19 +21,6 @@ FOLDERS = {"phireg": "phireg", "phireg_plugins": "plugins"}
 
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
-
-SAME_FACT = {
-    "install_requires": "dependencies",
-    "extras_require": "optional-dependencies",
-    "python_requires": "requires-python",
-    "entry_points": "entry-points",
-    "license_files": "license-files",
-    "long_description": "readme",
-    "url": "urls",
-    "author": "authors",
-    "maintainer": "maintainers",
-}
-"""setuptools' old names for what stands in pyproject's project table."""
 
 
 def file_of(module):
@@ -63,22 +50,6 @@ def test_every_package_is_packaged():
 def test_every_module_lies_in_a_package():
     stray = [path for path in sources() if not (path.parent / "__init__.py").is_file()]
     assert stray == []
-
-
-def test_plugins_are_not_installed_as_plugins():
-    mapped = dict(line.split(" = ") for line in SETUP["options"]["package_dir"].split("\n") if line)
-    assert mapped == FOLDERS
-    tops = {name.split(".")[0] for name in SETUP["options"]["packages"].split()}
-    assert tops == set(FOLDERS)
-
-
-def test_no_fact_stands_twice():
-    for section in SETUP.sections():
-        assert section.split(".")[0] in {"options", "metadata"}, f"[{section}] is a tool's setting"
-        for key in [section.partition(".")[2]] if "." in section else SETUP[section]:
-            assert SAME_FACT.get(key, key.replace("_", "-")) not in PROJECT
-    assert "setuptools" not in PYPROJECT.get("tool", {}), "setuptools' own settings: setup.cfg"
-    assert not (ROOT / "setup.py").exists()
 
 
 def test_data_files_exist():

@@ -1,4 +1,4 @@
-"""Scales that went elsewhere than their weights are found."""
+"""Scales that do not follow their weights are found."""
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -21,13 +21,13 @@ def source(directory):
 
 
 def planted(monkeypatch, tmp_path, source, qformat, tensor, damage):
-    """What is said when a quantized checkpoint at TP 2 is written with a damaged tensor."""
+    """The message about a quantized checkpoint at TP 2 with a damaged tensor."""
     model = TinyModel(BASES["small"], TINY["small"], tmp_path)
     model.source_dir = source
-    right = phireg.quantize
+    original = phireg.quantize
 
-    def quantize(planned, output, statistics):
-        right(planned, output, statistics)
+    def quantize(plan, output, statistics):
+        original(plan, output, statistics)
         tensors = load_file(output / "rank1.safetensors")
         tensors[tensor] = damage(tensors[tensor]).contiguous()
         save_file(tensors, output / "rank1.safetensors")
@@ -53,14 +53,14 @@ LAYER = "transformer.layers.1"
     ],
 )
 def test_damage_is_located(monkeypatch, tmp_path, source, qformat, tensor, damage):
-    said = planted(monkeypatch, tmp_path, source, qformat, tensor, damage)
-    assert said.startswith(f"TP 2, {qformat}: rank 1 {tensor.rpartition('.')[0]}.")
-    assert "[phi3_small/weights.py:" in said
+    message = planted(monkeypatch, tmp_path, source, qformat, tensor, damage)
+    assert message.startswith(f"TP 2, {qformat}: rank 1 {tensor.rpartition('.')[0]}.")
+    assert "[phi3_small/weights.py:" in message
 
 
-def test_nothing_is_said_of_what_is_right(monkeypatch, tmp_path, source):
-    same = planted(monkeypatch, tmp_path, source, "fp8", f"{LAYER}.mlp.fc.weight", lambda t: t)
-    assert same is None
+def test_an_undamaged_checkpoint_passes(monkeypatch, tmp_path, source):
+    message = planted(monkeypatch, tmp_path, source, "fp8", f"{LAYER}.mlp.fc.weight", lambda t: t)
+    assert message is None
 
 
 def test_every_scheme_is_tried(directory, source):
