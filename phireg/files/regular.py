@@ -70,9 +70,9 @@ def read_into(fd: int, path: Path, offset: int, view: memoryview) -> None:
     while done < len(view):
         try:
             count = os.preadv(fd, [view[done:]], offset + done)
-        except OSError as error:
+        except (OSError, OverflowError) as error:  # an offset beyond what the system can express
             raise SourceError(
-                f"{path}: reading at byte {offset + done} failed: {error.strerror}",
+                f"{path}: reading at byte {offset + done} failed: {error}",
                 hint="check the disk, or download the file again",
             ) from error
         if count == 0:
