@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import Phi3Config, Phi3ForCausalLM, PhiConfig, PhiForCausalLM
 
 REFERENCE = Path(__file__).parents[2] / "plugins" / "phi3_small" / "reference.py"
@@ -288,3 +288,17 @@ def reference_logits(model, ids):
 def random_ids(model, *shape, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, model.config.vocab_size, shape, generator=generator)
+
+
+def edit_config(directory, **changes):
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+    return directory
+
+
+def edit_tensors(directory, rank, change):
+    path = directory / f"rank{rank}.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
