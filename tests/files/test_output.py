@@ -807,7 +807,7 @@ def looks_finished(directory):
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_kill_at_every_step(tmp_path, scenario):
     command = [sys.executable, str(VICTIM), scenario, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     victim = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert victim.returncode == 0, victim.stderr
     kills = int(victim.stdout)

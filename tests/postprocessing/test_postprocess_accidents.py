@@ -25,7 +25,7 @@ from phireg.errors import CheckError, OutputError, SourceError, UsageError
 from phireg.source.model import Reader
 
 ROOT = Path(__file__).parents[2]
-VICTIM = Path(__file__).with_name("pp_victim.py")
+VICTIM = Path(__file__).with_name("postprocess_victim.py")
 TENSORS = source_tensors()
 RIGHT = checkpoint("int8", TENSORS, rank_rows)
 
@@ -41,7 +41,7 @@ def test_kill_9_everywhere(grouped, tmp_path):
     ran = subprocess.run(
         [sys.executable, VICTIM, grouped, tmp_path / "runs"],
         capture_output=True, text=True, check=False, timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     kills = int(ran.stdout)
