@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -22,9 +23,10 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from phireg.dtypes import ITEMSIZE
 from phireg.executor import Executor, generate
 from phireg.reader.spec import BlockSparse, ModelSpec, parse_spec
-from phireg.reader.tensors import rank_tensors
+from phireg.reader.tensors import EMBEDDING, rank_tensors
 
 PHI3_MINI = {
     "architecture": "Phi3ForCausalLM", "dtype": "bfloat16", "vocab_size": 32064,
@@ -56,17 +58,17 @@ def random_executor(config: dict[str, Any], std: float = 0.02) -> Executor:
     generator = torch.Generator("cuda").manual_seed(0)
 
     def source(name: str) -> torch.Tensor:
-        values = torch.randn(tensors[name].shape, device="cuda", generator=generator) * std
+        values = torch.randn(tensors[name][1], device="cuda", generator=generator) * std
         return (values + ("norm" in name or "ln_f" in name)).to(dtype)
 
     return Executor(spec, [source], [0], device="cuda", offload=False)
 
 
 def weight_bytes(spec: ModelSpec) -> int:
-    """Bytes one decode step must read: every tensor but the embedding, of which it needs a row."""
+    """Count the bytes a decode step must read: all tensors but the embedding, used by the row."""
     tensors = rank_tensors(spec)
-    del tensors["transformer.vocab_embedding.weight"]
-    return sum(t.dtype.itemsize * torch.Size(t.shape).numel() for t in tensors.values())
+    del tensors[EMBEDDING]
+    return sum(ITEMSIZE[code] * math.prod(shape) for code, shape in tensors.values())
 
 
 def seconds(call: Callable[[], object], runs: int = 5) -> float:
