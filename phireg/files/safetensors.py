@@ -73,14 +73,12 @@ class Header:
         digest: xxh3_128 of the eight length bytes and the header, in hexadecimal.
         file_size: size of the file in bytes.
         mtime_ns: modification time of the file, in nanoseconds.
-        metadata: the file's ``__metadata__``; read-only.
     """
 
     entries: Mapping[str, TensorEntry]
     digest: str
     file_size: int
     mtime_ns: int
-    metadata: Mapping[str, str]
 
 
 def read_header(path: Path) -> Header:
@@ -114,7 +112,7 @@ def read_header(path: Path) -> Header:
         listing = parse_object(raw[8:])
     except ValueError as error:  # a repeated name, which the library lets pass
         raise _invalid(path, [str(error)]) from None
-    metadata = listing.pop("__metadata__", None) or {}
+    listing.pop("__metadata__", None)
     if defects := [defect for name in listing for defect in _defects(name, listing[name])]:
         raise _invalid(path, defects)
     entries = []
@@ -128,7 +126,6 @@ def read_header(path: Path) -> Header:
         xxhash.xxh3_128_hexdigest(raw),
         stamp.size,
         stamp.mtime_ns,
-        MappingProxyType(metadata),
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 
 class LayoutError(ValueError):
-    """An index map cannot be built, cut or inverted; the text says which part and why."""
+    """An index map cannot be built or cut; the text says which part and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,63 +174,6 @@ def _amount(part: Part) -> str:
         return f"{part.length} rows"
     units, rest = divmod(part.length, part.unit)
     return f"{units} units of {part.unit} rows" + (f" and {rest} rows" if rest else "")
-
-
-def blocks(axis: Axis, size: int) -> Axis:
-    """Return the map of a tensor that has one entry per ``size`` rows (a block scale).
-
-    Raises:
-        LayoutError: a span, unit or source is not aligned to whole blocks, or a part is still to be
-            padded (how many rows it gets depends on the ranks: shard first).
-    """
-
-    def scaled(value: int, what: str) -> int:
-        if value % size:
-            raise LayoutError(f"{what} {value} is not a whole number of blocks of {size} rows")
-        return value // size
-
-    parts = []
-    for part in axis.parts:
-        if part.padded:
-            raise LayoutError(f"part '{part.name}' is padded when it is sharded: shard it first")
-        spans = tuple(
-            replace(
-                span,
-                start=scaled(span.start, f"part '{part.name}': first row"),
-                count=scaled(span.count, f"part '{part.name}': row count"),
-            )
-            for span in part.spans
-        )
-        unit = 1 if part.unit == 1 else scaled(part.unit, f"part '{part.name}': unit")
-        parts.append(replace(part, spans=spans, unit=unit))
-    return Axis(
-        tuple(parts), tuple((name, scaled(rows, f"source {name}:")) for name, rows in axis.sources)
-    )
-
-
-def invert(targets: Mapping[str, Axis], sources: Mapping[str, int]) -> dict[str, Axis]:
-    """Return for every source the axis over ``targets`` that rebuilds it.
-
-    ``targets`` may be whole tensors or shards (one entry each). Zero rows are dropped; of rows that
-    occur several times the one that owns them (``shared=False``) is read.
-
-    Raises:
-        LayoutError: a source row occurs in no target, or is owned by two.
-    """
-    problems = check_partition(targets, sources)
-    if problems:
-        raise LayoutError("; ".join(problems))
-    lengths = {name: axis.length for name, axis in targets.items()}
-    spans_of: dict[str, list[tuple[int, Span]]] = {name: [] for name in sources}
-    for target, position, span in _placed(targets):
-        if span.source is not None and not span.shared:
-            spans_of[span.source].append((span.start, Span(target, position, span.count)))
-    inverse = {}
-    for source, placed in spans_of.items():
-        spans = coalesce(span for _, span in sorted(placed, key=lambda item: item[0]))
-        used = dict.fromkeys(span.source for span in spans if span.source is not None)
-        inverse[source] = Axis((Part("rows", spans),), tuple((t, lengths[t]) for t in used))
-    return inverse
 
 
 def check_partition(targets: Mapping[str, Axis], sources: Mapping[str, int]) -> list[str]:
