@@ -6,7 +6,7 @@ import difflib
 import inspect
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ class PublishedModel:
     config: Mapping[str, Any]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Family:
     """A named chain of hook implementations for one or more source architectures.
 
@@ -66,41 +67,29 @@ class Family:
             without implementation.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        architectures: tuple[str, ...],
-        model_types: tuple[str, ...],
-        steps: tuple[object, ...],
-        api: int,
-        tell_apart: Callable[[HFConfig], str | None] | None = None,
-        auto: bool = True,
-        published: tuple[PublishedModel, ...] = (),
-        reference: str | None = None,
-        tokenizer: str | None = None,
-        demo: str | None = None,
-        base: Family | None = None,
-    ) -> None:
-        if api != API:
+    name: str
+    architectures: tuple[str, ...]
+    model_types: tuple[str, ...]
+    steps: tuple[object, ...]
+    api: int
+    tell_apart: Callable[[HFConfig], str | None] | None = None
+    auto: bool = True
+    published: tuple[PublishedModel, ...] = ()
+    reference: str | None = None
+    tokenizer: str | None = None
+    demo: str | None = None
+    base: Family | None = None
+    _hooks: pluggy.PluginManager = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.api != API:
             raise PluginError(
-                f"family '{name}' was written for plugin API {api}; this phireg has API {API}",
-                hint=f"upgrade {'phireg' if api > API else 'the plugin'}, "
-                "or install versions made for each other.",
+                f"family '{self.name}' was written for plugin API {self.api}; this phireg has API "
+                f"{API}",
+                hint=f"upgrade {'phireg' if self.api > API else 'the plugin'}, "
+                "or install versions that fit together.",
             )
-        self.name = name
-        self.architectures = architectures
-        self.model_types = model_types
-        self.steps = steps
-        self.api = api
-        self.tell_apart = tell_apart
-        self.auto = auto
-        self.published = published
-        self.reference = reference
-        self.tokenizer = tokenizer
-        self.demo = demo
-        self.base = base
-        self._hooks = _register(name, steps)
+        self._hooks = _register(self.name, self.steps)
 
     def __repr__(self) -> str:
         return f"<Family {self.name}>"

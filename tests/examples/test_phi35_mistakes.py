@@ -82,8 +82,8 @@ def test_a_router_in_the_checkpoints_dtype_has_no_plan(tmp_path):
     """The reader wants it in float32; only a half-precision checkpoint shows the difference."""
     wrong = with_rule(Linear(f"{MLP}.router", src(f"{MOE}.gate", EXPERTS), HIDDEN, COLUMN))
     source = TinyModel(wrong, TINY, tmp_path).source_dir
-    found = {subject: detail for _, subject, detail in errors(wrong, source, dtype="bfloat16")}
-    assert found == {f"{MLP}.router.weight": "would be BF16; the reader expects F32"}
+    details = {subject: detail for _, subject, detail in errors(wrong, source, dtype="bfloat16")}
+    assert details == {f"{MLP}.router.weight": "would be BF16; the reader expects F32"}
 
 
 def test_experts_that_are_not_stacked_have_no_plan(tmp_path):

@@ -256,8 +256,8 @@ def test_a_checkpoint_in_bfloat16_counts_what_is_cast(source):
     ],
 )
 def test_unsupported_options_are_errors(options, code, module, source):
-    found = {(kind, subject) for kind, subject, _ in errors(PHI35_MOE, source, **options)}
-    assert any(kind == code and subject.endswith(module) for kind, subject in found), found
+    problems = {(kind, subject) for kind, subject, _ in errors(PHI35_MOE, source, **options)}
+    assert any(kind == code and subject.endswith(module) for kind, subject in problems), problems
 
 
 @pytest.mark.parametrize("ep_size", [1, 2])
@@ -329,8 +329,8 @@ def _rank(rank, directory, tokens):
     place = f"file://{directory.parent}/rendezvous"
     dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
     ran = executor.load(directory, dtype="float32", distributed=True)
-    made = ran(tokens), executor.generate(ran, tokens.tolist(), 3)
-    torch.save(made, directory.parent / f"{rank}.pt")
+    results = ran(tokens), executor.generate(ran, tokens.tolist(), 3)
+    torch.save(results, directory.parent / f"{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -28,11 +28,11 @@ class FreshEnvironment:
     def __init__(self, directory):
         self.directory = directory
         venv.create(directory, with_pip=True, symlinks=True)
-        asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        told = subprocess.run(
-            [directory / "bin" / "python", "-c", asked], capture_output=True, text=True, check=True
+        code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        done = subprocess.run(
+            [directory / "bin" / "python", "-c", code], capture_output=True, text=True, check=True
         )
-        self.site_packages = Path(told.stdout.strip())
+        self.site_packages = Path(done.stdout.strip())
         # Up to Python 3.11 it has a setuptools of its own, too old to build with.
         for own in self.site_packages.glob("setuptools*"):
             shutil.rmtree(own)

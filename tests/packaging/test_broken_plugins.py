@@ -79,7 +79,7 @@ PLUGINS = {
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory, phireg_wheel):
     place = tmp_path_factory.mktemp("plugins")
-    made = FreshEnvironment(tmp_path_factory.mktemp("environment"))
+    environment = FreshEnvironment(tmp_path_factory.mktemp("environment"))
     wheels = []
     for name, (families, body) in PLUGINS.items():
         module = name.replace("-", "_")
@@ -87,8 +87,8 @@ def environment(tmp_path_factory, phireg_wheel):
         entries = {family: f"{module}:{attributes.get(family, 'FAMILY')}" for family in families}
         files = {f"{module}.py": START + textwrap.dedent(body)}
         wheels.append(write_wheel(place, name, files, entries))
-    made.install(phireg_wheel, *wheels)
-    return made
+    environment.install(phireg_wheel, *wheels)
+    return environment
 
 
 def plugins(environment, *options):

@@ -36,14 +36,14 @@ def sources():
 
 
 def test_every_package_is_packaged():
-    found = {
+    packages = {
         ".".join((package, *path.parent.relative_to(ROOT / folder).parts))
         for package, folder in FOLDERS.items()
         for path in (ROOT / folder).rglob("__init__.py")
     }
     listed = SETUP["options"]["packages"].split()
-    assert found - set(listed) == set(), "setup.cfg must list every folder with an __init__.py"
-    assert set(listed) - found == set(), "setup.cfg lists folders that are no packages"
+    assert packages - set(listed) == set(), "setup.cfg must list every folder with an __init__.py"
+    assert set(listed) - packages == set(), "setup.cfg lists folders that are no packages"
     assert listed == sorted(listed)
 
 
@@ -56,8 +56,8 @@ def test_data_files_exist():
     for package, names in SETUP["options.package_data"].items():
         top, *rest = package.split(".")
         for name in names.split():
-            found = [*ROOT.joinpath(FOLDERS[top], *rest).glob(name)]
-            assert found and all(path.is_file() for path in found), (package, name)
+            files = [*ROOT.joinpath(FOLDERS[top], *rest).glob(name)]
+            assert files and all(path.is_file() for path in files), (package, name)
 
 
 def test_python_versions_agree():
@@ -108,12 +108,12 @@ def imported(path):
     always, lazily = set(), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found = {alias.name.split(".")[0] for alias in node.names}
+            modules = {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-            found = {node.module.split(".")[0]}
+            modules = {node.module.split(".")[0]}
         else:
             continue
-        (lazily if id(node) in inside else always).update(found)
+        (lazily if id(node) in inside else always).update(modules)
     return always, lazily
 
 
