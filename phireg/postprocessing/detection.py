@@ -53,28 +53,20 @@ _FITS = {"weight": 0.25, "bias": 2**-6}
 """Largest distance of a row to its own source row, relative to its length: more than rounding to
 e4m3 or int8 (a bias: to 16 bits) makes, less than there is to another row."""
 
-_SHARE = 0.9
-"""Share of the rows that say something which must agree."""
-
-_FEWEST = 4
-"""Rows that must agree at least."""
+_SHARE, _FEWEST = 0.9, 4
+"""Share and number of the rows that say something which must agree at least."""
 
 _COARSE = {"F8_E4M3": 0.125, "I8": 24.0}
 """A quantized row whose largest element is below this is mostly rounding error."""
 
-_NONE = "none"
+_NONE = "none"  # of the orders
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """A statement about the order.
+    """A statement about the order."""
 
-    Attributes:
-        right: whether it says that the order is the right one; None if it cannot tell.
-        text: for people.
-    """
-
-    right: bool | None
+    right: bool | None  # None if it cannot tell
     text: str
 
 
@@ -97,13 +89,8 @@ def decide(
 ) -> Decision:
     """Weigh the evidence for an order of the rows of ``linears``, of which there is at least one.
 
-    Args:
-        directory: the checkpoint.
-        config: its config.json.
-        files: its rank files.
-        linears: the linears concerned.
-        plan: of the source, if it was given.
-        stated: whether the user says that the rows are in the source's order.
+    ``plan`` is of the source, if it was given; ``stated``: the user says that the rows are in its
+    order.
     """
     manifest = _from_manifest(directory, files, linears)
     order, rows = _compare_rows(files, linears, plan, config) if plan else (None, None)
@@ -186,8 +173,7 @@ def _from_manifest(
                         hint=f"if you replaced the rank files, move {MANIFEST} away.",
                     )
     action = "post-processed" if "postprocess" in manifest else "wrote"
-    text = f"{MANIFEST}: phireg {producer.get('version')} {action} this checkpoint"
-    return Evidence(True, text)
+    return Evidence(True, f"{MANIFEST}: phireg {producer.get('version')} {action} this checkpoint")
 
 
 def _from_producer(config: Mapping[str, Any]) -> Evidence | None:
@@ -204,11 +190,9 @@ def _from_producer(config: Mapping[str, Any]) -> Evidence | None:
     decoder = config.get("decoder", "phi" if early else "phi3small")
     writer = f"config.json: modelopt {version} wrote it as decoder '{decoder}'"
     if early and decoder == "phi":
-        text = f"{writer}, which leaves the rows of qkv grouped by KV head"
-        return Evidence(False, text)
+        return Evidence(False, f"{writer}, which leaves the rows of qkv grouped by KV head")
     if not early and decoder == "phi3small":
-        text = f"{writer}, which puts the rows of qkv into the right order"
-        return Evidence(True, text)
+        return Evidence(True, f"{writer}, which puts the rows of qkv into the right order")
     return Evidence(None, f"{writer}, which is not known to fit together")
 
 
@@ -244,8 +228,7 @@ def _compare_rows(
             hint="no post-processing repairs this: convert or quantize again.",
         )
     if not tensors or compared < _FEWEST:
-        text = "the rows that were compared are alike in every order"
-        return None, Evidence(None, text)
+        return None, Evidence(None, "the rows that were compared are alike in every order")
     (order,) = tensors
     text = f"{compared:,} rows compared with {source}: they are in {TEXTS[order]}"
     if order not in (RIGHT, *REPAIRABLE):

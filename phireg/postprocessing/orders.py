@@ -7,7 +7,7 @@ numbers. A family's rules (``QuantRules.postprocess``) give the right order.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from phireg.checkpoint.rankfiles import RankFile, RankFiles
-from phireg.errors import CheckError, SourceError
+from phireg.errors import CheckError
 from phireg.layout.rules import Policy, Rule
-from phireg.layout.spans import Axis, LayoutError, Part, Span, shard, take
+from phireg.layout.spans import Axis, LayoutError, Part, Span, coalesce, shard, take
 from phireg.planning.quantized import axes_of
+from phireg.reader.config import Config
 from phireg.reader.schemes import KNOWN
 
 if TYPE_CHECKING:
@@ -29,10 +30,7 @@ Numbers = npt.NDArray[np.int64]
 Ranked = tuple[Numbers, ...]
 """For each rank, the numbers of the rows it holds, in order."""
 
-RIGHT = "right"
-BLOCK = "block"
-PARTS = "parts"
-TWICE = "twice"
+RIGHT, BLOCK, PARTS, TWICE = "right", "block", "parts", "twice"
 
 TEXTS: Mapping[str, str] = {
     RIGHT: "the order that TensorRT-LLM's reader wants",
@@ -45,12 +43,8 @@ TEXTS: Mapping[str, str] = {
 REPAIRABLE = (BLOCK, PARTS)
 
 SIZES = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_size",
-)
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_size",
+)  # fmt: skip
 """Keys of config.json that decide the order of rows."""
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -58,36 +52,19 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class LinearOrders:
-    """The orders that one linear's rows may be in.
+    """The orders that one linear's rows may be in."""
 
-    Attributes:
-        linear: module path.
-        whole: the right order of the whole linear.
-        columns: number of its input features.
-        by_name: the orders that are possible for this number of ranks and differ, by name.
-    """
-
-    linear: str
-    whole: Numbers
-    columns: int
-    by_name: Mapping[str, Ranked]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Consecutive rows of one rank file."""
-
-    rank: int
-    row: int
-    count: int
+    linear: str  # module path
+    whole: Numbers  # the right order of the whole linear
+    columns: int  # input features
+    by_name: Mapping[str, Ranked]  # those that are possible for this number of ranks and differ
 
 
 def orders_of(rule: Rule, ranks: int) -> LinearOrders:
     """Find the orders of a rule's target over ``ranks`` files.
 
-    Raises:
-        LayoutError: the rule does not permute the rows of its own target, or the right order
-            cannot be divided over the ranks.
+    A LayoutError: the rule does not permute the rows of its own target, or the right order cannot
+    be divided over the ranks.
     """
     axis = rule.weight[0]
     if rule.policy is not Policy.COLUMN or [name for name, _ in axis.sources] != [rule.target]:
@@ -107,30 +84,22 @@ def orders_of(rule: Rule, ranks: int) -> LinearOrders:
             order = _ranked(candidate, ranks)
             # With repeated KV heads the right order has more rows than others.
             fits = list(map(len, order)) == list(map(len, by_name[RIGHT]))
-            if fits and not any(_equal(order, other) for other in by_name.values()):
+            if fits and not any(
+                all(map(np.array_equal, order, other)) for other in by_name.values()
+            ):
                 by_name[name] = order
     return LinearOrders(rule.target, _numbers(axis.spans), rule.cols.length, by_name)
 
 
-def moves(held: Ranked, right: Ranked) -> list[list[Run]]:
-    """For each rank, the places of the rows it is to hold; in its own file where possible."""
+def moves(held: Ranked, right: Ranked) -> list[tuple[Span, ...]]:
+    """For each rank, the rows it is to hold, as spans of ``rank{r}``: its own where possible."""
     by_rank = []
     for rank, numbers in enumerate(right):
-        places: dict[int, tuple[int, int]] = {}
+        places: dict[int, Span] = {}
         for other in sorted(range(len(held)), key=lambda number: number != rank):
             for row, number in enumerate(held[other].tolist()):
-                places.setdefault(number, (other, row))
-        runs: list[Run] = []
-        for number in numbers.tolist():
-            if number not in places:
-                raise LayoutError(f"row {number} is in no rank file")
-            other, row = places[number]
-            last = runs[-1] if runs else None
-            if last and last.rank == other and last.row + last.count == row:
-                runs[-1] = replace(last, count=last.count + 1)
-            else:
-                runs.append(Run(other, row, 1))
-        by_rank.append(runs)
+                places.setdefault(number, Span(f"rank{other}", row, 1))
+        by_rank.append(coalesce(places[number] for number in numbers.tolist()))
     return by_rank
 
 
@@ -150,10 +119,6 @@ def _cut_like(axis: Axis, spans: tuple[Span, ...]) -> Axis:
 def _numbers(spans: Iterable[Span]) -> Numbers:
     arrays = [np.arange(span.start, span.stop, dtype=np.int64) for span in spans]
     return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
-
-
-def _equal(left: Ranked, right: Ranked) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 def quantization_of(config: Mapping[str, Any]) -> str | None:
@@ -184,28 +149,22 @@ def linears_of(
         ) from None
     linears = [orders for orders in linears if set(REPAIRABLE) & set(orders.by_name)]
     for orders in linears:
-        row_tensors(files, orders)
+        for rank in files:
+            list(row_tensors(files, orders, rank))
     return tuple(linears)
 
 
 def _sizes(config: Mapping[str, Any], file: RankFile) -> dict[str, int]:
     """The sizes in config.json; early exporters write ``num_kv_heads`` and no ``head_size``."""
     path = file.path.with_name("config.json")
-    values = {key: config.get(key) for key in SIZES}
-    kv_heads = values["num_key_value_heads"]
-    early = config.get("num_kv_heads", kv_heads)
-    if kv_heads is None:
-        values["num_key_value_heads"] = early
-    elif early not in (None, kv_heads):
-        raise SourceError(f"{path}: num_key_value_heads is {kv_heads!r} and num_kv_heads {early!r}")
-    if values["head_size"] is None:
-        with suppress(TypeError, ZeroDivisionError):
-            values["head_size"] = config["hidden_size"] // config["num_attention_heads"]
-    sizes = {}
-    for key, value in values.items():
-        if type(value) is not int or value < 1:
-            raise SourceError(f"{path}: {key} is {value!r}")
-        sizes[key] = value
+    keys = Config(config, str(path))
+    sizes = {key: keys.integer(key) for key in SIZES[:3]}
+    sizes["num_key_value_heads"] = keys.integer("num_key_value_heads", "num_kv_heads")
+    sizes["head_size"] = (
+        keys.integer("head_size")
+        if keys.has("head_size")
+        else sizes["hidden_size"] // sizes["num_attention_heads"]
+    )
     layers = {match[1] for name in file.header.entries if (match := _LAYER.search(name))}
     if len(layers) != sizes["num_hidden_layers"]:
         raise CheckError(
@@ -214,12 +173,8 @@ def _sizes(config: Mapping[str, Any], file: RankFile) -> dict[str, int]:
     return sizes
 
 
-def row_tensors(files: RankFiles, orders: LinearOrders) -> list[tuple[str, ...]]:
-    """For each rank, the tensors of a linear that have a row (or entry) per output feature."""
-    return [tuple(_row_tensors(files, orders, rank)) for rank in range(len(files))]
-
-
-def _row_tensors(files: RankFiles, orders: LinearOrders, rank: int) -> Iterator[str]:
+def row_tensors(files: RankFiles, orders: LinearOrders, rank: int) -> Iterator[str]:
+    """Check a rank's tensors of a linear; give those with a row (or entry) per output feature."""
     rows = len(orders.by_name[RIGHT][rank])
     sizes = {"rows": rows, "cols": orders.columns}
     tensors = files[rank].module(orders.linear)
@@ -248,7 +203,7 @@ def _row_tensors(files: RankFiles, orders: LinearOrders, rank: int) -> Iterator[
             yield companion
 
 
-def check_scales(files: RankFiles, orders: LinearOrders, moved: tuple[str, ...]) -> None:
+def check_scales(files: RankFiles, orders: LinearOrders, moved: Sequence[str]) -> None:
     """Refuse to move rows from rank to rank if scales that stay differ: they are on two grids."""
     for companion, entry in files[0].module(orders.linear).items():
         name = f"{orders.linear}.{companion}"

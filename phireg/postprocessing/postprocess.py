@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from phireg.postprocessing.orders import (
     RIGHT,
     TEXTS,
     LinearOrders,
-    Run,
     check_scales,
     linears_of,
     moves,
@@ -47,44 +46,29 @@ from phireg.source.tensors import SourceTensor, WeightsFile
 
 Progress = Callable[[int, int], None]
 
-Moves = Mapping[tuple[int, str], Sequence[Run]]
-"""By rank and name, the places that the rows of a tensor come from; others stay as they are."""
+Moves = Mapping[tuple[int, str], tuple[Span, ...]]
+"""By rank and name, the rows of ``rank{r}`` that a tensor gets; others stay as they are."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowOrder:
-    """The order of a checkpoint's rows.
+    """The order of a checkpoint's rows; ``order`` and ``evidence`` are for people."""
 
-    Attributes:
-        family: the family that defines the right order.
-        needed: whether ``phireg postprocess`` has something to do.
-        order: for people.
-        linears: how many linears are concerned.
-        evidence: for people, the deciding one first.
-    """
-
-    family: str
-    needed: bool
+    family: str  # that defines the right order
+    needed: bool  # phireg postprocess has something to do
     order: str
-    linears: int
-    evidence: tuple[str, ...]
+    linears: int  # concerned
+    evidence: tuple[str, ...]  # the deciding one first
 
 
 @dataclass(frozen=True, slots=True)
 class Postprocessed:
-    """A checkpoint that was put right.
-
-    Attributes:
-        output_dir: where it is.
-        rows: the order its rows were in, with the evidence.
-        tensors: how many tensors of all ranks were changed.
-        files: every file written, with its size in bytes.
-    """
+    """A checkpoint whose rows were put into the right order."""
 
     output_dir: Path
-    rows: RowOrder
-    tensors: int
-    files: Mapping[str, int]
+    rows: RowOrder  # the order they were in
+    tensors: int  # changed, of all ranks
+    files: Mapping[str, int]  # every file written: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,13 +187,10 @@ class _Recovered(Exception):  # noqa: N818 - not an error
 def _recover(target: Path) -> None:
     """Clean up after a killed run, which may hold the only copy of the original."""
     resolved = Path(os.path.realpath(target))
-    if not resolved.with_name(resolved.name + PARTIAL_SUFFIX).is_dir():
-        return
-    with (
-        suppress(_Recovered),
-        OutputDirectory(target, overwrite=True, required_bytes=0, kind=None),
-    ):
-        raise _Recovered
+    if resolved.with_name(resolved.name + PARTIAL_SUFFIX).is_dir():
+        output = OutputDirectory(target, overwrite=True, required_bytes=0, kind=None)
+        with suppress(_Recovered), output:
+            raise _Recovered
 
 
 @contextmanager
@@ -232,13 +213,10 @@ def _open(
         )
     with RankFiles(directory, world_size(config)) as files:
         _check_files(config, files)
-        source: Plan | None = None
-        if model_dir is None:
-            chosen = _family(config, family)
-        else:
-            source = plan(model_dir, family=family, revision=revision)
-            chosen = source.chosen
+        source = plan(model_dir, family=family, revision=revision) if model_dir else None
+        if source:
             check_source(config, source)
+        chosen = source.chosen if source else _family(config, family)
         linears = linears_of(chosen.family, config, files)
         decision = None
         if linears:
@@ -297,49 +275,45 @@ def _other_files(checkpoint: _Checkpoint, *, in_place: bool) -> list[Path]:
 def _moves(checkpoint: _Checkpoint) -> Moves:
     files, decision = checkpoint.files, checkpoint.decision
     assert decision is not None
-    moved: dict[tuple[int, str], Sequence[Run]] = {}
+    moved: dict[tuple[int, str], tuple[Span, ...]] = {}
     for orders in checkpoint.linears:
         by_rank = moves(orders.by_name[decision.order], orders.by_name[RIGHT])
-        companions = row_tensors(files, orders)
-        if any(run.rank != rank for rank, runs in enumerate(by_rank) for run in runs):
-            check_scales(files, orders, companions[0])
-        for rank, runs in enumerate(by_rank):
-            moved |= {(rank, f"{orders.linear}.{name}"): runs for name in companions[rank]}
+        if any(span.source != f"rank{rank}" for rank, rows in enumerate(by_rank) for span in rows):
+            check_scales(files, orders, list(row_tensors(files, orders, 0)))
+        for rank, rows in enumerate(by_rank):
+            for companion in row_tensors(files, orders, rank):
+                moved[rank, f"{orders.linear}.{companion}"] = rows
     return moved
 
 
 def _plan(checkpoint: _Checkpoint, moved: Moves) -> Plan:
     """A plan that writes the rank files anew: every byte in its place, but rows in another order.
 
-    Tensors whose rows do not move are sequences of elements.
+    Tensors whose rows do not move are sequences of elements. The ranks have tensors of the same
+    names, so a source tensor is ``rank{r}:NAME``.
     """
     tensors: list[SourceTensor] = []
     outputs: list[Output] = []
     headers: list[bytes] = []
+    weights: list[WeightsFile] = []
     for rank, file in checkpoint.files.items():
         entries = file.header.entries
         data = min((entry.start for entry in entries.values()), default=file.header.file_size)
         headers.append(bytes(file.read_bytes(0, data)))
         for name, entry in entries.items():
-            runs = moved.get((rank, name))
-            shape = entry.shape if runs else (math.prod(entry.shape),)
-            key = _key(rank, name)
-            spans = [Span(_key(run.rank, name), run.row, run.count) for run in runs or ()]
-            spans = spans or [Span(key, 0, shape[0])]
+            rows = moved.get((rank, name))
+            shape = entry.shape if rows else (math.prod(entry.shape),)
+            spans = [
+                replace(span, source=f"{span.source}:{name}")
+                for span in rows or [Span(f"rank{rank}", 0, shape[0])]
+            ]
+            key = f"rank{rank}:{name}"
             tensors.append(SourceTensor(key, entry.dtype, shape, file.path.name, entry.start))
             outputs.append(Output(rank, name, entry.dtype, shape, entry.start, Rows(tuple(spans))))
-    source = Source(
-        checkpoint.directory,
-        {tensor.name: tensor for tensor in tensors},
-        tuple(
-            WeightsFile(
-                file.path.name,
-                file.header.digest,
-                Stamp(file.header.file_size, file.header.mtime_ns),
-            )
-            for file in checkpoint.files.values()
-        ),
-    )
+        stamp = Stamp(file.header.file_size, file.header.mtime_ns)
+        weights.append(WeightsFile(file.path.name, file.header.digest, stamp))
+    by_name = {tensor.name: tensor for tensor in tensors}
+    source = Source(checkpoint.directory, by_name, tuple(weights))
     return Plan(
         checkpoint.chosen,
         str(checkpoint.directory),
@@ -353,11 +327,6 @@ def _plan(checkpoint: _Checkpoint, moved: Moves) -> Plan:
     )
 
 
-def _key(rank: int, name: str) -> str:
-    """Name of a rank's tensor; the ranks have tensors of the same names."""
-    return f"rank{rank}:{name}"
-
-
 def _write(
     checkpoint: _Checkpoint,
     moved: Moves,
@@ -366,7 +335,7 @@ def _write(
     progress: Progress,
 ) -> None:
     rewriting = _plan(checkpoint, moved)
-    total = sum(output.nbytes for output in rewriting.outputs)
+    total = rewriting.tensor_bytes
     streamed = stream(rewriting, unfinished, progress=lambda more: progress(more, total))
     for path in others:
         copy_file(path, unfinished)

@@ -11,7 +11,7 @@ from phireg.api import COLUMN, COPY, Linear, QuantRules, Rules, columns, hookimp
 from phireg.errors import CheckError
 from phireg.layout.rules import Rule
 from phireg.layout.spans import LayoutError
-from phireg.postprocessing.orders import moves, orders_of
+from phireg.postprocessing.orders import orders_of
 from phireg.registry import Candidate, FamilyChoice
 
 FC = "transformer.layers.{}.mlp.fc"
@@ -89,5 +89,3 @@ def test_rows_must_be_used_once():
     half = Rule("x", (type(axis)(axis.parts[:1], axis.sources),), (), columns(4), COLUMN, "here")
     with pytest.raises(LayoutError, match="6 rows"):
         orders_of(half, 1)
-    with pytest.raises(LayoutError, match="in no rank file"):
-        moves((np.arange(3),), (np.arange(4),))
