@@ -51,8 +51,6 @@ def write_model(work: Path, options: argparse.Namespace) -> None:
 
 def calibrate(work: Path, options: argparse.Namespace) -> Iterator[tuple[str, float]]:
     import phireg
-    from phireg.calibration import statistics
-    from phireg.calibration.calibrate import run_calibration as collect
     from phireg.calibration.settings import Settings
 
     plan = phireg.plan(work / "model", family="phi3-mini")
@@ -61,23 +59,20 @@ def calibrate(work: Path, options: argparse.Namespace) -> Iterator[tuple[str, fl
         batch_size=options.batch_size, device=options.device,
     )  # fmt: skip
     start = time.perf_counter()
-    found = collect(plan.chosen.family, plan.source, settings)
-    statistics.save(work / "calibration.safetensors", found)
+    phireg.calibrate(plan, work / "calibration.safetensors", settings)
     yield "seconds", time.perf_counter() - start
 
 
 def export(work: Path, options: argparse.Namespace) -> Iterator[tuple[str, float]]:
     import phireg
-    from phireg.calibration import statistics
 
     start = time.perf_counter()
     plan = phireg.plan(
         work / "model", family="phi3-mini", qformat=options.format, kv_cache_dtype="fp8"
     )
-    found = statistics.load(work / "calibration.safetensors")
-    made = phireg.quantize(plan, work / options.format, found)
+    converted = phireg.quantize(plan, work / options.format, work / "calibration.safetensors")
     yield "seconds", time.perf_counter() - start
-    yield "gigabytes", sum(made.files.values()) / 1e9
+    yield "gigabytes", sum(converted.files.values()) / 1e9
     shutil.rmtree(work / options.format)
 
 

@@ -128,11 +128,11 @@ def score(logits: Logits, rows: Rows) -> Score:
     with torch.no_grad():
         for row in rows:
             ids = torch.tensor([row])
-            found = logits(ids).float()
-            chosen = found[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+            scores = logits(ids).float()
+            chosen = scores[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])
             total -= float(chosen.double().sum())
             count += len(row) - 1
-            best.append(found[:-1].argmax(-1))
+            best.append(scores[:-1].argmax(-1))
     return Score(math.exp(total / count), torch.cat(best))
 
 
@@ -185,8 +185,8 @@ class Measured:
         model = modelopt_model(self.model.directory, self.calibration, qformat, cache)
 
         def logits(ids: Tensor) -> Tensor:
-            found: Tensor = model(ids, use_cache=False).logits[0]
-            return found
+            scores: Tensor = model(ids, use_cache=False).logits[0]
+            return scores
 
         own = score(logits, self.rows)
         use_exported_maxima(model, qformat, cache)
@@ -234,9 +234,9 @@ def modelopt_model(directory: Path, rows: Rows, qformat: str, cache: str | None)
         name = "*[kv]_bmm_quantizer"
         config["quant_cfg"].append({"quantizer_name": name, "cfg": entry, "enable": True})
 
-    def calibrate(made: Any) -> None:
+    def calibrate(quantizable: Any) -> None:
         for row in rows:
-            made(torch.tensor([row]), use_cache=False)
+            quantizable(torch.tensor([row]), use_cache=False)
 
     with torch.no_grad():
         return mtq.quantize(model, config, calibrate)
