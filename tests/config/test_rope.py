@@ -8,7 +8,7 @@ from phireg.config.hf import HFConfig
 
 
 @pytest.mark.parametrize(
-    ("data", "found"),
+    ("data", "expected"),
     [
         ({}, "default"),
         ({"rope_scaling": None}, "default"),
@@ -18,9 +18,9 @@ from phireg.config.hf import HFConfig
         ({"rope_scaling": {"type": "yarn"}}, "yarn"),
     ],
 )
-def test_rope_type(data, found):
-    assert rope_type(HFConfig(data)) == found
-    assert is_long_rope(HFConfig(data)) == (found in {"su", "longrope"})
+def test_rope_type(data, expected):
+    assert rope_type(HFConfig(data)) == expected
+    assert is_long_rope(HFConfig(data)) == (expected in {"su", "longrope"})
 
 
 @pytest.mark.parametrize(
@@ -38,22 +38,22 @@ def test_one_type_under_two_names_is_fine(data):
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "named"),
     [
-        ({"rope_scaling": {"type": "longrope", "rope_type": "default"}}, "different rope types"),
+        ({"rope_scaling": {"type": "longrope", "rope_type": "default"}}, "rope_scaling.type"),
         (
             {"rope_scaling": {"type": "su"}, "rope_parameters": {"rope_type": "default"}},
-            "different rope types: rope_parameters.rope_type is 'default', rope_scaling.type is",
+            "rope_parameters.rope_type",
         ),
-        ({"rope_scaling": {"type": "yarn"}}, "'yarn' is not supported"),
-        ({"rope_scaling": {"type": 5}}, "'5' is not supported"),
-        ({"rope_scaling": {"short_factor": [1]}}, "no rope type"),
+        ({"rope_scaling": {"type": "yarn"}}, "'yarn'"),
+        ({"rope_scaling": {"type": 5}}, "'5'"),
+        ({"rope_scaling": {"short_factor": [1]}}, "factors"),
     ],
 )
-def test_other_types_are_refused(data, says):
+def test_other_types_are_refused(data, named):
     table = FieldTable(supported_rope("default", "longrope", "su"))
     findings = table.translate(HFConfig(data)).findings
-    assert any(f.subject == "rope_scaling" and says in f.detail for f in findings)
+    assert any(f.subject == "rope_scaling" and named in f.detail for f in findings)
 
 
 @pytest.mark.parametrize(

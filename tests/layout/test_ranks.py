@@ -42,13 +42,13 @@ def test_experts_are_shared_out_and_divided(tp_size, ep_size):
         # TensorRT-LLM's Mapping: moe_tp_rank = tp_rank // moe_ep_size, moe_ep_rank = the rest.
         first, part = rank % ep_size * share, rank // ep_size
         inner = slice(part * INNER // divided, (part + 1) * INNER // divided)
-        wanted = [
+        expected = [
             number
             for expert in range(first, first + share)
             for number in (*UP[expert, inner], *GATE[expert, inner])
         ]
         rows, cols = held(rule, rule.weight[0], rule.cols, ranks, rank)
-        assert taken(rows, SOURCES) == wanted
+        assert taken(rows, SOURCES) == expected
         assert cols == rule.cols
         assert {name for name, _ in rows.sources} == {
             f"{e}.{w}" for e in range(first, first + share) for w in ("w1", "w3")
@@ -85,8 +85,8 @@ def test_sizes_that_work():
 
 
 def test_what_is_not_divided_is_said_once_for_all_experts():
-    found = [(rule.target, part.name) for rule, part in undivided(Rules(fc(), proj()), Ranks(3))]
-    assert found == [("fc", "up"), ("fc", "gate"), ("proj", "rows")]
+    parts = [(rule.target, part.name) for rule, part in undivided(Rules(fc(), proj()), Ranks(3))]
+    assert parts == [("fc", "up"), ("fc", "gate"), ("proj", "rows")]
 
 
 @pytest.mark.parametrize(("tp_size", "ep_size"), [(4, 4), (3, 2)])

@@ -171,9 +171,9 @@ def test_an_interleaved_pair_stays_on_one_rank():
 def test_possible_ranks_is_when_shard_works(rows, unit, tp, may_repeat):
     axis = Axis((Part("p", (Span("x", 0, rows),), unit, may_repeat),), (("x", rows),))
     whole, heads = rows % unit == 0, rows // unit
-    wanted = whole and (heads % tp == 0 or (may_repeat and tp % heads == 0))
-    assert possible_ranks(axis.parts[0], tp) == wanted
-    if wanted:
+    expected = whole and (heads % tp == 0 or (may_repeat and tp % heads == 0))
+    assert possible_ranks(axis.parts[0], tp) == expected
+    if expected:
         assert {shard(axis, tp, rank).length for rank in range(tp)} == {
             rows // tp if heads % tp == 0 else unit
         }
@@ -301,16 +301,16 @@ def test_check_partition_counts_like_numpy(pieces, rows):
         elif not shared:
             uses[start : start + count] += 1
     problems = check_partition(targets, {"x": rows})
-    said = {"nowhere": set(), "twice": set()}
+    reported = {"nowhere": set(), "twice": set()}
     rest = set()
     for line in problems:
-        found = re.match(r"rows (\d+) to (\d+) of x are used (nowhere|twice)", line)
-        if found:
-            said[found[3]] |= set(range(int(found[1]), int(found[2])))
+        match = re.match(r"rows (\d+) to (\d+) of x are used (nowhere|twice)", line)
+        if match:
+            reported[match[3]] |= set(range(int(match[1]), int(match[2])))
         else:
             rest.add(line)
-    assert said["nowhere"] == set(np.flatnonzero(uses == 0).tolist())
-    assert said["twice"] == set(np.flatnonzero(uses > 1).tolist())
+    assert reported["nowhere"] == set(np.flatnonzero(uses == 0).tolist())
+    assert reported["twice"] == set(np.flatnonzero(uses > 1).tolist())
     assert rest == outside
     assert len(problems) == len(set(problems))
 

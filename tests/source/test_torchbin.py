@@ -47,8 +47,9 @@ def row_major(tensor: torch.Tensor) -> bytes:
     return tensor.detach().contiguous().view(bits[tensor.element_size()]).numpy().tobytes()
 
 
-@pytest.mark.parametrize("block", [1 << 30, 1, 13, 256])
-@pytest.mark.parametrize("gather", [1, 500, 1 << 24])
+@pytest.mark.parametrize(
+    ("block", "gather"), [(1 << 30, 1 << 24), (1 << 30, 1), (1, 500), (13, 1), (256, 500)]
+)
 def test_every_layout_reads_row_major(tmp_path, monkeypatch, block, gather):
     monkeypatch.setattr(torchbin, "_GATHER_BYTES", gather)
     tensors = odd_tensors()
