@@ -100,18 +100,18 @@ def test_a_value_that_is_no_text(values):
 
 def test_the_right_part_of_cnn_dailymail(monkeypatch):
     datasets = pytest.importorskip("datasets")
-    asked = []
+    calls = []
 
     def load(*args, **options):
-        asked.append((args, options))
+        calls.append((args, options))
         return datasets.Dataset.from_list([{**row, "id": "x"} for row in VALUES * 2])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     rows = cnn_dailymail("test", 3).rows
-    assert asked == [(("ccdv/cnn_dailymail", "3.0.0"), {"split": "test"})]
+    assert calls == [(("ccdv/cnn_dailymail", "3.0.0"), {"split": "test"})]
     assert [row.text("article")[:3] for row in rows] == ["One", "Two", "One"]
     assert len(cnn_dailymail("test", 9, "/elsewhere").rows) == 4
-    assert asked[1][0][0] == "/elsewhere"
+    assert calls[1][0][0] == "/elsewhere"
 
 
 def test_no_network(monkeypatch):

@@ -55,20 +55,6 @@ def test_text_under_each_key(tmp_path, key):
     assert samples.rows == tuple(tuple(encode(t)) for t in ("ab", "abc"))
 
 
-def test_the_other_kinds_of_file(tmp_path):
-    (tmp_path / "x.txt").write_text("ab\n\ncd\n")
-    (tmp_path / "x.csv").write_text('id,article\n1,"a\nb"\n2,cd\n')
-    assert read(tmp_path / "x.txt").rows == (
-        tuple(encode("ab")),
-        tuple(encode("cd")),
-    )
-    assert read(tmp_path / "x.csv").rows[0] == tuple(encode("a\nb"))
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-    parquet.write_table(pyarrow.table({"input_ids": [[3, 4], [5]]}), tmp_path / "x.parquet")
-    assert read(tmp_path / "x.parquet", never).rows == ((3, 4), (5,))
-
-
 def test_the_first_ones_in_order(tmp_path):
     path = jsonl(tmp_path / "x.jsonl", *({"input_ids": [n]} for n in range(20)))
     assert read(path, size=3).rows == ((0,), (1,), (2,))

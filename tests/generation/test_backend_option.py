@@ -5,8 +5,6 @@ import json
 import pytest
 from helpers.tokenized_models import SOURCES, continuation, eos_ids
 
-from phireg import demo
-
 PROMPTS = ("The engine", "Wer liest die Straße? 日本語", "déjà")
 
 
@@ -30,19 +28,6 @@ def test_the_source_model_says_what_the_checkpoint_says(family, models, document
     assert output["stop_ids"] == other["stop_ids"]
     half = document(it.source, *flags, "--backend", "hf", "--data_type", "bf16")
     assert half["dtype"] == "bfloat16"
-
-
-@pytest.mark.parametrize("family", ["phi2", "phi3-small"])
-def test_a_demo_models_summary_begins_alike(family, document, tmp_path):
-    model = demo.find(family)
-    demo.convert(model, tmp_path / "ckpt")
-    prompts = [model.articles[number].prompt for number in (31, 4)]
-    flags = [word for prompt in prompts for word in ("--prompt", prompt)]
-    flags += ["--max-new-tokens", 8, "--dtype", "fp32"]
-    source = document(model.directory, *flags, "--backend", "hf")["results"]
-    checkpoint = document(tmp_path / "ckpt", *flags)["results"]
-    assert [row["tokens"] for row in source] == [row["tokens"] for row in checkpoint]
-    assert len(source[0]["tokens"]) == 8
 
 
 def test_text_and_chat_of_the_source_model(models, run):

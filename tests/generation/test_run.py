@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from helpers.tokenized_models import SOURCES, chat_tokenizer, continuation, converted, eos_ids
+from helpers.tokenized_models import SOURCES, continuation, eos_ids
 
 import phireg
 from phireg.device import pick_device
@@ -233,19 +233,3 @@ def test_a_damaged_rank_file(altered, run):
     result = run(altered, "--prompt", "x")
     assert result.exit_code == 4
     assert "rank1.safetensors" in result.stderr
-
-
-def test_one_rank_and_a_tokenizer_with_a_first_token(models, document, tmp_path):
-    """bos is put before a prompt where the tokenizer says so."""
-    from tokenizers.processors import TemplateProcessing
-
-    it = models("phi3")
-    ckpt = converted(it.source, tmp_path / "one")
-    tokenizer = chat_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|user|> $A", special_tokens=[("<|user|>", 304)]
-    )
-    tokenizer.save_pretrained(ckpt)
-    output = document(ckpt, "--prompt", "The", "--max-new-tokens", 3, "--tp", 1)
-    assert output["results"][0]["input_ids"] == [304, *it.tokenizer("The")["input_ids"]]
-    assert output["tp_size"] == 1

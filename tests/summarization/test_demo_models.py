@@ -23,16 +23,16 @@ def hf(family):
     return ("--test-hf", "--hf-model-dir", str(demo.find(family).directory), *FLOAT32)
 
 
-def assert_alike(told, count):
-    executor, source = told["backends"]
+def assert_alike(output, count):
+    executor, source = output["backends"]
     assert (executor["backend"], source["backend"]) == ("executor", "hf")
     for name in ROUGES:
         assert executor[name] == pytest.approx(source[name], abs=0.01)
     assert executor["rouge1"] > 90
     assert executor["perplexity"] == pytest.approx(source["perplexity"], rel=1e-4)
-    assert [a["backend"] for a in told["checks"]] == ["executor", "executor"]
-    assert len(told["articles"]) == count
-    assert told["same_summaries"] == [{"between": ["executor", "hf"], "count": count}]
+    assert [a["backend"] for a in output["checks"]] == ["executor", "executor"]
+    assert len(output["articles"]) == count
+    assert output["same_summaries"] == [{"between": ["executor", "hf"], "count": count}]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,8 +74,8 @@ def test_a_quantized_checkpoint_passes(family, qformat, document, tmp_path):
         *("quantize", "--model-dir", demo.find(family).directory, "--output-dir", out), *options
     )
     assert done.exit_code == 0, done.output
-    told = document(out, *hf(family), *CHECK, "--max-ite", 2, "--batch-size", 4)
-    executor, source = told["backends"]
+    output = document(out, *hf(family), *CHECK, "--max-ite", 2, "--batch-size", 4)
+    executor, source = output["backends"]
     assert executor["rouge1"] > 85
     assert executor["rouge1"] == pytest.approx(source["rouge1"], abs=5)
 

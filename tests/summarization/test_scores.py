@@ -12,16 +12,16 @@ from phireg.summarization.scores import ROUGES, perplexity, rouge
 
 def test_by_hand():
     # Common words: the, cat, sat (3 of 4 and of 5); common pairs: "the cat", "cat sat".
-    found = rouge(["The cat sat there."], ["the cat sat on mats"])
+    scores = rouge(["The cat sat there."], ["the cat sat on mats"])
     one, two = 2 * (3 / 4) * (3 / 5) / (3 / 4 + 3 / 5), 2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4)
-    assert found.total["rouge1"] == pytest.approx(100 * one)
-    assert found.total["rouge2"] == pytest.approx(100 * two)
-    assert found.total["rougeL"] == found.total["rougeLsum"] == pytest.approx(100 * one)
+    assert scores.total["rouge1"] == pytest.approx(100 * one)
+    assert scores.total["rouge2"] == pytest.approx(100 * two)
+    assert scores.total["rougeL"] == scores.total["rougeLsum"] == pytest.approx(100 * one)
 
 
 def test_order_counts_for_the_subsequence_only():
-    found = rouge(["b a"], ["a b"]).total
-    assert (found["rouge1"], found["rouge2"], found["rougeL"]) == (100, 0, 50)
+    scores = rouge(["b a"], ["a b"]).total
+    assert (scores["rouge1"], scores["rouge2"], scores["rougeL"]) == (100, 0, 50)
 
 
 def test_no_stemming():
@@ -30,8 +30,8 @@ def test_no_stemming():
 
 def test_lines_count_for_the_sum():
     """rougeLsum takes line by line: the order of the lines does not matter."""
-    found = rouge(["c d\na b"], ["a b\nc d"]).total
-    assert (found["rougeL"], found["rougeLsum"]) == (50, 100)
+    scores = rouge(["c d\na b"], ["a b\nc d"]).total
+    assert (scores["rougeL"], scores["rougeLsum"]) == (50, 100)
 
 
 def test_an_empty_summary():
@@ -51,9 +51,9 @@ def test_as_evaluate_does():
     expected = {name: score.mid.fmeasure for name, score in aggregator.aggregate().items()}
     np.random.seed(5)
     before = np.random.get_state()[1].tolist()
-    found = rouge(*texts)
-    assert found.total == pytest.approx({k: 100 * v for k, v in expected.items()}, abs=1e-12)
-    assert [a["rouge2"] for a in found.articles] == [100 * s["rouge2"].fmeasure for s in each]
+    scores = rouge(*texts)
+    assert scores.total == pytest.approx({k: 100 * v for k, v in expected.items()}, abs=1e-12)
+    assert [a["rouge2"] for a in scores.articles] == [100 * s["rouge2"].fmeasure for s in each]
     assert np.random.get_state()[1].tolist() == before
 
 
