@@ -58,8 +58,8 @@ def test_prompts_of_unequal_lengths(name, device, tmp_path):
     )
     length, pads = 290, (0, 37)
     query, key, value = random_rows(2, 4, 2, length, 8, device)
-    got = prompt_attention(spec, 0, 1, length, pads, torch.device(device))(query, key, value)
-    check(got, query, key, value, pads, PATTERNS[name], range(4, 8), spec.attention_scale)
+    actual = prompt_attention(spec, 0, 1, length, pads, torch.device(device))(query, key, value)
+    check(actual, query, key, value, pads, PATTERNS[name], range(4, 8), spec.attention_scale)
 
 
 @pytest.mark.parametrize("name", ["64-homo", "64-step-3", "128"])
@@ -67,10 +67,10 @@ def test_prompts_of_unequal_lengths(name, device, tmp_path):
 def test_the_kernel_of_a_gpu(name, length, pads):
     query, key, value = random_rows(2, 4, 2, length, 12)
     starts = torch.tensor(pads, device=DEVICE) if pads else None
-    got = launch.sparse_attention(query, key, value, PATTERNS[name], starts, 5, 0.3)
-    check(got, query, key, value, pads or (0, 0), PATTERNS[name], range(5, 9), 0.3)
+    actual = launch.sparse_attention(query, key, value, PATTERNS[name], starts, 5, 0.3)
+    check(actual, query, key, value, pads or (0, 0), PATTERNS[name], range(5, 9), 0.3)
     for row, pad in enumerate(pads):
-        assert not got[row, :, :pad].any()
+        assert not actual[row, :, :pad].any()
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # rows whose own blocks are planted
@@ -81,11 +81,11 @@ def test_the_kernel_reads_no_block_that_is_not_seen():
     last = slice(length - 64, None)
     unseen = ~seen[last].any(0)
     assert unseen.sum() >= 6 * 64
-    wanted = launch.sparse_attention(query, key, value, pattern, None, head, 0.3)[:, :, last]
+    expected = launch.sparse_attention(query, key, value, pattern, None, head, 0.3)[:, :, last]
     for rows in (key, value):
         rows[:, :, unseen.to(rows.device)] = torch.nan
-    got = launch.sparse_attention(query, key, value, pattern, None, head, 0.3)[:, :, last]
-    assert torch.equal(got, wanted)
+    actual = launch.sparse_attention(query, key, value, pattern, None, head, 0.3)[:, :, last]
+    assert torch.equal(actual, expected)
 
 
 def random_rows(batch, heads, kv_heads, length, size, device=DEVICE):
@@ -96,13 +96,13 @@ def random_rows(batch, heads, kv_heads, length, size, device=DEVICE):
     return query * 3, key, value
 
 
-def check(got, query, key, value, pads, pattern, heads, scale):
+def check(actual, query, key, value, pads, pattern, heads, scale):
     """Against the rule written out, row by row, from each row's first token on."""
     for row, pad in enumerate(pads):
         part = (slice(row, row + 1), slice(None), slice(pad, None))
-        mask = whole_mask(pattern, heads, got.shape[2] - pad)[None].to(got.device)
-        wanted = attention(query[part], key[part], value[part], mask, scale)
-        assert relative_error(got[part].double(), wanted) < 1e-5
+        mask = whole_mask(pattern, heads, actual.shape[2] - pad)[None].to(actual.device)
+        expected = attention(query[part], key[part], value[part], mask, scale)
+        assert relative_error(actual[part].double(), expected) < 1e-5
 
 
 def test_short_prompts_and_dense_layers_are_plain_causal():

@@ -169,9 +169,9 @@ def test_half_precision_stays_near_float32(dtype, bound, tmp_path):
     for parameter in model.parameters():  # the same rounded weights
         parameter.data = parameter.data.to(dtype).float()
     ids = random_ids(model, 1, 12)
-    wanted = reference_logits(model, ids)
-    assert relative_error(load(tmp_path, dtype="float32")(ids), wanted) < 1e-4
-    assert 1e-4 < relative_error(load(tmp_path)(ids), wanted) < bound
+    expected = reference_logits(model, ids)
+    assert relative_error(load(tmp_path, dtype="float32")(ids), expected) < 1e-4
+    assert 1e-4 < relative_error(load(tmp_path)(ids), expected) < bound
 
 
 def test_sub_modules_can_be_watched(tmp_path):
@@ -179,11 +179,11 @@ def test_sub_modules_can_be_watched(tmp_path):
     model = phi2()
     executor = load(write_checkpoint(model, tmp_path, 2))
     ids = random_ids(model, 2, 9)
-    wanted, got = {}, {}
+    expected, actual = {}, {}
 
     def keep(key):
         def hook(_module, _inputs, output):
-            wanted[key] = output[0] if isinstance(output, tuple) else output
+            expected[key] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
@@ -195,7 +195,7 @@ def test_sub_modules_can_be_watched(tmp_path):
     reference_logits(model, ids)
     for hook in hooks:
         hook.remove()
-    executor(ids, observe=lambda layer, what, value: got.update({(layer, what): value}))
-    assert got.keys() == wanted.keys()
-    for key, value in got.items():
-        assert relative_error(value, wanted[key]) < 1e-4, key
+    executor(ids, observe=lambda layer, what, value: actual.update({(layer, what): value}))
+    assert actual.keys() == expected.keys()
+    for key, value in actual.items():
+        assert relative_error(value, expected[key]) < 1e-4, key

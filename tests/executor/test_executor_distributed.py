@@ -44,10 +44,10 @@ def test_two_processes_give_the_source_models_logits(tmp_path):
             shutil.move(whole / f"rank{rank}.safetensors", whole / str(rank))
     mp.spawn(_rank, (tmp_path, list(models), ids, tmp_path), nprocs=2)
     for name, model in models.items():
-        wanted = reference_logits(model, ids)
+        expected = reference_logits(model, ids)
         for rank in range(2):
-            got = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
-            assert relative_error(got, wanted) < 1e-4
+            actual = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
+            assert relative_error(actual, expected) < 1e-4
             tokens = torch.load(tmp_path / f"{name}-{rank}-tokens.pt", weights_only=True)
             for row, new in zip(ids, tokens, strict=True):
                 for count, token in enumerate(new):
@@ -80,16 +80,16 @@ def test_two_processes_run_quantized_ranks_as_one_does(tmp_path):
         written(model, tmp_path / name, ids[0], name, kv, 2)
     mp.spawn(_quantized_rank, (tmp_path, ids), nprocs=2)
     for name in ("fp8", "int8_sq"):
-        executor, wanted = load(tmp_path / name), {}
+        executor, expected = load(tmp_path / name), {}
 
-        def keep(layer, linear, x, wanted=wanted):
-            wanted[layer, linear] = x
+        def keep(layer, linear, x, expected=expected):
+            expected[layer, linear] = x
 
         logits = executor(ids, None, keep)
         for rank in range(2):
-            got = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
-            assert relative_error(got[0], logits) < 1e-5
-            assert got[1].keys() == wanted.keys()
-            for place, value in got[1].items():
-                assert relative_error(value, wanted[place]) < 1e-5, place
-            assert got[2] == generate(executor, ids.tolist(), 3)
+            actual = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
+            assert relative_error(actual[0], logits) < 1e-5
+            assert actual[1].keys() == expected.keys()
+            for place, value in actual[1].items():
+                assert relative_error(value, expected[place]) < 1e-5, place
+            assert actual[2] == generate(executor, ids.tolist(), 3)

@@ -26,14 +26,14 @@ def ranks(count):
     return {"world_size": count, "tp_size": count}
 
 
-def one(scores, epsilon):
+def routed(scores, epsilon):
     chosen, weights = route(torch.tensor([scores]), epsilon)
     return chosen[0].tolist(), pytest.approx(weights[0].tolist(), abs=1e-6)
 
 
 def test_far_scores_have_the_weight_one():
     """Nothing is near the best, and nothing near the second: both weights are whole."""
-    assert one([1.0, 4.0, 2.0, -3.0], 0.1) == ([1, 2], [1.0, 1.0])
+    assert routed([1.0, 4.0, 2.0, -3.0], 0.1) == ([1, 2], [1.0, 1.0])
 
 
 def test_near_scores_share():
@@ -42,17 +42,17 @@ def test_near_scores_share():
     # Without the first, (3.5 - 3.3) / 3.5 = 0.06 and (3.5 - 3) / 3.5 = 0.14 are near.
     rest = [math.exp(s) for s in (3.5, 3.3, 3.0)]
     expected = [near[0] / sum(near), rest[0] / sum(rest)]
-    assert one([3.3, 4.0, 3.5, 3.0], 0.1) == ([1, 2], expected)
+    assert routed([3.3, 4.0, 3.5, 3.0], 0.1) == ([1, 2], expected)
 
 
 def test_negative_scores_are_measured_by_their_own_size():
     # The best is -1: (-1 + 1.2) / max(1.2, -1) = 0.17 is near, (-1 + 3) / 3 = 0.67 is not.
     share = math.exp(-1.0) / (math.exp(-1.0) + math.exp(-1.2))
-    assert one([-1.2, -3.0, -1.0], 0.1) == ([2, 0], [share, 1.0])
+    assert routed([-1.2, -3.0, -1.0], 0.1) == ([2, 0], [share, 1.0])
 
 
 def test_all_scores_zero():
-    assert one([0.0, 0.0, 0.0], 0.1) == ([0, 1], [1 / 3, 1 / 2])
+    assert routed([0.0, 0.0, 0.0], 0.1) == ([0, 1], [1 / 3, 1 / 2])
 
 
 def test_tokens_are_routed_each_for_itself():
@@ -80,10 +80,10 @@ def test_an_expert_sees_only_its_tokens():
         up, gate = (fc[e] @ x[row]).split(4)
         return proj[e] @ (up * gate * torch.sigmoid(gate))
 
-    wanted = torch.stack(
+    expected = torch.stack(
         [0.5 * expert(0, 0), torch.zeros(5), 2.0 * expert(1, 2) + 0.25 * expert(0, 2)]
     )
-    assert torch.allclose(rank_mixture(4, fc, proj, x, chosen, weights), wanted, atol=1e-5)
+    assert torch.allclose(rank_mixture(4, fc, proj, x, chosen, weights), expected, atol=1e-5)
 
 
 def test_the_spec():

@@ -50,11 +50,11 @@ def test_logits_are_the_source_models(name, ranks, tmp_path):
     executor = load(write_checkpoint(model, tmp_path, ranks))
     for length in (5, 150):
         ids = random_ids(model, 2, length)
-        wanted = reference_logits(model, ids)
-        got = executor(ids)
-        assert got.dtype == torch.float32
-        assert got.shape == wanted.shape
-        assert relative_error(got, wanted) < 1e-4
+        expected = reference_logits(model, ids)
+        actual = executor(ids)
+        assert actual.dtype == torch.float32
+        assert actual.shape == expected.shape
+        assert relative_error(actual, expected) < 1e-4
 
 
 @pytest.mark.parametrize("length", [31, 32, 33])

@@ -69,9 +69,9 @@ PROMPTS = ([33, 58, 41], [3, 20, 9])
 def test_rows_of_a_padded_batch_continue_as_the_source_model_does(case, lengths):
     model, executor = case
     prompts = [random_ids(model, n, seed=n + 1).tolist() for n in lengths]
-    wanted = [greedy(model, prompt, 9) for prompt in prompts]
-    assert generate(executor, prompts, 9) == wanted
-    assert [generate(executor, [prompt], 9)[0] for prompt in prompts] == wanted
+    expected = [greedy(model, prompt, 9) for prompt in prompts]
+    assert generate(executor, prompts, 9) == expected
+    assert [generate(executor, [prompt], 9)[0] for prompt in prompts] == expected
 
 
 def fused_tokens(executor, prompts, steps):
@@ -102,9 +102,9 @@ def test_the_kernels_of_a_gpu_continue_as_the_source_model_does(
     model = make(**changes, **SMALLER)
     executor = load(write_checkpoint(model, tmp_path, ranks), device=DEVICE)
     prompts = [random_ids(model, n, seed=n).tolist() for n in lengths]
-    wanted = [greedy(model, prompt, 3) for prompt in prompts]
-    assert fused_tokens(executor, prompts, 3) == wanted
-    assert fused_tokens(executor, prompts[1:], 2) == [wanted[1][:2]]
+    expected = [greedy(model, prompt, 3) for prompt in prompts]
+    assert fused_tokens(executor, prompts, 3) == expected
+    assert fused_tokens(executor, prompts[1:], 2) == [expected[1][:2]]
 
 
 def forward_greedy(executor, prompt, count):
@@ -126,9 +126,9 @@ def test_the_kernels_of_a_gpu_run_quantized_models(make, scheme, kv, tmp_path):
     written(model, tmp_path, random_ids(model, 30), scheme, kv, 2)
     executor = load(tmp_path, device=DEVICE)
     prompts = [random_ids(model, n, seed=n).tolist() for n in (7, 12)]
-    wanted = [forward_greedy(executor, p, 3) for p in prompts]
-    assert fused_tokens(executor, prompts, 3) == wanted
-    assert fused_tokens(executor, prompts[1:], 2) == [wanted[1][:2]]
+    expected = [forward_greedy(executor, p, 3) for p in prompts]
+    assert fused_tokens(executor, prompts, 3) == expected
+    assert fused_tokens(executor, prompts[1:], 2) == [expected[1][:2]]
 
 
 GPU_SIZE = {"hidden_size": 128}  # sizes that FP8 products take
@@ -141,9 +141,9 @@ def test_on_a_gpu(name, tmp_path):
     model = make(**changes, **GPU_SIZE)
     executor = load(write_checkpoint(model, tmp_path, ranks), device="cuda")
     prompts = [random_ids(model, n, seed=n).tolist() for n in (70, 41)]
-    wanted = [greedy(model, prompt, 5) for prompt in prompts]
-    assert generate(executor, prompts, 5) == wanted
-    assert generate(executor, prompts, 5) == wanted  # the captured step again
+    expected = [greedy(model, prompt, 5) for prompt in prompts]
+    assert generate(executor, prompts, 5) == expected
+    assert generate(executor, prompts, 5) == expected  # the captured step again
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -155,8 +155,8 @@ def test_quantized_on_a_gpu(make, scheme, kv, tmp_path):
     written(model, tmp_path, random_ids(model, 30), scheme, kv, 2)
     executor = load(tmp_path, device="cuda")
     prompts = [random_ids(model, n, seed=n).tolist() for n in (70, 41)]
-    wanted = [forward_greedy(executor, prompt, 5) for prompt in prompts]
-    assert generate(executor, prompts, 5) == wanted
+    expected = [forward_greedy(executor, prompt, 5) for prompt in prompts]
+    assert generate(executor, prompts, 5) == expected
     logits = executor(torch.tensor(prompts[1:])).cpu()
     assert relative_error(logits, load(tmp_path)(torch.tensor(prompts[1:]))) < 0.05
 
@@ -188,13 +188,13 @@ def test_cached_keys_stay_as_they_are_when_long_rope_switches(tmp_path):
     model = phi3_small(rope_scaling=small_long_rope(), max_position_embeddings=131072)
     executor = load(write_checkpoint(model, tmp_path))
     prompt = random_ids(model, 28, seed=2)
-    cache, ids, wanted = DynamicCache(), prompt[None], []
+    cache, ids, expected = DynamicCache(), prompt[None], []
     with torch.no_grad():
         for _ in range(12):
             ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1)[None]
-            wanted.append(int(ids))
-    assert generate(executor, [prompt.tolist()], 12) == [wanted]
-    assert greedy(model, prompt.tolist(), 12) != wanted
+            expected.append(int(ids))
+    assert generate(executor, [prompt.tolist()], 12) == [expected]
+    assert greedy(model, prompt.tolist(), 12) != expected
 
 
 @pytest.fixture(scope="module")
@@ -217,17 +217,17 @@ def test_rows_end_with_a_stop_id(phi2_executor):
 
 def test_streams_do_not_share_a_cache(phi2_executor):
     one, two = [[5, 6, 7]], [[90, 12, 3]]
-    wanted = [generate(phi2_executor, prompt, 6)[0] for prompt in (one, two)]
+    expected = [generate(phi2_executor, prompt, 6)[0] for prompt in (one, two)]
     pairs = zip(stream(phi2_executor, one, 6), stream(phi2_executor, two, 6), strict=True)
-    assert [list(row) for row in zip(*((a[0], b[0]) for a, b in pairs), strict=True)] == wanted
+    assert [list(row) for row in zip(*((a[0], b[0]) for a, b in pairs), strict=True)] == expected
 
 
 def test_a_decoder_is_kept_for_the_next_call_of_its_shape(phi2_executor):
-    wanted = generate(phi2_executor, [[5, 6, 7]], 6)
+    expected = generate(phi2_executor, [[5, 6, 7]], 6)
     kept = phi2_executor.decoder
     generate(phi2_executor, [[90, 12]], 7)
     assert phi2_executor.decoder is kept
-    assert generate(phi2_executor, [[5, 6, 7]], 6) == wanted
+    assert generate(phi2_executor, [[5, 6, 7]], 6) == expected
     assert phi2_executor.decoder is kept
     generate(phi2_executor, [[90, 12], [4]], 7)
     assert phi2_executor.decoder is not kept
@@ -235,7 +235,7 @@ def test_a_decoder_is_kept_for_the_next_call_of_its_shape(phi2_executor):
 
 def test_a_released_model_holds_no_captured_step(phi2_executor):
     """Also when someone still has the decoder: NCCL would wait for it without end."""
-    wanted = generate(phi2_executor, [[5, 6, 7]], 6)
+    expected = generate(phi2_executor, [[5, 6, 7]], 6)
     kept = phi2_executor.decoder
     graph = kept._graph = Mock()
     phi2_executor.release()
@@ -243,7 +243,7 @@ def test_a_released_model_holds_no_captured_step(phi2_executor):
     assert phi2_executor.decoder is None
     assert kept._graph is None
     phi2_executor.release()  # nothing left to do
-    assert generate(phi2_executor, [[5, 6, 7]], 6) == wanted
+    assert generate(phi2_executor, [[5, 6, 7]], 6) == expected
 
 
 class OtherError(Exception):
@@ -298,7 +298,7 @@ PROBABILITIES = (0.4, 0.3, 0.2, 0.1)
 
 
 @pytest.mark.parametrize(
-    ("sampling", "wanted"),
+    ("sampling", "expected"),
     [
         (Sampling(temperature=1.0), (0.4, 0.3, 0.2, 0.1)),
         (Sampling(temperature=0.5), (16 / 30, 9 / 30, 4 / 30, 1 / 30)),
@@ -310,12 +310,12 @@ PROBABILITIES = (0.4, 0.3, 0.2, 0.1)
         (Sampling(), (1, 0, 0, 0)),
     ],
 )
-def test_tokens_are_drawn_with_their_probability(sampling, wanted):
+def test_tokens_are_drawn_with_their_probability(sampling, expected):
     count = 20_000
     logits = torch.tensor(PROBABILITIES).log()[[2, 0, 3, 1]].expand(count, 4)
     noise = torch.empty(count, 4).exponential_(generator=torch.Generator().manual_seed(0))
     drawn = torch.bincount(choose(logits, sampling, noise), minlength=4)[[1, 3, 0, 2]] / count
-    for share, probability in zip(drawn.tolist(), wanted, strict=True):
+    for share, probability in zip(drawn.tolist(), expected, strict=True):
         error = math.sqrt(probability * (1 - probability) / count)
         assert abs(share - probability) <= 5 * error
 

@@ -32,9 +32,9 @@ def test_between_two_e4m3_values_the_nearer_one_wins_and_ties_go_to_even():
     for n, (low, high) in enumerate(itertools.pairwise(E4M3)):
         middle = (low + high) / 2
         little = middle * 2**-22
-        got = fake([middle, middle - little, middle + little, -middle], 1.0, "fp8")
+        actual = fake([middle, middle - little, middle + little, -middle], 1.0, "fp8")
         tie = low if n % 2 == 0 else high
-        assert got == [tie, low, high, -tie], (low, high)
+        assert actual == [tie, low, high, -tie], (low, high)
 
 
 def test_e4m3_by_hand():
@@ -52,24 +52,24 @@ def test_e4m3_by_hand():
 
 
 def test_int8_by_hand():
-    got = fake([0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 127.5, 1e9, -128.4, -1e9], 1.0, "int8")
-    assert got == [0.0, 2.0, 2.0, 0.0, -2.0, 126.0, 127.0, 127.0, -128.0, -128.0]
+    actual = fake([0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 127.5, 1e9, -128.4, -1e9], 1.0, "int8")
+    assert actual == [0.0, 2.0, 2.0, 0.0, -2.0, 126.0, 127.0, 127.0, -128.0, -128.0]
     assert fake([0.25, 0.75, 1.0, 100.0], 0.5, "int8") == [0.0, 1.0, 1.0, 63.5]
 
 
 def test_the_result_has_the_compute_dtype():
     x = torch.tensor([0.3, 1.0], dtype=torch.bfloat16)
-    got = quantized.fake_quantize(x, torch.tensor([0.1]), "int8")
-    assert got.dtype == torch.bfloat16
-    assert got.tolist() == torch.tensor([0.3, 1.0]).bfloat16().tolist()
+    actual = quantized.fake_quantize(x, torch.tensor([0.1]), "int8")
+    assert actual.dtype == torch.bfloat16
+    assert actual.tolist() == torch.tensor([0.3, 1.0]).bfloat16().tolist()
 
 
 def test_weight_only_int8_by_hand():
     # The scale is 1/128 of the row's maximum, so that the maximum itself is cut to 127.
     weight = torch.tensor([[128.0, 0.5, 1.5, -0.5, 2.49, -127.5], [-2.0, 1.0, 0.0, 0.0, 0.0, 0.0]])
-    got = quantized.weight_only(weight, 8)
-    assert got[0].tolist() == [127.0, 1.0, 2.0, -1.0, 2.0, -128.0]
-    assert got[1].tolist() == [-2.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    actual = quantized.weight_only(weight, 8)
+    assert actual[0].tolist() == [127.0, 1.0, 2.0, -1.0, 2.0, -128.0]
+    assert actual[1].tolist() == [-2.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_weight_only_int4_by_hand():
@@ -106,7 +106,7 @@ def test_an_fp8_linear(dtype, native, monkeypatch):
     inputs = (x.float() / x_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     assert (x.float().abs() > 448 * x_scale).any()
     scales = x_scale.double() * w_scale.double()
-    wanted = inputs.double() @ stored.double().T * scales + bias.double()
+    expected = inputs.double() @ stored.double().T * scales + bias.double()
 
     monkeypatch.setattr(quantized, "has_native_fp8", lambda *_: native)
     prepared = quantized.prepare(
@@ -120,10 +120,10 @@ def test_an_fp8_linear(dtype, native, monkeypatch):
         dtype,
     )
     assert prepared["mlp.fc.weight"].dtype == (torch.float8_e4m3fn if native else dtype)
-    got = quantized.linear(prepared, "mlp.fc", x, bias)
-    assert got.dtype == dtype
-    assert got.shape == (2, 5, 48)
-    assert (got.double() - wanted).norm() / wanted.norm() < max(torch.finfo(dtype).eps, 5e-7)
+    actual = quantized.linear(prepared, "mlp.fc", x, bias)
+    assert actual.dtype == dtype
+    assert actual.shape == (2, 5, 48)
+    assert (actual.double() - expected).norm() / expected.norm() < max(torch.finfo(dtype).eps, 5e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -139,7 +139,7 @@ def test_a_smoothed_int8_linear(dtype):
         (value.float() * scale).to(dtype).double()
         for value, scale in ((inputs, x_scale), (stored, w_scale[:, None]))
     )
-    wanted = inputs @ weight.T + bias.double()
+    expected = inputs @ weight.T + bias.double()
     prepared = quantized.prepare(
         quantized.Quantization("int8_sq"),
         {
@@ -151,6 +151,8 @@ def test_a_smoothed_int8_linear(dtype):
         torch.device("cpu"),
         dtype,
     )
-    got = quantized.linear(prepared, "mlp.proj", x, bias)
-    assert got.dtype == dtype
-    assert (got.double() - wanted).norm() / wanted.norm() < max(torch.finfo(dtype).eps / 2, 5e-7)
+    actual = quantized.linear(prepared, "mlp.proj", x, bias)
+    assert actual.dtype == dtype
+    assert (actual.double() - expected).norm() / expected.norm() < max(
+        torch.finfo(dtype).eps / 2, 5e-7
+    )

@@ -35,11 +35,11 @@ def test_norm_adds_what_is_pending(kind, residual):
     weight, bias = randn(70, seed=2), randn(70, seed=3) if kind == "layer_norm" else None
     wanted_x = x + delta if residual else x.clone()
     if bias is None:
-        wanted = functional.rms_norm(wanted_x, (70,), eps=1e-2) * weight
+        expected = functional.rms_norm(wanted_x, (70,), eps=1e-2) * weight
     else:
-        wanted = functional.layer_norm(wanted_x, (70,), weight, bias, 1e-2)
+        expected = functional.layer_norm(wanted_x, (70,), weight, bias, 1e-2)
     u = launch.norm(kind, x, delta if residual else None, weight, bias, 1e-2)
-    assert relative_error(u, wanted) < 1e-6
+    assert relative_error(u, expected) < 1e-6
     assert torch.equal(x, wanted_x)
 
 
@@ -52,8 +52,8 @@ def test_quantize_hits_the_same_values_of_the_grid(grid, smooth):
     x = torch.cat((randn(900).cpu() * 20, ties, torch.tensor([0.0, 1e-9, -1e-9, 1e6, -1e6])))
     x = x.to(DEVICE)[None]
     smoothing = 2.0 ** torch.arange(x.shape[-1], device=DEVICE).remainder(3) if smooth else None
-    wanted = quantized.fake_quantize(x if smoothing is None else x * smoothing, scale, grid)
-    assert torch.equal(launch.quantize(x, scale, smoothing, grid, stored=False), wanted)
+    expected = quantized.fake_quantize(x if smoothing is None else x * smoothing, scale, grid)
+    assert torch.equal(launch.quantize(x, scale, smoothing, grid, stored=False), expected)
 
 
 ACTIVATIONS = [("swiglu", None), ("gegelu", None), ("gegelu", 0.4), ("gelu_tanh", None)]
@@ -72,8 +72,8 @@ def spec(**changes):
 @pytest.mark.parametrize(("kind", "limit"), ACTIVATIONS)
 def test_activations(kind, limit):
     z = randn(2, 3, 2 * 37)
-    wanted = blocks.activate(spec(activation=kind, gegelu_limit=limit), z)
-    assert relative_error(launch.activate(kind, z, limit), wanted) < 1e-6
+    expected = blocks.activate(spec(activation=kind, gegelu_limit=limit), z)
+    assert relative_error(launch.activate(kind, z, limit), expected) < 1e-6
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("none", None), *ACTIVATIONS])
@@ -82,19 +82,19 @@ def test_activations(kind, limit):
 def test_matvec(kind, limit, bias, inputs):
     x, weight = randn(1, 1, inputs), randn(26, inputs, seed=1) / inputs**0.5
     added = randn(26, seed=2) if bias else None
-    wanted = functional.linear(x, weight, added)
+    expected = functional.linear(x, weight, added)
     if kind != "none":
-        wanted = blocks.activate(spec(activation=kind, gegelu_limit=limit), wanted)
-    got = launch.matvec(x, weight, added, torch.float32, None, kind, limit)
-    assert got.shape == wanted.shape
-    assert relative_error(got, wanted) < 1e-6
+        expected = blocks.activate(spec(activation=kind, gegelu_limit=limit), expected)
+    actual = launch.matvec(x, weight, added, torch.float32, None, kind, limit)
+    assert actual.shape == expected.shape
+    assert relative_error(actual, expected) < 1e-6
 
 
 def test_matvec_of_stored_values_is_scaled():
     x, weight = randn(1, 1, 24), randn(26, 24, seed=1)
     scales = (torch.tensor([0.5], device=DEVICE), torch.tensor([3.0], device=DEVICE))
-    wanted = functional.linear(x, weight) * 1.5
-    assert relative_error(launch.matvec(x, weight, None, torch.float32, scales), wanted) < 1e-6
+    expected = functional.linear(x, weight) * 1.5
+    assert relative_error(launch.matvec(x, weight, None, torch.float32, scales), expected) < 1e-6
 
 
 @pytest.mark.parametrize("rotated", [12, 6])  # all dimensions, and half of them
@@ -116,12 +116,12 @@ def test_rotation_into_the_cache(rotated, grid, per_row):
     if grid:
         key, value = (quantized.fake_quantize(x, scale, grid) for x in (key, value))
     slot = torch.tensor([first], device=DEVICE)
-    got = launch.rotate_into(model, qkv, rotary, cache, slot, scale)
+    actual = launch.rotate_into(model, qkv, rotary, cache, slot, scale)
 
-    assert relative_error(got, wanted_query) < 1e-6
-    for kept, wanted in zip(cache, (key, value), strict=True):
+    assert relative_error(actual, wanted_query) < 1e-6
+    for kept, expected in zip(cache, (key, value), strict=True):
         # A last bit before the grid can be one step of it after.
-        wrong = (kept[:, :, first : first + tokens] - wanted).abs() > 1e-5
+        wrong = (kept[:, :, first : first + tokens] - expected).abs() > 1e-5
         assert wrong.sum() <= (1 if grid else 0)
         kept[:, :, first : first + tokens] = 7.0
         assert (kept == 7.0).all()
@@ -147,13 +147,13 @@ def test_one_token_attends_to_the_cache(batch, kv_heads, pattern, slot, monkeypa
     model = spec(num_heads=2 * heads, num_kv_heads=2 * kv_heads, tp_size=2, sparse=pattern)
     mask = attend.slot_mask(model, pattern is not None, rank, pads)
     keys, values = (kept[:, :, : slot + 1] for kept in cache)
-    wanted = blocks.masked_attention(query, keys, values, 0.4, mask).transpose(1, 2).flatten(2)
+    expected = blocks.masked_attention(query, keys, values, 0.4, mask).transpose(1, 2).flatten(2)
     for kept in cache:
         kept[:, :, slot + 1 :] = torch.nan  # nothing may look there
-    got = launch.attend_cache(
+    actual = launch.attend_cache(
         query, cache, torch.tensor([slot], device=DEVICE), pads, 0.4, pattern, rank * heads
     )
-    assert relative_error(got, wanted) < 1e-5
+    assert relative_error(actual, expected) < 1e-5
 
 
 def test_the_kernels_compile_for_real_gpus():

@@ -39,18 +39,18 @@ def model(request):
     return make(**changes)
 
 
-def token_errors(got, wanted):
+def token_errors(actual, expected):
     """Relative error of every token's logits, sorted."""
-    return ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).sort().values
+    return ((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).sort().values
 
 
-def assert_same(got, wanted):
+def assert_same(actual, expected):
     """A mistake moves every token.
 
     What is almost in the middle between two values of a grid may round to the other one in float64:
     that moves a token by a grid's step, and those that attend to it. It is rare.
     """
-    errors = token_errors(got, wanted)
+    errors = token_errors(actual, expected)
     assert errors[len(errors) // 5] < 1e-5
     assert errors[-1] < 0.3
 
@@ -60,8 +60,8 @@ def test_the_forward_pass_written_here_is_the_source_models(model, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     tensors = load_file(tmp_path / "rank0.safetensors")
     ids = random_ids(model, 40)
-    got = forward(config, tensors, ids, plain_linear(tensors), lambda layer, x: x)
-    assert relative_error(got, reference_logits(model, ids[None])[0]) < 1e-5
+    actual = forward(config, tensors, ids, plain_linear(tensors), lambda layer, x: x)
+    assert relative_error(actual, reference_logits(model, ids[None])[0]) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -75,18 +75,18 @@ def test_the_forward_pass_written_here_is_the_source_models(model, tmp_path):
 def test_logits(model, scheme, kv, ranks, tmp_path):
     ids = random_ids(model, 30)
     config, tensors = written(model, tmp_path, ids, scheme, kv, ranks)
-    got = {}
+    actual = {}
     for directory, count in ((tmp_path / "single", 1), (tmp_path, ranks)):
         linear = plain_linear(tensors)
         if scheme is not None:
             linear = quantized_linear(tensors, scheme, count)
-        wanted = forward(config, tensors, ids, linear, quantized_cache(tensors, kv))
-        got[count] = load(directory)(ids[None])[0]
-        assert_same(got[count], wanted)
+        expected = forward(config, tensors, ids, linear, quantized_cache(tensors, kv))
+        actual[count] = load(directory)(ids[None])[0]
+        assert_same(actual[count], expected)
     if scheme not in ("int8_wo", "int4_wo"):
-        assert_same(got[ranks], got[1])
+        assert_same(actual[ranks], actual[1])
     # what is tested is there: the quantized model is another one than the source
-    assert token_errors(got[1], reference_logits(model, ids[None])[0])[15] > 1e-3
+    assert token_errors(actual[1], reference_logits(model, ids[None])[0])[15] > 1e-3
 
 
 @pytest.mark.parametrize(("scheme", "kv"), [("fp8", "fp8"), ("int8_sq", "int8")])
@@ -94,9 +94,9 @@ def test_values_beyond_the_scales_get_the_end_of_the_grid(model, scheme, kv, tmp
     ids = random_ids(model, 30)
     config, tensors = written(model, tmp_path, ids, scheme, kv, 2, shrink=0.3)
     linear, cache = quantized_linear(tensors, scheme), quantized_cache(tensors, kv)
-    got = load(tmp_path)(ids[None])[0]
-    assert got.isfinite().all()
-    assert_same(got, forward(config, tensors, ids, linear, cache))
+    actual = load(tmp_path)(ids[None])[0]
+    assert actual.isfinite().all()
+    assert_same(actual, forward(config, tensors, ids, linear, cache))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -106,12 +106,12 @@ def test_half_precision_checkpoints(scheme, tmp_path):
     ids = random_ids(model, 30)
     config, tensors = written(model, tmp_path, ids, scheme, "int8", 2, torch.bfloat16)
     linear, cache = quantized_linear(tensors, scheme, 2), quantized_cache(tensors, "int8")
-    wanted = forward(config, tensors, ids, linear, cache)
-    assert_same(load(tmp_path, dtype="float32")(ids[None])[0], wanted)
+    expected = forward(config, tensors, ids, linear, cache)
+    assert_same(load(tmp_path, dtype="float32")(ids[None])[0], expected)
     executor = load(tmp_path)
     assert executor.dtype == torch.bfloat16
     # one step of e4m3 is 16 steps of bfloat16: their roundings go different ways now and then
-    assert relative_error(executor(ids[None])[0], wanted) < 0.3
+    assert relative_error(executor(ids[None])[0], expected) < 0.3
 
 
 @pytest.mark.parametrize(
@@ -136,25 +136,25 @@ def test_inputs_of_linears_can_be_watched(model, scheme, ranks, tmp_path):
     """They are what comes before smoothing and rounding; of all ranks together."""
     ids = random_ids(model, 12)
     config, tensors = written(model, tmp_path, ids, scheme, None, ranks)
-    wanted, got, outputs = {}, {}, []
+    expected, actual, outputs = {}, {}, []
     inner = quantized_linear(tensors, scheme) if scheme else plain_linear(tensors)
 
     def linear(name, x):
-        wanted[name] = x
+        expected[name] = x
         return inner(name, x)
 
     forward(config, tensors, ids, linear, lambda layer, x: x)
     load(tmp_path)(
         torch.stack([ids, ids.flip(0)]),
         lambda layer, what, x: outputs.append(what),
-        lambda layer, name, x: got.update({f"transformer.layers.{layer}.{name}": x}),
+        lambda layer, name, x: actual.update({f"transformer.layers.{layer}.{name}": x}),
     )
     assert set(outputs) == {"embedding", "attention", "mlp", "hidden"}
-    assert got.keys() == wanted.keys()
-    assert len(got) == config["num_hidden_layers"] * len(LINEARS)
-    for name, value in got.items():
-        assert value.shape == (2, *wanted[name].shape)
-        assert_same(value[0], wanted[name])
+    assert actual.keys() == expected.keys()
+    assert len(actual) == config["num_hidden_layers"] * len(LINEARS)
+    for name, value in actual.items():
+        assert value.shape == (2, *expected[name].shape)
+        assert_same(value[0], expected[name])
 
 
 def test_fp8_weights_that_a_gpu_multiplies_as_they_are(tmp_path, monkeypatch):
@@ -162,7 +162,7 @@ def test_fp8_weights_that_a_gpu_multiplies_as_they_are(tmp_path, monkeypatch):
     model = phi3(num_hidden_layers=2, num_key_value_heads=4)
     ids = random_ids(model, 30)
     written(model, tmp_path, ids, "fp8", "fp8", 1, torch.bfloat16)
-    wanted = load(tmp_path)(ids[None])[0]
+    expected = load(tmp_path)(ids[None])[0]
 
     def native(weight, shape, device, dtype):
         return weight == torch.float8_e4m3fn and not any(n % 16 for n in shape)
@@ -172,6 +172,6 @@ def test_fp8_weights_that_a_gpu_multiplies_as_they_are(tmp_path, monkeypatch):
     kept = {n: w.dtype for n, w in executor.layer_weights(0)[0].items() if n.endswith("weight")}
     assert kept["mlp.fc.weight"] == torch.float8_e4m3fn
     assert kept["mlp.proj.weight"] == torch.bfloat16  # 136 inputs are no multiple of 16
-    got = executor(torch.stack([ids, ids]))
-    assert relative_error(got[0], wanted) < 0.2
-    assert relative_error(got[1], wanted) < 0.2
+    actual = executor(torch.stack([ids, ids]))
+    assert relative_error(actual[0], expected) < 0.2
+    assert relative_error(actual[1], expected) < 0.2

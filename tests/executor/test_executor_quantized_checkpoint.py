@@ -61,7 +61,7 @@ def test_blocks_without_a_meaning_are_refused(block, said, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("block", "wanted"),
+    ("block", "expected"),
     [
         ({"quant_algo": None, "group_size": 64, "sparsity": 2}, Quantization()),
         ({"quant_algo": "FP8"}, Quantization("fp8")),
@@ -87,9 +87,9 @@ def test_blocks_without_a_meaning_are_refused(block, said, model, tmp_path):
         ({"kv_cache_quant_algo": "FP8"}, Quantization(None, "fp8")),
     ],
 )  # fmt: skip
-def test_blocks_with_a_meaning(block, wanted, model, tmp_path):
+def test_blocks_with_a_meaning(block, expected, model, tmp_path):
     edit_config(write_checkpoint(model, tmp_path), quantization=block)
-    assert read_spec(tmp_path).quantization == wanted
+    assert read_spec(tmp_path).quantization == expected
 
 
 LAYER = "transformer.layers.1"

@@ -276,8 +276,8 @@ def write_checkpoint(model, directory, ranks=1, dtype=torch.float32):
     return directory
 
 
-def relative_error(got, wanted):
-    return ((got - wanted).norm() / wanted.norm()).item()
+def relative_error(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def reference_logits(model, ids):
