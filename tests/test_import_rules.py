@@ -167,9 +167,6 @@ RULES = {
     "phireg.__main__": Rule(("phireg.cli",)),
 }
 
-DEBT: set[tuple[str, str]] = set()
-"""Wrong arrows, file and imported module, still to be turned; this set must become empty."""
-
 PLUGIN = Rule(("phireg.api",))
 PLUGIN_MODELS = Rule(("phireg.api", "torch", "transformers", "tokenizers"))
 """A plugin's reference model and tokenizer, which are imported only where they are run."""
@@ -270,8 +267,6 @@ def violations(root: Path) -> list[str]:
         package, rule = found
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for item in imports(tree, module, path.name == "__init__.py", set(files)):
-            if (str(shown), item.module) in DEBT:
-                continue
             if not allowed(item, package, rule):
                 place = {"module": "", "function": " in a function", "typing": " for typing"}
                 wrong.append(

@@ -303,7 +303,11 @@ def test_values_flushed_to_zero_are_reported(tiny, run):
     assert f"flushed  {2 * HIDDEN} values in 2 tensors" in result.output
     report = document(run(*args, tiny.parent / "b", "--json"))
     assert report["losses"] == {
-        f"model.layers.{layer}.mlp.down_proj.weight": {"overflowed": 0, "flushed": HIDDEN}
+        f"model.layers.{layer}.mlp.down_proj.weight": {
+            "overflowed": 0,
+            "flushed": HIDDEN,
+            "saturated": 0,
+        }
         for layer in (0, 1)
     }
 
