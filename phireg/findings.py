@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class Severity(enum.Enum):
-    """How much a finding matters."""
+    """The weight of a finding."""
 
     ERROR = "error"
     """The conversion is refused."""

@@ -21,7 +21,7 @@ from phireg.config.fields import (
 from phireg.config.hf import HFConfig
 
 BLOCKS = ("rope_parameters", "rope_scaling")
-"""Where rope settings stand: transformers 5 writes the first, 4 the second."""
+"""The blocks of rope settings: transformers 5 writes the first, 4 the second."""
 
 LONG_ROPE_TYPES = ("longrope", "su")
 """Two names of one thing: April 2024 checkpoints say ``su``, later ones ``longrope``."""

@@ -188,7 +188,7 @@ def field(
             if null is not _UNSET and run.hf.is_null(keys[0]):
                 run.fields[target] = null
             elif default is _UNSET:
-                run.report(Severity.ERROR, keys[0], f"missing{_or_spelt(keys)}")
+                run.report(Severity.ERROR, keys[0], f"missing{_other_spellings(keys)}")
             else:
                 run.make(
                     target,
@@ -376,8 +376,8 @@ def _one_producer_each(entries: Sequence[Entry]) -> None:
             produced[key] = entry.where
 
 
-def _or_spelt(keys: Sequence[str]) -> str:
-    return f" (or spelt {', '.join(keys[1:])})" if len(keys) > 1 else ""
+def _other_spellings(keys: Sequence[str]) -> str:
+    return f" (or spelled {', '.join(keys[1:])})" if len(keys) > 1 else ""
 
 
 def _show(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a directory is: the one answer, from its config.json and the names of its entries."""
+"""Kinds of directories, told apart by config.json and the names of the entries."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from phireg.errors import SourceError
 from phireg.files.json import read_json_object
 
 MANIFEST = "phireg.json"
-"""What phireg writes about a checkpoint into its directory."""
+"""The file in which phireg describes a checkpoint."""
 
 BUILD_FILE = "phireg-build.json"
-"""The same about an engine."""
+"""The file in which phireg describes an engine."""
 
 TOKENIZER_FILES = (
     "generation_config.json",

@@ -143,7 +143,7 @@ def _truncation(raw: bytes, size: int) -> str | None:
 
 
 def _defects(name: str, entry: Mapping[str, Any]) -> Iterator[str]:
-    """What the library accepts and nothing here can work with."""
+    """Yield what the library accepts and phireg cannot work with."""
     if not name:
         yield "a tensor has no name"
     if entry["dtype"] not in ITEMSIZE:

@@ -22,7 +22,7 @@ _HERE = Path(__file__).parent
 
 
 class Policy(enum.Enum):
-    """How a module is divided over tensor-parallel ranks."""
+    """The way a module is divided over tensor-parallel ranks."""
 
     COLUMN = "column"
     """Output features are cut, part by part; each rank holds its rows of the weight and bias."""
@@ -72,11 +72,11 @@ class Rule:
 
     @property
     def tensors(self) -> dict[str, tuple[Axis, ...]]:
-        """The companions of an unquantized module, each with its declared row maps."""
+        """Return the companions of an unquantized module, each with its declared row maps."""
         return {"weight": self.weight, "bias": self.bias} if self.bias else {"weight": self.weight}
 
 
-# The names below are capitalised on purpose: a mapping reads as a list of modules, and mypy,
+# The names below are capitalized on purpose: a mapping reads as a list of modules, and mypy,
 # editors and people know them by TensorRT-LLM's class names.
 
 
@@ -89,9 +89,9 @@ def Linear(  # noqa: N802
     bias: bool | Axis | OneOf = False,
     float32: bool = False,
 ) -> Rule:
-    """A linear layer: ``weight`` [rows, cols] and, with ``bias``, ``bias`` [rows].
+    """Declare a linear layer: ``weight`` [rows, cols] and, with ``bias``, ``bias`` [rows].
 
-    The bias comes from the modules the weight comes from, unless ``bias`` says other ones (a tied
+    The bias comes from the modules the weight comes from, unless ``bias`` names others (a tied
     head has the embedding's weight and its own bias). With ``float32`` it has that dtype whatever
     the checkpoint's is (the router of a mixture of experts).
     """
@@ -102,7 +102,7 @@ def Linear(  # noqa: N802
 def Experts(  # noqa: N802
     target: str, rows: Sequence[Axis], cols: int | Axis, policy: Policy
 ) -> Rule:
-    """The same linear of every expert, stacked: ``weight`` [experts, rows, cols].
+    """Declare the same linear of every expert, stacked: ``weight`` [experts, rows, cols].
 
     ``rows`` has one axis per expert, all with the same parts. Ranks may share the experts out
     (expert parallelism), and divide each of them as ``policy`` says (tensor parallelism); the
@@ -117,12 +117,12 @@ def Experts(  # noqa: N802
 
 
 def Norm(target: str, rows: Axis | OneOf, *, bias: bool = False) -> Rule:  # noqa: N802
-    """A norm: ``weight`` [rows] and, with ``bias``, ``bias`` [rows], on every rank."""
+    """Declare a norm: ``weight`` [rows] and, with ``bias``, ``bias`` [rows], on every rank."""
     return _rule(target, rows, None, Policy.COPY, bias)
 
 
 def Table(target: str, rows: Axis | OneOf, cols: int | Axis) -> Rule:  # noqa: N802
-    """A lookup table, whole on every rank: ``weight`` [rows, cols]."""
+    """Declare a lookup table, whole on every rank: ``weight`` [rows, cols]."""
     return _rule(target, rows, cols, Policy.COPY, False)
 
 
@@ -182,7 +182,7 @@ class Rules(Mapping[str, Rule]):
         return len(self._rules)
 
     def replace(self, *rules: Rule) -> Rules:
-        """The same rules with those of the same targets replaced, for derived families.
+        """Return the rules with those of the same targets replaced, for derived families.
 
         Raises:
             LayoutError: a rule's target is not among the present ones, or two rules make it.
@@ -197,7 +197,7 @@ class Rules(Mapping[str, Rule]):
 
 @dataclass(frozen=True, slots=True)
 class QuantRules:
-    """What a family says about quantization: the result of ``phireg_quant_rules``.
+    """The modules that a family quantizes: the result of ``phireg_quant_rules``.
 
     Attributes:
         linears: target modules the scheme quantizes; everything else stays in the checkpoint's
