@@ -1,1 +1,1 @@
-"""How much a quantization changes: measured on the executor, shown as a table and as a page."""
+"""Measure on the executor how much a quantization changes a model."""

@@ -44,7 +44,7 @@ _CACHE, _KEY, _VALUE = (f"{what}_cache{_SUFFIX}" for what in ("kv", "k", "v"))
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """How far quantized tensors may be from what the source gives.
+    """Bounds on the distance of quantized tensors from the values that the source gives.
 
     ``dtype`` is the code of the checkpoint's dtype; INT8 SmoothQuant is per channel, FP8 is not.
     """

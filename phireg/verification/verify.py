@@ -107,7 +107,7 @@ def verify(
 
 
 class _Verifier:
-    """What the checks share: config.json, manifest, rank files, and the plan of the source."""
+    """Makes the checks, which share config.json, manifest, rank files and the source's plan."""
 
     plan: Plan
     postprocess: list[str]

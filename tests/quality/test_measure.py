@@ -78,17 +78,17 @@ def inputs(source, ids):
 @pytest.fixture(scope="module")
 def made(source, settings, statistics, tmp_path_factory):
     """By format: the checkpoint and what was measured."""
-    found = {}
+    measured = {}
     for qformat, cache in (("fp8", None), ("int8_sq", "int8"), ("int4_wo", None)):
         plan = phireg.plan(source, qformat=qformat, kv_cache_dtype=cache, tp_size=TP)
         place = tmp_path_factory.mktemp("made") / qformat
         phireg.quantize(plan, place, statistics)
-        found[qformat] = place, measure(plan, place, settings, provenance=statistics.provenance)
-    return found
+        measured[qformat] = place, measure(plan, place, settings, provenance=statistics.provenance)
+    return measured
 
 
-def linear_of(found, layer, linear):
-    (one,) = [one for one in found.linears if (one.layer, one.linear) == (layer, linear)]
+def linear_of(quality, layer, linear):
+    (one,) = [one for one in quality.linears if (one.layer, one.linear) == (layer, linear)]
     return one
 
 
@@ -123,7 +123,7 @@ def source_weight(source, layer, linear):
 @pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
 @pytest.mark.parametrize("linear", ["attention.dense", "mlp.fc", "mlp.proj"])
 def test_the_weights_error_is_that_of_the_files(made, source, qformat, linear):
-    place, found = made[qformat]
+    place, quality = made[qformat]
     for layer in (0, 5):
         weight = together(place, layer, linear, "weight").float()
         scale = together(place, layer, linear, "weights_scaling_factor")
@@ -131,7 +131,7 @@ def test_the_weights_error_is_that_of_the_files(made, source, qformat, linear):
         if qformat == "int8_sq":
             scale = scale[:, None]
             wanted = wanted / together(place, layer, linear, "prequant_scaling_factor").float()
-        error = linear_of(found, layer, linear).weight
+        error = linear_of(quality, layer, linear).weight
         assert error == pytest.approx(relative(weight * scale, wanted), rel=1e-4)
         assert 0 < error < 0.05
 
@@ -140,19 +140,19 @@ def test_the_weights_error_is_that_of_the_files(made, source, qformat, linear):
 @pytest.mark.parametrize("linear", LINEARS)
 def test_the_inputs_error_is_that_of_the_source_models_inputs(made, inputs, layer, linear):
     x = inputs[layer, linear]
-    place, found = made["fp8"]
+    place, quality = made["fp8"]
     scale = together(place, layer, linear, "activation_scaling_factor")
     stored = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
-    one = linear_of(found, layer, linear)
+    one = linear_of(quality, layer, linear)
     assert one.activation == pytest.approx(relative(stored, x), rel=1e-3)
     channels = np.abs(x.numpy()).max(axis=0)
     assert one.outliers == pytest.approx(channels.max() / np.median(channels), rel=1e-4)
 
-    place, found = made["int8_sq"]
+    place, quality = made["int8_sq"]
     scale = together(place, layer, linear, "activation_scaling_factor")
     smoothed = x * together(place, layer, linear, "prequant_scaling_factor").float()
     stored = torch.round(smoothed / scale)
-    one = linear_of(found, layer, linear)
+    one = linear_of(quality, layer, linear)
     beyond = ((stored > 127) | (stored < -128)).float().mean()
     assert one.activation == pytest.approx(
         relative(stored.clamp(-128, 127) * scale, smoothed), rel=1e-3
@@ -162,7 +162,7 @@ def test_the_inputs_error_is_that_of_the_source_models_inputs(made, inputs, laye
 
 @pytest.mark.parametrize("qformat", ["fp8", "int8_sq", "int4_wo"])
 def test_hidden_states_and_logits_are_those_of_two_whole_runs(made, source, ids, qformat, tmp_path):
-    place, found = made[qformat]
+    place, quality = made[qformat]
     phireg.convert(phireg.plan(source), tmp_path / "plain")
     states = {}
     logits = {}
@@ -175,7 +175,7 @@ def test_hidden_states_and_logits_are_those_of_two_whole_runs(made, source, ids,
                     states[(*key, layer)] = value[0]
 
             logits[name, number] = model(torch.tensor([row]), observe)[0]
-    for layer, error in enumerate(found.hidden):
+    for layer, error in enumerate(quality.hidden):
         by_token = [
             (states["quantized", n, layer] - states["plain", n, layer]).norm(dim=-1)
             / states["plain", n, layer].norm(dim=-1)
@@ -184,7 +184,7 @@ def test_hidden_states_and_logits_are_those_of_two_whole_runs(made, source, ids,
         assert error == pytest.approx(float(torch.cat(by_token).mean()), rel=1e-3)
     got = torch.cat([logits["quantized", n] for n in range(3)]).log_softmax(-1)
     wanted = torch.cat([logits["plain", n] for n in range(3)]).log_softmax(-1)
-    text = found.text
+    text = quality.text
     assert text.top1 == pytest.approx(float((got.argmax(-1) == wanted.argmax(-1)).float().mean()))
     kl = float((wanted.exp() * (wanted - got)).sum(-1).mean())
     assert text.kl == pytest.approx(kl, rel=1e-2, abs=1e-6)
@@ -197,13 +197,13 @@ def test_hidden_states_and_logits_are_those_of_two_whole_runs(made, source, ids,
 
 
 def test_weights_alone(made):
-    _, found = made["int4_wo"]
-    assert all(one.activation is None and one.saturation is None for one in found.linears)
-    assert 0.05 < linear_of(found, 0, "mlp.fc").weight < 0.2
-    assert [(one.layer, one.linear) for one in found.linears] == [
+    _, quality = made["int4_wo"]
+    assert all(one.activation is None and one.saturation is None for one in quality.linears)
+    assert 0.05 < linear_of(quality, 0, "mlp.fc").weight < 0.2
+    assert [(one.layer, one.linear) for one in quality.linears] == [
         (layer, linear) for layer in range(6) for linear in LINEARS
     ]
-    assert len(found.hidden) == 6
+    assert len(quality.hidden) == 6
 
 
 @pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
@@ -215,9 +215,9 @@ def test_nothing_saturates_on_what_was_calibrated_and_louder_text_does(
     first = tmp_path / "first.jsonl"
     first.write_text("".join(ids[0].read_text().splitlines(keepends=True)[:6]))
     settings = Settings(file=first, device="cpu")
-    found = measure(plan, tmp_path / "same", settings, provenance=statistics.provenance)
-    assert found.text.calibrated
-    assert {one.saturation for one in found.linears} == {0.0}
+    quality = measure(plan, tmp_path / "same", settings, provenance=statistics.provenance)
+    assert quality.text.calibrated
+    assert {one.saturation for one in quality.linears} == {0.0}
 
     # As if the text had been four times as loud as what was calibrated on.
     quiet = Statistics(
@@ -226,7 +226,7 @@ def test_nothing_saturates_on_what_was_calibrated_and_louder_text_does(
     phireg.quantize(plan, tmp_path / "quiet", quiet)
     loud = measure(plan, tmp_path / "quiet", settings, provenance=statistics.provenance)
     assert all(one.saturation > 0 for one in loud.linears)
-    assert loud.hidden[-1] > 3 * found.hidden[-1]
+    assert loud.hidden[-1] > 3 * quality.hidden[-1]
 
 
 def test_nothing_to_measure_on(source, tmp_path):
@@ -239,8 +239,8 @@ def test_nothing_to_measure_on(source, tmp_path):
 
 
 def test_close_and_exact(made):
-    _, found = made["fp8"]
-    worse = dataclasses.replace(found.text, nll=found.text.unquantized_nll + math.log(1.03))
-    assert not dataclasses.replace(found, text=worse).close
-    assert dataclasses.replace(found, text=worse, qformat="int8_sq").close
-    assert "+3.00%" in dataclasses.replace(found, text=worse).verdict
+    _, quality = made["fp8"]
+    worse = dataclasses.replace(quality.text, nll=quality.text.unquantized_nll + math.log(1.03))
+    assert not dataclasses.replace(quality, text=worse).close
+    assert dataclasses.replace(quality, text=worse, qformat="int8_sq").close
+    assert "+3.00%" in dataclasses.replace(quality, text=worse).verdict

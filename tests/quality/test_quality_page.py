@@ -38,15 +38,15 @@ def pictures(page):
 
 @pytest.mark.parametrize(("layers", "inputs", "maps"), [(3, True, 4), (40, True, 4), (3, False, 2)])
 def test_every_linear_has_a_cell_on_every_map(layers, inputs, maps):
-    found = pictures(render(quality(layers, inputs=inputs)))
-    assert len(found) == maps + 1
-    for picture in found[:-1]:
+    charts = pictures(render(quality(layers, inputs=inputs)))
+    assert len(charts) == maps + 1
+    for picture in charts[:-1]:
         titles = [title.text for title in picture.iter("{http://www.w3.org/2000/svg}title")]
         places = [title.partition(":")[0] for title in titles]
         assert sorted(places) == sorted(
             f"layer {layer} {name}" for layer in range(layers) for name in NAMES
         )
-    dots = list(found[-1].iter("{http://www.w3.org/2000/svg}circle"))
+    dots = list(charts[-1].iter("{http://www.w3.org/2000/svg}circle"))
     assert len(dots) == layers
 
 

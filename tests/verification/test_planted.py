@@ -23,13 +23,13 @@ def places(check):
 @pytest.mark.parametrize("name", PLANTED)
 def test_bytes_and_config_show_it(name, tmp_path):
     planted, directory = damaged(name, tmp_path)
-    found = phireg.verify(
+    verification = phireg.verify(
         directory, source(planted.family), family=planted.family, checks=("config", "weights")
     )
-    assert not found.passed
-    said = "\n".join(str(problem) for check in found.checks for problem in check.problems)
+    assert not verification.passed
+    said = "\n".join(str(problem) for check in verification.checks for problem in check.problems)
     assert planted.says in said
-    wrong = [place for check in found.checks for place in places(check)]
+    wrong = [place for check in verification.checks for place in places(check)]
     if planted.place and "config.json" not in said:
         assert set(wrong) == {planted.place, *planted.also}
 
@@ -37,14 +37,14 @@ def test_bytes_and_config_show_it(name, tmp_path):
 @pytest.mark.parametrize("name", NUMERIC)
 def test_logits_alone_show_where(name, tmp_path):
     planted, directory = damaged(name, tmp_path)
-    found = phireg.verify(
+    verification = phireg.verify(
         directory, source(planted.family), family=planted.family, checks=("logits",)
     )
-    (check,) = found.checks
+    (check,) = verification.checks
     assert check.verdict == "failed"
     assert places(check)[0] == planted.place
-    if found.logits is not None and planted.place[0] == 1:  # not a mistake of all layers
-        assert set(found.logits.wrong_places) == {planted.place, *planted.also}
+    if verification.logits is not None and planted.place[0] == 1:  # not a mistake of all layers
+        assert set(verification.logits.wrong_places) == {planted.place, *planted.also}
 
 
 def test_there_are_enough_of_every_family():

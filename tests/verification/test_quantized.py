@@ -25,8 +25,8 @@ def verify(directory, family, checks=QUICK):
     return phireg.verify(directory, source(family), family=family, checks=checks)
 
 
-def said(found, *names):
-    checks = [check for check in found.checks if not names or check.name in names]
+def said(verification, *names):
+    checks = [check for check in verification.checks if not names or check.name in names]
     return "\n".join(str(problem) for check in checks for problem in check.problems)
 
 
@@ -38,16 +38,16 @@ def said(found, *names):
     ],
 )
 def test_a_correct_quantized_checkpoint_passes(family, qformat, cache, tp_size):
-    found = verify(quantized(family, qformat, cache, tp_size), family, tuple(CHECKS))
-    assert found.passed, said(found)
-    assert found.unchecked == ()
-    assert "quantized" in found.check("logits").summary
-    assert found.logits.quantized
-    places = dict(found.logits.places)
+    verification = verify(quantized(family, qformat, cache, tp_size), family, tuple(CHECKS))
+    assert verification.passed, said(verification)
+    assert verification.unchecked == ()
+    assert "quantized" in verification.check("logits").summary
+    assert verification.logits.quantized
+    places = dict(verification.logits.places)
     for end in ("embedding", "final norm", "lm_head"):
-        assert places[None, end] <= found.logits.tolerance  # not quantized, so compared sharply
-    assert found.check("ranks").verdict == ("skipped" if tp_size == 1 else "passed")
-    assert "quantized" in render(found)
+        assert places[None, end] <= verification.logits.tolerance  # not quantized
+    assert verification.check("ranks").verdict == ("skipped" if tp_size == 1 else "passed")
+    assert "quantized" in render(verification)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -59,8 +59,8 @@ def test_other_dtypes(qformat, dtype):
 
 def test_another_alpha():
     directory = quantized("phi3-mini", "int8_sq", None, 2, alpha=0.5)
-    found = verify(directory, "phi3-mini")
-    assert found.passed, said(found)
+    verification = verify(directory, "phi3-mini")
+    assert verification.passed, said(verification)
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -68,13 +68,13 @@ def test_a_planted_mistake_is_found_where_it_is(name, tmp_path):
     planted = PLANTED[name]
     directory = copied(tmp_path / "c", planted.family, planted.qformat, planted.cache, planted.tp)
     planted.damage(directory, planted.family)
-    found = verify(directory, planted.family, ("structure", "config", "weights"))
-    problems = [p for check in found.checks for p in check.problems]
+    verification = verify(directory, planted.family, ("structure", "config", "weights"))
+    problems = [p for check in verification.checks for p in check.problems]
     named = [problem.where.split(" ")[-1] for problem in problems]
     assert set(named) == set(planted.where)
     text = next(p.text for p in problems if p.where.endswith(planted.where[0]))
     assert planted.says in text
-    layers = {problem.layer for problem in found.check("weights").problems}
+    layers = {problem.layer for problem in verification.check("weights").problems}
     assert layers == {1}
 
 
@@ -83,9 +83,9 @@ def test_logits_alone_show_gross_mistakes(name, tmp_path):
     planted = PLANTED[name]
     directory = copied(tmp_path / "c", planted.family, planted.qformat, planted.cache, planted.tp)
     planted.damage(directory, planted.family)
-    found = verify(directory, planted.family, ("logits",))
+    verification = verify(directory, planted.family, ("logits",))
     part = "attention" if "attention" in planted.where[0] else "mlp"
-    assert found.logits.wrong_places == ((1, part),)
+    assert verification.logits.wrong_places == ((1, part),)
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ def test_scales_that_are_none_are_structure(name, qformat, value, says, tmp_path
 def test_a_missing_scale_is_named(tmp_path):
     directory = copied(tmp_path / "c", "phi2", "fp8", None, 2)
     without(FC + INPUT)(directory, "phi2")
-    found = verify(directory, "phi2")
-    assert f"rank{{0..1}}.safetensors: {FC}{INPUT}: is missing" in said(found, "structure")
+    verification = verify(directory, "phi2")
+    assert f"rank{{0..1}}.safetensors: {FC}{INPUT}: is missing" in said(verification, "structure")
 
 
 def test_how_exporters_write_it_is_noted(tmp_path):
@@ -137,19 +137,19 @@ def test_how_exporters_write_it_is_noted(tmp_path):
 
     ranks(rewrite)(directory, "phi3-mini")
     edit_config(directory, lambda c: c["quantization"].pop("exclude_modules"))
-    found = verify(directory, "phi3-mini", tuple(CHECKS))
-    assert found.passed, said(found)
-    notes = "\n".join(note for check in found.checks for note in check.notes)
+    verification = verify(directory, "phi3-mini", tuple(CHECKS))
+    assert verification.passed, said(verification)
+    notes = "\n".join(note for check in verification.checks for note in check.notes)
     assert "as early exporters wrote it" in notes
     assert "exclude_modules is absent" in notes
     edit_config(directory, lambda c: c["quantization"].update(exclude_modules=["lm_head"]))
-    found = verify(directory, "phi3-mini")
-    assert found.passed
-    assert "another list; the same modules" in "\n".join(found.check("config").notes)
+    verification = verify(directory, "phi3-mini")
+    assert verification.passed
+    assert "another list; the same modules" in "\n".join(verification.check("config").notes)
 
     each(L1 + "attention.v_cache_scaling_factor", lambda x: x * 2)(directory, "phi3-mini")
-    found = verify(directory, "phi3-mini")
-    assert "the larger one is wanted" in said(found, "weights")
+    verification = verify(directory, "phi3-mini")
+    assert "the larger one is wanted" in said(verification, "weights")
 
 
 @pytest.mark.parametrize(
@@ -166,17 +166,17 @@ def test_how_exporters_write_it_is_noted(tmp_path):
 def test_the_quantization_section(change, says, tmp_path):
     directory = copied(tmp_path / "c", "phi3-mini", "fp8", "fp8", 1)
     edit_config(directory, lambda c: c["quantization"].update(change))
-    found = verify(directory, "phi3-mini")
-    assert not found.passed
-    assert says in said(found)
+    verification = verify(directory, "phi3-mini")
+    assert not verification.passed
+    assert says in said(verification)
 
 
 def test_an_unknown_algorithm_is_not_called_damage(tmp_path):
     directory = copied(tmp_path / "c", "phi3-mini", "fp8", None, 1)
     edit_config(directory, lambda c: c["quantization"].update(quant_algo="W4A16_AWQ"))
-    found = verify(directory, "phi3-mini")
-    assert found.check("weights").verdict == "skipped"
-    assert "W4A16_AWQ" in found.check("weights").summary
+    verification = verify(directory, "phi3-mini")
+    assert verification.check("weights").verdict == "skipped"
+    assert "W4A16_AWQ" in verification.check("weights").summary
 
 
 def test_a_quantized_kv_cache_alone(tmp_path):
@@ -190,10 +190,10 @@ def test_a_quantized_kv_cache_alone(tmp_path):
                 tensors[name] = torch.tensor([0.1])
 
     ranks(scales)(directory, "phi3-mini")
-    found = verify(directory, "phi3-mini", tuple(CHECKS))
-    assert found.passed, said(found)
-    assert "only the KV cache is quantized" in "\n".join(found.check("config").notes)
-    assert found.logits.quantized == ("attention",)
+    verification = verify(directory, "phi3-mini", tuple(CHECKS))
+    assert verification.passed, said(verification)
+    assert "only the KV cache is quantized" in "\n".join(verification.check("config").notes)
+    assert verification.logits.quantized == ("attention",)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -217,16 +217,16 @@ def test_legacy_noise_of_qkv_passes(dtype, tmp_path):
             tensors[name + ".weight"] = (smoothed.float() / scale[:, None]).round().to(torch.int8)
 
     ranks(rewrite)(directory, "phi3-medium")
-    found = verify(directory, "phi3-medium")
-    assert found.passed, said(found)
+    verification = verify(directory, "phi3-medium")
+    assert verification.passed, said(verification)
 
 
 def test_an_activation_scale_far_off_is_noted(tmp_path):
     """FP8 hardly minds a scale that is too large; one that is too small cuts inputs off."""
     directory = copied(tmp_path / "c", "phi2", "fp8", None, 2)
     each(FC + INPUT, lambda x: x / 8)(directory, "phi2")
-    found = verify(directory, "phi2", ("logits",))
-    (note,) = [n for n in found.check("logits").notes if "cut off" in n]
+    verification = verify(directory, "phi2", ("logits",))
+    (note,) = [n for n in verification.check("logits").notes if "cut off" in n]
     assert "layer 1 mlp.fc" in note
 
 
@@ -242,9 +242,9 @@ def test_an_activation_scale_far_off_is_noted(tmp_path):
 def test_logits_show_a_wrong_config_of_a_quantized_checkpoint(family, change, part, tmp_path):
     directory = copied(tmp_path / "c", family, "fp8", None, 1)
     config(**change)(directory, family)
-    found = verify(directory, family, ("logits",))
-    assert not found.passed
-    assert found.logits.wrong_places[0][1] == part
+    verification = verify(directory, family, ("logits",))
+    assert not verification.passed
+    assert verification.logits.wrong_places[0][1] == part
 
 
 def _load(path):

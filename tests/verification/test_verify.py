@@ -21,54 +21,54 @@ from phireg.verification.ranks import merge
 from phireg.verification.result import CHECKS, QUICK
 
 
-def verdicts(found):
-    return {check.name: check.verdict for check in found.checks}
+def verdicts(verification):
+    return {check.name: check.verdict for check in verification.checks}
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_correct_checkpoint_passes(family, tp_size):
-    found = phireg.verify(converted(family, tp_size), source(family))
-    assert found.passed
-    assert found.family == family
+    verification = phireg.verify(converted(family, tp_size), source(family))
+    assert verification.passed
+    assert verification.family == family
     wanted = dict.fromkeys(CHECKS, "passed")
     if tp_size == 1:
         wanted["ranks"] = "skipped"
-    assert verdicts(found) == wanted
-    assert found.unchecked == ()
-    assert found.logits.wrong_places == ()
-    assert all(prompt.top1 == 1 for prompt in found.logits.prompts)
+    assert verdicts(verification) == wanted
+    assert verification.unchecked == ()
+    assert verification.logits.wrong_places == ()
+    assert all(prompt.top1 == 1 for prompt in verification.logits.prompts)
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("phi3-mini", "bfloat16"), ("phi2", "float16")])
 def test_a_cast_is_compared_with_the_rounded_source(family, dtype):
-    found = phireg.verify(converted(family, 2, dtype), source(family))
-    assert found.passed
-    assert "source tensors cast" in found.check("weights").summary
-    assert found.logits.prompts[-1].relative < 1e-4  # the reference is rounded too
+    verification = phireg.verify(converted(family, 2, dtype), source(family))
+    assert verification.passed
+    assert "source tensors cast" in verification.check("weights").summary
+    assert verification.logits.prompts[-1].relative < 1e-4  # the reference is rounded too
 
 
 def test_nothing_is_cast_where_the_dtypes_agree(tmp_path):
     plan = phireg.plan(source("phi3-small", "bfloat16"))
     phireg.convert(plan, tmp_path / "c")
-    found = phireg.verify(tmp_path / "c", source("phi3-small", "bfloat16"))
-    assert found.passed
-    assert "nothing was cast" in found.check("weights").summary
+    verification = phireg.verify(tmp_path / "c", source("phi3-small", "bfloat16"))
+    assert verification.passed
+    assert "nothing was cast" in verification.check("weights").summary
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_every_check_that_takes_long_tells_how_far_it_is(tp_size):
     told = {}
-    found = phireg.verify(
+    verification = phireg.verify(
         converted("phi3-small", tp_size),
         source("phi3-small"),
         progress=lambda check, more, total: told.setdefault(check, []).append((more, total)),
     )
-    layers = found.config["num_hidden_layers"]
+    layers = verification.config["num_hidden_layers"]
     files = converted("phi3-small", tp_size).glob("rank*.safetensors")
     totals = {
         "weights": told["weights"][0][1],
-        "logits": 2 * layers * len(found.logits.prompts),
+        "logits": 2 * layers * len(verification.logits.prompts),
         "ranks": 2 * layers,
     }
     if tp_size == 1:
@@ -82,18 +82,18 @@ def test_every_check_that_takes_long_tells_how_far_it_is(tp_size):
 
 
 def test_quick_computes_nothing():
-    found = phireg.verify(converted("phi2"), source("phi2"), checks=QUICK)
-    assert verdicts(found) == dict.fromkeys(QUICK, "passed")
-    assert found.logits is None
-    assert found.unchecked == ("logits", "ranks")
+    verification = phireg.verify(converted("phi2"), source("phi2"), checks=QUICK)
+    assert verdicts(verification) == dict.fromkeys(QUICK, "passed")
+    assert verification.logits is None
+    assert verification.unchecked == ("logits", "ranks")
 
 
 def test_a_weight_only_checkpoint_is_verified_before_the_builder_quantizes_it(tmp_path):
     plan = phireg.plan(source("phi3-mini"), dtype="float32", weight_only="int8")
     phireg.convert(plan, tmp_path / "c")
-    found = phireg.verify(tmp_path / "c", source("phi3-mini"))
-    assert found.passed
-    assert "run without W8A16" in "\n".join(found.check("logits").notes)
+    verification = phireg.verify(tmp_path / "c", source("phi3-mini"))
+    assert verification.passed
+    assert "run without W8A16" in "\n".join(verification.check("logits").notes)
 
 
 def test_stripes_by_local_head_number_show_at_tp_8(monkeypatch):
@@ -105,9 +105,9 @@ def test_stripes_by_local_head_number_show_at_tp_8(monkeypatch):
     monkeypatch.setattr(
         attend, "slot_mask", lambda spec, sparse, rank, pads: mask(spec, sparse, 0, pads)
     )
-    found = phireg.verify(directory, source("phi3-small"), checks=checks)
-    assert found.logits.wrong_places == ((0, "attention"), (2, "attention"))
-    (problem,) = found.check("ranks").problems
+    verification = phireg.verify(directory, source("phi3-small"), checks=checks)
+    assert verification.logits.wrong_places == ((0, "attention"), (2, "attention"))
+    (problem,) = verification.check("ranks").problems
     assert (problem.layer, problem.part) == (0, "attention")
 
 
@@ -121,10 +121,10 @@ def test_a_wrong_residual_path_is_not_blamed_on_a_sub_module(monkeypatch):
         return after * 1.01
 
     monkeypatch.setattr(Executor, "run_layer", skipping)
-    found = phireg.verify(converted("phi2"), source("phi2"), checks=("logits",))
-    assert not found.passed
-    assert found.logits.wrong_places == ()
-    assert found.logits.prompts[0].relative > found.logits.logits_tolerance
+    verification = phireg.verify(converted("phi2"), source("phi2"), checks=("logits",))
+    assert not verification.passed
+    assert verification.logits.wrong_places == ()
+    assert verification.logits.prompts[0].relative > verification.logits.logits_tolerance
 
 
 def test_the_merged_ranks_are_the_checkpoint_of_one_rank():
@@ -144,20 +144,20 @@ def test_tensors_of_another_shape_or_dtype_are_structure(tmp_path):
     directory = copied("phi2", 1, tmp_path / "c")
     each(L1 + "mlp.fc.bias", lambda x: x[:-1])(directory, "phi2")
     each(L1 + "mlp.fc.weight", lambda x: x.half())(directory, "phi2")
-    found = phireg.verify(directory, source("phi2"))
-    said = "\n".join(map(str, found.check("structure").problems))
+    verification = phireg.verify(directory, source("phi2"))
+    said = "\n".join(map(str, verification.check("structure").problems))
     assert "mlp.fc.bias: is [79], the reader expects [80]" in said
     assert "mlp.fc.weight: is F16, config.json says F32" in said
-    assert verdicts(found)["weights"] == "failed"
-    assert verdicts(found)["logits"] == "failed"
-    assert {(p.layer, p.part) for p in found.check("logits").problems} == {(1, "mlp")}
+    assert verdicts(verification)["weights"] == "failed"
+    assert verdicts(verification)["logits"] == "failed"
+    assert {(p.layer, p.part) for p in verification.check("logits").problems} == {(1, "mlp")}
 
 
 def test_what_the_reader_would_refuse_is_structure(tmp_path):
     directory = copied("phi3-medium", 1, tmp_path / "c")
     edit_config(directory, lambda config: config["mapping"].update(stages=2))
-    found = phireg.verify(directory, source("phi3-medium"), checks=QUICK)
-    assert "stages" in "\n".join(map(str, found.check("structure").problems))
+    verification = phireg.verify(directory, source("phi3-medium"), checks=QUICK)
+    assert "stages" in "\n".join(map(str, verification.check("structure").problems))
 
 
 @pytest.mark.parametrize("value", [None, "x", -1, 0, [1, "a"], 1e300, True, {}])
@@ -168,20 +168,20 @@ def test_no_value_in_config_json_is_a_defect_of_phireg(value, tmp_path):
         if key in ("mapping", "architecture"):
             continue
         (directory / "config.json").write_text(json.dumps({**whole, key: value}))
-        found = phireg.verify(
+        verification = phireg.verify(
             directory, source("phi3-small"), checks=("structure", "config"), family="phi3-small"
         )
-        render(found)
+        render(verification)
         if value not in (None, 0, {}) and value != whole[key]:
-            assert not found.passed, key
+            assert not verification.passed, key
 
 
 def test_blocks_that_are_no_objects_are_problems(tmp_path):
     directory = copied("phi2", 1, tmp_path / "c")
     for key in ("mapping", "quantization", "hidden_act"):
         edit_config(directory, lambda config, key=key: config.update({key: ["x"]}))
-        found = phireg.verify(directory, source("phi2"))
-        assert verdicts(found)["logits"] == "failed"
+        verification = phireg.verify(directory, source("phi2"))
+        assert verdicts(verification)["logits"] == "failed"
         shutil.copy(converted("phi2") / "config.json", directory / "config.json")
 
 
@@ -189,13 +189,13 @@ def test_a_rank_file_too_many_and_one_too_few(tmp_path):
     directory = copied("phi2", 2, tmp_path / "c")
     shutil.copy(directory / "rank0.safetensors", directory / "rank2.safetensors")
     (directory / "rank1.safetensors").unlink()
-    found = phireg.verify(directory, source("phi2"))
-    said = [str(problem) for problem in found.check("structure").problems]
+    verification = phireg.verify(directory, source("phi2"))
+    said = [str(problem) for problem in verification.check("structure").problems]
     assert said == [
         "rank1.safetensors: is missing or damaged",
         "rank2.safetensors: config.json has only 2 ranks",
     ]
-    assert not found.passed
+    assert not verification.passed
 
 
 def test_keys_of_other_producers_are_notes(tmp_path):
@@ -207,9 +207,9 @@ def test_keys_of_other_producers_are_notes(tmp_path):
             del config[key]
 
     edit_config(directory, change)
-    found = phireg.verify(directory, source("phi3-mini"))
-    assert found.passed
-    notes = "\n".join(found.check("config").notes)
+    verification = phireg.verify(directory, source("phi3-mini"))
+    assert verification.passed
+    notes = "\n".join(verification.check("config").notes)
     assert "producer" in notes
     assert "logits_dtype is 'float16'" in notes
 
@@ -217,16 +217,18 @@ def test_keys_of_other_producers_are_notes(tmp_path):
 def test_a_key_that_switches_something_on_is_a_problem(tmp_path):
     directory = copied("phi3-medium", 1, tmp_path / "c")
     edit_config(directory, lambda config: config.update(mup_width_multiplier=8.0))
-    found = phireg.verify(directory, source("phi3-medium"), checks=("config", "logits"))
-    assert "mup_width_multiplier" in str(found.check("config").problems[0])
-    assert found.logits.wrong_places == ((None, "lm_head"),)
+    verification = phireg.verify(directory, source("phi3-medium"), checks=("config", "logits"))
+    assert "mup_width_multiplier" in str(verification.check("config").problems[0])
+    assert verification.logits.wrong_places == ((None, "lm_head"),)
 
 
 def test_a_checkpoint_of_another_model(tmp_path):
-    found = phireg.verify(converted("phi3-mini"), source("phi3-medium"), checks=tuple(CHECKS))
-    assert not found.passed
+    verification = phireg.verify(
+        converted("phi3-mini"), source("phi3-medium"), checks=tuple(CHECKS)
+    )
+    assert not verification.passed
     assert "vocab_size is 103, the source has 105" in "\n".join(
-        map(str, found.check("logits").problems)
+        map(str, verification.check("logits").problems)
     )
 
 
@@ -234,10 +236,10 @@ def test_what_no_class_can_load_is_skipped_and_said(tmp_path, monkeypatch):
     broken = shutil.copytree(source("phi2"), tmp_path / "source")
     directory = converted("phi2")
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", None)
-    found = phireg.verify(directory, broken)
-    assert verdicts(found)["logits"] == "skipped"
-    assert "the reference model cannot be loaded" in found.check("logits").summary
-    assert found.unchecked == ("logits",)
+    verification = phireg.verify(directory, broken)
+    assert verdicts(verification)["logits"] == "skipped"
+    assert "the reference model cannot be loaded" in verification.check("logits").summary
+    assert verification.unchecked == ("logits",)
 
 
 @pytest.mark.parametrize("family", ["phi2", "phi3-small"])
@@ -246,9 +248,9 @@ def test_both_sides_layer_by_layer_where_memory_is_short(family, monkeypatch):
     model = FAMILIES[family]()
     layer = sum(p.numel() * 4 for p in model.model.layers[0].parameters())
     whole = sum(p.numel() * 4 for p in model.parameters())
-    asked = {"checks": ("logits", "ranks"), "device": "cpu"}
+    options = {"checks": ("logits", "ranks"), "device": "cpu"}
     pair = converted(family, 2, "bfloat16"), source(family, "bfloat16")
-    wanted = phireg.verify(*pair, **asked)
+    wanted = phireg.verify(*pair, **options)
     assert not any("layer by layer" in note for note in wanted.check("logits").notes)
 
     made = []
@@ -261,18 +263,18 @@ def test_both_sides_layer_by_layer_where_memory_is_short(family, monkeypatch):
     monkeypatch.setattr(Executor, "__init__", watched)
     for module in ("phireg.verification.compute", "phireg.executor.model"):
         monkeypatch.setattr(f"{module}.free_memory", lambda: int((whole - layer) / 0.8))
-    found = phireg.verify(*pair, **asked)
+    verification = phireg.verify(*pair, **options)
     assert made
     assert made[0].offload
-    assert verdicts(found) == {"logits": "passed", "ranks": "passed"}
-    assert found.logits == wanted.logits
-    (note,) = [note for note in found.check("logits").notes if "layer by layer" in note]
+    assert verdicts(verification) == {"logits": "passed", "ranks": "passed"}
+    assert verification.logits == wanted.logits
+    (note,) = [note for note in verification.check("logits").notes if "layer by layer" in note]
     assert "float32" in note
 
     monkeypatch.setattr("phireg.verification.compute.free_memory", lambda: layer)
-    found = phireg.verify(*pair, **asked)
-    assert verdicts(found)["logits"] == "skipped"
-    assert "even layer by layer" in found.check("logits").summary
+    verification = phireg.verify(*pair, **options)
+    assert verdicts(verification)["logits"] == "skipped"
+    assert "even layer by layer" in verification.check("logits").summary
 
 
 @pytest.mark.parametrize(
