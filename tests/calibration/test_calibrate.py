@@ -82,7 +82,7 @@ def test_a_cpu_never_computes_in_float16(tmp_path, stored, computed):
 
 
 @pytest.mark.parametrize(
-    ("seconds_per_token", "size", "samples", "told"),
+    ("seconds_per_token", "size", "samples", "text"),
     [
         (1e-3, None, 30, "0 s"),
         (2.0, None, 15, "15 more samples"),
@@ -92,7 +92,7 @@ def test_a_cpu_never_computes_in_float16(tmp_path, stored, computed):
     ],
 )
 def test_the_default_size_ends_in_reasonable_time(
-    tmp_path, monkeypatch, seconds_per_token, size, samples, told
+    tmp_path, monkeypatch, seconds_per_token, size, samples, text
 ):
     """Rows of 10 tokens; 300 seconds and 8 samples are granted."""
     source = open_source(sources.write("phi2", tmp_path / "source"))
@@ -103,7 +103,7 @@ def test_the_default_size_ends_in_reasonable_time(
     settings = Settings(file=path, size=size)
     statistics = run_calibration(family("phi2"), source, settings, tell=lines.append)
     assert statistics.provenance["samples"] == samples
-    assert told in lines[1]
+    assert text in lines[1]
     assert ("more samples" in lines[1]) == (samples < 30 and size is None)
 
 

@@ -73,14 +73,14 @@ def by_hand(model, batches, masks=None):
     return {name: amax.float().cpu().numpy() for name, amax in seen.items()}, cached
 
 
-def same(found, wanted, rtol=0.0):
-    inputs, cached = wanted
-    assert found.inputs.keys() == inputs.keys()
+def same(statistics, expected, rtol=0.0):
+    inputs, cached = expected
+    assert statistics.inputs.keys() == inputs.keys()
     for name, amax in inputs.items():
-        ours = torch.from_numpy(found.inputs[name])
+        ours = torch.from_numpy(statistics.inputs[name])
         assert torch.allclose(ours, torch.from_numpy(amax), rtol=rtol, atol=0), name
-    assert len(found.keys) == len(found.values) == len(cached) // 2 == 3
-    for what, ours in (("key", found.keys), ("value", found.values)):
+    assert len(statistics.keys) == len(statistics.values) == len(cached) // 2 == 3
+    for what, ours in (("key", statistics.keys), ("value", statistics.values)):
         for layer, amax in enumerate(ours):
             assert amax == pytest.approx(cached[what, layer], rel=rtol, abs=0), (what, layer)
 
@@ -97,11 +97,11 @@ def test_the_models_own_name_of_the_cache(tmp_path, name):
 @pytest.mark.parametrize("name", sources.MODELS)
 def test_layer_by_layer_equals_the_whole_model(tmp_path, name, dtype):
     directory = sources.write(name, tmp_path, dtype)
-    found = collect(opened(name, directory, dtype), rows(), device=CPU)
-    wanted = by_hand(whole(name, directory, dtype), [torch.tensor([row]) for row in rows()])
+    statistics = collect(opened(name, directory, dtype), rows(), device=CPU)
+    expected = by_hand(whole(name, directory, dtype), [torch.tensor([row]) for row in rows()])
     linears = 6 if name == "phi2" else 4
-    assert len(found.inputs) == 3 * linears
-    same(found, wanted)
+    assert len(statistics.inputs) == 3 * linears
+    same(statistics, expected)
 
 
 @pytest.mark.parametrize("name", sources.MODELS)
@@ -129,8 +129,8 @@ def test_padding_does_not_count(tmp_path):
 def test_a_row_of_one_token(tmp_path):
     """Products with one vector are summed in an order that depends on how the weights lie."""
     directory = sources.write("phi2", tmp_path)
-    wanted = by_hand(whole("phi2", directory), [torch.tensor([[5]])])
-    same(collect(opened("phi2", directory), [[5]], device=CPU), wanted, rtol=1e-3)
+    expected = by_hand(whole("phi2", directory), [torch.tensor([[5]])])
+    same(collect(opened("phi2", directory), [[5]], device=CPU), expected, rtol=1e-3)
 
 
 def test_the_long_factors_depend_on_the_row(tmp_path):
@@ -139,8 +139,8 @@ def test_the_long_factors_depend_on_the_row(tmp_path):
     (row,) = rows((21,))
     short = collect(opened("phi3-gqa", directory), [row[:20]], device=CPU)
     long = collect(opened("phi3-gqa", directory), [row], device=CPU)
-    wanted = by_hand(whole("phi3-gqa", directory), [torch.tensor([row])])
-    same(long, wanted)
+    expected = by_hand(whole("phi3-gqa", directory), [torch.tensor([row])])
+    same(long, expected)
     assert short.keys[0] != long.keys[0]
 
 
@@ -221,11 +221,11 @@ def test_on_a_gpu(tmp_path, name):
     family = registry.load(sources.MODELS[name][1]).family
     source = open_source(directory)
     reference = open_reference(family, source, weights=None, dtype=torch.float32, device=device)
-    found = collect(reference, rows(), device=device, batch_size=2)
+    statistics = collect(reference, rows(), device=device, batch_size=2)
     on_cpu = [torch.tensor([row]) for row in rows()]
-    same(found, by_hand(whole(name, directory), on_cpu), rtol=2e-3)
+    same(statistics, by_hand(whole(name, directory), on_cpu), rtol=2e-3)
     on_gpu = [ids.to(device) for ids in on_cpu]
-    same(found, by_hand(whole(name, directory).to(device), on_gpu), rtol=2e-3)
+    same(statistics, by_hand(whole(name, directory).to(device), on_gpu), rtol=2e-3)
 
 
 modelopt = pytest.mark.skipif(sources.FOUR, reason="nvidia-modelopt needs a newer transformers")
@@ -248,7 +248,7 @@ def quantized(name, directory, config):
 @pytest.mark.parametrize("name", ["phi2", "phi3-gqa", "phi3-small"])
 def test_modelopt_finds_the_same_maxima(tmp_path, name):
     directory = sources.write(name, tmp_path)
-    found = collect(opened(name, directory), rows(), device=CPU)
+    statistics = collect(opened(name, directory), rows(), device=CPU)
     model = quantized(name, directory, "FP8_DEFAULT_CFG")
     theirs = {
         module_name: float(module.input_quantizer.amax)
@@ -256,7 +256,7 @@ def test_modelopt_finds_the_same_maxima(tmp_path, name):
         if getattr(module, "input_quantizer", None) is not None and "layers." in module_name
         and isinstance(module, nn.Linear)
     }  # fmt: skip
-    assert theirs == {name: float(amax.max()) for name, amax in found.inputs.items()}
+    assert theirs == {name: float(amax.max()) for name, amax in statistics.inputs.items()}
 
 
 @pytest.mark.slow
@@ -266,9 +266,9 @@ def test_modelopt_finds_the_same_maxima(tmp_path, name):
 def test_modelopt_smooths_by_the_same_maxima(tmp_path, name):
     """With its alpha of 1 the smoothing vector is one over the channel maxima."""
     directory = sources.write(name, tmp_path)
-    found = collect(opened(name, directory), rows(), device=CPU)
+    statistics = collect(opened(name, directory), rows(), device=CPU)
     model = quantized(name, directory, "INT8_SMOOTHQUANT_CFG")
-    for module_name, amax in found.inputs.items():
+    for module_name, amax in statistics.inputs.items():
         theirs = model.get_submodule(module_name).input_quantizer.pre_quant_scale
         ours = (1 / torch.from_numpy(amax)).clamp(1e-4, 1e4)
         assert torch.equal(theirs.flatten(), ours), module_name

@@ -49,13 +49,13 @@ PAIRS = [(a, b) for a in SOURCES for b in SOURCES if a != b]
 @pytest.mark.parametrize("source, target", PAIRS)
 def test_every_value(source, target):
     bits = SOURCES[source]
-    found, loss = cast(bits.copy(), source, target)
-    before, after = values(bits, source), values(found, target)
+    rounded, loss = cast(bits.copy(), source, target)
+    before, after = values(bits, source), values(rounded, target)
     nan = np.isnan(before)
     assert nan.any() and np.isnan(after[nan]).all()
-    wanted = narrowed(widened(bits, source), target)
-    assert found.dtype == wanted.dtype
-    assert np.array_equal(found[~nan], wanted[~nan])
+    expected = narrowed(widened(bits, source), target)
+    assert rounded.dtype == expected.dtype
+    assert np.array_equal(rounded[~nan], expected[~nan])
     assert np.array_equal(np.signbit(after[~nan]), np.signbit(before[~nan]))
     assert np.array_equal(np.isinf(after) & np.isinf(before), np.isinf(before))
     assert loss == Loss(

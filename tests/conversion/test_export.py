@@ -78,13 +78,13 @@ def test_every_rank_holds_what_hand_computes(tmp_path, key, qformat, alpha, tp):
     assert len(linears) == 4 * LAYERS
     plain = phireg.plan(source, family=MODELS[key][0], tp_size=tp, dtype="float16")
     phireg.convert(plain, tmp_path / "plain")
-    for index, (found, raw) in enumerate(
+    for index, (quantized, raw) in enumerate(
         zip(ranks(tmp_path / "out", tp), ranks(tmp_path / "plain", tp), strict=True)
     ):
         expected = rank(key, linears, tp, index)
         expected |= {name: tensor for name, tensor in raw.items() if name not in expected}
-        assert found.keys() == expected.keys()
-        assert [name for name in found if not same(found[name], expected[name])] == []
+        assert quantized.keys() == expected.keys()
+        assert [name for name in quantized if not same(quantized[name], expected[name])] == []
 
 
 @formats
@@ -107,9 +107,9 @@ def test_weights_are_quantized_in_the_checkpoints_dtype(
     plan = plan_of(source, key, qformat, 2, dtype)
     phireg.quantize(plan, tmp_path / "out", statistics, alpha=alpha)
     linears = whole(key, tensors, statistics, qformat, dtype, alpha)
-    for index, found in enumerate(ranks(tmp_path / "out", 2)):
+    for index, quantized in enumerate(ranks(tmp_path / "out", 2)):
         expected = rank(key, linears, 2, index)
-        assert [name for name in expected if not same(found[name], expected[name])] == []
+        assert [name for name in expected if not same(quantized[name], expected[name])] == []
 
 
 @pytest.mark.parametrize("cache", ["fp8", "int8"])
@@ -120,20 +120,20 @@ def test_kv_cache_scales(tmp_path, qformat, cache):
     source = write_model(tmp_path / "hf", "medium", model("medium"))
     plan = plan_of(source, "medium", qformat, 4, cache=cache)
     phireg.quantize(plan, tmp_path / "out", statistics)
-    for found in ranks(tmp_path / "out", 4):
+    for quantized in ranks(tmp_path / "out", 4):
         for i in range(LAYERS):
             amax = np.float32((500.25, 901.1, 30.0)[i])
             scale = amax / np.float32(127 if cache == "int8" else 448)
             if cache == "fp8" and i == 2:
                 scale = 1.0
-            tensor = found[f"transformer.layers.{i}.attention.kv_cache_scaling_factor"]
+            tensor = quantized[f"transformer.layers.{i}.attention.kv_cache_scaling_factor"]
             assert same(tensor, torch.tensor([scale], dtype=torch.float32))
     small = Statistics(statistics.inputs, (0.5,) * LAYERS, (0.25,) * LAYERS, {})
     phireg.quantize(plan, tmp_path / "small", small)
-    found = ranks(tmp_path / "small", 4)[3][
+    quantized = ranks(tmp_path / "small", 4)[3][
         "transformer.layers.0.attention.kv_cache_scaling_factor"
     ]
-    assert found.item() == (1 if cache == "fp8" else np.float32(0.5) / np.float32(127))
+    assert quantized.item() == (1 if cache == "fp8" else np.float32(0.5) / np.float32(127))
 
 
 @models
@@ -164,12 +164,12 @@ def test_converting_and_dequantizing_commute(tmp_path, key, qformat, tp):
     other = write_model(tmp_path / "dequantized", key, tensors)
     plain = phireg.plan(other, family=MODELS[key][0], tp_size=tp, dtype="float32")
     phireg.convert(plain, tmp_path / "plain")
-    for found, expected in zip(
+    for quantized, expected in zip(
         ranks(tmp_path / "out", tp), ranks(tmp_path / "plain", tp), strict=True
     ):
         for target in linears:
             mine = {
-                companion: found[f"{target}.{companion}"]
+                companion: quantized[f"{target}.{companion}"]
                 for companion in linears[target]
             }  # fmt: skip
             assert same(dequantized(mine), expected[f"{target}.weight"]), target
@@ -292,9 +292,11 @@ def test_a_huge_channel_keeps_the_smallest_smoother(tmp_path):
     statistics.inputs[DOWN][3] = 3e4
     tensors = model("mini")
     tensors[f"{DOWN}.weight"][:, 3] = 0  # W / s must fit
-    _, found = export(tmp_path, "int8_sq", tensors, statistics)
-    assert found[f"{PROJ}.prequant_scaling_factor"][3] == torch.tensor(1e-4, dtype=torch.float16)
-    assert found[f"{PROJ}.activation_scaling_factor"].item() == pytest.approx(3 / 127, 1e-3)
+    _, quantized = export(tmp_path, "int8_sq", tensors, statistics)
+    assert quantized[f"{PROJ}.prequant_scaling_factor"][3] == torch.tensor(
+        1e-4, dtype=torch.float16
+    )
+    assert quantized[f"{PROJ}.activation_scaling_factor"].item() == pytest.approx(3 / 127, 1e-3)
 
 
 def test_unquantized_weights_still_lose_what_a_cast_loses(tmp_path):
@@ -427,13 +429,13 @@ def test_weight_only_needs_no_statistics(tmp_path, qformat):
 
 def test_what_lies_beyond_the_grid_is_cut_off_and_counted():
     weight = np.array([[463, -463.9, 464, -1e30, 1]], np.float32)
-    made, saturated = quantizing.to_e4m3(weight.view(np.uint32), "F32", np.float32(1))
-    values = torch.from_numpy(made).view(torch.float8_e4m3fn).float()
+    levels, saturated = quantizing.to_e4m3(weight.view(np.uint32), "F32", np.float32(1))
+    values = torch.from_numpy(levels).view(torch.float8_e4m3fn).float()
     assert values.tolist() == [[448, -448, 448, -448, 1]] and saturated == 2
     row = np.array([[127.4, -128.4, 127.6, -129, 1, 0.5, 1.5]], np.float32)
     ones = np.ones(7, np.float32)
-    made, saturated = quantizing.to_int8(row.view(np.uint32), "F32", ones, ones[:1])
-    assert made.view(np.int8).tolist() == [[127, -128, 127, -128, 1, 0, 2]] and saturated == 2
+    levels, saturated = quantizing.to_int8(row.view(np.uint32), "F32", ones, ones[:1])
+    assert levels.view(np.int8).tolist() == [[127, -128, 127, -128, 1, 0, 2]] and saturated == 2
 
 
 def test_e4m3_is_rounded_once_to_nearest_even():
@@ -446,8 +448,8 @@ def test_e4m3_is_rounded_once_to_nearest_even():
     values = np.concatenate([middles, np.nextafter(middles, 0), np.nextafter(middles, 1e9)])
     values = np.concatenate([grid, values.astype(np.float32)]).astype(np.float32)
     expected = [min(range(127), key=lambda i: (abs(grid[i] - v), i % 2)) for v in values.tolist()]
-    made, _ = quantizing.to_e4m3(values[None].view(np.uint32), "F32", np.float32(1))
-    assert made[0].tolist() == expected
+    levels, _ = quantizing.to_e4m3(values[None].view(np.uint32), "F32", np.float32(1))
+    assert levels[0].tolist() == expected
 
 
 def test_hand_cuts_every_row_and_column_once():

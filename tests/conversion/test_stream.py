@@ -99,27 +99,27 @@ def test_blocks_and_workers_do_not_matter(tmp_path, source, monkeypatch, dtype, 
 def test_digests_are_those_of_the_bytes_in_the_files(tmp_path, source, monkeypatch, tp):
     monkeypatch.setattr(streaming, "BLOCK_BYTES", 200)
     plan, streamed = run(source, tmp_path / "out", dtype="float32", tp_size=tp)
-    found = {}
+    digests = {}
     for rank in range(tp):
         stored = load_file(tmp_path / "out" / f"rank{rank}.safetensors")
-        found |= {
+        digests |= {
             (rank, name): xxhash.xxh3_128_hexdigest(tensor.tobytes())
             for name, tensor in stored.items()
         }
-    assert streamed.digests == found
-    assert len(found) == len(plan.outputs)
+    assert streamed.digests == digests
+    assert len(digests) == len(plan.outputs)
 
 
 def test_progress_counts_every_byte_of_data(tmp_path, source):
-    told, lock = [], threading.Lock()
+    counts, lock = [], threading.Lock()
 
     def progress(count):
         with lock:
-            told.append(count)
+            counts.append(count)
 
     plan, _ = run(source, tmp_path / "out", progress=progress, tp_size=4, dtype="float32")
-    assert sum(told) == plan.bytes_out - sum(map(len, plan.headers))
-    assert min(told) > 0
+    assert sum(counts) == plan.bytes_out - sum(map(len, plan.headers))
+    assert min(counts) > 0
 
 
 def test_bits_that_are_not_numbers_are_kept(tmp_path):
@@ -271,7 +271,7 @@ def test_an_error_stops_all_workers_and_is_the_one_reported(tmp_path, source, mo
                 raise RuntimeError("tenth block")
             late = len(written) > 10
         if late:
-            time.sleep(0.02)  # the others must be told, which takes a moment
+            time.sleep(0.02)  # the others stop at their next block
 
     with pytest.raises(RuntimeError, match="tenth block"):
         run(source, tmp_path / "out", workers, progress, dtype="float32")

@@ -202,14 +202,14 @@ def finding(subject, detail="is odd", code="missing"):
 
 
 def test_folding_keeps_what_differs():
-    found = [
+    findings = [
         *(finding(f"model.layers.{i}.a.weight") for i in (0, 1, 2, 5)),
         finding("model.layers.1.b.weight"),
         finding("model.layers.0.a.weight", "is even"),
         *(finding(f"layers.{i}.c.weight", f"as layers.{i}.d") for i in (3, 4)),
         finding("lm_head.weight"),
     ]
-    assert [(f.subject, f.detail, count) for f, count in fold(found)] == [
+    assert [(f.subject, f.detail, count) for f, count in fold(findings)] == [
         ("model.layers.{0..2,5}.a.weight", "is odd", 4),
         ("model.layers.1.b.weight", "is odd", 1),
         ("model.layers.0.a.weight", "is even", 1),

@@ -58,7 +58,7 @@ def test_ranges_agree_with_where_every_element_came_from(tmp_path, name, tp):
     for entry in report["outputs"]:
         count = math.prod(entry["shape"])
         assert (entry["dtype"], entry["bytes"]) == ("F32", 4 * count)
-        found = np.fromfile(
+        elements = np.fromfile(
             tmp_path / "out" / entry["file"], np.uint32, count, offset=entry["offset"]
         ).reshape(entry["shape"])
         position = 0
@@ -67,7 +67,7 @@ def test_ranges_agree_with_where_every_element_came_from(tmp_path, name, tp):
             assert start == position < stop
             position = stop
             if piece["from"] is None:
-                assert not found[start:stop].any()
+                assert not elements[start:stop].any()
                 continue
             origin = piece["from"]
             assert origin["file"] == "model.safetensors"
@@ -77,7 +77,7 @@ def test_ranges_agree_with_where_every_element_came_from(tmp_path, name, tp):
                 rows = np.concatenate([rows[:, a:b] for a, b in origin["columns"]], axis=1)
             else:
                 assert origin["columns"] == []
-            assert np.array_equal(found[start:stop], rows)
+            assert np.array_equal(elements[start:stop], rows)
         assert position == entry["shape"][0]
 
 

@@ -44,7 +44,7 @@ def test_the_plan_knows_every_tensor(tmp_path, key, qformat, tp):
     plain = phireg.plan(directory, **options)
     linears = whole(key, model(key), calibration(key), qformat, "float16")
     for index in range(tp):
-        found = {o.name: (o.dtype, o.shape) for o in plan.outputs if o.rank == index}
+        kinds = {o.name: (o.dtype, o.shape) for o in plan.outputs if o.rank == index}
         expected = {o.name: (o.dtype, o.shape) for o in plain.outputs if o.rank == index}
         expected |= {
             name: (CODES[tensor.dtype], tuple(tensor.shape))
@@ -54,10 +54,10 @@ def test_the_plan_knows_every_tensor(tmp_path, key, qformat, tp):
             f"transformer.layers.{i}.attention.kv_cache_scaling_factor": ("F32", (1,))
             for i in range(LAYERS)
         }
-        assert found == expected
+        assert kinds == expected
     assert plan.file_sizes == tuple(
         len(plan.headers[0]) + sum(np.prod(s) * {"F16": 2, "F32": 4}.get(c, 1)
-                                   for c, s in found.values()) for _ in range(tp)
+                                   for c, s in kinds.values()) for _ in range(tp)
     )  # fmt: skip
     assert plan.bytes_in == plain.bytes_in and plan.casts == plain.casts
 
