@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +133,7 @@ def _python() -> Iterator[Part]:
 
 
 def _torch() -> Iterator[Part]:
-    if _version("torch") is None:
+    if installed_version("torch") is None:
         yield _part("torch", MISSING)
         return
     torch, problem = _ask(_TORCH)
@@ -184,12 +183,12 @@ def _mpi() -> Iterator[Part]:
 
 def _package(name: str, *distributions: str) -> Iterator[Part]:
     """A package whose metadata suffices; it has one of several names."""
-    versions = [version for version in map(_version, distributions) if version is not None]
+    versions = [version for version in map(installed_version, distributions) if version]
     yield _part(name, OK, versions[0]) if versions else _part(name, MISSING)
 
 
 def _tensorrt_llm() -> Iterator[Part]:
-    version = installed_version()
+    version = installed_version(DISTRIBUTION)
     if version is None:
         yield _part(DISTRIBUTION, MISSING)
     elif (problem := _without_engines(version)) is not None:
@@ -262,13 +261,6 @@ CHECKS: dict[str, Callable[[], Iterator[Part]]] = {
     "plugins": _plugins,
 }
 """In the order of the report."""
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _last_line(code: int, output: str) -> str:

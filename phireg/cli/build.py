@@ -22,7 +22,7 @@ from phireg.cli.options import (
     overwrite_option,
     quiet_option,
 )
-from phireg.cli.output import columns, counted, emit, emit_json, printable, size
+from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json, printable, size
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import EngineError, UsageError
 
@@ -38,7 +38,7 @@ class _PassingOn(click.Command):
     """A command whose arguments after ``--`` go to another program."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Set aside what follows ``--``."""
+        """Set the arguments after ``--`` aside."""
         if "--" in args:
             end = args.index("--")
             ctx.meta[_EXTRA] = tuple(args[end + 1 :])
@@ -183,25 +183,16 @@ def _display(ranks: int, *, quiet: bool) -> Iterator[Callable[[str], None] | Non
     if quiet:
         yield None
         return
-    if not sys.stderr.isatty():
-        yield lambda line: click.echo(printable(line), err=True)
-        return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.text import Text
-
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("reading the checkpoint", total=None)
+    with ProgressBars() as bars:
+        bars.spinner("reading the checkpoint")
 
         def listen(line: str) -> None:
-            console.print(Text(printable(line)))
+            # A spinner redirects sys.stderr, and stays below what is printed.
+            click.echo(printable(line), file=sys.stderr)
             if "Build TensorRT engine" in line:
-                progress.update(task, description="building")
+                bars.spinner("building")
             elif match := re.search(r"Serializing engine to .*rank(\d+)\.engine", line):
-                doing = f"writing rank engine {int(match[1]) + 1} of {ranks}"
-                progress.update(task, description=doing)
+                bars.spinner(f"writing rank engine {int(match[1]) + 1} of {ranks}")
 
         yield listen
 

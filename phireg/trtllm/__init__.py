@@ -1,4 +1,4 @@
 """TensorRT-LLM: its releases, its builder's command line, built engines and their runtime.
 
-Only ``model_runner`` imports tensorrt_llm; the builder runs as a process of its own.
+Only ``runtime`` imports tensorrt_llm; the builder runs as a process of its own.
 """

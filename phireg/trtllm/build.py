@@ -30,25 +30,14 @@ _SHOWN_PROBLEMS = 10
 
 @dataclass(frozen=True, slots=True)
 class BuildPlan:
-    """How an engine will be built.
+    """The command that builds an engine, and what it was derived from."""
 
-    Attributes:
-        source: the checkpoint, or for an engine without weights the model's directory.
-        config: the checkpoint's config.json.
-        weight_bytes: of its rank files; None for an engine without weights.
-        output_dir: where the engine goes.
-        version: of TensorRT-LLM.
-        builder: what runs; None if the plan is for another release than the installed one.
-        options: what was asked for.
-        command: what becomes of it.
-    """
-
-    source: Path
-    config: Mapping[str, Any]
-    weight_bytes: int | None
+    source: Path  # the checkpoint; for an engine without weights, the model's directory
+    config: Mapping[str, Any]  # the checkpoint's config.json
+    weight_bytes: int | None  # of the rank files; None for an engine without weights
     output_dir: Path
-    version: str
-    builder: Builder | None
+    version: str  # of TensorRT-LLM
+    builder: Builder | None  # None if the plan is for another release than the installed one
     options: BuildOptions
     command: Command
 
@@ -72,18 +61,11 @@ class BuildPlan:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A built engine.
-
-    Attributes:
-        engine: its description.
-        files: every file, with its size in bytes.
-        log: the builder's output.
-        seconds: how long it took.
-    """
+    """A built engine."""
 
     engine: Engine
-    files: Mapping[str, int]
-    log: Path
+    files: Mapping[str, int]  # every file: bytes
+    log: Path  # the builder's output
     seconds: float
 
 

@@ -1,9 +1,8 @@
 """The installed ``trtllm-build``: finding it, and running it without leaving a process behind.
 
-TensorRT-LLM is not imported. The script may belong to another environment than ours, so its
-release is asked in this order: the interpreter in its first line, for the metadata of its
-``tensorrt_llm``; the interpreter beside it; and at last the script itself, whose first line of
-output names the version in every release.
+TensorRT-LLM is not imported. The script may belong to another environment than ours, so the
+interpreter in its first line is asked for the version of its ``tensorrt_llm``, and else the script
+itself, whose first line of output names the version in every release.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ Listener = Callable[[str], None]
 """Called with each line of output, without its end."""
 
 _LAST_LINES = 20
-_PATIENCE_S = 5.0
-"""Between SIGTERM and SIGKILL."""
+_PATIENCE_S = 5.0  # between SIGTERM and SIGKILL
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,7 @@ def find_builder() -> Builder:
     """Find the ``trtllm-build`` on PATH, of a release that can build."""
     path = shutil.which(PROGRAM)
     if path is None:
-        here = installed_version()
+        here = installed_version(DISTRIBUTION)
         if here is not None:
             release_of(here)
         raise EngineError(
@@ -72,39 +70,25 @@ def find_builder() -> Builder:
     return Builder(Path(path), version)
 
 
-def installed_version() -> str | None:
-    """The version of tensorrt_llm in our own environment, from its metadata."""
+def installed_version(distribution: str) -> str | None:
+    """The version of a distribution in our own environment, from its metadata."""
     try:
-        return metadata.version(DISTRIBUTION)
+        return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
 
 
 def builder_version(program: Path) -> str | None:
     """The release a builder belongs to, or None if it cannot be found out."""
-    for python in _interpreters(program):
-        code, output = query([str(python), "-c", _ASK], _METADATA_S)
+    first_line = b""
+    with suppress(OSError), program.open("rb") as file:
+        first_line = file.readline(4096)
+    if interpreter := re.match(rb"#!\s*(\S*python\S*)", first_line):
+        code, output = query([os.fsdecode(interpreter[1]), "-c", _ASK], _METADATA_S)
         if code == 0 and (version := re.search(r"^\d+\.\S+$", output, re.MULTILINE)):
             return version[0]
     banner = _BANNER.search(query([str(program), "--help"], _BANNER_S)[1])
     return banner[1] if banner else None
-
-
-def _interpreters(program: Path) -> Iterator[Path]:
-    try:
-        with program.open("rb") as file:
-            first = file.readline(4096)
-    except OSError:
-        return
-    if first.startswith(b"#!"):
-        words = first[2:].decode(errors="replace").split()
-        if words and "python" in Path(words[0]).name:
-            yield Path(words[0])
-        elif len(words) > 1 and "python" in words[-1] and (env := shutil.which(words[-1])):
-            yield Path(env)
-    beside = program.parent / "python3"
-    if beside.exists():
-        yield beside
 
 
 def query(command: Sequence[str], seconds: float) -> tuple[int, str]:

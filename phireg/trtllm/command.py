@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,52 +34,32 @@ _OWN_FLAGS = (
 class BuildOptions:
     """The options of an engine; None leaves them to the builder or to phireg.
 
-    Attributes:
-        max_batch_size: rows of a batch at most.
-        max_input_len: tokens of a prompt at most.
-        max_output_len: new tokens at most; not together with ``max_seq_len``.
-        max_seq_len: tokens of prompt and continuation together at most.
-        gemm_plugin: "auto", a dtype, "fp8" or "disable".
-        gpt_attention_plugin: "auto", a dtype or "disable".
-        context_fmha: fused attention in the context phase.
-        context_fmha_fp32_acc: float32 accumulation in it.
-        use_fp8_context_fmha: FP8 arithmetic in it.
-        workers: ranks built side by side, each on a GPU of its own.
-        tp_size: tensor-parallel ranks, where they are not the checkpoint's.
-        pp_size: pipeline stages; the checkpoint's.
-        extra: further arguments, passed on as they are.
+    Lengths are limits in tokens; the plugins take "auto", a dtype or "disable".
     """
 
     max_batch_size: int | None = None
     max_input_len: int | None = None
-    max_output_len: int | None = None
-    max_seq_len: int | None = None
-    gemm_plugin: str | None = None
+    max_output_len: int | None = None  # of new tokens; not together with max_seq_len
+    max_seq_len: int | None = None  # of prompt and continuation together
+    gemm_plugin: str | None = None  # also "fp8"
     gpt_attention_plugin: str | None = None
-    context_fmha: bool | None = None
-    context_fmha_fp32_acc: bool | None = None
-    use_fp8_context_fmha: bool | None = None
-    workers: int | None = None
-    tp_size: int | None = None
-    pp_size: int | None = None
-    extra: tuple[str, ...] = ()
+    context_fmha: bool | None = None  # fused attention in the context phase
+    context_fmha_fp32_acc: bool | None = None  # float32 accumulation in it
+    use_fp8_context_fmha: bool | None = None  # FP8 arithmetic in it
+    workers: int | None = None  # ranks built side by side, each on a GPU of its own
+    tp_size: int | None = None  # tensor-parallel ranks, where they are not the checkpoint's
+    pp_size: int | None = None  # pipeline stages; the checkpoint's
+    extra: tuple[str, ...] = ()  # further arguments, passed on as they are
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """The builder's arguments, without its input and output.
+    """The builder's arguments, without its input and output."""
 
-    Attributes:
-        flags: in the order of the builder's help, extra arguments last.
-        notes: what phireg set or changed, and why, one line each.
-        run_options: what the runtime has to be told later; see ``Engine.run_options``.
-        tp_size: ranks of the engine.
-    """
-
-    flags: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-    run_options: Mapping[str, bool] = field(default_factory=dict)
-    tp_size: int = 1
+    flags: tuple[str, ...]  # in the order of the builder's help, extra arguments last
+    notes: tuple[str, ...]  # settings that phireg chose, and why
+    run_options: Mapping[str, bool]  # for the runtime; see Engine.run_options
+    tp_size: int
 
     def line(self, program: str | Path, source: Path, output_dir: Path) -> tuple[str, ...]:
         """The whole command; ``source`` is a checkpoint, or a config.json for no weights."""

@@ -20,44 +20,25 @@ INSTALL = f"pip install tensorrt_llm=={NEWEST}"
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A range of releases whose builders take the same flags.
-
-    Attributes:
-        name: of the range.
-        first: its first version; it ends before the first of the next range.
-        max_seq_len: ``--max_seq_len`` limits prompt and new tokens together; earlier
-            ``--max_output_len`` limits the new ones.
-        fp32_acc_flag: ``--context_fmha_fp32_acc`` exists; later it is an option of the runtime.
-        auto_plugin: plugins take ``auto``, the checkpoint's dtype, and it is the attention
-            plugin's default; before, that was float16.
-        fp8_gemm: ``--gemm_plugin fp8`` exists.
-    """
+    """A range of releases whose builders take the same flags, up to the next range's first."""
 
     name: str
     first: Version
+    # --max_seq_len limits prompt and new tokens together; earlier --max_output_len the new ones.
     max_seq_len: bool = True
+    # --context_fmha_fp32_acc exists; later it is an option of the runtime.
     fp32_acc_flag: bool = False
+    # Plugins take "auto", the checkpoint's dtype, and it is the default of the attention plugin;
+    # before, that was float16.
     auto_plugin: bool = True
-    fp8_gemm: bool = True
+    fp8_gemm: bool = True  # --gemm_plugin fp8 exists
 
 
+_EARLY = {"max_seq_len": False, "fp32_acc_flag": True, "fp8_gemm": False}
 RELEASES = (
-    Release(
-        "0.10",
-        Version("0.10.0.dev0"),
-        max_seq_len=False,
-        fp32_acc_flag=True,
-        auto_plugin=False,
-        fp8_gemm=False,
-    ),
+    Release("0.10", Version("0.10.0.dev0"), auto_plugin=False, **_EARLY),
     # The commit of the original guide: nearly 0.10's flags, and the first to read Phi-3-small.
-    Release(
-        "0.11 of 2024-06-04",
-        Version("0.11.0.dev2024060400"),
-        max_seq_len=False,
-        fp32_acc_flag=True,
-        fp8_gemm=False,
-    ),
+    Release("0.11 of 2024-06-04", Version("0.11.0.dev2024060400"), **_EARLY),
     Release("0.11", Version("0.11.0.dev2024060401"), fp32_acc_flag=True),
     Release(f"0.12 to {LAST}", Version("0.12.0.dev0")),
 )

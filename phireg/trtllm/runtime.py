@@ -1,15 +1,21 @@
-"""The backend of TensorRT-LLM's own runtime, on an engine that trtllm-build made.
+"""The backend of TensorRT-LLM's own runtime, on an engine that trtllm-build wrote.
 
 Written against the documented interface of the releases 0.11 to 1.3.0rc20 and tested against a
 stand-in with that interface. It has not been run against TensorRT-LLM itself.
+
+The runtime's documented classes are ModelRunnerCpp, which needs an engine for in-flight batching,
+and ModelRunner. TensorRT-LLM is imported late: that takes long, and prints to standard output.
 """
 
 from __future__ import annotations
 
 import atexit
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+import os
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict
+from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,20 +24,34 @@ import torch
 from packaging.version import Version
 from torch.nn import functional
 
-from phireg.errors import PhiregError, UsageError
+from phireg.errors import CheckError, PhiregError, UsageError
 from phireg.executor import Sampling
 from phireg.generation.backend import Description, Options
 from phireg.generation.limits import check_continuations, check_request
+from phireg.trtllm.builder import DISTRIBUTION, installed_version
 from phireg.trtllm.engine import Engine, read_engine
-from phireg.trtllm.model_runner import Output, Runner, installed, load_runner, quiet_stdout
 from phireg.trtllm.mpi import Communicator, communicator, process_rank
-from phireg.trtllm.releases import public_version
+from phireg.trtllm.releases import LAST, public_version
 
 __all__ = ["TrtllmBackend", "describe", "load", "process_rank", "run_worker"]
+
+Output = Mapping[str, Any]
+"""``output_ids`` int32 [batch, beams, length], prompts included, padded at the end;
+``sequence_lengths`` int32 [batch, beams]; ``context_logits``, if the engine gathers them: for each
+row [tokens of the prompt, vocab_size or more]."""
+
+
+Runner = Any
+"""A ModelRunner. Its ``generate`` gives an ``Output``; with ``streaming=True`` an iterator of them,
+each up to one more token. Ranks other than 0 may get something else."""
 
 
 def describe(directory: Path, options: Options) -> Description:
     """See :class:`phireg.generation.backend.Opener`; TensorRT-LLM is not needed for this."""
+    return _description(_read(directory, options))
+
+
+def _read(directory: Path, options: Options) -> Engine:
     settled = {"--dtype": options.dtype, "--offload and --no-offload": options.offload}
     for name, value in settled.items():
         if value is not None:
@@ -44,7 +64,7 @@ def describe(directory: Path, options: Options) -> Description:
             f"--device {options.device}: TensorRT-LLM takes the GPU by the process's rank",
             hint="leave it out, and choose GPUs by CUDA_VISIBLE_DEVICES.",
         )
-    return _description(read_engine(directory))
+    return read_engine(directory)
 
 
 def load(directory: Path, options: Options) -> TrtllmBackend:
@@ -68,8 +88,7 @@ def run_worker(directory: Path, options: Options) -> None:
 
 def _check(directory: Path, options: Options) -> Engine:
     """The engine, after the checks that end alike on every rank."""
-    describe(directory, options)
-    engine, (_, size) = read_engine(directory), process_rank()
+    engine, (_, size) = _read(directory, options), process_rank()
     if size != engine.world_size:
         raise UsageError(
             f"{directory} was built for {engine.world_size} rank(s), and the number of processes "
@@ -80,11 +99,17 @@ def _check(directory: Path, options: Options) -> Engine:
 
 
 def _load(engine: Engine) -> TrtllmBackend:
-    release = installed()
+    release = installed_version(DISTRIBUTION)
+    if release is None:
+        raise PhiregError(
+            "TensorRT-LLM is not installed, and an engine runs on nothing else",
+            hint="pip install 'phireg[trtllm]' on a machine with a GPU (phireg doctor), or run the "
+            "checkpoint that the engine was built from: --backend executor.",
+        )
     rank, size = process_rank()
     ranks = communicator() if size > 1 else None
     try:
-        runner = load_runner(engine, release, rank)
+        runner = _load_runner(engine, release, rank)
     except BaseException:
         if ranks is not None:  # the others may wait for this one for ever
             atexit.register(ranks.Abort, 1)
@@ -93,10 +118,7 @@ def _load(engine: Engine) -> TrtllmBackend:
 
 
 class TrtllmBackend:
-    """A loaded engine; see :class:`phireg.generation.backend.Backend`.
-
-    With several ranks, ``ranks`` is the communicator of all of them.
-    """
+    """A loaded engine; see :class:`phireg.generation.backend.Backend`."""
 
     name = "tensorrt-llm"
     device = "cuda"
@@ -110,7 +132,7 @@ class TrtllmBackend:
         self.dtype = engine.dtype
         self.processes = engine.world_size
         self._release = release
-        self._ranks = ranks
+        self._ranks = ranks  # None for one rank
         self._busy = False
         self._peak = 0
 
@@ -125,9 +147,9 @@ class TrtllmBackend:
         """Continue a batch."""
         check_request(self.description, prompts, max_new_tokens, sampling, num_beams)
         stops = sorted(stop_ids)
-        request = _request(prompts, max_new_tokens, stops, sampling, num_beams)
+        request = self._request(prompts, max_new_tokens, stops, sampling, num_beams)
         with self._on_all_ranks(request):
-            rows = self._rows(self._call(request), prompts, max_new_tokens)
+            rows = _new_tokens(self._call(request), prompts, max_new_tokens)
         return [row[: _end(row, stops)] for row in rows]
 
     def stream(
@@ -144,11 +166,11 @@ class TrtllmBackend:
         """
         check_request(self.description, prompts, max_new_tokens, sampling)
         stops = sorted(stop_ids)
-        request = _request(prompts, max_new_tokens, stops, sampling, 1) | {"streaming": True}
+        request = self._request(prompts, max_new_tokens, stops, sampling) | {"streaming": True}
         rows: list[list[int]] = [[] for _ in prompts]
         with self._on_all_ranks(request):
             for output in self._steps(request):
-                before, rows = rows, self._rows(output, prompts, max_new_tokens)
+                before, rows = rows, _new_tokens(output, prompts, max_new_tokens)
                 rows = [row[: _end(row, stops) + 1] for row in rows]
                 new = [row[len(old) :] for row, old in zip(rows, before, strict=True)]
                 yield from map(list, zip_longest(*new))
@@ -169,7 +191,7 @@ class TrtllmBackend:
         means = []
         for prompt, continuation in check_continuations(self.description, prompts, continuations):
             # One token is generated because the runtime wants one; the input's logits count.
-            request = _request([prompt + continuation[:-1]], 1, [], Sampling(), 1)
+            request = self._request([prompt + continuation[:-1]], 1, [], Sampling())
             with self._on_all_ranks(request):
                 logits = self._call(request)["context_logits"][0]
             picked = logits[len(prompt) - 1 :, : self.engine.vocab_size].float().cpu()
@@ -219,8 +241,9 @@ class TrtllmBackend:
             self._peak = max(self._peak, total - free)
 
     def _call(self, request: dict[str, Any]) -> Any:
+        rows = [torch.tensor(row, dtype=torch.int32) for row in request["batch_input_ids"]]
         with self._runtime():
-            return self.runner.generate(**self._arguments(request))
+            return self.runner.generate(**request | {"batch_input_ids": rows})
 
     def _steps(self, request: dict[str, Any]) -> Iterator[Output]:
         steps = iter(self._call(request))
@@ -234,31 +257,54 @@ class TrtllmBackend:
     @contextmanager
     def _runtime(self) -> Iterator[None]:
         """Keep TensorRT-LLM off standard output, and report whatever it raises."""
-        with quiet_stdout(), torch.no_grad():
+        with _quiet_stdout(), torch.no_grad():
             try:
                 yield
             except Exception as error:  # which classes it raises is not documented
                 raise PhiregError(f"TensorRT-LLM {self._release}: {error}") from None
 
-    def _arguments(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The request with tensors, and without what the release does not know."""
-        arguments = dict(request)
-        rows = arguments.pop("input_ids")
-        arguments["batch_input_ids"] = [torch.tensor(row, dtype=torch.int32) for row in rows]
+    def _request(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stops: Sequence[int],
+        sampling: Sampling,
+        num_beams: int = 1,
+    ) -> dict[str, Any]:
+        """The arguments of ``generate``, in plain values that can be sent to other ranks."""
+        settings = asdict(sampling)
+        seed = settings.pop("seed")
+        if sampling.greedy:
+            settings = {"temperature": 1.0, "top_k": 1, "top_p": 0.0}
+        end = stops[0] if stops else -1
+        request = settings | {
+            "batch_input_ids": [list(prompt) for prompt in prompts],
+            "max_new_tokens": max_new_tokens,
+            "end_id": end,
+            "pad_id": max(end, 0),
+            "num_beams": num_beams,
+            "random_seed": seed,
+            "return_dict": True,
+            "output_sequence_lengths": True,
+        }
         # 0.11 takes one list for all rows. It goes on to the last token then; rows are cut.
-        if public_version(self._release) < Version("0.12.0.dev0"):
-            arguments.pop("stop_words_list", None)
-        return arguments
+        if len(stops) > 1 and public_version(self._release) >= Version("0.12.0.dev0"):
+            request["stop_words_list"] = [[[stop] for stop in stops[1:]]] * len(prompts)
+        if num_beams > 1:
+            # As TensorRT-LLM's summarize.py searches with both models.
+            request |= {"length_penalty": 1.0, "early_stopping": 1}
+        return request
 
-    def _rows(
-        self, output: Output, prompts: Sequence[Sequence[int]], max_new_tokens: int
-    ) -> list[list[int]]:
-        """The first beam's new tokens of every row."""
-        ids, lengths = output["output_ids"][:, 0].tolist(), output["sequence_lengths"].tolist()
-        return [
-            row[len(prompt) : min(ends[0], len(prompt) + max_new_tokens)]
-            for row, ends, prompt in zip(ids, lengths, prompts, strict=True)
-        ]
+
+def _new_tokens(
+    output: Output, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """The first beam's new tokens of every row."""
+    ids, lengths = output["output_ids"][:, 0].tolist(), output["sequence_lengths"].tolist()
+    return [
+        row[len(prompt) : min(ends[0], len(prompt) + max_new_tokens)]
+        for row, ends, prompt in zip(ids, lengths, prompts, strict=True)
+    ]
 
 
 def _end(row: Sequence[int], stops: Sequence[int]) -> int:
@@ -279,32 +325,77 @@ def _description(engine: Engine) -> Description:
     )
 
 
-def _request(
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    stops: Sequence[int],
-    sampling: Sampling,
-    num_beams: int,
-) -> dict[str, Any]:
-    """The arguments of ``generate``, in plain values that can be sent to other ranks."""
-    settings = asdict(sampling)
-    seed = settings.pop("seed")
-    if sampling.greedy:
-        settings = {"temperature": 1.0, "top_k": 1, "top_p": 0.0}
-    end = stops[0] if stops else -1
-    request = settings | {
-        "input_ids": [list(prompt) for prompt in prompts],
-        "max_new_tokens": max_new_tokens,
-        "end_id": end,
-        "pad_id": max(end, 0),
-        "num_beams": num_beams,
-        "random_seed": seed,
-        "return_dict": True,
-        "output_sequence_lengths": True,
-    }
-    if len(stops) > 1:
-        request["stop_words_list"] = [[[stop] for stop in stops[1:]]] * len(prompts)
-    if num_beams > 1:
-        # As TensorRT-LLM's summarize.py searches with both models.
-        request |= {"length_penalty": 1.0, "early_stopping": 1}
-    return request
+def _load_runner(engine: Engine, release: str, rank: int) -> Runner:
+    """Load this rank's part of an engine with the installed release."""
+    # Errors only, as in TensorRT-LLM's scripts, unless the user has set it.
+    os.environ.setdefault("TLLM_LOG_LEVEL", "ERROR")
+    with _quiet_stdout():
+        runner_class = _runner_class(release, _in_flight_batching(engine))
+        try:
+            return runner_class.from_dir(
+                engine_dir=str(engine.directory), rank=rank, **engine.run_options
+            )
+        except Exception as error:  # which classes it raises is not documented
+            other = f" (built by {engine.version})" if engine.version != release else ""
+            raise CheckError(
+                f"TensorRT-LLM {release} cannot load {engine.directory}{other}: "
+                f"{type(error).__name__}: {error}",
+                hint="an engine runs on the release and the kind of GPU that it was built with; "
+                "build it again: phireg build CKPT --output-dir ENGINE",
+            ) from None
+
+
+def _runner_class(release: str, in_flight: bool) -> Any:
+    try:
+        runtime: Any = import_module("tensorrt_llm.runtime")
+    except Exception as error:  # a missing driver or library shows in any way
+        if isinstance(error, ModuleNotFoundError) and error.name == "tensorrt_llm.runtime":
+            raise _without_engines(release) from None
+        raise PhiregError(
+            f"TensorRT-LLM {release} cannot be imported: {type(error).__name__}: {error}",
+            hint="phireg doctor says what is missing.",
+        ) from None
+    names = ("ModelRunnerCpp", "ModelRunner") if in_flight else ("ModelRunner",)
+    classes = [getattr(runtime, name) for name in names if hasattr(runtime, name)]
+    if not classes:
+        raise _without_engines(release)
+    return classes[0]
+
+
+def _in_flight_batching(engine: Engine) -> bool:
+    """Whether ModelRunnerCpp takes the engine.
+
+    It needs the attention plugin, packed input and a paged KV cache; the last is an option of the
+    plugins up to 0.13 and ``kv_cache_type`` of the build since.
+    """
+    plugins = engine.build_config.get("plugin_config")
+    plugins = plugins if isinstance(plugins, Mapping) else {}
+    cache = engine.build_config.get("kv_cache_type")
+    paged = plugins.get("paged_kv_cache") if cache is None else str(cache).lower() == "paged"
+    packed = plugins.get("remove_input_padding")
+    return bool(plugins.get("gpt_attention_plugin") and packed and paged)
+
+
+@contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Send what the runtime prints, C++ included, to standard error: standard output is ours."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(sys.stderr))
+        try:
+            stdout = os.dup(1)
+        except OSError:
+            pass  # closed: nothing can get there
+        else:
+            stack.callback(os.close, stdout)
+            stack.callback(os.dup2, stdout, 1)
+            os.dup2(2, 1)
+        yield
+
+
+def _without_engines(release: str) -> PhiregError:
+    return PhiregError(
+        f"TensorRT-LLM {release} has no runtime for engines; {LAST} was the last with one",
+        hint="pip install 'phireg[trtllm]' installs a release that has it.",
+    )
