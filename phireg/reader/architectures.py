@@ -202,8 +202,9 @@ def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def mapping_problems(mapping: Mapping[str, Any]) -> Iterator[str]:
     """Yield what no reader accepts of config.json's ``mapping``."""
-    sizes = {key: mapping.get(key, 1) for key in ("world_size", "tp_size", "pp_size")}
-    experts = {key: mapping[key] for key in ("moe_tp_size", "moe_ep_size") if key in mapping}
+    stated = {key: value for key, value in mapping.items() if value is not None}
+    sizes = {key: stated.get(key, 1) for key in ("world_size", "tp_size", "pp_size")}
+    experts = {key: stated[key] for key in ("moe_tp_size", "moe_ep_size") if key in stated}
     for key, value in (sizes | experts).items():
         if type(value) is not int or value < 1:
             yield f"{key} is {value!r}, not a positive whole number"

@@ -263,7 +263,9 @@ def parse_spec(values: Mapping[str, Any], where: str = "config.json") -> ModelSp
     mapping = config.block("mapping")
     for problem in mapping_problems(mapping.values):
         raise mapping.error(problem)
-    dimensions = parse_dimensions(config, mapping.values.get("tp_size", 1))
+    dimensions = parse_dimensions(
+        config, mapping.integer("tp_size") if mapping.has("tp_size") else 1
+    )
     row, head_size = dimensions.architecture, dimensions.head_size
     epsilon = config.positive("norm_epsilon") if config.has("norm_epsilon") else 1e-5
     multiplier = config.number("mup_embedding_multiplier") if row.block_sparse else 0
