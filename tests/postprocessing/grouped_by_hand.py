@@ -9,6 +9,7 @@ import struct
 
 import numpy as np
 
+SCALES = "weights_scaling_factor"
 LAYERS, HEADS, KV, SIZE = 2, 8, 4, 6
 HIDDEN, INNER, VOCAB = HEADS * SIZE, 40, 37
 ROWS = (HEADS + 2 * KV) * SIZE
@@ -63,23 +64,21 @@ def right_rows(kv=KV):
     return np.concatenate([rows[:, :-2].ravel(), rows[:, -2].ravel(), rows[:, -1].ravel()])
 
 
-def rank_rows(rank, tp, kv=KV):
+def rank_rows(rank, tp, kv=KV, order=None):
     """The source rows a rank is to hold."""
-    order = right_rows(kv)
+    order = right_rows(kv) if order is None else order
     parts = np.split(order, [HEADS * SIZE, (HEADS + kv) * SIZE])
     return np.concatenate([np.split(part, tp)[rank] for part in parts])
 
 
 def block_rows(rank, tp, kv=KV):
-    """What an exporter leaves that cuts the source's rows as one block."""
+    """Rows of an exporter that cuts the source's rows as one block."""
     return np.split(np.arange((HEADS + 2 * kv) * SIZE), tp)[rank]
 
 
 def parts_rows(rank, tp, kv=KV):
-    """What one leaves that takes the source's rows for q, k, v and cuts each."""
-    rows = np.arange((HEADS + 2 * kv) * SIZE)
-    parts = np.split(rows, [HEADS * SIZE, (HEADS + kv) * SIZE])
-    return np.concatenate([np.split(part, tp)[rank] for part in parts])
+    """Rows of an exporter that takes the source's rows for q, k, v and cuts each."""
+    return rank_rows(rank, tp, kv, np.arange((HEADS + 2 * kv) * SIZE))
 
 
 def source_tensors(kv=KV, seed=0):
@@ -95,7 +94,10 @@ def source_tensors(kv=KV, seed=0):
     ]
 
 
-def write_source(directory, tensors, kv=KV):
+TENSORS = source_tensors()
+
+
+def write_source(directory, tensors=TENSORS, kv=KV):
     """The Hugging Face model that the checkpoints are of."""
     directory.mkdir()
     random = np.random.default_rng(9)
@@ -138,27 +140,21 @@ def exported(kind, weight, bias, rng):
         scale = np.float32(np.abs(wide).max() / 448)
         codes = e4m3(wide / scale)
         stored["weight"] = ("F8_E4M3", codes) if kind == "fp8" else ("I8", codes.view("i1"))
-        stored["weights_scaling_factor"] = ("F32", np.array([scale]))
+        stored[SCALES] = ("F32", np.array([scale]))
         return stored
     smooth = (10 ** rng.uniform(-1, 1, HIDDEN)).astype("f2")
     smoothed = wide / smooth.astype("f8")
     scales = np.abs(smoothed).max(1) / 127
     stored["weight"] = ("I8", np.rint(smoothed / scales[:, None]))
-    stored["weights_scaling_factor"] = ("F32", scales)
+    stored[SCALES] = ("F32", scales)
     stored["prequant_scaling_factor"] = ("F16", smooth)
     return stored
 
 
-PER_ROW = {
-    "float16": ("weight", "bias"),
-    "fp8": ("weight", "bias"),
-    "fp8 as int8": ("weight", "bias"),
-    "int8": ("weight", "bias", "weights_scaling_factor"),
-}
-KINDS = tuple(PER_ROW)
 ALGORITHM = {
     "float16": None, "fp8": "FP8", "fp8 as int8": "FP8", "int8": "W8A8_SQ_PER_CHANNEL"
 }  # fmt: skip
+KINDS = tuple(ALGORITHM)
 
 
 def checkpoint(kind, tensors, rows_of, tp=1, kv=KV):
@@ -172,7 +168,8 @@ def checkpoint(kind, tensors, rows_of, tp=1, kv=KV):
         for rank in range(tp):
             rows = rows_of(rank, tp, kv)
             for name, (code, array) in whole.items():
-                held = array[rows] if name in PER_ROW[kind] else array
+                by_row = name in ("weight", "bias") or (kind, name) == ("int8", SCALES)
+                held = array[rows] if by_row else array
                 ranks[rank][f"{layer}.attention.qkv.{name}"] = (code, held)
             if kind != "float16":
                 name = f"{layer}.attention.kv_cache_scaling_factor"
@@ -199,6 +196,16 @@ def write_checkpoint(directory, kind, ranks, kv=KV, **keys):
     (directory / "tokenizer.json").write_text('{"a": 1}')
     (directory / "notes.txt").write_text("mine")
     return directory
+
+
+def write(directory, kind="int8", rows_of=block_rows, tp=1, tensors=TENSORS, kv=KV, **keys):
+    """A checkpoint whose rows are in another order than the right one."""
+    ranks = checkpoint(kind, tensors, rows_of, tp, kv)
+    return write_checkpoint(directory, kind, ranks, kv, **keys)
+
+
+def right(kind="int8", tp=1):
+    return checkpoint(kind, TENSORS, rank_rows, tp)
 
 
 EARLY = {"producer": {"name": "modelopt", "version": "0.11.2"}, "decoder": "phi"}

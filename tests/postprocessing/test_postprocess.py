@@ -3,52 +3,30 @@
 import json
 import stat
 
+import grouped_by_hand as hand
 import numpy as np
 import pytest
-from grouped_by_hand import (
-    EARLY,
-    HIDDEN,
-    KINDS,
-    LATE,
-    SIZE,
-    block_rows,
-    checkpoint,
-    content,
-    load,
-    parts_rows,
-    rank_rows,
-    right_rows,
-    same,
-    save,
-    source_tensors,
-    write_checkpoint,
-    write_source,
-)
+from grouped_by_hand import EARLY, KINDS, LATE, TENSORS, content, parts_rows, rank_rows, right, same
 
 import phireg
 from phireg.errors import CheckError, OutputError, SourceError, UsageError
 from phireg.postprocessing.orders import TEXTS, TWICE
 
-TENSORS = source_tensors()
+QKV = "transformer.layers.{}.attention.qkv.{}"
 
 
 @pytest.fixture
 def source(tmp_path):
-    return write_source(tmp_path / "model", TENSORS)
+    return str(hand.write_source(tmp_path / "model"))
 
 
-def grouped(tmp_path, kind="int8", rows_of=block_rows, tp=1, **keys):
-    ranks = checkpoint(kind, TENSORS, rows_of, tp)
-    return write_checkpoint(tmp_path / "ckpt", kind, ranks, **keys)
-
-
-def right(kind="int8", tp=1):
-    return checkpoint(kind, TENSORS, rank_rows, tp)
+def write(tmp_path, *args, **keys):
+    return hand.write(tmp_path / "ckpt", *args, **keys)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_rank_by_its_producer(tmp_path, kind):
-    directory = grouped(tmp_path, kind, **EARLY)
+    directory = write(tmp_path, kind, **EARLY)
     before = content(directory)
     assert phireg.row_order(directory).needed
     assert content(directory) == before
@@ -65,45 +43,43 @@ def test_one_rank_by_its_producer(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("rows_of", [block_rows, parts_rows])
+@pytest.mark.parametrize(
+    ("tp", "rows_of"),
+    [(1, hand.block_rows), (2, hand.block_rows), (2, parts_rows), (4, parts_rows)],
+)
 def test_ranks_by_their_rows(tmp_path, source, kind, tp, rows_of):
-    directory = grouped(tmp_path, kind, rows_of, tp)
-    if tp == 4 and rows_of is block_rows:  # one group for each rank, which is right as it is
-        same(directory, right(kind, tp))
-        assert not phireg.row_order(directory, model_dir=str(source)).needed
-        return
-    result = phireg.postprocess(directory, model_dir=str(source))
+    directory = write(tmp_path, kind, rows_of, tp)
+    result = phireg.postprocess(directory, model_dir=source)
     same(directory, right(kind, tp))
     assert result.rows.needed
-    assert str(source) in result.rows.evidence[0]
-    assert not phireg.row_order(directory, model_dir=str(source)).needed
+    assert source in result.rows.evidence[0]
+    assert not phireg.row_order(directory, model_dir=source).needed
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_right_rows_are_refused(tmp_path, source, kind):
-    directory = write_checkpoint(tmp_path / "ckpt", kind, right(kind, 2))
-    assert not phireg.row_order(directory, model_dir=str(source)).needed
+@pytest.mark.parametrize(("tp", "rows_of"), [(2, rank_rows), (4, hand.block_rows)])
+def test_right_rows_are_refused(tmp_path, source, kind, tp, rows_of):
+    """A block for each of four ranks is one group, which is right as it is."""
+    directory = write(tmp_path, kind, rows_of, tp)
+    same(directory, right(kind, tp))
+    assert not phireg.row_order(directory, model_dir=source).needed
     before = content(directory)
     with pytest.raises(UsageError):
-        phireg.postprocess(directory, model_dir=str(source))
+        phireg.postprocess(directory, model_dir=source)
     assert content(directory) == before
 
 
 def test_twice_is_refused(tmp_path, source):
-    directory = grouped(tmp_path, **EARLY)
+    directory = write(tmp_path, **EARLY)
     phireg.postprocess(directory)
     before = content(directory)
-    for options in ({}, {"model_dir": str(source)}, {"in_source_order": True}):
+    for options in ({}, {"model_dir": source}, {"in_source_order": True}):
         with pytest.raises(UsageError):
             phireg.postprocess(directory, **options)
         assert content(directory) == before
     manifest = json.loads(before["phireg.json"])
-    assert manifest["postprocess"]["tensors"] == sorted(
-        f"transformer.layers.{i}.attention.qkv.{name}"
-        for i in (0, 1)
-        for name in ("weight", "bias", "weights_scaling_factor")
-    )
+    moved = [QKV.format(i, n) for i in (0, 1) for n in ("bias", "weight", hand.SCALES)]
+    assert manifest["postprocess"]["tensors"] == moved
     assert phireg.inspect(directory, check=True).manifest == manifest
     rows = phireg.row_order(directory)
     assert not rows.needed
@@ -111,68 +87,50 @@ def test_twice_is_refused(tmp_path, source):
 
 
 def test_one_query_head_for_each_kv_head(tmp_path):
-    tensors = source_tensors(kv=8)
-    source = write_source(tmp_path / "model", tensors, kv=8)
+    tensors = hand.source_tensors(kv=8)
+    source = hand.write_source(tmp_path / "model", tensors, kv=8)
     for name, options in (("a", {"model_dir": str(source)}), ("b", {"in_source_order": True})):
-        ranks = checkpoint("fp8", tensors, block_rows, kv=8)
-        directory = write_checkpoint(tmp_path / name, "fp8", ranks, kv=8)
+        directory = hand.write(tmp_path / name, "fp8", tensors=tensors, kv=8)
         phireg.postprocess(directory, **options)
-        same(directory, checkpoint("fp8", tensors, rank_rows, kv=8))
+        same(directory, hand.checkpoint("fp8", tensors, rank_rows, kv=8))
 
 
 def test_one_kv_head_has_one_order_only(tmp_path):
-    tensors = source_tensors(kv=1)
-    ranks = checkpoint("fp8", tensors, block_rows, kv=1)
-    directory = write_checkpoint(tmp_path / "ckpt", "fp8", ranks, kv=1, **EARLY)
-    assert np.array_equal(right_rows(1), np.arange(len(right_rows(1))))
+    directory = write(tmp_path, "fp8", tensors=hand.source_tensors(kv=1), kv=1, **EARLY)
     assert not phireg.row_order(directory).needed
 
 
-def test_the_pre_quant_scale_stays(tmp_path):
-    """Arithmetic on sizes would move it here."""
-    directory = grouped(tmp_path, **EARLY)
-    name = "transformer.layers.1.attention.qkv.prequant_scaling_factor"
-    before = load(directory / "rank0.safetensors")[name][1]
-    assert before.shape == (HIDDEN,)
-    assert HIDDEN % (8 + 2 * 4) == 0
-    phireg.postprocess(directory)
-    assert np.array_equal(load(directory / "rank0.safetensors")[name][1], before)
-
-
-# --- the output -----------------------------------------------------------------------------
+# The output
 
 
 def test_a_new_directory(tmp_path):
-    directory = grouped(tmp_path, **EARLY)
+    directory = write(tmp_path, **EARLY)
+    before = content(directory)
     (directory / "sub").mkdir()
-    before = {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()}
     out = tmp_path / "out"
     phireg.postprocess(directory, out)
     same(out, right())
     assert set(content(out)) == set(before) | {"phireg.json"}
-    assert {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()} == before
-    with pytest.raises(OutputError, match="out"):
+    (directory / "sub").rmdir()
+    assert content(directory) == before
+    with pytest.raises(OutputError):
         phireg.postprocess(directory, out)
     (out / "notes.txt").unlink()
     phireg.postprocess(directory, out, overwrite=True)
     same(out, right())
-
-
-def test_output_dir_must_be_another_one(tmp_path):
-    directory = grouped(tmp_path, **EARLY)
     with pytest.raises(UsageError, match="--output-dir"):
         phireg.postprocess(directory, tmp_path / "." / "ckpt" / ".." / "ckpt")
 
 
-def test_what_would_get_lost_is_refused(tmp_path):
-    directory = grouped(tmp_path, **EARLY)
+def test_losing_files_is_refused(tmp_path):
+    directory = write(tmp_path, **EARLY)
     (directory / "sub").mkdir()
     with pytest.raises(OutputError, match="sub"):
         phireg.postprocess(directory)
     (directory / "sub").rmdir()
-    moved = tmp_path / "elsewhere"
-    (directory / "rank0.safetensors").rename(moved)
-    (directory / "rank0.safetensors").symlink_to(moved)
+    elsewhere = tmp_path / "elsewhere"
+    (directory / "rank0.safetensors").rename(elsewhere)
+    (directory / "rank0.safetensors").symlink_to(elsewhere)
     with pytest.raises(OutputError, match=r"rank0.safetensors"):
         phireg.postprocess(directory)
     phireg.postprocess(directory, tmp_path / "out")
@@ -180,7 +138,7 @@ def test_what_would_get_lost_is_refused(tmp_path):
 
 
 def test_modes_and_links_stay(tmp_path):
-    directory = grouped(tmp_path, **EARLY)
+    directory = write(tmp_path, **EARLY)
     directory.chmod(0o700)
     (directory / "rank0.safetensors").chmod(0o600)
     link = tmp_path / "link"
@@ -192,11 +150,11 @@ def test_modes_and_links_stay(tmp_path):
     assert stat.S_IMODE((directory / "rank0.safetensors").stat().st_mode) == 0o600
 
 
-# --- evidence --------------------------------------------------------------------------------
+# Evidence
 
 
-def test_nothing_tells(tmp_path):
-    directory = grouped(tmp_path)
+def test_no_evidence(tmp_path):
+    directory = write(tmp_path)
     before = content(directory)
     for call in (phireg.row_order, phireg.postprocess):
         with pytest.raises(UsageError) as caught:
@@ -211,7 +169,6 @@ def test_nothing_tells(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "needed"),
     [
-        (EARLY, True),
         ({"producer": {"name": "modelopt", "version": "0.12.1.dev3"}}, True),
         (LATE, False),
         ({"producer": {"name": "modelopt", "version": "1.0"}}, False),
@@ -223,7 +180,7 @@ def test_nothing_tells(tmp_path):
     ],
 )
 def test_the_producer(tmp_path, keys, needed):
-    directory = grouped(tmp_path, "fp8", **keys)
+    directory = write(tmp_path, "fp8", **keys)
     if needed is None:
         with pytest.raises(UsageError):
             phireg.row_order(directory)
@@ -233,88 +190,70 @@ def test_the_producer(tmp_path, keys, needed):
 
 def test_rows_count_more_than_the_producer(tmp_path, source):
     """postprocess_quant_checkpoint.py leaves config.json as it is."""
-    done = write_checkpoint(tmp_path / "done", "int8", right(), **EARLY)
-    rows = phireg.row_order(done, model_dir=str(source))
+    repaired = hand.write(tmp_path / "repaired", "int8", rank_rows, **EARLY)
+    rows = phireg.row_order(repaired, model_dir=source)
     assert not rows.needed
     assert len(rows.evidence) == 2
     assert "modelopt 0.11.2" in rows.evidence[1]
-    late = grouped(tmp_path, **LATE)
-    assert phireg.row_order(late, model_dir=str(source)).needed
+    late = write(tmp_path, **LATE)
+    assert phireg.row_order(late, model_dir=source).needed
     assert not phireg.row_order(late).needed
 
 
 def test_a_statement_against_the_evidence(tmp_path, source):
-    directory = write_checkpoint(tmp_path / "right", "fp8", right("fp8"), **LATE)
-    for options in ({}, {"model_dir": str(source)}):
+    directory = write(tmp_path, "fp8", rank_rows, **LATE)
+    for options in ({}, {"model_dir": source}):
         with pytest.raises(UsageError, match="--in-source-order"):
             phireg.postprocess(directory, in_source_order=True, **options)
 
 
-def test_a_converted_checkpoint_needs_nothing(tmp_path, source):
+def test_the_manifest_of_a_conversion(tmp_path, source):
     directory = tmp_path / "ckpt"
     phireg.convert(phireg.plan(source), directory)
     rows = phireg.row_order(directory)
     assert not rows.needed
     assert "phireg.json" in rows.evidence[0]
-    with pytest.raises(UsageError):
-        phireg.postprocess(directory)
-
-
-def test_the_manifest_of_other_files(tmp_path, source):
-    """Rank files of an exporter put beside the manifest of a conversion."""
-    directory = tmp_path / "ckpt"
-    phireg.convert(phireg.plan(source), directory)
-    save(directory / "rank0.safetensors", checkpoint("float16", TENSORS, block_rows)[0])
-    for options in ({}, {"model_dir": str(source)}):
+    # By the rows of this model, the checkpoint would be in its source's order.
+    other = [(w[hand.right_rows()], b[hand.right_rows()]) for w, b in TENSORS]
+    shuffled = hand.write_source(tmp_path / "shuffled", other)
+    with pytest.raises(CheckError, match=r"phireg\.json"):
+        phireg.row_order(directory, model_dir=str(shuffled))
+    # An exporter's rank files beside the manifest.
+    exported = hand.checkpoint("float16", TENSORS, hand.block_rows)
+    hand.save(directory / "rank0.safetensors", exported[0])
+    for options in ({}, {"model_dir": source}):
         with pytest.raises(CheckError, match=r"transformer.layers.0.attention.qkv"):
             phireg.row_order(directory, **options)
     (directory / "phireg.json").unlink()
-    assert phireg.row_order(directory, model_dir=str(source)).needed
-
-
-def test_the_manifest_against_rows_of_another_model(tmp_path, source):
-    directory = tmp_path / "ckpt"
-    phireg.convert(phireg.plan(source), directory)
-    other = [(w[right_rows()], b[right_rows()]) for w, b in TENSORS]
-    model = write_source(tmp_path / "shuffled", other)
-    # The rows are this model's own, so the checkpoint would be in its source's order.
-    with pytest.raises(CheckError, match=r"phireg\.json"):
-        phireg.row_order(directory, model_dir=str(model))
+    assert phireg.row_order(directory, model_dir=source).needed
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_another_model(tmp_path, kind):
-    other = write_source(tmp_path / "model", source_tensors(seed=1))
-    directory = grouped(tmp_path, kind)
+def test_rows_of_no_repairable_order(tmp_path, source, kind):
+    other = hand.write_source(tmp_path / "other", hand.source_tensors(seed=1))
     with pytest.raises(CheckError, match="qkv"):
-        phireg.row_order(directory, model_dir=str(other))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_done_twice_by_the_original_script(tmp_path, source, kind):
-    ranks = checkpoint(kind, TENSORS, lambda *_: right_rows()[right_rows()])
-    directory = write_checkpoint(tmp_path / "ckpt", kind, ranks)
-    with pytest.raises(CheckError) as caught:
-        phireg.row_order(directory, model_dir=str(source))
+        phireg.row_order(write(tmp_path, kind), model_dir=str(other))
+    twice = hand.write(tmp_path / "twice", kind, lambda *_: hand.right_rows()[hand.right_rows()])
+    with pytest.raises(CheckError) as caught:  # the original script, run again
+        phireg.row_order(twice, model_dir=source)
     assert TEXTS[TWICE] in caught.value.message
 
 
-@pytest.mark.parametrize("part", ["bias", "layer", "weights_scaling_factor"])
-def test_half_of_it_done(tmp_path, source, part):
-    ranks, done = checkpoint("int8", TENSORS, block_rows), right()
+@pytest.mark.parametrize("part", ["bias", "layer", hand.SCALES])
+def test_rows_put_right_in_part(tmp_path, source, part):
+    ranks, repaired = hand.checkpoint("int8", TENSORS, hand.block_rows), right()
     for name in ranks[0]:
         if (".0." in name) if part == "layer" else name.endswith(f"qkv.{part}"):
-            ranks[0][name] = done[0][name]
-    directory = write_checkpoint(tmp_path / "ckpt", "int8", ranks)
+            ranks[0][name] = repaired[0][name]
+    directory = hand.write_checkpoint(tmp_path / "ckpt", "int8", ranks)
     with pytest.raises(CheckError, match="qkv"):
-        phireg.row_order(directory, model_dir=str(source))
+        phireg.row_order(directory, model_dir=source)
 
 
 def test_rows_that_are_alike_tell_nothing(tmp_path):
     tensors = [(np.ones_like(w), np.zeros_like(b)) for w, b in TENSORS]
-    source = write_source(tmp_path / "model", tensors)
-    ranks = checkpoint("float16", tensors, block_rows)
-    directory = write_checkpoint(tmp_path / "ckpt", "float16", ranks)
+    source = hand.write_source(tmp_path / "model", tensors)
+    directory = write(tmp_path, "float16", tensors=tensors)
     with pytest.raises(UsageError):
         phireg.row_order(directory, model_dir=str(source))
 
@@ -325,70 +264,60 @@ def test_a_few_coarse_rows_do_not_matter(tmp_path):
     for weight, _ in tensors:
         weight[5:20] *= np.float16(1e-5)
         weight[50:60] = 0
-    source = write_source(tmp_path / "model", tensors)
-    ranks = checkpoint("fp8", tensors, block_rows)
-    directory = write_checkpoint(tmp_path / "ckpt", "fp8", ranks)
+    source = hand.write_source(tmp_path / "model", tensors)
+    directory = write(tmp_path, "fp8", tensors=tensors)
     phireg.postprocess(directory, model_dir=str(source))
-    same(directory, checkpoint("fp8", tensors, rank_rows))
+    same(directory, hand.checkpoint("fp8", tensors, rank_rows))
 
 
-# --- ranks that cannot be repaired -----------------------------------------------------------
+# Ranks that cannot be repaired
 
 
 @pytest.mark.parametrize("options", [EARLY, {}])
 def test_ranks_need_the_model(tmp_path, options):
-    directory = grouped(tmp_path, "fp8", tp=2, **options)
+    directory = write(tmp_path, "fp8", tp=2, **options)
     with pytest.raises(UsageError) as caught:
         phireg.postprocess(directory, in_source_order=not options)
     assert "--model-dir" in caught.value.hint
 
 
-def test_one_file_for_two_ranks(tmp_path):
-    """modelopt 0.11 wrote this for decoder phi with TP 2."""
-    directory = grouped(tmp_path, mapping={"world_size": 2, "tp_size": 2}, **EARLY)
-    with pytest.raises(SourceError, match=r"rank1.safetensors") as caught:
-        phireg.postprocess(directory)
-    assert "TP 1" in caught.value.hint
-
-
 def test_a_cut_through_groups(tmp_path):
     """Three KV heads over two ranks: no rank file could hold the rows that the reader wants."""
-    global_heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": HIDDEN}
-    directory = grouped(tmp_path, "fp8", tp=2, head_size=SIZE, **global_heads)
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": hand.HIDDEN}
+    directory = write(tmp_path, "fp8", tp=2, head_size=hand.SIZE, **heads)
     with pytest.raises(CheckError, match="2 rank"):
         phireg.postprocess(directory, in_source_order=True)
 
 
 def test_scales_that_differ_between_ranks(tmp_path, source):
-    ranks = checkpoint("fp8", TENSORS, parts_rows, 2)
-    name = "transformer.layers.1.attention.qkv.activation_scaling_factor"
-    ranks[1][name] = ("F32", ranks[1][name][1] * 2)
-    directory = write_checkpoint(tmp_path / "ckpt", "fp8", ranks)
-    with pytest.raises(CheckError, match=name):
-        phireg.postprocess(directory, model_dir=str(source))
-    ranks = checkpoint("fp8", TENSORS, block_rows, 2)  # here no row leaves its rank
-    ranks[1][name] = ("F32", ranks[1][name][1] * 2)
-    directory = write_checkpoint(tmp_path / "block", "fp8", ranks)
-    phireg.postprocess(directory, model_dir=str(source))
+    name = QKV.format(1, "activation_scaling_factor")
+    # Rows leave their rank in the first checkpoint only.
+    for rows_of, error in ((parts_rows, name), (hand.block_rows, None)):
+        ranks = hand.checkpoint("fp8", TENSORS, rows_of, 2)
+        ranks[1][name] = ("F32", ranks[1][name][1] * 2)
+        directory = hand.write_checkpoint(tmp_path / rows_of.__name__, "fp8", ranks)
+        if error is None:
+            phireg.postprocess(directory, model_dir=source)
+            continue
+        with pytest.raises(CheckError, match=error):
+            phireg.postprocess(directory, model_dir=source)
 
 
-# --- damaged input ---------------------------------------------------------------------------
+# Damaged input
 
 
 def test_other_families(tmp_path, source):
-    directory = grouped(tmp_path, "fp8", architecture="PhiForCausalLM")
+    directory = write(tmp_path, "fp8", architecture="PhiForCausalLM")
     assert not phireg.row_order(directory).needed
     with pytest.raises(UsageError, match="phi2"):
         phireg.postprocess(directory)
-    unknown = write_checkpoint(
-        tmp_path / "unknown", "fp8", right("fp8"), architecture="LlamaForCausalLM"
-    )
+    unknown = hand.write(tmp_path / "unknown", "fp8", rank_rows, architecture="LlamaForCausalLM")
     with pytest.raises(UsageError, match="LlamaForCausalLM"):
         phireg.row_order(unknown)
     with pytest.raises(UsageError, match="phi3-small"):
         phireg.row_order(unknown, family="phi3-small")
     with pytest.raises(SourceError, match="architecture"):
-        phireg.row_order(unknown, model_dir=str(source))
+        phireg.row_order(unknown, model_dir=source)
 
 
 @pytest.mark.parametrize(
@@ -397,18 +326,19 @@ def test_other_families(tmp_path, source):
         ({"architecture": "absent"}, SourceError, "architecture"),
         ({"num_attention_heads": "8"}, CheckError, "num_attention_heads"),
         ({"num_key_value_heads": "absent"}, CheckError, "num_key_value_heads"),
-        ({"num_key_value_heads": 2, "head_size": SIZE}, CheckError, "qkv"),
+        ({"num_key_value_heads": 2, "head_size": hand.SIZE}, CheckError, "qkv"),
         ({"num_key_value_heads": 3}, CheckError, "config.json"),
         ({"num_hidden_layers": 1}, CheckError, "layers"),
         ({"mapping": {"world_size": "2"}}, SourceError, "world_size"),
         ({"mapping": {"world_size": 2, "tp_size": 1, "pp_size": 2}}, SourceError, "tp_size"),
-        ({"mapping": {"world_size": 10**6}}, SourceError, "world_size"),
+        # modelopt 0.11 wrote one file for decoder phi with TP 2.
+        ({"mapping": {"world_size": 2, "tp_size": 2}}, SourceError, "rank1.safetensors"),
         ({"quantization": {"quant_algo": "W4A16_AWQ"}}, CheckError, "W4A16_AWQ"),
         ({"quantization": {"quant_algo": ["FP8"]}}, CheckError, "FP8"),
     ],
 )
 def test_wrong_configs(tmp_path, keys, error, names):
-    directory = grouped(tmp_path, **{**EARLY, **keys})
+    directory = write(tmp_path, **{**EARLY, **keys})
     before = content(directory)
     with pytest.raises(error, match=names):
         phireg.postprocess(directory)
@@ -416,7 +346,7 @@ def test_wrong_configs(tmp_path, keys, error, names):
 
 
 def test_early_spelling_of_kv_heads(tmp_path):
-    directory = grouped(tmp_path, num_key_value_heads="absent", num_kv_heads=4, **EARLY)
+    directory = write(tmp_path, num_key_value_heads="absent", num_kv_heads=4, **EARLY)
     phireg.postprocess(directory)
     same(directory, right())
 
@@ -425,26 +355,26 @@ def test_early_spelling_of_kv_heads(tmp_path):
     ("name", "tensor"),
     [
         ("weight", None),
-        ("weight", ("I8", np.zeros((HIDDEN, 96)))),
+        ("weight", ("I8", np.zeros((hand.HIDDEN, 96)))),
         ("per_channel_scale", ("F16", np.zeros(96))),
-        ("weights_scaling_factor", ("F32", np.zeros(95))),
-        ("weights_scaling_factor", ("F32", np.zeros((96, 3)))),
+        (hand.SCALES, ("F32", np.zeros(95))),
+        (hand.SCALES, ("F32", np.zeros((96, 3)))),
         ("activation_scaling_factor", ("F32", np.zeros(96))),
         ("prequant_scaling_factor", ("F16", np.zeros(96))),
     ],
 )
 def test_wrong_tensors(tmp_path, name, tensor):
-    ranks = checkpoint("int8", TENSORS, block_rows)
-    ranks[0].pop(f"transformer.layers.1.attention.qkv.{name}", None)
+    ranks = hand.checkpoint("int8", TENSORS, hand.block_rows)
+    ranks[0].pop(QKV.format(1, name), None)
     if tensor:
-        ranks[0][f"transformer.layers.1.attention.qkv.{name}"] = tensor
-    directory = write_checkpoint(tmp_path / "ckpt", "int8", ranks, **EARLY)
+        ranks[0][QKV.format(1, name)] = tensor
+    directory = hand.write_checkpoint(tmp_path / "ckpt", "int8", ranks, **EARLY)
     with pytest.raises(CheckError, match=rf"layers\.1\.attention\.qkv\.{name}"):
         phireg.postprocess(directory)
 
 
-def test_damaged_files(tmp_path, source):
-    directory = grouped(tmp_path, **EARLY)
+def test_damaged_files(tmp_path):
+    directory = write(tmp_path, **EARLY)
     raw = (directory / "rank0.safetensors").read_bytes()
     for damage in (b"", raw[:-5]):
         (directory / "rank0.safetensors").write_bytes(damage)
@@ -456,9 +386,6 @@ def test_damaged_files(tmp_path, source):
         with pytest.raises(SourceError):
             phireg.postprocess(directory)
     (directory / "phireg.json").write_text('{"format": 1, "files": {}, "producer": {"name": "x"}}')
-    model = write_source(tmp_path / "wide", source_tensors(kv=8), kv=8)
-    for options in (model, tmp_path / "nothing"):
-        with pytest.raises(SourceError):
-            phireg.postprocess(directory, model_dir=str(options))
-    with pytest.raises(UsageError, match="--revision"):
-        phireg.postprocess(directory, revision="main")
+    wide = hand.write_source(tmp_path / "wide", hand.source_tensors(kv=8), kv=8)
+    with pytest.raises(SourceError):
+        phireg.postprocess(directory, model_dir=str(wide))

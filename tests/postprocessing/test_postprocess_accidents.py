@@ -6,17 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grouped_by_hand as hand
 import pytest
-from grouped_by_hand import (
-    EARLY,
-    block_rows,
-    checkpoint,
-    content,
-    rank_rows,
-    same,
-    source_tensors,
-    write_checkpoint,
-)
+from grouped_by_hand import content, same
 
 import phireg
 from phireg.checkpoint.rankfiles import RankFiles
@@ -26,32 +18,25 @@ from phireg.source.model import Reader
 
 ROOT = Path(__file__).parents[2]
 VICTIM = Path(__file__).with_name("postprocess_victim.py")
-TENSORS = source_tensors()
-RIGHT = checkpoint("int8", TENSORS, rank_rows)
-
-
-@pytest.fixture
-def grouped(tmp_path):
-    ranks = checkpoint("int8", TENSORS, block_rows)
-    return write_checkpoint(tmp_path / "ckpt", "int8", ranks, **EARLY)
+RIGHT = hand.right()
 
 
 def test_kill_9_everywhere(grouped, tmp_path):
     before = content(grouped)
-    ran = subprocess.run(
+    victim = subprocess.run(
         [sys.executable, VICTIM, grouped, tmp_path / "runs"],
         capture_output=True, text=True, check=False, timeout=120,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    kills = int(ran.stdout)
+    assert victim.returncode == 0, victim.stderr
+    kills = int(victim.stdout)
     assert kills > 60
-    gone = done = 0
+    missing = complete = 0
     for number in range(1, kills + 1):
         base = tmp_path / "runs" / str(number)
         directory, partial = base / "ckpt", base / "ckpt.phireg-partial"
         if not directory.exists():  # between the two renames the original is beside it
-            gone += 1
+            missing += 1
             assert content(partial / "replaced") == before
             with pytest.raises(SourceError) as caught:
                 phireg.row_order(directory)
@@ -60,7 +45,7 @@ def test_kill_9_everywhere(grouped, tmp_path):
             if number % 9:
                 continue
         else:
-            done += 1
+            complete += 1
             same(directory, RIGHT)
             assert phireg.inspect(directory, check=True).problems is not None
         # The next run finishes, or finds it finished; either way nothing is left over.
@@ -71,8 +56,8 @@ def test_kill_9_everywhere(grouped, tmp_path):
         same(directory, RIGHT)
         assert {path.name for path in base.iterdir()} == {"ckpt"}
         assert set(content(directory)) == {*before, "phireg.json"}
-    assert gone >= 1
-    assert done >= 3
+    assert missing >= 1
+    assert complete >= 3
 
 
 @pytest.mark.parametrize("number", [1, 5, 12])

@@ -5,21 +5,10 @@ import re
 import shlex
 import shutil
 
+import grouped_by_hand as hand
 import numpy as np
 import pytest
-from grouped_by_hand import (
-    HIDDEN,
-    INNER,
-    KINDS,
-    LAYERS,
-    ROWS,
-    content,
-    load,
-    right_rows,
-    save,
-    source_tensors,
-    write_source,
-)
+from grouped_by_hand import HIDDEN, INNER, LAYERS, content, load, right_rows, save
 from helpers.command_line import run_phireg
 
 import phireg
@@ -53,7 +42,7 @@ def written(kind, source, directory):
         if kind == "fp8 as int8" and code == "F8_E4M3":
             code, array = "I8", array.view("i1")
         right[name] = wrong[name] = (code, array)
-        if ".qkv." in name and array.shape[0] == ROWS and "prequant" not in name:
+        if ".qkv." in name and array.shape[0] == hand.ROWS and "prequant" not in name:
             wrong[name] = (code, array[np.argsort(right_rows())])
     exported = directory.with_name("an exporter's")
     shutil.copytree(directory, exported)
@@ -62,11 +51,10 @@ def written(kind, source, directory):
     return right, exported
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", hand.KINDS)
 def test_the_command_works_as_printed(tmp_path, kind):
-    source = write_source(tmp_path / "model", source_tensors())
+    source = hand.write_source(tmp_path / "model")
     right, directory = written(kind, source, tmp_path / "right")
-
     before = content(directory)
     verified = run_phireg("verify", directory, "--model-dir", source, "--quick", "--json")
     assert verified.exit_code == 4
@@ -76,8 +64,8 @@ def test_the_command_works_as_printed(tmp_path, kind):
     command = re.search(r"phireg (postprocess .*)", hint)[1]
     assert run_phireg(*shlex.split(command), "--check").exit_code == 4
     assert content(directory) == before
-    done = run_phireg(*shlex.split(command))
-    assert done.exit_code == 0, done.output
+    repaired = run_phireg(*shlex.split(command))
+    assert repaired.exit_code == 0, repaired.output
     tensors = load(directory / "rank0.safetensors")
     assert {n: (c, a.tobytes()) for n, (c, a) in tensors.items()} == {
         n: (c, a.tobytes()) for n, (c, a) in right.items()
@@ -88,7 +76,7 @@ def test_the_command_works_as_printed(tmp_path, kind):
 
 def test_no_command_where_it_would_be_refused(tmp_path):
     """One layer only: no exporter does that."""
-    source = write_source(tmp_path / "model", source_tensors())
+    source = hand.write_source(tmp_path / "model")
     right, directory = written("float16", source, tmp_path / "right")
     tensors = load(directory / "rank0.safetensors")
     tensors |= {name: right[name] for name in tensors if ".layers.0." in name}
