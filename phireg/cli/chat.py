@@ -74,6 +74,7 @@ class Chat:
                 self._answer(backend, line)
 
     def _answer(self, backend: Backend, line: str) -> None:
+        from phireg.generation import Request
         from phireg.generation.generate import Timing, timed
 
         self.messages.append({"role": "user", "content": line})
@@ -86,7 +87,8 @@ class Chat:
         timing = Timing()
         sampling = self._generator.sampling
         sampling = replace(sampling, seed=sampling.seed + self._answers)
-        steps = timed(backend.stream([prompt], count, self._stop_ids, sampling), timing)
+        request = Request([prompt], count, self._stop_ids, sampling)
+        steps = timed(backend.stream(request), timing)
         # Ctrl-C reaches worker processes too and ends the chat.
         if backend.processes > 1:
             tokens = stream_text(steps, self._tokenizer)

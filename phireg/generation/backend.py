@@ -57,84 +57,50 @@ DEFAULTS = Options()
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """The limits of a model, read without its weights.
-
-    Attributes:
-        vocab_size: token ids are below this.
-        positions: prompt and new tokens together at most.
-        tp_size: the number of ranks it is split into.
-        processes: the numbers of processes that can run it.
-        start: the launcher of one process per rank ("torchrun --nproc-per-node 2 -m").
-        max_input: tokens of a prompt at most; None is as many as there are positions.
-        max_batch: rows of a batch at most; None is any number.
-        max_beams: beams at most; None is any number.
-    """
+    """The limits of a model, read without its weights; a maximum of None is no further limit."""
 
     vocab_size: int
-    positions: int
+    positions: int  # prompt and new tokens together at most
     tp_size: int = 1
-    processes: tuple[int, ...] = (1,)
-    start: str = ""
-    max_input: int | None = None
-    max_batch: int | None = None
+    processes: tuple[int, ...] = (1,)  # the numbers of processes that can run it
+    start: str = ""  # the launcher of one process per rank ("torchrun --nproc-per-node 2 -m")
+    max_input: int | None = None  # tokens of a prompt
+    max_batch: int | None = None  # rows of a batch
     max_beams: int | None = None
 
 
-class Backend(Protocol):
-    """A loaded model.
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A batch to continue."""
 
-    Attributes:
-        name: its name in ``BACKENDS``.
-        device: where it computes.
-        dtype: the dtype it computes in.
-        processes: the number of processes that take part.
-    """
+    prompts: Sequence[Sequence[int]]  # token ids of each row; rows may differ in length
+    max_new_tokens: int  # of each row
+    stop_ids: Collection[int]  # end a row
+    sampling: Sampling
+    num_beams: int = 1  # above 1: the best of this many beams, without sampling
+
+
+class Backend(Protocol):
+    """A loaded model; its methods raise UsageError for a request beyond the model's limits."""
 
     name: str
     device: str
-    dtype: str
-    processes: int
+    dtype: str  # that it computes in
+    processes: int  # that take part
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        stop_ids: Collection[int],
-        sampling: Sampling,
-        num_beams: int = 1,
-    ) -> list[list[int]]:
-        """Continue rows of token ids, which may differ in length.
+    def generate(self, request: Request) -> list[list[int]]:
+        """Return the new tokens of each row, without the stop id."""
 
-        Args:
-            prompts: token ids of each row.
-            max_new_tokens: new tokens of each row at most.
-            stop_ids: a row ends before the first of these.
-            sampling: how tokens are chosen.
-            num_beams: above 1, return the best of this many beams, without sampling.
+    def stream(self, request: Request) -> Iterator[list[int | None]]:
+        """Yield each row's next token, stop id included; None where it has ended or is behind.
 
-        Raises:
-            UsageError: the request exceeds the model's limits.
-        """
-
-    def stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        stop_ids: Collection[int],
-        sampling: Sampling,
-    ) -> Iterator[list[int | None]]:
-        """Continue a batch as ``generate`` does, step by step and with the stop ids.
-
-        With several processes the iterator must be exhausted.
-
-        Yields:
-            Each row's next token; None where the row has ended or is behind others.
+        There are no beams. With several processes the iterator must be exhausted.
         """
 
     def mean_nll(
         self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
     ) -> list[float] | None:
-        """Return for each prompt the mean of -ln p over the tokens of its continuation, in nats.
+        """Return for each prompt the mean of -ln p of its continuation's tokens, in nats.
 
         None if this backend does not give logits.
         """
@@ -152,9 +118,7 @@ class Opener(Protocol):
     def describe(self, directory: Path, options: Options) -> Description:
         """Read a model's limits, without weights and without joining other processes.
 
-        Raises:
-            UsageError: an option has no meaning for this backend.
-            PhiregError: the backend cannot run the directory.
+        Raise UsageError for an option that has no meaning for this backend.
         """
 
     def process_rank(self) -> tuple[int, int]:
@@ -203,11 +167,7 @@ def run_worker(name: str, directory: str | Path, options: Options = DEFAULTS) ->
 
 
 def kind_of_place(directory: Path) -> Kind:
-    """Return what a directory is.
-
-    Raises:
-        UsageError: there is no such directory.
-    """
+    """Return the kind of a directory; raise UsageError if there is none."""
     if not directory.is_dir():
         raise UsageError(
             f"no such directory: {directory}",
@@ -223,12 +183,7 @@ def default_backend(directory: Path) -> str:
 
 
 def check_directory(backend: str, directory: Path) -> None:
-    """Refuse a directory of a kind that another backend runs.
-
-    Raises:
-        CheckError: names the kind and what to do.
-        UsageError: there is no such directory.
-    """
+    """Raise CheckError if a directory is of a kind that another backend runs."""
     runs = _RUNS.get(backend)
     if runs is None or (runs is HF_MODEL and not directory.is_dir()):
         return  # a third-party backend, or a model on the hub

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from phireg import device as devices
 from phireg.errors import PhiregError
-from phireg.executor import Executor, ModelSpec, Sampling, read_spec, stream
+from phireg.executor import Executor, ModelSpec, read_spec, stream
 from phireg.executor import load as load_checkpoint
-from phireg.generation.backend import Description, Options
-from phireg.generation.limits import check_batch, check_continuations, check_request
+from phireg.generation.backend import Description, Options, Request
+from phireg.generation.limits import check_continuations, check_request
 from phireg.generation.processes import process_rank
 
 __all__ = ["ExecutorBackend", "describe", "load", "process_rank", "run_worker"]
@@ -100,39 +100,26 @@ class ExecutorBackend:
         self.processes = model.spec.tp_size if leads_workers else 1
         self._busy = False
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        stop_ids: Collection[int],
-        sampling: Sampling,
-        num_beams: int = 1,
-    ) -> list[list[int]]:
-        """Continue a batch; see :class:`phireg.generation.backend.Backend`."""
-        check_batch(self.description, len(prompts), num_beams, sampling)
-        rows: list[list[int]] = [[] for _ in prompts]
-        for tokens in self.stream(prompts, max_new_tokens, stop_ids, sampling):
+    def generate(self, request: Request) -> list[list[int]]:
+        """Continue a batch."""
+        rows: list[list[int]] = [[] for _ in request.prompts]
+        for tokens in self.stream(request):
             for row, token in zip(rows, tokens, strict=True):
-                if token is not None and token not in stop_ids:
+                if token is not None and token not in request.stop_ids:
                     row.append(token)
         return rows
 
-    def stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        stop_ids: Collection[int],
-        sampling: Sampling,
-    ) -> Iterator[list[int | None]]:
-        """Continue a batch step by step; see :class:`phireg.generation.backend.Backend`."""
-        check_request(self.description, prompts, max_new_tokens, sampling)
-        rows = [list(prompt) for prompt in prompts]
-        yield from self._on_all_ranks(stream, rows, max_new_tokens, frozenset(stop_ids), sampling)
+    def stream(self, request: Request) -> Iterator[list[int | None]]:
+        """Continue a batch step by step."""
+        check_request(self.description, request)
+        rows, stops = [list(prompt) for prompt in request.prompts], frozenset(request.stop_ids)
+        count, sampling = request.max_new_tokens, request.sampling
+        yield from self._on_all_ranks(stream, rows, count, stops, sampling)
 
     def mean_nll(
         self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
     ) -> list[float]:
-        """See :class:`phireg.generation.backend.Backend`."""
+        """Score continuations, in nats."""
         rows = check_continuations(self.description, prompts, continuations)
         return list(self._on_all_ranks(_mean_nll, rows))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from phireg.executor import Sampling
@@ -13,6 +13,7 @@ from phireg.generation.backend import (
     Backend,
     Description,
     Options,
+    Request,
     check_directory,
     default_backend,
     describe,
@@ -23,7 +24,7 @@ from phireg.generation.backend import (
 from phireg.generation.limits import check_batch, check_prompts
 from phireg.generation.processes import check_launcher, check_processes
 from phireg.generation.prompts import Prompt
-from phireg.generation.tokenizer import find_tokenizer, stop_ids
+from phireg.generation.tokenizer import Tokenizer, find_tokenizer, stop_ids
 from phireg.source.hub import resolve_model_dir
 
 DEFAULT_NEW_TOKENS = 128
@@ -54,19 +55,12 @@ class Completion:
 
 @dataclass(slots=True)
 class Timing:
-    """The time of a batch.
+    """The time of a batch."""
 
-    Attributes:
-        prefill_s: seconds from the request to the first token.
-        decode_s: seconds from there to the last token.
-        tokens: new tokens of all rows.
-        first: new tokens that came with the prefill.
-    """
-
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    tokens: int = 0
-    first: int = 0
+    prefill_s: float = 0.0  # from the request to the first token
+    decode_s: float = 0.0  # from there to the last token
+    tokens: int = 0  # new tokens of all rows
+    first: int = 0  # new tokens that came with the prefill
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -93,49 +87,33 @@ def timed(steps: Iterable[list[int | None]], timing: Timing) -> Iterator[list[in
         yield step
 
 
+@dataclass
 class Generator:
-    """A model and how to generate with it, checked before the weights are read.
+    """A model and how to generate with it as ``generate`` does, checked without the weights."""
 
-    Args:
-        backend: the backend's name.
-        directory: the checkpoint, engine or model that it runs.
-        options: how to compute.
-        description: the model's limits.
-        tokenizer_dir, sampling, max_new_tokens, num_beams, batch_size: see ``generate``.
+    backend: str
+    directory: Path
+    options: Options
+    description: Description
+    tokenizer_dir: Path | None = None
+    sampling: Sampling = GREEDY
+    max_new_tokens: int | None = None
+    num_beams: int = 1
+    batch_size: int | None = None
+    tokenizer: Tokenizer | None = field(init=False)
+    stop_ids: frozenset[int] = field(init=False)
 
-    Attributes:
-        tokenizer: the model's, or None if it has none.
-        stop_ids: token ids that end a text.
-    """
-
-    def __init__(
-        self,
-        backend: str,
-        directory: Path,
-        options: Options,
-        description: Description,
-        *,
-        tokenizer_dir: Path | None = None,
-        sampling: Sampling = GREEDY,
-        max_new_tokens: int | None = None,
-        num_beams: int = 1,
-        batch_size: int | None = None,
-    ) -> None:
-        self.backend = backend
-        self.directory = directory
-        self.options = options
-        self.description = description
-        self.sampling = sampling
-        self.max_new_tokens = max_new_tokens
-        self.num_beams = num_beams
-        largest = description.max_batch or DEFAULT_BATCH_SIZE
-        self.batch_size = batch_size or min(DEFAULT_BATCH_SIZE, largest)
-        check_batch(description, self.batch_size, num_beams, sampling)
-        model_dir, _ = resolve_model_dir(str(directory), None)  # backend hf runs models of the hub
-        self.tokenizer = find_tokenizer(model_dir, tokenizer_dir)
+    def __post_init__(self) -> None:
+        self._batch_size = self.batch_size or min(
+            DEFAULT_BATCH_SIZE, self.description.max_batch or DEFAULT_BATCH_SIZE
+        )
+        check_batch(self.description, self._batch_size, self.num_beams, self.sampling)
+        # Backend hf runs models of the hub.
+        model_dir, _ = resolve_model_dir(str(self.directory), None)
+        self.tokenizer = find_tokenizer(model_dir, self.tokenizer_dir)
         # Without generation_config.json, as in many engines, the tokenizer's directory may have it.
         has_config = (model_dir / "generation_config.json").exists()
-        config_dir = tokenizer_dir if tokenizer_dir and not has_config else model_dir
+        config_dir = model_dir if has_config else self.tokenizer_dir or model_dir
         self.stop_ids = stop_ids(config_dir, self.tokenizer)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -157,15 +135,14 @@ class Generator:
         """Yield the tokens of one batch step by step, stop ids included."""
         # Batches with the same seed would draw alike.
         sampling = replace(self.sampling, seed=self.sampling.seed + seed_offset)
-        rows, count = [prompt.ids for prompt in prompts], self._new_tokens(prompts)
-        return timed(backend.stream(rows, count, self.stop_ids, sampling), timing)
+        return timed(backend.stream(self._request(prompts, sampling)), timing)
 
     def batches(
         self, backend: Backend, prompts: Sequence[Prompt]
     ) -> Iterator[tuple[list[Completion], Timing]]:
         """Complete all prompts of ``encode``, batch by batch."""
-        for number, start in enumerate(range(0, len(prompts), self.batch_size)):
-            batch = prompts[start : start + self.batch_size]
+        for number, start in enumerate(range(0, len(prompts), self._batch_size)):
+            batch = prompts[start : start + self._batch_size]
             timing = Timing()
             if self.num_beams > 1:
                 rows, stopped = self._search(backend, batch, timing)
@@ -189,16 +166,17 @@ class Generator:
     ) -> tuple[list[list[int]], list[bool]]:
         """Return the best beam of each prompt, and whether a stop id ended it."""
         started = time.monotonic()
-        count = self._new_tokens(prompts)
-        inputs = [prompt.ids for prompt in prompts]
-        rows = backend.generate(inputs, count, self.stop_ids, self.sampling, self.num_beams)
+        request = self._request(prompts, self.sampling)
+        rows = backend.generate(request)
         timing.prefill_s = time.monotonic() - started
         timing.tokens = timing.first = sum(map(len, rows))
-        return rows, [len(row) < count for row in rows]
+        return rows, [len(row) < request.max_new_tokens for row in rows]
 
-    def _new_tokens(self, prompts: Sequence[Prompt]) -> int:
-        room = self.description.positions - max(len(prompt.ids) for prompt in prompts)
-        return self.max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
+    def _request(self, prompts: Sequence[Prompt], sampling: Sampling) -> Request:
+        rows = [prompt.ids for prompt in prompts]
+        room = self.description.positions - max(map(len, rows))
+        count = self.max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
+        return Request(rows, count, self.stop_ids, sampling, self.num_beams)
 
     def _completion(
         self, batch: int, prompt: Prompt, tokens: Sequence[int], stopped: bool
@@ -275,4 +253,5 @@ def generate(
         ]
     )
     with generator.open() as model:
-        return [one for batch, _ in generator.batches(model, encoded) for one in batch]
+        batches = [batch for batch, _ in generator.batches(model, encoded)]
+    return [completion for batch in batches for completion in batch]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ from torch.nn import functional
 from phireg import device as devices
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import CheckError, UsageError
-from phireg.executor import Sampling
-from phireg.generation.backend import Description, Options
+from phireg.generation.backend import Description, Options, Request
 from phireg.generation.limits import check_continuations, check_request
 from phireg.generation.processes import process_rank
 
@@ -83,34 +83,21 @@ class HFBackend:
         self.dtype = dtype
         self._device = device
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        stop_ids: Collection[int],
-        sampling: Sampling,
-        num_beams: int = 1,
-    ) -> list[list[int]]:
-        """Continue a batch; see :class:`phireg.generation.backend.Backend`."""
-        check_request(self.description, prompts, max_new_tokens, sampling, num_beams)
-        out = self._generate(prompts, max_new_tokens, stop_ids, sampling, num_beams)
-        rows = out[:, max(map(len, prompts)) :].tolist()
-        return [_until_stop(row, stop_ids) for row in rows]
+    def generate(self, request: Request) -> list[list[int]]:
+        """Continue a batch."""
+        check_request(self.description, request)
+        rows = self._generate(request)[:, max(map(len, request.prompts)) :].tolist()
+        stops = request.stop_ids
+        return [list(takewhile(lambda token: token not in stops, row)) for row in rows]
 
-    def stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        stop_ids: Collection[int],
-        sampling: Sampling,
-    ) -> Iterator[list[int | None]]:
-        """Continue a batch step by step; see :class:`phireg.generation.backend.Backend`."""
-        check_request(self.description, prompts, max_new_tokens, sampling)
-        steps, ended = _Steps(), [False] * len(prompts)
+    def stream(self, request: Request) -> Iterator[list[int | None]]:
+        """Continue a batch step by step."""
+        check_request(self.description, request)
+        steps, ended = _Steps(), [False] * len(request.prompts)
 
         def work() -> None:
             try:
-                self._generate(prompts, max_new_tokens, stop_ids, sampling, 1, steps)
+                self._generate(request, steps)
             except _ConsumerStopped:
                 pass
             except BaseException as error:
@@ -123,7 +110,8 @@ class HFBackend:
                 if isinstance(tokens, BaseException):
                     raise tokens
                 yield [None if end else token for token, end in zip(tokens, ended, strict=True)]
-                ended = [end or token in stop_ids for token, end in zip(tokens, ended, strict=True)]
+                stops = [token in request.stop_ids for token in tokens]
+                ended = [end or stop for end, stop in zip(ended, stops, strict=True)]
         finally:
             steps.consumer_stopped = True
             thread.join()
@@ -131,7 +119,7 @@ class HFBackend:
     def mean_nll(
         self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
     ) -> list[float]:
-        """See :class:`phireg.generation.backend.Backend`."""
+        """Score continuations, in nats."""
         means = []
         for prompt, continuation in check_continuations(self.description, prompts, continuations):
             ids = torch.tensor([prompt + continuation], device=self._device)
@@ -151,18 +139,11 @@ class HFBackend:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        stop_ids: Collection[int],
-        sampling: Sampling,
-        num_beams: int,
-        steps: _Steps | None = None,
-    ) -> Tensor:
+    def _generate(self, request: Request, steps: _Steps | None = None) -> Tensor:
         from transformers import GenerationConfig
 
-        pad = min(stop_ids, default=0)
+        prompts, sampling = request.prompts, request.sampling
+        pad = min(request.stop_ids, default=0)
         length = max(map(len, prompts))
         ids = [[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts]
         mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -174,12 +155,13 @@ class HFBackend:
                 "top_k": sampling.top_k,
                 "top_p": sampling.top_p,
             }
-        elif num_beams > 1:
+        elif request.num_beams > 1:
             # The beam search that TensorRT-LLM's summarize.py asks of both sides.
-            arguments |= {"num_beams": num_beams, "early_stopping": True, "length_penalty": 1.0}
+            arguments |= {"early_stopping": True, "length_penalty": 1.0}
+            arguments["num_beams"] = request.num_beams
         config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            eos_token_id=sorted(stop_ids) or None,
+            max_new_tokens=request.max_new_tokens,
+            eos_token_id=sorted(request.stop_ids) or None,
             pad_token_id=pad,
             **arguments,
         )
@@ -203,15 +185,12 @@ class _Steps:
     """A streamer of transformers' ``generate``, which gives it the prompt and then each step.
 
     Its own streamers take one row only, and text instead of tokens.
-
-    Attributes:
-        queue: token ids of each row; None at the end.
-        consumer_stopped: makes the next step end the generation.
     """
 
     def __init__(self) -> None:
+        # Token ids of each row; None at the end.
         self.queue: queue.SimpleQueue[list[int] | BaseException | None] = queue.SimpleQueue()
-        self.consumer_stopped = False
+        self.consumer_stopped = False  # makes the next step end the generation
         self._has_prompt = False
 
     def put(self, value: Tensor) -> None:
@@ -225,11 +204,6 @@ class _Steps:
     def end(self) -> None:
         """Mark the end."""
         self.queue.put(None)
-
-
-def _until_stop(row: list[int], stop_ids: Collection[int]) -> list[int]:
-    end = next((n for n, token in enumerate(row) if token in stop_ids), len(row))
-    return row[:end]
 
 
 def _read_config(model: Path) -> tuple[Path, dict[str, Any]]:

@@ -9,7 +9,7 @@ from phireg.errors import UsageError
 
 if TYPE_CHECKING:
     from phireg.executor import Sampling
-    from phireg.generation.backend import Description
+    from phireg.generation.backend import Description, Request
 
 
 def check_prompts(
@@ -18,14 +18,7 @@ def check_prompts(
     new_tokens: int,
     names: Sequence[str] | None = None,
 ) -> None:
-    """Refuse empty prompts, unknown tokens, and prompts without room for the new tokens.
-
-    Args:
-        model: its limits.
-        prompts: token ids.
-        new_tokens: tokens that follow each prompt.
-        names: of the prompts, for messages.
-    """
+    """Refuse empty prompts, unknown tokens, and prompts without room for ``new_tokens``."""
     if not prompts or not all(map(len, prompts)):
         raise UsageError("there is nothing to continue: a prompt has no tokens")
     room = model.positions - new_tokens
@@ -83,18 +76,12 @@ def check_batch(model: Description, batch_size: int, num_beams: int, sampling: S
         )
 
 
-def check_request(
-    model: Description,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    num_beams: int = 1,
-) -> None:
+def check_request(model: Description, request: Request) -> None:
     """Refuse a batch that the model cannot continue, as ``check_prompts`` and ``check_batch``."""
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
-    check_prompts(model, prompts, max_new_tokens)
-    check_batch(model, len(prompts), num_beams, sampling)
+    if request.max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {request.max_new_tokens}; it must be 1 or more")
+    check_prompts(model, request.prompts, request.max_new_tokens)
+    check_batch(model, len(request.prompts), request.num_beams, request.sampling)
 
 
 def check_continuations(

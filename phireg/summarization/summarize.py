@@ -10,7 +10,7 @@ from pathlib import Path
 
 from phireg.errors import UsageError
 from phireg.executor import Sampling
-from phireg.generation.backend import Backend, open_backend
+from phireg.generation.backend import Backend, Request, open_backend
 from phireg.generation.limits import check_batch, check_prompts
 from phireg.generation.tokenizer import Tokenizer, find_tokenizer, stop_ids
 from phireg.summarization.models import ModelRun, check_model_processes
@@ -34,13 +34,9 @@ class _Task:
     stop_ids: Collection[int]
 
     def generate(self, backend: Backend, samples: Sequence[Sample]) -> list[list[int]]:
-        prompts = [sample.prompt for sample in samples]
+        prompts, settings = [sample.prompt for sample in samples], self.settings
         return backend.generate(
-            prompts,
-            self.settings.output_len,
-            self.stop_ids,
-            Sampling(),
-            self.settings.num_beams,
+            Request(prompts, settings.output_len, self.stop_ids, Sampling(), settings.num_beams)
         )
 
 

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from phireg.errors import CheckError, PhiregError, UsageError
 from phireg.executor import Sampling
-from phireg.generation.backend import Description, Options
+from phireg.generation.backend import Description, Options, Request
 from phireg.generation.limits import check_continuations, check_request
 from phireg.trtllm.builder import DISTRIBUTION, installed_version
 from phireg.trtllm.engine import Engine, read_engine
@@ -136,45 +136,31 @@ class TrtllmBackend:
         self._busy = False
         self._peak = 0
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        stop_ids: Collection[int],
-        sampling: Sampling,
-        num_beams: int = 1,
-    ) -> list[list[int]]:
+    def generate(self, request: Request) -> list[list[int]]:
         """Continue a batch."""
-        check_request(self.description, prompts, max_new_tokens, sampling, num_beams)
-        stops = sorted(stop_ids)
-        request = self._request(prompts, max_new_tokens, stops, sampling, num_beams)
-        with self._on_all_ranks(request):
-            rows = _new_tokens(self._call(request), prompts, max_new_tokens)
-        return [row[: _end(row, stops)] for row in rows]
+        check_request(self.description, request)
+        arguments = self._arguments(request)
+        with self._on_all_ranks(arguments):
+            rows = _new_tokens(self._call(arguments), request)
+        return [row[: _end(row, request.stop_ids)] for row in rows]
 
-    def stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        stop_ids: Collection[int],
-        sampling: Sampling,
-    ) -> Iterator[list[int | None]]:
+    def stream(self, request: Request) -> Iterator[list[int | None]]:
         """Continue a batch step by step.
 
         Rows may be ahead of others. A row that the runtime ended without giving its stop id gets
         the first of the stop ids.
         """
-        check_request(self.description, prompts, max_new_tokens, sampling)
-        stops = sorted(stop_ids)
-        request = self._request(prompts, max_new_tokens, stops, sampling) | {"streaming": True}
-        rows: list[list[int]] = [[] for _ in prompts]
-        with self._on_all_ranks(request):
-            for output in self._steps(request):
-                before, rows = rows, _new_tokens(output, prompts, max_new_tokens)
+        check_request(self.description, request)
+        stops = sorted(request.stop_ids)
+        arguments = self._arguments(request) | {"streaming": True}
+        rows: list[list[int]] = [[] for _ in request.prompts]
+        with self._on_all_ranks(arguments):
+            for output in self._steps(arguments):
+                before, rows = rows, _new_tokens(output, request)
                 rows = [row[: _end(row, stops) + 1] for row in rows]
                 new = [row[len(old) :] for row, old in zip(rows, before, strict=True)]
                 yield from map(list, zip_longest(*new))
-        unfinished = [_end(row, stops) == len(row) < max_new_tokens for row in rows]
+        unfinished = [_end(row, stops) == len(row) < request.max_new_tokens for row in rows]
         if stops and any(unfinished):
             yield [stops[0] if row else None for row in unfinished]
 
@@ -191,9 +177,10 @@ class TrtllmBackend:
         means = []
         for prompt, continuation in check_continuations(self.description, prompts, continuations):
             # One token is generated because the runtime wants one; the input's logits count.
-            request = self._request([prompt + continuation[:-1]], 1, [], Sampling())
-            with self._on_all_ranks(request):
-                logits = self._call(request)["context_logits"][0]
+            text = prompt + continuation[:-1]
+            arguments = self._arguments(Request([text], 1, (), Sampling()))
+            with self._on_all_ranks(arguments):
+                logits = self._call(arguments)["context_logits"][0]
             picked = logits[len(prompt) - 1 :, : self.engine.vocab_size].float().cpu()
             means.append(float(functional.cross_entropy(picked, torch.tensor(continuation))))
         return means
@@ -263,51 +250,43 @@ class TrtllmBackend:
             except Exception as error:  # which classes it raises is not documented
                 raise PhiregError(f"TensorRT-LLM {self._release}: {error}") from None
 
-    def _request(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        stops: Sequence[int],
-        sampling: Sampling,
-        num_beams: int = 1,
-    ) -> dict[str, Any]:
+    def _arguments(self, request: Request) -> dict[str, Any]:
         """The arguments of ``generate``, in plain values that can be sent to other ranks."""
-        settings = asdict(sampling)
+        stops = sorted(request.stop_ids)
+        settings = asdict(request.sampling)
         seed = settings.pop("seed")
-        if sampling.greedy:
+        if request.sampling.greedy:
             settings = {"temperature": 1.0, "top_k": 1, "top_p": 0.0}
         end = stops[0] if stops else -1
-        request = settings | {
-            "batch_input_ids": [list(prompt) for prompt in prompts],
-            "max_new_tokens": max_new_tokens,
+        arguments = settings | {
+            "batch_input_ids": [list(prompt) for prompt in request.prompts],
+            "max_new_tokens": request.max_new_tokens,
             "end_id": end,
             "pad_id": max(end, 0),
-            "num_beams": num_beams,
+            "num_beams": request.num_beams,
             "random_seed": seed,
             "return_dict": True,
             "output_sequence_lengths": True,
         }
         # 0.11 takes one list for all rows. It goes on to the last token then; rows are cut.
         if len(stops) > 1 and public_version(self._release) >= Version("0.12.0.dev0"):
-            request["stop_words_list"] = [[[stop] for stop in stops[1:]]] * len(prompts)
-        if num_beams > 1:
+            arguments["stop_words_list"] = [[[stop] for stop in stops[1:]]] * len(request.prompts)
+        if request.num_beams > 1:
             # As TensorRT-LLM's summarize.py searches with both models.
-            request |= {"length_penalty": 1.0, "early_stopping": 1}
-        return request
+            arguments |= {"length_penalty": 1.0, "early_stopping": 1}
+        return arguments
 
 
-def _new_tokens(
-    output: Output, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> list[list[int]]:
+def _new_tokens(output: Output, request: Request) -> list[list[int]]:
     """The first beam's new tokens of every row."""
     ids, lengths = output["output_ids"][:, 0].tolist(), output["sequence_lengths"].tolist()
     return [
-        row[len(prompt) : min(ends[0], len(prompt) + max_new_tokens)]
-        for row, ends, prompt in zip(ids, lengths, prompts, strict=True)
+        row[len(prompt) : min(ends[0], len(prompt) + request.max_new_tokens)]
+        for row, ends, prompt in zip(ids, lengths, request.prompts, strict=True)
     ]
 
 
-def _end(row: Sequence[int], stops: Sequence[int]) -> int:
+def _end(row: Sequence[int], stops: Collection[int]) -> int:
     """The place of the first stop id, or behind the row."""
     return next((n for n, token in enumerate(row) if token in stops), len(row))
 

@@ -12,7 +12,7 @@ from phireg import generation as backends
 from phireg.device import measure_memory, peak_memory
 from phireg.errors import CheckError, SourceError, UsageError
 from phireg.executor import Executor, Sampling
-from phireg.generation import Description, Options, describe, executor, open_backend
+from phireg.generation import Description, Options, Request, describe, executor, open_backend
 
 GREEDY = Sampling()
 FLOAT = Options("cpu", "float32")
@@ -54,10 +54,10 @@ def test_greedy_and_likelihood_are_the_source_models(name, family, models):
     with open_backend(name, checkpoint if name == "executor" else source, FLOAT) as backend:
         assert (backend.name, backend.device, backend.dtype) == (name, "cpu", "float32")
         assert backend.processes == 1
-        assert backend.generate(PROMPTS, 9, (), GREEDY) == expected
-        assert backend.generate(PROMPTS, 9, {stop, 300}, GREEDY) == stopped
-        assert backend.generate(PROMPTS[:1], 9, (), GREEDY, 1) == expected[:1]
-        steps = list(backend.stream(PROMPTS, 9, {stop}, GREEDY))
+        assert backend.generate(Request(PROMPTS, 9, (), GREEDY)) == expected
+        assert backend.generate(Request(PROMPTS, 9, {stop, 300}, GREEDY)) == stopped
+        assert backend.generate(Request(PROMPTS[:1], 9, (), GREEDY, 1)) == expected[:1]
+        steps = list(backend.stream(Request(PROMPTS, 9, {stop}, GREEDY)))
         for row, tokens in enumerate(stopped):
             streamed = [step[row] for step in steps if step[row] is not None]
             assert streamed == tokens + [stop] * (len(tokens) < 9)
@@ -78,23 +78,24 @@ def test_beams_are_the_most_likely_of_all_texts(models):
         second = model(input_ids=ids).logits[:, -1].log_softmax(-1)
     best = int((first[:, None] + second).argmax())
     with open_backend("hf", source, FLOAT) as backend:
-        assert backend.generate([prompt], 2, (), GREEDY, count) == [[*divmod(best, count)]]
+        assert backend.generate(Request([prompt], 2, (), GREEDY, count)) == [[*divmod(best, count)]]
         with pytest.raises(UsageError):
-            backend.generate([prompt], 2, (), Sampling(1.0), 2)
+            backend.generate(Request([prompt], 2, (), Sampling(1.0), 2))
 
 
 def test_hf_draws_by_seed_and_leaves_the_generator_alone(models):
     source = models("phi3").source
     before = torch.get_rng_state()
     with open_backend("hf", source, FLOAT) as backend:
-        hot = [backend.generate([[5, 6]], 12, (), Sampling(1.5, seed=n)) for n in (1, 1, 2)]
+        requests = [Request([[5, 6]], 12, (), Sampling(1.5, seed=n)) for n in (1, 1, 2)]
+        hot = list(map(backend.generate, requests))
         assert hot[0] == hot[1] != hot[2]
-        steps = list(backend.stream([[5, 6]], 12, (), Sampling(1.5, seed=1)))
+        steps = list(backend.stream(Request([[5, 6]], 12, (), Sampling(1.5, seed=1))))
         assert [token for (token,) in steps] == hot[0][0]
-        greedy = backend.generate([[5, 6]], 12, (), GREEDY)
-        assert backend.generate([[5, 6]], 12, (), Sampling(1.5, top_k=1)) == greedy
-        assert backend.generate([[5, 6]], 12, (), Sampling(1.5, top_p=1e-9)) == greedy
-        some = iter(backend.stream([[5, 6]], 200, (), GREEDY))
+        greedy = backend.generate(Request([[5, 6]], 12, (), GREEDY))
+        assert backend.generate(Request([[5, 6]], 12, (), Sampling(1.5, top_k=1))) == greedy
+        assert backend.generate(Request([[5, 6]], 12, (), Sampling(1.5, top_p=1e-9))) == greedy
+        some = iter(backend.stream(Request([[5, 6]], 200, (), GREEDY)))
         assert [next(some)[0], next(some)[0]] == greedy[0][:2]
         some.close()  # its thread ends with it
     assert torch.equal(before, torch.get_rng_state())
@@ -104,7 +105,7 @@ def test_hf_reads_layer_by_layer_what_it_reads_at_once(models):
     model, source = models("phi3-small").model, models("phi3-small").source
     with open_backend("hf", source, Options("cpu", "float32", offload=True)) as backend:
         expected = [by_loop(model, prompt, 4) for prompt in PROMPTS]
-        assert backend.generate(PROMPTS, 4, (), GREEDY) == expected
+        assert backend.generate(Request(PROMPTS, 4, (), GREEDY)) == expected
 
 
 def test_hf_keeps_the_models_dtype(models):
@@ -119,13 +120,13 @@ def test_hf_keeps_the_models_dtype(models):
 @pytest.mark.parametrize(
     ("call", "names"),
     [
-        (lambda b: b.generate([], 3, (), GREEDY), "no tokens"),
-        (lambda b: b.generate([[]], 3, (), GREEDY), "no tokens"),
-        (lambda b: b.generate([[1]], 0, (), GREEDY), "max_new_tokens"),
-        (lambda b: b.generate([[1, 312]], 3, (), GREEDY), "312"),
-        (lambda b: b.generate([[1] * 250], 7, (), GREEDY), "256 positions"),
-        (lambda b: list(b.stream([[-1]], 3, (), GREEDY)), "-1"),
-        (lambda b: b.generate([[1]], 3, (), GREEDY, 0), "num_beams"),
+        (lambda b: b.generate(Request([], 3, (), GREEDY)), "no tokens"),
+        (lambda b: b.generate(Request([[]], 3, (), GREEDY)), "no tokens"),
+        (lambda b: b.generate(Request([[1]], 0, (), GREEDY)), "max_new_tokens"),
+        (lambda b: b.generate(Request([[1, 312]], 3, (), GREEDY)), "312"),
+        (lambda b: b.generate(Request([[1] * 250], 7, (), GREEDY)), "256 positions"),
+        (lambda b: list(b.stream(Request([[-1]], 3, (), GREEDY))), "-1"),
+        (lambda b: b.generate(Request([[1]], 3, (), GREEDY, 0)), "num_beams"),
         (lambda b: b.mean_nll([[1]], [[]]), "no tokens"),
         (lambda b: b.mean_nll([[1] * 200], [[1] * 57]), "257 tokens"),
         (lambda b: b.mean_nll([[1]], [[999]]), "999"),
@@ -136,7 +137,7 @@ def test_both_refuse(name, call, names, models):
     with open_backend(name, checkpoint if name == "executor" else source, FLOAT) as backend:
         with pytest.raises(UsageError, match=names):
             call(backend)
-        assert len(backend.generate([[1, 2]], 2, (), GREEDY)[0]) == 2  # and goes on
+        assert len(backend.generate(Request([[1, 2]], 2, (), GREEDY))[0]) == 2  # and goes on
 
 
 def test_beams_are_refused_with_the_backends_that_have_them(models):
@@ -144,7 +145,7 @@ def test_beams_are_refused_with_the_backends_that_have_them(models):
         open_backend("executor", models("phi3").checkpoint, FLOAT) as backend,
         pytest.raises(UsageError) as caught,
     ):
-        backend.generate([[1]], 2, (), GREEDY, 3)
+        backend.generate(Request([[1]], 2, (), GREEDY, 3))
     assert "hf" in caught.value.hint
 
 
@@ -173,8 +174,8 @@ def test_a_further_backend_is_one_module(monkeypatch):
     class Parrot:
         name, device, dtype, processes = "parrot", "cpu", "none", 1
 
-        def generate(self, prompts, max_new_tokens, stop_ids, sampling, num_beams=1):
-            return [list(prompt)[:max_new_tokens] for prompt in prompts]
+        def generate(self, request):
+            return [list(prompt)[: request.max_new_tokens] for prompt in request.prompts]
 
         def close(self):
             self.closed = True
@@ -189,7 +190,7 @@ def test_a_further_backend_is_one_module(monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "parrot", "aviary")
     assert describe("parrot", "cage").positions == 20
     with open_backend("parrot", "cage") as backend:
-        assert backend.generate([[1, 2, 3]], 2, (), GREEDY) == [[1, 2]]
+        assert backend.generate(Request([[1, 2, 3]], 2, (), GREEDY)) == [[1, 2]]
     assert bird.closed
 
 

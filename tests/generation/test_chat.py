@@ -9,7 +9,7 @@ from helpers.tokenized_models import chat_tokenizer, continuation
 
 from phireg.cli import chat as chat_module
 from phireg.executor import Sampling
-from phireg.generation import Description, Options
+from phireg.generation import Description, Options, Request
 from phireg.generation.generate import Generator, Timing, timed
 
 END, EOS = 303, 300
@@ -58,11 +58,11 @@ def test_the_end_of_the_turn_stops_whatever_generation_config_says(generator):
     class Backend:
         processes = 1
 
-        def stream(self, prompts, count, stops, sampling):
-            self.asked = prompts, count, stops, sampling.seed
+        def stream(self, request):
+            self.request = request
             for token in (71, 72, END, 73):
                 yield [token]
-                if token in stops:
+                if token in request.stop_ids:
                     return
 
     backend, tokenizer = Backend(), generator.tokenizer
@@ -75,7 +75,7 @@ def test_the_end_of_the_turn_stops_whatever_generation_config_says(generator):
     said = f"<|user|>\none<|end|>\n<|assistant|>\n{text}<|end|>\n<|user|>\ntwo<|end|>\n"
     ids = tokenizer.encode(said + "<|assistant|>\n")
     # room for all positions left, and a seed for each answer
-    assert backend.asked == ([ids], 256 - len(ids), {EOS, END}, 6)
+    assert backend.request == Request([ids], 256 - len(ids), {EOS, END}, Sampling(seed=6))
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(generator, monkeypatch):
@@ -87,8 +87,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(generator, monkeypatch):
     class Backend:
         processes = 1
 
-        def stream(self, prompts, count, stops, sampling):
-            turns.append(prompts)
+        def stream(self, request):
+            turns.append(request.prompts)
             for token in (71, 72, 73):
                 if len(turns) == 1 and token == 72:
                     signal.raise_signal(signal.SIGINT)

@@ -67,23 +67,23 @@ def test_errors_of_processes_come_once_and_keep_their_code(models, tmp_path):
 
 LEADER = """
 import json, sys
-from phireg.generation import Options, open_backend, process_rank, run_worker
+from phireg.generation import Options, Request, open_backend, process_rank, run_worker
 from phireg.executor import Sampling
 directory, options = sys.argv[1], Options("cpu", "float32")
 if process_rank("executor")[0]:
     run_worker("executor", directory, options)
 else:
     with open_backend("executor", directory, options) as backend:
-        rows = backend.generate([[5, 6, 7], [9]], 4, (), Sampling())
+        rows = backend.generate(Request([[5, 6, 7], [9]], 4, (), Sampling()))
         nll = backend.mean_nll([[5, 6, 7], [9]], [[1, 2], [3, 4, 5]])
-        rows += backend.generate([[9]], 4, (), Sampling())
+        rows += backend.generate(Request([[9]], 4, (), Sampling()))
     print(json.dumps([rows, nll, backend.processes]))
 """
 
 
 def test_likelihoods_of_two_processes(models, tmp_path):
     from phireg.executor import Sampling
-    from phireg.generation import Options, open_backend
+    from phireg.generation import Options, Request, open_backend
 
     ckpt = models("phi3-small").checkpoint
     (tmp_path / "leader.py").write_text(LEADER)
@@ -92,7 +92,7 @@ def test_likelihoods_of_two_processes(models, tmp_path):
     assert ran.returncode == 0, ran.stderr
     rows, nll, processes = json.loads(ran.stdout)
     with open_backend("executor", ckpt, Options("cpu", "float32")) as alone:
-        expected = alone.generate([[5, 6, 7], [9]], 4, (), Sampling())
+        expected = alone.generate(Request([[5, 6, 7], [9]], 4, (), Sampling()))
         assert rows == [*expected, expected[1]]
         assert nll == pytest.approx(alone.mean_nll([[5, 6, 7], [9]], [[1, 2], [3, 4, 5]]), rel=1e-5)
     assert processes == 2

@@ -29,12 +29,12 @@ def run_worker(place, options):
 class Fake:
     name, device, dtype, processes = "fake", "cpu", "float32", 1
 
-    def generate(self, prompts, max_new_tokens, stop_ids, sampling, num_beams=1):
-        assert sampling == Sampling()
+    def generate(self, request):
+        assert request.sampling == Sampling()
         if FAIL_AFTER[0] is not None and len(CALLS) > FAIL_AFTER[0]:
             raise KeyboardInterrupt
-        CALLS.append([tuple(prompt) for prompt in prompts])
-        return [list(prompt[: 5 + len(prompt) % 7]) for prompt in prompts]
+        CALLS.append([tuple(prompt) for prompt in request.prompts])
+        return [list(prompt[: 5 + len(prompt) % 7]) for prompt in request.prompts]
 
     def mean_nll(self, prompts, continuations):
         if NLL[0] is None:

@@ -14,7 +14,7 @@ from helpers.command_line import run_phireg
 
 from phireg.errors import CheckError, PhiregError, UsageError
 from phireg.executor import Sampling
-from phireg.generation import Options, describe, open_backend, process_rank
+from phireg.generation import Options, Request, describe, open_backend, process_rank
 from phireg.trtllm.mpi import communicator
 
 ROOT = Path(__file__).parents[2]
@@ -60,9 +60,9 @@ def test_greedy_batches_and_stop_ids(fake, tmp_path, capfd):
     with open_backend("tensorrt-llm", directory) as backend:
         facts = backend.name, backend.device, backend.dtype, backend.processes
         assert facts == ("tensorrt-llm", "cuda", "float16", 1)
-        assert backend.generate(PROMPTS, 8, (), GREEDY) == free
-        assert backend.generate(PROMPTS, 8, stops, GREEDY) == expected
-        steps = list(backend.stream(PROMPTS, 8, stops, GREEDY))
+        assert backend.generate(Request(PROMPTS, 8, (), GREEDY)) == free
+        assert backend.generate(Request(PROMPTS, 8, stops, GREEDY)) == expected
+        steps = list(backend.stream(Request(PROMPTS, 8, stops, GREEDY)))
         assert backend.mean_nll([[1]], [[2]]) is None
     for index, tokens in enumerate(expected):
         row = [step[index] for step in steps if step[index] is not None]
@@ -83,14 +83,14 @@ def test_greedy_batches_and_stop_ids(fake, tmp_path, capfd):
 def test_sampling_and_beams(fake, tmp_path):
     fake()
     with open_backend("tensorrt-llm", engine(tmp_path / "engine")) as backend:
-        backend.generate([[1, 2]], 3, (), Sampling(0.7, 5, 0.9, 11))
-        assert backend.generate([[1, 2], [3]], 3, (), GREEDY, 2) == [
+        backend.generate(Request([[1, 2]], 3, (), Sampling(0.7, 5, 0.9, 11)))
+        assert backend.generate(Request([[1, 2], [3]], 3, (), GREEDY, 2)) == [
             continued([1, 2], 3),
             continued([3], 3),
         ]
         for beams, sampling, names in ((4, GREEDY, "3"), (2, Sampling(1.0), "beams")):
             with pytest.raises(UsageError, match=names):
-                backend.generate([[1]], 3, (), sampling, beams)
+                backend.generate(Request([[1]], 3, (), sampling, beams))
     drawn, searched = log(tmp_path)
     asked = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "random_seed": 11}
     assert asked.items() <= drawn.items()
@@ -147,7 +147,7 @@ def test_runner_and_its_options(release, options, build, kind, accumulates, fake
     directory = engine(tmp_path / "engine", run_options=options, **build)
     stops = {continued([3, 1], 9)[4], 49}
     with open_backend("tensorrt-llm", directory) as backend:
-        tokens = backend.generate([[3, 1]], 9, stops, GREEDY)
+        tokens = backend.generate(Request([[3, 1]], 9, stops, GREEDY))
     assert tokens == [continued([3, 1], 9, stops)]
     (loaded,) = log(tmp_path, "from_dir")
     assert (loaded["call"], loaded["fp32"]) == (f"{kind}.from_dir", accumulates)
@@ -175,12 +175,12 @@ def test_refusals_of_the_backend(fake, tmp_path, monkeypatch):
             ([[VOCAB]], 2, "vocabulary"),
         ):
             with pytest.raises(UsageError, match=limit):
-                backend.generate(prompts, count, (), GREEDY)
+                backend.generate(Request(prompts, count, (), GREEDY))
         monkeypatch.setenv("FAKE_FAILS", "1")
         with pytest.raises(PhiregError, match="out of pages"):
-            backend.generate([[1]], 2, (), GREEDY)
+            backend.generate(Request([[1]], 2, (), GREEDY))
         with pytest.raises(PhiregError, match="out of pages"):
-            list(backend.stream([[1]], 2, (), GREEDY))
+            list(backend.stream(Request([[1]], 2, (), GREEDY)))
     for options, names in (
         (Options(dtype="float16"), "--dtype"),
         (Options(offload=False), "--no-offload"),
