@@ -22,21 +22,13 @@ class Severity(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One observation.
-
-    Attributes:
-        severity: whether the conversion may go on.
-        code: one word for the kind (``missing``, ``unmapped``, ``shape``, ``sharding``, ...).
-        subject: the tensor, module or config key it is about.
-        detail: the problem, and what to do where that is known.
-        where: file and line of the rule concerned, if any.
-    """
+    """One observation."""
 
     severity: Severity
-    code: str
-    subject: str
-    detail: str
-    where: str = ""
+    code: str  # one word for the kind: missing, unmapped, shape, sharding, ...
+    subject: str  # the tensor, module or config key it is about
+    detail: str  # the problem, and what to do where that is known
+    where: str = ""  # file and line of the rule concerned, if any
 
 
 def source_line(filename: str, line: int) -> str:

@@ -45,11 +45,7 @@ class Candidate:
         return f"{self.distribution}:{self.name}"
 
     def load(self) -> Family:
-        """Import the plugin.
-
-        Raises:
-            PluginError: it cannot be imported, is not a Family, or has another name.
-        """
+        """Import the plugin, which must be a Family of the entry point's name."""
         offer = f"{self.distribution} {self.version}"
         try:
             # A third-party module may print; standard output belongs to the command's result.
@@ -135,11 +131,7 @@ def index(entry_points: Iterable[metadata.EntryPoint] | None = None) -> Index:
 
 
 def load(name: str, candidates: Index | None = None) -> FamilyChoice:
-    """Load the family called ``name`` (or ``distribution:name``), importing nothing else.
-
-    Raises:
-        PluginError: no distribution offers it, several do, or the one that does is broken.
-    """
+    """Load the family called ``name`` (or ``distribution:name``), importing nothing else."""
     installed = index() if candidates is None else candidates
     distribution, _, plain = name.rpartition(":")
     offers = [
@@ -167,10 +159,6 @@ def choose(hf: HFConfig, candidates: Index | None = None) -> FamilyChoice:
 
     Every plugin is imported and asked; one that fails becomes a warning. If a family and one
     derived from it both claim the model, the derived one is chosen.
-
-    Raises:
-        PluginError: several families claim the model, none of them derived from the others.
-        SourceError: none does (the reasons are listed), or the config does not name its model.
     """
     if not hf.architectures and not hf.model_type:
         raise SourceError(
@@ -219,20 +207,12 @@ def choose(hf: HFConfig, candidates: Index | None = None) -> FamilyChoice:
 
 @dataclass(frozen=True, slots=True)
 class FamilyInfo:
-    """A candidate, and what its family can do if it works.
-
-    Attributes:
-        candidate: the distribution's offer.
-        family: the loaded family; None if it is broken.
-        tp_sizes: numbers of ranks that work, by published model.
-        qformats: formats it can be quantized to, by published model.
-        problem: why it is broken; None if it works.
-    """
+    """A candidate with its loaded family, or with the problem why that is broken."""
 
     candidate: Candidate
     family: Family | None = None
-    tp_sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    qformats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tp_sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by published model
+    qformats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by published model
     problem: str | None = None
 
 

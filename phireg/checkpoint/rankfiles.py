@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from phireg.dtypes import BITS, torch_dtype
 from phireg.errors import SourceError
-from phireg.files.regular import Stamp, check_unchanged, open_regular, read_into
+from phireg.files.regular import check_unchanged, open_regular, read_into
 from phireg.files.safetensors import TensorEntry, read_header
 from phireg.reader.tensors import Kind
 
@@ -58,7 +58,7 @@ class RankFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.header = read_header(path)
-        self._stamp = Stamp(self.header.file_size, self.header.mtime_ns)
+        self._stamp = self.header.stamp
         self._descriptor = open_regular(path)
         try:
             check_unchanged(self._descriptor, path, self._stamp)

@@ -11,12 +11,13 @@ import click
 import phireg
 from phireg.cli.options import Directory, json_option, make_plan, planning_options
 from phireg.cli.output import columns, dtype_name, emit, emit_json
+from phireg.dtypes import E4M3_MAX, INT8_MAX
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
     from phireg.planning.model import Output, Plan
 
-_LARGEST = {"fp8": "448", "int8": "127", "int8_sq": "127"}
+_LARGEST = {"fp8": f"{E4M3_MAX:g}", "int8": f"{INT8_MAX:g}", "int8_sq": f"{INT8_MAX:g}"}
 """The largest quantized value, by ``--qformat`` and ``--kv-cache-dtype``."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,12 +14,7 @@ from phireg.files.regular import disguise, open_regular, read_bytes
 
 
 def read_json_object(path: Path, *, limit: int = 64 * 1024 * 1024) -> dict[str, Any]:
-    """Read a file that must hold one JSON object, without repeated keys or infinite numbers.
-
-    Raises:
-        SourceError: the file is missing, unreadable, not a regular file, larger than ``limit``
-            bytes, not UTF-8 or not such an object; names the file and, where known, the line.
-    """
+    """Read a file that must hold one JSON object of at most ``limit`` bytes."""
     fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size
@@ -41,11 +37,7 @@ def read_json_object(path: Path, *, limit: int = 64 * 1024 * 1024) -> dict[str, 
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """Parse one JSON object from UTF-8 bytes.
-
-    Raises:
-        ValueError: with a message that says what is wrong and, where known, in which line.
-    """
+    """Parse one JSON object from UTF-8 bytes; a ValueError says what is wrong and in which line."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -89,11 +81,8 @@ _KINDS: dict[type, str] = {
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the key {key!r} occurs twice in one object")
-            seen.add(key)
+        ((repeated, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {repeated!r} occurs twice in one object")
     return result
 
 

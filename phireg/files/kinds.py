@@ -39,20 +39,12 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of directory.
+    """A kind of directory."""
 
-    Attributes:
-        name: for messages, with its article.
-        advice: what to do with it where a Hugging Face model is needed.
-        entries: matches the names of the entries that tell the kind.
-        files: patterns of all files that phireg may have written into one.
-        rank_file: the file of rank 0, if it has rank files.
-    """
-
-    name: str
-    advice: str
-    entries: str
-    files: tuple[str, ...] = ()
+    name: str  # for messages, with its article
+    advice: str  # what to do with it where a Hugging Face model is needed
+    entries: str  # pattern of the names of the entries that tell the kind
+    files: tuple[str, ...] = ()  # patterns of all files that phireg may have written into one
     rank_file: str = ""
 
 
@@ -155,12 +147,7 @@ def kind_of_entries(names: Collection[str]) -> tuple[Kind | None, str]:
 
 
 def objection(directory: Path, kind: Kind) -> str | None:
-    """Return why a directory is not of ``kind`` and nothing else; None if it is.
-
-    Args:
-        directory: an existing directory.
-        kind: ENGINE or CHECKPOINT.
-    """
+    """Return why a directory is not of ``kind`` (ENGINE, CHECKPOINT) alone; None if it is."""
     for entry in sorted(directory.iterdir()):
         known = any(fnmatchcase(entry.name, pattern) for pattern in kind.files)
         if not known or entry.is_symlink() or not entry.is_file():

@@ -45,17 +45,10 @@ class OutputDirectory:
     (fsync) and renames it to ``target``; leaving with one removes it. After a kill at any moment
     ``target`` is absent, or complete; the next run into it cleans up.
 
-    Args:
-        target: the directory to publish. It may be missing (parents are created) or empty. A
-            symbolic link is followed: what it points at is written or replaced.
-        overwrite: replace an existing target that is of ``kind`` and holds nothing else.
-        required_bytes: the size of what will be written, which must be free on the disk.
-        kind: what an existing target must be to be replaced; None is anything.
-
-    Raises:
-        OutputError: the target cannot be used, another run is writing it, the disk has too
-            little room, or writing failed for a reason outside phireg (disk full, quota, file
-            size limit, input/output error, read-only, no permission).
+    ``target`` may be missing (parents are created) or empty; a symbolic link is followed. With
+    ``overwrite`` a target that is of ``kind`` (None is any) and holds nothing else is replaced.
+    ``required_bytes`` must be free on the disk. Reasons to fail that lie outside phireg (disk full,
+    file size limit, no permission, ...) become an OutputError; other errors pass unchanged.
     """
 
     def __init__(

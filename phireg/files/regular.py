@@ -11,9 +11,6 @@ from typing import NamedTuple
 
 from phireg.errors import SourceError
 
-MAX_LISTED = 5
-"""Number of defects or names that one message spells out before it only counts."""
-
 
 class Stamp(NamedTuple):
     """The state of a file: size in bytes, modification time in ns."""
@@ -29,11 +26,7 @@ def stamp_of(fd: int) -> Stamp:
 
 
 def open_regular(path: Path) -> int:
-    """Open a regular file for reading and return its descriptor; symbolic links are followed.
-
-    Raises:
-        SourceError: there is no such file, it is not a regular file, or it may not be read.
-    """
+    """Open a regular file for reading and return its descriptor; symbolic links are followed."""
     try:
         # O_NONBLOCK: opening a named pipe must not wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -61,11 +54,7 @@ def open_regular(path: Path) -> int:
 
 
 def read_into(fd: int, path: Path, offset: int, view: memoryview) -> None:
-    """Fill a writable byte view from a file at an absolute offset; ``path`` is for messages.
-
-    Raises:
-        SourceError: the file ends before the view is full, or reading it fails.
-    """
+    """Fill a writable byte view from a file at an absolute offset; ``path`` is for messages."""
     done = 0
     while done < len(view):
         try:
@@ -85,18 +74,14 @@ def read_into(fd: int, path: Path, offset: int, view: memoryview) -> None:
 
 
 def read_bytes(fd: int, path: Path, offset: int, count: int) -> bytes:
-    """Read exactly ``count`` bytes at an absolute offset; errors as `read_into`."""
+    """Read exactly ``count`` bytes at an absolute offset."""
     buffer = bytearray(count)
     read_into(fd, path, offset, memoryview(buffer))
     return bytes(buffer)
 
 
 def check_unchanged(fd: int, path: Path, stamp: Stamp) -> None:
-    """Refuse a file that changed since it had ``stamp``.
-
-    Raises:
-        SourceError: it did.
-    """
+    """Refuse a file that changed since it had ``stamp``."""
     if stamp_of(fd) != stamp:
         raise SourceError(
             f"{path}: the file changed while it was being used",
@@ -108,10 +93,7 @@ def disguise(head: bytes) -> tuple[str, str] | None:
     """Return what a file really is, and a hint, where its first 64 bytes are a known mix-up."""
     text = head.lstrip()[:64].lower()
     if head.startswith(b"version https://git-lfs"):
-        return (
-            "a git-lfs pointer, not the file itself",
-            "fetch the contents with: git lfs pull",
-        )
+        return "a git-lfs pointer, not the file itself", "fetch the contents with: git lfs pull"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return (
             "an HTML or XML page, not the file itself",
@@ -132,14 +114,14 @@ def disguise(head: bytes) -> tuple[str, str] | None:
     return None
 
 
-def listed(items: Iterable[str], total: int, limit: int = MAX_LISTED) -> str:
+def listed(items: Iterable[str], total: int, limit: int = 5) -> str:
     """Join the first names of a list for a message: ``'a', 'b' and 7 more``."""
     shown = [repr(item[:200]) for item in islice(items, limit)]
     rest = total - len(shown)
     return ", ".join(shown) + (f" and {rest} more" if rest else "")
 
 
-def bullets(defects: list[str], limit: int = MAX_LISTED) -> str:
+def bullets(defects: list[str], limit: int = 5) -> str:
     """List defects one per line; past ``limit`` they are only counted."""
     lines = [f"\n  - {defect}" for defect in defects[:limit]]
     if len(defects) > limit:

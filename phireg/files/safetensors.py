@@ -25,6 +25,7 @@ from phireg.dtypes import ITEMSIZE
 from phireg.errors import SourceError
 from phireg.files.json import parse_object
 from phireg.files.regular import (
+    Stamp,
     bullets,
     check_unchanged,
     disguise,
@@ -42,18 +43,10 @@ _TOO_LARGE = 2**63
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a safetensors file.
-
-    Attributes:
-        name: the tensor's name.
-        dtype: a code of ``phireg.dtypes.ITEMSIZE``.
-        shape: dimensions, row-major.
-        start: first byte of the data, counted from the start of the file.
-        end: the byte after the data.
-    """
+    """One tensor of a safetensors file; byte offsets count from the start of the file."""
 
     name: str
-    dtype: str
+    dtype: str  # a code of phireg.dtypes.ITEMSIZE
     shape: tuple[int, ...]
     start: int
     end: int
@@ -66,27 +59,15 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A valid safetensors header.
+    """A valid safetensors header."""
 
-    Attributes:
-        entries: the tensors by name, in the order of their data; read-only.
-        digest: xxh3_128 of the eight length bytes and the header, in hexadecimal.
-        file_size: size of the file in bytes.
-        mtime_ns: modification time of the file, in nanoseconds.
-    """
-
-    entries: Mapping[str, TensorEntry]
-    digest: str
-    file_size: int
-    mtime_ns: int
+    entries: Mapping[str, TensorEntry]  # in the order of their data
+    digest: str  # xxh3_128 of the eight length bytes and the header, in hexadecimal
+    stamp: Stamp
 
 
 def read_header(path: Path) -> Header:
-    """Read the header of a safetensors file; no tensor data is read.
-
-    Raises:
-        SourceError: the file cannot be read or is not valid; names the file.
-    """
+    """Read the header of a safetensors file, and no tensor data."""
     fd = open_regular(path)
     try:
         stamp = stamp_of(fd)
@@ -121,12 +102,8 @@ def read_header(path: Path) -> Header:
         shape = tuple(entry["shape"])
         entries.append(TensorEntry(name, entry["dtype"], shape, length + start, length + end))
     entries.sort(key=lambda entry: (entry.start, entry.end))
-    return Header(
-        MappingProxyType({entry.name: entry for entry in entries}),
-        xxhash.xxh3_128_hexdigest(raw),
-        stamp.size,
-        stamp.mtime_ns,
-    )
+    by_name = MappingProxyType({entry.name: entry for entry in entries})
+    return Header(by_name, xxhash.xxh3_128_hexdigest(raw), stamp)
 
 
 def _truncation(raw: bytes, size: int) -> str | None:
@@ -159,15 +136,9 @@ def encode_header(
 ) -> tuple[bytes, dict[str, TensorEntry]]:
     """Build a header as the safetensors library writes it for tensors without metadata.
 
-    Args:
-        tensors: name, dtype code and shape of each tensor, in any order.
-
-    Returns:
-        The first bytes of the file (length, JSON, padding), and each tensor's place in the file,
-        in the order of the data: dtype rank descending, then name. The data follows directly.
-
-    Raises:
-        ValueError: a name is repeated or empty, or a dtype is unknown: a mistake of the caller.
+    ``tensors`` are names, dtype codes and shapes. The result is the first bytes of the file
+    (length, JSON, padding), which the data follows directly, and each tensor's place in the file,
+    in the order of the data: dtype rank descending, then name.
     """
     if len({name for name, _, _ in tensors}) != len(tensors):
         raise ValueError("tensor names must be unique")

@@ -28,11 +28,7 @@ def reason(error: OSError) -> str:
 
 
 def check_writable(path: Path, what: str) -> None:
-    """Refuse a file that could not be written later.
-
-    Raises:
-        OutputError: it is a directory, or its directory cannot be written to.
-    """
+    """Refuse a file that could not be written later; ``what`` names its purpose."""
     if path.is_dir():
         raise OutputError(f"{what} {path} is a directory", hint="give the name of a file.")
     nearest = path.absolute().parent
@@ -46,16 +42,7 @@ def check_writable(path: Path, what: str) -> None:
 
 
 def write_file(path: Path, content: bytes, what: str) -> None:
-    """Write a file, which appears complete or not at all; its directory is made if needed.
-
-    Args:
-        path: the file; one that exists is replaced.
-        content: all of it.
-        what: what it is, for the error.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write or replace a file, which appears complete or not at all, and create its directory."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -78,9 +65,7 @@ def write_file(path: Path, content: bytes, what: str) -> None:
 def copy_file(file: Path, directory: Path) -> Path:
     """Copy a file's content into an output directory and return the copy.
 
-    Raises:
-        SourceError: the file cannot be read.
-        OSError: the copy cannot be written; ``OutputDirectory`` explains it.
+    An OSError says that the copy cannot be written; ``OutputDirectory`` explains it.
     """
     copy = directory / file.name
     try:

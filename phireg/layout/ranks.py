@@ -18,10 +18,6 @@ class Ranks:
 
     Tensor-parallel rank r has the experts of expert-parallel rank r mod ``moe_ep_size`` and of each
     of them the share of r // ``moe_ep_size``, as TensorRT-LLM's Mapping numbers them.
-
-    Attributes:
-        tp_size: number of tensor-parallel ranks.
-        moe_ep_size: number of ranks that the experts are distributed over.
     """
 
     tp_size: int
@@ -46,17 +42,10 @@ class Ranks:
 def held(
     rule: Rule, rows: Axis, cols: Axis | None, ranks: Ranks, rank: int
 ) -> tuple[Axis, Axis | None]:
-    """Return the rows and columns of a module that one rank holds.
+    """Return the share of one rank of a module's rows and columns.
 
-    Args:
-        rule: the module's.
-        rows: its row map, of the weight or of a companion that follows the rows.
-        cols: its column map, if the companion lives on it.
-        ranks: their number.
-        rank: one of them.
-
-    Raises:
-        LayoutError: the module cannot be divided this way.
+    ``rows`` maps the rows of the weight or of a companion that follows them; ``cols`` is None for a
+    companion without columns. A LayoutError says that the module cannot be divided this way.
     """
     size = ranks.tp_size
     if rule.experts:

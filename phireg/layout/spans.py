@@ -7,7 +7,7 @@ feature or a vocabulary entry.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 
@@ -45,21 +45,13 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows that are sharded together: one segment of a fused axis.
+    """Rows that are sharded together: one segment of a fused axis."""
 
-    Attributes:
-        name: what the rows are (``q``, ``gate``, ``rows``).
-        spans: where they come from, in target order.
-        unit: rows that must stay on one rank (a head, an interleaved pair).
-        replicable: when there are fewer units than ranks, whole units may be repeated.
-        padded: zero rows are appended until every rank gets the same number.
-    """
-
-    name: str
-    spans: tuple[Span, ...]
-    unit: int = 1
-    replicable: bool = False
-    padded: bool = False
+    name: str  # q, gate, rows, ...
+    spans: tuple[Span, ...]  # in target order
+    unit: int = 1  # rows that must stay on one rank (a head, an interleaved pair)
+    replicable: bool = False  # whole units may be repeated when there are fewer than ranks
+    padded: bool = False  # zero rows are appended until every rank gets the same number
 
     def __post_init__(self) -> None:
         if self.unit < 1:
@@ -135,11 +127,7 @@ def possible_ranks(part: Part, tp_size: int) -> bool:
 
 
 def shard(axis: Axis, tp_size: int, rank: int) -> Axis:
-    """Take the share of ``axis`` that a rank holds: every part is cut separately, in whole units.
-
-    Raises:
-        LayoutError: a part cannot be divided (the sizes that can be: :func:`possible_ranks`).
-    """
+    """Take the share of ``axis`` of one rank: every part is cut separately, in whole units."""
     if not 0 <= rank < tp_size:
         raise LayoutError(f"rank {rank} does not exist among {tp_size} ranks")
     parts = tuple(_shard_part(part, tp_size, rank) for part in axis.parts)
@@ -179,12 +167,11 @@ def _amount(part: Part) -> str:
 def check_partition(targets: Mapping[str, Axis], sources: Mapping[str, int]) -> list[str]:
     """Check that every source row is owned by exactly one target row.
 
-    Returns:
-        A sentence per range of rows that is used nowhere, used twice or not in its source.
+    Returns a sentence per range of rows that is used nowhere, used twice or not in its source.
     """
     used: dict[str, list[tuple[int, int, str]]] = {name: [] for name in sources}
     problems = []
-    for target, _, span in _placed(targets):
+    for target, span in ((name, span) for name, axis in targets.items() for span in axis.spans):
         if span.source is None:
             continue
         if span.source not in sources:
@@ -197,9 +184,8 @@ def check_partition(targets: Mapping[str, Axis], sources: Mapping[str, int]) -> 
         elif not span.shared:
             used[span.source].append((span.start, span.stop, target))
     for source, ranges in used.items():
-        ordered = sorted(ranges)
         end, owner = 0, ""
-        for start, stop, target in ordered:
+        for start, stop, target in sorted(ranges):
             if start > end:
                 problems.append(f"rows {end} to {start} of {source} are used nowhere")
             elif start < end:
@@ -212,11 +198,3 @@ def check_partition(targets: Mapping[str, Axis], sources: Mapping[str, int]) -> 
         if end < sources[source]:
             problems.append(f"rows {end} to {sources[source]} of {source} are used nowhere")
     return problems
-
-
-def _placed(targets: Mapping[str, Axis]) -> Iterator[tuple[str, int, Span]]:
-    for target, axis in targets.items():
-        position = 0
-        for span in axis.spans:
-            yield target, position, span
-            position += span.count

@@ -22,7 +22,6 @@ from phireg.conversion.stream import stream
 from phireg.errors import OutputError, SourceError, UsageError
 from phireg.files.kinds import CHECKPOINT, MANIFEST
 from phireg.files.output import PARTIAL_SUFFIX, OutputDirectory
-from phireg.files.regular import Stamp
 from phireg.files.writing import copy_file
 from phireg.layout.spans import Span
 from phireg.planning.model import Options, Output, Plan, Rows
@@ -298,7 +297,7 @@ def _plan(checkpoint: _Checkpoint, moved: Moves) -> Plan:
     weights: list[WeightsFile] = []
     for rank, file in checkpoint.files.items():
         entries = file.header.entries
-        data = min((entry.start for entry in entries.values()), default=file.header.file_size)
+        data = min((entry.start for entry in entries.values()), default=file.header.stamp.size)
         headers.append(bytes(file.read_bytes(0, data)))
         for name, entry in entries.items():
             rows = moved.get((rank, name))
@@ -310,7 +309,7 @@ def _plan(checkpoint: _Checkpoint, moved: Moves) -> Plan:
             key = f"rank{rank}:{name}"
             tensors.append(SourceTensor(key, entry.dtype, shape, file.path.name, entry.start))
             outputs.append(Output(rank, name, entry.dtype, shape, entry.start, Rows(tuple(spans))))
-        stamp = Stamp(file.header.file_size, file.header.mtime_ns)
+        stamp = file.header.stamp
         weights.append(WeightsFile(file.path.name, file.header.digest, stamp))
     by_name = {tensor.name: tensor for tensor in tensors}
     source = Source(checkpoint.directory, by_name, tuple(weights))

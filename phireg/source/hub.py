@@ -20,18 +20,8 @@ def resolve_model_dir(model_dir: str, revision: str | None) -> tuple[Path, str |
     """Find the directory of a model, downloading it when it is named by its hub repository.
 
     Only data files are downloaded, never Python code, and .bin weights only from a repository
-    that has no safetensors. Without a network the Hugging Face cache is used.
-
-    Args:
-        model_dir: a local directory (preferred), or ``owner/name`` on the Hugging Face Hub.
-        revision: branch, tag or commit on the hub.
-
-    Returns:
-        The directory, and the commit it was resolved to (None for a local directory).
-
-    Raises:
-        UsageError: a revision was given for a local directory.
-        SourceError: there is no such directory or repository, or it cannot be downloaded.
+    that has no safetensors. Without a network the Hugging Face cache is used. The second result is
+    the commit that ``revision`` was resolved to; None for a local directory, which is preferred.
     """
     path = Path(model_dir)
     if model_dir.startswith("~"):

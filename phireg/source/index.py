@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import posixpath
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,18 +16,11 @@ from phireg.files.regular import bullets, listed
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """A checked ``*.index.json``.
-
-    Attributes:
-        path: the index file.
-        weight_map: tensor name to shard name; read-only. Shard names are plain relative paths
-            that stay inside the directory of the index.
-        total_size: ``metadata.total_size`` in bytes, or None where it is absent or no integer.
-    """
+    """A checked ``*.index.json``; shard names are relative paths inside its directory."""
 
     path: Path
-    weight_map: Mapping[str, str]
-    total_size: int | None
+    weight_map: Mapping[str, str]  # tensor name to shard name
+    total_size: int | None  # metadata.total_size in bytes; None where absent or no integer
 
     @property
     def shards(self) -> tuple[str, ...]:
@@ -37,20 +29,11 @@ class ShardIndex:
 
 
 def read_index(path: Path, suffix: str) -> ShardIndex:
-    """Read ``model.safetensors.index.json`` or the like, and check what needs no shard.
-
-    Raises:
-        SourceError: the file is not such an index (all defects together), or a shard name does
-            not end with ``suffix``.
-    """
+    """Read ``model.safetensors.index.json`` or the like, and check all that needs no shard."""
     document = read_json_object(path)
     weight_map = document.get("weight_map")
-    if weight_map is None:
-        raise index_error(path, ["there is no weight_map"])
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map, dict) or not weight_map:
         raise index_error(path, ["weight_map must be an object: tensor name to file name"])
-    if not weight_map:
-        raise index_error(path, ["weight_map is empty"])
     if defects := list(_map_defects(weight_map, suffix)):
         raise index_error(path, defects)
     metadata = document.get("metadata")
@@ -58,18 +41,8 @@ def read_index(path: Path, suffix: str) -> ShardIndex:
     return ShardIndex(path, MappingProxyType(weight_map), total if type(total) is int else None)
 
 
-def missing_shards(index: ShardIndex) -> list[str]:
-    """Return the shards that the index names and the directory does not have."""
-    return [name for name in index.shards if not os.access(index.path.parent / name, os.F_OK)]
-
-
 def shard_defects(index: ShardIndex, held: Mapping[str, Collection[str]]) -> list[str]:
-    """Compare the index with the names of the tensors in each shard that could be read.
-
-    Returns:
-        One line per shard and kind of disagreement: tensors listed but absent, present but not
-        listed, present but listed for another shard.
-    """
+    """Compare the index with the names of the tensors in each shard that could be read."""
     defects = []
     for shard, tensors in held.items():
         expected = [name for name, file in index.weight_map.items() if file == shard]

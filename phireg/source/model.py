@@ -13,7 +13,7 @@ from phireg.errors import SourceError
 from phireg.files.kinds import WEIGHTS, kind_of_entries
 from phireg.files.regular import Stamp, check_unchanged, listed, open_regular, read_into
 from phireg.files.safetensors import read_header
-from phireg.source.index import ShardIndex, index_error, missing_shards, read_index, shard_defects
+from phireg.source.index import ShardIndex, index_error, read_index, shard_defects
 from phireg.source.tensors import SourceTensor, WeightsFile
 from phireg.source.torchbin import list_bin, read_strided
 
@@ -32,13 +32,7 @@ class Reader:
         self._lock = threading.Lock()
 
     def read_into(self, tensor: SourceTensor, start: int, view: memoryview) -> None:
-        """Fill a view with bytes ``[start, start + len(view))`` of a tensor in row-major order.
-
-        Raises:
-            SourceError: the file ended early, changed since it was opened as a source, or could
-                not be read.
-            ValueError: the range is not inside the tensor: a mistake of the caller.
-        """
+        """Fill a view with bytes ``[start, start + len(view))`` of a tensor in row-major order."""
         if not 0 <= start <= start + len(view) <= tensor.nbytes:
             raise ValueError(f"{tensor.name}: bytes {start}+{len(view)} of {tensor.nbytes}")
         path = self._directory / tensor.file
@@ -73,20 +67,12 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A source checkpoint whose headers were read and found consistent.
-
-    Attributes:
-        directory: where it lies.
-        tensors: by name, ordered by file and by place in the file; read-only.
-        files: the weights files that are used, sorted by name.
-        revision: the hub commit it was resolved from, or None.
-        notes: things worth knowing that are not errors.
-    """
+    """A source checkpoint whose headers were read and are consistent."""
 
     directory: Path
-    tensors: Mapping[str, SourceTensor]
-    files: tuple[WeightsFile, ...]
-    revision: str | None = None
+    tensors: Mapping[str, SourceTensor]  # by name, ordered by file and by place in the file
+    files: tuple[WeightsFile, ...]  # those that are used, sorted by name
+    revision: str | None = None  # the hub commit it was resolved from
     notes: tuple[str, ...] = ()
 
     def open(self) -> Reader:
@@ -108,17 +94,13 @@ class _Format:
 
 
 def list_safetensors(directory: Path, name: str) -> WeightsFile:
-    """List the tensors of a safetensors file.
-
-    Raises:
-        SourceError: the file cannot be read or is damaged.
-    """
+    """List the tensors of a safetensors file."""
     header = read_header(directory / name)
     tensors = tuple(
         SourceTensor(entry.name, entry.dtype, entry.shape, name, entry.start)
         for entry in header.entries.values()
     )
-    return WeightsFile(name, header.digest, Stamp(header.file_size, header.mtime_ns), tensors)
+    return WeightsFile(name, header.digest, header.stamp, tensors)
 
 
 _FORMATS = (
@@ -132,16 +114,7 @@ def open_source(directory: Path, revision: str | None = None) -> Source:
 
     ``model.safetensors.index.json`` is preferred, then ``model.safetensors``,
     ``pytorch_model.bin.index.json`` and ``pytorch_model.bin``. No tensor data is read, and torch
-    is imported for .bin files only. Dtypes are reported as they are: whether the tensors fit a
-    model is for the plan to say.
-
-    Args:
-        directory: the model directory; shards may be symbolic links.
-        revision: the hub commit the directory was resolved from.
-
-    Raises:
-        SourceError: there is no such directory, it is not a Hugging Face model, or the index and
-            the files do not agree (all such defects in one message).
+    is imported for .bin files only. All disagreements of the index and the files come in one error.
     """
     names = _entries(directory)
     for format_ in _FORMATS:
@@ -203,7 +176,7 @@ def _entries(directory: Path) -> set[str]:
 def _list_shards(directory: Path, index: ShardIndex, format_: _Format) -> list[WeightsFile]:
     defects: list[str] = []
     hint = None
-    missing = missing_shards(index)
+    missing = [name for name in index.shards if not os.access(directory / name, os.F_OK)]
     if missing:
         defects.append(f"missing files: {listed(missing, len(missing), 20)}")
     files = []

@@ -11,23 +11,15 @@ from phireg.files.regular import Stamp
 
 @dataclass(frozen=True, slots=True)
 class SourceTensor:
-    """One tensor of a source checkpoint.
-
-    Attributes:
-        name: its name in the checkpoint.
-        dtype: a safetensors dtype code (``phireg.dtypes.ITEMSIZE``).
-        shape: dimensions; the bytes are read in row-major order.
-        file: the file that holds it, relative to the directory.
-        offset: where its first element starts in that file, in bytes.
-        strides: elements from one index to the next, per dimension, for tensors of PyTorch .bin
-            files that do not lie in row-major order without gaps.
-    """
+    """One tensor of a source checkpoint; its bytes are read in row-major order."""
 
     name: str
-    dtype: str
+    dtype: str  # a code of phireg.dtypes.ITEMSIZE
     shape: tuple[int, ...]
-    file: str
-    offset: int
+    file: str  # relative to the directory
+    offset: int  # of its first element in the file, in bytes
+    # Elements from one index to the next, per dimension, for tensors of PyTorch .bin files that do
+    # not lie in row-major order without gaps.
     strides: tuple[int, ...] | None = None
 
     @property
@@ -38,15 +30,10 @@ class SourceTensor:
 
 @dataclass(frozen=True, slots=True)
 class WeightsFile:
-    """One weights file.
+    """One weights file; ``name`` is relative to the directory, ``tensors`` by place in the file.
 
-    Attributes:
-        name: relative to the directory.
-        header_digest: of a safetensors file, xxh3_128 of its header with the eight length bytes;
-            of a .bin file, xxh3_128 of its sorted listing, one line ``name dtype shape`` per
-            tensor. Hexadecimal.
-        stamp: size and modification time when it was listed.
-        tensors: by place in the file.
+    ``header_digest`` is xxh3_128 in hexadecimal: of a safetensors file's header with the eight
+    length bytes, or of a .bin file's sorted listing, one line ``name dtype shape`` per tensor.
     """
 
     name: str

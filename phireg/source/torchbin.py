@@ -48,13 +48,8 @@ _RESAVE = (
 def list_bin(directory: Path, name: str) -> WeightsFile:
     """List the tensors of a .bin file without running any code it may contain.
 
-    Args:
-        directory: where it is.
-        name: of a state dict written by ``torch.save`` in the zip format (PyTorch 1.6 or later).
-
-    Raises:
-        SourceError: the file is no such state dict, holds anything but plain tensors, or asks for
-            code to be run; the message says which.
+    It must be a dict of plain tensors written by ``torch.save`` in the zip format (PyTorch 1.6 or
+    later).
     """
     path = directory / name
     fd = open_regular(path)
@@ -192,16 +187,7 @@ def read_strided(fd: int, path: Path, tensor: SourceTensor, start: int, view: me
 
     The stretch of the file that holds the rows in question is read: at most 16 MiB at a time where
     rows lie one after another, the whole tensor where they interleave (a transposed matrix).
-
-    Args:
-        fd: the open file.
-        path: its name, for messages.
-        tensor: what to read; not empty.
-        start: first byte, counted from the start of the row-major tensor.
-        view: one-dimensional writable view of bytes, inside the tensor.
-
-    Raises:
-        SourceError: the file ended early or could not be read.
+    ``start`` counts bytes of the row-major tensor, which is not empty.
     """
     assert tensor.strides is not None
     itemsize = ITEMSIZE[tensor.dtype]

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 import phireg
 from phireg.calibration.statistics import Statistics
+from phireg.dtypes import E4M3_MAX, INT8_MAX
 from phireg.planning.model import QuantizedLinear
 from phireg.reader.schemes import SCHEMES, Scheme
 from phireg.testing.model import TinyModel
@@ -26,7 +27,6 @@ from phireg.testing.model import TinyModel
 if TYPE_CHECKING:
     from torch import Tensor
 
-_E4M3_MAX, _INT8_MAX = 448.0, 127.0
 _SMALLEST_SMOOTHER, _LARGEST_SMOOTHER = 1e-4, 1e4
 _TOLERANCE = 1e-5
 """Of a tensor's largest value. A step of a quantized weight is more than a hundred times that."""
@@ -127,7 +127,7 @@ def _fp8(weights: list[Tensor]) -> list[Tensor]:
     """Round fused weights to FP8 with one scale."""
     import torch
 
-    scale = torch.stack([weight.abs().max() for weight in weights]).max() / _E4M3_MAX
+    scale = torch.stack([weight.abs().max() for weight in weights]).max() / E4M3_MAX
     return [(weight / scale).to(torch.float8_e4m3fn).float() * scale for weight in weights]
 
 
@@ -139,7 +139,7 @@ def _smoothquant(weights: list[Tensor], inputs: npt.NDArray[np.float32]) -> list
     rounded = []
     for weight in weights:
         smoothed = weight * (1 / smoother)
-        scale = smoothed.abs().amax(1, keepdim=True) / _INT8_MAX
+        scale = smoothed.abs().amax(1, keepdim=True) / INT8_MAX
         rounded.append((smoothed / scale).round().clamp(-128, 127) * scale * smoother)
     return rounded
 

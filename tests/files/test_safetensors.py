@@ -71,8 +71,7 @@ def test_files_equal_the_librarys(tmp_path_factory, spec):
         assert entry.nbytes == arrays[name].nbytes
     length = int.from_bytes(expected[:8], "little")
     assert header.digest == xxhash.xxh3_128(expected[: 8 + length]).hexdigest()
-    assert header.file_size == len(expected)
-    assert header.mtime_ns == path.stat().st_mtime_ns
+    assert header.stamp == (len(expected), path.stat().st_mtime_ns)
 
 
 def test_dtypes_that_numpy_lacks_equal_torchs_file(tmp_path):
