@@ -1,4 +1,4 @@
-"""The parts of a decoder layer as plain functions: norm, linear, rotary, attention, MLP.
+"""The parts of a decoder layer as plain functions: norm, linear, rotary, attention, MLP, experts.
 
 ``Weights`` are one rank's tensors of one layer under the names they have in the file, without the
 ``transformer.layers.N.`` in front, as ``quantized.prepare`` makes them. Shapes: batch B, new tokens
@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from phireg.executor import quantized
-from phireg.executor.experts import rank_mixture, route
 from phireg.reader.spec import ModelSpec, Rope
 from phireg.reader.tensors import KV_SCALE, ROUTER
 
@@ -132,6 +131,45 @@ def mixture(
     return reduce(partial).view_as(u)
 
 
+def route(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return each token's experts and their weights, as sparse mixer chooses at inference.
+
+    The weight of the best expert is its share in a softmax over those whose score is near the best
+    one: (best - score) / max(|score|, best) is at most 2 epsilon. The second is the best of the
+    others, and its weight the same among those others. The two weights do not add up to 1.
+    ``scores`` are float32 [tokens, experts]; the result is int64 and float32 [tokens, 2].
+    """
+    chosen, weights = [], []
+    left = scores
+    for _ in range(2):
+        best, expert = left.max(dim=-1, keepdim=True)
+        distance = (best - scores) / torch.maximum(scores.abs(), best)
+        near = left.masked_fill(distance > 2 * epsilon, -torch.inf)
+        weights.append(near.softmax(dim=-1).gather(-1, expert))
+        chosen.append(expert)
+        left = left.scatter(-1, expert, -torch.inf)
+    return torch.cat(chosen, dim=-1), torch.cat(weights, dim=-1)
+
+
+def rank_mixture(
+    first: int, fc: Tensor, proj: Tensor, x: Tensor, chosen: Tensor, weights: Tensor
+) -> Tensor:
+    """Return the sum over one rank's experts, of which ``first`` is the number of the first.
+
+    ``fc`` is [experts, 2 F, h], the rows [up; gate] of each, ``proj`` [experts, h, F], ``x``
+    [tokens, h]; ``chosen`` and ``weights`` are as ``route`` returns them.
+    """
+    total = torch.zeros_like(x)
+    for index in range(len(fc)):
+        token, place = torch.nonzero(chosen == first + index, as_tuple=True)
+        if not len(token):
+            continue
+        up, gate = functional.linear(x[token], fc[index]).chunk(2, dim=-1)
+        output = functional.linear(functional.silu(gate) * up, proj[index])
+        total.index_add_(0, token, (output * weights[token, place, None]).to(x.dtype))
+    return total
+
+
 def layer(
     spec: ModelSpec,
     shards: list[Weights],
@@ -143,27 +181,17 @@ def layer(
     observe_inputs: Callable[[str, list[Tensor]], None] | None = None,
     ranks: Sequence[int] = (),
 ) -> Tensor:
-    """Run one decoder layer over the ranks in this process, in lockstep.
+    """Run one decoder layer over the ranks in this process, in lockstep; ``x`` is [B, T, h].
 
-    Args:
-        spec: the meaning of the tensors.
-        shards: each rank's tensors of this layer.
-        x: hidden states [B, T, h].
-        rotary: cos and sin, see ``rotate``.
-        attends: each rank's attention of its own heads.
-        reduce: sums partial outputs over all ranks.
-        observe: called with "attention", "mlp" (their outputs, biases included) and "hidden".
-        observe_inputs: called with a linear's name and its input, before smoothing and
-            quantization: one tensor of a column linear, each rank's of a row linear. Linears of
-            experts are not observed.
-        ranks: the numbers of the ranks in this process; experts are shared out by them.
-
-    Returns:
-        Hidden states [B, T, h].
+    ``observe`` is called with "attention", "mlp" (their outputs, biases included) and "hidden";
+    ``observe_inputs`` with a linear's name and its input, before smoothing and quantization: one
+    tensor of a column linear, each rank's of a row linear. Linears of experts are not observed.
     """
-    own = list(zip(shards, attends, strict=True))
     u = norm(spec, shards[0], "input_layernorm", x)
-    heads = [attention(spec, weights, u, rotary, attend) for weights, attend in own]
+    heads = [
+        attention(spec, weights, u, rotary, attend)
+        for weights, attend in zip(shards, attends, strict=True)
+    ]
     if observe_inputs is not None:
         observe_inputs("attention.qkv", [u])
         observe_inputs("attention.dense", heads)

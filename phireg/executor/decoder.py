@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,16 +46,11 @@ class Sampling:
 
 
 def choose(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
-    """Return the next token of every row, without leaving the device.
+    """Return the next token of every row, int64 [batch], without leaving the device.
 
-    Args:
-        logits: float32 [batch, vocab_size].
-        sampling: how to choose.
-        noise: float32 [batch, vocab_size], drawn from the exponential distribution with mean 1;
-            the largest p / noise is a token drawn with probability p. Unused when greedy.
-
-    Returns:
-        int64 [batch].
+    ``logits`` are float32 [batch, vocab_size]; ``noise`` of the same shape is drawn from the
+    exponential distribution with mean 1, for which the largest p / noise is a token drawn with
+    probability p. Greedy sampling does not use it.
     """
     if sampling.greedy:
         return logits.argmax(dim=-1)
@@ -75,20 +70,16 @@ def choose(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
 class Decoder:
     """Generate for one batch at a time; a later batch of the same shape can follow.
 
-    A quantized cache is one in effect: it holds, in the compute dtype, the values that come back
-    from the layer's grid.
+    The cache has ``capacity`` slots: prompt and new tokens together, padding included. A quantized
+    cache holds, in the compute dtype, the values that come back from the layer's grid. The seed of
+    ``sampling`` is given with each prompt.
+
+    ``fused`` runs the layers as the kernels of ``cuda.fused``; a step of weights that stay on the
+    GPU is captured in a CUDA graph besides, with what NCCL sends in it.
 
     With long rope, each call takes the short or the long factors by the tokens so far (a prompt:
     its length; a step: the tokens in the cache and its own). Keys already in the cache stay as
     they were rotated when that changes, as in TensorRT-LLM.
-
-    Args:
-        executor: the model.
-        batch: rows.
-        capacity: slots of the cache: prompt and new tokens together, padding included.
-        sampling: how tokens are chosen; the seed is given with each prompt.
-        fused: the layers run as the kernels of ``fused``; a step of weights that stay on the GPU
-            is captured in a CUDA graph besides, with what NCCL sends in it.
     """
 
     def __init__(
@@ -141,10 +132,8 @@ class Decoder:
                 self._graph = self._captured()
             if self._graph is not None:
                 self._graph.replay()
-            elif self._fused:
-                self._fused_step()
             else:
-                self._plain_step()
+                self._step()
         self._length += 1
 
     def release(self) -> None:
@@ -161,35 +150,38 @@ class Decoder:
         self._pads.copy_(torch.tensor(pads))
         self._slot.zero_()
         self._length = length
-
         position = (torch.arange(length, device=executor.device) - self._pads[:, None]).clamp(min=0)
         if not any(pads):
             position = position[:1]
         long = int(length > spec.rope.original)
         cos, sin = (table[long][position][:, None] for table in self._tables)
-        attends = [
-            [
-                attention.prompt_attention(spec, layer, rank, length, pads, executor.device)
-                for rank in executor.ranks
-            ]
-            for layer in range(spec.num_layers)
-        ]
+
+        def attend(layer: int, rank: int) -> Attend:
+            return attention.prompt_attention(spec, layer, rank, length, pads, executor.device)
+
         if self._fused:
             logits = self._fused_forward(
-                ids, (cos, sin), [[_of_prompt(inner, length) for inner in row] for row in attends]
+                ids, (cos, sin), lambda layer, rank: _of_prompt(attend(layer, rank), length)
             )
         else:
             logits = self._plain_forward(
-                ids,
-                (cos, sin),
-                [
-                    [_filling(cache, inner) for cache, inner in zip(*pair, strict=True)]
-                    for pair in zip(self._caches, attends, strict=True)
-                ],
+                ids, (cos, sin), lambda layer, rank, cache: _filling(cache, attend(layer, rank))
             )
         self._slot.fill_(length)
         self._draw()
         self.token.copy_(choose(logits, self.sampling, self._noise))
+
+    def _step(self) -> None:
+        long = (self._slot + 1 > self.executor.spec.rope.original).long()
+        position = self._slot - self._pads
+        cos, sin = (table[long, position][:, None, None] for table in self._tables)
+        ids = self.token[:, None]
+        if self._fused:
+            logits = self._fused_forward(ids, (cos, sin), self._attending)
+        else:
+            logits = self._plain_forward(ids, (cos, sin), self._extending)
+        self.token.copy_(choose(logits, self.sampling, self._noise))
+        self._slot += 1
 
     def _captured(self) -> Any:
         from phireg.executor.cuda.fused import capture
@@ -200,88 +192,63 @@ class Decoder:
             self.token.copy_(token)
             self._slot.copy_(slot)
 
-        return capture(self._fused_step, restore)
+        return capture(self._step, restore)
 
     def _draw(self) -> None:
         if not self.sampling.greedy:
             self._noise.exponential_(generator=self._random)
 
-    def _plain_step(self) -> None:
-        spec = self.executor.spec
-        masks = {
-            (sparse, rank): attention.slot_mask(spec, sparse, rank, self._pads)
-            for sparse in (False, True)
-            for rank in self.executor.ranks
-        }
-        attends = [
-            [
-                _extending(
-                    cache,
-                    self._length,
-                    masks[spec.is_sparse(layer), rank],
-                    spec.attention_scale,
-                )
-                for rank, cache in zip(self.executor.ranks, self._caches[layer], strict=True)
-            ]
-            for layer in range(spec.num_layers)
-        ]
-        logits = self._plain_forward(self.token[:, None], self._step_rotary(), attends)
-        self.token.copy_(choose(logits, self.sampling, self._noise))
-        self._slot += 1
-
-    def _fused_step(self) -> None:
-        spec = self.executor.spec
-        attends = {
-            sparse: [self._attending(rank, sparse) for rank in self.executor.ranks]
-            for sparse in (False, True)
-        }
-        logits = self._fused_forward(
-            self.token[:, None],
-            self._step_rotary(),
-            [attends[spec.is_sparse(layer)] for layer in range(spec.num_layers)],
-        )
-        self.token.copy_(choose(logits, self.sampling, self._noise))
-        self._slot += 1
-
-    def _step_rotary(self) -> Rotary:
-        """Return cos and sin [B, 1, 1, R/2] of the token in the slot."""
-        long = (self._slot + 1 > self.executor.spec.rope.original).long()
-        position = self._slot - self._pads
-        cos, sin = (table[long, position][:, None, None] for table in self._tables)
-        return cos, sin
-
-    def _plain_forward(self, ids: Tensor, rotary: Rotary, attends: list[list[Attend]]) -> Tensor:
+    def _plain_forward(
+        self, ids: Tensor, rotary: Rotary, attend: Callable[[int, int, Cache], Attend]
+    ) -> Tensor:
         executor = self.executor
         ends = executor.end_weights()
         x = executor.embed(ends, ids)
-        for layer in range(executor.spec.num_layers):
-            x = executor.run_layer(executor.layer_weights(layer), x, rotary, attends[layer])
+        for layer, caches in enumerate(self._caches):
+            pairs = zip(executor.ranks, caches, strict=True)
+            attends = [attend(layer, rank, cache) for rank, cache in pairs]
+            x = executor.run_layer(executor.layer_weights(layer), x, rotary, attends)
         return executor.logits(ends, x[:, -1])
 
     def _fused_forward(
-        self, ids: Tensor, rotary: Rotary, attends: list[list[AttendCache]]
+        self, ids: Tensor, rotary: Rotary, attend: Callable[[int, int], AttendCache]
     ) -> Tensor:
         from phireg.executor.cuda import fused
 
-        return fused.forward(self.executor, ids, rotary, self._caches, self._slot, attends)
+        executor = self.executor
+        layers = range(executor.spec.num_layers)
+        attends = [[attend(layer, rank) for rank in executor.ranks] for layer in layers]
+        return fused.forward(executor, ids, rotary, self._caches, self._slot, attends)
 
-    def _attending(self, rank: int, sparse: bool) -> AttendCache:
+    def _attending(self, layer: int, rank: int) -> AttendCache:
+        """Return the kernel's attention of a new token over a cache that has it."""
         from phireg.executor.cuda import launch
 
         spec = self.executor.spec
+        pattern = spec.sparse if spec.is_sparse(layer) else None
+        return lambda query, cache: launch.attend_cache(
+            query,
+            cache,
+            self._slot,
+            self._pads,
+            spec.attention_scale,
+            pattern,
+            rank * spec.rank_heads,
+        )
 
-        def attend_cache(query: Tensor, cache: Cache) -> Tensor:
-            return launch.attend_cache(
-                query,
-                cache,
-                self._slot,
-                self._pads,
-                spec.attention_scale,
-                spec.sparse if sparse else None,
-                rank * spec.rank_heads,
-            )
+    def _extending(self, layer: int, rank: int, cache: Cache) -> Attend:
+        """Return the attention of a new token, stored in the next slot, over the slots up to it."""
+        spec, slot = self.executor.spec, self._length
+        mask = attention.slot_mask(spec, spec.is_sparse(layer), rank, self._pads)
 
-        return attend_cache
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            end = slot + 1
+            for kept, new in zip(cache, (key, value), strict=True):
+                kept[:, :, slot:end] = new
+            keys, values = (kept[:, :, :end] for kept in cache)
+            return blocks.masked_attention(query, keys, values, spec.attention_scale, mask)
+
+        return attend
 
 
 def _filling(cache: Cache, inner: Attend) -> Attend:
@@ -303,16 +270,3 @@ def _of_prompt(inner: Attend, length: int) -> AttendCache:
         return inner(query, keys, values).transpose(1, 2).flatten(2)
 
     return attend_prompt
-
-
-def _extending(cache: Cache, slot: int, mask: attention.Mask, scale: float) -> Attend:
-    """Return the attention of the token in ``slot`` over the slots up to it."""
-
-    def attend_cache(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        keys, values = cache
-        keys[:, :, slot : slot + 1] = key
-        values[:, :, slot : slot + 1] = value
-        end = slot + 1
-        return blocks.masked_attention(query, keys[:, :, :end], values[:, :, :end], scale, mask)
-
-    return attend_cache

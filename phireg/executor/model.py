@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -179,9 +180,9 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
                     prompt_attention(self.spec, index, rank, length, (), self.device)
                     for rank in self.ranks
                 ]
-                seen = None if observe is None else _of_layer(observe, index)
+                outputs = None if observe is None else partial(observe, index)
                 inputs = None if observe_inputs is None else self._inputs(observe_inputs, index)
-                x = self.run_layer(self.layer_weights(index), x, rotary, attends, seen, inputs)
+                x = self.run_layer(self.layer_weights(index), x, rotary, attends, outputs, inputs)
             return self.logits(ends, x)
 
     def embed(self, ends: list[Weights], ids: Tensor) -> Tensor:
@@ -201,16 +202,9 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         observe_inputs: Callable[[str, list[Tensor]], None] | None = None,
     ) -> Tensor:
         """Run one layer; see ``blocks.layer``."""
+        watchers = (observe, observe_inputs)
         return blocks.layer(
-            self.spec,
-            shards,
-            x,
-            rotary,
-            attends,
-            self.reduce,
-            observe,
-            observe_inputs,
-            self.ranks,
+            self.spec, shards, x, rotary, attends, self.reduce, *watchers, self.ranks
         )
 
     def logits(self, ends: list[Weights], x: Tensor) -> Tensor:
@@ -252,27 +246,19 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
 
     def _read_layer(self, index: int) -> list[Weights]:
         names, prefix = layer_tensors(self.spec, index), layer_prefix(index)
-        return [
-            quantized.prepare(
-                self.spec.quantization,
-                {name: source(prefix + name) for name in names},
-                self.device,
-                self.dtype,
-            )
-            for source in self._sources
-        ]
+        shards = [{name: source(prefix + name) for name in names} for source in self._sources]
+        scheme = self.spec.quantization
+        return [quantized.prepare(scheme, shard, self.device, self.dtype) for shard in shards]
 
     def _read_ends(self) -> list[Weights]:
-        names = end_tensors(self.spec)
-        # An embedding that is only looked up may stay in the mapped file.
-        stays = EMBEDDING if self.offload else ""
-        return [
-            {name: source(name) if name == stays else self._moved(source(name)) for name in names}
-            for source in self._sources
-        ]
+        def read(source: Source, name: str) -> Tensor:
+            # An embedding that is only looked up may stay in the mapped file.
+            if self.offload and name == EMBEDDING:
+                return source(name)
+            return source(name).to(self.device, self.dtype)
 
-    def _moved(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype)
+        names = end_tensors(self.spec)
+        return [{name: read(source, name) for name in names} for source in self._sources]
 
     def _exceeds_memory(self) -> bool:
         if self.device.type == "cuda":
@@ -292,10 +278,6 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         return bool(needed > _MEMORY_SHARE * free)
 
 
-def _of_layer(observe: Observe, layer: int) -> Callable[[str, Tensor], None]:
-    return lambda what, value: observe(layer, what, value)
-
-
 def free_memory() -> int:
     """Return the bytes of main memory available without swapping."""
     meminfo = Path("/proc/meminfo")
@@ -307,24 +289,15 @@ def free_memory() -> int:
 
 
 def open_ranks(checkpoint_dir: Path, spec: ModelSpec, ranks: Sequence[int]) -> list[Source]:
-    """Map rank files and compare them with the spec.
+    """Map rank files; raise a CheckError that lists every deviation from the spec.
 
-    Args:
-        checkpoint_dir: directory of config.json and rank*.safetensors.
-        spec: of config.json.
-        ranks: the ranks to open. When it is all of them there must be no further rank file, and
-            the tensors that every rank repeats must be equal.
+    Deviations are missing and, if ``ranks`` are all, extra files; tensors that are missing,
+    unknown, of another shape or dtype, or not equal where all ranks repeat them; and scales that
+    are not finite positive normal numbers.
 
-    Returns:
-        For each rank a function from a tensor's name to the tensor, mapped, on the CPU. Tensors
-        have the expected shape and dtype: e4m3 weights stored as int8 are viewed as e4m3, a scale
-        without dimensions has one, and the cache's scale is there even if the file has only the
-        keys' and the values' (TensorRT-LLM 1.x then takes the larger one, too).
-
-    Raises:
-        CheckError: lists every file that is missing or extra, and every tensor that is missing,
-            unknown, of another shape or dtype, not the same on all ranks, or a scale that is not
-            a finite positive normal number.
+    Tensors stay on the CPU and get the expected shape and dtype: e4m3 weights stored as int8 are
+    viewed as e4m3, a scale without dimensions has one, and the cache's scale is there even if the
+    file has only the keys' and the values' (TensorRT-LLM 1.x then takes the larger one, too).
     """
     required = rank_tensors(spec)
     accepted = optional_tensors(spec) | required
@@ -356,7 +329,6 @@ def open_ranks(checkpoint_dir: Path, spec: ModelSpec, ranks: Sequence[int]) -> l
 
 
 def _source(file: RankFile, accepted: Mapping[str, Kind]) -> Source:
-    """Return a rank's tensors by name, as they are expected."""
     mapped, present = file.mapped(), file.header.entries.keys()
 
     def read(name: str) -> Tensor:

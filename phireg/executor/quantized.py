@@ -33,16 +33,10 @@ def prepare(
 ) -> dict[str, Tensor]:
     """Return one rank's tensors of a layer as ``linear`` needs them, on the device.
 
-    They have the same names. Scales of activations and of the cache and the router of experts are
-    float32, everything else has the compute dtype: weights on a grid are kept multiplied by their
-    scales, which are then gone. Only where ``has_native_fp8`` do e4m3 weights stay e4m3 and keep
-    their scale.
-
-    Args:
-        quantization: of the checkpoint.
-        tensors: by their names in the file, without the layer's prefix.
-        device: where to compute.
-        dtype: compute dtype.
+    They keep their names, which are those in the file without the layer's prefix. Scales of
+    activations and of the cache and the router of experts are float32, everything else has the
+    compute dtype: weights on a grid are kept multiplied by their scales, which are then gone. Only
+    where ``has_native_fp8`` do e4m3 weights stay e4m3 and keep their scale.
     """
     prepared = {}
     for name, tensor in tensors.items():

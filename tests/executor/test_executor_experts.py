@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from phireg.errors import CheckError
-from phireg.executor.experts import rank_mixture, route
+from phireg.executor.blocks import rank_mixture, route
 from phireg.reader.spec import Experts, parse_spec
 
 CONFIG = {

@@ -32,13 +32,8 @@ def forward(
 ) -> Tensor:
     """Return logits of each row's last token, float32 [B, vocab_size]; fill the caches.
 
-    Args:
-        executor: the model.
-        ids: int64 [B, T].
-        rotary: cos and sin, see ``blocks.rotate``.
-        caches: for every layer, each rank's keys and values.
-        slot: int64 [1], where the first of the T tokens goes.
-        attends: for every layer, each rank's attention.
+    ``ids`` are int64 [B, T]; the first of the T tokens goes to ``slot``, int64 [1]. ``caches`` and
+    ``attends`` are lists of layers, and within these of ranks.
     """
     spec, ends = executor.spec, executor.end_weights()
     x = executor.embed(ends, ids)
@@ -87,7 +82,10 @@ def layer(
     attended = _row_linear(spec, shards, "attention.dense", heads, reduce)
     if spec.architecture.residual == "sequential":
         u = _norm(spec, shards[0], "post_layernorm", x, attended)
-    gated = [_gated(spec, weights, u) for weights in shards]
+    kind, limit = spec.activation, spec.gegelu_limit
+    gated = [
+        _linear(weights, "mlp.fc", u, weights.get("mlp.fc.bias"), kind, limit) for weights in shards
+    ]
     mlp = _row_linear(spec, shards, "mlp.proj", gated, reduce)
     return x, mlp if spec.architecture.residual == "sequential" else attended + mlp
 
@@ -98,11 +96,6 @@ def _norm(
     """Return ``blocks.norm`` of x + pending, which ``x`` becomes."""
     weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
     return launch.norm(spec.architecture.norm, x, pending, weight, bias, spec.norm_epsilon)
-
-
-def _gated(spec: ModelSpec, weights: Weights, u: Tensor) -> Tensor:
-    bias = weights.get("mlp.fc.bias")
-    return _linear(weights, "mlp.fc", u, bias, spec.activation, spec.gegelu_limit)
 
 
 def _row_linear(

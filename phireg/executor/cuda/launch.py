@@ -34,11 +34,7 @@ _MATVEC_ROWS, _MATVEC_BLOCK = 4, 1024
 def norm(
     kind: str, x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, epsilon: float
 ) -> Tensor:
-    """Return LayerNorm or RMSNorm of ``x`` + ``delta``; ``x`` becomes that sum.
-
-    ``kind`` is "layer_norm" or "rms_norm"; ``x`` and ``delta`` are contiguous [..., width],
-    ``weight`` and the layer norm's ``bias`` [width].
-    """
+    """Return LayerNorm or RMSNorm of contiguous ``x`` + ``delta``; ``x`` becomes that sum."""
     width = x.shape[-1]
     out = torch.empty_like(x)
     kernels.norm_kernel[(x.numel() // width,)](
@@ -77,16 +73,11 @@ def matvec(
     activation: str = "none",
     limit: float | None = None,
 ) -> Tensor:
-    """Return one token's X W^T + b, and the MLP's nonlinearity on it.
+    """Return one token's X W^T + b in ``dtype``, and the MLP's nonlinearity on it.
 
-    Args:
-        x: contiguous, one row of inputs; the compute dtype, or e4m3 values.
-        weight: contiguous [rows, inputs].
-        bias: [rows], or None.
-        dtype: of the result.
-        scales: float32 [1] each, which multiply the product of stored values; or None.
-        activation: "none" or as in ``activate``; a gated one halves the rows.
-        limit: gegelu's clamp, or None.
+    ``x`` is one row in the compute dtype, or e4m3 values, whose product the float32 [1] ``scales``
+    multiply; ``weight`` is [rows, inputs], both contiguous. ``activation`` is "none" or as in
+    ``activate``; a gated one halves the rows.
     """
     rows, inputs = weight.shape
     outputs = rows // 2 if activation in _GATED else rows
@@ -103,11 +94,7 @@ def matvec(
 
 
 def activate(kind: str, z: Tensor, limit: float | None) -> Tensor:
-    """Return the MLP's nonlinearity on fc's output, as ``blocks.activate``.
-
-    ``kind`` is "swiglu", "gegelu" or "gelu_tanh"; ``z`` is contiguous [..., inputs], of which a
-    gated kind leaves half; ``limit`` is gegelu's clamp, or None.
-    """
+    """Return ``blocks.activate`` of contiguous ``z``; ``limit`` is gegelu's clamp, or None."""
     width, block = z.shape[-1] // (2 if kind in _GATED else 1), 1024
     out = torch.empty((*z.shape[:-1], width), dtype=z.dtype, device=z.device)
     kernels.activation_kernel[(out.numel() // width, triton.cdiv(width, block))](
@@ -127,16 +114,9 @@ def rotate_into(
 ) -> Tensor:
     """Rotate queries and keys; put keys and values into the cache, through its grid if it has one.
 
-    Args:
-        spec: one rank's numbers of heads, the rotary dimensions, the cache's grid.
-        qkv: contiguous [B, T, (H + 2 G) * D].
-        rotary: cos and sin, see ``blocks.rotate``.
-        cache: keys and values, [B, G, C, D] each.
-        slot: int64 [1], where the first of the T tokens goes.
-        kv_scale: the quantized cache's scale, float32 [1].
-
-    Returns:
-        Queries, [B, H, T, D] with the heads of a token side by side in memory.
+    ``qkv`` is contiguous [B, T, (H + 2 G) * D]; the first of the T tokens goes to ``slot``, int64
+    [1]; ``kv_scale`` is float32 [1]. Returns the queries, [B, H, T, D] with the heads of a token
+    side by side in memory.
     """
     batch, tokens, _ = qkv.shape
     heads, kv_heads, size = spec.rank_heads, spec.rank_kv_heads, spec.head_size
@@ -165,14 +145,8 @@ def attend_cache(
 ) -> Tensor:
     """Return the attention of one new token per row over the cache, [B, 1, H * D].
 
-    Args:
-        query: [B, H, 1, D] from ``rotate_into``.
-        cache: keys and values, [B, G, C, D] each, the new token's included.
-        slot: int64 [1], the new token's.
-        pads: int64 [B], the slot of each row's first token.
-        scale: q . k is multiplied by this.
-        pattern: the mask of a block-sparse layer, or None.
-        first_head: global number of the first query head.
+    ``query`` is [B, H, 1, D] from ``rotate_into``; the new token is in ``slot``, int64 [1], each
+    row's first token in ``pads``, int64 [B]. ``first_head`` is the global number of the first head.
     """
     keys, values = cache
     batch, kv_heads, capacity, size = keys.shape
@@ -219,15 +193,9 @@ def sparse_attention(
 ) -> Tensor:
     """Return block-sparse attention of a batch of prompts; tiles that no query sees are not read.
 
-    Args:
-        query: [B, H, T, D], any strides but the last.
-        key: [B, G, T, D], likewise.
-        value: as ``key``.
-        pattern: the mask; its blocks are multiples of ``SPARSE_TILE``.
-        pads: int64 [B], the slot of each row's first token, before which the result is 0; or None
-            when no row is padded.
-        first_head: global number of the first query head.
-        scale: q . k is multiplied by this.
+    ``query`` is [B, H, T, D] and ``key`` and ``value`` [B, G, T, D], with any strides but the last;
+    the pattern's blocks are multiples of ``SPARSE_TILE``. ``pads``, int64 [B], is the slot of each
+    row's first token, before which the result is 0; None when no row is padded.
     """
     batch, heads, length, size = query.shape
     device = query.device
