@@ -69,11 +69,7 @@ def inspect(
 
 
 def checkpoint_config(directory: Path) -> dict[str, Any]:
-    """Read a checkpoint's config.json.
-
-    Raises:
-        SourceError: there is no such directory, or it is something else; the message says what.
-    """
+    """Read a checkpoint's config.json; the error for anything else says what it is."""
     if not directory.is_dir():
         raise SourceError(f"no such directory: {directory}", hint=_HINT)
     if not (directory / "config.json").exists():

@@ -57,11 +57,7 @@ def write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """Return the manifest, or None if there is none.
-
-    Raises:
-        SourceError: it is damaged, or of a format this phireg does not know.
-    """
+    """Return the manifest, or None if there is none."""
     path = directory / MANIFEST
     if not path.exists():
         return None

@@ -30,11 +30,7 @@ _BLOCK = 4 * 1024 * 1024
 
 
 def world_size(config: Mapping[str, Any]) -> int:
-    """Return the number of rank files that a checkpoint's config.json asks for.
-
-    Raises:
-        SourceError: it is not a possible number.
-    """
+    """Return the number of rank files that a checkpoint's config.json asks for."""
     mapping = config.get("mapping")
     world = mapping.get("world_size", 1) if isinstance(mapping, Mapping) else 1
     if type(world) is not int or not 0 < world <= _MOST_RANKS:
@@ -47,12 +43,6 @@ class RankFile:
 
     What is read later belongs to the header that was read first, even if another checkpoint takes
     the directory's name in the meantime.
-
-    Args:
-        path: the file.
-
-    Raises:
-        SourceError: it is missing, is not a regular file, or has a damaged header.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,11 +79,7 @@ class RankFile:
         }
 
     def read_bytes(self, offset: int, count: int) -> bytearray:
-        """Read ``count`` bytes of the file from ``offset`` on.
-
-        Raises:
-            SourceError: the file changed, or could not be read.
-        """
+        """Read ``count`` bytes of the file from ``offset`` on; an error if the file changed."""
         buffer = bytearray(count)
         read_into(self._descriptor, self.path, offset, memoryview(buffer))
         check_unchanged(self._descriptor, self.path, self._stamp)
@@ -125,12 +111,8 @@ class RankFile:
         import torch
 
         entries = self.header.entries
-        data = mmap.mmap(
-            self._descriptor,
-            0,
-            flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
-            prot=mmap.PROT_READ | mmap.PROT_WRITE,
-        )
+        flags, access = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        data = mmap.mmap(self._descriptor, 0, flags=flags, prot=access)
 
         def tensor(name: str) -> Tensor:
             entry = entries[name]
@@ -147,13 +129,8 @@ class RankFile:
 class RankFiles(Mapping[int, RankFile]):
     """The readable rank files of a checkpoint by rank; a context manager that closes them.
 
-    Args:
-        directory: the checkpoint.
-        ranks: how many there should be, or the ranks to open.
-
-    Attributes:
-        paths: every rank's path.
-        errors: why a rank's file cannot be read, for those that cannot.
+    ``ranks`` is how many there should be, or the ranks to open; ``errors`` has those that cannot
+    be read.
     """
 
     def __init__(self, directory: Path, ranks: int | Iterable[int]) -> None:

@@ -24,47 +24,32 @@ _BLOCK_SPARSE = (
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What distinguishes one reader class from another.
+    """A model class of the reader.
 
-    Attributes:
-        name: the value of ``architecture`` in config.json.
-        norm: of every layer and before lm_head; a layer norm has a bias.
-        activation: of the published models; config.json's ``hidden_act`` decides.
-        residual: "parallel": x + attention(u) + mlp(u) with one norm; "sequential": two norms.
-        attention_bias: qkv and dense have biases.
-        mlp_bias: fc and proj have biases.
-        lm_head_bias: lm_head has a bias.
-        required: keys without a default, besides those that all architectures require.
-        older_names: keys that may stand under the name of the first releases; required, too.
-        long_rope: the presence of ``longrope_*`` keys switches to long rope.
-        mscales: long rope takes its factors on cos and sin from config.json.
-        block_sparse: attention is block-sparse but for every n-th layer, scores are divided by the
-            head size, and the embedding has a multiplier.
-        experts: a mixture of experts stands in the MLP's place.
-        norm_epsilon: of norms that are built without the config's, or None.
-        since: the first version that reads it.
-        grouped_since: the first version that reads it with fewer key/value heads than heads, or
-            None if no version does.
-        split_until: before this version the reader itself splits one unsplit rank file by
-            ``trtllm-build --tp_size``, and takes no others; None if no version does.
+    The "parallel" residual is x + attention(u) + mlp(u) with one norm, the "sequential" one has two
+    norms. With ``block_sparse``, attention is block-sparse but for every n-th layer, scores are
+    divided by the head size, and the embedding has a multiplier. ``since`` and its like are
+    TensorRT-LLM's versions, None if there is no such version.
     """
 
-    name: str
-    norm: Norm
-    activation: Activation
+    name: str  # ``architecture`` in config.json
+    norm: Norm  # of every layer and before lm_head; a layer norm has a bias
+    activation: Activation  # of the published models; ``hidden_act`` decides
     residual: Residual = "sequential"
-    attention_bias: bool = False
-    mlp_bias: bool = False
+    attention_bias: bool = False  # of qkv and dense
+    mlp_bias: bool = False  # of fc and proj
     lm_head_bias: bool = False
-    required: tuple[str, ...] = ()
-    older_names: Mapping[str, str] = field(default_factory=dict)
-    long_rope: bool = True
-    mscales: bool = False
+    required: tuple[str, ...] = ()  # keys without a default, besides those that all require
+    older_names: Mapping[str, str] = field(default_factory=dict)  # of the first releases; required
+    long_rope: bool = True  # the presence of ``longrope_*`` keys switches to long rope
+    mscales: bool = False  # long rope takes its factors on cos and sin from config.json
     block_sparse: bool = False
-    experts: bool = False
-    norm_epsilon: float | None = None
-    since: str = "0.10.0.dev0"
-    grouped_since: str | None = None
+    experts: bool = False  # in the MLP's place
+    norm_epsilon: float | None = None  # of norms that are built without the config's
+    since: str = "0.10.0.dev0"  # the first to read it
+    grouped_since: str | None = None  # the first to read fewer key/value heads than heads
+    # Before it, the reader splits one unsplit rank file by ``trtllm-build --tp_size``, and takes
+    # no others.
     split_until: str | None = None
 
 

@@ -10,12 +10,7 @@ from phireg.errors import CheckError
 
 
 class Config:
-    """The keys of a JSON object.
-
-    Args:
-        values: the object.
-        where: its name in errors.
-    """
+    """The keys of a JSON object, which errors call ``where``."""
 
     def __init__(self, values: Mapping[str, Any], where: str = "config.json") -> None:
         self.values = values

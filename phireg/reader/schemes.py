@@ -28,23 +28,16 @@ outputs."""
 class Scheme:
     """The storage of a quantized checkpoint's linears.
 
-    Attributes:
-        qformat: the name users type.
-        quant_algo: TensorRT-LLM's name, ``quantization.quant_algo`` in config.json.
-        weight: safetensors code of quantized weights; None if they stay in the checkpoint's dtype
-            and TensorRT-LLM's builder quantizes them.
-        companions: scales that every quantized linear must have, with their safetensors codes;
-            None for the checkpoint's dtype.
-        per_channel: ``weights_scaling_factor`` has one entry per output row ([1] if not).
-        calibrated: scales need the maxima of the linears' inputs.
+    Codes are safetensors' and None is the checkpoint's dtype, in which TensorRT-LLM's builder
+    quantizes weights. Every quantized linear must have the scales in ``companions``.
     """
 
-    qformat: WeightScheme
-    quant_algo: str
-    weight: str | None
-    companions: Mapping[str, str | None]
-    per_channel: bool
-    calibrated: bool
+    qformat: WeightScheme  # the name users type
+    quant_algo: str  # in config.json's ``quantization``
+    weight: str | None  # code of quantized weights
+    companions: Mapping[str, str | None]  # codes of scales
+    per_channel: bool  # weights_scaling_factor has one entry per output row; [1] if not
+    calibrated: bool  # scales need the maxima of the linears' inputs
 
 
 _SCALES = {"weights_scaling_factor": "F32", "activation_scaling_factor": "F32"}
@@ -109,19 +102,15 @@ _INERT = {
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """Which parts of a checkpoint are quantized; lm_head, the embedding and norms never are.
+    """The quantized parts of a checkpoint; lm_head, the embedding and norms never are.
 
-    Attributes:
-        weights: of the linears of every layer: "fp8" (e4m3 weights and inputs), "int8_sq"
-            (SmoothQuant: int8 weights and inputs), "int8_wo" and "int4_wo" (weights only), or
-            None.
-        kv_cache: the grid that keys and values are stored on, or None.
-        excluded: patterns of modules that are left unquantized.
+    Linears have e4m3 weights and inputs ("fp8"), int8 weights and inputs by SmoothQuant
+    ("int8_sq"), or quantized weights alone ("int8_wo", "int4_wo").
     """
 
     weights: WeightScheme | None = None
     kv_cache: Grid | None = None
-    excluded: tuple[str, ...] = field(default=(), compare=False)
+    excluded: tuple[str, ...] = field(default=(), compare=False)  # patterns of modules
 
     def scheme(self, module: str) -> Scheme | None:
         """Return how a linear of a layer is stored, or None for the checkpoint's dtype."""
@@ -140,11 +129,7 @@ def is_excluded(name: str, patterns: Sequence[Any]) -> bool:
 
 
 def parse_quantization(config: Config) -> Quantization:
-    """Read the ``quantization`` block of config.json.
-
-    Raises:
-        CheckError: an algorithm whose tensors are not known.
-    """
+    """Read the ``quantization`` block of config.json."""
     block = config.block("quantization")
     caches = {algorithm: grid for grid, algorithm in KV_CACHES.items()}
     patterns = block.values.get("exclude_modules") or []
@@ -158,11 +143,7 @@ def parse_quantization(config: Config) -> Quantization:
 
 
 def check_quantization(config: Config, num_layers: int) -> None:
-    """Check that every linear of a checkpoint of ``num_layers`` layers is quantized alike.
-
-    Raises:
-        CheckError: a setting the executor has no exact arithmetic for.
-    """
+    """Refuse settings without exact arithmetic here, and linears that are not quantized alike."""
     block, quantization = config.block("quantization"), parse_quantization(config)
     if quantization.weights is None:
         return

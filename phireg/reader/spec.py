@@ -46,17 +46,11 @@ _MOE = {"num_experts", "top_k", "normalization_mode", "sparse_mixer_epsilon", *_
 class Rope:
     """Rotary embedding of the first ``dim`` of every query and key head's dimensions.
 
-    Attributes:
-        dim: rotated dimensions R, even; the halves [0, R/2) and [R/2, R) form the pairs.
-        base: theta; plain rope has the frequencies theta^(-2j/R).
-        short: factors the frequencies are divided by up to ``original`` tokens, or None (plain).
-        long: the same above ``original`` tokens.
-        short_mscale: cos and sin are multiplied by this with the short factors.
-        long_mscale: and by this with the long ones.
-        original: longest sequence that takes the short factors.
+    Frequencies are base^(-2j/R), divided by the ``short`` factors up to ``original`` tokens and by
+    the ``long`` ones above; None is plain rope. Cos and sin are multiplied by the mscale.
     """
 
-    dim: int
+    dim: int  # R, even; the halves [0, R/2) and [R/2, R) form the pairs
     base: float
     short: tuple[float, ...] | None = None
     long: tuple[float, ...] | None = None
@@ -67,31 +61,20 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class BlockSparse:
-    """The mask of a block-sparse layer; ``executor.attention.visible`` is its formula.
+    """The mask of a block-sparse layer; ``executor.attention.visible`` is its formula."""
 
-    Attributes:
-        block_size: tokens per block.
-        num_local_blocks: a query sees this many blocks back from its own, its own included.
-        vertical_stride: of the blocks further back, every one in so many.
-        head_step: how far that stripe moves from one (global) head to the next; 0 is not at all.
-        dense_every: layer i (from 0) is dense when (i + 1) is a multiple of this.
-    """
-
-    block_size: int
-    num_local_blocks: int
-    vertical_stride: int
-    head_step: int
-    dense_every: int
+    block_size: int  # tokens
+    num_local_blocks: int  # that a query sees, back from its own, which counts
+    vertical_stride: int  # of the blocks further back, it sees every one in so many
+    head_step: int  # by which that stripe moves from one (global) head to the next
+    dense_every: int  # layer i (from 0) is dense when i + 1 is a multiple of this
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The experts of every layer.
+    """The experts of every layer, ``count`` on all ranks together.
 
-    Attributes:
-        count: how many a layer has, of all ranks together.
-        ep_size: over how many ranks they are shared out. Rank r has the experts of share
-            r mod ``ep_size``; the ranks with the same experts divide each of them.
+    Rank r has the experts of share r mod ``ep_size``; ranks with the same experts divide each.
     """
 
     count: int
@@ -111,19 +94,13 @@ class Experts:
 class Dimensions:
     """The names, shapes and dtypes of a rank file's tensors follow from these.
 
-    Sizes that the ranks do not divide are rounded up, as TensorRT-LLM's reader does.
-
-    Attributes:
-        dtype: the weights' dtype by name ("float16", "bfloat16", "float32").
-        activation: "swiglu" is silu(second half) * first half of fc's output, "gegelu" takes its
-            even outputs as the gate and its odd ones as the value, "gelu_tanh" has no gate.
-        quantization: how the layers' linears and the key/value cache are quantized.
-        experts: what stands in the MLP's place, or None for an MLP.
-        embedding_split: the dimension in which the ranks divide the embedding, or None.
+    Sizes that the ranks do not divide are rounded up, as TensorRT-LLM's reader does. Of fc's
+    output, "swiglu" is silu(second half) * first half, "gegelu" takes the even ones as the gate
+    and the odd ones as the value, "gelu_tanh" has no gate.
     """
 
     architecture: Architecture
-    dtype: str
+    dtype: str  # "float16", "bfloat16" or "float32"
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -134,8 +111,8 @@ class Dimensions:
     tp_size: int
     activation: Activation
     quantization: Quantization
-    experts: Experts | None
-    embedding_split: int | None
+    experts: Experts | None  # in the MLP's place
+    embedding_split: int | None  # the dimension in which the ranks divide the embedding
 
     @property
     def rank_heads(self) -> int:
@@ -161,25 +138,17 @@ class Dimensions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec(Dimensions):
-    """Everything that decides what the tensors of a checkpoint compute.
-
-    Attributes:
-        attention_scale: q . k is multiplied by this.
-        embedding_multiplier: the embedding is multiplied by this.
-        logits_divisor: the logits are divided by this.
-        sparse: the block-sparse layers' mask, or None when all layers are dense.
-        mixer_epsilon: sparse mixer compares the scores of experts by this.
-    """
+    """Everything that decides what the tensors of a checkpoint compute."""
 
     max_position_embeddings: int
     norm_epsilon: float
     gegelu_limit: float | None
     rope: Rope
-    attention_scale: float
+    attention_scale: float  # of q . k
     embedding_multiplier: float
     logits_divisor: float
-    sparse: BlockSparse | None
-    mixer_epsilon: float
+    sparse: BlockSparse | None  # None when all layers are dense
+    mixer_epsilon: float  # by which sparse mixer compares the scores of experts
 
     def is_sparse(self, layer: int) -> bool:
         """Return whether layer ``layer`` (from 0) has the block-sparse mask."""
@@ -208,15 +177,7 @@ def read_spec(checkpoint_dir: Path) -> ModelSpec:
 
 
 def parse_dimensions(config: Config, tp_size: int) -> Dimensions:
-    """Read the sizes of a checkpoint, whether or not the executor can run it.
-
-    Args:
-        config: config.json, of an architecture in ``ARCHITECTURES``; ``hidden_act`` may be absent.
-        tp_size: number of tensor-parallel ranks.
-
-    Raises:
-        CheckError: a key is missing or of a wrong type, or a quantization algorithm is unknown.
-    """
+    """Read the sizes of a checkpoint of a known architecture; ``hidden_act`` may be absent."""
     row = ARCHITECTURES[config.get("architecture")]
     heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
     older = row.older_names.get("num_key_value_heads")
@@ -249,15 +210,7 @@ def parse_dimensions(config: Config, tp_size: int) -> Dimensions:
 
 
 def parse_spec(values: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
-    """Turn a checkpoint's configuration into a spec.
-
-    Args:
-        values: config.json's object.
-        where: its name in errors.
-
-    Raises:
-        CheckError: an unknown architecture, a missing key, or a feature without a meaning here.
-    """
+    """Turn config.json's object, called ``where`` in errors, into a spec."""
     config = Config(values, where)
     _check_known(config)
     mapping = config.block("mapping")

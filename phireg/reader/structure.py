@@ -38,12 +38,7 @@ class Deviation(NamedTuple):
 def structure_problems(
     config: Mapping[str, Any], ranks: Sequence[Mapping[str, Kind]]
 ) -> list[tuple[str, str]]:
-    """List what is missing, unknown, mis-shaped or of another dtype, as (where, what).
-
-    Args:
-        config: config.json. Tensors of algorithms and architectures unknown here are not judged.
-        ranks: each rank file's tensors; an empty one, whose defect is known, is passed over.
-    """
+    """List what the reader rejects, as (where, what); see ``structure_findings``."""
     findings = structure_findings(config, ranks)
     return [(where, what) for where, what, harmless in findings if not harmless]
 
@@ -51,9 +46,10 @@ def structure_problems(
 def structure_findings(
     config: Mapping[str, Any], ranks: Sequence[Mapping[str, Kind]]
 ) -> list[tuple[str, str, bool]]:
-    """List (where, what, harmless): the reader accepts a harmless deviation.
+    """List what is missing, unknown, mis-shaped or of another dtype, as (where, what, harmless).
 
-    Arguments are those of :func:`structure_problems`.
+    The reader accepts a harmless deviation. Tensors of algorithms and architectures unknown here
+    are not judged, nor is an empty rank, whose defect is known.
     """
     problems = [("config.json", problem, False) for problem in _config_problems(config)]
     try:

@@ -32,18 +32,10 @@ _SCALE: Kind = ("F32", (1,))
 
 
 def required_tensors(config: Mapping[str, Any], tp_size: int) -> dict[str, Kind] | None:
-    """Return every tensor the reader wants in each rank file of a checkpoint.
+    """Return every tensor the reader wants in each rank file, which is the same for all ranks.
 
-    Args:
-        config: the checkpoint's config.json, with a ``quant_algo`` out of ``schemes.KNOWN``.
-        tp_size: number of tensor-parallel ranks; sizes it does not divide are rounded up.
-
-    Returns:
-        Code and shape by name, equal for all ranks; None for an unknown architecture. With a dtype
-        that no weights have, the code of what has it is empty.
-
-    Raises:
-        CheckError: a key is missing or of a wrong type.
+    None is for an unknown architecture; ``quant_algo`` must be out of ``schemes.KNOWN``. Of a dtype
+    that no weights have, the code is empty.
     """
     if config.get("architecture") not in ARCHITECTURES:
         return None
@@ -130,10 +122,6 @@ def replicated(name: str, weights: WeightScheme | None = None) -> bool:
     These are norms, the embedding, the router of experts, biases of row linears; of the scales,
     those of activations and of the cache, of weights that are not split or have one scale for all
     rows, and the smoothing of inputs that are not split.
-
-    Args:
-        name: the tensor's name, with or without the layer's prefix.
-        weights: the checkpoint's weight scheme; scales depend on it.
     """
     module, _, part = name.rpartition(".")
     row = module.endswith(ROW_LINEARS)
