@@ -1,10 +1,4 @@
-"""Demo models: small trained models that come with their families.
-
->>> from phireg import demo
->>> model = demo.find("phi3-small")
->>> demo.convert(model, Path("ckpt"))  # doctest: +SKIP
->>> demo.summarize(Path("ckpt"), model.articles[:2])  # doctest: +SKIP
-"""
+"""Demo models: small trained models that come with their families."""
 
 from __future__ import annotations
 
@@ -21,7 +15,6 @@ from phireg.conversion.convert import Converted
 from phireg.errors import OutputError, PluginError, UsageError
 from phireg.files.json import read_json_object
 from phireg.files.kinds import MANIFEST
-from phireg.verification.result import Verification
 
 PROMPT_END = " TL;DR: "
 """The text between an article and its summary, in the training of the demo models."""
@@ -44,19 +37,12 @@ class Article:
 
 @dataclass(frozen=True, slots=True)
 class DemoModel:
-    """A family's demo model.
-
-    Attributes:
-        family: the family's name.
-        directory: config.json, weights and tokenizer, like a published model's.
-        articles: the held-back test split.
-        scores: measured on that split by the model's authors (card.json); empty if unknown.
-    """
+    """A family's demo model, in the files of a published one."""
 
     family: str
     directory: Path
-    articles: tuple[Article, ...]
-    scores: dict[str, Any]
+    articles: tuple[Article, ...]  # the held-back test split
+    scores: dict[str, Any]  # measured on it by the model's authors (card.json); may be empty
 
     def article(self, number: int) -> Article:
         """Return a held-back article, counted from 0."""
@@ -81,11 +67,7 @@ def families() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def find(family: str) -> DemoModel:
-    """Return the demo model of a family (name, or ``DISTRIBUTION:FAMILY``).
-
-    Raises:
-        PluginError: there is no such family, it has no demo, or the demo is damaged.
-    """
+    """Return the demo model of a family (name, or ``DISTRIBUTION:FAMILY``)."""
     loaded = registry.load(family).family
     if loaded.demo is None:
         raise PluginError(
@@ -140,11 +122,6 @@ def convert(model: DemoModel, output_dir: Path, tp_size: int = 1) -> Converted:
         )
     plan = phireg.plan(model.directory, family=model.family, tp_size=tp_size)
     return phireg.convert(plan, output_dir, overwrite=is_checkpoint)
-
-
-def verify(model: DemoModel, checkpoint_dir: Path) -> Verification:
-    """Run all checks of :func:`phireg.verify`."""
-    return phireg.verify(checkpoint_dir, model.directory, family=model.family)
 
 
 def summarize(checkpoint_dir: Path, articles: Sequence[Article]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import phireg
 from phireg.cli.errors import stopped, warn
 from phireg.cli.options import Directory, FamilyName, json_option
 from phireg.cli.output import counted, emit, emit_json, printable, size, spinner
@@ -107,7 +108,7 @@ def _run(
         emit(f"wrote {written}, {counted(tp_size, 'rank file')}")
         emit(f"\n$ {_folded(commands['verify'])}")
     with spinner("verifying", quiet=not verbose):
-        verification = demo.verify(model, target)
+        verification = phireg.verify(target, model.directory, family=model.family)
     if verbose or (quiet and not verification.passed):
         show_verification(verification)
     summary = None

@@ -52,34 +52,16 @@ _UNUSUAL_VALUES = {"rope_theta": 5000.0, "rope_embedding_base": 5000, "rms_norm_
 
 @dataclass(frozen=True, slots=True)
 class PluginPackage:
-    """A package that was written.
-
-    Attributes:
-        module: its module.
-        base: the family that its family derives from.
-        directory: where it was written.
-        files: its files, relative to the directory.
-    """
+    """A package that was written."""
 
     module: str
     base: Candidate
     directory: Path
-    files: tuple[str, ...]
+    files: tuple[str, ...]  # relative to the directory
 
 
 def new_plugin(name: str, base: str, directory: Path | None = None) -> PluginPackage:
-    """Write an installable package whose family derives from an installed one.
-
-    Args:
-        name: of the distribution and its family, e.g. ``acme-phi``.
-        base: the family to derive from, or ``distribution:family``.
-        directory: to create; by default one called ``name`` in the current directory.
-
-    Raises:
-        UsageError: the name is malformed or taken, or no import statement names the base.
-        PluginError: the base is unknown, ambiguous or broken.
-        OutputError: the directory exists or cannot be written.
-    """
+    """Write an installable package whose family derives from ``base``, an installed one."""
     installed = registry.index()
     choice = registry.load(base, installed)
     _check_name(name, installed)

@@ -52,7 +52,12 @@ def scale_problems(model: TinyModel, tp_size: int, scheme: Scheme) -> str | None
         return problems
     plan = model.plan(tp_size, scheme.qformat)
     linears = {linear.target: linear for linear in plan.linears}
-    maxima = _made_up_maxima(linears.values())
+    rng = np.random.default_rng(0)
+    maxima: Maxima = {
+        module: rng.uniform(0.5, 8.0, linear.columns).astype(np.float32)
+        for linear in linears.values()
+        for module in linear.sources
+    }
     output = model.directory / f"{scheme.qformat}-tp{tp_size}"
     phireg.quantize(plan, output, Statistics(maxima, (), (), {}))
     dequantized = model.directory / f"source-{scheme.qformat}"
@@ -88,15 +93,6 @@ def _difference(actual: Tensor, expected: Tensor) -> str | None:
         return None
     row = int(wrong.int().argmax())
     return f"row {row} is off by {float(error[row]):.3g} ({int(wrong.sum())} of {len(wrong)} rows)"
-
-
-def _made_up_maxima(linears: Iterable[QuantizedLinear]) -> Maxima:
-    rng = np.random.default_rng(0)
-    return {
-        module: rng.uniform(0.5, 8.0, linear.columns).astype(np.float32)
-        for linear in linears
-        for module in linear.sources
-    }
 
 
 def _write_dequantized(

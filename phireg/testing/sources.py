@@ -7,7 +7,6 @@ import math
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -63,20 +62,15 @@ def write_tiny_model(
     Tensor names and shapes are those of the model class that runs the source (transformers' or
     ``Family.reference``), independent of the family's rules. The values make mistakes visible:
     norms lie around one and no two are alike, biases are not zero, and queries and keys are large
-    enough for attention to prefer some tokens. Choose sizes that do the same: an odd vocabulary, KV
-    heads that are neither one nor all, an intermediate size that is no multiple of the hidden size,
-    a rope base and an epsilon that are not the defaults.
+    enough for attention to prefer some tokens. For sizes that do the same, see
+    :class:`FamilyConformance`.
 
     Args:
         family: names the model class where transformers has none.
-        config: the source config.json; written as it is. ``architectures`` and ``model_type`` may
-            be left out.
-        directory: created if missing.
+        config: the source config.json. ``architectures`` and ``model_type`` may be left out.
+        directory: created if missing, and returned.
         dtype: of the weights, by torch's name.
         seed: of the random values.
-
-    Returns:
-        ``directory``.
 
     Raises:
         PluginError: no model class on this machine makes a model of this config.
@@ -97,8 +91,7 @@ def write_tiny_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(_random_values(name, parameter, generator))
-    with _no_progress_bars():
-        model.to(getattr(torch, dtype)).save_pretrained(directory)
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
     return directory
 
@@ -113,19 +106,6 @@ def _source_model(family: Family, values: Mapping[str, Any]) -> Any:
     relevant.pop("torch_dtype", None)
     config = transformers.AutoConfig.for_model(**relevant)
     return transformers.AutoModelForCausalLM.from_config(config)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
 
 
 def _random_values(name: str, parameter: Tensor, generator: Any) -> Tensor:
@@ -249,12 +229,9 @@ def cut(
 
     Args:
         model_dir: the source model, a directory or a hub repository.
-        output_dir: the directory to make; must not exist, or be empty.
+        output_dir: must not exist, or be empty; returned.
         layers: how many layers to keep, from the first one on.
         revision: of a hub repository.
-
-    Returns:
-        ``output_dir``.
 
     Raises:
         UsageError: the model does not have so many layers.

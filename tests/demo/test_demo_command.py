@@ -254,10 +254,10 @@ def test_a_wrong_checkpoint_ends_with_4(run, monkeypatch, as_json):
 
 
 def test_an_interruption_after_the_conversion_keeps_the_checkpoint(run, monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "verify", interrupted)
+    monkeypatch.setattr(phireg, "verify", interrupted)
     result = run("demo", "phi2")
     assert result.exit_code == 130
     assert "phireg-demo" in result.stderr
