@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from phireg.calibration.statistics import Statistics
 from phireg.errors import SourceError
-from phireg.reference.hooks import hidden_states
-from phireg.reference.load import Reference
+from phireg.reference.load import Reference, hidden_states
 
 Progress = Callable[[int, int], None]
 """Takes (further tokens through one layer, all of them)."""

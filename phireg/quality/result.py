@@ -56,24 +56,14 @@ class LinearQuality:
     What is compared are the factors of its product: for SmoothQuant they are the smoothed input
     and the smoothed weight. An error is the root of the sum of squared differences over that of
     the squared unquantized values.
-
-    Attributes:
-        layer: from 0.
-        linear: ``attention.qkv``, ``attention.dense``, ``mlp.fc`` or ``mlp.proj``.
-        weight: error of the weight.
-        activation: error of the input on the report's text; None where inputs are not quantized.
-        saturation: share of the input's values that lie beyond the ends of the scale; None where
-            inputs are not quantized.
-        outliers: of the input before smoothing, the largest of the channels' maxima over their
-            median; infinite if more than half of the channels are zero.
     """
 
     layer: int
     linear: str
-    weight: float
-    activation: float | None
-    saturation: float | None
-    outliers: float
+    weight: float  # error
+    activation: float | None  # error of the input; None where inputs are not quantized
+    saturation: float | None  # share of the input's values beyond the ends of the scale
+    outliers: float  # largest channel of the unsmoothed input over the median channel
 
     @property
     def worst(self) -> float:
@@ -83,26 +73,15 @@ class LinearQuality:
 
 @dataclass(frozen=True, slots=True)
 class TextQuality:
-    """Both models on the report's text.
-
-    Attributes:
-        origin: where the text is from.
-        rows: how many samples.
-        tokens: how many tokens in all.
-        calibrated: whether the scales were calibrated on these samples too.
-        top1: share of positions with the same most likely next token.
-        kl: mean KL divergence (unquantized || quantized) in nats.
-        nll: mean negative log likelihood of the next token, of the quantized model.
-        unquantized_nll: the same of the unquantized one.
-    """
+    """Both models on the report's text."""
 
     origin: str
     rows: int
     tokens: int
-    calibrated: bool
-    top1: float
-    kl: float
-    nll: float
+    calibrated: bool  # the scales were calibrated on these samples too
+    top1: float  # share of positions with the same most likely next token
+    kl: float  # mean KL(unquantized || quantized), in nats
+    nll: float  # mean negative log likelihood of the next token, of the quantized model
     unquantized_nll: float
 
     @property
@@ -130,33 +109,19 @@ class TextQuality:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """A quantized checkpoint against the unquantized one that ``convert`` would write.
-
-    Attributes:
-        checkpoint_dir: the quantized one.
-        family: name of the family.
-        qformat: its format.
-        kv_cache_dtype: of its KV cache, or None.
-        architecture: TensorRT-LLM's name.
-        dtype: of the checkpoint.
-        tp_size: ranks.
-        linears: in the order of the computation.
-        hidden: by layer, the mean over tokens of the hidden state's error behind it.
-        text: logits.
-        provenance: what it was measured with, by label.
-    """
+    """A quantized checkpoint against the unquantized one that ``convert`` would write."""
 
     checkpoint_dir: str
     family: str
     qformat: str
     kv_cache_dtype: str | None
-    architecture: str
+    architecture: str  # TensorRT-LLM's name
     dtype: str
     tp_size: int
-    linears: tuple[LinearQuality, ...]
-    hidden: tuple[float, ...]
+    linears: tuple[LinearQuality, ...]  # in the order of the computation
+    hidden: tuple[float, ...]  # by layer, mean over tokens of the error of its output
     text: TextQuality
-    provenance: tuple[tuple[str, str], ...]
+    provenance: tuple[tuple[str, str], ...]  # label and value
 
     @property
     def close(self) -> bool:

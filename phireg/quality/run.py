@@ -71,19 +71,8 @@ def measure(
     """Compare a quantized checkpoint with the one that ``convert`` would have written.
 
     Both run in float32 on the executor, which reads one layer of each at a time: the checkpoint's
-    from its files, the unquantized one's from the source.
-
-    Args:
-        plan: the one that the checkpoint was made by.
-        checkpoint_dir: the checkpoint.
-        settings: the device, and the data whose samples behind those of the calibration are run.
-        provenance: of the statistics that it was made with, or None.
-        progress: takes how many more layers are done, and how many there are.
-
-    Raises:
-        UsageError: no such device, or the samples make no sense.
-        SourceError: the source cannot be read, or has no tokenizer and the samples are text.
-        CheckError: the executor refuses the checkpoint.
+    from its files, the unquantized one's from the source. The samples are those of ``settings``
+    behind the ones that ``provenance``, of the statistics, tells of.
     """
     device = pick_device(settings.device)
     directory = Path(checkpoint_dir)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from phireg.errors import SourceError
 from phireg.family import Family
 from phireg.files.json import read_json_object
-from phireg.reference.hooks import Observer, observed
 from phireg.reference.parameters import Parameters
 from phireg.reference.quiet import quiet
 from phireg.source.model import Source
@@ -31,15 +30,11 @@ _LAYERS = "model.layers."
 class Reference:
     """A reference whose weights are not read yet: call ``keep_all`` or ``keep_ends``, or ``layer``.
 
-    Attributes:
-        model: a transformers-compatible causal language model in evaluation mode, whose decoder
-            layers are ``model.model.layers``.
-        notes: settings that differ from the source's config.json, with the reason.
-        parameters: the weights of ``model``.
+    ``model`` is a transformers causal language model; its layers are ``model.model.layers``.
     """
 
     model: Any
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # settings that differ from the source's config.json, with the reason
     parameters: Parameters
 
     def keep_all(self) -> None:
@@ -105,18 +100,9 @@ def open_reference(
 ) -> Reference:
     """Build the source's model without reading its weights; no code of the source is run.
 
-    Args:
-        family: names the model class where transformers has none.
-        source: the files.
-        weights: dtype that the source's values are rounded to first, as a conversion rounds them,
-            so that differences from a checkpoint in that dtype are arithmetic and not rounding.
-            None: they are not rounded.
-        dtype: compute dtype.
-        device: where to compute.
-        exact: names of source tensors that a conversion does not round, whatever ``weights`` is.
-
-    Raises:
-        SourceError: no model class on this machine reads the source.
+    Values are rounded to ``weights`` first, apart from the tensors named in ``exact``, as a
+    conversion does, so that differences from a checkpoint are arithmetic and not rounding.
+    ``dtype`` is that of the computation. SourceError if no model class here reads the source.
     """
     model, notes = _build(family, source.directory, dtype)
     parameters = Parameters(model, source, weights, device, exact)
@@ -195,3 +181,70 @@ def _parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register
+
+
+# Observing a model's layers through forward hooks
+
+
+class Observer(Protocol):
+    """Receives the reference's intermediate results; tensors are [batch, tokens, hidden_size]."""
+
+    def embedded(self, x: Tensor) -> None:
+        """Receive the first layer's input."""
+
+    def layer(self, index: int, before: Tensor, attention: Tensor, mlp: Tensor) -> None:
+        """Receive a layer's input, and the outputs of its two sub-modules."""
+
+    def hidden(self, index: int, after: Tensor) -> None:
+        """Receive a layer's output."""
+
+    def normed(self, u: Tensor) -> None:
+        """Receive the final norm's output, which is lm_head's input."""
+
+
+@contextmanager
+def observed(model: Any, observer: Observer) -> Iterator[None]:
+    """Hook a decoder whose layers are ``model.layers.N`` with ``self_attn`` and ``mlp``."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            outputs[name] = hidden_states(output)
+
+        return hook
+
+    def enter(index: int) -> Callable[..., None]:
+        def hook(_: Any, arguments: Any, named: Any) -> None:
+            outputs["before"] = arguments[0] if arguments else named["hidden_states"]
+            if index == 0:
+                observer.embedded(outputs["before"])
+
+        return hook
+
+    def leave(index: int) -> Callable[..., None]:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            observer.layer(index, outputs["before"], outputs["attention"], outputs["mlp"])
+            observer.hidden(index, hidden_states(output))
+            outputs.clear()
+
+        return hook
+
+    with ExitStack() as stack:
+        handles = []
+        for index, layer in enumerate(model.model.layers):
+            handles += [
+                layer.register_forward_pre_hook(enter(index), with_kwargs=True),
+                layer.self_attn.register_forward_hook(keep("attention")),
+                layer.mlp.register_forward_hook(keep("mlp")),
+                layer.register_forward_hook(leave(index)),
+            ]
+        head = model.get_output_embeddings()
+        handles.append(head.register_forward_pre_hook(lambda _, inputs: observer.normed(inputs[0])))
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+def hidden_states(output: Any) -> Tensor:
+    """Return the hidden states among a module's outputs."""
+    return output[0] if isinstance(output, tuple) else output

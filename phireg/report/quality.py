@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phireg.quality.result import LinearQuality, Quality, decibels, percent, share, sqnr, times
-from phireg.report.page import WIDTH, render_template
-from phireg.report.plot import LogPlot, every
+from phireg.report.page import WIDTH, LogPlot, every, render_template
 
 _WORST = 16
 _LEFT, _TOP, _ROW, _GAP = 126, 4, 30, 2

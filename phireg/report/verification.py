@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phireg.report.page import WIDTH, render_template
-from phireg.report.plot import LogPlot, Ticks, every
+from phireg.report.page import WIDTH, LogPlot, Ticks, every, render_template
 from phireg.verification.result import (
     CHECKS,
     LogitsResult,

@@ -22,21 +22,13 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """An output that is not the source's.
-
-    Attributes:
-        output: the output.
-        elements: number of elements that differ.
-        first: row and column of the first one.
-        stored: its value (of a quantized weight, on the grid).
-        expected: the same from the source.
-    """
+    """An output that is not the source's."""
 
     output: Output
-    elements: int
-    first: tuple[int, int]
-    stored: float
-    expected: float
+    elements: int  # that differ
+    first: tuple[int, int]  # row and column
+    stored: float  # value of the first; of a quantized weight, on the grid
+    expected: float  # the same from the source
 
 
 def is_comparable(files: RankFiles, output: Output) -> bool:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from phireg.device import pick_device
+from phireg.dtypes import E4M3_MAX, INT8_MAX
 from phireg.errors import CheckError, SourceError
 from phireg.executor import Executor, ModelSpec
 from phireg.executor.model import Source, free_memory, open_ranks
 from phireg.planning.model import Plan
 from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY, Quantization
 from phireg.reader.spec import parse_spec
+from phireg.reader.tensors import layer_prefix
 from phireg.reference.load import Reference, open_reference
-from phireg.verification.activation_range import ActivationRanges
 from phireg.verification.logits import Prompts, choose_prompts, compare_logits
-from phireg.verification.ranks import compare_ranks, dequantized
+from phireg.verification.ranks import compare_ranks, dequantized, merge
 from phireg.verification.result import (
     LogitsResult,
     Outcome,
@@ -38,26 +40,56 @@ _WITHOUT_ROUNDING = (
     "weights are dequantized here and inputs and the cache not rounded: sums in another order "
     "would turn a rounding now and then, which is no difference between the ranks"
 )
+_MOST_RANGE, _LEAST_RANGE = 2.0, 1 / 16
+"""Inputs differ from those of the calibration, so only ranges far from it are noted."""
+
+_LARGEST = {"fp8": E4M3_MAX, "int8_sq": INT8_MAX}
+
 _TENSOR = re.compile(r"(transformer|lm_head)[\w.]+")
+
+
+class ActivationRanges:
+    """Observes the inputs of quantized linears."""
+
+    def __init__(self, spec: ModelSpec, sources: Sequence[Source]) -> None:
+        self.spec = spec
+        self.sources = sources
+        self.used: dict[tuple[int, str], float] = {}
+
+    def observe(self, layer: int, linear: str, x: Tensor) -> None:
+        """Take a linear's input, before smoothing; see ``Executor.forward``."""
+        scheme = self.spec.quantization.weights
+        if scheme is None:
+            return
+        if scheme == "int8_sq":
+            x = x.float() * self._read(layer, f"{linear}.prequant_scaling_factor").to(x.device)
+        scale = float(self._read(layer, f"{linear}.activation_scaling_factor"))
+        used = float(x.abs().amax()) / (scale * _LARGEST[scheme])
+        self.used[layer, linear] = max(used, self.used.get((layer, linear), 0.0))
+
+    def notes(self) -> Iterator[str]:
+        """Yield notes on inputs that are cut off, or that use next to nothing of the range."""
+        beyond = {place: used for place, used in self.used.items() if used > _MOST_RANGE}
+        below = {place: used for place, used in self.used.items() if used < _LEAST_RANGE}
+        for linears, pick, text in (
+            (beyond, max, "are cut off: they reach {:.2g} times what its activation scale covers"),
+            (below, min, "reach only {:.2g} of what its activation scale covers"),
+        ):
+            if linears:
+                layer, linear = pick(linears, key=lambda place: linears[place])
+                more = f", and {len(linears) - 1} more linears" if len(linears) > 1 else ""
+                text = text.format(linears[layer, linear])
+                yield f"inputs of layer {layer} {linear} {text}{more}"
+
+    def _read(self, layer: int, name: str) -> Tensor:
+        whole = layer_prefix(layer) + name
+        return merge(self.spec, whole, [source(whole).float() for source in self.sources])
 
 
 class ComputedChecks:
     """The computed checks of one checkpoint, which is opened when the first of them needs it.
 
-    Args:
-        directory: the checkpoint.
-        config: its config.json.
-        device: where to compute: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: in which dtype, by torch's name.
-        max_tokens: most tokens of a prompt; None for what the budget allows.
-        progress: takes the check, how many more of its layers are computed (first 0, when it
-            begins) and how many there are.
-
-    Attributes:
-        result: the numbers of the logits check, once it ran.
-
-    Raises:
-        UsageError: there is no such device.
+    ``result`` has the numbers of the logits check, once it ran.
     """
 
     def __init__(
@@ -67,14 +99,14 @@ class ComputedChecks:
         device: str = "auto",
         dtype: str = "float32",
         max_tokens: int | None = None,
-        progress: Progress | None = None,
+        progress: Progress = lambda check, more, total: None,
     ) -> None:
         self.directory = directory
         self.config = dict(config)
         self.device = pick_device(device)
         self.dtype = dtype
         self.max_tokens = max_tokens
-        self.progress: Progress = progress or (lambda check, more, total: None)
+        self.progress = progress
         self.result: LogitsResult | None = None
 
     @property
@@ -112,29 +144,32 @@ class ComputedChecks:
         """The prompt lengths to run."""
         return choose_prompts(self.spec, self.max_tokens, gpu=self.device.type == "cuda")
 
-    def logits(self, plan: Plan) -> Outcome:
-        """Compare with the source's own model."""
+    def run(self, check: str, plan: Plan) -> Outcome:
+        """Make the check ``logits`` or ``ranks``."""
         try:
-            reference, notes = self._reference(plan)
-            if problems := list(_size_problems(self.spec, reference)):
-                return "the source's model has other sizes", problems, []
-            executor, sources = self.opened
-            ranges = ActivationRanges(self.spec, sources)
-            # Each layer is compared alone, and once more when the executor runs on its own.
-            total = 2 * self.spec.num_layers * len(self.prompts.prompts)
-            self.progress("logits", 0, total)
-            result = compare_logits(
-                executor,
-                reference,
-                self.prompts,
-                lambda more: self.progress("logits", more, total),
-                ranges.observe,
-            )
+            return self._logits(plan) if check == "logits" else self._ranks()
         except CheckError as error:
             return _refused(error)
         except torch.OutOfMemoryError as error:
             raise Skipped(f"out of memory on {self.device}: use --max-tokens or --dtype") from error
-        self.result = result
+
+    def _logits(self, plan: Plan) -> Outcome:
+        """Compare with the source's own model."""
+        reference, notes = self._reference(plan)
+        if problems := list(_size_problems(self.spec, reference)):
+            return "the source's model has other sizes", problems, []
+        executor, sources = self.opened
+        ranges = ActivationRanges(self.spec, sources)
+        # Each layer is compared alone, and once more when the executor runs on its own.
+        total = 2 * self.spec.num_layers * len(self.prompts.prompts)
+        self.progress("logits", 0, total)
+        result = self.result = compare_logits(
+            executor,
+            reference,
+            self.prompts,
+            lambda more: self.progress("logits", more, total),
+            ranges.observe,
+        )
         tokens = ", ".join(str(prompt.tokens) for prompt in result.prompts)
         summary = (
             f"prompts of {tokens} tokens; relative error "
@@ -153,26 +188,21 @@ class ComputedChecks:
             notes.append(f"run without {algorithm}, which TensorRT-LLM's builder applies later")
         return summary, list(_logits_problems(result)), [*notes, *ranges.notes()]
 
-    def ranks(self) -> Outcome:
+    def _ranks(self) -> Outcome:
         """Compare the ranks with the same ranks merged."""
-        try:
-            executor, sources = self.opened
-            quantized = self.spec.quantization != Quantization()
-            if quantized:
-                plain, sources = dequantized(self.spec, sources)
-                executor = Executor(
-                    plain, sources, executor.ranks, device=self.device, dtype=self.dtype
-                )
-            tokens = self.prompts.prompts[-1].tokens
-            total = 2 * self.spec.num_layers
-            self.progress("ranks", 0, total)
-            error, tolerance, place = compare_ranks(
-                executor, sources, tokens, lambda more: self.progress("ranks", more, total)
+        executor, sources = self.opened
+        quantized = self.spec.quantization != Quantization()
+        if quantized:
+            plain, sources = dequantized(self.spec, sources)
+            executor = Executor(
+                plain, sources, executor.ranks, device=self.device, dtype=self.dtype
             )
-        except CheckError as problem:
-            return _refused(problem)
-        except torch.OutOfMemoryError as problem:
-            raise Skipped(f"out of memory on {self.device}: use --max-tokens") from problem
+        tokens = self.prompts.prompts[-1].tokens
+        total = 2 * self.spec.num_layers
+        self.progress("ranks", 0, total)
+        error, tolerance, place = compare_ranks(
+            executor, sources, tokens, lambda more: self.progress("ranks", more, total)
+        )
         summary = (
             f"{self.spec.tp_size} ranks, {tokens} tokens; relative error "
             f"{error_text(error)} (tolerance {tolerance:.0e})"

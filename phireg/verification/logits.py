@@ -54,17 +54,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """The prompt lengths of a check.
+    """The prompt lengths of a check."""
 
-    Attributes:
-        prompts: by length.
-        thresholds: tokens above which the model's behavior changes, with the change.
-        notes: on lengths beyond the budget.
-    """
-
-    prompts: tuple[Prompt, ...]
-    thresholds: tuple[tuple[int, str], ...]
-    notes: tuple[str, ...]
+    prompts: tuple[Prompt, ...]  # by length
+    thresholds: tuple[tuple[int, str], ...]  # tokens above which the behavior changes; the change
+    notes: tuple[str, ...]  # on lengths beyond the budget
 
 
 def choose_prompts(spec: ModelSpec, most: int | None, *, gpu: bool) -> Prompts:

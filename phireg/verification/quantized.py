@@ -90,27 +90,16 @@ class Tolerance:
 
 @dataclass(slots=True)
 class LinearComparison:
-    """One linear on all ranks.
+    """One linear on all ranks; scales by rank, [rows], or [1] for the whole tensor."""
 
-    Attributes:
-        target: module path.
-        weights: every rank's weight.
-        stored_scales: every rank's weight scales in its file, [rows], or [1] for the whole tensor.
-        smoother: the factors of inputs, in the source's columns; None for FP8.
-        scales: as ``stored_scales``, from the source.
-        differences: weights off the grid, with the stored scales and with those of the source.
-        wrong_scales: ranks whose stored scales are not those of the source.
-        rounded_twice: scales are off by so little that they were rounded twice.
-    """
-
-    target: str
+    target: str  # module path
     weights: tuple[Output, ...]
     stored_scales: dict[int, Float32]
-    smoother: Float32 | None
-    scales: dict[int, Float32] = field(default_factory=dict)
-    differences: tuple[Difference, ...] = ()
-    wrong_scales: tuple[int, ...] = ()
-    rounded_twice: bool = False
+    smoother: Float32 | None  # factors of inputs, in the source's columns; None for FP8
+    scales: dict[int, Float32] = field(default_factory=dict)  # from the source
+    differences: tuple[Difference, ...] = ()  # off the grids of the stored and the source's scales
+    wrong_scales: tuple[int, ...] = ()  # ranks
+    rounded_twice: bool = False  # scales are off by no more than that
 
     def smoothed(self, output: Output, rows: Float32) -> Float32:
         """Return rows of a rank's weight times 1 / s; the rows themselves for FP8."""

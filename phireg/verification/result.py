@@ -63,21 +63,13 @@ class Skipped(Exception):  # noqa: N818 - not an error
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    Attributes:
-        where: file and tensor, config key, or layer and sub-module.
-        text: the defect.
-        hint: what may correct it, if that is known.
-        layer: the layer concerned, counted from 0.
-        part: ``embedding``, ``attention``, ``mlp``, ``final norm``, ``lm_head`` or ``config``.
-    """
-
-    where: str
+    where: str  # file and tensor, config key, or layer and sub-module
     text: str
     hint: str | None = None
-    layer: int | None = None
-    part: str | None = None
+    layer: int | None = None  # from 0
+    part: str | None = None  # embedding, attention, mlp, final norm, lm_head or config
 
     def __str__(self) -> str:
         return f"{self.where}: {self.text}"
@@ -89,85 +81,52 @@ Outcome = tuple[str, list[Problem], list[str]]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The outcome of one check.
-
-    Attributes:
-        name: a key of :data:`CHECKS`.
-        verdict: ``passed``, ``failed`` or ``skipped``.
-        summary: one line; for a skipped check, the reason.
-        problems: the defects, most telling first.
-        notes: limits of the check and harmless differences.
-        seconds: time it took.
-    """
+    """The outcome of one check, whose name is a key of :data:`CHECKS`."""
 
     name: str
-    verdict: str
-    summary: str
+    verdict: str  # passed, failed or skipped
+    summary: str  # for a skipped check, the reason
     problems: tuple[Problem, ...] = ()
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # limits of the check and harmless differences
     seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class PromptResult:
-    """One prompt.
-
-    Attributes:
-        tokens: its length.
-        purpose: why this length.
-        max_abs: largest absolute difference of any logit.
-        relative: root mean square of the differences over that of the reference's logits.
-        kl: mean over positions of KL(reference || executor), in nats.
-        top1: share of positions at which both have the same most likely token, or two that the
-            tolerance does not tell apart.
-        top1_wrong: the number of the other positions.
-        by_position: relative error at every position.
-    """
+    """The logits of one prompt."""
 
     tokens: int
     purpose: str
-    max_abs: float
-    relative: float
-    kl: float
-    top1: float
-    top1_wrong: int
-    by_position: tuple[float, ...]
+    max_abs: float  # largest absolute difference of any logit
+    relative: float  # root mean square of the differences over that of the reference's logits
+    kl: float  # mean over positions of KL(reference || executor), in nats
+    top1: float  # share of positions with the same most likely token, within the tolerance
+    top1_wrong: int  # the number of the other positions
+    by_position: tuple[float, ...]  # relative errors
 
 
 @dataclass(frozen=True, slots=True)
 class LogitsResult:
     """The executor against the reference.
 
-    Attributes:
-        prompts: by length.
-        places: for every place in the order of the computation, the relative error of its output
-            on the worst token of all prompts when it is given the reference's own input.
-        hidden: for every layer, the relative error of the hidden states behind it when the
-            executor runs on its own, of the worst prompt.
-        tolerance: of ``places``, apart from those of quantized parts.
-        logits_tolerance: of the prompts' relative error and of ``hidden``.
-        thresholds: tokens at which the model's behavior changes, with the change.
-        masked: vocabulary ids whose logits the source suppresses and the reader does not.
-        device: where it ran.
-        dtype: compute dtype.
-        quantized: parts of every layer that compute with quantized values. Their errors in
-            ``places`` are of all tokens of the worst prompt together.
-        quantized_tolerance: of the places of quantized parts.
-        kl_tolerance: of the prompts' KL, where something is quantized.
+    ``places`` has the relative error of every part, in the order of the computation, when it is
+    given the reference's own input: of the worst token of all prompts, and of quantized parts of
+    all tokens of the worst prompt together. ``hidden`` has that of every layer's output when the
+    executor runs on its own, of the worst prompt.
     """
 
-    prompts: tuple[PromptResult, ...]
+    prompts: tuple[PromptResult, ...]  # by length
     places: tuple[tuple[Place, float], ...]
     hidden: tuple[float, ...]
-    tolerance: float
-    logits_tolerance: float
-    thresholds: tuple[tuple[int, str], ...]
-    masked: int
+    tolerance: float  # of places, apart from those of quantized parts
+    logits_tolerance: float  # of the prompts' relative error and of hidden
+    thresholds: tuple[tuple[int, str], ...]  # tokens at which the behavior changes, and the change
+    masked: int  # vocabulary ids whose logits the source suppresses and the reader does not
     device: str
-    dtype: str
-    quantized: tuple[str, ...] = ()
-    quantized_tolerance: float | None = None
-    kl_tolerance: float | None = None
+    dtype: str  # compute dtype
+    quantized: tuple[str, ...] = ()  # parts of every layer that compute with quantized values
+    quantized_tolerance: float | None = None  # of the places of quantized parts
+    kl_tolerance: float | None = None  # of the prompts, where something is quantized
 
     @property
     def wrong_places(self) -> tuple[Place, ...]:
@@ -194,25 +153,15 @@ class LogitsResult:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """All checks of one checkpoint.
-
-    Attributes:
-        checkpoint_dir: the checkpoint.
-        model_dir: the source it was compared with.
-        family: name of the family that planned the source.
-        config: the checkpoint's config.json.
-        checks: in the order of :data:`CHECKS`; those not asked for are left out.
-        logits: the numbers of the logits check, if it ran.
-        provenance: label and value pairs about versions, files and settings.
-    """
+    """All checks of one checkpoint, in the order of :data:`CHECKS`."""
 
     checkpoint_dir: str
     model_dir: str
     family: str
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # the checkpoint's config.json
     checks: tuple[Check, ...]
     logits: LogitsResult | None = None
-    provenance: tuple[tuple[str, str], ...] = ()
+    provenance: tuple[tuple[str, str], ...] = ()  # label and value
 
     @property
     def passed(self) -> bool:
@@ -222,14 +171,10 @@ class Verification:
 
     @property
     def unchecked(self) -> tuple[str, ...]:
-        """Checks that were skipped or not asked for; a single rank needs no merging."""
+        """Checks that were skipped or not requested; a single rank needs no merging."""
         done = {c.name for c in self.checks if c.verdict != "skipped" or c.summary == ONE_RANK}
         return tuple(name for name in CHECKS if name not in done)
 
     def check(self, name: str) -> Check:
-        """Return the check of that name.
-
-        Raises:
-            KeyError: it was not asked for.
-        """
+        """Return the check of that name; KeyError if it was not requested."""
         return {check.name: check for check in self.checks}[name]

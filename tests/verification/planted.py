@@ -223,246 +223,185 @@ SMALL, MINI, MEDIUM = "phi3-small", "phi3-mini", "phi3-medium"
 PLANTED = {
     # rows of attention
     "k and v exchanged": Planted(
-        MEDIUM, 1, qkv_rows(lambda q, k, v: (q, v, k)), A1, "k and v are exchanged"
+        MEDIUM, 1, qkv_rows(lambda q, k, v: (q, v, k)), A1, "k and v are exchanged",
     ),
     "q and k exchanged": Planted(
-        MINI, 2, qkv_rows(lambda q, k, v: (k, q, v)), A1, "q and k are exchanged"
+        MINI, 2, qkv_rows(lambda q, k, v: (k, q, v)), A1, "q and k are exchanged",
     ),
     "q, k, v in another order": Planted(
-        "phi2", 2, qkv_rows(lambda q, k, v: (k, v, q)), A1, "in the order k, v, q"
+        "phi2", 2, qkv_rows(lambda q, k, v: (k, v, q)), A1, "in the order k, v, q",
     ),
     "interleave forgotten": Planted(SMALL, 1, whole_qkv(grouped), A1, "still grouped by KV head"),
     "interleave forgotten at TP 2": Planted(
-        SMALL,
-        2,
-        whole_qkv(grouped, (QKV, QKV.replace("weight", "bias"))),
-        A1,
+        SMALL, 2, whole_qkv(grouped, (QKV, QKV.replace("weight", "bias"))), A1,
         "still grouped by KV head",
     ),
     "one head permuted": Planted(MINI, 1, qkv_rows(heads_exchanged(2, 5)), A1, "differ"),
     "q, k, v cut as one block": Planted(
-        MEDIUM, 2, whole_qkv(lambda q, k, v, _: torch.cat([q, k, v])), A1, "as one block"
+        MEDIUM, 2, whole_qkv(lambda q, k, v, _: torch.cat([q, k, v])), A1, "as one block",
     ),
     "q, k, v of phi2 cut as one block": Planted(
-        "phi2", 2, whole_qkv(lambda q, k, v, _: torch.cat([q, k, v])), A1, "as one block"
+        "phi2", 2, whole_qkv(lambda q, k, v, _: torch.cat([q, k, v])), A1, "as one block",
     ),
     "qkv bias in source order": Planted(
-        SMALL,
-        2,
-        whole_qkv(grouped, (QKV.replace("weight", "bias"),)),
-        A1,
+        SMALL, 2, whole_qkv(grouped, (QKV.replace("weight", "bias"),)), A1,
         "still grouped by KV head",
     ),
     "dense columns of two ranks exchanged": Planted(
-        MINI, 2, ranks_exchanged(L1 + "attention.dense.weight"), A1, "ranks are exchanged"
+        MINI, 2, ranks_exchanged(L1 + "attention.dense.weight"), A1, "ranks are exchanged",
     ),
     "dense columns permuted": Planted(
-        SMALL, 1, each(L1 + "attention.dense.weight", permuted_columns), A1, "differ"
+        SMALL, 1, each(L1 + "attention.dense.weight", permuted_columns), A1, "differ",
     ),
     "dense transposed": Planted(
-        "phi2", 1, each(L1 + "attention.dense.weight", torch.t), A1, "transposed"
+        "phi2", 1, each(L1 + "attention.dense.weight", torch.t), A1, "transposed",
     ),
     # biases
     "dense bias dropped": Planted(
-        SMALL, 1, each(L1 + "attention.dense.bias", torch.zeros_like), A1, "all zero"
+        SMALL, 1, each(L1 + "attention.dense.bias", torch.zeros_like), A1, "all zero",
     ),
     "dense bias multiplied by the ranks": Planted(
-        SMALL,
-        2,
-        each(L1 + "attention.dense.bias", lambda x: x * 2),
-        A1,
+        SMALL, 2, each(L1 + "attention.dense.bias", lambda x: x * 2), A1,
         "multiplied by the number of ranks",
     ),
     "proj bias divided by the ranks": Planted(
-        "phi2", 2, each(L1 + "mlp.proj.bias", lambda x: x / 2), M1, "divided by the number of ranks"
+        "phi2", 2, each(L1 + "mlp.proj.bias", lambda x: x / 2), M1,
+        "divided by the number of ranks",
     ),
     "proj bias on the first rank only": Planted(
-        SMALL, 2, each(L1 + "mlp.proj.bias", torch.zeros_like, only=(1,)), M1, "all zero"
+        SMALL, 2, each(L1 + "mlp.proj.bias", torch.zeros_like, only=(1,)), M1, "all zero",
     ),
     "lm_head bias missing": Planted("phi2", 1, without("lm_head.bias"), HEAD, "is missing"),
     "lm_head bias zero": Planted(
-        "phi2", 2, each("lm_head.bias", torch.zeros_like), HEAD, "all zero"
+        "phi2", 2, each("lm_head.bias", torch.zeros_like), HEAD, "all zero",
     ),
     # MLP
     "gate and up exchanged": Planted(
-        MINI, 1, each(L1 + "mlp.fc.weight", halves), M1, "gate and up are exchanged"
+        MINI, 1, each(L1 + "mlp.fc.weight", halves), M1, "gate and up are exchanged",
     ),
     "gate and up exchanged at TP 2": Planted(
-        MEDIUM, 2, each(L1 + "mlp.fc.weight", halves), M1, "gate and up are exchanged"
+        MEDIUM, 2, each(L1 + "mlp.fc.weight", halves), M1, "gate and up are exchanged",
     ),
     "up and gate cut as one block": Planted(
-        MEDIUM, 2, cut_as_block(L1 + "mlp.fc.weight"), M1, "as one block"
+        MEDIUM, 2, cut_as_block(L1 + "mlp.fc.weight"), M1, "as one block",
     ),
     "gegelu de-interleaved": Planted(
-        SMALL,
-        1,
-        each(L1 + "mlp.fc.weight", lambda x: torch.cat([x[0::2], x[1::2]])),
-        M1,
+        SMALL, 1, each(L1 + "mlp.fc.weight", lambda x: torch.cat([x[0::2], x[1::2]])), M1,
         "two halves",
     ),
     "gegelu pairs exchanged": Planted(
-        SMALL,
-        2,
-        each(L1 + "mlp.fc.weight", lambda x: x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)),
-        M1,
+        SMALL, 2,
+        each(L1 + "mlp.fc.weight", lambda x: x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)), M1,
         "of every pair are exchanged",
     ),
     "one block zeroed": Planted(MEDIUM, 1, each(L1 + "mlp.proj.weight", zero_block), M1, "differ"),
     "one block zeroed on one rank": Planted(
-        "phi2", 2, each(L1 + "mlp.fc.weight", zero_block, only=(1,)), M1, "differ"
+        "phi2", 2, each(L1 + "mlp.fc.weight", zero_block, only=(1,)), M1, "differ",
     ),
     "weight scaled": Planted(
-        MINI, 1, each(L1 + "mlp.proj.weight", lambda x: x * 0.125), M1, "scaled by 0.125"
+        MINI, 1, each(L1 + "mlp.proj.weight", lambda x: x * 0.125), M1, "scaled by 0.125",
     ),
     "gegelu clamp missing": Planted(
-        SMALL, 1, config(gegelu_limit=None), (0, "mlp"), "gegelu_limit"
+        SMALL, 1, config(gegelu_limit=None), (0, "mlp"), "gegelu_limit",
     ),
     "gegelu limit wrong": Planted(SMALL, 2, config(gegelu_limit=20.0), (0, "mlp"), "gegelu_limit"),
     # layers and norms
     "norm of another layer": Planted(
-        MINI,
-        1,
+        MINI, 1,
         exchanged(L1 + "input_layernorm.weight", "transformer.layers.2.input_layernorm.weight"),
-        A1,
-        "differ",
-        also=((2, "attention"),),
+        A1, "differ", also=((2, "attention"),),
     ),
     "two norms of a layer exchanged": Planted(
-        SMALL,
-        1,
-        exchanged(L1 + "input_layernorm.bias", L1 + "post_layernorm.bias"),
-        A1,
-        "differ",
+        SMALL, 1, exchanged(L1 + "input_layernorm.bias", L1 + "post_layernorm.bias"), A1, "differ",
         also=(M1,),
     ),
     "norm differs on one rank": Planted(
-        MEDIUM,
-        2,
-        each(L1 + "post_layernorm.weight", lambda x: x * 1.01, only=(1,)),
-        M1,
+        MEDIUM, 2, each(L1 + "post_layernorm.weight", lambda x: x * 1.01, only=(1,)), M1,
         "scaled by 1.01",
     ),
     "two layers exchanged": Planted(
-        SMALL,
-        2,
-        layers_exchanged(0, 2),
-        (0, "attention"),
-        "differ",
+        SMALL, 2, layers_exchanged(0, 2), (0, "attention"), "differ",
         also=((0, "mlp"), (2, "attention"), (2, "mlp")),
     ),
     "final norm zeroed": Planted(
-        "phi2", 1, each("transformer.ln_f.bias", torch.zeros_like), (None, "final norm"), "all zero"
+        "phi2", 1, each("transformer.ln_f.bias", torch.zeros_like), (None, "final norm"),
+        "all zero",
     ),
     # ends
     "vocabulary padding first": Planted(
-        MEDIUM, 2, padding_first(["lm_head.weight"]), HEAD, "differ"
+        MEDIUM, 2, padding_first(["lm_head.weight"]), HEAD, "differ",
     ),
     "tied head untied": Planted(SMALL, 1, ranks(untied), HEAD, "differ"),
     "tied head missing": Planted(SMALL, 1, without("lm_head.weight"), HEAD, "is missing"),
     "embedding rows moved": Planted(
-        MINI,
-        1,
-        each("transformer.vocab_embedding.weight", lambda x: x.roll(1, 0)),
-        (None, "embedding"),
-        "differ",
+        MINI, 1, each("transformer.vocab_embedding.weight", lambda x: x.roll(1, 0)),
+        (None, "embedding"), "differ",
     ),
     # config.json
     "rope base wrong": Planted(
-        MEDIUM,
-        1,
-        config(rotary_base=10000.0),
-        (0, "attention"),
+        MEDIUM, 1, config(rotary_base=10000.0), (0, "attention"),
         "10000.0; the source calls for 5000.0",
     ),
     "rope base missing": Planted(
-        "phi2", 1, config_without("rotary_base"), (0, "attention"), "rotary_base"
+        "phi2", 1, config_without("rotary_base"), (0, "attention"), "rotary_base",
     ),
     "partial factor wrong": Planted(
-        "phi2", 1, config(rotary_pct=0.5), (0, "attention"), "rotary_pct"
+        "phi2", 1, config(rotary_pct=0.5), (0, "attention"), "rotary_pct",
     ),
     "long and short factors exchanged": Planted(
-        MINI,
-        1,
+        MINI, 1,
         config_exchange("longrope_scaling_short_factors", "longrope_scaling_long_factors"),
-        (0, "attention"),
-        "exchanged",
+        (0, "attention"), "exchanged",
     ),
     "long and short factors of small exchanged": Planted(
-        SMALL,
-        2,
+        SMALL, 2,
         config_exchange("longrope_scaling_short_factors", "longrope_scaling_long_factors"),
-        (0, "attention"),
-        "exchanged",
+        (0, "attention"), "exchanged",
     ),
     "mscale wrong": Planted(
-        SMALL, 1, config(longrope_long_mscale=1.19), (0, "attention"), "longrope_long_mscale"
+        SMALL, 1, config(longrope_long_mscale=1.19), (0, "attention"), "longrope_long_mscale",
     ),
     "mscale missing": Planted(
-        SMALL, 1, config(longrope_long_mscale=1.0), (0, "attention"), "longrope_long_mscale"
+        SMALL, 1, config(longrope_long_mscale=1.0), (0, "attention"), "longrope_long_mscale",
     ),
     "mscale of mini by another length": Planted(
-        MINI,
-        1,
-        config(max_position_embeddings=52 * 64),
-        (0, "attention"),
+        MINI, 1, config(max_position_embeddings=52 * 64), (0, "attention"),
         "max_position_embeddings",
     ),
     "long rope not switched on": Planted(
-        MINI, 1, no_long_rope, (0, "attention"), "longrope_scaling_short_factors"
+        MINI, 1, no_long_rope, (0, "attention"), "longrope_scaling_short_factors",
     ),
     "eps wrong": Planted(MEDIUM, 1, config(norm_epsilon=1e-5), (0, "attention"), "norm_epsilon"),
     "eps of small wrong": Planted(
-        SMALL, 1, config_without("norm_epsilon"), (0, "attention"), "norm_epsilon"
+        SMALL, 1, config_without("norm_epsilon"), (0, "attention"), "norm_epsilon",
     ),
     "dense and sparse layers exchanged": Planted(
-        SMALL,
-        1,
-        config(dense_attention_every_n_layers=3),
-        A1,
-        "dense_attention_every_n_layers",
+        SMALL, 1, config(dense_attention_every_n_layers=3), A1, "dense_attention_every_n_layers",
         also=((2, "attention"),),
     ),
     "sparse layers taken for dense": Planted(
-        SMALL,
-        2,
-        config(dense_attention_every_n_layers=1),
-        (0, "attention"),
+        SMALL, 2, config(dense_attention_every_n_layers=1), (0, "attention"),
         "dense_attention_every_n_layers",
     ),
     "stripe of all heads alike": Planted(
-        SMALL,
-        2,
-        config(blocksparse_homo_head_pattern=True),
-        (0, "attention"),
+        SMALL, 2, config(blocksparse_homo_head_pattern=True), (0, "attention"),
         "blocksparse_homo_head_pattern",
     ),
     "muP embedding multiplier missing": Planted(
-        SMALL,
-        1,
-        config(mup_embedding_multiplier=0.0),
-        (None, "embedding"),
+        SMALL, 1, config(mup_embedding_multiplier=0.0), (None, "embedding"),
         "mup_embedding_multiplier",
     ),
     "muP width multiplier missing": Planted(
-        SMALL, 1, config_without("mup_width_multiplier"), HEAD, "mup_width_multiplier"
+        SMALL, 1, config_without("mup_width_multiplier"), HEAD, "mup_width_multiplier",
     ),
     "activation wrong": Planted(SMALL, 1, config(hidden_act="swiglu"), (0, "mlp"), "hidden_act"),
     # rounding: what only bytes show
     "cast by truncation": Planted(
-        "phi2",
-        1,
-        each(L1 + "mlp.fc.weight", truncated),
-        None,
-        "differ",
-        numeric=False,
+        "phi2", 1, each(L1 + "mlp.fc.weight", truncated), None, "differ", numeric=False,
         dtype="bfloat16",
     ),
     "padding not zero": Planted(
-        "phi2",
-        2,
-        each("lm_head.weight", lambda x: torch.cat([x[:-1], x[:1]]), only=(1,)),
-        None,
-        "lm_head",
-        numeric=False,
+        "phi2", 2, each("lm_head.weight", lambda x: torch.cat([x[:-1], x[:1]]), only=(1,)), None,
+        "lm_head", numeric=False,
     ),
-}
+}  # fmt: skip

@@ -23,31 +23,20 @@ def in_values(expected, stored, ranks=1):
     return mistake and mistake.text
 
 
-def test_one_element_is_no_named_mistake(weight):
+def test_values(weight):
     wrong = weight.copy()
     wrong[4, 2] += 1
     assert named("mlp.proj", [weight], [wrong]) is None
     assert in_values(weight, wrong) is None
-
-
-def test_not_finite(weight):
-    wrong = weight.copy()
     wrong[0, :3] = np.nan
     assert in_values(weight, wrong) == "3 values are not finite"
-
-
-def test_the_wrong_sign(weight):
     assert in_values(weight, -weight) == "it is scaled by -1"
-
-
-def test_a_factor_that_is_the_number_of_ranks(weight):
     assert "divided by the number of ranks" in in_values(weight, weight / 4, ranks=4)
     assert in_values(weight, weight / 4, ranks=3) == "it is scaled by 0.25"
 
 
-def test_a_part_of_another_rank(weight):
+def test_a_repeated_part_of_a_rank(weight):
     left, right = weight[:, :4], weight[:, 4:]
-    assert named("mlp.proj", [left, right], [right, left]).startswith("ranks are exchanged")
     repeated = named("mlp.proj", [left, right], [left, left])
     assert repeated == "a rank's part is repeated: rank 1 holds rank 0's"
 

@@ -99,24 +99,20 @@ FAMILIES = {
 ROOT = []
 
 
-@lru_cache(None)
 def source(family, dtype="float32"):
-    """The directory of a family's source; made once."""
+    """The directory of a family's source; written once."""
     directory = ROOT[0] / f"{family}-{dtype}"
-    FAMILIES[family]().to(getattr(torch, dtype)).save_pretrained(directory)
+    if not directory.exists():
+        FAMILIES[family]().to(getattr(torch, dtype)).save_pretrained(directory)
     return directory
 
 
 def converted(family, tp_size=1, dtype="float32"):
-    """A correct checkpoint; made once, and not to be touched."""
-    return _converted(family, tp_size, dtype)
-
-
-@lru_cache(None)
-def _converted(family, tp_size, dtype):
+    """A correct checkpoint; written once, and not to be changed."""
     directory = ROOT[0] / f"{family}-tp{tp_size}-{dtype}-checkpoint"
-    plan = phireg.plan(source(family), family=family, tp_size=tp_size, dtype=dtype)
-    phireg.convert(plan, directory)
+    if not directory.exists():
+        plan = phireg.plan(source(family), family=family, tp_size=tp_size, dtype=dtype)
+        phireg.convert(plan, directory)
     return directory
 
 
@@ -155,20 +151,10 @@ def statistics(family):
 
 
 def quantized(family, qformat, cache=None, tp_size=1, dtype="float16", alpha=1.0):
-    """A correct quantized checkpoint; made once, and not to be touched."""
-    return _quantized(family, qformat, cache, tp_size, dtype, alpha)
-
-
-@lru_cache(None)
-def _quantized(family, qformat, cache, tp_size, dtype, alpha):
+    """A correct quantized checkpoint; written once, and not to be changed."""
     directory = ROOT[0] / f"{family}-{qformat}-{cache}-tp{tp_size}-{dtype}-{alpha}"
-    plan = phireg.plan(
-        source(family),
-        family=family,
-        tp_size=tp_size,
-        dtype=dtype,
-        qformat=qformat,
-        kv_cache_dtype=cache,
-    )
-    phireg.quantize(plan, directory, statistics(family), alpha=alpha)
+    if not directory.exists():
+        form = {"tp_size": tp_size, "dtype": dtype, "qformat": qformat, "kv_cache_dtype": cache}
+        plan = phireg.plan(source(family), family=family, **form)
+        phireg.quantize(plan, directory, statistics(family), alpha=alpha)
     return directory
