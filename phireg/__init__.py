@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from phireg.checkpoint.inspect import inspect as inspect
     from phireg.conversion.convert import Converted as Converted
     from phireg.conversion.convert import convert as convert
-    from phireg.conversion.convert import quantize as quantize
+    from phireg.conversion.quantize import quantize as quantize
     from phireg.errors import PhiregError as PhiregError
     from phireg.executor.decoder import Sampling as Sampling
     from phireg.generation.backend import Options as Options
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "calibration.calibrate": ("Calibrated", "calibrate"),
     "checkpoint.inspect": ("Inspection", "inspect"),
-    "conversion.convert": ("Converted", "convert", "quantize"),
+    "conversion.convert": ("Converted", "convert"),
+    "conversion.quantize": ("quantize",),
     "errors": ("PhiregError",),
     "executor.decoder": ("Sampling",),
     "generation.backend": ("Options",),

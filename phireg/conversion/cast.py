@@ -25,18 +25,11 @@ PIECE = 128 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Values that a cast or quantization could not keep.
+    """Numbers of values that a cast or quantization could not keep."""
 
-    Attributes:
-        overflowed: finite values that became infinite in a cast.
-        flushed: values other than zero that became zero in a cast.
-        saturated: values beyond the quantized grid, which hold its end instead; none as long as
-            the scales are those of the same weights.
-    """
-
-    overflowed: int = 0
-    flushed: int = 0
-    saturated: int = 0
+    overflowed: int = 0  # finite values that became infinite
+    flushed: int = 0  # values other than zero that became zero
+    saturated: int = 0  # values beyond the quantized grid; none with the scales of the same weights
 
     def __add__(self, other: Loss) -> Loss:
         return Loss(

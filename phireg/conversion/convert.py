@@ -1,21 +1,18 @@
-"""Writing a checkpoint: converting, and quantizing with calibration statistics."""
+"""Writing a checkpoint: the output directory, the files of the ranks, the manifest."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phireg.calibration.statistics import Statistics, statistics_beside
 from phireg.checkpoint.manifest import file_record, rank_file_record, write_manifest
 from phireg.conversion.cast import Loss
-from phireg.conversion.quantizer import WeightQuantizer
-from phireg.conversion.scales import bytes_read, compute_scales, statistics_digest
-from phireg.conversion.stream import Progress, Streamed, stream
-from phireg.errors import PhiregError, PlanError, UsageError
+from phireg.conversion.stream import Progress, Quantizer, Streamed, stream
+from phireg.errors import PlanError, UsageError
 from phireg.files.kinds import tokenizer_files
 from phireg.files.output import OutputDirectory
 from phireg.files.writing import copy_file
@@ -23,13 +20,7 @@ from phireg.planning.model import Plan
 from phireg.planning.report import problems
 
 if TYPE_CHECKING:
-    from phireg.calibration.calibrate import Calibrated, Tell
-    from phireg.calibration.settings import Settings
-
-StageProgress = Callable[[str, int, int], None]
-"""Takes a stage, its further units and all of them: ``preparing`` the calibration (0, 0),
-``calibrating`` (tokens through one layer), ``scales`` (bytes read), ``writing`` (bytes written).
-May be called from worker threads."""
+    from phireg.calibration.calibrate import Calibrated
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +70,7 @@ def convert(
             hint="phireg quantize takes them from sample texts, or from a file of an earlier run.",
         )
     total = plan.tensor_bytes
-    return _write_checkpoint(
+    return write_checkpoint(
         plan,
         Path(output_dir),
         overwrite=overwrite,
@@ -95,125 +86,8 @@ def _calibrated(plan: Plan) -> Iterator[str]:
         yield f"the {plan.options.kv_cache_dtype} KV cache"
 
 
-def quantize(
-    plan: Plan,
-    output_dir: str | Path,
-    statistics: Statistics | str | Path | None = None,
-    *,
-    settings: Settings | None = None,
-    alpha: float = 1.0,
-    overwrite: bool = False,
-    allow_overflow: bool = False,
-    progress: StageProgress | None = None,
-    tell: Tell | None = None,
-) -> Converted:
-    """Calibrate if the plan needs it, and write a quantized checkpoint.
-
-    The output appears under its name complete, or not at all. Everything else is checked before
-    the calibration starts, and every scale before the first byte is written.
-
-    Args:
-        plan: from :func:`phireg.plan` with ``qformat``.
-        output_dir: the checkpoint to make; must not exist, or be empty.
-        statistics: of the same source, or a file: it is used if it exists, else written. By
-            default, a file beside the output, which is replaced if it does not fit.
-        settings: samples of the calibration, and its device.
-        alpha: SmoothQuant's share of the activations, 0 to 1.
-        overwrite: replace the output once the new one is complete, if it is recognizably a
-            checkpoint.
-        allow_overflow: let finite values of unquantized tensors become infinite in a cast.
-        progress: takes the progress of each stage.
-        tell: takes a line on the samples, on their cost, and on why a file does not fit.
-
-    Raises:
-        UsageError: the plan quantizes nothing, or the other arguments make no sense for it.
-        PlanError: the plan has errors, the statistics do not belong to it, a scale cannot be used,
-            or a cast overflowed.
-        SourceError: a source file changed or could not be read, statistics do not fit, or the
-            model has no tokenizer.
-        OutputError: the output exists, or cannot be written.
-    """
-    target = Path(output_dir)
-    _check_request(plan, statistics, alpha)
-    check_plan(plan)
-    report = progress or (lambda stage, more, total: None)
-    quantization: dict[str, Any] = {"alpha": alpha if plan.smoothed else None}
-    calibrated: Calibrated | None = None
-
-    def quantizer() -> WeightQuantizer:
-        nonlocal calibrated
-        if isinstance(statistics, Statistics):
-            maxima = statistics
-        else:
-            from phireg.calibration.calibrate import calibrate
-            from phireg.calibration.settings import Settings
-
-            report("preparing", 0, 0)
-            calibrated = calibrate(
-                plan,
-                statistics or statistics_beside(target),
-                settings or Settings(),
-                required=statistics is not None,
-                progress=lambda more, total: report("calibrating", more, total),
-                tell=tell,
-            )
-            maxima = calibrated.statistics
-        quantization["statistics"] = {
-            "digest": statistics_digest(maxima),
-            "provenance": dict(maxima.provenance),
-        }
-        read = bytes_read(plan, alpha)
-        return WeightQuantizer(
-            plan,
-            compute_scales(
-                plan, maxima, alpha=alpha, progress=lambda more: report("scales", more, read)
-            ),
-        )
-
-    total = plan.tensor_bytes
-    try:
-        converted = _write_checkpoint(
-            plan,
-            target,
-            overwrite=overwrite,
-            allow_overflow=allow_overflow,
-            progress=lambda more: report("writing", more, total),
-            quantizer=quantizer if plan.options.calibrated else None,
-            quantization=quantization if plan.options.calibrated else None,
-        )
-    except PhiregError as error:
-        if calibrated is None or calibrated.reused:
-            raise
-        kept = f"\n  the calibration statistics are kept in {calibrated.file}"
-        raise type(error)(error.message + kept, hint=error.hint) from None
-    return replace(converted, calibrated=calibrated)
-
-
-def _check_request(plan: Plan, statistics: Statistics | str | Path | None, alpha: float) -> None:
-    qformat = plan.options.qformat
-    if qformat is None:
-        raise UsageError("this plan quantizes nothing", hint="plan with a qformat, or convert.")
-    if not 0 <= alpha <= 1:
-        raise UsageError(f"alpha {alpha} is not between 0 and 1")
-    if alpha != 1 and not plan.smoothed:
-        raise UsageError(
-            f"alpha {alpha} has no effect on {qformat}",
-            hint="it is SmoothQuant's (int8_sq); leave it out.",
-        )
-    if isinstance(statistics, str | Path) and not plan.options.calibrated:
-        raise UsageError(
-            f"calibration statistics have no effect: {qformat} without a quantized KV cache needs "
-            "no calibration",
-            hint="leave them out (--calib-stats).",
-        )
-
-
 def check_plan(plan: Plan) -> None:
-    """Refuse a plan that has errors.
-
-    Raises:
-        PlanError: with all of them.
-    """
+    """Raise a PlanError with all errors of a plan, if it has any."""
     if plan.errors:
         raise PlanError(
             f"the plan has {len(plan.errors)} problem{'s' if len(plan.errors) > 1 else ''}; "
@@ -221,14 +95,14 @@ def check_plan(plan: Plan) -> None:
         )
 
 
-def _write_checkpoint(
+def write_checkpoint(
     plan: Plan,
     target: Path,
     *,
     overwrite: bool,
     allow_overflow: bool,
     progress: Progress | None,
-    quantizer: Callable[[], WeightQuantizer] | None = None,
+    quantizer: Callable[[], Quantizer] | None = None,
     quantization: Mapping[str, Any] | None = None,
 ) -> Converted:
     """Write all files of a checkpoint; see :func:`convert`.

@@ -21,16 +21,13 @@ from phireg.planning.model import Plan
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scales:
-    """The scales of a plan, all of them checked.
-
-    Attributes:
-        values: by name in the plan's ``scales``, of the dtype named there, as bits.
-        inverse: by target of a SmoothQuant linear: 1 / s per source column, the factor of its
-            weight. The float32 s itself is not in the checkpoint, only rounded.
-    """
+    """The scales of a plan, all of them checked."""
 
     values: Mapping[str, Bits]
+    """By name in the plan's ``scales``, of the dtype named there."""
     inverse: Mapping[str, Float32]
+    """By target of a SmoothQuant linear: 1 / s per source column, the factor of its weight. The
+    float32 s itself is not in the checkpoint, only rounded."""
 
     def float32(self, name: str) -> Float32:
         """A scale that is stored in float32."""

@@ -45,13 +45,8 @@ def compute_scales(
 ) -> Scales:
     """Compute every scale of a plan without errors; the maxima of fused modules are joined.
 
-    ``progress`` takes the number of further source bytes read, in all :func:`bytes_read`.
-
-    Raises:
-        PlanError: the statistics lack a module or are of another model, a weight does not fit the
-            checkpoint's dtype, or a scale is missing, zero, infinite, not a number or denormal.
-            All problems are named at once.
-        SourceError: a source file changed or could not be read.
+    ``progress`` takes the number of further source bytes read, in all :func:`bytes_read`. A
+    PlanError names all scales that are missing or unusable, at once.
     """
     maxima = _input_maxima(plan, statistics)
     with plan.source.open() as reader, one_thread_each(workers):
@@ -94,13 +89,10 @@ def statistics_digest(statistics: Statistics) -> str:
 def check_scales(
     plan: Plan, values: Mapping[str, Bits], overflowed: Mapping[str, int] = _NOTHING
 ) -> None:
-    """Refuse missing scales, and those that no engine could work with.
+    """Raise a PlanError with all scales that are missing, or that no engine could work with.
 
     ``overflowed`` is the number of finite values that the checkpoint's dtype cannot hold, by source
     tensor: the reason why their scales are infinite.
-
-    Raises:
-        PlanError: with all of them.
     """
     defects = [
         _finding(name, f"{count} finite values do not fit into {plan.options.dtype}")
@@ -190,18 +182,12 @@ def _kv_scales(plan: Plan, statistics: Statistics) -> dict[str, Bits]:
 
 @dataclass(slots=True)
 class _LinearScales:
-    """The scales of one linear.
-
-    Attributes:
-        values: bits by name.
-        inverse: 1 / s, for SmoothQuant.
-        overflowed: finite values that its source tensors lost in the cast.
-    """
+    """The scales of one linear."""
 
     target: str
-    values: dict[str, Bits] = field(default_factory=dict)
-    inverse: Float32 | None = None
-    overflowed: dict[str, int] = field(default_factory=dict)
+    values: dict[str, Bits] = field(default_factory=dict)  # by name
+    inverse: Float32 | None = None  # 1 / s, for SmoothQuant
+    overflowed: dict[str, int] = field(default_factory=dict)  # lost in the cast, by source tensor
 
     def put(self, name: str, scale: npt.ArrayLike) -> None:
         """Add a scale that is stored in float32."""

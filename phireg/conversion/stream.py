@@ -50,12 +50,10 @@ class Sink(Protocol):
     """A receiver of the rows of all outputs."""
 
     def put(self, index: int, row: int, rows: Bits) -> None:
-        """Take consecutive rows of an output. Called by all workers, by one for each output.
+        """Take rows [rows, columns] of an output of the plan, the first of them row ``row``.
 
-        Args:
-            index: of the output in the plan.
-            row: the first of the rows; they come in order, without gaps.
-            rows: [rows, columns], valid during the call only.
+        The rows of an output come in order, without gaps, all by one worker; they are valid during
+        the call only.
         """
 
 
@@ -66,16 +64,10 @@ class Quantizer(Protocol):
         """All elements of one of the plan's scales."""
 
     def weight(self, target: str, source: str, row: int, block: Bits) -> tuple[Bits, int]:
-        """Quantize rows of a weight.
+        """Quantize rows of ``source`` from ``row`` on, which the output ``target`` gets.
 
-        Args:
-            target: the output tensor that they are for.
-            source: the source tensor that they come from.
-            row: the first of them in the source tensor.
-            block: them, in the checkpoint's dtype, [rows, columns].
-
-        Returns:
-            The same rows on the quantized grid, and the number of elements beyond its ends.
+        Takes them in the checkpoint's dtype, [rows, columns]; returns them on the quantized grid,
+        and the number of elements beyond its ends.
         """
 
 
@@ -88,17 +80,8 @@ def carry(
 ) -> dict[str, Loss]:
     """Read the source once and pass the rows of every output to ``sink``.
 
-    Args:
-        plan: without errors.
-        sink: takes the rows.
-        workers: number of threads.
-        quantizer: needed by a plan with scales.
-
-    Returns:
-        Losses of casting and quantizing by source tensor; only of tensors that lost something.
-
-    Raises:
-        SourceError: a source file ended early, changed, or could not be read.
+    A plan with scales needs a quantizer. Returns the losses of casting and quantizing by source
+    tensor, of those that lost something. Raises SourceError if a file changed or ended early.
     """
     stop = Event()
     with ExitStack() as stack:
@@ -118,14 +101,9 @@ def carry(
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """The result of writing rank files.
+    """The result of writing rank files."""
 
-    Attributes:
-        digests: xxh3_128 of the bytes of each output tensor, by rank and name.
-        losses: losses of casting and quantizing by source tensor; only of those that lost some.
-    """
-
-    digests: Mapping[tuple[int, str], str]
+    digests: Mapping[tuple[int, str], str]  # xxh3_128 of each output tensor, by rank and name
     losses: Mapping[str, Loss]
 
 
@@ -137,12 +115,7 @@ def stream(
     progress: Progress | None = None,
     quantizer: Quantizer | None = None,
 ) -> Streamed:
-    """Write the rank files of a plan into a directory that has none; see :func:`carry`.
-
-    Raises:
-        SourceError: a source file ended early, changed, or could not be read.
-        OSError: writing failed.
-    """
+    """Write the rank files of a plan into a directory that has none; see :func:`carry`."""
     with ExitStack() as stack:
         files = []
         for rank, (header, size) in enumerate(zip(plan.headers, plan.file_sizes, strict=True)):
@@ -154,7 +127,11 @@ def stream(
             files.append(fd)
         writer = _Writer(plan, files, progress)
         losses = carry(plan, writer, workers=workers, quantizer=quantizer)
-        return Streamed(writer.digests(), losses)
+    digests = {
+        (output.rank, output.name): digest.hexdigest()
+        for output, digest in zip(plan.outputs, writer.hashes, strict=True)
+    }
+    return Streamed(digests, losses)
 
 
 class _Writer:
@@ -176,25 +153,14 @@ class _Writer:
         if self.progress is not None:
             self.progress(len(view))
 
-    def digests(self) -> dict[tuple[int, str], str]:
-        """By rank and name."""
-        return {
-            (output.rank, output.name): digest.hexdigest()
-            for output, digest in zip(self.outputs, self.hashes, strict=True)
-        }
-
 
 def read_blocks(
     reader: Reader, source: SourceTensor, row: int, count: int, code: str, stop: Event
 ) -> Iterator[tuple[int, Bits, Loss]]:
     """Read ``count`` rows of a tensor from ``row`` on and cast them to ``code``, block by block.
 
-    Yields:
-        The number of rows before the block, the block [rows, columns], which is valid until the
-        next one is read, and the losses of the cast.
-
-    Raises:
-        Cancelled: ``stop`` was set, because another worker failed.
+    Yields the number of rows before the block, the block [rows, columns], valid until the next one
+    is read, and the losses of the cast. Raises Cancelled once ``stop`` is set.
     """
     per_row = row_bytes(source)
     per_block = max(1, BLOCK_BYTES // per_row)
@@ -289,13 +255,11 @@ class _Carrier:
 
     def copy(self, step: Step, source: SourceTensor) -> Loss:
         """Read the step's rows, once for each dtype that outputs hold them in."""
-        loss = NO_LOSS
         by_code: dict[str, list[Write]] = defaultdict(list)
         for write in step.writes:
             by_code[self.plan.carried_code(self.plan.outputs[write.output])].append(write)
-        for code, writes in by_code.items():
-            loss += self.copy_as(code, step, source, writes)
-        return loss
+        losses = [self.copy_as(code, step, source, writes) for code, writes in by_code.items()]
+        return sum(losses, NO_LOSS)
 
     def copy_as(self, code: str, step: Step, source: SourceTensor, writes: list[Write]) -> Loss:
         """Read the step's rows block by block and pass each block to all of ``writes``."""
