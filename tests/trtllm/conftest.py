@@ -1,18 +1,13 @@
 """A small converted checkpoint, and an installed builder that only pretends."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers.command_line import run_phireg
 from helpers.tiny_phi3 import make_tiny_phi3
 
 import phireg
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -74,25 +69,3 @@ def fake(tmp_path, monkeypatch):
     directory = tmp_path / "bin"
     directory.mkdir()
     return Fake(directory, monkeypatch)
-
-
-@pytest.fixture
-def run():
-    return run_phireg
-
-
-@pytest.fixture
-def start():
-    """Start phireg as a process."""
-
-    def begin(*args, **options):
-        return subprocess.Popen(
-            [sys.executable, "-m", "phireg", *map(str, args)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            **options,
-        )
-
-    return begin

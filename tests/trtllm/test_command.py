@@ -35,45 +35,30 @@ def flags(config, version, **options):
 
 
 @pytest.mark.parametrize(
-    ("version", "expected"),
+    ("version", "limit", "attention"),
     [
-        (
-            "0.10.0",
-            "--max_batch_size 8 --max_input_len 1024 --max_output_len 1024 --gemm_plugin float16 "
-            "--gpt_attention_plugin float16",
-        ),
-        (
-            GUIDES_COMMIT,
-            "--max_batch_size 8 --max_input_len 1024 --max_output_len 1024 --gemm_plugin float16",
-        ),
-        (
-            "0.11.0",
-            "--max_batch_size 8 --max_input_len 1024 --max_seq_len 2048 --gemm_plugin float16",
-        ),
-        (
-            "1.2.1",
-            "--max_batch_size 8 --max_input_len 1024 --max_seq_len 2048 --gemm_plugin float16",
-        ),
+        ("0.10.0", "--max_output_len 1024", " --gpt_attention_plugin float16"),
+        (GUIDES_COMMIT, "--max_output_len 1024", ""),
+        ("0.11.0", "--max_seq_len 2048", ""),
+        ("1.2.1", "--max_seq_len 2048", ""),
     ],
 )
-def test_the_guides_command(version, expected):
+def test_the_guides_command(version, limit, attention):
     options = BuildOptions(
         gemm_plugin="float16", max_batch_size=8, max_input_len=1024, max_output_len=1024,
         tp_size=1, pp_size=1,
     )  # fmt: skip
     command = translate(PHI2, options, version)
+    expected = f"--max_batch_size 8 --max_input_len 1024 {limit} --gemm_plugin float16{attention}"
     assert " ".join(command.flags) == expected
     assert command.notes == ()
     assert command.tp_size == 1
 
 
-@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(
     ("options", "output_len_limited", "sum_limited"),
     [
         ({}, "", ""),
-        ({"max_batch_size": 4}, *["--max_batch_size 4"] * 2),
-        ({"max_input_len": 300}, *["--max_input_len 300"] * 2),
         ({"max_output_len": 100}, "--max_output_len 100", "--max_seq_len 1124"),
         ({"max_seq_len": 2000}, "--max_output_len 976", "--max_seq_len 2000"),
         (
@@ -81,22 +66,16 @@ def test_the_guides_command(version, expected):
             "--max_input_len 300 --max_output_len 1700",
             "--max_input_len 300 --max_seq_len 2000",
         ),
-        ({"gemm_plugin": "bfloat16"}, *["--gemm_plugin bfloat16"] * 2),
         ({"gemm_plugin": "disable"}, *["--gemm_plugin disable"] * 2),
         ({"context_fmha": True}, *["--context_fmha enable"] * 2),
         ({"context_fmha": False}, *["--context_fmha disable"] * 2),
         ({"workers": 2}, *["--workers 2"] * 2),
-        ({"tp_size": 1, "pp_size": 1}, "", ""),
         ({"extra": ("--max_num_tokens", "2048")}, *["--max_num_tokens 2048"] * 2),
     ],
 )
-def test_each_option(options, output_len_limited, sum_limited, version):
-    given = flags(MINI, version, **options)
-    if version == "0.10.0":  # its default was float16, whatever the checkpoint's dtype
-        assert "--gpt_attention_plugin bfloat16" in given
-        given = " ".join(given.replace("--gpt_attention_plugin bfloat16", "").split())
-    early = version in ("0.10.0", GUIDES_COMMIT)
-    assert given == (output_len_limited if early else sum_limited)
+def test_each_option(options, output_len_limited, sum_limited):
+    assert flags(MINI, GUIDES_COMMIT, **options) == output_len_limited
+    assert flags(MINI, "1.2.1", **options) == sum_limited
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -109,22 +88,16 @@ def test_auto_plugins(version):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_float32_accumulation_is_kept_for_the_runtime(version):
     command = translate(MINI, BuildOptions(context_fmha_fp32_acc=True), version)
-    given = "--context_fmha_fp32_acc enable" in " ".join(command.flags)
-    if version == "1.2.1":
-        assert not given
-        assert command.run_options == {"enable_context_fmha_fp32_acc": True}
-        assert len(command.notes) == 1
-    else:
-        assert given
-        assert command.run_options == {}
-        assert command.notes == ()
+    at_run_time = version == "1.2.1"
+    assert ("--context_fmha_fp32_acc enable" in " ".join(command.flags)) == (not at_run_time)
+    assert command.run_options == ({"enable_context_fmha_fp32_acc": True} if at_run_time else {})
+    assert len(command.notes) == at_run_time
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_fp8(version):
     config = MINI | FP8
-    given = flags(config, version, use_fp8_context_fmha=True)
-    assert "--use_fp8_context_fmha enable" in given
+    assert "--use_fp8_context_fmha enable" in flags(config, version, use_fp8_context_fmha=True)
     if version in ("0.10.0", GUIDES_COMMIT):
         with pytest.raises(EngineError):
             flags(config, version, gemm_plugin="fp8")
@@ -135,34 +108,25 @@ def test_fp8(version):
 # Ranks
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", [GUIDES_COMMIT, "1.2.1"])
 def test_ranks_come_from_the_checkpoint(version):
     command = translate(MINI | TP2, BuildOptions(tp_size=2), version)
     assert command.tp_size == 2
     assert "--tp_size" not in command.flags
-    with pytest.raises(UsageError, match="--tp-size 4"):
-        translate(MINI | TP2, BuildOptions(tp_size=4), version)
+    for options in ({"tp_size": 4}, {"pp_size": 2}):
+        with pytest.raises(UsageError):
+            flags(MINI | TP2, version, **options)
 
 
-@pytest.mark.parametrize("version", VERSIONS[:3])
-def test_phi2_is_split_by_old_readers(version):
+def test_phi2_is_split_by_readers_before_012():
     with pytest.raises(EngineError) as caught:
-        translate(PHI2 | TP2, BuildOptions(), version)
+        translate(PHI2 | TP2, BuildOptions(), "0.11.0")
     assert "--tp-size 1" in caught.value.hint
-    whole = translate(PHI2, BuildOptions(tp_size=2), version)
-    assert whole.tp_size == 2
-    assert "--tp_size 2 --pp_size 1" in " ".join(whole.flags)
-    empty = translate(PHI2 | TP2, BuildOptions(), version, weights=False)
-    assert "--tp_size 2 --pp_size 1" in " ".join(empty.flags)
-
-
-def test_phi2_is_split_by_the_converter_since_012():
+    for config, options, weights in ((PHI2, {"tp_size": 2}, True), (PHI2 | TP2, {}, False)):
+        command = translate(config, BuildOptions(**options), "0.11.0", weights=weights)
+        assert command.tp_size == 2
+        assert "--tp_size 2 --pp_size 1" in " ".join(command.flags)
     assert translate(PHI2 | TP2, BuildOptions(), "0.12.0").flags == ()
-
-
-def test_no_pipeline_stages():
-    with pytest.raises(UsageError, match="--pp-size 2"):
-        translate(MINI, BuildOptions(pp_size=2), "1.2.1")
 
 
 # Phi-3-small's block sparsity
@@ -185,13 +149,10 @@ def test_long_prompts_disable_fused_attention(version, options, disabled):
     assert len(command.notes) == disabled
 
 
-def test_the_user_may_say_otherwise():
-    command = translate(SMALL, BuildOptions(context_fmha=True), "1.2.1")
-    assert command.flags == ("--context_fmha", "enable")
-    assert command.notes == ()
-
-
-def test_nothing_is_sparse_where_every_layer_is_dense():
+def test_fused_attention_stays_enabled():
+    enabled = translate(SMALL, BuildOptions(context_fmha=True), "1.2.1")
+    assert enabled.flags == ("--context_fmha", "enable")
+    assert enabled.notes == ()
     assert flags(SMALL | {"dense_attention_every_n_layers": 1}, "1.2.1") == ""
 
 
@@ -209,7 +170,6 @@ def test_an_option_without_effect_is_noted():
     ("config", "options", "names"),
     [
         (MINI, {"max_output_len": 8, "max_seq_len": 8}, "--max-output-len and --max-seq-len"),
-        (MINI, {"max_seq_len": 4097}, "4096"),
         (MINI, {"max_input_len": 4097}, "4096"),
         (MINI, {"max_output_len": 4000}, "5024"),
         (MINI, {"max_input_len": 512, "max_seq_len": 512}, "512"),
@@ -221,8 +181,7 @@ def test_an_option_without_effect_is_noted():
         (MINI | FP8, {"context_fmha": False, "use_fp8_context_fmha": True}, "--use-fp8-context"),
         (MINI, {"gpt_attention_plugin": "disable", "context_fmha": True}, "attention plugin"),
         (MINI, {"extra": ("--output_dir=x",)}, "--output_dir"),
-        (MINI, {"extra": ("--max-seq-len", "8")}, "--max_seq_len"),
-        (MINI, {"extra": ("--max_seq", "8")}, "--max_seq_len"),
+        (MINI, {"extra": ("--max-seq", "8")}, "--max_seq_len"),
     ],
 )
 def test_contradictions(config, options, names):
@@ -256,7 +215,6 @@ def test_models_that_a_release_cannot_read(config, refused, read):
         (GUIDES_COMMIT, 1),
         ("0.11.0.dev2024061100", 2),
         ("0.12.0.dev2024072300", 3),
-        ("0.17.0.post1", 3),
         ("1.2.1+cu13", 3),
         ("1.3.0rc20", 3),
     ],
@@ -267,16 +225,10 @@ def test_ranges(version, index):
 
 @pytest.mark.parametrize(
     ("version", "kind"),
-    [
-        ("0.9.0", EngineError),
-        ("1.3.0rc21", EngineError),
-        ("1.3.0", EngineError),
-        ("2.0", EngineError),
-        ("newest", UsageError),
-    ],
+    [("0.9.0", EngineError), ("1.3.0rc21", EngineError), ("newest", UsageError)],
 )
 def test_versions_that_cannot_build(version, kind):
     with pytest.raises(kind) as caught:
         release_of(version)
     assert version in caught.value.message
-    assert "1.2.1" in caught.value.hint
+    assert caught.value.hint

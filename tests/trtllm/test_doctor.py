@@ -6,6 +6,7 @@ import sys
 from importlib import metadata
 
 import pytest
+from helpers.command_line import run_phireg
 
 from phireg import doctor
 
@@ -167,13 +168,13 @@ def test_little_disk(machine, monkeypatch):
     assert machine.parts()["disk"].state == doctor.UNSUITABLE
 
 
-def test_the_command(run, machine):
+def test_the_command(machine):
     machine.versions["tensorrt_llm"] = "1.4.0"
-    shown = run("doctor")
+    shown = run_phireg("doctor")
     assert shown.exit_code == 0
     assert "tensorrt_llm (unsuitable)" in shown.output
     assert "pip install tensorrt_llm==1.2.1" in shown.output
-    parts = json.loads(run("doctor", "--json").output)["parts"]
+    parts = json.loads(run_phireg("doctor", "--json").output)["parts"]
     assert [part["name"] for part in parts][:3] == ["Python", "torch", "CUDA"]
     assert {part["state"] for part in parts} <= {"ok", "missing", "broken", "unsuitable"}
 
