@@ -16,12 +16,8 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def pick_device(name: str) -> torch.device:
     """Choose the device to compute on.
 
-    Args:
-        name: "auto" (a GPU if there is one), "cpu", "cuda" (each of several local processes takes
-            its own) or "cuda:N".
-
-    Raises:
-        UsageError: there is no such device; the hint lists those available.
+    The names are "auto" (a GPU if there is one), "cpu", "cuda" (each of several local processes
+    takes its own) and "cuda:N".
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     available = ", ".join(["cpu", *(f"cuda:{index}" for index in range(gpus))])

@@ -28,15 +28,7 @@ Message = dict[str, str]
 
 
 class Chat:
-    """A conversation with a model.
-
-    Args:
-        generator: whose tokenizer has a chat template; each answer has the next seed.
-        system: the system prompt.
-
-    Raises:
-        UsageError: there is no tokenizer or chat template, or it ignores system prompts.
-    """
+    """A conversation with a model; each answer has the next seed."""
 
     def __init__(self, generator: Generator, system: str | None) -> None:
         if generator.tokenizer is None:

@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,15 +31,10 @@ _PROXIES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record.
+    """One record."""
 
-    Attributes:
-        where: file and line (a parquet file: row, counted from 1), for messages.
-        values: column or key to value; of CSV and text files every value is text.
-    """
-
-    where: str
-    values: Mapping[str, Any]
+    where: str  # file and line (a parquet file: row, counted from 1), for messages
+    values: Mapping[str, Any]  # by column or key; of CSV and text files every value is text
 
     def text(self, *names: str) -> str:
         """Return the text of the first of these columns with a value; UsageError without one."""
@@ -72,17 +67,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Rows and where they are from.
+    """Rows and where they are from."""
 
-    Attributes:
-        name: the origin in words, for output.
-        rows: at least one.
-        note: why ``auto`` did not take the public set.
-    """
-
-    name: str
-    rows: list[Row]
-    note: str | None = None
+    name: str  # the origin in words, for output
+    rows: list[Row]  # at least one
+    note: str | None = None  # why ``auto`` did not take the public set
 
 
 def load_rows(
@@ -90,23 +79,21 @@ def load_rows(
 ) -> Data:
     """Load the rows that a user names.
 
-    Args:
-        source: a file, as ``read_rows`` takes; "cnn_dailymail", or a directory with a copy of it;
-            a name of ``bundled``; or "auto": cnn_dailymail, or if it is not available the first
-            of ``bundled``, with a note.
-        split: of cnn_dailymail.
-        count: of cnn_dailymail at most; other rows come whole.
-        bundled: by name, data that needs no network.
-
-    Raises:
-        UsageError: there is no such data, or a file is damaged.
-        SourceError: cnn_dailymail cannot be loaded.
+    The source is a file, as ``read_rows`` takes; "cnn_dailymail", or a directory with a copy of
+    it; a name of ``bundled``, data that needs no network; or "auto": cnn_dailymail, or if it is
+    not available the first of ``bundled``, with a note. Split and count are of cnn_dailymail.
     """
     path = Path(source)
     if source in bundled:
         return bundled[source]()
     if source == AUTO:
-        return _public_or_bundled(split, count, next(iter(bundled.values())))
+        reason = _unavailable()
+        if reason is None:
+            try:
+                return cnn_dailymail(split, count)
+            except PhiregError as error:
+                reason = error.message
+        return replace(next(iter(bundled.values()))(), note=reason)
     if source == CNN_DAILYMAIL:
         return cnn_dailymail(split, count)
     if path.is_dir():
@@ -120,17 +107,6 @@ def load_rows(
         hint=f"give a file of rows, {CNN_DAILYMAIL}, a directory with a copy of it, or "
         f"{', '.join(bundled)}.",
     )
-
-
-def _public_or_bundled(split: str, count: int, bundled: Callable[[], Data]) -> Data:
-    reason = _unavailable()
-    if reason is None:
-        try:
-            return cnn_dailymail(split, count)
-        except PhiregError as error:
-            reason = error.message
-    data = bundled()
-    return Data(data.name, data.rows, reason)
 
 
 def _unavailable() -> str | None:
@@ -152,15 +128,9 @@ def _unavailable() -> str | None:
 
 
 def cnn_dailymail(split: str, count: int, directory: str | None = None) -> Data:
-    """Load the first rows of cnn_dailymail 3.0.0, with ``article`` and ``highlights``.
+    """Load the first rows of a split of cnn_dailymail 3.0.0, with ``article`` and ``highlights``.
 
-    Args:
-        split: "train", "validation" or "test".
-        count: how many; fewer if the split is shorter.
-        directory: a local copy of the hub's ccdv/cnn_dailymail.
-
-    Raises:
-        SourceError: ``datasets`` is not installed, or the set cannot be loaded.
+    They come from the hub, or from a directory with a copy of its ccdv/cnn_dailymail.
     """
     try:
         import datasets
@@ -193,14 +163,9 @@ def cnn_dailymail(split: str, count: int, directory: str | None = None) -> Data:
 def read_rows(path: Path) -> list[Row]:
     """Read the rows of a file, in the format that its suffix names.
 
-    Args:
-        path: ``.jsonl`` or ``.json`` (one JSON object per line; empty lines are skipped), ``.csv``
-            (the first record names the columns), ``.parquet`` (needs pyarrow), or ``.txt`` (one
-            text per line that is not empty, as the value ``text``).
-
-    Raises:
-        UsageError: there is no such file, it has no rows, or it is damaged; the message names file
-            and line.
+    ``.jsonl`` and ``.json`` have one JSON object per line (empty lines are skipped), ``.csv`` names
+    the columns in its first record, ``.txt`` has one text per line that is not empty, as the value
+    ``text``. ``.parquet`` needs pyarrow.
     """
     readers: dict[str, Callable[[Path], Iterator[Row]]] = {
         ".jsonl": _json_rows,

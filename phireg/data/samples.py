@@ -12,29 +12,17 @@ from phireg.data.rows import Data, Row, load_rows
 from phireg.errors import UsageError
 
 BUILTIN = "builtin"
-"""The name of the text that phireg contains."""
-
-DEFAULT_SIZE = 512
-"""Samples, as TensorRT-LLM's quantization scripts take."""
-
-TEXT_COLUMNS = ("text", "article", "prompt")
-"""Columns with a row's text, in order of preference."""
-
-Encode = Callable[[str], list[int]]
-"""Text to token ids, with the special tokens that the tokenizer adds."""
+DEFAULT_SIZE = 512  # samples, as TensorRT-LLM's quantization scripts take
+TEXT_COLUMNS = ("text", "article", "prompt")  # in order of preference
+Encode = Callable[[str], list[int]]  # with the special tokens that the tokenizer adds
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Data to calibrate on.
+    """Data to calibrate on."""
 
-    Attributes:
-        rows: token ids of each sample, at least one.
-        origin: of the data, as one line of text.
-    """
-
-    rows: tuple[tuple[int, ...], ...]
-    origin: str
+    rows: tuple[tuple[int, ...], ...]  # token ids of each sample, at least one
+    origin: str  # of the data, as one line of text
 
     @property
     def tokens(self) -> int:
@@ -63,19 +51,8 @@ def read_samples(
     ``TEXT_COLUMNS``. The built-in text has one sample per passage, which begins there and runs on
     into the following ones.
 
-    Args:
-        source: a file, "cnn_dailymail" (its train split) or a directory with a copy of it,
-            "builtin" for the text that phireg contains, or "auto": the first of cnn_dailymail and
-            the built-in text that is available.
-        encode: the model's tokenizer; called only for text.
-        size: number of samples; None for 512, or as many as there are.
-        max_length: tokens of a sample at most.
-        vocab_size: ids must be below it.
-
-    Raises:
-        UsageError: a row is empty, has no text, or has an id outside the vocabulary (file and line
-            are named); or there is no such data.
-        SourceError: a dataset that was asked for cannot be loaded.
+    The source is as of ``load_rows``: the train split of cnn_dailymail, and "builtin" for the text
+    that phireg contains. A size of None is 512, or as many as there are.
     """
     count = DEFAULT_SIZE if size is None else size
     data = load_rows(source, "train", count, {BUILTIN: _builtin})

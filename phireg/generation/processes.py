@@ -14,11 +14,7 @@ from phireg.generation.backend import EXECUTOR, TENSORRT_LLM, Description
 
 
 def process_rank() -> tuple[int, int]:
-    """Return the rank of this process and the number of processes, as torchrun sets them.
-
-    Raises:
-        UsageError: the environment is not one that torchrun makes.
-    """
+    """Return the rank of this process and the number of processes, as torchrun sets them."""
     try:
         rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     except ValueError:
@@ -35,11 +31,8 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
     """Run ``phireg ARGUMENTS`` in ``count`` processes with torchrun's environment.
 
     A signal to this process goes to all of them. Each has its share of the CPU cores, unless
-    OMP_NUM_THREADS says otherwise.
-
-    Returns:
-        The exit code of rank 0 if it failed, else of the first process that did; 0 if none did;
-        128 and the signal's number after a signal.
+    OMP_NUM_THREADS says otherwise. Return the exit code of rank 0 if it failed, else of the first
+    process that did (128 and the signal's number after a signal), else 0.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -98,15 +91,7 @@ def check_launcher(backend: str) -> bool:
 def check_processes(
     backend: str, directory: Path, model: Description, processes: int, tp: int | None = None
 ) -> None:
-    """Refuse a number of processes that cannot run the model.
-
-    Args:
-        backend: its name.
-        directory: the model.
-        model: its limits.
-        processes: the number of processes that were started.
-        tp: the number of processes to start.
-    """
+    """Refuse numbers of processes, started and to start (``tp``), that the model cannot use."""
     ranks = model.tp_size
     if tp and backend != EXECUTOR:
         raise UsageError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,17 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A text to continue, or its token ids.
+    """A text to continue, or its token ids."""
 
-    Attributes:
-        where: its file and line or option, for messages.
-        text: the text; None if only ids were given.
-        ids: the token ids; empty until ``encode`` makes them from the text.
-    """
-
-    where: str
+    where: str  # its file and line or option, for messages
     text: str | None
-    ids: tuple[int, ...] = ()
+    ids: tuple[int, ...] = ()  # empty until ``encode`` makes them from the text
 
     def encode(self, tokenizer: Tokenizer | None) -> Prompt:
         """Return the prompt with its token ids; raise UsageError if it is empty."""
@@ -45,21 +38,16 @@ class Prompt:
 
 
 def read_prompts(name: str, content: bytes) -> list[Prompt]:
-    """Read the prompts of a file; empty lines are skipped.
+    """Read the prompts of a file in UTF-8; empty lines are skipped.
 
-    Args:
-        name: its name, for messages; with ``.jsonl`` at its end every line is JSON.
-        content: UTF-8 text. Lines are JSON objects with "prompt" or "input_ids" if the first one
-            is, and otherwise prompts themselves.
-
-    Raises:
-        UsageError: it is not UTF-8, holds no prompt, or has a malformed line.
+    Lines are JSON objects with "prompt" or "input_ids" if the name ends in ``.jsonl`` or the first
+    line is such an object, and otherwise prompts themselves.
     """
     lines = text_lines(name, content)
     if not lines:
         raise UsageError(f"{name} holds no prompt", hint="write one into each line.")
     if name.endswith(".jsonl") or _is_record(lines[0][1]):
-        return list(_records(lines))
+        return [_prompt(Row(where, parse_object(where, line))) for where, line in lines]
     return [Prompt(where, line) for where, line in lines]
 
 
@@ -71,12 +59,9 @@ def _is_record(line: str) -> bool:
     return isinstance(value, dict) and ("prompt" in value or "input_ids" in value)
 
 
-def _records(lines: Iterable[tuple[str, str]]) -> Iterator[Prompt]:
-    for where, line in lines:
-        row = Row(where, parse_object(where, line))
-        if ("prompt" in row.values) == ("input_ids" in row.values):
-            raise UsageError(f'{where}: not an object with either "prompt" or "input_ids"')
-        if "prompt" in row.values:
-            yield Prompt(where, row.text("prompt"))
-        else:
-            yield Prompt(where, None, tuple(row.token_ids("input_ids")))
+def _prompt(row: Row) -> Prompt:
+    if ("prompt" in row.values) == ("input_ids" in row.values):
+        raise UsageError(f'{row.where}: not an object with either "prompt" or "input_ids"')
+    if "prompt" in row.values:
+        return Prompt(row.where, row.text("prompt"))
+    return Prompt(row.where, None, tuple(row.token_ids("input_ids")))

@@ -22,11 +22,7 @@ _REPLACEMENT = "\ufffd"
 
 
 class Tokenizer:
-    """Convert between text and token ids, and apply the model's chat template.
-
-    Args:
-        inner: a transformers tokenizer.
-    """
+    """A transformers tokenizer: text, token ids, and the model's chat template."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -35,14 +31,11 @@ class Tokenizer:
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
         """Return the token ids of a prompt, with the special tokens that begin it.
 
-        Args:
-            text: the prompt.
-            max_length: tokens at most, special ones included; a longer text loses its beginning.
+        A text of more than ``max_length`` tokens, special ones included, loses its beginning.
         """
-        if max_length is None:
-            return list(self._inner(text)["input_ids"])
         self._inner.truncation_side = "left"
-        return list(self._inner(text, truncation=True, max_length=max_length)["input_ids"])
+        cut = max_length is not None
+        return list(self._inner(text, truncation=cut, max_length=max_length)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without special tokens and without cleaning up spaces."""
@@ -77,13 +70,9 @@ class Tokenizer:
         return frozenset(added[token] for token in _END_OF_TURN if token in added)
 
     def chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Render a conversation by the chat template, up to where the model's answer begins.
+        """Render ``{"role", "content"}`` messages, up to where the model's answer begins.
 
-        Args:
-            messages: ``{"role": "system" | "user" | "assistant", "content": text}``, in order.
-
-        Raises:
-            UsageError: the tokenizer has no chat template, or it refuses these messages.
+        Raise UsageError if there is no chat template, or it refuses these messages.
         """
         if not self._inner.chat_template:
             raise UsageError(
@@ -101,28 +90,16 @@ class Tokenizer:
         return text
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the token ids of :meth:`chat_text`; the template writes the first special tokens.
-
-        Raises:
-            UsageError: as :meth:`chat_text`.
-        """
+        """Return the ids of :meth:`chat_text`; the template writes the first special tokens."""
         return list(self._inner(self.chat_text(messages), add_special_tokens=False)["input_ids"])
 
 
 def find_tokenizer(checkpoint_dir: Path, tokenizer_dir: Path | None = None) -> Tokenizer | None:
     """Load the tokenizer of a checkpoint, or of another directory.
 
-    Args:
-        checkpoint_dir: a checkpoint; its family reads a ``*.tiktoken`` file.
-        tokenizer_dir: another directory with a tokenizer, such as the source model's.
-
-    Returns:
-        The tokenizer; None if the checkpoint has none and ``tokenizer_dir`` is None.
-
-    Raises:
-        UsageError: ``tokenizer_dir`` holds no tokenizer.
-        SourceError: the files are damaged, or cannot be used without running their author's code.
-        PluginError: the family that reads the ``*.tiktoken`` file cannot be loaded.
+    The checkpoint's family reads a ``*.tiktoken`` file. Return None if the checkpoint has no
+    tokenizer and ``tokenizer_dir`` is None. Raise SourceError if the files are damaged, or cannot
+    be used without running their author's code.
     """
     directory = checkpoint_dir if tokenizer_dir is None else tokenizer_dir
     if any((directory / name).is_file() for name in _FILES):
@@ -202,13 +179,6 @@ def stop_ids(directory: Path, tokenizer: Tokenizer | None) -> frozenset[int]:
 
     The sources are generation_config.json (which lists the end of a turn as well as of a text),
     the tokenizer, and config.json.
-
-    Args:
-        directory: of the model; convert copies generation_config.json into a checkpoint.
-        tokenizer: the model's, if there is one.
-
-    Raises:
-        SourceError: an eos_token_id is not an id or a list of ids.
     """
     eos_id = tokenizer.eos_id if tokenizer else None
     return (

@@ -59,19 +59,10 @@ def choose_models(
     hf_dtype: str | None = None,
     also_hf: bool = False,
 ) -> tuple[ModelRun, ...]:
-    """Give each backend the directory that it runs.
+    """Give each backend, by default the one that runs the directories, the directory that it runs.
 
-    Args:
-        directories: a checkpoint, an engine, or one of each.
-        hf_model_dir: the source model.
-        backends: names, in order; empty for the one that runs the directories.
-        options: of the executor. The others share its device; an engine has its own dtype.
-        hf_dtype: of the source model.
-        also_hf: run the source model beside the backends.
-
-    Raises:
-        UsageError: there is no such backend, a directory is missing or of another kind, or there
-            are two of a kind.
+    The directories are a checkpoint, an engine, or one of each. The options are of the executor;
+    the others share its device, and an engine has its own dtype.
     """
     engine, checkpoint = _by_kind(directories)
     names = list(backends) or [EXECUTOR if engine is None else TENSORRT_LLM]
@@ -117,12 +108,7 @@ def _by_kind(directories: Sequence[Path]) -> tuple[Path | None, Path | None]:
 def check_model_processes(models: Sequence[ModelRun], tp: int | None = None) -> bool:
     """Refuse a number of processes that the models cannot use; hf may run in rank 0 alone.
 
-    Args:
-        models: the models.
-        tp: the number of processes for the executor.
-
-    Returns:
-        Whether these processes are still to be started.
+    Return whether the ``tp`` processes for the executor are still to be started.
     """
     backends = [model.backend for model in models]
     if tp and EXECUTOR not in backends:

@@ -12,38 +12,23 @@ from phireg.summarization.task import Sample, Settings
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A backend's summary of one article.
+    """A backend's summary of one article."""
 
-    Attributes:
-        text: of the new tokens, without special tokens.
-        new_tokens: how many, without the stop id.
-        perplexity: of prompt and summary together; None if not computed.
-    """
-
-    text: str
-    new_tokens: int
-    perplexity: float | None = None
+    text: str  # without special tokens
+    new_tokens: int  # without the stop id
+    perplexity: float | None = None  # of prompt and summary together; None if not computed
 
 
 @dataclass(frozen=True, slots=True)
 class BackendResult:
-    """The result of one backend.
-
-    Attributes:
-        name: the backend's name.
-        directory: of the model that it ran.
-        summaries: of each article.
-        rouge: of the summaries.
-        batch_seconds: of the generation of each batch, without the warm-up.
-        memory: the peak in bytes; None if unknown.
-    """
+    """The result of one backend."""
 
     name: str
     directory: str
-    summaries: tuple[Summary, ...]
+    summaries: tuple[Summary, ...]  # of each article
     rouge: Rouge
-    batch_seconds: tuple[float, ...]
-    memory: int | None
+    batch_seconds: tuple[float, ...]  # of the generation of each batch, without the warm-up
+    memory: int | None  # the peak in bytes; None if unknown
 
     @property
     def perplexity(self) -> float | None:
@@ -78,18 +63,11 @@ class BackendResult:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A score and its threshold.
-
-    Attributes:
-        backend: the backend.
-        metric: "rouge1", which must be above the threshold, or "perplexity", which must be below.
-        value: the score; None if the backend does not give it, which fails.
-        threshold: a score equal to it fails.
-    """
+    """A score and its threshold; a score equal to it fails."""
 
     backend: str
-    metric: str
-    value: float | None
+    metric: str  # "rouge1", which must be above the threshold, or "perplexity", below
+    value: float | None  # None if the backend does not give it, which fails
     threshold: float
 
     @property
@@ -111,25 +89,15 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Summarization:
-    """A whole run.
+    """A whole run."""
 
-    Attributes:
-        data: the origin of the articles.
-        note: why these, if the user did not choose them.
-        settings: of the task.
-        samples: the articles.
-        backends: in the order asked for.
-        checks: of the scores that have thresholds.
-        provenance: label and value pairs about versions, models and data.
-    """
-
-    data: str
-    note: str | None
+    data: str  # the origin of the articles
+    note: str | None  # why these, if the user did not choose them
     settings: Settings
     samples: tuple[Sample, ...]
     backends: tuple[BackendResult, ...]
     checks: tuple[Check, ...] = ()
-    provenance: tuple[tuple[str, str], ...] = ()
+    provenance: tuple[tuple[str, str], ...] = ()  # labels and values: versions, models, data
 
     @property
     def passed(self) -> bool:
@@ -148,17 +116,11 @@ class Summarization:
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """The scores to reach.
+    """The scores to reach."""
 
-    Attributes:
-        backends: names of the backends to check.
-        rouge1: must be exceeded.
-        perplexity: must be undercut; None if it is not computed.
-    """
-
-    backends: Collection[str]
-    rouge1: float
-    perplexity: float | None = None
+    backends: Collection[str]  # to check, by name
+    rouge1: float  # must be exceeded
+    perplexity: float | None = None  # must be undercut; None if it is not computed
 
     def check(self, results: Sequence[BackendResult]) -> tuple[Check, ...]:
         """Compare the backends' scores with the thresholds."""

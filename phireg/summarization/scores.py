@@ -17,24 +17,14 @@ _SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Rouge:
-    """F-measures, from 0 to 100.
+    """F-measures for each of ``ROUGES``, from 0 to 100."""
 
-    Attributes:
-        total: the bootstrap's middle for each of ``ROUGES``.
-        articles: the F-measures of each article.
-    """
-
-    total: Mapping[str, float]
+    total: Mapping[str, float]  # the bootstrap's middle
     articles: tuple[Mapping[str, float], ...]
 
 
 def rouge(summaries: Sequence[str], references: Sequence[str]) -> Rouge:
-    """Score summaries against their references.
-
-    Args:
-        summaries: at least one.
-        references: as many.
-    """
+    """Score summaries, at least one, against their references."""
     import numpy as np
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.scoring import BootstrapAggregator
@@ -48,10 +38,10 @@ def rouge(summaries: Sequence[str], references: Sequence[str]) -> Rouge:
     state = np.random.get_state()
     np.random.seed(_SEED)
     try:
-        found = aggregator.aggregate()
+        aggregate = aggregator.aggregate()
     finally:
         np.random.set_state(state)
-    total = {name: 100 * float(found[name].mid.fmeasure) for name in ROUGES}
+    total = {name: 100 * float(aggregate[name].mid.fmeasure) for name in ROUGES}
     return Rouge(total, tuple(articles))
 
 

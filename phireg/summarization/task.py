@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from filecmp import cmp
+from itertools import product
 from pathlib import Path
 
 from phireg import demo
@@ -14,38 +16,23 @@ from phireg.errors import UsageError
 from phireg.generation.tokenizer import Tokenizer
 
 DEMO = "demo"
-"""The name of the demo models' held-back articles."""
-
 PROMPT_END = " TL;DR: "
-
-_TEST_ROWS = 11_490
-"""Rows of cnn_dailymail's test split."""
-
+_TEST_ROWS = 11_490  # of cnn_dailymail's test split
 _DEFAULT_FAMILY = "phi3-small"
 _TOKENIZERS = ("tokenizer.json", "cl100k_base.tiktoken")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Settings of the task; names and defaults are those of TensorRT-LLM's summarize.py.
-
-    Attributes:
-        batch_size: prompts continued side by side.
-        max_ite: batches at most.
-        max_input_length: tokens of a prompt at most; its beginning is cut off.
-        min_input_length: articles whose prompt has no more tokens than this are left out.
-        output_len: new tokens at most.
-        num_beams: 1 is greedy.
-        eval_ppl: compute perplexity.
-    """
+    """Settings of the task; names and defaults are those of TensorRT-LLM's summarize.py."""
 
     batch_size: int = 1
-    max_ite: int = 20
-    max_input_length: int = 923
-    min_input_length: int = 0
-    output_len: int = 100
-    num_beams: int = 1
-    eval_ppl: bool = False
+    max_ite: int = 20  # batches at most
+    max_input_length: int = 923  # tokens of a prompt at most; its beginning is cut off
+    min_input_length: int = 0  # articles whose prompt has no more tokens are left out
+    output_len: int = 100  # new tokens at most
+    num_beams: int = 1  # 1 is greedy
+    eval_ppl: bool = False  # compute perplexity
 
     @property
     def count(self) -> int:
@@ -60,37 +47,22 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """An article to summarize.
+    """An article to summarize."""
 
-    Attributes:
-        where: file and line, for messages.
-        article: the whole text.
-        reference: the human summary.
-        prompt: the token ids that the model continues.
-    """
-
-    where: str
+    where: str  # file and line, for messages
     article: str
-    reference: str
-    prompt: tuple[int, ...]
+    reference: str  # the human summary
+    prompt: tuple[int, ...]  # the token ids that the model continues
 
 
 def load_articles(
     dataset: str, count: int, directories: Sequence[Path], dataset_dir: str | None = None
 ) -> Data:
-    """Load articles with ``article`` and ``highlights``.
+    """Load articles with ``article`` and ``highlights`` for the models of ``directories``.
 
-    Args:
-        dataset: a file of rows; "cnn_dailymail" (its test split); "demo" (the held-back articles
-            of a demo model); or "auto": a demo model's own articles, for other models
-            cnn_dailymail or, if it is not available, held-back articles with a note.
-        count: how many are needed, before any is left out.
-        directories: of the models.
-        dataset_dir: a local copy of cnn_dailymail.
-
-    Raises:
-        UsageError: there is no such data, or ``dataset_dir`` has no effect on the choice.
-        SourceError: cnn_dailymail cannot be loaded.
+    The dataset is a file of rows; "cnn_dailymail" (its test split, of ``dataset_dir`` if given);
+    "demo" (the held-back articles of a demo model); or "auto": a demo model's own articles, for
+    other models cnn_dailymail or, if it is not available, held-back articles with a note.
     """
     family = _demo_family(directories)
     if dataset_dir is not None:
@@ -114,26 +86,17 @@ def _demo_family(directories: Sequence[Path]) -> str | None:
     """Find the family whose demo model a directory was made from, by its tokenizer."""
     for family in demo.families()[0]:
         original = demo.find(family).directory
-        for name in _TOKENIZERS:
-            if any(_same_file(original / name, directory / name) for directory in directories):
+        for path, name in product(directories, _TOKENIZERS):
+            both = (original / name, path / name)
+            if all(file.is_file() for file in both) and cmp(*both, shallow=False):
                 return family
     return None
 
 
-def _same_file(first: Path, second: Path) -> bool:
-    return (
-        first.is_file()
-        and second.is_file()
-        and first.stat().st_size == second.stat().st_size
-        and first.read_bytes() == second.read_bytes()
-    )
-
-
 def _held_back(family: str) -> Data:
-    articles = demo.find(family).articles
     rows = [
         Row(f"article {number}", {"article": article.text, "highlights": article.reference})
-        for number, article in enumerate(articles)
+        for number, article in enumerate(demo.find(family).articles)
     ]
     return Data("the held-back split of phireg's demo models", rows)
 
@@ -148,16 +111,7 @@ def prompt_text(article: str) -> str:
 
 
 def make_samples(rows: Iterable[Row], tokenizer: Tokenizer, settings: Settings) -> list[Sample]:
-    """Return the first articles in order, with their prompts.
-
-    Args:
-        rows: with the texts ``article`` and ``highlights``.
-        tokenizer: the model's; special tokens are on.
-        settings: how many, and how long.
-
-    Raises:
-        UsageError: a row lacks one of its texts, or no article is long enough.
-    """
+    """Return the first articles that are long enough, in order, with their prompts."""
     samples: list[Sample] = []
     for row in rows:
         if len(samples) == settings.count:
