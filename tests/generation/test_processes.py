@@ -16,7 +16,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 PHIREG = (sys.executable, "-m", "phireg", "run")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "phireg")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+TORCHRUN += ("--nproc-per-node", "2", "-m", "phireg")
 
 
 def spawn(*command, **options):
