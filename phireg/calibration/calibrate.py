@@ -107,9 +107,8 @@ def calibrate(
         if tell is not None:
             tell(f"{path} does not serve: {reason}")
     check_writable(path, "the calibration statistics")
-    statistics = run_calibration(
-        plan.chosen.family, plan.source, settings, progress=progress, tell=tell
-    )
+    family = plan.chosen.family
+    statistics = run_calibration(family, plan.source, settings, progress=progress, tell=tell)
     save(path, statistics)
     return Calibrated(statistics, path, False)
 
@@ -127,16 +126,6 @@ def run_calibration(
     On a GPU it computes in the dtype of the source; on a CPU in bfloat16 if the source is in
     bfloat16, else in float32, since float16 is slow there. Layer by layer, so the model may be
     larger than memory; see :func:`phireg.calibration.collect.collect` for the memory it takes.
-
-    Returns:
-        The statistics. Their provenance has ``family``, ``model_dir``, ``revision``, ``source``
-        (digests of every file's header) and ``values`` (digest of a part of every tensor),
-        ``settings`` as asked for, and of the run ``data``, ``data_digest``, ``samples``,
-        ``tokens``, ``longest``, ``dtype``, ``device``, ``versions`` and ``date``.
-
-    Raises:
-        UsageError: the samples or the device make no sense.
-        SourceError: the model or its tokenizer cannot be read, or a maximum is not finite.
     """
     device = pick_device(settings.device)
     dtype = _compute_dtype(source, device)
@@ -164,7 +153,7 @@ def run_calibration(
         "revision": source.revision,
         "source": _headers(source),
         "values": _values(source),
-        "settings": _asked(settings),
+        "settings": _recorded(settings),
         "data": samples.origin,
         "data_digest": samples.digest,
         "samples": len(samples.rows),
@@ -179,12 +168,9 @@ def run_calibration(
         tell(f"calibration: {describe(provenance)}")
         if price is not None:
             tell(price)
+    batch_size = settings.batch_size
     statistics = collect(
-        reference,
-        samples.rows,
-        device=device,
-        batch_size=settings.batch_size,
-        progress=progress,
+        reference, samples.rows, device=device, batch_size=batch_size, progress=progress
     )
     return dataclasses.replace(statistics, provenance=provenance)
 
@@ -202,9 +188,6 @@ def misfit(statistics: Statistics, source: Source, settings: Settings | None) ->
     """The reason why statistics do not belong to a model, or to settings; None if they do.
 
     The directory may have another name, and the outcome of a setting of None does not matter.
-
-    Raises:
-        UsageError: the settings' own file cannot be read.
     """
     provenance = statistics.provenance
     if provenance.get("source") != _headers(source):
@@ -212,19 +195,16 @@ def misfit(statistics: Statistics, source: Source, settings: Settings | None) ->
     if provenance.get("values") != _values(source):
         return f"the weights have other values than those of {provenance.get('model_dir')} had"
     if settings is not None:
-        before = provenance.get("settings")
-        for name, value in _asked(settings).items():
-            recorded = before.get(name) if isinstance(before, Mapping) else None
-            if recorded != value:
-                return f"it was made with {name} {_shown(recorded)}, not {_shown(value)}"
+        recorded = provenance.get("settings")
+        for name, value in _recorded(settings).items():
+            before = recorded.get(name) if isinstance(recorded, Mapping) else None
+            if before != value:
+                old, new = ("left open" if x is None else x for x in (before, value))
+                return f"it was made with {name} {old}, not {new}"
     return None
 
 
-def _shown(value: Any) -> str:
-    return "left open" if value is None else str(value)
-
-
-def _asked(settings: Settings) -> dict[str, Any]:
+def _recorded(settings: Settings) -> dict[str, Any]:
     """The settings that maxima depend on."""
     digest = None
     if settings.file is not None:

@@ -26,8 +26,6 @@ Progress = Callable[[int, int], None]
 
 Rows = Sequence[Sequence[int]]
 
-_HINT = "the weights are damaged, or the model overflows in this dtype."
-
 
 def collect(
     reference: Reference,
@@ -48,10 +46,8 @@ def collect(
     dtype: tokens x hidden_size x 2 bytes in 16 bits (512 rows of 512 tokens of Phi-3-mini: 1.6 GB).
 
     ``reference`` comes from ``open_reference`` with no weights read yet; none are left in memory.
-    The maxima have no provenance, and are float32 of values in the compute dtype.
-
-    Raises:
-        SourceError: a linear saw no token, or a maximum is not finite; it is named.
+    The maxima have no provenance. A SourceError names a linear that saw no token, or a maximum that
+    is not finite.
     """
     model, layers = reference.model, reference.model.model.layers
     report = progress or (lambda more, total: None)
@@ -77,15 +73,10 @@ def collect(
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Time that :func:`collect` takes, in seconds.
+    """Time that :func:`collect` takes, in seconds."""
 
-    Attributes:
-        reading: all layers' weights.
-        token: one token through all layers.
-    """
-
-    reading: float
-    token: float
+    reading: float  # all layers' weights
+    token: float  # one token through all layers
 
     def of(self, tokens: int) -> float:
         """Seconds for so many tokens."""
@@ -227,11 +218,7 @@ class _Largest:
             yield
 
     def settle(self, layer: int) -> None:
-        """Move a layer's maxima to main memory.
-
-        Raises:
-            SourceError: a linear or the cache saw no token, or something that is not finite.
-        """
+        """Move a layer's maxima to main memory; refuse those that are missing or not finite."""
         if unseen := [name for name in self._names if name not in self._running]:
             raise SourceError(f"calibration: no token went through {', '.join(unseen)}")
         for name, running in self._running.items():  # in the order in which the model gets there
@@ -239,9 +226,8 @@ class _Largest:
             if not bool(amax.isfinite().all()):
                 channel = int((~amax.isfinite()).int().argmax())
                 raise SourceError(
-                    f"calibration: the input of {name} is {float(amax[channel])} in channel "
-                    f"{channel}",
-                    hint=_HINT,
+                    f"calibration: the input of {name} is {amax[channel]} in channel {channel}",
+                    hint="the weights are damaged, or the model overflows in this dtype.",
                 )
             self.inputs[name] = amax.numpy()
         for what in ("key", "value"):

@@ -29,24 +29,17 @@ _CACHED = re.compile(r"layers\.(0|[1-9]\d*)\.(key|value)_amax")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
-    """Absolute maxima over all calibration tokens, taken in the compute dtype.
-
-    Attributes:
-        inputs: by module name in the source ("model.layers.0.self_attn.qkv_proj"): the maximum of
-            |x| per input channel of the linear, float32 [in_features].
-        keys: by layer: the maximum of |key| after the rotary embedding; empty if not recorded.
-        values: by layer: the maximum of |value|; as many as ``keys``.
-        provenance: JSON data on their origin; see ``phireg.calibration.calibrate``.
-
-    Raises:
-        SourceError: a maximum is not finite or negative, a vector is empty or not float32, or keys
-            and values are of different number.
-    """
+    """Absolute maxima over all calibration tokens, taken in the compute dtype; all are finite."""
 
     inputs: Mapping[str, NDArray[np.float32]]
+    """By module name in the source ("model.layers.0.self_attn.qkv_proj"): the maximum of |x| per
+    input channel of the linear, [in_features]."""
     keys: tuple[float, ...]
+    """By layer: the maximum of |key| after the rotary embedding; empty if not recorded."""
     values: tuple[float, ...]
+    """By layer: the maximum of |value|."""
     provenance: Mapping[str, Any]
+    """JSON data on their origin."""
 
     def __post_init__(self) -> None:
         for name, amax in self.inputs.items():
@@ -87,9 +80,6 @@ def save(path: Path, statistics: Statistics) -> None:
 
     Tensors, all float32: ``<module>.input_amax`` [in_features], ``layers.<i>.key_amax`` [1] and
     ``layers.<i>.value_amax`` [1]; the provenance is JSON in the file's metadata.
-
-    Raises:
-        OutputError: the file cannot be written.
     """
     tensors = {f"{name}{_INPUT}": np.ascontiguousarray(a) for name, a in statistics.inputs.items()}
     for layer, (key, value) in enumerate(zip(statistics.keys, statistics.values, strict=True)):
@@ -101,12 +91,7 @@ def save(path: Path, statistics: Statistics) -> None:
 
 
 def load(path: Path) -> Statistics:
-    """Read what :func:`save` wrote.
-
-    Raises:
-        SourceError: there is no such file, it is damaged or something else, or a maximum is not
-            finite or negative.
-    """
+    """Read what :func:`save` wrote; a SourceError says what is wrong with a file."""
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}

@@ -34,15 +34,7 @@ def build_plan(
     options: Options,
     model_dir: str | None = None,
 ) -> Plan:
-    """Plan a conversion. Problems of the model are findings, all of them at once.
-
-    Args:
-        chosen: the family whose rules apply.
-        hf: the source's config.json.
-        source: its tensors, from headers.
-        options: dtype, ranks, quantization.
-        model_dir: what the user called the source; its directory by default.
-    """
+    """Plan a conversion. Problems of the model are findings, all of them at once."""
     return _Builder(chosen, hf, source, options).plan(model_dir or str(source.directory))
 
 
@@ -123,9 +115,8 @@ class _Builder:
             stated = next((codes[c] for c, _ in sizes.most_common() if c in codes), "float16")
         name = str(stated).removeprefix("torch.")
         if name not in WEIGHT_DTYPES:
-            self.error(
-                "dtype", "torch_dtype", f"is {stated!r}; known are {', '.join(WEIGHT_DTYPES)}"
-            )
+            detail = f"is {stated!r}; known are {', '.join(WEIGHT_DTYPES)}"
+            self.error("dtype", "torch_dtype", detail)
             return "float16"
         return "float16" if name == "float32" else name
 
@@ -163,15 +154,16 @@ class _Builder:
                 self.check_sources(rule, companion, rows, mapped)
                 weight = companion == "weight"
                 kind = self.quantization.weight_code(rule) if weight else code
-                outputs += self.shards(
-                    rule, companion, rows, rule.dtype or kind, FOLLOWS[companion]
-                )
+                kind = rule.dtype or kind
+                outputs += self.shards(rule, companion, rows, kind, FOLLOWS[companion])
             if rule.cols is not None:
-                for problem in check_partition(
-                    {rule.target: rule.cols}, {OWN_COLUMNS: rule.cols.length}
-                ):
+                columns = {OWN_COLUMNS: rule.cols.length}
+                for problem in check_partition({rule.target: rule.cols}, columns):
                     self.error("columns", rule.target, problem, rule.where)
-        self.check_uses(owners, rules)
+        for companion, axes in owners.items():
+            sources = {name: count for axis in axes.values() for name, count in axis.sources}
+            for problem in check_partition(axes, sources):
+                self.error("partition", f"rows of every {companion}", problem)
         self.check_unmapped(mapped, rules)
         problems = list(self.quantization.problems(rules, owners["weight"]))
         for subject, detail, where in problems:
@@ -222,12 +214,7 @@ class _Builder:
                 self.error("dtype", name, detail, rule.where)
 
     def shards(
-        self,
-        rule: Rule,
-        companion: str,
-        rows: Axis,
-        code: str,
-        follows: tuple[str, ...],
+        self, rule: Rule, companion: str, rows: Axis, code: str, follows: tuple[str, ...]
     ) -> Iterator[Output]:
         """A tensor of a module on every rank, cut along the axes that it follows."""
         ranks = self.options.ranks
@@ -260,37 +247,23 @@ class _Builder:
         ranks = self.options.ranks
         mixtures = [rule for rule in rules.values() if rule.experts]
         if self.options.moe_ep_size is not None and not mixtures:
-            self.error(
-                "sharding", self.family.name, "has no experts that ranks could divide or share out"
-            )
+            self.error("sharding", self.family.name, "has no experts to divide or share out")
             return
         for rule in mixtures:
             if rule.experts % ranks.moe_ep_size:
-                self.error(
-                    "sharding",
-                    rule.target,
-                    f"{rule.experts} experts cannot be shared out over {ranks.moe_ep_size} ranks",
-                    rule.where,
-                )
+                detail = f"{rule.experts} experts do not divide over {ranks.moe_ep_size} ranks"
+                self.error("sharding", rule.target, detail, rule.where)
                 return
         parts = list(undivided(rules, ranks))
         possible = ", ".join(map(str, tp_sizes(rules, ranks.moe_ep_size))) if parts else ""
         for rule, part in parts:
             unit = f"units of {part.unit}" if part.unit > 1 else "rows"
             over = ranks.moe_tp_size if rule.experts else ranks.tp_size
-            self.error(
-                "sharding",
-                rule.target,
+            detail = (
                 f"part '{part.name}': {part.length // part.unit} {unit} cannot be divided "
-                f"over {over} ranks; tp sizes that work: {possible}",
-                rule.where,
+                f"over {over} ranks; tp sizes that work: {possible}"
             )
-
-    def check_uses(self, owners: Mapping[str, Mapping[str, Axis]], rules: Rules) -> None:
-        for companion, axes in owners.items():
-            sources = {name: rows for axis in axes.values() for name, rows in axis.sources}
-            for problem in check_partition(axes, sources):
-                self.error("partition", f"rows of every {companion}", problem)
+            self.error("sharding", rule.target, detail, rule.where)
 
     def check_unmapped(self, mapped: set[str], rules: Rules) -> None:
         for name in self.source.tensors:
@@ -316,12 +289,12 @@ class _Builder:
             output = by_name.get(name)
             if output is None:
                 self.error("schema", name, "the reader requires it, and no rule makes it")
-            elif output.shape != shape:
-                detail = f"would be {list(output.shape)}; the reader expects {list(shape)}"
-                self.error("schema", name, detail)
-            elif output.dtype != code:
-                detail = f"would be {output.dtype}; the reader expects {code}"
-                self.error("schema", name, detail)
+                continue
+            for actual, expected in ((list(output.shape), list(shape)), (output.dtype, code)):
+                if actual != expected:
+                    detail = f"would be {actual}; the reader expects {expected}"
+                    self.error("schema", name, detail)
+                    break
         for name in by_name.keys() - required.keys():
             self.error("schema", name, "is made by a rule, and the reader does not know it")
 

@@ -27,22 +27,13 @@ Small enough that a block is still in the processor's cache when it is hashed an
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Choices of the user.
+    """Choices of the user; see :func:`phireg.plan`."""
 
-    Attributes:
-        dtype: ``auto`` or a key of ``phireg.dtypes.WEIGHT_DTYPES``.
-        tp_size: number of tensor-parallel ranks.
-        qformat: a key of ``phireg.reader.schemes.SCHEMES``, or None.
-        kv_cache_dtype: a key of ``phireg.reader.schemes.KV_CACHES``, or None.
-        moe_ep_size: number of ranks that share out the experts of a mixture; None (not given)
-            means 1.
-    """
-
-    dtype: str = "auto"
+    dtype: str = "auto"  # or a key of WEIGHT_DTYPES
     tp_size: int = 1
-    qformat: str | None = None
-    kv_cache_dtype: str | None = None
-    moe_ep_size: int | None = None
+    qformat: str | None = None  # a key of SCHEMES
+    kv_cache_dtype: str | None = None  # a key of KV_CACHES
+    moe_ep_size: int | None = None  # None (not given) means 1
 
     @property
     def ranks(self) -> Ranks:
@@ -57,10 +48,9 @@ class Options:
     @property
     def weight_only(self) -> str | None:
         """``int8`` or ``int4`` for the portable weight-only form, else None."""
-        scheme = self.scheme
-        if scheme is None or scheme.weight is not None:
+        if self.scheme is None or self.scheme.weight is not None:
             return None
-        return scheme.qformat.removesuffix("_wo")
+        return self.scheme.qformat.removesuffix("_wo")
 
     @property
     def calibrated(self) -> bool:
@@ -71,27 +61,17 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of source tensors, as the origin of an output.
+    """Rows of source tensors, in order (stacked linears one after the other), as an origin."""
 
-    Attributes:
-        spans: over source tensors, in order; zero rows have no source. Stacked linears follow each
-            other.
-        columns: the source columns that a row keeps, in order; None for all, or for one axis.
-    """
-
-    spans: tuple[Span, ...]
-    columns: tuple[Span, ...] | None = None
+    spans: tuple[Span, ...]  # over source tensors; zero rows have no source
+    columns: tuple[Span, ...] | None = None  # that a row keeps; None for all, or for one axis
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Elements of scales that the run computes, as the origin of an output.
+    """Elements of scales that the run computes, as the origin of an output."""
 
-    Attributes:
-        spans: over the plan's ``scales``, in order.
-    """
-
-    spans: tuple[Span, ...]
+    spans: tuple[Span, ...]  # over the plan's ``scales``, in order
 
 
 class Basis(Enum):
@@ -103,18 +83,12 @@ class Basis(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ScaleTensor:
-    """A scale in the source's coordinates: its elements follow the source's rows or columns.
+    """A scale in the source's coordinates: its elements follow the source's rows or columns."""
 
-    Attributes:
-        dtype: safetensors code.
-        size: number of elements.
-        computed_from: with SmoothQuant's alpha at 1. With a smaller one all scales of its linears
-            depend on the weights as well.
-    """
-
-    dtype: str
-    size: int
+    dtype: str  # safetensors code
+    size: int  # elements
     computed_from: tuple[Basis, ...]
+    """With SmoothQuant's alpha at 1; below, its scales all depend on the weights as well."""
 
     @property
     def nbytes(self) -> int:
@@ -124,22 +98,13 @@ class ScaleTensor:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One tensor of one rank file.
-
-    Attributes:
-        rank: the file, ``rank{rank}.safetensors``.
-        name: tensor name.
-        dtype: safetensors code.
-        shape: its shape; [experts, rows, columns] for the stacked linears of experts.
-        offset: absolute byte offset in the file.
-        origin: where its values come from.
-    """
+    """One tensor of ``rank{rank}.safetensors``."""
 
     rank: int
     name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
+    dtype: str  # safetensors code
+    shape: tuple[int, ...]  # [experts, rows, columns] for the stacked linears of experts
+    offset: int  # in the file, in bytes
     origin: Rows | Scale
 
     @property
@@ -167,15 +132,11 @@ class Write:
 class Step:
     """Consecutive source rows, read once and written to every place that needs them.
 
-    Attributes:
-        source: the source tensor, or None for zero rows.
-        row: first row (an element, for a tensor with one axis).
-        count: number of rows.
-        writes: their places. Every output receives its rows in order over the steps of a task.
+    Every output receives its rows in order over the steps of a task.
     """
 
-    source: SourceTensor | None
-    row: int
+    source: SourceTensor | None  # None for zero rows
+    row: int  # an element, for a tensor with one axis
     count: int
     writes: tuple[Write, ...]
 
@@ -189,17 +150,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLinear:
-    """A linear whose quantized weight and scales a run computes.
+    """A linear whose quantized weight and scales a run computes."""
 
-    Attributes:
-        target: module path in the checkpoint.
-        sources: the source modules its rows come from; no other target reads them.
-        columns: number of input features in the source.
-    """
-
-    target: str
-    sources: tuple[str, ...]
-    columns: int
+    target: str  # module path in the checkpoint
+    sources: tuple[str, ...]  # the source modules of its rows; no other target reads them
+    columns: int  # input features in the source
 
 
 @dataclass(frozen=True, slots=True)

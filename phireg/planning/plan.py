@@ -82,12 +82,8 @@ def plan_config(
 ) -> Plan:
     """Plan a checkpoint's config.json from the model's alone: no weights are needed.
 
-    The plan's ``config`` is that of a conversion; it has no outputs and cannot be carried out.
-    Arguments are those of :func:`plan`; without a dtype in config.json, ``auto`` is float16.
-
-    Raises:
-        PlanError: the config has errors.
-        PhiregError: as :func:`plan`.
+    The plan has no outputs and cannot be carried out; without a dtype in config.json, ``auto`` is
+    float16. Raises a PlanError if the config has errors.
     """
     _check_sizes(dtype, tp_size)
     directory = Path(model_dir)
@@ -104,12 +100,7 @@ def plan_config(
 
 
 def choose_family(hf: HFConfig, family: str) -> FamilyChoice:
-    """Return the family of a config: the one that claims it, or the named one if it fits.
-
-    Raises:
-        SourceError: none fits.
-        PluginError: the family cannot be found or loaded.
-    """
+    """Return the family that claims a config, or the named one if it fits."""
     check_model(hf)
     choice = registry.choose(hf) if family == AUTO else registry.load(family)
     if refusal := choice.family.refusal(hf):
@@ -121,11 +112,7 @@ def choose_family(hf: HFConfig, family: str) -> FamilyChoice:
 
 
 def check_model(hf: HFConfig) -> None:
-    """Refuse quantized, multimodal and encoder-decoder models, and configs of no model at all.
-
-    Raises:
-        SourceError: with every reason.
-    """
+    """Refuse quantized, multimodal and encoder-decoder models, and configs of no model at all."""
     if reasons := list(_refusals(hf)):
         raise SourceError(
             "config.json does not describe a model phireg converts:\n"

@@ -37,14 +37,9 @@ one (shape [1]) follows nothing.
 def axes_of(companion: str, shape: Sequence[int] | None, rows: int) -> tuple[str, ...]:
     """The axes of a tensor of a linear: names out of ``rows`` and ``cols``, in tensor order.
 
-    Args:
-        companion: last component of the tensor name.
-        shape: that of a scale read from a checkpoint, else None.
-        rows: number of output rows of its module; for a scale that was read, of the source module,
-            since a target fused from single rows has more.
-
-    Raises:
-        LayoutError: a linear has no such tensor.
+    ``shape`` is that of a scale read from a checkpoint, else None; ``rows`` the number of output
+    rows of its module, for a scale that was read of the source module: a target fused from single
+    rows has more.
     """
     if companion not in FOLLOWS:
         raise LayoutError(f"'{companion}' is not a companion of a linear")
@@ -57,9 +52,7 @@ def axes_of(companion: str, shape: Sequence[int] | None, rows: int) -> tuple[str
 class Quantization:
     """The quantized part of one plan, filled while its outputs are made.
 
-    Args:
-        options: the user's choices.
-        code: safetensors code of the checkpoint's dtype.
+    ``code`` is the checkpoint's dtype.
     """
 
     def __init__(self, options: Options, code: str) -> None:
@@ -87,9 +80,8 @@ class Quantization:
 
     def targets(self) -> tuple[str, ...]:
         """The linears whose weights this run quantizes."""
-        if self.scheme is None or self.scheme.weight is None:
-            return ()
-        return tuple(dict.fromkeys(self.rules.linears))
+        quantizes = self.scheme is not None and self.scheme.weight is not None
+        return tuple(dict.fromkeys(self.rules.linears)) if quantizes else ()
 
     def add(self, rule: Rule, rows: Axis) -> Mapping[str, str | None]:
         """Add a linear to the quantized ones; return its scales and their dtypes by companion."""
@@ -134,11 +126,9 @@ class Quantization:
                 yield Output(rank, name, "F32", (1,), 0, Scale((Span(name, 0, 1),)))
 
     def problems(self, rules: Rules, axes: Mapping[str, Axis]) -> Iterator[tuple[str, str, str]]:
-        """Errors of the family's quantization rules: subject, detail, place.
+        """Errors of the family's quantization rules (subject, detail, place).
 
-        Args:
-            rules: the weight rules.
-            axes: the row map chosen for the weight of each target.
+        ``axes`` has the row map chosen for the weight of each target.
         """
         if self.kv_cache and not self.rules.kv_caches:
             yield "KV cache", "the family's quantization rules name no attention module", ""
@@ -176,22 +166,18 @@ class Quantization:
             config.get("position_embedding_type") == "long_rope"
             or "longrope_scaling_short_factors" in config
         ):
-            yield Finding(
-                Severity.WARNING,
-                "kv-cache",
-                "FP8 on a long-rope model",
+            detail = (
                 "three bits of mantissa hold keys whose angles differ little far apart, and "
-                "calibration texts are short: compare long prompts first, or use int8",
+                "calibration texts are short: compare long prompts first, or use int8"
             )
+            yield Finding(Severity.WARNING, "kv-cache", "FP8 on a long-rope model", detail)
         if self.scheme is None or self.scheme.quant_algo != "FP8":
             return
         for output in outputs:
             quantized = output.dtype == self.scheme.weight and output.rank == 0
             if quantized and any(size % FP8_ALIGNMENT for size in output.shape):
-                yield Finding(
-                    Severity.WARNING,
-                    "alignment",
-                    output.name,
+                detail = (
                     f"is {list(output.shape)} on each rank; TensorRT's FP8 kernels want multiples "
-                    f"of {FP8_ALIGNMENT}",
+                    f"of {FP8_ALIGNMENT}"
                 )
+                yield Finding(Severity.WARNING, "alignment", output.name, detail)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from phireg.errors import PlanError, UsageError
@@ -18,13 +18,10 @@ _LAYER = re.compile(r"\b([A-Za-z_]\w*)\.(\d+)\.")
 
 
 def fold_layers(items: Iterable[tuple[str, ...]]) -> list[tuple[tuple[str, ...], list[int]]]:
-    """Fold tuples of texts that differ in their layer number only.
+    """Fold tuples of texts that differ in their layer number only; with the indices of each group.
 
     ``model.layers.0.x`` and ``model.layers.1.x`` become ``model.layers.{0..1}.x``. The layer number
     is that of the first text that has one.
-
-    Returns:
-        The folded texts of each group, and the indices of its items.
     """
     groups: dict[tuple[str, ...], tuple[list[int], list[int]]] = {}
     for index, texts in enumerate(items):
@@ -98,12 +95,10 @@ def explain(plan: Plan, tensor: str) -> tuple[Output, ...]:
     outputs = tuple(o for o in plan.outputs if o.name == tensor or o.name.startswith(f"{tensor}."))
     if not outputs:
         names = sorted({o.name for o in plan.outputs})
-        near = difflib.get_close_matches(tensor, names, 3, 0.5)
+        near = " or ".join(difflib.get_close_matches(tensor, names, 3, 0.5))
         raise UsageError(
             f"the checkpoint has no tensor or module '{tensor}'",
-            hint=f"perhaps {' or '.join(near)}."
-            if near
-            else "phireg plan --json lists all of them.",
+            hint=f"perhaps {near}." if near else "phireg plan --json lists all of them.",
         )
     return outputs
 
@@ -129,9 +124,7 @@ def as_json(plan: Plan, *, workers: int) -> dict[str, Any]:
         "buffer_bytes": plan.buffer_bytes(workers),
         "cast_tensors": plan.casts,
         "calibrated": plan.options.calibrated,
-        "linears": [
-            {"target": linear.target, "sources": list(linear.sources)} for linear in plan.linears
-        ],
+        "linears": [{"target": x.target, "sources": list(x.sources)} for x in plan.linears],
         "kv_caches": list(plan.kv_caches),
         "config": plan.config,
         "findings": findings_json(plan.findings),
@@ -141,16 +134,7 @@ def as_json(plan: Plan, *, workers: int) -> dict[str, Any]:
 
 def findings_json(findings: Iterable[Finding]) -> list[dict[str, str]]:
     """Findings one by one."""
-    return [
-        {
-            "severity": finding.severity.value,
-            "code": finding.code,
-            "subject": finding.subject,
-            "detail": finding.detail,
-            "where": finding.where,
-        }
-        for finding in findings
-    ]
+    return [asdict(finding) | {"severity": finding.severity.value} for finding in findings]
 
 
 def output_json(plan: Plan, output: Output) -> dict[str, Any]:

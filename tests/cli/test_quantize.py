@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from phireg import demo
 from phireg.calibration import calibrate as calibrating
-from phireg.conversion import convert as exporting
+from phireg.conversion import quantize as exporting
 from phireg.errors import OutputError
 from phireg.quality import run as measuring
 
