@@ -66,6 +66,6 @@ def test_rotary_dim(head, share, rotated):
 @pytest.mark.parametrize(
     ("head", "share"), [(80, 0.0), (10, 0.5), (80, 1.5), (80, 1e308), (7, 1.0)]
 )
-def test_what_cannot_be_rotated_is_refused(head, share):
+def test_heads_that_cannot_be_rotated_are_refused(head, share):
     with pytest.raises(ConfigError):
         rotary_dim({"head_size": head, "rotary_pct": share}, HFConfig({}))

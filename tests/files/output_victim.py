@@ -22,12 +22,13 @@ def fill(directory, files):
         (directory / name).write_text(text)
 
 
-def stale(base, **parts):
+def leave_stale(base, **parts):
     """What a killed run leaves: the marker without a lock, and the given sub-directories."""
     partial = base / "out.phireg-partial"
     fill(partial, {".phireg-partial": json.dumps({"pid": 1, "host": "gone"})})
     for name, files in parts.items():
         fill(partial / name, files)
+    return partial
 
 
 def prepare(scenario, base):
@@ -36,12 +37,12 @@ def prepare(scenario, base):
     elif scenario == "empty":
         (base / "out").mkdir()
     elif scenario == "stale":
-        stale(base, unfinished=NEW)
+        leave_stale(base, unfinished=NEW)
     elif scenario == "put-back":
-        stale(base, unfinished=NEW, replaced=OLD)
+        leave_stale(base, unfinished=NEW, replaced=OLD)
     elif scenario == "finish":
         fill(base / "out", NEW)
-        stale(base, replaced=OLD)
+        leave_stale(base, replaced=OLD)
 
 
 def convert(scenario, base):

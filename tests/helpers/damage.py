@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from safetensors.numpy import load_file, save_file
 
 from helpers.tiny_phi3 import INDEX, SHARDS, shard_path, tiny_tensors, write_json, write_shards
@@ -23,24 +24,17 @@ from helpers.tiny_phi3 import INDEX, SHARDS, shard_path, tiny_tensors, write_jso
 
 @dataclass(frozen=True)
 class Damage:
-    """One way to spoil a good checkpoint.
+    """One way to spoil a valid checkpoint."""
 
-    Attributes:
-        name: unique, also the test id.
-        apply: spoils the directory it is given.
-        named: what the error must name: a file, a tensor or a key.
-        stage: who must notice.
-    """
-
-    name: str
-    apply: Callable[[Path], None]
-    named: str
-    stage: Literal["source", "plan"] = "source"
+    name: str  # unique, also the test id
+    apply: Callable[[Path], Any]  # spoils the directory it is given
+    named: str  # what the error must name: a file, a tensor or a key
+    stage: Literal["source", "plan"] = "source"  # who must notice
 
 
 # ---- small tools: each returns a function that takes the directory -----------------------------
 
-Apply = Callable[[Path], None]
+Apply = Callable[[Path], Any]
 
 
 def raw_shard(edit: Callable[[bytes], bytes]) -> Apply:
@@ -168,34 +162,16 @@ def weightless(*more: str) -> Apply:
     return apply
 
 
-def drop_index_only(directory: Path) -> None:
-    (directory / INDEX).unlink()
+def drop(*names: str) -> Apply:
+    return lambda directory: [(directory / name).unlink() for name in names]
 
 
-def replace_shard_by_directory(directory: Path) -> None:
-    shard_path(directory).unlink()
-    shard_path(directory).mkdir()
+def replace(name: str, create: Callable[[Path], Any]) -> Apply:
+    """Put something else where a file was."""
 
-
-def replace_shard_by_pipe(directory: Path) -> None:
-    shard_path(directory).unlink()
-    os.mkfifo(shard_path(directory))
-
-
-def replace_shard_by_link(directory: Path) -> None:
-    shard_path(directory).unlink()
-    shard_path(directory).symlink_to("../blobs/0123abcd")
-
-
-def replace_index_by_directory(directory: Path) -> None:
-    (directory / INDEX).unlink()
-    (directory / INDEX).mkdir()
-
-
-def drop_shards(*shards: int) -> Apply:
     def apply(directory: Path) -> None:
-        for shard in shards:
-            shard_path(directory, shard).unlink()
+        (directory / name).unlink()
+        create(directory / name)
 
     return apply
 
@@ -224,8 +200,6 @@ def torch_bin(make: Callable[[dict[str, Any]], Any] = lambda state: state, **opt
     """Keep config.json and store the tensors as pytorch_model.bin."""
 
     def apply(directory: Path) -> None:
-        import torch
-
         weightless()(directory)
         state = {name: torch.from_numpy(array) for name, array in tiny_tensors().items()}
         torch.save(make(state), directory / "pytorch_model.bin", **options)
@@ -275,30 +249,6 @@ def rewritten_bin(compression: int, **contents: bytes) -> Apply:
     return apply
 
 
-def sparse() -> Any:
-    import torch
-
-    return torch.eye(3).to_sparse()
-
-
-def quantized() -> Any:
-    import torch
-
-    return torch.quantize_per_tensor(torch.ones(2, 2), 0.5, 0, torch.qint8)
-
-
-def meta() -> Any:
-    import torch
-
-    return torch.empty(2, device="meta")
-
-
-def complex128() -> Any:
-    import torch
-
-    return torch.zeros(2, dtype=torch.complex128)
-
-
 def bin_index_without_shards(directory: Path) -> None:
     weightless()(directory)
     shards = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
@@ -307,6 +257,7 @@ def bin_index_without_shards(directory: Path) -> None:
 
 # ---- the list -----------------------------------------------------------------------------------
 
+FIRST_SHARD = shard_path(Path()).name
 DEEP = b'{"a":' + b"[" * 200_000
 EMBEDDING = "model.embed_tokens.weight"
 QKV = "model.layers.1.self_attn.qkv_proj.weight"
@@ -333,10 +284,10 @@ _SHARD: dict[str, Apply] = {
     "pickle": raw_shard(lambda raw: b"\x80\x02}q\x00." + bytes(9)),
     "gguf": raw_shard(lambda raw: b"GGUF" + bytes(60)),
     "zeros": raw_shard(lambda raw: bytes(len(raw))),
-    "is-directory": replace_shard_by_directory,
-    "is-pipe": replace_shard_by_pipe,
-    "dangling-link": replace_shard_by_link,
-    "missing": drop_shards(0, 2),
+    "is-directory": replace(FIRST_SHARD, Path.mkdir),
+    "is-pipe": replace(FIRST_SHARD, os.mkfifo),
+    "dangling-link": replace(FIRST_SHARD, lambda path: path.symlink_to("../blobs/0123abcd")),
+    "missing": drop(FIRST_SHARD, shard_path(Path(), 2).name),
     "length-huge": with_length(lambda raw: 2**64 - 1),
     "length-over-100-mb": with_length(lambda raw: 100_000_001),
     "length-past-end": with_length(len),
@@ -376,7 +327,7 @@ _SHARD: dict[str, Apply] = {
 _INDEX: dict[str, Apply] = {
     "not-json": text(INDEX, '{"weight_map": {'),
     "git-lfs": text(INDEX, LFS),
-    "is-directory": replace_index_by_directory,
+    "is-directory": replace(INDEX, Path.mkdir),
     "duplicate-key": text(INDEX, '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'),
     "array": text(INDEX, "[]"),
     "no-map": index(lambda document: document.pop("weight_map") and None),
@@ -407,15 +358,17 @@ _BIN: dict[str, Apply] = {
     "nested": torch_bin(lambda state: {"state_dict": state}),
     "number": with_entry(lambda: 3),
     "key-not-string": with_entry(lambda: 3, 7),
-    "sparse": with_entry(sparse),
-    "quantized": with_entry(quantized),
-    "meta": with_entry(meta),
-    "complex": with_entry(complex128),
+    "sparse": with_entry(lambda: torch.eye(3).to_sparse()),
+    "quantized": with_entry(
+        lambda: torch.quantize_per_tensor(torch.ones(2, 2), 0.5, 0, torch.qint8)
+    ),
+    "meta": with_entry(lambda: torch.empty(2, device="meta")),
+    "complex": with_entry(lambda: torch.zeros(2, dtype=torch.complex128)),
     "shards-missing": bin_index_without_shards,
 }
 
 _CONFIG_FILE: dict[str, Apply] = {
-    "missing": lambda directory: (directory / "config.json").unlink(),
+    "missing": drop("config.json"),
     "not-json": text("config.json", '{\n"a": 1,\n}'),
     "not-utf8": text("config.json", b'{"a": "\xe9"}'),
     "bom": text("config.json", b"\xef\xbb\xbf{}"),
@@ -428,7 +381,7 @@ _CONFIG_FILE: dict[str, Apply] = {
 _OTHERS: list[tuple[str, Apply, str]] = [
     (
         "index-lists-absent-tensor",
-        index(lambda document: document["weight_map"].update({"ghost": shard_path(Path()).name})),
+        index(lambda document: document["weight_map"].update(ghost=FIRST_SHARD)),
         "ghost",
     ),
     (
@@ -441,7 +394,7 @@ _OTHERS: list[tuple[str, Apply, str]] = [
     # other things than a checkpoint
     ("directory-empty", clear, "model"),
     ("weights-missing", weightless(), "model"),
-    ("index-missing", drop_index_only, "model-00001-of-00003.safetensors"),
+    ("index-missing", drop(INDEX), "model-00001-of-00003.safetensors"),
     (
         "lora-adapter",
         only(adapter_config__json=b"{}", adapter_model__safetensors=b""),
@@ -523,7 +476,7 @@ _PLAN: list[tuple[str, Apply, str]] = [
 ]
 
 DAMAGES = [
-    *(Damage(f"shard-{name}", apply, shard_path(Path()).name) for name, apply in _SHARD.items()),
+    *(Damage(f"shard-{name}", apply, FIRST_SHARD) for name, apply in _SHARD.items()),
     *(Damage(f"index-{name}", apply, INDEX) for name, apply in _INDEX.items()),
     *(Damage(f"bin-{name}", apply, "pytorch_model") for name, apply in _BIN.items()),
     *(Damage(f"config-{name}", apply, "config.json") for name, apply in _CONFIG_FILE.items()),

