@@ -41,10 +41,10 @@ class Step:
         return QuantRules(())
 
 def make(name, **more):
-    given = dict(
+    values = dict(
         name=name, architectures=("Acme",), model_types=("acme",), steps=(Step(),), api=1
     )
-    return Family(**{**given, **more})
+    return Family(**{**values, **more})
 """
 
 
@@ -94,16 +94,16 @@ def test_index_reads_names_and_imports_nothing(plugin):
     assert "acme_bomb" not in sys.modules
 
 
-def test_load_imports_only_what_was_asked_for(plugin):
-    plugin("acme_good", "FAMILY = make('good')")
+def test_load_imports_that_family_alone(plugin):
+    plugin("acme_sound", "FAMILY = make('sound')")
     plugin("acme_bomb", "raise SystemExit('imported')")
-    known = registry.index([offer("good", "acme_good:FAMILY"), offer("bomb", "acme_bomb:FAMILY")])
-    chosen = registry.load("good", known)
+    known = registry.index([offer("sound", "acme_sound:FAMILY"), offer("bomb", "acme_bomb:FAMILY")])
+    chosen = registry.load("sound", known)
     assert isinstance(chosen.family, Family)
-    assert chosen.family.name == "good"
+    assert chosen.family.name == "sound"
     assert chosen.candidate.distribution == "acme-phi"
     assert chosen.warnings == ()
-    assert "acme_good" in sys.modules
+    assert "acme_sound" in sys.modules
     assert "acme_bomb" not in sys.modules
 
 
@@ -115,7 +115,8 @@ def test_an_unknown_family_is_answered_with_the_nearest_and_all():
         offer("acme-phi4", "x:F"),
     )
     assert "'phi3-mimi'" in error.message and "'phi3-mini'" in error.message
-    assert "acme-phi4 (acme-phi 0.3); phi2, phi3-mini (phireg 0.1.0)" in error.hint
+    assert all(name in error.hint for name in ("acme-phi4", "acme-phi 0.3", "phi2", "phi3-mini"))
+    assert "'other:phi2'" in failure("other:phi2", offer("phi2", "x:F", "phireg")).message
 
 
 def test_two_distributions_with_one_name(plugin):
@@ -126,18 +127,13 @@ def test_two_distributions_with_one_name(plugin):
         offer("phi3-small", "acme_two:FAMILY", "acme-phi", "0.3"),
     )
     error = failure("phi3-small", *offers)
-    assert "phireg 0.1.0  phi3-small = acme_one:FAMILY" in error.message
-    assert "acme-phi 0.3  phi3-small = acme_two:FAMILY" in error.message
-    assert "--family acme-phi:phi3-small  or  --family phireg:phi3-small" in error.hint
+    assert "acme_one:FAMILY" in error.message and "acme_two:FAMILY" in error.message
+    assert "--family acme-phi:phi3-small" in error.hint
+    assert "--family phireg:phi3-small" in error.hint
     assert not {"acme_one", "acme_two"} & set(sys.modules)
     chosen = registry.load("acme-phi:phi3-small", registry.index(offers))
     assert chosen.candidate.distribution == "acme-phi"
     assert "acme_one" not in sys.modules
-
-
-def test_a_distribution_that_does_not_offer_the_family():
-    error = failure("other:phi2", offer("phi2", "x:F", "phireg"))
-    assert "'other:phi2'" in error.message
 
 
 @pytest.mark.parametrize(
@@ -152,17 +148,13 @@ def test_a_distribution_that_does_not_offer_the_family():
 )
 def test_a_plugin_that_cannot_be_imported(plugin, body, says):
     plugin("acme_bad", body)
-    plugin("acme_good", "FAMILY = make('good')")
-    offers = (offer("bad", "acme_bad:FAMILY"), offer("good", "acme_good:FAMILY"))
+    plugin("acme_sound", "FAMILY = make('sound')")
+    offers = (offer("bad", "acme_bad:FAMILY"), offer("sound", "acme_sound:FAMILY"))
     error = failure("bad", *offers)
     assert "acme-phi 0.3 (acme_bad:FAMILY)" in error.message
     assert says in error.message
     assert error.hint
-    assert registry.load("good", registry.index(offers)).family.name == "good"
-
-
-def test_a_malformed_entry_point():
-    assert "not a module at all!" in failure("bad", offer("bad", "not a module at all!")).message
+    assert registry.load("sound", registry.index(offers)).family.name == "sound"
 
 
 @pytest.mark.parametrize(
@@ -182,12 +174,12 @@ def test_what_is_no_such_family_names_the_distribution(plugin, body, culprit):
 
 
 def test_damaged_metadata_does_not_stop_the_others(plugin):
-    plugin("acme_good", "FAMILY = make('good')")
-    nobody = metadata.EntryPoint("good", "x:F", registry.GROUP)
-    nameless = offer("good", "x:F", None, None)
-    known = registry.index([nameless, nobody, offer("good", "acme_good:FAMILY")])
-    assert [c.distribution for c in known["good"]] == ["acme-phi", "unknown", "unknown"]
-    assert registry.load("acme-phi:good", known).family.name == "good"
+    plugin("acme_sound", "FAMILY = make('sound')")
+    no_distribution = metadata.EntryPoint("sound", "x:F", registry.GROUP)
+    nameless = offer("sound", "x:F", None, None)
+    known = registry.index([nameless, no_distribution, offer("sound", "acme_sound:FAMILY")])
+    assert [c.distribution for c in known["sound"]] == ["acme-phi", "unknown", "unknown"]
+    assert registry.load("acme-phi:sound", known).family.name == "sound"
 
 
 # --family auto
@@ -200,18 +192,12 @@ def choose(config, *offers):
 ACME = {"architectures": ["Acme"], "model_type": "acme"}
 
 
-def test_choose_takes_the_one_that_claims_the_model(plugin):
-    plugin("acme_a", "FAMILY = make('a')")
-    plugin("acme_b", "FAMILY = make('b', architectures=('Other',), model_types=('other',))")
-    chosen = choose(ACME, offer("a", "acme_a:FAMILY"), offer("b", "acme_b:FAMILY"))
-    assert (chosen.family.name, chosen.candidate.name, chosen.warnings) == ("a", "a", ())
-
-
-def test_choose_asks_families_to_tell_apart(plugin):
+def test_choose_takes_the_family_that_claims_the_model(plugin):
     plugin("acme_a", "FAMILY = make('a', tell_apart=lambda hf: 'it is large')")
     plugin("acme_b", "FAMILY = make('b', tell_apart=lambda hf: None)")
-    offers = offer("a", "acme_a:FAMILY"), offer("b", "acme_b:FAMILY")
-    assert choose(ACME, *offers).family.name == "b"
+    plugin("acme_c", "FAMILY = make('c', architectures=('Other',), model_types=('other',))")
+    chosen = choose(ACME, *(offer(name, f"acme_{name}:FAMILY") for name in "abc"))
+    assert (chosen.family.name, chosen.candidate.name, chosen.warnings) == ("b", "b", ())
 
 
 def test_choose_with_none_lists_the_reasons(plugin):
@@ -219,12 +205,7 @@ def test_choose_with_none_lists_the_reasons(plugin):
     plugin("acme_b", "FAMILY = make('b', tell_apart=lambda hf: 'it is small')")
     plugin("acme_bad", "1 / 0")
     with pytest.raises(SourceError) as caught:
-        choose(
-            ACME,
-            offer("a", "acme_a:FAMILY"),
-            offer("b", "acme_b:FAMILY"),
-            offer("bad", "acme_bad:FAMILY"),
-        )
+        choose(ACME, *(offer(name, f"acme_{name}:FAMILY") for name in ("a", "b", "bad")))
     message = caught.value.message
     assert "a: its architecture is Acme" in message
     assert "b: it is small" in message
@@ -237,7 +218,8 @@ def test_choose_with_two_says_how_to_choose(plugin):
     plugin("acme_b", "FAMILY = make('b')")
     with pytest.raises(PluginError) as caught:
         choose(ACME, offer("a", "acme_a:FAMILY"), offer("b", "acme_b:FAMILY", "b-dist", "1"))
-    assert "--family acme-phi:a  or  --family b-dist:b" in caught.value.hint
+    assert "--family acme-phi:a" in caught.value.hint
+    assert "--family b-dist:b" in caught.value.hint
 
 
 def test_a_derived_family_goes_before_its_bases(plugin):
@@ -259,10 +241,10 @@ def test_a_derived_family_goes_before_its_bases(plugin):
     ],
 )
 def test_a_broken_plugin_is_a_warning(plugin, body, says):
-    plugin("acme_good", "FAMILY = make('good')")
+    plugin("acme_sound", "FAMILY = make('sound')")
     plugin("acme_bad", body)
-    chosen = choose(ACME, offer("bad", "acme_bad:FAMILY"), offer("good", "acme_good:FAMILY"))
-    assert chosen.family.name == "good"
+    chosen = choose(ACME, offer("bad", "acme_bad:FAMILY"), offer("sound", "acme_sound:FAMILY"))
+    assert chosen.family.name == "sound"
     (warning,) = chosen.warnings
     assert says in warning
     assert "'bad'" in warning
