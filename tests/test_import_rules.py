@@ -51,7 +51,7 @@ RULES = {
     DTYPES: Rule(lazily=("numpy", "torch"), typing=("numpy", "torch")),
     LAYOUT: Rule((FINDINGS, ERRORS)),
     CONFIG: Rule((LAYOUT, FINDINGS, ERRORS)),
-    READER: Rule((ERRORS, DTYPES)),
+    READER: Rule((FILES, ERRORS, DTYPES)),
     FILES: Rule((ERRORS, DTYPES, "safetensors", "xxhash")),
     SOURCE: Rule(
         (FILES, LAYOUT, DTYPES, ERRORS, "numpy", "xxhash"), lazily=("torch", "huggingface_hub")

@@ -77,13 +77,8 @@ def checkpoint_config(directory: Path) -> dict[str, Any]:
             f"{directory} is not a TensorRT-LLM checkpoint: it holds no config.json", hint=_HINT
         )
     config = read_json_object(directory / "config.json")
-    if not isinstance(config.get("architecture"), str):
-        raise _not_a_checkpoint(directory)
-    return config
-
-
-def _not_a_checkpoint(directory: Path) -> SourceError:
-    """Return the error for a config.json that is not a checkpoint's; it says what it is."""
+    if isinstance(config.get("architecture"), str):
+        return config
     kind = kind_of(directory)
     if kind is HF_MODEL:
         hint = (
@@ -93,8 +88,8 @@ def _not_a_checkpoint(directory: Path) -> SourceError:
     elif kind is ENGINE:
         hint = "give the checkpoint that it was built from."
     else:
-        return SourceError(
+        raise SourceError(
             f"{directory} is not {CHECKPOINT.name}: its config.json has no 'architecture'",
             hint=_HINT,
         )
-    return SourceError(f"{directory} is {kind.name}, not {CHECKPOINT.name}", hint=hint)
+    raise SourceError(f"{directory} is {kind.name}, not {CHECKPOINT.name}", hint=hint)

@@ -41,14 +41,15 @@ def prompt_attention(
         if not any(pads):
             return lambda query, key, value: blocks.causal_attention(query, key, value, scale)
         sparse = False
-    elif can_skip(pattern, device):
+    elif has_kernels(device):
         from phireg.executor.cuda import launch
 
-        first_head = rank * spec.rank_heads
-        starts = torch.tensor(pads, device=device) if any(pads) else None
-        return lambda query, key, value: launch.sparse_attention(
-            query, key, value, pattern, starts, first_head, scale
-        )
+        if pattern.block_size % launch.SPARSE_TILE == 0:
+            first_head = rank * spec.rank_heads
+            starts = torch.tensor(pads, device=device) if any(pads) else None
+            return lambda query, key, value: launch.sparse_attention(
+                query, key, value, pattern, starts, first_head, scale
+            )
     mask = slot_mask(spec, sparse, rank, torch.tensor(pads or (0,), device=device))
     return lambda query, key, value: blocks.masked_attention(query, key, value, scale, mask)
 
@@ -87,15 +88,6 @@ def visible(pattern: BlockSparse, query: Tensor, key: Tensor, head: Tensor) -> T
 def always_dense(pattern: BlockSparse, length: int) -> bool:
     """Return whether the mask is plain causal for every sequence of so many tokens or fewer."""
     return length <= pattern.block_size * pattern.num_local_blocks
-
-
-def can_skip(pattern: BlockSparse, device: torch.device) -> bool:
-    """Return whether prompts go through the kernel that reads no tile which a query cannot see."""
-    if not has_kernels(device):
-        return False
-    from phireg.executor.cuda.launch import SPARSE_TILE
-
-    return pattern.block_size % SPARSE_TILE == 0
 
 
 def current_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -170,51 +170,6 @@ def rank_mixture(
     return total
 
 
-def layer(
-    spec: ModelSpec,
-    shards: list[Weights],
-    x: Tensor,
-    rotary: Rotary,
-    attends: list[Attend],
-    reduce: Reduce,
-    observe: Callable[[str, Tensor], None] | None = None,
-    observe_inputs: Callable[[str, list[Tensor]], None] | None = None,
-    ranks: Sequence[int] = (),
-) -> Tensor:
-    """Run one decoder layer over the ranks in this process, in lockstep; ``x`` is [B, T, h].
-
-    ``observe`` is called with "attention", "mlp" (their outputs, biases included) and "hidden";
-    ``observe_inputs`` with a linear's name and its input, before smoothing and quantization: one
-    tensor of a column linear, each rank's of a row linear. Linears of experts are not observed.
-    """
-    u = norm(spec, shards[0], "input_layernorm", x)
-    heads = [
-        attention(spec, weights, u, rotary, attend)
-        for weights, attend in zip(shards, attends, strict=True)
-    ]
-    if observe_inputs is not None:
-        observe_inputs("attention.qkv", [u])
-        observe_inputs("attention.dense", heads)
-    attended = row_linear(shards, "attention.dense", heads, reduce)
-    if spec.architecture.residual == "sequential":
-        x = x + attended
-        u = norm(spec, shards[0], "post_layernorm", x)
-    if spec.experts is None:
-        gated = [activate(spec, linear(weights, "mlp.fc", u)) for weights in shards]
-        if observe_inputs is not None:
-            observe_inputs("mlp.fc", [u])
-            observe_inputs("mlp.proj", gated)
-        mlp = row_linear(shards, "mlp.proj", gated, reduce)
-    else:
-        mlp = mixture(spec, shards, ranks, u, reduce)
-    x = x + mlp if spec.architecture.residual == "sequential" else x + attended + mlp
-    if observe is not None:
-        observe("attention", attended)
-        observe("mlp", mlp)
-        observe("hidden", x)
-    return x
-
-
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Attend to every token's own and all earlier ones; shapes as ``Attend``."""
     key, value = _per_query_head(query, key, value)

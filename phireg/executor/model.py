@@ -201,11 +201,39 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         observe: Callable[[str, Tensor], None] | None = None,
         observe_inputs: Callable[[str, list[Tensor]], None] | None = None,
     ) -> Tensor:
-        """Run one layer; see ``blocks.layer``."""
-        watchers = (observe, observe_inputs)
-        return blocks.layer(
-            self.spec, shards, x, rotary, attends, self.reduce, *watchers, self.ranks
-        )
+        """Run one decoder layer over the ranks in this process, in lockstep; ``x`` is [B, T, h].
+
+        ``observe`` is called with "attention", "mlp" (their outputs, biases included) and "hidden";
+        ``observe_inputs`` with a linear's name and its input, before smoothing and quantization:
+        one tensor of a column linear, each rank's of a row linear, none of experts.
+        """
+        spec, first = self.spec, shards[0]
+        u = blocks.norm(spec, first, "input_layernorm", x)
+        heads = [
+            blocks.attention(spec, weights, u, rotary, attend)
+            for weights, attend in zip(shards, attends, strict=True)
+        ]
+        if observe_inputs is not None:
+            observe_inputs("attention.qkv", [u])
+            observe_inputs("attention.dense", heads)
+        attended = blocks.row_linear(shards, "attention.dense", heads, self.reduce)
+        if spec.architecture.residual == "sequential":
+            x = x + attended
+            u = blocks.norm(spec, first, "post_layernorm", x)
+        if spec.experts is None:
+            gated = [blocks.activate(spec, blocks.linear(w, "mlp.fc", u)) for w in shards]
+            if observe_inputs is not None:
+                observe_inputs("mlp.fc", [u])
+                observe_inputs("mlp.proj", gated)
+            mlp = blocks.row_linear(shards, "mlp.proj", gated, self.reduce)
+        else:
+            mlp = blocks.mixture(spec, shards, self.ranks, u, self.reduce)
+        x = x + mlp if spec.architecture.residual == "sequential" else x + attended + mlp
+        if observe is not None:
+            observe("attention", attended)
+            observe("mlp", mlp)
+            observe("hidden", x)
+        return x
 
     def logits(self, ends: list[Weights], x: Tensor) -> Tensor:
         """Apply final norm and lm_head: float32 [..., vocab_size] without the padding."""

@@ -8,7 +8,6 @@ an activation or a feature that has no exact meaning here is an error, never a g
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from phireg.dtypes import WEIGHT_DTYPES
-from phireg.errors import CheckError
+from phireg.errors import CheckError, SourceError
+from phireg.files.json import read_json_object
 from phireg.reader.architectures import (
     ACTIVATIONS,
     ARCHITECTURES,
@@ -163,16 +163,10 @@ def read_spec(checkpoint_dir: Path) -> ModelSpec:
     """
     path = checkpoint_dir / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckError(
-            f"{path}: cannot be read ({error.strerror})",
-            hint="give the directory that holds config.json and rank0.safetensors",
-        ) from error
-    except ValueError as error:
-        raise CheckError(f"{path}: is not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise CheckError(f"{path}: is not a JSON object")
+        values = read_json_object(path)
+    except SourceError as error:
+        hint = error.hint or "give the directory that holds config.json and rank0.safetensors"
+        raise CheckError(error.message, hint=hint) from error
     return parse_spec(values, str(path))
 
 
@@ -243,22 +237,18 @@ def parse_spec(values: Mapping[str, Any], where: str = "config.json") -> ModelSp
 
 def _check_known(config: Config) -> None:
     """Refuse values that have no meaning for the executor."""
+    tables: dict[str, Mapping[str, Any]] = {
+        "architecture": ARCHITECTURES,
+        "hidden_act": ACTIVATIONS,
+        "dtype": WEIGHT_DTYPES,
+    }
+    for key, known in tables.items():
+        value = config.get(key)
+        if not isinstance(value, str) or value not in known:
+            raise config.error(
+                f"{key} {value!r} is unknown to the executor", f"known are {', '.join(known)}"
+            )
     name = config.get("architecture")
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise config.error(
-            f"the architecture {name!r} is unknown to the executor",
-            f"it runs {', '.join(ARCHITECTURES)}",
-        )
-    activation = config.get("hidden_act")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise config.error(
-            f"hidden_act {activation!r} is unknown to the executor",
-            f"known are {', '.join(ACTIVATIONS)}",
-        )
-    if config.get("dtype") not in WEIGHT_DTYPES:
-        raise config.error(
-            f"dtype is {config.get('dtype')!r}", f"known are {', '.join(WEIGHT_DTYPES)}"
-        )
     if config.values.get("moe") is not None and not ARCHITECTURES[name].experts:
         raise config.error(f"moe is set: {name} has no mixture-of-experts layers")
     if config.values.get("qk_layernorm"):

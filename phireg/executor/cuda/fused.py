@@ -1,4 +1,4 @@
-"""The layers of generation on a GPU: as ``blocks.layer`` computes them, in a dozen kernels.
+"""The layers of generation on a GPU: as ``Executor.run_layer`` computes them, in a dozen kernels.
 
 ``verify`` does not use them. A residual that is still to be added is passed beside the hidden
 states to the next norm, which adds it.
@@ -33,61 +33,35 @@ def forward(
     """Return logits of each row's last token, float32 [B, vocab_size]; fill the caches.
 
     ``ids`` are int64 [B, T]; the first of the T tokens goes to ``slot``, int64 [1]. ``caches`` and
-    ``attends`` are lists of layers, and within these of ranks.
+    ``attends`` are lists of layers, and within these of ranks. There are no experts.
     """
     spec, ends = executor.spec, executor.end_weights()
+    sequential = spec.architecture.residual == "sequential"
     x = executor.embed(ends, ids)
     pending: Tensor | None = None
     for index in range(spec.num_layers):
-        x, pending = layer(
-            spec,
-            executor.layer_weights(index),
-            x,
-            pending,
-            rotary,
-            caches[index],
-            slot,
-            attends[index],
-            executor.reduce,
-        )
+        shards = executor.layer_weights(index)
+        u = _norm(spec, shards[0], "input_layernorm", x, pending)
+        heads = []
+        for weights, cache, attend in zip(shards, caches[index], attends[index], strict=True):
+            qkv = _linear(weights, "attention.qkv", u, weights.get("attention.qkv.bias"))
+            query = launch.rotate_into(spec, qkv, rotary, cache, slot, weights.get(KV_SCALE))
+            heads.append(attend(query, cache))
+        attended = _row_linear(spec, shards, "attention.dense", heads, executor.reduce)
+        if sequential:
+            u = _norm(spec, shards[0], "post_layernorm", x, attended)
+        kind, limit = spec.activation, spec.gegelu_limit
+        gated = [
+            _linear(weights, "mlp.fc", u, weights.get("mlp.fc.bias"), kind, limit)
+            for weights in shards
+        ]
+        mlp = _row_linear(spec, shards, "mlp.proj", gated, executor.reduce)
+        pending = mlp if sequential else attended + mlp
     last = x[:, -1:].contiguous()
     delta = None if pending is None else pending[:, -1:].contiguous()
     u = _norm(spec, ends[0], "transformer.ln_f", last, delta)
     parts = [_linear(weights, "lm_head", u, weights.get("lm_head.bias")) for weights in ends]
     return executor.whole_logits(parts)[:, 0]
-
-
-def layer(
-    spec: ModelSpec,
-    shards: list[Weights],
-    x: Tensor,
-    pending: Tensor | None,
-    rotary: Rotary,
-    caches: list[Cache],
-    slot: Tensor,
-    attends: list[AttendCache],
-    reduce: Reduce,
-) -> tuple[Tensor, Tensor]:
-    """Run one decoder layer over the ranks in this process, in lockstep.
-
-    ``x``, hidden states [B, T, h], is contiguous and changed in place; ``pending`` is still to be
-    added to it. Returns both. Other arguments as of ``forward``, for one layer without experts.
-    """
-    u = _norm(spec, shards[0], "input_layernorm", x, pending)
-    heads = []
-    for weights, cache, attend in zip(shards, caches, attends, strict=True):
-        qkv = _linear(weights, "attention.qkv", u, weights.get("attention.qkv.bias"))
-        query = launch.rotate_into(spec, qkv, rotary, cache, slot, weights.get(KV_SCALE))
-        heads.append(attend(query, cache))
-    attended = _row_linear(spec, shards, "attention.dense", heads, reduce)
-    if spec.architecture.residual == "sequential":
-        u = _norm(spec, shards[0], "post_layernorm", x, attended)
-    kind, limit = spec.activation, spec.gegelu_limit
-    gated = [
-        _linear(weights, "mlp.fc", u, weights.get("mlp.fc.bias"), kind, limit) for weights in shards
-    ]
-    mlp = _row_linear(spec, shards, "mlp.proj", gated, reduce)
-    return x, mlp if spec.architecture.residual == "sequential" else attended + mlp
 
 
 def _norm(
