@@ -16,6 +16,7 @@ from phireg.errors import CheckError
 
 if TYPE_CHECKING:
     from phireg.checkpoint.inspect import Inspection
+    from phireg.reader.tensors import Kind
 
 _LONG = 8
 """Lists in config.json with more items than this are shown by their ends."""
@@ -32,7 +33,7 @@ def command(checkpoint_dir: str, check: bool, quiet: bool, as_json: bool) -> Non
     CKPT is a directory that phireg or TensorRT-LLM's own scripts wrote. Ends with 4 if something
     is missing, mis-shaped or (with --check) not what was written.
     """
-    total = _bytes(checkpoint_dir) if check else 0
+    total = sum(file.stat().st_size for file in Path(checkpoint_dir).glob("*") if file.is_file())
     with ProgressBars(quiet) as bars:
         advance = bars.bytes("checking", "checked")
         inspection = phireg.inspect(
@@ -46,22 +47,18 @@ def command(checkpoint_dir: str, check: bool, quiet: bool, as_json: bool) -> Non
         raise click.exceptions.Exit(CheckError.exit_code)
 
 
-def _bytes(directory: str) -> int:
-    return sum(file.stat().st_size for file in Path(directory).glob("*") if file.is_file())
-
-
 def _document(directory: str, inspection: Inspection, checked: bool) -> dict[str, Any]:
     return {
         "checkpoint_dir": directory,
         "config": inspection.config,
-        "files": dict(inspection.sizes),
+        "files": inspection.sizes,
         "ranks": [
-            {name: {"dtype": dtype, "shape": list(shape)} for name, (dtype, shape) in rank.items()}
+            {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in rank.items()}
             for rank in inspection.ranks
         ],
         "manifest": inspection.manifest,
         "checked": checked,
-        "problems": list(inspection.problems),
+        "problems": inspection.problems,
     }
 
 
@@ -84,8 +81,7 @@ def _text(directory: str, inspection: Inspection, checked: bool) -> str:
 
 
 def _quantization(config: Mapping[str, Any]) -> str:
-    block = config.get("quantization")
-    block = block if isinstance(block, Mapping) else {}
+    block = _block(config, "quantization")
     named = [f"{k} {v}" for k in ("quant_algo", "kv_cache_quant_algo") if (v := block.get(k))]
     excluded = block.get("exclude_modules") or []
     if named and isinstance(excluded, list) and excluded:
@@ -119,11 +115,9 @@ def _block(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _files(sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    label = "files"
     width = max(map(len, sizes))
-    for name, count in sizes.items():
-        yield label, f"{name:{width}}  {size(count)}"
-        label = ""
+    for number, (name, count) in enumerate(sizes.items()):
+        yield "" if number else "files", f"{name:{width}}  {size(count)}"
 
 
 def _verdict(inspection: Inspection, checked: bool) -> str:
@@ -137,45 +131,32 @@ def _verdict(inspection: Inspection, checked: bool) -> str:
 def _config(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in config.items():
         if isinstance(value, list) and len(value) > _LONG:
-            ends = ", ".join(json.dumps(item) for item in (value[0], value[1]))
-            yield key, f"[{ends}, ..., {json.dumps(value[-1])}]  ({len(value)} items)"
+            first, second, last = map(json.dumps, (*value[:2], value[-1]))
+            yield key, f"[{first}, {second}, ..., {last}]  ({len(value)} items)"
         else:
             yield key, json.dumps(value)
 
 
 def _tensors(inspection: Inspection) -> Iterator[str]:
     """List tensors once for all ranks that hold the same names, shapes and dtypes."""
-    from phireg.planning.report import ranges
+    from phireg.planning.report import fold_names, ranges
 
-    alike: list[tuple[Mapping[str, Any], list[int]]] = []
-    for number, rank in enumerate(inspection.ranks):
-        for tensors, numbers in alike:
-            if tensors == rank:
-                numbers.append(number)
-                break
-        else:
-            alike.append((rank, [number]))
-    for tensors, numbers in alike:
+    ranks: dict[frozenset[tuple[str, Kind]], list[int]] = {}
+    for number, tensors in enumerate(inspection.ranks):
+        ranks.setdefault(frozenset(tensors.items()), []).append(number)
+    for alike, numbers in ranks.items():
+        groups: dict[Kind, list[str]] = {}
+        for name, kind in alike:
+            groups.setdefault(kind, []).append(name)
         where = f"{'each of ' if len(numbers) > 1 else ''}rank{ranges(numbers)}.safetensors"
-        dtypes = {dtype for dtype, _ in tensors.values()}
-        kind = f", all {dtype_name(*dtypes)}," if len(dtypes) == 1 else ""
-        yield f"{counted(len(tensors), 'tensor')}{kind} in {where}"
-        rows = ((n, s, *(() if kind else (d,)), times) for n, s, d, times in _folded(tensors))
-        yield columns(rows, indent=2)
-
-
-def _folded(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-) -> Iterator[tuple[str, str, str, str]]:
-    """Yield name, shape, dtype and number of layers."""
-    from phireg.planning.report import fold_names
-
-    groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    for name, kind in tensors.items():
-        groups.setdefault(kind, []).append(name)
-    lines = [
-        (folded, str(list(shape)), dtype_name(dtype), f"x {count}" if count > 1 else "")
-        for (dtype, shape), names in groups.items()
-        for folded, count in fold_names(names)
-    ]
-    yield from sorted(lines)
+        dtypes = {dtype for dtype, _ in groups}
+        same = f", all {dtype_name(*dtypes)}," if len(dtypes) == 1 else ""
+        yield f"{counted(len(alike), 'tensor')}{same} in {where}"
+        rows = sorted(
+            (name, str(list(shape)), dtype_name(dtype), f"x {count}" if count > 1 else "")
+            for (dtype, shape), names in groups.items()
+            for name, count in fold_names(names)
+        )
+        yield columns(
+            [(n, s, times) if same else (n, s, d, times) for n, s, d, times in rows], indent=2
+        )

@@ -289,14 +289,10 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         return [{name: read(source, name) for name in names} for source in self._sources]
 
     def _exceeds_memory(self) -> bool:
-        if self.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.device)[0]
-        elif (
-            self.spec.quantization.weights is None and getattr(torch, self.spec.dtype) == self.dtype
-        ):
+        on_gpu, stored_dtype = self.device.type == "cuda", getattr(torch, self.spec.dtype)
+        if not on_gpu and self.spec.quantization.weights is None and stored_dtype == self.dtype:
             return False  # used where it is mapped; the system reads and drops pages itself
-        else:
-            free = free_memory()
+        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else free_memory()
         needed = 0
         for code, shape in rank_tensors(self.spec).values():
             stored = torch_dtype(code)
@@ -334,10 +330,8 @@ def open_ranks(checkpoint_dir: Path, spec: ModelSpec, ranks: Sequence[int]) -> l
         problems = [error.message for error in files.errors.values()]
         if len(ranks) == spec.tp_size:
             extra = set(checkpoint_dir.glob("rank*.safetensors")) - set(files.paths.values())
-            problems += [
-                f"{path.name}: config.json has only {spec.tp_size} rank(s)"
-                for path in sorted(extra)
-            ]
+            surplus = f"config.json has only {spec.tp_size} rank(s)"
+            problems += [f"{path.name}: {surplus}" for path in sorted(extra)]
         for rank, file in files.items():
             sources[rank] = _source(file, accepted)
             problems += [
@@ -398,20 +392,17 @@ def _rank_problems(
             wrong.add(deviation.name)
             yield f"{deviation.name} {deviation.text}"
     for name in tensors.keys() & accepted.keys() - wrong:
-        if is_scale(name):
-            yield from _scale_problems(name, source(name))
-
-
-def _scale_problems(name: str, values: Tensor) -> Iterator[str]:
-    """Yield why a scale cannot be divided by, on any device."""
-    bad = ~(values.isfinite() & (values >= torch.finfo(values.dtype).tiny))
-    if bad.any():
-        first = int(bad.nonzero()[0])
-        place = f"{int(bad.sum())} of {len(values)} values, the first at {first}: "
-        yield (
-            f"{name} is no scale ({place if len(values) > 1 else ''}{float(values[first]):g} "
-            "is not a finite positive normal number)"
-        )
+        if not is_scale(name):
+            continue
+        values = source(name)
+        bad = ~(values.isfinite() & (values >= torch.finfo(values.dtype).tiny))
+        if bad.any():  # it cannot be divided by, on any device
+            first = int(bad.nonzero()[0])
+            place = f"{int(bad.sum())} of {len(values)} values, the first at {first}: "
+            yield (
+                f"{name} is no scale ({place if len(values) > 1 else ''}{float(values[first]):g} "
+                "is not a finite positive normal number)"
+            )
 
 
 def _differences(sources: Mapping[int, Source], names: Sequence[str]) -> Iterator[str]:

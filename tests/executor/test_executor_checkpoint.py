@@ -6,7 +6,6 @@ import pytest
 import torch
 from tiny_sources import (
     edit_config,
-    edit_tensors,
     phi2,
     phi3,
     phi3_small,
@@ -94,32 +93,6 @@ def test_defaults_of_the_reader(tmp_path):
     assert spec.tp_size == 1
 
 
-def test_every_wrong_tensor_is_named(tmp_path):
-    write_checkpoint(phi2(), tmp_path, 2)
-
-    def change(tensors):
-        del tensors["transformer.layers.1.mlp.fc.bias"]
-        tensors["lm_head.bias"] = tensors["lm_head.bias"][:-1].clone()
-        name = "transformer.layers.0.attention.qkv.weight"
-        tensors[name] = tensors[name].half()
-        tensors["transformer.layers.0.attention.qkv.weights_scaling_factor"] = torch.ones(1)
-        tensors["rotary_inv_freq"] = torch.ones(2)  # TensorRT-LLM's own table: no problem
-
-    edit_tensors(tmp_path, 1, change)
-    with pytest.raises(CheckError) as caught:
-        load(tmp_path)
-    lines = caught.value.message.splitlines()[1:]
-    assert {tuple(line.split()[:2]) for line in lines} == {
-        ("rank1.safetensors:", name)
-        for name in (
-            "transformer.layers.1.mlp.fc.bias",
-            "lm_head.bias",
-            "transformer.layers.0.attention.qkv.weight",
-            "transformer.layers.0.attention.qkv.weights_scaling_factor",
-        )
-    }
-
-
 def test_rank_files_are_counted(tmp_path):
     write_checkpoint(phi2(), tmp_path, 2)
     (tmp_path / "rank1.safetensors").rename(tmp_path / "rank2.safetensors")
@@ -134,16 +107,6 @@ def test_a_damaged_file_is_no_traceback(tmp_path):
     path = tmp_path / "rank0.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CheckError, match=r"rank0\.safetensors"):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name", ["transformer.layers.2.attention.dense.bias", "transformer.ln_f.weight"]
-)
-def test_what_ranks_repeat_must_be_equal(name, tmp_path):
-    write_checkpoint(phi2(), tmp_path, 2)
-    edit_tensors(tmp_path, 1, lambda tensors: tensors[name].mul_(1.5))
-    with pytest.raises(CheckError, match=f"rank1.safetensors: {name} differs"):
         load(tmp_path)
 
 

@@ -1,8 +1,7 @@
-"""One process per rank, each with its own rank file, against the source model."""
+"""One process per rank, each with its own rank file, against one process and the source model."""
 
 import shutil
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -19,77 +18,49 @@ from tiny_sources import (
 from phireg.executor import generate, load
 
 
-def _rank(rank, directory, models, ids, results):
+def results(executor, ids):
+    """Logits, the linears' inputs, and greedy tokens."""
+    inputs = {}
+    logits = executor(ids, None, lambda layer, name, x: inputs.update({(layer, name): x}))
+    return logits, inputs, generate(executor, ids.tolist(), 3)
+
+
+def _rank(rank, directory, names, ids):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2
     )
-    for name in models:
-        executor = load(directory / name / str(rank), distributed=True)
-        torch.save(executor(ids), f"{results}/{name}-{rank}.pt")
-        torch.save(generate(executor, ids.tolist(), 3), f"{results}/{name}-{rank}-tokens.pt")
+    for name in names:
+        executor = load(directory / name / f"only{rank}", distributed=True)
+        torch.save(results(executor, ids), directory / f"{name}-{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_give_the_source_models_logits(tmp_path):
-    models = {"phi3": phi3(num_key_value_heads=2), "small": phi3_small()}
-    ids = random_ids(models["phi3"], 2, 60)
-    for name, model in models.items():
-        whole = tmp_path / name
-        whole.mkdir()
-        write_checkpoint(model, whole, 2)
+def test_two_processes_compute_what_one_does(tmp_path):
+    plain = {"phi3": phi3(num_key_value_heads=2), "small": phi3_small()}
+    quantized = {"fp8": "int8", "int8_sq": "fp8"}
+    names = [*plain, *quantized]
+    ids = random_ids(plain["phi3"], 2, 60)
+    for name, model in plain.items():
+        (tmp_path / name).mkdir()
+        write_checkpoint(model, tmp_path / name, 2)
+    for scheme, kv in quantized.items():
+        written(phi3(num_hidden_layers=2), tmp_path / scheme, ids[0], scheme, kv, 2)
+    for name in names:
         for rank in range(2):  # a process sees no other rank's file
-            (whole / str(rank)).mkdir()
-            shutil.copy(whole / "config.json", whole / str(rank))
-            shutil.move(whole / f"rank{rank}.safetensors", whole / str(rank))
-    mp.spawn(_rank, (tmp_path, list(models), ids, tmp_path), nprocs=2)
-    for name, model in models.items():
-        expected = reference_logits(model, ids)
-        for rank in range(2):
-            actual = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
-            assert relative_error(actual, expected) < 1e-4
-            tokens = torch.load(tmp_path / f"{name}-{rank}-tokens.pt", weights_only=True)
-            for row, new in zip(ids, tokens, strict=True):
-                for count, token in enumerate(new):
-                    so_far = torch.cat((row, torch.tensor(new[:count], dtype=torch.int64)))
-                    assert reference_logits(model, so_far[None])[0, -1].argmax() == token
-
-
-def _quantized_rank(rank, directory, ids):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2
-    )
-    for name in ("fp8", "int8_sq"):
-        executor, inputs = load(directory / name, distributed=True), {}
-
-        def keep(layer, linear, x, inputs=inputs):
-            inputs[layer, linear] = x
-
-        logits = executor(ids, None, keep)
-        tokens = generate(executor, ids.tolist(), 3)
-        torch.save((logits, inputs, tokens), directory / f"{name}-{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_run_quantized_ranks_as_one_does(tmp_path):
-    model = phi3(num_hidden_layers=2, num_key_value_heads=2)
-    ids = random_ids(model, 2, 20)
-    for name, kv in (("fp8", "int8"), ("int8_sq", "fp8")):
-        written(model, tmp_path / name, ids[0], name, kv, 2)
-    mp.spawn(_quantized_rank, (tmp_path, ids), nprocs=2)
-    for name in ("fp8", "int8_sq"):
-        executor, expected = load(tmp_path / name), {}
-
-        def keep(layer, linear, x, expected=expected):
-            expected[layer, linear] = x
-
-        logits = executor(ids, None, keep)
+            own = tmp_path / name / f"only{rank}"
+            own.mkdir()
+            for file in ("config.json", f"rank{rank}.safetensors"):
+                shutil.copy(tmp_path / name / file, own)
+    mp.spawn(_rank, (tmp_path, names, ids), nprocs=2)
+    for name in names:
+        logits, inputs, tokens = results(load(tmp_path / name), ids)
         for rank in range(2):
             actual = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
             assert relative_error(actual[0], logits) < 1e-5
-            assert actual[1].keys() == expected.keys()
+            assert actual[1].keys() == inputs.keys()
             for place, value in actual[1].items():
-                assert relative_error(value, expected[place]) < 1e-5, place
-            assert actual[2] == generate(executor, ids.tolist(), 3)
+                assert relative_error(value, inputs[place]) < 1e-5, place
+            assert actual[2] == tokens
+            if name in plain:
+                assert relative_error(actual[0], reference_logits(plain[name], ids)) < 1e-4

@@ -29,11 +29,15 @@ from phireg.executor.decoder import Decoder, choose
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def greedy(model, prompt, count):
+def source_of(model):
+    return lambda ids: reference_logits(model, ids)
+
+
+def greedy(logits_of, prompt, count):
     """Most likely continuation, with a whole forward pass per token."""
     ids = list(prompt)
     for _ in range(count):
-        logits = reference_logits(model, torch.tensor([ids]))[0, -1]
+        logits = logits_of(torch.tensor([ids]))[0, -1]
         best, second = logits.topk(2).values
         assert best - second > 1e-4, "too close to call: choose another seed"
         ids.append(int(logits.argmax()))
@@ -69,7 +73,7 @@ PROMPTS = ([33, 58, 41], [3, 20, 9])
 def test_rows_of_a_padded_batch_continue_as_the_source_model_does(case, lengths):
     model, executor = case
     prompts = [random_ids(model, n, seed=n + 1).tolist() for n in lengths]
-    expected = [greedy(model, prompt, 9) for prompt in prompts]
+    expected = [greedy(source_of(model), prompt, 9) for prompt in prompts]
     assert generate(executor, prompts, 9) == expected
     assert [generate(executor, [prompt], 9)[0] for prompt in prompts] == expected
 
@@ -89,44 +93,28 @@ SMALLER = {"vocab_size": 31, "num_hidden_layers": 2}
 
 
 @pytest.mark.parametrize(
-    ("make", "changes", "ranks", "lengths"),
+    ("make", "changes", "ranks", "lengths", "scheme", "kv"),
     [
-        (phi2, {}, 2, (13, 9)),
-        (phi3_long, {"num_key_value_heads": 2}, 1, (33, 35)),  # the long factors
-        (phi3_small, {}, 4, (13, 9)),  # past the block-sparse mask's threshold of 8 tokens
+        (phi2, {}, 2, (13, 9), None, None),
+        (phi3_long, {"num_key_value_heads": 2}, 1, (33, 35), None, None),  # the long factors
+        (phi3_small, {}, 4, (13, 9), None, None),  # past the mask's threshold of 8 tokens
+        (phi3, {}, 2, (7, 12), "fp8", "fp8"),
+        (phi3_small, {}, 2, (7, 12), "int8_sq", "int8"),
     ],
 )
-def test_the_kernels_of_a_gpu_continue_as_the_source_model_does(
-    make, changes, ranks, lengths, tmp_path
+def test_the_kernels_of_a_gpu_continue_as_a_forward_pass_does(
+    make, changes, ranks, lengths, scheme, kv, tmp_path
 ):
+    """Of the source model, or of the executor for quantized ones; that has tests of its own."""
     model = make(**changes, **SMALLER)
-    executor = load(write_checkpoint(model, tmp_path, ranks), device=DEVICE)
-    prompts = [random_ids(model, n, seed=n).tolist() for n in lengths]
-    expected = [greedy(model, prompt, 3) for prompt in prompts]
-    assert fused_tokens(executor, prompts, 3) == expected
-    assert fused_tokens(executor, prompts[1:], 2) == [expected[1][:2]]
-
-
-def forward_greedy(executor, prompt, count):
-    """As ``greedy``, by the executor's own forward pass, which has tests of its own."""
-    ids = list(prompt)
-    for _ in range(count):
-        logits = executor(torch.tensor([ids]))[0, -1]
-        best, second = logits.topk(2).values
-        assert best - second > 1e-4, "too close to call: choose another seed"
-        ids.append(int(logits.argmax()))
-    return ids[len(prompt) :]
-
-
-@pytest.mark.parametrize(
-    ("make", "scheme", "kv"), [(phi3, "fp8", "fp8"), (phi3_small, "int8_sq", "int8")]
-)
-def test_the_kernels_of_a_gpu_run_quantized_models(make, scheme, kv, tmp_path):
-    model = make(**SMALLER)
-    written(model, tmp_path, random_ids(model, 30), scheme, kv, 2)
+    if scheme:
+        written(model, tmp_path, random_ids(model, 30), scheme, kv, ranks)
+    else:
+        write_checkpoint(model, tmp_path, ranks)
     executor = load(tmp_path, device=DEVICE)
-    prompts = [random_ids(model, n, seed=n).tolist() for n in (7, 12)]
-    expected = [forward_greedy(executor, p, 3) for p in prompts]
+    prompts = [random_ids(model, n, seed=n).tolist() for n in lengths]
+    logits_of = executor if scheme else source_of(model)
+    expected = [greedy(logits_of, prompt, 3) for prompt in prompts]
     assert fused_tokens(executor, prompts, 3) == expected
     assert fused_tokens(executor, prompts[1:], 2) == [expected[1][:2]]
 
@@ -141,7 +129,7 @@ def test_on_a_gpu(name, tmp_path):
     model = make(**changes, **GPU_SIZE)
     executor = load(write_checkpoint(model, tmp_path, ranks), device="cuda")
     prompts = [random_ids(model, n, seed=n).tolist() for n in (70, 41)]
-    expected = [greedy(model, prompt, 5) for prompt in prompts]
+    expected = [greedy(source_of(model), prompt, 5) for prompt in prompts]
     assert generate(executor, prompts, 5) == expected
     assert generate(executor, prompts, 5) == expected  # the captured step again
 
@@ -155,7 +143,7 @@ def test_quantized_on_a_gpu(make, scheme, kv, tmp_path):
     written(model, tmp_path, random_ids(model, 30), scheme, kv, 2)
     executor = load(tmp_path, device="cuda")
     prompts = [random_ids(model, n, seed=n).tolist() for n in (70, 41)]
-    expected = [forward_greedy(executor, prompt, 5) for prompt in prompts]
+    expected = [greedy(executor, prompt, 5) for prompt in prompts]
     assert generate(executor, prompts, 5) == expected
     logits = executor(torch.tensor(prompts[1:])).cpu()
     assert relative_error(logits, load(tmp_path)(torch.tensor(prompts[1:]))) < 0.05
@@ -194,7 +182,7 @@ def test_cached_keys_stay_as_they_are_when_long_rope_switches(tmp_path):
             ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1)[None]
             expected.append(int(ids))
     assert generate(executor, [prompt.tolist()], 12) == [expected]
-    assert greedy(model, prompt.tolist(), 12) != expected
+    assert greedy(source_of(model), prompt.tolist(), 12) != expected
 
 
 @pytest.fixture(scope="module")
@@ -216,9 +204,9 @@ def test_rows_end_with_a_stop_id(phi2_executor):
 
 
 def test_streams_do_not_share_a_cache(phi2_executor):
-    one, two = [[5, 6, 7]], [[90, 12, 3]]
-    expected = [generate(phi2_executor, prompt, 6)[0] for prompt in (one, two)]
-    pairs = zip(stream(phi2_executor, one, 6), stream(phi2_executor, two, 6), strict=True)
+    first, second = [[5, 6, 7]], [[90, 12, 3]]
+    expected = [generate(phi2_executor, prompt, 6)[0] for prompt in (first, second)]
+    pairs = zip(stream(phi2_executor, first, 6), stream(phi2_executor, second, 6), strict=True)
     assert [list(row) for row in zip(*((a[0], b[0]) for a, b in pairs), strict=True)] == expected
 
 
@@ -260,7 +248,7 @@ def test_a_gpu_without_a_compiler_says_so_and_goes_on(kind, monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     has_kernels.cache_clear()
-    with pytest.warns(UserWarning, match="Failed to find C compiler. Please .* gcc python3-dev"):
+    with pytest.warns(UserWarning, match="Failed to find C compiler"):
         assert not has_kernels(torch.device("cuda"))
     assert not has_kernels(torch.device("cuda"))  # once is enough
     has_kernels.cache_clear()
@@ -270,7 +258,7 @@ def test_a_gpu_without_a_compiler_says_so_and_goes_on(kind, monkeypatch):
 def test_offloaded_layers_generate_too(tmp_path):
     model = phi3(num_key_value_heads=2)
     executor = load(write_checkpoint(model, tmp_path), offload=True)
-    assert generate(executor, [[5, 6, 7]], 4) == [greedy(model, [5, 6, 7], 4)]
+    assert generate(executor, [[5, 6, 7]], 4) == [greedy(source_of(model), [5, 6, 7], 4)]
 
 
 @pytest.mark.parametrize(
@@ -322,5 +310,5 @@ def test_tokens_are_drawn_with_their_probability(sampling, expected):
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}])
 def test_sampling_out_of_range(wrong):
-    with pytest.raises(UsageError, match="out of range"):
+    with pytest.raises(UsageError):
         Sampling(**wrong)

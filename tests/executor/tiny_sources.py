@@ -109,6 +109,11 @@ def split(tensor, rank, ranks, dim=0):
     return tensor.narrow(dim, rank * size, size).clone()
 
 
+def row_split(tensor, rank, ranks):
+    """Columns of a row linear's weight; all of its bias."""
+    return tensor if tensor.dim() == 1 else split(tensor, rank, ranks, dim=1)
+
+
 def kv_split(tensor, kv_heads, rank, ranks):
     """Rows of key or value heads; with more ranks than heads every head goes to several ranks."""
     if ranks <= kv_heads:
@@ -151,10 +156,7 @@ def phi2_tensors(model, rank, ranks):
             )
             out[f"{b}.mlp.fc.{kind}"] = split(s[f"{a}.mlp.fc1.{kind}"], rank, ranks)
             for new, old in (("attention.dense", "self_attn.dense"), ("mlp.proj", "mlp.fc2")):
-                tensor = s[f"{a}.{old}.{kind}"]
-                out[f"{b}.{new}.{kind}"] = (
-                    tensor if kind == "bias" else split(tensor, rank, ranks, dim=1)
-                )
+                out[f"{b}.{new}.{kind}"] = row_split(s[f"{a}.{old}.{kind}"], rank, ranks)
     return out
 
 
@@ -172,8 +174,8 @@ def phi3_tensors(model, rank, ranks):
         q, k, v = s[f"{a}.self_attn.qkv_proj.weight"].split([q_rows, kv_rows, kv_rows])
         k, v = (kv_split(x, c.num_key_value_heads, rank, ranks) for x in (k, v))
         out[f"{b}.attention.qkv.weight"] = torch.cat([split(q, rank, ranks), k, v])
-        out[f"{b}.attention.dense.weight"] = split(
-            s[f"{a}.self_attn.o_proj.weight"], rank, ranks, dim=1
+        out[f"{b}.attention.dense.weight"] = row_split(
+            s[f"{a}.self_attn.o_proj.weight"], rank, ranks
         )
         gate, up = s[f"{a}.mlp.gate_up_proj.weight"].split(c.intermediate_size)
         out[f"{b}.mlp.fc.weight"] = torch.cat([split(up, rank, ranks), split(gate, rank, ranks)])
@@ -201,11 +203,27 @@ def small_tensors(model, rank, ranks):
             out[f"{b}.attention.qkv.{kind}"] = torch.cat([q, k, v])
             out[f"{b}.mlp.fc.{kind}"] = split(s[f"{a}.mlp.up_proj.{kind}"], rank, ranks)
             for new, old in (("attention.dense", "self_attn.dense"), ("mlp.proj", "mlp.down_proj")):
-                tensor = s[f"{a}.{old}.{kind}"]
-                out[f"{b}.{new}.{kind}"] = (
-                    tensor if kind == "bias" else split(tensor, rank, ranks, dim=1)
-                )
+                out[f"{b}.{new}.{kind}"] = row_split(s[f"{a}.{old}.{kind}"], rank, ranks)
     return out
+
+
+SMALL_KEYS = (
+    "gegelu_limit", "mup_embedding_multiplier", "mup_width_multiplier", "blocksparse_block_size",
+    "blocksparse_num_local_blocks", "blocksparse_homo_head_pattern",
+    "dense_attention_every_n_layers",
+)  # fmt: skip
+
+
+def long_rope_keys(rope):
+    keys = {
+        "original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "longrope_scaling_short_factors": rope["short_factor"],
+        "longrope_scaling_long_factors": rope["long_factor"],
+    }
+    if "short_mscale" in rope:
+        keys["longrope_short_mscale"] = rope["short_mscale"]
+        keys["longrope_long_mscale"] = rope["long_mscale"]
+    return keys
 
 
 def checkpoint_config(model, ranks):
@@ -226,35 +244,17 @@ def checkpoint_config(model, ranks):
             "rotary_base": rope["rope_theta"],
         }
         if rope["rope_type"] == "longrope":
-            config |= {
-                "original_max_position_embeddings": c.original_max_position_embeddings,
-                "longrope_scaling_short_factors": rope["short_factor"],
-                "longrope_scaling_long_factors": rope["long_factor"],
-            }
+            config |= long_rope_keys(rope)
         return config
-    config = base_config(c, "Phi3SmallForCausalLM", ranks) | {
+    return base_config(c, "Phi3SmallForCausalLM", ranks) | {
         "intermediate_size": c.ff_intermediate_size,
         "hidden_act": "gegelu",
         "norm_epsilon": c.layer_norm_epsilon,
         "rotary_base": c.rope_embedding_base,
-        "gegelu_limit": c.gegelu_limit,
-        "mup_embedding_multiplier": c.mup_embedding_multiplier,
-        "mup_width_multiplier": c.mup_width_multiplier,
-        "blocksparse_block_size": c.blocksparse_block_size,
-        "blocksparse_num_local_blocks": c.blocksparse_num_local_blocks,
         "blocksparse_vertical_stride": c.blocksparse_vert_stride,
-        "blocksparse_homo_head_pattern": c.blocksparse_homo_head_pattern,
-        "dense_attention_every_n_layers": c.dense_attention_every_n_layers,
+        **{key: getattr(c, key) for key in SMALL_KEYS},
+        **(long_rope_keys(c.rope_scaling) if c.rope_scaling else {}),
     }
-    if c.rope_scaling is not None:
-        config |= {
-            "original_max_position_embeddings": c.rope_scaling["original_max_position_embeddings"],
-            "longrope_scaling_short_factors": c.rope_scaling["short_factor"],
-            "longrope_scaling_long_factors": c.rope_scaling["long_factor"],
-            "longrope_short_mscale": c.rope_scaling["short_mscale"],
-            "longrope_long_mscale": c.rope_scaling["long_mscale"],
-        }
-    return config
 
 
 def rank_tensors(model, rank, ranks):
