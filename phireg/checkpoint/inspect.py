@@ -12,7 +12,7 @@ from phireg.checkpoint.rankfiles import RankFiles, world_size
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
 from phireg.files.kinds import CHECKPOINT, ENGINE, HF_MODEL, kind_of
-from phireg.reader.structure import structure_problems
+from phireg.reader.structure import structure_findings
 from phireg.reader.tensors import Kind
 
 _HINT = "give a checkpoint; phireg convert and phireg quantize write them."
@@ -56,7 +56,9 @@ def inspect(
         ranks = tuple(files.kinds())
         problems = [error.message for error in files.errors.values()]
     manifest = read_manifest(directory)
-    problems += [f"{where}: {what}" for where, what in structure_problems(config, ranks)]
+    for where, text, harmless in structure_findings(config, ranks):
+        if not harmless:
+            problems.append(f"{where}: {text}")
     if check:
         if manifest is None:
             raise SourceError(

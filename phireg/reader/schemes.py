@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from phireg.reader.architectures import NESTED
@@ -42,24 +41,19 @@ class Scheme:
 
 _SCALES = {"weights_scaling_factor": "F32", "activation_scaling_factor": "F32"}
 
-SCHEMES: Mapping[str, Scheme] = MappingProxyType(
-    {
-        scheme.qformat: scheme
-        for scheme in (
-            Scheme("fp8", "FP8", "F8_E4M3", _SCALES, per_channel=False, calibrated=True),
-            Scheme(
-                "int8_sq",
-                "W8A8_SQ_PER_CHANNEL",
-                "I8",
-                {"prequant_scaling_factor": None, **_SCALES},
-                per_channel=True,
-                calibrated=True,
-            ),
-            Scheme("int8_wo", "W8A16", None, {}, per_channel=False, calibrated=False),
-            Scheme("int4_wo", "W4A16", None, {}, per_channel=False, calibrated=False),
-        )
-    }
-)
+_SMOOTHED = {"prequant_scaling_factor": None, **_SCALES}
+
+SCHEMES: Mapping[str, Scheme] = {
+    scheme.qformat: scheme
+    for scheme in (
+        Scheme("fp8", "FP8", "F8_E4M3", _SCALES, per_channel=False, calibrated=True),
+        Scheme(
+            "int8_sq", "W8A8_SQ_PER_CHANNEL", "I8", _SMOOTHED, per_channel=True, calibrated=True
+        ),
+        Scheme("int8_wo", "W8A16", None, {}, per_channel=False, calibrated=False),
+        Scheme("int4_wo", "W4A16", None, {}, per_channel=False, calibrated=False),
+    )
+}
 """By ``--qformat``.
 
 The weight-only schemes have a portable form on disk, raw floating-point weights and the name of the
@@ -67,16 +61,14 @@ algorithm: ``trtllm-build`` quantizes them for the GPU it builds for. Their pre-
 depends on the converting machine's GPU and carries no mark of it, so phireg never writes it.
 """
 
-WEIGHT_ONLY = MappingProxyType(
-    {
-        name.removesuffix("_wo"): scheme.quant_algo
-        for name, scheme in SCHEMES.items()
-        if scheme.weight is None
-    }
-)
+WEIGHT_ONLY: Mapping[str, str] = {
+    name.removesuffix("_wo"): scheme.quant_algo
+    for name, scheme in SCHEMES.items()
+    if scheme.weight is None
+}
 """``--weight-only-precision`` to TensorRT-LLM's ``quant_algo``."""
 
-KV_CACHES = MappingProxyType({"fp8": "FP8", "int8": "INT8"})
+KV_CACHES: Mapping[str, str] = {"fp8": "FP8", "int8": "INT8"}
 """``--kv-cache-dtype`` to TensorRT-LLM's ``kv_cache_quant_algo``."""
 
 KV_SCALE = "kv_cache_scaling_factor"

@@ -35,14 +35,6 @@ class Deviation(NamedTuple):
     harmless: bool
 
 
-def structure_problems(
-    config: Mapping[str, Any], ranks: Sequence[Mapping[str, Kind]]
-) -> list[tuple[str, str]]:
-    """List what the reader rejects, as (where, what); see ``structure_findings``."""
-    findings = structure_findings(config, ranks)
-    return [(where, what) for where, what, harmless in findings if not harmless]
-
-
 def structure_findings(
     config: Mapping[str, Any], ranks: Sequence[Mapping[str, Kind]]
 ) -> list[tuple[str, str, bool]]:

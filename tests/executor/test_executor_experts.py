@@ -31,27 +31,18 @@ def routed(scores, epsilon):
     return chosen[0].tolist(), pytest.approx(weights[0].tolist(), abs=1e-6)
 
 
-def test_far_scores_have_the_weight_one():
-    """Nothing is near the best, and nothing near the second: both weights are whole."""
+def test_scores_near_the_best_share():
+    # Nothing is near the best, and nothing near the second: both weights are whole.
     assert routed([1.0, 4.0, 2.0, -3.0], 0.1) == ([1, 2], [1.0, 1.0])
-
-
-def test_near_scores_share():
     # (4 - 3.5) / 4 = 0.125 and (4 - 3.3) / 4 = 0.175, both at most 0.2; (4 - 3) / 4 is not.
     near = [math.exp(s) for s in (4.0, 3.5, 3.3)]
     # Without the first, (3.5 - 3.3) / 3.5 = 0.06 and (3.5 - 3) / 3.5 = 0.14 are near.
     rest = [math.exp(s) for s in (3.5, 3.3, 3.0)]
     expected = [near[0] / sum(near), rest[0] / sum(rest)]
     assert routed([3.3, 4.0, 3.5, 3.0], 0.1) == ([1, 2], expected)
-
-
-def test_negative_scores_are_measured_by_their_own_size():
     # The best is -1: (-1 + 1.2) / max(1.2, -1) = 0.17 is near, (-1 + 3) / 3 = 0.67 is not.
     share = math.exp(-1.0) / (math.exp(-1.0) + math.exp(-1.2))
     assert routed([-1.2, -3.0, -1.0], 0.1) == ([2, 0], [share, 1.0])
-
-
-def test_all_scores_zero():
     assert routed([0.0, 0.0, 0.0], 0.1) == ([0, 1], [1 / 3, 1 / 2])
 
 
@@ -88,15 +79,11 @@ def test_an_expert_sees_only_its_tokens():
 
 def test_the_spec():
     spec = parse_spec(CONFIG)
-    assert spec.experts == Experts(6, 1)
-    assert spec.rank_intermediate_size == 5
+    assert (spec.experts, spec.rank_intermediate_size) == (Experts(6, 1), 5)
     assert spec.mixer_epsilon == 0.1
-    shared = {
-        **CONFIG,
-        "mapping": {**ranks(4), "moe_tp_size": 2, "moe_ep_size": 2},
-    }
-    assert parse_spec(shared).experts == Experts(6, 2)
-    assert parse_spec(shared).rank_intermediate_size == 10
+    mapping = {**ranks(4), "moe_tp_size": 2, "moe_ep_size": 2}
+    spec = parse_spec({**CONFIG, "mapping": mapping})
+    assert (spec.experts, spec.rank_intermediate_size) == (Experts(6, 2), 10)
 
 
 @pytest.mark.parametrize(

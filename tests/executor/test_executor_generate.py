@@ -255,12 +255,6 @@ def test_a_gpu_without_a_compiler_says_so_and_goes_on(kind, monkeypatch):
     assert not has_kernels(torch.device("cpu"))
 
 
-def test_offloaded_layers_generate_too(tmp_path):
-    model = phi3(num_key_value_heads=2)
-    executor = load(write_checkpoint(model, tmp_path), offload=True)
-    assert generate(executor, [[5, 6, 7]], 4) == [greedy(source_of(model), [5, 6, 7], 4)]
-
-
 @pytest.mark.parametrize(
     ("prompts", "count"),
     [([], 1), ([[1], []], 1), ([[1]], 0), ([[1, 101]], 1), ([[-1]], 1), ([[1] * 100], 29)],

@@ -57,22 +57,12 @@ def test_int8_by_hand():
     assert fake([0.25, 0.75, 1.0, 100.0], 0.5, "int8") == [0.0, 1.0, 1.0, 63.5]
 
 
-def test_the_result_has_the_compute_dtype():
-    x = torch.tensor([0.3, 1.0], dtype=torch.bfloat16)
-    actual = quantized.fake_quantize(x, torch.tensor([0.1]), "int8")
-    assert actual.dtype == torch.bfloat16
-    assert actual.tolist() == torch.tensor([0.3, 1.0]).bfloat16().tolist()
-
-
-def test_weight_only_int8_by_hand():
+def test_weight_only_by_hand():
     # The scale is 1/128 of the row's maximum, so that the maximum itself is cut to 127.
     weight = torch.tensor([[128.0, 0.5, 1.5, -0.5, 2.49, -127.5], [-2.0, 1.0, 0.0, 0.0, 0.0, 0.0]])
-    actual = quantized.weight_only(weight, 8)
-    assert actual[0].tolist() == [127.0, 1.0, 2.0, -1.0, 2.0, -128.0]
-    assert actual[1].tolist() == [-2.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-
-
-def test_weight_only_int4_by_hand():
+    assert quantized.weight_only(weight, 8).tolist() == [
+        [127.0, 1.0, 2.0, -1.0, 2.0, -128.0], [-2.0, 1.0, 0.0, 0.0, 0.0, 0.0],
+    ]  # fmt: skip
     weight = torch.tensor([[-8.0, 8.0, 0.5, -2.5, 6.4], [0.0, 0.0, 0.0, 0.0, 0.0]])
     assert quantized.weight_only(weight, 4).tolist() == [[-8.0, 7.0, 1.0, -3.0, 6.0], [0.0] * 5]
 
@@ -97,7 +87,16 @@ def linear_case(dtype, seed=0):
     return x, weight, bias
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def check_linear(prepared, x, bias, expected, tolerance):
+    actual = quantized.linear(prepared, "mlp.fc", x, bias)
+    assert (actual.dtype, actual.shape) == (x.dtype, (2, 5, 48))
+    assert (actual.double() - expected).norm() / expected.norm() < max(tolerance, 5e-7)
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("native", [False, True])
 def test_an_fp8_linear(dtype, native, monkeypatch):
     x, weight, bias = linear_case(dtype)
@@ -109,24 +108,18 @@ def test_an_fp8_linear(dtype, native, monkeypatch):
     expected = inputs.double() @ stored.double().T * scales + bias.double()
 
     monkeypatch.setattr(quantized, "has_native_fp8", lambda *_: native)
-    prepared = quantized.prepare(
-        quantized.Quantization("fp8"),
-        {
-            "mlp.fc.weight": stored,
-            "mlp.fc.weights_scaling_factor": w_scale,
-            "mlp.fc.activation_scaling_factor": x_scale,
-        },
-        torch.device("cpu"),
-        dtype,
-    )
+    tensors = {
+        "mlp.fc.weight": stored,
+        "mlp.fc.weights_scaling_factor": w_scale,
+        "mlp.fc.activation_scaling_factor": x_scale,
+    }
+    scheme = quantized.Quantization("fp8")
+    prepared = quantized.prepare(scheme, tensors, torch.device("cpu"), dtype)
     assert prepared["mlp.fc.weight"].dtype == (torch.float8_e4m3fn if native else dtype)
-    actual = quantized.linear(prepared, "mlp.fc", x, bias)
-    assert actual.dtype == dtype
-    assert actual.shape == (2, 5, 48)
-    assert (actual.double() - expected).norm() / expected.norm() < max(torch.finfo(dtype).eps, 5e-7)
+    check_linear(prepared, x, bias, expected, torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_smoothed_int8_linear(dtype):
     x, weight, bias = linear_case(dtype, seed=1)
     x_scale, w_scale = torch.tensor([0.03]), weight.abs().amax(1) / 127
@@ -139,20 +132,12 @@ def test_a_smoothed_int8_linear(dtype):
         (value.float() * scale).to(dtype).double()
         for value, scale in ((inputs, x_scale), (stored, w_scale[:, None]))
     )
-    expected = inputs @ weight.T + bias.double()
-    prepared = quantized.prepare(
-        quantized.Quantization("int8_sq"),
-        {
-            "mlp.proj.weight": stored,
-            "mlp.proj.weights_scaling_factor": w_scale,
-            "mlp.proj.activation_scaling_factor": x_scale,
-            "mlp.proj.prequant_scaling_factor": smoothing,
-        },
-        torch.device("cpu"),
-        dtype,
-    )
-    actual = quantized.linear(prepared, "mlp.proj", x, bias)
-    assert actual.dtype == dtype
-    assert (actual.double() - expected).norm() / expected.norm() < max(
-        torch.finfo(dtype).eps / 2, 5e-7
-    )
+    tensors = {
+        "mlp.fc.weight": stored,
+        "mlp.fc.weights_scaling_factor": w_scale,
+        "mlp.fc.activation_scaling_factor": x_scale,
+        "mlp.fc.prequant_scaling_factor": smoothing,
+    }
+    scheme = quantized.Quantization("int8_sq")
+    prepared = quantized.prepare(scheme, tensors, torch.device("cpu"), dtype)
+    check_linear(prepared, x, bias, inputs @ weight.T + bias.double(), torch.finfo(dtype).eps / 2)

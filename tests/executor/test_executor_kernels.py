@@ -33,14 +33,14 @@ def randn(*shape, seed=0, dtype=torch.float32):
 def test_norm_adds_what_is_pending(kind, residual):
     x, delta = 3 * randn(2, 3, 70) + 1, randn(2, 3, 70, seed=1)
     weight, bias = randn(70, seed=2), randn(70, seed=3) if kind == "layer_norm" else None
-    wanted_x = x + delta if residual else x.clone()
+    total = x + delta if residual else x.clone()
     if bias is None:
-        expected = functional.rms_norm(wanted_x, (70,), eps=1e-2) * weight
+        expected = functional.rms_norm(total, (70,), eps=1e-2) * weight
     else:
-        expected = functional.layer_norm(wanted_x, (70,), weight, bias, 1e-2)
+        expected = functional.layer_norm(total, (70,), weight, bias, 1e-2)
     u = launch.norm(kind, x, delta if residual else None, weight, bias, 1e-2)
     assert relative_error(u, expected) < 1e-6
-    assert torch.equal(x, wanted_x)
+    assert torch.equal(x, total)
 
 
 @pytest.mark.parametrize("grid", ["fp8", "int8"])
@@ -112,13 +112,13 @@ def test_rotation_into_the_cache(rotated, grid, per_row):
 
     rows = qkv.view(batch, tokens, 8, 12).transpose(1, 2)
     query, key, value = rows.split([4, 2, 2], dim=1)
-    wanted_query, key = blocks.rotate(query, rotary), blocks.rotate(key, rotary)
+    rotated_query, key = blocks.rotate(query, rotary), blocks.rotate(key, rotary)
     if grid:
         key, value = (quantized.fake_quantize(x, scale, grid) for x in (key, value))
     slot = torch.tensor([first], device=DEVICE)
     actual = launch.rotate_into(model, qkv, rotary, cache, slot, scale)
 
-    assert relative_error(actual, wanted_query) < 1e-6
+    assert relative_error(actual, rotated_query) < 1e-6
     for kept, expected in zip(cache, (key, value), strict=True):
         # A last bit before the grid can be one step of it after.
         wrong = (kept[:, :, first : first + tokens] - expected).abs() > 1e-5

@@ -109,11 +109,6 @@ def split(tensor, rank, ranks, dim=0):
     return tensor.narrow(dim, rank * size, size).clone()
 
 
-def row_split(tensor, rank, ranks):
-    """Columns of a row linear's weight; all of its bias."""
-    return tensor if tensor.dim() == 1 else split(tensor, rank, ranks, dim=1)
-
-
 def kv_split(tensor, kv_heads, rank, ranks):
     """Rows of key or value heads; with more ranks than heads every head goes to several ranks."""
     if ranks <= kv_heads:
@@ -142,68 +137,69 @@ def base_config(config, architecture, ranks):
     }
 
 
-def phi2_tensors(model, rank, ranks):
-    s, out = model.state_dict(), {}
-    out["transformer.vocab_embedding.weight"] = s["model.embed_tokens.weight"]
-    for kind in ("weight", "bias"):
-        out[f"transformer.ln_f.{kind}"] = s[f"model.final_layernorm.{kind}"]
-        out[f"lm_head.{kind}"] = padded_split(s[f"lm_head.{kind}"], rank, ranks)
+def phi2_layer(model, name, kind):
+    """Rows of queries, keys and values, and the parts of fc that ranks split one by one."""
+    s = model.state_dict()
+    rows = [s[f"{name}.self_attn.{x}_proj.{kind}"] for x in "qkv"]
+    return rows, [s[f"{name}.mlp.fc1.{kind}"]]
+
+
+def phi3_layer(model, name, kind):
+    c, s = model.config, model.state_dict()
+    kv_rows = c.num_key_value_heads * c.hidden_size // c.num_attention_heads
+    rows = s[f"{name}.self_attn.qkv_proj.{kind}"].split([c.hidden_size, kv_rows, kv_rows])
+    gate, up = s[f"{name}.mlp.gate_up_proj.{kind}"].split(c.intermediate_size)
+    return rows, [up, gate]
+
+
+def small_layer(model, name, kind):
+    c, s = model.config, model.state_dict()
+    heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
+    group, rows = heads // kv_heads, s[f"{name}.self_attn.query_key_value.{kind}"]
+    rows = rows.reshape(kv_heads, group + 2, c.hidden_size // heads, *rows.shape[1:])
+    q, k, v = rows[:, :group].flatten(0, 2), rows[:, group], rows[:, group + 1]
+    return [q, k.flatten(0, 1), v.flatten(0, 1)], [s[f"{name}.mlp.up_proj.{kind}"]]
+
+
+# By class: the last norm, lm_head, norms and row linears of a layer, the kinds of tensors, the rest
+SOURCES = {
+    "PhiForCausalLM": (
+        "model.final_layernorm", "lm_head", {"input_layernorm": "input_layernorm"},
+        ("self_attn.dense", "mlp.fc2"), ("weight", "bias"), phi2_layer,
+    ),
+    "Phi3ForCausalLM": (
+        "model.norm", "lm_head",
+        {"input_layernorm": "input_layernorm", "post_layernorm": "post_attention_layernorm"},
+        ("self_attn.o_proj", "mlp.down_proj"), ("weight",), phi3_layer,
+    ),
+    "Phi3SmallForCausalLM": (
+        "model.final_layernorm", "model.embed_tokens",
+        {"input_layernorm": "input_layernorm", "post_layernorm": "post_attention_layernorm"},
+        ("self_attn.dense", "mlp.down_proj"), ("weight", "bias"), small_layer,
+    ),
+}  # fmt: skip
+
+
+def rank_tensors(model, rank, ranks):
+    last_norm, head, norms, row_linears, kinds, layer_parts = SOURCES[type(model).__name__]
+    s, kv_heads = model.state_dict(), model.config.num_key_value_heads
+    out = {"transformer.vocab_embedding.weight": s["model.embed_tokens.weight"]}
+    for kind in kinds:
+        out[f"transformer.ln_f.{kind}"] = s[f"{last_norm}.{kind}"]
+        if f"{head}.{kind}" in s:
+            out[f"lm_head.{kind}"] = padded_split(s[f"{head}.{kind}"], rank, ranks)
         for i in range(model.config.num_hidden_layers):
             a, b = f"model.layers.{i}", f"transformer.layers.{i}"
-            out[f"{b}.input_layernorm.{kind}"] = s[f"{a}.input_layernorm.{kind}"]
-            out[f"{b}.attention.qkv.{kind}"] = torch.cat(
-                [split(s[f"{a}.self_attn.{x}_proj.{kind}"], rank, ranks) for x in "qkv"]
-            )
-            out[f"{b}.mlp.fc.{kind}"] = split(s[f"{a}.mlp.fc1.{kind}"], rank, ranks)
-            for new, old in (("attention.dense", "self_attn.dense"), ("mlp.proj", "mlp.fc2")):
-                out[f"{b}.{new}.{kind}"] = row_split(s[f"{a}.{old}.{kind}"], rank, ranks)
-    return out
-
-
-def phi3_tensors(model, rank, ranks):
-    c, s, out = model.config, model.state_dict(), {}
-    size = c.hidden_size // c.num_attention_heads
-    q_rows, kv_rows = c.num_attention_heads * size, c.num_key_value_heads * size
-    out["transformer.vocab_embedding.weight"] = s["model.embed_tokens.weight"]
-    out["transformer.ln_f.weight"] = s["model.norm.weight"]
-    out["lm_head.weight"] = padded_split(s["lm_head.weight"], rank, ranks)
-    for i in range(c.num_hidden_layers):
-        a, b = f"model.layers.{i}", f"transformer.layers.{i}"
-        out[f"{b}.input_layernorm.weight"] = s[f"{a}.input_layernorm.weight"]
-        out[f"{b}.post_layernorm.weight"] = s[f"{a}.post_attention_layernorm.weight"]
-        q, k, v = s[f"{a}.self_attn.qkv_proj.weight"].split([q_rows, kv_rows, kv_rows])
-        k, v = (kv_split(x, c.num_key_value_heads, rank, ranks) for x in (k, v))
-        out[f"{b}.attention.qkv.weight"] = torch.cat([split(q, rank, ranks), k, v])
-        out[f"{b}.attention.dense.weight"] = row_split(
-            s[f"{a}.self_attn.o_proj.weight"], rank, ranks
-        )
-        gate, up = s[f"{a}.mlp.gate_up_proj.weight"].split(c.intermediate_size)
-        out[f"{b}.mlp.fc.weight"] = torch.cat([split(up, rank, ranks), split(gate, rank, ranks)])
-        out[f"{b}.mlp.proj.weight"] = split(s[f"{a}.mlp.down_proj.weight"], rank, ranks, dim=1)
-    return out
-
-
-def small_tensors(model, rank, ranks):
-    c, s, out = model.config, model.state_dict(), {}
-    size = c.hidden_size // c.num_attention_heads
-    kv_heads, group = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
-    out["transformer.vocab_embedding.weight"] = s["model.embed_tokens.weight"]
-    out["lm_head.weight"] = padded_split(s["model.embed_tokens.weight"], rank, ranks)
-    for kind in ("weight", "bias"):
-        out[f"transformer.ln_f.{kind}"] = s[f"model.final_layernorm.{kind}"]
-        for i in range(c.num_hidden_layers):
-            a, b = f"model.layers.{i}", f"transformer.layers.{i}"
-            out[f"{b}.input_layernorm.{kind}"] = s[f"{a}.input_layernorm.{kind}"]
-            out[f"{b}.post_layernorm.{kind}"] = s[f"{a}.post_attention_layernorm.{kind}"]
-            rows = s[f"{a}.self_attn.query_key_value.{kind}"]
-            rows = rows.reshape(kv_heads, group + 2, size, *rows.shape[1:])
-            q, k, v = rows[:, :group], rows[:, group], rows[:, group + 1]
-            q = split(q.flatten(0, 2), rank, ranks)
-            k, v = (kv_split(x.flatten(0, 1), kv_heads, rank, ranks) for x in (k, v))
-            out[f"{b}.attention.qkv.{kind}"] = torch.cat([q, k, v])
-            out[f"{b}.mlp.fc.{kind}"] = split(s[f"{a}.mlp.up_proj.{kind}"], rank, ranks)
-            for new, old in (("attention.dense", "self_attn.dense"), ("mlp.proj", "mlp.down_proj")):
-                out[f"{b}.{new}.{kind}"] = row_split(s[f"{a}.{old}.{kind}"], rank, ranks)
+            (q, *kv), fc = layer_parts(model, a, kind)
+            kv = [kv_split(x, kv_heads, rank, ranks) for x in kv]
+            out[f"{b}.attention.qkv.{kind}"] = torch.cat([split(q, rank, ranks), *kv])
+            out[f"{b}.mlp.fc.{kind}"] = torch.cat([split(x, rank, ranks) for x in fc])
+            for new, old in zip(("attention.dense", "mlp.proj"), row_linears, strict=True):
+                tensor = s[f"{a}.{old}.{kind}"]
+                whole = kind == "bias"  # every rank has all of it
+                out[f"{b}.{new}.{kind}"] = tensor if whole else split(tensor, rank, ranks, dim=1)
+            for new, old in norms.items():
+                out[f"{b}.{new}.{kind}"] = s[f"{a}.{old}.{kind}"]
     return out
 
 
@@ -255,12 +251,6 @@ def checkpoint_config(model, ranks):
         **{key: getattr(c, key) for key in SMALL_KEYS},
         **(long_rope_keys(c.rope_scaling) if c.rope_scaling else {}),
     }
-
-
-def rank_tensors(model, rank, ranks):
-    tensors = {"Phi": phi2_tensors, "Phi3": phi3_tensors, "Phi3Small": small_tensors}
-    kind = type(model).__name__.removesuffix("ForCausalLM")
-    return tensors[kind](model, rank, ranks)
 
 
 def write_checkpoint(model, directory, ranks=1, dtype=torch.float32):

@@ -5,7 +5,7 @@ from helpers.by_hand import calibration, model, write_model
 from helpers.plan_sources import LAYERS
 
 import phireg
-from phireg.reader.structure import structure_findings, structure_problems
+from phireg.reader.structure import structure_findings
 from phireg.reader.tensors import required_tensors
 
 QKV = "transformer.layers.1.attention.qkv"
@@ -32,8 +32,9 @@ def judged(written, qformat, cache=None, **changes):
     """Problems and notes after changing rank 1; None removes a tensor."""
     config, (first, second) = written[qformat, cache]
     ranks = [first, {n: t for n, t in {**second, **changes}.items() if t is not None}]
-    notes = [(w, text) for w, text, harmless in structure_findings(config, ranks) if harmless]
-    return structure_problems(config, ranks), notes
+    findings = structure_findings(config, ranks)
+    notes = [(where, text) for where, text, harmless in findings if harmless]
+    return [(where, text) for where, text, harmless in findings if not harmless], notes
 
 
 @pytest.mark.parametrize("cache", [None, "fp8"])
