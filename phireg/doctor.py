@@ -112,6 +112,8 @@ def examine(started: Callable[[str], None] | None = None) -> list[Part]:
             started(name)
         try:
             parts += check()
+        except EngineError as error:  # a release that cannot build Phi engines
+            parts.append(_part(name, UNSUITABLE, error.message))
         except Exception as error:  # a defect of one check, on a machine in an unforeseen state
             parts.append(_part(name, BROKEN, f"{type(error).__name__}: {error}"))
     return parts
@@ -128,8 +130,8 @@ def _part(name: str, state: str, found: str = "") -> Part:
 
 def _python() -> Iterator[Part]:
     supported = (3, 10) <= sys.version_info[:2] <= (3, 12)
-    found = f"{platform.python_version()}, {sys.executable}"
-    yield _part("Python", OK if supported else UNSUITABLE, found)
+    text = f"{platform.python_version()}, {sys.executable}"
+    yield _part("Python", OK if supported else UNSUITABLE, text)
 
 
 def _torch() -> Iterator[Part]:
@@ -155,7 +157,7 @@ def _torch() -> Iterator[Part]:
 
 
 def _gpu() -> Iterator[Part]:
-    state, found = MISSING, "there is no nvidia-smi"
+    state, problem = MISSING, "there is no nvidia-smi"
     if shutil.which("nvidia-smi") is not None:
         fields = "--query-gpu=name,memory.total,compute_cap,driver_version"
         code, output = query(["nvidia-smi", fields, "--format=csv,noheader"], _PROGRAM_S)
@@ -165,9 +167,9 @@ def _gpu() -> Iterator[Part]:
             yield _part("GPU", OK, "; ".join(gpus))
             yield _part("driver", OK, rows[0][3])
             return
-        state, found = BROKEN, _last_line(code, output)
-    yield _part("GPU", state, found)
-    yield _part("driver", state, found)
+        state, problem = BROKEN, _last_line(code, output)
+    yield _part("GPU", state, problem)
+    yield _part("driver", state, problem)
 
 
 def _mpi() -> Iterator[Part]:
@@ -191,15 +193,14 @@ def _tensorrt_llm() -> Iterator[Part]:
     version = installed_version(DISTRIBUTION)
     if version is None:
         yield _part(DISTRIBUTION, MISSING)
-    elif (problem := _without_engines(version)) is not None:
-        yield _part(DISTRIBUTION, UNSUITABLE, problem)
+        return
+    release_of(version)
+    code, output = query([sys.executable, "-c", f"import {DISTRIBUTION}"], _IMPORT_S)
+    if code == 0:
+        yield _part(DISTRIBUTION, OK, f"{version}, with the engine backend")
     else:
-        code, output = query([sys.executable, "-c", f"import {DISTRIBUTION}"], _IMPORT_S)
-        if code == 0:
-            yield _part(DISTRIBUTION, OK, f"{version}, with the engine backend")
-        else:
-            found = f"{version}; importing it fails: {_last_line(code, output)}"
-            yield _part(DISTRIBUTION, BROKEN, found)
+        problem = f"{version}; importing it fails: {_last_line(code, output)}"
+        yield _part(DISTRIBUTION, BROKEN, problem)
 
 
 def _trtllm_build() -> Iterator[Part]:
@@ -209,26 +210,16 @@ def _trtllm_build() -> Iterator[Part]:
         yield _part(PROGRAM, MISSING, "not on PATH")
     elif version is None:
         yield _part(PROGRAM, BROKEN, f"{path} does not say which release it belongs to")
-    elif (problem := _without_engines(version)) is not None:
-        yield _part(PROGRAM, UNSUITABLE, problem)
     else:
-        yield _part(PROGRAM, OK, f"{version}, {path}")
-
-
-def _without_engines(version: str) -> str | None:
-    """Why a release cannot build Phi engines; None if it can."""
-    try:
         release_of(version)
-    except EngineError as error:
-        return error.message
-    return None
+        yield _part(PROGRAM, OK, f"{version}, {path}")
 
 
 def _disk() -> Iterator[Part]:
     directory = Path.cwd()
     free = shutil.disk_usage(directory).free
-    found = f"{free / 10**9:,.1f} GB free in {directory}"
-    yield _part("disk", OK if free >= _LITTLE_DISK else UNSUITABLE, found)
+    text = f"{free / 10**9:,.1f} GB free in {directory}"
+    yield _part("disk", OK if free >= _LITTLE_DISK else UNSUITABLE, text)
 
 
 def _plugins() -> Iterator[Part]:

@@ -239,21 +239,13 @@ def _compare_rows(
 
 
 def _votes(
-    files: RankFiles,
-    orders: LinearOrders,
-    companion: str,
-    plan: Plan,
-    reader: Reader,
-    *,
-    fp8: bool,
+    files: RankFiles, orders: LinearOrders, companion: str, plan: Plan, reader: Reader, *, fp8: bool
 ) -> Counter[str]:
     """Count the sampled rows of all ranks that fit one order only, or none."""
     votes: Counter[str] = Counter()
     origins = _origins(plan, orders, companion)
-    if not origins:
-        return votes
     for rank, file in files.items():
-        if companion not in file.module(orders.linear):
+        if not origins or companion not in file.module(orders.linear):
             continue
         first, *others = (order[rank] for order in orders.by_name.values())
         telling = np.flatnonzero(np.any([other != first for other in others], axis=0))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from phireg.layout.spans import Span
 from phireg.planning.model import Options, Output, Plan, Rows
 from phireg.planning.plan import choose_family, plan
 from phireg.planning.schedule import schedule
-from phireg.postprocessing.detection import Decision, check_source, decide
+from phireg.postprocessing.detection import Decision, Evidence, check_source, decide
 from phireg.postprocessing.orders import (
     PARTS,
     RIGHT,
@@ -72,24 +72,20 @@ class Postprocessed:
 
 @dataclass(frozen=True, slots=True)
 class _Checkpoint:
-    """An open checkpoint; ``decision`` is None if the family has no such linears."""
+    """An open checkpoint, and the linears that an exporter may have left in another order."""
 
     directory: Path
     config: Mapping[str, Any]
     files: RankFiles
     chosen: FamilyChoice
     linears: tuple[LinearOrders, ...]
-    decision: Decision | None
+    decision: Decision
 
     @property
     def rows(self) -> RowOrder:
-        family, decision = self.chosen.family.name, self.decision
-        if decision is None:
-            text = f"{family} has no rows here that an exporter leaves in another order"
-            return RowOrder(family, False, TEXTS[RIGHT], 0, (text,))
-        texts = tuple(evidence.text for evidence in decision.evidence)
-        needed = decision.order != RIGHT
-        return RowOrder(family, needed, TEXTS[decision.order], len(self.linears), texts)
+        family, order = self.chosen.family.name, self.decision.order
+        texts = tuple(evidence.text for evidence in self.decision.evidence)
+        return RowOrder(family, order != RIGHT, TEXTS[order], len(self.linears), texts)
 
 
 def row_order(
@@ -180,11 +176,14 @@ def postprocess(
 
 
 class _Recovered(Exception):  # noqa: N818 - not an error
-    """Leaves an output directory as it was before the run that was killed."""
+    pass
 
 
 def _recover(target: Path) -> None:
-    """Clean up after a killed run, which may hold the only copy of the original."""
+    """Clean up after a killed run, which may hold the only copy of the original.
+
+    Entering the output directory does so; leaving with an exception changes nothing more.
+    """
     resolved = Path(os.path.realpath(target))
     if resolved.with_name(resolved.name + PARTIAL_SUFFIX).is_dir():
         output = OutputDirectory(target, overwrite=True, required_bytes=0, kind=None)
@@ -217,9 +216,11 @@ def _open(
             check_source(config, source)
         chosen = source.chosen if source else _family(config, family)
         linears = linears_of(chosen.family, config, files)
-        decision = None
         if linears:
             decision = decide(directory, config, files, linears, source, stated=stated)
+        else:
+            text = f"{chosen.family.name} has no rows that an exporter leaves in another order"
+            decision = Decision(RIGHT, (Evidence(True, text),))
         yield _Checkpoint(directory, config, files, chosen, linears, decision)
 
 
@@ -272,11 +273,10 @@ def _other_files(checkpoint: _Checkpoint, *, in_place: bool) -> list[Path]:
 
 
 def _moves(checkpoint: _Checkpoint) -> Moves:
-    files, decision = checkpoint.files, checkpoint.decision
-    assert decision is not None
+    files = checkpoint.files
     moved: dict[tuple[int, str], tuple[Span, ...]] = {}
     for orders in checkpoint.linears:
-        by_rank = moves(orders.by_name[decision.order], orders.by_name[RIGHT])
+        by_rank = moves(orders.by_name[checkpoint.decision.order], orders.by_name[RIGHT])
         if any(span.source != f"rank{rank}" for rank, rows in enumerate(by_rank) for span in rows):
             check_scales(files, orders, list(row_tensors(files, orders, 0)))
         for rank, rows in enumerate(by_rank):
@@ -327,11 +327,7 @@ def _plan(checkpoint: _Checkpoint, moved: Moves) -> Plan:
 
 
 def _write(
-    checkpoint: _Checkpoint,
-    moved: Moves,
-    others: Sequence[Path],
-    unfinished: Path,
-    progress: Progress,
+    checkpoint: _Checkpoint, moved: Moves, others: list[Path], unfinished: Path, progress: Progress
 ) -> None:
     rewriting = _plan(checkpoint, moved)
     total = rewriting.tensor_bytes
@@ -341,7 +337,6 @@ def _write(
     for path in (*checkpoint.files.paths.values(), *others):
         (unfinished / path.name).chmod(path.stat().st_mode & 0o777)
     config, decision = checkpoint.config, checkpoint.decision
-    assert decision is not None
     manifest = manifest_of(rewriting, unfinished, streamed)
     manifest["options"] = {
         "dtype": config.get("dtype"),

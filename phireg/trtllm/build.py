@@ -101,8 +101,7 @@ def plan_build(
     source, options = Path(source_dir), options or BuildOptions()
     config: Mapping[str, Any]
     if dummy_weights:
-        ranks = options.tp_size or 1
-        plan = plan_config(source, family=family, dtype=dtype, tp_size=ranks)
+        plan = plan_config(source, family=family, dtype=dtype, tp_size=options.tp_size or 1)
         config, weight_bytes = plan.config, None
     else:
         config, weight_bytes = _checkpoint(source)
@@ -149,15 +148,12 @@ def build(plan: BuildPlan, *, overwrite: bool = False, listen: Listener | None =
     started = time.monotonic()
     quantization = plan.config.get("quantization") or {}
     shrinks = quantization.get("quant_algo") in WEIGHT_ONLY.values()
+    needed = (plan.weight_bytes or 0) // (4 if shrinks else 1)
+    output = OutputDirectory(
+        plan.output_dir, overwrite=overwrite, required_bytes=needed, kind=ENGINE
+    )
     with ExitStack() as stack:
-        directory = stack.enter_context(
-            OutputDirectory(
-                plan.output_dir,
-                overwrite=overwrite,
-                required_bytes=(plan.weight_bytes or 0) // (4 if shrinks else 1),
-                kind=ENGINE,
-            )
-        )
+        directory = stack.enter_context(output)
         source = plan.source
         if not plan.weights:
             source = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "config.json"
@@ -166,9 +162,18 @@ def build(plan: BuildPlan, *, overwrite: bool = False, listen: Listener | None =
         _run(plan, line, directory, listen)
         for file in tokenizer_files(plan.source):
             copy_file(file, directory)
-        (directory / BUILD_FILE).write_text(
-            json.dumps(_record(plan, line), indent=2) + "\n", encoding="utf-8"
-        )
+        record = {
+            "producer": {"name": "phireg", "version": metadata.version("phireg")},
+            "trtllm_version": plan.version,
+            "source": str(plan.source),
+            "weights": plan.weights,
+            "options": asdict(plan.options),
+            "command": list(line),
+            "notes": list(plan.command.notes),
+            "run_options": dict(plan.command.run_options),
+        }
+        text = json.dumps(record, indent=2) + "\n"
+        (directory / BUILD_FILE).write_text(text, encoding="utf-8")
         files = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
     return Built(read_engine(plan.output_dir), files, plan.log, time.monotonic() - started)
 
@@ -199,17 +204,3 @@ def _run(plan: BuildPlan, line: tuple[str, ...], directory: Path, listen: Listen
             f"{PROGRAM} ended well, but wrote no complete engine: {error.message}",
             hint=f"its output is in {plan.log}.",
         ) from error
-
-
-def _record(plan: BuildPlan, line: tuple[str, ...]) -> dict[str, Any]:
-    """The content of ``phireg-build.json``."""
-    return {
-        "producer": {"name": "phireg", "version": metadata.version("phireg")},
-        "trtllm_version": plan.version,
-        "source": str(plan.source),
-        "weights": plan.weights,
-        "options": asdict(plan.options),
-        "command": list(line),
-        "notes": list(plan.command.notes),
-        "run_options": dict(plan.command.run_options),
-    }

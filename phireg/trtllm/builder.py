@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from phireg.errors import EngineError
 from phireg.trtllm.command import PROGRAM
@@ -148,19 +149,20 @@ def _signals_deferred() -> Iterator[None]:
         yield  # they are not handled here
         return
     arrived: list[tuple[int, FrameType | None]] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in handlers.items():
-        if callable(handler):
-            signal.signal(number, lambda *event: arrived.append(event))
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {
+        number: handler
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if callable(handler := signal.getsignal(number))
+    }
+    for number in handlers:
+        signal.signal(number, lambda *event: arrived.append(event))
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    for event in arrived:
-        handler = handlers[signal.Signals(event[0])]
-        assert callable(handler)
-        handler(*event)
+    for number, frame in arrived:
+        handlers[number](number, frame)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -74,10 +74,7 @@ class Command:
 def translate(
     config: Mapping[str, Any], options: BuildOptions, version: str, *, weights: bool = True
 ) -> Command:
-    """Choose the flags with which a release of TensorRT-LLM builds what is asked for.
-
-    ``config`` is the checkpoint's config.json. Weights, if there are any, are split for its ranks.
-    """
+    """Choose a release's flags; ``config`` is the checkpoint's, ``weights``: it has rank files."""
     _check_extra(options.extra)
     release = release_of(version)
     _check_model(config, version)
@@ -85,8 +82,6 @@ def translate(
 
 
 class _Translation:
-    """Collects flags and notes."""
-
     def __init__(self, config: Mapping[str, Any], options: BuildOptions, release: Release) -> None:
         self.config = config
         self.architecture = ARCHITECTURES.get(config["architecture"])
@@ -129,24 +124,18 @@ class _Translation:
                 "of the model",
                 hint="--max-seq-len, or --max-input-len and --max-output-len together, must fit.",
             )
-        if total and (options.max_input_len or 0) >= total:
+        by_default = 0 if self.release.max_seq_len else _MAX_INPUT_LEN
+        prompt = options.max_input_len or by_default
+        if total and prompt >= total:
             raise UsageError(
-                f"a prompt of {options.max_input_len} tokens leaves no room for new ones in "
-                f"{total}",
+                f"a prompt of {prompt} tokens leaves no room for new ones in {total}",
                 hint="lower --max-input-len or raise --max-seq-len.",
             )
         self.add("max_input_len", options.max_input_len)
         if self.release.max_seq_len:
             self.add("max_seq_len", total)
         elif total:
-            new_tokens = total - (options.max_input_len or _MAX_INPUT_LEN)
-            if new_tokens < 1:
-                raise UsageError(
-                    f"--max-seq-len {total} leaves no room for new tokens: prompts have up to "
-                    f"{_MAX_INPUT_LEN}",
-                    hint="give --max-input-len too.",
-                )
-            self.add("max_output_len", new_tokens)
+            self.add("max_output_len", total - prompt)
 
     def total(self) -> int | None:
         """Tokens of prompt and continuation together, if the user limits them."""
@@ -278,7 +267,6 @@ class _Translation:
 
 
 def _option(flag: str) -> str:
-    """The option of phireg that stands for a flag."""
     return f"--{flag.replace('_', '-')}"
 
 
