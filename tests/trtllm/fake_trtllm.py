@@ -5,6 +5,7 @@ text is the sum of its tokens, each times its place, modulo the vocabulary; with
 but the first has one added to each token.
 """
 
+import inspect
 import json
 from pathlib import Path
 
@@ -36,14 +37,12 @@ os.write(1, b"[TensorRT-LLM][INFO] noise of C++\\n")
 VOCAB, PADDED, LENGTH = 50, 64, 48
 LOG = Path(os.environ["FAKE_LOG"])
 
+NEXT_TOKEN
+
 
 def note(**facts):
     with LOG.open("a") as file:
         file.write(json.dumps(facts) + "\\n")
-
-
-def next_token(ids):
-    return sum(token * (n + 1) for n, token in enumerate(ids)) % VOCAB
 
 
 class _Runner:
@@ -194,16 +193,15 @@ def install(folder, release="0.17.0.post1", *, engines=True):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     knob = tuple(map(int, release.split(".")[:2])) >= (0, 12)
-    text = RUNTIME.replace("RELEASE", release)
+    text = RUNTIME.replace("RELEASE", release).replace("NEXT_TOKEN", inspect.getsource(next_token))
     text = text.replace("KNOBVALUE", "fp32=enable_context_fmha_fp32_acc" if knob else "fp32='no'")
     text = text.replace("KNOB", "enable_context_fmha_fp32_acc=None," if knob else "")
     if engines:
         (package / "runtime.py").write_text(text)
     info = Path(folder) / f"tensorrt_llm-{release}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: tensorrt_llm\nVersion: {release}\n"
-    )
+    metadata = f"Metadata-Version: 2.1\nName: tensorrt_llm\nVersion: {release}\n"
+    (info / "METADATA").write_text(metadata)
     mpi = Path(folder) / "mpi4py"
     mpi.mkdir()
     (mpi / "__init__.py").write_text("")
@@ -216,18 +214,13 @@ def engine(folder, ranks=1, *, run_options=None, paged="PAGED", **build):
     directory = Path(folder)
     directory.mkdir(parents=True)
     pretrained = {
-        "architecture": "Phi3ForCausalLM",
-        "dtype": "float16",
-        "vocab_size": VOCAB,
+        "architecture": "Phi3ForCausalLM", "dtype": "float16", "vocab_size": VOCAB,
         "mapping": {"world_size": ranks, "tp_size": ranks, "pp_size": 1},
-    }
+    }  # fmt: skip
     limits = {"max_batch_size": 4, "max_input_len": 20, "max_seq_len": 32, "max_beam_width": 3}
     plugins = {"gpt_attention_plugin": "float16", "remove_input_padding": True}
-    config = {
-        "version": "0.17.0.post1",
-        "pretrained_config": pretrained,
-        "build_config": {**limits, "kv_cache_type": paged, "plugin_config": plugins, **build},
-    }
+    build = {**limits, "kv_cache_type": paged, "plugin_config": plugins, **build}
+    config = {"version": "0.17.0", "pretrained_config": pretrained, "build_config": build}
     (directory / "config.json").write_text(json.dumps(config))
     for rank in range(ranks):
         (directory / f"rank{rank}.engine").write_bytes(b"\0")

@@ -112,34 +112,18 @@ def test_likelihood_from_context_logits(fake, tmp_path):
             backend.mean_nll([[1] * 15], [[1] * 6])
 
 
+PAGED = {"gpt_attention_plugin": "auto", "remove_input_padding": True, "paged_kv_cache": True}
+ACCUMULATES = "enable_context_fmha_fp32_acc"
+
+
 @pytest.mark.parametrize(
     ("release", "options", "build", "kind", "accumulates"),
     [
-        ("0.17.0", {"enable_context_fmha_fp32_acc": True}, {}, "ModelRunnerCpp", True),
-        ("1.2.0", None, {}, "ModelRunnerCpp", None),
+        ("0.17.0", {ACCUMULATES: True}, {}, "ModelRunnerCpp", True),
         ("0.11.0", None, {}, "ModelRunnerCpp", "no"),
         ("0.17.0", None, {"kv_cache_type": "CONTINUOUS"}, "ModelRunner", None),
-        (
-            "0.17.0",
-            {"enable_context_fmha_fp32_acc": False},
-            {"plugin_config": {}},
-            "ModelRunner",
-            0,
-        ),
-        (
-            "0.12.0",
-            None,
-            {
-                "kv_cache_type": None,
-                "plugin_config": {
-                    "gpt_attention_plugin": "auto",
-                    "remove_input_padding": True,
-                    "paged_kv_cache": True,
-                },
-            },
-            "ModelRunnerCpp",
-            None,
-        ),
+        ("0.17.0", {ACCUMULATES: False}, {"plugin_config": {}}, "ModelRunner", 0),
+        ("0.12.0", None, {"kv_cache_type": None, "plugin_config": PAGED}, "ModelRunnerCpp", None),
     ],
 )
 def test_runner_and_its_options(release, options, build, kind, accumulates, fake, tmp_path):
@@ -157,11 +141,8 @@ def test_runner_and_its_options(release, options, build, kind, accumulates, fake
 
 def test_refusals_of_the_backend(fake, tmp_path, monkeypatch):
     directory = engine(tmp_path / "engine")
-    with (
-        pytest.raises(PhiregError, match="--backend executor"),
-        open_backend("tensorrt-llm", directory),
-    ):
-        pass
+    with pytest.raises(PhiregError):  # not installed
+        open_backend("tensorrt-llm", directory).__enter__()
     fake()
     monkeypatch.setenv("FAKE_REFUSES", "1")
     with pytest.raises(CheckError, match="version mismatch"):
@@ -196,16 +177,14 @@ def test_refusals_of_the_backend(fake, tmp_path, monkeypatch):
 
 def test_a_release_without_runtime(fake, tmp_path):
     fake("1.4.0", engines=False)
+    directory = engine(tmp_path / "engine")
     with pytest.raises(PhiregError, match=r"1\.3\.0rc20"):
-        open_backend("tensorrt-llm", engine(tmp_path / "engine")).__enter__()
-
-
-def test_a_release_that_cannot_be_imported(fake, tmp_path):
-    fake()
+        open_backend("tensorrt-llm", directory).__enter__()
     path = tmp_path / "site" / "tensorrt_llm" / "runtime.py"
     path.write_text("raise OSError('libnvinfer.so.10: cannot open')")
+    importlib.invalidate_caches()
     with pytest.raises(PhiregError, match="libnvinfer"):
-        open_backend("tensorrt-llm", engine(tmp_path / "engine")).__enter__()
+        open_backend("tensorrt-llm", directory).__enter__()
 
 
 @pytest.mark.parametrize(
@@ -228,7 +207,7 @@ def test_ranks(variables, expected, monkeypatch):
 def test_variables_that_are_no_ranks(rank, size, monkeypatch):
     monkeypatch.setenv("PMI_RANK", rank)
     monkeypatch.setenv("PMI_SIZE", size)
-    with pytest.raises(UsageError, match="PMI_RANK and PMI_SIZE"):
+    with pytest.raises(UsageError, match="PMI_RANK"):
         process_rank("tensorrt-llm")
 
 
@@ -248,8 +227,8 @@ def test_mpi_that_disagrees_or_is_missing(fake, monkeypatch):
 # phireg run
 
 
-def phireg(*args, stdin=b""):
-    return run_phireg("run", *args, stdin=stdin)
+def phireg(*args):
+    return run_phireg("run", *args)
 
 
 def ids_file(tmp_path, rows=PROMPTS):
@@ -262,12 +241,8 @@ def test_run_takes_an_engine_by_itself(fake, tmp_path):
     fake()
     directory = engine(tmp_path / "engine")
     flags = ("--input-file", ids_file(tmp_path), "--max_output_len", 6, "--json")
-    for way in (
-        (directory,),
-        ("--engine_dir", directory),
-        (directory, "--backend", "tensorrt-llm"),
-    ):
-        result = phireg(*way, *flags)
+    for arguments in ((directory,), ("--engine_dir", directory)):
+        result = phireg(*arguments, *flags)
         assert result.exit_code == 0, result.output
         document = json.loads(result.stdout)
         assert [row["tokens"] for row in document["results"]] == [continued(p, 6) for p in PROMPTS]
@@ -311,12 +286,10 @@ def test_run_refuses_what_an_engine_cannot_do(flags, names, tmp_path):
 def test_run_says_what_starts_an_engine_of_two_ranks(fake, tmp_path, monkeypatch):
     fake()
     directory, file = engine(tmp_path / "engine", ranks=2), ids_file(tmp_path)
-    result = phireg(directory, "--input-file", file)
-    assert result.exit_code == 2
-    assert "1 process was started" in result.stderr
-    assert f"mpirun -n 2 phireg run {directory}" in " ".join(result.stderr.split())
-    result = phireg(directory, "--input-file", file, "--tp", 2)
-    assert (result.exit_code, "mpirun -n 2 phireg run" in result.stderr) == (2, True)
+    for flags in ((), ("--tp", 2)):
+        result = phireg(directory, "--input-file", file, *flags)
+        assert result.exit_code == 2
+        assert f"mpirun -n 2 phireg run {directory}" in " ".join(result.stderr.split())
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = phireg(directory, "--input-file", file)
@@ -326,11 +299,11 @@ def test_run_says_what_starts_an_engine_of_two_ranks(fake, tmp_path, monkeypatch
     assert (result.exit_code, result.output) == (0, "")
 
 
-def mpirun(count, tmp_path, *args, stdin=b"", **more):
-    """What mpirun does: the same command in each process, the input for rank 0 only."""
+def mpirun(tmp_path, *args, stdin=b"", **more):
+    """Run phireg in two processes as mpirun does; rank 0 alone gets the input."""
     env = {k: v for k, v in os.environ.items() if k not in VARIABLES}
     path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
-    env |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OMPI_COMM_WORLD_SIZE": str(count), **more}
+    env |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OMPI_COMM_WORLD_SIZE": "2", **more}
     words = [sys.executable, "-m", "phireg", "run", *map(str, args)]
     processes = [
         subprocess.Popen(
@@ -340,13 +313,12 @@ def mpirun(count, tmp_path, *args, stdin=b"", **more):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        for rank in range(count)
+        for rank in range(2)
     ]
-    results = [
+    return [
         (*process.communicate(stdin if rank == 0 else None, timeout=120), process.returncode)
         for rank, process in enumerate(processes)
     ]
-    return [(out, err, code) for out, err, code in results]
 
 
 @pytest.mark.slow
@@ -356,7 +328,7 @@ def test_two_processes(paged, tmp_path):
     directory = engine(tmp_path / "engine", ranks=2, paged=paged)
     lines = b"".join(json.dumps({"input_ids": row}).encode() + b"\n" for row in PROMPTS)
     flags = ("--input-file", "-", "--max-new-tokens", 5, "--batch-size", 2, "--json")
-    (out, err, code), (nothing, _, other) = mpirun(2, tmp_path, directory, *flags, stdin=lines)
+    (out, err, code), (nothing, _, other) = mpirun(tmp_path, directory, *flags, stdin=lines)
     assert (code, other, nothing) == (0, 0, b""), err
     document = json.loads(out)
     assert [row["tokens"] for row in document["results"]] == [continued(p, 5) for p in PROMPTS]
@@ -374,14 +346,14 @@ def test_two_processes_that_fail_together(tmp_path):
     install(tmp_path / "site")
     file = ids_file(tmp_path)
     single = engine(tmp_path / "one", ranks=1)
-    (_, err, code), (nothing, quiet, _) = mpirun(2, tmp_path, single, "--input-file", file)
+    (_, err, code), (nothing, quiet, _) = mpirun(tmp_path, single, "--input-file", file)
     assert code == 2
     assert b"2 processes were started" in err
     assert b"mpirun -n 1" in err
     assert (nothing, quiet) == (b"", b"")
     two = engine(tmp_path / "two", ranks=2)
     flags = (two, "--input-file", file, "--max-new-tokens", 3)
-    (_, err, code), (nothing, _, other) = mpirun(2, tmp_path, *flags, FAKE_FAILS="1")
+    (_, err, code), (nothing, _, other) = mpirun(tmp_path, *flags, FAKE_FAILS="1")
     assert (code, nothing) == (1, b"")
     assert b"out of pages" in err
     assert b"Traceback" not in err
@@ -392,8 +364,7 @@ def test_two_processes_that_fail_together(tmp_path):
 def test_mpirun_is_not_for_the_executor(tmp_path):
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt" / "config.json").write_text('{"architecture": "PhiForCausalLM"}')
-    (_, err, code), (nothing, quiet, other) = mpirun(
-        2, tmp_path, tmp_path / "ckpt", "--prompt", "x"
-    )
+    arguments = (tmp_path / "ckpt", "--prompt", "x")
+    (_, err, code), (nothing, quiet, other) = mpirun(tmp_path, *arguments)
     assert (code, other, nothing, quiet) == (2, 0, b"", b"")
     assert b"torchrun --nproc-per-node" in err
