@@ -1,13 +1,14 @@
 """Reading and writing directories in the published layout, and what config.json may say."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from family_checks import published, without, write_source
 from naive_phi3_small import Naive
-from safetensors import safe_open
-from test_math import relative
+from phireg_plugins.phi3_small import reference
+from safetensors.torch import load_file
+from test_phi3_small_math import build, relative
 from tiny_phi3_small import (
     LONG,
     LONG_ROPE,
@@ -15,28 +16,19 @@ from tiny_phi3_small import (
     random_ids,
     random_tensors,
     source_shapes,
-    without,
-    write_checkpoint,
 )
 
-PUBLISHED_8K = Path(__file__).parents[1] / "plugins" / "published" / "phi-3-small-8k.config.json"
 NOT_READ = ("_name_or_path", "architectures", "attention_bias", "attention_dropout_prob")
 NOT_READ += ("auto_map", "blocksparse_triton_kernel_block_size", "embedding_dropout_prob")
 NOT_READ += ("ffn_dropout_prob", "pad_sequence_to_multiple_of_64", "reorder_and_upcast_attn")
 NOT_READ += ("torch_dtype", "transformers_version")
 
 
-def read_file(path):
-    with safe_open(str(path), framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
 @pytest.mark.parametrize("config", [TINY, LONG], ids=["8k", "128k"])
 @torch.no_grad()
-def test_round_trip(reference, tmp_path, config):
+def test_round_trip(tmp_path, config):
     tensors = random_tensors(config)
-    source = write_checkpoint(tmp_path / "source", config, tensors)
+    source = write_source(tmp_path / "source", config, tensors)
     model, info = reference.Phi3SmallForCausalLM.from_pretrained(source, output_loading_info=True)
     assert not any(info.values())
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -45,7 +37,7 @@ def test_round_trip(reference, tmp_path, config):
     assert relative(model.double()(ids[None]).logits[0], expected) < 1e-9
 
     model.float().save_pretrained(tmp_path / "copy", safe_serialization=True)
-    copied = read_file(tmp_path / "copy" / "model.safetensors")
+    copied = load_file(tmp_path / "copy" / "model.safetensors")
     assert {name: tuple(value.shape) for name, value in copied.items()} == source_shapes(config)
     assert all(torch.equal(copied[name], tensors[name]) for name in tensors)
     saved = json.loads((tmp_path / "copy" / "config.json").read_text())
@@ -55,36 +47,34 @@ def test_round_trip(reference, tmp_path, config):
     assert torch.equal(again.double()(ids[None]).logits, model.double()(ids[None]).logits)
 
 
-def test_frequencies_in_the_file_are_ignored(reference, tmp_path):
-    tensors = random_tensors(TINY)
-    for layer in range(TINY["num_hidden_layers"]):
-        tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.zeros(3)
-    source = write_checkpoint(tmp_path, TINY, tensors)
+HEAD = torch.randn(53, 36, generator=torch.Generator().manual_seed(3))
+FREQUENCIES = {
+    f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.zeros(3) for layer in range(3)
+}
+
+
+@pytest.mark.parametrize(
+    "config, extra",
+    [(TINY, FREQUENCIES), ({**TINY, "tie_word_embeddings": False}, {"lm_head.weight": HEAD})],
+    ids=["stored frequencies are ignored", "untied head"],
+)
+@torch.no_grad()
+def test_other_tensors(tmp_path, config, extra):
+    tensors = random_tensors(config) | extra
+    source = write_source(tmp_path, config, tensors)
     model, info = reference.Phi3SmallForCausalLM.from_pretrained(source, output_loading_info=True)
     assert not any(info.values())
-    ids = random_ids(TINY, 12)
-    with torch.no_grad():
-        logits = model.double()(ids[None]).logits[0]
-    assert relative(logits, Naive(TINY, tensors)(ids.tolist())) < 1e-9
-
-
-@torch.no_grad()
-def test_untied_head(reference, tmp_path):
-    config = {**TINY, "tie_word_embeddings": False}
-    tensors = random_tensors(config)
-    tensors["lm_head.weight"] = torch.randn(53, 36, generator=torch.Generator().manual_seed(3))
-    source = write_checkpoint(tmp_path, config, tensors)
-    model = reference.Phi3SmallForCausalLM.from_pretrained(source).double()
     ids = random_ids(config, 12)
-    assert relative(model(ids[None]).logits[0], Naive(config, tensors)(ids.tolist())) < 1e-9
+    expected = Naive(config, tensors)(ids.tolist())
+    assert relative(model.double()(ids[None]).logits[0], expected) < 1e-9
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_half_precision(reference, tmp_path, dtype):
+def test_half_precision(tmp_path, dtype):
     tensors = {name: value.to(dtype) for name, value in random_tensors(LONG).items()}
     name = str(dtype).removeprefix("torch.")
-    source = write_checkpoint(tmp_path, {**LONG, "torch_dtype": name}, tensors)
+    source = write_source(tmp_path, {**LONG, "torch_dtype": name}, tensors)
     model = reference.Phi3SmallForCausalLM.from_pretrained(source, torch_dtype="auto")
     assert model.dtype == dtype
     ids = random_ids(LONG, 30)
@@ -95,17 +85,16 @@ def test_half_precision(reference, tmp_path, dtype):
     assert error < (0.15 if dtype == torch.bfloat16 else 0.02)
 
 
-def test_published_defaults(reference):
+def test_published_defaults():
     """An absent key has the published 8k model's value."""
-    published = json.loads(PUBLISHED_8K.read_text())
+    stated = without(published("phi-3-small-8k"), *NOT_READ)
     config = reference.Phi3SmallConfig()
-    for key in without(published, *NOT_READ):
-        assert getattr(config, key) == published[key], key
+    assert {key: getattr(config, key) for key in stated} == stated
     assert (config.head_dim, config.intermediate_size) == (128, 14336)
     assert (config.rope_scaling, config.tie_word_embeddings) == (None, True)
 
 
-def test_published_size(reference):
+def test_published_size():
     """Parameters of the published model, the tied head counted once."""
     with torch.device("meta"):
         model = reference.Phi3SmallForCausalLM(reference.Phi3SmallConfig())
@@ -117,7 +106,7 @@ def test_published_size(reference):
     ("multiplier", "hidden", "pad", "expected"),
     [(4, 4096, True, 11008), (4, 4096, False, 10920), (3, 36, False, 72), (3, 36, True, 256)],
 )
-def test_intermediate_size_from_the_multiplier(reference, multiplier, hidden, pad, expected):
+def test_intermediate_size_from_the_multiplier(multiplier, hidden, pad, expected):
     config = reference.Phi3SmallConfig(
         hidden_size=hidden,
         num_attention_heads=4,
@@ -137,14 +126,12 @@ def test_intermediate_size_from_the_multiplier(reference, multiplier, hidden, pa
     ],
     ids=["null", "transformers 5", "named"],
 )
-def test_spellings_without_scaling(reference, tmp_path, spelling):
+def test_spellings_without_scaling(tmp_path, spelling):
     config = reference.Phi3SmallConfig(**TINY, **spelling)
-    assert config.rope_scaling is None
-    assert config.long_rope() is None
     config.save_pretrained(tmp_path)
-    again = reference.Phi3SmallConfig.from_pretrained(tmp_path)
-    assert again.rope_scaling is None
-    assert again.rope_embedding_base == 1000000
+    for read in (config, reference.Phi3SmallConfig.from_pretrained(tmp_path)):
+        assert read.rope_scaling is None and read.long_rope() is None
+        assert read.rope_embedding_base == 1000000
 
 
 @pytest.mark.parametrize(
@@ -154,17 +141,13 @@ def test_spellings_without_scaling(reference, tmp_path, spelling):
         {"rope_scaling": {**LONG_ROPE, "type": "longrope"}},
         {
             "rope_embedding_base": 5.0,
-            "rope_parameters": {
-                **LONG_ROPE,
-                "rope_type": "longrope",
-                "rope_theta": 1000000.0,
-                "partial_rotary_factor": 1.0,
-            },
+            "rope_parameters": {**LONG_ROPE, "rope_type": "longrope", "rope_theta": 1000000.0}
+            | {"partial_rotary_factor": 1.0},
         },
     ],
     ids=["su", "longrope", "transformers 5"],
 )
-def test_spellings_of_long_rope(reference, tmp_path, spelling):
+def test_spellings_of_long_rope(tmp_path, spelling):
     config = reference.Phi3SmallConfig(**{**LONG, "rope_scaling": None, **spelling})
     config.save_pretrained(tmp_path)
     for read in (config, reference.Phi3SmallConfig.from_pretrained(tmp_path)):
@@ -175,7 +158,7 @@ def test_spellings_of_long_rope(reference, tmp_path, spelling):
         assert read.rope_embedding_base == 1000000
 
 
-def test_magnitudes_not_given(reference):
+def test_magnitudes_not_given():
     """131072 over 4096 gives the published Phi-3-mini-128k value, 1.1902380714238083."""
     scaling = {**without(LONG_ROPE, "short_mscale"), "long_mscale": -1}
     scaling["original_max_position_embeddings"] = 4096
@@ -201,13 +184,13 @@ def test_magnitudes_not_given(reference):
         {"rope_scaling": {**LONG_ROPE, "short_factor": [1.0]}},
     ],
 )
-def test_unsupported_configs_are_refused(reference, change):
+def test_unsupported_configs_are_refused(change):
     with pytest.raises(ValueError):
         reference.Phi3SmallConfig(**{**TINY, **change})
 
 
 @torch.no_grad()
-def test_dummy_tokens(reference):
+def test_dummy_tokens():
     published = reference.Phi3SmallConfig().masked_token_indices()
     # Every special id but endoftext, system, user, assistant and end.
     used = {100257, 100261, 100262, 100263, 100266}
@@ -216,12 +199,9 @@ def test_dummy_tokens(reference):
     assert reference.Phi3SmallConfig(dummy_token_indices=[]).masked_token_indices() == []
     assert reference.Phi3SmallConfig(**TINY).masked_token_indices() == []
 
-    plain = reference.Phi3SmallForCausalLM(reference.Phi3SmallConfig(**TINY))
-    config = reference.Phi3SmallConfig(**TINY, dummy_token_indices=[3, 50])
-    model = reference.Phi3SmallForCausalLM(config)
-    model.load_state_dict(plain.state_dict())
     ids = random_ids(TINY, 2, 5)
-    logits, expected = model(ids).logits, plain(ids).logits
+    logits = build({**TINY, "dummy_token_indices": [3, 50]})[0](ids).logits
+    expected = build(TINY)[0](ids).logits
     assert (logits[..., [3, 50]] == torch.finfo(torch.float32).min).all()
     others = [i for i in range(53) if i not in (3, 50)]
     assert torch.equal(logits[..., others], expected[..., others])

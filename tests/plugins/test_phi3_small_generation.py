@@ -3,7 +3,7 @@
 import pytest
 import torch
 from naive_phi3_small import Naive
-from test_math import build, relative
+from test_phi3_small_math import build, relative
 from tiny_phi3_small import LONG, TINY, random_ids
 from transformers import DynamicCache
 
@@ -19,9 +19,9 @@ def greedy(model, ids, count):
 @pytest.mark.parametrize("config", [TINY, LONG], ids=["8k", "128k"])
 @pytest.mark.parametrize("use_cache", [True, False])
 @torch.no_grad()
-def test_greedy_is_the_argmax_of_full_forwards(reference, config, use_cache):
+def test_greedy_is_the_argmax_of_full_forwards(config, use_cache):
     """From 5 tokens to 33: over the local window (8) and the long-rope switch (20)."""
-    model, _ = build(reference, config)
+    model, _ = build(config)
     ids = random_ids(config, 2, 5)
     out = model.generate(
         ids, max_new_tokens=28, do_sample=False, eos_token_id=None, use_cache=use_cache
@@ -31,9 +31,9 @@ def test_greedy_is_the_argmax_of_full_forwards(reference, config, use_cache):
 
 
 @torch.no_grad()
-def test_a_step_computes_only_what_the_cache_does_not_hold(reference):
+def test_a_step_computes_only_what_the_cache_does_not_hold():
     """But for the one at which long rope switches its factors (20 tokens)."""
-    model, _ = build(reference, LONG)
+    model, _ = build(LONG)
     lengths = []
     model.model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     ids = random_ids(LONG, 1, 17)
@@ -42,29 +42,23 @@ def test_a_step_computes_only_what_the_cache_does_not_hold(reference):
 
 
 @torch.no_grad()
-def test_left_padded_batch_generates_what_each_row_does(reference):
-    model, _ = build(reference, TINY)
+def test_left_padded_batch_generates_what_each_row_does():
+    model, _ = build(TINY)
     lengths = [11, 4, 9]
     ids, mask = random_ids(TINY, 3, 11), torch.zeros(3, 11, dtype=torch.long)
     for row, length in enumerate(lengths):
         mask[row, 11 - length :] = 1
         ids[row, : 11 - length] = 0
-    out = model.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=15,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    options = {"max_new_tokens": 15, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    out = model.generate(ids, attention_mask=mask, **options)
     for row, length in enumerate(lengths):
         alone = greedy(model, ids[row : row + 1, 11 - length :], 15)
         assert torch.equal(out[row, 11 - length :], alone[0])
 
 
 @torch.no_grad()
-def test_beams_and_stop(reference):
-    model, _ = build(reference, LONG)
+def test_beams_and_stop():
+    model, _ = build(LONG)
     ids = random_ids(LONG, 2, 17)
     kwargs = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     with_cache = model.generate(ids, **kwargs, pad_token_id=0)
@@ -90,8 +84,8 @@ class Recording(DynamicCache):
 
 @pytest.mark.parametrize("config", [TINY, LONG], ids=["8k", "128k"])
 @torch.no_grad()
-def test_caches_see_rotated_keys_and_hooks_see_linears(reference, config):
-    model, tensors = build(reference, config)
+def test_caches_see_rotated_keys_and_hooks_see_linears(config):
+    model, tensors = build(config)
     called = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -109,13 +103,13 @@ def test_caches_see_rotated_keys_and_hooks_see_linears(reference, config):
 
 
 @torch.no_grad()
-def test_forward_options(reference):
-    model, _ = build(reference, TINY)
+def test_forward_options():
+    model, _ = build(TINY)
     ids = random_ids(TINY, 2, 9)
     full = model(ids)
     assert relative(model(ids, logits_to_keep=1).logits, full.logits[:, -1:]) < 1e-12
     as_tuple = model(ids, use_cache=False, return_dict=False)
     assert len(as_tuple) == 1
     assert torch.equal(as_tuple[0], full.logits)
-    with pytest.raises(TypeError):  # rather than ignoring what positions somebody asked for
+    with pytest.raises(TypeError):  # rather than ignoring them
         model(ids, position_ids=torch.arange(9)[None])

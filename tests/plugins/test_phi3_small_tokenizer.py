@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+from phireg_plugins.phi3_small import reference
 from phireg_plugins.phi3_small.tokenizer import SPECIAL_TOKENS, load_tokenizer
 
 from phireg.errors import SourceError
@@ -94,7 +95,7 @@ def test_special_tokens(tiny):
     assert tiny.bos_token_id == tiny.eos_token_id == tiny.pad_token_id == end_of_text
 
 
-def test_the_published_number_of_ranks(tmp_path, reference):
+def test_the_published_number_of_ranks(tmp_path):
     rng = random.Random(0)
     tokens = dict.fromkeys(BYTES)
     while len(tokens) < 100256:
@@ -110,10 +111,9 @@ def test_the_published_number_of_ranks(tmp_path, reference):
 
 
 def test_padding_and_saving(tiny, tmp_path):
-    batch = tiny(["abc", "abcabcd"], padding=True, return_tensors="pt")
-    assert batch["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
-    pad = tiny.pad_token_id
-    assert batch["input_ids"].tolist() == [[pad, pad, ABC], [ABC, ABC, 100]]
+    batch, pad = tiny(["abc", "abcabcd"], padding=True), tiny.pad_token_id
+    assert batch["attention_mask"] == [[0, 0, 1], [1, 1, 1]]
+    assert batch["input_ids"] == [[pad, pad, ABC], [ABC, ABC, 100]]
     tiny.save_pretrained(tmp_path)
     again = type(tiny).from_pretrained(tmp_path)
     text = "ab é<|end|>\n a"
@@ -212,26 +212,17 @@ def test_against_tiktoken(tmp_path, monkeypatch, order):
     assert merged > 400 * 10
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        None,
-        b"",
-        b"QQ== 0 1\n",
-        b"QQ== 0\n\nQg== 1\n",
-        b"Q!Q== 0\n",
-        b"QQ== x\n",
-        b"QQ== 0\nQQ== 1\n",
-        b"QQ== 0\nQg== 2\n",
-        b"\x80\x81\n",
-    ],
-)
+MALFORMED = [None, b"", b"QQ== 0 1\n", b"QQ== 0\n\nQg== 1\n", b"Q!Q== 0\n", b"QQ== x\n"]
+MALFORMED += [b"QQ== 0\nQQ== 1\n", b"QQ== 0\nQg== 2\n", b"\x80\x81\n"]
+
+
+@pytest.mark.parametrize("content", MALFORMED)
 def test_malformed_files(tmp_path, content):
     if content is not None:
         (tmp_path / "cl100k_base.tiktoken").write_bytes(content)
-    with pytest.raises(SourceError, match=r"cl100k_base\.tiktoken") as caught:
+    with pytest.raises(SourceError) as caught:
         load_tokenizer(tmp_path)
-    assert caught.value.hint
+    assert "cl100k_base.tiktoken" in caught.value.message and caught.value.hint
 
 
 def test_a_file_that_was_cut_off(tmp_path):

@@ -1,9 +1,6 @@
 """Tiny Phi-3-small checkpoints in the published layout, shaped so that mistakes show."""
 
-import json
-
 import torch
-from safetensors.torch import save_file
 
 # 6 heads of 6 in 2 groups; blocks of 4, 2 of them local, stripes every 4th block or so.
 TINY = {
@@ -52,10 +49,6 @@ LONG = {
 }
 
 
-def without(mapping, *keys):
-    return {key: value for key, value in mapping.items() if key not in keys}
-
-
 def source_shapes(config):
     """Names and shapes of a published Phi-3-small file (the embedding is the head)."""
     h, f = config["hidden_size"], config["ff_intermediate_size"]
@@ -89,13 +82,6 @@ def random_tensors(config, seed=0):
         if "query_key_value" in name:
             tensors[name] *= 4
     return tensors
-
-
-def write_checkpoint(directory, config, tensors):
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config))
-    save_file(tensors, str(directory / "model.safetensors"), metadata={"format": "pt"})
-    return directory
 
 
 def random_ids(config, *shape, seed=0):
