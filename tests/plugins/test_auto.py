@@ -18,13 +18,8 @@ SMALL = {"architectures": ["Phi3SmallForCausalLM"], "model_type": "phi3small"}
     [
         ({"architectures": ["PhiForCausalLM"], "model_type": "phi"}, "phi2"),
         ({"architectures": ["PhiForCausalLM"], "model_type": "phi-msft"}, "phi2"),
-        (
-            {
-                "architectures": ["MixFormerSequentialForCausalLM"],
-                "model_type": "mixformer-sequential",
-            },
-            "phi2",
-        ),
+        ({"architectures": ["MixFormerSequentialForCausalLM"]}, "phi2"),
+        ({"model_type": "mixformer-sequential"}, "phi2"),
         ({"model_type": "phi"}, "phi2"),
         ({"architectures": ["PhiForCausalLM"]}, "phi2"),
         ({**PHI3, "num_key_value_heads": 32}, "phi3-mini"),
@@ -76,10 +71,10 @@ PUBLISHED = {
 @pytest.mark.parametrize("family", ["phi2", "phi3-small"])
 def test_a_wrong_explicit_family_is_refused_with_the_reason(tmp_path, family):
     source = write_sparse(tmp_path / "hf", PUBLISHED, source_shapes(PUBLISHED))
-    with pytest.raises(SourceError, match="Phi3ForCausalLM") as caught:
+    with pytest.raises(SourceError) as caught:
         phireg.plan(source, family=family)
-    assert family in caught.value.message
-    assert "--family" in caught.value.hint
+    assert "Phi3ForCausalLM" in caught.value.message and family in caught.value.message
+    assert caught.value.hint
 
 
 def test_auto_and_either_explicit_name_plan_alike(tmp_path):

@@ -11,29 +11,7 @@ from phireg_plugins.phi2 import FAMILY as PHI2
 from phireg_plugins.phi3_mini import FAMILY as MINI
 from phireg_plugins.phi3_small import FAMILY as SMALL
 
-from phireg.api import (
-    COLUMN,
-    COPY,
-    ROW,
-    Axis,
-    FieldTable,
-    Linear,
-    Norm,
-    Rules,
-    Table,
-    columns,
-    const,
-    field,
-    fuse,
-    hookimpl,
-    ignore,
-    order,
-    pad,
-    parts,
-    positive,
-    src,
-    ungroup,
-)
+import phireg.api as ph
 from phireg.layout.spans import Part, Span
 
 PHI2_TINY = {
@@ -87,7 +65,7 @@ def planting(hook):
 
     def planted(base, *message):
         def plant(amend):
-            @hookimpl(wrapper=True)
+            @ph.hookimpl(wrapper=True)
             def wrapper():
                 return amend((yield))
 
@@ -119,15 +97,15 @@ def every(make):
 
 
 def without(rules, *targets):
-    return Rules(*(rule for t, rule in rules.items() if t not in targets), drop=rules.drop)
+    return ph.Rules(*(rule for t, rule in rules.items() if t not in targets), drop=rules.drop)
 
 
 def gate_up(i):
-    return parts(src(source(i, "mlp.gate_up_proj"), 2 * INNER), gate=INNER, up=INNER)
+    return ph.parts(ph.src(source(i, "mlp.gate_up_proj"), 2 * INNER), gate=INNER, up=INNER)
 
 
 def qkv(i):
-    return parts(src(source(i, "self_attn.qkv_proj"), Q + 2 * K), q=Q, k=K, v=K, unit=SIZE)
+    return ph.parts(ph.src(source(i, "self_attn.qkv_proj"), Q + 2 * K), q=Q, k=K, v=K, unit=SIZE)
 
 
 # --- rows in another order -------------------------------------------------------------------
@@ -141,7 +119,9 @@ def qkv(i):
 )
 def halves_not_swapped(rules):
     """As the source has them: gate, up."""
-    return rules.replace(*every(lambda i: Linear(target(i, "mlp.fc"), gate_up(i), HIDDEN, COLUMN)))
+    return rules.replace(
+        *every(lambda i: ph.Linear(target(i, "mlp.fc"), gate_up(i), HIDDEN, ph.COLUMN))
+    )
 
 
 @wrong_rules(
@@ -149,8 +129,8 @@ def halves_not_swapped(rules):
 )
 def k_and_v_exchanged(rules):
     def rule(i):
-        axis = order(qkv(i), "q", "v", "k")
-        return Linear(target(i, "attention.qkv"), axis, HIDDEN, COLUMN)
+        axis = ph.order(qkv(i), "q", "v", "k")
+        return ph.Linear(target(i, "attention.qkv"), axis, HIDDEN, ph.COLUMN)
 
     return rules.replace(*every(rule))
 
@@ -158,8 +138,10 @@ def k_and_v_exchanged(rules):
 @wrong_rules("phi2", "row 64 of transformer.layers.0.attention.qkv.bias", "self_attn.k_proj")
 def k_and_v_fused_in_the_wrong_order(rules):
     def rule(i):
-        one = {p: src(source(i, f"self_attn.{p}_proj"), 64) for p in "qvk"}
-        return Linear(target(i, "attention.qkv"), fuse(**one, unit=16), 64, COLUMN, bias=True)
+        linears = {p: ph.src(source(i, f"self_attn.{p}_proj"), 64) for p in "qvk"}
+        return ph.Linear(
+            target(i, "attention.qkv"), ph.fuse(**linears, unit=16), 64, ph.COLUMN, bias=True
+        )
 
     return rules.replace(*every(rule))
 
@@ -167,9 +149,9 @@ def k_and_v_fused_in_the_wrong_order(rules):
 @wrong_rules("small", "row 12 of transformer.layers.0.attention.qkv.weight", "expected row 24")
 def de_interleaving_forgotten(rules):
     def rule(i):
-        axis = src(source(i, "self_attn.query_key_value"), Q + 2 * K)
-        named = parts(axis, q=Q, k=K, v=K, unit=SIZE)
-        return Linear(target(i, "attention.qkv"), named, HIDDEN, COLUMN, bias=True)
+        axis = ph.src(source(i, "self_attn.query_key_value"), Q + 2 * K)
+        named = ph.parts(axis, q=Q, k=K, v=K, unit=SIZE)
+        return ph.Linear(target(i, "attention.qkv"), named, HIDDEN, ph.COLUMN, bias=True)
 
     return rules.replace(*every(rule))
 
@@ -179,9 +161,9 @@ def de_interleaving_forgotten(rules):
 )
 def pairs_pulled_apart(rules):
     def rule(i):
-        up = src(source(i, "mlp.up_proj"), 2 * INNER)
-        halves = ungroup(up, groups=INNER, unit=1, gelu=1, linear=1)
-        return Linear(target(i, "mlp.fc"), halves, HIDDEN, COLUMN, bias=True)
+        up = ph.src(source(i, "mlp.up_proj"), 2 * INNER)
+        halves = ph.ungroup(up, groups=INNER, unit=1, gelu=1, linear=1)
+        return ph.Linear(target(i, "mlp.fc"), halves, HIDDEN, ph.COLUMN, bias=True)
 
     return rules.replace(*every(rule))
 
@@ -193,16 +175,16 @@ def one_head_permuted(rules):
     heads[1], heads[2] = heads[2], heads[1]
     axis = qkv(1)
     axis = replace(axis, parts=(replace(axis.parts[0], spans=tuple(heads)), *axis.parts[1:]))
-    return rules.replace(Linear(target(1, "attention.qkv"), axis, HIDDEN, COLUMN))
+    return rules.replace(ph.Linear(target(1, "attention.qkv"), axis, HIDDEN, ph.COLUMN))
 
 
 @wrong_rules("mini", "column 0 of transformer.layers.0.attention.dense.weight came from column 12")
 def columns_of_two_heads_exchanged(rules):
-    cols = columns(Q, unit=SIZE)
+    cols = ph.columns(Q, unit=SIZE)
     spans = [Span("", n * SIZE, SIZE) for n in (2, 1, 0)] + [Span("", 3 * SIZE, Q - 3 * SIZE)]
     cols = replace(cols, parts=(replace(cols.parts[0], spans=tuple(spans)),))
-    rows = src(source(0, "self_attn.o_proj"), HIDDEN)
-    return rules.replace(Linear(target(0, "attention.dense"), rows, cols, ROW))
+    rows = ph.src(source(0, "self_attn.o_proj"), HIDDEN)
+    return rules.replace(ph.Linear(target(0, "attention.dense"), rows, cols, ph.ROW))
 
 
 # --- rows of something else ------------------------------------------------------------------
@@ -215,7 +197,7 @@ def columns_of_two_heads_exchanged(rules):
 )
 def norms_exchanged(rules):
     def rule(i, name, other):
-        return Norm(target(i, name), src(source(i, other), HIDDEN))
+        return ph.Norm(target(i, name), ph.src(source(i, other), HIDDEN))
 
     return rules.replace(
         *every(lambda i: rule(i, "input_layernorm", "post_attention_layernorm")),
@@ -226,19 +208,21 @@ def norms_exchanged(rules):
 @wrong_rules("small", "row 0 of transformer.ln_f.weight", "model.layers.1.post_attention_layernorm")
 def final_norm_from_a_layer(rules):
     return rules.replace(
-        Norm("transformer.ln_f", src(source(1, "post_attention_layernorm"), HIDDEN), bias=True),
-        Norm(target(1, "post_layernorm"), src("model.final_layernorm", HIDDEN), bias=True),
+        ph.Norm(
+            "transformer.ln_f", ph.src(source(1, "post_attention_layernorm"), HIDDEN), bias=True
+        ),
+        ph.Norm(target(1, "post_layernorm"), ph.src("model.final_layernorm", HIDDEN), bias=True),
     )
 
 
 @wrong_rules("phi2", "row 0 of transformer.layers.0.mlp.proj.bias", "self_attn.dense.bias")
 def biases_of_two_modules_exchanged(rules):
     def rules_of(i):
-        dense, proj = (src(source(i, name), 64) for name in ("self_attn.dense", "mlp.fc2"))
-        cols = columns(64, unit=16)
+        dense, proj = (ph.src(source(i, name), 64) for name in ("self_attn.dense", "mlp.fc2"))
+        cols = ph.columns(64, unit=16)
         return (
-            Linear(target(i, "attention.dense"), dense, cols, ROW, bias=proj),
-            Linear(target(i, "mlp.proj"), proj, 72, ROW, bias=dense),
+            ph.Linear(target(i, "attention.dense"), dense, cols, ph.ROW, bias=proj),
+            ph.Linear(target(i, "mlp.proj"), proj, 72, ph.ROW, bias=dense),
         )
 
     return rules.replace(*(rule for pair in every(rules_of) for rule in pair))
@@ -249,8 +233,8 @@ def biases_of_two_modules_exchanged(rules):
 )
 def off_by_one_layer(rules):
     def rule(i):
-        rows = src(source((i + 1) % LAYERS, "mlp.down_proj"), HIDDEN)
-        return Linear(target(i, "mlp.proj"), rows, INNER, ROW)
+        rows = ph.src(source((i + 1) % LAYERS, "mlp.down_proj"), HIDDEN)
+        return ph.Linear(target(i, "mlp.proj"), rows, INNER, ph.ROW)
 
     return rules.replace(*every(rule))
 
@@ -258,8 +242,8 @@ def off_by_one_layer(rules):
 @wrong_rules("mini", "row 0 of transformer.vocab_embedding.weight came from row 0 of lm_head")
 def embedding_and_head_exchanged(rules):
     return rules.replace(
-        Table("transformer.vocab_embedding", src("lm_head", VOCAB), HIDDEN),
-        Linear("lm_head", pad(src("model.embed_tokens", VOCAB)), HIDDEN, COLUMN),
+        ph.Table("transformer.vocab_embedding", ph.src("lm_head", VOCAB), HIDDEN),
+        ph.Linear("lm_head", ph.pad(ph.src("model.embed_tokens", VOCAB)), HIDDEN, ph.COLUMN),
     )
 
 
@@ -273,15 +257,15 @@ def tied_head_forgotten(rules):
 
 @wrong_rules("tied", "model.embed_tokens", "twice", "lm_head")
 def tie_not_said(rules):
-    head = pad(src("model.embed_tokens", VOCAB))
-    return rules.replace(Linear("lm_head", head, HIDDEN, COLUMN))
+    head = ph.pad(ph.src("model.embed_tokens", VOCAB))
+    return rules.replace(ph.Linear("lm_head", head, HIDDEN, ph.COLUMN))
 
 
 @wrong_rules("small", "unmapped  model.layers.{0..2}.mlp.down_proj.bias")
 def bias_forgotten(rules):
     def rule(i):
-        rows = src(source(i, "mlp.down_proj"), HIDDEN)
-        return Linear(target(i, "mlp.proj"), rows, INNER, ROW)
+        rows = ph.src(source(i, "mlp.down_proj"), HIDDEN)
+        return ph.Linear(target(i, "mlp.proj"), rows, INNER, ph.ROW)
 
     return rules.replace(*every(rule))
 
@@ -296,8 +280,8 @@ def v_taken_from_k(rules):
     def rule(i):
         name = source(i, "self_attn.qkv_proj")
         q, k, _ = qkv(i).parts
-        axis = Axis((q, k, replace(k, name="v")), ((name, Q + 2 * K),))
-        return Linear(target(i, "attention.qkv"), axis, HIDDEN, COLUMN)
+        axis = ph.Axis((q, k, replace(k, name="v")), ((name, Q + 2 * K),))
+        return ph.Linear(target(i, "attention.qkv"), axis, HIDDEN, ph.COLUMN)
 
     return rules.replace(*every(rule))
 
@@ -315,8 +299,8 @@ def parts_not_named(rules):
     """As one block: the first rank gets all of q, the second all of k and v."""
 
     def rule(i):
-        axis = src(source(i, "self_attn.qkv_proj"), Q + 2 * K, unit=SIZE)
-        return Linear(target(i, "attention.qkv"), axis, HIDDEN, COLUMN)
+        axis = ph.src(source(i, "self_attn.qkv_proj"), Q + 2 * K, unit=SIZE)
+        return ph.Linear(target(i, "attention.qkv"), axis, HIDDEN, ph.COLUMN)
 
     return rules.replace(*every(rule))
 
@@ -324,8 +308,8 @@ def parts_not_named(rules):
 @wrong_rules("mini", "mlp.proj.weight", "[24, 40]", "[48, 20]")
 def wrong_policy(rules):
     def rule(i):
-        rows = src(source(i, "mlp.down_proj"), HIDDEN)
-        return Linear(target(i, "mlp.proj"), rows, INNER, COLUMN)
+        rows = ph.src(source(i, "mlp.down_proj"), HIDDEN)
+        return ph.Linear(target(i, "mlp.proj"), rows, INNER, ph.COLUMN)
 
     return rules.replace(*every(rule))
 
@@ -333,28 +317,32 @@ def wrong_policy(rules):
 @wrong_rules("mini", "mlp.fc.weight", "[80, 48]", "[40, 48]")
 def copied_instead_of_cut(rules):
     def rule(i):
-        return Linear(target(i, "mlp.fc"), order(gate_up(i), "up", "gate"), HIDDEN, COPY)
+        return ph.Linear(target(i, "mlp.fc"), ph.order(gate_up(i), "up", "gate"), HIDDEN, ph.COPY)
 
     return rules.replace(*every(rule))
 
 
 @wrong_rules("mini", "sharding  lm_head", "acme.py:")
 def padding_forgotten(rules):
-    return rules.replace(Linear("lm_head", src("lm_head", VOCAB), HIDDEN, COLUMN))
+    return rules.replace(ph.Linear("lm_head", ph.src("lm_head", VOCAB), HIDDEN, ph.COLUMN))
 
 
 @wrong_rules("mini", "lm_head.weight", "[98, 48]", "[97, 48]")
 def padding_in_front(rules):
-    axis = Axis((Part("rows", (Span(None, 0, 1), Span("lm_head", 0, VOCAB))),), (("lm_head", 97),))
-    return rules.replace(Linear("lm_head", axis, HIDDEN, COLUMN))
+    axis = ph.Axis(
+        (Part("rows", (Span(None, 0, 1), Span("lm_head", 0, VOCAB))),), (("lm_head", 97),)
+    )
+    return rules.replace(ph.Linear("lm_head", axis, HIDDEN, ph.COLUMN))
 
 
 @wrong_rules("mini", "TP 2", "row 24 of lm_head.weight came from row 48", "acme.py:")
 def head_divided_in_two_parts(rules):
     """Two parts are divided one by one, so each rank gets half of either."""
     first, last = (Span("lm_head", 0, 48), Span("lm_head", 48, 49))
-    one, two = Part("a", (first,), padded=True), Part("b", (last,), padded=True)
-    return rules.replace(Linear("lm_head", Axis((one, two), (("lm_head", 97),)), HIDDEN, COLUMN))
+    head, tail = Part("a", (first,), padded=True), Part("b", (last,), padded=True)
+    return rules.replace(
+        ph.Linear("lm_head", ph.Axis((head, tail), (("lm_head", 97),)), HIDDEN, ph.COLUMN)
+    )
 
 
 # --- config ----------------------------------------------------------------------------------
@@ -363,37 +351,39 @@ def head_divided_in_two_parts(rules):
 @wrong_fields("mini", "layer 0 attention", "rotary_base is 10000.0, expected 5000.0", "acme.py:")
 def rope_base_ignored(table):
     entries = (entry for entry in table if entry.to != ("rotary_base",))
-    return FieldTable(
-        *entries, const("rotary_base", 10000.0), ignore("rope_theta", why="taken for a default")
+    return ph.FieldTable(
+        *entries,
+        ph.const("rotary_base", 10000.0),
+        ph.ignore("rope_theta", why="taken for a default"),
     )
 
 
 @wrong_fields("mini", "layer 0 attention", "norm_epsilon is 1e-05, expected 0.01")
 def wrong_epsilon(table):
     return table.replace(
-        const("norm_epsilon", 1e-5), ignore("rms_norm_eps", why="taken for a default")
+        ph.const("norm_epsilon", 1e-5), ph.ignore("rms_norm_eps", why="taken for a default")
     )
 
 
 @wrong_fields("small", "layer 0 mlp", "hidden_act is 'swiglu', expected 'gegelu'")
 def wrong_activation(table):
-    return table.replace(const("hidden_act", "swiglu"))
+    return table.replace(ph.const("hidden_act", "swiglu"))
 
 
 @wrong_fields("small", "layer 0 mlp", "gegelu_limit is 7.0, expected 0.5")
 def limit_from_another_key(table):
-    return table.replace(field("mup_embedding_multiplier", to="gegelu_limit", kind=positive))
+    return table.replace(ph.field("mup_embedding_multiplier", to="gegelu_limit", kind=ph.positive))
 
 
 @wrong_fields("mini", "rope_theta: no entry reads it")
 def key_not_read(table):
-    return table.replace(const("rotary_base", 5000.0))
+    return table.replace(ph.const("rotary_base", 5000.0))
 
 
 @wrong_fields("mini", "hidden_act", "Phi3ForCausalLM")
 def required_key_not_made(table):
     kept = (entry for entry in table if entry.to != ("hidden_act",))
-    return FieldTable(*kept, ignore("hidden_act", why="taken for training"))
+    return ph.FieldTable(*kept, ph.ignore("hidden_act", why="taken for training"))
 
 
 # --- quantization ----------------------------------------------------------------------------

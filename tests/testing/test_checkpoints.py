@@ -29,13 +29,8 @@ def test_values_hide_nothing(base, tmp_path):
 
 def test_the_config_is_the_callers(tmp_path):
     write_tiny_model(MINI, TINY["mini"], tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
-    assert written == {
-        "architectures": ["Phi3ForCausalLM"],
-        "model_type": "phi3",
-        "torch_dtype": "float32",
-        **TINY["mini"],
-    }
+    named = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "torch_dtype": "float32"}
+    assert json.loads((tmp_path / "config.json").read_text()) == {**named, **TINY["mini"]}
 
 
 def test_seed_and_dtype(tmp_path):
@@ -50,8 +45,9 @@ def test_seed_and_dtype(tmp_path):
 
 
 def test_a_config_that_no_model_class_reads(tmp_path):
-    with pytest.raises(PluginError, match="num_attention_heads"):
+    with pytest.raises(PluginError) as caught:
         write_tiny_model(MINI, {**TINY["mini"], "num_attention_heads": "many"}, tmp_path)
+    assert "num_attention_heads" in caught.value.message
 
 
 # --- cutting ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Phi-3-mini: its config table and its mapping, against hand-written expectations."""
+"""Phi-3-mini and medium, which is mini with shared KV heads, against hand-written expectations."""
 
 import math
 
@@ -22,6 +22,7 @@ from family_checks import (
     write_sparse,
 )
 from phi3_models import LAYERS, expected, separate, source_shapes, tiny
+from phireg_plugins.phi3_medium import FAMILY as MEDIUM
 from phireg_plugins.phi3_mini import FAMILY
 from safetensors.torch import load_file
 
@@ -30,6 +31,7 @@ from phireg.findings import Severity
 from phireg.testing import FamilyConformance
 
 MINI_4K, MINI_128K = published("phi-3-mini-4k"), published("phi-3-mini-128k")
+MEDIUM_4K, MEDIUM_128K = published("phi-3-medium-4k"), published("phi-3-medium-128k")
 FIELDS_4K, FIELDS_128K = translated_fields("phi-3-mini-4k"), translated_fields("phi-3-mini-128k")
 SHORT = MINI_128K["rope_scaling"]["short_factor"]
 LONG = MINI_128K["rope_scaling"]["long_factor"]
@@ -89,6 +91,15 @@ def test_published_128k(config):
     translation = translate(FAMILY, config)
     assert translation.findings == ()
     assert translation.fields == FIELDS_128K
+
+
+def test_published_medium():
+    """The tables of mini, with another model's numbers."""
+    fields = translate(MEDIUM, MEDIUM_4K).fields
+    assert fields == translated_fields("phi-3-medium-4k")
+    translation = translate(MEDIUM, MEDIUM_128K)
+    assert translation.findings == ()
+    assert translation.fields == translated_fields("phi-3-medium-128k")
 
 
 def test_a_shorter_limit_stays_long_rope():
@@ -199,12 +210,15 @@ def test_long_rope_as_transformers_saves_it(tmp_path):
     assert_ranks(tmp_path / "out", expected(state, 8, 1), "float16")
 
 
-def test_separate_projections_give_the_same_bytes(tmp_path):
-    state = tiny(tmp_path / "hf", 8)
+@pytest.mark.parametrize(
+    "family, kv_heads, tp", [("phi3-mini", 8, 4), ("phi3-medium", 2, 2), ("phi3-medium", 2, 8)]
+)
+def test_separate_projections_give_the_same_bytes(tmp_path, family, kv_heads, tp):
+    state = tiny(tmp_path / "hf", kv_heads)
     config = read_config(tmp_path / "hf")
-    write_source(tmp_path / "separate", config, separate(state, 8))
+    write_source(tmp_path / "separate", config, separate(state, kv_heads))
     for name in ("hf", "separate"):
-        convert(tmp_path / name, tmp_path / f"out-{name}", family="phi3-mini", tp_size=4)
+        convert(tmp_path / name, tmp_path / f"out-{name}", family=family, tp_size=tp)
     assert rank_files(tmp_path / "out-hf") == rank_files(tmp_path / "out-separate")
 
 
@@ -294,3 +308,68 @@ class TestConformance(FamilyConformance):
             return None
         source = f"model.layers.{module.split('.')[2]}.mlp.gate_up_proj"
         return [(source, row) for row in (*range(88, 176), *range(88))]
+
+
+# --- medium ----------------------------------------------------------------------------------
+
+
+class TestMediumMapping(MappingChecks):
+    """Two KV heads, of which each rank holds at least one."""
+
+    family, bases, large = "phi3-medium", ("phi3_mini",), "phi-3-medium-128k"
+    tp_sizes = (1, 2, 4, 8)
+
+    def write(self, directory, dtype="float32", vocab=None, **changes):
+        return tiny(directory, 2, dtype, vocab, **changes)
+
+    def expected(self, state, tp):
+        return expected(state, 2, tp)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_four_kv_heads(tmp_path, tp):
+    state = tiny(tmp_path / "hf", 4)
+    convert(tmp_path / "hf", tmp_path / "out", family="phi3-medium", dtype="float32", tp_size=tp)
+    assert_ranks(tmp_path / "out", expected(state, 4, tp), "float32")
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_explicit_mini_gives_the_same_bytes(tmp_path, tp):
+    tiny(tmp_path / "hf", 2)
+    for family in ("phi3-mini", "phi3-medium"):
+        convert(tmp_path / "hf", tmp_path / family, family=family, tp_size=tp)
+    assert rank_files(tmp_path / "phi3-mini") == rank_files(tmp_path / "phi3-medium")
+    assert read_config(tmp_path / "phi3-mini") == read_config(tmp_path / "phi3-medium")
+
+
+def test_sizes_that_do_not_fit_the_kv_heads_are_refused(tmp_path):
+    source = write_sparse(tmp_path / "hf", MEDIUM_4K, source_shapes(MEDIUM_4K))
+    for tp in (4, 8):
+        codes, findings = errors(source, family="phi3-medium", tp_size=tp)
+        assert codes == {("sharding", f"transformer.layers.{i}.attention.qkv") for i in range(40)}
+        # 20 and 40 ranks hold one KV head each, several ranks the same one.
+        assert "1, 2, 5, 10, 20, 40" in findings[0].detail
+
+
+def test_published_bytes_of_medium(tmp_path):
+    source = write_sparse(tmp_path / "hf", MEDIUM_4K, source_shapes(MEDIUM_4K))
+    plan = phireg.plan(source, family="phi3-medium")
+    assert plan.bytes_in == 27_920_476_160
+    assert plan.config == checkpoint_config("phi-3-medium-4k")
+    plan = phireg.plan(source, family="phi3-medium", tp_size=2)
+    embedding = 32064 * 5120 * 2  # whole on every rank, where the figure divides it
+    for header, size in zip(plan.headers, plan.file_sizes, strict=True):
+        assert size - len(header) == 13_960_652_800 + embedding // 2
+
+
+class TestMediumConformance(FamilyConformance):
+    """Two KV heads, which at TP 4 stand on two ranks each."""
+
+    family = MEDIUM
+    tp_sizes = (1, 2, 4)
+    tiny = without(MEDIUM_4K, "auto_map") | {
+        "hidden_size": 48, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 105,
+        "num_hidden_layers": 3, "intermediate_size": 72, "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-2, "rope_theta": 5000.0, "sliding_window": 40,
+        "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+    }  # fmt: skip
