@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,21 +18,13 @@ from phireg.executor.blocks import Weights
 from phireg.executor.quantized import fake_quantize
 from phireg.quality.result import LinearQuality
 from phireg.reader.schemes import LINEARS, ROW_LINEARS
-from phireg.verification.layers import Layer, divergence
+from phireg.verification.logits import Layer, divergence
 
 _ROWS = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class LayerwiseQuality:
-    """The measured numbers; see ``phireg.quality.result``."""
-
-    linears: tuple[LinearQuality, ...]
-    hidden: tuple[float, ...]
-    top1: float
-    kl: float
-    nll: float
-    unquantized_nll: float
+Logits = tuple[float, float, float, float]
+"""``top1``, ``kl``, ``nll`` and ``unquantized_nll`` of a ``TextQuality``."""
 
 
 def compare_layers(
@@ -41,8 +32,8 @@ def compare_layers(
     quantized: Executor,
     rows: Sequence[Sequence[int]],
     progress: Callable[[int], None],
-) -> LayerwiseQuality:
-    """Run both on all rows, layer by layer.
+) -> tuple[tuple[LinearQuality, ...], tuple[float, ...], Logits]:
+    """Run both on all rows, layer by layer; return linears, hidden states' errors and logits.
 
     Both must compute in float32, on the same device. Between layers only the hidden states of all
     rows are in memory; at the end also the logits of one of the two.
@@ -56,38 +47,30 @@ def compare_layers(
         linears: list[LinearQuality] = []
         hidden = []
         for index in range(plain.spec.num_layers):
-            meters = _run_layer(index, plain, quantized, states, quantized_states)
+            before, after = Layer(plain, index), Layer(quantized, index)
+            meters = {name: LinearMeter(name, before.weights, after.weights) for name in LINEARS}
+
+            def observe(
+                linear: str, parts: list[Tensor], meters: dict[str, LinearMeter] = meters
+            ) -> None:
+                meters[linear].observe(parts)
+
+            states = [before.run(x, observe_inputs=observe) for x in states]
+            quantized_states = list(map(after.run, quantized_states))
+            del before, after
             linears += [meter.result(index) for meter in meters.values()]
+            meters.clear()  # of two layers, one is in memory at a time
             errors = map(_token_errors, quantized_states, states)
             hidden.append(float(torch.cat(list(errors)).mean()))
             progress(1)
-        return _compare_logits(
-            plain, quantized, ids, states, quantized_states, tuple(linears), tuple(hidden)
-        )
-
-
-def _run_layer(
-    index: int,
-    plain: Executor,
-    quantized: Executor,
-    states: list[Tensor],
-    quantized_states: list[Tensor],
-) -> dict[str, LinearMeter]:
-    """Advance the states of both by a layer, in place; return what was measured of its linears."""
-    before, after = Layer(plain, index), Layer(quantized, index)
-    meters = {name: LinearMeter(name, before.weights, after.weights) for name in LINEARS}
-    for row, (x, quantized_x) in enumerate(zip(states, quantized_states, strict=True)):
-        states[row] = before.run(
-            x, observe_inputs=lambda linear, parts: meters[linear].observe(parts)
-        )
-        quantized_states[row] = after.run(quantized_x)
-    return meters
+        logits = _compare_logits(plain, quantized, ids, states, quantized_states)
+        return tuple(linears), tuple(hidden), logits
 
 
 def _token_errors(actual: Tensor, expected: Tensor) -> Tensor:
     """Compute every token's error relative to itself, float32 [tokens].
 
-    Unlike those of ``phireg.verification.layers``: some models have a few tokens whose states are a
+    Unlike those of ``phireg.verification.logits``: some models have a few tokens whose states are a
     thousand times as large as all others; taken together with them the others would not count.
     """
     norm = expected[0].norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
@@ -100,9 +83,7 @@ def _compare_logits(
     ids: Sequence[Tensor],
     states: Sequence[Tensor],
     quantized_states: Sequence[Tensor],
-    linears: tuple[LinearQuality, ...],
-    hidden: tuple[float, ...],
-) -> LayerwiseQuality:
+) -> Logits:
     ends = plain.end_weights()
     expected = [plain.logits(ends, x)[0] for x in states]
     ends = quantized.end_weights()
@@ -116,14 +97,7 @@ def _compare_logits(
         kl += divergence(after, before) * len(before)
         unquantized_nll += _nll(before, row[0])
         nll += _nll(after, row[0])
-    return LayerwiseQuality(
-        linears,
-        hidden,
-        same / positions,
-        kl / positions,
-        nll / predicted,
-        unquantized_nll / predicted,
-    )
+    return same / positions, kl / positions, nll / predicted, unquantized_nll / predicted
 
 
 def _nll(logits: Tensor, ids: Tensor) -> float:

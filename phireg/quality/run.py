@@ -78,27 +78,23 @@ def measure(
     directory = Path(checkpoint_dir)
     spec = read_spec(directory)
     text = _read_text(plan, settings, provenance, spec, affordable(plan, device))
-    unquantized = _unquantized(plan)
+    hf = HFConfig(read_json_object(plan.source.directory / "config.json"))
+    options = dataclasses.replace(plan.options, qformat=None, kv_cache_dtype=None)
+    unquantized = build_plan(plan.chosen, hf, plan.source, options, plan.model_dir)
     report = progress or (lambda more, total: None)
     with plan.source.open() as reader:
         ranks = range(spec.tp_size)
-        options: dict[str, Any] = {"device": device, "dtype": torch.float32, "offload": True}
+        how: dict[str, Any] = {"device": device, "dtype": torch.float32, "offload": True}
         sources = [_planned_tensors(unquantized, rank, reader) for rank in ranks]
-        plain = Executor(parse_spec(dict(unquantized.config)), sources, ranks, **options)
-        quantized = Executor(spec, open_ranks(directory, spec, ranks), ranks, **options)
+        plain = Executor(parse_spec(dict(unquantized.config)), sources, ranks, **how)
+        quantized = Executor(spec, open_ranks(directory, spec, ranks), ranks, **how)
         layers = spec.num_layers
-        layerwise = compare_layers(plain, quantized, text.rows, lambda more: report(more, layers))
+        linears, hidden, logits = compare_layers(
+            plain, quantized, text.rows, lambda more: report(more, layers)
+        )
     assert plan.options.qformat is not None
-    text_quality = TextQuality(
-        text.origin,
-        len(text.rows),
-        sum(map(len, text.rows)),
-        text.calibrated,
-        layerwise.top1,
-        layerwise.kl,
-        layerwise.nll,
-        layerwise.unquantized_nll,
-    )
+    tokens = sum(map(len, text.rows))
+    text_quality = TextQuality(text.origin, len(text.rows), tokens, text.calibrated, *logits)
     labels = {
         "checkpoint": str(directory.absolute()),
         "source": f"{plan.model_dir}, {len(plan.source.files)} file(s)",
@@ -116,14 +112,11 @@ def measure(
         spec.architecture.name,
         plan.options.dtype,
         plan.options.tp_size,
-        layerwise.linears,
-        layerwise.hidden,
+        linears,
+        hidden,
         text_quality,
         tuple(labels.items()),
     )
-
-
-# The text
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,16 +196,6 @@ def choose_text(
             break
         rows.append(kept)
     return Text(tuple(rows), samples.origin, used > 0 and not further)
-
-
-# The unquantized model, read from the source as an executor asks for its tensors
-
-
-def _unquantized(plan: Plan) -> Plan:
-    """Plan the same conversion without quantization."""
-    hf = HFConfig(read_json_object(plan.source.directory / "config.json"))
-    options = dataclasses.replace(plan.options, qformat=None, kv_cache_dtype=None)
-    return build_plan(plan.chosen, hf, plan.source, options, plan.model_dir)
 
 
 def _planned_tensors(plan: Plan, rank: int, reader: Reader) -> Source:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -71,10 +71,10 @@ class Heads:
     activation: str
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Heads:
-        """Return the order of a planned config.json."""
+    def of(cls, plan: Plan) -> Heads:
+        """Return the order of a plan's config.json."""
         keys = ("num_attention_heads", "num_key_value_heads", "head_size", "hidden_act")
-        return cls(*(config[key] for key in keys))
+        return cls(*(plan.config[key] for key in keys))
 
 
 def explain(plan: Plan, files: RankFiles, differences: Iterable[Difference]) -> list[Problem]:
@@ -164,7 +164,7 @@ def _find(
     expected = [assemble(plan, output, reader) for output in outputs]
     stored = [files[o.rank].read(o.name).reshape(o.matrix) for o in outputs]
     module = outputs[0].name.rpartition(".")[0]
-    heads = Heads.of(plan.config)
+    heads = Heads.of(plan)
     mistake = named_mistake(module, expected, stored, heads, np.array_equal)
     if mistake is not None:
         return mistake
@@ -211,7 +211,7 @@ def _quantized_problems(
 ) -> Iterator[Problem]:
     """Yield the problems of a linear; mistakes are looked for where there is a reader."""
     target, tolerance = linear.target, Tolerance.of(plan)
-    heads = Heads.of(plan.config)
+    heads = Heads.of(plan)
     if linear.differences:
         mistake = None
         if reader is not None:

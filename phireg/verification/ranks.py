@@ -12,8 +12,7 @@ from phireg.executor import Executor, ModelSpec
 from phireg.executor.model import Source
 from phireg.reader.schemes import LINEARS, ROW_LINEARS, Quantization
 from phireg.reader.tensors import replicated
-from phireg.verification.layers import logits_tolerance, overall, token_errors
-from phireg.verification.logits import prompt_ids
+from phireg.verification.logits import logits_tolerance, overall, prompt_ids, token_errors
 from phireg.verification.result import Place
 
 _BY_COLUMNS = tuple(

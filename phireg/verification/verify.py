@@ -141,7 +141,11 @@ class _Verifier:
     def plan_source(self, model_dir: str, family: str, revision: str | None) -> None:
         """Plan the conversion of the source that the checkpoint's config.json tells of."""
         dtype = self.config.get("dtype")
-        qformat, kv_cache_dtype = self._formats()
+        qformats = {scheme.quant_algo: name for name, scheme in SCHEMES.items()}
+        caches = {algorithm: name for name, algorithm in KV_CACHES.items()}
+        # None for algorithms that phireg does not write.
+        qformat = qformats.get(str(self.quantization.get("quant_algo")))
+        cache = caches.get(str(self.quantization.get("kv_cache_quant_algo")))
         mapping = self.config.get("mapping")
         ep_size = mapping.get("moe_ep_size") if isinstance(mapping, Mapping) else None
         possible = isinstance(ep_size, int) and ep_size > 1 and self.tp_size % ep_size == 0
@@ -152,22 +156,12 @@ class _Verifier:
             dtype=dtype if isinstance(dtype, str) and dtype in WEIGHT_DTYPES else "auto",
             tp_size=self.tp_size,
             qformat=qformat,
-            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_dtype=cache if qformat is not None else None,
             moe_ep_size=ep_size if possible else None,
         )
         self.postprocess = ["phireg", "postprocess", str(self.directory), "--model-dir", model_dir]
         self.postprocess += ["--family", family] if family != AUTO else []
         self.postprocess += ["--revision", revision] if revision is not None else []
-
-    def _formats(self) -> tuple[str | None, str | None]:
-        """Return qformat and KV cache dtype to plan with; None for those phireg does not write."""
-        qformats = {scheme.quant_algo: name for name, scheme in SCHEMES.items()}
-        caches = {algorithm: name for name, algorithm in KV_CACHES.items()}
-        algorithm, cache = (
-            str(self.quantization.get(key)) for key in ("quant_algo", "kv_cache_quant_algo")
-        )
-        qformat = qformats.get(algorithm)
-        return qformat, caches.get(cache) if qformat is not None else None
 
     def check(self, name: str) -> Check:
         """Make one check; what prevents it becomes its outcome."""

@@ -15,8 +15,13 @@ from phireg.executor import Executor, load
 from phireg.executor import attention as attend
 from phireg.reader.spec import read_spec
 from phireg.report.verification import render_verification as render
-from phireg.verification.layers import divergence, token_errors, top1
-from phireg.verification.logits import choose_prompts, prompt_ids
+from phireg.verification.logits import (
+    choose_prompts,
+    divergence,
+    prompt_ids,
+    token_errors,
+    top1,
+)
 from phireg.verification.ranks import merge
 from phireg.verification.result import CHECKS, QUICK
 
