@@ -76,29 +76,26 @@ def inputs(source, ids):
 
 
 @pytest.fixture(scope="module")
-def made(source, settings, statistics, tmp_path_factory):
+def checkpoints(source, settings, statistics, tmp_path_factory):
     """By format: the checkpoint and what was measured."""
     measured = {}
     for qformat, cache in (("fp8", None), ("int8_sq", "int8"), ("int4_wo", None)):
         plan = phireg.plan(source, qformat=qformat, kv_cache_dtype=cache, tp_size=TP)
-        place = tmp_path_factory.mktemp("made") / qformat
+        place = tmp_path_factory.mktemp("out") / qformat
         phireg.quantize(plan, place, statistics)
         measured[qformat] = place, measure(plan, place, settings, provenance=statistics.provenance)
     return measured
 
 
-def linear_of(quality, layer, linear):
-    (one,) = [one for one in quality.linears if (one.layer, one.linear) == (layer, linear)]
-    return one
-
-
-def ranks(place):
-    return [load_file(place / f"rank{rank}.safetensors") for rank in range(TP)]
+def linear_of(quality, layer, name):
+    (linear,) = [x for x in quality.linears if (x.layer, x.linear) == (layer, name)]
+    return linear
 
 
 def together(place, layer, linear, part):
     """A companion of a linear, of all ranks."""
-    parts = [rank[f"transformer.layers.{layer}.{linear}.{part}"] for rank in ranks(place)]
+    ranks = [load_file(place / f"rank{rank}.safetensors") for rank in range(TP)]
+    parts = [rank[f"transformer.layers.{layer}.{linear}.{part}"] for rank in ranks]
     row_linear = linear in ("attention.dense", "mlp.proj")
     if part == "weight":
         return torch.cat(parts, 1 if row_linear else 0)
@@ -109,60 +106,56 @@ def together(place, layer, linear, part):
     return parts[0]
 
 
-def relative(got, wanted):
-    got, wanted = got.double(), wanted.double()
-    return float((got - wanted).norm() / wanted.norm())
-
-
-def source_weight(source, layer, linear):
-    tensors = load_file(source / "model.safetensors")
-    prefix = f"model.layers.{layer}."
-    return tensors[f"{prefix}{MODULES[linear]}.weight"].float()
+def relative(actual, expected):
+    actual, expected = actual.double(), expected.double()
+    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
 @pytest.mark.parametrize("linear", ["attention.dense", "mlp.fc", "mlp.proj"])
-def test_the_weights_error_is_that_of_the_files(made, source, qformat, linear):
-    place, quality = made[qformat]
+def test_the_weights_error_is_that_of_the_files(checkpoints, source, qformat, linear):
+    place, quality = checkpoints[qformat]
+    tensors = load_file(source / "model.safetensors")
     for layer in (0, 5):
         weight = together(place, layer, linear, "weight").float()
         scale = together(place, layer, linear, "weights_scaling_factor")
-        wanted = source_weight(source, layer, linear)
+        expected = tensors[f"model.layers.{layer}.{MODULES[linear]}.weight"].float()
         if qformat == "int8_sq":
             scale = scale[:, None]
-            wanted = wanted / together(place, layer, linear, "prequant_scaling_factor").float()
+            expected = expected / together(place, layer, linear, "prequant_scaling_factor").float()
         error = linear_of(quality, layer, linear).weight
-        assert error == pytest.approx(relative(weight * scale, wanted), rel=1e-4)
+        assert error == pytest.approx(relative(weight * scale, expected), rel=1e-4)
         assert 0 < error < 0.05
 
 
 @pytest.mark.parametrize("layer", [0, 5])
 @pytest.mark.parametrize("linear", LINEARS)
-def test_the_inputs_error_is_that_of_the_source_models_inputs(made, inputs, layer, linear):
+def test_the_inputs_error_is_that_of_the_source_models_inputs(checkpoints, inputs, layer, linear):
     x = inputs[layer, linear]
-    place, quality = made["fp8"]
+    place, quality = checkpoints["fp8"]
     scale = together(place, layer, linear, "activation_scaling_factor")
     stored = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
-    one = linear_of(quality, layer, linear)
-    assert one.activation == pytest.approx(relative(stored, x), rel=1e-3)
+    measured = linear_of(quality, layer, linear)
+    assert measured.activation == pytest.approx(relative(stored, x), rel=1e-3)
     channels = np.abs(x.numpy()).max(axis=0)
-    assert one.outliers == pytest.approx(channels.max() / np.median(channels), rel=1e-4)
+    assert measured.outliers == pytest.approx(channels.max() / np.median(channels), rel=1e-4)
 
-    place, quality = made["int8_sq"]
+    place, quality = checkpoints["int8_sq"]
     scale = together(place, layer, linear, "activation_scaling_factor")
     smoothed = x * together(place, layer, linear, "prequant_scaling_factor").float()
     stored = torch.round(smoothed / scale)
-    one = linear_of(quality, layer, linear)
+    measured = linear_of(quality, layer, linear)
     beyond = ((stored > 127) | (stored < -128)).float().mean()
-    assert one.activation == pytest.approx(
-        relative(stored.clamp(-128, 127) * scale, smoothed), rel=1e-3
-    )
-    assert one.saturation == pytest.approx(float(beyond), abs=2 / x.numel())
+    error = relative(stored.clamp(-128, 127) * scale, smoothed)
+    assert measured.activation == pytest.approx(error, rel=1e-3)
+    assert measured.saturation == pytest.approx(float(beyond), abs=2 / x.numel())
 
 
 @pytest.mark.parametrize("qformat", ["fp8", "int8_sq", "int4_wo"])
-def test_hidden_states_and_logits_are_those_of_two_whole_runs(made, source, ids, qformat, tmp_path):
-    place, quality = made[qformat]
+def test_hidden_states_and_logits_are_those_of_two_whole_runs(
+    checkpoints, source, ids, qformat, tmp_path
+):
+    place, quality = checkpoints[qformat]
     phireg.convert(phireg.plan(source), tmp_path / "plain")
     states = {}
     logits = {}
@@ -182,11 +175,15 @@ def test_hidden_states_and_logits_are_those_of_two_whole_runs(made, source, ids,
             for n in range(3)
         ]
         assert error == pytest.approx(float(torch.cat(by_token).mean()), rel=1e-3)
-    got = torch.cat([logits["quantized", n] for n in range(3)]).log_softmax(-1)
-    wanted = torch.cat([logits["plain", n] for n in range(3)]).log_softmax(-1)
+    actual, expected = (
+        torch.cat([logits[name, n] for n in range(3)]).log_softmax(-1)
+        for name in ("quantized", "plain")
+    )
     text = quality.text
-    assert text.top1 == pytest.approx(float((got.argmax(-1) == wanted.argmax(-1)).float().mean()))
-    kl = float((wanted.exp() * (wanted - got)).sum(-1).mean())
+    assert text.top1 == pytest.approx(
+        float((actual.argmax(-1) == expected.argmax(-1)).float().mean())
+    )
+    kl = float((expected.exp() * (expected - actual)).sum(-1).mean())
     assert text.kl == pytest.approx(kl, rel=1e-2, abs=1e-6)
     chosen = [
         logits["quantized", n].log_softmax(-1)[:-1].gather(1, torch.tensor(row[1:])[:, None])
@@ -196,11 +193,13 @@ def test_hidden_states_and_logits_are_those_of_two_whole_runs(made, source, ids,
     assert (text.rows, text.tokens, text.calibrated) == (3, 120, False)
 
 
-def test_weights_alone(made):
-    _, quality = made["int4_wo"]
-    assert all(one.activation is None and one.saturation is None for one in quality.linears)
+def test_weights_alone(checkpoints):
+    _, quality = checkpoints["int4_wo"]
+    assert all(
+        linear.activation is None and linear.saturation is None for linear in quality.linears
+    )
     assert 0.05 < linear_of(quality, 0, "mlp.fc").weight < 0.2
-    assert [(one.layer, one.linear) for one in quality.linears] == [
+    assert [(linear.layer, linear.linear) for linear in quality.linears] == [
         (layer, linear) for layer in range(6) for linear in LINEARS
     ]
     assert len(quality.hidden) == 6
@@ -217,7 +216,7 @@ def test_nothing_saturates_on_what_was_calibrated_and_louder_text_does(
     settings = Settings(file=first, device="cpu")
     quality = measure(plan, tmp_path / "same", settings, provenance=statistics.provenance)
     assert quality.text.calibrated
-    assert {one.saturation for one in quality.linears} == {0.0}
+    assert {linear.saturation for linear in quality.linears} == {0.0}
 
     # As if the text had been four times as loud as what was calibrated on.
     quiet = Statistics(
@@ -225,7 +224,7 @@ def test_nothing_saturates_on_what_was_calibrated_and_louder_text_does(
     )
     phireg.quantize(plan, tmp_path / "quiet", quiet)
     loud = measure(plan, tmp_path / "quiet", settings, provenance=statistics.provenance)
-    assert all(one.saturation > 0 for one in loud.linears)
+    assert all(linear.saturation > 0 for linear in loud.linears)
     assert loud.hidden[-1] > 3 * quality.hidden[-1]
 
 
@@ -238,8 +237,8 @@ def test_nothing_to_measure_on(source, tmp_path):
         measure(plan, tmp_path / "out", Settings(file=rows, device="cpu"))
 
 
-def test_close_and_exact(made):
-    _, quality = made["fp8"]
+def test_close_and_exact(checkpoints):
+    _, quality = checkpoints["fp8"]
     worse = dataclasses.replace(quality.text, nll=quality.text.unquantized_nll + math.log(1.03))
     assert not dataclasses.replace(quality, text=worse).close
     assert dataclasses.replace(quality, text=worse, qformat="int8_sq").close

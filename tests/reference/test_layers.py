@@ -70,21 +70,21 @@ def test_the_same_bits_as_from_pretrained(tmp_path, name, stored, computed, keep
     directory = sources.write(name, tmp_path, stored, shard="60KB")
     reference = opened(name, directory, computed)
     getattr(reference, keep)()
-    wanted = from_pretrained(name, directory, computed)
+    original = from_pretrained(name, directory, computed)
     if keep == "keep_all":
-        ours, theirs = reference.model.state_dict(), wanted.state_dict()
+        ours, theirs = reference.model.state_dict(), original.state_dict()
         assert ours.keys() == theirs.keys()
         assert all(ours[name].dtype == theirs[name].dtype for name in theirs)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    ours, theirs = dict(reference.model.named_buffers()), dict(wanted.named_buffers())
+    ours, theirs = dict(reference.model.named_buffers()), dict(original.named_buffers())
     assert ours.keys() == theirs.keys()
     for buffer, values in theirs.items():
         assert ours[buffer].dtype == values.dtype, buffer
         assert torch.equal(ours[buffer], values), buffer
     for tokens in LENGTHS:
-        prompt = ids(wanted.config.vocab_size, tokens)
+        prompt = ids(original.config.vocab_size, tokens)
         logits = reference.logits(prompt, Silent())
-        assert torch.equal(logits, wanted(prompt, use_cache=False).logits.float()), tokens
+        assert torch.equal(logits, original(prompt, use_cache=False).logits.float()), tokens
 
 
 @torch.no_grad()
@@ -92,9 +92,9 @@ def test_values_are_rounded_first(tmp_path):
     directory = sources.write("phi2", tmp_path)
     reference = opened("phi2", directory, torch.float32, weights=torch.bfloat16)
     reference.keep_all()
-    wanted = from_pretrained("phi2", directory, torch.bfloat16).float()
+    original = from_pretrained("phi2", directory, torch.bfloat16).float()
     ours = reference.model.state_dict()
-    assert all(torch.equal(ours[name], value) for name, value in wanted.state_dict().items())
+    assert all(torch.equal(ours[name], value) for name, value in original.state_dict().items())
 
 
 @pytest.mark.parametrize("name", sources.MODELS)
@@ -149,15 +149,13 @@ def test_pytorch_files(tmp_path):
 def test_what_the_files_lack(tmp_path):
     directory = sources.write("phi3-gqa", tmp_path)
     sources.change(directory, num_hidden_layers=4)
-    with pytest.raises(SourceError, match=r"does not find model\.layers\.3\."):
+    with pytest.raises(SourceError, match=r"model\.layers\.3\."):
         opened("phi3-gqa", directory)
     sources.change(directory, num_hidden_layers=3, vocab_size=99)
-    with pytest.raises(
-        SourceError, match=r"embed_tokens.weight is F32 \[103, 96\], not \[99, 96\]"
-    ):
+    with pytest.raises(SourceError, match=r"embed_tokens.weight.*\[103, 96\].*\[99, 96\]"):
         opened("phi3-gqa", directory)
     sources.change(directory, vocab_size=103, hidden_act="no such function")
-    with pytest.raises(SourceError, match="cannot be loaded"):
+    with pytest.raises(SourceError):
         opened("phi3-gqa", directory)
 
 

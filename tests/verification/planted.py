@@ -11,7 +11,11 @@ from verify_sources import edit_config, load_ranks, save_ranks
 HEADS = {"phi2": (4, 4, 20), "phi3-mini": (8, 8, 12), "phi3-small": (8, 4, 12),
          "phi3-medium": (8, 4, 12)}  # fmt: skip
 L1 = "transformer.layers.1."
-QKV = L1 + "attention.qkv.weight"
+QKV, DENSE, FC, PROJ = (
+    f"{L1}{name}.weight" for name in ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
+)
+QKV_BIAS, DENSE_BIAS, PROJ_BIAS = (n.replace("weight", "bias") for n in (QKV, DENSE, PROJ))
+SHORT, LONG = (f"longrope_scaling_{name}_factors" for name in ("short", "long"))
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def config_without(key):
 
 def no_long_rope(directory, family):
     def change(values):
-        del values["longrope_scaling_short_factors"]
+        del values[SHORT]
         values["position_embedding_type"] = "rope_gpt_neox"
 
     edit_config(directory, change)
@@ -217,7 +221,8 @@ def truncated(x):
     return torch.where(bits > 0, bits - 1, bits).view(torch.bfloat16)
 
 
-A1, M1, HEAD = (1, "attention"), (1, "mlp"), (None, "lm_head")
+A0, M0, A1, M1 = ((layer, part) for layer in (0, 1) for part in ("attention", "mlp"))
+HEAD = (None, "lm_head")
 SMALL, MINI, MEDIUM = "phi3-small", "phi3-mini", "phi3-medium"
 
 PLANTED = {
@@ -233,8 +238,7 @@ PLANTED = {
     ),
     "interleave forgotten": Planted(SMALL, 1, whole_qkv(grouped), A1, "still grouped by KV head"),
     "interleave forgotten at TP 2": Planted(
-        SMALL, 2, whole_qkv(grouped, (QKV, QKV.replace("weight", "bias"))), A1,
-        "still grouped by KV head",
+        SMALL, 2, whole_qkv(grouped, (QKV, QKV_BIAS)), A1, "still grouped by KV head",
     ),
     "one head permuted": Planted(MINI, 1, qkv_rows(heads_exchanged(2, 5)), A1, "differ"),
     "q, k, v cut as one block": Planted(
@@ -244,67 +248,48 @@ PLANTED = {
         "phi2", 2, whole_qkv(lambda q, k, v, _: torch.cat([q, k, v])), A1, "as one block",
     ),
     "qkv bias in source order": Planted(
-        SMALL, 2, whole_qkv(grouped, (QKV.replace("weight", "bias"),)), A1,
-        "still grouped by KV head",
+        SMALL, 2, whole_qkv(grouped, (QKV_BIAS,)), A1, "still grouped by KV head",
     ),
     "dense columns of two ranks exchanged": Planted(
-        MINI, 2, ranks_exchanged(L1 + "attention.dense.weight"), A1, "ranks are exchanged",
+        MINI, 2, ranks_exchanged(DENSE), A1, "ranks are exchanged",
     ),
-    "dense columns permuted": Planted(
-        SMALL, 1, each(L1 + "attention.dense.weight", permuted_columns), A1, "differ",
-    ),
-    "dense transposed": Planted(
-        "phi2", 1, each(L1 + "attention.dense.weight", torch.t), A1, "transposed",
-    ),
+    "dense columns permuted": Planted(SMALL, 1, each(DENSE, permuted_columns), A1, "differ"),
+    "dense transposed": Planted("phi2", 1, each(DENSE, torch.t), A1, "transposed"),
     # biases
-    "dense bias dropped": Planted(
-        SMALL, 1, each(L1 + "attention.dense.bias", torch.zeros_like), A1, "all zero",
-    ),
+    "dense bias dropped": Planted(SMALL, 1, each(DENSE_BIAS, torch.zeros_like), A1, "all zero"),
     "dense bias multiplied by the ranks": Planted(
-        SMALL, 2, each(L1 + "attention.dense.bias", lambda x: x * 2), A1,
-        "multiplied by the number of ranks",
+        SMALL, 2, each(DENSE_BIAS, lambda x: x * 2), A1, "multiplied by the number of ranks",
     ),
     "proj bias divided by the ranks": Planted(
-        "phi2", 2, each(L1 + "mlp.proj.bias", lambda x: x / 2), M1,
-        "divided by the number of ranks",
+        "phi2", 2, each(PROJ_BIAS, lambda x: x / 2), M1, "divided by the number of ranks",
     ),
     "proj bias on the first rank only": Planted(
-        SMALL, 2, each(L1 + "mlp.proj.bias", torch.zeros_like, only=(1,)), M1, "all zero",
+        SMALL, 2, each(PROJ_BIAS, torch.zeros_like, only=(1,)), M1, "all zero",
     ),
     "lm_head bias missing": Planted("phi2", 1, without("lm_head.bias"), HEAD, "is missing"),
     "lm_head bias zero": Planted(
         "phi2", 2, each("lm_head.bias", torch.zeros_like), HEAD, "all zero",
     ),
     # MLP
-    "gate and up exchanged": Planted(
-        MINI, 1, each(L1 + "mlp.fc.weight", halves), M1, "gate and up are exchanged",
-    ),
+    "gate and up exchanged": Planted(MINI, 1, each(FC, halves), M1, "gate and up are exchanged"),
     "gate and up exchanged at TP 2": Planted(
-        MEDIUM, 2, each(L1 + "mlp.fc.weight", halves), M1, "gate and up are exchanged",
+        MEDIUM, 2, each(FC, halves), M1, "gate and up are exchanged",
     ),
-    "up and gate cut as one block": Planted(
-        MEDIUM, 2, cut_as_block(L1 + "mlp.fc.weight"), M1, "as one block",
-    ),
+    "up and gate cut as one block": Planted(MEDIUM, 2, cut_as_block(FC), M1, "as one block"),
     "gegelu de-interleaved": Planted(
-        SMALL, 1, each(L1 + "mlp.fc.weight", lambda x: torch.cat([x[0::2], x[1::2]])), M1,
-        "two halves",
+        SMALL, 1, each(FC, lambda x: torch.cat([x[0::2], x[1::2]])), M1, "two halves",
     ),
     "gegelu pairs exchanged": Planted(
-        SMALL, 2,
-        each(L1 + "mlp.fc.weight", lambda x: x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)), M1,
+        SMALL, 2, each(FC, lambda x: x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)), M1,
         "of every pair are exchanged",
     ),
-    "one block zeroed": Planted(MEDIUM, 1, each(L1 + "mlp.proj.weight", zero_block), M1, "differ"),
+    "one block zeroed": Planted(MEDIUM, 1, each(PROJ, zero_block), M1, "differ"),
     "one block zeroed on one rank": Planted(
-        "phi2", 2, each(L1 + "mlp.fc.weight", zero_block, only=(1,)), M1, "differ",
+        "phi2", 2, each(FC, zero_block, only=(1,)), M1, "differ",
     ),
-    "weight scaled": Planted(
-        MINI, 1, each(L1 + "mlp.proj.weight", lambda x: x * 0.125), M1, "scaled by 0.125",
-    ),
-    "gegelu clamp missing": Planted(
-        SMALL, 1, config(gegelu_limit=None), (0, "mlp"), "gegelu_limit",
-    ),
-    "gegelu limit wrong": Planted(SMALL, 2, config(gegelu_limit=20.0), (0, "mlp"), "gegelu_limit"),
+    "weight scaled": Planted(MINI, 1, each(PROJ, lambda x: x * 0.125), M1, "scaled by 0.125"),
+    "gegelu clamp missing": Planted(SMALL, 1, config(gegelu_limit=None), M0, "gegelu_limit"),
+    "gegelu limit wrong": Planted(SMALL, 2, config(gegelu_limit=20.0), M0, "gegelu_limit"),
     # layers and norms
     "norm of another layer": Planted(
         MINI, 1,
@@ -320,8 +305,7 @@ PLANTED = {
         "scaled by 1.01",
     ),
     "two layers exchanged": Planted(
-        SMALL, 2, layers_exchanged(0, 2), (0, "attention"), "differ",
-        also=((0, "mlp"), (2, "attention"), (2, "mlp")),
+        SMALL, 2, layers_exchanged(0, 2), A0, "differ", also=(M0, (2, "attention"), (2, "mlp")),
     ),
     "final norm zeroed": Planted(
         "phi2", 1, each("transformer.ln_f.bias", torch.zeros_like), (None, "final norm"),
@@ -339,53 +323,39 @@ PLANTED = {
     ),
     # config.json
     "rope base wrong": Planted(
-        MEDIUM, 1, config(rotary_base=10000.0), (0, "attention"),
-        "10000.0; the source calls for 5000.0",
+        MEDIUM, 1, config(rotary_base=10000.0), A0, "10000.0; the source calls for 5000.0",
     ),
-    "rope base missing": Planted(
-        "phi2", 1, config_without("rotary_base"), (0, "attention"), "rotary_base",
-    ),
-    "partial factor wrong": Planted(
-        "phi2", 1, config(rotary_pct=0.5), (0, "attention"), "rotary_pct",
-    ),
+    "rope base missing": Planted("phi2", 1, config_without("rotary_base"), A0, "rotary_base"),
+    "partial factor wrong": Planted("phi2", 1, config(rotary_pct=0.5), A0, "rotary_pct"),
     "long and short factors exchanged": Planted(
-        MINI, 1,
-        config_exchange("longrope_scaling_short_factors", "longrope_scaling_long_factors"),
-        (0, "attention"), "exchanged",
+        MINI, 1, config_exchange(SHORT, LONG), A0, "exchanged",
     ),
     "long and short factors of small exchanged": Planted(
-        SMALL, 2,
-        config_exchange("longrope_scaling_short_factors", "longrope_scaling_long_factors"),
-        (0, "attention"), "exchanged",
+        SMALL, 2, config_exchange(SHORT, LONG), A0, "exchanged",
     ),
     "mscale wrong": Planted(
-        SMALL, 1, config(longrope_long_mscale=1.19), (0, "attention"), "longrope_long_mscale",
+        SMALL, 1, config(longrope_long_mscale=1.19), A0, "longrope_long_mscale",
     ),
     "mscale missing": Planted(
-        SMALL, 1, config(longrope_long_mscale=1.0), (0, "attention"), "longrope_long_mscale",
+        SMALL, 1, config(longrope_long_mscale=1.0), A0, "longrope_long_mscale",
     ),
     "mscale of mini by another length": Planted(
-        MINI, 1, config(max_position_embeddings=52 * 64), (0, "attention"),
-        "max_position_embeddings",
+        MINI, 1, config(max_position_embeddings=52 * 64), A0, "max_position_embeddings",
     ),
     "long rope not switched on": Planted(
-        MINI, 1, no_long_rope, (0, "attention"), "longrope_scaling_short_factors",
+        MINI, 1, no_long_rope, A0, "longrope_scaling_short_factors",
     ),
-    "eps wrong": Planted(MEDIUM, 1, config(norm_epsilon=1e-5), (0, "attention"), "norm_epsilon"),
-    "eps of small wrong": Planted(
-        SMALL, 1, config_without("norm_epsilon"), (0, "attention"), "norm_epsilon",
-    ),
+    "eps wrong": Planted(MEDIUM, 1, config(norm_epsilon=1e-5), A0, "norm_epsilon"),
+    "eps of small wrong": Planted(SMALL, 1, config_without("norm_epsilon"), A0, "norm_epsilon"),
     "dense and sparse layers exchanged": Planted(
         SMALL, 1, config(dense_attention_every_n_layers=3), A1, "dense_attention_every_n_layers",
         also=((2, "attention"),),
     ),
     "sparse layers taken for dense": Planted(
-        SMALL, 2, config(dense_attention_every_n_layers=1), (0, "attention"),
-        "dense_attention_every_n_layers",
+        SMALL, 2, config(dense_attention_every_n_layers=1), A0, "dense_attention_every_n_layers",
     ),
     "stripe of all heads alike": Planted(
-        SMALL, 2, config(blocksparse_homo_head_pattern=True), (0, "attention"),
-        "blocksparse_homo_head_pattern",
+        SMALL, 2, config(blocksparse_homo_head_pattern=True), A0, "blocksparse_homo_head_pattern",
     ),
     "muP embedding multiplier missing": Planted(
         SMALL, 1, config(mup_embedding_multiplier=0.0), (None, "embedding"),
@@ -394,11 +364,10 @@ PLANTED = {
     "muP width multiplier missing": Planted(
         SMALL, 1, config_without("mup_width_multiplier"), HEAD, "mup_width_multiplier",
     ),
-    "activation wrong": Planted(SMALL, 1, config(hidden_act="swiglu"), (0, "mlp"), "hidden_act"),
+    "activation wrong": Planted(SMALL, 1, config(hidden_act="swiglu"), M0, "hidden_act"),
     # rounding: what only bytes show
     "cast by truncation": Planted(
-        "phi2", 1, each(L1 + "mlp.fc.weight", truncated), None, "differ", numeric=False,
-        dtype="bfloat16",
+        "phi2", 1, each(FC, truncated), None, "differ", numeric=False, dtype="bfloat16",
     ),
     "padding not zero": Planted(
         "phi2", 2, each("lm_head.weight", lambda x: torch.cat([x[:-1], x[:1]]), only=(1,)), None,

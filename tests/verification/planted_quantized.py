@@ -46,8 +46,8 @@ class Planted:
 
 def at_once(*damages):
     def damage(directory, family):
-        for one in damages:
-            one(directory, family)
+        for change in damages:
+            change(directory, family)
 
     return damage
 
@@ -58,8 +58,8 @@ def regrouped_smoothing(loaded, family):
     for tensors in loaded:
         name = QKV + SMOOTH
         groups = tensors[name].reshape(kv, heads // kv + 2, len(tensors[name]) // parts)
-        made = (groups[:, :-2], groups[:, -2], groups[:, -1])
-        tensors[name] = torch.cat([part.flatten() for part in made])
+        reordered = (groups[:, :-2], groups[:, -2], groups[:, -1])
+        tensors[name] = torch.cat([part.flatten() for part in reordered])
 
 
 def off_by_steps(x):
