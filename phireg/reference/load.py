@@ -47,8 +47,9 @@ class Reference:
         """Read embedding, final norm and lm_head; every forward pass reads each layer anew."""
         self.parameters.fill(self._ends())
         for index, layer in enumerate(self.model.model.layers):
-            layer.register_forward_pre_hook(self._reading(index))
-            layer.register_forward_hook(self._releasing(index))
+            names = self._layer(index)
+            layer.register_forward_pre_hook(lambda *_, names=names: self.parameters.fill(names))
+            layer.register_forward_hook(lambda *_, names=names: self.parameters.release(names))
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Any]:
@@ -83,12 +84,6 @@ class Reference:
 
     def _ends(self) -> list[str]:
         return [name for name in self.parameters.names() if not name.startswith(_LAYERS)]
-
-    def _reading(self, index: int) -> Callable[..., None]:
-        return lambda *_: self.parameters.fill(self._layer(index))
-
-    def _releasing(self, index: int) -> Callable[..., None]:
-        return lambda *_: self.parameters.release(self._layer(index))
 
 
 def open_reference(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,22 +16,19 @@ WIDTH = 900
 """Width of every chart, in pixels of its own."""
 
 
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("phireg.report"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.filters["px"] = "{:.1f}".format
+
+
 def render_template(template: str, **values: Any) -> str:
     """Fill a template in; everything that a value holds is escaped."""
-    return _environment().get_template(template).render(values)
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("phireg.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["px"] = "{:.1f}".format
-    return environment
+    return _ENVIRONMENT.get_template(template).render(values)
 
 
 def write_page(page: str, path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,18 +44,18 @@ def compare(plan: Plan, files: RankFiles, progress: Progress) -> list[Difference
     return [difference for _, difference in sorted(sink.differences.items())]
 
 
+@dataclass(slots=True)
 class _Comparison:
     """The sink that compares rows with those of the rank files."""
 
-    def __init__(self, plan: Plan, files: RankFiles, progress: Progress) -> None:
-        self.outputs = plan.outputs
-        self.files = files
-        self.progress = progress
-        self.differences: dict[int, Difference] = {}
+    plan: Plan
+    files: RankFiles
+    progress: Progress
+    differences: dict[int, Difference] = field(default_factory=dict)
 
     def put(self, index: int, row: int, rows: Bits) -> None:
         """Compare consecutive rows of an output."""
-        output = self.outputs[index]
+        output = self.plan.outputs[index]
         start = row * output.matrix[1]
         stored = self.files[output.rank].read(output.name, start, rows.size).reshape(rows.shape)
         self.progress(stored.nbytes)

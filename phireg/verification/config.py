@@ -42,7 +42,7 @@ def compare_configs(
                 notes += excluded_notes
         elif key not in config or (value is None and expected is not None):
             if _equal(effective.get(key), expected):
-                notes.append(f"{key} is absent; the reader's default is what is wanted")
+                notes.append(f"{key} is absent; the reader's default is the same")
             elif key in READ:
                 problems.append(_problem(key, "is absent", expected))
             else:
@@ -83,17 +83,17 @@ def _excluded(
     patterns = block.get(_EXCLUDED) if isinstance(block, Mapping) else None
     if _EXCLUDED not in expected:
         return ([_problem(key, f"is {patterns!r}", None)] if patterns else []), []
-    wanted = expected[_EXCLUDED]
+    planned_patterns = expected[_EXCLUDED]
     if patterns is None:
         return [], [f"{key} is absent; the reader's default leaves lm_head and the embedding alone"]
     if not isinstance(patterns, list) or not all(isinstance(name, str) for name in patterns):
-        return [_problem(key, f"is {patterns!r}", wanted)], []
+        return [_problem(key, f"is {patterns!r}", planned_patterns)], []
     raw = expected["quant_algo"] in RAW
     for name in _quantizable(int(planned["num_hidden_layers"]), raw=raw):
-        if is_excluded(name, patterns) != is_excluded(name, wanted):
+        if is_excluded(name, patterns) != is_excluded(name, planned_patterns):
             verb = "leaves out" if is_excluded(name, patterns) else "does not leave out"
-            return [_problem(key, f"{verb} {name}", wanted)], []
-    if set(patterns) != set(wanted):
+            return [_problem(key, f"{verb} {name}", planned_patterns)], []
+    if set(patterns) != set(planned_patterns):
         return [], [f"{key} is another list; the same modules are quantized"]
     return [], []
 
@@ -139,6 +139,6 @@ def _shown(value: Any, expected: Any) -> str:
         return repr(value)
     if isinstance(expected, list) and len(expected) == len(value):
         pairs = enumerate(zip(value, expected, strict=True))
-        first = next(index for index, (item, wanted) in pairs if item != wanted)
-        return f"{value[first]!r} at item {first} (wanted {expected[first]!r})"
+        first = next(index for index, (item, other) in pairs if item != other)
+        return f"{value[first]!r} at item {first} (expected {expected[first]!r})"
     return f"[{', '.join(map(repr, value[:3]))}, ...] ({len(value)} items)"

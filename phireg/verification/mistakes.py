@@ -210,7 +210,7 @@ def _quantized_problems(
     plan: Plan, linear: LinearComparison, files: RankFiles, reader: Reader | None
 ) -> Iterator[Problem]:
     """Yield the problems of a linear; mistakes are looked for where there is a reader."""
-    target, tolerance = linear.target, Tolerance.of(plan)
+    target, tolerance = linear.target, Tolerance(plan)
     heads = Heads.of(plan)
     if linear.differences:
         mistake = None

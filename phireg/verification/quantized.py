@@ -42,21 +42,16 @@ WEIGHT_SCALE, INPUT_SCALE, SMOOTHER = (
 _CACHE, _KEY, _VALUE = (f"{what}_cache{_SUFFIX}" for what in ("kv", "k", "v"))
 
 
-@dataclass(frozen=True, slots=True)
 class Tolerance:
     """Bounds on the distance of quantized tensors from the values that the source gives.
 
     ``dtype`` is the code of the checkpoint's dtype; INT8 SmoothQuant is per channel, FP8 is not.
     """
 
-    dtype: str
-    per_channel: bool
-
-    @classmethod
-    def of(cls, plan: Plan) -> Tolerance:
-        """Return the tolerance of a plan that quantizes weights."""
+    def __init__(self, plan: Plan) -> None:
         assert plan.options.scheme is not None
-        return cls(WEIGHT_DTYPES[plan.options.dtype], plan.options.scheme.per_channel)
+        self.dtype = WEIGHT_DTYPES[plan.options.dtype]
+        self.per_channel = plan.options.scheme.per_channel
 
     def weights(self, stored: Float32, unrounded: Float32) -> Any:
         """Return which grid values are within a step of the unrounded values.
@@ -76,11 +71,6 @@ class Tolerance:
     def scales(self) -> float:
         """Largest relative error of a weight's scale."""
         return _FLOAT32_ROUNDING + (4 * UNIT_ROUNDOFF[self.dtype] if self.per_channel else 0)
-
-    @property
-    def scales_rounded_once(self) -> float:
-        """The same where nothing was rounded twice."""
-        return _FLOAT32_ROUNDING + (2 * UNIT_ROUNDOFF[self.dtype] if self.per_channel else 0)
 
     @property
     def smoother(self) -> float:
@@ -132,7 +122,7 @@ def compare_quantized(
         return []
     comparisons = {f"{linear.target}.weight": _open(plan, files, linear) for linear in linears}
     stored = {name: linear.stored_scales for name, linear in comparisons.items()}
-    tolerance = Tolerance.of(plan)
+    tolerance = Tolerance(plan)
     sink = _GridComparison(plan, files, comparisons, stored, progress)
     sink.run()
     again = {}
@@ -147,8 +137,10 @@ def compare_quantized(
         linear.wrong_scales = tuple(
             rank for rank, off in error.items() if not (off <= tolerance.scales).all()
         )
-        linear.rounded_twice = not linear.wrong_scales and not all(
-            (off <= tolerance.scales_rounded_once).all() for off in error.values()
+        linear.rounded_twice = (
+            tolerance.per_channel
+            and not linear.wrong_scales
+            and any((off > tolerance.scales / 2).any() for off in error.values())
         )
         if linear.differences and linear.wrong_scales:
             again[name] = linear
@@ -195,7 +187,7 @@ class _GridComparison:
         self.linears = linears
         self.scales = scales
         self.progress = progress
-        self.tolerance = Tolerance.of(plan)
+        self.tolerance = Tolerance(plan)
         self.maxima = [np.zeros(output.matrix[0], np.float32) for output in self.plan.outputs]
         self.differences: dict[int, Difference] = {}
 
@@ -314,7 +306,7 @@ def cache_problems(files: RankFiles, scales: Iterable[Output]) -> Iterator[Probl
         scale = read_scale(files, rank, name)
         if not np.isclose(scale, np.maximum(key, value), rtol=1e-6).all():
             text = f"is {_shown(scale)}; keys have {_shown(key)} and values {_shown(value)}, and "
-            text += "the larger one is wanted"
+            text += "it must be the larger one"
             yield Problem(f"rank{rank} {name}", text, None, *place_of(name))
 
 

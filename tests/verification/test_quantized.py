@@ -152,7 +152,7 @@ def test_how_exporters_write_it_is_noted(tmp_path):
 
     each(L1 + "attention.v_cache_scaling_factor", lambda x: x * 2)(directory, "phi3-mini")
     verification = verify(directory, "phi3-mini")
-    assert "the larger one is wanted" in texts(verification)
+    assert "it must be the larger one" in texts(verification)
 
 
 @pytest.mark.parametrize(
