@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from phireg.generation.prompts import Prompt
     from phireg.generation.tokenizer import Tokenizer
 
+_COUNT = click.IntRange(min=1)
 _LOADING = "loading the model"
 _EXCLUSIVE = (
     ("--prompt", "--chat"),
@@ -36,7 +38,7 @@ _EXCLUSIVE = (
 )
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("place", type=Directory(), metavar="[CKPT|ENGINE|MODEL]", required=False)
 @click.option(
     "--backend",
@@ -45,8 +47,7 @@ _EXCLUSIVE = (
 )
 @click.option("--engine-dir", type=Directory(), metavar="DIR", help="Another way to give ENGINE.")
 @click.option(
-    "--model-dir",
-    "--hf-model-dir",
+    *("--model-dir", "--hf-model-dir"),
     type=Directory(),
     metavar="DIR|REPO",
     help="The source model, for backend hf.",
@@ -62,9 +63,8 @@ _EXCLUSIVE = (
 @click.option("--chat", is_flag=True, help="Talk to the model, by its chat template.")
 @click.option("--system", metavar="TEXT", help="With --chat: the system prompt.")
 @click.option(
-    "--max-new-tokens",
-    "--max-output-len",
-    type=click.IntRange(min=1),
+    *("--max-new-tokens", "--max-output-len"),
+    type=_COUNT,
     metavar="N",
     help="[default: 128, with --chat 1024, or as many as fit]",
 )
@@ -75,12 +75,11 @@ _EXCLUSIVE = (
 )
 @click.option("--top-k", type=int, metavar="N", help="Draw among the N most likely tokens.")
 @click.option("--top-p", type=float, metavar="P", help="Draw among the tokens that hold P.")
-@click.option("--seed", "--random-seed", type=int, default=0, show_default=True, help="Of drawing.")
+@click.option("--seed", "--random-seed", type=int, default=0, help="Of drawing.")
 @click.option(
     "--num-beams",
-    type=click.IntRange(min=1),
+    type=_COUNT,
     default=1,
-    show_default=True,
     metavar="N",
     help="The best of N beams; not with the executor.",
 )
@@ -89,7 +88,7 @@ _EXCLUSIVE = (
 )
 @click.option(
     "--batch-size",
-    type=click.IntRange(min=1),
+    type=_COUNT,
     metavar="N",
     help="Prompts continued side by side.  [default: 8, or as many as an engine takes]",
 )
@@ -98,11 +97,9 @@ _EXCLUSIVE = (
 )
 @device_option
 @click.option(
-    "--dtype",
-    "--data-type",
+    *("--dtype", "--data-type"),
     type=click.Choice(COMPUTE_DTYPES),
     default="auto",
-    show_default=True,
     help="To compute in; auto is the model's own.",
 )
 @click.option(
@@ -112,7 +109,7 @@ _EXCLUSIVE = (
 )
 @click.option(
     "--tp",
-    type=click.IntRange(min=1),
+    type=_COUNT,
     metavar="N",
     help="Start N processes through torchrun, one for each rank of a checkpoint.",
 )
@@ -134,7 +131,7 @@ def command(
     seed: int,
     num_beams: int,
     batch_size: int | None,
-    **options: Any,
+    **inputs: Any,
 ) -> None:
     """Continue prompts, or chat, with a checkpoint, an engine or the source model.
 
@@ -157,7 +154,8 @@ def command(
     processes = process_rank(name)[1]
     check_processes(name, directory, description, processes, tp)
     sampling = _sampling(temperature, top_k, top_p, seed)
-    _check_options(num_beams=num_beams, **options)
+    options = _Inputs(**inputs)
+    _check_options(options, num_beams)
     if tp and tp > processes:
         raise click.exceptions.Exit(run_processes(tp, sys.argv[1:]))
     generator = Generator(
@@ -172,7 +170,7 @@ def command(
         batch_size=batch_size,
     )
     try:
-        _run(generator, **options)
+        _run(generator, options)
     except KeyboardInterrupt as interrupt:
         raise stopped(interrupt, "the text is not complete") from None
 
@@ -217,20 +215,23 @@ def _choose(
     return backend or meant or default_backend(Path(path)), Path(path)
 
 
-def _check_options(
-    *,
-    texts: Sequence[str],
-    input_file: str | None,
-    chat: bool,
-    system: str | None,
-    as_json: bool,
-    num_beams: int,
-    streaming: bool,
-) -> None:
-    inputs = {"--prompt": texts, "--input-file": input_file, "--chat": chat}
+@dataclass(frozen=True)
+class _Inputs:
+    """The options for prompts and for output."""
+
+    texts: Sequence[str]
+    input_file: str | None
+    chat: bool
+    system: str | None
+    streaming: bool
+    as_json: bool
+
+
+def _check_options(given: _Inputs, num_beams: int) -> None:
+    inputs = {"--prompt": given.texts, "--input-file": given.input_file, "--chat": given.chat}
     options = inputs | {
-        "--json": as_json,
-        "--streaming": streaming,
+        "--json": given.as_json,
+        "--streaming": given.streaming,
         "--num-beams": num_beams > 1,  # the best beam is known at the end only
     }
     for pair in _EXCLUSIVE:
@@ -238,9 +239,10 @@ def _check_options(
             raise UsageError(
                 f"{' and '.join(pair)} exclude each other", hint="leave one of them out."
             )
-    if system is not None and not chat:
+    if given.system is not None and not given.chat:
         raise UsageError("--system has no effect without --chat", hint="add --chat.")
-    if sys.stdin is None and (chat or input_file == "-" or not any(inputs.values())):
+    reads_stdin = given.chat or given.input_file == "-" or not any(inputs.values())
+    if sys.stdin is None and reads_stdin:
         raise UsageError("standard input is closed", hint="give --prompt or --input-file FILE.")
     if not any(inputs.values()) and sys.stdin.isatty():
         raise UsageError(
@@ -266,26 +268,17 @@ def _sampling(
     return Sampling(temperature, top_k or 0, 1.0 if top_p is None else top_p, seed)
 
 
-def _run(
-    generator: Generator,
-    *,
-    chat: bool,
-    system: str | None,
-    texts: Sequence[str],
-    input_file: str | None,
-    streaming: bool,
-    as_json: bool,
-) -> None:
+def _run(generator: Generator, inputs: _Inputs) -> None:
     from phireg.cli.chat import Chat
     from phireg.generation.generate import Timing
 
-    if chat:
-        conversation = Chat(generator, system)
+    if inputs.chat:
+        conversation = Chat(generator, inputs.system)
         with _open(generator) as backend:
             conversation.run(backend)
         return
-    prompts = generator.encode(_read_prompts(texts, input_file))
-    if streaming and len(prompts) > 1:
+    prompts = generator.encode(_read_prompts(inputs.texts, inputs.input_file))
+    if inputs.streaming and len(prompts) > 1:
         raise UsageError(
             f"--streaming shows one text as it comes, and there are {len(prompts)}",
             hint="leave it out, or give one prompt.",
@@ -293,7 +286,7 @@ def _run(
     started = time.monotonic()
     with _open(generator) as backend:
         load_s = time.monotonic() - started
-        if as_json:
+        if inputs.as_json:
             batches = list(generator.batches(backend, prompts))
             emit_json(_document(generator, backend, batches, load_s))
             return
@@ -357,10 +350,9 @@ def _document(
     load_s: float,
 ) -> dict[str, Any]:
     """Build the document of ``--json``; docs/command-line.md describes it."""
-    keys = ("checkpoint_dir", "engine_dir", "model_dir")
     key = {"tensorrt-llm": "engine_dir", "hf": "model_dir"}.get(backend.name, "checkpoint_dir")
     return {
-        **dict.fromkeys(keys),
+        **dict.fromkeys(("checkpoint_dir", "engine_dir", "model_dir")),
         key: generator.directory,
         "backend": backend.name,
         "device": backend.device,
@@ -385,6 +377,7 @@ def _document(
 
 
 def _read_prompts(texts: Sequence[str], input_file: str | None) -> list[Prompt]:
+    from phireg.data.rows import decode_text
     from phireg.generation.prompts import Prompt, read_prompts
 
     if texts:
@@ -397,13 +390,7 @@ def _read_prompts(texts: Sequence[str], input_file: str | None) -> list[Prompt]:
                 f"cannot read {input_file}: {error.strerror}",
                 hint="--input-file names a file of prompts; - is standard input.",
             ) from None
-    content = sys.stdin.buffer.read()
+    name, content = "standard input", sys.stdin.buffer.read()
     if input_file == "-":
-        return read_prompts("standard input", content)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"standard input is not UTF-8 text (byte {error.start})", hint="convert it to UTF-8."
-        ) from None
-    return [Prompt("standard input", text.rstrip("\r\n"))]
+        return read_prompts(name, content)
+    return [Prompt(name, decode_text(name, content).rstrip("\r\n"))]

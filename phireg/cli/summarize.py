@@ -36,7 +36,7 @@ THRESHOLD = 15.0
 _COUNT = click.IntRange(min=1)
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("place", type=Directory(), metavar="[CKPT|ENGINE]", required=False)
 @click.option("--engine-dir", type=Directory(), metavar="DIR", help="The engine (or checkpoint).")
 @click.option(
@@ -44,8 +44,7 @@ _COUNT = click.IntRange(min=1)
 )
 @click.option("--tokenizer-dir", type=Directory(), metavar="DIR", help="[default: CKPT, or hf's]")
 @click.option(
-    "--backend",
-    "backends",
+    *("--backend", "backends"),
     multiple=True,
     metavar="NAME",
     help="executor, tensorrt-llm or hf; may be given repeatedly.  [default: by CKPT or ENGINE]",
@@ -55,7 +54,6 @@ _COUNT = click.IntRange(min=1)
 @click.option(
     "--dataset",
     default="auto",
-    show_default=True,
     metavar="FILE|NAME",
     help="JSONL, CSV or parquet with article, highlights; or cnn_dailymail, or demo.",
 )
@@ -63,15 +61,12 @@ _COUNT = click.IntRange(min=1)
 @click.option(
     "--eval-task", type=click.Choice(("summarize",)), default="summarize", expose_value=False
 )
-@click.option("--batch-size", type=_COUNT, default=1, show_default=True, metavar="N")
-@click.option(
-    "--max-ite", type=_COUNT, default=20, show_default=True, metavar="N", help="Batches at most."
-)
+@click.option("--batch-size", type=_COUNT, default=1, metavar="N")
+@click.option("--max-ite", type=_COUNT, default=20, metavar="N", help="Batches at most.")
 @click.option(
     "--max-input-length",
     type=click.IntRange(min=2),
     default=923,
-    show_default=True,
     metavar="N",
     help="Tokens of a prompt at most; its beginning is cut off.",
 )
@@ -79,38 +74,27 @@ _COUNT = click.IntRange(min=1)
     "--min-input-length",
     type=click.IntRange(min=0),
     default=0,
-    show_default=True,
     metavar="N",
     help="Leave out articles whose prompt has no more tokens.",
 )
-@click.option(
-    "--output-len",
-    type=_COUNT,
-    default=100,
-    show_default=True,
-    metavar="N",
-    help="New tokens at most.",
-)
-@click.option("--num-beams", type=_COUNT, default=1, show_default=True, metavar="N")
+@click.option("--output-len", type=_COUNT, default=100, metavar="N", help="New tokens at most.")
+@click.option("--num-beams", type=_COUNT, default=1, metavar="N")
 @click.option("--eval-ppl", is_flag=True, help="Also compute perplexity.")
 @click.option("--check-accuracy", is_flag=True, help="End with 4 if a threshold is missed.")
 @click.option(
-    "--check-backend",
-    "checked",
+    *("--check-backend", "checked"),
     multiple=True,
     metavar="NAME",
     help="Which backends to check; may be given repeatedly.  [default: all but hf]",
 )
 @click.option(
-    "--tensorrt-llm-rouge1-threshold",
-    "rouge1_threshold",
+    *("--tensorrt-llm-rouge1-threshold", "rouge1_threshold"),
     type=float,
     metavar="X",
     help=f"rouge1 must be above it, whatever the backend.  [default: {THRESHOLD}]",
 )
 @click.option(
-    "--tensorrt-llm-ppl-threshold",
-    "ppl_threshold",
+    *("--tensorrt-llm-ppl-threshold", "ppl_threshold"),
     type=float,
     metavar="X",
     help=f"Perplexity must be below it.  [default: {THRESHOLD}]",
@@ -119,14 +103,12 @@ _COUNT = click.IntRange(min=1)
     "--data-type",
     type=click.Choice(COMPUTE_DTYPES),
     default="auto",
-    show_default=True,
     help="What the executor computes in; auto is the checkpoint's.",
 )
 @click.option(
     "--hf-data-type",
     type=click.Choice(COMPUTE_DTYPES),
     default="auto",
-    show_default=True,
     help="What the source model computes in; auto is its own.",
 )
 @device_option

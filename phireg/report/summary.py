@@ -9,8 +9,7 @@ from statistics import median
 from typing import Any
 
 from phireg.report.page import WIDTH, render_template
-from phireg.summarization.result import BackendResult, Summarization
-from phireg.summarization.scores import ROUGES
+from phireg.summarization.result import ROUGES, BackendResult, Summarization
 
 MOST_ARTICLES = 100
 """Articles shown with their texts; the worst ones."""

@@ -14,8 +14,14 @@ from phireg.generation.backend import Backend, Request, open_backend
 from phireg.generation.limits import check_batch, check_prompts
 from phireg.generation.tokenizer import Tokenizer, find_tokenizer, stop_ids
 from phireg.summarization.models import ModelRun, check_model_processes
-from phireg.summarization.result import BackendResult, Summarization, Summary, Thresholds
-from phireg.summarization.scores import perplexity, rouge
+from phireg.summarization.result import (
+    BackendResult,
+    Summarization,
+    Summary,
+    Thresholds,
+    perplexity,
+    rouge,
+)
 from phireg.summarization.task import Sample, Settings, load_articles, make_samples, samples_digest
 
 Progress = Callable[[str, int, int], None]

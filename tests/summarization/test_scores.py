@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from rouge_score import rouge_scorer, scoring
 
-from phireg.summarization.result import Check
-from phireg.summarization.scores import ROUGES, perplexity, rouge
+from phireg.summarization.result import ROUGES, Check, perplexity, rouge
 
 
 def test_by_hand():
