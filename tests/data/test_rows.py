@@ -2,6 +2,7 @@
 
 import json
 import sys
+from unittest.mock import Mock
 
 import pyarrow
 import pytest
@@ -80,13 +81,10 @@ def test_damage_is_named(name, content, line, tmp_path):
     assert caught.value.message.startswith(f"{path}{line}")
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.txt"])
-def test_a_missing_file(name, tmp_path):
-    with pytest.raises(UsageError, match=name):
-        read_rows(tmp_path / name)
-
-
-def test_long_fields(tmp_path):
+def test_missing_files_and_long_fields(tmp_path):
+    for name in ("a.jsonl", "a.csv", "a.parquet", "a.txt"):
+        with pytest.raises(UsageError, match=name):
+            read_rows(tmp_path / name)
     path = tmp_path / "a.csv"
     path.write_text("article\n" + "x" * 200_000 + "\n")
     assert len(read_rows(path)[0].text("article")) == 200_000
@@ -100,33 +98,23 @@ def test_a_value_that_is_no_text(values):
 
 def test_the_right_part_of_cnn_dailymail(monkeypatch):
     datasets = pytest.importorskip("datasets")
-    calls = []
-
-    def load(*args, **options):
-        calls.append((args, options))
-        return datasets.Dataset.from_list([{**row, "id": "x"} for row in VALUES * 2])
-
+    table = datasets.Dataset.from_list([{**row, "id": "x"} for row in VALUES * 2])
+    load = Mock(return_value=table)
     monkeypatch.setattr(datasets, "load_dataset", load)
     rows = cnn_dailymail("test", 3).rows
-    assert calls == [(("ccdv/cnn_dailymail", "3.0.0"), {"split": "test"})]
+    load.assert_called_once_with("ccdv/cnn_dailymail", "3.0.0", split="test")
     assert [row.text("article")[:3] for row in rows] == ["One", "Two", "One"]
     assert len(cnn_dailymail("test", 9, "/elsewhere").rows) == 4
-    assert calls[1][0][0] == "/elsewhere"
+    load.assert_called_with("/elsewhere", "3.0.0", split="test")
 
 
-def test_no_network(monkeypatch):
+def test_without_the_network_or_the_package(monkeypatch):
     datasets = pytest.importorskip("datasets")
-
-    def load(*_args, **_options):
-        raise ConnectionError("Couldn't reach it\nand more")
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(PhiregError, match=r"cannot be loaded: Couldn't reach it\n") as caught:
+    failure = ConnectionError("Couldn't reach it\nand more")
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=failure))
+    with pytest.raises(PhiregError, match=r"Couldn't reach it\n") as caught:
         cnn_dailymail("test", 3)
     assert "local file" in caught.value.hint
-
-
-def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(PhiregError) as caught:
         cnn_dailymail("test", 3)

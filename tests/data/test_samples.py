@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import pytest
 
@@ -21,10 +22,6 @@ def encode(text):
     return [1, *(2 + ord(letter) % 90 for letter in text)]
 
 
-def never(text):
-    raise AssertionError("there is no text to encode")
-
-
 def read(source, encode=encode, vocab_size=100, size=None, max_length=512):
     return read_samples(
         str(source), encode, size=size, max_length=max_length, vocab_size=vocab_size
@@ -38,7 +35,7 @@ def jsonl(path, *rows):
 
 def test_ids_are_taken_as_they_are(tmp_path):
     path = jsonl(tmp_path / "x.jsonl", {"input_ids": [99, 0, 5]}, {"input_ids": [7], "text": "no"})
-    samples = read(path, never)
+    samples = read(path, encode=None)
     assert samples.rows == ((99, 0, 5), (7,))
     assert samples.tokens == 4
     assert samples.origin == str(path)
@@ -61,10 +58,7 @@ def test_the_first_ones_in_order(tmp_path):
     short = read(path, size=30)
     assert len(short.rows) == 20
     assert "has 20 samples, not 30" in short.origin
-
-
-def test_no_longer_than_asked(tmp_path):
-    path = jsonl(tmp_path / "x.jsonl", {"input_ids": list(range(50))})
+    path = jsonl(tmp_path / "y.jsonl", {"input_ids": list(range(50))})
     assert len(read(path, max_length=20).rows[0]) == 20
 
 
@@ -89,12 +83,8 @@ def test_damaged_rows_are_named(tmp_path, row):
     path = jsonl(tmp_path / "x.jsonl", {"text": "whole"}, row)
     with pytest.raises(UsageError, match=f"^{path}:2: "):
         read(path)
-
-
-def test_the_tokenizer_of_another_model(tmp_path):
-    path = jsonl(tmp_path / "x.jsonl", {"text": "abc"})
-    with pytest.raises(UsageError, match=r"x\.jsonl:1: token id \d+ is not one of the model's 5"):
-        read(path, vocab_size=5)
+    with pytest.raises(UsageError, match=f"^{path}:1: "):
+        read(path, vocab_size=5)  # the tokenizer of another model
 
 
 def test_the_built_in_text():
@@ -117,18 +107,13 @@ ARTICLES = [Row(f"row {n}", {"article": f"article {n}", "highlights": "no"}) for
 
 
 def test_the_public_dataset(monkeypatch, tmp_path):
-    calls = []
-
-    def load(split, count, directory=None):
-        calls.append((split, count, directory))
-        return Data("cnn", ARTICLES[:count])
-
+    load = Mock(side_effect=lambda split, count, directory=None: Data("cnn", ARTICLES[:count]))
     monkeypatch.setattr(data, "cnn_dailymail", load)
     samples = read("cnn_dailymail", size=2)
     assert samples.rows == (tuple(encode("article 0")), tuple(encode("article 1")))
     assert samples.origin == "cnn"
     read(tmp_path)
-    assert calls == [("train", 2, None), ("train", 512, str(tmp_path))]
+    assert load.call_args_list == [call("train", 2), call("train", 512, str(tmp_path))]
     monkeypatch.setattr(data, "_unavailable", lambda: None)
     assert read("auto", size=1).rows == samples.rows[:1]
     with pytest.raises(UsageError, match="'pile'"):
@@ -136,10 +121,8 @@ def test_the_public_dataset(monkeypatch, tmp_path):
 
 
 def test_only_auto_is_replaced(monkeypatch):
-    def missing(*args, **kwargs):
-        raise PhiregError("cannot be loaded")
-
-    monkeypatch.setattr(data, "cnn_dailymail", missing)
+    missing = PhiregError("cannot be loaded")
+    monkeypatch.setattr(data, "cnn_dailymail", Mock(side_effect=missing))
     monkeypatch.setattr(data, "_unavailable", lambda: None)
     with pytest.raises(PhiregError, match="cannot be loaded"):
         read("cnn_dailymail")
@@ -147,15 +130,12 @@ def test_only_auto_is_replaced(monkeypatch):
 
 
 def test_without_a_network_the_built_in_text_is_taken_and_said(monkeypatch):
-    def unreachable(*args, **kwargs):
-        raise OSError("no route")
-
     for name in data._PROXIES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
-    monkeypatch.setattr(socket, "create_connection", unreachable)
+    monkeypatch.setattr(socket, "create_connection", Mock(side_effect=OSError("no route")))
     assert read("auto").origin == "the built-in text, because hub.invalid cannot be reached"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert read("auto").origin == "the built-in text, because HF_HUB_OFFLINE is set"

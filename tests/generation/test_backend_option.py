@@ -79,26 +79,29 @@ def test_beams(models, run, document):
         (["{checkpoint}", "--streaming", "--prompt", "y"], 2, "--streaming"),
         (["nowhere", "--backend", "hf"], 3, "nowhere"),
         (["nowhere"], 2, "nowhere"),
+        (["{engine}", "--backend", "executor"], 4, "--backend tensorrt-llm"),
+        (["{empty}"], 4, "{empty}"),
     ],
 )
-def test_other_combinations_are_refused(args, code, names, models, run):
+def test_other_combinations_are_refused(args, code, names, models, run, tmp_path):
     paths = {"checkpoint": models("phi3").checkpoint, "source": models("phi3").source}
+    paths |= {"engine": tmp_path / "engine", "empty": tmp_path / "empty"}
+    paths["empty"].mkdir()
+    paths["engine"].mkdir()
+    (paths["engine"] / "config.json").write_text('{"pretrained_config": {}, "build_config": {}}')
     result = run(*(word.format(**paths) for word in args), "--prompt", "x")
     assert result.exit_code == code, result.output
     assert names.format(**paths) in " ".join(result.stderr.split())
     assert result.stdout == ""
 
 
-def test_a_source_model_without_its_numbers(models, run, tmp_path):
+def test_a_source_model_without_its_numbers_or_in_two_processes(models, run, tmp_path, monkeypatch):
     config = json.loads((models("phi3").source / "config.json").read_text())
     del config["vocab_size"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     result = run(tmp_path, "--backend", "hf", "--prompt", "x")
     assert result.exit_code == 4
     assert "vocab_size" in result.stderr
-
-
-def test_the_source_model_runs_in_one_process(models, run, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = run(models("phi3").source, "--backend", "hf", "--prompt", "x")

@@ -38,9 +38,8 @@ def test_small_begins_with_its_first_token(models, run):
     it = models("phi3-small")
     said = "<|endoftext|><|user|>\nhi<|end|>\n<|assistant|>\n"
     _, expected = answer(it, said, eos=(it.tokenizer.convert_tokens_to_ids("<|end|>"),))
-    result = run(
-        it.checkpoint, "--chat", "--max-new-tokens", 8, stdin=b"hi"
-    )  # ends without a newline
+    # The line ends without a newline.
+    result = run(it.checkpoint, "--chat", "--max-new-tokens", 8, stdin=b"hi")
     assert (result.exit_code, result.stdout) == (0, expected + "\n")
 
 
@@ -112,19 +111,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(generator, monkeypatch):
     assert [m["content"] for m in chat.messages] == ["one", first, "two", second]
 
 
-def test_a_conversation_that_is_full(models, run):
-    lines = ("word " * 90 + "\nshort\n").encode()
+def test_lines_that_do_not_fit_or_are_no_text(models, run):
+    lines = b"word " * 90 + b"\ncaf\xe9\nshort\n"
     result = run(models("phi3").checkpoint, "--chat", "--max-new-tokens", 4, stdin=lines)
     assert result.exit_code == 0
     assert "256 positions" in result.stderr
+    assert "not UTF-8" in result.stderr
     said = "<|user|>\nshort<|end|>\n<|assistant|>\n"  # what did not fit was never said
     assert result.stdout == answer(models("phi3"), said, 4)[1] + "\n"
-
-
-def test_a_line_that_is_no_text(models, run):
-    result = run(models("phi3").checkpoint, "--chat", "--max-new-tokens", 2, stdin=b"caf\xe9\n")
-    assert (result.exit_code, result.stdout) == (0, "")
-    assert "not UTF-8" in result.stderr
 
 
 @pytest.mark.parametrize(

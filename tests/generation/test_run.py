@@ -12,6 +12,7 @@ from phireg.device import pick_device
 from phireg.errors import UsageError
 
 PROMPTS = ("The engine", "Wer liest die Straße? 日本語", "déjà")
+FLAGS = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
 
 
 @pytest.mark.parametrize("family", SOURCES)
@@ -22,8 +23,7 @@ def test_text_is_that_of_the_source_model(family, models, run, document):
     ]
     alone = run(it.checkpoint, "--prompt", PROMPTS[0], "--max-new-tokens", 14)
     assert (alone.exit_code, alone.stdout) == (0, expected[0][1] + "\n")
-    flags = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    output = document(it.checkpoint, *flags, "--max_output_len", 14)
+    output = document(it.checkpoint, *FLAGS, "--max_output_len", 14)
     assert [(row["tokens"], row["text"]) for row in output["results"]] == expected
     assert [row["input_ids"] for row in output["results"]] == [
         it.tokenizer(prompt)["input_ids"] for prompt in PROMPTS
@@ -31,15 +31,14 @@ def test_text_is_that_of_the_source_model(family, models, run, document):
     assert [row["prompt"] for row in output["results"]] == list(PROMPTS)
     assert len({row["text"] for row in output["results"]}) == len(PROMPTS)
     # several prompts as text
-    texts = run(it.checkpoint, *flags, "--max-new-tokens", 14).stdout
+    texts = run(it.checkpoint, *FLAGS, "--max-new-tokens", 14).stdout
     shown = (f"[{n}/3] {PROMPTS[n - 1]}\n{expected[n - 1][1]}\n\n" for n in (1, 2, 3))
     assert texts == "".join(shown)
 
 
 def test_the_function_gives_what_the_command_gives(models, document):
     it = models("phi3")
-    flags = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    rows = document(it.checkpoint, *flags, "--max-new-tokens", 6, "--batch-size", 2)["results"]
+    rows = document(it.checkpoint, *FLAGS, "--max-new-tokens", 6, "--batch-size", 2)["results"]
     completions = phireg.generate(
         it.checkpoint, PROMPTS, max_new_tokens=6, batch_size=2, options=phireg.Options("cpu")
     )
@@ -72,9 +71,8 @@ def test_all_ways_in_give_the_same(models, run, document, tmp_path):
 
 def test_batches_change_nothing_but_the_timings(models, document):
     it = models("phi3")
-    flags = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    whole = document(it.checkpoint, *flags, "--max-new-tokens", 6)
-    parts = document(it.checkpoint, *flags, "--max-new-tokens", 6, "--batch-size", 2)
+    whole = document(it.checkpoint, *FLAGS, "--max-new-tokens", 6)
+    parts = document(it.checkpoint, *FLAGS, "--max-new-tokens", 6, "--batch-size", 2)
     assert [row["tokens"] for row in whole["results"]] == [r["tokens"] for r in parts["results"]]
     assert [row["batch"] for row in parts["results"]] == [0, 0, 1]
     assert [batch["prompts"] for batch in parts["batches"]] == [2, 1]
@@ -119,19 +117,17 @@ def test_sampling(models, document):
     assert near != greedy
     assert near != hot
 
-
-def test_seeds_differ_from_batch_to_batch(models, document):
+    # seeds differ from batch to batch
     flags = ("--prompt", "The", "--prompt", "The", "--temperature", 1.5, "--max-new-tokens", 12)
-    first, second = document(models("phi3").checkpoint, *flags, "--batch-size", 1)["results"]
+    first, second = document(ckpt, *flags, "--batch-size", 1)["results"]
     assert first["tokens"] != second["tokens"]
 
 
 def test_dtype_and_offload(models, document):
-    ckpt = models("phi3").checkpoint
-    plain = document(ckpt, "--prompt", "The", "--max-new-tokens", 4)
-    off = document(ckpt, "--prompt", "The", "--max-new-tokens", 4, "--offload")
+    command = (models("phi3").checkpoint, "--prompt", "The", "--max-new-tokens", 4)
+    plain, off = document(*command), document(*command, "--offload")
     assert plain["results"] == off["results"]
-    half = document(ckpt, "--prompt", "The", "--max-new-tokens", 4, "--dtype", "bfloat16")
+    half = document(*command, "--dtype", "bfloat16")
     assert (plain["dtype"], half["dtype"]) == ("float32", "bfloat16")
 
 
@@ -212,19 +208,6 @@ def test_input_that_is_not_text_or_not_in_the_vocabulary(models, run):
         result = run(models("phi3").checkpoint, "--input-file", "-", stdin=content)
         assert result.exit_code == 2
         assert f"standard input:1: token {token} " in " ".join(result.stderr.split())
-
-
-def test_other_directories_are_refused_with_advice(models, run, tmp_path):
-    source = run(models("phi3").source, "--prompt", "x")
-    assert source.exit_code == 4
-    assert "phireg convert --model-dir" in source.stderr
-    (tmp_path / "config.json").write_text('{"pretrained_config": {}, "build_config": {}}')
-    engine = run(tmp_path, "--prompt", "x", "--backend", "executor")
-    assert engine.exit_code == 4
-    assert "--backend tensorrt-llm" in engine.stderr
-    assert run(tmp_path / "no", "--prompt", "x").exit_code == 2
-    (tmp_path / "config.json").unlink()
-    assert run(tmp_path, "--prompt", "x").exit_code == 4
 
 
 def test_a_damaged_rank_file(altered, run):

@@ -1,6 +1,7 @@
 """Tokenizers, stop ids, prompts and pieces of text, each against values written here."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from helpers.tokenized_models import chat_tokenizer, write_ranks
@@ -14,11 +15,6 @@ from phireg.errors import PluginError, SourceError, UsageError
 from phireg.generation.prompts import Prompt, read_prompts
 from phireg.generation.tokenizer import Tokenizer, find_tokenizer, stop_ids
 
-
-def pieces_of(tokenizer, ids):
-    return list(tokenizer.stream(ids))
-
-
 TEXTS = ["héllo wörld", "日本語の文字😀🎉!", " a  b\n\tc", "naïve 🙈nicode é", "👩\u200d👩\u200d👧"]
 
 
@@ -27,7 +23,7 @@ def test_pieces_are_whole_characters_and_make_the_text(text):
     tokenizer = Tokenizer(chat_tokenizer())
     ids = tokenizer.encode(text)
     assert any("\ufffd" in tokenizer.decode([token]) for token in ids) or text.isascii()
-    pieces = pieces_of(tokenizer, ids)
+    pieces = list(tokenizer.stream(ids))
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
     assert sum(map(bool, pieces)) > 3
@@ -37,42 +33,34 @@ def test_broken_characters_come_at_the_end_or_with_what_follows():
     tokenizer = Tokenizer(chat_tokenizer())
     half = tokenizer.encode("🙈")[:-1]
     text = b"\xf0\x9f\x99".decode(errors="replace")
-    assert pieces_of(tokenizer, half)[-1] == text
-    assert "".join(pieces_of(tokenizer, [*half, *tokenizer.encode("ok")])) == text + "ok"
+    assert list(tokenizer.stream(half))[-1] == text
+    assert "".join(tokenizer.stream([*half, *tokenizer.encode("ok")])) == text + "ok"
 
 
-def test_a_character_that_is_the_replacement_itself():
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a\ufffdb\ufffd", "a\ufffdb\ufffd"), ("one<|end|> two<|endoftext|>", "one two")],
+)
+def test_replacement_characters_stay_and_special_tokens_do_not(text, expected):
     tokenizer = Tokenizer(chat_tokenizer())
-    assert "".join(pieces_of(tokenizer, tokenizer.encode("a\ufffdb\ufffd"))) == "a\ufffdb\ufffd"
-
-
-def test_special_tokens_are_no_text():
-    tokenizer = Tokenizer(chat_tokenizer())
-    ids = tokenizer.encode("one<|end|> two<|endoftext|>")
-    assert "".join(pieces_of(tokenizer, ids)) == "one two"
+    assert "".join(tokenizer.stream(tokenizer.encode(text))) == expected
 
 
 def sentencepiece_like():
     """A leading space is part of a token, and is lost at the start of a text; bytes as <0xE2>."""
     tokens = ["▁Hello", "▁world", "!", "▁", "<0xE2>", "<0x82>", "<0xAC>", "</s>"]
     inner = RustTokenizer(BPE({token: n for n, token in enumerate(tokens)}, []))
-    inner.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    inner.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>"))
 
 
 def test_leading_spaces_and_byte_tokens():
-    pieces = pieces_of(sentencepiece_like(), [0, 1, 2, 3, 4, 5, 6, 1, 7])
+    pieces = list(sentencepiece_like().stream([0, 1, 2, 3, 4, 5, 6, 1, 7]))
     assert pieces == ["Hello", " world", "!", " ", "€", " world", ""]
-    assert pieces_of(sentencepiece_like(), [7, 0, 7, 1]) == ["Hello", " world", ""]
+    assert list(sentencepiece_like().stream([7, 0, 7, 1])) == ["Hello", " world", ""]
     # A library's stream raises here: the first two bytes form no character, and another follows.
-    broken = pieces_of(sentencepiece_like(), [0, 4, 5, 1])
+    broken = list(sentencepiece_like().stream([0, 4, 5, 1]))
     assert "".join(broken) == sentencepiece_like().decode([0, 4, 5, 1])
 
 
@@ -95,11 +83,8 @@ def test_stop_ids(generation, own, config, expected, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-
-    class Fake:
-        eos_id = own
-
-    assert stop_ids(tmp_path, Fake() if own is not None else None) == expected
+    tokenizer = None if own is None else SimpleNamespace(eos_id=own)
+    assert stop_ids(tmp_path, tokenizer) == expected
 
 
 @pytest.mark.parametrize("value", ["7", [7, "9"], -1, 1.0, True, {}])

@@ -18,23 +18,18 @@ def test_by_hand():
     assert scores.total["rougeL"] == scores.total["rougeLsum"] == pytest.approx(100 * one)
 
 
-def test_order_counts_for_the_subsequence_only():
-    scores = rouge(["b a"], ["a b"]).total
-    assert (scores["rouge1"], scores["rouge2"], scores["rougeL"]) == (100, 0, 50)
-
-
-def test_no_stemming():
-    assert rouge(["cats sit"], ["cat sits"]).total["rouge1"] == 0
-
-
-def test_lines_count_for_the_sum():
-    """rougeLsum takes line by line: the order of the lines does not matter."""
-    scores = rouge(["c d\na b"], ["a b\nc d"]).total
-    assert (scores["rougeL"], scores["rougeLsum"]) == (50, 100)
-
-
-def test_an_empty_summary():
-    assert rouge([""], ["a b"]).total == dict.fromkeys(ROUGES, 0)
+@pytest.mark.parametrize(
+    ("summary", "reference", "expected"),
+    [
+        ("b a", "a b", [100, 0, 50, 50]),  # order counts for the subsequence only
+        ("cats sit", "cat sits", [0, 0, 0, 0]),  # no stemming
+        ("c d\na b", "a b\nc d", [100, 200 / 3, 50, 100]),  # rougeLsum takes line by line
+        ("", "a b", [0, 0, 0, 0]),
+    ],
+)
+def test_order_stems_and_lines(summary, reference, expected):
+    scores = rouge([summary], [reference]).total
+    assert [scores[name] for name in ROUGES] == pytest.approx(expected)
 
 
 def test_as_evaluate_does():

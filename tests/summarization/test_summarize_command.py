@@ -11,6 +11,8 @@ from phireg.generation.tokenizer import find_tokenizer
 from phireg.summarization.result import Thresholds
 from phireg.summarization.task import Settings
 
+PASSING = ("--tensorrt_llm_rouge1_threshold", 5)
+
 
 @pytest.fixture
 def args(checkpoint, fake):
@@ -50,16 +52,10 @@ def test_the_table(args, run, tmp_path):
     [
         (("--tensorrt_llm_rouge1_threshold", 99), 4),
         (("--tensorrt_llm_rouge1_threshold", "nan"), 4),
-        (("--tensorrt_llm_rouge1_threshold", 5), 0),
+        (PASSING, 0),
         (("--check-backend", "fake", "--tensorrt_llm_rouge1_threshold", 99), 4),
-        (("--tensorrt_llm_rouge1_threshold", 5, "--eval_ppl"), 0),
-        (
-            (
-                *("--tensorrt_llm_rouge1_threshold", 5),
-                *("--eval_ppl", "--tensorrt_llm_ppl_threshold", 2),
-            ),
-            4,
-        ),
+        ((*PASSING, "--eval_ppl"), 0),
+        ((*PASSING, "--eval_ppl", "--tensorrt_llm_ppl_threshold", 2), 4),
     ],
 )
 def test_a_threshold_decides_the_exit_code(options, code, args, run, monkeypatch):
@@ -124,25 +120,20 @@ def test_the_function_takes_thresholds_and_reports_progress(args, fake):
     assert calls == [("fake", 2, 4), ("fake", 2, 4)]
 
 
-def test_only_hf_is_checked_when_it_is_named(checkpoint, run):
-    source = demo.find("phi3-mini").directory
-    result = run("--backend", "hf", "--hf-model-dir", source, "--check-accuracy")
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (("--backend", "hf", "--hf-model-dir", "{source}", "--check-accuracy"), "--check-backend"),
+        (("--check-accuracy",), "checkpoint"),
+        (("{source}",), "phireg convert --model-dir {source}"),
+        (("{checkpoint}", "--engine-dir", "{checkpoint}"), "checkpoint"),
+    ],
+)
+def test_models_that_are_refused(options, names, checkpoint, run):
+    paths = {"source": demo.find("phi3-mini").directory, "checkpoint": checkpoint("phi3-mini")}
+    result = run(*(word.format(**paths) for word in options))
     assert result.exit_code == 2
-    assert "--check-backend hf" in result.stderr
-    assert run("--check-accuracy").exit_code == 2
-
-
-def test_a_source_model_in_the_place_of_a_checkpoint(run):
-    source = demo.find("phi3-mini").directory
-    result = run(source)
-    assert result.exit_code == 2
-    assert f"phireg convert --model-dir {source}" in " ".join(result.stderr.split())
-
-
-def test_a_second_checkpoint_is_refused(args, run):
-    result = run(*args, "--engine-dir", args[0])
-    assert result.exit_code == 2
-    assert "checkpoint" in result.stderr
+    assert names.format(**paths) in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
