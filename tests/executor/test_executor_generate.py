@@ -92,6 +92,16 @@ def fused_tokens(executor, prompts, steps):
 SMALLER = {"vocab_size": 31, "num_hidden_layers": 2}
 
 
+def load_written(model, directory, ranks, scheme, kv):
+    """An executor, and whose forward pass counts: its own, which has tests, if it is quantized."""
+    if scheme is None:
+        executor = load(write_checkpoint(model, directory, ranks), device=DEVICE)
+        return executor, source_of(model)
+    written(model, directory, random_ids(model, 30), scheme, kv, ranks)
+    executor = load(directory, device=DEVICE)
+    return executor, executor
+
+
 @pytest.mark.parametrize(
     ("make", "changes", "ranks", "lengths", "scheme", "kv"),
     [
@@ -105,15 +115,9 @@ SMALLER = {"vocab_size": 31, "num_hidden_layers": 2}
 def test_the_kernels_of_a_gpu_continue_as_a_forward_pass_does(
     make, changes, ranks, lengths, scheme, kv, tmp_path
 ):
-    """Of the source model, or of the executor for quantized ones; that has tests of its own."""
     model = make(**changes, **SMALLER)
-    if scheme:
-        written(model, tmp_path, random_ids(model, 30), scheme, kv, ranks)
-    else:
-        write_checkpoint(model, tmp_path, ranks)
-    executor = load(tmp_path, device=DEVICE)
+    executor, logits_of = load_written(model, tmp_path, ranks, scheme, kv)
     prompts = [random_ids(model, n, seed=n).tolist() for n in lengths]
-    logits_of = executor if scheme else source_of(model)
     expected = [greedy(logits_of, prompt, 3) for prompt in prompts]
     assert fused_tokens(executor, prompts, 3) == expected
     assert fused_tokens(executor, prompts[1:], 2) == [expected[1][:2]]
@@ -123,28 +127,22 @@ GPU_SIZE = {"hidden_size": 128}  # sizes that FP8 products take
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["phi3-gqa", "small"])
-def test_on_a_gpu(name, tmp_path):
-    make, changes, ranks = CASES[name]
+@pytest.mark.parametrize(
+    ("make", "changes", "ranks", "scheme", "kv"),
+    [
+        (phi3, {"num_key_value_heads": 2}, 4, None, None),
+        (phi3_small, {}, 1, None, None),
+        (phi3, {"num_hidden_layers": 2}, 2, "fp8", "fp8"),
+        (phi3_small, {"num_hidden_layers": 2}, 2, "int8_sq", "int8"),
+    ],
+)
+def test_on_a_gpu(make, changes, ranks, scheme, kv, tmp_path):
     model = make(**changes, **GPU_SIZE)
-    executor = load(write_checkpoint(model, tmp_path, ranks), device="cuda")
+    executor, logits_of = load_written(model, tmp_path, ranks, scheme, kv)
     prompts = [random_ids(model, n, seed=n).tolist() for n in (70, 41)]
-    expected = [greedy(source_of(model), prompt, 5) for prompt in prompts]
+    expected = [greedy(logits_of, prompt, 5) for prompt in prompts]
     assert generate(executor, prompts, 5) == expected
     assert generate(executor, prompts, 5) == expected  # the captured step again
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(
-    ("make", "scheme", "kv"), [(phi3, "fp8", "fp8"), (phi3_small, "int8_sq", "int8")]
-)
-def test_quantized_on_a_gpu(make, scheme, kv, tmp_path):
-    model = make(num_hidden_layers=2, **GPU_SIZE)
-    written(model, tmp_path, random_ids(model, 30), scheme, kv, 2)
-    executor = load(tmp_path, device="cuda")
-    prompts = [random_ids(model, n, seed=n).tolist() for n in (70, 41)]
-    expected = [greedy(executor, prompt, 5) for prompt in prompts]
-    assert generate(executor, prompts, 5) == expected
     logits = executor(torch.tensor(prompts[1:])).cpu()
     assert relative_error(logits, load(tmp_path)(torch.tensor(prompts[1:]))) < 0.05
 
@@ -222,7 +220,7 @@ def test_a_decoder_is_kept_for_the_next_call_of_its_shape(phi2_executor):
 
 
 def test_a_released_model_holds_no_captured_step(phi2_executor):
-    """Also when someone still has the decoder: NCCL would wait for it without end."""
+    """Also while the decoder is referred to: NCCL would wait for it without end."""
     expected = generate(phi2_executor, [[5, 6, 7]], 6)
     kept = phi2_executor.decoder
     graph = kept._graph = Mock()
