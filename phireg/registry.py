@@ -11,7 +11,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 
@@ -87,21 +87,13 @@ Index = Mapping[str, tuple[Candidate, ...]]
 
 def installed_entry_points() -> tuple[list[metadata.EntryPoint], list[str]]:
     """Return the group's entry points, and a message for each unreadable distribution."""
-    try:
+    with suppress(Exception):
         return list(metadata.entry_points(group=GROUP)), []
-    except Exception:
-        # One damaged entry_points.txt, of any group, makes it fail for all distributions; so ask
-        # each of them separately.
-        return _readable_entry_points(metadata.distributions())
-
-
-def _readable_entry_points(
-    distributions: Iterable[metadata.Distribution],
-) -> tuple[list[metadata.EntryPoint], list[str]]:
+    # One damaged entry_points.txt, of any group, makes it fail for all distributions: ask each one.
     entries: list[metadata.EntryPoint] = []
     problems: list[str] = []
     names: set[str] = set()
-    for dist in distributions:
+    for dist in metadata.distributions():
         try:
             name = re.sub(r"[-_.]+", "-", dist.name or "").lower()
             if not name or name not in names:  # as for imports, the first one on the path counts

@@ -53,10 +53,8 @@ def supported_rope(*types: str) -> Entry:
 
     def problem(_: Fields, hf: HFConfig) -> str | None:
         types_by_key = _rope_types(hf)
-        if (
-            len({"longrope" if name in LONG_ROPE_TYPES else name for name in types_by_key.values()})
-            > 1
-        ):
+        distinct = {"longrope" if t in LONG_ROPE_TYPES else t for t in types_by_key.values()}
+        if len(distinct) > 1:
             listed = ", ".join(f"{key} is '{name}'" for key, name in types_by_key.items())
             return f"names different rope types: {listed}"
         actual = rope_type(hf)

@@ -90,10 +90,9 @@ class _Run:
     hf: HFConfig
     fields: dict[str, Any] = dataclass_field(default_factory=dict)
     findings: list[Finding] = dataclass_field(default_factory=list)
+    # Subjects that could not be checked, the field each lacked, and the entry's place.
     skipped: list[tuple[str, str, str]] = dataclass_field(default_factory=list)
-    """Subjects that could not be checked, the field each lacked, and the entry's place."""
-    where: str = ""
-    """The place of the entry that is being applied."""
+    where: str = ""  # the place of the entry that is being applied
 
     def do(self, entry: Entry) -> None:
         """Apply an entry; its findings have its place."""
@@ -111,7 +110,7 @@ class _Run:
             self.report(Severity.ERROR, subject, str(problem))
         return _SKIPPED
 
-    def make(self, to: str, function: Callable[[], Any]) -> None:
+    def set(self, to: str, function: Callable[[], Any]) -> None:
         value = self.compute(to, function)
         if value is not _SKIPPED:
             self.fields[to] = value
@@ -139,11 +138,8 @@ class Entry:
     inner: tuple[Entry, ...] = ()
 
 
-_UNSET: Any = object()
-"""Marks the absence of a default, None being a possible value."""
-
-_SKIPPED: Any = object()
-"""Stands for a value that could not be computed."""
+_UNSET: Any = object()  # no default, None being a possible value
+_SKIPPED: Any = object()  # a value that could not be computed
 
 
 def _entry(
@@ -188,9 +184,10 @@ def field(
             if null is not _UNSET and run.hf.is_null(keys[0]):
                 run.fields[target] = null
             elif default is _UNSET:
-                run.report(Severity.ERROR, keys[0], f"missing{_other_spellings(keys)}")
+                others = f" (or spelled {', '.join(keys[1:])})" if len(keys) > 1 else ""
+                run.report(Severity.ERROR, keys[0], f"missing{others}")
             else:
-                run.make(
+                run.set(
                     target,
                     lambda: default(run.fields) if callable(default) else copy.deepcopy(default),
                 )
@@ -224,7 +221,7 @@ def derive(to: str, function: Callable[[Fields, HFConfig], Any], doc: str) -> En
     """
 
     def apply(run: _Run) -> None:
-        run.make(to, lambda: function(run.fields, run.hf))
+        run.set(to, lambda: function(run.fields, run.hf))
 
     return _entry((to,), f"{to} = {doc}", apply)
 
@@ -290,14 +287,9 @@ def when(
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """The result of a table.
+    """The result of a table."""
 
-    Attributes:
-        fields: target keys and values; incomplete if there are errors.
-        findings: problems, warnings and notes, all of them.
-    """
-
-    fields: dict[str, Any]
+    fields: dict[str, Any]  # by target key; incomplete if there are errors
     findings: tuple[Finding, ...]
 
     @property
@@ -374,10 +366,6 @@ def _one_producer_each(entries: Sequence[Entry]) -> None:
                     f"field table: {key} has two producers: {produced[key]} and {entry.where}"
                 )
             produced[key] = entry.where
-
-
-def _other_spellings(keys: Sequence[str]) -> str:
-    return f" (or spelled {', '.join(keys[1:])})" if len(keys) > 1 else ""
 
 
 def _show(value: Any) -> str:

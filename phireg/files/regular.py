@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,11 +113,10 @@ def disguise(head: bytes) -> tuple[str, str] | None:
     return None
 
 
-def listed(items: Iterable[str], total: int, limit: int = 5) -> str:
+def listed(names: Sequence[str], limit: int = 5) -> str:
     """Join the first names of a list for a message: ``'a', 'b' and 7 more``."""
-    shown = [repr(item[:200]) for item in islice(items, limit)]
-    rest = total - len(shown)
-    return ", ".join(shown) + (f" and {rest} more" if rest else "")
+    shown = ", ".join(repr(name[:200]) for name in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def bullets(defects: list[str], limit: int = 5) -> str:

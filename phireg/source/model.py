@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from phireg.errors import SourceError
+from phireg.files.json import read_json_object
 from phireg.files.kinds import WEIGHTS, kind_of_entries
-from phireg.files.regular import Stamp, check_unchanged, listed, open_regular, read_into
+from phireg.files.regular import Stamp, bullets, check_unchanged, listed, open_regular, read_into
 from phireg.files.safetensors import read_header
-from phireg.source.index import ShardIndex, index_error, read_index, shard_defects
 from phireg.source.tensors import SourceTensor, WeightsFile
 from phireg.source.torchbin import list_bin, read_strided
 
@@ -119,7 +121,7 @@ def open_source(directory: Path, revision: str | None = None) -> Source:
     names = _entries(directory)
     for format_ in _FORMATS:
         if format_.index in names:
-            index = read_index(directory / format_.index, format_.suffix)
+            index = _read_index(directory / format_.index, format_.suffix)
             files = _list_shards(directory, index, format_)
         elif format_.single in names:
             index = None
@@ -173,12 +175,12 @@ def _entries(directory: Path) -> set[str]:
         raise SourceError(f"{str(directory)!r}: cannot be read: {error}") from None
 
 
-def _list_shards(directory: Path, index: ShardIndex, format_: _Format) -> list[WeightsFile]:
+def _list_shards(directory: Path, index: _ShardIndex, format_: _Format) -> list[WeightsFile]:
     defects: list[str] = []
     hint = None
     missing = [name for name in index.shards if not os.access(directory / name, os.F_OK)]
     if missing:
-        defects.append(f"missing files: {listed(missing, len(missing), 20)}")
+        defects.append(f"missing files: {listed(missing, 20)}")
     files = []
     for name in index.shards:
         if name in missing:
@@ -188,14 +190,101 @@ def _list_shards(directory: Path, index: ShardIndex, format_: _Format) -> list[W
         except SourceError as error:
             defects.append(error.message)
             hint = hint or error.hint
-    defects += shard_defects(index, {file.name: {t.name for t in file.tensors} for file in files})
+    defects += _shard_defects(index, {file.name: {t.name for t in file.tensors} for file in files})
     if defects:
-        raise index_error(index.path, defects, hint)
+        raise _index_error(index.path, defects, hint)
     return files
 
 
+@dataclass(frozen=True, slots=True)
+class _ShardIndex:
+    """A checked ``*.index.json``; shard names are relative paths inside its directory."""
+
+    path: Path
+    weight_map: Mapping[str, str]  # tensor name to shard name
+    total_size: int | None  # metadata.total_size in bytes; None where absent or no integer
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """The shard names, each once, sorted."""
+        return tuple(sorted(set(self.weight_map.values())))
+
+
+def _read_index(path: Path, suffix: str) -> _ShardIndex:
+    """Read ``model.safetensors.index.json`` or the like, and check all that needs no shard."""
+    document = read_json_object(path)
+    weight_map = document.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _index_error(path, ["weight_map must be an object: tensor name to file name"])
+    if defects := list(_map_defects(weight_map, suffix)):
+        raise _index_error(path, defects)
+    metadata = document.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return _ShardIndex(path, MappingProxyType(weight_map), total if type(total) is int else None)
+
+
+def _shard_defects(index: _ShardIndex, held: Mapping[str, Collection[str]]) -> list[str]:
+    """Compare the index with the names of the tensors in each shard that could be read."""
+    defects = []
+    for shard, tensors in held.items():
+        expected = [name for name, file in index.weight_map.items() if file == shard]
+        absent = [name for name in expected if name not in tensors]
+        unlisted = [name for name in tensors if name not in index.weight_map]
+        if absent:
+            defects.append(f"{shard} lacks tensors listed for it: {listed(absent)}")
+        if unlisted:
+            defects.append(f"{shard} holds tensors the index does not list: {listed(unlisted)}")
+        elsewhere: dict[str, list[str]] = {}
+        for name in tensors:
+            if (file := index.weight_map.get(name, shard)) != shard:
+                elsewhere.setdefault(file, []).append(name)
+        for file, names in elsewhere.items():
+            defects.append(f"{shard} holds tensors the index lists for {file}: {listed(names)}")
+    return defects
+
+
+def _map_defects(weight_map: dict[str, Any], suffix: str) -> Iterator[str]:
+    if "" in weight_map:
+        yield "weight_map has an entry without a tensor name"
+    if wrong := [name for name, file in weight_map.items() if not isinstance(file, str)]:
+        yield f"weight_map: the file name is not a string for {listed(wrong)}"
+    files = sorted({file for file in weight_map.values() if isinstance(file, str)})
+    for file in files:
+        if defect := _name_defect(file, suffix):
+            yield f"shard name {file[:100]!r} {defect}"
+
+
+def _name_defect(name: str, suffix: str) -> str | None:
+    """Return what is wrong with the text of a shard name.
+
+    Links are not resolved: the Hugging Face cache keeps snapshots as links to blobs elsewhere.
+    """
+    if not name:
+        return "is empty"
+    if len(name) > 255:
+        return "is too long"
+    if "\0" in name or "\\" in name:
+        return "contains a NUL or a backslash"
+    if name.startswith("/"):
+        return "is absolute; shards lie beside their index"
+    if ".." in name.split("/"):
+        return "leaves the directory"
+    if posixpath.normpath(name) != name:
+        return "is not a plain relative path"
+    if not name.endswith(suffix):
+        return f"does not end with {suffix}"
+    return None
+
+
+def _index_error(path: Path, defects: list[str], hint: str | None = None) -> SourceError:
+    return SourceError(
+        f"{path}: the index and its shards cannot be used:{bullets(defects, 20)}",
+        hint=hint or "download the model again; every file of it must come from the same revision",
+    )
+
+
 def _notes(
-    names: Iterable[str], format_: _Format, files: list[WeightsFile], index: ShardIndex | None
+    names: Iterable[str], format_: _Format, files: list[WeightsFile], index: _ShardIndex | None
 ) -> list[str]:
     used = {file.name for file in files}
     notes = []
@@ -208,12 +297,12 @@ def _notes(
         if strays and other is format_:
             notes.append(
                 f"not used, since {format_.single if index is None else format_.index} "
-                f"does not name them: {listed(strays, len(strays))}"
+                f"does not name them: {listed(strays)}"
             )
         elif strays:
             notes.append(
                 f"the {format_.suffix} weights are used, "
-                f"the {other.suffix} files are not: {listed(strays, len(strays))}"
+                f"the {other.suffix} files are not: {listed(strays)}"
             )
     total = sum(tensor.nbytes for file in files for tensor in file.tensors)
     if index is not None and index.total_size not in (None, total):
