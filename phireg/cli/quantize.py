@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,6 @@ from phireg.cli.options import (
 )
 from phireg.cli.output import ProgressBars, columns, emit, emit_json, printable
 from phireg.cli.plan import family_text, format_text, warnings_text
-from phireg.cli.quality import quality_document, quality_text
 from phireg.errors import CheckError, PhiregError, SourceError, UsageError
 
 if TYPE_CHECKING:
@@ -37,13 +37,19 @@ if TYPE_CHECKING:
     from phireg.calibration.settings import Settings
     from phireg.conversion.convert import Converted
     from phireg.planning.model import Plan
-    from phireg.quality.result import Quality
+    from phireg.quality.result import LinearQuality, Quality
 
 _COUNT = click.IntRange(min=1)
+_WORST = 8
+"""Linears that the summary shows."""
+_LAYERS = 8
+"""Layers that it shows."""
+_SETTINGS = ("dataset", "file", "size", "max_length", "batch_size", "seed", "device")
 
 calibration_options = compose(
     click.option(
         "--calib-dataset",
+        "dataset",
         default="auto",
         show_default=True,
         metavar="NAME|DIR",
@@ -51,18 +57,21 @@ calibration_options = compose(
     ),
     click.option(
         "--calib-file",
-        type=click.Path(),
+        "file",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
         metavar="FILE",
         help="Text of your own: .txt, .jsonl, .csv or .parquet; rows may have input_ids.",
     ),
     click.option(
         "--calib-size",
+        "size",
         type=_COUNT,
         metavar="N",
         help="Samples.  [default: 512; on a CPU what ends]",
     ),
     click.option(
         "--calib-max-seq-length",
+        "max_length",
         type=_COUNT,
         default=512,
         show_default=True,
@@ -88,7 +97,7 @@ calibration_options = compose(
         help="Statistics, used if they exist, else kept.  [default: beside the output]",
     ),
 )
-"""Names are those of TensorRT-LLM's quantize.py."""
+"""Names are those of TensorRT-LLM's quantize.py; parameters those of the calibration settings."""
 
 
 @click.command()
@@ -116,13 +125,6 @@ calibration_options = compose(
 def command(
     output_dir: str,
     alpha: float | None,
-    calib_dataset: str,
-    calib_file: str | None,
-    calib_size: int | None,
-    calib_max_seq_length: int,
-    batch_size: int,
-    seed: int,
-    device: str,
     calib_stats: str | None,
     overwrite: bool,
     allow_overflow: bool,
@@ -151,13 +153,10 @@ def command(
         )
 
     with interruptible(output_dir, unwritten):
-        file = _existing(calib_file)
-        settings = Settings(
-            calib_dataset, file, calib_size, calib_max_seq_length, batch_size, device, seed
-        )
+        settings = Settings(**{name: options.pop(name) for name in _SETTINGS})
         plan = phireg.plan(**options)
-        _check(plan, calib_stats, report, measure, device)
-        measure = True if report else measure
+        _check(plan, calib_stats, report, measure, settings.device)
+        alpha = 1.0 if alpha is None else alpha
         with ProgressBars(quiet) as bars:
             events = _Events(plan, bars, quiet)
             converted = phireg.quantize(
@@ -165,7 +164,7 @@ def command(
                 output_dir,
                 calib_stats,
                 settings=settings,
-                alpha=1.0 if alpha is None else alpha,
+                alpha=alpha,
                 overwrite=overwrite,
                 allow_overflow=allow_overflow,
                 progress=events.progress,
@@ -173,7 +172,7 @@ def command(
             )
             bars.close()
             result = _Result(plan, converted, alpha, report, events.warned, events.seconds)
-            _measure(result, settings, measure, bars)
+            _measure(result, settings, True if report else measure, bars)
         if report and result.quality is not None:
             from phireg.report.page import write_page
             from phireg.report.quality import render_quality
@@ -184,15 +183,6 @@ def command(
             emit_json(_document(result))
         elif not quiet:
             emit(_text(result))
-
-
-def _existing(calib_file: str | None) -> Path | None:
-    if calib_file is None:
-        return None
-    file = Path(calib_file)
-    if not file.is_file():
-        raise UsageError(f"{file}: no such file", hint="--calib-file names sample texts.")
-    return file
 
 
 def _check(
@@ -254,27 +244,16 @@ class _Events:
 
 @dataclass(slots=True)
 class _Result:
-    """A finished quantization.
-
-    Attributes:
-        plan: of the source.
-        converted: the checkpoint.
-        alpha: ``--alpha``.
-        report: the page, if one is written.
-        warned: True if the plan's warnings were printed before the calibration.
-        seconds: by part; ``all`` of them.
-        quality: the measurement, if there is one.
-        unmeasured: the reason why there is none, unless the user refused it.
-    """
+    """A finished quantization."""
 
     plan: Plan
     converted: Converted
-    alpha: float | None
-    report: str | None
-    warned: bool
-    seconds: dict[str, float]
+    alpha: float
+    report: str | None  # the page, if one is written
+    warned: bool  # the plan's warnings were printed before the calibration
+    seconds: dict[str, float]  # by part; ``all`` of them
     quality: Quality | None = None
-    unmeasured: str | None = None
+    unmeasured: str | None = None  # the reason, unless the user refused it
 
 
 def _measure(result: _Result, settings: Settings, measure: bool | None, bars: ProgressBars) -> None:
@@ -311,12 +290,13 @@ def _text(result: _Result) -> str:
     from phireg.findings import Severity
 
     plan = result.plan
+    parts = ", ".join(f"{k} {part:.1f} s" for k, part in result.seconds.items() if k != "all")
     rows = [
         ("family", family_text(plan)),
         ("format", format_text(plan)),
         *_calibration_rows(result.converted.calibrated),
         *file_rows(plan, result.converted),
-        ("time", _time(result.seconds)),
+        ("time", f"{result.seconds['all']:.1f} s" + (f" ({parts})" if parts else "")),
     ]
     if result.report is not None:
         rows.append(("report", result.report))
@@ -327,13 +307,13 @@ def _text(result: _Result) -> str:
         for finding in plan.findings
         if not (result.warned and finding.severity is Severity.WARNING)
     ]
-    parts = (
+    blocks = (
         columns(rows),
-        quality_text(result.quality) if result.quality else "",
+        _quality_text(result.quality) if result.quality else "",
         warnings_text(plan),
         findings_text((*loss_findings(result.converted), *findings)),
     )
-    return "\n".join(filter(None, parts))
+    return "\n".join(filter(None, blocks))
 
 
 def _calibration_rows(calibrated: Calibrated | None) -> list[tuple[str, str]]:
@@ -348,9 +328,38 @@ def _calibration_rows(calibrated: Calibrated | None) -> list[tuple[str, str]]:
     ]
 
 
-def _time(seconds: dict[str, float]) -> str:
-    parts = [f"{name} {part:.1f} s" for name, part in seconds.items() if name != "all"]
-    return f"{seconds['all']:.1f} s" + (f" ({', '.join(parts)})" if parts else "")
+def _quality_text(quality: Quality) -> str:
+    """Show the verdict, the worst linears, and the error behind some layers."""
+    from phireg.quality.result import percent
+
+    layers = len(quality.hidden)
+    step = max(1, -(-layers // _LAYERS))
+    shown = sorted({*range(layers - 1, -1, -step), layers - 1})
+    hidden = ", ".join(f"{layer}: {percent(quality.hidden[layer])}" for layer in shown)
+    rows = [
+        ("quality", quality.verdict),
+        ("text", quality.text.description),
+        ("hidden states", f"error behind layer {hidden}"),
+    ]
+    worst = quality.worst_first()[:_WORST]
+    heading = f"the worst {len(worst)} of {len(quality.linears)} linears: errors, and SQNR in dB"
+    table = columns(_quality_rows(worst), indent=2, right=(1, 2, 3, 4, 5))
+    return "\n".join((columns(rows), heading, table))
+
+
+def _quality_rows(worst: Sequence[LinearQuality]) -> list[tuple[str, ...]]:
+    from phireg.quality.result import decibels, percent, share, times
+
+    inputs = worst[0].activation is not None
+    heads = ("inputs", "SQNR", "saturated") if inputs else ()
+    rows: list[tuple[str, ...]] = [("", "weights", "SQNR", *heads, "outliers")]
+    for linear in worst:
+        cells = [percent(linear.weight), decibels(linear.weight)]
+        if inputs:
+            cells += [percent(linear.activation), decibels(linear.activation)]
+            cells.append(share(linear.saturation))
+        rows.append((f"layer {linear.layer} {linear.linear}", *cells, times(linear.outliers)))
+    return rows
 
 
 def _document(result: _Result) -> dict[str, Any]:
@@ -360,15 +369,47 @@ def _document(result: _Result) -> dict[str, Any]:
         **conversion_document(plan, result.converted),
         "qformat": plan.options.qformat,
         "kv_cache_dtype": plan.options.kv_cache_dtype,
-        "alpha": (1.0 if result.alpha is None else result.alpha) if plan.smoothed else None,
+        "alpha": result.alpha if plan.smoothed else None,
         "calibration": calibrated
         and {
             "file": str(calibrated.file),
             "reused": calibrated.reused,
             "provenance": dict(calibrated.statistics.provenance),
         },
-        "quality": result.quality and quality_document(result.quality),
+        "quality": result.quality and _quality_document(result.quality),
         "unmeasured": result.unmeasured,
         "report": result.report,
         "seconds": {name: round(part, 3) for name, part in result.seconds.items()},
+    }
+
+
+def _quality_document(quality: Quality) -> dict[str, Any]:
+    from phireg.quality.result import sqnr
+
+    text = quality.text
+    return {
+        "close": quality.close,
+        "verdict": quality.verdict,
+        "text": text.origin,
+        "rows": text.rows,
+        "tokens": text.tokens,
+        "calibrated_on": text.calibrated,
+        "perplexity": text.perplexity,
+        "unquantized_perplexity": text.unquantized_perplexity,
+        "kl": text.kl,
+        "top1": text.top1,
+        "hidden": quality.hidden,
+        "linears": [
+            {
+                "layer": linear.layer,
+                "linear": linear.linear,
+                "weight_error": linear.weight,
+                "weight_sqnr": sqnr(linear.weight),
+                "activation_error": linear.activation,
+                "activation_sqnr": None if linear.activation is None else sqnr(linear.activation),
+                "saturation": linear.saturation,
+                "outlier_ratio": linear.outliers,
+            }
+            for linear in quality.linears
+        ],
     }

@@ -74,18 +74,6 @@ def test_losses_happen_where_they_must():
         assert lost[narrowing].overflowed > 0 and lost[narrowing].flushed > 0
 
 
-def as_bits(numbers, dtype):
-    return narrowed(np.array(numbers, np.float32).view(np.uint32), dtype)
-
-
-def test_special_values_are_kept():
-    numbers = [0.0, -0.0, np.inf, -np.inf, 1.0, -2.5]
-    for source, target in PAIRS:
-        bits, loss = cast(as_bits(numbers, source), source, target)
-        assert np.array_equal(bits, as_bits(numbers, target))
-        assert loss == NO_LOSS
-
-
 def test_subnormals():
     # The smallest float16 is 2**-24; half of it is a tie and goes to zero.
     numbers = [2.0**-24, 2.0**-25, -(2.0**-25), 1.5 * 2.0**-25, 2.0**-26, 0.0]
@@ -101,15 +89,6 @@ def test_the_last_finite_values():
     assert bits[:6].tolist() == [0x7BFF, 0x7BFF, 0x7C00, 0xFC00, 0x7C00, 0x7C00]
     assert np.isnan(values(bits, "F16")[6])
     assert loss == Loss(3, 0)
-
-
-def test_the_shape_is_kept():
-    bits, _ = cast(np.zeros((3, 5), np.uint32), "F32", "BF16")
-    assert bits.shape == (3, 5)
-
-
-def test_losses_add_up():
-    assert Loss(1, 2) + Loss(3, 4) == Loss(4, 6)
 
 
 def test_threads_are_given_back():

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 import tracemalloc
 
 import numpy as np
@@ -158,81 +156,3 @@ def _rest(name, hidden):
         f"{layer}.self_attn.dense.bias": (hidden,),
     }
     return shapes
-
-
-# --- real shapes -----------------------------------------------------------------------------
-
-REAL = """
-import json, math, sys
-from pathlib import Path
-
-directory, family, tp = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-small = family == "phi3-small"
-h, layers, heads, kv, inner, vocab = (
-    (4096, 32, 32, 8, 14336, 100352) if small else (5120, 40, 40, 10, 17920, 32064)
-)
-qkv = (heads + 2 * kv) * (h // heads)
-shapes = {"model.embed_tokens.weight": (vocab, h)}
-linears = (("query_key_value", qkv, h), ("dense", h, h)) if small else (
-    ("qkv_proj", qkv, h), ("o_proj", h, h))
-mlp = (("up_proj", 2 * inner, h), ("down_proj", h, inner)) if small else (
-    ("gate_up_proj", 2 * inner, h), ("down_proj", h, inner))
-for i in range(layers):
-    layer = f"model.layers.{i}"
-    for name, rows, cols in (*((f"self_attn.{n}", r, c) for n, r, c in linears),
-                             *((f"mlp.{n}", r, c) for n, r, c in mlp)):
-        shapes[f"{layer}.{name}.weight"] = (rows, cols)
-        if small:
-            shapes[f"{layer}.{name}.bias"] = (rows,)
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        shapes[f"{layer}.{norm}.weight"] = (h,)
-        if small:
-            shapes[f"{layer}.{norm}.bias"] = (h,)
-final = "model.final_layernorm" if small else "model.norm"
-shapes[f"{final}.weight"] = (h,)
-if small:
-    shapes[f"{final}.bias"] = (h,)
-else:
-    shapes["lm_head.weight"] = (vocab, h)
-names = list(shapes)
-files = {f"model-{n + 1:05}-of-00006.safetensors": names[n * len(names) // 6:
-         (n + 1) * len(names) // 6] for n in range(6)}
-for file, held in files.items():
-    listing, end = {}, 0
-    for name in held:
-        start, end = end, end + 2 * math.prod(shapes[name])
-        listing[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [start, end]}
-    header = json.dumps(listing).encode()
-    with (directory / file).open("wb") as out:
-        out.write(len(header).to_bytes(8, "little") + header)
-        out.truncate(8 + len(header) + end)
-index = {"weight_map": {name: file for file, held in files.items() for name in held}}
-(directory / "model.safetensors.index.json").write_text(json.dumps(index))
-config = dict(hidden_size=h, num_hidden_layers=layers, num_attention_heads=heads,
-              num_key_value_heads=kv, vocab_size=vocab, max_position_embeddings=4096,
-              torch_dtype="bfloat16")
-config |= (dict(architectures=["Phi3SmallForCausalLM"], model_type="phi3small",
-                ff_intermediate_size=inner) if small else
-           dict(architectures=["Phi3ForCausalLM"], model_type="phi3",
-                intermediate_size=inner, hidden_act="silu"))
-(directory / "config.json").write_text(json.dumps(config))
-
-import phireg
-plan = phireg.plan(directory, family="auto", tp_size=tp)
-assert not plan.findings, plan.findings
-print(json.dumps([plan.family, plan.bytes_in, sum(math.prod(s) * 2 for s in shapes.values()),
-                  "torch" in sys.modules]))
-"""
-
-
-@pytest.mark.parametrize("family, tp", [("phi3-medium", 10), ("phi3-small", 8)])
-def test_a_real_shape_is_planned_without_torch(tmp_path, family, tp):
-    done = subprocess.run(
-        [sys.executable, "-c", REAL, str(tmp_path), family, str(tp)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    chosen, bytes_in, size, torch = json.loads(done.stdout)
-    assert (chosen, bytes_in, torch) == (family, size, False)

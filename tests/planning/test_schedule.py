@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -95,44 +96,31 @@ def test_equal_outputs_share_every_read(spans, copies):
     assert set(reads.values()) <= {1}
 
 
-def test_opposite_orders_are_right_too():
-    first, second = [Span("a", 0, 2), Span("a", 4, 3)], [Span("a", 4, 3), Span("a", 0, 2)]
-    written, reads = carry_out([output(first), output(second)])
-    assert written == [rows_of(first), rows_of(second)]
-    assert max(reads.values()) == 2  # one of the two ranges cannot wait for both
+RINGS = [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]]
 
 
-def test_a_ring_of_orders_is_right_too():
-    rings = [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]]
-    spans = [[Span(name, 0, SOURCES[name]) for name in ring] for ring in rings]
-    written, _ = carry_out([output(s) for s in spans])
-    assert written == [rows_of(s) for s in spans]
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        [[Span("a", 0, 2), Span("a", 4, 3)], [Span("a", 4, 3), Span("a", 0, 2)]],
+        [[Span(name, 0, SOURCES[name]) for name in ring] for ring in RINGS],
+        [[Span("a", 1, 2), Span("a", 1, 2), Span("b", 0, 1), Span("a", 0, 3)], [Span("a", 1, 1)]],
+    ],
+    ids=["opposite", "ring", "repeated"],
+)
+def test_orders_that_exclude_each_other(outputs):
+    written, reads = carry_out([output(spans) for spans in outputs])
+    assert written == [rows_of(spans) for spans in outputs]
+    assert max(reads.values()) >= 2  # a range that cannot wait for all is read again
 
 
-def test_rows_repeated_within_one_output():
-    spans = [Span("a", 1, 2), Span("a", 1, 2), Span("b", 0, 1), Span("a", 0, 3)]
-    written, _ = carry_out([output(spans), output([Span("a", 1, 1)])])
-    assert written == [rows_of(spans), [("a", 1)]]
-
-
-def test_outputs_without_a_common_source_are_different_tasks():
-    outputs = [output([Span(name, 0, 1)]) for name in SOURCES]
-    assert len(schedule(outputs, TENSORS)) == 3
-    joined = [*outputs, output([Span("a", 2, 1), Span("c", 0, 1)])]
-    assert len(schedule(joined, TENSORS)) == 2
-
-
-def test_tasks_follow_the_files():
+def test_tasks_share_no_source_and_follow_the_files():
     outputs = [output([Span(name, 0, 1)]) for name in SOURCES]
     tasks = schedule(outputs, TENSORS)
     assert [task.steps[0].source.name for task in tasks] == ["c", "b", "a"]
-
-
-def test_outputs_of_zero_rows_only():
+    joined = [*outputs, output([Span("a", 2, 1), Span("c", 0, 1)])]
+    assert len(schedule(joined, TENSORS)) == 2
+    assert schedule((), TENSORS) == ()
     (task,) = schedule([output([Span(None, 0, 4)])], TENSORS)
     (step,) = task.steps
     assert (step.source, step.count, len(step.writes)) == (None, 4, 1)
-
-
-def test_nothing_to_do():
-    assert schedule((), TENSORS) == ()
