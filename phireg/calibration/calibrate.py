@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
@@ -127,6 +128,7 @@ def run_calibration(
     bfloat16, else in float32, since float16 is slow there. Layer by layer, so the model may be
     larger than memory; see :func:`phireg.calibration.collect.collect` for the memory it takes.
     """
+    report = tell or (lambda line: None)
     device = pick_device(settings.device)
     dtype = _compute_dtype(source, device)
     reference = open_reference(family, source, weights=None, dtype=dtype, device=device)
@@ -134,7 +136,7 @@ def run_calibration(
     with quiet():
         samples = read_samples(
             settings.source,
-            _Encoder(source.directory),
+            _encoder(source.directory),
             size=settings.size,
             max_length=min(settings.max_length, int(config.max_position_embeddings)),
             vocab_size=int(config.vocab_size),
@@ -164,10 +166,9 @@ def run_calibration(
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    if tell is not None:
-        tell(f"calibration: {describe(provenance)}")
-        if price is not None:
-            tell(price)
+    report(f"calibration: {describe(provenance)}")
+    if price is not None:
+        report(price)
     batch_size = settings.batch_size
     statistics = collect(
         reference, samples.rows, device=device, batch_size=batch_size, progress=progress
@@ -264,20 +265,18 @@ def _price(cost: Cost, samples: Samples, left_out: int) -> str:
     return line
 
 
-class _Encoder:
-    """The source's tokenizer, loaded when there is text."""
+def _encoder(directory: Path) -> Callable[[str], list[int]]:
+    """Encode with the source's tokenizer, which is loaded when there is text."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._tokenizer: Tokenizer | None = None
-
-    def __call__(self, text: str) -> list[int]:
-        if self._tokenizer is None:
-            self._tokenizer = find_tokenizer(self._directory)
-        if self._tokenizer is None:
+    @cache
+    def tokenizer() -> Tokenizer:
+        loaded = find_tokenizer(directory)
+        if loaded is None:
             raise SourceError(
-                f"{self._directory} holds no tokenizer to calibrate with",
+                f"{directory} holds no tokenizer to calibrate with",
                 hint="copy the model's tokenizer files there, or give a --calib-file whose rows "
                 "have input_ids.",
             )
-        return self._tokenizer.encode(text)
+        return loaded
+
+    return lambda text: tokenizer().encode(text)

@@ -59,8 +59,8 @@ def _text(plan: Plan, output: Output) -> str:
     for source, group in groupby(output.origin.spans, key=lambda span: span.source):
         rows = []
         for span in group:
-            target = _range(position, span.count)
-            rows.append((target, "=", _range(span.start, span.count) if source else "zeros"))
+            origin = f"{span.start}:{span.stop}" if source else "zeros"
+            rows.append((f"{position}:{position + span.count}", "=", origin))
             position += span.count
         lines.append("  padding" if source is None else _origin(plan, output, source))
         if source in plan.scales and plan.scales[source].size == 1:
@@ -77,7 +77,7 @@ def _origin(plan: Plan, output: Output, source: str) -> str:
 
     if isinstance(output.origin, Rows):
         tensor = plan.source.tensors[source]
-        cut = ", ".join(_range(span.start, span.count) for span in output.origin.columns or ())
+        cut = ", ".join(f"{span.start}:{span.stop}" for span in output.origin.columns or ())
         kept = f", columns {cut}" if cut else ""
         kind = f"{list(tensor.shape)} {dtype_name(tensor.dtype)}{kept}"
         place = f"in {tensor.file}"
@@ -88,10 +88,6 @@ def _origin(plan: Plan, output: Output, source: str) -> str:
     return "\n".join((f"  {source}  {kind}", columns([(place,)], indent=2)))
 
 
-def _range(start: int, count: int) -> str:
-    return f"{start}:{start + count}"
-
-
 def _formula(plan: Plan, name: str) -> str:
     """The computation of a scale, in words."""
     from phireg.reader.schemes import KV_SCALE
@@ -99,10 +95,9 @@ def _formula(plan: Plan, name: str) -> str:
     owner, _, companion = name.rpartition(".")
     options = plan.options
     if companion == KV_SCALE:
-        largest = _LARGEST[options.kv_cache_dtype or ""]
-        least = ", but at least 1" if options.kv_cache_dtype == "fp8" else ""
-        text = "from calibration: the largest absolute key or value of the layer"
-        return f"{text} / {largest}{least}"
+        ends = _LARGEST[options.kv_cache_dtype or ""]
+        ends += ", but at least 1" if options.kv_cache_dtype == "fp8" else ""
+        return f"from calibration: the largest absolute key or value of the layer / {ends}"
     largest = _LARGEST[options.qformat or ""]
     modules = next((x.sources for x in plan.linears if x.target == owner), (owner,))
     if companion == "prequant_scaling_factor":

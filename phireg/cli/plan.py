@@ -131,7 +131,6 @@ def _work_rows(plan: Plan, workers: int) -> list[tuple[str, str]]:
 
 
 def _pass_text(plan: Plan) -> str:
-    """The bytes read for the scales before anything is written."""
     from phireg.conversion.scales import bytes_read
 
     if not plan.linears:

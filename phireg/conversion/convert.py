@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from phireg.checkpoint.manifest import file_record, rank_file_record, write_manifest
 from phireg.conversion.cast import Loss
-from phireg.conversion.stream import Progress, Quantizer, Streamed, stream
+from phireg.conversion.stream import Progress, Streamed, stream
 from phireg.errors import PlanError, UsageError
 from phireg.files.kinds import tokenizer_files
 from phireg.files.output import OutputDirectory
@@ -21,6 +21,7 @@ from phireg.planning.report import problems
 
 if TYPE_CHECKING:
     from phireg.calibration.calibrate import Calibrated
+    from phireg.conversion.quantizer import WeightQuantizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def convert(
     """
     if plan.options.calibrated:
         raise UsageError(
-            f"this plan needs calibration statistics, for {' and '.join(_calibrated(plan))}",
+            "this plan needs calibration statistics, for quantized inputs or a quantized KV cache",
             hint="phireg quantize takes them from sample texts, or from a file of an earlier run.",
         )
     total = plan.tensor_bytes
@@ -77,13 +78,6 @@ def convert(
         allow_overflow=allow_overflow,
         progress=None if progress is None else lambda more: progress(more, total),
     )
-
-
-def _calibrated(plan: Plan) -> Iterator[str]:
-    if plan.options.scheme and plan.options.scheme.calibrated:
-        yield f"the format {plan.options.qformat}"
-    if plan.options.kv_cache_dtype:
-        yield f"the {plan.options.kv_cache_dtype} KV cache"
 
 
 def check_plan(plan: Plan) -> None:
@@ -102,7 +96,7 @@ def write_checkpoint(
     overwrite: bool,
     allow_overflow: bool,
     progress: Progress | None,
-    quantizer: Callable[[], Quantizer] | None = None,
+    quantizer: Callable[[], WeightQuantizer] | None = None,
     quantization: Mapping[str, Any] | None = None,
 ) -> Converted:
     """Write all files of a checkpoint; see :func:`convert`.
@@ -143,7 +137,7 @@ def _check_overflow(streamed: Streamed, plan: Plan) -> None:
 
 def manifest_of(plan: Plan, directory: Path, streamed: Streamed) -> dict[str, Any]:
     """Describe a plan and everything that was written into ``directory`` for it."""
-    candidate, options = plan.chosen.candidate, plan.options
+    candidate = plan.chosen.candidate
     ranks: dict[str, Any] = {}
     for rank, (header, size) in enumerate(zip(plan.headers, plan.file_sizes, strict=True)):
         tensors = {name: d for (r, name), d in streamed.digests.items() if r == rank}
@@ -160,14 +154,7 @@ def manifest_of(plan: Plan, directory: Path, streamed: Streamed) -> dict[str, An
             "distribution": candidate.distribution,
             "version": candidate.version,
         },
-        "options": {
-            "dtype": options.dtype,
-            "tp_size": options.tp_size,
-            "moe_ep_size": options.ranks.moe_ep_size,
-            "weight_only": options.weight_only,
-            "qformat": options.qformat,
-            "kv_cache_dtype": options.kv_cache_dtype,
-        },
+        "options": plan.options.as_json(),
         "source": {
             "model_dir": plan.model_dir,
             "revision": plan.source.revision,

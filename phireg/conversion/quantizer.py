@@ -47,7 +47,11 @@ class WeightQuantizer:
         return self._scales.values[name]
 
     def weight(self, target: str, source: str, row: int, block: Bits) -> tuple[Bits, int]:
-        """Quantize rows of a weight; see :class:`phireg.conversion.stream.Quantizer`."""
+        """Quantize rows of ``source`` from ``row`` on, which the output ``target`` gets.
+
+        Takes them in the checkpoint's dtype, [rows, columns]; returns them on the quantized grid,
+        and the number of elements beyond its ends.
+        """
         linear, module = target.removesuffix(".weight"), source.removesuffix(".weight")
         if not self._smoothed:
             (scale,) = self._scales.float32(f"{linear}.weights_scaling_factor")

@@ -15,7 +15,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import xxhash
@@ -35,6 +35,9 @@ from phireg.planning.model import (
 )
 from phireg.source.model import Reader
 from phireg.source.tensors import SourceTensor
+
+if TYPE_CHECKING:
+    from phireg.conversion.quantizer import WeightQuantizer
 
 _Result = TypeVar("_Result")
 
@@ -57,26 +60,12 @@ class Sink(Protocol):
         """
 
 
-class Quantizer(Protocol):
-    """The quantized part of a run; see :mod:`phireg.conversion.quantizer`."""
-
-    def scale(self, name: str) -> Bits:
-        """All elements of one of the plan's scales."""
-
-    def weight(self, target: str, source: str, row: int, block: Bits) -> tuple[Bits, int]:
-        """Quantize rows of ``source`` from ``row`` on, which the output ``target`` gets.
-
-        Takes them in the checkpoint's dtype, [rows, columns]; returns them on the quantized grid,
-        and the number of elements beyond its ends.
-        """
-
-
 class Cancelled(Exception):  # noqa: N818 - not an error
     """Another worker failed; its error is the one to report."""
 
 
 def carry(
-    plan: Plan, sink: Sink, *, workers: int = WORKERS, quantizer: Quantizer | None = None
+    plan: Plan, sink: Sink, *, workers: int = WORKERS, quantizer: WeightQuantizer | None = None
 ) -> dict[str, Loss]:
     """Read the source once and pass the rows of every output to ``sink``.
 
@@ -113,7 +102,7 @@ def stream(
     *,
     workers: int = WORKERS,
     progress: Progress | None = None,
-    quantizer: Quantizer | None = None,
+    quantizer: WeightQuantizer | None = None,
 ) -> Streamed:
     """Write the rank files of a plan into a directory that has none; see :func:`carry`."""
     with ExitStack() as stack:
@@ -219,7 +208,7 @@ class _Carrier:
     """One run; its methods are called by all workers."""
 
     def __init__(
-        self, plan: Plan, reader: Reader, sink: Sink, stop: Event, quantizer: Quantizer | None
+        self, plan: Plan, reader: Reader, sink: Sink, stop: Event, quantizer: WeightQuantizer | None
     ) -> None:
         self.plan = plan
         self.reader = reader

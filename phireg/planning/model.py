@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -51,6 +51,13 @@ class Options:
         if self.scheme is None or self.scheme.weight is not None:
             return None
         return self.scheme.qformat.removesuffix("_wo")
+
+    def as_json(self) -> dict[str, Any]:
+        """The options as manifests and ``--json`` have them."""
+        return asdict(self) | {
+            "moe_ep_size": self.ranks.moe_ep_size,
+            "weight_only": self.weight_only,
+        }
 
     @property
     def calibrated(self) -> bool:

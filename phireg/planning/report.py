@@ -107,12 +107,7 @@ def as_json(plan: Plan, *, workers: int) -> dict[str, Any]:
     """The whole plan: totals, findings, and every source byte range with its target."""
     return {
         "family": plan.family,
-        "dtype": plan.options.dtype,
-        "tp_size": plan.options.tp_size,
-        "moe_ep_size": plan.options.ranks.moe_ep_size,
-        "weight_only": plan.options.weight_only,
-        "qformat": plan.options.qformat,
-        "kv_cache_dtype": plan.options.kv_cache_dtype,
+        **plan.options.as_json(),
         "source": {
             "directory": str(plan.source.directory),
             "revision": plan.source.revision,
