@@ -155,8 +155,8 @@ RULES = {
         (*DESCRIBE, "phireg.hookspecs", "phireg.family", "phireg.registry", FILES)
     ),
     "phireg.testing": Rule(
-        ("phireg", "numpy", "torch", "pytest"),
-        lazily=("transformers", "safetensors"),
+        ("phireg", "numpy", "torch", "safetensors", "pytest"),
+        lazily=("transformers",),
         never=("phireg.cli", "phireg.report"),
     ),
     "phireg.cli": Rule(

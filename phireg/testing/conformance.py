@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import pytest
+import torch
 
 import phireg
 from phireg.errors import CheckError
@@ -16,9 +17,14 @@ from phireg.family import Family
 from phireg.findings import Severity
 from phireg.planning.model import Rows
 from phireg.reader.architectures import required_keys
+from phireg.reader.spec import parse_spec
 from phireg.source.model import open_source
 from phireg.source.tensors import SourceTensor
 from phireg.testing.model import Addresses, TinyModel
+from phireg.testing.scales import scale_problems, schemes_of
+from phireg.verification.compute import ComputedChecks
+from phireg.verification.ranks import merge
+from phireg.verification.result import Skipped, place_of
 
 SourceRow = tuple[str, int]
 """A source module and one of its rows."""
@@ -180,11 +186,6 @@ class FamilyConformance:
 
     def test_ranks_reassemble(self, model: TinyModel) -> None:
         """The ranks, merged as TensorRT-LLM divides tensors, are the checkpoint at TP 1."""
-        import torch
-
-        from phireg.reader.spec import parse_spec
-        from phireg.verification.ranks import merge
-
         whole = _probes(model, 1)[0]
         for tp_size in self.tp_sizes:
             if tp_size == 1:
@@ -221,8 +222,6 @@ class FamilyConformance:
         Input maxima are made up. The schemes are those for which ``phireg_quant_rules`` names
         linears; weight-only schemes leave weights as they are.
         """
-        from phireg.testing.scales import scale_problems, schemes_of
-
         for scheme in schemes_of(model):
             for tp_size in self.tp_sizes:
                 _probes(model, tp_size)
@@ -240,26 +239,18 @@ class FamilyConformance:
                 if file.read_bytes() != (second / file.name).read_bytes():
                     _fail(f"TP {tp_size}: {file.name} is not the same in a second run")
 
-    def test_a_missing_tensor_is_named(self, model: TinyModel) -> None:
-        """A source without one of its tensors is refused, and the message names the tensor."""
+    def test_wrong_source_tensors_are_named(self, model: TinyModel) -> None:
+        """A source with a tensor missing, unknown or one row short is refused by its name."""
+        tensors = model.source.tensors
         for name in _samples(model):
-            tensors = {n: t for n, t in model.source.tensors.items() if n != name}
-            _check_refused(model, tensors, "missing", name)
-
-    def test_an_unknown_tensor_is_named(self, model: TinyModel) -> None:
-        """A source with a tensor that no rule maps is refused, and the message names it."""
-        for name in _samples(model):
+            tensor = tensors[name]
             module, _, kind = name.rpartition(".")
-            extra = dataclasses.replace(model.source.tensors[name], name=f"{module}_extra.{kind}")
-            tensors = {**model.source.tensors, extra.name: extra}
-            _check_refused(model, tensors, "unmapped", extra.name)
-
-    def test_a_short_tensor_is_named(self, model: TinyModel) -> None:
-        """A source with a tensor of one row too few is refused, and the message names it."""
-        for name in _samples(model):
-            tensor = model.source.tensors[name]
+            extra = dataclasses.replace(tensor, name=f"{module}_extra.{kind}")
             short = dataclasses.replace(tensor, shape=(tensor.shape[0] - 1, *tensor.shape[1:]))
-            _check_refused(model, {**model.source.tensors, name: short}, "shape", name)
+            rest = {other: tensors[other] for other in tensors if other != name}
+            _check_refused(model, rest, "missing", name)
+            _check_refused(model, {**tensors, extra.name: extra}, "unmapped", extra.name)
+            _check_refused(model, {**tensors, name: short}, "shape", name)
 
 
 def _fail(message: str, lines: Iterable[str] = ()) -> NoReturn:
@@ -297,11 +288,6 @@ def _samples(model: TinyModel) -> Iterator[str]:
 
 def logits_problems(model: TinyModel, tp_size: int) -> str | None:
     """Compare logits; name the tensors of wrong sub-modules and how the base makes them."""
-    import torch
-
-    from phireg.verification.compute import ComputedChecks
-    from phireg.verification.result import Skipped, place_of
-
     torch.set_num_threads(1)
     plan = model.plan(tp_size)
     directory = model.convert(model.source_dir, tp_size)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from safetensors.numpy import save_file
 
 import phireg
 from phireg.checkpoint.rankfiles import RankFile
@@ -72,8 +73,6 @@ class AddressBook:
 
     def write(self, directory: Path) -> None:
         """Write ``model.safetensors``: float32 tensors whose bits are the addresses."""
-        from safetensors.numpy import save_file
-
         tensors = {name: self.tensor(name).view(np.float32) for name in self.shapes}
         save_file(tensors, directory / "model.safetensors")
 

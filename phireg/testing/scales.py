@@ -12,10 +12,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import phireg
 from phireg.calibration.statistics import Statistics
@@ -23,9 +25,6 @@ from phireg.dtypes import E4M3_MAX, INT8_MAX
 from phireg.planning.model import QuantizedLinear
 from phireg.reader.schemes import SCHEMES, Scheme
 from phireg.testing.model import TinyModel
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _SMALLEST_SMOOTHER, _LARGEST_SMOOTHER = 1e-4, 1e4
 _TOLERANCE = 1e-5
@@ -66,8 +65,8 @@ def scale_problems(model: TinyModel, tp_size: int, scheme: Scheme) -> str | None
     reference = model.convert(dequantized, tp_size)
     for rank in range(tp_size):
         file = f"rank{rank}.safetensors"
-        tensors = _load(output / file)
-        for name, expected in _load(reference / file).items():
+        tensors = load_file(output / file)
+        for name, expected in load_file(reference / file).items():
             target = name.rpartition(".")[0]
             quantized = target in linears and name.endswith(".weight")
             actual = _dequantize(tensors, target, scheme) if quantized else tensors[name]
@@ -77,13 +76,6 @@ def scale_problems(model: TinyModel, tp_size: int, scheme: Scheme) -> str | None
                     f"quantized source: {difference}  [{model.place(name)}]"
                 )
     return None
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    tensors: dict[str, Tensor] = load_file(path)
-    return tensors
 
 
 def _difference(actual: Tensor, expected: Tensor) -> str | None:
@@ -103,11 +95,9 @@ def _write_dequantized(
     maxima: Maxima,
 ) -> None:
     """Write the source with the dequantized values of every quantized linear's weight."""
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     for file in model.source.files:
-        tensors |= _load(model.source.directory / file.name)
+        tensors |= load_file(model.source.directory / file.name)
     for linear in linears:
         names = [f"{module}.weight" for module in linear.sources]
         inputs = np.maximum.reduce([maxima[module] for module in linear.sources])
@@ -121,16 +111,12 @@ def _write_dequantized(
 
 def _fp8(weights: list[Tensor]) -> list[Tensor]:
     """Round fused weights to FP8 with one scale."""
-    import torch
-
     scale = torch.stack([weight.abs().max() for weight in weights]).max() / E4M3_MAX
     return [(weight / scale).to(torch.float8_e4m3fn).float() * scale for weight in weights]
 
 
 def _smoothquant(weights: list[Tensor], inputs: npt.NDArray[np.float32]) -> list[Tensor]:
     """Round fused weights to int8 with one smoothing vector and a scale for each row."""
-    import torch
-
     smoother = (1 / torch.from_numpy(inputs)).clamp(_SMALLEST_SMOOTHER, _LARGEST_SMOOTHER)
     rounded = []
     for weight in weights:

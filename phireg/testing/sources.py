@@ -9,9 +9,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from phireg.config.hf import HFConfig
 from phireg.conversion.stream import read_blocks
@@ -26,9 +28,6 @@ from phireg.planning.quantized import axes_of
 from phireg.source.hub import resolve_model_dir
 from phireg.source.model import open_source
 from phireg.source.tensors import SourceTensor
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Shape = tuple[int, ...]
 
@@ -75,8 +74,6 @@ def write_tiny_model(
     Raises:
         PluginError: no model class on this machine makes a model of this config.
     """
-    import torch
-
     values = tiny_config(family, config)
     try:
         model = _source_model(family, values)
@@ -109,8 +106,6 @@ def _source_model(family: Family, values: Mapping[str, Any]) -> Any:
 
 
 def _random_values(name: str, parameter: Tensor, generator: Any) -> Tensor:
-    import torch
-
     noise: Tensor = torch.randn(parameter.shape, generator=generator)
     if parameter.ndim == 1:
         return 1 + 0.3 * noise if name.endswith("weight") else 0.3 * noise

@@ -267,9 +267,8 @@ def test_families_without_experts_refuse_to_spread_them(ep_size, tmp_path):
     config = {**PHI35_MINI.published[0].config, **small, **sizes}
     write_random_model(PHI35_MINI, config, tmp_path)
     assert errors(PHI35_MINI, tmp_path, tp_size=2) == []
-    assert errors(PHI35_MINI, tmp_path, tp_size=2, moe_ep_size=ep_size) == [
-        ("sharding", "phi35-mini", "has no experts that ranks could divide or share out")
-    ]
+    problems = errors(PHI35_MINI, tmp_path, tp_size=2, moe_ep_size=ep_size)
+    assert [(code, subject) for code, subject, _ in problems] == [("sharding", "phi35-mini")]
 
 
 @pytest.mark.parametrize(
