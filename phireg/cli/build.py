@@ -108,7 +108,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
         )
     overwrite, quiet, as_json = (options.pop(key) for key in ("overwrite", "quiet", "as_json"))
     try:
-        plan = _plan(version, ctx.meta.get(_EXTRA, ()), **options)
+        plan = _plan(version, ctx.meta.get(_EXTRA, ()), options)
     except EngineError as error:
         if not print_command or version:
             raise
@@ -135,32 +135,25 @@ def command(ctx: click.Context, /, **options: Any) -> None:
         emit(_text(plan, built))
 
 
-def _plan(
-    version: str | None,
-    extra: tuple[str, ...],
-    *,
-    checkpoint_dir: str | None,
-    output_dir: str,
-    dummy_weights: bool,
-    model_dir: str | None,
-    family: str | None,
-    dtype: str | None,
-    **options: Any,
-) -> BuildPlan:
+def _plan(version: str | None, extra: tuple[str, ...], options: dict[str, Any]) -> BuildPlan:
     for name in ("context_fmha", "context_fmha_fp32_acc", "use_fp8_context_fmha"):
         options[name] = None if options[name] is None else options[name] == "enable"
-    if dummy_weights and (checkpoint_dir is not None or model_dir is None):
-        raise UsageError(
-            "--dummy-weights builds from --model-dir, without a checkpoint",
-            hint="phireg build --dummy-weights --model-dir DIR --output-dir ENGINE",
-        )
-    for option, value in (("model-dir", model_dir), ("family", family), ("dtype", dtype)):
-        if value is not None and not dummy_weights:
+    source, output_dir = options.pop("checkpoint_dir"), options.pop("output_dir")
+    dummy_weights = options.pop("dummy_weights")
+    model = {name: options.pop(name) for name in ("model_dir", "family", "dtype")}
+    if dummy_weights:
+        if source is not None or model["model_dir"] is None:
             raise UsageError(
-                f"--{option} is for --dummy-weights; a checkpoint says for itself what it is",
-                hint=f"leave out --{option}, or add --dummy-weights.",
+                "--dummy-weights builds from --model-dir, without a checkpoint",
+                hint="phireg build --dummy-weights --model-dir DIR --output-dir ENGINE",
             )
-    source = model_dir if dummy_weights else checkpoint_dir
+        source = model["model_dir"]
+    elif names := [name for name, value in model.items() if value is not None]:
+        option = f"--{names[0].replace('_', '-')}"
+        raise UsageError(
+            f"{option} is for --dummy-weights; a checkpoint says for itself what it is",
+            hint=f"leave out {option}, or add --dummy-weights.",
+        )
     if source is None:
         raise UsageError(
             "there is no checkpoint to build from",
@@ -171,8 +164,8 @@ def _plan(
         output_dir,
         phireg.BuildOptions(**options, extra=extra),
         dummy_weights=dummy_weights,
-        family=family or "auto",
-        dtype=dtype or "auto",
+        family=model["family"] or "auto",
+        dtype=model["dtype"] or "auto",
         version=version,
     )
 

@@ -54,7 +54,7 @@ _FITS = {"weight": 0.25, "bias": 2**-6}
 e4m3 or int8 (a bias: to 16 bits) makes, less than there is to another row."""
 
 _SHARE, _FEWEST = 0.9, 4
-"""Share and number of the rows that say something which must agree at least."""
+"""Of the rows that fit one order only, the share and the number that must agree at least."""
 
 _COARSE = {"F8_E4M3": 0.125, "I8": 24.0}
 """A quantized row whose largest element is below this is mostly rounding error."""

@@ -325,20 +325,23 @@ def _load_runner(engine: Engine, release: str, rank: int) -> Runner:
 
 
 def _runner_class(release: str, in_flight: bool) -> Any:
+    runtime: Any = None
     try:
-        runtime: Any = import_module("tensorrt_llm.runtime")
+        runtime = import_module("tensorrt_llm.runtime")
     except Exception as error:  # a missing driver or library shows in any way
-        if isinstance(error, ModuleNotFoundError) and error.name == "tensorrt_llm.runtime":
-            raise _without_engines(release) from None
-        raise PhiregError(
-            f"TensorRT-LLM {release} cannot be imported: {type(error).__name__}: {error}",
-            hint="phireg doctor says what is missing.",
-        ) from None
-    names = ("ModelRunnerCpp", "ModelRunner") if in_flight else ("ModelRunner",)
-    classes = [getattr(runtime, name) for name in names if hasattr(runtime, name)]
-    if not classes:
-        raise _without_engines(release)
-    return classes[0]
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "tensorrt_llm.runtime"
+        if not missing:
+            raise PhiregError(
+                f"TensorRT-LLM {release} cannot be imported: {type(error).__name__}: {error}",
+                hint="phireg doctor says what is missing.",
+            ) from None
+    for name in ("ModelRunnerCpp", "ModelRunner") if in_flight else ("ModelRunner",):
+        if hasattr(runtime, name):
+            return getattr(runtime, name)
+    raise PhiregError(
+        f"TensorRT-LLM {release} has no runtime for engines; {LAST} was the last with one",
+        hint="pip install 'phireg[trtllm]' installs a release that has it.",
+    )
 
 
 def _in_flight_batching(engine: Engine) -> bool:
@@ -371,10 +374,3 @@ def _quiet_stdout() -> Iterator[None]:
             stack.callback(os.dup2, stdout, 1)
             os.dup2(2, 1)
         yield
-
-
-def _without_engines(release: str) -> PhiregError:
-    return PhiregError(
-        f"TensorRT-LLM {release} has no runtime for engines; {LAST} was the last with one",
-        hint="pip install 'phireg[trtllm]' installs a release that has it.",
-    )

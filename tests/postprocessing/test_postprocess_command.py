@@ -9,9 +9,9 @@ from helpers.command_line import run_phireg
 
 
 def postprocess(*args):
-    done = run_phireg("postprocess", *args)
-    assert "Traceback" not in done.output
-    return done
+    result = run_phireg("postprocess", *args)
+    assert "Traceback" not in result.output
+    return result
 
 
 def test_the_guides_command(grouped):
