@@ -139,7 +139,7 @@ def command(
     checkpoint run in this process, unless it is one of several: torchrun --nproc-per-node N -m
     phireg run CKPT ... Those of an engine have a process each: mpirun -n N phireg run ENGINE ...
     """
-    from phireg.generation import Options, describe, process_rank
+    from phireg.generation import Options, describe, opener
     from phireg.generation.backend import check_directory
     from phireg.generation.generate import Generator
     from phireg.generation.processes import check_processes, run_processes
@@ -151,7 +151,7 @@ def command(
     check_directory(name, directory)
     with spinner(_LOADING):
         description = describe(name, directory, compute)
-    processes = process_rank(name)[1]
+    processes = opener(name).process_rank()[1]
     check_processes(name, directory, description, processes, tp)
     sampling = _sampling(temperature, top_k, top_p, seed)
     options = _Inputs(**inputs)
@@ -177,16 +177,16 @@ def command(
 
 def served_as_worker(backend: str, directory: Path, options: Options) -> bool:
     """Run the requests of rank 0 if this process is another rank; return whether it is."""
-    from phireg.generation import process_rank, run_worker
+    from phireg.generation import opener
     from phireg.generation.processes import check_launcher
 
     if not check_launcher(backend):
         return True
-    if process_rank(backend)[0] == 0:
+    if opener(backend).process_rank()[0] == 0:
         return False
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # rank 0 reports the signal
-    run_worker(backend, directory, options)
+    opener(backend).run_worker(directory, options)
     return True
 
 

@@ -7,5 +7,4 @@ from phireg.generation.backend import Options as Options
 from phireg.generation.backend import Request as Request
 from phireg.generation.backend import describe as describe
 from phireg.generation.backend import open_backend as open_backend
-from phireg.generation.backend import process_rank as process_rank
-from phireg.generation.backend import run_worker as run_worker
+from phireg.generation.backend import opener as opener

@@ -144,26 +144,16 @@ def describe(name: str, directory: str | Path, options: Options = DEFAULTS) -> D
     return opener(name).describe(Path(directory), options)
 
 
-def process_rank(name: str) -> tuple[int, int]:
-    """Return rank and number of processes; see :meth:`Opener.process_rank`."""
-    return opener(name).process_rank()
-
-
 @contextmanager
 def open_backend(
     name: str, directory: str | Path, options: Options = DEFAULTS
 ) -> Iterator[Backend]:
-    """Load a model and close it at the end; other ranks call ``run_worker`` instead."""
+    """Load a model and close it at the end; other ranks call `Opener.run_worker` instead."""
     backend = opener(name).load(Path(directory), options)
     try:
         yield backend
     finally:
         backend.close()
-
-
-def run_worker(name: str, directory: str | Path, options: Options = DEFAULTS) -> None:
-    """Run the requests of rank 0; see :meth:`Opener.run_worker`."""
-    opener(name).run_worker(Path(directory), options)
 
 
 def kind_of_place(directory: Path) -> Kind:

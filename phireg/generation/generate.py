@@ -18,8 +18,7 @@ from phireg.generation.backend import (
     default_backend,
     describe,
     open_backend,
-    process_rank,
-    run_worker,
+    opener,
 )
 from phireg.generation.limits import check_batch, check_prompts
 from phireg.generation.processes import check_launcher, check_processes
@@ -153,13 +152,8 @@ class Generator:
                         if token is not None:
                             rows[index].append(token)
                             stopped[index] = token in self.stop_ids
-            yield (
-                [
-                    self._completion(number, prompt, row, stop)
-                    for prompt, row, stop in zip(batch, rows, stopped, strict=True)
-                ],
-                timing,
-            )
+            results = zip(batch, rows, stopped, strict=True)
+            yield [self._completion(number, *result) for result in results], timing
 
     def _search(
         self, backend: Backend, prompts: Sequence[Prompt], timing: Timing
@@ -226,9 +220,9 @@ def generate(
     name = backend or default_backend(directory)
     if not check_launcher(name):
         return []
-    rank, processes = process_rank(name)
+    rank, processes = opener(name).process_rank()
     if rank > 0:
-        run_worker(name, directory, options)
+        opener(name).run_worker(directory, options)
         return []
     check_directory(name, directory)
     description = describe(name, directory, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -149,12 +150,8 @@ class HFBackend:
         mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         arguments: dict[str, Any] = {"do_sample": False}
         if not sampling.greedy:
-            arguments = {
-                "do_sample": True,
-                "temperature": sampling.temperature,
-                "top_k": sampling.top_k,
-                "top_p": sampling.top_p,
-            }
+            arguments = asdict(sampling) | {"do_sample": True}
+            del arguments["seed"]
         elif request.num_beams > 1:
             # The beam search that TensorRT-LLM's summarize.py asks of both sides.
             arguments |= {"early_stopping": True, "length_penalty": 1.0}

@@ -18,8 +18,6 @@ from phireg.generation.backend import (
     describe,
     kind_of_place,
     opener,
-    process_rank,
-    run_worker,
 )
 from phireg.generation.processes import check_processes
 
@@ -115,7 +113,7 @@ def check_model_processes(models: Sequence[ModelRun], tp: int | None = None) -> 
         raise UsageError("--tp is for the executor, which is not run", hint="leave it out.")
     start = False
     for model in models:
-        processes = process_rank(model.backend)[1]
+        processes = opener(model.backend).process_rank()[1]
         if tp and model.backend == EXECUTOR:
             start = tp > processes
             processes = max(tp, processes)
@@ -129,9 +127,9 @@ def serve_as_worker(models: Sequence[ModelRun]) -> None:
     """Run the requests of rank 0 with each model whose other rank this process is."""
     for model in models:
         if is_worker(model):
-            run_worker(model.backend, model.directory, model.options)
+            opener(model.backend).run_worker(model.directory, model.options)
 
 
 def is_worker(model: ModelRun) -> bool:
     """Whether this process is another rank of a model than 0."""
-    return model.backend != HF and process_rank(model.backend)[0] > 0
+    return model.backend != HF and opener(model.backend).process_rank()[0] > 0

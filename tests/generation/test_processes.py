@@ -68,11 +68,12 @@ def test_errors_of_processes_come_once_and_keep_their_code(models, tmp_path):
 
 LEADER = """
 import json, sys
-from phireg.generation import Options, Request, open_backend, process_rank, run_worker
+from pathlib import Path
+from phireg.generation import Options, Request, open_backend, opener
 from phireg.executor import Sampling
-directory, options = sys.argv[1], Options("cpu", "float32")
-if process_rank("executor")[0]:
-    run_worker("executor", directory, options)
+executor, directory, options = opener("executor"), sys.argv[1], Options("cpu", "float32")
+if executor.process_rank()[0]:
+    executor.run_worker(Path(directory), options)
 else:
     with open_backend("executor", directory, options) as backend:
         rows = backend.generate(Request([[5, 6, 7], [9]], 4, (), Sampling()))

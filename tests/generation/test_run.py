@@ -1,4 +1,4 @@
-"""`phireg run` against transformers' own generate on the source model."""
+"""`phireg run` against transformers' own generate on the source model; wrong combinations."""
 
 import json
 from dataclasses import asdict
@@ -16,22 +16,29 @@ FLAGS = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
 
 
 @pytest.mark.parametrize("family", SOURCES)
-def test_text_is_that_of_the_source_model(family, models, run, document):
+def test_checkpoint_and_source_model_say_the_same(family, models, run, document):
     it = models(family)
     expected = [
-        continuation(it.model, it.tokenizer, prompt, 14, eos_ids(it.source)) for prompt in PROMPTS
+        continuation(it.model, it.tokenizer, prompt, 10, eos_ids(it.source)) for prompt in PROMPTS
     ]
-    alone = run(it.checkpoint, "--prompt", PROMPTS[0], "--max-new-tokens", 14)
+    assert len({text for _, text in expected}) == len(PROMPTS)
+    flags = [*FLAGS, "--max_output_len", 10]
+    output = document(it.checkpoint, *flags)
+    ways = ((it.source, "--backend", "hf"), ("--hf_model_dir", it.source))
+    sources = [document(*way, *flags) for way in ways]
+    for source in sources:
+        assert (source["backend"], source["dtype"], source["device"]) == ("hf", "float32", "cpu")
+        assert (source["model_dir"], source["checkpoint_dir"]) == (str(it.source), None)
+        assert source["results"] == output["results"]
+        assert source["stop_ids"] == output["stop_ids"]
+    rows = output["results"]
+    assert [(row["tokens"], row["text"]) for row in rows] == expected
+    assert [row["input_ids"] for row in rows] == [it.tokenizer(p)["input_ids"] for p in PROMPTS]
+    assert [row["prompt"] for row in rows] == list(PROMPTS)
+    assert document(*ways[0], *flags, "--data_type", "bf16")["dtype"] == "bfloat16"
+    alone = run(it.checkpoint, *flags[:2], *flags[-2:])
     assert (alone.exit_code, alone.stdout) == (0, expected[0][1] + "\n")
-    output = document(it.checkpoint, *FLAGS, "--max_output_len", 14)
-    assert [(row["tokens"], row["text"]) for row in output["results"]] == expected
-    assert [row["input_ids"] for row in output["results"]] == [
-        it.tokenizer(prompt)["input_ids"] for prompt in PROMPTS
-    ]
-    assert [row["prompt"] for row in output["results"]] == list(PROMPTS)
-    assert len({row["text"] for row in output["results"]}) == len(PROMPTS)
-    # several prompts as text
-    texts = run(it.checkpoint, *FLAGS, "--max-new-tokens", 14).stdout
+    texts = run(it.checkpoint, *flags).stdout
     shown = (f"[{n}/3] {PROMPTS[n - 1]}\n{expected[n - 1][1]}\n\n" for n in (1, 2, 3))
     assert texts == "".join(shown)
 
@@ -216,3 +223,82 @@ def test_a_damaged_rank_file(altered, run):
     result = run(altered, "--prompt", "x")
     assert result.exit_code == 4
     assert "rank1.safetensors" in result.stderr
+
+
+def test_text_and_chat_of_the_source_model(models, run):
+    it = models("phi3")
+    flags = ("--prompt", PROMPTS[0], "--max-new-tokens", 9)
+    plain = run(it.checkpoint, *flags)
+    assert plain.exit_code == 0
+    assert run(it.source, "--backend", "hf", *flags, "--streaming").stdout == plain.stdout
+    lines = b"Wer?\nWhy?\n/exit\n"
+    chats = [
+        run(*way, "--chat", "--max-new-tokens", 6, stdin=lines)
+        for way in ((it.checkpoint,), ("--model-dir", it.source))
+    ]
+    assert chats[0].exit_code == chats[1].exit_code == 0
+    assert chats[0].stdout == chats[1].stdout
+    assert len(chats[0].stdout.splitlines()) >= 2
+
+
+def test_beams(models, run, document):
+    it = models("phi3")
+    where = (it.source, "--backend", "hf")
+    flags = ("--prompt", "The", "--prompt", "Wer", "--max-new-tokens", 5, "--num-beams", 4)
+    output = document(*where, *flags)
+    for row in output["results"]:
+        assert len(row["tokens"]) == 5
+        assert row["finish_reason"] == "length"
+    assert output["batches"][0]["tokens_per_second"] is None
+    assert output["num_beams"] == 4
+    alone = run(*where, *flags[:2], *flags[4:])
+    assert alone.stdout == output["results"][0]["text"] + "\n"
+    assert run(it.checkpoint, *flags).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "names"),
+    [
+        (["{checkpoint}", "--backend", "hf"], 4, "--backend executor"),
+        (["{checkpoint}", "--backend", "tensorrt-llm"], 4, "phireg build {checkpoint}"),
+        (["{source}", "--backend", "tensorrt-llm"], 4, "phireg convert"),
+        (["{source}"], 4, "--backend hf"),
+        (["{checkpoint}", "--backend", "vllm"], 2, "executor, tensorrt-llm, hf"),
+        (["{checkpoint}", "--model-dir", "{source}"], 2, "--model-dir"),
+        (["--model-dir", "{source}", "--backend", "executor"], 2, "--model-dir"),
+        (["--engine-dir", "{checkpoint}"], 4, "phireg build {checkpoint}"),
+        (["--engine-dir", "{checkpoint}", "--backend", "hf"], 2, "--engine-dir"),
+        ([], 2, "give a checkpoint"),
+        (["{source}", "--backend", "hf", "--tp", "2"], 2, "--tp"),
+        (["{checkpoint}", "--streaming", "--json"], 2, "--streaming and --json"),
+        (["{checkpoint}", "--streaming", "--prompt", "y"], 2, "--streaming"),
+        (["nowhere", "--backend", "hf"], 3, "nowhere"),
+        (["nowhere"], 2, "nowhere"),
+        (["{engine}", "--backend", "executor"], 4, "--backend tensorrt-llm"),
+        (["{empty}"], 4, "{empty}"),
+    ],
+)
+def test_other_combinations_are_refused(args, code, names, models, run, tmp_path):
+    paths = {"checkpoint": models("phi3").checkpoint, "source": models("phi3").source}
+    paths |= {"engine": tmp_path / "engine", "empty": tmp_path / "empty"}
+    paths["empty"].mkdir()
+    paths["engine"].mkdir()
+    (paths["engine"] / "config.json").write_text('{"pretrained_config": {}, "build_config": {}}')
+    result = run(*(word.format(**paths) for word in args), "--prompt", "x")
+    assert result.exit_code == code, result.output
+    assert names.format(**paths) in " ".join(result.stderr.split())
+    assert result.stdout == ""
+
+
+def test_a_source_model_without_its_numbers_or_in_two_processes(models, run, tmp_path, monkeypatch):
+    config = json.loads((models("phi3").source / "config.json").read_text())
+    del config["vocab_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = run(tmp_path, "--backend", "hf", "--prompt", "x")
+    assert result.exit_code == 4
+    assert "vocab_size" in result.stderr
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run(models("phi3").source, "--backend", "hf", "--prompt", "x")
+    assert result.exit_code == 2
+    assert "without torchrun" in " ".join(result.stderr.split())

@@ -14,7 +14,7 @@ from helpers.command_line import run_phireg
 
 from phireg.errors import CheckError, PhiregError, UsageError
 from phireg.executor import Sampling
-from phireg.generation import Options, Request, describe, open_backend, process_rank
+from phireg.generation import Options, Request, describe, open_backend, opener
 from phireg.trtllm.mpi import communicator
 
 ROOT = Path(__file__).parents[2]
@@ -195,7 +195,7 @@ def test_a_release_without_runtime(fake, tmp_path):
 def test_ranks(variables, expected, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert process_rank("tensorrt-llm") == expected
+    assert opener("tensorrt-llm").process_rank() == expected
 
 
 @pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("x", "2"), ("-1", "1")])
@@ -203,7 +203,7 @@ def test_variables_that_are_no_ranks(rank, size, monkeypatch):
     monkeypatch.setenv("PMI_RANK", rank)
     monkeypatch.setenv("PMI_SIZE", size)
     with pytest.raises(UsageError, match="PMI_RANK"):
-        process_rank("tensorrt-llm")
+        opener("tensorrt-llm").process_rank()
 
 
 def test_mpi_that_disagrees_or_is_missing(fake, monkeypatch):
