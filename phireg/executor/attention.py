@@ -25,12 +25,7 @@ Mask: TypeAlias = Callable[[int, int, int], Tensor]
 
 
 def prompt_attention(
-    spec: ModelSpec,
-    layer: int,
-    rank: int,
-    length: int,
-    pads: Sequence[int],
-    device: torch.device,
+    spec: ModelSpec, layer: int, rank: int, length: int, pads: Sequence[int], device: torch.device
 ) -> Attend:
     """Return the attention among the ``length`` slots of a batch of prompts, for one rank's heads.
 

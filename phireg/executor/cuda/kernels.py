@@ -1,8 +1,8 @@
 """Triton kernels of the parts of a layer that take PyTorch several passes over memory.
 
-``launch`` starts them and says what goes in and out. All sums, norms,
-rotations and softmaxes are in float32, and values are rounded to the compute dtype where ``blocks``
-has them in memory. Names in capitals are constants of a compilation.
+``launch`` starts them and says what goes in and out. All sums, norms, rotations and softmaxes are
+in float32, and values are rounded to the compute dtype where ``blocks`` has them in memory. Names
+in capitals are constants of a compilation.
 
 On GPUs that can (compute capability 9 and more) a kernel is launched while the one before it ends
 (programmatic dependent launch): it may load weights at once, and calls ``_wait`` before it reads
