@@ -6,7 +6,7 @@ import difflib
 import inspect
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,17 +111,14 @@ class Family:
         may leave it out. ``--family auto`` considers the variant only if it has ``tell_apart``, and
         prefers it where both claim a model. It does not inherit the published models and the demo.
         """
-        return Family(
+        return replace(
+            self,
             name=name,
-            architectures=self.architectures,
-            model_types=self.model_types,
             steps=(*self.steps, *steps),
             api=self.api if api is None else api,
             tell_apart=tell_apart,
             auto=tell_apart is not None,
             published=published,
-            reference=self.reference,
-            tokenizer=self.tokenizer,
             demo=demo,
             base=self,
         )

@@ -137,40 +137,27 @@ def test_two_distributions_with_one_name(plugin):
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "named"),
     [
         ("import einops_of_acme", "ModuleNotFoundError: No module named 'einops_of_acme'"),
         ("1 / 0", "ZeroDivisionError"),
         ("FAMILY = (", "SyntaxError"),
         ("raise SystemExit('bye')", "SystemExit: bye"),
         ("pass", "AttributeError"),
+        ("FAMILY = make('bad', api=2)", "API 2"),
+        ("FAMILY = make('bad', steps=())", "phireg_weight_rules"),
+        ("FAMILY = {'name': 'bad'}", "dict"),
+        ("FAMILY = make('y')", "'y'"),  # not the entry point's name
     ],
 )
-def test_a_plugin_that_cannot_be_imported(plugin, body, says):
+def test_a_broken_plugin_is_named_and_the_others_work(plugin, body, named):
     plugin("acme_bad", body)
     plugin("acme_sound", "FAMILY = make('sound')")
     offers = (offer("bad", "acme_bad:FAMILY"), offer("sound", "acme_sound:FAMILY"))
     error = failure("bad", *offers)
-    assert "acme-phi 0.3 (acme_bad:FAMILY)" in error.message
-    assert says in error.message
-    assert error.hint
+    assert "acme-phi 0.3" in error.message
+    assert named in error.message
     assert registry.load("sound", registry.index(offers)).family.name == "sound"
-
-
-@pytest.mark.parametrize(
-    ("body", "culprit"),
-    [
-        ("FAMILY = make('x', api=2)", "API 2"),
-        ("FAMILY = make('x', steps=())", "phireg_weight_rules"),
-        ("FAMILY = {'name': 'x'}", "dict"),
-        ("FAMILY = make('y')", "'y'"),  # not the entry point's name
-    ],
-)
-def test_what_is_no_such_family_names_the_distribution(plugin, body, culprit):
-    plugin("acme_x", body)
-    error = failure("x", offer("x", "acme_x:FAMILY"))
-    assert error.message.startswith("acme-phi 0.3: ")
-    assert culprit in error.message
 
 
 def test_damaged_metadata_does_not_stop_the_others(plugin):

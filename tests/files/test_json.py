@@ -54,10 +54,6 @@ def test_refusals(tmp_path, content, named):
     assert named in refusal(tmp_path, content)
 
 
-def test_a_surrogate_pair_is_text():
-    assert parse_object(b'{"a": "\\uD83D\\uDE00"}') == {"a": "\N{GRINNING FACE}"}
-
-
 def test_the_limit_is_a_limit(tmp_path):
     content = b'{"a": 1}'
     path = tmp_path / "c.json"

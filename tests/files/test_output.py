@@ -167,14 +167,6 @@ def test_refusals_come_before_the_work(tmp_path, overwrite):
         pytest.fail("started")
 
 
-def test_output_that_appears_while_writing_is_kept(tmp_path):
-    with pytest.raises(OutputError), open_output(tmp_path / "out") as partial:
-        fill(partial, NEW)
-        fill(tmp_path / "out", OLD)
-    assert content(tmp_path / "out") == OLD
-    assert names(tmp_path) == ["out"]
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("below", ["", "out", "deeper/out"])
 def test_file_as_target_or_parent_is_refused(tmp_path, below, overwrite):
@@ -252,20 +244,15 @@ def test_directories_without_write_permission_are_refused_and_kept(open_path, mo
 
 
 def test_overwrite_replaces_a_checkpoint_only_when_the_new_one_is_complete(tmp_path):
-    fill(tmp_path / "out", OLD)
-    with open_output(tmp_path / "out", overwrite=True) as partial:
-        fill(partial, NEW)
-        assert content(tmp_path / "out") == OLD
-    assert content(tmp_path / "out") == NEW
-    assert names(tmp_path) == ["out"]
-
-
-def test_overwrite_accepts_every_file_of_a_checkpoint(tmp_path):
     known = ["quant_cfg.json", "phireg.json", "rank1.safetensors", "rank12.safetensors"]
     known += ["tokenizer.json", "cl100k_base.tiktoken", "generation_config.json"]
-    fill(tmp_path / "out", OLD | dict.fromkeys(known, "x"))
-    convert(tmp_path / "out", overwrite=True)
+    former = OLD | dict.fromkeys(known, "x")
+    fill(tmp_path / "out", former)
+    with open_output(tmp_path / "out", overwrite=True) as partial:
+        fill(partial, NEW)
+        assert content(tmp_path / "out") == former
     assert content(tmp_path / "out") == NEW
+    assert names(tmp_path) == ["out"]
 
 
 HF_MODEL = {"config.json": '{"architectures": ["X"]}', "model.safetensors": ""}
@@ -303,14 +290,13 @@ def test_overwrite_refuses_subdirectories_and_links(tmp_path):
     assert "tokenizer.json" in refused(tmp_path / "out", overwrite=True)
 
 
-def test_overwrite_looks_again_before_replacing(tmp_path):
-    fill(tmp_path / "out", OLD)
-    with (
-        pytest.raises(OutputError),
-        open_output(tmp_path / "out", overwrite=True) as partial,
-    ):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_target_that_changes_while_writing_is_kept(tmp_path, overwrite):
+    if overwrite:
+        fill(tmp_path / "out", OLD)
+    with pytest.raises(OutputError), open_output(tmp_path / "out", overwrite=overwrite) as partial:
         fill(partial, NEW)
-        fill(tmp_path / "out", {"rank0.engine": "mine"})
+        fill(tmp_path / "out", OLD | {"rank0.engine": "mine"})
     assert content(tmp_path / "out") == OLD | {"rank0.engine": "mine"}
     assert names(tmp_path) == ["out"]
 
@@ -368,35 +354,23 @@ def test_target_taken_between_the_renames_loses_neither(tmp_path, monkeypatch):
     assert names(tmp_path) == ["out"]
 
 
-def test_old_one_that_cannot_be_removed_is_reported_with_the_new_one_in_place(
-    tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("halfway", [False, True])
+def test_replaced_output_that_cannot_be_removed_is_never_put_back(tmp_path, monkeypatch, halfway):
     fill(tmp_path / "out", OLD)
 
-    def broken(*_):
+    def broken(directory, *_):
+        if halfway:
+            (directory / "rank0.safetensors").unlink()
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(shutil, "rmtree", broken)
     refused(tmp_path / "out", overwrite=True)
     monkeypatch.undo()
     assert content(tmp_path / "out") == NEW
-    convert(tmp_path / "out", overwrite=True)
-    assert names(tmp_path) == ["out"]
-
-
-def test_half_removed_old_one_is_never_put_back(tmp_path, monkeypatch):
-    fill(tmp_path / "out", OLD)
-
-    def stops_halfway(directory, *_):
-        (directory / "rank0.safetensors").unlink()
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(shutil, "rmtree", stops_halfway)
-    refused(tmp_path / "out", overwrite=True)
-    monkeypatch.undo()
     shutil.rmtree(tmp_path / "out")
     convert(tmp_path / "out")
     assert content(tmp_path / "out") == NEW
+    assert names(tmp_path) == ["out"]
 
 
 # --- failures in the block --------------------------------------------------------------------
