@@ -136,7 +136,7 @@ def run_calibration(
     with quiet():
         samples = read_samples(
             settings.source,
-            _encoder(source.directory),
+            encoder(source.directory),
             size=settings.size,
             max_length=min(settings.max_length, int(config.max_position_embeddings)),
             vocab_size=int(config.vocab_size),
@@ -265,7 +265,7 @@ def _price(cost: Cost, samples: Samples, left_out: int) -> str:
     return line
 
 
-def _encoder(directory: Path) -> Callable[[str], list[int]]:
+def encoder(directory: Path) -> Callable[[str], list[int]]:
     """Encode with the source's tokenizer, which is loaded when there is text."""
 
     @cache
@@ -273,7 +273,7 @@ def _encoder(directory: Path) -> Callable[[str], list[int]]:
         loaded = find_tokenizer(directory)
         if loaded is None:
             raise SourceError(
-                f"{directory} holds no tokenizer to calibrate with",
+                f"{directory} holds no tokenizer",
                 hint="copy the model's tokenizer files there, or give a --calib-file whose rows "
                 "have input_ids.",
             )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phireg.calibration.calibrate import describe
+from phireg.calibration.calibrate import describe, encoder
 from phireg.calibration.settings import Settings
 from phireg.config.hf import HFConfig
 from phireg.conversion.stream import assemble
@@ -19,10 +19,9 @@ from phireg.data.samples import DEFAULT_SIZE, Encode, Samples, read_samples
 from phireg.device import pick_device
 from phireg.dtypes import as_torch
 from phireg.errors import SourceError
-from phireg.executor import Executor, ModelSpec, read_spec
+from phireg.executor import Executor, read_spec
 from phireg.executor.model import Source, open_ranks
 from phireg.files.json import read_json_object
-from phireg.generation.tokenizer import find_tokenizer
 from phireg.planning.build import build_plan
 from phireg.planning.model import Plan
 from phireg.quality.layerwise import compare_layers
@@ -77,7 +76,19 @@ def measure(
     device = pick_device(settings.device)
     directory = Path(checkpoint_dir)
     spec = read_spec(directory)
-    text = _read_text(plan, settings, provenance, spec, affordable(plan, device))
+    with quiet():
+        text = choose_text(
+            settings,
+            provenance,
+            encoder(plan.source.directory),
+            tokens=max(affordable(plan, device), FEWEST),
+            vocab_size=spec.vocab_size,
+            longest=spec.max_position_embeddings,
+        )
+    if not text.rows:
+        raise SourceError(
+            f"{text.origin}: no sample has two tokens or more, so nothing can be measured"
+        )
     hf = HFConfig(read_json_object(plan.source.directory / "config.json"))
     options = dataclasses.replace(plan.options, qformat=None, kv_cache_dtype=None)
     unquantized = build_plan(plan.chosen, hf, plan.source, options, plan.model_dir)
@@ -126,41 +137,6 @@ class Text:
     rows: tuple[tuple[int, ...], ...]
     origin: str
     calibrated: bool
-
-
-def _read_text(
-    plan: Plan,
-    settings: Settings,
-    provenance: Mapping[str, Any] | None,
-    spec: ModelSpec,
-    tokens: int,
-) -> Text:
-    directory = plan.source.directory
-    tokenizer = find_tokenizer(directory)
-
-    def encode(text: str) -> list[int]:
-        if tokenizer is None:
-            raise SourceError(
-                f"{directory} holds no tokenizer to measure with",
-                hint="copy the model's tokenizer files there, or give a --calib-file whose rows "
-                "have input_ids.",
-            )
-        return tokenizer.encode(text)
-
-    with quiet():
-        text = choose_text(
-            settings,
-            provenance,
-            encode,
-            tokens=max(tokens, FEWEST),
-            vocab_size=spec.vocab_size,
-            longest=spec.max_position_embeddings,
-        )
-    if not text.rows:
-        raise SourceError(
-            f"{text.origin}: no sample has two tokens or more, so nothing can be measured"
-        )
-    return text
 
 
 def choose_text(

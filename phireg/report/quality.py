@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from phireg.quality.result import LinearQuality, Quality, decibels, percent, share, sqnr, times
+from phireg.quality.result import Quality, decibels, percent, share, times
 from phireg.report.page import WIDTH, LogPlot, every, render_template
 
 _WORST = 16
@@ -17,57 +17,54 @@ _TICKS = 20
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One kind of number that every linear has, the worse the larger.
+    """An attribute of every linear, the worse the larger.
 
     ``ends`` divide the values into classes of colors, which have ``labels``.
     """
 
     name: str
+    attribute: str
     meaning: str
     ends: tuple[float, ...]
     labels: tuple[str, ...]
-    value: Callable[[LinearQuality], float | None]
-    shown: Callable[[LinearQuality], str]
+    text: Callable[[float], str]
 
 
-def _loss(relative: float | None) -> float | None:
-    return None if relative is None else -sqnr(relative)
-
-
+_RELATIVE = tuple(10 ** (-ratio / 20) for ratio in (40, 35, 30, 25, 20, 15))
 _DECIBELS = ("40 dB or more", "35 to 40", "30 to 35", "25 to 30", "20 to 25", "15 to 20", "less")
 
 MEASURES = (
     Measure(
         "Weight",
+        "weight",
         "Signal-to-noise ratio of the quantized weight.",
-        (-40, -35, -30, -25, -20, -15),
+        _RELATIVE,
         _DECIBELS,
-        lambda linear: _loss(linear.weight),
-        lambda linear: decibels(linear.weight),
+        decibels,
     ),
     Measure(
         "Input",
+        "activation",
         "Signal-to-noise ratio of the quantized input on the report's text.",
-        (-40, -35, -30, -25, -20, -15),
+        _RELATIVE,
         _DECIBELS,
-        lambda linear: _loss(linear.activation),
-        lambda linear: decibels(linear.activation),
+        decibels,
     ),
     Measure(
         "Saturation",
+        "saturation",
         "Share of the input's values that lie beyond the ends of the calibrated scale.",
         (0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
         ("none", "to 0.001%", "to 0.01%", "to 0.1%", "to 1%", "to 10%", "more"),
-        lambda linear: linear.saturation,
-        lambda linear: share(linear.saturation),
+        share,
     ),
     Measure(
         "Outliers",
+        "outliers",
         "Largest channel of the input, before smoothing, over the median channel.",
         (3, 10, 30, 100, 300, 1000),
         ("to 3x", "to 10x", "to 30x", "to 100x", "to 300x", "to 1000x", "more"),
-        lambda linear: linear.outliers,
-        lambda linear: times(linear.outliers),
+        times,
     ),
 )
 
@@ -75,7 +72,7 @@ MEASURES = (
 def render_quality(quality: Quality) -> str:
     """Return the page as text."""
     layers = len(quality.hidden)
-    measures = [m for m in MEASURES if m.value(quality.linears[0]) is not None]
+    measures = [m for m in MEASURES if getattr(quality.linears[0], m.attribute) is not None]
     return render_template(
         "quality.html",
         quality=quality,
@@ -99,15 +96,14 @@ def _heat_map(quality: Quality, measure: Measure) -> dict[str, Any]:
     width = (WIDTH - _LEFT) / layers
     cells = []
     for linear in quality.linears:
-        value = measure.value(linear)
-        assert value is not None
+        value = getattr(linear, measure.attribute)
         cells.append(
             {
                 "x": _LEFT + linear.layer * width,
                 "y": _TOP + names.index(linear.linear) * _ROW,
                 "heat": bisect_left(measure.ends, value),
                 "label": f"layer {linear.layer} {linear.linear}",
-                "number": measure.shown(linear),
+                "number": measure.text(value),
             }
         )
     return {

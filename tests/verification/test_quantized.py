@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from planted import L1, config, each, ranks, without
+from planted import L1, config, each, ranks
 from planted_quantized import CACHE, FC, INPUT, PLANTED, QKV, SCALE, SMOOTH
 from safetensors.torch import load_file
 from verify_sources import FAMILIES, converted, edit_config, quantized, source
@@ -114,13 +114,6 @@ def test_scales_that_are_none_are_structure(name, qformat, value, says, tmp_path
     assert says in problem.text
     assert problem.layer == 1
     assert not verify(directory, "phi2").passed
-
-
-def test_a_missing_scale_is_named(tmp_path):
-    directory = copied(tmp_path / "c", "phi2", "fp8", None, 2)
-    without(FC + INPUT)(directory, "phi2")
-    verification = verify(directory, "phi2")
-    assert f"rank{{0..1}}.safetensors: {FC}{INPUT}: is missing" in texts(verification)
 
 
 def test_how_exporters_write_it_is_noted(tmp_path):
