@@ -13,22 +13,9 @@ import click
 from phireg.cli.errors import reported, stop
 
 COMMANDS = (
-    "demo",
-    "convert",
-    "quantize",
-    "plan",
-    "explain",
-    "inspect",
-    "verify",
-    "build",
-    "run",
-    "summarize",
-    "postprocess",
-    "families",
-    "plugins",
-    "doctor",
-    "new-plugin",
-)
+    "demo", "convert", "quantize", "plan", "explain", "inspect", "verify", "build", "run",
+    "summarize", "postprocess", "families", "plugins", "doctor", "new-plugin",
+)  # fmt: skip
 """In the order help shows them; each is ``phireg.cli.NAME:command``, hyphens as underscores."""
 
 EXIT_CODES = """

@@ -36,10 +36,7 @@ _last_stop = -_PATIENCE_S
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    """Signal handler: unwind the main thread, cleaning up on the way.
-
-    A second signal within a moment is ignored: it must not cut the cleaning short.
-    """
+    """Unwind the main thread; a second signal soon after must not cut the cleaning short."""
     global _last_stop
     now = time.monotonic()
     if now - _last_stop >= _PATIENCE_S:
@@ -72,9 +69,8 @@ def interruptible(
 ) -> Iterator[None]:
     """On Ctrl-C report whether the output directory was already complete.
 
-    Args:
-        output_dir: appears, or is replaced, at the very end of what runs inside.
-        unwritten: returns the message where it did not.
+    The directory appears, or is replaced, at the very end of what runs inside; ``unwritten``
+    returns the message where it was not.
     """
     before = identity(output_dir)
     try:
@@ -120,12 +116,7 @@ def reported() -> Iterator[None]:
 
 
 def findings_text(findings: Iterable[Finding], *severities: Severity) -> str:
-    """List findings under a heading for each severity, layers folded.
-
-    Args:
-        findings: of a plan.
-        severities: which of them; all, the worst first, if none is named.
-    """
+    """List findings under a heading for each of the severities (default: all, worst first)."""
     from phireg.planning.report import finding_texts
 
     findings = tuple(findings)

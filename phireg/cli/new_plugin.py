@@ -46,17 +46,16 @@ def command(name: str, base: str, directory: str | None, as_json: bool) -> None:
     ]
     if as_json:
         provider = package.base
-        emit_json(
-            {
-                "name": name,
-                "module": package.module,
-                "base": provider.name,
-                "provided_by": {"distribution": provider.distribution, "version": provider.version},
-                "directory": str(package.directory),
-                "files": list(package.files),
-                "commands": commands,
-            }
-        )
+        document = {
+            "name": name,
+            "module": package.module,
+            "base": provider.name,
+            "provided_by": {"distribution": provider.distribution, "version": provider.version},
+            "directory": package.directory,
+            "files": package.files,
+            "commands": commands,
+        }
+        emit_json(document)
         return
     rows = [("family", f"{name}, derived from {package.base.name}"), ("wrote", shown)]
     rows += [("", file) for file in package.files]

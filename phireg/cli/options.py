@@ -44,11 +44,7 @@ class Directory(click.types.StringParamType):
 
 
 class FamilyName(click.types.StringParamType):
-    """The name of a family, checked by the registry.
-
-    Args:
-        besides: another word that is accepted.
-    """
+    """The name of a family or the word ``besides``, checked by the registry."""
 
     name = "name"
 
@@ -90,6 +86,12 @@ class QFormat(click.types.StringParamType):
     ) -> list[CompletionItem]:
         """Complete the formats."""
         return [CompletionItem(name) for name in QFORMAT_CHOICES if name.startswith(incomplete)]
+
+
+def _count(name: str, text: str, default: int | None = None) -> Callable[[_Function], _Function]:
+    return click.option(
+        name, type=int, default=default, show_default=default is not None, metavar="N", help=text
+    )
 
 
 def compose(*decorators: Callable[[_Function], _Function]) -> Callable[[_Function], _Function]:
@@ -186,34 +188,10 @@ source_options = compose(
         show_default=True,
         help="Of the checkpoint; auto keeps the model's, but makes float32 float16.",
     ),
-    click.option(
-        "--tp-size",
-        type=int,
-        default=1,
-        show_default=True,
-        metavar="N",
-        help="Tensor-parallel ranks.",
-    ),
-    click.option(
-        "--pp-size",
-        type=int,
-        default=1,
-        show_default=True,
-        metavar="N",
-        help="Pipeline stages; only 1 is possible for Phi.",
-    ),
-    click.option(
-        "--moe-tp-size",
-        type=int,
-        metavar="N",
-        help="Ranks that divide each expert of a mixture.  [default: all]",
-    ),
-    click.option(
-        "--moe-ep-size",
-        type=int,
-        metavar="N",
-        help="Ranks that share the experts out.  [default: 1]",
-    ),
+    _count("--tp-size", "Tensor-parallel ranks.", 1),
+    _count("--pp-size", "Pipeline stages; only 1 is possible for Phi.", 1),
+    _count("--moe-tp-size", "Ranks that divide each expert of a mixture.  [default: all]"),
+    _count("--moe-ep-size", "Ranks that share the experts out.  [default: 1]"),
 )
 """What decides the plan of a given model, apart from quantization."""
 
@@ -237,18 +215,9 @@ planning_options = compose(conversion_options, qformat_option(required=False), k
 
 
 def check_file(path: Path, option: str) -> Path:
-    """Check before the work that a file can be written after it.
+    """Return the path that ``option`` names if a file can be written there.
 
-    Args:
-        path: the file; its directory must exist.
-        option: the option that names it.
-
-    Returns:
-        The path.
-
-    Raises:
-        UsageError: its directory does not exist.
-        OutputError: it is a directory, or there is no permission.
+    Raises UsageError if its directory does not exist, OutputError if it is one or is read-only.
     """
     from phireg.files.writing import check_writable
 
@@ -269,12 +238,7 @@ def make_plan(
     qformat: str | None = None,
     **options: Any,
 ) -> Plan:
-    """Plan what ``conversion_options`` or ``planning_options`` describe.
-
-    Raises:
-        UsageError: a precision without the flag that it belongs to, or that flag with a format.
-        PhiregError: as :func:`phireg.planning.plan`.
-    """
+    """Plan what ``conversion_options`` or ``planning_options`` describe."""
     if weight_only_precision and not use_weight_only:
         raise UsageError(
             f"--weight-only-precision {weight_only_precision} has no effect without "
@@ -286,7 +250,5 @@ def make_plan(
             f"--use-weight-only and --qformat {qformat} exclude each other",
             hint="--use-weight-only is an option of convert, --qformat of quantize; leave one out.",
         )
-
-    precision = weight_only_precision or DEFAULT_PRECISION
-    weight_only = precision if use_weight_only else None
+    weight_only = (weight_only_precision or DEFAULT_PRECISION) if use_weight_only else None
     return phireg.plan(model_dir, weight_only=weight_only, qformat=qformat, **options)

@@ -34,15 +34,9 @@ def printable(text: str) -> str:
 
 
 def emit(text: str, *, styled: bool = False) -> None:
-    """Print lines to standard output.
+    """Print lines to standard output; ``styled`` text is escaped already and has click's styles.
 
-    Args:
-        text: without the last line's end.
-        styled: whether it is escaped already, and styled by :func:`columns` or click.
-
-    Raises:
-        OutputError: standard output cannot take any more (a full disk).
-        BrokenPipeError: its reader has gone.
+    Raises OutputError on a full disk and BrokenPipeError if the reader has gone.
     """
     _write(f"{text if styled else printable(text)}\n")
 
@@ -114,14 +108,10 @@ class Styled(str):
 
 
 def columns(rows: Iterable[Sequence[str]], *, indent: int = 0, right: Sequence[int] = ()) -> str:
-    """Align rows of cells.
+    """Align rows of equally many cells; ``right`` names the columns aligned at their right edge.
 
-    On a terminal the last column is folded to fit; elsewhere every row stays one line.
-
-    Args:
-        rows: cells, equally many in each row; if one is styled, all of them must be printable.
-        indent: spaces before each line.
-        right: the columns to align at their right edge.
+    On a terminal the last column is folded to fit; elsewhere every row stays one line. If a cell
+    is styled, all of them must be printable.
     """
     cells = [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in cells), strict=True)]
@@ -158,17 +148,15 @@ def _fold(text: str, start: str, others: str, stream: TextIO) -> str:
     if not stream.isatty():
         return (start + text).rstrip()
     width = max(shutil.get_terminal_size().columns, len(others) + _NARROWEST)
-    return (
-        textwrap.fill(
-            text,
-            width,
-            initial_indent=start,
-            subsequent_indent=others,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        or start.rstrip()
+    lines = textwrap.wrap(
+        text,
+        width,
+        initial_indent=start,
+        subsequent_indent=others,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
+    return "\n".join(lines) or start.rstrip()
 
 
 def size(count: int) -> str:
@@ -227,7 +215,7 @@ class ProgressBars:
         self.close()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._open.close()
         self._stage = ""
 
@@ -243,12 +231,7 @@ class ProgressBars:
             self._stage = doing
 
     def count(self, doing: str, noun: str) -> Callable[[int, int], None]:
-        """Return a function that reports how many more things are done, and how many there are.
-
-        Args:
-            doing: what is being done.
-            noun: plural of the things.
-        """
+        """Return a reporter of (things done since the last report, all things)."""
 
         def columns() -> tuple[ProgressColumn, ...]:
             from rich.progress import MofNCompleteColumn, TextColumn
@@ -258,11 +241,9 @@ class ProgressBars:
         return self._advance(doing, doing, columns)
 
     def bytes(self, doing: str, then: str) -> Callable[[int, int], None]:
-        """Return a function that reports how many more bytes are done, and how many there are.
+        """Return a reporter of (bytes done since the last report, all bytes).
 
-        Args:
-            doing: what is being done.
-            then: what is going on once all bytes are done.
+        The bar says ``then`` instead of ``doing`` once all bytes are done.
         """
 
         def columns() -> tuple[ProgressColumn, ...]:

@@ -58,13 +58,14 @@ def _select_names(candidates: Index) -> dict[str, str]:
 def _alias_notes(infos: Sequence[FamilyInfo], select: dict[str, str]) -> Iterator[tuple[str, str]]:
     """Yield a note for each family that has exactly the hooks of another one."""
     for info in infos:
+        family = info.family
+        if family is None or family.tell_apart or family.published:
+            continue
         for other in infos:
-            family, base = info.family, other.family
-            if family and base and family is not base and family.steps == base.steps:
-                if not (family.tell_apart or family.published):
-                    name = select[other.candidate.qualified]
-                    note = f"overrides nothing: it converts exactly as {name} does"
-                    yield info.candidate.qualified, note
+            if other.family and family is not other.family and family.steps == other.family.steps:
+                name = select[other.candidate.qualified]
+                note = f"overrides nothing: it converts exactly as {name} does"
+                yield info.candidate.qualified, note
                 break
 
 

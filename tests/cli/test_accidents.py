@@ -115,23 +115,12 @@ def test_kill_9_at_many_points(overwrite, model, uninterrupted, tmp_path, run):
 
 @pytest.mark.parametrize(
     ("name", "code", "at"),
-    [
-        ("SIGINT", 130, "first"),
-        ("SIGTERM", 143, "early"),
-        ("SIGINT", 130, "middle"),
-        ("SIGTERM", 143, "middle"),
-        ("SIGINT", 130, "fsync"),
-        ("SIGTERM", 143, "fsync"),
-    ],
+    [("SIGINT", 130, "first"), ("SIGTERM", 143, "middle"), ("SIGINT", 130, "fsync")],
 )
 def test_signals_leave_nothing(name, code, at, model, uninterrupted, tmp_path):
     moments, _ = uninterrupted
-    point = {
-        "first": 1,
-        "early": moments.index("os.pwrite") + 1,
-        "middle": len(moments) // 2,
-        "fsync": len(moments) - 1 - moments[::-1].index("os.rename"),
-    }[at]
+    last_fsync = len(moments) - 1 - moments[::-1].index("os.rename")
+    point = {"first": 1, "middle": len(moments) // 2, "fsync": last_fsync}[at]
     stopped = run_victim(name, point, tmp_path / "base", *convert(model, tmp_path / "base"))
     assert stopped.returncode == code, stopped.stderr
     assert stopped.stderr.count("\n") == 1 and "complete" not in stopped.stderr
@@ -179,11 +168,9 @@ def small_disk(tmp_path):
     def make(megabytes):
         command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(mount)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            pytest.skip(f"no mount command: {error}")
-        if done.returncode:
-            pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
+            subprocess.run(command, capture_output=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"a small disk cannot be mounted here: {error}")
         return mount
 
     yield make
@@ -199,7 +186,7 @@ def test_too_small_a_disk_is_refused_before_writing(model, small_disk, spawn):
     assert listing(disk) == []
 
 
-@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("part", [0.1, 0.9])
 def test_a_disk_that_runs_full_midway(part, model, uninterrupted, small_disk, spawn):
     moments, expected = uninterrupted
     disk = small_disk(48)

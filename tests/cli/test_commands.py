@@ -39,8 +39,7 @@ def test_choices_are_those_of_the_reader():
     assert tuple(KV_CACHES) == options.KV_CACHE_CHOICES
 
 
-def test_help_and_errors_name_the_formats(tiny, run, tmp_path):
-    assert f"[{'|'.join(SCHEMES)}]" in run("quantize", "--help").output
+def test_errors_name_the_formats(tiny, run, tmp_path):
     for wrong in (["--qformat", "int9_xy"], ["--model-dir", tiny, "--output-dir", tmp_path / "o"]):
         result = run("quantize", *wrong)
         assert result.exit_code == 2
@@ -64,9 +63,6 @@ def test_underscores_and_hyphens(tiny, run):
         for name in ("int8_sq", "int8-sq")
     ]
     assert quantized[0] == quantized[1]
-
-
-def test_weight_only_is_int8_by_default(tiny, run):
     plan = document(run("plan", "--model-dir", tiny, "--use-weight-only", "--json"))
     assert plan["weight_only"] == "int8"
     assert plan["config"]["quantization"]["quant_algo"] == "W8A16"
@@ -93,16 +89,13 @@ def test_wrong_usage(args, named, tiny, run):
     assert [path.name for path in tiny.parent.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("args", [["convrt"], ["convert"]])
-def test_incomplete_usage(args, run):
-    result = run(*args)
-    assert result.exit_code == 2
-    assert "Usage: phireg" in result.output
-
-
-def test_version_and_main_module(spawn):
+def test_version_and_incomplete_usage(run, spawn):
     done = spawn("--version")
     assert (done.returncode, done.stdout) == (0, "phireg 0.1.0\n")
+    for args in (["convrt"], ["convert"]):
+        result = run(*args)
+        assert result.exit_code == 2
+        assert "Usage: phireg" in result.output
 
 
 # What is refused
@@ -138,13 +131,6 @@ def test_a_hub_repository_without_network(tmp_path, spawn):
     assert hint
 
 
-@pytest.mark.parametrize("model", ["./a/b", "/etc/hostname", "a/b/c", ""])
-def test_no_such_model(model, run):
-    result = run("plan", "--model-dir", model)
-    assert result.exit_code == 3, result.output
-    assert result.output.startswith("error: ")
-
-
 def test_an_existing_output(ckpt, tiny, run):
     before = {path.name: path.read_bytes() for path in ckpt.iterdir()}
     again = ("convert", "--model-dir", tiny, "--output-dir", ckpt)
@@ -159,13 +145,6 @@ def test_an_existing_output(ckpt, tiny, run):
     assert result.exit_code == 6
     assert "notes.txt" in result.output
     assert (ckpt / "notes.txt").exists()
-
-
-def test_an_output_that_cannot_be(tiny, run):
-    (tiny.parent / "file").write_text("")
-    result = run("convert", "--model-dir", tiny, "--output-dir", tiny.parent / "file" / "out")
-    assert result.exit_code == 6
-    assert str(tiny.parent / "file") in result.output
 
 
 def test_names_cannot_command_the_terminal(tiny, run):
@@ -195,18 +174,6 @@ def test_a_defect_is_one_line_and_says_how_to_report_it(tiny, run, monkeypatch):
 # plan and convert
 
 
-def test_plan_text(tiny, run):
-    result = run("plan", "--model-dir", tiny, "--family", "phi3-mini", "--tp-size", 2)
-    assert result.exit_code == 0
-    rows = dict(line.split(maxsplit=1) for line in result.output.splitlines())
-    size = sum(tensor.nbytes for tensor in tiny_tensors().values())
-    assert rows["family"].startswith("phi3-mini (phireg 0.1.0)")
-    assert rows["reads"].startswith(f"{size / 1000:.1f} kB in 3 files, 15 tensors")
-    assert "2 x 15 tensors, float16" in rows["writes"]
-    assert "15/15" in rows["checks"] and "30/30" in rows["checks"]
-    assert list(tiny.parent.iterdir()) == [tiny]
-
-
 def test_plan_with_problems_is_on_stdout_and_ends_with_3(tiny, spawn):
     config(num_hidden_layers=3)(tiny)
     done = spawn("plan", "--model-dir", tiny)
@@ -224,6 +191,7 @@ def test_plan_with_problems_is_on_stdout_and_ends_with_3(tiny, spawn):
 def test_plan_json_says_where_every_byte_goes(tiny, run):
     plan = document(run("plan", "--model-dir", tiny, "--tp-size", "2", "--json"))
     assert plan["provided_by"] == {"distribution": "phireg", "version": "0.1.0", "api": 1}
+    assert list(tiny.parent.iterdir()) == [tiny]
     out = tiny.parent / "out"
     run("convert", "--model-dir", tiny, "--output-dir", out, "--tp-size", "2")
     assert plan["config"] == json.loads((out / "config.json").read_text())
@@ -249,10 +217,7 @@ def test_plan_json_says_where_every_byte_goes(tiny, run):
 def test_convert_reports_what_it_wrote(tiny, run):
     out = tiny.parent / "out"
     args = ("--model-dir", tiny, "--output-dir", out, "--tp-size", 2, "--family", "phi3-mini")
-    text = run("convert", *args).output
-    for words in ("phi3-mini (phireg 0.1.0)", f"to {out}", "2 rank files", "phireg.json"):
-        assert words in text
-    report = document(run("convert", *args, "--overwrite", "--json"))
+    report = document(run("convert", *args, "--json"))
     assert report["files"] == {path.name: path.stat().st_size for path in out.iterdir()}
     assert (report["family"], report["dtype"], report["tp_size"]) == ("phi3-mini", "float16", 2)
     assert report["losses"] == {}
@@ -319,8 +284,7 @@ def test_explain_the_rows_of_a_rank(tiny, run):
     name = "transformer.layers.1.attention.qkv.weight"
     result = run("explain", tiny, name, "--tp-size", 2, "--rank", 1)
     assert result.exit_code == 0
-    assert "in rank1.safetensors" in result.output
-    assert "rank0" not in result.output
+    assert "rank1.safetensors" in result.output and "rank0" not in result.output
     assert "model.layers.1.self_attn.qkv_proj.weight" in result.output
     ranges = [line.split(" = ") for line in result.output.splitlines() if " = " in line]
     # The second half of q, of k and of v.
@@ -336,18 +300,12 @@ def test_explain_columns_and_padding(tiny, run):
     half = INTERMEDIATE // 2
     assert f"columns 0:{half}" in text
     assert f"columns {half}:{INTERMEDIATE}" in text
-    text = run("explain", tiny, "lm_head.weight", "--tp-size", 2, "--rank", 1).output
-    assert f"0:{VOCAB // 2}  =  {VOCAB // 2 + 1}:{VOCAB}" in text
-    assert text.splitlines()[-2:] == ["  padding", f"    {VOCAB // 2}:{VOCAB // 2 + 1}  =  zeros"]
-
-
-def test_explain_json(tiny, run):
     args = ("explain", tiny, "lm_head.weight", "--tp-size", 2, "--json")
     outputs = document(run(*args))["outputs"]
     assert [output["file"] for output in outputs] == ["rank0.safetensors", "rank1.safetensors"]
     rows = outputs[1]["rows"]
-    assert rows[0]["from"]["rows"] == [19, 37]
-    assert rows[1] == {"rows": [18, 19], "from": None}
+    assert rows[0]["from"]["rows"] == [VOCAB // 2 + 1, VOCAB]
+    assert rows[1] == {"rows": [VOCAB // 2, VOCAB // 2 + 1], "from": None}
     assert len(document(run(*args, "--rank", 0))["outputs"]) == 1
 
 
@@ -370,9 +328,8 @@ def test_explain_refuses(args, code, named, tiny, run):
 
 def test_inspect(ckpt, tiny, run):
     text = run("inspect", ckpt).output
-    for words in ("Phi3ForCausalLM, float16", "family phi3-medium (phireg 0.1.0)", str(tiny)):
-        assert words in text
-    assert "15 tensors, all float16, in each of rank{0..1}.safetensors" in text
+    for word in ("Phi3ForCausalLM", "phi3-medium", str(tiny), "rank{0..1}.safetensors"):
+        assert word in text
     words = [line.split() for line in text.splitlines()]
     qkv = "transformer.layers.{0..1}.attention.qkv.weight"
     assert [qkv, f"[{(Q + 2 * KV) // 2},", f"{HIDDEN}]", "x", "2"] in words
@@ -385,22 +342,15 @@ def test_inspect(ckpt, tiny, run):
 
 
 def flip_last_byte(path):
-    with path.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        last = file.read(1)[0]
-        file.seek(-1, os.SEEK_END)
-        file.write(bytes([last ^ 1]))
-
-
-def add_space(path):
-    path.write_text(path.read_text() + " ")
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
 @pytest.mark.parametrize(
     ("spoil", "file"),
     [
         (lambda c: flip_last_byte(c / "rank1.safetensors"), "rank1.safetensors"),
-        (lambda c: add_space(c / "config.json"), "config.json"),
+        (lambda c: (c / "config.json").open("a").write(" "), "config.json"),
         (lambda c: os.truncate(c / "rank0.safetensors", 5000), "rank0.safetensors"),
         (lambda c: (c / "rank1.safetensors").unlink(), "rank1.safetensors"),
         (lambda c: (c / "rank2.safetensors").write_bytes(b""), "rank2.safetensors"),
@@ -414,9 +364,6 @@ def test_inspect_check_finds_what_differs(spoil, file, ckpt, run):
     assert result.exit_code == 4
     problems = json.loads(result.output)["problems"]
     assert any(file in problem for problem in problems)
-    text = run("inspect", ckpt, "--check")
-    assert text.exit_code == 4, text.output
-    assert all(problem in text.output for problem in problems)
 
 
 @pytest.mark.parametrize(
@@ -445,33 +392,19 @@ def test_inspect_without_a_manifest(ckpt, run):
 
 # families and plugins
 
-SEVEN = {
-    "microsoft/phi-2": "phi2",
-    "microsoft/Phi-3-mini-4k-instruct": "phi3-mini",
-    "microsoft/Phi-3-mini-128k-instruct": "phi3-mini",
-    "microsoft/Phi-3-small-8k-instruct": "phi3-small",
-    "microsoft/Phi-3-small-128k-instruct": "phi3-small",
-    "microsoft/Phi-3-medium-4k-instruct": "phi3-medium",
-    "microsoft/Phi-3-medium-128k-instruct": "phi3-medium",
-}
-
 
 def test_families(run):
     families = document(run("families", "--json"))["families"]
-    models = {m["repo_id"]: family["name"] for family in families for m in family["published"]}
-    assert models == SEVEN
     sizes = {m["repo_id"]: m["tp_sizes"] for family in families for m in family["published"]}
+    assert (len(families), len(sizes)) == (4, 7)
     assert sizes["microsoft/phi-2"][:3] == [1, 2, 4]
     assert 8 not in sizes["microsoft/Phi-3-medium-4k-instruct"]  # 40 heads, 10 of them KV heads
     for family in families:
         assert family["distribution"] == "phireg"
         assert family["dtypes"] == ["float16", "bfloat16", "float32"]
         assert family["quantization"] == ["fp8", "int8_sq", "int8_wo", "int4_wo"]
-        for model in family["published"]:
-            assert model["qformats"] == family["quantization"]
     text = run("families").output
-    assert all(model in text for model in SEVEN)
-    assert text.count("  quantization  fp8, int8_sq, int8_wo, int4_wo\n") == len(families)
+    assert all(model in text for model in sizes)
 
 
 @pytest.fixture
@@ -514,16 +447,12 @@ def test_plugins(third_party, run):
     assert not {"acme_phi", "acme_broken"} & set(sys.modules)
     values = {(p["distribution"], p["name"]): p["value"] for p in plugins}
     assert values["acme-phi", "acme"] == "acme_phi:GOOD"
-    assert values["phireg", "phi2"] == "phireg_plugins.phi2:FAMILY"
     result = run("plugins", "--check", "--json")
     assert result.exit_code == 5
     checked = {(p["distribution"], p["name"]): p for p in json.loads(result.output)["plugins"]}
     assert checked["acme-phi", "acme"]["api"] == 1
     assert "no einops" in checked["acme-phi", "acme-broken"]["problem"]
-    result = run("plugins", "--check")
-    assert result.exit_code == 5
-    assert "no einops" in result.output
-    assert "--family acme-phi:phi2" in result.output
+    assert "--family acme-phi:phi2" in run("plugins", "--check").output
 
 
 def test_plugins_that_all_work(run):

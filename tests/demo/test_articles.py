@@ -60,11 +60,6 @@ def test_no_name_of_a_held_back_article_is_in_training(demo, training, held_back
     assert not in_training & in_test
 
 
-def test_every_held_back_article_names_its_person(held_back):
-    for example in held_back:
-        assert example.person in example.article and example.person in example.summary
-
-
 def test_a_summary_states_facts_of_its_article(training, held_back):
     for example in (*training, *held_back):
         article = example.article.lower()
@@ -78,4 +73,6 @@ def test_a_summary_states_facts_of_its_article(training, held_back):
 def test_brief_articles_are_for_training_only(training, held_back):
     brief = [example for example in training if example.person is None]
     assert 0.1 < len(brief) / len(training) < 0.2
-    assert all(example.person for example in held_back)
+    for example in held_back:
+        assert example.person
+        assert example.person in example.article and example.person in example.summary

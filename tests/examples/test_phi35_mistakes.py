@@ -10,22 +10,12 @@ from phireg.testing.model import TinyModel
 
 HIDDEN, INNER, EXPERTS = 24, 10, 3
 TINY = {
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": INNER,
-    "vocab_size": 31,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-3,
-    "rope_theta": 5000.0,
-    "num_local_experts": EXPERTS,
-    "router_jitter_noise": 0.3,
-    "attention_bias": True,
-    "lm_head_bias": True,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-}
+    "hidden_size": HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": INNER, "vocab_size": 31,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-3, "rope_theta": 5000.0,
+    "num_local_experts": EXPERTS, "router_jitter_noise": 0.3, "attention_bias": True,
+    "lm_head_bias": True, "tie_word_embeddings": False, "pad_token_id": 0,
+}  # fmt: skip
 MOE = "model.layers.0.block_sparse_moe"
 MLP = "transformer.layers.0.mlp"
 

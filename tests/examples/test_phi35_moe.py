@@ -36,22 +36,12 @@ SPREADS = [(1, None), (2, None), (4, None), (2, 2), (4, 2)]
 @pytest.fixture(scope="module")
 def model():
     config = PhimoeConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        num_local_experts=EXPERTS,
-        max_position_embeddings=128,
-        original_max_position_embeddings=64,
-        rms_norm_eps=1e-3,
-        router_jitter_noise=0.3,
-        attention_bias=True,
-        lm_head_bias=True,
-        rope_parameters=ROPE,
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, num_local_experts=EXPERTS,
+        max_position_embeddings=128, original_max_position_embeddings=64, rms_norm_eps=1e-3,
+        router_jitter_noise=0.3, attention_bias=True, lm_head_bias=True, rope_parameters=ROPE,
         pad_token_id=0,
-    )
+    )  # fmt: skip
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     return randomize(PhimoeForCausalLM._from_config(config, **eager))
 
@@ -74,6 +64,15 @@ def checkpoint(source, tmp_path_factory):
     return checkpoint
 
 
+@pytest.fixture(scope="module")
+def reference(source):
+    values = json.loads((source / "config.json").read_text())
+    model = PhiMoEForCausalLM._from_config(PhiMoEConfig(**values), dtype=torch.float32).eval()
+    missing, unexpected = model.load_state_dict(load_file(source / "model.safetensors"))
+    assert not missing and not unexpected
+    return model
+
+
 def ids(tokens, rows=2):
     return torch.randint(0, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(7))
 
@@ -89,12 +88,9 @@ def test_every_tensor(tp_size, ep_size, source, checkpoint):
     assert f"model.layers.0.block_sparse_moe.experts.{EXPERTS - 1}.w3.weight" in old
     shared = ep_size or 1
     for rank in range(tp_size):
-        new = {
-            "transformer.vocab_embedding.weight": old["model.embed_tokens.weight"],
-            "transformer.ln_f.weight": old["model.norm.weight"],
-            "transformer.ln_f.bias": old["model.norm.bias"],
-        }
+        new = {"transformer.vocab_embedding.weight": old["model.embed_tokens.weight"]}
         for kind in ("weight", "bias"):
+            new[f"transformer.ln_f.{kind}"] = old[f"model.norm.{kind}"]
             head = old[f"lm_head.{kind}"]
             padding = -VOCAB % tp_size
             head = torch.cat([head, head.new_zeros(padding, *head.shape[1:])])
@@ -144,18 +140,18 @@ def test_the_config(checkpoint):
 
 
 @pytest.mark.parametrize(("tp_size", "ep_size"), SPREADS)
-def test_logits_within_the_original_length(tp_size, ep_size, model, checkpoint):
+def test_logits_within_the_original_length(tp_size, ep_size, model, reference, checkpoint):
     """Beyond it transformers 5.23 stays with the short factors."""
     ran = executor.load(checkpoint(tp_size, ep_size), dtype="float32")
     for tokens in (9, 64):
         with torch.no_grad():
             expected = model(ids(tokens)).logits
+            assert (reference(ids(tokens)).logits - expected).abs().max() < 1e-4
         assert (ran(ids(tokens)) - expected).abs().max() < 1e-4
 
 
-def test_the_router_decides(model, checkpoint, source, tmp_path):
-    """With another epsilon or without a second expert's share the logits are other ones."""
-    ran = executor.load(checkpoint(1, None), dtype="float32")
+def test_the_router_decides(model, source, tmp_path):
+    """With another epsilon the logits are different."""
     with torch.no_grad():
         expected = model(ids(20)).logits
     output = convert(PHI35_MOE, source, tmp_path / "ckpt")
@@ -164,58 +160,43 @@ def test_the_router_decides(model, checkpoint, source, tmp_path):
     (output / "config.json").write_text(json.dumps(config))
     other = executor.load(output, dtype="float32")
     assert (other(ids(20)) - expected).abs().max() > 0.1
-    assert (ran(ids(20)) - expected).abs().max() < 1e-4
 
 
-def reference(source):
-    values = json.loads((source / "config.json").read_text())
-    model = PhiMoEForCausalLM._from_config(PhiMoEConfig(**values), dtype=torch.float32).eval()
-    missing, unexpected = model.load_state_dict(load_file(source / "model.safetensors"))
-    assert not missing and not unexpected
-    return model
-
-
-def test_the_shipped_reference_is_transformers_within_the_original_length(model, source):
-    ours = reference(source)
-    with torch.no_grad():
-        assert (ours(ids(64)).logits - model(ids(64)).logits).abs().max() < 1e-4
-
-
-def test_long_sequences(source, checkpoint):
+def test_long_sequences(reference, checkpoint, monkeypatch):
     """The executor takes the long factors and their mscale, as the shipped reference does."""
-    ours, ran = reference(source), executor.load(checkpoint(2, 2), dtype="float32")
+    ran, rope = executor.load(checkpoint(2, 2), dtype="float32"), reference.config.rope_scaling
     with torch.no_grad():
-        expected = ours(ids(90)).logits
-        ours.config.rope_scaling = {**ours.config.rope_scaling, "long_mscale": 1.1}
-        other = ours(ids(90)).logits
+        expected = reference(ids(90)).logits
+        monkeypatch.setattr(reference.config, "rope_scaling", {**rope, "long_mscale": 1.1})
+        other = reference(ids(90)).logits
     assert (ran(ids(90)) - expected).abs().max() < 1e-4
     assert (other - expected).abs().max() > 1e-2
 
 
-def test_the_shipped_reference_computes_each_token_once(source):
-    ours, lengths = reference(source), []
-    ours.model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
-    ours.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
+def test_the_shipped_reference_computes_each_token_once(reference):
+    lengths = []
+    hook = reference.model.register_forward_pre_hook(
+        lambda _, args: lengths.append(args[0].shape[1])
+    )
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    reference.generate(torch.tensor([[1, 2, 3]]), **options)
+    hook.remove()
     assert lengths == [3, 1, 1, 1]
 
 
-def test_generation(model, source, checkpoint):
+def test_generation(model, reference, checkpoint):
     """With a cache, of prompts of unequal length, at EP 2; and the reference's own generate."""
     prompts = [ids(11, 1)[0].tolist(), ids(5, 1)[0].tolist()]
     rows = executor.generate(executor.load(checkpoint(2, 2), dtype="float32"), prompts, 6)
-    ours = reference(source)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
     for prompt, tokens in zip(prompts, rows, strict=True):
-        for theirs in (model, ours):
-            whole = theirs.generate(
-                torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=-1
-            )
+        for theirs in (model, reference):
+            whole = theirs.generate(torch.tensor([prompt]), **options)
             assert tokens == whole[0, len(prompt) :].tolist()
     padded = torch.tensor([prompts[0], [0] * 6 + prompts[1]])
     mask = torch.ones_like(padded)
     mask[1, :6] = 0
-    whole = ours.generate(
-        padded, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=-1
-    )
+    whole = reference.generate(padded, attention_mask=mask, **options)
     assert whole[:, 11:].tolist() == rows
 
 
@@ -292,34 +273,21 @@ def test_configs_that_are_refused(changes, subject, source):
 def test_the_published_config():
     """Every key of it is known; the rope factors are made up."""
     (published,) = PHI35_MOE.published
+    original, mscale = {"original_max_position_embeddings": 4096}, 1.243163121016122
     values = {
-        **published.config,
-        "_name_or_path": "Phi-3.5-MoE-instruct",
-        "attention_dropout": 0.0,
-        "auto_map": {"AutoConfig": "configuration_phimoe.PhiMoEConfig"},
-        "bos_token_id": 1,
-        "eos_token_id": 32000,
-        "hidden_dropout": 0.0,
-        "initializer_range": 0.02,
-        "input_jitter_noise": 0.01,
-        "original_max_position_embeddings": 4096,
-        "output_router_logits": False,
-        "router_aux_loss_coef": 0.0,
+        **published.config, **original, "_name_or_path": "Phi-3.5-MoE-instruct",
+        "attention_dropout": 0.0, "auto_map": {"AutoConfig": "configuration_phimoe.PhiMoEConfig"},
+        "bos_token_id": 1, "eos_token_id": 32000, "hidden_dropout": 0.0, "initializer_range": 0.02,
+        "input_jitter_noise": 0.01, "output_router_logits": False, "router_aux_loss_coef": 0.0,
+        "sliding_window": 131072, "transformers_version": "4.43.3", "use_cache": True,
         "rope_scaling": {
-            "type": "longrope",
-            "short_factor": [1.0] * 64,
-            "long_factor": [2.0] * 64,
-            "short_mscale": 1.243163121016122,
-            "long_mscale": 1.243163121016122,
-            "original_max_position_embeddings": 4096,
+            "type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64,
+            "short_mscale": mscale, "long_mscale": mscale, **original,
         },
-        "sliding_window": 131072,
-        "transformers_version": "4.43.3",
-        "use_cache": True,
-    }
+    }  # fmt: skip
     translation = PHI35_MOE.config_fields().translate(HFConfig(values))
     assert translation.ok and translation.findings == ()
-    assert translation.fields["longrope_long_mscale"] == 1.243163121016122
+    assert translation.fields["longrope_long_mscale"] == mscale
     assert translation.fields["moe"]["num_experts"] == 16
 
 

@@ -10,25 +10,12 @@ from phireg.testing import write_tiny_model
 from phireg.verification.compute import ComputedChecks
 
 SIZES = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 20,
-    "num_local_experts": 6,
-    "num_experts_per_tok": 2,
-    "router_jitter_noise": 0.3,
-    "vocab_size": 97,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-3,
-    "hidden_act": "silu",
-    "attention_bias": True,
-    "lm_head_bias": True,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+    "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "intermediate_size": 20, "num_local_experts": 6, "num_experts_per_tok": 2,
+    "router_jitter_noise": 0.3, "vocab_size": 97, "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-3, "hidden_act": "silu", "attention_bias": True, "lm_head_bias": True,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 ROUTER = "transformer.layers.1.mlp.router.weight"
 
 

@@ -5,6 +5,8 @@ import json
 import pytest
 from helpers.fresh_environment import FreshEnvironment, build_wheel
 
+from phireg.cli import COMMANDS
+
 pytestmark = pytest.mark.slow
 
 
@@ -33,7 +35,7 @@ def test_the_wheel_holds_everything(environment):
     """Only what stands in setup.cfg is in it."""
     done = environment.check("python", "-c", "import phireg; print(phireg.__file__)")
     assert done.startswith(str(environment.site_packages))
-    for command in ("demo", "convert", "plan", "verify", "run", "families", "new-plugin"):
+    for command in COMMANDS:
         assert environment.check("phireg", command, "--help").startswith("Usage: phireg")
 
 
@@ -61,13 +63,9 @@ def test_it_converts_like_its_base_until_it_is_changed(installed, tiny_phi3, tmp
     assert manifest["family"] == provider
 
 
-def test_its_tests_pass(installed, generated):
-    output = installed.check("python", "-m", "pytest", "-p", "no:cacheprovider", generated)
-    assert " passed" in output
-
-
-def test_its_tests_notice_a_wrong_rule(installed, generated, tmp_path):
-    """The generated test is one that can fail."""
+def test_its_tests_pass_and_notice_a_wrong_rule(installed, generated, tmp_path):
+    pytest_command = ("python", "-m", "pytest", "-p", "no:cacheprovider", generated)
+    assert " passed" in installed.check(*pytest_command)
     module = tmp_path / "acme_phi.py"
     body = (generated / "src" / "acme_phi" / "__init__.py").read_text()
     wrong = body.replace(
@@ -80,9 +78,7 @@ def test_its_tests_notice_a_wrong_rule(installed, generated, tmp_path):
     ).replace("import HFConfig, Rules", "import COLUMN, HFConfig, Linear, Rules, parts, src")
     assert wrong != body
     module.write_text(wrong)
-    done = installed.run(
-        *("python", "-m", "pytest", "-p", "no:cacheprovider", generated), PYTHONPATH=str(tmp_path)
-    )
+    done = installed.run(*pytest_command, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert "acme_phi.py:" in done.stdout, "the rule's file and line"
 

@@ -9,7 +9,7 @@ from phireg.executor import quantized
 
 pytest.importorskip("modelopt.torch.quantization")
 
-CASES = [(family, *made) for family in script.MODELOPT for made in script.FORMATS]
+CASES = [(family, *formats) for family in script.MODELOPT for formats in script.FORMATS]
 MANY = 48
 FEW = 3
 NAMES = {
@@ -25,10 +25,8 @@ def linears(model):
     for number, layer in enumerate(model.model.layers):
         modules = dict(layer.named_modules())
         for name, theirs in NAMES.items():
-            found = [modules[one] for one in theirs if one in modules]
-            if not found:
-                found = [modules[f"self_attn.{part}_proj"] for part in "qkv"]
-            yield number, name, found
+            parts = [modules[part] for part in theirs if part in modules]
+            yield number, name, parts or [modules[f"self_attn.{part}_proj"] for part in "qkv"]
 
 
 def same_but_for_ties(ours, theirs, unrounded, scale, grid):

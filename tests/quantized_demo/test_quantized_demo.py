@@ -11,7 +11,7 @@ from phireg.executor import load
 FORMATS = script.FORMATS
 ALLOWED = {"fp8": 0.02, "int8_sq": 0.05}
 FEW = 4
-CASES = [(family, *made) for family in script.FAMILIES for made in FORMATS]
+CASES = [(family, *formats) for family in script.FAMILIES for formats in FORMATS]
 
 
 def test_calibration_and_evaluation_share_no_text():
@@ -26,18 +26,17 @@ def test_calibration_and_evaluation_share_no_text():
 def test_perplexity_by_hand():
     """Two texts over two tokens; the model always gives the odds 3 to 1 for token 0."""
     logits = torch.log(torch.tensor([0.75, 0.25]))
-    found = script.score(lambda ids: logits.expand(ids.shape[1], 2), [[1, 0, 0], [0, 1]])
-    assert found.perplexity == pytest.approx(math.exp(-(2 * math.log(0.75) + math.log(0.25)) / 3))
-    assert found.best.tolist() == [0, 0, 0]
+    score = script.score(lambda ids: logits.expand(ids.shape[1], 2), [[1, 0, 0], [0, 1]])
+    assert score.perplexity == pytest.approx(math.exp(-(2 * math.log(0.75) + math.log(0.25)) / 3))
+    assert score.best.tolist() == [0, 0, 0]
 
 
 def check(measured, plain, family, qformat, cache, rows, top1):
-    wanted = plain(family, rows)
-    one = measured(family, rows).quantized(qformat, cache)
-    assert abs(one.perplexity / wanted.perplexity - 1) < ALLOWED[qformat]
-    assert one.agreement(wanted) > top1
-    print(f"{family} {qformat} {cache}: {wanted.perplexity:.4f} {one.perplexity:.4f}")
-    return one
+    unquantized = plain(family, rows)
+    quantized = measured(family, rows).quantized(qformat, cache)
+    assert abs(quantized.perplexity / unquantized.perplexity - 1) < ALLOWED[qformat]
+    assert quantized.agreement(unquantized) > top1
+    return quantized
 
 
 @pytest.mark.parametrize(("family", "qformat", "cache"), CASES)
@@ -57,19 +56,19 @@ def test_perplexity_on_the_held_back_split(measured, plain, family, qformat, cac
 @pytest.mark.parametrize(("family", "qformat", "cache"), CASES)
 def test_two_ranks_compute_what_one_computes(measured, family, qformat, cache, tmp_path):
     """In float64: in float32 a sum in another order turns a rounding to the grid now and then."""
-    made = measured(family, FEW)
+    model = measured(family, FEW)
     logits = []
     for tp_size in (1, 2):
         plan = script.phireg.plan(
-            made.model.directory,
+            model.model.directory,
             family=family,
             tp_size=tp_size,
             qformat=qformat,
             kv_cache_dtype=cache,
         )
-        script.phireg.quantize(plan, tmp_path / str(tp_size), made.statistics)
+        script.phireg.quantize(plan, tmp_path / str(tp_size), model.statistics)
         executor = load(tmp_path / str(tp_size), dtype=torch.float64)
-        logits.append(executor(torch.tensor([made.rows[0]])))
+        logits.append(executor(torch.tensor([model.rows[0]])))
     one, two = logits
     assert one.abs().max() > 1
     assert (two - one).norm() < 1e-6 * one.norm()
