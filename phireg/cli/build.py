@@ -82,7 +82,7 @@ class _PassingOn(click.Command):
     metavar="DIR",
     help="With --dummy-weights: where the model's config.json is.",
 )
-@click.option("--family", type=FamilyName(), help="With --dummy-weights: as for convert.")
+@click.option("--family", type=FamilyName("auto"), help="With --dummy-weights: as for convert.")
 @click.option("--dtype", type=click.Choice(DTYPE_CHOICES), help="With --dummy-weights.")
 @overwrite_option("engine")
 @click.option("--print-command", is_flag=True, help="Show what would run, and do not run it.")

@@ -16,7 +16,7 @@ import click
 
 import phireg
 from phireg.cli.errors import stopped, warn
-from phireg.cli.options import Directory, FamilyName, json_option
+from phireg.cli.options import Directory, FamilyName, json_option, quiet_option
 from phireg.cli.output import counted, emit, emit_json, printable, size, spinner
 from phireg.cli.verify import show_verification, verification_document
 from phireg.errors import CheckError
@@ -55,7 +55,7 @@ _WIDTH = 80
     metavar="N",
     help="Tensor-parallel ranks, 1 or 2.",
 )
-@click.option("--quiet", is_flag=True, help="Print nothing unless a check fails.")
+@quiet_option("Print nothing unless a check fails.")
 @json_option
 def command(
     family: str, *, output_dir: str | None, number: int, tp_size: int, quiet: bool, as_json: bool
@@ -74,11 +74,10 @@ def command(
             warn(problem)
     pairs = [(model, model.article(number)) for model in map(demo.find, names)]
     base = Path(output_dir or "phireg-demo")
-    one_directory_each = family == _ALL or output_dir is None
     verbose = not (quiet or as_json)
     documents: list[dict[str, Any]] = []
     for model, article in pairs:
-        target = base / model.family if one_directory_each else base
+        target = base if output_dir and family != _ALL else base / model.family
         if verbose and documents:
             emit("")
         try:
@@ -99,7 +98,15 @@ def _run(
     from phireg import demo
 
     started = time.monotonic()
-    commands = _commands(model, article, target, tp_size)
+    source = ["--model-dir", str(model.directory), "--family", model.family]
+    ranks = ["--tp-size", str(tp_size)] if tp_size > 1 else []
+    output = ["--output-dir", str(target), "--overwrite"]
+    device = ["--device", "cpu", "--dtype", "float32"]
+    commands = {
+        "convert": ["phireg", "convert", *source, *ranks, *output],
+        "verify": ["phireg", "verify", str(target), *source],
+        "run": ["phireg", "run", str(target), *device, "--prompt", article.prompt],
+    }
     if verbose:
         emit(f"== {model.family}\n\n$ {_folded(commands['convert'])}")
     converted = demo.convert(model, target, tp_size)
@@ -133,21 +140,6 @@ def _run(
         "verification": verification_document(verification),
         "scores": model.scores,
         "seconds": round(time.monotonic() - started, 3),
-    }
-
-
-def _commands(
-    model: DemoModel, article: Article, target: Path, tp_size: int
-) -> dict[str, list[str]]:
-    """Return the equivalent command lines."""
-    source = ["--model-dir", str(model.directory), "--family", model.family]
-    ranks = ["--tp-size", str(tp_size)] if tp_size > 1 else []
-    output = ["--output-dir", str(target), "--overwrite"]
-    device = ["--device", "cpu", "--dtype", "float32"]
-    return {
-        "convert": ["phireg", "convert", *source, *ranks, *output],
-        "verify": ["phireg", "verify", str(target), *source],
-        "run": ["phireg", "run", str(target), *device, "--prompt", article.prompt],
     }
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import phireg
-from phireg.cli.options import Directory, json_option
+from phireg.cli.options import Directory, json_option, quiet_option
 from phireg.cli.output import ProgressBars, columns, counted, dtype_name, emit, emit_json, size
 from phireg.errors import CheckError
 
@@ -25,7 +25,7 @@ _LONG = 8
 @click.command()
 @click.argument("checkpoint_dir", type=Directory(), metavar="CKPT")
 @click.option("--check", is_flag=True, help="Read all files and compare them with phireg.json.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@quiet_option("No progress bar.")
 @json_option
 def command(checkpoint_dir: str, check: bool, quiet: bool, as_json: bool) -> None:
     """Show what a checkpoint holds and where it came from.

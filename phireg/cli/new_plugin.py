@@ -7,14 +7,8 @@ from pathlib import Path
 
 import click
 
-from phireg.cli.options import Directory, json_option
+from phireg.cli.options import Directory, FamilyName, json_option
 from phireg.cli.output import columns, emit, emit_json
-
-
-def _families(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    from phireg import registry
-
-    return [name for name in registry.index() if name.startswith(incomplete)]
 
 
 @click.command()
@@ -24,7 +18,7 @@ def _families(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     "base",
     required=True,
     metavar="FAMILY",
-    shell_complete=_families,
+    type=FamilyName(),
     help="Installed family to derive from, or DISTRIBUTION:FAMILY.",
 )
 @click.option("--directory", type=Directory(), metavar="DIR", help="To create.  [default: NAME]")

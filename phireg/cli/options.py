@@ -44,11 +44,11 @@ class Directory(click.types.StringParamType):
 
 
 class FamilyName(click.types.StringParamType):
-    """The name of a family or the word ``besides``, checked by the registry."""
+    """The name of a family or one of the words ``besides``, checked by the registry."""
 
     name = "name"
 
-    def __init__(self, besides: str = "auto") -> None:
+    def __init__(self, *besides: str) -> None:
         self.besides = besides
 
     def shell_complete(
@@ -57,7 +57,7 @@ class FamilyName(click.types.StringParamType):
         """Complete the families that are installed."""
         from phireg import registry
 
-        names = [self.besides, *registry.index()]
+        names = [*self.besides, *registry.index()]
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
@@ -150,7 +150,7 @@ model_dir_option = click.option(
 )
 family_option = click.option(
     "--family",
-    type=FamilyName(),
+    type=FamilyName("auto"),
     default="auto",
     show_default=True,
     help="Family, or DISTRIBUTION:FAMILY; auto decides by config.json.",

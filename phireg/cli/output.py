@@ -232,34 +232,20 @@ class ProgressBars:
 
     def count(self, doing: str, noun: str) -> Callable[[int, int], None]:
         """Return a reporter of (things done since the last report, all things)."""
-
-        def columns() -> tuple[ProgressColumn, ...]:
-            from rich.progress import MofNCompleteColumn, TextColumn
-
-            return MofNCompleteColumn(), TextColumn(noun)
-
-        return self._advance(doing, doing, columns)
+        return self._reporter(doing, doing, noun)
 
     def bytes(self, doing: str, then: str) -> Callable[[int, int], None]:
         """Return a reporter of (bytes done since the last report, all bytes).
 
         The bar says ``then`` instead of ``doing`` once all bytes are done.
         """
+        return self._reporter(doing, then, None)
 
-        def columns() -> tuple[ProgressColumn, ...]:
-            from rich.progress import DownloadColumn, TransferSpeedColumn
-
-            return DownloadColumn(), TransferSpeedColumn()
-
-        return self._advance(doing, then, columns)
-
-    def _advance(
-        self, doing: str, then: str, columns: Callable[[], tuple[ProgressColumn, ...]]
-    ) -> Callable[[int, int], None]:
+    def _reporter(self, doing: str, then: str, noun: str | None) -> Callable[[int, int], None]:
         def advance(more: int, total: int) -> None:
             with self._lock:
                 if doing != self._stage:
-                    self._start(doing, total, columns())
+                    self._start(doing, total, noun)
                 assert self._bar is not None
                 task = self._bar.tasks[0]
                 self._bar.advance(task.id, more)
@@ -268,16 +254,21 @@ class ProgressBars:
 
         return advance if self._shown else lambda _more, _total: None
 
-    def _start(self, doing: str, total: int, columns: tuple[ProgressColumn, ...]) -> None:
+    def _start(self, doing: str, total: int, noun: str | None) -> None:
+        from rich import progress
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+        counters: tuple[ProgressColumn, ...] = (
+            (progress.MofNCompleteColumn(), progress.TextColumn(noun))
+            if noun
+            else (progress.DownloadColumn(), progress.TransferSpeedColumn())
+        )
         self._open.close()
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            *columns,
-            TimeRemainingColumn(),
+        bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=None),
+            *counters,
+            progress.TimeRemainingColumn(),
             console=Console(stderr=True),
             refresh_per_second=5,
             transient=True,

@@ -69,5 +69,4 @@ if __name__ == "__main__":
         main()
     finally:
         if number == 0:
-            names = list(moments)
-            (base / "moments").write_text("\n".join(names))
+            (base / "moments").write_text("\n".join(moments))

@@ -40,15 +40,8 @@ def convert(model, base, *more):
 def run_victim(accident, number, base, *arguments, **options):
     base.mkdir(exist_ok=True)
     command = [sys.executable, VICTIM, accident, number, base, *arguments]
-    return subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        **options,
-    )
+    options |= {"timeout": 60, "cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
 
 
 def listing(base):
@@ -130,13 +123,12 @@ def test_signals_leave_nothing(name, code, at, model, uninterrupted, tmp_path):
 
 def test_a_signal_after_the_end_does_not_deny_the_output(model, uninterrupted, tmp_path, run):
     moments, expected = uninterrupted
-    stopped = run_victim(
-        "SIGINT", len(moments), tmp_path / "base", *convert(model, tmp_path / "base")
-    )
+    base = tmp_path / "base"
+    stopped = run_victim("SIGINT", len(moments), base, *convert(model, base))
     assert stopped.returncode == 130
     assert "already complete" in stopped.stderr
-    assert contents(tmp_path / "base" / "out") == expected
-    assert run("inspect", tmp_path / "base" / "out", "--check").exit_code == 0
+    assert contents(base / "out") == expected
+    assert run("inspect", base / "out", "--check").exit_code == 0
 
 
 def test_a_background_job_goes_on_ignoring_ctrl_c(model, uninterrupted, tmp_path):

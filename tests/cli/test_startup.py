@@ -156,6 +156,7 @@ def test_progress_on_a_terminal_only(tiny, tmp_path, spawn):
     assert (piped.returncode, piped.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_verify_and_run_show_progress_of_what_takes_long(tiny, tmp_path, run, spawn):
     ids, out = tmp_path / "ids.jsonl", tmp_path / "out"
     ids.write_text(json.dumps({"input_ids": [1, 2, 3]}))

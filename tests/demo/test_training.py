@@ -21,7 +21,6 @@ FILES = {"config.json", "generation_config.json", "model.safetensors", "heldback
     [
         ("The cat sat.", "the cat sat", 1.0, 1.0),
         ("a b c d", "d c b a", 1.0, 0.25),
-        ("a a a b", "a b b", 2 * 2 / 7, 2 * 2 / 7),
         ("x b y d e", "b z d", 2 * 2 / 8, 2 * 2 / 8),
         ("340 crowns", "34 crowns", 0.5, 0.5),
         ("", "a", 0.0, 0.0),
@@ -84,18 +83,15 @@ def test_a_card_says_no_place(script, words, recorded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["phi2", "phi3-mini", "phi3-small"])  # medium is mini's class
+@pytest.mark.parametrize("family", ["phi2", "phi3-small"])
 def test_a_short_training(tmp_path, script, family):
     """A dozen steps: the loss falls, and the directory is a model that loads and computes."""
     arguments = ["--out", tmp_path, "--families", family, "--steps", 12, "--batch", 4]
     arguments += ["--articles", 20_000, "--heldback", 4, "--pack", tmp_path / "all.tar"]
-    output = subprocess.run(
-        [sys.executable, SCRIPTS / "train.py", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    command = [sys.executable, SCRIPTS / "train.py", *map(str, arguments)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    output = ran.stdout
     directory = tmp_path / family
     card = json.loads((directory / "card.json").read_text())
     assert card["steps"] == 12

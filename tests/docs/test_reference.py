@@ -24,9 +24,3 @@ def test_every_hook_and_word_has_a_section():
     hooks = [name for name in vars(Steps) if name.startswith("phireg_")]
     assert [name for name, _ in sections] == [*hooks, *api.__all__]
     assert "object at 0x" not in PAGE
-
-
-def test_arguments_are_shown_as_written():
-    assert "ungroup(axis: Axis, *, groups: int, unit: int, **heads: int) -> Axis" in PAGE
-    assert "    tell_apart: Callable[[HFConfig], str | None] | None = None," in PAGE
-    assert "exclude_modules: tuple[str, ...] = ('lm_head', '*vocab_embedding')" in PAGE

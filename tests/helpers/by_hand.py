@@ -42,14 +42,14 @@ FAMILY_OF = {key: MODELS[key][1]["model_type"] for key in KV_HEADS}
 def model(key, dtype=torch.float32, seed=0):
     """Random tensors of a model; columns and rows of very different size."""
     random = torch.Generator().manual_seed(seed)
-    made = {}
+    tensors = {}
     for name, shape in MODELS[key][2].items():
         tensor = torch.randn(*shape, generator=random)
         if len(shape) == 2:
             tensor *= 10 ** torch.empty(shape[0], 1).uniform_(-2, 0, generator=random)
             tensor *= 10 ** torch.empty(1, shape[1]).uniform_(-1, 1, generator=random)
-        made[name] = tensor.to(dtype)
-    return made
+        tensors[name] = tensor.to(dtype)
+    return tensors
 
 
 def write_model(directory, key, tensors):
@@ -145,22 +145,22 @@ def int8_sq(weight, amax, alpha):
 
 def whole(key, tensors, statistics, qformat, dtype, alpha=1.0):
     """Every quantized linear of the target, not cut: companion by companion."""
-    made = {}
+    linears = {}
     for i in range(LAYERS):
         for name, sources in SOURCES[FAMILY_OF[key]].items():
             modules = [f"model.layers.{i}.{source}" for source in sources]
             weight = torch.cat([tensors[f"{m}.weight"].to(DTYPES[dtype]) for m in modules])
             weight = weight[row_order(key, name, len(weight))]
             amax = torch.stack([torch.from_numpy(statistics.inputs[m]) for m in modules]).amax(0)
-            made[f"transformer.layers.{i}.{name}"] = (
+            linears[f"transformer.layers.{i}.{name}"] = (
                 fp8(weight, amax) if qformat == "fp8" else int8_sq(weight, amax, alpha)
             )
-    return made
+    return linears
 
 
 def rank(key, linears, tp, index):
     """What one rank holds of :func:`whole`."""
-    made = {}
+    tensors = {}
     for target, companions in linears.items():
         name = target.split(".", 3)[3]
         rows = rank_rows(key, name, len(companions["weight"]), tp, index)
@@ -172,12 +172,12 @@ def rank(key, linears, tp, index):
                 tensor = tensor[rows]
             elif companion == "prequant_scaling_factor":
                 tensor = tensor[columns]
-            made[f"{target}.{companion}"] = tensor
-    return made
+            tensors[f"{target}.{companion}"] = tensor
+    return tensors
 
 
-def same(found, expected):
+def same(tensor, expected):
     """Dtype, shape and bits."""
-    return (found.dtype, found.shape) == (expected.dtype, expected.shape) and (
-        found.contiguous().view(torch.uint8).equal(expected.contiguous().view(torch.uint8))
+    return (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape) and (
+        tensor.contiguous().view(torch.uint8).equal(expected.contiguous().view(torch.uint8))
     )

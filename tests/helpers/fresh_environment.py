@@ -19,11 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class FreshEnvironment:
-    """A virtual environment; commands in it find their programs there first.
-
-    Attributes:
-        variables: of the environment of every command.
-    """
+    """A virtual environment; commands in it find their programs there first."""
 
     def __init__(self, directory):
         self.directory = directory

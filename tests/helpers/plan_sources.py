@@ -68,33 +68,27 @@ def phi2_shapes():
     return with_bias(shapes)
 
 
-def phi3_shapes(kv_heads):
-    h = HIDDEN
-    shapes = {"model.embed_tokens.weight": (VOCAB, h), "lm_head.weight": (VOCAB, h)}
-    shapes["model.norm.weight"] = (h,)
+def gated_layers(kv_heads, qkv, dense, gate_up):
+    h, shapes = HIDDEN, {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
     for i in range(LAYERS):
         layer = f"model.layers.{i}"
         shapes[f"{layer}.input_layernorm.weight"] = (h,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (h,)
-        shapes[f"{layer}.self_attn.qkv_proj.weight"] = ((HEADS + 2 * kv_heads) * SIZE, h)
-        shapes[f"{layer}.self_attn.o_proj.weight"] = (h, h)
-        shapes[f"{layer}.mlp.gate_up_proj.weight"] = (2 * INNER, h)
+        shapes[f"{layer}.self_attn.{qkv}.weight"] = ((HEADS + 2 * kv_heads) * SIZE, h)
+        shapes[f"{layer}.self_attn.{dense}.weight"] = (h, h)
+        shapes[f"{layer}.mlp.{gate_up}.weight"] = (2 * INNER, h)
         shapes[f"{layer}.mlp.down_proj.weight"] = (h, INNER)
     return shapes
 
 
+def phi3_shapes(kv_heads):
+    layers = gated_layers(kv_heads, "qkv_proj", "o_proj", "gate_up_proj")
+    return layers | {"lm_head.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
+
+
 def small_shapes():
-    h = HIDDEN
-    shapes = {"model.embed_tokens.weight": (VOCAB, h), "model.final_layernorm.weight": (h,)}
-    for i in range(LAYERS):
-        layer = f"model.layers.{i}"
-        shapes[f"{layer}.input_layernorm.weight"] = (h,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (h,)
-        shapes[f"{layer}.self_attn.query_key_value.weight"] = ((HEADS + 4) * SIZE, h)
-        shapes[f"{layer}.self_attn.dense.weight"] = (h, h)
-        shapes[f"{layer}.mlp.up_proj.weight"] = (2 * INNER, h)
-        shapes[f"{layer}.mlp.down_proj.weight"] = (h, INNER)
-    return with_bias(shapes)
+    layers = gated_layers(2, "query_key_value", "dense", "up_proj")
+    return with_bias(layers | {"model.final_layernorm.weight": (HIDDEN,)})
 
 
 def tied(shapes):

@@ -17,30 +17,15 @@ INDEX = "model.safetensors.index.json"
 
 def tiny_config() -> dict[str, Any]:
     return {
-        "architectures": ["Phi3ForCausalLM"],
-        "model_type": "phi3",
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "intermediate_size": INTERMEDIATE,
-        "vocab_size": VOCAB,
-        "rms_norm_eps": 1e-05,
-        "hidden_act": "silu",
-        "max_position_embeddings": 64,
-        "original_max_position_embeddings": 64,
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "bos_token_id": 1,
-        "eos_token_id": 32,
-        "pad_token_id": 32,
-        "torch_dtype": "float16",
-        "transformers_version": "4.40.2",
-        "use_cache": True,
-    }
+        "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+        "intermediate_size": INTERMEDIATE, "vocab_size": VOCAB, "rms_norm_eps": 1e-05,
+        "hidden_act": "silu", "max_position_embeddings": 64, "original_max_position_embeddings": 64,
+        "rope_theta": 10000.0, "rope_scaling": None, "sliding_window": None,
+        "tie_word_embeddings": False, "attention_bias": False, "bos_token_id": 1,
+        "eos_token_id": 32, "pad_token_id": 32, "torch_dtype": "float16",
+        "transformers_version": "4.40.2", "use_cache": True,
+    }  # fmt: skip
 
 
 def tiny_tensors() -> dict[str, np.ndarray]:

@@ -4,18 +4,11 @@ import pytest
 from helpers.fresh_environment import build_wheel, copy_of_the_checkout
 
 TINY = {
-    "architectures": ["Phi3ForCausalLM"],
-    "model_type": "phi3",
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "intermediate_size": 40,
-    "vocab_size": 97,
-    "max_position_embeddings": 64,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
+    "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "hidden_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8,
+    "intermediate_size": 40, "vocab_size": 97, "max_position_embeddings": 64,
+    "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

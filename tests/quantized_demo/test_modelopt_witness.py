@@ -58,11 +58,13 @@ def test_every_linear_is_the_same_arithmetic(measured, family, qformat, tmp_path
     scale. A bfloat16 weight has so few bits that it often lies half way between two e4m3 values,
     and float32's rounding of the quotient decides.
     """
-    made = measured(family, FEW)
-    model = script.modelopt_model(made.model.directory, made.calibration, qformat, None)
+    baseline = measured(family, FEW)
+    model = script.modelopt_model(baseline.model.directory, baseline.calibration, qformat, None)
     script.use_exported_maxima(model, qformat, None)
-    plan = script.phireg.plan(made.model.directory, family=family, dtype="float32", qformat=qformat)
-    script.phireg.quantize(plan, tmp_path / "c", made.statistics)
+    plan = script.phireg.plan(
+        baseline.model.directory, family=family, dtype="float32", qformat=qformat
+    )
+    script.phireg.quantize(plan, tmp_path / "c", baseline.statistics)
     tensors = load_file(tmp_path / "c" / "rank0.safetensors")
     given = {}
     for number, name, modules in linears(model):
@@ -70,7 +72,7 @@ def test_every_linear_is_the_same_arithmetic(measured, family, qformat, tmp_path
             lambda _, inputs, __, key=(number, name): given.update({key: inputs[0]})
         )
     with torch.no_grad():
-        model(torch.tensor([made.rows[0]]), use_cache=False)
+        model(torch.tensor([baseline.rows[0]]), use_cache=False)
     grid = "fp8" if qformat == "fp8" else "int8"
     for number, name, modules in linears(model):
         prefix = f"transformer.layers.{number}.{name}."
@@ -98,9 +100,9 @@ def test_every_linear_is_the_same_arithmetic(measured, family, qformat, tmp_path
 
 
 def check(measured, family, qformat, cache, rows, perplexity, top1):
-    made = measured(family, rows)
-    ours = made.quantized(qformat, cache, dtype="float32")
-    own, theirs = made.modelopt(qformat, cache)
+    baseline = measured(family, rows)
+    ours = baseline.quantized(qformat, cache, dtype="float32")
+    own, theirs = baseline.modelopt(qformat, cache)
     assert ours.perplexity == pytest.approx(theirs.perplexity, rel=perplexity)
     assert ours.agreement(theirs) > top1
     assert ours.perplexity == pytest.approx(own.perplexity, rel=2 * perplexity)

@@ -55,7 +55,7 @@ def test_every_line_does_what_the_guide_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     Path("phi3-model").symlink_to(demo.find("phi3-small").directory)
-    said = {}
+    outputs = {}
     for line in COMMANDS:
         name, *arguments = shlex.split(line)[1:]
         if name == "build":
@@ -64,7 +64,7 @@ def test_every_line_does_what_the_guide_says(tmp_path, monkeypatch):
             as_an_old_exporter_left_it(Path("phi3-checkpoint"))
         ran = CliRunner().invoke(app, [name, *arguments])
         assert ran.exit_code == 0, f"{line}\n{ran.output}"
-        said[line] = ran.output
+        outputs[line] = ran.output
     for directory, algorithm, cache in (
         ("phi3-checkpoint", "FP8", "FP8"),
         ("phi3-checkpoint-int8", "W8A8_SQ_PER_CHANNEL", "INT8"),
@@ -73,7 +73,7 @@ def test_every_line_does_what_the_guide_says(tmp_path, monkeypatch):
         assert config["dtype"] == "bfloat16"
         assert config["quantization"]["quant_algo"] == algorithm
         assert config["quantization"]["kv_cache_quant_algo"] == cache
-        (verified,) = [said[line] for line in said if f"verify ./{directory} " in line]
+        (verified,) = [outputs[line] for line in outputs if f"verify ./{directory} " in line]
         assert f"quantized ({algorithm}, {cache} KV cache)" in " ".join(verified.split())
         assert f"{directory}: verified" in verified
-    assert "needs no post-processing" in said["phireg postprocess ./phi3-checkpoint --check"]
+    assert "needs no post-processing" in outputs["phireg postprocess ./phi3-checkpoint --check"]

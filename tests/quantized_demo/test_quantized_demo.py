@@ -12,6 +12,7 @@ FORMATS = script.FORMATS
 ALLOWED = {"fp8": 0.02, "int8_sq": 0.05}
 FEW = 4
 CASES = [(family, *formats) for family in script.FAMILIES for formats in FORMATS]
+SOME_CASES = [(family, *formats) for family, formats in zip(script.FAMILIES, FORMATS, strict=True)]
 
 
 def test_calibration_and_evaluation_share_no_text():
@@ -39,7 +40,7 @@ def check(measured, plain, family, qformat, cache, rows, top1):
     return quantized
 
 
-@pytest.mark.parametrize(("family", "qformat", "cache"), CASES)
+@pytest.mark.parametrize(("family", "qformat", "cache"), SOME_CASES)
 def test_perplexity_on_some_texts(measured, plain, family, qformat, cache):
     check(measured, plain, family, qformat, cache, FEW, 0.95)
 
@@ -53,7 +54,7 @@ def test_perplexity_on_the_held_back_split(measured, plain, family, qformat, cac
     assert two.agreement(one) > 0.98
 
 
-@pytest.mark.parametrize(("family", "qformat", "cache"), CASES)
+@pytest.mark.parametrize(("family", "qformat", "cache"), SOME_CASES)
 def test_two_ranks_compute_what_one_computes(measured, family, qformat, cache, tmp_path):
     """In float64: in float32 a sum in another order turns a rounding to the grid now and then."""
     model = measured(family, FEW)
