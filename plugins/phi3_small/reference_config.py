@@ -44,14 +44,9 @@ class Phi3SmallConfig(PretrainedConfig):  # type: ignore[misc]
     """config.json of Phi-3-small, as published and as transformers 4 or 5 saves it.
 
     ``dummy_token_indices`` are ids whose logits are suppressed. None, the default, means the
-    published list for a model of the published vocabulary and no ids for any other.
-
-    Args:
-        kwargs: the keys of config.json. transformers 5's ``rope_parameters`` is taken for
-            ``rope_embedding_base`` and ``rope_scaling``, and saved under those names again.
-
-    Raises:
-        ValueError: a value this architecture has no meaning for.
+    published list for a model of the published vocabulary and no ids for any other. transformers
+    5's ``rope_parameters`` is taken for ``rope_embedding_base`` and ``rope_scaling``, and saved
+    under those names again.
     """
 
     model_type = "phi3small"
@@ -100,9 +95,6 @@ class Phi3SmallConfig(PretrainedConfig):  # type: ignore[misc]
 
         A ``short_mscale`` that is absent or not positive is 1; such a ``long_mscale`` is
         sqrt(1 + ln(max / original) / ln(original)).
-
-        Raises:
-            ValueError: an unknown type or key, a missing key, or factors that are not D/2 long.
         """
         if self.rope_scaling is None:
             return None

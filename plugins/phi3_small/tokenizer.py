@@ -65,12 +65,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     It pads on the left, adds no tokens to a text, and encodes special tokens that are spelled out
     in it; bos, eos and padding are all ``<|endoftext|>``.
 
-    Args:
-        directory: holds ``cl100k_base.tiktoken``. If it also holds the model's config.json, the
-            tokenizer must have exactly the model's vocab_size.
-
-    Raises:
-        SourceError: the file is missing, malformed, or not this model's.
+    If the directory also holds the model's config.json, the tokenizer must have exactly the
+    model's vocab_size.
     """
     path = Path(directory) / RANKS_FILE
     ranks = _read_ranks(path)

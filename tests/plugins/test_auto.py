@@ -75,12 +75,3 @@ def test_a_wrong_explicit_family_is_refused_with_the_reason(tmp_path, family):
         phireg.plan(source, family=family)
     assert "Phi3ForCausalLM" in caught.value.message and family in caught.value.message
     assert caught.value.hint
-
-
-def test_auto_and_either_explicit_name_plan_alike(tmp_path):
-    source = write_sparse(tmp_path / "hf", PUBLISHED, source_shapes(PUBLISHED))
-    plans = [phireg.plan(source, family=name) for name in ("auto", "phi3-mini", "phi3-medium")]
-    assert [p.family for p in plans] == ["phi3-medium", "phi3-mini", "phi3-medium"]
-    assert len({p.headers for p in plans}) == 1
-    assert all(p.outputs == plans[0].outputs for p in plans)
-    assert not any(p.errors for p in plans)

@@ -102,14 +102,12 @@ def test_published_medium():
     assert translation.fields == translated_fields("phi-3-medium-128k")
 
 
-def test_a_shorter_limit_stays_long_rope():
-    fields = translate(FAMILY, {**MINI_128K, "max_position_embeddings": 8192}).fields
-    assert fields == {**FIELDS_128K, "max_position_embeddings": 8192}
-
-
-def test_a_longer_limit_alone_is_not_long_rope():
-    fields = translate(FAMILY, {**MINI_4K, "max_position_embeddings": 131072}).fields
-    assert fields == {**FIELDS_4K, "max_position_embeddings": 131072}
+@pytest.mark.parametrize(
+    "config, fields, limit", [(MINI_128K, FIELDS_128K, 8192), (MINI_4K, FIELDS_4K, 131072)]
+)
+def test_the_limit_alone_does_not_choose_long_rope(config, fields, limit):
+    changed = {"max_position_embeddings": limit}
+    assert translate(FAMILY, {**config, **changed}).fields == {**fields, **changed}
 
 
 def test_absent_keys_are_the_class_defaults():

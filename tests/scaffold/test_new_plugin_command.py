@@ -34,9 +34,9 @@ def files(directory):
 
 
 def test_what_is_written(run, tmp_path):
-    done = run("acme-phi-v2", "--from", "phi3-small", "--json")
-    assert done.exit_code == 0, done.output
-    document = json.loads(done.stdout)
+    result = run("acme-phi-v2", "--from", "phi3-small", "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
     root = tmp_path / "acme-phi-v2"
     assert document["module"] == "acme_phi_v2"
     assert (document["base"], document["provided_by"]["distribution"]) == ("phi3-small", "phireg")
@@ -58,10 +58,10 @@ def test_what_is_written(run, tmp_path):
 
 
 def test_the_text_names_the_next_commands(run):
-    done = run("acme-phi", "--from", "phi3-mini", "--directory", "my plugins/one")
-    assert done.exit_code == 0
-    assert "pip install -e 'my plugins/one[testing]'" in done.output
-    assert "pytest 'my plugins/one'" in done.output
+    result = run("acme-phi", "--from", "phi3-mini", "--directory", "my plugins/one")
+    assert result.exit_code == 0
+    assert "pip install -e 'my plugins/one[testing]'" in result.output
+    assert "pytest 'my plugins/one'" in result.output
 
 
 @pytest.mark.parametrize(
@@ -84,10 +84,10 @@ def test_the_text_names_the_next_commands(run):
     ],
 )
 def test_names_that_are_refused(run, tmp_path, name, named):
-    done = run(name, "--from", "phi3-mini")
-    assert done.exit_code == 2
-    assert named in done.output
-    assert "uninstall" not in done.output
+    result = run(name, "--from", "phi3-mini")
+    assert result.exit_code == 2
+    assert named in result.output
+    assert "uninstall" not in result.output
     assert list(tmp_path.iterdir()) == []
 
 
@@ -98,9 +98,9 @@ def test_a_folder_of_that_name_is_no_module(run, tmp_path, monkeypatch):
 
 
 def test_an_unknown_base_is_answered_with_the_nearest(run, tmp_path):
-    done = run("acme-phi", "--from", "phi3-mimi")
-    assert done.exit_code == 5
-    assert "'phi3-mini'" in done.output
+    result = run("acme-phi", "--from", "phi3-mimi")
+    assert result.exit_code == 5
+    assert "'phi3-mini'" in result.output
     assert list(tmp_path.iterdir()) == []
 
 
@@ -108,9 +108,9 @@ def test_an_unknown_base_is_answered_with_the_nearest(run, tmp_path):
 def test_what_exists_is_left_alone(run, tmp_path, make):
     make(tmp_path / "acme-phi")
     before = sorted(tmp_path.rglob("*"))
-    done = run("acme-phi", "--from", "phi3-mini")
-    assert done.exit_code == 6
-    assert "acme-phi exists" in done.output and "--directory" in done.output
+    result = run("acme-phi", "--from", "phi3-mini")
+    assert result.exit_code == 6
+    assert "acme-phi exists" in result.output and "--directory" in result.output
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -128,8 +128,8 @@ def test_all_files_or_none(run, tmp_path, monkeypatch, number):
         return real(path, *args, **options)
 
     monkeypatch.setattr(Path, "write_text", full)
-    done = run("acme-phi", "--from", "phi3-mini")
-    assert done.exit_code == 6
+    result = run("acme-phi", "--from", "phi3-mini")
+    assert result.exit_code == 6
     assert list(tmp_path.iterdir()) == []
 
 
@@ -137,9 +137,9 @@ def test_a_base_that_no_import_names(run, tmp_path, monkeypatch):
     chosen = registry.load("phi3-mini")
     odd = replace(chosen, candidate=replace(chosen.candidate, value="phireg_plugins:x.FAMILY"))
     monkeypatch.setattr(registry, "load", lambda name, known: odd)
-    done = run("acme-phi", "--from", "phi3-mini")
-    assert done.exit_code == 2
-    assert "phireg_plugins:x.FAMILY" in done.output
+    result = run("acme-phi", "--from", "phi3-mini")
+    assert result.exit_code == 2
+    assert "phireg_plugins:x.FAMILY" in result.output
     assert list(tmp_path.iterdir()) == []
 
 
