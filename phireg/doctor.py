@@ -184,7 +184,7 @@ def _mpi() -> Iterator[Part]:
 
 
 def _package(name: str, *distributions: str) -> Iterator[Part]:
-    """A package whose metadata suffices; it has one of several names."""
+    """Check a package whose metadata suffices; it has one of several names."""
     versions = [version for version in map(installed_version, distributions) if version]
     yield _part(name, OK, versions[0]) if versions else _part(name, MISSING)
 
@@ -260,7 +260,7 @@ def _last_line(code: int, output: str) -> str:
 
 
 def _ask(script: str) -> tuple[dict[str, Any] | None, str]:
-    """The JSON object that a script prints last in a fresh interpreter; or None and a problem."""
+    """Return the JSON object that a script prints last in a new process; or None and a problem."""
     code, output = query([sys.executable, "-c", script], _IMPORT_S)
     objects = re.findall(r"^\{.*\}$", output, re.MULTILINE)
     if code != 0 or not objects:

@@ -148,7 +148,7 @@ def check_source(config: Mapping[str, Any], plan: Plan) -> None:
 def _from_manifest(
     directory: Path, files: RankFiles, linears: Iterable[LinearOrders]
 ) -> Evidence | None:
-    """The statement of phireg.json: phireg itself never leaves the source's order.
+    """Read the statement of phireg.json: phireg itself never leaves the source's order.
 
     It counts only for the files that it has digests of.
     """
@@ -177,7 +177,7 @@ def _from_manifest(
 
 
 def _from_producer(config: Mapping[str, Any]) -> Evidence | None:
-    """The evidence of modelopt's version and decoder type; of Phi-3-small only, as is known."""
+    """Judge modelopt's version and decoder type; known for Phi-3-small only."""
     producer = config.get("producer")
     row = ARCHITECTURES.get(str(config.get("architecture")))
     if row is None or not row.block_sparse or not isinstance(producer, Mapping):
@@ -267,7 +267,7 @@ def _votes(
 def _origins(
     plan: Plan, orders: LinearOrders, companion: str
 ) -> dict[int, tuple[SourceTensor, int]]:
-    """The source row of each row number; empty if the source does not have this tensor."""
+    """Map each row number to its source row; empty if the source does not have this tensor."""
     name = f"{orders.linear}.{companion}"
     origin = next((output.origin for output in plan.outputs if output.name == name), None)
     rows = [
@@ -301,7 +301,7 @@ class _StoredRows:
         return None if entry is None else float32_values(self.file.read(name), entry.dtype)
 
     def values(self, row: int) -> Floats | None:
-        """A stored row; None if it holds too little to be compared."""
+        """Return a stored row; None if it holds too little to be compared."""
         bits = self.file.read(self.name, row * self.columns, self.columns)
         values = float32_values(bits, self.dtype)
         largest = float(np.abs(values).max(initial=0))
@@ -312,7 +312,7 @@ class _StoredRows:
         return values
 
     def fits(self, values: Floats, source: Floats) -> bool:
-        """Whether stored values are a source row, but for rounding."""
+        """Return whether stored values are a source row, but for rounding."""
         if self.smoothing is not None:
             with np.errstate(divide="ignore", invalid="ignore"):
                 source = source / self.smoothing

@@ -92,7 +92,7 @@ def orders_of(rule: Rule, ranks: int) -> LinearOrders:
 
 
 def moves(held: Ranked, right: Ranked) -> list[tuple[Span, ...]]:
-    """For each rank, the rows it is to hold, as spans of ``rank{r}``: its own where possible."""
+    """Return the rows each rank is to hold as spans of ``rank{r}``, its own where possible."""
     by_rank = []
     for rank, numbers in enumerate(right):
         places: dict[int, Span] = {}
@@ -122,7 +122,7 @@ def _numbers(spans: Iterable[Span]) -> Numbers:
 
 
 def quantization_of(config: Mapping[str, Any]) -> str | None:
-    """The quantization algorithm; one whose tensors have other axes (AWQ) is refused."""
+    """Return the quantization algorithm; refuse one whose tensors have other axes (AWQ)."""
     block = config.get("quantization")
     algorithm = block.get("quant_algo") if isinstance(block, Mapping) else None
     if algorithm not in KNOWN:
@@ -155,7 +155,7 @@ def linears_of(
 
 
 def _sizes(config: Mapping[str, Any], file: RankFile) -> dict[str, int]:
-    """The sizes in config.json; early exporters write ``num_kv_heads`` and no ``head_size``."""
+    """Read config.json's sizes; early exporters write ``num_kv_heads`` and no ``head_size``."""
     path = file.path.with_name("config.json")
     keys = Config(config, str(path))
     sizes = {key: keys.integer(key) for key in SIZES[:3]}

@@ -244,7 +244,7 @@ def _check_files(config: Mapping[str, Any], files: RankFiles) -> None:
 
 
 def _family(config: Mapping[str, Any], family: str) -> FamilyChoice:
-    """The family of a checkpoint, whose architecture has the name of the source's model class."""
+    """Choose the family; a checkpoint's architecture is the name of the source's model class."""
     values = {key: value for key, value in config.items() if key != "model_type"}
     hf = HFConfig({**values, "architectures": [config["architecture"]]})
     try:
@@ -257,7 +257,7 @@ def _family(config: Mapping[str, Any], family: str) -> FamilyChoice:
 
 
 def _other_files(checkpoint: _Checkpoint, *, in_place: bool) -> list[Path]:
-    """Every other file, which is copied; in place, nothing may get lost."""
+    """List the files to copy; in place, refuse files that would get lost."""
     directory = checkpoint.directory
     own = {path.name for path in checkpoint.files.paths.values()} | {MANIFEST}
     others = []
@@ -286,7 +286,7 @@ def _moves(checkpoint: _Checkpoint) -> Moves:
 
 
 def _plan(checkpoint: _Checkpoint, moved: Moves) -> Plan:
-    """A plan that writes the rank files anew: every byte in its place, but rows in another order.
+    """Plan the rank files anew: every byte in its place, but rows in another order.
 
     Tensors whose rows do not move are sequences of elements. The ranks have tensors of the same
     names, so a source tensor is ``rank{r}:NAME``.

@@ -43,19 +43,19 @@ class BuildPlan:
 
     @property
     def weights(self) -> bool:
-        """Whether the engine gets weights."""
+        """Return whether the engine gets weights."""
         return self.weight_bytes is not None
 
     @property
     def line(self) -> tuple[str, ...]:
-        """The command to show; ``config.json`` stands for the config of an empty engine."""
+        """Return the command to show; ``config.json`` stands for the config of an empty engine."""
         program = self.builder.program if self.builder else PROGRAM
         source = self.source if self.weights else Path("config.json")
         return self.command.line(program, source, self.output_dir)
 
     @property
     def log(self) -> Path:
-        """Where the builder's output goes, beside the engine."""
+        """Return the file of the builder's output, beside the engine."""
         return self.output_dir.with_name(f"{self.output_dir.name}.build.log")
 
 
@@ -114,7 +114,7 @@ def plan_build(
 
 
 def _checkpoint(directory: Path) -> tuple[Mapping[str, Any], int]:
-    """A checkpoint's config and the bytes of its rank files, if the reader takes it."""
+    """Check a checkpoint; return its config and the bytes of its rank files."""
     inspection = inspect(directory)
     if inspection.problems:
         shown = "\n".join(f"  {problem}" for problem in inspection.problems[:_SHOWN_PROBLEMS])

@@ -72,7 +72,7 @@ def find_builder() -> Builder:
 
 
 def installed_version(distribution: str) -> str | None:
-    """The version of a distribution in our own environment, from its metadata."""
+    """Return the version of a distribution in our own environment, from its metadata."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -80,7 +80,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def builder_version(program: Path) -> str | None:
-    """The release a builder belongs to, or None if it cannot be found out."""
+    """Return the release that a builder belongs to; None if it is unknown."""
     first_line = b""
     with suppress(OSError), program.open("rb") as file:
         first_line = file.readline(4096)

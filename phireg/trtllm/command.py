@@ -62,7 +62,7 @@ class Command:
     tp_size: int
 
     def line(self, program: str | Path, source: Path, output_dir: Path) -> tuple[str, ...]:
-        """The whole command; ``source`` is a checkpoint, or a config.json for no weights."""
+        """Return the whole command; ``source`` is a checkpoint, or a config.json for no weights."""
         if source.suffix == ".json" and not source.is_dir():
             reads = ("--model_config", str(source))
         else:
@@ -138,7 +138,7 @@ class _Translation:
             self.add("max_output_len", total - prompt)
 
     def total(self) -> int | None:
-        """Tokens of prompt and continuation together, if the user limits them."""
+        """Return the limit of prompt and continuation together, in tokens, if there is one."""
         options = self.options
         if options.max_output_len:
             return (options.max_input_len or _MAX_INPUT_LEN) + options.max_output_len
@@ -237,7 +237,7 @@ class _Translation:
         self.add("use_fp8_context_fmha", fp8)
 
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt that the engine takes.
+        """Return the tokens of the longest prompt that the engine takes.
 
         Since 0.11, ``max_input_len`` does not limit packed prompts with fused attention.
         """
@@ -246,7 +246,7 @@ class _Translation:
         return (self.total() or int(self.config["max_position_embeddings"])) - 1
 
     def dense_tokens(self) -> int | None:
-        """The number of tokens up to which block-sparse attention equals dense, if it is sparse.
+        """Return the number of tokens up to which block-sparse attention equals dense.
 
         Phi-3-small attends to the blocks nearby and to some of the others; layer i is dense if
         i + 1 is a multiple of ``dense_attention_every_n_layers``.

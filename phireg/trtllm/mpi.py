@@ -20,7 +20,7 @@ Communicator = Any
 
 
 def process_rank() -> tuple[int, int]:
-    """The rank of this process and the number of processes; (0, 1) without mpirun."""
+    """Return the rank of this process and the number of processes; (0, 1) without mpirun."""
     for name, count in _VARIABLES:
         if name in os.environ and count in os.environ:
             try:

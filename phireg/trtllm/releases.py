@@ -46,7 +46,7 @@ RELEASES = (
 
 
 def public_version(version: str) -> Version:
-    """A version without its local part, e.g. 1.2.1 of ``1.2.1+cu13``."""
+    """Parse a version without its local part, e.g. 1.2.1 of ``1.2.1+cu13``."""
     try:
         return Version(Version(version).public)
     except InvalidVersion:

@@ -87,7 +87,7 @@ def run_worker(directory: Path, options: Options) -> None:
 
 
 def _check(directory: Path, options: Options) -> Engine:
-    """The engine, after the checks that end alike on every rank."""
+    """Read the engine, with the checks that end alike on every rank."""
     engine, (_, size) = _read(directory, options), process_rank()
     if size != engine.world_size:
         raise UsageError(
@@ -167,7 +167,7 @@ class TrtllmBackend:
     def mean_nll(
         self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
     ) -> list[float] | None:
-        """The mean of -ln p over each continuation's tokens.
+        """Return the mean of -ln p over each continuation's tokens.
 
         None unless the engine was built with ``--gather_context_logits`` (or
         ``--gather_all_token_logits``).
@@ -186,7 +186,7 @@ class TrtllmBackend:
         return means
 
     def peak_memory(self) -> int | None:
-        """Bytes in use on the GPU at most after a batch, of all programs that use it.
+        """Return the most bytes in use on the GPU after a batch, of all programs.
 
         The runtime keeps a KV cache, which by default takes most of what was free.
         """
@@ -251,7 +251,7 @@ class TrtllmBackend:
                 raise PhiregError(f"TensorRT-LLM {self._release}: {error}") from None
 
     def _arguments(self, request: Request) -> dict[str, Any]:
-        """The arguments of ``generate``, in plain values that can be sent to other ranks."""
+        """Return the arguments of ``generate``, in plain values that can be sent to other ranks."""
         stops = sorted(request.stop_ids)
         settings = asdict(request.sampling)
         seed = settings.pop("seed")
@@ -278,7 +278,7 @@ class TrtllmBackend:
 
 
 def _new_tokens(output: Output, request: Request) -> list[list[int]]:
-    """The first beam's new tokens of every row."""
+    """Return the first beam's new tokens of every row."""
     ids, lengths = output["output_ids"][:, 0].tolist(), output["sequence_lengths"].tolist()
     return [
         row[len(prompt) : min(ends[0], len(prompt) + request.max_new_tokens)]
@@ -287,7 +287,7 @@ def _new_tokens(output: Output, request: Request) -> list[list[int]]:
 
 
 def _end(row: Sequence[int], stops: Collection[int]) -> int:
-    """The place of the first stop id, or behind the row."""
+    """Return the index of the first stop id, or the row's length."""
     return next((n for n, token in enumerate(row) if token in stops), len(row))
 
 
@@ -345,7 +345,7 @@ def _runner_class(release: str, in_flight: bool) -> Any:
 
 
 def _in_flight_batching(engine: Engine) -> bool:
-    """Whether ModelRunnerCpp takes the engine.
+    """Return whether ModelRunnerCpp takes the engine.
 
     It needs the attention plugin, packed input and a paged KV cache; the last is an option of the
     plugins up to 0.13 and ``kv_cache_type`` of the build since.
