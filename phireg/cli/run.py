@@ -227,11 +227,15 @@ class _Inputs:
     as_json: bool
 
 
-def _check_options(given: _Inputs, num_beams: int) -> None:
-    inputs = {"--prompt": given.texts, "--input-file": given.input_file, "--chat": given.chat}
+def _check_options(arguments: _Inputs, num_beams: int) -> None:
+    inputs = {
+        "--prompt": arguments.texts,
+        "--input-file": arguments.input_file,
+        "--chat": arguments.chat,
+    }
     options = inputs | {
-        "--json": given.as_json,
-        "--streaming": given.streaming,
+        "--json": arguments.as_json,
+        "--streaming": arguments.streaming,
         "--num-beams": num_beams > 1,  # the best beam is known at the end only
     }
     for pair in _EXCLUSIVE:
@@ -239,9 +243,9 @@ def _check_options(given: _Inputs, num_beams: int) -> None:
             raise UsageError(
                 f"{' and '.join(pair)} exclude each other", hint="leave one of them out."
             )
-    if given.system is not None and not given.chat:
+    if arguments.system is not None and not arguments.chat:
         raise UsageError("--system has no effect without --chat", hint="add --chat.")
-    reads_stdin = given.chat or given.input_file == "-" or not any(inputs.values())
+    reads_stdin = arguments.chat or arguments.input_file == "-" or not any(inputs.values())
     if sys.stdin is None and reads_stdin:
         raise UsageError("standard input is closed", hint="give --prompt or --input-file FILE.")
     if not any(inputs.values()) and sys.stdin.isatty():

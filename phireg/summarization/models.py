@@ -131,5 +131,5 @@ def serve_as_worker(models: Sequence[ModelRun]) -> None:
 
 
 def is_worker(model: ModelRun) -> bool:
-    """Whether this process is another rank of a model than 0."""
+    """Tell if this process is another rank of a model than 0."""
     return model.backend != HF and opener(model.backend).process_rank()[0] > 0

@@ -88,7 +88,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the score is good enough; NaN is not."""
+        """Compare the score with the threshold; NaN fails."""
         if self.value is None:
             return False
         if self.metric == "perplexity":
@@ -117,11 +117,11 @@ class Summarization:
 
     @property
     def passed(self) -> bool:
-        """Whether no check failed."""
+        """Tell if no check failed."""
         return all(check.passed for check in self.checks)
 
     def agreement(self) -> Mapping[tuple[str, str], int]:
-        """For each two backends, return how many summaries are the same."""
+        """Count the equal summaries of each two backends."""
         return {
             (first.name, second.name): sum(
                 a.text == b.text for a, b in zip(first.summaries, second.summaries, strict=True)
@@ -173,7 +173,7 @@ def rouge(summaries: Sequence[str], references: Sequence[str]) -> Rouge:
 
 
 def perplexity(mean_nll: float) -> float:
-    """The exponential of a mean negative log likelihood in nats; may be infinite."""
+    """Return the exponential of a mean of -ln p in nats; may be infinite."""
     try:
         return math.exp(mean_nll)
     except OverflowError:

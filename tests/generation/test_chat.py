@@ -21,10 +21,10 @@ def answer(it, text, count=8, eos=(END, 310, 311)):
 
 def test_every_turn_is_the_templates_string(models, run):
     it = models("phi3")
-    said = "<|system|>\nBe brief.<|end|>\n<|user|>\nWer liest?<|end|>\n<|assistant|>\n"
-    _, first = answer(it, said)
-    said += f"{first}<|end|>\n<|user|>\n  and why<|end|>\n<|assistant|>\n"
-    _, second = answer(it, said)
+    context = "<|system|>\nBe brief.<|end|>\n<|user|>\nWer liest?<|end|>\n<|assistant|>\n"
+    _, first = answer(it, context)
+    context += f"{first}<|end|>\n<|user|>\n  and why<|end|>\n<|assistant|>\n"
+    _, second = answer(it, context)
     lines = b"Wer liest?\n\n  and why\n/exit\nnever read\n"
     result = run(
         it.checkpoint, "--chat", "--system", "Be brief.", "--max-new-tokens", 8, stdin=lines
@@ -36,8 +36,8 @@ def test_every_turn_is_the_templates_string(models, run):
 
 def test_small_begins_with_its_first_token(models, run):
     it = models("phi3-small")
-    said = "<|endoftext|><|user|>\nhi<|end|>\n<|assistant|>\n"
-    _, expected = answer(it, said, eos=(it.tokenizer.convert_tokens_to_ids("<|end|>"),))
+    context = "<|endoftext|><|user|>\nhi<|end|>\n<|assistant|>\n"
+    _, expected = answer(it, context, eos=(it.tokenizer.convert_tokens_to_ids("<|end|>"),))
     # The line ends without a newline.
     result = run(it.checkpoint, "--chat", "--max-new-tokens", 8, stdin=b"hi")
     assert (result.exit_code, result.stdout) == (0, expected + "\n")
@@ -71,8 +71,8 @@ def test_the_end_of_the_turn_stops_whatever_generation_config_says(generator):
     text = tokenizer.decode([71, 72])
     roles = [(message["role"], message["content"]) for message in chat.messages]
     assert roles == [("user", "one"), ("assistant", text), ("user", "two"), ("assistant", text)]
-    said = f"<|user|>\none<|end|>\n<|assistant|>\n{text}<|end|>\n<|user|>\ntwo<|end|>\n"
-    ids = tokenizer.encode(said + "<|assistant|>\n")
+    context = f"<|user|>\none<|end|>\n<|assistant|>\n{text}<|end|>\n<|user|>\ntwo<|end|>\n"
+    ids = tokenizer.encode(context + "<|assistant|>\n")
     # room for all positions left, and a seed for each answer
     assert backend.request == Request([ids], 256 - len(ids), {EOS, END}, Sampling(seed=6))
 
@@ -117,8 +117,8 @@ def test_lines_that_do_not_fit_or_are_no_text(models, run):
     assert result.exit_code == 0
     assert "256 positions" in result.stderr
     assert "not UTF-8" in result.stderr
-    said = "<|user|>\nshort<|end|>\n<|assistant|>\n"  # what did not fit was never said
-    assert result.stdout == answer(models("phi3"), said, 4)[1] + "\n"
+    context = "<|user|>\nshort<|end|>\n<|assistant|>\n"  # what did not fit is left out
+    assert result.stdout == answer(models("phi3"), context, 4)[1] + "\n"
 
 
 @pytest.mark.parametrize(
