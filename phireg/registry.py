@@ -1,6 +1,6 @@
 """Installed families: an index of entry points, from package metadata alone.
 
-Only the family asked for is imported, so a broken plugin affects no other. pluggy's own loader is
+Only the requested family is imported, so a broken plugin affects no other. pluggy's own loader is
 not used for discovery: it silently skips the second of two equal names and stops at the first
 failing import.
 """
@@ -149,7 +149,7 @@ def load(name: str, candidates: Index | None = None) -> FamilyChoice:
 def choose(hf: HFConfig, candidates: Index | None = None) -> FamilyChoice:
     """Choose the family for ``--family auto``.
 
-    Every plugin is imported and asked; one that fails becomes a warning. If a family and one
+    Every plugin is imported and consulted; one that fails becomes a warning. If a family and one
     derived from it both claim the model, the derived one is chosen.
     """
     if not hf.architectures and not hf.model_type:

@@ -129,7 +129,7 @@ def kind_of(directory: Path) -> Kind:
 
 
 def kind_of_config(config: Mapping[str, Any]) -> Kind:
-    """Return whose config.json this is: ENGINE, CHECKPOINT, HF_MODEL or UNKNOWN."""
+    """Return the kind of directory that a config.json is of; UNKNOWN for any other JSON object."""
     if all(isinstance(config.get(key), dict) for key in ("pretrained_config", "build_config")):
         return ENGINE
     if isinstance(config.get("architecture"), str):

@@ -132,7 +132,7 @@ class OutputDirectory:
             except FileNotFoundError:
                 names = _names(self._partial)
                 if names and MARKER not in names:
-                    raise self._not_ours("was not made by phireg") from None
+                    raise self._not_ours("was not created by phireg") from None
                 continue
             try:
                 self._flock(lock)
@@ -350,7 +350,7 @@ def _fsync(path: str | Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network and FUSE file systems cannot sync a directory and need not be told to.
+        # Some network and FUSE file systems cannot sync a directory, and need no sync.
         if error.errno != errno.EINVAL or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise
     finally:

@@ -30,7 +30,7 @@ def write(path: Path, listing: dict, data: bytes = b"") -> Path:
     return path
 
 
-def ours(tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> bytes:
+def encoded(tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> bytes:
     header, entries = encode_header([(n, d, s) for n, (d, s, _) in tensors.items()])
     body = bytearray(header)
     for name, entry in entries.items():
@@ -60,7 +60,7 @@ def test_files_equal_the_librarys(tmp_path_factory, spec):
     safetensors.numpy.save_file(arrays, path)
     expected = path.read_bytes()
     tensors = {n: (d, tuple(s), arrays[n].tobytes()) for n, (d, s) in spec.items()}
-    assert ours(tensors) == expected
+    assert encoded(tensors) == expected
 
     header = read_header(path)
     assert {n: (e.dtype, list(e.shape)) for n, e in header.entries.items()} == spec
@@ -92,7 +92,7 @@ def test_dtypes_that_numpy_lacks_equal_torchs_file(tmp_path):
         name: (code, (2, 3), tensor.contiguous().view(torch.uint8).numpy().tobytes())
         for name, (code, tensor) in tensors.items()
     }
-    assert ours(described) == (tmp_path / "x").read_bytes()
+    assert encoded(described) == (tmp_path / "x").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_encode_refuses_the_callers_mistakes(tensors):
         encode_header(tensors)
 
 
-def good_file() -> bytes:
+def valid_file() -> bytes:
     return safetensors.numpy.save(
         {"a.b": np.ones((2, 3), "f2"), "c": np.ones(5, "u1"), "d": np.ones((), "f4")}, {"k": "v"}
     )
@@ -117,8 +117,8 @@ def good_file() -> bytes:
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(st.data())
-def test_whatever_we_accept_the_library_accepts_and_reads_alike(tmp_path_factory, data):
-    raw = bytearray(good_file())
+def test_accepted_files_are_read_as_by_the_library(tmp_path_factory, data):
+    raw = bytearray(valid_file())
     for _ in range(data.draw(st.integers(1, 3))):
         where = data.draw(st.integers(0, len(raw) - 1))
         kind = data.draw(st.sampled_from(["set", "insert", "delete", "cut"]))
@@ -138,12 +138,12 @@ def test_whatever_we_accept_the_library_accepts_and_reads_alike(tmp_path_factory
     except SourceError as error:
         assert str(path) in error.message
         return
-    with safetensors.safe_open(path, "numpy") as theirs:
-        assert set(theirs.keys()) == set(header.entries)
+    with safetensors.safe_open(path, "numpy") as library:
+        assert set(library.keys()) == set(header.entries)
         for name, entry in header.entries.items():
-            assert theirs.get_slice(name).get_dtype() == entry.dtype
-            assert tuple(theirs.get_slice(name).get_shape()) == entry.shape
-            assert theirs.get_tensor(name).tobytes() == bytes(raw[entry.start : entry.end])
+            assert library.get_slice(name).get_dtype() == entry.dtype
+            assert tuple(library.get_slice(name).get_shape()) == entry.shape
+            assert library.get_tensor(name).tobytes() == bytes(raw[entry.start : entry.end])
 
 
 def test_no_tensors_at_all_is_a_valid_header(tmp_path):
@@ -161,7 +161,7 @@ def test_a_header_length_that_spells_another_format_is_a_length(tmp_path):
 @pytest.mark.parametrize("name", ["missing", "a\0b", "n" * 5000, ".", "pipe", "secret"])
 def test_files_that_cannot_be_read(tmp_path, name):
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "secret").write_bytes(good_file())
+    (tmp_path / "secret").write_bytes(valid_file())
     (tmp_path / "secret").chmod(0)
     if name == "secret" and os.geteuid() == 0:
         pytest.skip("root may read everything")

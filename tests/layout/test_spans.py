@@ -93,10 +93,10 @@ def test_shard_is_np_split_of_every_part(tp, units, unit, extra):
             with pytest.raises(LayoutError, match="part 'p0'"):
                 shard(axis, tp, rank)
             continue
-        mine = shard(axis, tp, rank)
+        share = shard(axis, tp, rank)
         expected = [np.split(data[name], tp)[rank] for name in sizes]
-        assert gather(mine, data).tolist() == np.concatenate(expected).tolist()
-        assert [part.length for part in mine.parts] == [len(piece) for piece in expected]
+        assert gather(share, data).tolist() == np.concatenate(expected).tolist()
+        assert [part.length for part in share.parts] == [len(piece) for piece in expected]
 
 
 @EXAMPLES
@@ -130,9 +130,9 @@ def test_replicated_kv_heads(tp, kv, head):
     spread = np.repeat(whole, max(tp // kv, 1), axis=0).reshape(tp, -1)
     owned = []
     for rank in range(tp):
-        mine = shard(axis, tp, rank)
-        assert gather(mine, data).tolist() == spread[rank].tolist()
-        owned += [row for _, row, shared in rows_of(mine.spans) if not shared]
+        share = shard(axis, tp, rank)
+        assert gather(share, data).tolist() == spread[rank].tolist()
+        owned += [row for _, row, shared in rows_of(share.spans) if not shared]
     assert owned == list(range(kv * head)), "each row is owned once, whatever its copies"
 
 
@@ -145,9 +145,9 @@ def test_pad_is_np_pad_and_split(tp, rows, unit):
     step = tp * unit
     padded = np.pad(data["x"], (0, -rows % step))
     for rank in range(tp):
-        mine = shard(axis, tp, rank)
-        assert gather(mine, data).tolist() == np.split(padded, tp)[rank].tolist()
-        assert not any(part.padded for part in mine.parts), "a shard is not padded again"
+        share = shard(axis, tp, rank)
+        assert gather(share, data).tolist() == np.split(padded, tp)[rank].tolist()
+        assert not any(part.padded for part in share.parts), "a shard is not padded again"
 
 
 @EXAMPLES

@@ -24,41 +24,41 @@ def open_files() -> set[str]:
 
 
 @pytest.fixture
-def good(tmp_path: Path) -> Path:
+def model(tmp_path: Path) -> Path:
     directory = tmp_path / "model"
     make_tiny_phi3(directory)
     return directory
 
 
-def test_the_good_checkpoint_is_good(good: Path):
-    assert not open_source(good).notes
-    assert not phireg.plan(good).findings
+def test_the_undamaged_checkpoint_has_no_findings(model: Path):
+    assert not open_source(model).notes
+    assert not phireg.plan(model).findings
 
 
 @pytest.mark.parametrize("damage", params("source"))
-def test_source_damage_is_one_clear_error(damage: Damage, good: Path):
-    damage.apply(good)
+def test_source_damage_is_one_clear_error(damage: Damage, model: Path):
+    damage.apply(model)
     descriptors = open_files()
     with pytest.raises(SourceError) as caught:
-        open_source(good)
-        read_json_object(good / "config.json")
+        open_source(model)
+        read_json_object(model / "config.json")
     message = caught.value.message
     assert caught.value.exit_code == 3
-    assert str(good) in message
+    assert str(model) in message
     assert damage.named in message
     assert caught.value.hint
     assert len(message) < 6000
     message.encode()  # it can be printed
-    assert not (good / "executed").exists()
+    assert not (model / "executed").exists()
     assert open_files() == descriptors
 
 
 @pytest.mark.parametrize("damage", params("plan"))
-def test_plan_damage_is_left_to_the_plan(damage: Damage, good: Path):
-    damage.apply(good)
-    open_source(good)
+def test_plan_damage_is_left_to_the_plan(damage: Damage, model: Path):
+    damage.apply(model)
+    open_source(model)
     try:
-        findings = phireg.plan(good).findings
+        findings = phireg.plan(model).findings
     except PhiregError as error:
         assert error.exit_code == 3
         assert error.hint
