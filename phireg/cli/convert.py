@@ -63,13 +63,7 @@ def command(
             )
         seconds = time.monotonic() - started
         if as_json:
-            document = conversion_document(plan, converted)
-            document |= {
-                "moe_ep_size": plan.options.ranks.moe_ep_size,
-                "weight_only": plan.options.weight_only,
-                "seconds": round(seconds, 3),
-            }
-            emit_json(document)
+            emit_json({**conversion_document(plan, converted), "seconds": round(seconds, 3)})
         elif not quiet:
             emit(_text(plan, converted, seconds))
 
@@ -83,8 +77,7 @@ def conversion_document(plan: Plan, converted: Converted) -> dict[str, Any]:
         "revision": plan.source.revision,
         "output_dir": str(converted.output_dir),
         "files": dict(converted.files),
-        "dtype": plan.options.dtype,
-        "tp_size": plan.options.tp_size,
+        **plan.options.as_json(),
         "cast_tensors": plan.casts,
         "losses": {
             name: dataclasses.asdict(loss) for name, loss in sorted(converted.losses.items())

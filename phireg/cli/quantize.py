@@ -367,8 +367,6 @@ def _document(result: _Result) -> dict[str, Any]:
     plan, calibrated = result.plan, result.converted.calibrated
     return {
         **conversion_document(plan, result.converted),
-        "qformat": plan.options.qformat,
-        "kv_cache_dtype": plan.options.kv_cache_dtype,
         "alpha": result.alpha if plan.smoothed else None,
         "calibration": calibrated
         and {

@@ -293,22 +293,19 @@ def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-def test_ctrl_c_while_calibrating(quantize, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrating, "collect", interrupt)
-    result = quantize()
-    assert result.exit_code == 130
-    assert "nothing was written" in result.stderr and str(stats(tmp_path)) not in result.stderr
-    assert list(tmp_path.glob("out*")) == []
-
-
-def test_ctrl_c_while_writing(quantize, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "name", "files"),
+    [(calibrating, "collect", []), (exporting, "WeightQuantizer", ["out.calib.safetensors"])],
+)
+def test_ctrl_c_keeps_complete_statistics(quantize, tmp_path, monkeypatch, module, name, files):
     with monkeypatch.context() as patch:
-        patch.setattr(exporting, "WeightQuantizer", interrupt)
+        patch.setattr(module, name, interrupt)
         result = quantize()
     assert result.exit_code == 130
-    assert str(stats(tmp_path)) in result.stderr
-    assert [path.name for path in tmp_path.glob("out*")] == [stats(tmp_path).name]
-    assert document(quantize("--json"))["calibration"]["reused"]
+    assert "nothing was written" in result.stderr
+    assert (str(stats(tmp_path)) in result.stderr) == bool(files)
+    assert [path.name for path in tmp_path.glob("out*")] == files
+    assert document(quantize("--json"))["calibration"]["reused"] == bool(files)
 
 
 def test_ctrl_c_while_measuring(quantize, tmp_path, monkeypatch):

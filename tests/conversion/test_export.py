@@ -1,8 +1,5 @@
 """Quantized checkpoints, tensor for tensor against arithmetic by hand."""
 
-import json
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -21,6 +18,7 @@ from helpers.by_hand import (
     whole,
     write_model,
 )
+from helpers.memory import measure
 from helpers.plan_sources import LAYERS, MODELS
 from phireg_plugins.phi3_mini import FAMILY
 from safetensors.torch import load_file
@@ -389,17 +387,18 @@ def test_a_missing_or_negative_scale_is_refused(tmp_path):
 def test_requests_that_make_no_sense(tmp_path):
     source = write_model(tmp_path / "hf", "mini", model("mini"))
     fp8, statistics = plan_of(source, "mini", "fp8"), calibration("mini")
+    smoothquant = plan_of(source, "mini", "int8_sq")
     plain = phireg.plan(source, family="phi3-mini")
-    for plan, alpha in (
-        (plain, 1.0),
-        (fp8, 0.5),
-        (plan_of(source, "mini", "int8_sq"), 1.5),
-        (plan_of(source, "mini", "int8_sq"), float("nan")),
+    weights = plan_of(source, "mini", "int8_wo")
+    for plan, given, alpha in (
+        (plain, statistics, 1.0),
+        (fp8, statistics, 0.5),
+        (smoothquant, statistics, 1.5),
+        (smoothquant, statistics, float("nan")),
+        (weights, "amax", 1.0),
     ):
         with pytest.raises(UsageError):
-            phireg.quantize(plan, tmp_path / "out", statistics, alpha=alpha)
-    with pytest.raises(UsageError):
-        phireg.quantize(plan_of(source, "mini", "int8_wo"), tmp_path / "out", "amax")
+            phireg.quantize(plan, tmp_path / "out", given, alpha=alpha)
     for plan in (fp8, plan_of(source, "mini", "int8_wo", cache="int8")):
         with pytest.raises(UsageError) as caught:
             phireg.convert(plan, tmp_path / "out")
@@ -447,17 +446,11 @@ def test_e4m3_is_rounded_once_to_nearest_even():
 
 EXPORT = """
 import json, sys
-from pathlib import Path
 import numpy as np
 import torch
 import phireg
 from phireg.calibration.statistics import Statistics
 from phireg.conversion import quantizer
-
-def resident(line):
-    # Not ru_maxrss: a child inherits its parent's, which hides everything below it.
-    status = Path("/proc/self/status").read_text()
-    return next(int(l.split()[1]) * 1024 for l in status.splitlines() if l.startswith(line))
 
 source, qformat, alpha = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 plan = phireg.plan(source, family="phi3-mini", qformat=qformat, tp_size=2)
@@ -483,14 +476,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path, qformat, alpha):
         **{"num_attention_heads": 32, "vocab_size": 1000, "torch_dtype": "bfloat16"},
     }
     write_random_model(FAMILY, config, tmp_path / "hf")
-    ran = subprocess.run(
-        [sys.executable, "-c", EXPORT, str(tmp_path / "hf"), qformat, str(alpha)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    size, grown, promised = json.loads(ran.stdout.splitlines()[-1])
+    size, grown, promised = measure(EXPORT, tmp_path / "hf", qformat, alpha)
     assert size > 260 * 2**20
     # What the allocator and the threads' stacks keep is not in buffers.
     assert grown < promised + 32 * 2**20 < size / 6

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 import xxhash
+from helpers.memory import measure
 from phireg_plugins.phi3_mini import FAMILY
 from safetensors.numpy import load_file, save_file
 
@@ -278,13 +277,7 @@ def test_rank_files_are_never_overwritten(tmp_path, source):
 
 CONVERT = """
 import json, sys
-from pathlib import Path
 import phireg
-
-def resident(line):
-    # Not ru_maxrss: a child inherits its parent's, which hides everything below it.
-    status = Path("/proc/self/status").read_text()
-    return next(int(l.split()[1]) * 1024 for l in status.splitlines() if l.startswith(line))
 
 source, dtype, tp = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if dtype != "bfloat16":
@@ -309,14 +302,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path, dtype, tp):
         **{"num_key_value_heads": 32, "vocab_size": 10016, "torch_dtype": "bfloat16"},
     }
     write_random_model(FAMILY, config, tmp_path / "hf")
-    done = subprocess.run(
-        [sys.executable, "-c", CONVERT, str(tmp_path / "hf"), dtype, str(tp)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    size, before, peak, promised = json.loads(done.stdout)
+    size, before, peak, promised = measure(CONVERT, tmp_path / "hf", dtype, tp)
     assert size > 550_000_000
     assert promised <= 40_000_000
     assert peak - before < promised + 24_000_000  # threads, their stacks, allocator slack

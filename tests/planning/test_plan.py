@@ -9,9 +9,11 @@ import pytest
 from helpers.plan_sources import HEADS, MODELS, addresses, write
 
 import phireg
+from phireg import registry
 from phireg.conversion import stream
 from phireg.planning import model
 from phireg.planning.report import as_json
+from phireg.testing import write_random_model
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -107,24 +109,15 @@ def test_replicated_kv_heads_are_read_once_and_written_often(tmp_path):
 @pytest.mark.parametrize("name", ["mini", "small"])
 def test_buffers_stay_under_the_bound(tmp_path, monkeypatch, name, block, workers):
     family, config, _ = MODELS[name]
-    hidden = 4096  # rows of 16 KiB, longer than the smaller block
+    hidden = 4096  # rows of 8 KiB, longer than the smaller block
     wide = {"hidden_size": hidden, "intermediate_size": 512, "ff_intermediate_size": 512}
     config = {**config, **wide, "num_hidden_layers": 1, "num_attention_heads": 16}
     config["num_key_value_heads"] = 2
-    heads = (16 + 4) * (hidden // 16)
-    qkv = "qkv_proj" if name == "mini" else "query_key_value"
-    dense = "o_proj" if name == "mini" else "dense"
-    shapes = {
-        f"model.layers.0.self_attn.{qkv}.weight": (heads, hidden),
-        f"model.layers.0.self_attn.{dense}.weight": (hidden, hidden),
-        **_rest(name, hidden),
-    }
-    tensors = {n: np.zeros(s, np.float32) for n, s in shapes.items()}
-    source = write(tmp_path / "hf", config, tensors)
-    del tensors
+    source = tmp_path / "hf"
+    write_random_model(registry.load(family).family, config, source)
     monkeypatch.setattr(model, "BLOCK_BYTES", block)
     monkeypatch.setattr(stream, "BLOCK_BYTES", block)
-    plan = phireg.plan(source, family=family, tp_size=2, dtype="float32")
+    plan = phireg.plan(source, family=family, tp_size=2, dtype="bfloat16")
     assert not plan.errors
     (tmp_path / "out").mkdir()
     tracemalloc.start()
@@ -133,26 +126,3 @@ def test_buffers_stay_under_the_bound(tmp_path, monkeypatch, name, block, worker
     tracemalloc.stop()
     bookkeeping = 300_000
     assert peak < plan.buffer_bytes(workers) + bookkeeping < plan.bytes_in / 8
-
-
-def _rest(name, hidden):
-    shapes = {"model.embed_tokens.weight": (37, hidden)}
-    layer = "model.layers.0"
-    norms = [f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"]
-    if name == "mini":
-        shapes["lm_head.weight"] = (37, hidden)
-        shapes |= {f"{norm}.weight": (hidden,) for norm in [*norms, "model.norm"]}
-        shapes[f"{layer}.mlp.gate_up_proj.weight"] = (1024, hidden)
-        shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, 512)
-        return shapes
-    for kind in ("weight", "bias"):
-        shapes |= {f"{norm}.{kind}": (hidden,) for norm in [*norms, "model.final_layernorm"]}
-    shapes |= {
-        f"{layer}.mlp.up_proj.weight": (1024, hidden),
-        f"{layer}.mlp.up_proj.bias": (1024,),
-        f"{layer}.mlp.down_proj.weight": (hidden, 512),
-        f"{layer}.mlp.down_proj.bias": (hidden,),
-        f"{layer}.self_attn.query_key_value.bias": (20 * hidden // 16,),
-        f"{layer}.self_attn.dense.bias": (hidden,),
-    }
-    return shapes

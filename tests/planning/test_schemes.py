@@ -14,7 +14,7 @@ from phireg.api import COPY, Linear, QuantRules, Rules, Table, const, hookimpl, 
 from phireg.errors import UsageError
 from phireg.findings import Severity
 from phireg.layout.spans import Span
-from phireg.planning.model import Scale
+from phireg.planning.model import Basis, Scale
 from phireg.planning.report import as_json, output_json
 from phireg.reader.schemes import SCHEMES
 
@@ -121,6 +121,11 @@ def test_a_plan_as_json_says_what_is_computed(tmp_path):
     (row,) = outputs["rank1.safetensors", name]["rows"]
     assert row["from"]["tensor"] == name and row["from"]["rows"] == [10, 20]
     assert row["from"]["computed_from"] == ["calibration"]
+    fp8 = phireg.plan(tmp_path / "hf", family="phi3-mini", qformat="fp8")
+    assert {(n.rpartition(".")[2], s.computed_from) for n, s in fp8.scales.items()} == {
+        ("weights_scaling_factor", (Basis.WEIGHTS,)),
+        ("activation_scaling_factor", (Basis.CALIBRATION,)),
+    }
     (output,) = [o for o in plan.outputs if o.name == name and o.rank == 0]
     assert output_json(plan, output)["bytes"] == 20
 

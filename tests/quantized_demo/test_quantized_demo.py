@@ -57,19 +57,14 @@ def test_perplexity_on_the_held_back_split(measured, plain, family, qformat, cac
 @pytest.mark.parametrize(("family", "qformat", "cache"), SOME_CASES)
 def test_two_ranks_compute_what_one_computes(measured, family, qformat, cache, tmp_path):
     """In float64: in float32 a sum in another order turns a rounding to the grid now and then."""
-    model = measured(family, FEW)
+    demo = measured(family, FEW)
     logits = []
     for tp_size in (1, 2):
-        plan = script.phireg.plan(
-            model.model.directory,
-            family=family,
-            tp_size=tp_size,
-            qformat=qformat,
-            kv_cache_dtype=cache,
-        )
-        script.phireg.quantize(plan, tmp_path / str(tp_size), model.statistics)
+        options = {"family": family, "qformat": qformat, "kv_cache_dtype": cache}
+        plan = script.phireg.plan(demo.model.directory, tp_size=tp_size, **options)
+        script.phireg.quantize(plan, tmp_path / str(tp_size), demo.statistics)
         executor = load(tmp_path / str(tp_size), dtype=torch.float64)
-        logits.append(executor(torch.tensor([model.rows[0]])))
+        logits.append(executor(torch.tensor([demo.rows[0]])))
     one, two = logits
     assert one.abs().max() > 1
     assert (two - one).norm() < 1e-6 * one.norm()

@@ -9,7 +9,7 @@ from phireg.executor import quantized
 
 pytest.importorskip("modelopt.torch.quantization")
 
-CASES = [(family, *formats) for family in script.MODELOPT for formats in script.FORMATS]
+CASES = [(family, *choice) for family in script.MODELOPT for choice in script.FORMATS]
 MANY = 48
 FEW = 3
 NAMES = {
@@ -25,12 +25,12 @@ def linears(model):
     for number, layer in enumerate(model.model.layers):
         modules = dict(layer.named_modules())
         for name, theirs in NAMES.items():
-            parts = [modules[part] for part in theirs if part in modules]
-            yield number, name, parts or [modules[f"self_attn.{part}_proj"] for part in "qkv"]
+            sources = [modules[path] for path in theirs if path in modules]
+            yield number, name, sources or [modules[f"self_attn.{p}_proj"] for p in "qkv"]
 
 
 def same_but_for_ties(ours, theirs, unrounded, scale, grid):
-    """Whether what differs was half way between two values of the grid, to float32's rounding."""
+    """True if all that differs was half way between two values of the grid; and its share."""
     differ = (ours - theirs).abs() > 1e-5 * theirs.abs().max()
     levels = (unrounded / scale).double().abs()
     step = 1.0
@@ -58,13 +58,11 @@ def test_every_linear_is_the_same_arithmetic(measured, family, qformat, tmp_path
     scale. A bfloat16 weight has so few bits that it often lies half way between two e4m3 values,
     and float32's rounding of the quotient decides.
     """
-    baseline = measured(family, FEW)
-    model = script.modelopt_model(baseline.model.directory, baseline.calibration, qformat, None)
+    demo = measured(family, FEW)
+    model = script.modelopt_model(demo.model.directory, demo.calibration, qformat, None)
     script.use_exported_maxima(model, qformat, None)
-    plan = script.phireg.plan(
-        baseline.model.directory, family=family, dtype="float32", qformat=qformat
-    )
-    script.phireg.quantize(plan, tmp_path / "c", baseline.statistics)
+    plan = script.phireg.plan(demo.model.directory, family=family, dtype="float32", qformat=qformat)
+    script.phireg.quantize(plan, tmp_path / "c", demo.statistics)
     tensors = load_file(tmp_path / "c" / "rank0.safetensors")
     given = {}
     for number, name, modules in linears(model):
@@ -72,7 +70,7 @@ def test_every_linear_is_the_same_arithmetic(measured, family, qformat, tmp_path
             lambda _, inputs, __, key=(number, name): given.update({key: inputs[0]})
         )
     with torch.no_grad():
-        model(torch.tensor([baseline.rows[0]]), use_cache=False)
+        model(torch.tensor([demo.rows[0]]), use_cache=False)
     grid = "fp8" if qformat == "fp8" else "int8"
     for number, name, modules in linears(model):
         prefix = f"transformer.layers.{number}.{name}."
@@ -100,9 +98,9 @@ def test_every_linear_is_the_same_arithmetic(measured, family, qformat, tmp_path
 
 
 def check(measured, family, qformat, cache, rows, perplexity, top1):
-    baseline = measured(family, rows)
-    ours = baseline.quantized(qformat, cache, dtype="float32")
-    own, theirs = baseline.modelopt(qformat, cache)
+    demo = measured(family, rows)
+    ours = demo.quantized(qformat, cache, dtype="float32")
+    own, theirs = demo.modelopt(qformat, cache)
     assert ours.perplexity == pytest.approx(theirs.perplexity, rel=perplexity)
     assert ours.agreement(theirs) > top1
     assert ours.perplexity == pytest.approx(own.perplexity, rel=2 * perplexity)
