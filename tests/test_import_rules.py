@@ -1,7 +1,7 @@
 """Who may import whom. An arrow that points the wrong way fails, with its place and the rule.
 
 The core stays importable without torch, the plan without plugins, the executor without anything of
-the converter it has to witness against, and a plugin needs nothing but phireg.api.
+the converter whose work it verifies, and a plugin needs nothing but phireg.api.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""The order of the work, for outputs nobody would ask for: simulated row by row."""
+"""The order of the work, for unusual outputs: simulated row by row."""
 
 from collections import Counter
 

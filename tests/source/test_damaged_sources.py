@@ -50,7 +50,7 @@ def test_source_damage_is_one_clear_error(damage: Damage, model: Path):
     assert len(message) < 6000
     message.encode()  # it can be printed
     assert not (model / "executed").exists()
-    assert open_files() == descriptors
+    assert open_files() <= descriptors  # others may close theirs meanwhile
 
 
 @pytest.mark.parametrize("damage", params("plan"))
