@@ -83,19 +83,7 @@ RULES = {
         ("phireg", "numpy", "torch", "xxhash"), ("transformers",), never=ABOVE
     ),
     "phireg.conversion": Rule(
-        (
-            PLANNING,
-            SOURCE,
-            CHECKPOINT,
-            READER,
-            FILES,
-            STATISTICS,
-            FINDINGS,
-            DTYPES,
-            ERRORS,
-            "numpy",
-            "xxhash",
-        ),
+        (*PLANNED, STATISTICS, FINDINGS, DTYPES, "numpy", "xxhash"),
         lazily=("torch", "phireg.calibration"),
     ),
     "phireg.generation": Rule(
@@ -108,35 +96,15 @@ RULES = {
     ),
     "phireg.postprocessing": Rule(
         (
-            LAYOUT,
-            CONFIG,
-            SOURCE,
-            CHECKPOINT,
-            PLANNING,
-            "phireg.conversion",
-            READER,
-            FILES,
-            DTYPES,
-            ERRORS,
-            "phireg.registry",
-            "numpy",
-            "xxhash",
+            *(*PLANNED, LAYOUT, CONFIG, DTYPES, "phireg.conversion", "phireg.registry"),
+            *("numpy", "xxhash"),
         ),
         typing=("phireg.family",),
     ),
     "phireg.trtllm": Rule(
         (
-            SOURCE,
-            CHECKPOINT,
-            READER,
-            FILES,
-            PLANNING,
-            "phireg.executor",
-            "phireg.generation",
-            "phireg.registry",
-            ERRORS,
-            "packaging",
-            "torch",
+            *(*PLANNED, "phireg.executor", "phireg.generation", "phireg.registry"),
+            *("packaging", "torch"),
         ),
         lazily=("tensorrt_llm", "mpi4py"),
     ),
@@ -290,16 +258,9 @@ def test_there_is_no_rule_for_nothing() -> None:
 
 
 def plant(root: Path, path: str, text: str) -> list[str]:
-    files = {
-        "phireg/__init__.py": "",
-        "phireg/layout/__init__.py": "",
-        "phireg/layout/spans.py": "",
-        "phireg/planning/__init__.py": "",
-        "plugins/__init__.py": "",
-        "plugins/phi2/__init__.py": "",
-        "plugins/phi2/config.py": "",
-        path: text,
-    }
+    packages = ("phireg", "phireg/layout", "phireg/planning", "plugins", "plugins/phi2")
+    files = {f"{package}/__init__.py": "" for package in packages}
+    files |= {"phireg/layout/spans.py": "", "plugins/phi2/config.py": "", path: text}
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(content)
@@ -309,58 +270,35 @@ def plant(root: Path, path: str, text: str) -> list[str]:
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("phireg/layout/x.py", "import torch"),
         ("phireg/layout/x.py", "def f():\n    import numpy"),
         ("phireg/layout/x.py", "from phireg.planning import build"),
         ("phireg/layout/x.py", "from phireg import planning"),
         ("phireg/layout/x.py", "from ..planning import build"),
-        ("phireg/layout/x.py", "from .. import planning"),
-        ("phireg/layout/__init__.py", "from ..planning import build"),
+        ("phireg/layout/__init__.py", "from .. import planning"),
         ("phireg/layout/x.py", "import json, pluggy"),
         ("phireg/layout/x.py", "try:\n    import torch\nexcept ImportError:\n    pass"),
         ("phireg/layout/x.py", "class A:\n    import torch"),
         ("phireg/layout/x.py", "import importlib\ntorch = importlib.import_module('torch')"),
         ("phireg/layout/x.py", "def f(name):\n    return __import__(name)"),
-        ("phireg/config/x.py", "import phireg.family"),
         ("phireg/source/x.py", "import torch"),
-        ("phireg/source/x.py", "import transformers"),
-        ("phireg/source/x.py", "from phireg.planning import build"),
-        ("phireg/reader/x.py", "def f():\n    import torch"),
-        ("phireg/planning/x.py", "from phireg.family import Family"),
         ("phireg/planning/x.py", "def f():\n    from phireg.family import Family"),
-        (
-            "phireg/planning/x.py",
-            "if TYPE_CHECKING:\n    pass\nelse:\n    from phireg.family import Family",
-        ),
-        ("phireg/planning/x.py", "from phireg.conversion import run"),
-        ("phireg/family.py", "from phireg.planning import build"),
-        ("phireg/api.py", "import phireg.registry"),
-        ("phireg/conversion/x.py", "import torch"),
-        ("phireg/conversion/x.py", "from phireg.family import Family"),
+        ("phireg/planning/x.py", "if TYPE_CHECKING:\n    pass\nelse:\n    import phireg.family"),
         ("phireg/executor/x.py", "from phireg.layout.spans import shard"),
-        ("phireg/executor/x.py", "import transformers"),
-        ("phireg/verification/x.py", "import transformers"),
         ("phireg/verification/x.py", "def f():\n    from phireg.cli import main"),
-        ("phireg/verification/x.py", "import phireg_plugins.phi2"),
-        ("phireg/cli/x.py", "import rich"),
-        ("phireg/cli/x.py", "from phireg.planning import build"),
         ("phireg/cli/x.py", "def f():\n    from phireg_plugins.phi2 import FAMILY"),
         ("phireg/new/__init__.py", ""),
         ("phireg/new.py", ""),
         ("plugins/phi3/__init__.py", "from phireg.layout.spans import shard"),
-        ("plugins/phi3/__init__.py", "from phireg_plugins.phi2.config import FIELDS"),
         ("plugins/phi3/__init__.py", "from phireg_plugins.phi2 import config"),
         ("plugins/phi3/__init__.py", "from ..phi2 import config"),
-        ("plugins/phi3/__init__.py", "import torch"),
         ("plugins/phi3/weights.py", "def f():\n    import torch"),
         ("plugins/phi3/reference.py", "from phireg.executor import run"),
         ("plugins/__init__.py", "from phireg.api import Family"),
     ],
 )
 def test_the_checker_sees(path: str, text: str, tmp_path: Path) -> None:
-    found = plant(tmp_path, path, text)
-    assert len(found) == 1, found
-    assert found[0].startswith(f"{path}:")
+    (violation,) = plant(tmp_path, path, text)
+    assert violation.startswith(f"{path}:")
 
 
 @pytest.mark.parametrize(
@@ -371,13 +309,11 @@ def test_the_checker_sees(path: str, text: str, tmp_path: Path) -> None:
             "import json\nfrom phireg.layout.spans import x\nfrom . import spans",
         ),
         ("phireg/source/x.py", "import numpy\ndef f():\n    import torch.serialization"),
-        ("phireg/source/x.py", "if typing.TYPE_CHECKING:\n    import torch"),
         ("phireg/planning/x.py", "if TYPE_CHECKING:\n    from phireg.family import Family"),
         (
             "phireg/cli/x.py",
             "import click\ndef f():\n    from phireg import device\n    import rich",
         ),
-        ("phireg/verification/x.py", "import phireg.planning\ndef f():\n    import torch"),
         ("plugins/phi3/__init__.py", "from phireg_plugins.phi2 import FAMILY\nimport phireg.api"),
         ("plugins/phi3/__init__.py", "from phireg_plugins.phi3 import config"),
         ("plugins/phi3/reference.py", "import torch"),
@@ -387,10 +323,9 @@ def test_the_checker_lets_pass(path: str, text: str, tmp_path: Path) -> None:
     assert plant(tmp_path, path, text) == []
 
 
-def test_the_checker_shows_the_line_and_the_rule(tmp_path: Path) -> None:
-    (found,) = plant(tmp_path, "phireg/reader/x.py", "import json\n\nimport torch\n")
-    assert found.startswith("phireg/reader/x.py:3: phireg.reader may not import torch; Rule(")
-    assert "phireg.errors" in found
+def test_the_checker_shows_the_line_and_the_module(tmp_path: Path) -> None:
+    (violation,) = plant(tmp_path, "phireg/reader/x.py", "import json\n\nimport torch\n")
+    assert violation.startswith("phireg/reader/x.py:3: phireg.reader may not import torch")
 
 
 # What really gets imported

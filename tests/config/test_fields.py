@@ -252,20 +252,6 @@ def test_replace_keeps_the_place_of_what_it_replaces():
     assert table.translate(HFConfig({})).fields == {"a": 1, "b": 2}, "the base stays as it was"
 
 
-def test_describe_is_a_line_for_every_entry():
-    def long_rope(hf):
-        return True
-
-    inner = when(long_rope, const("h", 1), otherwise=[const("h", 2)])
-    table = FieldTable(field("a", "b", kind=text, to="c"), ignore("f", why="training only"), inner)
-    lines = table.describe()
-    assert len(lines) == 4
-    for line, words in zip(
-        lines, ("c a b", "f training", "long_rope h 1", "long_rope h 2"), strict=True
-    ):
-        assert all(word in line for word in words.split())
-
-
 # Places
 
 
@@ -295,13 +281,6 @@ def test_a_finding_names_the_line_of_its_entry():
     at = lines_here(start + 3, start + 8, start + 9, start + 10)
     assert [places[key] for key in ("b", "e", "d", "hidden_size")] == at
     assert places["unknown"] == ""
-
-
-def test_what_an_entry_lacks_has_its_place_too():
-    table = FieldTable(when(yes, derive("a", lambda f, hf: f["b"], "b")))
-    (finding,) = table.translate(HFConfig({})).findings
-    assert "needs 'b'" in finding.detail
-    assert [finding.where] == lines_here(line() - 3)
 
 
 def test_the_entries_that_may_produce_a_key():

@@ -32,20 +32,14 @@ def test_unread_lists_the_other_keys():
 
 def test_a_block_read_in_part_counts_leaf_by_leaf():
     hf = HFConfig({"rope": {"type": "su", "beta": 1, "deep": {"x": 1, "y": 2}}, "map": {"a": {}}})
+    assert hf.has("rope"), "this does not read it"
+    assert hf.unread() == ("rope", "map")
     hf.get("rope.type")
     hf.get("rope.deep.x")
     assert hf.looked_into("rope") and not hf.looked_into("map") and not hf.looked_into("ro")
     assert hf.unread() == ("rope.beta", "rope.deep.y", "map")
     hf.get("rope")
     assert hf.unread() == ("map",)
-
-
-def test_asking_whether_a_block_is_there_does_not_read_it():
-    hf = HFConfig({"rope": {"type": "su", "beta": 1}})
-    assert hf.has("rope")
-    assert hf.unread() == ("rope",)
-    assert hf.has("rope.type")
-    assert hf.unread() == ("rope.beta",)
 
 
 def test_a_fresh_copy_has_nothing_read():

@@ -26,7 +26,6 @@ def test_rope_type(data, expected):
 @pytest.mark.parametrize(
     "data",
     [
-        {"rope_scaling": {"type": "longrope", "rope_type": "longrope"}},
         {"rope_scaling": {"type": "su", "rope_type": "longrope"}},
         {"rope_scaling": {"type": "su"}, "rope_parameters": {"rope_type": "longrope"}},
     ],

@@ -126,45 +126,32 @@ def test_every_file_is_synced_before_the_rename_and_the_parent_after(tmp_path, m
     assert {(tmp_path / "new").stat().st_ino, tmp_path.stat().st_ino} <= after
 
 
-def test_directory_sync_that_a_file_system_does_not_have_is_no_error(tmp_path, monkeypatch):
-    fsync = os.fsync
-
-    def fsync_of_files_only(descriptor):
+def test_sync_may_be_absent_for_directories_but_not_fail_for_files(tmp_path, monkeypatch):
+    def fail(descriptor):
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync_of_files_only)
-    convert(tmp_path / "out")
-    assert content(tmp_path / "out") == NEW
-
-
-def test_failing_sync_of_a_file_publishes_nothing(tmp_path, monkeypatch):
-    with pytest.raises(OutputError), open_output(tmp_path / "out") as partial:
-        fill(partial, NEW)
-
-        def broken(_):
+        if broken:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-        monkeypatch.setattr(os, "fsync", broken)
+    monkeypatch.setattr(os, "fsync", fail)
+    broken = True
+    refused(tmp_path / "out")
     assert tree(tmp_path) == []
+    broken = False
+    convert(tmp_path / "out")
+    assert content(tmp_path / "out") == NEW
 
 
 # --- targets that are refused -----------------------------------------------------------------
 
 
-def test_existing_output_is_refused_and_kept(tmp_path):
-    fill(tmp_path / "out", OLD)
-    assert "--overwrite" in refused(tmp_path / "out")
-    assert content(tmp_path / "out") == OLD
-    assert names(tmp_path) == ["out"]
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_refusals_come_before_the_work(tmp_path, overwrite):
-    fill(tmp_path / "out", {"notes.txt": "mine"})
+@pytest.mark.parametrize(("files", "overwrite"), [(OLD, False), ({"notes.txt": "mine"}, True)])
+def test_existing_output_is_refused_before_the_work_and_kept(tmp_path, files, overwrite):
+    fill(tmp_path / "out", files)
     with pytest.raises(OutputError), open_output(tmp_path / "out", overwrite=overwrite):
         pytest.fail("started")
+    assert content(tmp_path / "out") == files
+    assert names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -453,14 +440,16 @@ def test_leftovers_are_removed_before_space_is_checked(tmp_path, monkeypatch):
 # --- leftovers, other people's directories and other runs ---------------------------------------
 
 
-@pytest.mark.parametrize("killed", [False, True])
-def test_stale_or_empty_partial_directory_is_taken_over(tmp_path, killed):
-    if killed:
-        leave_stale(tmp_path, unfinished={"rank7.safetensors": "half"})
-    else:
-        (tmp_path / "out.phireg-partial").mkdir()
-    convert(tmp_path / "out")
-    assert content(tmp_path / "out") == NEW
+def test_empty_directories_in_the_way_are_taken_over(tmp_path):
+    """The partial directory, and a target created anew after a killed run's first rename."""
+    (tmp_path / "out.phireg-partial").mkdir()
+    convert(tmp_path / "out", OLD)
+    assert content(tmp_path / "out") == OLD
+    shutil.rmtree(tmp_path / "out")
+    leave_stale(tmp_path, unfinished=NEW, replaced=OLD)
+    (tmp_path / "out").mkdir()
+    refused(tmp_path / "out")
+    assert content(tmp_path / "out") == OLD
     assert names(tmp_path) == ["out"]
 
 
@@ -485,42 +474,13 @@ def test_file_and_link_in_place_of_the_partial_directory_are_left_alone(tmp_path
     refused(tmp_path / "out")
     assert partial.is_symlink()
     assert tree(tmp_path / "elsewhere") == []
-
-
-def test_marker_that_is_a_link_is_not_followed(tmp_path):
+    # The same with a marker that is a link.
+    partial.unlink()
+    partial.mkdir()
     (tmp_path / "mine").write_text("mine")
-    (tmp_path / "out.phireg-partial").mkdir()
-    (tmp_path / "out.phireg-partial/.phireg-partial").symlink_to(tmp_path / "mine")
+    (partial / ".phireg-partial").symlink_to(tmp_path / "mine")
     refused(tmp_path / "out")
     assert (tmp_path / "mine").read_text() == "mine"
-
-
-def test_leftovers_go_even_when_the_target_is_refused(tmp_path):
-    fill(tmp_path / "out", NEW)
-    leave_stale(tmp_path, replaced=OLD)
-    refused(tmp_path / "out")
-    assert content(tmp_path / "out") == NEW
-    assert names(tmp_path) == ["out"]
-
-
-@pytest.mark.parametrize("recreated", [False, True])
-def test_old_one_taken_away_by_a_killed_run_is_put_back(tmp_path, recreated):
-    leave_stale(tmp_path, unfinished=NEW, replaced=OLD)
-    if recreated:
-        (tmp_path / "out").mkdir()
-    refused(tmp_path / "out")
-    assert content(tmp_path / "out") == OLD
-    assert names(tmp_path) == ["out"]
-
-
-def test_second_run_into_the_same_output_is_refused(tmp_path):
-    with open_output(tmp_path / "new/out") as partial:
-        fill(partial, NEW)
-        for overwrite in (False, True):
-            assert f"pid {os.getpid()}" in refused(tmp_path / "new/out", overwrite=overwrite)
-        assert content(partial) == NEW
-    assert content(tmp_path / "new/out") == NEW
-    assert names(tmp_path / "new") == ["out"]
 
 
 def test_run_of_another_process_is_seen_and_its_death_too(tmp_path):
@@ -535,7 +495,8 @@ with OutputDirectory(Path(sys.argv[1]), overwrite=False, required_bytes=0) as pa
 """
     child = python(code, tmp_path / "out")
     assert child.stdout.readline() == "ready\n"
-    assert f"pid {child.pid}" in refused(tmp_path / "out")
+    for overwrite in (False, True):
+        assert f"pid {child.pid}" in refused(tmp_path / "out", overwrite=overwrite)
     child.send_signal(signal.SIGKILL)
     child.communicate()
     assert not (tmp_path / "out").exists()

@@ -96,16 +96,10 @@ def test_experts_that_cannot_be_shared_out(tp_size, ep_size):
         held(rule, rule.weight[0], rule.cols, Ranks(tp_size, ep_size), 0)
 
 
-def test_a_router_has_its_own_dtype():
-    router = Linear("router", src("gate", EXPERTS), HIDDEN, COPY, float32=True)
-    assert (router.dtype, router.experts) == ("F32", 0)
-    assert (fc().dtype, fc().experts) == (None, EXPERTS)
-
-
-def test_experts_must_be_alike():
+@pytest.mark.parametrize(
+    ("rows", "policy"),
+    [([src("a", 4), src("b", 5)], COLUMN), ([], COLUMN), ([src("a", 4)], COPY)],
+)
+def test_experts_must_be_alike_and_divided(rows, policy):
     with pytest.raises(LayoutError):
-        Experts("fc", [src("a", 4), src("b", 5)], HIDDEN, COLUMN)
-    with pytest.raises(LayoutError):
-        Experts("fc", [], HIDDEN, COLUMN)
-    with pytest.raises(LayoutError):
-        Experts("fc", [src("a", 4)], HIDDEN, COPY)
+        Experts("fc", rows, HIDDEN, policy)
