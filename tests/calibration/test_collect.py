@@ -126,6 +126,13 @@ def test_padding_does_not_count(tmp_path):
     same(collect(opened("phi2", tmp_path), unequal, device=CPU, batch_size=3), alone)
 
 
+def test_a_row_of_one_token(tmp_path):
+    """Products with one vector are summed in an order that depends on the weights' layout."""
+    directory = sources.write("phi2", tmp_path)
+    expected = by_hand(whole("phi2", directory), [torch.tensor([[5]])])
+    same(collect(opened("phi2", directory), [[5]], device=CPU), expected, rtol=1e-3)
+
+
 def test_the_long_factors_depend_on_the_row(tmp_path):
     """The same tokens in a longer row have other keys: short and long factors differ."""
     directory = sources.write("phi3-gqa", tmp_path)
