@@ -21,30 +21,38 @@ from safetensors.numpy import load_file, save_file
 
 from helpers.tiny_phi3 import INDEX, SHARDS, shard_path, tiny_tensors, write_json, write_shards
 
+FIRST_SHARD = shard_path(Path()).name
+Apply = Callable[[Path], Any]
+"""Spoils the directory it is given."""
+
 
 @dataclass(frozen=True)
 class Damage:
     """One way to spoil a valid checkpoint."""
 
     name: str  # unique, also the test id
-    apply: Callable[[Path], Any]  # spoils the directory it is given
+    apply: Apply
     named: str  # what the error must name: a file, a tensor or a key
-    stage: Literal["source", "plan"] = "source"  # who must notice
+    stage: Literal["source", "plan"] = "source"  # which of them must notice
 
 
-# ---- small tools: each returns a function that takes the directory -----------------------------
+def raw(name: str, edit: Callable[[bytes], bytes], prepare: Apply | None = None) -> Apply:
+    """Replace the bytes of a file."""
 
-Apply = Callable[[Path], Any]
+    def apply(directory: Path) -> None:
+        if prepare is not None:
+            prepare(directory)
+        (directory / name).write_bytes(edit((directory / name).read_bytes()))
+
+    return apply
 
 
 def raw_shard(edit: Callable[[bytes], bytes]) -> Apply:
-    """Replace the bytes of the first shard."""
+    return raw(FIRST_SHARD, edit)
 
-    def apply(directory: Path) -> None:
-        path = shard_path(directory)
-        path.write_bytes(edit(path.read_bytes()))
 
-    return apply
+def bin_bytes(edit: Callable[[bytes], bytes]) -> Apply:
+    return raw("pytorch_model.bin", edit, torch_bin())
 
 
 def header_text(edit: Callable[[bytes], bytes]) -> Apply:
@@ -76,7 +84,7 @@ def entry(edit: Callable[[dict[str, Any]], Any]) -> Apply:
 
 
 def set_entry(key: str, value: Any) -> Apply:
-    return entry(lambda e: e.__setitem__(key, value))
+    return entry(lambda values: values.update({key: value}))
 
 
 def json_file(name: str, edit: Callable[[dict[str, Any]], Any]) -> Apply:
@@ -94,7 +102,7 @@ def index(edit: Callable[[dict[str, Any]], Any]) -> Apply:
 
 def map_to(shard_name: Any) -> Apply:
     """Let the index name something else for one tensor."""
-    return index(lambda d: d["weight_map"].__setitem__("model.norm.weight", shard_name))
+    return index(lambda d: d["weight_map"].update({NORM: shard_name}))
 
 
 def config(**values: Any) -> Apply:
@@ -125,24 +133,9 @@ def tensors(edit: Callable[[dict[str, np.ndarray]], Any]) -> Apply:
     return apply
 
 
-def rename_tensor(held: dict[str, np.ndarray], old: str, new: str) -> None:
-    held[new] = held.pop(old)
-
-
 def to_int8(held: dict[str, np.ndarray]) -> None:
     for name in [name for name in held if "proj" in name]:
         held[name] = held[name].astype(np.int8)
-
-
-def only(**files: bytes) -> Apply:
-    """A directory that holds just these files (``__`` in a name stands for a dot)."""
-
-    def apply(directory: Path) -> None:
-        clear(directory)
-        for name, data in files.items():
-            (directory / name.replace("__", ".")).write_bytes(data)
-
-    return apply
 
 
 def clear(directory: Path) -> None:
@@ -182,6 +175,12 @@ def copy_tensor_to_last_shard(directory: Path) -> None:
     save_file(load_file(last) | {name: first[name]}, last)
 
 
+def lora_adapter(directory: Path) -> None:
+    clear(directory)
+    (directory / "adapter_config.json").write_text("{}")
+    (directory / "adapter_model.safetensors").touch()
+
+
 def hub_cache_folder(directory: Path) -> None:
     clear(directory)
     (directory / "snapshots" / "0123abcd").mkdir(parents=True)
@@ -196,38 +195,29 @@ def converted_checkpoint(directory: Path) -> None:
 # ---- .bin ---------------------------------------------------------------------------------------
 
 
-def torch_bin(make: Callable[[dict[str, Any]], Any] = lambda state: state, **options: Any) -> Apply:
+def torch_bin(edit: Callable[[dict[str, Any]], Any] = lambda state: state, **options: Any) -> Apply:
     """Keep config.json and store the tensors as pytorch_model.bin."""
 
     def apply(directory: Path) -> None:
         weightless()(directory)
         state = {name: torch.from_numpy(array) for name, array in tiny_tensors().items()}
-        torch.save(make(state), directory / "pytorch_model.bin", **options)
+        torch.save(edit(state), directory / "pytorch_model.bin", **options)
 
     return apply
 
 
-def with_entry(make: Callable[[], Any], name: Any = "extra") -> Apply:
-    return torch_bin(lambda state: state | {name: make()})
+def with_entry(value: Callable[[], Any], name: Any = "extra") -> Apply:
+    return torch_bin(lambda state: state | {name: value()})
 
 
-def bin_bytes(edit: Callable[[bytes], bytes]) -> Apply:
-    def apply(directory: Path) -> None:
-        torch_bin()(directory)
-        path = directory / "pytorch_model.bin"
-        path.write_bytes(edit(path.read_bytes()))
-
-    return apply
-
-
+@dataclass
 class RunsCode:
     """Pickles to a call of os.system that would leave a file behind."""
 
-    def __init__(self, witness: Path) -> None:
-        self.witness = witness
+    trace: Path
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.witness}",)
+        return os.system, (f"touch {self.trace}",)
 
 
 def malicious_bin(directory: Path) -> None:
@@ -257,13 +247,20 @@ def bin_index_without_shards(directory: Path) -> None:
 
 # ---- the list -----------------------------------------------------------------------------------
 
-FIRST_SHARD = shard_path(Path()).name
 DEEP = b'{"a":' + b"[" * 200_000
 EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
 QKV = "model.layers.1.self_attn.qkv_proj.weight"
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4976698672\n"
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+ROUTER = {"model.layers.0.router.weight": np.ones((2, 32), "f2")}
+BIAS = {"model.layers.0.self_attn.o_proj.bias": np.ones(32, "f2")}
+
+
+def long_factor(values: list[Any]) -> Apply:
+    scaling = LONGROPE | {"long_factor": values}
+    return config(rope_scaling=scaling, original_max_position_embeddings=32)
 
 
 def with_length(length: Callable[[bytes], int]) -> Apply:
@@ -273,7 +270,6 @@ def with_length(length: Callable[[bytes], int]) -> Apply:
 
 _SHARD: dict[str, Apply] = {
     "empty": raw_shard(lambda raw: b""),
-    "seven-bytes": raw_shard(lambda raw: raw[:7]),
     "cut-in-header": raw_shard(lambda raw: raw[:100]),
     "cut-after-header": raw_shard(lambda raw: raw[: 8 + int.from_bytes(raw[:8], "little")]),
     "cut-by-one-byte": raw_shard(lambda raw: raw[:-1]),
@@ -281,8 +277,6 @@ _SHARD: dict[str, Apply] = {
     "git-lfs": raw_shard(lambda raw: LFS),
     "html": raw_shard(lambda raw: b"<!DOCTYPE html><html></html>"),
     "zip": raw_shard(lambda raw: b"PK\x03\x04" + bytes(60)),
-    "pickle": raw_shard(lambda raw: b"\x80\x02}q\x00." + bytes(9)),
-    "gguf": raw_shard(lambda raw: b"GGUF" + bytes(60)),
     "zeros": raw_shard(lambda raw: bytes(len(raw))),
     "is-directory": replace(FIRST_SHARD, Path.mkdir),
     "is-pipe": replace(FIRST_SHARD, os.mkfifo),
@@ -298,14 +292,12 @@ _SHARD: dict[str, Apply] = {
     "header-deep": header_text(lambda text: DEEP),
     "header-nan": header_text(lambda text: text.replace(b'"shape":[37', b'"shape":[NaN', 1)),
     "header-duplicate-name": header_text(
-        lambda text: text.replace(b"layers.0.input_", b"layers.0.post_attention_", 1)
+        lambda text: text.replace(b"0.input_", b"0.post_attention_")
     ),
     "header-huge-integer": header_text(lambda text: text.replace(b"[37", b"[" + b"9" * 9999, 1)),
     "metadata-not-strings": header(lambda listing: listing.update(__metadata__={"a": 1})),
-    "tensor-name-empty": header(lambda listing: listing.update({"": listing.pop(EMBEDDING)})),
-    "tensor-name-surrogate": header(
-        lambda listing: listing.update({"\ud800": listing.pop(EMBEDDING)})
-    ),
+    "tensor-name-empty": header(lambda d: d.update({"": d.pop(EMBEDDING)})),
+    "tensor-name-surrogate": header(lambda d: d.update({"\ud800": d.pop(EMBEDDING)})),
     "entry-not-object": header(lambda listing: listing.update({EMBEDDING: [1, 2]})),
     "dtype-unknown": set_entry("dtype", "F17"),
     "dtype-other-size": set_entry("dtype", "F32"),
@@ -316,12 +308,8 @@ _SHARD: dict[str, Apply] = {
     "offsets-reversed": entry(lambda values: values["data_offsets"].reverse()),
     "offsets-negative": set_entry("data_offsets", [-2368, 0]),
     "offsets-beyond-file": set_entry("data_offsets", [10**9, 10**9 + 2368]),
-    "offsets-overlap": entry(
-        lambda values: values.update(data_offsets=[x + 64 for x in values["data_offsets"]])
-    ),
-    "tensors-hole": header(
-        lambda listing: listing.pop("model.layers.0.self_attn.qkv_proj.weight") and None
-    ),
+    "offsets-overlap": entry(lambda d: d.update(data_offsets=[n + 64 for n in d["data_offsets"]])),
+    "tensors-hole": header(lambda d: d.pop(QKV.replace("1", "0")) and None),
 }
 
 _INDEX: dict[str, Apply] = {
@@ -359,9 +347,7 @@ _BIN: dict[str, Apply] = {
     "number": with_entry(lambda: 3),
     "key-not-string": with_entry(lambda: 3, 7),
     "sparse": with_entry(lambda: torch.eye(3).to_sparse()),
-    "quantized": with_entry(
-        lambda: torch.quantize_per_tensor(torch.ones(2, 2), 0.5, 0, torch.qint8)
-    ),
+    "quantized": with_entry(lambda: torch.quantize_per_tensor(torch.ones(2), 0.5, 0, torch.qint8)),
     "meta": with_entry(lambda: torch.empty(2, device="meta")),
     "complex": with_entry(lambda: torch.zeros(2, dtype=torch.complex128)),
     "shards-missing": bin_index_without_shards,
@@ -381,25 +367,17 @@ _CONFIG_FILE: dict[str, Apply] = {
 _OTHERS: list[tuple[str, Apply, str]] = [
     (
         "index-lists-absent-tensor",
-        index(lambda document: document["weight_map"].update(ghost=FIRST_SHARD)),
+        index(lambda d: d["weight_map"].update(ghost=FIRST_SHARD)),
         "ghost",
     ),
-    (
-        "index-forgets-tensor",
-        index(lambda document: document["weight_map"].pop("model.norm.weight") and None),
-        "model.norm.weight",
-    ),
-    ("index-names-wrong-shard", map_to("model-00001-of-00003.safetensors"), "model.norm.weight"),
+    ("index-forgets-tensor", index(lambda d: d["weight_map"].pop(NORM) and None), NORM),
+    ("index-names-wrong-shard", map_to(FIRST_SHARD), NORM),
     ("tensor-in-two-shards", copy_tensor_to_last_shard, EMBEDDING),
     # other things than a checkpoint
     ("directory-empty", clear, "model"),
     ("weights-missing", weightless(), "model"),
     ("index-missing", drop(INDEX), "model-00001-of-00003.safetensors"),
-    (
-        "lora-adapter",
-        only(adapter_config__json=b"{}", adapter_model__safetensors=b""),
-        "adapter_config.json",
-    ),
+    ("lora-adapter", lora_adapter, "adapter_config.json"),
     ("gguf-only", weightless("phi3-q4.gguf"), "phi3-q4.gguf"),
     ("onnx-only", weightless("model.onnx", "model.onnx.data"), "model.onnx"),
     ("consolidated-only", weightless("consolidated.00.pth"), "consolidated.00.pth"),
@@ -439,34 +417,13 @@ _PLAN: list[tuple[str, Apply, str]] = [
     ("rope-theta-negative", config(rope_theta=-1.0), "rope_theta"),
     ("rope-type-unknown", config(rope_scaling=LONGROPE | {"type": "magic"}), "rope_scaling"),
     ("rope-scaling-string", config(rope_scaling="longrope"), "rope_scaling"),
-    (
-        "rope-factors-short",
-        config(
-            rope_scaling=LONGROPE | {"long_factor": [2.0] * 3}, original_max_position_embeddings=32
-        ),
-        "rope_scaling",
-    ),
-    (
-        "rope-factors-not-numbers",
-        config(
-            rope_scaling=LONGROPE | {"long_factor": ["2.0"] * 4},
-            original_max_position_embeddings=32,
-        ),
-        "long_factor",
-    ),
+    ("rope-factors-short", long_factor([2.0] * 3), "rope_scaling"),
+    ("rope-factors-not-numbers", long_factor(["2.0"] * 4), "long_factor"),
     ("tensor-missing", tensors(lambda held: held.pop(O_PROJ)), O_PROJ),
     ("head-missing", tensors(lambda held: held.pop("lm_head.weight")), "lm_head"),
-    (
-        "tensor-extra",
-        tensors(lambda held: held.update({"model.layers.0.router.weight": np.ones((2, 32), "f2")})),
-        "model.layers.0.router.weight",
-    ),
-    (
-        "bias-extra",
-        tensors(lambda held: held.update({O_PROJ.replace("weight", "bias"): np.ones(32, "f2")})),
-        "o_proj.bias",
-    ),
-    ("tensor-renamed", tensors(lambda held: rename_tensor(held, O_PROJ, "model.o.weight")), O_PROJ),
+    ("tensor-extra", tensors(lambda held: held.update(ROUTER)), "model.layers.0.router.weight"),
+    ("bias-extra", tensors(lambda held: held.update(BIAS)), "o_proj.bias"),
+    ("tensor-renamed", tensors(lambda held: held.update(o=held.pop(O_PROJ))), O_PROJ),
     ("shape-wrong", tensors(lambda held: held.update({QKV: held[QKV][:-8].copy()})), QKV),
     ("shape-transposed", tensors(lambda held: held.update({QKV: held[QKV].T.copy()})), QKV),
     ("rank-wrong", tensors(lambda held: held.update({O_PROJ: held[O_PROJ].reshape(-1)})), O_PROJ),
