@@ -279,11 +279,6 @@ def test_the_order_of_the_chain_cannot_be_turned_round():
     assert rules_of(family(First()).derive("acme-2", Last())) == "last"
 
 
-def test_the_same_step_may_stand_twice():
-    step = Amends()
-    assert rules_of(family(Base()).derive("one", step).derive("two", step)) == "base++"
-
-
 def test_a_variant_is_considered_by_auto_only_when_it_can_be_told_apart():
     model = PublishedModel("acme/model", {"hidden_size": 6})
     base = family(Base(), published=(model,), tell_apart=lambda hf: None, demo="acme:demo")

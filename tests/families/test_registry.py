@@ -3,7 +3,6 @@
 import sys
 import textwrap
 from importlib import metadata
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,19 +11,6 @@ from phireg import registry
 from phireg.config.hf import HFConfig
 from phireg.errors import PluginError, SourceError
 from phireg.family import Family
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-ROOT = Path(__file__).parents[2]
-BUILT_IN = {
-    "phi2": "phireg_plugins.phi2:FAMILY",
-    "phi3-mini": "phireg_plugins.phi3_mini:FAMILY",
-    "phi3-small": "phireg_plugins.phi3_small:FAMILY",
-    "phi3-medium": "phireg_plugins.phi3_medium:FAMILY",
-}
 
 PLUGIN = """
 from phireg.api import Family, FieldTable, QuantRules, Rules, hookimpl
@@ -260,22 +246,3 @@ def test_families_are_listed_with_what_they_can_do_or_their_problem(plugin):
     assert "ZeroDivisionError" in infos["bad"].problem and infos["bad"].family is None
     assert infos["a"].problem is None and infos["a"].family.name == "a"
     assert 1 in infos["a"].tp_sizes["acme/model"] and infos["a"].qformats["acme/model"] == ()
-
-
-# Installed families
-
-
-def test_the_built_in_families_use_the_public_group():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"] == {registry.GROUP: BUILT_IN}
-    try:
-        metadata.distribution("phireg")
-    except metadata.PackageNotFoundError:
-        return
-    installed = {
-        candidate.name: candidate.value
-        for offers in registry.index().values()
-        for candidate in offers
-        if candidate.distribution == "phireg"
-    }
-    assert installed == BUILT_IN

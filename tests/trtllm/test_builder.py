@@ -69,7 +69,10 @@ def test_an_existing_engine_is_replaced_only_on_demand(build, fake, tmp_path):
     engine = tmp_path / "engine"
     before = (engine / "config.json").read_text()
     assert "--overwrite" in build("--max-batch-size", 7, exit_code=6).output
+    fake.fail("out of memory")
+    build("--overwrite", exit_code=7)
     assert (engine / "config.json").read_text() == before
+    fake.behave(mode="good")
     build("--max-batch-size", 7, "--overwrite")
     assert read_engine(engine).max_batch_size == 7
     (engine / "thesis.tex").write_text("years")
@@ -201,45 +204,7 @@ def test_an_incomplete_engine_is_none(build, fake, split, tmp_path, mode, names)
     assert listing(tmp_path) == ["bin", "engine.build.log"]
 
 
-def test_an_old_engine_survives_a_failure(build, fake, tmp_path):
-    build()
-    before = (tmp_path / "engine" / "rank0.engine").read_bytes()
-    fake.fail("out of memory")
-    build("--overwrite", exit_code=7)
-    assert (tmp_path / "engine" / "rank0.engine").read_bytes() == before
-
-
-# Streaming and interruption
-
-
-@pytest.fixture
-def start(checkpoint, tmp_path):
-    """Start phireg build as a process that has got to building the first rank."""
-
-    def begin():
-        command = [sys.executable, "-m", "phireg", "build", checkpoint]
-        process = subprocess.Popen(
-            [*command, "--output-dir", tmp_path / "engine"],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        )
-        assert any("Build TensorRT engine" in line for line in process.stderr)
-        return process
-
-    return begin
-
-
-def test_output_is_streamed(start, fake, tmp_path):
-    fake.behave(pause=1)
-    process = start()
-    # The builder is at work for a second more.
-    assert not (tmp_path / "engine").exists()
-    assert "Build TensorRT engine" in (tmp_path / "engine.build.log").read_text()
-    assert process.poll() is None
-    process.communicate(timeout=30)
-    assert process.returncode == 0
-    assert (tmp_path / "engine" / "rank0.engine").exists()
+# Interruption
 
 
 def lives(pid):
@@ -258,11 +223,20 @@ def lives(pid):
         pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_leaves_nothing(start, fake, tmp_path, number, stubborn):
+def test_a_signal_leaves_nothing(checkpoint, fake, tmp_path, number, stubborn):
     fake.behave(mode="slow", **({"stubborn": 1} if stubborn else {}))
-    process = start()
+    command = [sys.executable, "-m", "phireg", "build", checkpoint]
+    process = subprocess.Popen(
+        [*command, "--output-dir", tmp_path / "engine"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    # The builder's output is streamed while it works.
+    assert any("Build TensorRT engine" in line for line in process.stderr)
     pids = [int(pid) for pid in (fake.directory / "pids").read_text().split()]
     assert all(lives(pid) for pid in pids)
+    assert "Build TensorRT engine" in (tmp_path / "engine.build.log").read_text()
     process.send_signal(number)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 128 + number

@@ -8,33 +8,30 @@ from phireg.errors import CheckError, SourceError
 from phireg.files.kinds import ENGINE, kind_of
 from phireg.trtllm.engine import Engine, read_engine
 
-PRETRAINED = {
-    "architecture": "PhiForCausalLM",
-    "dtype": "float16",
-    "vocab_size": 51200,
-    "mapping": {"world_size": 2, "tp_size": 2, "pp_size": 1, "gpus_per_node": 8},
-}
+MAPPING = {"world_size": 2, "tp_size": 2, "pp_size": 1, "gpus_per_node": 8}
+PRETRAINED = {"architecture": "PhiForCausalLM", "dtype": "float16", "vocab_size": 51200}
+PRETRAINED["mapping"] = MAPPING
 BUILD = {"max_input_len": 1024, "max_seq_len": 2048, "max_batch_size": 8, "max_beam_width": 3}
 
 
 @pytest.fixture
 def write(tmp_path):
-    def make(config=None, ranks=2, **files):
+    def write_engine(config=None, ranks=2, run_options=None):
         directory = tmp_path / "engine"
         directory.mkdir(exist_ok=True)
         whole = {"version": "0.17.0", "pretrained_config": PRETRAINED, "build_config": BUILD}
         (directory / "config.json").write_text(json.dumps(whole | (config or {})))
         for rank in range(ranks):
             (directory / f"rank{rank}.engine").write_bytes(b"x")
-        for name, document in files.items():
-            (directory / f"{name.replace('_', '-')}.json").write_text(json.dumps(document))
+        if run_options is not None:
+            (directory / "phireg-build.json").write_text(json.dumps({"run_options": run_options}))
         return directory
 
-    return make
+    return write_engine
 
 
 def test_the_description_of_an_engine(write):
-    directory = write(phireg_build={"run_options": {"enable_context_fmha_fp32_acc": True}})
+    directory = write(run_options={"enable_context_fmha_fp32_acc": True})
     engine = read_engine(directory)
     assert kind_of(directory) is ENGINE
     assert engine == Engine(
@@ -69,11 +66,8 @@ def test_incomplete_engines(write, config, ranks, names):
     with pytest.raises((CheckError, SourceError)) as caught:
         read_engine(write(config, ranks))
     assert names in caught.value.message
-
-
-def test_run_options_of_a_wrong_kind(write):
     with pytest.raises(SourceError, match="run_options"):
-        read_engine(write(phireg_build={"run_options": []}))
+        read_engine(write(run_options=[]))
 
 
 def test_a_checkpoint_is_no_engine(checkpoint):

@@ -14,7 +14,7 @@ from helpers.command_line import run_phireg
 
 from phireg.errors import CheckError, PhiregError, UsageError
 from phireg.executor import Sampling
-from phireg.generation import Options, Request, describe, open_backend, opener
+from phireg.generation import Request, describe, open_backend, opener
 from phireg.trtllm.mpi import communicator
 
 ROOT = Path(__file__).parents[2]
@@ -157,14 +157,6 @@ def test_refusals_of_the_backend(fake, tmp_path, monkeypatch):
         for call in (backend.generate, lambda request: list(backend.stream(request))):
             with pytest.raises(PhiregError, match="out of pages"):
                 call(Request([[1]], 2, (), GREEDY))
-    for options, names in (
-        (Options(dtype="float16"), "--dtype"),
-        (Options(offload=False), "--no-offload"),
-        (Options(device="cpu"), "--device cpu"),
-        (Options(device="cuda:1"), "CUDA_VISIBLE_DEVICES"),
-    ):
-        with pytest.raises(UsageError, match=names):
-            describe("tensorrt-llm", directory, options)
     (directory / "rank0.engine").unlink()
     with pytest.raises(PhiregError, match=r"rank0\.engine"):
         describe("tensorrt-llm", directory)
@@ -259,6 +251,7 @@ def test_run_takes_an_engine_by_itself(fake, tmp_path):
         (["--dtype", "fp16"], "--dtype"),
         (["--offload"], "--offload"),
         (["--device", "cpu"], "--device cpu"),
+        (["--device", "cuda:1"], "CUDA_VISIBLE_DEVICES"),
         (["--tp", "1"], "--tp"),
         (["--batch-size", "5"], "--batch-size 4"),
         (["--num-beams", "4"], "3"),
