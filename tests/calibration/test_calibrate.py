@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import source_models as sources
+from helpers import tiny_models as sources
 from safetensors.torch import load_file, save_file
 
 import phireg

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from helpers import source_models as sources
+from helpers import tiny_models as sources
+from helpers.tiny_models import from_pretrained, opened
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
-from phireg import registry
 from phireg.calibration.collect import collect, measure
 from phireg.errors import SourceError
-from phireg.reference.load import open_reference
-from phireg.source.model import open_source
 
 CPU = torch.device("cpu")
 # Past 8 tokens blocks are dropped, past 20 long rope takes the long factors.
@@ -20,18 +18,6 @@ LENGTHS = (5, 7, 20, 7, 21, 33, 2, 33)
 def rows(lengths=LENGTHS):
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(1, 100, (n,), generator=generator).tolist() for n in lengths]
-
-
-def opened(name, directory, dtype=torch.float32):
-    family = registry.load(sources.MODELS[name][1]).family
-    source = open_source(directory)
-    return open_reference(family, source, weights=None, dtype=dtype, device=CPU)
-
-
-def whole(name, directory, dtype=torch.float32):
-    kind = sources.Phi3SmallForCausalLM if name == "phi3-small" else AutoModelForCausalLM
-    key = "torch_dtype" if sources.FOUR else "dtype"
-    return kind.from_pretrained(directory, **{key: dtype}).eval()
 
 
 class Recorder(DynamicCache):
@@ -98,7 +84,9 @@ def test_the_models_own_name_of_the_cache(tmp_path, name):
 def test_layer_by_layer_equals_the_whole_model(tmp_path, name, dtype):
     directory = sources.write(name, tmp_path, dtype)
     statistics = collect(opened(name, directory, dtype), rows(), device=CPU)
-    expected = by_hand(whole(name, directory, dtype), [torch.tensor([row]) for row in rows()])
+    expected = by_hand(
+        from_pretrained(name, directory, dtype), [torch.tensor([row]) for row in rows()]
+    )
     linears = 6 if name == "phi2" else 4
     assert len(statistics.inputs) == 3 * linears
     same(statistics, expected)
@@ -107,20 +95,20 @@ def test_layer_by_layer_equals_the_whole_model(tmp_path, name, dtype):
 @pytest.mark.parametrize("name", sources.MODELS)
 def test_batches_hold_rows_of_one_length(tmp_path, name):
     directory = sources.write(name, tmp_path)
-    alone = by_hand(whole(name, directory), [torch.tensor([row]) for row in rows()])
+    alone = by_hand(from_pretrained(name, directory), [torch.tensor([row]) for row in rows()])
     same(collect(opened(name, directory), rows(), device=CPU, batch_size=2), alone, rtol=1e-5)
 
 
 def test_padding_does_not_count(tmp_path):
     """Ids whose embedding is large would; upstream pads with such ones, and counts them."""
-    model = sources.randomized(sources.phi2())
+    model = sources.phi2()
     with torch.no_grad():
         model.model.embed_tokens.weight[0, :40] = 60
     model.save_pretrained(tmp_path, safe_serialization=True)
     unequal = rows((5, 12, 9))
     padded = torch.tensor([[0] * (12 - len(row)) + row for row in unequal])
-    wrong, _ = by_hand(whole("phi2", tmp_path), [padded], [(padded > 0).long()])
-    alone = by_hand(whole("phi2", tmp_path), [torch.tensor([row]) for row in unequal])
+    wrong, _ = by_hand(from_pretrained("phi2", tmp_path), [padded], [(padded > 0).long()])
+    alone = by_hand(from_pretrained("phi2", tmp_path), [torch.tensor([row]) for row in unequal])
     grown = {name for name, amax in alone[0].items() if (wrong[name] > 1.05 * amax).any()}
     assert grown >= {f"model.layers.{layer}.mlp.fc2" for layer in range(3)}
     same(collect(opened("phi2", tmp_path), unequal, device=CPU, batch_size=3), alone)
@@ -139,7 +127,7 @@ def test_the_long_factors_depend_on_the_row(tmp_path):
     (row,) = rows((21,))
     short = collect(opened("phi3-gqa", directory), [row[:20]], device=CPU)
     long = collect(opened("phi3-gqa", directory), [row], device=CPU)
-    expected = by_hand(whole("phi3-gqa", directory), [torch.tensor([row])])
+    expected = by_hand(from_pretrained("phi3-gqa", directory), [torch.tensor([row])])
     same(long, expected)
     assert short.keys[0] != long.keys[0]
 
@@ -191,13 +179,13 @@ def test_the_cost_grows_with_tokens_and_layers(tmp_path):
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_what_is_not_finite_is_named(tmp_path, bad):
-    model = sources.randomized(sources.phi3_gqa())
+    model = sources.phi3_gqa()
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight[5] = bad
     model.save_pretrained(tmp_path, safe_serialization=True)
     with pytest.raises(SourceError, match=r"model\.layers\.1\.self_attn\.qkv_proj .*channel 5"):
         collect(opened("phi3-gqa", tmp_path), rows(), device=CPU)
-    model = sources.randomized(sources.phi2())
+    model = sources.phi2()
     with torch.no_grad():
         model.model.layers[2].self_attn.k_proj.bias[0] = bad
     model.save_pretrained(tmp_path / "2", safe_serialization=True)
@@ -218,14 +206,12 @@ def test_on_a_gpu(tmp_path, name):
     """The same maxima as on the CPU, but for the order of sums; on the GPU as the whole model's."""
     device = torch.device("cuda")
     directory = sources.write(name, tmp_path)
-    family = registry.load(sources.MODELS[name][1]).family
-    source = open_source(directory)
-    reference = open_reference(family, source, weights=None, dtype=torch.float32, device=device)
+    reference = opened(name, directory, device=device)
     statistics = collect(reference, rows(), device=device, batch_size=2)
     on_cpu = [torch.tensor([row]) for row in rows()]
-    same(statistics, by_hand(whole(name, directory), on_cpu), rtol=2e-3)
+    same(statistics, by_hand(from_pretrained(name, directory), on_cpu), rtol=2e-3)
     on_gpu = [ids.to(device) for ids in on_cpu]
-    same(statistics, by_hand(whole(name, directory).to(device), on_gpu), rtol=2e-3)
+    same(statistics, by_hand(from_pretrained(name, directory).to(device), on_gpu), rtol=2e-3)
 
 
 modelopt = pytest.mark.skipif(sources.FOUR, reason="nvidia-modelopt needs a newer transformers")
@@ -233,7 +219,7 @@ modelopt = pytest.mark.skipif(sources.FOUR, reason="nvidia-modelopt needs a newe
 
 def quantized(name, directory, config):
     mtq = pytest.importorskip("modelopt.torch.quantization", reason="nvidia-modelopt is missing")
-    model = whole(name, directory)
+    model = from_pretrained(name, directory)
 
     def run(inner):
         for row in rows():

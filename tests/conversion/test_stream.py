@@ -1,6 +1,5 @@
 """The stream: bytes independent of blocks and workers, digests, losses, failures, memory."""
 
-import json
 import os
 import threading
 import time
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import xxhash
 from helpers.memory import measure
+from helpers.plan_sources import HIDDEN, INNER, MODELS, write
 from phireg_plugins.phi3_mini import FAMILY
 from safetensors.numpy import load_file, save_file
 
@@ -19,51 +19,19 @@ from phireg.errors import PlanError, SourceError
 from phireg.planning.model import BLOCK_BYTES
 from phireg.testing import write_random_model
 
-HEADS, KV_HEADS, SIZE, INNER, VOCAB, LAYERS = 4, 2, 6, 20, 37, 2
-HIDDEN = HEADS * SIZE
-CONFIG = {
-    "architectures": ["Phi3ForCausalLM"],
-    "model_type": "phi3",
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "intermediate_size": INNER,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 64,
-    "hidden_act": "silu",
-    "torch_dtype": "float32",
-}
+_, CONFIG, SHAPES = MODELS["medium"]
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 
 
 def tensors(seed=0):
     rng = np.random.default_rng(seed)
-    shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN), HEAD: (VOCAB, HIDDEN), NORM: (HIDDEN,)}
-    for i in range(LAYERS):
-        layer = f"model.layers.{i}"
-        shapes |= {
-            f"{layer}.input_layernorm.weight": (HIDDEN,),
-            f"{layer}.post_attention_layernorm.weight": (HIDDEN,),
-            f"{layer}.self_attn.qkv_proj.weight": ((HEADS + 2 * KV_HEADS) * SIZE, HIDDEN),
-            f"{layer}.self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-            f"{layer}.mlp.gate_up_proj.weight": (2 * INNER, HIDDEN),
-            f"{layer}.mlp.down_proj.weight": (HIDDEN, INNER),
-        }
-    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-
-
-def write(directory, stored):
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(CONFIG))
-    save_file(stored, directory / "model.safetensors")
-    return directory
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
 
 
 @pytest.fixture
 def source(tmp_path):
-    return write(tmp_path / "hf", tensors())
+    return write(tmp_path / "hf", CONFIG, tensors())
 
 
 def run(source, out, workers=2, progress=None, **options):
@@ -124,7 +92,7 @@ def test_bits_that_are_not_numbers_are_kept(tmp_path):
     odd = [0x7FC00001, 0xFFC12345, 0x7F800001, 0x80000000, 0x7F800000, 0xFF800000, 0x1, 0x80000001]
     for tensor in stored.values():
         tensor.reshape(-1)[: len(odd)] = np.array(odd, np.uint32).view(np.float32)
-    _, streamed = run(write(tmp_path / "hf", stored), tmp_path / "out", dtype="float32")
+    _, streamed = run(write(tmp_path / "hf", CONFIG, stored), tmp_path / "out", dtype="float32")
     out = load_file(tmp_path / "out" / "rank0.safetensors")
     assert out["transformer.ln_f.weight"].view(np.uint32)[:8].tolist() == odd
     assert out["lm_head.weight"].tobytes() == stored[HEAD].tobytes()
@@ -145,7 +113,7 @@ def lossy(tmp_path):
     down = stored["model.layers.1.mlp.down_proj.weight"]
     down[0, [0, 19]], down[23, 10] = 1e-10, -1e-10
     stored["model.layers.0.mlp.gate_up_proj.weight"][0, :3] = [0.0, -0.0, 1e-7]  # rounds, not to 0
-    return write(tmp_path / "hf", stored)
+    return write(tmp_path / "hf", CONFIG, stored)
 
 
 LOST = {
@@ -300,6 +268,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path, dtype, tp):
         **CONFIG,
         **{"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 32},
         **{"num_key_value_heads": 32, "vocab_size": 10016, "torch_dtype": "bfloat16"},
+        "num_hidden_layers": 2,
     }
     write_random_model(FAMILY, config, tmp_path / "hf")
     size, before, peak, promised = measure(CONVERT, tmp_path / "hf", dtype, tp)

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_sources import phi3_small, relative_error, write_checkpoint
+from helpers.tiny_models import phi3_small
+from tiny_sources import relative_error, write_checkpoint
 
 from phireg.executor import load
 from phireg.executor.attention import always_dense, prompt_attention

@@ -4,17 +4,8 @@ import json
 
 import pytest
 import torch
-from tiny_sources import (
-    edit_config,
-    phi2,
-    phi3,
-    phi3_small,
-    random_ids,
-    reference_logits,
-    relative_error,
-    small_long_rope,
-    write_checkpoint,
-)
+from helpers.tiny_models import edit_config, phi2, phi3, phi3_small
+from tiny_sources import random_ids, reference_logits, relative_error, write_checkpoint
 
 from phireg.errors import CheckError
 from phireg.executor import load, read_spec
@@ -23,7 +14,7 @@ from phireg.reader.spec import parse_spec
 
 @pytest.fixture(scope="module")
 def small_model():
-    return phi3_small(rope_scaling=small_long_rope(), max_position_embeddings=131072)
+    return phi3_small(long=32)
 
 
 @pytest.fixture(scope="module")

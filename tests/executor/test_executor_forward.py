@@ -2,17 +2,8 @@
 
 import pytest
 import torch
-from tiny_sources import (
-    phi2,
-    phi3,
-    phi3_long,
-    phi3_small,
-    random_ids,
-    reference_logits,
-    relative_error,
-    small_long_rope,
-    write_checkpoint,
-)
+from helpers.tiny_models import phi2, phi3, phi3_small
+from tiny_sources import random_ids, reference_logits, relative_error, write_checkpoint
 
 from phireg.executor import load
 
@@ -21,16 +12,15 @@ MODELS = {
     "phi2-partial": (phi2, {"hidden_size": 160, "partial_rotary_factor": 0.5}),
     "phi3": (phi3, {}),
     "phi3-gqa": (phi3, {"num_key_value_heads": 2}),
-    "phi3-long": (phi3_long, {}),
-    "phi3-long-gqa": (phi3_long, {"num_key_value_heads": 4}),
+    "phi3-long": (phi3, {"long": 32}),
+    "phi3-long-gqa": (phi3, {"long": 32, "num_key_value_heads": 4}),
     "small": (phi3_small, {}),
     "small-every-3": (phi3_small, {"dense_attention_every_n_layers": 3, "num_hidden_layers": 4}),
     "small-homo": (phi3_small, {"blocksparse_homo_head_pattern": True}),
     # more stripes than heads: the step from head to head is 2
     "small-step": (phi3_small, {"blocksparse_vert_stride": 17, "num_key_value_heads": 2}),
     "small-no-limit": (phi3_small, {"gegelu_limit": None}),
-    "small-long": (
-        phi3_small, {"rope_scaling": small_long_rope(), "max_position_embeddings": 131072}
+    "small-long": (phi3_small, {"long": 32}
     ),
 }  # fmt: skip
 _BUILT = {}

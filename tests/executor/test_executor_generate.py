@@ -6,18 +6,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from helpers.tiny_models import phi2, phi3, phi3_small
 from quantized_sources import written
-from tiny_sources import (
-    phi2,
-    phi3,
-    phi3_long,
-    phi3_small,
-    random_ids,
-    reference_logits,
-    relative_error,
-    small_long_rope,
-    write_checkpoint,
-)
+from tiny_sources import random_ids, reference_logits, relative_error, write_checkpoint
 from transformers import DynamicCache
 
 from phireg.errors import UsageError
@@ -47,11 +38,10 @@ def greedy(logits_of, prompt, count):
 CASES = {
     "phi2": (phi2, {}, 2),
     "phi3-gqa": (phi3, {"num_key_value_heads": 2}, 4),
-    "phi3-long": (phi3_long, {}, 1),
+    "phi3-long": (phi3, {"long": 32}, 1),
     "small": (phi3_small, {}, 1),
     "small-tp8": (phi3_small, {"dense_attention_every_n_layers": 3}, 8),
-    "small-long": (
-        phi3_small, {"rope_scaling": small_long_rope(), "max_position_embeddings": 131072}, 2
+    "small-long": (phi3_small, {"long": 32}, 2
     ),
 }  # fmt: skip
 
@@ -106,7 +96,7 @@ def load_written(model, directory, ranks, scheme, kv):
     ("make", "changes", "ranks", "lengths", "scheme", "kv"),
     [
         (phi2, {}, 2, (13, 9), None, None),
-        (phi3_long, {"num_key_value_heads": 2}, 1, (33, 35), None, None),  # the long factors
+        (phi3, {"long": 32, "num_key_value_heads": 2}, 1, (33, 35), None, None),  # the long factors
         (phi3_small, {}, 4, (13, 9), None, None),  # past the mask's threshold of 8 tokens
         (phi3, {}, 2, (7, 12), "fp8", "fp8"),
         (phi3_small, {}, 2, (7, 12), "int8_sq", "int8"),
@@ -171,9 +161,9 @@ def test_fp8_weights_as_they_are_on_a_gpu(tmp_path):
 
 def test_cached_keys_stay_as_they_are_when_long_rope_switches(tmp_path):
     """As in the reference when its cache is kept, unlike a forward pass over all tokens."""
-    model = phi3_small(rope_scaling=small_long_rope(), max_position_embeddings=131072)
+    model = phi3_small(long=32)
     executor = load(write_checkpoint(model, tmp_path))
-    prompt = random_ids(model, 28, seed=2)
+    prompt = random_ids(model, 28, seed=3)
     cache, ids, expected = DynamicCache(), prompt[None], []
     with torch.no_grad():
         for _ in range(12):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers.tiny_models import phi2, phi3, phi3_small
 from quantized_sources import (
     LINEARS,
     forward,
@@ -13,15 +14,7 @@ from quantized_sources import (
     written,
 )
 from safetensors.torch import load_file
-from tiny_sources import (
-    phi2,
-    phi3,
-    phi3_small,
-    random_ids,
-    reference_logits,
-    relative_error,
-    write_checkpoint,
-)
+from tiny_sources import random_ids, reference_logits, relative_error, write_checkpoint
 
 from phireg.executor import generate, load, quantized
 

@@ -2,14 +2,9 @@
 
 import pytest
 import torch
+from helpers.tiny_models import edit_config, phi2
 from quantized_sources import written
-from tiny_sources import (
-    edit_config,
-    edit_tensors,
-    phi2,
-    random_ids,
-    write_checkpoint,
-)
+from tiny_sources import edit_tensors, random_ids, write_checkpoint
 
 from phireg.errors import CheckError
 from phireg.executor import load, read_spec

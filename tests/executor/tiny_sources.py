@@ -1,107 +1,14 @@
-"""Tiny source models and a hand-written way from their tensors to a TensorRT-LLM checkpoint.
+"""A hand-written way from the tensors of tiny models to a TensorRT-LLM checkpoint.
 
 Written from the format's description, apart from phireg's own mapping: a mistake there cannot hide
 in a matching mistake here.
 """
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Phi3Config, Phi3ForCausalLM, PhiConfig, PhiForCausalLM
-
-REFERENCE = Path(__file__).parents[2] / "plugins" / "phi3_small" / "reference.py"
-
-
-def small_reference():
-    name = "phi3_small_reference_for_tests"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, REFERENCE)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-def randomize(model, seed=0, boost=6.0):
-    """Weights, biases and norms at random, queries and keys large: wrong attention must show."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name and name.endswith("weight"):
-                parameter.copy_(1 + 0.3 * noise)
-            elif name.endswith("bias"):
-                parameter.copy_(0.2 * noise)
-            else:
-                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-            if any(part in name for part in ("q_proj", "k_proj", "qkv_proj", "query_key_value")):
-                parameter.mul_(boost**0.5)
-    return model.eval()
-
-
-def phi2(**changes):
-    config = {
-        "vocab_size": 101, "hidden_size": 80, "intermediate_size": 168, "num_hidden_layers": 3,
-        "num_attention_heads": 8, "max_position_embeddings": 128, "partial_rotary_factor": 0.4,
-        "hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "tie_word_embeddings": False,
-        "rope_theta": 5000.0,
-    } | changes  # fmt: skip
-    theta = config.pop("rope_theta")
-    config["rope_parameters"] = {
-        "rope_type": "default", "rope_theta": theta,
-        "partial_rotary_factor": config["partial_rotary_factor"],
-    }  # fmt: skip
-    model = PhiForCausalLM(PhiConfig(**config, attn_implementation="eager"))
-    return randomize(model)
-
-
-def phi3(**changes):
-    config = {
-        "vocab_size": 103, "hidden_size": 96, "intermediate_size": 136, "num_hidden_layers": 3,
-        "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 256,
-        "original_max_position_embeddings": 256, "rms_norm_eps": 1e-2, "pad_token_id": 0,
-        "tie_word_embeddings": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
-    } | changes  # fmt: skip
-    model = Phi3ForCausalLM(Phi3Config(**config, attn_implementation="eager"))
-    return randomize(model)
-
-
-def phi3_long(**changes):
-    """32 tokens of short factors, 131072 positions; 6 rotary pairs."""
-    rope = {
-        "rope_type": "longrope", "rope_theta": 5000.0, "partial_rotary_factor": 1.0,
-        "short_factor": [1.1, 1.2, 1.4, 1.7, 2.1, 2.6],
-        "long_factor": [2.0, 5.0, 9.5, 3.0, 12.0, 30.0],
-        "original_max_position_embeddings": 32,
-    }  # fmt: skip
-    lengths = {"max_position_embeddings": 131072, "original_max_position_embeddings": 32}
-    return phi3(rope_parameters=rope, **lengths, **changes)
-
-
-def phi3_small(**changes):
-    config = {
-        "vocab_size": 107, "hidden_size": 96, "ff_intermediate_size": 136, "num_hidden_layers": 3,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256,
-        "rope_embedding_base": 5e3, "gegelu_limit": 0.5, "gegelu_pad_to_256": False,
-        "blocksparse_block_size": 4, "blocksparse_num_local_blocks": 2,
-        "blocksparse_vert_stride": 5,
-        "dense_attention_every_n_layers": 2, "layer_norm_epsilon": 1e-2,
-        "mup_width_multiplier": 3.0, "mup_embedding_multiplier": 7.0,
-    } | changes  # fmt: skip
-    reference = small_reference()
-    return randomize(reference.Phi3SmallForCausalLM(reference.Phi3SmallConfig(**config)), boost=30)
-
-
-def small_long_rope(pairs=6):
-    return {
-        "type": "longrope", "short_factor": [1.1 + 0.3 * i for i in range(pairs)],
-        "long_factor": [2.0 + 3.5 * i for i in range(pairs)],
-        "short_mscale": 1.1, "long_mscale": 1.4, "original_max_position_embeddings": 32,
-    }  # fmt: skip
+from transformers import Phi3ForCausalLM, PhiForCausalLM
 
 
 def split(tensor, rank, ranks, dim=0):
@@ -278,13 +185,6 @@ def reference_logits(model, ids):
 def random_ids(model, *shape, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, model.config.vocab_size, shape, generator=generator)
-
-
-def edit_config(directory, **changes):
-    path = directory / "config.json"
-    config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
-    return directory
 
 
 def edit_tensors(directory, rank, change):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 from safetensors.numpy import save_file
 
+from helpers.source_shapes import phi3_shapes, small_shapes, with_bias
 from phireg.config.hf import HFConfig
 from phireg.planning.build import build_plan
 from phireg.planning.model import Options
@@ -46,14 +47,6 @@ SMALL = {
 }
 
 
-def with_bias(shapes):
-    return shapes | {
-        name.removesuffix("weight") + "bias": shape[:1]
-        for name, shape in shapes.items()
-        if name != "model.embed_tokens.weight"
-    }
-
-
 def phi2_shapes():
     h = HIDDEN
     shapes = {"model.embed_tokens.weight": (VOCAB, h), "lm_head.weight": (VOCAB, h)}
@@ -68,41 +61,19 @@ def phi2_shapes():
     return with_bias(shapes)
 
 
-def gated_layers(kv_heads, qkv, dense, gate_up):
-    h, shapes = HIDDEN, {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
-    for i in range(LAYERS):
-        layer = f"model.layers.{i}"
-        shapes[f"{layer}.input_layernorm.weight"] = (h,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (h,)
-        shapes[f"{layer}.self_attn.{qkv}.weight"] = ((HEADS + 2 * kv_heads) * SIZE, h)
-        shapes[f"{layer}.self_attn.{dense}.weight"] = (h, h)
-        shapes[f"{layer}.mlp.{gate_up}.weight"] = (2 * INNER, h)
-        shapes[f"{layer}.mlp.down_proj.weight"] = (h, INNER)
-    return shapes
-
-
-def phi3_shapes(kv_heads):
-    layers = gated_layers(kv_heads, "qkv_proj", "o_proj", "gate_up_proj")
-    return layers | {"lm_head.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
-
-
-def small_shapes():
-    layers = gated_layers(2, "query_key_value", "dense", "up_proj")
-    return with_bias(layers | {"model.final_layernorm.weight": (HIDDEN,)})
-
-
 def tied(shapes):
     return {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
 
 
+MEDIUM, ONE = ({**PHI3, "num_key_value_heads": kv_heads} for kv_heads in (2, 1))
 MODELS = {
     "phi2": ("phi2", PHI2, phi2_shapes()),
     "phi2-tied": ("phi2", {**PHI2, "tie_word_embeddings": True}, tied(phi2_shapes())),
-    "mini": ("phi3-mini", PHI3, phi3_shapes(HEADS)),
-    "mini-tied": ("phi3-mini", {**PHI3, "tie_word_embeddings": True}, tied(phi3_shapes(HEADS))),
-    "medium": ("phi3-medium", {**PHI3, "num_key_value_heads": 2}, phi3_shapes(2)),
-    "one-kv-head": ("phi3-medium", {**PHI3, "num_key_value_heads": 1}, phi3_shapes(1)),
-    "small": ("phi3-small", SMALL, small_shapes()),
+    "mini": ("phi3-mini", PHI3, phi3_shapes(PHI3)),
+    "mini-tied": ("phi3-mini", {**PHI3, "tie_word_embeddings": True}, tied(phi3_shapes(PHI3))),
+    "medium": ("phi3-medium", MEDIUM, phi3_shapes(MEDIUM)),
+    "one-kv-head": ("phi3-medium", ONE, phi3_shapes(ONE)),
+    "small": ("phi3-small", SMALL, small_shapes(SMALL)),
 }
 
 

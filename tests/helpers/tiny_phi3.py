@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from helpers.source_shapes import phi3_shapes
+
 LAYERS, HIDDEN, HEADS, KV_HEADS, INTERMEDIATE, VOCAB = 2, 32, 4, 2, 48, 37
 HEAD_DIM = HIDDEN // HEADS
 SHARDS = 3
@@ -29,18 +31,7 @@ def tiny_config() -> dict[str, Any]:
 
 
 def tiny_tensors() -> dict[str, np.ndarray]:
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
-    for layer in range(LAYERS):
-        prefix = f"model.layers.{layer}"
-        shapes |= {
-            f"{prefix}.input_layernorm.weight": (HIDDEN,),
-            f"{prefix}.self_attn.qkv_proj.weight": ((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
-            f"{prefix}.self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-            f"{prefix}.post_attention_layernorm.weight": (HIDDEN,),
-            f"{prefix}.mlp.gate_up_proj.weight": (2 * INTERMEDIATE, HIDDEN),
-            f"{prefix}.mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
-        }
-    shapes |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
+    shapes = phi3_shapes(tiny_config())
     random = np.random.default_rng(0)
     return {name: random.normal(0, 0.15, shape).astype("f2") for name, shape in shapes.items()}
 

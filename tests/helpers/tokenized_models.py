@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 
 import torch
-from executor.tiny_sources import phi2, phi3, phi3_small
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 import phireg
+from helpers.tiny_models import phi2, phi3, phi3_small
 
 CORPUS = (
     "The engine reads the checkpoint and the checkpoint holds the weights. "

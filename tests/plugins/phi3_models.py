@@ -6,7 +6,9 @@ whose shares are odd.
 
 import torch
 from family_checks import kv_share, randomize, share, vocab_share
+from helpers.source_shapes import phi3_shapes
 
+source_shapes = phi3_shapes
 LAYERS, HEADS, HEAD_SIZE, INNER, VOCAB = 2, 8, 6, 24, 97
 HIDDEN = HEADS * HEAD_SIZE
 
@@ -75,22 +77,3 @@ def separate(state, kv_heads):
         gate, up = state.pop(f"{mlp}.gate_up_proj.weight").split(INNER)
         state |= {f"{mlp}.gate_proj.weight": gate, f"{mlp}.up_proj.weight": up}
     return state
-
-
-def source_shapes(config):
-    """The published tensors' names and shapes."""
-    h, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    size = h // config["num_attention_heads"]
-    qkv = (config["num_attention_heads"] + 2 * config["num_key_value_heads"]) * size
-    shapes = {"model.embed_tokens.weight": (v, h), "lm_head.weight": (v, h)}
-    shapes["model.norm.weight"] = (h,)
-    for i in range(config["num_hidden_layers"]):
-        shapes |= {
-            f"model.layers.{i}.input_layernorm.weight": (h,),
-            f"model.layers.{i}.post_attention_layernorm.weight": (h,),
-            f"model.layers.{i}.self_attn.qkv_proj.weight": (qkv, h),
-            f"model.layers.{i}.self_attn.o_proj.weight": (h, h),
-            f"model.layers.{i}.mlp.gate_up_proj.weight": (2 * f, h),
-            f"model.layers.{i}.mlp.down_proj.weight": (h, f),
-        }
-    return shapes

@@ -1,6 +1,7 @@
 """Tiny Phi-3-small checkpoints in the published layout, shaped so that mistakes show."""
 
 import torch
+from helpers.source_shapes import small_shapes
 
 # 6 heads of 6 in 2 groups; blocks of 4, 2 of them local, stripes every 4th block or so.
 TINY = {
@@ -49,26 +50,7 @@ LONG = {
 }
 
 
-def source_shapes(config):
-    """Names and shapes of a published Phi-3-small file (the embedding is the head)."""
-    h, f = config["hidden_size"], config["ff_intermediate_size"]
-    d = h // config["num_attention_heads"]
-    qkv = (config["num_attention_heads"] + 2 * config["num_key_value_heads"]) * d
-    norms = ("input_layernorm", "post_attention_layernorm")
-    linears = {
-        "self_attn.query_key_value": (qkv, h),
-        "self_attn.dense": (h, h),
-        "mlp.up_proj": (2 * f, h),
-        "mlp.down_proj": (h, f),
-    }
-    modules = {"model.final_layernorm": (h,)}
-    for layer in range(config["num_hidden_layers"]):
-        modules |= {f"model.layers.{layer}.{norm}": (h,) for norm in norms}
-        modules |= {f"model.layers.{layer}.{name}": shape for name, shape in linears.items()}
-    shapes = {"model.embed_tokens.weight": (config["vocab_size"], h)}
-    for name, shape in modules.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return shapes
+source_shapes = small_shapes
 
 
 def random_tensors(config, seed=0):

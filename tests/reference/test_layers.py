@@ -2,13 +2,10 @@
 
 import pytest
 import torch
-from helpers import source_models as sources
-from transformers import AutoModelForCausalLM
+from helpers import tiny_models as sources
+from helpers.tiny_models import from_pretrained, opened
 
-from phireg import registry
 from phireg.errors import SourceError
-from phireg.reference.load import open_reference
-from phireg.source.model import open_source
 
 CPU = torch.device("cpu")
 LENGTHS = (5, 20, 21, 33)
@@ -21,18 +18,6 @@ class Silent:
         pass
 
     embedded = hidden = normed = layer
-
-
-def opened(name, directory, dtype=torch.float32, weights=None):
-    family = registry.load(sources.MODELS[name][1]).family
-    source = open_source(directory)
-    return open_reference(family, source, weights=weights, dtype=dtype, device=CPU)
-
-
-def from_pretrained(name, directory, dtype):
-    kind = sources.Phi3SmallForCausalLM if name == "phi3-small" else AutoModelForCausalLM
-    key = "torch_dtype" if sources.FOUR else "dtype"
-    return kind.from_pretrained(directory, **{key: dtype}).eval()
 
 
 def real_layers(model):
@@ -132,7 +117,7 @@ def test_a_tied_head_takes_no_memory_of_its_own(tmp_path, name):
 
 
 def test_pytorch_files(tmp_path):
-    model = sources.randomized(sources.phi2())
+    model = sources.phi2()
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     reference = opened("phi2", tmp_path)
@@ -143,13 +128,13 @@ def test_pytorch_files(tmp_path):
 
 def test_what_the_files_lack(tmp_path):
     directory = sources.write("phi3-gqa", tmp_path)
-    sources.change(directory, num_hidden_layers=4)
+    sources.edit_config(directory, num_hidden_layers=4)
     with pytest.raises(SourceError, match=r"model\.layers\.3\."):
         opened("phi3-gqa", directory)
-    sources.change(directory, num_hidden_layers=3, vocab_size=99)
+    sources.edit_config(directory, num_hidden_layers=3, vocab_size=99)
     with pytest.raises(SourceError, match=r"embed_tokens.weight.*\[103, 96\].*\[99, 96\]"):
         opened("phi3-gqa", directory)
-    sources.change(directory, vocab_size=103, hidden_act="no such function")
+    sources.edit_config(directory, vocab_size=103, hidden_act="no such function")
     with pytest.raises(SourceError):
         opened("phi3-gqa", directory)
 

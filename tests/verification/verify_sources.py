@@ -1,7 +1,6 @@
-"""Tiny source models of the four families, shaped so that mistakes show, and their checkpoints.
+"""The four families' tiny sources and their checkpoints.
 
-Queries and keys are large, biases and norms random, epsilons raised, KV heads neither one nor all,
-vocabularies odd, and the prompts that verify chooses cross both thresholds.
+KV heads are neither one nor all, and the prompts that verify chooses cross both thresholds.
 """
 
 import json
@@ -10,92 +9,24 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from phireg_plugins.phi3_small.reference import Phi3SmallConfig, Phi3SmallForCausalLM
+from helpers.tiny_models import phi2, phi3, phi3_small, randomize
 from safetensors.torch import load_file, save_file
-from transformers import Phi3Config, Phi3ForCausalLM, PhiConfig, PhiForCausalLM
 
 import phireg
 from phireg.calibration.calibrate import run_calibration
 from phireg.calibration.settings import Settings
 
 
-def randomize(model, boost):
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name and name.endswith("weight"):
-                parameter.copy_(1 + 0.3 * noise)
-            elif name.endswith("bias"):
-                parameter.copy_(0.3 * noise)
-            else:
-                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-            if any(part in name for part in ("q_proj", "k_proj", "qkv_proj", "query_key_value")):
-                parameter.mul_(boost)
-    return model
-
-
-def phi2():
-    config = PhiConfig(
-        vocab_size=101, hidden_size=80, intermediate_size=80, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=128, hidden_act="gelu_new",
-        layer_norm_eps=1e-5, tie_word_embeddings=False,
-        rope_parameters={
-            "rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.4
-        },
-    )  # fmt: skip
-    return randomize(PhiForCausalLM(config), 2.5)
-
-
-LONG_ROPE = {
-    "rope_type": "longrope", "rope_theta": 5000.0, "partial_rotary_factor": 1.0,
-    "short_factor": [1.1, 1.2, 1.4, 1.7, 2.1, 2.6],
-    "long_factor": [2.0, 5.0, 9.5, 3.0, 12.0, 30.0],
-    "original_max_position_embeddings": 52,
-}  # fmt: skip
-
-
-def phi3_mini():
-    config = Phi3Config(
-        vocab_size=103, hidden_size=96, intermediate_size=96, num_hidden_layers=3,
-        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=131072,
-        original_max_position_embeddings=52, rms_norm_eps=1e-2, pad_token_id=0,
-        tie_word_embeddings=False, rope_parameters=LONG_ROPE,
-    )  # fmt: skip
-    return randomize(Phi3ForCausalLM(config), 2.5)
-
-
-def phi3_medium():
-    config = Phi3Config(
-        vocab_size=105, hidden_size=96, intermediate_size=136, num_hidden_layers=3,
-        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=256,
-        rms_norm_eps=1e-2, pad_token_id=0, tie_word_embeddings=False, sliding_window=40,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-    )  # fmt: skip
-    return randomize(Phi3ForCausalLM(config), 2.5)
-
-
-def phi3_small():
-    config = Phi3SmallConfig(
-        vocab_size=107, hidden_size=96, ff_intermediate_size=136, num_hidden_layers=3,
-        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=131072,
-        rope_embedding_base=5e3, gegelu_limit=0.5, gegelu_pad_to_256=False,
-        blocksparse_block_size=4, blocksparse_num_local_blocks=2, blocksparse_vert_stride=5,
-        dense_attention_every_n_layers=2, layer_norm_epsilon=1e-2,
-        mup_width_multiplier=3.0, mup_embedding_multiplier=7.0,
-        architectures=["Phi3SmallForCausalLM"],
-        rope_scaling={
-            "type": "longrope", "short_factor": LONG_ROPE["short_factor"],
-            "long_factor": LONG_ROPE["long_factor"], "short_mscale": 1.1, "long_mscale": 1.4,
-            "original_max_position_embeddings": 52,
-        },
-    )  # fmt: skip
-    return randomize(Phi3SmallForCausalLM(config), 4.0)
+def maker(make, boost, **changes):
+    return lambda: randomize(make(**changes), boost, seed=5, bias=0.3)
 
 
 FAMILIES = {
-    "phi2": phi2, "phi3-mini": phi3_mini, "phi3-small": phi3_small, "phi3-medium": phi3_medium
-}  # fmt: skip
+    "phi2": maker(phi2, 2.5, intermediate_size=80, num_attention_heads=4),
+    "phi3-mini": maker(phi3, 2.5, long=52, intermediate_size=96),
+    "phi3-small": maker(phi3_small, 4.0, long=52),
+    "phi3-medium": maker(phi3, 2.5, num_key_value_heads=4, vocab_size=105, sliding_window=40),
+}
 ROOT = []
 
 
