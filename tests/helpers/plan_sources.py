@@ -16,35 +16,21 @@ from phireg.source.model import open_source
 LAYERS, HEADS, SIZE, INNER, VOCAB = 3, 4, 6, 20, 37
 HIDDEN = HEADS * SIZE
 COMMON = {
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "hidden_size": HIDDEN,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 64,
-    "torch_dtype": "float32",
-}
-PHI2 = {
-    **COMMON,
-    "architectures": ["PhiForCausalLM"],
-    "model_type": "phi",
-    "intermediate_size": INNER,
-    "hidden_act": "gelu_new",
-    "partial_rotary_factor": 0.7,
-}
-PHI3 = {
-    **COMMON,
-    "architectures": ["Phi3ForCausalLM"],
-    "model_type": "phi3",
-    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "hidden_size": HIDDEN,
+    "vocab_size": VOCAB, "max_position_embeddings": 64, "torch_dtype": "float32",
+}  # fmt: skip
+PHI2 = COMMON | {
+    "architectures": ["PhiForCausalLM"], "model_type": "phi", "intermediate_size": INNER,
+    "hidden_act": "gelu_new", "partial_rotary_factor": 0.7,
+}  # fmt: skip
+PHI3 = COMMON | {
+    "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "intermediate_size": INNER,
     "hidden_act": "silu",
-}
-SMALL = {
-    **COMMON,
-    "architectures": ["Phi3SmallForCausalLM"],
-    "model_type": "phi3small",
-    "ff_intermediate_size": INNER,
-    "num_key_value_heads": 2,
-}
+}  # fmt: skip
+SMALL = COMMON | {
+    "architectures": ["Phi3SmallForCausalLM"], "model_type": "phi3small",
+    "ff_intermediate_size": INNER, "num_key_value_heads": 2,
+}  # fmt: skip
 
 
 def phi2_shapes():

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from naive import EXAMPLES, gather, numbered
 
-from phireg.layout.axes import columns, fuse, order, parts, replicable, select, src, tied, ungroup
-from phireg.layout.spans import LayoutError, Span
+from phireg.layout.axes import columns, fuse, order, parts, replicable, select, src, ungroup
+from phireg.layout.spans import LayoutError
 
 SIZE = st.integers(1, 23)
 UNIT = st.sampled_from([1, 2, 3, 5, 7])
@@ -66,26 +66,6 @@ def test_constructors_compose_over_several_sources(a, b):
     axis = parts(fuse(x=src("a", a), y=src("b", b)), low=cut, high=a + b - cut)
     swapped = order(axis, "high", "low")
     assert gather(swapped, data).tolist() == [*whole[cut:], *whole[:cut]]
-
-
-def test_tied_reads_the_same_rows_and_owns_none():
-    axis = tied(fuse(x=src("a", 3), y=src("b", 5)))
-    data = numbered(a=3, b=5)
-    assert gather(axis, data).tolist() == [*data["a"], *data["b"]]
-    assert all(span.shared for span in axis.spans)
-
-
-def test_columns_read_whichever_tensor_the_rows_come_from():
-    axis = columns(6, unit=2)
-    assert axis.sources == (("", 6),)
-    assert axis.spans == (Span("", 0, 6),)
-    assert axis.parts[0].unit == 2
-
-
-def test_replicable_marks_the_named_parts_and_keeps_earlier_marks():
-    axis = fuse(q=src("a", 4), k=src("b", 2), v=src("c", 2))
-    marked = replicable(replicable(axis, "k"), "v")
-    assert [part.replicable for part in marked.parts] == [False, True, True]
 
 
 @pytest.mark.parametrize("name", ["fuse", "parts"])

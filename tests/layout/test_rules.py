@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from phireg.layout.axes import columns, fuse, pad, parts, replicable, src, tied
+from phireg.layout.axes import fuse, pad, parts, replicable, src, tied
 from phireg.layout.rules import Linear, Norm, Policy, Rules, Table, one_of
 from phireg.layout.spans import LayoutError
 
@@ -17,23 +17,6 @@ def here(offset=0):
     """This file and the caller's line, as rules tell them."""
     line = inspect.currentframe().f_back.f_lineno + offset
     return f"{Path(__file__).parent.name}/{Path(__file__).name}:{line}"
-
-
-def test_a_linear_is_two_axes_and_its_companions():
-    rule = Linear("dense", src("o_proj", 6), columns(10, unit=5), ROW, bias=True)
-    assert rule.target == "dense"
-    assert rule.weight == (src("o_proj", 6),)
-    assert rule.cols == columns(10, unit=5)
-    assert rule.policy is ROW
-    assert rule.tensors == {"weight": (src("o_proj", 6),), "bias": (src("o_proj", 6),)}
-
-
-def test_norms_and_tables_are_whole_on_every_rank():
-    norm, biased = Norm("ln", src("n", 6)), Norm("ln", src("n", 6), bias=True)
-    table = Table("emb", src("e", 9), 6)
-    assert (norm.policy, norm.cols, list(norm.tensors)) == (COPY, None, ["weight"])
-    assert list(biased.tensors) == ["weight", "bias"]
-    assert (table.policy, table.cols, list(table.tensors)) == (COPY, columns(6), ["weight"])
 
 
 def test_a_bias_and_alternatives_of_other_sources():

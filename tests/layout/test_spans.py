@@ -282,12 +282,6 @@ def test_problems_name_the_targets():
     assert "0 to 5 of embed" in problem
 
 
-def test_zero_rows_have_no_source_and_one_normal_form():
-    first, second = (shard(pad(src("x", 1)), 4, rank) for rank in (2, 3))
-    assert first == second, "zero rows are zero rows, wherever they were cut"
-    assert first.spans == (Span(None, 0, 1),)
-
-
 def test_input_features_shard_like_rows():
     """ROW: the columns of head h go with head h."""
     data = {"": np.arange(12)}

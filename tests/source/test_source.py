@@ -7,12 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.tiny_phi3 import INDEX, make_tiny_phi3, shard_path, tiny_tensors, write_json
+from helpers.damage import index
+from helpers.tiny_phi3 import INDEX, make_tiny_phi3, shard_path, tiny_tensors
 from safetensors.numpy import save_file
 
 from phireg.errors import SourceError
@@ -59,8 +60,8 @@ def test_sharded(model, block):
     for file in source.files:
         assert file.size == (model / file.name).stat().st_size
         assert file.header_digest == read_header(model / file.name).digest
-    index = json.loads((model / INDEX).read_text())["weight_map"]
-    assert {t.name: t.file for t in source.tensors.values()} == index
+    weight_map = json.loads((model / INDEX).read_text())["weight_map"]
+    assert {t.name: t.file for t in source.tensors.values()} == weight_map
     places = [(t.file, t.offset) for t in source.tensors.values()]
     assert places == sorted(places)
     with pytest.raises(TypeError):
@@ -91,9 +92,7 @@ def test_shards_in_a_subdirectory(model):
     for shard in range(3):
         path = shard_path(model, shard)
         path.rename(model / "weights" / path.name)
-    index = json.loads((model / INDEX).read_text())
-    index["weight_map"] = {n: f"weights/{f}" for n, f in index["weight_map"].items()}
-    write_json(model / INDEX, index)
+    index(lambda d: {"weight_map": {n: f"weights/{f}" for n, f in d["weight_map"].items()}})(model)
     assert_holds(open_source(model), tiny_tensors())
 
 
@@ -103,15 +102,13 @@ def test_notes(model):
     (model / "pytorch_model-00001-of-00001.bin").write_bytes(b"")
     (model / "training_args.bin").write_bytes(b"")
     (model / "adapter_model.safetensors").write_bytes(b"")
-    index = json.loads((model / INDEX).read_text())
-    index["metadata"]["total_size"] += 1
-    write_json(model / INDEX, index)
+    total = sum(array.nbytes for array in tiny_tensors().values())
+    index(lambda d: d["metadata"].update(total_size=total + 1))(model)
     source = open_source(model)
     notes = "\n".join(source.notes)
     assert len(source.notes) == 4
     for name in ("extra", "model", "pytorch_model-00001-of-00001", "adapter_model"):
         assert name in notes
-    total = sum(array.nbytes for array in tiny_tensors().values())
     assert str(total) in notes and str(total + 1) in notes
     assert "training_args" not in notes
     assert_holds(source, tiny_tensors())
@@ -119,15 +116,12 @@ def test_notes(model):
 
 @pytest.mark.parametrize("metadata", [None, [], {"total_size": "5"}, {"total_size": True}])
 def test_odd_index_metadata_is_no_error(model, metadata):
-    index = json.loads((model / INDEX).read_text())
-    write_json(model / INDEX, index | {"metadata": metadata})
+    index(lambda d: d.update(metadata=metadata))(model)
     assert open_source(model).notes == ()
 
 
 def test_all_index_defects_come_together(model):
-    index = json.loads((model / INDEX).read_text())
-    index["weight_map"]["ghost"] = shard_path(model, 1).name
-    write_json(model / INDEX, index)
+    index(lambda d: d["weight_map"].update(ghost=shard_path(model, 1).name))(model)
     shard_path(model, 0).unlink()
     raw = shard_path(model, 2).read_bytes()
     shard_path(model, 2).write_bytes(raw[:-5])
@@ -211,26 +205,18 @@ def test_io_errors_and_short_reads(model, monkeypatch):
 
 
 def test_many_threads_one_reader(model):
-    source = open_source(model)
-    expected = tiny_tensors()
-    wrong = []
-    with source.open() as reader:
+    source, expected = open_source(model), tiny_tensors()
 
-        def work(seed):
-            order = np.random.default_rng(seed).permutation(sorted(source.tensors))
-            wrong.extend(
-                name
-                for name in order
-                if read_all(reader, source.tensors[name], 999) != expected[name].tobytes()
-            )
+    def reads_right(seed):
+        order = np.random.default_rng(seed).permutation(sorted(source.tensors))
+        return all(
+            read_all(reader, source.tensors[name], 999) == expected[name].tobytes()
+            for name in order
+        )
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    with source.open() as reader, ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(reads_right, range(8)))
         assert len(reader._descriptors) == 3
-    assert not wrong
 
 
 def test_files_are_closed(model):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.memory import measure
 
 from phireg.errors import SourceError
 from phireg.source import torchbin
@@ -150,19 +149,12 @@ def test_a_storage_that_is_larger_than_its_record_is_refused(tmp_path):
 
 
 MEASURE = """
-import sys
-from pathlib import Path
-import torch
+import json, sys
 from phireg.source.model import open_source
-
-def kilobytes(key):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1])
 
 open_source(Path(sys.argv[1]))  # imports what it needs
 Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
-before = kilobytes("VmHWM")
+before = resident("VmHWM")
 source = open_source(Path(sys.argv[1]))
 buffer = memoryview(bytearray(16 * 2**20))
 total = 0
@@ -172,7 +164,7 @@ with source.open() as reader:
             view = buffer[: min(len(buffer), tensor.nbytes - start)]
             reader.read_into(tensor, start, view)
             total += len(view)
-print(total, kilobytes("VmHWM") - before)
+print(json.dumps([total, resident("VmHWM") - before]))
 """
 
 
@@ -180,9 +172,6 @@ print(total, kilobytes("VmHWM") - before)
 def test_resident_memory_stays_small(tmp_path: Path):
     tensors = {f"w{i}": torch.full((50, 2**19), float(i), dtype=torch.float16) for i in range(6)}
     torch.save(tensors, tmp_path / "pytorch_model.bin")
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True
-    )
-    total, growth = map(int, run.stdout.split())
+    total, growth = measure(MEASURE, tmp_path)
     assert total == 6 * 50 * 2**20
-    assert growth < 40 * 1024  # the 16 MiB buffer, and a few imports
+    assert growth < 40 * 2**20  # the 16 MiB buffer, and a few imports

@@ -4,7 +4,7 @@ import pytest
 
 from phireg.errors import EngineError, UsageError
 from phireg.trtllm.command import BuildOptions, translate
-from phireg.trtllm.releases import RELEASES, release_of
+from phireg.trtllm.releases import release_of
 
 PHI2 = {
     "architecture": "PhiForCausalLM", "dtype": "float16", "num_attention_heads": 32,
@@ -26,7 +26,7 @@ FP8 = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}
 TP2 = {"mapping": {"world_size": 2, "tp_size": 2, "pp_size": 1}}
 
 GUIDES_COMMIT = "0.11.0.dev2024060400"
-VERSIONS = ("0.10.0", GUIDES_COMMIT, "0.11.0", "1.2.1")
+VERSIONS = ("0.10.0.dev2024041600", GUIDES_COMMIT, "0.11.0", "0.12.0.dev2024072300")
 """One of each range."""
 
 
@@ -38,9 +38,11 @@ def flags(config, version, **options):
     ("version", "limit", "attention"),
     [
         ("0.10.0", "--max_output_len 1024", " --gpt_attention_plugin float16"),
+        ("0.11.0.dev2024052800", "--max_output_len 1024", " --gpt_attention_plugin float16"),
         (GUIDES_COMMIT, "--max_output_len 1024", ""),
-        ("0.11.0", "--max_seq_len 2048", ""),
-        ("1.2.1", "--max_seq_len 2048", ""),
+        ("0.11.0.dev2024061100", "--max_seq_len 2048", ""),
+        ("1.2.1+cu13", "--max_seq_len 2048", ""),
+        ("1.3.0rc20", "--max_seq_len 2048", ""),
     ],
 )
 def test_the_guides_command(version, limit, attention):
@@ -80,7 +82,7 @@ def test_each_option(options, output_len_limited, sum_limited):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_auto_plugins(version):
-    value = "bfloat16" if version == "0.10.0" else "auto"
+    value = "bfloat16" if version == VERSIONS[0] else "auto"
     expected = f"--gemm_plugin {value} --gpt_attention_plugin {value}"
     assert flags(MINI, version, gemm_plugin="auto", gpt_attention_plugin="auto") == expected
 
@@ -88,7 +90,7 @@ def test_auto_plugins(version):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_float32_accumulation_is_kept_for_the_runtime(version):
     command = translate(MINI, BuildOptions(context_fmha_fp32_acc=True), version)
-    at_run_time = version == "1.2.1"
+    at_run_time = version == VERSIONS[3]
     assert ("--context_fmha_fp32_acc enable" in " ".join(command.flags)) == (not at_run_time)
     assert command.run_options == ({"enable_context_fmha_fp32_acc": True} if at_run_time else {})
     assert len(command.notes) == at_run_time
@@ -98,7 +100,7 @@ def test_float32_accumulation_is_kept_for_the_runtime(version):
 def test_fp8(version):
     config = MINI | FP8
     assert "--use_fp8_context_fmha enable" in flags(config, version, use_fp8_context_fmha=True)
-    if version in ("0.10.0", GUIDES_COMMIT):
+    if version in VERSIONS[:2]:
         with pytest.raises(EngineError):
             flags(config, version, gemm_plugin="fp8")
     else:
@@ -205,22 +207,6 @@ def test_models_that_a_release_cannot_read(config, refused, read):
         translate(config, BuildOptions(), refused)
     assert refused in caught.value.message
     translate(config, BuildOptions(), read)
-
-
-@pytest.mark.parametrize(
-    ("version", "index"),
-    [
-        ("0.10.0.dev2024041600", 0),
-        ("0.11.0.dev2024052800", 0),
-        (GUIDES_COMMIT, 1),
-        ("0.11.0.dev2024061100", 2),
-        ("0.12.0.dev2024072300", 3),
-        ("1.2.1+cu13", 3),
-        ("1.3.0rc20", 3),
-    ],
-)
-def test_ranges(version, index):
-    assert release_of(version) is RELEASES[index]
 
 
 @pytest.mark.parametrize(
