@@ -62,16 +62,25 @@ def files(directory):
 # --- every linear of every family -------------------------------------------------------------
 
 
-@models
 @formats
-@pytest.mark.parametrize("tp", [1, 2, 4])
-def test_every_rank_holds_what_hand_computes(tmp_path, key, qformat, alpha, tp):
-    tensors, statistics = model(key), calibration(key)
+@pytest.mark.parametrize(
+    ("key", "stored", "dtype", "tp"),
+    [
+        *((key, "float32", "float16", tp) for key in KV_HEADS for tp in (1, 2, 4)),
+        *((key, "float32", "bfloat16", 2) for key in ("phi2", "small")),
+        *((key, "float32", "float32", 2) for key in ("phi2", "small")),
+        *((key, "bfloat16", "float16", 2) for key in ("phi2", "small")),
+    ],
+)
+def test_every_rank_holds_what_hand_computes(tmp_path, key, qformat, alpha, stored, dtype, tp):
+    """Weights are quantized in the checkpoint's dtype."""
+    tensors, statistics = model(key, DTYPES[stored]), calibration(key)
     source = write_model(tmp_path / "hf", key, tensors)
-    phireg.quantize(plan_of(source, key, qformat, tp), tmp_path / "out", statistics, alpha=alpha)
-    linears = whole(key, tensors, statistics, qformat, "float16", alpha)
+    plan = plan_of(source, key, qformat, tp, dtype)
+    phireg.quantize(plan, tmp_path / "out", statistics, alpha=alpha)
+    linears = whole(key, tensors, statistics, qformat, dtype, alpha)
     assert len(linears) == 4 * LAYERS
-    plain = phireg.plan(source, family=MODELS[key][0], tp_size=tp, dtype="float16")
+    plain = phireg.plan(source, family=MODELS[key][0], tp_size=tp, dtype=dtype)
     phireg.convert(plain, tmp_path / "plain")
     for index, (quantized, raw) in enumerate(
         zip(ranks(tmp_path / "out", tp), ranks(tmp_path / "plain", tp), strict=True)
@@ -80,25 +89,6 @@ def test_every_rank_holds_what_hand_computes(tmp_path, key, qformat, alpha, tp):
         expected |= {name: tensor for name, tensor in raw.items() if name not in expected}
         assert quantized.keys() == expected.keys()
         assert [name for name in quantized if not same(quantized[name], expected[name])] == []
-
-
-@formats
-@pytest.mark.parametrize("key", ["phi2", "small"])
-@pytest.mark.parametrize(
-    ("stored", "dtype"),
-    [("float32", "bfloat16"), ("float32", "float32"), ("bfloat16", "float16")],
-)
-def test_weights_are_quantized_in_the_checkpoints_dtype(
-    tmp_path, key, qformat, alpha, stored, dtype
-):
-    tensors, statistics = model(key, DTYPES[stored]), calibration(key)
-    source = write_model(tmp_path / "hf", key, tensors)
-    plan = plan_of(source, key, qformat, 2, dtype)
-    phireg.quantize(plan, tmp_path / "out", statistics, alpha=alpha)
-    linears = whole(key, tensors, statistics, qformat, dtype, alpha)
-    for index, quantized in enumerate(ranks(tmp_path / "out", 2)):
-        expected = rank(key, linears, 2, index)
-        assert [name for name in expected if not same(quantized[name], expected[name])] == []
 
 
 @pytest.mark.parametrize("cache", ["fp8", "int8"])
@@ -240,12 +230,10 @@ DOWN = "model.layers.1.mlp.down_proj"
 PROJ = "transformer.layers.1.mlp.proj"
 
 
-def export(tmp_path, qformat, tensors, statistics, **options):
-    tmp_path.mkdir(exist_ok=True)
+def export(tmp_path, qformat, tensors, statistics, alpha=1.0):
     source = write_model(tmp_path / "hf", "mini", tensors)
-    done = phireg.quantize(
-        plan_of(source, "mini", qformat, **options), tmp_path / "out", statistics
-    )
+    plan = plan_of(source, "mini", qformat)
+    done = phireg.quantize(plan, tmp_path / "out", statistics, alpha=alpha)
     return done, ranks(tmp_path / "out", 1)[0]
 
 
@@ -263,29 +251,21 @@ def test_zero_weights_have_scale_one(tmp_path):
     assert not quantized[f"{PROJ}.weight"][5].any()
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.5])
-def test_a_dead_channel_is_scaled_by_the_largest_smoother(tmp_path, alpha):
+@pytest.mark.parametrize(
+    ("amax", "alpha", "smoother"),
+    # at 0.5 a channel of zero weights has none to share the range with
+    [(0, 1.0, 1e4), (0, 0.5, 1e4), (3e4, 1.0, 1e-4), (1, 0.5, 1e-4)],
+)
+def test_smoothers_end_at_their_bounds(tmp_path, amax, alpha, smoother):
     tensors, statistics = model("mini"), calibration("mini")
-    statistics.inputs[DOWN][3] = 0
-    tensors[f"{DOWN}.weight"][:, 3:5] = 0
-    source = write_model(tmp_path / "hf", "mini", tensors)
-    phireg.quantize(plan_of(source, "mini", "int8_sq"), tmp_path / "out", statistics, alpha=alpha)
-    prequant = ranks(tmp_path / "out", 1)[0][f"{PROJ}.prequant_scaling_factor"]
-    assert prequant[3] == torch.tensor(1e4, dtype=torch.float16)
-    if alpha < 1:  # no weight to share the range with
-        assert prequant[4] == torch.tensor(1e-4, dtype=torch.float16)
-
-
-def test_a_huge_channel_keeps_the_smallest_smoother(tmp_path):
-    statistics = calibration("mini")
-    statistics.inputs[DOWN][3] = 3e4
-    tensors = model("mini")
+    statistics.inputs[DOWN][3] = amax
     tensors[f"{DOWN}.weight"][:, 3] = 0  # W / s must fit
-    _, quantized = export(tmp_path, "int8_sq", tensors, statistics)
-    assert quantized[f"{PROJ}.prequant_scaling_factor"][3] == torch.tensor(
-        1e-4, dtype=torch.float16
-    )
-    assert quantized[f"{PROJ}.activation_scaling_factor"].item() == pytest.approx(3 / 127, 1e-3)
+    _, quantized = export(tmp_path, "int8_sq", tensors, statistics, alpha)
+    prequant = quantized[f"{PROJ}.prequant_scaling_factor"][3]
+    assert prequant == torch.tensor(smoother, dtype=torch.float16)
+    if amax == 3e4:
+        scale = quantized[f"{PROJ}.activation_scaling_factor"].item()
+        assert scale == pytest.approx(3 / 127, 1e-3)
 
 
 def test_unquantized_weights_still_lose_what_a_cast_loses(tmp_path):
@@ -297,7 +277,6 @@ def test_unquantized_weights_still_lose_what_a_cast_loses(tmp_path):
 
 
 def refused(tmp_path, qformat, tensors, statistics, dtype="float16", cache=None, alpha=1.0):
-    tmp_path.mkdir(exist_ok=True)
     source = write_model(tmp_path / "hf", "mini", tensors)
     plan = plan_of(source, "mini", qformat, dtype=dtype, cache=cache)
     with pytest.raises(PlanError) as caught:

@@ -88,21 +88,21 @@ def test_an_unknown_dtype_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stated, dtype", [("float32", "float16"), ("torch.bfloat16", "bfloat16"), (None, "float16")]
+    "stated, stored, dtype",
+    [
+        ("float32", "f4", "float16"),
+        ("torch.bfloat16", "f4", "bfloat16"),
+        (None, "f4", "float16"),
+        (None, "f2", "float16"),  # most of the bytes
+    ],
 )
-def test_auto_dtype(tmp_path, stated, dtype):
-    source = write(tmp_path / "hf", {**MINI, "torch_dtype": stated}, addresses(SHAPES))
-    assert phireg.plan(source, family="phi3-mini").options.dtype == dtype
-
-
-def test_auto_dtype_of_a_config_that_names_none_is_what_most_bytes_are(tmp_path):
-    config = {key: value for key, value in MINI.items() if key != "torch_dtype"}
-    tensors = {n: t.astype(np.float16) for n, t in addresses(SHAPES).items()}
-    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
-    source = write(tmp_path / "hf", config, tensors)
+def test_auto_dtype(tmp_path, stated, stored, dtype):
+    tensors = {n: t.astype(stored) for n, t in addresses(SHAPES).items()}
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype("f4")
+    source = write(tmp_path / "hf", {**MINI, "torch_dtype": stated}, tensors)
     plan = phireg.plan(source, family="phi3-mini")
-    assert plan.options.dtype == "float16"
-    assert plan.casts == 1
+    assert plan.options.dtype == dtype
+    assert plan.casts == (1 if stored == "f2" else len(tensors))
 
 
 @pytest.mark.parametrize(
