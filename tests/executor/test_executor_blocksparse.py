@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from checkpoints_by_hand import relative_error, write_checkpoint
 from helpers.tiny_models import phi3_small
-from tiny_sources import relative_error, write_checkpoint
 
 from phireg.executor import load
 from phireg.executor.attention import always_dense, prompt_attention

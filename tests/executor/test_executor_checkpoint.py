@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from checkpoints_by_hand import random_ids, reference_logits, relative_error, write_checkpoint
 from helpers.tiny_models import edit_config, phi2, phi3, phi3_small
-from tiny_sources import random_ids, reference_logits, relative_error, write_checkpoint
 
 from phireg.errors import CheckError
 from phireg.executor import load, read_spec

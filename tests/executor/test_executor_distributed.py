@@ -5,9 +5,14 @@ import shutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from checkpoints_by_hand import (
+    random_ids,
+    reference_logits,
+    relative_error,
+    write_checkpoint,
+    written,
+)
 from helpers.tiny_models import phi3, phi3_small
-from quantized_sources import written
-from tiny_sources import random_ids, reference_logits, relative_error, write_checkpoint
 
 from phireg.executor import generate, load
 

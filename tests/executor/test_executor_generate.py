@@ -6,9 +6,14 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from checkpoints_by_hand import (
+    random_ids,
+    reference_logits,
+    relative_error,
+    write_checkpoint,
+    written,
+)
 from helpers.tiny_models import phi2, phi3, phi3_small
-from quantized_sources import written
-from tiny_sources import random_ids, reference_logits, relative_error, write_checkpoint
 from transformers import DynamicCache
 
 from phireg.errors import UsageError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_sources import relative_error
+from checkpoints_by_hand import relative_error
 from torch.nn import functional
 
 from phireg.executor import attention as attend
