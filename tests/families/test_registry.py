@@ -34,27 +34,34 @@ def make(name, **more):
 """
 
 
-@pytest.fixture
-def plugin(tmp_path, monkeypatch):
-    """Write a plugin module; it can be imported during the test only."""
-    monkeypatch.syspath_prepend(tmp_path)
-    written = []
-
-    def write(module, body):
-        (tmp_path / f"{module}.py").write_text(PLUGIN + textwrap.dedent(body))
-        written.append(module)
-
-    yield write
-    for module in written:
-        sys.modules.pop(module, None)
-
-
 def offer(name, value, distribution="acme-phi", version="0.3"):
     """An entry point as importlib.metadata makes it for an installed distribution."""
     entry = metadata.EntryPoint(name, value, registry.GROUP)
     dist = SimpleNamespace(name=distribution, version=version)
     vars(entry)["dist"] = dist
     return entry
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Write a plugin module, which can be imported during the test only; returns its offer."""
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = []
+
+    def write(name, body=None, **distribution):
+        module = f"acme_{len(modules)}_{name.replace('-', '_')}"
+        text = f"FAMILY = make('{name}')" if body is None else textwrap.dedent(body)
+        (tmp_path / f"{module}.py").write_text(PLUGIN + text)
+        modules.append(module)
+        return offer(name, f"{module}:FAMILY", **distribution)
+
+    yield write
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+def imported(offered):
+    return offered.value.partition(":")[0] in sys.modules
 
 
 def failure(name, *offers):
@@ -65,32 +72,24 @@ def failure(name, *offers):
 
 
 def test_index_reads_names_and_imports_nothing(plugin):
-    plugin("acme_bomb", "raise SystemExit('imported')")
+    zeta = plugin("zeta", "raise SystemExit('imported')")
     known = registry.index(
-        [
-            offer("zeta", "acme_bomb:FAMILY"),
-            offer("alpha", "acme_bomb:OTHER", "b-dist", "2"),
-            offer("alpha", "acme_bomb:OTHER", "a-dist", "1"),
-        ]
+        [zeta, offer("alpha", "x:F", "b-dist", "2"), offer("alpha", "x:F", "a-dist", "1")]
     )
     assert list(known) == ["alpha", "zeta"]
     assert [candidate.qualified for candidate in known["alpha"]] == ["a-dist:alpha", "b-dist:alpha"]
     assert (known["zeta"][0].distribution, known["zeta"][0].version) == ("acme-phi", "0.3")
-    assert known["zeta"][0].value == "acme_bomb:FAMILY"
-    assert "acme_bomb" not in sys.modules
+    assert known["zeta"][0].value == zeta.value
+    assert not imported(zeta)
 
 
 def test_load_imports_that_family_alone(plugin):
-    plugin("acme_sound", "FAMILY = make('sound')")
-    plugin("acme_bomb", "raise SystemExit('imported')")
-    known = registry.index([offer("sound", "acme_sound:FAMILY"), offer("bomb", "acme_bomb:FAMILY")])
-    chosen = registry.load("sound", known)
+    sound, bomb = plugin("sound"), plugin("bomb", "raise SystemExit('imported')")
+    chosen = registry.load("sound", registry.index([sound, bomb]))
     assert isinstance(chosen.family, Family)
-    assert chosen.family.name == "sound"
-    assert chosen.candidate.distribution == "acme-phi"
+    assert (chosen.family.name, chosen.candidate.distribution) == ("sound", "acme-phi")
     assert chosen.warnings == ()
-    assert "acme_sound" in sys.modules
-    assert "acme_bomb" not in sys.modules
+    assert imported(sound) and not imported(bomb)
 
 
 def test_an_unknown_family_is_answered_with_the_nearest_and_all():
@@ -106,20 +105,15 @@ def test_an_unknown_family_is_answered_with_the_nearest_and_all():
 
 
 def test_two_distributions_with_one_name(plugin):
-    plugin("acme_one", "FAMILY = make('phi3-small')")
-    plugin("acme_two", "FAMILY = make('phi3-small')")
-    offers = (
-        offer("phi3-small", "acme_one:FAMILY", "phireg", "0.1.0"),
-        offer("phi3-small", "acme_two:FAMILY", "acme-phi", "0.3"),
-    )
+    offers = (plugin("phi3-small", distribution="phireg"), plugin("phi3-small"))
     error = failure("phi3-small", *offers)
-    assert "acme_one:FAMILY" in error.message and "acme_two:FAMILY" in error.message
+    assert all(offered.value in error.message for offered in offers)
     assert "--family acme-phi:phi3-small" in error.hint
     assert "--family phireg:phi3-small" in error.hint
-    assert not {"acme_one", "acme_two"} & set(sys.modules)
+    assert not any(map(imported, offers))
     chosen = registry.load("acme-phi:phi3-small", registry.index(offers))
     assert chosen.candidate.distribution == "acme-phi"
-    assert "acme_one" not in sys.modules
+    assert not imported(offers[0])
 
 
 @pytest.mark.parametrize(
@@ -137,9 +131,7 @@ def test_two_distributions_with_one_name(plugin):
     ],
 )
 def test_a_broken_plugin_is_named_and_the_others_work(plugin, body, named):
-    plugin("acme_bad", body)
-    plugin("acme_sound", "FAMILY = make('sound')")
-    offers = (offer("bad", "acme_bad:FAMILY"), offer("sound", "acme_sound:FAMILY"))
+    offers = (plugin("bad", body), plugin("sound"))
     error = failure("bad", *offers)
     assert "acme-phi 0.3" in error.message
     assert named in error.message
@@ -147,10 +139,9 @@ def test_a_broken_plugin_is_named_and_the_others_work(plugin, body, named):
 
 
 def test_damaged_metadata_does_not_stop_the_others(plugin):
-    plugin("acme_sound", "FAMILY = make('sound')")
     no_distribution = metadata.EntryPoint("sound", "x:F", registry.GROUP)
     nameless = offer("sound", "x:F", None, None)
-    known = registry.index([nameless, no_distribution, offer("sound", "acme_sound:FAMILY")])
+    known = registry.index([nameless, no_distribution, plugin("sound")])
     assert [c.distribution for c in known["sound"]] == ["acme-phi", "unknown", "unknown"]
     assert registry.load("acme-phi:sound", known).family.name == "sound"
 
@@ -166,19 +157,20 @@ ACME = {"architectures": ["Acme"], "model_type": "acme"}
 
 
 def test_choose_takes_the_family_that_claims_the_model(plugin):
-    plugin("acme_a", "FAMILY = make('a', tell_apart=lambda hf: 'it is large')")
-    plugin("acme_b", "FAMILY = make('b', tell_apart=lambda hf: None)")
-    plugin("acme_c", "FAMILY = make('c', architectures=('Other',), model_types=('other',))")
-    chosen = choose(ACME, *(offer(name, f"acme_{name}:FAMILY") for name in "abc"))
+    chosen = choose(
+        ACME,
+        plugin("a", "FAMILY = make('a', tell_apart=lambda hf: 'it is large')"),
+        plugin("b", "FAMILY = make('b', tell_apart=lambda hf: None)"),
+        plugin("c", "FAMILY = make('c', architectures=('Other',), model_types=('other',))"),
+    )
     assert (chosen.family.name, chosen.candidate.name, chosen.warnings) == ("b", "b", ())
 
 
 def test_choose_with_none_lists_the_reasons(plugin):
-    plugin("acme_a", "FAMILY = make('a', architectures=('Other',))")
-    plugin("acme_b", "FAMILY = make('b', tell_apart=lambda hf: 'it is small')")
-    plugin("acme_bad", "1 / 0")
+    a = plugin("a", "FAMILY = make('a', architectures=('Other',))")
+    b = plugin("b", "FAMILY = make('b', tell_apart=lambda hf: 'it is small')")
     with pytest.raises(SourceError) as caught:
-        choose(ACME, *(offer(name, f"acme_{name}:FAMILY") for name in ("a", "b", "bad")))
+        choose(ACME, a, b, plugin("bad", "1 / 0"))
     message = caught.value.message
     assert "a: its architecture is Acme" in message
     assert "b: it is small" in message
@@ -187,23 +179,20 @@ def test_choose_with_none_lists_the_reasons(plugin):
 
 
 def test_choose_with_two_says_how_to_choose(plugin):
-    plugin("acme_a", "FAMILY = make('a')")
-    plugin("acme_b", "FAMILY = make('b')")
     with pytest.raises(PluginError) as caught:
-        choose(ACME, offer("a", "acme_a:FAMILY"), offer("b", "acme_b:FAMILY", "b-dist", "1"))
+        choose(ACME, plugin("a"), plugin("b", distribution="b-dist"))
     assert "--family acme-phi:a" in caught.value.hint
     assert "--family b-dist:b" in caught.value.hint
 
 
 def test_a_derived_family_goes_before_its_bases(plugin):
-    plugin("acme_a", "FAMILY = make('a')")
-    plugin("acme_b", "from acme_a import FAMILY as A\nFAMILY = A.derive('b')")
+    a = plugin("a")
+    b = plugin("b", "from acme_0_a import FAMILY as A\nFAMILY = A.derive('b')")
     reason = "tell_apart=lambda hf: hf.get('reason')"
-    plugin("acme_c", f"from acme_b import FAMILY as B\nFAMILY = B.derive('c', {reason})")
-    offers = [offer(n, f"acme_{n}:FAMILY") for n in "abc"]
-    assert choose(ACME, *offers).family.name == "c"
-    assert choose(ACME, *reversed(offers)).family.name == "c"
-    assert choose({**ACME, "reason": "it is not c"}, *offers).family.name == "a"
+    c = plugin("c", f"from acme_1_b import FAMILY as B\nFAMILY = B.derive('c', {reason})")
+    assert choose(ACME, a, b, c).family.name == "c"
+    assert choose(ACME, c, b, a).family.name == "c"
+    assert choose({**ACME, "reason": "it is not c"}, a, b, c).family.name == "a"
 
 
 @pytest.mark.parametrize(
@@ -214,9 +203,7 @@ def test_a_derived_family_goes_before_its_bases(plugin):
     ],
 )
 def test_a_broken_plugin_is_a_warning(plugin, body, says):
-    plugin("acme_sound", "FAMILY = make('sound')")
-    plugin("acme_bad", body)
-    chosen = choose(ACME, offer("bad", "acme_bad:FAMILY"), offer("sound", "acme_sound:FAMILY"))
+    chosen = choose(ACME, plugin("bad", body), plugin("sound"))
     assert chosen.family.name == "sound"
     (warning,) = chosen.warnings
     assert says in warning
@@ -226,9 +213,8 @@ def test_a_broken_plugin_is_a_warning(plugin, body, says):
 
 @pytest.mark.parametrize("config", [{}, {"architectures": []}, {"hidden_size": 6}])
 def test_a_config_that_names_no_model_is_not_guessed(plugin, config):
-    plugin("acme_a", "FAMILY = make('a')")
     with pytest.raises(SourceError) as caught:
-        choose(config, offer("a", "acme_a:FAMILY"))
+        choose(config, plugin("a"))
     assert "--family" in caught.value.hint
 
 
@@ -237,11 +223,8 @@ def test_a_config_that_names_no_model_is_not_guessed(plugin, config):
 
 def test_families_are_listed_with_what_they_can_do_or_their_problem(plugin):
     model = "PublishedModel('acme/model', {'hidden_size': 6})"
-    plugin(
-        "acme_a", f"from phireg.api import PublishedModel\nFAMILY = make('a', published=({model},))"
-    )
-    plugin("acme_bad", "1 / 0")
-    offers = (offer("a", "acme_a:FAMILY"), offer("bad", "acme_bad:FAMILY"))
+    body = f"from phireg.api import PublishedModel\nFAMILY = make('a', published=({model},))"
+    offers = (plugin("a", body), plugin("bad", "1 / 0"))
     infos = {info.candidate.name: info for info in registry.families(registry.index(offers))}
     assert "ZeroDivisionError" in infos["bad"].problem and infos["bad"].family is None
     assert infos["a"].problem is None and infos["a"].family.name == "a"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from naive import gather
 
 from phireg.api import COLUMN, COPY, ROW, Experts, LayoutError, Linear, Norm, Rules, fuse, src
 from phireg.layout.ranks import Ranks, held, tp_sizes, undivided
@@ -20,11 +21,6 @@ def fc(experts=EXPERTS):
 
 def proj():
     return Experts("proj", [src(f"{e}.w2", HIDDEN) for e in range(EXPERTS)], INNER, ROW)
-
-
-def taken(axis, sources):
-    """The numbers a row map takes from the sources' rows."""
-    return [sources[span.source][n] for span in axis.spans for n in range(span.start, span.stop)]
 
 
 UP = np.arange(EXPERTS * INNER).reshape(EXPERTS, INNER)
@@ -48,7 +44,7 @@ def test_experts_are_shared_out_and_divided(tp_size, ep_size):
             for number in (*UP[expert, inner], *GATE[expert, inner])
         ]
         rows, cols = held(rule, rule.weight[0], rule.cols, ranks, rank)
-        assert taken(rows, SOURCES) == expected
+        assert gather(rows, SOURCES).tolist() == expected
         assert cols == rule.cols
         assert {name for name, _ in rows.sources} == {
             f"{e}.{w}" for e in range(first, first + share) for w in ("w1", "w3")

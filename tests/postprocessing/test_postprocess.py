@@ -24,6 +24,15 @@ def write(tmp_path, *args, **keys):
     return hand.write(tmp_path / "ckpt", *args, **keys)
 
 
+def refused(error, directory, match=None, **options):
+    """Check that a repair is refused and changes nothing; return the error."""
+    before = content(directory)
+    with pytest.raises(error, match=match) as caught:
+        phireg.postprocess(directory, **options)
+    assert content(directory) == before
+    return caught.value
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_rank_by_its_producer(tmp_path, kind):
     directory = write(tmp_path, kind, **EARLY)
@@ -63,21 +72,15 @@ def test_right_rows_are_refused(tmp_path, source, kind, tp, rows_of):
     directory = write(tmp_path, kind, rows_of, tp)
     same(directory, right(kind, tp))
     assert not phireg.row_order(directory, model_dir=source).needed
-    before = content(directory)
-    with pytest.raises(UsageError):
-        phireg.postprocess(directory, model_dir=source)
-    assert content(directory) == before
+    refused(UsageError, directory, model_dir=source)
 
 
 def test_twice_is_refused(tmp_path, source):
     directory = write(tmp_path, **EARLY)
     phireg.postprocess(directory)
-    before = content(directory)
     for options in ({}, {"model_dir": source}, {"in_source_order": True}):
-        with pytest.raises(UsageError):
-            phireg.postprocess(directory, **options)
-        assert content(directory) == before
-    manifest = json.loads(before["phireg.json"])
+        refused(UsageError, directory, **options)
+    manifest = json.loads((directory / "phireg.json").read_text())
     moved = [QKV.format(i, n) for i in (0, 1) for n in ("bias", "weight", hand.SCALES)]
     assert manifest["postprocess"]["tensors"] == moved
     assert phireg.inspect(directory, check=True).manifest == manifest
@@ -155,13 +158,10 @@ def test_modes_and_links_stay(tmp_path):
 
 def test_no_evidence(tmp_path):
     directory = write(tmp_path)
-    before = content(directory)
-    for call in (phireg.row_order, phireg.postprocess):
-        with pytest.raises(UsageError) as caught:
-            call(directory)
-        assert "--model-dir" in caught.value.hint
-        assert "--in-source-order" in caught.value.hint
-    assert content(directory) == before
+    hint = refused(UsageError, directory).hint
+    assert "--model-dir" in hint and "--in-source-order" in hint
+    with pytest.raises(UsageError):
+        phireg.row_order(directory)
     phireg.postprocess(directory, in_source_order=True)
     same(directory, right())
 
@@ -203,8 +203,7 @@ def test_rows_count_more_than_the_producer(tmp_path, source):
 def test_a_statement_against_the_evidence(tmp_path, source):
     directory = write(tmp_path, "fp8", rank_rows, **LATE)
     for options in ({}, {"model_dir": source}):
-        with pytest.raises(UsageError, match="--in-source-order"):
-            phireg.postprocess(directory, in_source_order=True, **options)
+        refused(UsageError, directory, "--in-source-order", in_source_order=True, **options)
 
 
 def test_the_manifest_of_a_conversion(tmp_path, source):
@@ -276,17 +275,14 @@ def test_a_few_coarse_rows_do_not_matter(tmp_path):
 @pytest.mark.parametrize("options", [EARLY, {}])
 def test_ranks_need_the_model(tmp_path, options):
     directory = write(tmp_path, "fp8", tp=2, **options)
-    with pytest.raises(UsageError) as caught:
-        phireg.postprocess(directory, in_source_order=not options)
-    assert "--model-dir" in caught.value.hint
+    assert "--model-dir" in refused(UsageError, directory, in_source_order=not options).hint
 
 
 def test_a_cut_through_groups(tmp_path):
     """Three KV heads over two ranks: no rank file could hold the rows that the reader wants."""
     heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": hand.HIDDEN}
     directory = write(tmp_path, "fp8", tp=2, head_size=hand.SIZE, **heads)
-    with pytest.raises(CheckError, match="2 rank"):
-        phireg.postprocess(directory, in_source_order=True)
+    refused(CheckError, directory, "2 rank", in_source_order=True)
 
 
 def test_scales_that_differ_between_ranks(tmp_path, source):
@@ -297,8 +293,7 @@ def test_scales_that_differ_between_ranks(tmp_path, source):
         ranks = hand.checkpoint("fp8", TENSORS, rows_of, 2)
         ranks[1][name] = ("F32", ranks[1][name][1] * 2)
         directories.append(hand.write_checkpoint(tmp_path / rows_of.__name__, "fp8", ranks))
-    with pytest.raises(CheckError, match=name):
-        phireg.postprocess(directories[0], model_dir=source)
+    refused(CheckError, directories[0], name, model_dir=source)
     phireg.postprocess(directories[1], model_dir=source)
 
 
@@ -308,8 +303,7 @@ def test_scales_that_differ_between_ranks(tmp_path, source):
 def test_other_families(tmp_path, source):
     directory = write(tmp_path, "fp8", architecture="PhiForCausalLM")
     assert not phireg.row_order(directory).needed
-    with pytest.raises(UsageError, match="phi2"):
-        phireg.postprocess(directory)
+    refused(UsageError, directory, "phi2")
     unknown = hand.write(tmp_path / "unknown", "fp8", rank_rows, architecture="LlamaForCausalLM")
     with pytest.raises(UsageError, match="LlamaForCausalLM"):
         phireg.row_order(unknown)
@@ -338,10 +332,7 @@ def test_other_families(tmp_path, source):
 )
 def test_wrong_configs(tmp_path, keys, error, names):
     directory = write(tmp_path, **{**EARLY, **keys})
-    before = content(directory)
-    with pytest.raises(error, match=names):
-        phireg.postprocess(directory)
-    assert content(directory) == before
+    refused(error, directory, names)
 
 
 @pytest.mark.parametrize(
@@ -362,8 +353,7 @@ def test_wrong_tensors(tmp_path, name, tensor):
     if tensor:
         ranks[0][QKV.format(1, name)] = tensor
     directory = hand.write_checkpoint(tmp_path / "ckpt", "int8", ranks, **EARLY)
-    with pytest.raises(CheckError, match=rf"layers\.1\.attention\.qkv\.{name}"):
-        phireg.postprocess(directory)
+    refused(CheckError, directory, rf"layers\.1\.attention\.qkv\.{name}")
 
 
 def test_damaged_files(tmp_path):
@@ -371,14 +361,11 @@ def test_damaged_files(tmp_path):
     raw = (directory / "rank0.safetensors").read_bytes()
     for damage in (b"", raw[:-5]):
         (directory / "rank0.safetensors").write_bytes(damage)
-        with pytest.raises(SourceError):
-            phireg.postprocess(directory)
+        refused(SourceError, directory)
     (directory / "rank0.safetensors").write_bytes(raw)
     for text in ("{", '{"format": 7, "files": {}}'):
         (directory / "phireg.json").write_text(text)
-        with pytest.raises(SourceError):
-            phireg.postprocess(directory)
+        refused(SourceError, directory)
     (directory / "phireg.json").write_text('{"format": 1, "files": {}, "producer": {"name": "x"}}')
     wide = hand.write_source(tmp_path / "wide", hand.source_tensors(kv=8), kv=8)
-    with pytest.raises(SourceError):
-        phireg.postprocess(directory, model_dir=str(wide))
+    refused(SourceError, directory, model_dir=str(wide))
