@@ -96,13 +96,9 @@ def rank_tensors(model, rank, ranks):
 
 
 SAME_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings",
-)
+)  # fmt: skip
 SMALL_KEYS = (
     "gegelu_limit", "mup_embedding_multiplier", "mup_width_multiplier", "blocksparse_block_size",
     "blocksparse_num_local_blocks", "blocksparse_homo_head_pattern",

@@ -56,12 +56,6 @@ def test_tokens_are_routed_each_for_itself():
     assert (weights < 0.999).any() and (weights.sum(-1) > 1.01).any()
 
 
-def test_ranks_hold_shares_of_the_experts():
-    experts = Experts(count=6, ep_size=2)
-    assert [experts.first(rank) for rank in range(4)] == [0, 3, 0, 3]
-    assert experts.rank_count == 3
-
-
 def test_an_expert_sees_only_its_tokens():
     fc, proj = torch.randn(2, 8, 5), torch.randn(2, 5, 4)
     x, chosen = torch.randn(3, 5), torch.tensor([[4, 1], [0, 2], [5, 4]])

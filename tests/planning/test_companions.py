@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from phireg.layout.axes import columns, fuse, order, pad, parts, src, ungroup
-from phireg.layout.rules import Linear, Policy, QuantRules, Rules
+from phireg.layout.rules import Linear, Policy
 from phireg.layout.spans import LayoutError, shard
 from phireg.planning.quantized import axes_of
 
@@ -143,10 +143,3 @@ def test_axes_of_a_scale_depend_on_its_shape():
     assert (axes_of(name, (1,), 1), axes_of(name, (), 1)) == (("rows",), ())
     with pytest.raises(LayoutError, match="zeros"):
         axes_of("zeros", (6,), 6)
-
-
-def test_quant_rules_leave_head_and_embedding_alone_by_default():
-    """A list of one's own replaces the reader's, so both must be named."""
-    rules = QuantRules(("transformer.layers.0.mlp.fc",))
-    assert set(rules.exclude_modules) == {"lm_head", "*vocab_embedding"}
-    assert rules.postprocess == Rules()
