@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from phireg.config.common import CONSTANTS, dimensions
+from phireg.config.common import dimensions
 from phireg.config.fields import (
     ConfigError,
     FieldTable,
@@ -290,8 +290,3 @@ def test_the_entries_that_may_produce_a_key():
     assert [entry.doc for entry in table.producing("b")] == ["b = 1", "b = 2"]
     assert [entry.where for entry in table.producing("b")] == lines_here(line() - 3, line() - 3)
     assert table.producing("c") == ()
-
-
-def test_a_shared_entry_is_where_it_stands():
-    assert all(re.fullmatch(r"config/common\.py:\d+", entry.where) for entry in CONSTANTS)
-    assert len({entry.where for entry in CONSTANTS}) == len(CONSTANTS)

@@ -42,13 +42,6 @@ def test_a_block_read_in_part_counts_leaf_by_leaf():
     assert hf.unread() == ("map",)
 
 
-def test_a_fresh_copy_has_nothing_read():
-    hf = HFConfig({"a": 1, "architectures": ["X"], "model_type": "x"})
-    hf.get("a")
-    assert hf.fresh().unread() == ("a",), "what phireg itself reads is not the family's business"
-    assert hf.unread() == ()
-
-
 @pytest.mark.parametrize(
     ("data", "architectures", "model_type"),
     [

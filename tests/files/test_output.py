@@ -1,5 +1,6 @@
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 import signal
@@ -248,10 +249,9 @@ HF_MODEL = {"config.json": '{"architectures": ["X"]}', "model.safetensors": ""}
 @pytest.mark.parametrize(
     ("files", "named"),
     [
-        *(
-            (OLD | {name: "mine"}, name)
-            for name in ("rank0.engine", "notes.txt", "rank.safetensors", "rank0.safetensors.bak")
-        ),
+        (OLD | {"rank0.engine": "mine"}, "rank0.engine"),
+        (OLD | {"rank.safetensors": "mine"}, "rank.safetensors"),
+        (OLD | {"rank0.safetensors.bak": "mine"}, "rank0.safetensors.bak"),
         ({"config.json": '{"architecture": "X"}'}, "rank0.safetensors"),
         ({"rank0.safetensors": ""}, "config.json"),
         ({"rank0.safetensors": "", "config.json": "{"}, "config.json"),
@@ -302,11 +302,10 @@ def test_link_is_followed_and_stays(tmp_path, missing):
 @pytest.mark.parametrize("failing", [1, 2])
 def test_failing_rename_puts_the_old_one_back(tmp_path, monkeypatch, failing):
     fill(tmp_path / "out", OLD)
-    rename, calls = os.rename, []
+    rename, calls = os.rename, itertools.count(1)
 
     def rename_once_fails(source, target):
-        calls.append(source)
-        if len(calls) == failing:
+        if next(calls) == failing:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         rename(source, target)
 

@@ -108,21 +108,14 @@ def http_error(kind: type[Exception]) -> Exception:
     return Fake()
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        http_error(utils.RepositoryNotFoundError),
-        http_error(utils.GatedRepoError),
-        http_error(utils.RevisionNotFoundError),
-        http_error(utils.LocalEntryNotFoundError),
-        http_error(utils.OfflineModeIsEnabled),
-        http_error(utils.HfHubHTTPError),
-        OSError(28, "No space left on device"),
-        ConnectionError(),
-        ValueError("bad repo id"),
-    ],
-    ids=lambda error: type(error).__mro__[1].__name__,
+HTTP_ERRORS = (
+    *(utils.RepositoryNotFoundError, utils.GatedRepoError, utils.RevisionNotFoundError),
+    *(utils.LocalEntryNotFoundError, utils.OfflineModeIsEnabled, utils.HfHubHTTPError),
 )
+OTHER_ERRORS = (OSError(28, "No space left on device"), ConnectionError(), ValueError("bad id"))
+
+
+@pytest.mark.parametrize("error", [*map(http_error, HTTP_ERRORS), *OTHER_ERRORS])
 def test_errors_of_the_hub_become_source_errors(monkeypatch, error):
     def fail(*args, **options):
         raise error
