@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from helpers.kills import kill_everywhere
@@ -46,14 +47,11 @@ def prepare(scenario, base):
 
 
 def convert(scenario, base):
-    try:
-        with OutputDirectory(base / "out", overwrite=True, required_bytes=0) as partial:
-            fill(partial, NEW)
-            if scenario == "interrupted":
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        if scenario != "interrupted":
-            raise
+    output = OutputDirectory(base / "out", overwrite=True, required_bytes=0)
+    with suppress(KeyboardInterrupt), output as partial:
+        fill(partial, NEW)
+        if scenario == "interrupted":
+            raise KeyboardInterrupt
 
 
 def main(scenario, base):
