@@ -28,10 +28,7 @@ def test_one_type_under_one_or_two_names(data, long):
     ("data", "named"),
     [
         ({"rope_scaling": {"type": "longrope", "rope_type": "default"}}, "rope_scaling.type"),
-        (
-            {"rope_scaling": {"type": "su"}, "rope_parameters": {"rope_type": "default"}},
-            "rope_parameters.rope_type",
-        ),
+        ({"rope_scaling": {"type": "su"}, "rope_parameters": {"rope_type": "x"}}, ".rope_type"),
         ({"rope_scaling": {"type": "yarn"}}, "'yarn'"),
         ({"rope_scaling": {"type": 5}}, "'5'"),
         ({"rope_scaling": {"short_factor": [1]}}, "factors"),

@@ -269,15 +269,12 @@ def test_the_order_of_the_chain_cannot_be_turned_round():
 def test_a_variant_is_considered_by_auto_only_when_it_can_be_told_apart():
     model = PublishedModel("acme/model", {"hidden_size": 6})
     base = family(Base(), published=(model,), tell_apart=lambda hf: None, demo="acme:demo")
-    assert base.auto
-    assert base.demo == "acme:demo"
+    assert (base.auto, base.demo) == (True, "acme:demo")
     plain = base.derive("plain")
-    assert (plain.auto, plain.published, plain.tell_apart) == (False, (), None)
-    assert plain.demo is None
-    assert base.derive("own", demo="own:demo").demo == "own:demo"
-    known = base.derive("known", tell_apart=lambda hf: "no", published=(model,))
-    assert known.auto
-    assert known.published == (model,)
+    assert (plain.auto, plain.published, plain.tell_apart, plain.demo) == (False, (), None, None)
+    own = {"published": (model,), "demo": "own:demo"}
+    known = base.derive("known", tell_apart=lambda hf: "no", **own)
+    assert (known.auto, known.published, known.demo) == (True, (model,), "own:demo")
     assert known.tell_apart(HF) == "no"
 
 

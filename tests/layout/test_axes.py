@@ -68,12 +68,11 @@ def test_constructors_compose_over_several_sources(a, b):
     assert gather(swapped, data).tolist() == [*whole[cut:], *whole[:cut]]
 
 
-@pytest.mark.parametrize("name", ["fuse", "parts"])
-def test_rows_that_belong_together_stay_together(name):
+def test_rows_that_belong_together_stay_together():
     """Twelve rows in units of 4: a fused or split axis may not cut them into threes."""
     x = src("x", 12, unit=4)
-    axis = fuse(only=x) if name == "fuse" else parts(x, only=12)
-    assert axis.parts[0].unit == 4
+    for axis in (fuse(only=x), parts(x, only=12)):
+        assert axis.parts[0].unit == 4
 
 
 @pytest.mark.parametrize(

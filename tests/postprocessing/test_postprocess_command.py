@@ -51,21 +51,20 @@ def test_json(grouped, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "code"),
+    ("options", "code"),
     [
-        ((), 2),
-        (("--check", "--in-source-order"), 2),
-        (("--overwrite",), 2),
-        (("--revision", "main"), 2),
-        (("--family", "phi2"), 2),
-        (("--family", "unknown"), 5),
-        (("--model-dir", "/nowhere"), 3),
+        ("", 2),
+        ("--check --in-source-order", 2),
+        ("--overwrite", 2),
+        ("--revision main", 2),
+        ("--family unknown", 5),
+        ("--model-dir /nowhere", 3),
     ],
 )
-def test_refusals(tmp_path, args, code):
+def test_refusals(tmp_path, options, code):
     directory = hand.write(tmp_path / "ckpt", "fp8")
     before = content(directory)
-    assert postprocess(directory, *args).exit_code == code
+    assert postprocess(directory, *options.split()).exit_code == code
     assert content(directory) == before
 
 

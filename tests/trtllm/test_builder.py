@@ -215,13 +215,11 @@ def lives(pid):
     return state != "Z"  # a zombie has ended
 
 
+STUBBORN = pytest.param(signal.SIGINT, True, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ("number", "stubborn"),
-    [
-        (signal.SIGINT, False),
-        (signal.SIGTERM, False),
-        pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
-    ],
+    ("number", "stubborn"), [(signal.SIGINT, False), (signal.SIGTERM, False), STUBBORN]
 )
 def test_a_signal_leaves_nothing(checkpoint, fake, tmp_path, number, stubborn):
     fake.behave(mode="slow", **({"stubborn": 1} if stubborn else {}))

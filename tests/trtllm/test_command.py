@@ -69,7 +69,6 @@ def test_the_guides_command(version, limit, attention):
             "--max_input_len 300 --max_seq_len 2000",
         ),
         ({"gemm_plugin": "disable"}, *["--gemm_plugin disable"] * 2),
-        ({"context_fmha": True}, *["--context_fmha enable"] * 2),
         ({"context_fmha": False}, *["--context_fmha disable"] * 2),
         ({"workers": 2}, *["--workers 2"] * 2),
         ({"extra": ("--max_num_tokens", "2048")}, *["--max_num_tokens 2048"] * 2),
