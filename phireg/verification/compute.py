@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -264,8 +265,12 @@ def _algorithms(spec: ModelSpec) -> str:
 def _refused(error: CheckError) -> Outcome:
     """Make the executor's refusal an outcome; each line of it becomes a problem with its place."""
     lines = [line.strip() for line in error.message.splitlines()]
-    problems = []
+    problems: list[Problem] = []
     for line in lines[1:] or lines:
+        if problems and line.startswith("- "):  # a detail of the line before
+            last = problems[-1]
+            problems[-1] = replace(last, text=f"{last.text} {line[2:]}")
+            continue
         match = _TENSOR.search(line)
         layer, part = place_of(match[0]) if match else (None, "config")
         where, _, text = line.partition(": ")

@@ -259,7 +259,9 @@ class _Verifier:
         if isinstance(producer, Mapping):
             yield "made by", f"{producer.get('name')} {producer.get('version')}"
         else:
-            yield "made by", f"not known: there is no {MANIFEST}"
+            exists = (self.directory / MANIFEST).exists()
+            reason = f"{MANIFEST} does not tell" if exists else f"there is no {MANIFEST}"
+            yield "made by", f"not known: {reason}"
         sizes = [file.stat().st_size for file in self.directory.glob("rank*.safetensors")]
         yield "rank files", f"{len(sizes)} of {sum(sizes):,} bytes together"
         yield "weights", f"{self.config.get('dtype')}, TP {self.tp_size}"

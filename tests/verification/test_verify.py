@@ -184,6 +184,29 @@ def test_a_rank_file_too_many_and_one_too_few(tmp_path):
     assert not verification.passed
 
 
+def test_a_truncated_rank_file_is_one_problem_of_each_check(tmp_path):
+    directory = copied("phi2", 2, tmp_path / "c")
+    path = directory / "rank0.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    verification = phireg.verify(directory, source("phi2"))
+    for check in ("logits", "ranks"):
+        (problem,) = verification.check(check).problems
+        assert problem.where.endswith("rank0.safetensors")
+        assert "the file is truncated: 5 bytes are missing" in problem.text
+
+
+@pytest.mark.parametrize("text", [None, "[1", "{}"])
+def test_who_made_it_is_not_known_without_a_readable_manifest(text, tmp_path):
+    directory = copied("phi2", 1, tmp_path / "c")
+    if text is None:
+        (directory / "phireg.json").unlink()
+    else:
+        (directory / "phireg.json").write_text(text)
+    verification = phireg.verify(directory, source("phi2"), checks=QUICK)
+    made_by = dict(verification.provenance)["made by"]
+    assert made_by.startswith("not known") and ("there is no" in made_by) == (text is None)
+
+
 def test_keys_of_other_producers_are_notes(tmp_path):
     directory = copied("phi3-mini", 1, tmp_path / "c")
 
