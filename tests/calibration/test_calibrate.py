@@ -35,7 +35,7 @@ def calibrated(tmp_path):
     source = open_source(sources.write("phi2", tmp_path / "source", torch.bfloat16))
     path = tmp_path / "ids.jsonl"
     path.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in IDS))
-    settings = Settings(file=path)
+    settings = Settings(file=path, device="cpu")
     return source, settings, run_calibration(family("phi2"), source, settings)
 
 
@@ -99,7 +99,7 @@ def test_the_default_size_ends_in_reasonable_time(
     path.write_text((json.dumps({"input_ids": list(range(10))}) + "\n") * 30)
     monkeypatch.setattr(calibration, "measure", lambda *_, **__: Cost(0.0, seconds_per_token))
     lines = []
-    settings = Settings(file=path, size=size)
+    settings = Settings(file=path, size=size, device="cpu")
     statistics = run_calibration(family("phi2"), source, settings, tell=lines.append)
     assert statistics.provenance["samples"] == samples
     assert text in lines[1]
