@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load, save, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 import phireg
 from phireg.config.hf import HFConfig
@@ -200,6 +200,9 @@ class MappingChecks:
     family: str
     bases = ()  # modules of the families it derives from
     large: str  # a published model, by its name in published/
+    complete: tuple  # (name in published/, config.json) of published models
+    complete_size: tuple  # their bytes, and tensors of the checkpoint
+    complete_dtype = "BF16"
     tp_sizes = (1, 2, 4)
     vocabularies = (97, 128, 131)
     warnings = ()  # subjects of the warnings that a tiny config causes
@@ -212,6 +215,11 @@ class MappingChecks:
         """The tensors of every rank file, in plain torch."""
         raise NotImplementedError
 
+    @staticmethod
+    def source_shapes(config):
+        """The tensors of a published model."""
+        raise NotImplementedError
+
     def convert(self, source, output, **options):
         return convert(source, output, family=self.family, **options)
 
@@ -221,6 +229,15 @@ class MappingChecks:
         assert not modules & {"torch", "transformers", "numpy", "safetensors"}
         plugins = {name.split(".")[1] for name in modules if name.startswith("phireg_plugins.")}
         assert plugins == {plugin, *self.bases}
+
+    def test_complete_models(self, tmp_path):
+        for number, (model, config) in enumerate(self.complete):
+            shapes = self.source_shapes(config)
+            source = write_sparse(tmp_path / f"hf{number}", config, shapes, self.complete_dtype)
+            plan = phireg.plan(source, family=self.family)
+            assert {finding.subject for finding in plan.findings} <= {"sliding_window"}
+            assert (plan.bytes_in, len(plan.outputs)) == self.complete_size
+            assert plan.config == checkpoint_config(model)
 
     def test_every_tp_size(self, tmp_path):
         state = self.write(tmp_path / "hf")
@@ -295,3 +312,49 @@ class MappingChecks:
         assert {finding.subject for finding in dropped} == set(surplus)
         assert {finding.severity for finding in dropped} == {Severity.NOTE}
         assert_ranks(tmp_path / "out", self.expected(state, 2), "float32")
+
+
+class LayoutChecks(MappingChecks):
+    """For families whose models exist in several layouts, with a head of their own or tied."""
+
+    def layouts(self, state, config):
+        """The same model in the other layouts: tensors and config.json of each."""
+        raise NotImplementedError
+
+    def test_other_layouts_give_the_same_files(self, tmp_path):
+        state = self.write(tmp_path / "hf")
+        others = self.layouts(state, read_config(tmp_path / "hf"))
+        for tp in self.tp_sizes:
+            self.convert(tmp_path / "hf", tmp_path / f"hf{tp}", dtype="float32", tp_size=tp)
+            for number, (tensors, config) in enumerate(others):
+                source = write_source(tmp_path / f"other{number}", config, tensors)
+                out = tmp_path / f"out{number}-{tp}"
+                self.convert(source, out, dtype="float32", tp_size=tp)
+                assert_ranks(out, self.expected(state, tp), "float32")
+                assert read_config(out) == read_config(tmp_path / f"hf{tp}")
+
+    def test_two_layouts_at_once_are_refused(self, tmp_path):
+        state = self.write(tmp_path / "hf")
+        config = read_config(tmp_path / "hf")
+        for number, (tensors, _) in enumerate(self.layouts(state, config)):
+            extra = without(tensors, *state)
+            source = write_source(tmp_path / f"both{number}", config, {**state, **extra})
+            codes, _ = errors(source, family=self.family)
+            assert extra and codes == {("unmapped", name) for name in extra}
+
+    def test_tied_heads(self, tmp_path):
+        """In every layout, stated in config.json or not; a bias of the head is its own."""
+        state = self.write(tmp_path / "hf", tie_word_embeddings=True)
+        config = read_config(tmp_path / "hf")
+        saved = load_file(tmp_path / "hf" / "model.safetensors")
+        assert "lm_head.weight" not in saved
+        for number, (tensors, old) in enumerate([(saved, config), *self.layouts(state, config)]):
+            headless = {n: t for n, t in tensors.items() if t is not state["lm_head.weight"]}
+            for stated in ({}, {"tie_word_embeddings": True}):
+                directory = tmp_path / f"tied{number}-{len(stated)}"
+                config = without(old, "tie_word_embeddings") | stated
+                source = write_source(directory, config, headless)
+                out = directory / "out"
+                plan = self.convert(source, out, dtype="float32", tp_size=4)
+                assert plan.findings == ()
+                assert_ranks(out, self.expected(state, 4), "float32")

@@ -26,7 +26,6 @@ SMALL = {"architectures": ["Phi3SmallForCausalLM"], "model_type": "phi3small"}
         (PHI3, "phi3-mini"),
         ({**PHI3, "num_key_value_heads": None}, "phi3-mini"),
         ({**PHI3, "num_key_value_heads": 8}, "phi3-medium"),
-        ({**PHI3, "num_attention_heads": 40, "num_key_value_heads": 10}, "phi3-medium"),
         ({**PHI3, "num_key_value_heads": 1}, "phi3-medium"),
         (SMALL, "phi3-small"),
         ({**SMALL, "num_attention_heads": 32, "num_key_value_heads": 32}, "phi3-small"),

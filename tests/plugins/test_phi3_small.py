@@ -2,14 +2,12 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from family_checks import (
     DTYPES,
     MappingChecks,
     assert_ranks,
-    checkpoint_config,
     convert,
     errors,
     kv_share,
@@ -22,14 +20,11 @@ from family_checks import (
     vocab_share,
     without,
     write_source,
-    write_sparse,
 )
 from phireg_plugins.phi3_small import FAMILY
 from tiny_phi3_small import random_tensors, source_shapes
 
-import phireg
 from phireg.findings import Severity
-from phireg.planning.quantized import FOLLOWS, axes_of
 from phireg.testing import FamilyConformance
 
 SMALL_8K, SMALL_128K = published("phi-3-small-8k"), published("phi-3-small-128k")
@@ -70,6 +65,7 @@ def test_published_8k(config):
         SMALL_128K,
         long_rope(type="longrope"),
         long_rope(type=None, rope_type="longrope"),
+        {**SMALL_128K, "rope_position_scale": 2.0},  # unused with long rope
         without(SMALL_128K, "original_max_position_embeddings"),
         long_rope(original_max_position_embeddings=None),
         {
@@ -96,11 +92,6 @@ def test_mscales_that_are_not_stated():
         fields = translate(FAMILY, long_rope(short_mscale=value, long_mscale=value)).fields
         assert fields["longrope_short_mscale"] == 1.0  # unlike Phi-3-mini's
         assert fields["longrope_long_mscale"] == pytest.approx(formula, rel=1e-15)
-
-
-def test_rope_position_scale_is_unused_with_long_rope():
-    translation = translate(FAMILY, {**SMALL_128K, "rope_position_scale": 2.0})
-    assert translation.findings == ()
 
 
 def test_absent_keys_are_the_class_defaults():
@@ -131,10 +122,8 @@ def test_null_is_not_absence(key, stated, value):
 @pytest.mark.parametrize(
     "stated, multiplier, padded, size",
     [
-        (14336, None, True, 14336),
         (22, None, True, 22),  # stated sizes are not rounded
         (None, 5, True, 13824),  # 5 * (4096 // 3) * 2 = 13650
-        (None, 5, None, 13824),
         (None, 5, False, 13650),
         (None, 3.75, False, 10237),  # int(10237.5), rounded once
     ],
@@ -171,7 +160,6 @@ def test_intermediate_size(stated, multiplier, padded, size):
         ),
         ({**SMALL_8K, "rope_theta": 1e4}, "rope_embedding_base"),
         (long_rope(type="yarn"), "rope_scaling"),
-        (long_rope(type="linear"), "rope_scaling"),
         (long_rope(type=None), "rope_scaling"),
         (long_rope(short_factor=SHORT[1:]), "rope_scaling"),
         (long_rope(long_mscale="x"), "longrope_long_mscale"),
@@ -264,6 +252,10 @@ def expected(state, tp, kv_heads=KV_HEADS, head="model.embed_tokens.weight"):
 
 class TestMapping(MappingChecks):
     family, large = "phi3-small", "phi-3-small-128k"
+    complete = (("phi-3-small-8k", SMALL_8K), ("phi-3-small-8k", SMALL_8K_V5))
+    complete += (("phi-3-small-128k", SMALL_128K),)
+    complete_size = (14_784_544_768, 12 * 32 + 4)  # the tied head is not read twice
+    source_shapes = staticmethod(source_shapes)
     tp_sizes = (1, 2, 4, 8)
     vocabularies = (96, 97, 103)
     warnings = ("head_size",)
@@ -303,79 +295,14 @@ def test_pairs_of_rows_stay_on_one_rank(tmp_path):
 
 
 def test_untied_head(tmp_path):
-    state = random_state()
+    config, state = {**TINY, "tie_word_embeddings": False}, random_state()
+    headless = write_source(tmp_path / "headless", config, state)
+    assert errors(headless, family="phi3-small")[0] == {("missing", "lm_head.weight")}
     state["lm_head.weight"] = torch.randn(VOCAB, HIDDEN)
-    source = write_source(tmp_path / "hf", {**TINY, "tie_word_embeddings": False}, state)
+    source = write_source(tmp_path / "hf", config, state)
     convert(source, tmp_path / "out", family="phi3-small", dtype="float32", tp_size=2)
     assert_ranks(tmp_path / "out", expected(state, 2, head="lm_head.weight"), "float32")
     assert read_config(tmp_path / "out")["tie_word_embeddings"] is False
-
-
-def test_an_untied_model_without_a_head_is_refused(tmp_path):
-    source = write_source(tmp_path / "hf", {**TINY, "tie_word_embeddings": False}, random_state())
-    assert errors(source, family="phi3-small")[0] == {("missing", "lm_head.weight")}
-
-
-@pytest.mark.parametrize(
-    "config, model",
-    [
-        (SMALL_8K, "phi-3-small-8k"),
-        (SMALL_8K_V5, "phi-3-small-8k"),
-        (SMALL_128K, "phi-3-small-128k"),
-    ],
-    ids=["v4", "v5", "128k"],
-)
-def test_complete_example(tmp_path, config, model):
-    source = write_sparse(tmp_path / "hf", config, source_shapes(config))
-    plan = phireg.plan(source, family="phi3-small")
-    assert plan.findings == ()
-    assert plan.bytes_in == 14_784_544_768  # the tied head is not read twice
-    assert plan.config == checkpoint_config(model)
-    assert len(plan.outputs) == 12 * 32 + 4
-
-
-# --- quantized checkpoints -------------------------------------------------------------------
-
-
-def test_postprocess_regroups_rows_and_nothing_else():
-    """A checkpoint whose qkv rows are still grouped; sizes at which guessing by shape fails.
-
-    The hidden size is a multiple of heads + 2 * KV heads, so a pre-quant scale could be mistaken
-    for one per row.
-    """
-    assert HIDDEN % (HEADS + 2 * KV_HEADS) == 0
-    rows = (HEADS + 2 * KV_HEADS) * SIZE
-    rng = np.random.default_rng(0)
-    tensors = {
-        "weight": rng.integers(-128, 128, (rows, HIDDEN), np.int8),
-        "bias": rng.standard_normal(rows).astype(np.float16),
-        "weights_scaling_factor": rng.random(rows, np.float32),
-        "prequant_scaling_factor": rng.standard_normal(HIDDEN).astype(np.float16),
-        "activation_scaling_factor": rng.random(1, np.float32),
-    }
-    assert set(tensors) == set(FOLLOWS)
-    rules = FAMILY.quant_rules(translate(FAMILY, TINY).fields, "W8A8_SQ_PER_CHANNEL")
-    assert set(rules.postprocess) == {f"transformer.layers.{i}.attention.qkv" for i in (0, 1)}
-    for target, rule in rules.postprocess.items():
-        axis = rule.weight[0]
-        assert axis.sources == ((target, rows),)
-        order = np.concatenate([np.arange(s.start, s.stop) for s in axis.spans])
-        columns = np.concatenate([np.arange(s.start, s.stop) for s in rule.cols.spans])
-        moved = {}
-        for name, tensor in tensors.items():
-            axes = axes_of(name, tensor.shape, axis.length)
-            assert len(axes) in (tensor.ndim, 0)
-            for dimension, along in enumerate(axes):
-                tensor = np.take(tensor, order if along == "rows" else columns, dimension)
-            moved[name] = tensor
-        for name in ("weight", "bias", "weights_scaling_factor"):
-            regrouped = torch.cat(de_interleave(torch.from_numpy(tensors[name]))).numpy()
-            assert np.array_equal(moved[name], regrouped), name
-            assert not np.array_equal(moved[name], tensors[name]), name
-        for name in ("prequant_scaling_factor", "activation_scaling_factor"):
-            assert np.array_equal(moved[name], tensors[name]), name
-        per_tensor = np.ones(1, np.float32)
-        assert axes_of("weights_scaling_factor", per_tensor.shape, axis.length) == ()
 
 
 class TestConformance(FamilyConformance):

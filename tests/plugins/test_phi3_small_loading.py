@@ -117,45 +117,33 @@ def test_intermediate_size_from_the_multiplier(multiplier, hidden, pad, expected
     assert config.intermediate_size == expected
 
 
+PUBLISHED_BASE = {"rope_theta": 1000000.0}
+SCALED = {**PUBLISHED_BASE, **LONG_ROPE, "rope_type": "longrope", "partial_rotary_factor": 1.0}
+
+
 @pytest.mark.parametrize(
-    "spelling",
+    "spelling, scaled",
     [
-        {"rope_scaling": None},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
-        {"rope_scaling": {"type": "default"}},
+        ({"rope_scaling": None}, False),
+        ({"rope_parameters": {**PUBLISHED_BASE, "rope_type": "default"}}, False),
+        ({"rope_scaling": {"type": "default"}}, False),
+        ({"rope_scaling": LONG_ROPE}, True),
+        ({"rope_scaling": {**LONG_ROPE, "type": "longrope"}}, True),
+        ({"rope_embedding_base": 5.0, "rope_parameters": SCALED}, True),
     ],
-    ids=["null", "transformers 5", "named"],
 )
-def test_spellings_without_scaling(tmp_path, spelling):
-    config = reference.Phi3SmallConfig(**TINY, **spelling)
+def test_spellings_of_rope(tmp_path, spelling, scaled):
+    config = reference.Phi3SmallConfig(**{**TINY, "max_position_embeddings": 96, **spelling})
     config.save_pretrained(tmp_path)
     for read in (config, reference.Phi3SmallConfig.from_pretrained(tmp_path)):
-        assert read.rope_scaling is None and read.long_rope() is None
         assert read.rope_embedding_base == 1000000
-
-
-@pytest.mark.parametrize(
-    "spelling",
-    [
-        {"rope_scaling": LONG_ROPE},
-        {"rope_scaling": {**LONG_ROPE, "type": "longrope"}},
-        {
-            "rope_embedding_base": 5.0,
-            "rope_parameters": {**LONG_ROPE, "rope_type": "longrope", "rope_theta": 1000000.0}
-            | {"partial_rotary_factor": 1.0},
-        },
-    ],
-    ids=["su", "longrope", "transformers 5"],
-)
-def test_spellings_of_long_rope(tmp_path, spelling):
-    config = reference.Phi3SmallConfig(**{**LONG, "rope_scaling": None, **spelling})
-    config.save_pretrained(tmp_path)
-    for read in (config, reference.Phi3SmallConfig.from_pretrained(tmp_path)):
         rope = read.long_rope()
-        assert rope.short == ([1.1, 1.3, 1.7], 1.2)
-        assert rope.long == ([2.0, 5.0, 9.0], 1.4)
-        assert rope.original_max_position_embeddings == 20
-        assert read.rope_embedding_base == 1000000
+        if scaled:
+            assert rope.short == ([1.1, 1.3, 1.7], 1.2)
+            assert rope.long == ([2.0, 5.0, 9.0], 1.4)
+            assert rope.original_max_position_embeddings == 20
+        else:
+            assert read.rope_scaling is None and rope is None
 
 
 def test_magnitudes_not_given():

@@ -10,7 +10,6 @@ from tiny_phi3_small import LONG, LONG_ROPE, TINY, random_ids, random_tensors
 
 CASES = {
     "8k": TINY,
-    "8k, dense every 3": {**TINY, "dense_attention_every_n_layers": 3},
     "8k, all sparse": {**TINY, "dense_attention_every_n_layers": 0},
     "8k, dense unset": {**TINY, "dense_attention_every_n_layers": None},
     "8k, all dense": {**TINY, "dense_attention_every_n_layers": 1},
@@ -24,7 +23,6 @@ CASES = {
     "position scale": {**TINY, "rope_position_scale": 0.3, "rope_embedding_base": 100.0},
     "128k": LONG,
     "128k, no mscale": {**LONG, "rope_scaling": without(LONG_ROPE, "short_mscale", "long_mscale")},
-    "128k, dense every 2": {**LONG, "dense_attention_every_n_layers": 2},
 }
 
 
@@ -158,15 +156,6 @@ def test_left_padding(case):
             assert relative(logits[row, first:], alone) < 1e-9
 
 
-@torch.no_grad()
-def test_padding_chooses_the_long_factors():
-    model, _ = build(LONG)
-    ids = random_ids(LONG, 1, 25)
-    mask = (torch.arange(25) >= 10).long()[None]
-    padded = model(ids, attention_mask=mask).logits[0, 10:]
-    assert relative(padded, model(ids[:, 10:]).logits[0]) > 0.1
-
-
 def test_a_mask_of_the_wrong_length_is_refused():
     model, _ = build(TINY)
     with pytest.raises(ValueError):
@@ -184,22 +173,6 @@ def test_published_stripes():
     remote = {0: [7, 15, 23], 1: [6, 14, 22], 7: [0, 8, 16], 8: [7, 15, 23], 31: [0, 8, 16]}
     for head, expected in remote.items():
         assert blocks[head, :, 0].nonzero()[:, 0].tolist() == [*expected, *range(24, 40)]
-
-
-def test_no_mask_where_causal_attention_says_it_all():
-    def masks(tokens, past, new):
-        config = reference.Phi3SmallConfig(**TINY)
-        return reference.attention_masks(config, tokens, past, new, torch.device("cpu"))
-
-    assert masks(None, 0, 8) == (None, None)
-    assert masks(torch.ones(2, 8), 0, 8) == (None, None)
-    assert masks(None, 7, 1) == (None, None)
-    dense, sparse = masks(None, 0, 9)
-    assert dense is None
-    assert sparse.shape == (1, 6, 9, 9)
-    dense, sparse = masks(None, 4, 3)
-    assert dense.shape == (1, 1, 3, 7)
-    assert sparse is dense
 
 
 @pytest.mark.parametrize("length", [8, 17])

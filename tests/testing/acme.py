@@ -4,6 +4,7 @@ Each mistake is a function that amends the result of one hook of the base, with 
 that the conformance tests must give: the tensor or key, and where it came from.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -96,6 +97,20 @@ def every(make):
     return [make(i) for i in range(LAYERS)]
 
 
+def wrong_layers(base, *message):
+    """A decorator for functions that make a wrong rule for one layer; it replaces all layers'."""
+
+    def planted(rule):
+        @wrong_rules(base, *message)
+        @functools.wraps(rule)
+        def amend(rules):
+            return rules.replace(*every(rule))
+
+        return amend
+
+    return planted
+
+
 def without(rules, *targets):
     return ph.Rules(*(rule for t, rule in rules.items() if t not in targets), drop=rules.drop)
 
@@ -111,61 +126,47 @@ def qkv(i):
 # --- rows in another order -------------------------------------------------------------------
 
 
-@wrong_rules(
+@wrong_layers(
     "mini",
     "row 0 of transformer.layers.0.mlp.fc.weight came from row 0",
     "expected row 40",
     "acme.py:",
 )
-def halves_not_swapped(rules):
+def halves_not_swapped(i):
     """As the source has them: gate, up."""
-    return rules.replace(
-        *every(lambda i: ph.Linear(target(i, "mlp.fc"), gate_up(i), HIDDEN, ph.COLUMN))
+    return ph.Linear(target(i, "mlp.fc"), gate_up(i), HIDDEN, ph.COLUMN)
+
+
+@wrong_layers(
+    "mini", "row 48 of transformer.layers.0.attention.qkv.weight came from row 72", "acme.py:"
+)
+def k_and_v_exchanged(i):
+    axis = ph.order(qkv(i), "q", "v", "k")
+    return ph.Linear(target(i, "attention.qkv"), axis, HIDDEN, ph.COLUMN)
+
+
+@wrong_layers("phi2", "row 64 of transformer.layers.0.attention.qkv.bias", "self_attn.k_proj")
+def k_and_v_fused_in_the_wrong_order(i):
+    linears = {p: ph.src(source(i, f"self_attn.{p}_proj"), 64) for p in "qvk"}
+    return ph.Linear(
+        target(i, "attention.qkv"), ph.fuse(**linears, unit=16), 64, ph.COLUMN, bias=True
     )
 
 
-@wrong_rules(
-    "mini", "row 48 of transformer.layers.0.attention.qkv.weight came from row 72", "acme.py:"
-)
-def k_and_v_exchanged(rules):
-    def rule(i):
-        axis = ph.order(qkv(i), "q", "v", "k")
-        return ph.Linear(target(i, "attention.qkv"), axis, HIDDEN, ph.COLUMN)
-
-    return rules.replace(*every(rule))
+@wrong_layers("small", "row 12 of transformer.layers.0.attention.qkv.weight", "expected row 24")
+def de_interleaving_forgotten(i):
+    axis = ph.src(source(i, "self_attn.query_key_value"), Q + 2 * K)
+    named = ph.parts(axis, q=Q, k=K, v=K, unit=SIZE)
+    return ph.Linear(target(i, "attention.qkv"), named, HIDDEN, ph.COLUMN, bias=True)
 
 
-@wrong_rules("phi2", "row 64 of transformer.layers.0.attention.qkv.bias", "self_attn.k_proj")
-def k_and_v_fused_in_the_wrong_order(rules):
-    def rule(i):
-        linears = {p: ph.src(source(i, f"self_attn.{p}_proj"), 64) for p in "qvk"}
-        return ph.Linear(
-            target(i, "attention.qkv"), ph.fuse(**linears, unit=16), 64, ph.COLUMN, bias=True
-        )
-
-    return rules.replace(*every(rule))
-
-
-@wrong_rules("small", "row 12 of transformer.layers.0.attention.qkv.weight", "expected row 24")
-def de_interleaving_forgotten(rules):
-    def rule(i):
-        axis = ph.src(source(i, "self_attn.query_key_value"), Q + 2 * K)
-        named = ph.parts(axis, q=Q, k=K, v=K, unit=SIZE)
-        return ph.Linear(target(i, "attention.qkv"), named, HIDDEN, ph.COLUMN, bias=True)
-
-    return rules.replace(*every(rule))
-
-
-@wrong_rules(
+@wrong_layers(
     "small", "row 1 of transformer.layers.0.mlp.fc.weight came from row 2", "expected row 1"
 )
-def pairs_pulled_apart(rules):
-    def rule(i):
-        up = ph.src(source(i, "mlp.up_proj"), 2 * INNER)
-        halves = ph.ungroup(up, groups=INNER, unit=1, gelu=1, linear=1)
-        return ph.Linear(target(i, "mlp.fc"), halves, HIDDEN, ph.COLUMN, bias=True)
-
-    return rules.replace(*every(rule))
+def pairs_pulled_apart(i):
+    up = ph.src(source(i, "mlp.up_proj"), 2 * INNER)
+    halves = ph.ungroup(up, groups=INNER, unit=1, gelu=1, linear=1)
+    return ph.Linear(target(i, "mlp.fc"), halves, HIDDEN, ph.COLUMN, bias=True)
 
 
 @wrong_rules("mini", "row 6 of transformer.layers.1.attention.qkv.weight", "expected row 6")
@@ -228,15 +229,12 @@ def biases_of_two_modules_exchanged(rules):
     return rules.replace(*(rule for pair in every(rules_of) for rule in pair))
 
 
-@wrong_rules(
+@wrong_layers(
     "mini", "row 0 of transformer.layers.0.mlp.proj.weight", "model.layers.1.mlp.down_proj"
 )
-def off_by_one_layer(rules):
-    def rule(i):
-        rows = ph.src(source((i + 1) % LAYERS, "mlp.down_proj"), HIDDEN)
-        return ph.Linear(target(i, "mlp.proj"), rows, INNER, ph.ROW)
-
-    return rules.replace(*every(rule))
+def off_by_one_layer(i):
+    rows = ph.src(source((i + 1) % LAYERS, "mlp.down_proj"), HIDDEN)
+    return ph.Linear(target(i, "mlp.proj"), rows, INNER, ph.ROW)
 
 
 @wrong_rules("mini", "row 0 of transformer.vocab_embedding.weight came from row 0 of lm_head")
@@ -261,13 +259,10 @@ def tie_not_said(rules):
     return rules.replace(ph.Linear("lm_head", head, HIDDEN, ph.COLUMN))
 
 
-@wrong_rules("small", "unmapped  model.layers.{0..2}.mlp.down_proj.bias")
-def bias_forgotten(rules):
-    def rule(i):
-        rows = ph.src(source(i, "mlp.down_proj"), HIDDEN)
-        return ph.Linear(target(i, "mlp.proj"), rows, INNER, ph.ROW)
-
-    return rules.replace(*every(rule))
+@wrong_layers("small", "unmapped  model.layers.{0..2}.mlp.down_proj.bias")
+def bias_forgotten(i):
+    rows = ph.src(source(i, "mlp.down_proj"), HIDDEN)
+    return ph.Linear(target(i, "mlp.proj"), rows, INNER, ph.ROW)
 
 
 @wrong_rules("mini", "unmapped  model.layers.2.post_attention_layernorm.weight")
@@ -275,51 +270,38 @@ def last_layers_norm_dropped(rules):
     return without(rules, target(2, "post_layernorm"))
 
 
-@wrong_rules("mini", "rows 72 to 96 of model.layers.{0..2}.self_attn.qkv_proj are used nowhere")
-def v_taken_from_k(rules):
-    def rule(i):
-        name = source(i, "self_attn.qkv_proj")
-        q, k, _ = qkv(i).parts
-        axis = ph.Axis((q, k, replace(k, name="v")), ((name, Q + 2 * K),))
-        return ph.Linear(target(i, "attention.qkv"), axis, HIDDEN, ph.COLUMN)
-
-    return rules.replace(*every(rule))
+@wrong_layers("mini", "rows 72 to 96 of model.layers.{0..2}.self_attn.qkv_proj are used nowhere")
+def v_taken_from_k(i):
+    name = source(i, "self_attn.qkv_proj")
+    q, k, _ = qkv(i).parts
+    axis = ph.Axis((q, k, replace(k, name="v")), ((name, Q + 2 * K),))
+    return ph.Linear(target(i, "attention.qkv"), axis, HIDDEN, ph.COLUMN)
 
 
 # --- ranks -----------------------------------------------------------------------------------
 
 
-@wrong_rules(
+@wrong_layers(
     "mini",
     "TP 2",
     "row 24 of transformer.layers.0.attention.qkv.weight came from row 48",
     "acme.py:",
 )
-def parts_not_named(rules):
+def parts_not_named(i):
     """As one block: the first rank gets all of q, the second all of k and v."""
-
-    def rule(i):
-        axis = ph.src(source(i, "self_attn.qkv_proj"), Q + 2 * K, unit=SIZE)
-        return ph.Linear(target(i, "attention.qkv"), axis, HIDDEN, ph.COLUMN)
-
-    return rules.replace(*every(rule))
+    axis = ph.src(source(i, "self_attn.qkv_proj"), Q + 2 * K, unit=SIZE)
+    return ph.Linear(target(i, "attention.qkv"), axis, HIDDEN, ph.COLUMN)
 
 
-@wrong_rules("mini", "mlp.proj.weight", "[24, 40]", "[48, 20]")
-def wrong_policy(rules):
-    def rule(i):
-        rows = ph.src(source(i, "mlp.down_proj"), HIDDEN)
-        return ph.Linear(target(i, "mlp.proj"), rows, INNER, ph.COLUMN)
-
-    return rules.replace(*every(rule))
+@wrong_layers("mini", "mlp.proj.weight", "[24, 40]", "[48, 20]")
+def wrong_policy(i):
+    rows = ph.src(source(i, "mlp.down_proj"), HIDDEN)
+    return ph.Linear(target(i, "mlp.proj"), rows, INNER, ph.COLUMN)
 
 
-@wrong_rules("mini", "mlp.fc.weight", "[80, 48]", "[40, 48]")
-def copied_instead_of_cut(rules):
-    def rule(i):
-        return ph.Linear(target(i, "mlp.fc"), ph.order(gate_up(i), "up", "gate"), HIDDEN, ph.COPY)
-
-    return rules.replace(*every(rule))
+@wrong_layers("mini", "mlp.fc.weight", "[80, 48]", "[40, 48]")
+def copied_instead_of_cut(i):
+    return ph.Linear(target(i, "mlp.fc"), ph.order(gate_up(i), "up", "gate"), HIDDEN, ph.COPY)
 
 
 @wrong_rules("mini", "sharding  lm_head", "acme.py:")
