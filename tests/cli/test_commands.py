@@ -39,14 +39,6 @@ def test_choices_are_those_of_the_reader():
     assert tuple(KV_CACHES) == options.KV_CACHE_CHOICES
 
 
-def test_errors_name_the_formats(tiny, run, tmp_path):
-    for wrong in (["--qformat", "int9_xy"], ["--model-dir", tiny, "--output-dir", tmp_path / "o"]):
-        result = run("quantize", *wrong)
-        assert result.exit_code == 2
-        assert "--qformat" in result.output
-        assert all(name in result.output for name in SCHEMES)
-
-
 def test_underscores_and_hyphens(tiny, run):
     values = {"model-dir": tiny, "tp-size": "2", "weight-only-precision": "int4"}
     hyphens = [word for name, value in values.items() for word in (f"--{name}", value)]
@@ -74,13 +66,11 @@ def test_underscores_and_hyphens(tiny, run):
         (["--weight-only-precision", "int4"], 2, "--use-weight-only"),
         (["--pp-size", "2"], 2, "--tp-size"),
         (["--tp-size", "0"], 2, "0"),
-        (["--tp-size", "two"], 2, "--tp-size"),
         (["--tp-size", "3"], 3, "transformer.layers.{0..1}.attention.qkv"),
         (["--dtype", "float8"], 2, "--dtype"),
         (["--use-weight-only", "--weight-only-precision", "int2"], 2, "--weight-only-precision"),
         (["--revision", "main"], 2, "revision"),
         (["--qformat", "fp8"], 2, "--qformat"),
-        (["--no-such-option"], 2, "--no-such-option"),
         (["--family", "phi3-small"], 3, "Phi3SmallForCausalLM"),
         (["--family", "phi3-mimi"], 5, "'phi3-mini'"),
     ],
@@ -93,13 +83,9 @@ def test_wrong_options(args, code, named, tiny, run):
     assert [path.name for path in tiny.parent.iterdir()] == ["model"]
 
 
-def test_version_and_incomplete_usage(run, spawn):
+def test_version(spawn):
     done = spawn("--version")
     assert (done.returncode, done.stdout) == (0, "phireg 0.1.0\n")
-    for args in (["convrt"], ["convert"]):
-        result = run(*args)
-        assert result.exit_code == 2
-        assert "Usage: phireg" in result.output
 
 
 # What is refused
@@ -180,7 +166,11 @@ def test_plan_json_says_where_every_byte_goes(tiny, run):
     assert plan["provided_by"] == {"distribution": "phireg", "version": "0.1.0", "api": 1}
     assert list(tiny.parent.iterdir()) == [tiny]
     out = tiny.parent / "out"
-    run("convert", "--model-dir", tiny, "--output-dir", out, "--tp-size", "2")
+    report = document(
+        run("convert", "--model-dir", tiny, "--output-dir", out, "--tp-size", 2, "--json")
+    )
+    assert report["files"] == {path.name: path.stat().st_size for path in out.iterdir()}
+    assert report["losses"] == {}
     assert plan["config"] == json.loads((out / "config.json").read_text())
     assert plan["bytes_out"] == sum(f.stat().st_size for f in out.glob("rank*"))
     assert len(plan["outputs"]) == 30
@@ -201,34 +191,16 @@ def test_plan_json_says_where_every_byte_goes(tiny, run):
             assert np.array_equal(target[begin:end], expected), output["tensor"]
 
 
-def test_convert_reports_what_it_wrote(tiny, run):
-    out = tiny.parent / "out"
-    args = ("--model-dir", tiny, "--output-dir", out, "--tp-size", 2, "--family", "phi3-mini")
-    report = document(run("convert", *args, "--json"))
-    assert report["files"] == {path.name: path.stat().st_size for path in out.iterdir()}
-    assert (report["family"], report["dtype"], report["tp_size"]) == ("phi3-mini", "float16", 2)
-    assert report["losses"] == {}
-    assert report["seconds"] >= 0
-
-
-def with_bfloat16(directory, edit):
-    """Rewrite the tiny model in bfloat16 with other values."""
+def test_values_that_overflow_are_refused_unless_allowed(tiny, run):
     import torch
     from safetensors.torch import save_file
 
-    for path in directory.glob("model*"):
+    for path in tiny.glob("model*"):
         path.unlink()
     held = {n: torch.from_numpy(t).to(torch.bfloat16) for n, t in tiny_tensors().items()}
-    edit(held)
-    save_file(held, directory / "model.safetensors", {"format": "pt"})
-    config(torch_dtype="bfloat16")(directory)
-
-
-def test_values_that_overflow_are_refused_unless_allowed(tiny, run):
-    def edit(held):
-        held["model.layers.1.mlp.down_proj.weight"][0, :3] = 1e9
-
-    with_bfloat16(tiny, edit)
+    held["model.layers.1.mlp.down_proj.weight"][0, :3] = 1e9
+    save_file(held, tiny / "model.safetensors", {"format": "pt"})
+    config(torch_dtype="bfloat16")(tiny)
     out = tiny.parent / "out"
     args = ("convert", "--model-dir", tiny, "--output-dir", out, "--dtype", "float16")
     result = run(*args)
@@ -243,37 +215,7 @@ def test_values_that_overflow_are_refused_unless_allowed(tiny, run):
     assert np.isinf(proj).sum() == 3
 
 
-def test_values_flushed_to_zero_are_reported(tiny, run):
-    def edit(held):
-        for layer in (0, 1):
-            held[f"model.layers.{layer}.mlp.down_proj.weight"][:, layer] = 1e-20
-
-    with_bfloat16(tiny, edit)
-    args = ("convert", "--model-dir", tiny, "--dtype", "float16", "--output-dir")
-    result = run(*args, tiny.parent / "a")
-    assert result.exit_code == 0
-    assert f"flushed  {2 * HIDDEN} values" in result.output
-    losses = document(run(*args, tiny.parent / "b", "--json"))["losses"]
-    counts = {"overflowed": 0, "flushed": HIDDEN, "saturated": 0}
-    assert losses == {f"model.layers.{n}.mlp.down_proj.weight": counts for n in (0, 1)}
-
-
 # explain
-
-
-def test_explain_the_rows_of_a_rank(tiny, run):
-    name = "transformer.layers.1.attention.qkv.weight"
-    result = run("explain", tiny, name, "--tp-size", 2, "--rank", 1)
-    assert result.exit_code == 0
-    assert "rank1.safetensors" in result.output and "rank0" not in result.output
-    assert "model.layers.1.self_attn.qkv_proj.weight" in result.output
-    ranges = [line.split(" = ") for line in result.output.splitlines() if " = " in line]
-    # The second half of q, of k and of v.
-    assert [(a.strip(), b.strip()) for a, b in ranges] == [
-        ("0:16", f"{Q // 2}:{Q}"),
-        ("16:24", f"{Q + KV // 2}:{Q + KV}"),
-        ("24:32", f"{Q + KV + KV // 2}:{Q + 2 * KV}"),
-    ]
 
 
 def test_explain_columns_and_padding(tiny, run):
@@ -347,28 +289,26 @@ def test_inspect_check_finds_what_differs(spoil, file, ckpt, run):
     assert any(file in problem for problem in problems)
 
 
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        ({"model_type": "phi3"}, "phireg convert --model-dir"),
-        ({"pretrained_config": {}, "build_config": {}}, "engine"),
-        ({}, "phireg convert"),
-    ],
-    ids=["model", "engine", "nothing"],
-)
-def test_inspect_what_is_no_checkpoint(content, named, tmp_path, run):
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    result = run("inspect", tmp_path)
-    assert result.exit_code == 3
-    assert named in " ".join(result.stderr.split())
-
-
 def test_inspect_without_a_manifest(ckpt, run):
     (ckpt / "phireg.json").unlink()
     result = run("inspect", ckpt)
     assert result.exit_code == 0
     assert "phireg.json" in result.output
     assert run("inspect", ckpt, "--check").exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"model_type": "phi3"}, "phireg convert --model-dir"),
+        ({"pretrained_config": {}, "build_config": {}}, "engine"),
+    ],
+)
+def test_inspect_what_is_no_checkpoint(content, named, tmp_path, run):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    result = run("inspect", tmp_path)
+    assert result.exit_code == 3
+    assert named in " ".join(result.stderr.split())
 
 
 # families and plugins
@@ -434,10 +374,3 @@ def test_plugins(third_party, run):
     assert checked["acme-phi", "acme"]["api"] == 1
     assert "no einops" in checked["acme-phi", "acme-broken"]["problem"]
     assert "--family acme-phi:phi2" in run("plugins", "--check").output
-
-
-def test_plugins_that_all_work(run):
-    result = run("plugins", "--check", "--json")
-    assert result.exit_code == 0
-    plugins = json.loads(result.output)["plugins"]
-    assert [(plugin["api"], plugin["problem"]) for plugin in plugins] == [(1, None)] * 4

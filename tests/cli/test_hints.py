@@ -33,12 +33,8 @@ TAKES_A_PATH = (
     ("build", "--dummy-weights", "--model-dir", "WRONG", "--output-dir", "{new}"),
 )
 OTHERS = (
-    ("run", "{ckpt}", "--input-file", "{none}"),
     ("run", "{ckpt}", "--input-file", "{empty}"),
     ("run", "{ckpt}", "--input-file", "{binary}"),
-    ("run", "{ckpt}", "--prompt", ""),
-    ("run", "{ckpt}", "--chat", "--json"),
-    ("run", "{ckpt}", "--prompt", "x", "--seed", "-1"),
     ("run", "--model-dir", "{model}", "--backend", "executor"),
     ("run", "--model-dir", "{model}", "--prompt", "x", "--tp", "2"),
     ("verify", "{ckpt}", "--model-dir", "{model}", "--max-tokens", "0"),

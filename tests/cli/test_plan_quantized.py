@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 from helpers.damage import config
-from helpers.tiny_phi3 import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, tiny_tensors
+from helpers.tiny_phi3 import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS
 from safetensors import safe_open
 
 from phireg import demo
@@ -39,35 +39,7 @@ def explain(tiny, show):
     return partial(show, "explain", tiny)
 
 
-def row(text, label):
-    """The cells behind a label, and those of the lines below that have none."""
-    lines = iter(text.splitlines())
-    first = next(line for line in lines if line.startswith(f"{label} "))
-    rows = [first.split(maxsplit=1)[1]]
-    for line in lines:
-        if not line.startswith("   "):
-            break
-        rows.append(line.strip())
-    return rows
-
-
 # ---- plan ---------------------------------------------------------------------------------------
-
-
-def test_sizes_and_scales_of_a_quantized_plan(plan):
-    text = plan("--qformat", "fp8", "--kv-cache-dtype", "int8", "--tp-size", 2)
-    tensors = tiny_tensors()
-    read = sum(tensor.nbytes for tensor in tensors.values())
-    again = sum(tensor.nbytes for name, tensor in tensors.items() if "_proj.weight" in name)
-    (reads,) = row(text, "reads")
-    assert f"{read / 1000:.1f} kB" in reads and f"{again / 1000:.1f} kB" in reads
-    targets = 15 + 2 * LINEARS + LAYERS
-    assert f"2 x {targets} tensors" in row(text, "writes")[0]
-    kinds = [line.split()[0] for line in row(text, "scales")]
-    assert kinds == [f"{name}_scaling_factor" for name in ("weights", "activation", "kv_cache")]
-    assert "calibration" in row(text, "needs")[0]
-    checks = row(text, "checks")[0]
-    assert "15/15" in checks and f"{2 * targets}/{2 * targets}" in checks
 
 
 def test_weights_only_has_no_scales_unless_there_is_a_cache(plan):
@@ -75,8 +47,8 @@ def test_weights_only_has_no_scales_unless_there_is_a_cache(plan):
     assert text == plan("--use-weight-only", "--weight-only-precision", "int4")
     assert "calibration" not in text and "scal" not in text
     text = plan("--qformat", "int4_wo", "--kv-cache-dtype", "fp8")
-    assert [line.split()[0] for line in row(text, "scales")] == ["kv_cache_scaling_factor"]
-    assert "calibration" in row(text, "needs")[0]
+    assert "kv_cache_scaling_factor" in text and "weights_scaling_factor" not in text
+    assert "calibration" in text
 
 
 @pytest.mark.parametrize("qformat", ["fp8", "int8_sq", "int8_wo"])

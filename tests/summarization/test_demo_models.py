@@ -41,26 +41,15 @@ def test_executor_and_hf_are_alike(family, checkpoint, document):
     assert_alike(document(checkpoint(family), *options), 6)
 
 
-def two_processes(checkpoint, *options):
-    command = [sys.executable, "-m", "phireg", "summarize", str(checkpoint), "--tp", "2", *options]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["phi2", "phi3-small"])
 def test_two_processes_are_alike(family, checkpoint):
-    options = (*hf(family), *CHECK, "--eval-ppl", "--max-ite", "3", "--json")
-    ran = two_processes(checkpoint(family, 2), *options)
+    command = [sys.executable, "-m", "phireg", "summarize", str(checkpoint(family, 2)), "--tp", "2"]
+    command += [*hf(family), *CHECK, "--eval-ppl", "--max-ite", "3", "--json"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
     assert ran.returncode == 0, ran.stderr
     assert_alike(json.loads(ran.stdout), 3)
-
-
-@pytest.mark.slow
-def test_two_processes_miss_a_threshold(checkpoint):
-    options = (*hf("phi2"), "--check-accuracy", "--tensorrt-llm-rouge1-threshold", "100.5")
-    ran = two_processes(checkpoint("phi2", 2), *options, "--max-ite", "2")
-    assert ran.returncode == 4, ran.stderr
 
 
 @pytest.mark.slow

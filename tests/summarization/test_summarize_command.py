@@ -39,14 +39,6 @@ def test_prompts_and_scores(args, document, fake):
     assert output["passed"]
 
 
-def test_the_table(args, run, tmp_path):
-    result = run(*args, "--report", tmp_path / "r.html")
-    assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("the held-back split of phireg's demo models: 6 articles\n")
-    assert [line.split()[0] for line in result.stdout.splitlines()[2:4]] == ["backend", "fake"]
-    assert (tmp_path / "r.html").exists()
-
-
 @pytest.mark.parametrize(
     ("options", "code"),
     [
@@ -94,11 +86,8 @@ def test_a_killed_run_keeps_nothing(args, run, fake):
         (("--batch-size", 9), "--batch-size 8"),
         (("--num-beams", 3), "--num-beams 2"),
         (("--tp", 2), "--tp"),
-        (("--dataset", "/nowhere.csv"), "/nowhere.csv"),
-        (("--dataset-dir", "/nowhere"), "/nowhere"),
         (("--dataset", "demo", "--dataset-dir", "/nowhere"), "--dataset-dir"),
         (("--report", "/nowhere/r.html"), "/nowhere"),
-        (("--engine-dir", "/nowhere"), "/nowhere"),
     ],
 )
 def test_impossible_options_are_refused_first(options, names, args, run, fake):
@@ -134,16 +123,6 @@ def test_models_that_are_refused(options, names, checkpoint, run):
     result = run(*(word.format(**paths) for word in options))
     assert result.exit_code == 2
     assert names.format(**paths) in " ".join(result.stderr.split())
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
-def test_damaged_articles_are_named(name, args, run, tmp_path):
-    path = tmp_path / name
-    path.write_text({"a.jsonl": '{"article": "x"}\n', "a.csv": "article,text\nx,y\n"}[name])
-    result = run(*args, "--dataset", path)
-    assert result.exit_code == 2
-    assert f"{path}:" in result.stderr
-    assert "'highlights'" in result.stderr
 
 
 def test_the_page_is_whole_and_harmless(args, run, tmp_path):
