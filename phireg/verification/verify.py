@@ -15,7 +15,7 @@ from phireg.checkpoint.inspect import checkpoint_config
 from phireg.checkpoint.manifest import read_manifest
 from phireg.checkpoint.rankfiles import RankFiles, world_size
 from phireg.dtypes import WEIGHT_DTYPES
-from phireg.errors import SourceError, UsageError
+from phireg.errors import UsageError
 from phireg.files.kinds import MANIFEST
 from phireg.planning.model import Output, Plan, Scale
 from phireg.planning.plan import plan as plan_source
@@ -131,10 +131,7 @@ class _Verifier:
         self.computed: ComputedChecks | None = None
         block = config.get("quantization")
         self.quantization: Mapping[str, Any] = block if isinstance(block, Mapping) else {}
-        try:
-            self.manifest = read_manifest(directory)
-        except SourceError:
-            self.manifest = None
+        self.manifest = read_manifest(directory)
         self._checks: dict[str, Callable[[], Outcome]] = {
             "structure": self.structure,
             "config": self.config_json,
@@ -259,8 +256,7 @@ class _Verifier:
         if isinstance(producer, Mapping):
             yield "made by", f"{producer.get('name')} {producer.get('version')}"
         else:
-            exists = (self.directory / MANIFEST).exists()
-            reason = f"{MANIFEST} does not tell" if exists else f"there is no {MANIFEST}"
+            reason = f"{MANIFEST} names no producer" if self.manifest else f"there is no {MANIFEST}"
             yield "made by", f"not known: {reason}"
         sizes = [file.stat().st_size for file in self.directory.glob("rank*.safetensors")]
         yield "rank files", f"{len(sizes)} of {sum(sizes):,} bytes together"

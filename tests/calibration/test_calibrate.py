@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_provenance_and_progress(calibrated, tmp_path):
     assert (provenance["dtype"], provenance["device"]) == ("bfloat16", "cpu")
     assert provenance["data"] == str(settings.file)
     assert provenance["settings"]["size"] is None
-    assert provenance["versions"]["torch"] == torch.__version__
+    assert provenance["versions"]["torch"] == metadata.version("torch")
     save(tmp_path / "amax", statistics)
     assert load(tmp_path / "amax").provenance == provenance
     lines, steps = [], []
