@@ -92,7 +92,7 @@ RULES = {
             "phireg.device",
             *(SOURCE, CHECKPOINT, CONFIG, READER, FILES, DTYPES, ERRORS, "torch"),
         ),
-        lazily=("phireg.trtllm", "transformers", "jinja2"),
+        lazily=("transformers", "jinja2", "mpi4py"),
     ),
     "phireg.postprocessing": Rule(
         (
@@ -106,7 +106,7 @@ RULES = {
             *(*PLANNED, "phireg.executor", "phireg.generation", "phireg.registry"),
             *("packaging", "torch"),
         ),
-        lazily=("tensorrt_llm", "mpi4py"),
+        lazily=("tensorrt_llm",),
     ),
     "phireg.verification": Rule(("phireg", "numpy", "torch"), ("transformers",), never=ABOVE),
     "phireg.quality": Rule(("phireg", "numpy", "torch"), never=ABOVE),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from phireg.errors import UsageError
 from phireg.generation.backend import EXECUTOR, TENSORRT_LLM, Description
+from phireg.generation.mpi import process_rank as mpi_rank
 
 
 def process_rank() -> tuple[int, int]:
@@ -68,8 +69,6 @@ def check_launcher(backend: str) -> bool:
 
     Only rank 0 raises the UsageError; others return False, and have to end silently.
     """
-    from phireg.trtllm.mpi import process_rank as mpi_rank
-
     torchrun = os.environ.get("WORLD_SIZE", "1") != "1"
     rank, size = mpi_rank()
     if backend == TENSORRT_LLM and torchrun and size == 1:

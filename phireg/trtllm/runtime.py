@@ -28,9 +28,9 @@ from phireg.errors import CheckError, PhiregError, UsageError
 from phireg.executor import Sampling
 from phireg.generation.backend import Description, Options, Request
 from phireg.generation.limits import check_continuations, check_request
+from phireg.generation.mpi import Communicator, communicator, process_rank
 from phireg.trtllm.builder import DISTRIBUTION, installed_version
 from phireg.trtllm.engine import Engine, read_engine
-from phireg.trtllm.mpi import Communicator, communicator, process_rank
 from phireg.trtllm.releases import LAST, public_version
 
 __all__ = ["TrtllmBackend", "describe", "load", "process_rank", "run_worker"]

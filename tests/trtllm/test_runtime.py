@@ -15,7 +15,7 @@ from helpers.command_line import run_phireg
 from phireg.errors import CheckError, PhiregError, UsageError
 from phireg.executor import Sampling
 from phireg.generation import Request, describe, open_backend, opener
-from phireg.trtllm.mpi import communicator
+from phireg.generation.mpi import communicator
 
 ROOT = Path(__file__).parents[2]
 GREEDY = Sampling()
