@@ -139,24 +139,20 @@ def command(
     checkpoint run in this process, unless it is one of several: torchrun --nproc-per-node N -m
     phireg run CKPT ... Those of an engine have a process each: mpirun -n N phireg run ENGINE ...
     """
-    from phireg.generation import Options, describe, opener
-    from phireg.generation.backend import check_directory
-    from phireg.generation.generate import Generator
-    from phireg.generation.processes import check_processes, run_processes
+    from phireg.generation import Options, opener
+    from phireg.generation.generate import Generator, describe_runnable
+    from phireg.generation.processes import run_processes
 
     name, directory = _choose(place, backend, engine_dir, model_dir)
     compute = Options(device, compute_dtype(dtype), offload)
     if served_as_worker(name, directory, compute):
         return
-    check_directory(name, directory)
     with spinner(_LOADING):
-        description = describe(name, directory, compute)
-    processes = opener(name).process_rank()[1]
-    check_processes(name, directory, description, processes, tp)
+        description = describe_runnable(name, directory, compute, tp)
     sampling = _sampling(temperature, top_k, top_p, seed)
     options = _Inputs(**inputs)
     _check_options(options, num_beams)
-    if tp and tp > processes:
+    if tp and tp > opener(name).process_rank()[1]:
         raise click.exceptions.Exit(run_processes(tp, sys.argv[1:]))
     generator = Generator(
         name,

@@ -71,7 +71,7 @@ CHECKPOINT = Kind(
     "rank0.safetensors",
 )
 HF_MODEL = Kind("a Hugging Face model", "", "")
-UNKNOWN = Kind("no model that is known here", "", "")
+UNKNOWN = Kind("an unknown directory", "", "")
 
 _BY_ENTRIES = (
     ENGINE,

@@ -182,6 +182,13 @@ def check_directory(backend: str, directory: Path) -> None:
         return
     if kind is UNKNOWN and runs is CHECKPOINT and (directory / "config.json").exists():
         return  # loading it reports the problem
+    if kind is UNKNOWN:
+        empty = not (directory / "config.json").exists()
+        raise CheckError(
+            f"{directory} is not {runs.name}, which backend {backend} runs: "
+            + ("it holds no config.json" if empty else "its config.json is not of a model"),
+            hint=f"give {runs.name}.",
+        )
     raise CheckError(
         f"{directory} is {kind.name}, not {runs.name}, which backend {backend} runs",
         hint=_HINTS.get(kind, f"give {runs.name}.").format(directory=directory),

@@ -180,6 +180,16 @@ class Generator:
         return Completion(batch, prompt.text, prompt.ids, tuple(tokens), text, reason)
 
 
+def describe_runnable(
+    backend: str, directory: Path, options: Options, tp: int | None = None
+) -> Description:
+    """Return a model's limits; refuse a directory or a number of processes that cannot run it."""
+    check_directory(backend, directory)
+    description = describe(backend, directory, options)
+    check_processes(backend, directory, description, opener(backend).process_rank()[1], tp)
+    return description
+
+
 def generate(
     directory: str | Path,
     prompts: Iterable[str | Sequence[int]],
@@ -220,18 +230,14 @@ def generate(
     name = backend or default_backend(directory)
     if not check_launcher(name):
         return []
-    rank, processes = opener(name).process_rank()
-    if rank > 0:
+    if opener(name).process_rank()[0] > 0:
         opener(name).run_worker(directory, options)
         return []
-    check_directory(name, directory)
-    description = describe(name, directory, options)
-    check_processes(name, directory, description, processes)
     generator = Generator(
         name,
         directory,
         options,
-        description,
+        describe_runnable(name, directory, options),
         tokenizer_dir=None if tokenizer_dir is None else Path(tokenizer_dir),
         sampling=sampling,
         max_new_tokens=max_new_tokens,
