@@ -11,12 +11,22 @@ from typing import Any
 import click
 
 from phireg.cli.errors import reported, stop
+from phireg.cli.help import write_examples
 
-COMMANDS = (
-    "demo", "convert", "quantize", "plan", "explain", "inspect", "verify", "build", "run",
-    "summarize", "postprocess", "families", "plugins", "doctor", "new-plugin",
-)  # fmt: skip
-"""In the order help shows them; each is ``phireg.cli.NAME:command``, hyphens as underscores."""
+SECTIONS = {
+    "Make": ("convert", "quantize", "build", "postprocess"),
+    "Check": ("plan", "explain", "inspect", "verify"),
+    "Use": ("run", "summarize"),
+    "Set up": ("demo", "doctor", "families"),
+    "For authors of plugins": ("plugins", "new-plugin"),
+}
+"""As help shows them; each is ``phireg.cli.NAME:command``, hyphens as underscores."""
+COMMANDS = tuple(name for names in SECTIONS.values() for name in names)
+
+EXAMPLES = (
+    "phireg demo",
+    "phireg convert --model-dir microsoft/phi-2 --output-dir ckpt",
+)
 
 EXIT_CODES = """
 \b
@@ -44,6 +54,37 @@ class LazyGroup(click.Group):
         module = import_module(f"phireg.cli.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; name the nearest ones to a name that is none."""
+        name = args[0].replace("_", "-")
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            from difflib import get_close_matches
+
+            near = get_close_matches(name, COMMANDS, cutoff=0.5)
+            meant = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            ctx.fail(f"There is no command {args[0]!r}.{meant}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands by section, their summaries whole."""
+        width = max(map(len, COMMANDS))
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                commands = {name: self.get_command(ctx, name) for name in names}
+                rows = [
+                    (name.ljust(width), command.get_short_help_str(200))
+                    for name, command in commands.items()
+                    if command is not None
+                ]
+                formatter.write_dl(rows)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the exit codes, two examples and the page."""
+        super().format_epilog(ctx, formatter)
+        write_examples(formatter, EXAMPLES, "command-line.md")
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; turn an exception into a message and an exit code."""

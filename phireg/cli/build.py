@@ -13,6 +13,7 @@ import click
 
 import phireg
 from phireg.cli.errors import interruptible, warn
+from phireg.cli.help import ENGINE, MODEL, OUTPUT, RANKS, RUNNING, Command, documented
 from phireg.cli.options import (
     DTYPE_CHOICES,
     Directory,
@@ -34,7 +35,7 @@ _COUNT = click.IntRange(min=1)
 _EXTRA = "phireg.build.extra"
 
 
-class _PassingOn(click.Command):
+class _PassingOn(Command):
     """A command whose arguments after ``--`` go to another program."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -50,43 +51,47 @@ class _PassingOn(click.Command):
         return [*super().collect_usage_pieces(ctx), "[-- FLAGS]"]
 
 
-@click.command(cls=_PassingOn)
+@documented(
+    "phireg build ckpt --output-dir engine --gemm-plugin auto",
+    "phireg build ckpt --output-dir engine --print-command --trtllm-version 1.2.1",
+    cls=_PassingOn,
+)
 @click.argument("checkpoint_dir", type=Directory(), metavar="[CKPT]", required=False)
 @output_dir_option("engine")
-@click.option("--max-batch-size", type=_COUNT, metavar="N", help="Rows of a batch at most.")
-@click.option("--max-input-len", type=_COUNT, metavar="N", help="Tokens of a prompt at most.")
-@click.option("--max-output-len", type=_COUNT, metavar="N", help="New tokens at most.")
-@click.option("--max-seq-len", type=_COUNT, metavar="N", help="Tokens of both together at most.")
-@click.option(
+@ENGINE.option("--max-batch-size", type=_COUNT, metavar="N", help="Rows of a batch at most.")
+@ENGINE.option("--max-input-len", type=_COUNT, metavar="N", help="Tokens of a prompt at most.")
+@ENGINE.option("--max-output-len", type=_COUNT, metavar="N", help="New tokens at most.")
+@ENGINE.option("--max-seq-len", type=_COUNT, metavar="N", help="Tokens of both together at most.")
+@ENGINE.option(
     "--gemm-plugin",
     type=click.Choice(("auto", *WEIGHT_DTYPES, "fp8", "disable")),
     help="auto is the checkpoint's dtype.",
 )
-@click.option(
+@ENGINE.option(
     "--gpt-attention-plugin",
     type=click.Choice(("auto", *WEIGHT_DTYPES, "disable")),
     help="auto is the checkpoint's dtype.",
 )
-@click.option("--context-fmha", type=_SWITCH, help="Fused attention for prompts.")
-@click.option("--context-fmha-fp32-acc", type=_SWITCH, help="float32 accumulation in it.")
-@click.option("--use-fp8-context-fmha", type=_SWITCH, help="FP8 arithmetic in it.")
-@click.option("--workers", type=_COUNT, metavar="N", help="Ranks built side by side, a GPU each.")
-@click.option("--tp-size", type=_COUNT, metavar="N", help="Ranks, with --dummy-weights.")
-@click.option("--pp-size", type=_COUNT, metavar="N", help="Pipeline stages; only 1 is possible.")
-@click.option(
+@ENGINE.option("--context-fmha", type=_SWITCH, help="Fused attention for prompts.")
+@ENGINE.option("--context-fmha-fp32-acc", type=_SWITCH, help="float32 accumulation in it.")
+@ENGINE.option("--use-fp8-context-fmha", type=_SWITCH, help="FP8 arithmetic in it.")
+@RUNNING.option("--workers", type=_COUNT, metavar="N", help="Ranks built side by side, a GPU each.")
+@RANKS.option("--tp-size", type=_COUNT, metavar="N", help="Ranks, with --dummy-weights.")
+@RANKS.option("--pp-size", type=_COUNT, metavar="N", help="Pipeline stages; only 1 is possible.")
+@MODEL.option(
     "--dummy-weights", is_flag=True, help="Build without weights, from a config.json alone."
 )
-@click.option(
+@MODEL.option(
     "--model-dir",
     type=Directory(),
     metavar="DIR",
     help="With --dummy-weights: where the model's config.json is.",
 )
-@click.option("--family", type=FamilyName("auto"), help="With --dummy-weights: as for convert.")
-@click.option("--dtype", type=click.Choice(DTYPE_CHOICES), help="With --dummy-weights.")
+@MODEL.option("--family", type=FamilyName("auto"), help="With --dummy-weights: as for convert.")
+@MODEL.option("--dtype", type=click.Choice(DTYPE_CHOICES), help="With --dummy-weights.")
 @overwrite_option("engine")
-@click.option("--print-command", is_flag=True, help="Show what would run, and do not run it.")
-@click.option(
+@OUTPUT.option("--print-command", is_flag=True, help="Show what would run, and do not run it.")
+@OUTPUT.option(
     "--trtllm-version",
     metavar="V",
     help="With --print-command: for this release instead of the installed one.",

@@ -6,10 +6,9 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
-import click
-
 import phireg
 from phireg.cli.errors import findings_text, interruptible
+from phireg.cli.help import documented
 from phireg.cli.options import (
     allow_overflow_option,
     conversion_options,
@@ -29,7 +28,10 @@ if TYPE_CHECKING:
     from phireg.planning.model import Plan
 
 
-@click.command()
+@documented(
+    "phireg convert --model-dir microsoft/phi-2 --output-dir ckpt",
+    "phireg convert --model-dir ./Phi-3-mini-4k-instruct --output-dir ckpt --tp-size 2",
+)
 @model_dir_option
 @output_dir_option("checkpoint")
 @conversion_options

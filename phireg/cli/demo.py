@@ -16,6 +16,7 @@ import click
 
 import phireg
 from phireg.cli.errors import stopped, warn
+from phireg.cli.help import OUTPUT, RANKS, TEXT, documented
 from phireg.cli.options import Directory, FamilyName, json_option, quiet_option
 from phireg.cli.output import counted, emit, emit_json, printable, size, spinner
 from phireg.cli.verify import show_verification, verification_document
@@ -30,28 +31,30 @@ _ALL = "all"
 _WIDTH = 80
 
 
-@click.command()
+@documented(
+    "phireg demo",
+    "phireg demo all --tp-size 2",
+    page="demo-models.md",
+)
 @click.argument("family", type=FamilyName(_ALL), default="phi3-small")
-@click.option(
+@OUTPUT.option(
     "--output-dir",
     type=Directory(),
     metavar="DIR",
     help="The checkpoint to make; with all, a directory of them.  [default: phireg-demo/FAMILY]",
 )
-@click.option(
+@TEXT.option(
     "--article",
     "number",
     type=int,
     default=DEFAULT_ARTICLE,
-    show_default=True,
     metavar="N",
     help="Which held-back article to summarize.",
 )
-@click.option(
+@RANKS.option(
     "--tp-size",
     type=click.IntRange(1, 2),
     default=1,
-    show_default=True,
     metavar="N",
     help="Tensor-parallel ranks, 1 or 2.",
 )

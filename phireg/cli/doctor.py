@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-import click
-
+from phireg.cli.help import documented
 from phireg.cli.options import json_option
 from phireg.cli.output import ProgressBars, columns, emit, emit_json
 
@@ -15,7 +14,11 @@ if TYPE_CHECKING:
     from phireg.doctor import Part
 
 
-@click.command()
+@documented(
+    "phireg doctor",
+    "phireg doctor --json",
+    page="gpu-host.md",
+)
 @json_option
 def command(as_json: bool) -> None:
     """Tell what works here, what each missing part prevents, and what installs it.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import phireg
+from phireg.cli.help import RANKS, documented
 from phireg.cli.options import Directory, json_option, make_plan, planning_options
 from phireg.cli.output import columns, dtype_name, emit, emit_json
 from phireg.dtypes import E4M3_MAX, INT8_MAX
@@ -21,11 +22,14 @@ _LARGEST = {"fp8": f"{E4M3_MAX:g}", "int8": f"{INT8_MAX:g}", "int8_sq": f"{INT8_
 """The largest quantized value, by ``--qformat`` and ``--kv-cache-dtype``."""
 
 
-@click.command()
+@documented(
+    "phireg explain ./phi-2 lm_head",
+    "phireg explain ./phi-2 transformer.layers.0.attention.qkv --tp-size 2 --rank 1",
+)
 @click.argument("model_dir", type=Directory(), metavar="DIR")
 @click.argument("tensor")
 @planning_options
-@click.option("--rank", type=int, metavar="R", help="Only this rank.  [default: all]")
+@RANKS.option("--rank", type=int, metavar="R", help="Only this rank.  [default: all]")
 @json_option
 def command(model_dir: str, tensor: str, rank: int | None, as_json: bool, **options: Any) -> None:
     """Show which rows of the source files a tensor is made of.

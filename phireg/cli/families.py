@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-import click
-
+from phireg.cli.help import documented
 from phireg.cli.options import json_option
 from phireg.cli.output import columns, emit, emit_json
 from phireg.dtypes import WEIGHT_DTYPES
@@ -16,7 +15,10 @@ if TYPE_CHECKING:
     from phireg.registry import FamilyInfo
 
 
-@click.command()
+@documented(
+    "phireg families",
+    "phireg families --json",
+)
 @json_option
 def command(as_json: bool) -> None:
     """List families, published models and the TP sizes that work.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import phireg
+from phireg.cli.help import OUTPUT, documented
 from phireg.cli.options import Directory, json_option, quiet_option
 from phireg.cli.output import ProgressBars, columns, counted, dtype_name, emit, emit_json, size
 from phireg.errors import CheckError
@@ -22,9 +23,12 @@ _LONG = 8
 """Lists in config.json with more items than this are shown by their ends."""
 
 
-@click.command()
+@documented(
+    "phireg inspect ckpt",
+    "phireg inspect ckpt --check",
+)
 @click.argument("checkpoint_dir", type=Directory(), metavar="CKPT")
-@click.option("--check", is_flag=True, help="Read all files and compare them with phireg.json.")
+@OUTPUT.option("--check", is_flag=True, help="Read all files and compare them with phireg.json.")
 @quiet_option("No progress bar.")
 @json_option
 def command(checkpoint_dir: str, check: bool, quiet: bool, as_json: bool) -> None:

@@ -7,13 +7,18 @@ from pathlib import Path
 
 import click
 
+from phireg.cli.help import MODEL, OUTPUT, documented
 from phireg.cli.options import Directory, FamilyName, json_option
 from phireg.cli.output import columns, emit, emit_json
 
 
-@click.command()
+@documented(
+    "phireg new-plugin acme-phi --from phi3-mini",
+    "phireg new-plugin acme-phi --from phi3-mini --directory plugins/acme-phi",
+    page="plugin-authors.md",
+)
 @click.argument("name")
-@click.option(
+@MODEL.option(
     "--from",
     "base",
     required=True,
@@ -21,7 +26,7 @@ from phireg.cli.output import columns, emit, emit_json
     type=FamilyName(),
     help="Installed family to derive from, or DISTRIBUTION:FAMILY.",
 )
-@click.option("--directory", type=Directory(), metavar="DIR", help="To create.  [default: NAME]")
+@OUTPUT.option("--directory", type=Directory(), metavar="DIR", help="To create.  [default: NAME]")
 @json_option
 def command(name: str, base: str, directory: str | None, as_json: bool) -> None:
     """Write an installable package with a family of your own.

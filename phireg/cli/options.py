@@ -10,6 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 import phireg
+from phireg.cli.help import DISPLAY, MODEL, OUTPUT, QUANTIZATION, RANKS, RUNNING
 from phireg.dtypes import SHORT_NAMES, WEIGHT_DTYPES
 from phireg.errors import UsageError
 
@@ -78,7 +79,7 @@ class QFormat(click.types.StringParamType):
         return name
 
     def get_missing_message(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """List the formats; click 8.1 gives no context."""
+        """List the formats."""
         return f"Choose from {', '.join(QFORMAT_CHOICES)}."
 
     def shell_complete(
@@ -88,10 +89,10 @@ class QFormat(click.types.StringParamType):
         return [CompletionItem(name) for name in QFORMAT_CHOICES if name.startswith(incomplete)]
 
 
-def _count(name: str, text: str, default: int | None = None) -> Callable[[_Function], _Function]:
-    return click.option(
-        name, type=int, default=default, show_default=default is not None, metavar="N", help=text
-    )
+def _ranks(
+    name: str, text: str, default: int | None = None, *, rare: bool = False
+) -> Callable[[_Function], _Function]:
+    return RANKS.option(name, type=int, default=default, metavar="N", help=text, rare=rare)
 
 
 def compose(*decorators: Callable[[_Function], _Function]) -> Callable[[_Function], _Function]:
@@ -107,7 +108,7 @@ def compose(*decorators: Callable[[_Function], _Function]) -> Callable[[_Functio
 
 def output_dir_option(noun: str) -> Callable[[_Function], _Function]:
     """``--output-dir``, required."""
-    return click.option(
+    return OUTPUT.option(
         "--output-dir",
         type=Directory(),
         required=True,
@@ -118,7 +119,7 @@ def output_dir_option(noun: str) -> Callable[[_Function], _Function]:
 
 def overwrite_option(noun: str) -> Callable[[_Function], _Function]:
     """``--overwrite``."""
-    return click.option(
+    return OUTPUT.option(
         "--overwrite",
         is_flag=True,
         help=f"Replace an existing {noun} once the new one is complete.",
@@ -127,12 +128,12 @@ def overwrite_option(noun: str) -> Callable[[_Function], _Function]:
 
 def quiet_option(text: str = "No progress bar and no summary.") -> Callable[[_Function], _Function]:
     """``--quiet``."""
-    return click.option("--quiet", is_flag=True, help=text)
+    return DISPLAY.option("--quiet", is_flag=True, help=text)
 
 
 def qformat_option(*, required: bool) -> Callable[[_Function], _Function]:
     """``--qformat``."""
-    return click.option(
+    return QUANTIZATION.option(
         "--qformat",
         type=QFormat(),
         metavar=f"[{'|'.join(QFORMAT_CHOICES)}]",
@@ -141,68 +142,63 @@ def qformat_option(*, required: bool) -> Callable[[_Function], _Function]:
     )
 
 
-model_dir_option = click.option(
+model_dir_option = MODEL.option(
     "--model-dir",
     type=Directory(),
     required=True,
     metavar="DIR|REPO",
     help="The model: a local directory, or owner/name on the Hugging Face hub.",
 )
-family_option = click.option(
+family_option = MODEL.option(
     "--family",
     type=FamilyName("auto"),
     default="auto",
-    show_default=True,
     help="Family, or DISTRIBUTION:FAMILY; auto decides by config.json.",
 )
-revision_option = click.option(
+revision_option = MODEL.option(
     "--revision", metavar="REV", help="Branch, tag or commit on the hub."
 )
-device_option = click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    help="auto (a GPU, if any), cpu, cuda, cuda:N.",
+device_option = RUNNING.option(
+    "--device", default="auto", help="auto (a GPU, if any), cpu, cuda, cuda:N."
 )
-report_option = click.option(
+report_option = OUTPUT.option(
     "--report", type=click.Path(), metavar="HTML", help="Also write a page about it."
 )
-allow_overflow_option = click.option(
+allow_overflow_option = OUTPUT.option(
     "--allow-overflow",
     is_flag=True,
     help="Let values that do not fit into the dtype become infinite.",
 )
-json_option = click.option(
+json_option = DISPLAY.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document instead of text."
 )
-kv_cache_option = click.option(
+kv_cache_option = QUANTIZATION.option(
     "--kv-cache-dtype", type=click.Choice(KV_CACHE_CHOICES), help="Also quantize the KV cache."
 )
 source_options = compose(
     family_option,
     revision_option,
-    click.option(
+    MODEL.option(
         "--dtype",
         type=click.Choice(DTYPE_CHOICES),
         default="auto",
-        show_default=True,
         help="Of the checkpoint; auto keeps the model's, but makes float32 float16.",
     ),
-    _count("--tp-size", "Tensor-parallel ranks.", 1),
-    _count("--pp-size", "Pipeline stages; only 1 is possible for Phi.", 1),
-    _count("--moe-tp-size", "Ranks that divide each expert of a mixture.  [default: all]"),
-    _count("--moe-ep-size", "Ranks that share the experts out.  [default: 1]"),
+    _ranks("--tp-size", "Tensor-parallel ranks.", 1),
+    _ranks("--pp-size", "Pipeline stages; only 1 is possible for Phi.", 1, rare=True),
+    _ranks(
+        "--moe-tp-size", "Ranks that divide each expert of a mixture.  [default: all]", rare=True
+    ),
+    _ranks("--moe-ep-size", "Ranks that share the experts out.  [default: 1]", rare=True),
 )
 """What decides the plan of a given model, apart from quantization."""
 
 conversion_options = compose(
     source_options,
-    click.option(
-        "--use-weight-only",
-        is_flag=True,
-        help="Have TensorRT-LLM's builder quantize the weights.",
+    QUANTIZATION.option(
+        "--use-weight-only", is_flag=True, help="Have TensorRT-LLM's builder quantize the weights."
     ),
-    click.option(
+    QUANTIZATION.option(
         "--weight-only-precision",
         type=click.Choice(PRECISION_CHOICES),
         help=f"With --use-weight-only.  [default: {DEFAULT_PRECISION}]",

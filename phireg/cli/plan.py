@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from phireg.cli.errors import findings_text
+from phireg.cli.help import documented
 from phireg.cli.options import json_option, make_plan, model_dir_option, planning_options
 from phireg.cli.output import columns, counted, emit, emit_json, memory, size
 from phireg.errors import PlanError
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
     from phireg.planning.model import Plan
 
 
-@click.command()
+@documented(
+    "phireg plan --model-dir ./Phi-3-medium-4k-instruct --tp-size 4",
+    "phireg plan --model-dir ./phi-2 --qformat fp8 --json",
+)
 @model_dir_option
 @planning_options
 @json_option

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from phireg.cli.help import OUTPUT, documented
 from phireg.cli.options import json_option
 from phireg.cli.output import columns, emit, emit_json
 from phireg.errors import PluginError
@@ -15,8 +16,12 @@ if TYPE_CHECKING:
     from phireg.registry import FamilyInfo, Index
 
 
-@click.command()
-@click.option("--check", is_flag=True, help="Import each plugin and report its problems.")
+@documented(
+    "phireg plugins",
+    "phireg plugins --check",
+    page="plugin-authors.md",
+)
+@OUTPUT.option("--check", is_flag=True, help="Import each plugin and report its problems.")
 @json_option
 def command(check: bool, as_json: bool) -> None:
     """List plugins and the distributions they come from.

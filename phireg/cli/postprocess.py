@@ -9,6 +9,7 @@ import click
 
 import phireg
 from phireg.cli.errors import interruptible
+from phireg.cli.help import CHECKPOINT, MODEL, OUTPUT, documented
 from phireg.cli.options import (
     Directory,
     family_option,
@@ -23,9 +24,13 @@ if TYPE_CHECKING:
     from phireg.postprocessing.postprocess import Postprocessed, RowOrder
 
 
-@click.command()
+@documented(
+    "phireg postprocess ckpt --model-dir ./Phi-3-small-8k-instruct",
+    "phireg postprocess ckpt --check",
+    page="postprocess.md",
+)
 @click.argument("checkpoint_dir", type=Directory(), metavar="CKPT")
-@click.option(
+@MODEL.option(
     "--model-dir",
     type=Directory(),
     metavar="DIR|REPO",
@@ -33,19 +38,19 @@ if TYPE_CHECKING:
 )
 @family_option
 @revision_option
-@click.option("--check", is_flag=True, help="Only tell; ends with 4 if there is something to do.")
-@click.option(
+@OUTPUT.option("--check", is_flag=True, help="Only tell; ends with 4 if there is something to do.")
+@CHECKPOINT.option(
     "--in-source-order",
     is_flag=True,
     help="State that the rows are in the source's order, where nothing else tells.",
 )
-@click.option(
+@OUTPUT.option(
     "--output-dir",
     type=Directory(),
     metavar="DIR",
     help="Write a new checkpoint.  [default: CKPT is replaced once the new one is complete]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that --output-dir names.")
+@OUTPUT.option("--overwrite", is_flag=True, help="Replace a checkpoint that --output-dir names.")
 @quiet_option()
 @json_option
 def command(

@@ -13,6 +13,7 @@ import click
 import phireg
 from phireg.cli.convert import conversion_document, file_rows, loss_findings
 from phireg.cli.errors import findings_text, identity, interruptible
+from phireg.cli.help import CALIBRATION, OUTPUT, QUANTIZATION, documented
 from phireg.cli.options import (
     allow_overflow_option,
     check_file,
@@ -47,50 +48,39 @@ _LAYERS = 8
 _SETTINGS = ("dataset", "file", "size", "max_length", "batch_size", "seed", "device")
 
 calibration_options = compose(
-    click.option(
+    CALIBRATION.option(
         "--calib-dataset",
         "dataset",
         default="auto",
-        show_default=True,
         metavar="NAME|DIR",
         help="cnn_dailymail, a directory with it, or builtin; auto takes what can be had.",
     ),
-    click.option(
+    CALIBRATION.option(
         "--calib-file",
         "file",
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
         metavar="FILE",
         help="Text of your own: .txt, .jsonl, .csv or .parquet; rows may have input_ids.",
     ),
-    click.option(
+    CALIBRATION.option(
         "--calib-size",
         "size",
         type=_COUNT,
         metavar="N",
         help="Samples.  [default: 512; on a CPU what ends]",
     ),
-    click.option(
+    CALIBRATION.option(
         "--calib-max-seq-length",
         "max_length",
         type=_COUNT,
         default=512,
-        show_default=True,
         metavar="N",
         help="Tokens of a sample at most.",
     ),
-    click.option(
-        "--batch-size",
-        type=_COUNT,
-        default=1,
-        show_default=True,
-        metavar="N",
-        help="Of calibration.",
-    ),
-    click.option(
-        "--seed", type=int, default=1234, show_default=True, help="Recorded; nothing is drawn."
-    ),
+    CALIBRATION.option("--batch-size", type=_COUNT, default=1, metavar="N", help="Of calibration."),
+    CALIBRATION.option("--seed", type=int, default=1234, help="Recorded; nothing is drawn."),
     device_option,
-    click.option(
+    CALIBRATION.option(
         "--calib-stats",
         type=click.Path(),
         metavar="FILE",
@@ -100,12 +90,16 @@ calibration_options = compose(
 """Names are those of TensorRT-LLM's quantize.py; parameters those of the calibration settings."""
 
 
-@click.command()
+@documented(
+    "phireg quantize --model-dir ./phi-2 --output-dir ckpt-fp8 --qformat fp8",
+    "phireg quantize --model-dir ./phi-2 --output-dir ckpt-int4 --qformat int4_wo",
+    page="quantize.md",
+)
 @model_dir_option
 @output_dir_option("checkpoint")
 @qformat_option(required=True)
 @kv_cache_option
-@click.option(
+@QUANTIZATION.option(
     "--alpha",
     type=click.FloatRange(0, 1),
     help="int8_sq: how much of the inputs' range moves into the weights.  [default: 1]",
@@ -114,7 +108,7 @@ calibration_options = compose(
 @calibration_options
 @overwrite_option("checkpoint")
 @allow_overflow_option
-@click.option(
+@OUTPUT.option(
     "--measure/--no-measure",
     default=None,
     help="Compare with the unquantized model.  [default: if that takes minutes at most]",

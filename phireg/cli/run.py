@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from phireg.cli.errors import stopped
+from phireg.cli.help import MODEL, PROMPTS, RUNNING, TEXT, documented
 from phireg.cli.options import COMPUTE_DTYPES, Directory, compute_dtype, device_option, json_option
 from phireg.cli.output import emit, emit_generated, emit_json, note, spinner
 from phireg.errors import UsageError
@@ -38,76 +39,79 @@ _EXCLUSIVE = (
 )
 
 
-@click.command(context_settings={"show_default": True})
+@documented(
+    'phireg run ckpt --prompt "The capital of France is"',
+    "phireg run ckpt --chat",
+)
 @click.argument("place", type=Directory(), metavar="[CKPT|ENGINE|MODEL]", required=False)
-@click.option(
+@RUNNING.option(
     "--backend",
     metavar="NAME",
     help="executor, tensorrt-llm or hf.  [default: tensorrt-llm for an engine, else executor]",
 )
-@click.option("--engine-dir", type=Directory(), metavar="DIR", help="Another way to give ENGINE.")
-@click.option(
+@MODEL.option("--engine-dir", type=Directory(), metavar="DIR", help="Another way to give ENGINE.")
+@MODEL.option(
     *("--model-dir", "--hf-model-dir"),
     type=Directory(),
     metavar="DIR|REPO",
     help="The source model, for backend hf.",
 )
-@click.option(
+@PROMPTS.option(
     "--prompt", "--input-text", "texts", multiple=True, metavar="TEXT", help="May be repeated."
 )
-@click.option(
+@PROMPTS.option(
     "--input-file",
     metavar="FILE",
     help='A prompt per line, or JSON per line with "prompt" or "input_ids"; - is standard input.',
 )
-@click.option("--chat", is_flag=True, help="Talk to the model, by its chat template.")
-@click.option("--system", metavar="TEXT", help="With --chat: the system prompt.")
-@click.option(
+@PROMPTS.option("--chat", is_flag=True, help="Talk to the model, by its chat template.")
+@PROMPTS.option("--system", metavar="TEXT", help="With --chat: the system prompt.")
+@TEXT.option(
     *("--max-new-tokens", "--max-output-len"),
     type=_COUNT,
     metavar="N",
     help="[default: 128, with --chat 1024, or as many as fit]",
 )
-@click.option(
+@TEXT.option(
     "--temperature",
     type=float,
     help="Divides the logits; 0 takes the most likely token.  [default: 0; 1 with top-k or top-p]",
 )
-@click.option("--top-k", type=int, metavar="N", help="Draw among the N most likely tokens.")
-@click.option("--top-p", type=float, metavar="P", help="Draw among the tokens that hold P.")
-@click.option("--seed", "--random-seed", type=int, default=0, help="Of drawing.")
-@click.option(
+@TEXT.option("--top-k", type=int, metavar="N", help="Draw among the N most likely tokens.")
+@TEXT.option("--top-p", type=float, metavar="P", help="Draw among the tokens that hold P.")
+@TEXT.option("--seed", "--random-seed", type=int, default=0, help="Of drawing.")
+@TEXT.option(
     "--num-beams",
     type=_COUNT,
     default=1,
     metavar="N",
     help="The best of N beams; not with the executor.",
 )
-@click.option(
+@TEXT.option(
     "--streaming", is_flag=True, help="Insist on text as it comes, which one prompt always gets."
 )
-@click.option(
+@RUNNING.option(
     "--batch-size",
     type=_COUNT,
     metavar="N",
     help="Prompts continued side by side.  [default: 8, or as many as an engine takes]",
 )
-@click.option(
+@MODEL.option(
     "--tokenizer-dir", type=Directory(), metavar="DIR", help="[default: where the model is]"
 )
 @device_option
-@click.option(
+@MODEL.option(
     *("--dtype", "--data-type"),
     type=click.Choice(COMPUTE_DTYPES),
     default="auto",
     help="To compute in; auto is the model's own.",
 )
-@click.option(
+@RUNNING.option(
     "--offload/--no-offload",
     default=None,
     help="Read each layer when it is needed.  [default: if a checkpoint exceeds the memory]",
 )
-@click.option(
+@RUNNING.option(
     "--tp",
     type=_COUNT,
     metavar="N",

@@ -13,6 +13,7 @@ import click
 
 import phireg
 from phireg.cli.errors import stopped
+from phireg.cli.help import ACCURACY, MODEL, PROMPTS, RUNNING, TEXT, documented
 from phireg.cli.options import (
     COMPUTE_DTYPES,
     Directory,
@@ -36,88 +37,94 @@ THRESHOLD = 15.0
 _COUNT = click.IntRange(min=1)
 
 
-@click.command(context_settings={"show_default": True})
+@documented(
+    "phireg summarize ckpt",
+    "phireg summarize ckpt --hf-model-dir ./phi-2 --test-hf --check-accuracy",
+    page="summarize.md",
+)
 @click.argument("place", type=Directory(), metavar="[CKPT|ENGINE]", required=False)
-@click.option("--engine-dir", type=Directory(), metavar="DIR", help="The engine (or checkpoint).")
-@click.option(
+@MODEL.option("--engine-dir", type=Directory(), metavar="DIR", help="The engine (or checkpoint).")
+@MODEL.option(
     "--hf-model-dir", type=Directory(), metavar="DIR|REPO", help="The source model, for hf."
 )
-@click.option("--tokenizer-dir", type=Directory(), metavar="DIR", help="[default: CKPT, or hf's]")
-@click.option(
+@MODEL.option("--tokenizer-dir", type=Directory(), metavar="DIR", help="[default: CKPT, or hf's]")
+@RUNNING.option(
     *("--backend", "backends"),
     multiple=True,
     metavar="NAME",
     help="executor, tensorrt-llm or hf; may be given repeatedly.  [default: by CKPT or ENGINE]",
 )
-@click.option("--test-trt-llm", is_flag=True, help="Run the engine: --backend tensorrt-llm.")
-@click.option("--test-hf", is_flag=True, help="Also run the source model, beside the others.")
-@click.option(
+@RUNNING.option("--test-trt-llm", is_flag=True, help="Run the engine: --backend tensorrt-llm.")
+@RUNNING.option("--test-hf", is_flag=True, help="Also run the source model, beside the others.")
+@PROMPTS.option(
     "--dataset",
     default="auto",
     metavar="FILE|NAME",
     help="JSONL, CSV or parquet with article, highlights; or cnn_dailymail, or demo.",
 )
-@click.option("--dataset-dir", type=Directory(), metavar="DIR", help="cnn_dailymail on this disk.")
-@click.option(
+@PROMPTS.option(
+    "--dataset-dir", type=Directory(), metavar="DIR", help="cnn_dailymail on this disk."
+)
+@PROMPTS.option(
     "--eval-task", type=click.Choice(("summarize",)), default="summarize", expose_value=False
 )
-@click.option("--batch-size", type=_COUNT, default=1, metavar="N")
-@click.option("--max-ite", type=_COUNT, default=20, metavar="N", help="Batches at most.")
-@click.option(
+@RUNNING.option("--batch-size", type=_COUNT, default=1, metavar="N")
+@PROMPTS.option("--max-ite", type=_COUNT, default=20, metavar="N", help="Batches at most.")
+@PROMPTS.option(
     "--max-input-length",
     type=click.IntRange(min=2),
     default=923,
     metavar="N",
     help="Tokens of a prompt at most; its beginning is cut off.",
 )
-@click.option(
+@PROMPTS.option(
     "--min-input-length",
     type=click.IntRange(min=0),
     default=0,
     metavar="N",
     help="Leave out articles whose prompt has no more tokens.",
 )
-@click.option("--output-len", type=_COUNT, default=100, metavar="N", help="New tokens at most.")
-@click.option("--num-beams", type=_COUNT, default=1, metavar="N")
-@click.option("--eval-ppl", is_flag=True, help="Also compute perplexity.")
-@click.option("--check-accuracy", is_flag=True, help="End with 4 if a threshold is missed.")
-@click.option(
+@TEXT.option("--output-len", type=_COUNT, default=100, metavar="N", help="New tokens at most.")
+@TEXT.option("--num-beams", type=_COUNT, default=1, metavar="N")
+@ACCURACY.option("--eval-ppl", is_flag=True, help="Also compute perplexity.")
+@ACCURACY.option("--check-accuracy", is_flag=True, help="End with 4 if a threshold is missed.")
+@ACCURACY.option(
     *("--check-backend", "checked"),
     multiple=True,
     metavar="NAME",
     help="Which backends to check; may be given repeatedly.  [default: all but hf]",
 )
-@click.option(
+@ACCURACY.option(
     *("--tensorrt-llm-rouge1-threshold", "rouge1_threshold"),
     type=float,
     metavar="X",
     help=f"rouge1 must be above it, whatever the backend.  [default: {THRESHOLD}]",
 )
-@click.option(
+@ACCURACY.option(
     *("--tensorrt-llm-ppl-threshold", "ppl_threshold"),
     type=float,
     metavar="X",
     help=f"Perplexity must be below it.  [default: {THRESHOLD}]",
 )
-@click.option(
+@RUNNING.option(
     "--data-type",
     type=click.Choice(COMPUTE_DTYPES),
     default="auto",
     help="What the executor computes in; auto is the checkpoint's.",
 )
-@click.option(
+@RUNNING.option(
     "--hf-data-type",
     type=click.Choice(COMPUTE_DTYPES),
     default="auto",
     help="What the source model computes in; auto is its own.",
 )
 @device_option
-@click.option(
+@RUNNING.option(
     "--offload/--no-offload",
     default=None,
     help="Executor: read each layer when it is needed.  [default: if the weights exceed memory]",
 )
-@click.option(
+@RUNNING.option(
     "--tp",
     type=_COUNT,
     metavar="N",

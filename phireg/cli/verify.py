@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import phireg
+from phireg.cli.help import MODEL, RUNNING, documented
 from phireg.cli.options import (
     Directory,
     check_file,
@@ -29,21 +30,24 @@ if TYPE_CHECKING:
 _MOST_PROBLEMS = 12
 
 
-@click.command()
+@documented(
+    "phireg verify ckpt --model-dir ./phi-2",
+    "phireg verify ckpt --model-dir ./phi-2 --quick",
+    page="verify.md",
+)
 @click.argument("checkpoint_dir", type=Directory(), metavar="CKPT")
 @model_dir_option
 @family_option
 @revision_option
-@click.option("--quick", is_flag=True, help="Stop before anything is computed.")
+@RUNNING.option("--quick", is_flag=True, help="Stop before anything is computed.")
 @device_option
-@click.option(
+@MODEL.option(
     "--dtype",
     type=click.Choice(("float32", "float16", "bfloat16")),
     default="float32",
-    show_default=True,
     help="In which dtype to compute; float32 compares sharpest.",
 )
-@click.option(
+@RUNNING.option(
     "--max-tokens",
     type=int,
     metavar="N",

@@ -13,6 +13,7 @@ from phireg.cli import COMMANDS, app
 ROOT = Path(__file__).parents[2]
 
 TEXT = (ROOT / "docs" / "command-line.md").read_text()
+INTRODUCTION = TEXT.partition("\n## ")[0]
 SECTIONS = dict(re.findall(r"^## ([\w-]+)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
 
 
@@ -23,7 +24,7 @@ def test_options(name):
     assert command.get_short_help_str(100) in TEXT
     for parameter in command.params:
         if isinstance(parameter, click.Option):
-            assert parameter.opts[0] in SECTIONS[name], parameter.opts
+            assert parameter.opts[0] in INTRODUCTION + SECTIONS[name], parameter.opts
 
 
 def test_exit_codes():
