@@ -108,6 +108,11 @@ RULES = {
         ),
         lazily=("tensorrt_llm",),
     ),
+    # It shares the reading of rank files with the executor, not its arithmetic.
+    "phireg.tensorrt": Rule(
+        ("phireg.executor.model", READER, CHECKPOINT, FILES, DTYPES, ERRORS, "torch"),
+        lazily=("tensorrt", "tensorrt_rtx_bindings"),
+    ),
     "phireg.verification": Rule(("phireg", "numpy", "torch"), ("transformers",), never=ABOVE),
     "phireg.quality": Rule(("phireg", "numpy", "torch"), never=ABOVE),
     "phireg.summarization": Rule(("phireg", "numpy"), lazily=("rouge_score",), never=ABOVE),

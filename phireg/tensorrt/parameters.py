@@ -1,0 +1,53 @@
+"""The tensors of a rank file in a network: as constants, or as inputs of the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from phireg.dtypes import torch_dtype
+from phireg.errors import EngineError
+from phireg.reader.tensors import Kind
+from phireg.tensorrt.graph import Graph, Value
+
+
+class Parameters:
+    """Makes each tensor a part of the network when it is first asked for.
+
+    Args:
+        graph: the network.
+        kinds: dtype code and shape of every tensor, by its name in the file.
+        source: reads a tensor of one rank; None makes every one an input.
+    """
+
+    def __init__(
+        self, graph: Graph, kinds: Mapping[str, Kind], source: Callable[[str], Tensor] | None
+    ) -> None:
+        self.graph = graph
+        self.kinds = kinds
+        self.source = source
+        self._values: dict[str, Value] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.kinds
+
+    def tensor(self, name: str) -> Tensor:
+        """Return the tensor itself, for what is computed while the network is made."""
+        if self.source is None:
+            raise EngineError(f"{name} is not known when an engine without weights is built")
+        return self.source(name)
+
+    def value(self, name: str, shape: Sequence[int] | None = None) -> Value:
+        """Return the network's tensor; it is always asked for in the same ``shape``, if any."""
+        if name not in self._values:
+            self._values[name] = self._made(name, shape)
+        return self._values[name]
+
+    def _made(self, name: str, shape: Sequence[int] | None) -> Value:
+        if self.source is not None:
+            tensor = self.source(name)
+            return self.graph.constant(tensor if shape is None else tensor.reshape(shape), name)
+        code, stored = self.kinds[name]
+        value = self.graph.input(name, torch_dtype(code), stored)
+        return value if shape is None else self.graph.reshape(value, shape)
