@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from filecmp import cmp
 from importlib import resources
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ PROMPT_END = " TL;DR: "
 """The text between an article and its summary, in the training of the demo models."""
 
 MAX_NEW_TOKENS = 64
+
+_TOKENIZERS = ("tokenizer.json", "cl100k_base.tiktoken")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,19 @@ def find(family: str) -> DemoModel:
     card = directory / "card.json"
     scores = read_json_object(card).get("held_back") if card.exists() else None
     return DemoModel(loaded.name, directory, articles, scores if isinstance(scores, dict) else {})
+
+
+def family_of(directories: Iterable[Path]) -> str | None:
+    """Find the family whose demo model, or what was made of it, is in a directory.
+
+    Known by the tokenizer, which no other model has.
+    """
+    for family, path in product(families()[0], directories):
+        for name in _TOKENIZERS:
+            both = (find(family).directory / name, path / name)
+            if all(file.is_file() for file in both) and cmp(*both, shallow=False):
+                return family
+    return None
 
 
 def _directory(family: str, location: str) -> Path:

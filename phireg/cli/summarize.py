@@ -214,7 +214,7 @@ def command(
         emit_json(_document(summarization))
     else:
         _emit_scores(summarization, report_path)
-    if not summarization.passed:
+    if summarization.passed is False:
         raise click.exceptions.Exit(CheckError.exit_code)
 
 
@@ -269,7 +269,10 @@ def _emit_scores(summarization: Summarization, report: Path | None) -> None:
     count = len(summarization.samples)
     emit(f"{summarization.data}: {counted(count, 'article')}")
     if summarization.note is not None:
-        emit(f"note: {summarization.note}")
+        emit(
+            f"note: not cnn_dailymail, because {summarization.note}: these scores compare backends"
+        )
+        emit("      with each other, and say nothing on how well the model summarizes")
     emit("")
     head = ["backend", "rouge1", "rouge2", "rougeL", "rougeLsum"]
     if summarization.settings.eval_ppl:
@@ -285,6 +288,8 @@ def _emit_scores(summarization: Summarization, report: Path | None) -> None:
         emit(f"{first} and {second}: {same} of {count} summaries are the same")
     if report is not None:
         emit(f"report: {report}")
+    if summarization.passed is None:
+        emit("no score was checked: --check-accuracy does that")
     for check in summarization.checks:
         word, color = ("passed", "green") if check.passed else ("FAILED", "red")
         click.secho(f"{word}  {check}", fg=color)

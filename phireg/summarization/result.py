@@ -108,7 +108,7 @@ class Summarization:
     """A whole run."""
 
     data: str  # the origin of the articles
-    note: str | None  # why these, if the user did not choose them
+    note: str | None  # why substitutes of the public set, if these are
     settings: Settings
     samples: tuple[Sample, ...]
     backends: tuple[BackendResult, ...]
@@ -116,9 +116,9 @@ class Summarization:
     provenance: tuple[tuple[str, str], ...] = ()  # labels and values: versions, models, data
 
     @property
-    def passed(self) -> bool:
-        """Tell if no check failed."""
-        return all(check.passed for check in self.checks)
+    def passed(self) -> bool | None:
+        """Tell if no check failed; None if nothing was checked."""
+        return all(check.passed for check in self.checks) if self.checks else None
 
     def agreement(self) -> Mapping[tuple[str, str], int]:
         """Count the equal summaries of each two backends."""

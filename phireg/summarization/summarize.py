@@ -69,7 +69,7 @@ def summarize(
         dataset_dir: a local copy of cnn_dailymail.
         tokenizer_dir: where the tokenizer is, if not with a model.
         model_dirs: further directories of the same model that may have its tokenizer.
-        thresholds: scores to check.
+        thresholds: scores to check, on articles that are named or the public ones.
         progress: called after each batch.
 
     Raises:
@@ -79,7 +79,9 @@ def summarize(
     settings = settings or Settings()
     check_model_processes(models)
     directories = list(dict.fromkeys([*(model.directory for model in models), *model_dirs]))
-    articles = load_articles(dataset, settings.count_to_load, directories, dataset_dir)
+    articles = load_articles(
+        dataset, settings.count_to_load, directories, dataset_dir, checked=thresholds is not None
+    )
     tokenizer = _find_tokenizer(directories, tokenizer_dir)
     # Like TensorRT-LLM's script, end a summary at the end of a text, not of a turn.
     eos_id = tokenizer.eos_id

@@ -6,20 +6,17 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from filecmp import cmp
-from itertools import product
 from pathlib import Path
 
 from phireg import demo
 from phireg.data.rows import AUTO, CNN_DAILYMAIL, Data, Row, load_rows
-from phireg.errors import UsageError
+from phireg.errors import PhiregError, UsageError
 from phireg.generation.tokenizer import Tokenizer
 
 DEMO = "demo"
 PROMPT_END = " TL;DR: "
 _TEST_ROWS = 11_490  # of cnn_dailymail's test split
 _DEFAULT_FAMILY = "phi3-small"
-_TOKENIZERS = ("tokenizer.json", "cl100k_base.tiktoken")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +53,21 @@ class Sample:
 
 
 def load_articles(
-    dataset: str, count: int, directories: Sequence[Path], dataset_dir: str | None = None
+    dataset: str,
+    count: int,
+    directories: Sequence[Path],
+    dataset_dir: str | None = None,
+    *,
+    checked: bool = False,
 ) -> Data:
     """Load articles with ``article`` and ``highlights`` for the models of ``directories``.
 
     The dataset is a file of rows; "cnn_dailymail" (its test split, of ``dataset_dir`` if given);
     "demo" (the held-back articles of a demo model); or "auto": a demo model's own articles, for
-    other models cnn_dailymail or, if it is not available, held-back articles with a note.
+    other models cnn_dailymail or, if it is not available, held-back articles with a note. Scores
+    that are to be checked come from no such substitute: without cnn_dailymail that is an error.
     """
-    family = _demo_family(directories)
+    family = demo.family_of(directories)
     if dataset_dir is not None:
         if dataset not in (AUTO, CNN_DAILYMAIL):
             raise UsageError(
@@ -79,18 +82,20 @@ def load_articles(
         dataset = dataset_dir
     elif dataset == AUTO and family:
         dataset = DEMO
+    elif dataset == AUTO and checked:
+        return _required_articles(count)
     return load_rows(dataset, "test", count, {DEMO: lambda: _held_back(family or _DEFAULT_FAMILY)})
 
 
-def _demo_family(directories: Sequence[Path]) -> str | None:
-    """Find the family whose demo model a directory was made from, by its tokenizer."""
-    for family in demo.families()[0]:
-        original = demo.find(family).directory
-        for path, name in product(directories, _TOKENIZERS):
-            both = (original / name, path / name)
-            if all(file.is_file() for file in both) and cmp(*both, shallow=False):
-                return family
-    return None
+def _required_articles(count: int) -> Data:
+    try:
+        return load_rows(CNN_DAILYMAIL, "test", count, {})
+    except PhiregError as error:
+        raise type(error)(
+            f"a threshold is for the articles of cnn_dailymail: {error.message}",
+            hint=f"{error.hint or ''}; or name the articles: --dataset FILE for your own, "
+            "--dataset-dir DIR for a copy of the set, --dataset demo for the demo models' own.",
+        ) from None
 
 
 def _held_back(family: str) -> Data:

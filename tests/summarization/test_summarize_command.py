@@ -2,11 +2,14 @@
 
 import json
 import math
+import re
+import sys
 
 import pytest
 
 import phireg
 from phireg import demo
+from phireg.data import rows as data_rows
 from phireg.generation.tokenizer import find_tokenizer
 from phireg.summarization.result import Thresholds
 from phireg.summarization.task import Settings
@@ -36,7 +39,7 @@ def test_prompts_and_scores(args, document, fake):
     assert backend["new_tokens"] == sum(5 + len(prompt) % 7 for prompt in prompts)
     assert backend["peak_memory_bytes"] == 4000
     assert "held-back" in output["data"]
-    assert output["passed"]
+    assert output["passed"] is None  # nothing was checked
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,24 @@ def test_a_threshold_decides_the_exit_code(options, code, args, run, monkeypatch
     result = run(*args, "--check_accuracy", *options)
     assert result.exit_code == code, result.output
     assert ("FAILED" in result.stdout) == (code == 4)
+
+
+def test_a_check_without_its_articles_is_an_error(args, run, monkeypatch, tmp_path, fake):
+    monkeypatch.setattr(demo, "family_of", lambda directories: None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr(data_rows, "_unavailable", lambda: "there is no network")
+    report = tmp_path / "r.html"
+    result = run(*args, "--check-accuracy", "--report", report)
+    assert result.exit_code == 3
+    assert "pip install" in result.stderr
+    assert fake.CALLS == []
+    assert not report.exists()
+
+    result = run(*args, "--report", report)
+    assert result.exit_code == 0
+    for text in (result.stdout, report.read_text()):
+        assert "there is no network" in text
+        assert not re.search(r"above the threshold|passed", text.split("<body>")[-1])
 
 
 def test_an_unknown_perplexity_fails(args, run, fake):

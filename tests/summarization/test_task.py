@@ -1,5 +1,6 @@
 """Prompts, truncation and the choice of articles, by hand."""
 
+import sys
 from unittest.mock import Mock, call
 
 import pytest
@@ -8,7 +9,7 @@ from tokenizers import processors
 from phireg import demo
 from phireg.data import rows as data_rows
 from phireg.data.rows import Data, Row
-from phireg.errors import UsageError
+from phireg.errors import SourceError, UsageError
 from phireg.generation.tokenizer import Tokenizer, find_tokenizer
 from phireg.summarization.task import (
     Settings,
@@ -120,3 +121,16 @@ def test_another_model_gets_cnn_dailymail(public, tmp_path):
     for choice, directory in (("cnn_dailymail", None), ("auto", str(tmp_path))):
         with pytest.raises(UsageError, match="no network"):
             load_articles(choice, 3, [], directory)
+
+
+def test_scores_that_are_checked_never_come_from_a_substitute(monkeypatch, tmp_path):
+    monkeypatch.setattr(data_rows.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert load_articles("auto", 3, [tmp_path]).note is not None
+    with pytest.raises(SourceError, match="datasets") as caught:
+        load_articles("auto", 3, [tmp_path], checked=True)
+    assert "pip install" in caught.value.hint
+    assert "--dataset FILE" in caught.value.hint
+    # Articles that are named, and a demo model's own, are no substitutes.
+    own = load_articles("auto", 3, [demo.find("phi2").directory], checked=True)
+    assert len(own.rows) == len(load_articles("demo", 3, [tmp_path], checked=True).rows)
