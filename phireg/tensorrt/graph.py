@@ -73,6 +73,11 @@ class Graph:
                 tensor.set_dimension_name(number, size)
         return tensor
 
+    def name(self, name: str, value: Value) -> None:
+        """Name a tensor, for messages and for those who read the network."""
+        value.name = name
+        self.package.log.check(f"the name {name}")
+
     def output(self, name: str, value: Value) -> None:
         """Make a tensor an output."""
         value.name = name

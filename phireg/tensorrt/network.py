@@ -48,6 +48,15 @@ BATCH, SEQUENCE, ROWS = "batch", "sequence", "rows"
 """Names of the dimensions that are chosen when an engine runs."""
 
 
+EMBEDDED = "embedding"
+"""The tensor of the embedded tokens, [tokens, hidden_size]."""
+
+
+def part_name(layer: int, part: str) -> str:
+    """Return the tensor of a layer's "attention" or "mlp" (outputs), or "hidden" (their sum)."""
+    return f"{layer_prefix(layer)}{part}.output"
+
+
 def cache_name(part: str, layer: int) -> str:
     """Return the input of a layer's keys ("k") or values ("v")."""
     return f"cache_{part}_{layer}"
@@ -126,22 +135,29 @@ class _Decoder:
         x = graph.add("gather", self.parameters.value(EMBEDDING), self.ids, 0)
         if spec.embedding_multiplier != 1:
             x = graph.binary("PROD", x, graph.scalar(spec.embedding_multiplier, x))
+        graph.name(EMBEDDED, x)
         for index in range(spec.num_layers):
             x = self._layer(index, x)
+            graph.name(part_name(index, "hidden"), x)
         x = graph.add("gather", x, self.last, 0)
         graph.output(LOGITS, self._logits(self._norm("transformer.ln_f", x)))
 
     def _layer(self, index: int, x: Value) -> Value:
         graph, spec, prefix = self.graph, self.spec, layer_prefix(index)
         u = self._norm(f"{prefix}input_layernorm", x)
-        x = graph.binary("SUM", x, self._attention(index, u))
+        attended = self._attention(index, u)
+        graph.name(part_name(index, "attention"), attended)
+        x = graph.binary("SUM", x, attended)
         if spec.architecture.residual == "sequential":
             u = self._norm(f"{prefix}post_layernorm", x)
         if spec.experts is not None:
             part = mlp.mixture(graph, spec, self.parameters, prefix, self.rank, u)
-            return graph.binary("SUM", x, self._reduced(part))
-        inner = mlp.activate(graph, spec, self._linear(f"{prefix}mlp.fc", u))
-        return graph.binary("SUM", x, self._row_linear(f"{prefix}mlp.proj", inner))
+            output = self._reduced(part)
+        else:
+            inner = mlp.activate(graph, spec, self._linear(f"{prefix}mlp.fc", u))
+            output = self._row_linear(f"{prefix}mlp.proj", inner)
+        graph.name(part_name(index, "mlp"), output)
+        return graph.binary("SUM", x, output)
 
     def _attention(self, index: int, u: Value) -> Value:
         graph, spec, trt = self.graph, self.spec, self.graph.trt
