@@ -122,13 +122,15 @@ class Interpreter:
         self, inputs: Mapping[str, Tensor], observe: Observe | None = None
     ) -> dict[str, Tensor]:
         """Return the outputs of the network of a model on one rank."""
-        return evaluate([self], [inputs], observe)[0]
+        (outputs,) = evaluate([self], [inputs], observe)
+        return outputs
 
     def run(
         self, inputs: Mapping[str, Tensor], observe: Observe | None
     ) -> Generator[tuple[bool, Tensor], Tensor | None, dict[str, Tensor]]:
         """Evaluate; at a collective, yield (joins, this rank's part) and be sent the result."""
-        values: dict[str | None, Any] = {None: None, **self._checked(inputs)}
+        values: dict[str | None, Any] = {None: None}
+        values.update(self._checked(inputs))
         left = Counter(self._uses)
         for step in self._steps:
             arguments = [values[name] for name in step.inputs]
@@ -160,7 +162,7 @@ class Interpreter:
         tensors = [layer.get_input(i) for i in range(layer.num_inputs)]
         outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
         dtypes = tuple(_DTYPES[tensor.dtype.name] for tensor in outputs)
-        reader = _SIMPLE.get(kind) or getattr(self, f"_{kind.lower()}", None)
+        reader: Any = _SIMPLE.get(kind) or getattr(self, f"_{kind.lower()}", None)
         _require(layer, reader is not None, kind)
         # get_layer gives the base class, which hides a layer's own attributes.
         layer.__class__ = self._classes[f"I{kind}Layer".replace("_", "").upper()]
@@ -351,8 +353,8 @@ def evaluate(
     Raises:
         CheckError: the ranks do not meet in the same collectives.
     """
-    observers = [observe] + [None] * (len(ranks) - 1)
-    runs = [rank.run(*given) for rank, *given in zip(ranks, inputs, observers, strict=True)]
+    pairs = enumerate(zip(ranks, inputs, strict=True))
+    runs = [rank.run(given, None if number else observe) for number, (rank, given) in pairs]
     result: Tensor | None = None
     while True:
         parts, outputs = [], []
