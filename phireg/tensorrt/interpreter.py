@@ -122,7 +122,7 @@ class Interpreter:
         self, inputs: Mapping[str, Tensor], observe: Observe | None = None
     ) -> dict[str, Tensor]:
         """Return the outputs of the network of a model on one rank."""
-        (outputs,) = evaluate([self], [inputs], observe)
+        outputs: dict[str, Tensor] = evaluate([self], [inputs], observe)[0]
         return outputs
 
     def run(
