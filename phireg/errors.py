@@ -68,3 +68,7 @@ class EngineError(PhiregError):
     """TensorRT-LLM is missing, is a release without engine backend, or failed."""
 
     exit_code = 7
+
+
+class PhiregWarning(UserWarning):
+    """Something to know about a result; the command line prints each once."""

@@ -92,7 +92,7 @@ RULES = {
             "phireg.device",
             *(SOURCE, CHECKPOINT, CONFIG, READER, FILES, DTYPES, ERRORS, "torch"),
         ),
-        lazily=("transformers", "jinja2", "mpi4py"),
+        lazily=("transformers", "jinja2", "mpi4py", "sentencepiece", "tokenizers"),
     ),
     "phireg.postprocessing": Rule(
         (

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from phireg.cli.errors import reported, stop
+from phireg.cli.errors import reported, show_warnings, stop
 from phireg.cli.help import write_examples
 
 SECTIONS = {
@@ -118,4 +118,5 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    show_warnings()
     app(prog_name="phireg")

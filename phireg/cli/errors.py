@@ -6,15 +6,17 @@ import os
 import signal
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import click
 
 from phireg.cli.output import columns, counted, folded, mute_stdout
-from phireg.errors import PhiregError
+from phireg.errors import PhiregError, PhiregWarning
 from phireg.findings import Finding, Severity
 
 DEBUG = "PHIREG_DEBUG"
@@ -47,6 +49,19 @@ def stop(number: int, frame: FrameType | None) -> None:
 def warn(message: str, label: str = "warning: ") -> None:
     """Print a warning to stderr."""
     click.echo(folded(label, message), err=True)
+
+
+def show_warnings() -> None:
+    """Print phireg's own warnings as this command line does, and leave others to Python."""
+    others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, PhiregWarning):
+            warn(str(message))
+        else:
+            others(message, category, *place, **more)
+
+    warnings.showwarning = show
 
 
 def failed(message: str, exit_code: int, label: str = "error: ") -> click.exceptions.Exit:

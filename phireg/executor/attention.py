@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from phireg.errors import PhiregWarning
 from phireg.executor import blocks
 from phireg.executor.blocks import Attend
 from phireg.reader.spec import BlockSparse, ModelSpec
@@ -110,6 +111,7 @@ def has_kernels(device: torch.device) -> bool:
             "the kernels for generation on a GPU cannot be built, so that it will take several "
             f"times as long ({type(error).__name__}: {reason}); Triton needs a C compiler and "
             "Python's headers: apt-get install gcc python3-dev",
+            PhiregWarning,
             stacklevel=2,
         )
         return False

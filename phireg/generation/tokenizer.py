@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
@@ -9,7 +11,7 @@ from typing import Any
 
 from phireg import registry
 from phireg.checkpoint.manifest import read_manifest
-from phireg.errors import PluginError, SourceError, UsageError
+from phireg.errors import PhiregWarning, PluginError, SourceError, UsageError
 from phireg.files.json import read_json_object
 from phireg.reference.quiet import quiet
 
@@ -19,6 +21,11 @@ _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # These end a turn of a Phi chat, whatever generation_config.json lists.
 _END_OF_TURN = ("<|end|>", "<|im_end|>")
 _REPLACEMENT = "\ufffd"
+_PROBE = "The tokens of a text, 1 to 20"
+# Characters of a token that are tried first, and tokens to spare beside a cut.
+_CHARACTERS, _SPARE = 8, 256
+_LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
+_LLAMA_MODELS = ("Phi3ForCausalLM", "PhiMoEForCausalLM", "PhimoeForCausalLM")
 
 
 class Tokenizer:
@@ -28,14 +35,39 @@ class Tokenizer:
         self._inner = inner
         self.eos_id: int | None = inner.eos_token_id
 
-    def encode(self, text: str, max_length: int | None = None) -> list[int]:
-        """Return the token ids of a prompt, with the special tokens that begin it.
+    def encode(
+        self, text: str, max_length: int | None = None, *, keep: str = "end", chat: bool = False
+    ) -> list[int]:
+        """Return the token ids of a text, with the special tokens that begin it.
 
-        A text of more than ``max_length`` tokens, special ones included, loses its beginning.
+        Of a text of more than ``max_length`` tokens, special ones included, the ``keep`` is kept,
+        "start" or "end". In a ``chat`` the template has written the special tokens. Raise
+        UsageError for a text with half of a surrogate pair, which no tokenizer takes.
         """
-        self._inner.truncation_side = "left"
-        cut = max_length is not None
-        return list(self._inner(text, truncation=cut, max_length=max_length)["input_ids"])
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UsageError(f"not valid Unicode text (character {error.start})") from None
+        options: dict[str, Any] = {"add_special_tokens": not chat}
+        if max_length is not None:
+            self._inner.truncation_side = "left" if keep == "end" else "right"
+            text = self._needed(text, max_length, keep)
+            options |= {"truncation": True, "max_length": max_length}
+        return list(self._inner(text, **options)["input_ids"])
+
+    def _needed(self, text: str, tokens: int, keep: str) -> str:
+        """Return the start or the end of a long text, with more tokens than are wanted.
+
+        A cut changes how the characters beside it are joined to tokens, not those behind many
+        others: a book need not be encoded for its first page.
+        """
+        size = _CHARACTERS * (tokens + _SPARE)
+        while size < len(text):
+            part = text[-size:] if keep == "end" else text[:size]
+            if len(self._inner(part, add_special_tokens=False)["input_ids"]) >= tokens + _SPARE:
+                return part
+            size *= 2
+        return text
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without special tokens and without cleaning up spaces."""
@@ -69,29 +101,36 @@ class Tokenizer:
         added = self._inner.get_added_vocab()
         return frozenset(added[token] for token in _END_OF_TURN if token in added)
 
-    def chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def chat_text(self, messages: Sequence[Mapping[str, str]], *, answer: bool = True) -> str:
         """Render ``{"role", "content"}`` messages, up to where the model's answer begins.
 
-        Raise UsageError if there is no chat template, or it refuses these messages.
+        Without ``answer`` they end where the conversation does. Raise UsageError if there is no
+        chat template, or it refuses these messages.
         """
-        if not self._inner.chat_template:
+        templates = self._inner.chat_template
+        if not templates:
             raise UsageError(
                 "the model's tokenizer has no chat template: it was not trained for chat",
                 hint="use --prompt; phi-2 answers to 'Instruct: QUESTION\\nOutput:'.",
             )
-        from jinja2 import TemplateError
-
+        if isinstance(templates, Mapping) and "default" not in templates:
+            raise UsageError(
+                f"the model's chat templates are named {', '.join(map(repr, templates))}, and none "
+                "of them 'default'",
+                hint="rename the one to use to 'default' in tokenizer_config.json.",
+            )
         try:
             text: str = self._inner.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
+                list(messages), tokenize=False, add_generation_prompt=answer
             )
-        except TemplateError as error:
-            raise UsageError(f"the model's chat template refuses this: {error}") from None
+        except Exception as error:  # a template is a program of its author's
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UsageError(f"the model's chat template refuses this: {reason}") from None
         return text
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the ids of :meth:`chat_text`; the template writes the first special tokens."""
-        return list(self._inner(self.chat_text(messages), add_special_tokens=False)["input_ids"])
+        return self.encode(self.chat_text(messages), chat=True)
 
 
 def find_tokenizer(checkpoint_dir: Path, tokenizer_dir: Path | None = None) -> Tokenizer | None:
@@ -120,17 +159,109 @@ def _from_transformers(directory: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # tokenizer.json is the whole tokenizer. Without it, the tokenizer class builds one.
-    whole = (directory / "tokenizer.json").is_file()
+    whole, pieces = (directory / "tokenizer.json").is_file(), directory / "tokenizer.model"
+    if not whole and pieces.is_file():
+        _check_sentencepiece(pieces)
     loader = PreTrainedTokenizerFast if whole else AutoTokenizer
     options = {} if whole else {"trust_remote_code": False}
     try:
         with quiet():
-            return loader.from_pretrained(str(directory), local_files_only=True, **options)
+            inner = loader.from_pretrained(str(directory), local_files_only=True, **options)
     except Exception as error:  # damaged files raise anything, from KeyError to Rust's errors
         raise SourceError(
             f"the tokenizer in {directory} cannot be loaded: {type(error).__name__}: {error}",
             hint="give --tokenizer-dir a directory with the model's tokenizer.json.",
         ) from None
+    if not whole and pieces.is_file():
+        _compare_with_sentencepiece(inner, pieces)
+    _add_bos_and_eos(inner, directory)
+    return inner
+
+
+def _check_sentencepiece(path: Path) -> None:
+    missing = [
+        package
+        for package, module in (("sentencepiece",) * 2, ("protobuf", "google.protobuf"))
+        if not _is_installed(module)
+    ]
+    if missing:
+        raise SourceError(
+            f"{path} needs {' and '.join(missing)}, not installed here",
+            hint="pip install 'phireg[sentencepiece]'; or put the model's tokenizer.json there.",
+        )
+
+
+def _compare_with_sentencepiece(inner: Any, path: Path) -> None:
+    """Refuse what transformers 5.0 makes of the file: unknown tokens."""
+    from sentencepiece import SentencePieceProcessor
+
+    expected = SentencePieceProcessor(model_file=str(path)).encode(_PROBE)
+    if inner(_PROBE, add_special_tokens=False)["input_ids"] != expected:
+        raise SourceError(
+            f"the installed transformers encodes texts otherwise than {path} says",
+            hint="install a later transformers, or put the model's tokenizer.json there.",
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
+
+
+def _add_bos_and_eos(inner: Any, directory: Path) -> None:
+    """Begin and end texts as the tokenizer's class in transformers 4 did.
+
+    LlamaTokenizer, the class of Phi-3-mini, Phi-3-medium and Phi-MoE, took ``add_bos_token`` (true
+    where it is absent) and ``add_eos_token`` (false) from tokenizer_config.json and replaced what
+    tokenizer.json says. No other class of a Phi model did. transformers 5 follows tokenizer.json,
+    and names another class when it saves.
+    """
+    path = directory / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    config, model = read_json_object(path), directory / "config.json"
+    name = config.get("tokenizer_class")
+    if name is None and model.is_file() and _architecture(read_json_object(model)) in _LLAMA_MODELS:
+        name = _LLAMA[0]
+    if name not in _LLAMA:
+        return
+    from tokenizers.processors import TemplateProcessing
+
+    ends = {}
+    for key, default, token in (
+        ("add_bos_token", True, inner.bos_token or "<s>"),
+        ("add_eos_token", False, inner.eos_token or "</s>"),
+    ):
+        value = config.get(key, default)
+        if not isinstance(value, bool):
+            raise SourceError(f"{path}: {key} is {value!r}, neither true nor false")
+        number = inner.backend_tokenizer.token_to_id(token)
+        if value and number is None:
+            raise SourceError(
+                f"{path}: {key} is true, and the vocabulary has no {token}",
+                hint="compare the file with the published one.",
+            )
+        ends[key] = [(token, number)] if value else []
+    before = inner("a")["input_ids"]
+    bos, eos = ends.values()
+    single = " ".join([*(token for token, _ in bos), "$A", *(token for token, _ in eos)])
+    inner.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, pair=f"{single} $B", special_tokens=list(dict([*bos, *eos]).items())
+    )
+    if before != (after := inner("a")["input_ids"]):
+        said = ", ".join(
+            f"{key} {'true' if end else 'false'}" + ("" if key in config else " by default")
+            for key, end in ends.items()
+        )
+        warnings.warn(
+            f"{directory}: tokenizer.json encodes 'a' as {before}, and tokenizer_config.json "
+            f"({said}) as {after}. The latter is followed, as transformers 4 did for {name}; "
+            "transformers 5 follows the former",
+            PhiregWarning,
+            stacklevel=2,
+        )
 
 
 def _from_family(checkpoint_dir: Path, directory: Path) -> Any:
