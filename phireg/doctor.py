@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from phireg import registry
-from phireg.errors import EngineError, PluginError
-from phireg.trtllm.builder import DISTRIBUTION, builder_version, installed_version, query
+from phireg.children import find_program, python_command, query
+from phireg.errors import EngineError, PluginError, described
+from phireg.trtllm.builder import DISTRIBUTION, builder_version, installed_version
 from phireg.trtllm.command import PROGRAM
 from phireg.trtllm.releases import INSTALL, release_of
 
@@ -115,7 +116,7 @@ def examine(started: Callable[[str], None] | None = None) -> list[Part]:
         except EngineError as error:  # a release that cannot build Phi engines
             parts.append(_part(name, UNSUITABLE, error.message))
         except Exception as error:  # a defect of one check, on a machine in an unforeseen state
-            parts.append(_part(name, BROKEN, f"{type(error).__name__}: {error}"))
+            parts.append(_part(name, BROKEN, described(error)))
     return parts
 
 
@@ -158,9 +159,10 @@ def _torch() -> Iterator[Part]:
 
 def _gpu() -> Iterator[Part]:
     state, problem = MISSING, "there is no nvidia-smi"
-    if shutil.which("nvidia-smi") is not None:
+    program = find_program("nvidia-smi")
+    if program is not None:
         fields = "--query-gpu=name,memory.total,compute_cap,driver_version"
-        code, output = query(["nvidia-smi", fields, "--format=csv,noheader"], _PROGRAM_S)
+        code, output = query([program, fields, "--format=csv,noheader"], _PROGRAM_S)
         rows = [line.split(", ") for line in output.splitlines()]
         if code == 0 and rows and all(len(row) == 4 for row in rows):
             gpus = [f"{name} ({memory}, compute capability {cap})" for name, memory, cap, _ in rows]
@@ -173,10 +175,11 @@ def _gpu() -> Iterator[Part]:
 
 
 def _mpi() -> Iterator[Part]:
-    if shutil.which("mpirun") is None:
+    program = find_program("mpirun")
+    if program is None:
         yield _part("MPI", MISSING, "there is no mpirun")
         return
-    code, output = query(["mpirun", "--version"], _PROGRAM_S)
+    code, output = query([program, "--version"], _PROGRAM_S)
     if code == 0:
         yield _part("MPI", OK, output.partition("\n")[0])
     else:
@@ -195,7 +198,7 @@ def _tensorrt_llm() -> Iterator[Part]:
         yield _part(DISTRIBUTION, MISSING)
         return
     release_of(version)
-    code, output = query([sys.executable, "-c", f"import {DISTRIBUTION}"], _IMPORT_S)
+    code, output = query(python_command(f"import {DISTRIBUTION}"), _IMPORT_S)
     if code == 0:
         yield _part(DISTRIBUTION, OK, f"{version}, with the engine backend")
     else:
@@ -204,7 +207,7 @@ def _tensorrt_llm() -> Iterator[Part]:
 
 
 def _trtllm_build() -> Iterator[Part]:
-    path = shutil.which(PROGRAM)
+    path = find_program(PROGRAM)
     version = builder_version(Path(path)) if path else None
     if path is None:
         yield _part(PROGRAM, MISSING, "not on PATH")
@@ -261,7 +264,7 @@ def _last_line(code: int, output: str) -> str:
 
 def _ask(script: str) -> tuple[dict[str, Any] | None, str]:
     """Return the JSON object that a script prints last in a new process; or None and a problem."""
-    code, output = query([sys.executable, "-c", script], _IMPORT_S)
+    code, output = query(python_command(script), _IMPORT_S)
     objects = re.findall(r"^\{.*\}$", output, re.MULTILINE)
     if code != 0 or not objects:
         return None, _last_line(code, output)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+_LONGEST = 2000
+
 
 class PhiregError(Exception):
     """Base of all expected errors.
@@ -26,6 +28,15 @@ class PhiregError(Exception):
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n  {self.hint}"
+
+
+def described(error: BaseException) -> str:
+    """Return kind and text of an error of other code: bounded, and even if it has no text."""
+    try:
+        text = str(error)
+    except BaseException:
+        text = "(the error cannot be printed)"
+    return f"{type(error).__name__}: {text[:_LONGEST]}"
 
 
 class UsageError(PhiregError):

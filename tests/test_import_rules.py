@@ -47,6 +47,7 @@ ABOVE = ("phireg.cli", "phireg.report", "phireg_plugins")
 
 RULES = {
     ERRORS: Rule(),
+    "phireg.children": Rule((ERRORS,)),
     FINDINGS: Rule(),
     DTYPES: Rule(lazily=("numpy", "torch"), typing=("numpy", "torch")),
     LAYOUT: Rule((FINDINGS, ERRORS)),
@@ -58,7 +59,7 @@ RULES = {
     ),
     "phireg.hookspecs": Rule(DESCRIBE),
     "phireg.family": Rule((*DESCRIBE, "phireg.hookspecs")),
-    "phireg.registry": Rule((*DESCRIBE, "phireg.hookspecs", "phireg.family")),
+    "phireg.registry": Rule((*DESCRIBE, "phireg.hookspecs", "phireg.family", "phireg.children")),
     "phireg.api": Rule((*DESCRIBE, "phireg.hookspecs", "phireg.family")),
     "phireg.device": Rule((ERRORS, "torch")),
     PLANNING: Rule(
@@ -89,7 +90,7 @@ RULES = {
     "phireg.generation": Rule(
         (
             *("phireg.executor", "phireg.reference", "phireg.registry", "phireg.data"),
-            "phireg.device",
+            *("phireg.device", "phireg.children"),
             *(SOURCE, CHECKPOINT, CONFIG, READER, FILES, DTYPES, ERRORS, "torch"),
         ),
         lazily=("transformers", "jinja2", "mpi4py", "sentencepiece", "tokenizers"),
@@ -104,7 +105,7 @@ RULES = {
     "phireg.trtllm": Rule(
         (
             *(*PLANNED, "phireg.executor", "phireg.generation", "phireg.registry"),
-            *("packaging", "torch"),
+            *("phireg.children", "packaging", "torch"),
         ),
         lazily=("tensorrt_llm",),
     ),
@@ -123,7 +124,7 @@ RULES = {
         )
     ),
     "phireg.demo": Rule(("phireg",), lazily=("torch",), never=ABOVE),
-    "phireg.doctor": Rule(("phireg.registry", "phireg.trtllm", ERRORS)),
+    "phireg.doctor": Rule(("phireg.registry", "phireg.trtllm", "phireg.children", ERRORS)),
     "phireg.scaffold": Rule(
         (*DESCRIBE, "phireg.hookspecs", "phireg.family", "phireg.registry", FILES)
     ),

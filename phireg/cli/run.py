@@ -140,8 +140,8 @@ def command(
     """Continue prompts, or chat, with a checkpoint, an engine or the source model.
 
     Without --prompt, --input-file and --chat, standard input is the prompt. All ranks of a
-    checkpoint run in this process, unless it is one of several: torchrun --nproc-per-node N -m
-    phireg run CKPT ... Those of an engine have a process each: mpirun -n N phireg run ENGINE ...
+    checkpoint run in this process, unless it is one of several: torchrun --nproc-per-node N
+    --no-python phireg run CKPT ... Those of an engine have one each: mpirun -n N phireg run ENGINE
     """
     from phireg.generation import Options, opener
     from phireg.generation.generate import Generator, describe_runnable

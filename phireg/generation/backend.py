@@ -63,7 +63,9 @@ class Description:
     positions: int  # prompt and new tokens together at most
     tp_size: int = 1
     processes: tuple[int, ...] = (1,)  # the numbers of processes that can run it
-    start: str = ""  # the launcher of one process per rank ("torchrun --nproc-per-node 2 -m")
+    start: str = (
+        ""  # the launcher of one process per rank ("torchrun --nproc-per-node 2 --no-python")
+    )
     max_input: int | None = None  # tokens of a prompt
     max_batch: int | None = None  # rows of a batch
     max_beams: int | None = None

@@ -40,7 +40,7 @@ def _description(spec: ModelSpec) -> Description:
         positions=spec.max_position_embeddings,
         tp_size=ranks,
         processes=(1, ranks) if ranks > 1 else (1,),
-        start=f"torchrun --nproc-per-node {ranks} -m",
+        start=f"torchrun --nproc-per-node {ranks} --no-python",
         max_beams=1,
     )
 

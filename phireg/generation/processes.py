@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from phireg.children import python_command
 from phireg.errors import UsageError
 from phireg.generation.backend import EXECUTOR, TENSORRT_LLM, Description
 from phireg.generation.mpi import process_rank as mpi_rank
@@ -50,9 +50,10 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
         local_addr="localhost",
         max_restarts=0,
     )
+    command = python_command("from phireg.cli import main; main()")
     logging.disable(logging.CRITICAL)  # the processes report their own errors
     try:
-        elastic_launch(config, sys.executable)("-m", "phireg", *arguments)
+        elastic_launch(config, command[0])(*command[1:], *arguments)
     except ChildFailedError as error:
         failures = error.failures
         code = (failures.get(0) or failures[min(failures)]).exitcode
@@ -82,8 +83,8 @@ def check_launcher(backend: str) -> bool:
         return False
     raise UsageError(
         f"this process was started by {problem}",
-        hint="mpirun -n N phireg run ENGINE ...  or  torchrun --nproc-per-node N -m phireg run "
-        "CKPT ...",
+        hint="mpirun -n N phireg run ENGINE ...  or  torchrun --nproc-per-node N --no-python "
+        "phireg run CKPT ...",
     )
 
 

@@ -154,12 +154,14 @@ def build(plan: BuildPlan, *, overwrite: bool = False, listen: Listener | None =
     )
     with ExitStack() as stack:
         directory = stack.enter_context(output)
-        source = plan.source
+        # The builder starts in an empty directory: what lies in ours may be a stranger's.
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        source = plan.source.absolute()
         if not plan.weights:
-            source = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "config.json"
+            source = scratch / "config.json"
             source.write_text(json.dumps(plan.config, indent=4) + "\n", encoding="utf-8")
         line = plan.command.line(plan.builder.program, source, directory)
-        _run(plan, line, directory, listen)
+        _run(plan, line, scratch, directory, listen)
         for file in tokenizer_files(plan.source):
             copy_file(file, directory)
         record = {
@@ -178,14 +180,20 @@ def build(plan: BuildPlan, *, overwrite: bool = False, listen: Listener | None =
     return Built(read_engine(plan.output_dir), files, plan.log, time.monotonic() - started)
 
 
-def _run(plan: BuildPlan, line: tuple[str, ...], directory: Path, listen: Listener | None) -> None:
+def _run(
+    plan: BuildPlan,
+    line: tuple[str, ...],
+    scratch: Path,
+    directory: Path,
+    listen: Listener | None,
+) -> None:
     """Run the builder; its directory holds a complete engine afterwards."""
     try:
         plan.log.write_text(f"{shlex.join(line)}\n", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write {plan.log}: {error.strerror}") from error
     try:
-        exit_code, last_lines = run_builder(line, plan.log, listen)
+        exit_code, last_lines = run_builder(line, plan.log, listen, scratch)
     except OSError as error:
         if error.filename != line[0]:
             raise

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import signal
-import subprocess
 import sys
-import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
+from phireg.children import (
+    environment,
+    find_program,
+    python_command,
+    query,
+    read_output,
+    started,
+)
 from phireg.errors import EngineError
 from phireg.trtllm.command import PROGRAM
 from phireg.trtllm.releases import INSTALL, release_of
@@ -37,7 +38,7 @@ Listener = Callable[[str], None]
 """Called with each line of output, without its end."""
 
 _LAST_LINES = 20
-_PATIENCE_S = 5.0  # between SIGTERM and SIGKILL
+_LONGEST_LINE = 2**16  # in bytes; a longer one is told in parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Builder:
 
 def find_builder() -> Builder:
     """Find the ``trtllm-build`` on PATH, of a release that can build."""
-    path = shutil.which(PROGRAM)
+    path = find_program(PROGRAM)
     if path is None:
         here = installed_version(DISTRIBUTION)
         if here is not None:
@@ -85,33 +86,18 @@ def builder_version(program: Path) -> str | None:
     with suppress(OSError), program.open("rb") as file:
         first_line = file.readline(4096)
     if interpreter := re.match(rb"#!\s*(\S*python\S*)", first_line):
-        code, output = query([os.fsdecode(interpreter[1]), "-c", _ASK], _METADATA_S)
+        code, output = query(python_command(_ASK, os.fsdecode(interpreter[1])), _METADATA_S)
         if code == 0 and (version := re.search(r"^\d+\.\S+$", output, re.MULTILINE)):
             return version[0]
     banner = _BANNER.search(query([str(program), "--help"], _BANNER_S)[1])
     return banner[1] if banner else None
 
 
-def query(command: Sequence[str], seconds: float) -> tuple[int, str]:
-    """Run a short program: its exit code (124 for no answer in time) and its whole output."""
-    try:
-        completed = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return 124, f"no answer within {seconds} s"
-    except OSError as error:
-        return 126, f"it cannot be started: {error.strerror}"
-    return completed.returncode, completed.stdout.decode(errors="replace")
-
-
 def run_builder(
-    command: Sequence[str], log: Path, listen: Listener | None = None
+    command: Sequence[str],
+    log: Path,
+    listen: Listener | None = None,
+    directory: Path | None = None,
 ) -> tuple[int, list[str]]:
     """Run a command to its end, in a process group of its own, with its output in ``log``.
 
@@ -119,74 +105,27 @@ def run_builder(
     Returns the exit code (negative for a signal) and the last lines of output that are not empty.
     """
     last: deque[str] = deque(maxlen=_LAST_LINES)
-    with log.open("ab", buffering=0) as file, ExitStack() as stack:
-        with _signals_deferred():
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
-            )
-            stack.callback(_end, process)
+
+    def tell(raw: bytes) -> None:
+        line = raw.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
+        if line.strip():
+            last.append(line)
+        if listen is not None:
+            listen(line)
+
+    pending = b""
+    unbuffered = environment() | {"PYTHONUNBUFFERED": "1"}
+    child = started(command, env=unbuffered, cwd=directory)
+    with log.open("ab", buffering=0) as file, child as process:
         assert process.stdout is not None
-        for raw in process.stdout:
-            file.write(raw)
-            line = raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
-            if line.strip():
-                last.append(line)
-            if listen is not None:
-                listen(line)
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    return process.wait(), list(last)
-
-
-@contextmanager
-def _signals_deferred() -> Iterator[None]:
-    """Let signals that are handled in Python take effect at the end of the block."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # they are not handled here
-        return
-    arrived: list[tuple[int, FrameType | None]] = []
-    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {
-        number: handler
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if callable(handler := signal.getsignal(number))
-    }
-    for number in handlers:
-        signal.signal(number, lambda *event: arrived.append(event))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    for number, frame in arrived:
-        handlers[number](number, frame)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End every process of the group; workers of the builder may outlive it.
-
-    The builder is reaped last: until then its number, which is the group's, is not given again.
-    """
-    try:
-        if not _has_ended(process.pid):
-            _signal_group(process.pid, signal.SIGTERM)
-            deadline = time.monotonic() + _PATIENCE_S
-            while not _has_ended(process.pid) and time.monotonic() < deadline:
-                time.sleep(0.02)
-    finally:
-        _signal_group(process.pid, signal.SIGKILL)
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-
-
-def _has_ended(pid: int) -> bool:
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
-
-
-def _signal_group(group: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, number)
+        for block in read_output(process.pid, process.stdout.fileno()):
+            file.write(block)
+            *lines, pending = (pending + block).split(b"\n")
+            for line in lines:
+                tell(line)
+            if len(pending) > _LONGEST_LINE:
+                tell(pending)
+                pending = b""
+        if pending:
+            tell(pending)
+    return process.returncode, list(last)

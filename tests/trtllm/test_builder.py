@@ -5,12 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from helpers.command_line import run_phireg
+from helpers.processes import ends, lives
 
+from phireg import children
 from phireg.trtllm import builder
 from phireg.trtllm.engine import read_engine
 
@@ -207,14 +208,6 @@ def test_an_incomplete_engine_is_none(build, fake, split, tmp_path, mode, names)
 # Interruption
 
 
-def lives(pid):
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"  # a zombie has ended
-
-
 STUBBORN = pytest.param(signal.SIGINT, True, marks=pytest.mark.slow)
 
 
@@ -239,10 +232,7 @@ def test_a_signal_leaves_nothing(checkpoint, fake, tmp_path, number, stubborn):
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 128 + number
     assert "no engine was written" in stderr
-    deadline = time.monotonic() + 5
-    while any(lives(pid) for pid in pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert all(ends(pid) for pid in pids)
     assert listing(tmp_path) == ["bin", "engine.build.log"]
 
 
@@ -250,14 +240,31 @@ def test_a_signal_while_the_builder_is_being_started(tmp_path, monkeypatch):
     """It arrives after the fork; the process must not be forgotten."""
     started = []
 
-    class Popen(builder.subprocess.Popen):
+    class Popen(subprocess.Popen):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             started.append(self.pid)
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(builder.subprocess, "Popen", Popen)
+    monkeypatch.setattr(subprocess, "Popen", Popen)
     with pytest.raises(KeyboardInterrupt):
         builder.run_builder([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log")
     assert len(started) == 1
     assert not lives(started[0])
+
+
+def test_what_the_builder_leaves_behind_is_not_waited_for(tmp_path):
+    """It has left the group too, and keeps the pipe open."""
+    script = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    time.sleep(60)
+print("pid", os.getpid(), flush=True)
+print("a line without end", end="")
+"""
+    command = children.python_command(script)
+    code, lines = builder.run_builder(command, tmp_path / "log")
+    assert code == 0
+    assert lines[-1] == "a line without end"
+    assert (tmp_path / "log").read_text() == "\n".join(lines)
