@@ -55,7 +55,8 @@ RULES = {
     READER: Rule((FILES, ERRORS, DTYPES)),
     FILES: Rule((ERRORS, DTYPES, "safetensors", "xxhash")),
     SOURCE: Rule(
-        (FILES, LAYOUT, DTYPES, ERRORS, "numpy", "xxhash"), lazily=("torch", "huggingface_hub")
+        (FILES, LAYOUT, DTYPES, ERRORS, FINDINGS, "numpy", "xxhash"),
+        lazily=("torch", "huggingface_hub"),
     ),
     "phireg.hookspecs": Rule(DESCRIBE),
     "phireg.family": Rule((*DESCRIBE, "phireg.hookspecs")),

@@ -41,7 +41,7 @@ def load(directory: Path, options: Options) -> HFBackend:
     from phireg import registry
     from phireg.config.hf import HFConfig
     from phireg.reference.load import open_reference
-    from phireg.source.model import open_source
+    from phireg.source.readings import open_source
 
     directory, config = _read_config(directory)
     family = registry.choose(HFConfig(config)).family
@@ -49,7 +49,7 @@ def load(directory: Path, options: Options) -> HFBackend:
     dtype = options.dtype or (own_dtype if own_dtype in WEIGHT_DTYPES else _DEFAULT_DTYPE)
     device = devices.pick_device(options.device)
     devices.measure_memory(device)
-    source = open_source(directory)
+    source = open_source(directory).settled()
     reference = open_reference(
         family, source, weights=None, dtype=getattr(torch, dtype), device=device
     )

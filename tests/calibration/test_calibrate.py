@@ -19,7 +19,7 @@ from phireg.calibration.settings import Settings
 from phireg.calibration.statistics import load, save
 from phireg.errors import SourceError, UsageError
 from phireg.reference.load import open_reference
-from phireg.source.model import open_source
+from phireg.source.readings import open_source
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
