@@ -79,7 +79,9 @@ RULES = {
         (CONFIG, SOURCE, FILES, PLANNING, "phireg.family", DTYPES, ERRORS, "torch"),
         ("transformers",),
     ),
-    "phireg.data": Rule((ERRORS, "xxhash"), lazily=("huggingface_hub", "datasets", "pyarrow")),
+    "phireg.data": Rule(
+        (FILES, ERRORS, "xxhash"), lazily=("huggingface_hub", "datasets", "pyarrow")
+    ),
     STATISTICS: Rule((FILES, ERRORS, "numpy", "safetensors")),
     "phireg.calibration": Rule(
         ("phireg", "numpy", "torch", "xxhash"), ("transformers",), never=ABOVE

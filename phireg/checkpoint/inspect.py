@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from phireg.checkpoint.manifest import Progress, check_files, read_manifest
 from phireg.checkpoint.rankfiles import RankFiles, world_size
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
-from phireg.files.kinds import CHECKPOINT, ENGINE, HF_MODEL, kind_of
+from phireg.files.kinds import CHECKPOINT, ENGINE, HF_MODEL, file_sizes, kind_of
 from phireg.reader.structure import structure_findings
 from phireg.reader.tensors import Kind
 
@@ -66,7 +67,7 @@ def inspect(
                 hint="only checkpoints written by phireg carry digests.",
             )
         problems += check_files(directory, manifest, progress)
-    sizes = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
+    sizes = file_sizes(directory)
     return Inspection(config, ranks, sizes, manifest, tuple(problems))
 
 
@@ -74,7 +75,7 @@ def checkpoint_config(directory: Path) -> dict[str, Any]:
     """Read a checkpoint's config.json; the error for anything else says what it is."""
     if not directory.is_dir():
         raise SourceError(f"no such directory: {directory}", hint=_HINT)
-    if not (directory / "config.json").exists():
+    if not os.path.lexists(directory / "config.json"):
         raise SourceError(
             f"{directory} is not a TensorRT-LLM checkpoint: it holds no config.json", hint=_HINT
         )

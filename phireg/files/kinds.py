@@ -12,6 +12,7 @@ from typing import Any
 
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
+from phireg.files.regular import Limit, open_regular
 
 MANIFEST = "phireg.json"
 """The file in which phireg describes a checkpoint."""
@@ -163,7 +164,35 @@ def objection(directory: Path, kind: Kind) -> str | None:
     return None
 
 
-def tokenizer_files(directory: Path) -> list[Path]:
-    """Return the files of a model directory that its tokenizer and generation need."""
-    files = (file for pattern in TOKENIZER_FILES for file in directory.glob(pattern))
-    return sorted(file for file in files if file.is_file())
+def file_sizes(directory: Path) -> dict[str, int]:
+    """Return the bytes of every file of a directory by its name, sorted."""
+    return {
+        file.name: file.stat().st_size for file in sorted(directory.iterdir()) if file.is_file()
+    }
+
+
+def check_loadable(directory: Path) -> None:
+    """Refuse a directory of which a library would open a file that is none, or lies elsewhere.
+
+    transformers opens what it finds under these names, and would wait for a named pipe.
+    """
+    tokenizer_files(directory, "config.json", "tokenizer.*.json", "chat_template.json")
+    if (templates := directory / "chat_templates").is_dir():
+        tokenizer_files(templates, "*")
+
+
+def tokenizer_files(directory: Path, *more: str) -> list[Path]:
+    """Return the files of a model directory that its tokenizer and generation need.
+
+    Each can be opened and is of bounded size; raise SourceError otherwise. ``more`` are further
+    patterns.
+    """
+    patterns = (*TOKENIZER_FILES, *more)
+    files = [
+        directory / name
+        for name in sorted(os.listdir(directory))  # noqa: PTH208 - names only
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+    for file in files:
+        os.close(open_regular(file, limit=Limit.TOKENIZER))
+    return files

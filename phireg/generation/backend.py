@@ -5,6 +5,7 @@ A backend is a module with the four functions of :class:`Opener` and an entry in
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,10 +183,10 @@ def check_directory(backend: str, directory: Path) -> None:
     kind = kind_of_place(directory)
     if kind is runs:
         return
-    if kind is UNKNOWN and runs is CHECKPOINT and (directory / "config.json").exists():
-        return  # loading it reports the problem
     if kind is UNKNOWN:
-        empty = not (directory / "config.json").exists()
+        empty = not os.path.lexists(directory / "config.json")
+        if runs is CHECKPOINT and not empty:
+            return  # loading it reports the problem
         raise CheckError(
             f"{directory} is not {runs.name}, which backend {backend} runs: "
             + ("it holds no config.json" if empty else "its config.json is not of a model"),

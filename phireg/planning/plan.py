@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def plan(
         Readings(weights, adapter, tie),
     )
     directory, commit = resolve_model_dir(str(model_dir), revision)
-    if directory.is_dir() and not (directory / "config.json").exists():
+    if directory.is_dir() and not os.path.lexists(directory / "config.json"):
         open_source(directory)  # refuses other kinds of directories by name
     hf = HFConfig(read_json_object(directory / "config.json"))
     if not hf.architectures and not hf.model_type:

@@ -20,7 +20,7 @@ from phireg.config.hf import HFConfig
 from phireg.conversion.convert import manifest_of
 from phireg.conversion.stream import stream
 from phireg.errors import OutputError, SourceError, UsageError
-from phireg.files.kinds import CHECKPOINT, MANIFEST
+from phireg.files.kinds import CHECKPOINT, MANIFEST, file_sizes
 from phireg.files.output import PARTIAL_SUFFIX, OutputDirectory
 from phireg.files.writing import copy_file
 from phireg.layout.spans import Span
@@ -171,7 +171,7 @@ def postprocess(
             if in_place:
                 # Writable while it is filled, whatever the original's mode is.
                 unfinished.chmod(directory.stat().st_mode & 0o777 | 0o700)
-            sizes = {file.name: file.stat().st_size for file in sorted(unfinished.iterdir())}
+            sizes = file_sizes(unfinished)
     return Postprocessed(directory if in_place else target, checkpoint.rows, len(moved), sizes)
 
 

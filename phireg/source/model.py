@@ -64,7 +64,7 @@ class Reader:
     def _descriptor(self, file: str, path: Path) -> int:
         with self._lock:
             if file not in self._descriptors:
-                fd = open_regular(path)
+                fd = open_regular(path, inside=self._directory)
                 self._descriptors[file] = fd
                 check_unchanged(fd, path, self._stamps[file])
             return self._descriptors[file]
@@ -94,7 +94,7 @@ class Source:
 
 def list_safetensors(directory: Path, name: str) -> WeightsFile:
     """List the tensors of a safetensors file."""
-    header = read_header(directory / name)
+    header = read_header(directory / name, inside=directory)
     tensors = tuple(
         SourceTensor(entry.name, entry.dtype, entry.shape, name, entry.start)
         for entry in header.entries.values()

@@ -7,6 +7,7 @@ adds ``phireg-build.json``, which holds among others the options that became run
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,7 @@ def read_engine(directory: str | Path) -> Engine:
 
 
 def _run_options(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}  # built by trtllm-build alone
     options = read_json_object(path).get("run_options")
     if not isinstance(options, dict):

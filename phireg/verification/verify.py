@@ -272,7 +272,7 @@ class _Verifier:
         else:
             reason = f"{MANIFEST} names no producer" if self.manifest else f"there is no {MANIFEST}"
             yield "made by", f"not known: {reason}"
-        sizes = [file.stat().st_size for file in self.directory.glob("rank*.safetensors")]
+        sizes = [path.stat().st_size for path in self.files.paths.values() if path.is_file()]
         yield "rank files", f"{len(sizes)} of {sum(sizes):,} bytes together"
         yield "weights", f"{self.config.get('dtype')}, TP {self.tp_size}"
         yield "verified by", f"phireg {metadata.version('phireg')}"

@@ -130,10 +130,9 @@ def test_losing_files_is_refused(tmp_path):
     with pytest.raises(OutputError, match="sub"):
         phireg.postprocess(directory)
     (directory / "sub").rmdir()
-    elsewhere = tmp_path / "elsewhere"
-    (directory / "rank0.safetensors").rename(elsewhere)
-    (directory / "rank0.safetensors").symlink_to(elsewhere)
-    with pytest.raises(OutputError, match=r"rank0.safetensors"):
+    (directory / "config.json").rename(directory / "linked.json")
+    (directory / "config.json").symlink_to("linked.json")
+    with pytest.raises(OutputError, match=r"config.json"):
         phireg.postprocess(directory)
     phireg.postprocess(directory, tmp_path / "out")
     same(tmp_path / "out", right())
