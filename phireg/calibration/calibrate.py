@@ -274,7 +274,7 @@ def encoder(directory: Path) -> Callable[[str], list[int]]:
     def tokenizer() -> Tokenizer:
         loaded = find_tokenizer(directory)
         if loaded is None:
-            raise SourceError(
+            raise UsageError(
                 f"{directory} holds no tokenizer",
                 hint="copy the model's tokenizer files there, or give a --calib-file whose rows "
                 "have input_ids.",

@@ -74,6 +74,16 @@ CHECKPOINT = Kind(
 HF_MODEL = Kind("a Hugging Face model", "", "")
 UNKNOWN = Kind("an unknown directory", "", "")
 
+_INSTEAD = {
+    CHECKPOINT: "to run it: phireg run {directory} (--backend executor); to make an engine of it: "
+    "phireg build {directory} --output-dir ENGINE",
+    ENGINE: "to run it: phireg run {directory} (--backend tensorrt-llm); it cannot be converted "
+    "back, so elsewhere give the checkpoint that it was built from.",
+    HF_MODEL: "to run it: phireg run {directory} (--backend hf); to convert it: "
+    "phireg convert --model-dir {directory} --output-dir CKPT",
+}
+"""What to do with a directory of a kind that is not wanted."""
+
 _BY_ENTRIES = (
     ENGINE,
     CHECKPOINT,
@@ -127,6 +137,25 @@ def kind_of(directory: Path) -> Kind:
     if any(name in names or f"{name}.index.json" in names for name in WEIGHTS):
         return HF_MODEL
     return kind_of_entries(names)[0] or by_config
+
+
+def check_kind(directory: Path, *wanted: Kind) -> Kind:
+    """Return which of the kinds a directory is; a SourceError says what else it is."""
+    names = " or ".join(kind.name for kind in wanted)
+    if not directory.is_dir():
+        problem = "this is a file, not a" if directory.is_file() else "no such"
+        raise SourceError(f"{directory}: {problem} directory", hint=f"give {names}.")
+    kind = kind_of(directory)
+    if kind in wanted:
+        return kind
+    if kind is not UNKNOWN:
+        hint = _INSTEAD.get(kind, kind.advice).format(directory=directory)
+        raise SourceError(f"{directory} is {kind.name}, not {names}", hint=hint)
+    problem = "it holds no config.json"
+    if os.path.lexists(directory / "config.json"):
+        read_json_object(directory / "config.json")
+        problem = "its config.json is of something else"
+    raise SourceError(f"{directory} is not {names}: {problem}", hint=f"give {names}.")
 
 
 def kind_of_config(config: Mapping[str, Any]) -> Kind:
