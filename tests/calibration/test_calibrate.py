@@ -118,7 +118,7 @@ def test_text_goes_through_the_models_own_tokenizer():
 
 def test_no_tokenizer_or_no_such_device(tmp_path):
     source = open_source(sources.write("phi2", tmp_path))
-    with pytest.raises(SourceError) as caught:
+    with pytest.raises(UsageError) as caught:
         run_calibration(family("phi2"), source, Settings(dataset="builtin"))
     assert "tokenizer" in caught.value.message and caught.value.hint
     with pytest.raises(UsageError):

@@ -133,7 +133,11 @@ def test_the_function_takes_thresholds_and_reports_progress(args, fake):
 @pytest.mark.parametrize(
     ("options", "code", "names"),
     [
-        (("--backend", "hf", "--hf-model-dir", "{source}", "--check-accuracy"), 2, "--check-backend"),
+        (
+            ("--backend", "hf", "--hf-model-dir", "{source}", "--check-accuracy"),
+            2,
+            "--check-backend",
+        ),
         (("--check-accuracy",), 2, "checkpoint"),
         (("{source}",), 3, "phireg convert --model-dir {source}"),
         (("{checkpoint}", "--engine-dir", "{checkpoint}"), 2, "checkpoint"),
