@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     from phireg.postprocessing.postprocess import row_order as row_order
     from phireg.summarization.models import ModelRun as ModelRun
     from phireg.summarization.summarize import summarize as summarize
+    from phireg.tensorrt.backends import build as build
+    from phireg.tensorrt.backends import plan_build as plan_build
+    from phireg.tensorrt.build import BuiltEngine as BuiltEngine
+    from phireg.tensorrt.plan import EnginePlan as EnginePlan
     from phireg.trtllm.build import BuildPlan as BuildPlan
     from phireg.trtllm.build import Built as Built
-    from phireg.trtllm.build import build as build
-    from phireg.trtllm.build import plan_build as plan_build
     from phireg.trtllm.command import BuildOptions as BuildOptions
     from phireg.verification.verify import verify as verify
 
@@ -57,7 +59,10 @@ _MODULES = {
     "postprocessing.postprocess": (*("Postprocessed", "RowOrder", "postprocess", "row_order"),),
     "summarization.models": ("ModelRun",),
     "summarization.summarize": ("summarize",),
-    "trtllm.build": ("BuildPlan", "Built", "build", "plan_build"),
+    "tensorrt.backends": ("build", "plan_build"),
+    "tensorrt.build": ("BuiltEngine",),
+    "tensorrt.plan": ("EnginePlan",),
+    "trtllm.build": ("BuildPlan", "Built"),
     "trtllm.command": ("BuildOptions",),
     "verification.verify": ("verify",),
 }

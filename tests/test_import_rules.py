@@ -55,8 +55,7 @@ RULES = {
     READER: Rule((FILES, ERRORS, DTYPES)),
     FILES: Rule((ERRORS, DTYPES, "safetensors", "xxhash")),
     SOURCE: Rule(
-        (FILES, LAYOUT, DTYPES, ERRORS, FINDINGS, "numpy", "xxhash"),
-        lazily=("torch", "huggingface_hub"),
+        (FILES, LAYOUT, DTYPES, ERRORS, "numpy", "xxhash"), lazily=("torch", "huggingface_hub")
     ),
     "phireg.hookspecs": Rule(DESCRIBE),
     "phireg.family": Rule((*DESCRIBE, "phireg.hookspecs")),
@@ -79,9 +78,7 @@ RULES = {
         (CONFIG, SOURCE, FILES, PLANNING, "phireg.family", DTYPES, ERRORS, "torch"),
         ("transformers",),
     ),
-    "phireg.data": Rule(
-        (FILES, ERRORS, "xxhash"), lazily=("huggingface_hub", "datasets", "pyarrow")
-    ),
+    "phireg.data": Rule((ERRORS, "xxhash"), lazily=("huggingface_hub", "datasets", "pyarrow")),
     STATISTICS: Rule((FILES, ERRORS, "numpy", "safetensors")),
     "phireg.calibration": Rule(
         ("phireg", "numpy", "torch", "xxhash"), ("transformers",), never=ABOVE
@@ -112,9 +109,23 @@ RULES = {
         ),
         lazily=("tensorrt_llm",),
     ),
-    # It shares the reading of rank files with the executor, not its arithmetic.
+    # What describes networks reads the spec and rank files; it shares no arithmetic with the
+    # executor, which they are compared with.
+    **dict.fromkeys(
+        (f"phireg.tensorrt.{name}" for name in ("network", "linears", "mlp", "parameters")),
+        Rule(
+            (
+                *(f"phireg.tensorrt.{name}" for name in ("graph", "linears", "mlp")),
+                *("phireg.tensorrt.parameters", "phireg.tensorrt.package"),
+                *(READER, DTYPES, ERRORS, "torch"),
+            )
+        ),
+    ),
     "phireg.tensorrt": Rule(
-        ("phireg.executor.model", READER, CHECKPOINT, FILES, DTYPES, ERRORS, "torch"),
+        (
+            *("phireg.trtllm", "phireg.generation", "phireg.executor", "phireg.registry"),
+            *(*PLANNED, DTYPES, "phireg.children", "torch", "xxhash"),
+        ),
         lazily=("tensorrt", "tensorrt_rtx_bindings"),
     ),
     "phireg.verification": Rule(("phireg", "numpy", "torch"), ("transformers",), never=ABOVE),

@@ -1,4 +1,4 @@
-"""``phireg build``: build an engine from a checkpoint with the installed TensorRT-LLM."""
+"""``phireg build``: build an engine from a checkpoint, with TensorRT-LLM or without."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import phireg
+from phireg.cli import engines
 from phireg.cli.errors import interruptible, warn
 from phireg.cli.help import ENGINE, MODEL, OUTPUT, RANKS, RUNNING, Command, documented
 from phireg.cli.options import (
@@ -51,13 +52,34 @@ class _PassingOn(Command):
         return [*super().collect_usage_pieces(ctx), "[-- FLAGS]"]
 
 
+_BACKENDS = ("auto", "tensorrt-llm", "tensorrt", "tensorrt-rtx")
+
+
 @documented(
-    "phireg build ckpt --output-dir engine --gemm-plugin auto",
+    "phireg build ckpt --output-dir engine --max-seq-len 2048",
     "phireg build ckpt --output-dir engine --print-command --trtllm-version 1.2.1",
     cls=_PassingOn,
 )
 @click.argument("checkpoint_dir", type=Directory(), metavar="[CKPT]", required=False)
 @output_dir_option("engine")
+@ENGINE.option(
+    "--backend",
+    type=click.Choice(_BACKENDS),
+    default="auto",
+    help="Who builds: auto is TensorRT-LLM, or else TensorRT, or else TensorRT for RTX, whichever "
+    "is there and can.",
+)
+@ENGINE.option(
+    "--gpu",
+    metavar="SM,...",
+    help="TensorRT for RTX: compute capabilities, e.g. sm89,sm120; by default the GPU's here, or "
+    "all.",
+)
+@ENGINE.option(
+    "--weights",
+    type=click.Choice(("embedded", "separate")),
+    help="Without TensorRT-LLM: in the engine (the default), or fed to it when it runs.",
+)
 @ENGINE.option("--max-batch-size", type=_COUNT, metavar="N", help="Rows of a batch at most.")
 @ENGINE.option("--max-input-len", type=_COUNT, metavar="N", help="Tokens of a prompt at most.")
 @ENGINE.option("--max-output-len", type=_COUNT, metavar="N", help="New tokens at most.")
@@ -100,10 +122,11 @@ class _PassingOn(Command):
 @json_option
 @click.pass_context
 def command(ctx: click.Context, /, **options: Any) -> None:
-    """Build an engine from the checkpoint in CKPT with TensorRT-LLM.
+    """Build an engine from the checkpoint in CKPT.
 
-    The options are the same for every release from 0.10 to 1.3.0rc20. FLAGS after -- go to
-    trtllm-build as they are.
+    TensorRT-LLM builds it if it is installed, else TensorRT or TensorRT for RTX, which needs no
+    GPU to build. The options are the same for every release; FLAGS after -- go to trtllm-build as
+    they are.
     """
     print_command, version = options.pop("print_command"), options.pop("trtllm_version")
     if version and not print_command:
@@ -112,35 +135,42 @@ def command(ctx: click.Context, /, **options: Any) -> None:
             hint="add --print-command, or leave it out: the installed release is found out.",
         )
     overwrite, quiet, as_json = (options.pop(key) for key in ("overwrite", "quiet", "as_json"))
+    backend = options["backend"]
     try:
         plan = _plan(version, ctx.meta.get(_EXTRA, ()), options)
     except EngineError as error:
-        if not print_command or version:
+        if not print_command or version or backend != "tensorrt-llm":
             raise
         from phireg.trtllm.releases import NEWEST
 
         hint = f"name the release to show it for: --trtllm-version {NEWEST}; or {error.hint}"
         raise EngineError(error.message, hint=hint) from None
+    from phireg.trtllm.build import BuildPlan
+
+    with_trtllm = isinstance(plan, BuildPlan)
     if not as_json and (print_command or not quiet):
-        for note in plan.command.notes:
+        for note in plan.command.notes if with_trtllm else plan.notes:
             warn(note, label="note: ")
-    if print_command:
-        if as_json:
-            emit_json(_document(plan, None))
-        else:
-            emit(shlex.join(plan.line))
-        return
-    unwritten = f"no engine was written; the builder's output is in {plan.log}"
-    display = _display(plan.command.tp_size, quiet=quiet)
-    with interruptible(plan.output_dir, lambda: unwritten), display as listen:
-        built = phireg.build(plan, overwrite=overwrite, listen=listen)
+    built: Any = None
+    if not print_command:
+        unwritten = f"no engine was written; the builder's output is in {plan.log}"
+        ranks = plan.command.tp_size if with_trtllm else plan.spec.tp_size
+        display = (_display if with_trtllm else engines.build_progress)(ranks, quiet=quiet)
+        with interruptible(plan.output_dir, lambda: unwritten), display as listen:
+            built = phireg.build(plan, overwrite=overwrite, listen=listen)
     if as_json:
-        emit_json(_document(plan, built))
+        emit_json((_document if with_trtllm else engines.plan_document)(plan, built))
+    elif print_command:
+        emit(shlex.join(plan.line) if with_trtllm else engines.plan_text(plan))
     elif not quiet:
-        emit(_text(plan, built))
+        emit((_text if with_trtllm else engines.built_text)(plan, built))
 
 
-def _plan(version: str | None, extra: tuple[str, ...], options: dict[str, Any]) -> BuildPlan:
+def _plan(version: str | None, extra: tuple[str, ...], options: dict[str, Any]) -> Any:
+    """Return the BuildPlan or EnginePlan that the options ask for."""
+    from phireg.tensorrt.plan import parse_gpus
+
+    backend, gpu, weights = (options.pop(name) for name in ("backend", "gpu", "weights"))
     for name in ("context_fmha", "context_fmha_fp32_acc", "use_fp8_context_fmha"):
         options[name] = None if options[name] is None else options[name] == "enable"
     source, output_dir = options.pop("checkpoint_dir"), options.pop("output_dir")
@@ -167,7 +197,13 @@ def _plan(version: str | None, extra: tuple[str, ...], options: dict[str, Any]) 
     return phireg.plan_build(
         source,
         output_dir,
-        phireg.BuildOptions(**options, extra=extra),
+        phireg.BuildOptions(
+            **options,
+            extra=extra,
+            gpus=parse_gpus(gpu) if gpu else (),
+            weights=weights or "embedded",
+        ),
+        backend=backend,
         dummy_weights=dummy_weights,
         family=model["family"] or "auto",
         dtype=model["dtype"] or "auto",

@@ -15,7 +15,7 @@ from typing import Any
 
 from phireg.checkpoint.inspect import inspect
 from phireg.errors import CheckError, EngineError, OutputError, SourceError
-from phireg.files.kinds import BUILD_FILE, ENGINE, file_sizes, tokenizer_files
+from phireg.files.kinds import BUILD_FILE, ENGINE, tokenizer_files
 from phireg.files.output import OutputDirectory
 from phireg.files.writing import copy_file
 from phireg.planning.plan import plan_config
@@ -104,7 +104,7 @@ def plan_build(
         plan = plan_config(source, family=family, dtype=dtype, tp_size=options.tp_size or 1)
         config, weight_bytes = plan.config, None
     else:
-        config, weight_bytes = _checkpoint(source)
+        config, weight_bytes = checked_checkpoint(source)
     builder = find_builder() if version is None else None
     version = builder.version if builder else str(version)
     command = translate(config, options, version, weights=not dummy_weights)
@@ -113,7 +113,7 @@ def plan_build(
     )
 
 
-def _checkpoint(directory: Path) -> tuple[Mapping[str, Any], int]:
+def checked_checkpoint(directory: Path) -> tuple[Mapping[str, Any], int]:
     """Check a checkpoint; return its config and the bytes of its rank files."""
     inspection = inspect(directory)
     if inspection.problems:
@@ -176,7 +176,7 @@ def build(plan: BuildPlan, *, overwrite: bool = False, listen: Listener | None =
         }
         text = json.dumps(record, indent=2) + "\n"
         (directory / BUILD_FILE).write_text(text, encoding="utf-8")
-        files = file_sizes(directory)
+        files = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
     return Built(read_engine(plan.output_dir), files, plan.log, time.monotonic() - started)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from packaging.version import Version
 
@@ -49,7 +49,9 @@ class BuildOptions:
     workers: int | None = None  # ranks built side by side, each on a GPU of its own
     tp_size: int | None = None  # tensor-parallel ranks, where they are not the checkpoint's
     pp_size: int | None = None  # pipeline stages; the checkpoint's
-    extra: tuple[str, ...] = ()  # further arguments, passed on as they are
+    extra: tuple[str, ...] = ()  # further arguments of trtllm-build, passed on as they are
+    gpus: tuple[str, ...] = ()  # TensorRT for RTX compiles for ("sm89"); empty: as they are here
+    weights: Literal["embedded", "separate"] = "embedded"  # or inputs, fed when the engine runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,12 @@ def translate(
 ) -> Command:
     """Choose a release's flags; ``config`` is the checkpoint's, ``weights``: it has rank files."""
     _check_extra(options.extra)
+    for option, value in (("--gpu", options.gpus), ("--weights separate", options.weights)):
+        if value not in ((), "embedded"):
+            raise UsageError(
+                f"{option} is for engines that phireg builds itself",
+                hint="leave it out, or take --backend tensorrt-rtx.",
+            )
     release = release_of(version)
     _check_model(config, version)
     return _Translation(config, options, release).command(weights)
@@ -111,38 +119,13 @@ class _Translation:
 
     def lengths(self) -> None:
         options = self.options
-        if options.max_output_len and options.max_seq_len:
-            raise UsageError(
-                "--max-output-len and --max-seq-len are two ways to say the same",
-                hint="--max-seq-len counts the prompt, --max-output-len does not.",
-            )
-        total = self.total()
-        positions = self.config["max_position_embeddings"]
-        if (total or options.max_input_len or 0) > positions:
-            raise UsageError(
-                f"{total or options.max_input_len} tokens are more than the {positions} positions "
-                "of the model",
-                hint="--max-seq-len, or --max-input-len and --max-output-len together, must fit.",
-            )
         by_default = 0 if self.release.max_seq_len else _MAX_INPUT_LEN
-        prompt = options.max_input_len or by_default
-        if total and prompt >= total:
-            raise UsageError(
-                f"a prompt of {prompt} tokens leaves no room for new ones in {total}",
-                hint="lower --max-input-len or raise --max-seq-len.",
-            )
+        total = check_lengths(options, self.config["max_position_embeddings"], by_default)
         self.add("max_input_len", options.max_input_len)
         if self.release.max_seq_len:
             self.add("max_seq_len", total)
         elif total:
-            self.add("max_output_len", total - prompt)
-
-    def total(self) -> int | None:
-        """Return the limit of prompt and continuation together, in tokens, if there is one."""
-        options = self.options
-        if options.max_output_len:
-            return (options.max_input_len or _MAX_INPUT_LEN) + options.max_output_len
-        return options.max_seq_len
+            self.add("max_output_len", total - (options.max_input_len or by_default))
 
     def ranks(self, weights: bool) -> int:
         options = self.options
@@ -243,7 +226,8 @@ class _Translation:
         """
         if not self.release.max_seq_len:
             return self.options.max_input_len or _MAX_INPUT_LEN
-        return (self.total() or int(self.config["max_position_embeddings"])) - 1
+        positions = int(self.config["max_position_embeddings"])
+        return (total_length(self.options) or positions) - 1
 
     def dense_tokens(self) -> int | None:
         """Return the number of tokens up to which block-sparse attention equals dense.
@@ -264,6 +248,39 @@ class _Translation:
                 f"{option} needs an FP8 checkpoint",
                 hint="phireg quantize --qformat fp8 makes one.",
             )
+
+
+def total_length(options: BuildOptions) -> int | None:
+    """Return the limit of prompt and continuation together, in tokens, if there is one."""
+    if options.max_output_len:
+        return (options.max_input_len or _MAX_INPUT_LEN) + options.max_output_len
+    return options.max_seq_len
+
+
+def check_lengths(options: BuildOptions, positions: int, by_default: int) -> int | None:
+    """Return ``total_length``; refuse limits that contradict each other or the model.
+
+    ``positions`` are the model's, ``by_default`` the limit of a prompt where none is given, or 0.
+    """
+    if options.max_output_len and options.max_seq_len:
+        raise UsageError(
+            "--max-output-len and --max-seq-len are two ways to say the same",
+            hint="--max-seq-len counts the prompt, --max-output-len does not.",
+        )
+    total = total_length(options)
+    if (total or options.max_input_len or 0) > positions:
+        raise UsageError(
+            f"{total or options.max_input_len} tokens are more than the {positions} positions "
+            "of the model",
+            hint="--max-seq-len, or --max-input-len and --max-output-len together, must fit.",
+        )
+    prompt = options.max_input_len or by_default
+    if total and prompt >= total:
+        raise UsageError(
+            f"a prompt of {prompt} tokens leaves no room for new ones in {total}",
+            hint="lower --max-input-len or raise --max-seq-len.",
+        )
+    return total
 
 
 def _option(flag: str) -> str:

@@ -160,10 +160,13 @@ def test_a_wrong_checkpoint_is_refused_before_the_builder_starts(build, fake, sp
 # Finding the builder
 
 
+TRTLLM = ("--backend", "tensorrt-llm")
+
+
 def test_no_builder(build, monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert "pip install tensorrt_llm==1.2.1" in build(exit_code=7).output
-    assert "--trtllm-version" in build("--print-command", exit_code=7).output
+    assert "pip install tensorrt_llm==1.2.1" in build(*TRTLLM, exit_code=7).output
+    assert "--trtllm-version" in build(*TRTLLM, "--print-command", exit_code=7).output
 
 
 def test_the_version_comes_from_the_builders_interpreter(build, fake):
@@ -177,9 +180,9 @@ def test_the_version_comes_from_the_builders_interpreter(build, fake):
 
 def test_a_builder_that_cannot_be_used(build, fake):
     fake.behave(version="1.3.0rc22")  # without engines
-    assert "1.3.0rc22" in build(exit_code=7).output
+    assert "1.3.0rc22" in build(*TRTLLM, exit_code=7).output
     fake.program.write_text("#!/bin/sh\necho hello\n")
-    assert str(fake.program) in build(exit_code=7).output
+    assert str(fake.program) in build(*TRTLLM, exit_code=7).output
 
 
 # Failures

@@ -1,0 +1,170 @@
+"""Build a native engine in a process of its own, which nothing outlives."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from phireg.checkpoint.manifest import file_record, read_manifest
+from phireg.checkpoint.rankfiles import RankFiles
+from phireg.errors import EngineError, OutputError
+from phireg.files.kinds import BUILD_FILE, ENGINE, MANIFEST, tokenizer_files
+from phireg.files.output import OutputDirectory
+from phireg.files.writing import copy_file
+from phireg.tensorrt.engine import NativeEngine, read_native, write_config
+from phireg.tensorrt.job import MARK, Job, command, record_path
+from phireg.tensorrt.plan import EnginePlan
+from phireg.trtllm.builder import run_builder
+
+_KILLED = -9
+
+Progress = Callable[[Mapping[str, Any]], None]
+"""Called with rank, phase and, within a phase, the steps done and their number."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """A built engine."""
+
+    engine: NativeEngine
+    files: Mapping[str, int]  # every file: bytes
+    ranks: tuple[Mapping[str, Any], ...]  # what the manifest says of each rank's engine
+    log: Path  # the builder's output
+    seconds: float
+
+
+def build_engine(
+    plan: EnginePlan, *, overwrite: bool = False, progress: Progress | None = None
+) -> BuiltEngine:
+    """Carry out a plan. The engine appears under its name complete, or not at all.
+
+    Whatever ends this early, a signal included, ends the builder and its workers too.
+
+    Args:
+        plan: what to build.
+        overwrite: replace an existing engine once the new one is complete.
+        progress: called as the builder goes on.
+
+    Raises:
+        EngineError: the build failed.
+        OutputError: the output exists, or cannot be written.
+    """
+    started = time.monotonic()
+    needed = plan.estimate.engine_bytes * plan.spec.tp_size
+    output = OutputDirectory(
+        plan.output_dir, overwrite=overwrite, required_bytes=needed, kind=ENGINE
+    )
+    with output as directory:
+        records = _compile(plan, directory, progress)
+        write_config(
+            directory, plan.backend, plan.package.version, plan.gpus, plan.weights, plan.limits,
+            plan.config,
+        )  # fmt: skip
+        for file in tokenizer_files(plan.source):
+            copy_file(file, directory)
+        text = json.dumps(_manifest(plan, records), indent=2) + "\n"
+        (directory / BUILD_FILE).write_text(text, encoding="utf-8")
+        files = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
+    seconds = time.monotonic() - started
+    return BuiltEngine(read_native(plan.output_dir), files, tuple(records), plan.log, seconds)
+
+
+def _compile(plan: EnginePlan, directory: Path, progress: Progress | None) -> list[dict[str, Any]]:
+    """Run the compiler; return its records of the ranks."""
+    job = Job(
+        backend=plan.backend,
+        config=dict(plan.config),
+        checkpoint=str(plan.source.resolve()) if plan.checkpoint else None,
+        output=str(directory.resolve()),
+        gpus=plan.gpus if plan.package.capabilities else (),
+        weights=plan.weights,
+        limits=plan.limits,
+        workers=plan.options.workers or 1,
+    )
+
+    def listen(line: str) -> None:
+        if progress is not None and line.startswith(MARK):
+            progress(json.loads(line.removeprefix(MARK)))
+
+    try:
+        plan.log.write_text(f"{plan.package.name}\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {plan.log}: {error.strerror}") from error
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "job.json")
+        path.write_text(json.dumps(asdict(job)), encoding="utf-8")
+        exit_code, last_lines = run_builder(command(path), plan.log, listen)
+        records = [
+            json.loads(record.read_text(encoding="utf-8"))
+            for rank in range(plan.spec.tp_size)
+            if (record := record_path(path, rank)).exists()
+        ]
+    for record in records:
+        if "error" in record:
+            hint = record["hint"] or f"the builder's whole output is in {plan.log}."
+            raise EngineError(f"{record['error']}; no engine was written", hint=hint)
+    if exit_code or len(records) < plan.spec.tp_size:
+        raise EngineError(
+            f"{plan.package.name} ended {_ending(exit_code)}; no engine was written"
+            + "".join(f"\n  {text}" for text in last_lines[-3:]),
+            hint=_advice(plan, exit_code),
+        )
+    return records
+
+
+def _ending(exit_code: int) -> str:
+    return f"with {exit_code}" if exit_code >= 0 else f"by signal {-exit_code}"
+
+
+def _advice(plan: EnginePlan, exit_code: int) -> str:
+    log = f"its whole output is in {plan.log}"
+    if exit_code != _KILLED:
+        return f"{log}."
+    needs = f"memory ran out, it seems: about {plan.estimate.memory_bytes / 1e9:.1f} GB are needed"
+    other = "" if plan.weights == "separate" else "; --weights separate needs little"
+    return f"{needs}{other}; {log}."
+
+
+def _manifest(plan: EnginePlan, records: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "producer": {"name": "phireg", "version": metadata.version("phireg")},
+        "backend": plan.backend,
+        "version": plan.package.version,
+        "gpus": list(plan.gpus),
+        "weights": plan.weights,
+        "checkpoint": _checkpoint_record(plan),
+        "options": asdict(plan.options),
+        "notes": list(plan.notes),
+        "ranks": list(records),
+        "verified": None,  # what phireg verify saw of it on a GPU
+    }
+
+
+def _checkpoint_record(plan: EnginePlan) -> dict[str, Any] | None:
+    """Return where the checkpoint is, and digests that tell it from others."""
+    if not plan.checkpoint:
+        return None
+    manifest = read_manifest(plan.source)
+    digests = {}
+    with RankFiles(plan.source, plan.spec.tp_size) as files:
+        for file in files.values():
+            record = (manifest or {"files": {}})["files"].get(file.path.name) or {}
+            tensors = json.dumps(record.get("tensors"), sort_keys=True).encode()
+            digests[file.path.name] = {
+                "header": file.header.digest,
+                # Of the digests of all tensors; without phireg.json there are none.
+                "tensors": xxhash.xxh3_128(tensors).hexdigest() if record.get("tensors") else None,
+            }
+    return {
+        "directory": str(plan.source.resolve()),
+        "manifest": file_record(plan.source / MANIFEST) if manifest is not None else None,
+        "files": digests,
+    }

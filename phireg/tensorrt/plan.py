@@ -1,0 +1,243 @@
+"""Plan a native engine: the package, the GPUs, the limits, and every reason not to begin."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phireg.children import find_program, query
+from phireg.errors import EngineError, UsageError
+from phireg.planning.plan import plan_config
+from phireg.reader.spec import ModelSpec, parse_spec
+from phireg.registry import AUTO
+from phireg.tensorrt.engine import Limits
+from phireg.tensorrt.package import NAMES, Backend, Package, load_package
+from phireg.tensorrt.requirements import (
+    Estimate,
+    WeightsForm,
+    capability_problems,
+    estimate,
+    form_problems,
+    least_capability,
+    remarks,
+    shown,
+)
+from phireg.trtllm.build import checked_checkpoint
+from phireg.trtllm.command import BuildOptions, check_lengths
+
+_DEFAULT_BATCH, _DEFAULT_TOKENS = 8, 4096
+# Of one step: the mask of a dense layer takes chunk x capacity bytes per row, that of a
+# block-sparse layer as many per head.
+_CHUNK, _SPARSE_CHUNK = 512, 256
+_PROGRAM_S = 20
+
+_TRTLLM_ONLY = (
+    "gemm_plugin", "gpt_attention_plugin", "context_fmha", "context_fmha_fp32_acc",
+    "use_fp8_context_fmha",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """What will be built, and what that takes."""
+
+    source: Path  # the checkpoint; for an engine without weights, the model's directory
+    config: Mapping[str, Any]  # the checkpoint's config.json
+    spec: ModelSpec
+    checkpoint: bool  # there is one
+    output_dir: Path
+    package: Package
+    gpus: tuple[str, ...]  # "sm89"; empty: the GPU here
+    weights: WeightsForm
+    limits: Limits
+    options: BuildOptions
+    estimate: Estimate  # of one rank
+    notes: tuple[str, ...]
+
+    @property
+    def backend(self) -> Backend:
+        """The backend that builds."""
+        return self.package.backend
+
+    @property
+    def log(self) -> Path:
+        """Return the file of the builder's output, beside the engine."""
+        return self.output_dir.with_name(f"{self.output_dir.name}.build.log")
+
+
+def plan_engine(
+    backend: Backend,
+    source_dir: str | Path,
+    output_dir: str | Path,
+    options: BuildOptions,
+    *,
+    dummy_weights: bool = False,
+    family: str = AUTO,
+    dtype: str = "auto",
+    notes: Sequence[str] = (),
+) -> EnginePlan:
+    """Check a checkpoint and the options, and decide everything about the engine.
+
+    The arguments are those of :func:`phireg.plan_build`; ``notes`` come before the plan's own.
+
+    Raises:
+        SourceError: the directory is not a checkpoint.
+        CheckError: the reader would reject it, or its config means nothing known.
+        UsageError: the options contradict each other or the checkpoint.
+        EngineError: the package is missing, or refuses this engine; all reasons are given.
+    """
+    source = Path(source_dir)
+    config: Mapping[str, Any]
+    if dummy_weights:
+        config = plan_config(
+            source, family=family, dtype=dtype, tp_size=options.tp_size or 1
+        ).config
+    else:
+        config, _ = checked_checkpoint(source)
+    spec = parse_spec(config, str(source / "config.json"))
+    _check_options(options, spec)
+    form: WeightsForm = "separate" if dummy_weights else options.weights
+    limits = _limits(spec, options)
+    package = load_package(backend)
+    gpus, gpu_notes = _gpus(package, spec, options.gpus)
+    problems = [
+        *capability_problems(spec, gpus),
+        *form_problems(spec, form),
+        *_rank_problems(package, spec),
+    ]
+    if problems:
+        raise EngineError(
+            f"{package.name} cannot build this engine:"
+            + "".join(f"\n  {problem}" for problem in problems),
+            hint="docs/engines.md has the table of what builds.",
+        )
+    return EnginePlan(
+        source=source,
+        config=config,
+        spec=spec,
+        checkpoint=not dummy_weights,
+        output_dir=Path(output_dir),
+        package=package,
+        gpus=gpus,
+        weights=form,
+        limits=limits,
+        options=options,
+        estimate=estimate(spec, form, limits.max_batch_size, limits.max_seq_len),
+        notes=(*notes, *_ignored(options), *gpu_notes, *remarks(spec, limits.max_seq_len)),
+    )
+
+
+def here() -> tuple[str, ...]:
+    """Return the compute capabilities of this machine's GPUs, as NVIDIA's driver tells them."""
+    program = find_program("nvidia-smi")
+    if program is None:
+        return ()
+    command = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    code, output = query(command, _PROGRAM_S)
+    found = re.findall(r"^(\d+)\.(\d)\s*$", output, re.MULTILINE) if code == 0 else []
+    return tuple(dict.fromkeys(f"sm{major}{minor}" for major, minor in found))
+
+
+def parse_gpus(text: str) -> tuple[str, ...]:
+    """Read a list of compute capabilities: sm89,sm120 or 8.9,12.0."""
+    names = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", part.strip().lower())
+        if match is None:
+            raise UsageError(
+                f"--gpu {text}: {part.strip()!r} is no compute capability",
+                hint="for example sm89,sm120 (or 8.9,12.0).",
+            )
+        names.append(f"sm{match[1]}{match[2]}")
+    return tuple(dict.fromkeys(names))
+
+
+def _check_options(options: BuildOptions, spec: ModelSpec) -> None:
+    """Refuse other numbers of ranks than the checkpoint's, and another builder's arguments."""
+    if options.extra:
+        raise UsageError(
+            f"{options.extra[0]}: arguments after '--' are trtllm-build's",
+            hint="leave them out, or add --backend tensorrt-llm.",
+        )
+    if options.pp_size not in (None, 1):
+        raise UsageError(
+            f"--pp-size {options.pp_size}: the checkpoint has 1 pipeline stage",
+            hint="Phi models have no pipeline stages; use --tp-size when converting.",
+        )
+    if options.tp_size not in (None, spec.tp_size):
+        raise UsageError(
+            f"--tp-size {options.tp_size}: the checkpoint is split for {spec.tp_size}",
+            hint="the number of ranks is decided when converting: phireg convert --tp-size "
+            f"{options.tp_size}.",
+        )
+
+
+def _limits(spec: ModelSpec, options: BuildOptions) -> Limits:
+    positions = spec.max_position_embeddings
+    total = check_lengths(options, positions, 0) or min(positions, _DEFAULT_TOKENS)
+    prompt = options.max_input_len or total - 1
+    if prompt >= total:  # the default total, or no more positions
+        total = min(positions, prompt + _DEFAULT_TOKENS)
+    chunk = min(_CHUNK if spec.sparse is None else _SPARSE_CHUNK, prompt)
+    return Limits(options.max_batch_size or _DEFAULT_BATCH, prompt, total, chunk)
+
+
+def _gpus(
+    package: Package, spec: ModelSpec, asked: Sequence[str]
+) -> tuple[tuple[str, ...], list[str]]:
+    """Return the GPUs to compile for, and remarks about the choice."""
+    known, found = package.capabilities, here()
+    if not known:  # the builder measures on the GPU
+        if not found:
+            raise EngineError(
+                f"{package.name} builds for the GPU of the machine it runs on; there is none here",
+                hint="build on that machine, or with --backend tensorrt-rtx, which needs none.",
+            )
+        if asked and set(asked) != set(found):
+            raise UsageError(
+                f"--gpu {','.join(asked)}: {package.name} builds for the GPU here, {found[0]}",
+                hint="leave out --gpu; --backend tensorrt-rtx compiles for other GPUs.",
+            )
+        return found[:1], []
+    if unknown := [gpu for gpu in asked if gpu not in known]:
+        raise EngineError(
+            f"{package.name} does not compile for {', '.join(unknown)}, only for "
+            f"{', '.join(known)}",
+            hint="for data-centre GPUs such as sm90 and sm100 take --backend tensorrt, on a "
+            "machine with such a GPU.",
+        )
+    if asked:
+        return tuple(asked), []
+    least = least_capability(spec)
+    able = tuple(gpu for gpu in known if int(gpu[2:]) >= least)
+    usable = tuple(gpu for gpu in found if gpu in known)
+    if usable:
+        return usable, [f"it is compiled for the GPU here ({', '.join(usable)}); see --gpu"]
+    notes = []
+    if found:
+        notes.append(f"{package.name} cannot run on the GPU here ({', '.join(found)})")
+    if able != known:
+        notes.append(f"it is compiled for compute capability {shown(least)} and more; see --gpu")
+    return able, notes
+
+
+def _rank_problems(package: Package, spec: ModelSpec) -> Iterator[str]:
+    definition = package.trt.INetworkDefinition
+    if spec.tp_size > 1 and not hasattr(definition, "add_dist_collective"):
+        yield (
+            f"the checkpoint has {spec.tp_size} ranks, and this version has no layer that sums "
+            "over them; convert with --tp-size 1, or install a newer version"
+        )
+
+
+def _ignored(options: BuildOptions) -> Iterator[str]:
+    for name in _TRTLLM_ONLY:
+        value = getattr(options, name)
+        if value is not None:
+            yield (
+                f"--{name.replace('_', '-')} is for TensorRT-LLM's plugins, which "
+                f"{' and '.join(NAMES.values())} do not have; it changes nothing"
+            )
