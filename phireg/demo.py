@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from filecmp import cmp
 from importlib import resources
 from itertools import product
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import Any
 import phireg
 from phireg import registry
 from phireg.conversion.convert import Converted
-from phireg.errors import OutputError, PluginError, UsageError
+from phireg.errors import OutputError, PluginError, SourceError, UsageError
 from phireg.files.json import read_json_object
 from phireg.files.kinds import MANIFEST
+from phireg.files.regular import Limit, read_file
 
 PROMPT_END = " TL;DR: "
 """The text between an article and its summary, in the training of the demo models."""
@@ -81,7 +81,7 @@ def find(family: str) -> DemoModel:
     directory = _directory(loaded.name, loaded.demo)
     articles = _articles(loaded.name, directory / "heldback.jsonl")
     card = directory / "card.json"
-    scores = read_json_object(card).get("held_back") if card.exists() else None
+    scores = read_json_object(card).get("held_back") if card.is_file() else None
     return DemoModel(loaded.name, directory, articles, scores if isinstance(scores, dict) else {})
 
 
@@ -93,8 +93,10 @@ def family_of(directories: Iterable[Path]) -> str | None:
     for family, path in product(families()[0], directories):
         for name in _TOKENIZERS:
             both = (find(family).directory / name, path / name)
-            if all(file.is_file() for file in both) and cmp(*both, shallow=False):
-                return family
+            if all(file.is_file() for file in both):
+                own, other = (read_file(file, Limit.TOKENIZER) for file in both)
+                if own == other:
+                    return family
     return None
 
 
@@ -115,10 +117,10 @@ def _directory(family: str, location: str) -> Path:
 
 def _articles(family: str, path: Path) -> tuple[Article, ...]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_file(path, Limit.ROWS).decode("utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         articles = tuple(Article(row["article"], row["highlights"]) for row in rows)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (SourceError, ValueError, TypeError, KeyError) as error:
         raise PluginError(
             f"the demo of family '{family}' is damaged: {path}: {type(error).__name__}: {error}",
             hint="install the package again.",

@@ -55,7 +55,8 @@ RULES = {
     READER: Rule((FILES, ERRORS, DTYPES)),
     FILES: Rule((ERRORS, DTYPES, "safetensors", "xxhash")),
     SOURCE: Rule(
-        (FILES, LAYOUT, DTYPES, ERRORS, "numpy", "xxhash"), lazily=("torch", "huggingface_hub")
+        (FILES, LAYOUT, DTYPES, ERRORS, FINDINGS, "numpy", "xxhash"),
+        lazily=("torch", "huggingface_hub"),
     ),
     "phireg.hookspecs": Rule(DESCRIBE),
     "phireg.family": Rule((*DESCRIBE, "phireg.hookspecs")),
@@ -78,7 +79,9 @@ RULES = {
         (CONFIG, SOURCE, FILES, PLANNING, "phireg.family", DTYPES, ERRORS, "torch"),
         ("transformers",),
     ),
-    "phireg.data": Rule((ERRORS, "xxhash"), lazily=("huggingface_hub", "datasets", "pyarrow")),
+    "phireg.data": Rule(
+        (FILES, ERRORS, "xxhash"), lazily=("huggingface_hub", "datasets", "pyarrow")
+    ),
     STATISTICS: Rule((FILES, ERRORS, "numpy", "safetensors")),
     "phireg.calibration": Rule(
         ("phireg", "numpy", "torch", "xxhash"), ("transformers",), never=ABOVE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from phireg.device import pick_device
 from phireg.dtypes import WEIGHT_DTYPES, torch_dtype
 from phireg.errors import SourceError, UsageError
 from phireg.family import Family
+from phireg.files.regular import ANYWHERE
 from phireg.files.writing import check_writable
 from phireg.generation.tokenizer import Tokenizer, find_tokenizer
 from phireg.planning.model import Plan
@@ -89,7 +91,7 @@ def calibrate(
         OutputError: the file cannot be written.
     """
     path = Path(file)
-    if path.exists():
+    if os.path.lexists(path):
         statistics = load(path)
         named = required and settings == Settings(
             batch_size=settings.batch_size, device=settings.device
@@ -210,9 +212,9 @@ def _recorded(settings: Settings) -> dict[str, Any]:
     digest = None
     if settings.file is not None:
         try:
-            digest = file_digest(settings.file)
-        except OSError as error:
-            raise UsageError(f"cannot read {settings.file}: {error.strerror or error}") from None
+            digest = file_digest(settings.file, inside=ANYWHERE)
+        except SourceError as error:
+            raise UsageError(error.message, hint=error.hint) from None
     return {
         "dataset": settings.dataset,
         "file": None if digest is None else f"xxh3_128:{digest}",
@@ -272,7 +274,7 @@ def encoder(directory: Path) -> Callable[[str], list[int]]:
     def tokenizer() -> Tokenizer:
         loaded = find_tokenizer(directory)
         if loaded is None:
-            raise SourceError(
+            raise UsageError(
                 f"{directory} holds no tokenizer",
                 hint="copy the model's tokenizer files there, or give a --calib-file whose rows "
                 "have input_ids.",

@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
 from phireg.errors import SourceError
+from phireg.files.json import parse_object
+from phireg.files.regular import ANYWHERE, Limit, read_file
+from phireg.files.safetensors import read_header
 from phireg.files.writing import write_file
 
 FORMAT = "phireg-calibration-1"
@@ -92,25 +94,22 @@ def save(path: Path, statistics: Statistics) -> None:
 
 def load(path: Path) -> Statistics:
     """Read what :func:`save` wrote; a SourceError says what is wrong with a file."""
+    header = read_header(path, inside=ANYWHERE, limit=Limit.STATISTICS)
+    if header.metadata.get("format") != FORMAT:
+        raise SourceError(
+            f"{path} holds no calibration statistics of the format {FORMAT}", hint=_HINT
+        )
+    content = read_file(path, Limit.STATISTICS, inside=ANYWHERE)
+    tensors = {}
+    for name, entry in header.entries.items():
+        if entry.dtype != "F32":
+            raise SourceError(f"{path}: {name} is {entry.dtype}, not F32", hint=_HINT)
+        data = np.frombuffer(content[entry.start : entry.end], np.float32)
+        tensors[name] = data.reshape(entry.shape)
     try:
-        with safe_open(str(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise SourceError(
-                    f"{path} holds no calibration statistics of the format {FORMAT}", hint=_HINT
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise SourceError(f"{path}: no such file") from None
-    # AttributeError: the file has a dtype numpy lacks.
-    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
-        raise SourceError(f"{path}: not a readable safetensors file: {error}", hint=_HINT) from None
-    try:
-        provenance = json.loads(metadata.get("provenance", ""))
+        provenance = parse_object(header.metadata.get("provenance", "").encode())
     except ValueError as error:
-        raise SourceError(f"{path}: its provenance is not JSON: {error}") from None
-    if not isinstance(provenance, dict):
-        raise SourceError(f"{path}: its provenance is not an object")
+        raise SourceError(f"{path}: its provenance: {error}", hint=_HINT) from None
     try:
         return _statistics(tensors, provenance)
     except SourceError as error:
@@ -122,8 +121,8 @@ def _statistics(tensors: Mapping[str, NDArray[Any]], provenance: dict[str, Any])
     cached: dict[str, dict[int, float]] = {"key": {}, "value": {}}
     for name, tensor in tensors.items():
         if match := _CACHED.fullmatch(name):
-            if tensor.shape != (1,) or tensor.dtype != np.float32:
-                raise SourceError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not float32 [1]")
+            if tensor.shape != (1,):
+                raise SourceError(f"{name} is {list(tensor.shape)}, not [1]")
             cached[match[2]][int(match[1])] = float(tensor[0])
         elif name.endswith(_INPUT):
             inputs[name.removesuffix(_INPUT)] = tensor

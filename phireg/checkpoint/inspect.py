@@ -11,11 +11,9 @@ from phireg.checkpoint.manifest import Progress, check_files, read_manifest
 from phireg.checkpoint.rankfiles import RankFiles, world_size
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
-from phireg.files.kinds import CHECKPOINT, ENGINE, HF_MODEL, kind_of
+from phireg.files.kinds import CHECKPOINT, check_kind, file_sizes
 from phireg.reader.structure import structure_findings
 from phireg.reader.tensors import Kind
-
-_HINT = "give a checkpoint; phireg convert and phireg quantize write them."
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,32 +64,17 @@ def inspect(
                 hint="only checkpoints written by phireg carry digests.",
             )
         problems += check_files(directory, manifest, progress)
-    sizes = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
+    sizes = file_sizes(directory)
     return Inspection(config, ranks, sizes, manifest, tuple(problems))
 
 
 def checkpoint_config(directory: Path) -> dict[str, Any]:
     """Read a checkpoint's config.json; the error for anything else says what it is."""
-    if not directory.is_dir():
-        raise SourceError(f"no such directory: {directory}", hint=_HINT)
-    if not (directory / "config.json").exists():
-        raise SourceError(
-            f"{directory} is not a TensorRT-LLM checkpoint: it holds no config.json", hint=_HINT
-        )
+    check_kind(directory, CHECKPOINT)
     config = read_json_object(directory / "config.json")
-    if isinstance(config.get("architecture"), str):
-        return config
-    kind = kind_of(directory)
-    if kind is HF_MODEL:
-        hint = (
-            f"convert it first: phireg convert --model-dir {directory} --output-dir CKPT; "
-            "phireg plan shows what that would do."
-        )
-    elif kind is ENGINE:
-        hint = "give the checkpoint that it was built from."
-    else:
+    if not isinstance(config.get("architecture"), str):
         raise SourceError(
-            f"{directory} is not {CHECKPOINT.name}: its config.json has no 'architecture'",
-            hint=_HINT,
+            f"{directory / 'config.json'} has no 'architecture'",
+            hint="phireg convert and phireg quantize write checkpoints.",
         )
-    raise SourceError(f"{directory} is {kind.name}, not {CHECKPOINT.name}", hint=hint)
+    return config

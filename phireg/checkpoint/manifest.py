@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from phireg.checkpoint.rankfiles import RankFile
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
 from phireg.files.kinds import MANIFEST
+from phireg.files.regular import open_file
 
 FORMAT = 1
 _BLOCK = 4 * 1024 * 1024
@@ -22,10 +24,10 @@ Progress = Callable[[int], None]
 """Called with the number of further bytes that were read."""
 
 
-def file_digest(path: Path, progress: Progress | None = None) -> str:
-    """Return xxh3_128 of a whole file, in hexadecimal."""
+def file_digest(path: Path, progress: Progress | None = None, *, inside: Path | None = None) -> str:
+    """Return xxh3_128 of a whole file, in hexadecimal; ``inside`` is that of ``open_regular``."""
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with open_file(path, inside=inside) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
             if progress:
@@ -59,7 +61,7 @@ def write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """Return the manifest, or None if there is none."""
     path = directory / MANIFEST
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     manifest = read_json_object(path)
     if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):

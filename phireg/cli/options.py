@@ -175,9 +175,33 @@ json_option = DISPLAY.option(
 kv_cache_option = QUANTIZATION.option(
     "--kv-cache-dtype", type=click.Choice(KV_CACHE_CHOICES), help="Also quantize the KV cache."
 )
+reading_options = compose(
+    MODEL.option(
+        "--weights",
+        metavar="FILE|INDEX",
+        help="The weights to read, where the directory has more than one set.",
+        rare=True,
+    ),
+    MODEL.option(
+        "--adapter",
+        type=click.Choice(("merge", "ignore")),
+        help="What to do with a LoRA adapter that lies beside the weights.",
+        rare=True,
+    ),
+    MODEL.option(
+        "--tie",
+        type=click.Choice(("yes", "no")),
+        callback=lambda _, __, value: None if value is None else value == "yes",
+        help="Whether lm_head is the embedding, where config.json and files disagree.",
+        rare=True,
+    ),
+)
+"""Choose a reading of a directory that can be read in more than one way."""
+
 source_options = compose(
     family_option,
     revision_option,
+    reading_options,
     MODEL.option(
         "--dtype",
         type=click.Choice(DTYPE_CHOICES),

@@ -272,7 +272,7 @@ def _measure(result: _Result, settings: Settings, measure: bool | None, bars: Pr
             progress=bars.count("measuring", "layers"),
         )
     except PhiregError as error:
-        if measure is None and isinstance(error, SourceError | CheckError):
+        if measure is None and isinstance(error, SourceError | CheckError | UsageError):
             result.unmeasured = error.message
             return
         place = f"{result.converted.output_dir} is complete, but measuring it failed"

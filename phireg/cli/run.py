@@ -382,19 +382,16 @@ def _document(
 
 def _read_prompts(texts: Sequence[str], input_file: str | None) -> list[Prompt]:
     from phireg.data.rows import decode_text
+    from phireg.files.regular import Limit, read_named
     from phireg.generation.prompts import Prompt, read_prompts
 
     if texts:
         return [Prompt(f"--prompt {number}", text) for number, text in enumerate(texts, 1)]
     if input_file is not None and input_file != "-":
-        try:
-            return read_prompts(input_file, Path(input_file).read_bytes())
-        except OSError as error:
-            raise UsageError(
-                f"cannot read {input_file}: {error.strerror}",
-                hint="--input-file names a file of prompts; - is standard input.",
-            ) from None
-    name, content = "standard input", sys.stdin.buffer.read()
+        return read_prompts(input_file, read_named(Path(input_file)))
+    name, content = "standard input", sys.stdin.buffer.read(Limit.ROWS + 1)
+    if len(content) > Limit.ROWS:
+        raise UsageError(f"{name}: more than the {Limit.ROWS} bytes accepted")
     if input_file == "-":
         return read_prompts(name, content)
     return [Prompt(name, decode_text(name, content).rstrip("\r\n"))]

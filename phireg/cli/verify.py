@@ -18,6 +18,7 @@ from phireg.cli.options import (
     json_option,
     model_dir_option,
     quiet_option,
+    reading_options,
     report_option,
     revision_option,
 )
@@ -39,6 +40,7 @@ _MOST_PROBLEMS = 12
 @model_dir_option
 @family_option
 @revision_option
+@reading_options
 @RUNNING.option("--quick", is_flag=True, help="Stop before anything is computed.")
 @device_option
 @MODEL.option(

@@ -13,7 +13,7 @@ from phireg.checkpoint.manifest import file_record, rank_file_record, write_mani
 from phireg.conversion.cast import Loss
 from phireg.conversion.stream import Progress, Streamed, stream
 from phireg.errors import PlanError, UsageError
-from phireg.files.kinds import tokenizer_files
+from phireg.files.kinds import file_sizes, tokenizer_files
 from phireg.files.output import OutputDirectory
 from phireg.files.writing import copy_file
 from phireg.planning.model import Plan
@@ -120,7 +120,7 @@ def write_checkpoint(
         if quantization is not None:
             manifest["quantization"] = quantization
         write_manifest(directory, manifest)
-        files = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
+        files = file_sizes(directory)
     return Converted(target, files, streamed.losses)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from phireg.errors import PhiregError, SourceError, UsageError
+from phireg.files.regular import read_named
 
 AUTO, CNN_DAILYMAIL = "auto", "cnn_dailymail"
 CNN_REPOSITORY, CNN_CONFIG = "ccdv/cnn_dailymail", "3.0.0"
@@ -179,10 +180,7 @@ def read_rows(path: Path) -> list[Row]:
         raise UsageError(
             f"{path}: unknown kind of data file", hint=f"known endings: {', '.join(readers)}."
         )
-    try:
-        rows = list(reader(path))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
+    rows = list(reader(path))
     if not rows:
         raise UsageError(f"{path} holds no rows", hint="is it the right file?")
     return rows
@@ -221,19 +219,19 @@ def parse_object(where: str, line: str) -> dict[str, Any]:
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    for where, line in text_lines(str(path), path.read_bytes()):
+    for where, line in text_lines(str(path), read_named(path)):
         yield Row(where, parse_object(where, line))
 
 
 def _text_rows(path: Path) -> Iterator[Row]:
-    for where, line in text_lines(str(path), path.read_bytes()):
+    for where, line in text_lines(str(path), read_named(path)):
         yield Row(where, {"text": line})
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     # The reader's own limit of 128 KiB is shorter than some articles.
     csv.field_size_limit(2**30)
-    text = decode_text(str(path), path.read_bytes())
+    text = decode_text(str(path), read_named(path))
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     names: list[str] | None = None
     line = 1
@@ -260,9 +258,9 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             f"{path}: parquet files need the package 'pyarrow', which is not installed",
             hint=_INSTALL,
         ) from None
-    path.stat()  # raises the same error for a missing file as the other readers
+    content = io.BytesIO(read_named(path))
     try:
-        values = parquet.read_table(path).to_pylist()
+        values = parquet.read_table(content).to_pylist()
     except (ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"{path}: not a parquet file that can be read: {reason}") from None

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
 from phireg.errors import SourceError
-from phireg.files.regular import disguise, open_regular, read_bytes
+from phireg.files.regular import Limit, disguise, read_file
 
 
-def read_json_object(path: Path, *, limit: int = 64 * 1024 * 1024) -> dict[str, Any]:
+def read_json_object(path: Path, *, limit: int = Limit.JSON) -> dict[str, Any]:
     """Read a file that must hold one JSON object of at most ``limit`` bytes."""
-    fd = open_regular(path)
-    try:
-        size = os.fstat(fd).st_size
-        if size > limit:
-            raise SourceError(
-                f"{path}: {size} bytes of JSON, more than the {limit} accepted",
-                hint="compare the file with the one that was published",
-            )
-        raw = read_bytes(fd, path, 0, size)
-    finally:
-        os.close(fd)
+    raw = read_file(path, limit)
     if known := disguise(raw[:64]):
         raise SourceError(f"{path}: {known[0]}", hint=known[1])
     try:

@@ -12,6 +12,7 @@ from typing import Any
 
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
+from phireg.files.regular import Limit, open_regular
 
 MANIFEST = "phireg.json"
 """The file in which phireg describes a checkpoint."""
@@ -73,6 +74,16 @@ CHECKPOINT = Kind(
 HF_MODEL = Kind("a Hugging Face model", "", "")
 UNKNOWN = Kind("an unknown directory", "", "")
 
+_INSTEAD = {
+    CHECKPOINT: "to run it: phireg run {directory} (--backend executor); to make an engine of it: "
+    "phireg build {directory} --output-dir ENGINE",
+    ENGINE: "to run it: phireg run {directory} (--backend tensorrt-llm); it cannot be converted "
+    "back, so elsewhere give the checkpoint that it was built from.",
+    HF_MODEL: "to run it: phireg run {directory} (--backend hf); to convert it: "
+    "phireg convert --model-dir {directory} --output-dir CKPT",
+}
+"""What to do with a directory of a kind that is not wanted."""
+
 _BY_ENTRIES = (
     ENGINE,
     CHECKPOINT,
@@ -128,6 +139,25 @@ def kind_of(directory: Path) -> Kind:
     return kind_of_entries(names)[0] or by_config
 
 
+def check_kind(directory: Path, *wanted: Kind) -> Kind:
+    """Return which of the kinds a directory is; a SourceError says what else it is."""
+    names = " or ".join(kind.name for kind in wanted)
+    if not directory.is_dir():
+        problem = "this is a file, not a" if directory.is_file() else "no such"
+        raise SourceError(f"{directory}: {problem} directory", hint=f"give {names}.")
+    kind = kind_of(directory)
+    if kind in wanted:
+        return kind
+    if kind is not UNKNOWN:
+        hint = _INSTEAD.get(kind, kind.advice).format(directory=directory)
+        raise SourceError(f"{directory} is {kind.name}, not {names}", hint=hint)
+    problem = "it holds no config.json"
+    if os.path.lexists(directory / "config.json"):
+        read_json_object(directory / "config.json")
+        problem = "its config.json is of something else"
+    raise SourceError(f"{directory} is not {names}: {problem}", hint=f"give {names}.")
+
+
 def kind_of_config(config: Mapping[str, Any]) -> Kind:
     """Return the kind of directory that a config.json is of; UNKNOWN for any other JSON object."""
     if all(isinstance(config.get(key), dict) for key in ("pretrained_config", "build_config")):
@@ -163,7 +193,35 @@ def objection(directory: Path, kind: Kind) -> str | None:
     return None
 
 
-def tokenizer_files(directory: Path) -> list[Path]:
-    """Return the files of a model directory that its tokenizer and generation need."""
-    files = (file for pattern in TOKENIZER_FILES for file in directory.glob(pattern))
-    return sorted(file for file in files if file.is_file())
+def file_sizes(directory: Path) -> dict[str, int]:
+    """Return the bytes of every file of a directory by its name, sorted."""
+    return {
+        file.name: file.stat().st_size for file in sorted(directory.iterdir()) if file.is_file()
+    }
+
+
+def check_loadable(directory: Path) -> None:
+    """Refuse a directory of which a library would open a file that is none, or lies elsewhere.
+
+    transformers opens what it finds under these names, and would wait for a named pipe.
+    """
+    tokenizer_files(directory, "config.json", "tokenizer.*.json", "chat_template.json")
+    if (templates := directory / "chat_templates").is_dir():
+        tokenizer_files(templates, "*")
+
+
+def tokenizer_files(directory: Path, *more: str) -> list[Path]:
+    """Return the files of a model directory that its tokenizer and generation need.
+
+    Each can be opened and is of bounded size; raise SourceError otherwise. ``more`` are further
+    patterns.
+    """
+    patterns = (*TOKENIZER_FILES, *more)
+    files = [
+        directory / name
+        for name in sorted(os.listdir(directory))  # noqa: PTH208 - names only
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+    for file in files:
+        os.close(open_regular(file, limit=Limit.TOKENIZER))
+    return files

@@ -1,14 +1,36 @@
-"""Regular files: opened without waiting, read at an offset, checked for changes."""
+"""The one opener of files that others may have made, and reading at an offset.
+
+``tests/test_import_rules.py`` keeps the other modules from opening files themselves.
+"""
 
 from __future__ import annotations
 
+import enum
 import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from phireg.errors import SourceError
+from phireg.errors import SourceError, UsageError
+
+
+class Limit(enum.IntEnum):
+    """The largest size in bytes of a file that is read whole, by its kind."""
+
+    JSON = 64 * 2**20
+    """Configs, indices, manifests."""
+    TOKENIZER = 128 * 2**20
+    """The files that travel with the weights."""
+    STATISTICS = 256 * 2**20
+    ROWS = 2**30
+    """Prompts, articles and calibration texts."""
+
+
+ANYWHERE = Path("/")
+"""For ``inside``: the user named this very file, so it may link to any place."""
+
+_PUT = "put the file itself in its place"
 
 
 class Stamp(NamedTuple):
@@ -24,11 +46,22 @@ def stamp_of(fd: int) -> Stamp:
     return Stamp(status.st_size, status.st_mtime_ns)
 
 
-def open_regular(path: Path) -> int:
-    """Open a regular file for reading and return its descriptor; symbolic links are followed."""
+def open_regular(path: Path, *, inside: Path | None = None, limit: int | None = None) -> int:
+    """Open a regular file for reading and return its descriptor; raise SourceError.
+
+    Symbolic links are followed if they lead to a file in the directory ``inside`` (default: that
+    of the file), or to a blob of a Hugging Face cache.
+    """
     try:
+        real = Path(os.path.realpath(path))
+        root = Path(os.path.realpath(inside or path.parent))
+        if not real.is_relative_to(root) and not _is_blob(real, root):
+            raise SourceError(
+                f"{path}: a symbolic link to {real}, which is outside of {inside or path.parent}",
+                hint=_PUT,
+            )
         # O_NONBLOCK: opening a named pipe must not wait for a writer.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError:
         if path.is_symlink():
             raise SourceError(
@@ -42,14 +75,47 @@ def open_regular(path: Path) -> int:
         raise SourceError(f"{str(path)!r}: not a possible file name") from None
     except OSError as error:
         raise SourceError(f"{path}: cannot be opened: {error.strerror}") from None
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode):
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
         os.close(fd)
-        actual = "a directory" if stat.S_ISDIR(mode) else "a device, pipe or socket"
+        actual = "a directory" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
+        raise SourceError(f"{path}: expected a file, this is {actual}", hint=_PUT)
+    if limit is not None and status.st_size > limit:
+        os.close(fd)
         raise SourceError(
-            f"{path}: expected a file, this is {actual}", hint="put the file itself in its place"
+            f"{path}: {status.st_size} bytes, more than the {limit} accepted of such a file",
+            hint="compare the file with the one that was published",
         )
     return fd
+
+
+def _is_blob(real: Path, root: Path) -> bool:
+    """Return whether a path is ``blobs/HASH`` of a cache, and ``root`` its snapshot or a copy."""
+    repository = real.parent.parent
+    own = repository / "snapshots" == root.parent or repository.name.startswith("models--")
+    return real.parent.name == "blobs" and own
+
+
+def open_file(path: Path, *, inside: Path | None = None, limit: int | None = None) -> BinaryIO:
+    """Open a file as :func:`open_regular` does, as a file object."""
+    return os.fdopen(open_regular(path, inside=inside, limit=limit), "rb")
+
+
+def read_file(path: Path, limit: int, *, inside: Path | None = None) -> bytes:
+    """Read a whole file of at most ``limit`` bytes."""
+    fd = open_regular(path, inside=inside, limit=limit)
+    try:
+        return read_bytes(fd, path, 0, os.fstat(fd).st_size)
+    finally:
+        os.close(fd)
+
+
+def read_named(path: Path, limit: int = Limit.ROWS) -> bytes:
+    """Read a whole file that the user named; raise UsageError if that is impossible."""
+    try:
+        return read_file(path, limit, inside=ANYWHERE)
+    except SourceError as error:
+        raise UsageError(error.message, hint=error.hint) from None
 
 
 def read_into(fd: int, path: Path, offset: int, view: memoryview) -> None:

@@ -63,12 +63,13 @@ class Header:
 
     entries: Mapping[str, TensorEntry]  # in the order of their data
     digest: str  # xxh3_128 of the eight length bytes and the header, in hexadecimal
+    metadata: Mapping[str, str]
     stamp: Stamp
 
 
-def read_header(path: Path) -> Header:
-    """Read the header of a safetensors file, and no tensor data."""
-    fd = open_regular(path)
+def read_header(path: Path, *, inside: Path | None = None, limit: int | None = None) -> Header:
+    """Read the header of a safetensors file, and no tensor data; see ``open_regular``."""
+    fd = open_regular(path, inside=inside, limit=limit)
     try:
         stamp = stamp_of(fd)
         head = read_bytes(fd, path, 0, min(stamp.size, 64))
@@ -79,7 +80,7 @@ def read_header(path: Path) -> Header:
         try:
             with safe_open(path, framework="numpy"):
                 pass
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, MemoryError) as error:
             problem = str(error).removeprefix(_PREFIX)
             if length <= min(stamp.size, _MAX_HEADER):
                 raw = read_bytes(fd, path, 0, length)
@@ -93,7 +94,7 @@ def read_header(path: Path) -> Header:
         listing = parse_object(raw[8:])
     except ValueError as error:  # a repeated name, which the library lets pass
         raise _invalid(path, [str(error)]) from None
-    listing.pop("__metadata__", None)
+    metadata = listing.pop("__metadata__", {})
     if defects := [defect for name in listing for defect in _defects(name, listing[name])]:
         raise _invalid(path, defects)
     entries = []
@@ -103,7 +104,7 @@ def read_header(path: Path) -> Header:
         entries.append(TensorEntry(name, entry["dtype"], shape, length + start, length + end))
     entries.sort(key=lambda entry: (entry.start, entry.end))
     by_name = MappingProxyType({entry.name: entry for entry in entries})
-    return Header(by_name, xxhash.xxh3_128_hexdigest(raw), stamp)
+    return Header(by_name, xxhash.xxh3_128_hexdigest(raw), metadata, stamp)
 
 
 def _truncation(raw: bytes, size: int) -> str | None:

@@ -8,7 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from phireg.errors import OutputError, SourceError
+from phireg.errors import OutputError
+from phireg.files.regular import open_file
 
 REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -68,10 +69,6 @@ def copy_file(file: Path, directory: Path) -> Path:
     An OSError says that the copy cannot be written; ``OutputDirectory`` explains it.
     """
     copy = directory / file.name
-    try:
-        shutil.copyfile(file, copy)
-    except OSError as error:
-        if error.filename != str(file):
-            raise
-        raise SourceError(f"{file}: cannot be read ({error.strerror})") from error
+    with open_file(file) as content, copy.open("wb") as out:
+        shutil.copyfileobj(content, out)
     return copy

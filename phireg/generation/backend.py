@@ -12,8 +12,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Protocol
 
-from phireg.errors import CheckError, UsageError
-from phireg.files.kinds import CHECKPOINT, ENGINE, HF_MODEL, UNKNOWN, Kind, kind_of
+from phireg.errors import UsageError
+from phireg.files.kinds import CHECKPOINT, ENGINE, HF_MODEL, check_kind
 
 if TYPE_CHECKING:
     from phireg.executor import Sampling
@@ -28,13 +28,6 @@ BACKENDS: dict[str, str] = {
 """Module by name; a module is imported when its backend is asked for."""
 
 _RUNS = {EXECUTOR: CHECKPOINT, TENSORRT_LLM: ENGINE, HF: HF_MODEL}
-_HINTS = {
-    CHECKPOINT: "run it with --backend executor, or build an engine of it first: phireg build "
-    "{directory} --output-dir ENGINE",
-    ENGINE: "run it with --backend tensorrt-llm.",
-    HF_MODEL: "run it with --backend hf, or convert it first: phireg convert --model-dir "
-    "{directory} --output-dir CKPT",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,40 +151,15 @@ def open_backend(
         backend.close()
 
 
-def kind_of_place(directory: Path) -> Kind:
-    """Return the kind of a directory; raise UsageError if there is none."""
-    if not directory.is_dir():
-        raise UsageError(
-            f"no such directory: {directory}",
-            hint="give a checkpoint (phireg convert and phireg quantize write them), an engine, or "
-            "with --backend hf a source model.",
-        )
-    return kind_of(directory)
-
-
 def default_backend(directory: Path) -> str:
-    """Choose TensorRT-LLM for an engine and the executor for anything else."""
-    return TENSORRT_LLM if kind_of_place(directory) is ENGINE else EXECUTOR
+    """Return the backend that runs the kind of a directory."""
+    kind = check_kind(directory, *_RUNS.values())
+    return next(name for name, runs in _RUNS.items() if runs is kind)
 
 
 def check_directory(backend: str, directory: Path) -> None:
-    """Raise CheckError if a directory is of a kind that another backend runs."""
+    """Raise a SourceError if a directory is of a kind that another backend runs."""
     runs = _RUNS.get(backend)
     if runs is None or (runs is HF_MODEL and not directory.is_dir()):
         return  # a third-party backend, or a model on the hub
-    kind = kind_of_place(directory)
-    if kind is runs:
-        return
-    if kind is UNKNOWN and runs is CHECKPOINT and (directory / "config.json").exists():
-        return  # loading it reports the problem
-    if kind is UNKNOWN:
-        empty = not (directory / "config.json").exists()
-        raise CheckError(
-            f"{directory} is not {runs.name}, which backend {backend} runs: "
-            + ("it holds no config.json" if empty else "its config.json is not of a model"),
-            hint=f"give {runs.name}.",
-        )
-    raise CheckError(
-        f"{directory} is {kind.name}, not {runs.name}, which backend {backend} runs",
-        hint=_HINTS.get(kind, f"give {runs.name}.").format(directory=directory),
-    )
+    check_kind(directory, runs)

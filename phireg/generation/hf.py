@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from phireg import device as devices
 from phireg.dtypes import WEIGHT_DTYPES
-from phireg.errors import CheckError, UsageError
+from phireg.errors import SourceError, UsageError
 from phireg.generation.backend import Description, Options, Request
 from phireg.generation.limits import check_continuations, check_request
 from phireg.generation.processes import process_rank
@@ -41,7 +41,7 @@ def load(directory: Path, options: Options) -> HFBackend:
     from phireg import registry
     from phireg.config.hf import HFConfig
     from phireg.reference.load import open_reference
-    from phireg.source.model import open_source
+    from phireg.source.readings import open_source
 
     directory, config = _read_config(directory)
     family = registry.choose(HFConfig(config)).family
@@ -49,7 +49,7 @@ def load(directory: Path, options: Options) -> HFBackend:
     dtype = options.dtype or (own_dtype if own_dtype in WEIGHT_DTYPES else _DEFAULT_DTYPE)
     device = devices.pick_device(options.device)
     devices.measure_memory(device)
-    source = open_source(directory)
+    source = open_source(directory).settled()
     reference = open_reference(
         family, source, weights=None, dtype=getattr(torch, dtype), device=device
     )
@@ -206,20 +206,16 @@ class _Steps:
 def _read_config(model: Path) -> tuple[Path, dict[str, Any]]:
     """Return the directory of a source model (of the hub, if it is not local) and its config."""
     from phireg.files.json import read_json_object
-    from phireg.files.kinds import CHECKPOINT, ENGINE, kind_of_config
+    from phireg.files.kinds import HF_MODEL, check_kind
     from phireg.source.hub import resolve_model_dir
 
     directory, _ = resolve_model_dir(str(model), None)
+    check_kind(directory, HF_MODEL)
     path = directory / "config.json"
     config: dict[str, Any] = read_json_object(path)
     numbers = [config.get(key) for key in ("vocab_size", "max_position_embeddings")]
-    if (kind := kind_of_config(config)) in (CHECKPOINT, ENGINE):
-        raise CheckError(
-            f"{directory} is {kind.name}; the hf backend runs the source model",
-            hint="give the directory that it was converted from.",
-        )
     if not all(type(number) is int and number > 0 for number in numbers):
-        raise CheckError(
+        raise SourceError(
             f"{path} has no vocab_size or no max_position_embeddings",
             hint="give the directory of a Phi model.",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 
 from phireg import registry
 from phireg.checkpoint.manifest import read_manifest
-from phireg.errors import PhiregWarning, PluginError, SourceError, UsageError
+from phireg.errors import PhiregError, PhiregWarning, PluginError, SourceError, UsageError
 from phireg.files.json import read_json_object
+from phireg.files.kinds import check_loadable
 from phireg.reference.quiet import quiet
 
 RANKS_FILES = "*.tiktoken"
@@ -141,6 +143,8 @@ def find_tokenizer(checkpoint_dir: Path, tokenizer_dir: Path | None = None) -> T
     be used without running their author's code.
     """
     directory = checkpoint_dir if tokenizer_dir is None else tokenizer_dir
+    if directory.is_dir():
+        check_loadable(directory)
     if any((directory / name).is_file() for name in _FILES):
         return Tokenizer(_from_transformers(directory))
     if any(directory.glob(RANKS_FILES)):
@@ -168,10 +172,7 @@ def _from_transformers(directory: Path) -> Any:
         with quiet():
             inner = loader.from_pretrained(str(directory), local_files_only=True, **options)
     except Exception as error:  # damaged files raise anything, from KeyError to Rust's errors
-        raise SourceError(
-            f"the tokenizer in {directory} cannot be loaded: {type(error).__name__}: {error}",
-            hint="give --tokenizer-dir a directory with the model's tokenizer.json.",
-        ) from None
+        raise _not_loaded(directory, error) from None
     if not whole and pieces.is_file():
         _compare_with_sentencepiece(inner, pieces)
     _add_bos_and_eos(inner, directory)
@@ -264,13 +265,25 @@ def _add_bos_and_eos(inner: Any, directory: Path) -> None:
         )
 
 
+def _not_loaded(directory: Path, error: Exception) -> SourceError:
+    return SourceError(
+        f"the tokenizer in {directory} cannot be loaded: {type(error).__name__}: {error}",
+        hint="give --tokenizer-dir a directory with the model's tokenizer.json.",
+    )
+
+
 def _from_family(checkpoint_dir: Path, directory: Path) -> Any:
     name = _family_loader(checkpoint_dir)
     try:
         loader = resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise PluginError(f"the tokenizer loader {name} cannot be imported: {error}") from error
-    return loader(directory)
+    try:
+        return loader(directory)
+    except PhiregError:
+        raise
+    except Exception as error:  # it reads the same damaged files
+        raise _not_loaded(directory, error) from None
 
 
 def _family_loader(checkpoint_dir: Path) -> str:
@@ -320,7 +333,7 @@ def stop_ids(directory: Path, tokenizer: Tokenizer | None) -> frozenset[int]:
 
 
 def _eos_ids(path: Path) -> frozenset[int]:
-    value: Any = read_json_object(path).get("eos_token_id") if path.exists() else None
+    value: Any = read_json_object(path).get("eos_token_id") if os.path.lexists(path) else None
     if value is None:
         return frozenset()
     ids = value if isinstance(value, list) else [value]

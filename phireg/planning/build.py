@@ -47,9 +47,7 @@ class _Builder:
         self.hf = hf
         self.source = source
         self.options = options
-        self.findings: list[Finding] = [
-            Finding(Severity.NOTE, "source", "", note) for note in source.notes
-        ]
+        self.findings: list[Finding] = [*source.findings]
 
     def plan(self, model_dir: str) -> Plan:
         translation = self.family.config_fields().translate(self.hf)

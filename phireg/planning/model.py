@@ -15,6 +15,7 @@ from phireg.layout.spans import Span
 from phireg.reader.schemes import SCHEMES, Scheme
 from phireg.registry import FamilyChoice
 from phireg.source.model import Source
+from phireg.source.readings import NO_CHOICE, Readings
 from phireg.source.tensors import SourceTensor
 
 BLOCK_BYTES = 512 * 1024
@@ -34,6 +35,7 @@ class Options:
     qformat: str | None = None  # a key of SCHEMES
     kv_cache_dtype: str | None = None  # a key of KV_CACHES
     moe_ep_size: int | None = None  # None (not given) means 1
+    readings: Readings = NO_CHOICE
 
     @property
     def ranks(self) -> Ranks:

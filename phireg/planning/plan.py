@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from phireg.planning.report import problems
 from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
 from phireg.registry import AUTO, FamilyChoice
 from phireg.source.hub import resolve_model_dir
-from phireg.source.model import Source, open_source
+from phireg.source.model import Source
+from phireg.source.readings import Readings, open_source
 
 MODALITIES = ("vision_config", "img_processor", "embd_layer", "audio_config", "audio_processor")
 
@@ -34,6 +36,9 @@ def plan(
     kv_cache_dtype: str | None = None,
     moe_tp_size: int | None = None,
     moe_ep_size: int | None = None,
+    weights: str | None = None,
+    adapter: str | None = None,
+    tie: bool | None = None,
 ) -> Plan:
     """Plan a conversion or quantization from config.json and file headers alone.
 
@@ -53,6 +58,9 @@ def plan(
         moe_tp_size: number of ranks that divide each expert of a mixture.
         moe_ep_size: number of ranks that share the experts out. The product of both is
             ``tp_size``; without them every expert is divided over all ranks.
+        weights: the weights file, or the index, to read where the directory has several sets.
+        adapter: ``merge`` or ``ignore`` for a LoRA adapter that lies beside the weights.
+        tie: whether lm_head is the embedding, where config.json and files disagree.
 
     Raises:
         UsageError: an option has a value that makes no sense.
@@ -66,15 +74,18 @@ def plan(
         _qformat(qformat, weight_only, kv_cache_dtype),
         kv_cache_dtype,
         _moe_ep_size(tp_size, moe_tp_size, moe_ep_size),
+        Readings(weights, adapter, tie),
     )
     directory, commit = resolve_model_dir(str(model_dir), revision)
-    if directory.is_dir() and not (directory / "config.json").exists():
+    if directory.is_dir() and not os.path.lexists(directory / "config.json"):
         open_source(directory)  # refuses other kinds of directories by name
     hf = HFConfig(read_json_object(directory / "config.json"))
     if not hf.architectures and not hf.model_type:
         open_source(directory)
     choice = choose_family(hf, family)
-    return build_plan(choice, hf, open_source(directory, commit), options, str(model_dir))
+    return build_plan(
+        choice, hf, open_source(directory, commit, options.readings), options, str(model_dir)
+    )
 
 
 def plan_config(

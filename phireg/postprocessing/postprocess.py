@@ -19,8 +19,8 @@ from phireg.checkpoint.rankfiles import RankFiles, world_size
 from phireg.config.hf import HFConfig
 from phireg.conversion.convert import manifest_of
 from phireg.conversion.stream import stream
-from phireg.errors import OutputError, SourceError, UsageError
-from phireg.files.kinds import CHECKPOINT, MANIFEST
+from phireg.errors import CheckError, OutputError, SourceError, UsageError
+from phireg.files.kinds import CHECKPOINT, MANIFEST, file_sizes
 from phireg.files.output import PARTIAL_SUFFIX, OutputDirectory
 from phireg.files.writing import copy_file
 from phireg.layout.spans import Span
@@ -171,7 +171,7 @@ def postprocess(
             if in_place:
                 # Writable while it is filled, whatever the original's mode is.
                 unfinished.chmod(directory.stat().st_mode & 0o777 | 0o700)
-            sizes = {file.name: file.stat().st_size for file in sorted(unfinished.iterdir())}
+            sizes = file_sizes(unfinished)
     return Postprocessed(directory if in_place else target, checkpoint.rows, len(moved), sizes)
 
 
@@ -229,18 +229,18 @@ def _check_files(config: Mapping[str, Any], files: RankFiles) -> None:
     mapping = config.get("mapping")
     tp_size = mapping.get("tp_size", len(files.paths)) if isinstance(mapping, Mapping) else 1
     if tp_size != len(files.paths):
-        raise SourceError(
+        raise CheckError(
             f"config.json: mapping.world_size is {len(files.paths)} and tp_size {tp_size!r}; "
             "no Phi model has another kind of parallelism"
         )
     for rank, error in files.errors.items():
         if rank and not files.paths[rank].exists():
-            raise SourceError(
+            raise CheckError(
                 error.message,
                 hint="modelopt before 0.13 wrote one file for Phi-3-small whatever the TP size, "
                 "which no reader divides; quantize again, with phireg quantize or with TP 1.",
             )
-        raise error
+        raise CheckError(error.message, hint=error.hint)
 
 
 def _family(config: Mapping[str, Any], family: str) -> FamilyChoice:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from phireg.dtypes import WEIGHT_DTYPES
-from phireg.errors import CheckError, SourceError
 from phireg.files.json import read_json_object
 from phireg.reader.architectures import (
     ACTIVATIONS,
@@ -159,15 +158,11 @@ def read_spec(checkpoint_dir: Path) -> ModelSpec:
     """Read ``config.json`` of a TensorRT-LLM checkpoint directory.
 
     Raises:
-        CheckError: there is no readable config.json, or it asks for something unknown.
+        SourceError: there is no readable config.json.
+        CheckError: it asks for something unknown.
     """
     path = checkpoint_dir / "config.json"
-    try:
-        values = read_json_object(path)
-    except SourceError as error:
-        hint = error.hint or "give the directory that holds config.json and rank0.safetensors"
-        raise CheckError(error.message, hint=hint) from error
-    return parse_spec(values, str(path))
+    return parse_spec(read_json_object(path), str(path))
 
 
 def parse_dimensions(config: Config, tp_size: int) -> Dimensions:

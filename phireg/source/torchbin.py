@@ -52,7 +52,7 @@ def list_bin(directory: Path, name: str) -> WeightsFile:
     later).
     """
     path = directory / name
-    fd = open_regular(path)
+    fd = open_regular(path, inside=directory)
     try:
         stamp = stamp_of(fd)
         _check_magic(fd, path, stamp.size)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phireg.errors import UsageError
-from phireg.files.kinds import ENGINE, HF_MODEL
+from phireg.files.kinds import CHECKPOINT, ENGINE, check_kind
 from phireg.generation.backend import (
     DEFAULTS,
     EXECUTOR,
@@ -15,8 +15,8 @@ from phireg.generation.backend import (
     TENSORRT_LLM,
     Description,
     Options,
+    check_directory,
     describe,
-    kind_of_place,
     opener,
 )
 from phireg.generation.processes import check_processes
@@ -78,6 +78,7 @@ def choose_models(
                 f"there is nothing to run with backend '{name}'",
                 hint=_HINTS.get(name, _HINTS[EXECUTOR]),
             )
+        check_directory(name, directory)
         models.append(ModelRun(name, directory, own_options))
     return tuple(models)
 
@@ -86,13 +87,7 @@ def _by_kind(directories: Sequence[Path]) -> tuple[Path | None, Path | None]:
     """Return the engine and the checkpoint among the directories."""
     by_kind: dict[str, Path] = {}
     for directory in directories:
-        kind = kind_of_place(directory)
-        if kind is HF_MODEL:
-            raise UsageError(
-                f"{directory} is a Hugging Face model, not a checkpoint or an engine",
-                hint=f"convert it first: phireg convert --model-dir {directory} --output-dir CKPT; "
-                f"or run the model itself: --backend hf --hf-model-dir {directory}",
-            )
+        kind = check_kind(directory, CHECKPOINT, ENGINE)
         name = "engine" if kind is ENGINE else "checkpoint"
         if name in by_kind:
             raise UsageError(

@@ -18,7 +18,7 @@ from phireg.findings import Severity
 from phireg.planning.model import Rows
 from phireg.reader.architectures import required_keys
 from phireg.reader.spec import parse_spec
-from phireg.source.model import open_source
+from phireg.source.readings import open_source
 from phireg.source.tensors import SourceTensor
 from phireg.testing.model import Addresses, TinyModel
 from phireg.testing.scales import scale_problems, schemes_of

@@ -27,7 +27,8 @@ from phireg.planning.build import build_plan
 from phireg.planning.model import Options, Plan
 from phireg.planning.report import problems
 from phireg.registry import GROUP, Candidate, FamilyChoice
-from phireg.source.model import Source, open_source
+from phireg.source.model import Source
+from phireg.source.readings import open_source
 from phireg.testing.sources import tiny_config, write_tiny_model
 
 Addresses = npt.NDArray[np.uint32]

@@ -26,7 +26,7 @@ from phireg.files.safetensors import TensorEntry, encode_header
 from phireg.files.writing import copy_file
 from phireg.planning.quantized import axes_of
 from phireg.source.hub import resolve_model_dir
-from phireg.source.model import open_source
+from phireg.source.readings import open_source
 from phireg.source.tensors import SourceTensor
 
 Shape = tuple[int, ...]

@@ -15,7 +15,7 @@ from typing import Any
 
 from phireg.checkpoint.inspect import inspect
 from phireg.errors import CheckError, EngineError, OutputError, SourceError
-from phireg.files.kinds import BUILD_FILE, ENGINE, tokenizer_files
+from phireg.files.kinds import BUILD_FILE, ENGINE, file_sizes, tokenizer_files
 from phireg.files.output import OutputDirectory
 from phireg.files.writing import copy_file
 from phireg.planning.plan import plan_config
@@ -176,7 +176,7 @@ def build(plan: BuildPlan, *, overwrite: bool = False, listen: Listener | None =
         }
         text = json.dumps(record, indent=2) + "\n"
         (directory / BUILD_FILE).write_text(text, encoding="utf-8")
-        files = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
+        files = file_sizes(directory)
     return Built(read_engine(plan.output_dir), files, plan.log, time.monotonic() - started)
 
 

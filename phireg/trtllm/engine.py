@@ -7,15 +7,16 @@ adds ``phireg-build.json``, which holds among others the options that became run
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from phireg.checkpoint.rankfiles import world_size
-from phireg.errors import SourceError
+from phireg.errors import CheckError, SourceError
 from phireg.files.json import read_json_object
-from phireg.files.kinds import BUILD_FILE, ENGINE, kind_of_config
+from phireg.files.kinds import BUILD_FILE, ENGINE, check_kind
 from phireg.reader.config import Config
 
 
@@ -47,24 +48,19 @@ def read_engine(directory: str | Path) -> Engine:
     """Read an engine's config and look for its rank files.
 
     Raises:
-        SourceError: it is not a complete engine.
-        CheckError: a value of its config is missing or of a wrong type.
+        SourceError: it is not an engine.
+        CheckError: a rank file is missing, or a value of its config is missing or of a wrong type.
     """
     directory = Path(directory)
+    check_kind(directory, ENGINE)
     path = directory / "config.json"
     config = read_json_object(path)
-    if kind_of_config(config) is not ENGINE:
-        raise SourceError(
-            f"{directory} is not a TensorRT-LLM engine: its config.json has no 'pretrained_config' "
-            "and 'build_config'",
-            hint="an engine is made from a checkpoint by phireg build.",
-        )
     engine = Config(config, str(path))
     pretrained, build = engine.block("pretrained_config"), engine.block("build_config")
     mapping, ranks = pretrained.block("mapping"), world_size(pretrained.values)
     for rank in range(ranks):
         if not (directory / f"rank{rank}.engine").is_file():
-            raise SourceError(f"{directory} has no rank{rank}.engine; it is made for {ranks}")
+            raise CheckError(f"{directory} has no rank{rank}.engine; it is made for {ranks}")
     max_input_len = build.integer("max_input_len")
     if build.has("max_seq_len"):
         max_seq_len = build.integer("max_seq_len")
@@ -89,7 +85,7 @@ def read_engine(directory: str | Path) -> Engine:
 
 
 def _run_options(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}  # built by trtllm-build alone
     options = read_json_object(path).get("run_options")
     if not isinstance(options, dict):

@@ -24,6 +24,7 @@ from phireg.planning.schedule import restrict
 from phireg.reader.schemes import KNOWN, KV_CACHES, SCHEMES
 from phireg.reader.structure import structure_findings
 from phireg.registry import AUTO
+from phireg.source.readings import Readings
 from phireg.verification.comparison import compare, is_comparable
 from phireg.verification.config import compare_configs
 from phireg.verification.mistakes import REGROUP, explain, explain_quantized, regroup_hint
@@ -62,6 +63,9 @@ def verify(
     device: str = "auto",
     dtype: str = "float32",
     max_tokens: int | None = None,
+    weights: str | None = None,
+    adapter: str | None = None,
+    tie: bool | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Compare a checkpoint with the model it was made from; see docs/verify.md.
@@ -75,6 +79,10 @@ def verify(
         device: where logits are computed: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: in which dtype; float32 compares sharpest.
         max_tokens: most tokens of a prompt; None for what a stated budget allows.
+        weights: as for :func:`phireg.plan`, like ``adapter`` and ``tie``; by default what the
+            checkpoint's manifest says it was converted with.
+        adapter: see ``weights``.
+        tie: see ``weights``.
         progress: takes (check, how much more is done, the total), perhaps from worker threads:
             bytes of ``weights``, layers of ``logits`` and ``ranks``.
 
@@ -102,7 +110,7 @@ def verify(
             verifier.computed = ComputedChecks(
                 directory, config, device, dtype, max_tokens, verifier.progress
             )
-        verifier.plan_source(str(model_dir), family, revision)
+        verifier.plan_source(str(model_dir), family, revision, Readings(weights, adapter, tie))
         results = [verifier.check(name) for name in CHECKS if name in checks]
         return Verification(
             str(checkpoint_dir),
@@ -144,7 +152,9 @@ class _Verifier:
     def tp_size(self) -> int:
         return len(self.files.paths)
 
-    def plan_source(self, model_dir: str, family: str, revision: str | None) -> None:
+    def plan_source(
+        self, model_dir: str, family: str, revision: str | None, chosen: Readings
+    ) -> None:
         """Plan the conversion of the source that the checkpoint's config.json tells of."""
         dtype = self.config.get("dtype")
         qformats = {scheme.quant_algo: name for name, scheme in SCHEMES.items()}
@@ -154,6 +164,7 @@ class _Verifier:
         cache = caches.get(str(self.quantization.get("kv_cache_quant_algo")))
         mapping = self.config.get("mapping")
         ep_size = mapping.get("moe_ep_size") if isinstance(mapping, Mapping) else None
+        readings = chosen.over(Readings.recorded(self.manifest))
         possible = isinstance(ep_size, int) and ep_size > 1 and self.tp_size % ep_size == 0
         self.plan = plan_source(
             model_dir,
@@ -164,6 +175,9 @@ class _Verifier:
             qformat=qformat,
             kv_cache_dtype=cache if qformat is not None else None,
             moe_ep_size=ep_size if possible else None,
+            weights=readings.weights,
+            adapter=readings.adapter,
+            tie=readings.tie,
         )
         self.postprocess = ["phireg", "postprocess", str(self.directory), "--model-dir", model_dir]
         self.postprocess += ["--family", family] if family != AUTO else []
@@ -258,7 +272,7 @@ class _Verifier:
         else:
             reason = f"{MANIFEST} names no producer" if self.manifest else f"there is no {MANIFEST}"
             yield "made by", f"not known: {reason}"
-        sizes = [file.stat().st_size for file in self.directory.glob("rank*.safetensors")]
+        sizes = [path.stat().st_size for path in self.files.paths.values() if path.is_file()]
         yield "rank files", f"{len(sizes)} of {sum(sizes):,} bytes together"
         yield "weights", f"{self.config.get('dtype')}, TP {self.tp_size}"
         yield "verified by", f"phireg {metadata.version('phireg')}"

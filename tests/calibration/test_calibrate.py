@@ -19,7 +19,7 @@ from phireg.calibration.settings import Settings
 from phireg.calibration.statistics import load, save
 from phireg.errors import SourceError, UsageError
 from phireg.reference.load import open_reference
-from phireg.source.model import open_source
+from phireg.source.readings import open_source
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -118,7 +118,7 @@ def test_text_goes_through_the_models_own_tokenizer():
 
 def test_no_tokenizer_or_no_such_device(tmp_path):
     source = open_source(sources.write("phi2", tmp_path))
-    with pytest.raises(SourceError) as caught:
+    with pytest.raises(UsageError) as caught:
         run_calibration(family("phi2"), source, Settings(dataset="builtin"))
     assert "tokenizer" in caught.value.message and caught.value.hint
     with pytest.raises(UsageError):

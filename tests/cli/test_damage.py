@@ -1,7 +1,7 @@
 """Every damaged source ends in a documented error, without traceback or output."""
 
 import errno
-import shutil
+import os
 
 import pytest
 from helpers.damage import DAMAGES, config, drop_config
@@ -71,10 +71,14 @@ def test_a_source_that_shrinks_while_it_is_read(tiny, run, monkeypatch):
 def test_a_tokenizer_file_that_cannot_be_read(tiny, run, monkeypatch):
     (tiny / "tokenizer.json").write_text("{}")
 
-    def denied(source, target):
-        raise PermissionError(errno.EACCES, "Permission denied", str(source))
+    opened = os.open
 
-    monkeypatch.setattr(shutil, "copyfile", denied)
+    def denied(path, *more, **options):
+        if str(path).endswith("tokenizer.json"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *more, **options)
+
+    monkeypatch.setattr(os, "open", denied)
     result = run("convert", "--model-dir", tiny, "--output-dir", tiny.parent / "out")
     assert result.exit_code == 3
     assert "tokenizer.json" in result.output

@@ -11,7 +11,7 @@ from phireg.config.hf import HFConfig
 from phireg.planning.build import build_plan
 from phireg.planning.model import Options
 from phireg.registry import Candidate, FamilyChoice
-from phireg.source.model import open_source
+from phireg.source.readings import open_source
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -7,7 +7,7 @@ import torch
 from checkpoints_by_hand import random_ids, reference_logits, relative_error, write_checkpoint
 from helpers.tiny_models import edit_config, phi2, phi3, phi3_small
 
-from phireg.errors import CheckError
+from phireg.errors import CheckError, SourceError
 from phireg.executor import load, read_spec
 from phireg.reader.spec import parse_spec
 
@@ -65,7 +65,7 @@ def test_no_config_and_no_json(tmp_path):
     for text in (None, "{", "[]"):
         if text is not None:
             (tmp_path / "config.json").write_text(text)
-        with pytest.raises(CheckError, match=r"config\.json") as caught:
+        with pytest.raises(SourceError, match=r"config\.json") as caught:
             load(tmp_path)
         assert caught.value.hint
 

@@ -20,7 +20,7 @@ from transformers import (
 
 from phireg import registry
 from phireg.reference.load import open_reference
-from phireg.source.model import open_source
+from phireg.source.readings import open_source
 
 FOUR = transformers.__version__.startswith("4.")
 FACTORS = {

@@ -13,7 +13,7 @@ import phireg
 from phireg.errors import PhiregError, SourceError
 from phireg.files.json import read_json_object
 from phireg.findings import Severity
-from phireg.source.model import open_source
+from phireg.source.readings import open_source
 
 
 def params(stage: str):
@@ -32,7 +32,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_the_undamaged_checkpoint_has_no_findings(model: Path):
-    assert not open_source(model).notes
+    assert not open_source(model).findings
     assert not phireg.plan(model).findings
 
 

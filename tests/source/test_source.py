@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 from phireg.errors import SourceError
 from phireg.files import regular as files
 from phireg.files.safetensors import read_header
-from phireg.source.model import open_source
+from phireg.findings import Severity
+from phireg.source.readings import open_source
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_sharded(model, block):
     assert_holds(source, tiny_tensors(), block)
     assert source.revision == "abc123"
     assert source.directory == model
-    assert source.notes == ()
+    assert source.findings == ()
     assert [f.name for f in source.files] == [shard_path(model, i).name for i in range(3)]
     for file in source.files:
         assert file.size == (model / file.name).stat().st_size
@@ -97,7 +98,6 @@ def test_shards_in_a_subdirectory(model):
 
 
 def test_notes(model):
-    save_file({"a": np.ones(2)}, model / "model.safetensors")
     save_file({"a": np.ones(2)}, model / "extra.safetensors")
     (model / "pytorch_model-00001-of-00001.bin").write_bytes(b"")
     (model / "training_args.bin").write_bytes(b"")
@@ -105,9 +105,9 @@ def test_notes(model):
     total = sum(array.nbytes for array in tiny_tensors().values())
     index(lambda d: d["metadata"].update(total_size=total + 1))(model)
     source = open_source(model)
-    notes = "\n".join(source.notes)
-    assert len(source.notes) == 4
-    for name in ("extra", "model", "pytorch_model-00001-of-00001", "adapter_model"):
+    notes = "\n".join(f"{note.subject} {note.detail}" for note in source.findings)
+    assert {note.severity for note in source.findings} == {Severity.NOTE}
+    for name in ("extra", "pytorch_model-00001-of-00001", "adapter_model"):
         assert name in notes
     assert str(total) in notes and str(total + 1) in notes
     assert "training_args" not in notes
@@ -117,7 +117,7 @@ def test_notes(model):
 @pytest.mark.parametrize("metadata", [None, [], {"total_size": "5"}, {"total_size": True}])
 def test_odd_index_metadata_is_no_error(model, metadata):
     index(lambda d: d.update(metadata=metadata))(model)
-    assert open_source(model).notes == ()
+    assert open_source(model).findings == ()
 
 
 def test_all_index_defects_come_together(model):
@@ -224,7 +224,7 @@ def test_files_are_closed(model):
 
 def test_opening_safetensors_imports_no_torch(model):
     code = (
-        "import sys; from pathlib import Path; from phireg.source.model import open_source\n"
+        "import sys; from pathlib import Path; from phireg.source.readings import open_source\n"
         "import phireg.source.hub\n"
         "s = open_source(Path(sys.argv[1])); t = s.tensors['model.norm.weight']\n"
         "s.open().read_into(t, 0, memoryview(bytearray(t.nbytes)))\n"

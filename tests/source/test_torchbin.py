@@ -14,7 +14,7 @@ from helpers.memory import measure
 
 from phireg.errors import SourceError
 from phireg.source import torchbin
-from phireg.source.model import open_source
+from phireg.source.readings import open_source
 
 
 def odd_tensors() -> dict[str, torch.Tensor]:
@@ -93,7 +93,7 @@ def test_sharded_with_index(tmp_path):
     index = {"metadata": {"total_size": 36}, "weight_map": weight_map}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     source = open_source(tmp_path)
-    assert source.notes == ()
+    assert source.findings == ()
     assert {t.name: t.file for t in source.tensors.values()} == weight_map
     view = memoryview(bytearray(8))
     with source.open() as reader:
@@ -150,7 +150,7 @@ def test_a_storage_that_is_larger_than_its_record_is_refused(tmp_path):
 
 MEASURE = """
 import json, sys
-from phireg.source.model import open_source
+from phireg.source.readings import open_source
 
 open_source(Path(sys.argv[1]))  # imports what it needs
 Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here

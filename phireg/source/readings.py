@@ -1,0 +1,329 @@
+"""What a model directory may be read as, and what the user chose where that is more than one.
+
+Every reading is collected before anything is planned. Equal bytes settle a question with a note;
+what only the user can know is an error that names each reading, what follows from it, and the
+option that chooses it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from phireg.errors import SourceError, UsageError
+from phireg.files.kinds import WEIGHTS, kind_of_entries
+from phireg.files.regular import listed
+from phireg.findings import Finding, Severity
+from phireg.source.model import FORMATS, INDEX, Reader, Source, list_shards, read_index
+from phireg.source.tensors import SourceTensor, WeightsFile
+
+ADAPTER = ("merge", "ignore")
+"""What to do with a LoRA adapter that lies beside full weights."""
+
+_PREFERRED = tuple(name for file in WEIGHTS for name in (file, f"{file}{INDEX}"))
+"""Names of weight sets, in the order in which transformers looks for them."""
+
+_ORIGINALS = ("consolidated.safetensors", "consolidated.pth", "consolidated.00.pth")
+"""Names under which original authors save weights; they are read only if the user names them."""
+
+_BLOCK = 1024 * 1024
+_SAMPLE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """The user's choices; None where the directory has to be unambiguous."""
+
+    weights: str | None = None  # name of a weights file or of an index in the directory
+    adapter: str | None = None  # one of ADAPTER
+    tie: bool | None = None  # whether lm_head is the embedding
+
+    def __post_init__(self) -> None:
+        if self.adapter not in (None, *ADAPTER):
+            raise UsageError(
+                f"unknown reading of an adapter {self.adapter!r}",
+                hint=f"known: {', '.join(ADAPTER)}.",
+            )
+
+    @classmethod
+    def recorded(cls, manifest: Mapping[str, Any] | None) -> Readings:
+        """Return the choices that a checkpoint's manifest records."""
+        options = (manifest or {}).get("options")
+        block = options.get("readings") if isinstance(options, Mapping) else None
+        values = block if isinstance(block, Mapping) else {}
+        weights, adapter, tie = (values.get(key) for key in ("weights", "adapter", "tie"))
+        return cls(
+            weights if isinstance(weights, str) else None,
+            adapter if adapter in ADAPTER else None,
+            tie if isinstance(tie, bool) else None,
+        )
+
+    def over(self, other: Readings) -> Readings:
+        """Return these choices, and those of ``other`` where there is none."""
+        return Readings(
+            self.weights if self.weights is not None else other.weights,
+            self.adapter if self.adapter is not None else other.adapter,
+            self.tie if self.tie is not None else other.tie,
+        )
+
+
+NO_CHOICE = Readings()
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSet:
+    """One set of weights in a directory: a file, or an index with its shards."""
+
+    name: str  # of the file or the index
+    directory: Path
+    files: tuple[WeightsFile, ...]
+    total_size: int | None = None  # that the index states
+
+    @property
+    def tensors(self) -> dict[str, SourceTensor]:
+        """All tensors by name, by file and by place in the file."""
+        return {tensor.name: tensor for file in self.files for tensor in file.tensors}
+
+    def open(self) -> Reader:
+        """Return a reader of the tensors' bytes."""
+        return Reader(self.directory, {file.name: file.stamp for file in self.files})
+
+    def describe(self) -> str:
+        """Return what reading it would read."""
+        written = max(file.stamp.mtime_ns for file in self.files) / 1e9
+        date = datetime.fromtimestamp(written, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        files = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
+        return f"{len(self.tensors)} tensors of {files}, written {date}"
+
+
+def open_source(
+    directory: Path, revision: str | None = None, readings: Readings = NO_CHOICE
+) -> Source:
+    """Find the weights of a model directory, read every header, and check that all agrees.
+
+    No tensor data is read unless two sets of weights have to be compared, and torch is imported
+    for .bin files only. What the user must choose is an error among the source's findings; then
+    the source is what transformers would read. All disagreements of an index and its files come
+    in one SourceError.
+    """
+    names = _entries(directory)
+    findings: list[Finding] = []
+    chosen, *others = _choose(directory, names, readings.weights, findings)
+    tensors = chosen.tensors
+    if not tensors:
+        raise SourceError(f"{directory / chosen.name}: the file holds no tensors")
+    findings += _notes(names, chosen, others)
+    return Source(directory, MappingProxyType(tensors), chosen.files, revision, tuple(findings))
+
+
+def finding(severity: Severity, subject: str, detail: str) -> Finding:
+    """Return a finding on a reading."""
+    return Finding(severity, "reading", subject, detail)
+
+
+# Sets of weights
+
+
+def _choose(
+    directory: Path, names: Collection[str], wanted: str | None, findings: list[Finding]
+) -> list[WeightSet]:
+    """Return the set to read, and the others."""
+    if wanted is not None:
+        return [_named_set(directory, names, wanted)]
+    candidates = [name for name in _PREFERRED if name in names]
+    if not candidates:
+        raise _no_weights(directory, names)
+    if len(candidates) > 1:
+        candidates = _without_stale(directory, candidates, findings)
+    candidates += [name for name in _ORIGINALS if name in names]
+    if len(candidates) == 1:
+        return [_read_set(directory, candidates[0])]
+    sets: list[WeightSet] = []
+    defects: dict[str, SourceError] = {}
+    for name in candidates:
+        try:
+            sets.append(_read_set(directory, name))
+        except SourceError as error:
+            defects[name] = error
+    if not sets:
+        raise next(iter(defects.values()))
+    first, *others = sets
+    differences = {other.name: _difference(first, other) for other in others}
+    if defects or any(differences.values()):
+        findings.append(_ambiguous(sets, defects, differences))
+    else:
+        findings += [
+            finding(
+                Severity.NOTE,
+                other.name,
+                f"holds the tensors of {first.name}, byte for byte, and is not read",
+            )
+            for other in others
+        ]
+    return sets
+
+
+def _named_set(directory: Path, names: Collection[str], wanted: str) -> WeightSet:
+    known = wanted in names and Path(wanted.removesuffix(INDEX)).suffix in FORMATS
+    if not known or os.sep in wanted:
+        sets = [name for name in names if name in (*_PREFERRED, *_ORIGINALS)]
+        files = sets or _weight_files(names)
+        raise UsageError(
+            f"--weights {wanted}: {directory} has no weights file or index of that name",
+            hint=f"it has {listed(sorted(files))}." if files else "it has no weights.",
+        )
+    return _read_set(directory, wanted)
+
+
+def _read_set(directory: Path, name: str) -> WeightSet:
+    if name.endswith(INDEX):
+        index, files = list_shards(directory, name)
+        return WeightSet(name, directory, tuple(files), index.total_size)
+    return WeightSet(name, directory, (FORMATS[Path(name).suffix](directory, name),))
+
+
+def _without_stale(directory: Path, candidates: list[str], findings: list[Finding]) -> list[str]:
+    """Leave out indices none of whose shards exist; one is kept if there is nothing else."""
+    kept = []
+    for name in candidates:
+        if name.endswith(INDEX):
+            try:
+                index = read_index(directory / name)
+            except SourceError:
+                kept.append(name)
+                continue
+            if len(index.missing) == len(index.shards):
+                detail = "none of its shards is there: it is left from other weights, and not used"
+                findings.append(finding(Severity.WARNING, name, detail))
+                continue
+        kept.append(name)
+    return kept or candidates[:1]
+
+
+def _ambiguous(
+    sets: list[WeightSet], defects: Mapping[str, SourceError], differences: Mapping[str, str]
+) -> Finding:
+    first = sets[0]
+    reasons = [f"{name} {difference}" for name, difference in differences.items() if difference]
+    reasons += [f"{name} cannot be read" for name in defects]
+    preferred = next((name for name in _PREFERRED if name in {s.name for s in sets}), None)
+    choices = []
+    for each in sets:
+        loaded = ", which is what transformers loads" if each.name == preferred else ""
+        choices.append(f"--weights {each.name} reads {each.describe()}{loaded}")
+    choices += [f"{name} is no choice: {e.message.splitlines()[0]}" for name, e in defects.items()]
+    detail = (
+        f"the directory holds {len(sets) + len(defects)} sets of weights, and they differ from "
+        f"{first.name}: {'; '.join(reasons)}. Choose one: {'; '.join(choices)}; or move the others "
+        "away"
+    )
+    return finding(Severity.ERROR, "weights", detail)
+
+
+def _difference(one: WeightSet, other: WeightSet) -> str:
+    """Return how another set differs; an empty text if its tensors are the same bytes."""
+    ours, theirs = one.tensors, other.tensors
+    if absent := [name for name in ours if name not in theirs]:
+        return f"lacks {listed(absent, 2)}"
+    if more := [name for name in theirs if name not in ours]:
+        return f"has {listed(more, 2)} as well"
+    for name, tensor in ours.items():
+        if (tensor.dtype, tensor.shape) != (theirs[name].dtype, theirs[name].shape):
+            return f"has another dtype or shape of {name}"
+    pairs = [(tensor, theirs[name]) for name, tensor in ours.items()]
+    with one.open() as reader, other.open() as second:
+        for limit in (_SAMPLE, None):  # trained weights differ everywhere: a sample shows it
+            for left, right in pairs:
+                if not same_bytes(reader, left, second, right, limit):
+                    return f"has other values in {left.name}"
+    return ""
+
+
+def same_bytes(
+    reader: Reader,
+    left: SourceTensor,
+    second: Reader,
+    right: SourceTensor,
+    limit: int | None = None,
+) -> bool:
+    """Compare the bytes of two tensors of one dtype and shape, or the first of them."""
+    if left.nbytes != right.nbytes:
+        return False
+    size = left.nbytes if limit is None else min(left.nbytes, limit)
+    blocks = bytearray(min(size, _BLOCK)), bytearray(min(size, _BLOCK))
+    for start in range(0, size, _BLOCK):
+        ours, theirs = (memoryview(block)[: min(_BLOCK, size - start)] for block in blocks)
+        reader.read_into(left, start, ours)
+        second.read_into(right, start, theirs)
+        if ours != theirs:
+            return False
+    return True
+
+
+def _notes(names: Collection[str], chosen: WeightSet, others: list[WeightSet]) -> list[Finding]:
+    used = {file.name for each in (chosen, *others) for file in each.files}
+    known = {name for name in names if name in (*_PREFERRED, *_ORIGINALS)}
+    strays = [
+        name
+        for name in _weight_files(names)
+        if name not in used and name not in known and not name.startswith("adapter_")
+    ]
+    notes = []
+    if adapters := [name for name in _weight_files(names) if name.startswith("adapter_")]:
+        detail = "a LoRA adapter lies beside the model and is not applied"
+        notes.append(finding(Severity.NOTE, adapters[0], detail))
+    if strays:
+        detail = f"does not name these files, which are not read: {listed(strays)}"
+        notes.append(finding(Severity.NOTE, chosen.name, detail))
+    total = sum(tensor.nbytes for file in chosen.files for tensor in file.tensors)
+    if chosen.total_size not in (None, total):
+        detail = f"says {chosen.total_size} bytes in total, the tensors have {total}"
+        notes.append(finding(Severity.NOTE, chosen.name, detail))
+    return notes
+
+
+def _no_weights(directory: Path, names: Collection[str]) -> SourceError:
+    kind, name = kind_of_entries(names)
+    if kind is not None:
+        return SourceError(f"{directory}: this is {kind.name} ({name})", hint=kind.advice)
+    others = _weight_files(names)
+    if others:
+        return SourceError(
+            f"{directory}: no weights under a name that is known here, only {listed(others)}",
+            hint=f"if that is the model, name it: --weights {others[0]}",
+        )
+    content = "there are no weights in this directory" if names else "the directory is empty"
+    return SourceError(
+        f"{directory}: {content}",
+        hint="expected config.json and model.safetensors, model.safetensors.index.json with its "
+        "shards, or the same as pytorch_model.bin",
+    )
+
+
+def _weight_files(names: Collection[str]) -> list[str]:
+    """Names that end like weights files, sorted, without those of a trainer's own state."""
+    return sorted(
+        name
+        for name in names
+        if name.endswith((*FORMATS, ".ckpt"))
+        and not name.startswith(("training_args", "optimizer", "scheduler", "rng_state"))
+    )
+
+
+def _entries(directory: Path) -> set[str]:
+    try:
+        return set(os.listdir(directory))  # noqa: PTH208 - names only
+    except FileNotFoundError:
+        raise SourceError(f"{directory}: no such directory") from None
+    except NotADirectoryError:
+        raise SourceError(
+            f"{directory}: this is a file; a model is a directory",
+            hint="give the directory that holds config.json and the weights",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{str(directory)!r}: cannot be read: {error}") from None
