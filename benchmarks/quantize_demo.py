@@ -111,7 +111,7 @@ def calibrated(model: DemoModel, rows: Rows) -> Statistics:
     plan = phireg.plan(model.directory, family=model.family)
     device = torch.device("cpu")
     reference = open_reference(
-        plan.chosen.family, plan.source, weights=None, dtype=torch.float32, device=device
+        plan.chosen.family, plan.source.directory, weights=None, dtype=torch.float32, device=device
     )
     return collect(reference, rows, device=device)
 

@@ -76,8 +76,9 @@ RULES = {
         (READER, CHECKPOINT, FILES, DTYPES, ERRORS, "torch", "numpy", "safetensors")
     ),
     "phireg.reference": Rule(
-        (CONFIG, SOURCE, FILES, PLANNING, "phireg.family", DTYPES, ERRORS, "torch"),
+        (SOURCE, FILES, "phireg.family", DTYPES, ERRORS, "torch"),
         ("transformers",),
+        never=("phireg.source.readings",),
     ),
     "phireg.data": Rule(
         (FILES, ERRORS, "xxhash"), lazily=("huggingface_hub", "datasets", "pyarrow")

@@ -33,6 +33,7 @@ from phireg.planning.model import Plan
 from phireg.reference.load import open_reference
 from phireg.reference.quiet import quiet
 from phireg.source.model import Source
+from phireg.source.readings import NO_CHOICE, Readings
 
 CPU_SECONDS = 300.0
 """Longest calibration on a CPU if the number of samples is not given."""
@@ -111,7 +112,14 @@ def calibrate(
             tell(f"{path} does not serve: {reason}")
     check_writable(path, "the calibration statistics")
     family = plan.chosen.family
-    statistics = run_calibration(family, plan.source, settings, progress=progress, tell=tell)
+    statistics = run_calibration(
+        family,
+        plan.source,
+        settings,
+        readings=plan.options.readings,
+        progress=progress,
+        tell=tell,
+    )
     save(path, statistics)
     return Calibrated(statistics, path, False)
 
@@ -121,6 +129,7 @@ def run_calibration(
     source: Source,
     settings: Settings,
     *,
+    readings: Readings = NO_CHOICE,
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> Statistics:
@@ -133,7 +142,15 @@ def run_calibration(
     report = tell or (lambda line: None)
     device = pick_device(settings.device)
     dtype = _compute_dtype(source, device)
-    reference = open_reference(family, source, weights=None, dtype=dtype, device=device)
+    reference = open_reference(
+        family,
+        source.directory,
+        weights=None,
+        dtype=dtype,
+        device=device,
+        file=readings.weights,
+        tie=readings.tie,
+    )
     config = reference.model.config
     with quiet():
         samples = read_samples(

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from phireg.calibration.statistics import Statistics
 from phireg.errors import SourceError
-from phireg.reference.load import Reference, hidden_states
+from phireg.reference.load import Reference
+from phireg.reference.observing import hidden_states
 
 Progress = Callable[[int, int], None]
 """Takes (further tokens through one layer, all of them)."""
@@ -68,7 +69,12 @@ def collect(
                     states[number] = front.run(layer, states[number])
                     report(ids.numel(), total)
             largest.settle(index)
-    return Statistics(largest.inputs, largest.of("key"), largest.of("value"), {})
+    inputs = {
+        source: amax
+        for name, amax in largest.inputs.items()
+        for source in reference.parameters.source_modules(name)
+    }
+    return Statistics(inputs, largest.of("key"), largest.of("value"), {})
 
 
 @dataclass(frozen=True, slots=True)

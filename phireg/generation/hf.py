@@ -49,9 +49,9 @@ def load(directory: Path, options: Options) -> HFBackend:
     dtype = options.dtype or (own_dtype if own_dtype in WEIGHT_DTYPES else _DEFAULT_DTYPE)
     device = devices.pick_device(options.device)
     devices.measure_memory(device)
-    source = open_source(directory).settled()
+    directory = open_source(directory).settled().directory
     reference = open_reference(
-        family, source, weights=None, dtype=getattr(torch, dtype), device=device
+        family, directory, weights=None, dtype=getattr(torch, dtype), device=device
     )
     if options.offload:
         reference.keep_ends()

@@ -1,27 +1,31 @@
 """The source's own model: transformers' class, or the one that the family ships.
 
-Its weights are read from the source's files as data. A reference keeps all of them, or has one
-decoder layer's in memory at a time; the results are the same.
+It is built of the directory alone, as ``from_pretrained`` would, and its weights are read as data.
+A reference keeps all of them, or has one decoder layer's in memory at a time; the results are the
+same.
 """
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from phireg.dtypes import WEIGHT_DTYPES, torch_dtype
+from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import SourceError
 from phireg.family import Family
-from phireg.files.json import read_json_object
+from phireg.reference.config import adapt, read_values
+from phireg.reference.layouts import Parts, locate
+from phireg.reference.observing import Observer, observed
 from phireg.reference.quiet import quiet
-from phireg.source.model import Reader, Source
+from phireg.reference.weights import Weights, find_weights
+from phireg.source.model import Reader
 from phireg.source.tensors import SourceTensor
 
 _LAYERS = "model.layers."
@@ -38,6 +42,16 @@ class Reference:
     model: Any
     notes: tuple[str, ...]  # settings that differ from the source's config.json, with the reason
     parameters: Parameters
+
+    @property
+    def weights(self) -> Weights:
+        """The files that the model's tensors come from."""
+        return self.parameters.weights
+
+    @property
+    def tied(self) -> bool:
+        """Return whether lm_head is the embedding."""
+        return self.parameters.tied
 
     def keep_all(self) -> None:
         """Read all weights and keep them."""
@@ -88,42 +102,57 @@ class Reference:
 
 def open_reference(
     family: Family,
-    source: Source,
+    directory: Path,
     *,
     weights: torch.dtype | None,
     dtype: torch.dtype,
     device: torch.device,
     exact: Collection[str] = (),
+    file: str | None = None,
+    tie: bool | None = None,
 ) -> Reference:
     """Build the source's model without reading its weights; no code of the source is run.
 
-    Values are rounded to ``weights`` first, apart from the tensors named in ``exact``, as a
-    conversion does, so that differences from a checkpoint are arithmetic and not rounding.
-    ``dtype`` is that of the computation. SourceError if no model class here reads the source.
+    Args:
+        family: names the class where transformers has none.
+        directory: the source.
+        weights: values are rounded to this dtype first, as a conversion rounds them, so that
+            differences from a checkpoint are arithmetic and not rounding.
+        dtype: of the computation.
+        device: of the computation.
+        exact: names of source tensors that are not rounded.
+        file: the weights file or index to take instead of the one that transformers loads.
+        tie: whether lm_head is the embedding, instead of what transformers decides.
+
+    Raises:
+        SourceError: no model class here reads the source.
     """
-    model, notes = _build(family, source.directory, dtype)
-    parameters = Parameters(model, source, weights, device, exact)
+    found = find_weights(directory, file)
+    model, notes, stated = _build(family, directory, dtype)
+    parameters = Parameters(model, found, tie, stated, weights, device, exact)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             # Moved and not cast: rotary tables are float32 whatever the compute dtype is.
             module._buffers[name] = buffer.to(device)
-    return Reference(model, tuple(notes), parameters)
+    return Reference(model, (*notes, *parameters.notes), parameters)
 
 
-def _build(family: Family, directory: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
-    """Build a model with its parameters on the meta device; return it and notes on its config.
+def _build(family: Family, directory: Path, dtype: torch.dtype) -> tuple[Any, list[str], bool]:
+    """Build a model with its parameters on the meta device.
 
-    Buffers (rotary tables) hold their values, on the CPU and in the dtype their class gives them.
+    Return it, notes on its config, and whether that says if lm_head is tied. Buffers (rotary
+    tables) hold their values, on the CPU and in the dtype their class gives them.
     """
     import transformers
 
-    values = read_json_object(directory / "config.json")
-    values.pop("quantization_config", None)
-    notes = list(_adapted(values)) if family.reference is None else []
+    values = read_values(directory)
+    stated = values.get("tie_word_embeddings") is not None
     key = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    notes: list[str] = []
     try:
         with quiet(), _parameters_on_meta(dtype):
             if family.reference is None:
+                notes = adapt(values)
                 config = transformers.AutoConfig.for_model(**values)
                 model = transformers.AutoModelForCausalLM.from_config(config, **{key: dtype})
             else:
@@ -134,29 +163,7 @@ def _build(family: Family, directory: Path, dtype: torch.dtype) -> tuple[Any, li
         raise SourceError(
             f"the reference model cannot be loaded ({type(error).__name__}: {error})"
         ) from error
-    return model.eval(), notes
-
-
-def _adapted(values: dict[str, Any]) -> Iterator[str]:
-    """Adapt a config to current transformers; yield a note on each change of meaning."""
-    for name in ("auto_map", "_attn_implementation"):
-        values.pop(name, None)
-    block = values.get("rope_scaling")
-    if isinstance(block, dict) and "su" in (block.get("type"), block.get("rope_type")):
-        # The first name of long rope, which transformers 5 no longer knows.
-        original = values.get("original_max_position_embeddings")
-        values["rope_scaling"] = {
-            **block,
-            "type": "longrope",
-            "rope_type": "longrope",
-            "original_max_position_embeddings": original,
-        }
-    if values.get("sliding_window") is not None:
-        values["sliding_window"] = None
-        yield (
-            "the reference attends to all tokens: TensorRT-LLM takes a sliding window at run time, "
-            "not from the checkpoint"
-        )
+    return model.eval(), notes, stated
 
 
 @contextmanager
@@ -193,56 +200,102 @@ class Parameters:
     def __init__(
         self,
         model: Any,
-        source: Source,
+        weights: Weights,
+        tie: bool | None,
+        stated: bool,
         rounded: torch.dtype | None,
         device: torch.device,
         exact: Collection[str] = (),
     ) -> None:
-        self._source = source
+        self.weights = weights
+        self.notes: list[str] = []
         self._rounded = rounded
         self._device = device
         self._exact = exact
-        tied = _tied(model)
-        self._places: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
-        self._tensors: dict[str, SourceTensor] = {}
-        absent, wrong = [], []
-        for prefix, module in model.named_modules():
-            for leaf, parameter in module.named_parameters(recurse=False):
-                name = f"{prefix}.{leaf}"
-                self._places[name] = module, leaf, parameter
-                tensor = source.tensors.get(tied.get(name, name))
-                if tensor is None:
-                    absent.append(name)
-                elif tensor.shape != tuple(parameter.shape) or tensor.dtype not in _FLOATS:
-                    shape = f"{tensor.dtype} {list(tensor.shape)}, not {list(parameter.shape)}"
-                    wrong.append(f"{name} is {shape}")
-                else:
-                    self._tensors[name] = tensor
-        if absent:
+        self._places: dict[str, tuple[nn.Module, str, nn.Parameter]] = {
+            f"{prefix}.{leaf}": (module, leaf, parameter)
+            for prefix, module in model.named_modules()
+            for leaf, parameter in module.named_parameters(recurse=False)
+        }
+        config = model.config
+        located = locate(
+            tuple(self._places),
+            weights.tensors,
+            heads=config.num_attention_heads,
+            layers=config.num_hidden_layers,
+        )
+        self.tied = self._tie(model, located, tie, stated)
+        if absent := [name for name, parts in located.items() if parts is None]:
             raise SourceError(f"the reference model does not find {', '.join(absent[:5])}")
-        if wrong:
+        self._parts = {name: parts for name, parts in located.items() if parts is not None}
+        if wrong := list(self._misshapen()):
             raise SourceError(f"the reference model cannot take {'; '.join(wrong[:5])}")
+
+    def _tie(
+        self, model: Any, located: dict[str, Parts | None], tie: bool | None, stated: bool
+    ) -> bool:
+        """Decide as transformers 5 does whether lm_head is the embedding, and make it so."""
+        names = {module: f"{name}.weight" for name, module in model.named_modules()}
+        head, embedding = names[model.get_output_embeddings()], names[model.get_input_embeddings()]
+        there = [parts for name in (embedding, head) if (parts := located[name]) is not None]
+        if tie is None and not model.config.tie_word_embeddings:
+            # transformers would leave an absent head random.
+            tie = located[head] is None and not stated
+            if tie:
+                self.notes.append(
+                    f"no file holds {head} and config.json does not say tie_word_embeddings: it is "
+                    "taken for the embedding"
+                )
+        elif tie is None:
+            tensors = [self.weights.tensors[parts.tensors[0]] for parts in there]
+            tie = len(tensors) < 2 or self.weights.equal(*tensors)
+            if not tie:
+                self.notes.append(
+                    f"config.json ties {head} to {embedding}, but their values differ: not tied, "
+                    "as transformers 5 reads them (4 ties them all the same)"
+                )
+        if tie and there:
+            located[head] = located[embedding] = there[0]
+        return tie
+
+    def _misshapen(self) -> Iterator[str]:
+        for name, parts in self._parts.items():
+            tensors = [self.weights.tensors[tensor] for tensor in parts.tensors]
+            shape = self._places[name][2].shape
+            try:
+                found = parts.assemble([torch.empty(t.shape, device="meta") for t in tensors]).shape
+            except (RuntimeError, IndexError):  # rows that cannot be put together so
+                found = None
+            if found != shape or not _FLOATS.issuperset(tensor.dtype for tensor in tensors):
+                kinds = " and ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors)
+                yield f"{name} is {kinds}, not {list(shape)}"
 
     def names(self, prefix: str = "") -> list[str]:
         """Return the names of the parameters that begin with a prefix."""
         return [name for name in self._places if name.startswith(prefix)]
 
+    def source_modules(self, module: str) -> tuple[str, ...]:
+        """Return the modules of the files whose rows a linear of the model has."""
+        parts = self._parts[f"{module}.weight"]
+        return tuple(name.removesuffix(".weight") for name in parts.tensors)
+
     def nbytes(self, names: Collection[str]) -> int:
         """Return the memory that these parameters take when filled, tied ones once."""
-        places = {self._tensors[name].name: self._places[name][2] for name in names}
+        places = {self._parts[name]: self._places[name][2] for name in names}
         return sum(parameter.numel() * parameter.itemsize for parameter in places.values())
 
     def fill(self, names: Collection[str]) -> None:
         """Read parameters; tied ones that are filled together share their memory."""
-        read: dict[str, nn.Parameter] = {}
-        with self._source.open() as reader:
+        read: dict[Parts, nn.Parameter] = {}
+        with self.weights.open() as reader:
             for name in names:
                 module, leaf, empty = self._places[name]
-                tensor = self._tensors[name]
-                if tensor.name not in read:
-                    values = self._read(reader, tensor).to(empty.dtype)
-                    read[tensor.name] = nn.Parameter(values, requires_grad=False)
-                setattr(module, leaf, read[tensor.name])
+                parts = self._parts[name]
+                if parts not in read:
+                    tensors = [self.weights.tensors[tensor] for tensor in parts.tensors]
+                    rows = parts.assemble([self._read(reader, tensor) for tensor in tensors])
+                    read[parts] = nn.Parameter(rows.to(empty.dtype), requires_grad=False)
+                setattr(module, leaf, read[parts])
 
     def release(self, names: Collection[str]) -> None:
         """Free the memory of parameters."""
@@ -252,85 +305,7 @@ class Parameters:
 
     def _read(self, reader: Reader, tensor: SourceTensor) -> Tensor:
         """Read a tensor's values to the device, rounded unless it is exact."""
-        values = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype))
-        reader.read_into(tensor, 0, memoryview(values.view(-1).view(torch.uint8).numpy()))
-        values = values.to(self._device)
+        values = self.weights.read(reader, tensor).to(self._device)
         if self._rounded is None or tensor.name in self._exact:
             return values
         return values.to(self._rounded)
-
-
-def _tied(model: Any) -> dict[str, str]:
-    """Map the name of a tied parameter to the name of the one it repeats."""
-    if not model.config.tie_word_embeddings:
-        return {}
-    names = {module: name for name, module in model.named_modules()}
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return {f"{names[head]}.weight": f"{names[embedding]}.weight"}
-
-
-# Observing a model's layers through forward hooks
-
-
-class Observer(Protocol):
-    """Receives the reference's intermediate results; tensors are [batch, tokens, hidden_size]."""
-
-    def embedded(self, x: Tensor) -> None:
-        """Receive the first layer's input."""
-
-    def layer(self, index: int, before: Tensor, attention: Tensor, mlp: Tensor) -> None:
-        """Receive a layer's input, and the outputs of its two sub-modules."""
-
-    def hidden(self, index: int, after: Tensor) -> None:
-        """Receive a layer's output."""
-
-    def normed(self, u: Tensor) -> None:
-        """Receive the final norm's output, which is lm_head's input."""
-
-
-@contextmanager
-def observed(model: Any, observer: Observer) -> Iterator[None]:
-    """Hook a decoder whose layers are ``model.layers.N`` with ``self_attn`` and ``mlp``."""
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: Any, __: Any, output: Any) -> None:
-            outputs[name] = hidden_states(output)
-
-        return hook
-
-    def enter(index: int) -> Callable[..., None]:
-        def hook(_: Any, arguments: Any, named: Any) -> None:
-            outputs["before"] = arguments[0] if arguments else named["hidden_states"]
-            if index == 0:
-                observer.embedded(outputs["before"])
-
-        return hook
-
-    def leave(index: int) -> Callable[..., None]:
-        def hook(_: Any, __: Any, output: Any) -> None:
-            observer.layer(index, outputs["before"], outputs["attention"], outputs["mlp"])
-            observer.hidden(index, hidden_states(output))
-            outputs.clear()
-
-        return hook
-
-    with ExitStack() as stack:
-        handles = []
-        for index, layer in enumerate(model.model.layers):
-            handles += [
-                layer.register_forward_pre_hook(enter(index), with_kwargs=True),
-                layer.self_attn.register_forward_hook(keep("attention")),
-                layer.mlp.register_forward_hook(keep("mlp")),
-                layer.register_forward_hook(leave(index)),
-            ]
-        head = model.get_output_embeddings()
-        handles.append(head.register_forward_pre_hook(lambda _, inputs: observer.normed(inputs[0])))
-        for handle in handles:
-            stack.callback(handle.remove)
-        yield
-
-
-def hidden_states(output: Any) -> Tensor:
-    """Return the hidden states among a module's outputs."""
-    return output[0] if isinstance(output, tuple) else output

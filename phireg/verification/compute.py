@@ -227,11 +227,13 @@ class ComputedChecks:
         try:
             reference = open_reference(
                 plan.chosen.family,
-                plan.source,
+                plan.source.directory,
                 weights=getattr(torch, self.spec.dtype),
                 dtype=getattr(torch, self.dtype),
                 device=self.device,
                 exact=exact,
+                file=plan.options.readings.weights,
+                tie=plan.options.readings.tie,
             )
         except SourceError as error:
             raise Skipped(error.message) from error

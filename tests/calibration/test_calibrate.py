@@ -43,7 +43,7 @@ def calibrated(tmp_path):
 def test_maxima_are_those_of_the_rows(calibrated):
     source, _, statistics = calibrated
     reference = open_reference(
-        family("phi2"), source, weights=None, dtype=torch.bfloat16, device=CPU
+        family("phi2"), source.directory, weights=None, dtype=torch.bfloat16, device=CPU
     )
     expected = collect(reference, IDS, device=CPU)
     assert statistics.inputs.keys() == expected.inputs.keys()

@@ -20,7 +20,6 @@ from transformers import (
 
 from phireg import registry
 from phireg.reference.load import open_reference
-from phireg.source.readings import open_source
 
 FOUR = transformers.__version__.startswith("4.")
 FACTORS = {
@@ -132,11 +131,11 @@ def edit_config(directory, **changes):
     return directory
 
 
-def opened(name, directory, dtype=torch.float32, weights=None, device="cpu"):
+def opened(name, directory, dtype=torch.float32, weights=None, device="cpu", **choices):
     """The reference of a written model."""
-    family, source = registry.load(MODELS[name][1]).family, open_source(directory)
+    family = registry.load(MODELS[name][1]).family
     device = torch.device(device)
-    return open_reference(family, source, weights=weights, dtype=dtype, device=device)
+    return open_reference(family, directory, weights=weights, dtype=dtype, device=device, **choices)
 
 
 def from_pretrained(name, directory, dtype=torch.float32):

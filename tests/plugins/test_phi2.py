@@ -20,6 +20,7 @@ from family_checks import (
     write_source,
     write_sparse,
 )
+from helpers.older_phi import fused_per_head, original, sequential
 from phireg_plugins.phi2 import FAMILY
 
 import phireg
@@ -194,48 +195,6 @@ def test_sizes_that_cannot_be_divided_are_named(tmp_path, tp):
 # --- older layouts ---------------------------------------------------------------------------
 
 
-def fused_per_head(state):
-    """transformers 4.36: [q_i; k_i; v_i] for every head i."""
-    state = dict(state)
-    for i in range(LAYERS):
-        for kind in ("weight", "bias"):
-            heads = [
-                state.pop(f"model.layers.{i}.self_attn.{p}_proj.{kind}").unflatten(0, (HEADS, -1))
-                for p in "qkv"
-            ]
-            fused = torch.stack(heads, dim=1).flatten(0, 2)
-            state[f"model.layers.{i}.self_attn.query_key_value.{kind}"] = fused
-    return state
-
-
-def older(state, prefix, first, embedding, norm, head):
-    """The layouts before transformers: [Q; K; V] in Wqkv, shorter names."""
-    state = dict(state)
-    new = {f"{embedding}.weight": state.pop("model.embed_tokens.weight")}
-    for kind in ("weight", "bias"):
-        new[f"{norm}.{kind}"] = state.pop(f"model.final_layernorm.{kind}")
-        new[f"{head}.{kind}"] = state.pop(f"lm_head.{kind}")
-        for i in range(LAYERS):
-            old, layer = f"model.layers.{i}", f"{prefix}.{i + first}"
-            qkv = [state.pop(f"{old}.self_attn.{p}_proj.{kind}") for p in "qkv"]
-            new[f"{layer}.mixer.Wqkv.{kind}"] = torch.cat(qkv)
-            new[f"{layer}.mixer.out_proj.{kind}"] = state.pop(f"{old}.self_attn.dense.{kind}")
-            new[f"{layer}.ln.{kind}"] = state.pop(f"{old}.input_layernorm.{kind}")
-            for fc in ("mlp.fc1", "mlp.fc2"):
-                new[f"{layer}.{fc}.{kind}"] = state.pop(f"{old}.{fc}.{kind}")
-    assert not state
-    return new
-
-
-def original(state):
-    return older(state, "transformer.h", 0, "transformer.embd.wte", "lm_head.ln", "lm_head.linear")
-
-
-def sequential(state):
-    last = f"layers.{LAYERS + 1}"
-    return older(state, "layers", 1, "layers.0.wte", f"{last}.ln", f"{last}.linear")
-
-
 SMALL = {"n_embd": HIDDEN, "n_head": HEADS, "n_layer": LAYERS, "vocab_size": VOCAB}
 SMALL |= {"n_inner": INNER, "rotary_dim": 4, "n_positions": 64, "torch_dtype": "float32"}
 
@@ -271,9 +230,9 @@ class TestMapping(LayoutChecks):
 
     def layouts(self, state, config):
         return (
-            (fused_per_head(state), config),
-            (original(state), {**ORIGINAL, **SMALL}),
-            (sequential(state), {**SEQUENTIAL, **SMALL}),
+            (fused_per_head(state, LAYERS, HEADS), config),
+            (original(state, LAYERS), {**ORIGINAL, **SMALL}),
+            (sequential(state, LAYERS), {**SEQUENTIAL, **SMALL}),
         )
 
 

@@ -1,0 +1,94 @@
+"""The weights that transformers' own loader takes from a model directory.
+
+Nothing here asks a plan, so a plan that took other files differs from this reading.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from phireg.dtypes import torch_dtype
+from phireg.errors import SourceError
+from phireg.files.regular import listed
+from phireg.source.model import FORMATS, INDEX, Reader, read_index
+from phireg.source.tensors import SourceTensor, WeightsFile
+
+ORDER = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""The names that ``from_pretrained`` looks for; the first that exists is loaded."""
+
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|language_model|base_model\.model)\."
+)
+"""Parts of names that torch.compile, DDP, FSDP, multimodal models and PEFT put in between."""
+
+_BLOCK = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The tensors of the files that are loaded, by their names without a wrapper's."""
+
+    directory: Path
+    name: str  # of the file or index
+    files: tuple[WeightsFile, ...]
+    tensors: Mapping[str, SourceTensor]
+
+    def open(self) -> Reader:
+        """Return a reader for the tensors' bytes; use it in a ``with`` statement."""
+        return Reader(self.directory, {file.name: file.stamp for file in self.files})
+
+    def read(self, reader: Reader, tensor: SourceTensor) -> torch.Tensor:
+        """Read a tensor's values."""
+        values = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype))
+        reader.read_into(tensor, 0, memoryview(values.view(-1).view(torch.uint8).numpy()))
+        return values
+
+    def equal(self, left: SourceTensor, right: SourceTensor) -> bool:
+        """Return whether two tensors hold the same bytes, reading a block of each at a time."""
+        if (left.dtype, left.shape) != (right.dtype, right.shape):
+            return False
+        with self.open() as reader:
+            for start in range(0, left.nbytes, _BLOCK):
+                blocks = bytearray(min(_BLOCK, left.nbytes - start)), bytearray(_BLOCK)
+                size = len(blocks[0])
+                for tensor, block in zip((left, right), blocks, strict=True):
+                    reader.read_into(tensor, start, memoryview(block)[:size])
+                if blocks[0] != blocks[1][:size]:
+                    return False
+        return True
+
+
+def find_weights(directory: Path, chosen: str | None = None) -> Weights:
+    """List the tensors that ``from_pretrained`` loads, or those of the file or index ``chosen``.
+
+    An index none of whose shards exist is passed over.
+    """
+    names = (chosen,) if chosen is not None else ORDER
+    for name in names:
+        path = directory / name
+        if chosen is None and not path.is_file():
+            continue
+        shards: tuple[str, ...] = (name,)
+        absent: list[str] = []
+        if name.endswith(INDEX):
+            index = read_index(path)
+            shards, absent = index.shards, index.missing
+        if chosen is None and len(absent) == len(shards):
+            continue
+        if absent:
+            raise SourceError(f"{path}: missing files: {listed(absent)}")
+        files = tuple(FORMATS[Path(shard).suffix](directory, shard) for shard in shards)
+        tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
+        plain = {_WRAPPERS.sub("", key): tensor for key, tensor in tensors.items()}
+        return Weights(directory, name, files, plain if len(plain) == len(tensors) else tensors)
+    raise SourceError(f"{directory}: there are no weights that transformers loads")

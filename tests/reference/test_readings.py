@@ -1,0 +1,264 @@
+"""What a reference reads from a directory: what from_pretrained reads, or an older layout."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import tiny_models as sources
+from helpers.older_phi import fused_per_head, original, sequential
+from helpers.tiny_models import edit_config, from_pretrained, opened
+from safetensors.torch import load_file, save_file
+
+from phireg.errors import SourceError
+
+
+def tensors_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def put(tensors, directory, name="model.safetensors"):
+    directory.mkdir(exist_ok=True)
+    if name.endswith(".bin"):
+        torch.save(tensors, directory / name)
+    else:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, directory / name)
+
+
+def check_same(name, directory):
+    """The reference holds what transformers loads."""
+    reference = opened(name, directory)
+    reference.keep_all()
+    ours, theirs = reference.model.state_dict(), from_pretrained(name, directory).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    return reference
+
+
+def sharded(tensors, directory, suffix):
+    single = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}[suffix]
+    shard = f"shard-1{suffix}"
+    put(tensors, directory, shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, shard)}
+    (directory / f"{single}.index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture
+def several(tmp_path):
+    """A directory with four sets of weights; the names in the order in which they are found."""
+    directory = sources.write("phi3-gqa", tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    shifted = [{key: value + i for key, value in tensors.items()} for i in range(4)]
+    put(shifted[0], directory)
+    sharded(shifted[1], directory, ".safetensors")
+    put(shifted[2], directory, "pytorch_model.bin")
+    sharded(shifted[3], directory, ".bin")
+    return directory, [
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ]
+
+
+def test_the_set_of_weights_that_transformers_loads(several):
+    directory, names = several
+    for name in names:
+        assert check_same("phi3-gqa", directory).weights.name == name
+        (directory / name).unlink()
+    with pytest.raises(SourceError):
+        opened("phi3-gqa", directory)
+
+
+def test_a_chosen_set(several):
+    directory, names = several
+    for shift, name in enumerate(names):
+        reference = opened("phi3-gqa", directory, file=name)
+        assert reference.weights.name == name
+        reference.keep_all()
+        norm = reference.model.state_dict()["model.norm.weight"]
+        original = load_file(directory / "model.safetensors")["model.norm.weight"]
+        assert torch.equal(norm, original + shift)
+
+
+def test_an_index_without_any_of_its_shards_is_passed_over(several):
+    directory, names = several
+    (directory / names[0]).unlink()
+    (directory / "shard-1.safetensors").unlink()
+    assert opened("phi3-gqa", directory).weights.name == names[2]
+    with pytest.raises(SourceError, match=r"shard-1\.safetensors"):
+        opened("phi3-gqa", directory, file=names[1])
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", 7])
+def test_an_index_names_files_beside_it(tmp_path, shard):
+    directory = sources.write("phi3-gqa", tmp_path)
+    (directory / "model.safetensors").unlink()
+    index = {"weight_map": {"lm_head.weight": shard}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SourceError):
+        opened("phi3-gqa", directory)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("head", ["absent", "equal", "other", "alone"])
+def test_the_head_is_tied_by_value(tmp_path, head, tie):
+    directory = sources.write("phi3-gqa", tmp_path)
+    edit_config(directory, tie_word_embeddings=tie)
+    tensors = load_file(directory / "model.safetensors")
+    if head == "absent":
+        del tensors["lm_head.weight"]
+    elif head == "equal":
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    elif head == "alone":
+        del tensors["model.embed_tokens.weight"]
+    put(tensors, directory)
+    if not tie and head in ("absent", "alone"):  # random in transformers
+        with pytest.raises(SourceError, match=r"lm_head|embed_tokens"):
+            opened("phi3-gqa", directory)
+        return
+    reference = check_same("phi3-gqa", directory)
+    assert reference.tied == (tie and head != "other")
+    assert bool(reference.notes) == (tie and head == "other")
+
+
+def test_a_head_that_is_neither_stored_nor_stated(tmp_path):
+    directory = edit_config(sources.write("phi3-gqa", tmp_path), tie_word_embeddings="absent")
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["lm_head.weight"]
+    put(tensors, directory)
+    reference = opened("phi3-gqa", directory)
+    assert reference.tied and reference.notes
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_chosen_tie(tmp_path, tie):
+    directory = sources.write("phi3-gqa", tmp_path)
+    reference = opened("phi3-gqa", edit_config(directory, tie_word_embeddings=not tie), tie=tie)
+    reference.keep_all()
+    model = reference.model
+    assert (
+        torch.equal(model.lm_head.weight, model.model.embed_tokens.weight) == tie == reference.tied
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("phi2", ("layer_norm_eps", "rope_parameters", "num_key_value_heads")),
+        ("phi3-tied", ("rms_norm_eps", "rope_parameters", "rope_scaling", "num_key_value_heads")),
+    ],
+)
+@torch.no_grad()
+def test_absent_keys_are_the_defaults_of_the_class(tmp_path, name, keys):
+    directory = edit_config(sources.write(name, tmp_path), **dict.fromkeys(keys, "absent"))
+    edit_config(directory, num_attention_heads=4)  # half of whose dimensions are even
+    reference = check_same(name, directory)
+    prompt = torch.arange(20)[None]
+    expected = from_pretrained(name, directory)(prompt, use_cache=False).logits
+    assert torch.equal(reference.model(prompt, use_cache=False).logits, expected)
+
+
+# --- other layouts: the same logits as the model they were made of ------------------------------
+
+
+def separate_projections(tensors, config):
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    size = config["hidden_size"] // heads
+    for name in list(tensors):
+        if "qkv_proj" in name:
+            rows = tensors.pop(name).split([heads * size, kv_heads * size, kv_heads * size])
+            tensors |= {name.replace("qkv_", f"{p}_"): x for p, x in zip("qkv", rows, strict=True)}
+        elif "gate_up" in name:
+            gate, up = tensors.pop(name).chunk(2)
+            tensors |= {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
+    return tensors, config
+
+
+def by_head(tensors, config):
+    sizes = config["num_hidden_layers"], config["num_attention_heads"]
+    return fused_per_head(tensors, *sizes), config
+
+
+def gpt2_names(config, model_type):
+    size = config["hidden_size"] // config["num_attention_heads"]
+    return {
+        "architectures": config["architectures"],
+        "model_type": model_type,
+        "n_embd": config["hidden_size"],
+        "n_head": config["num_attention_heads"],
+        "n_layer": config["num_hidden_layers"],
+        "n_inner": config["intermediate_size"],
+        "n_positions": config["max_position_embeddings"],
+        "rotary_dim": int(size * 0.4),
+        "activation_function": config["hidden_act"],
+        "layer_norm_epsilon": config["layer_norm_eps"],
+        "tie_word_embeddings": False,
+        "vocab_size": config["vocab_size"],
+    }
+
+
+def phi_msft(tensors, config):
+    return original(tensors, config["num_hidden_layers"]), gpt2_names(config, "phi-msft")
+
+
+def mixformer(tensors, config):
+    names = gpt2_names(config, "mixformer-sequential")
+    return sequential(tensors, config["num_hidden_layers"]), names
+
+
+def wrapped(prefix):
+    return lambda tensors, config: ({f"{prefix}{k}": v for k, v in tensors.items()}, config)
+
+
+def fsdp(tensors, config):
+    inner = "_fsdp_wrapped_module"
+    names = {k: k.replace("model.layers.", f"model.{inner}.layers.") for k in tensors}
+    return {f"{inner}.{names[k]}": v for k, v in tensors.items()}, config
+
+
+def without_model(tensors, config):
+    return {k.removeprefix("model."): v for k, v in tensors.items()}, config
+
+
+LAYOUTS = {
+    "separate projections": ("phi3-gqa", separate_projections),
+    "a head's q, k and v together": ("phi2", by_head),
+    "phi-2 as first published": ("phi2", phi_msft),
+    "phi-1 as first published": ("phi2", mixformer),
+    "torch.compile": ("phi3-gqa", wrapped("_orig_mod.")),
+    "DDP": ("phi2", wrapped("module.")),
+    "PEFT": ("phi3-gqa", wrapped("base_model.model.")),
+    "FSDP": ("phi3-gqa", fsdp),
+    "no model.": ("phi3-small", without_model),
+}
+
+
+@pytest.mark.parametrize(("name", "change"), LAYOUTS.values(), ids=LAYOUTS)
+@torch.no_grad()
+def test_other_layouts_compute_the_same(tmp_path, name, change):
+    plain = sources.write(name, tmp_path / "plain")
+    directory = tmp_path / "other"
+    shutil.copytree(plain, directory)
+    if name == "phi2":  # the older configs have no key for theta
+        edit_config(plain, rope_parameters={"partial_rotary_factor": 0.4})
+    config = json.loads((plain / "config.json").read_text())
+    tensors, config = change(load_file(plain / "model.safetensors"), config)
+    put(tensors, directory)
+    (directory / "config.json").write_text(json.dumps(config))
+    reference = opened(name, directory)
+    reference.keep_all()
+    prompt = torch.arange(40)[None]
+    expected = from_pretrained(name, plain)(prompt, use_cache=False).logits
+    actual = reference.model(prompt, use_cache=False).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_cannot_be_put_together_are_named(tmp_path):
+    directory = sources.write("phi2", tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    tensors, _ = by_head(load_file(directory / "model.safetensors"), config)
+    name = "model.layers.1.self_attn.query_key_value.weight"
+    put({**tensors, name: tensors[name][:-1]}, directory)
+    with pytest.raises(SourceError, match=r"layers\.1\.self_attn\.q_proj"):
+        opened("phi2", directory)
