@@ -23,8 +23,9 @@ from torch.nn import functional
 
 from phireg.errors import CheckError
 
-Observe = Callable[[str, Tensor], "Tensor | None"]
-"""Takes a tensor's name and value when it is computed; returns None, or what to go on with."""
+Observe = Callable[[int, str, Tensor], "Tensor | None"]
+"""Takes a rank, and a tensor's name and value when it is computed; returns None, or what to go on
+with instead."""
 
 _Compute = Callable[..., Any]
 """Takes the layer's inputs, None where one is not set; returns its output, or a tuple of them."""
@@ -126,7 +127,7 @@ class Interpreter:
         return outputs
 
     def run(
-        self, inputs: Mapping[str, Tensor], observe: Observe | None
+        self, inputs: Mapping[str, Tensor], rank: int, observe: Observe | None
     ) -> Generator[tuple[bool, Tensor], Tensor | None, dict[str, Tensor]]:
         """Evaluate; at a collective, yield (joins, this rank's part) and be sent the result."""
         values: dict[str | None, Any] = {None: None}
@@ -142,7 +143,7 @@ class Interpreter:
             for name, dtype, result in zip(step.outputs, step.dtypes, results, strict=True):
                 if result.dtype != dtype:
                     raise CheckError(f"layer {step.name} gives {result.dtype}, declared {dtype}")
-                other = observe(name, result) if observe is not None else None
+                other = observe(rank, name, result) if observe is not None else None
                 values[name] = result if other is None else other
             for used in filter(None, step.inputs):  # what is not read any more is freed
                 left[used] -= 1
@@ -347,14 +348,13 @@ def evaluate(
 ) -> list[dict[str, Tensor]]:
     """Return the outputs of each rank's network, evaluated in lockstep.
 
-    A collective adds the ranks' parts up, or joins them in the first dimension. ``observe`` sees
-    rank 0's tensors.
+    A collective adds the ranks' parts up, or joins them in the first dimension.
 
     Raises:
         CheckError: the ranks do not meet in the same collectives.
     """
-    pairs = enumerate(zip(ranks, inputs, strict=True))
-    runs = [rank.run(given, None if number else observe) for number, (rank, given) in pairs]
+    pairs = zip(ranks, inputs, strict=True)
+    runs = [network.run(given, rank, observe) for rank, (network, given) in enumerate(pairs)]
     result: Tensor | None = None
     while True:
         parts, outputs = [], []
