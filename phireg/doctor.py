@@ -20,6 +20,8 @@ from typing import Any
 from phireg import registry
 from phireg.children import find_program, python_command, query
 from phireg.errors import EngineError, PluginError, described
+from phireg.tensorrt.package import INSTALL as PACKAGES
+from phireg.tensorrt.package import Backend, installed
 from phireg.trtllm.builder import DISTRIBUTION, builder_version, installed_version
 from phireg.trtllm.command import PROGRAM
 from phireg.trtllm.releases import INSTALL, release_of
@@ -43,9 +45,24 @@ with warnings.catch_warnings(record=True) as caught:
     available = has_kernels(torch.device("cuda"))
 print(json.dumps({"available": available, "warnings": " ".join(str(w.message) for w in caught)}))
 """
-_ENGINES = "phireg build, and the tensorrt-llm backend of phireg run and phireg summarize"
+_NATIVE = """
+import json
+from phireg.errors import EngineError
+from phireg.tensorrt.package import load_package
+answer = {{"problem": None, "version": None, "gpus": []}}
+try:
+    package = load_package({!r})
+    answer.update(version=package.version, gpus=package.capabilities)
+except EngineError as error:
+    answer["problem"] = error.message
+print(json.dumps(answer))
+"""
+_ENGINES = (
+    "phireg build --backend tensorrt-llm, and that backend of phireg run and phireg summarize"
+)
 _GPU = (
-    f"{_ENGINES}; the executor runs on the CPU",
+    "running engines, and all that TensorRT-LLM does; phireg build --backend tensorrt-rtx and the "
+    "executor need no GPU",
     "install NVIDIA's driver: https://www.nvidia.com/drivers; in a container: docker run --gpus "
     "all",
 )
@@ -70,9 +87,16 @@ _ADVICE = {
         "engines of several ranks; trtllm-build needs the library",
         "apt-get install openmpi-bin libopenmpi-dev",
     ),
-    "tensorrt": (_ENGINES, INSTALL),
+    "tensorrt": (
+        "engines for data-centre GPUs without TensorRT-LLM, and TensorRT-LLM itself",
+        PACKAGES["tensorrt"],
+    ),
+    "tensorrt-rtx": (
+        "engines for RTX cards without TensorRT-LLM, which build on any machine",
+        PACKAGES["tensorrt-rtx"],
+    ),
     DISTRIBUTION: (_ENGINES, INSTALL),
-    PROGRAM: ("phireg build", INSTALL),
+    PROGRAM: ("phireg build --backend tensorrt-llm", INSTALL),
     "modelopt": (
         "nothing but the tests that compare with it; phireg quantizes by itself",
         "pip install nvidia-modelopt",
@@ -192,6 +216,21 @@ def _package(name: str, *distributions: str) -> Iterator[Part]:
     yield _part(name, OK, versions[0]) if versions else _part(name, MISSING)
 
 
+def _native(backend: Backend) -> Iterator[Part]:
+    """Check TensorRT or TensorRT for RTX: its version, and the GPUs it compiles for."""
+    if backend not in installed():
+        yield _part(backend, MISSING)
+        return
+    found, problem = _ask(_NATIVE.format(backend))
+    if found is None:
+        yield _part(backend, BROKEN, problem)
+    elif found["problem"]:
+        yield _part(backend, UNSUITABLE, found["problem"])
+    else:
+        gpus = ", ".join(found["gpus"]) or "the GPU here"
+        yield _part(backend, OK, f"{found['version']}, compiles for {gpus}")
+
+
 def _tensorrt_llm() -> Iterator[Part]:
     version = installed_version(DISTRIBUTION)
     if version is None:
@@ -245,7 +284,7 @@ CHECKS: dict[str, Callable[[], Iterator[Part]]] = {
     "torch": _torch,
     "GPU": _gpu,
     "MPI": _mpi,
-    "tensorrt": partial(_package, "tensorrt", "tensorrt", "tensorrt_cu13", "tensorrt_cu12"),
+    **{backend: partial(_native, backend) for backend in PACKAGES},
     DISTRIBUTION: _tensorrt_llm,
     PROGRAM: _trtllm_build,
     "modelopt": partial(_package, "modelopt", "nvidia-modelopt"),

@@ -142,7 +142,9 @@ RULES = {
         )
     ),
     "phireg.demo": Rule(("phireg",), lazily=("torch",), never=ABOVE),
-    "phireg.doctor": Rule(("phireg.registry", "phireg.trtllm", "phireg.children", ERRORS)),
+    "phireg.doctor": Rule(
+        ("phireg.registry", "phireg.trtllm", "phireg.tensorrt.package", "phireg.children", ERRORS)
+    ),
     "phireg.scaffold": Rule(
         (*DESCRIBE, "phireg.hookspecs", "phireg.family", "phireg.registry", FILES)
     ),

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from phireg.cli.output import ProgressBars, columns, counted, size
 
 if TYPE_CHECKING:
     from phireg.tensorrt.build import BuiltEngine
     from phireg.tensorrt.engine import Limits
+    from phireg.tensorrt.inspection import EngineInspection
     from phireg.tensorrt.plan import EnginePlan
     from phireg.tensorrt.requirements import Estimate
+
+_FORMS = {"embedded": "in the engine", "separate": "inputs, fed when it runs"}
+_LAYER = re.compile(r"(?<=_)\d+$|(?<=layers\.)\d+")
 
 
 def plan_document(plan: EnginePlan, built: BuiltEngine | None) -> dict[str, Any]:
@@ -57,6 +63,45 @@ def estimate_text(estimate: Estimate, ranks: int) -> str:
     )
 
 
+def outlook(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what an engine of a checkpoint would need; None if its config means nothing known."""
+    from phireg.errors import CheckError
+    from phireg.reader.spec import parse_spec
+    from phireg.tensorrt import requirements
+
+    try:
+        spec = parse_spec(config)
+    except CheckError:
+        return None
+    slots = min(spec.max_position_embeddings, requirements.DEFAULT_TOKENS)
+    return {
+        "required_capabilities": [
+            {"what": what, "least": least}
+            for what, least in requirements.required_capabilities(spec).items()
+        ],
+        **{
+            form: None
+            if list(requirements.form_problems(spec, form))
+            else asdict(requirements.estimate(spec, form, 1, slots))
+            for form in get_args(requirements.WeightsForm)
+        },
+    }
+
+
+def outlook_text(outlook: Mapping[str, Any], ranks: int) -> str:
+    """Say what an engine of a checkpoint would need."""
+    from phireg.tensorrt.requirements import Estimate, shown
+
+    gpus = " and ".join(
+        f"{shown(need['least'])} for {need['what']}" for need in outlook["required_capabilities"]
+    )
+    text = f"without TensorRT-LLM{', on compute capability ' if gpus else ''}{gpus}: "
+    text += estimate_text(Estimate(**outlook["embedded"]), ranks)
+    if outlook["separate"] is None:
+        return text
+    return f"{text}; {size(outlook['separate']['memory_bytes'])} with --weights separate"
+
+
 def built_text(plan: EnginePlan, built: BuiltEngine) -> str:
     """Show an engine that was built, and what it took."""
     cpu = sum(record["cpu_seconds"] for record in built.ranks)
@@ -70,6 +115,82 @@ def built_text(plan: EnginePlan, built: BuiltEngine) -> str:
         ("memory", f"{size(peak)} at most, mapped files included"),
     ]
     return columns(rows)
+
+
+def inspected(directory: str, check: bool) -> tuple[tuple[str, ...], str, dict[str, Any]]:
+    """Inspect an engine; return what is wrong with it, its text and its JSON document."""
+    from phireg.tensorrt.inspection import inspect_engine
+
+    found = inspect_engine(directory, check=check)
+    engine = found.engine
+    document = {
+        "engine_dir": directory,
+        "backend": engine.backend,
+        "version": engine.version,
+        "gpus": list(engine.gpus),
+        "weights": engine.weights,
+        "limits": asdict(engine.limits),
+        "config": dict(engine.config),
+        "manifest": dict(found.manifest),
+        "files": dict(found.sizes),
+        "layers": found.layers,
+        "unloaded": found.unloaded,
+        "checked": check,
+        "problems": list(found.problems),
+    }
+    return found.problems, _inspected_text(directory, found, check), document
+
+
+def _inspected_text(directory: str, found: EngineInspection, check: bool) -> str:
+    from phireg.tensorrt.package import NAMES
+
+    engine, first = found.engine, found.engine.records()[0]
+    if found.problems:
+        verdict = f"{counted(len(found.problems), 'problem')}:"
+    elif check:
+        verdict = "the engines are as they were written"
+    else:
+        verdict = "sizes are as they were written; --check compares the contents"
+    seen = found.manifest.get("verified")
+    rows = [
+        ("engine", directory),
+        ("built by", f"{NAMES[engine.backend]} {engine.version}"),
+        ("built from", str(engine.checkpoint_dir or "a config.json alone")),
+        ("model", f"{engine.spec.architecture.name}, {engine.spec.dtype}"),
+        ("GPUs", ", ".join(engine.gpus)),
+        ("weights", _FORMS[engine.weights]),
+        ("up to", limits_text(engine.limits)),
+        ("on a GPU", str(seen or "never verified: phireg verify ENGINE --device cuda")),
+        *(
+            ("files" if not n else "", f"{name}  {size(count)}")
+            for n, (name, count) in enumerate(found.sizes.items())
+        ),
+        ("check", verdict),
+    ]
+    parts = [columns(rows), *(f"  {problem}" for problem in found.problems)]
+    parts += [
+        f"{name} of a rank\n" + columns(_tensors(first[name]), indent=2)
+        for name in ("inputs", "outputs")
+    ]
+    layers = [(kind, f"x {count}") for kind, count in first["layers"].items()]
+    parts.append("layers of the network\n" + columns(layers, indent=2))
+    if found.layers is None:
+        parts.append(f"layers of the engine: not shown; {found.unloaded}")
+    else:
+        kinds = Counter(
+            str(layer.get("LayerType", layer.get("Name"))) if isinstance(layer, dict) else layer
+            for layer in found.layers
+        )
+        rows = [(str(kind), f"x {count}") for kind, count in kinds.most_common()]
+        parts.append("layers of the engine\n" + columns(rows, indent=2))
+    return "\n".join(parts)
+
+
+def _tensors(tensors: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """List tensors, once for those of all layers; -1 is a size that is chosen when it runs."""
+    cells = ([str(tensor.get(key)) for key in ("name", "dtype", "shape")] for tensor in tensors)
+    alike = Counter((_LAYER.sub("N", name), dtype, shape) for name, dtype, shape in cells)
+    return [(*row, f"x {count}" if count > 1 else "") for row, count in alike.items()]
 
 
 def limits_text(limits: Limits) -> str:
@@ -96,12 +217,11 @@ def build_progress(ranks: int, *, quiet: bool) -> Iterator[Callable[[Mapping[str
 
 def _rows(plan: EnginePlan) -> list[tuple[str, str]]:
     spec = plan.spec
-    weights = "in the engine" if plan.weights == "embedded" else "inputs, fed when it runs"
     return [
         ("engine", str(plan.output_dir)),
         ("builder", plan.package.name),
         ("model", f"{spec.architecture.name}, {spec.dtype}"),
         ("GPUs", ", ".join(plan.gpus)),
-        ("weights", weights),
+        ("weights", _FORMS[plan.weights]),
         ("up to", limits_text(plan.limits)),
     ]

@@ -1,4 +1,4 @@
-"""``phireg inspect``: show what a checkpoint holds and where it came from."""
+"""``phireg inspect``: show what a checkpoint or an engine holds and where it came from."""
 
 from __future__ import annotations
 
@@ -10,9 +10,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import phireg
+from phireg.cli import engines
 from phireg.cli.help import OUTPUT, documented
 from phireg.cli.options import Directory, json_option, quiet_option
-from phireg.cli.output import ProgressBars, columns, counted, dtype_name, emit, emit_json, size
+from phireg.cli.output import (
+    ProgressBars,
+    columns,
+    counted,
+    dtype_name,
+    emit,
+    emit_json,
+    size,
+    spinner,
+)
 from phireg.errors import CheckError
 
 if TYPE_CHECKING:
@@ -32,11 +42,24 @@ _LONG = 8
 @quiet_option("No progress bar.")
 @json_option
 def command(checkpoint_dir: str, check: bool, quiet: bool, as_json: bool) -> None:
-    """Show what a checkpoint holds and where it came from.
+    """Show what a checkpoint or an engine holds and where it came from.
 
-    CKPT is a directory that phireg or TensorRT-LLM's own scripts wrote. Ends with 4 if something
-    is missing, mis-shaped or (with --check) not what was written.
+    CKPT is a directory that phireg or TensorRT-LLM's own scripts wrote, or an engine of TensorRT or
+    TensorRT for RTX. Ends with 4 if something is missing, mis-shaped or (with --check) not what
+    was written.
     """
+    from phireg.tensorrt.engine import is_native
+
+    if is_native(checkpoint_dir):
+        with spinner("reading the engine", quiet=quiet):
+            problems, text, document = engines.inspected(checkpoint_dir, check)
+        if as_json:
+            emit_json(document)
+        else:
+            emit(text)
+        if problems:
+            raise click.exceptions.Exit(CheckError.exit_code)
+        return
     total = sum(file.stat().st_size for file in Path(checkpoint_dir).glob("*") if file.is_file())
     with ProgressBars(quiet) as bars:
         advance = bars.bytes("checking", "checked")

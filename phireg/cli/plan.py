@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from phireg.cli import engines
 from phireg.cli.errors import findings_text
 from phireg.cli.help import documented
 from phireg.cli.options import json_option, make_plan, model_dir_option, planning_options
@@ -36,7 +37,8 @@ def command(model_dir: str, as_json: bool, **options: Any) -> None:
         family = plan.chosen.family
         document = provider_document(plan)
         document["provided_by"]["api"] = family.api
-        emit_json({**document, **plan_json(plan, workers=WORKERS)})
+        outlook = None if plan.errors else engines.outlook(plan.config)
+        emit_json({**document, **plan_json(plan, workers=WORKERS), "engine": outlook})
     else:
         rows = [("family", f"{family_text(plan)}, plugin API {plan.chosen.family.api}")]
         rows += _source_rows(plan) if plan.errors else _work_rows(plan, WORKERS)
@@ -118,6 +120,7 @@ def _work_rows(plan: Plan, workers: int) -> list[tuple[str, str]]:
             f"{values_text(plan)}",
         ),
         *_scale_rows(plan),
+        *_engine_rows(plan),
         (
             "peak",
             f"{memory(plan.buffer_bytes(workers))} of buffers, {counted(workers, 'worker')}, "
@@ -132,6 +135,12 @@ def _work_rows(plan: Plan, workers: int) -> list[tuple[str, str]]:
             + (f", every part divides over {ranks} ranks" if ranks > 1 else ""),
         ),
     ]
+
+
+def _engine_rows(plan: Plan) -> list[tuple[str, str]]:
+    outlook = engines.outlook(plan.config)
+    ranks = plan.options.tp_size
+    return [("engine", engines.outlook_text(outlook, ranks))] if outlook is not None else []
 
 
 def _pass_text(plan: Plan) -> str:

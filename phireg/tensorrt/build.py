@@ -109,7 +109,7 @@ def _compile(plan: EnginePlan, directory: Path, progress: Progress | None) -> li
         ]
     for record in records:
         if "error" in record:
-            hint = record["hint"] or f"the builder's whole output is in {plan.log}."
+            hint = f"the builder's whole output is in {plan.log}; {record['hint']}"
             raise EngineError(f"{record['error']}; no engine was written", hint=hint)
     if exit_code or len(records) < plan.spec.tp_size:
         raise EngineError(

@@ -16,6 +16,8 @@ from collections import Counter
 from pathlib import Path
 from typing import IO, Any
 
+import xxhash
+
 from phireg.errors import PhiregError
 from phireg.executor.model import open_ranks
 from phireg.reader.spec import parse_spec
@@ -72,7 +74,8 @@ def compile_rank(job: Job, rank: int) -> dict[str, Any]:
     config = configured(package, network, job)
     config.progress_monitor = _monitor(package.trt, rank)
     with Path(job.output, f"rank{rank}.engine").open("wb") as file:
-        writer = _writer(package.trt, file)
+        digest = xxhash.xxh3_128()
+        writer = _writer(package.trt, file, digest)
         graph = network.graph
         done = graph.builder.build_serialized_network_to_stream(graph.network, config, writer)
         package.log.check("to build the engine", failed=not done or not file.tell())
@@ -80,6 +83,7 @@ def compile_rank(job: Job, rank: int) -> dict[str, Any]:
     return {
         "rank": rank,
         "bytes": size,
+        "digest": digest.hexdigest(),
         "seconds": round(time.monotonic() - started, 1),
         "cpu_seconds": round(time.process_time(), 1),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -178,7 +182,7 @@ def _monitor(trt: Any, rank: int) -> Any:
     return Monitor()
 
 
-def _writer(trt: Any, file: IO[bytes]) -> Any:
+def _writer(trt: Any, file: IO[bytes], digest: xxhash.xxh3_128) -> Any:
     """Return a stream that TensorRT writes an engine to; it holds one copy of it less."""
 
     class Writer(trt.IStreamWriter):  # type: ignore[misc]
@@ -186,6 +190,7 @@ def _writer(trt: Any, file: IO[bytes]) -> Any:
             trt.IStreamWriter.__init__(self)
 
         def write(self, data: bytes) -> int:
+            digest.update(data)
             return file.write(data)
 
     return Writer()

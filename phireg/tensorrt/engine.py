@@ -54,6 +54,18 @@ class NativeEngine:
         """Return what ``phireg-build.json`` says."""
         return read_json_object(self.directory / BUILD_FILE)
 
+    def records(self) -> list[dict[str, Any]]:
+        """Return what the manifest says of each rank's engine: its bytes, digest and network."""
+        records = self.manifest.get("ranks")
+        kinds = {"bytes": int, "digest": str, "inputs": list, "outputs": list, "layers": dict}
+        if not isinstance(records, list) or len(records) != self.spec.tp_size:
+            raise SourceError(f"{self.directory / BUILD_FILE} does not describe each rank's engine")
+        for record in records:
+            for key, kind in kinds.items():
+                if not isinstance(record, dict) or not isinstance(record.get(key), kind):
+                    raise SourceError(f"{self.directory / BUILD_FILE}: a rank has no {key}")
+        return records
+
     @property
     def checkpoint_dir(self) -> Path | None:
         """Return where the checkpoint was when the engine was built; None for no checkpoint."""

@@ -59,8 +59,7 @@ class Log:
             reason = " ".join(errors[0].split()) if errors else "it gave no reason"
             raise EngineError(
                 f"{self.name} refused {doing}: {reason}",
-                hint="the engine's build log has all messages; docs/engines.md says what is known "
-                "not to build.",
+                hint="docs/engines.md says what is known not to work, and what to report.",
             )
 
 

@@ -16,6 +16,7 @@ from phireg.registry import AUTO
 from phireg.tensorrt.engine import Limits
 from phireg.tensorrt.package import NAMES, Backend, Package, load_package
 from phireg.tensorrt.requirements import (
+    DEFAULT_TOKENS,
     Estimate,
     WeightsForm,
     capability_problems,
@@ -28,7 +29,7 @@ from phireg.tensorrt.requirements import (
 from phireg.trtllm.build import checked_checkpoint
 from phireg.trtllm.command import BuildOptions, check_lengths
 
-_DEFAULT_BATCH, _DEFAULT_TOKENS = 8, 4096
+_DEFAULT_BATCH = 8
 # Of one step: the mask of a dense layer takes chunk x capacity bytes per row, that of a
 # block-sparse layer as many per head.
 _CHUNK, _SPARSE_CHUNK = 512, 256
@@ -177,10 +178,10 @@ def _check_options(options: BuildOptions, spec: ModelSpec) -> None:
 
 def _limits(spec: ModelSpec, options: BuildOptions) -> Limits:
     positions = spec.max_position_embeddings
-    total = check_lengths(options, positions, 0) or min(positions, _DEFAULT_TOKENS)
+    total = check_lengths(options, positions, 0) or min(positions, DEFAULT_TOKENS)
     prompt = options.max_input_len or total - 1
     if prompt >= total:  # the default total, or no more positions
-        total = min(positions, prompt + _DEFAULT_TOKENS)
+        total = min(positions, prompt + DEFAULT_TOKENS)
     chunk = min(_CHUNK if spec.sparse is None else _SPARSE_CHUNK, prompt)
     return Limits(options.max_batch_size or _DEFAULT_BATCH, prompt, total, chunk)
 

@@ -18,6 +18,9 @@ from phireg.reader.tensors import rank_tensors
 WeightsForm: TypeAlias = Literal["embedded", "separate"]
 """Weights inside the engine, or inputs that are fed from the rank files when it runs."""
 
+DEFAULT_TOKENS = 4096
+"""Of prompt and continuation, where nothing is asked for and the model has more."""
+
 _FUSED_SLOTS = 32768
 # Measured by benchmarks/engine.py: what a build takes besides the engine itself.
 _PEAK, _PEAK_PER_LAYER = 450e6, 50e6

@@ -62,6 +62,7 @@ def test_json_keys(tiny, run):
         ("explain", tiny, "lm_head"),
         ("inspect", out, "--check"),
         ("build", out, *("--output-dir", tiny, "--print-command", "--trtllm-version", "1.2.1")),
+        ("build", out, "--output-dir", tiny, "--print-command", "--backend", "tensorrt-rtx"),
         ("demo", "phi3-small", "--output-dir", demo),
         ("verify", out, "--model-dir", tiny),
         ("run", demo, "--prompt", "A fire", "--max-new-tokens", 2, "--device", "cpu"),

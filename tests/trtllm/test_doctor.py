@@ -36,6 +36,10 @@ class Machine:
                 return answer
         raise AssertionError(command)
 
+    def has_native(self, backend, version, gpus, problem=None):
+        answer = {"problem": problem, "version": version, "gpus": gpus}
+        self.imports[f"load_package({backend!r})"] = (0, json.dumps(answer))
+
     def program(self, name, script):
         path = self.directory / name
         path.write_text(f"#!/bin/sh\n{script}\n")
@@ -59,6 +63,9 @@ def test_a_machine_with_everything(machine):
     machine.versions |= {"tensorrt": "10.14", "tensorrt_llm": "1.2.1", "datasets": "3.1.0",
                          "nvidia-modelopt": "0.37.0"}  # fmt: skip
     machine.imports["tensorrt_llm"] = (0, "[TensorRT-LLM] TensorRT-LLM version: 1.2.1\n")
+    machine.versions["tensorrt_rtx_cu13_bindings"] = "1.7.1"
+    machine.has_native("tensorrt", "11.4", [])
+    machine.has_native("tensorrt-rtx", "1.7.1", ["sm89"])
     machine.program("nvidia-smi", "echo 'NVIDIA H200, 143771 MiB, 9.0, 580.82.07'")
     machine.program("mpirun", "echo 'mpirun (Open MPI) 4.1.7'; echo; echo Report bugs")
     machine.program("trtllm-build", "echo '[TensorRT-LLM] TensorRT-LLM version: 1.2.1'")
@@ -66,7 +73,8 @@ def test_a_machine_with_everything(machine):
     wrong = {part for part in parts.values() if part.state != doctor.OK and part.name != "disk"}
     assert wrong == set()
     versions = {"GPU": "NVIDIA H200", "driver": "580.82.07", "MPI": "4.1.7", "CUDA": "13.0",
-                "tensorrt_llm": "1.2.1", "trtllm-build": "1.2.1"}  # fmt: skip
+                "tensorrt_llm": "1.2.1", "trtllm-build": "1.2.1", "tensorrt": "11.4",
+                "tensorrt-rtx": "sm89"}  # fmt: skip
     for name, version in versions.items():
         assert version in parts[name].found
 
@@ -76,8 +84,8 @@ def test_a_machine_with_nothing(machine):
     parts = machine.parts()
     missing = {name for name, part in parts.items() if part.state == doctor.MISSING}
     assert missing == {
-        "torch", "GPU", "driver", "MPI", "tensorrt", "tensorrt_llm", "trtllm-build", "modelopt",
-        "datasets", "rouge-score",
+        "torch", "GPU", "driver", "MPI", "tensorrt", "tensorrt-rtx", "tensorrt_llm", "trtllm-build",
+        "modelopt", "datasets", "rouge-score",
     }  # fmt: skip
     for name in missing:
         assert parts[name].prevents, name
@@ -95,6 +103,19 @@ def test_a_release_without_engine_backend(machine):
         assert parts[name].state == doctor.UNSUITABLE
         assert version in parts[name].found
         assert "pip install tensorrt_llm==1.2.1" in parts[name].remedy
+
+
+def test_a_tensorrt_that_cannot_be_used(machine):
+    machine.versions |= {"tensorrt": "8.6", "tensorrt_rtx_cu13_bindings": "1.7.1"}
+    machine.has_native("tensorrt", None, [], "TensorRT 8.6 is too old")
+    machine.imports["load_package('tensorrt-rtx')"] = (-11, "")
+    parts = machine.parts()
+    assert (parts["tensorrt"].state, parts["tensorrt"].found) == (
+        doctor.UNSUITABLE,
+        "TensorRT 8.6 is too old",
+    )
+    assert parts["tensorrt-rtx"].state == doctor.BROKEN
+    assert parts["tensorrt-rtx"].remedy == "pip install 'phireg[rtx]' --force-reinstall"
 
 
 def test_a_package_that_cannot_be_imported_is_broken(machine):

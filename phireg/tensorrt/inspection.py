@@ -1,0 +1,114 @@
+"""Inspect a native engine: its files, and where a GPU can load it, what TensorRT says of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from phireg.checkpoint.manifest import file_digest
+from phireg.children import python_command, query
+from phireg.errors import EngineError, PhiregError
+from phireg.files.json import read_json_object
+from phireg.tensorrt.engine import NativeEngine, read_native
+from phireg.tensorrt.package import Backend, Package, load_package
+from phireg.tensorrt.plan import here
+
+_LOAD_S = 300
+_SCRIPT = "from phireg.tensorrt.inspection import main; main()"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInspection:
+    """The content of an engine's directory.
+
+    Attributes:
+        engine: its config.
+        sizes: bytes of every file.
+        manifest: its ``phireg-build.json``.
+        layers: what TensorRT's inspector says of the first rank's layers; None if it was not asked.
+        unloaded: why it was not asked.
+        problems: what differs from the manifest.
+    """
+
+    engine: NativeEngine
+    sizes: Mapping[str, int]
+    manifest: Mapping[str, Any]
+    layers: tuple[Any, ...] | None
+    unloaded: str
+    problems: tuple[str, ...]
+
+
+def inspect_engine(directory: str | Path, *, check: bool = False) -> EngineInspection:
+    """Read what a native engine holds; ``check`` compares its files' digests with the manifest."""
+    engine = read_native(directory)
+    manifest = engine.manifest
+    sizes = {file.name: file.stat().st_size for file in sorted(engine.directory.iterdir())}
+    layers, unloaded = _layers(engine)
+    problems = []
+    for rank, record in enumerate(engine.records()):
+        path = engine.path(rank)
+        if path.stat().st_size != record["bytes"]:
+            problems.append(f"{path.name} has not the {record['bytes']:,} bytes that were written")
+        elif check and file_digest(path) != record["digest"]:
+            problems.append(f"{path.name} differs from what was written")
+    return EngineInspection(engine, sizes, manifest, layers, unloaded, tuple(problems))
+
+
+def load_engine(package: Package, path: Path) -> tuple[Any, Any]:
+    """Return a package's runtime and the engine that it reads from a file.
+
+    Raises:
+        EngineError: it does not load here; the reason is the package's.
+    """
+    trt = package.trt
+    runtime = trt.Runtime(package.logger)
+    data = path.read_bytes()
+    problems = []
+    if hasattr(runtime, "get_engine_validity"):
+        validity, bits = runtime.get_engine_validity(data)
+        if validity == trt.EngineValidity.INVALID:
+            known = trt.EngineInvalidityDiagnostics.__members__.items()
+            problems = [name.lower().replace("_", " ") for name, bit in known if bits & int(bit)]
+    engine = runtime.deserialize_cuda_engine(data) if not problems else None
+    if problems:
+        raise EngineError(f"{package.name} cannot load {path}: {', '.join(problems)}")
+    package.log.check(f"to load {path}", failed=engine is None)
+    return runtime, engine
+
+
+def main() -> None:
+    """Write the inspector's JSON of an engine to a file; the arguments: backend, engine, file."""
+    backend, path, output = sys.argv[1:]
+    try:
+        package = load_package(cast(Backend, backend))
+        _, engine = load_engine(package, Path(path))
+        text = engine.create_engine_inspector().get_engine_information(
+            package.trt.LayerInformationFormat.JSON
+        )
+    except PhiregError as error:
+        text = json.dumps({"error": error.message})
+    Path(output).write_text(text, encoding="utf-8")
+
+
+def _layers(engine: NativeEngine) -> tuple[tuple[Any, ...] | None, str]:
+    """Ask TensorRT in a process of its own: an engine that does not fit may end the process."""
+    if not here():
+        return None, "there is no GPU here to load it"
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch, "layers.json")
+        command = [
+            *python_command(_SCRIPT), engine.backend, str(engine.path(0).resolve()), str(output),
+        ]  # fmt: skip
+        code, said = query(command, _LOAD_S)
+        if code or not output.exists():
+            return None, " ".join(said.split()[-40:]) or f"loading it ended with {code}"
+        found = read_json_object(output)
+    if "error" in found:
+        return None, str(found["error"])
+    layers = found.get("Layers")
+    return (tuple(layers), "") if isinstance(layers, list) else (None, "it tells no layers")
