@@ -4,8 +4,8 @@ Written from ``ModelSpec`` and ONNX's operators alone, in float32. onnxruntime c
 NVIDIA's parser turns it into a TensorRT network: neither shares anything with phireg's builder.
 
 Inputs: ``input_ids``, ``position_ids`` int64 [B, S], ``write_indices`` int64 [B], and the caches
-``cache_{k,v}_{i}`` [B, G, C, D]. With long rope, the long factors' rows follow the C short ones, and
-a position's row is its number plus 0 or C.
+``cache_{k,v}_{i}`` [B, G, C, D]. With long rope, the long factors follow the C short ones' rows:
+a position takes the row of its number, plus 0 or C.
 """
 
 import numpy as np
