@@ -75,7 +75,7 @@ def carry(
     stop = Event()
     with ExitStack() as stack:
         reader = stack.enter_context(plan.source.open())
-        busy = plan.casts or quantizer is not None
+        busy = plan.casts or plan.source.adapter is not None or quantizer is not None
         stack.enter_context(one_thread_each(workers) if busy else nullcontext())
         pool = stack.enter_context(ThreadPoolExecutor(workers))
         carrier = _Carrier(plan, reader, sink, stop, quantizer)

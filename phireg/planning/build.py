@@ -15,6 +15,7 @@ from phireg.layout.axes import OWN_COLUMNS
 from phireg.layout.ranks import held, tp_sizes, undivided
 from phireg.layout.rules import Rule, Rules
 from phireg.layout.spans import Axis, LayoutError, Span, check_partition
+from phireg.planning.merging import merge_adapter
 from phireg.planning.model import Options, Output, Plan, Rows, Scale
 from phireg.planning.quantized import FOLLOWS, Quantization
 from phireg.planning.schedule import schedule
@@ -64,6 +65,9 @@ class _Builder:
             except LayoutError as problem:
                 self.error("layout", self.family.name, f"the config's sizes do not fit: {problem}")
             else:
+                if self.source.adapter is not None:
+                    self.source, found = merge_adapter(self.source, self.source.adapter, rules)
+                    self.findings += found
                 outputs = self.outputs(rules, code)
                 self.check_schema(config, outputs)
                 self.findings += self.quantization.findings(config, outputs)

@@ -9,15 +9,19 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
 from phireg.files.regular import Stamp, bullets, check_unchanged, listed, open_regular, read_into
 from phireg.files.safetensors import read_header
 from phireg.findings import Finding, Severity
+from phireg.source.merging import Factors, read_merged
 from phireg.source.tensors import SourceTensor, WeightsFile
 from phireg.source.torchbin import list_bin, read_strided
+
+if TYPE_CHECKING:
+    from phireg.source.adapter import Adapter
 
 INDEX = ".index.json"
 """End of the name of an index, after the name that a single file would have."""
@@ -35,11 +39,22 @@ class Reader:
         self._stamps = stamps
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._merged = threading.local()  # each thread's current tensor with a LoRA layer
 
     def read_into(self, tensor: SourceTensor, start: int, view: memoryview) -> None:
         """Fill a view with bytes ``[start, start + len(view))`` of a tensor in row-major order."""
         if not 0 <= start <= start + len(view) <= tensor.nbytes:
             raise ValueError(f"{tensor.name}: bytes {start}+{len(view)} of {tensor.nbytes}")
+        if not tensor.deltas:
+            self._read_stored(tensor, start, view)
+        elif len(view):
+            merged = getattr(self._merged, "factors", None)
+            if merged is None or merged.tensor is not tensor:
+                merged = self._merged.factors = Factors(tensor, self._read_stored)
+            read_merged(merged, self._read_stored, start, view)
+
+    def _read_stored(self, tensor: SourceTensor, start: int, view: memoryview) -> None:
+        """Fill a view with bytes of a tensor as the file has them."""
         path = self._directory / tensor.file
         fd = self._descriptor(tensor.file, path)
         if tensor.strides is None:
@@ -79,6 +94,7 @@ class Source:
     files: tuple[WeightsFile, ...]  # those that are used, sorted by name
     revision: str | None = None  # the hub commit it was resolved from
     findings: tuple[Finding, ...] = ()  # on the choice of the files
+    adapter: Adapter | None = None  # that a plan is to add to the weights
 
     def settled(self) -> Source:
         """Return this source; a SourceError says what the user must choose first."""

@@ -19,6 +19,9 @@ from phireg.errors import SourceError, UsageError
 from phireg.files.kinds import WEIGHTS, kind_of_entries
 from phireg.files.regular import listed
 from phireg.findings import Finding, Severity
+from phireg.source.adapter import CONFIG as ADAPTER_CONFIG
+from phireg.source.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from phireg.source.adapter import Adapter, read_adapter
 from phireg.source.model import FORMATS, INDEX, Reader, Source, list_shards, read_index
 from phireg.source.tensors import SourceTensor, WeightsFile
 
@@ -118,7 +121,10 @@ def open_source(
     if not tensors:
         raise SourceError(f"{directory / chosen.name}: the file holds no tensors")
     findings += _notes(names, chosen, others)
-    return Source(directory, MappingProxyType(tensors), chosen.files, revision, tuple(findings))
+    adapter = _adapter(directory, names, readings.adapter, findings)
+    return Source(
+        directory, MappingProxyType(tensors), chosen.files, revision, tuple(findings), adapter
+    )
 
 
 def finding(severity: Severity, subject: str, detail: str) -> Finding:
@@ -274,9 +280,6 @@ def _notes(names: Collection[str], chosen: WeightSet, others: list[WeightSet]) -
         if name not in used and name not in known and not name.startswith("adapter_")
     ]
     notes = []
-    if adapters := [name for name in _weight_files(names) if name.startswith("adapter_")]:
-        detail = "a LoRA adapter lies beside the model and is not applied"
-        notes.append(finding(Severity.NOTE, adapters[0], detail))
     if strays:
         detail = f"does not name these files, which are not read: {listed(strays)}"
         notes.append(finding(Severity.NOTE, chosen.name, detail))
@@ -285,6 +288,41 @@ def _notes(names: Collection[str], chosen: WeightSet, others: list[WeightSet]) -
         detail = f"says {chosen.total_size} bytes in total, the tensors have {total}"
         notes.append(finding(Severity.NOTE, chosen.name, detail))
     return notes
+
+
+# An adapter beside full weights
+
+
+def _adapter(
+    directory: Path, names: Collection[str], choice: str | None, findings: list[Finding]
+) -> Adapter | None:
+    """Return the adapter to merge, if that is chosen."""
+    name = next((file for file in ADAPTER_WEIGHTS if file in names), None)
+    if name is None or choice == "ignore":
+        if choice == "merge":
+            detail = f"--adapter merge was chosen, and the directory has no {ADAPTER_WEIGHTS[0]}"
+            findings.append(finding(Severity.ERROR, "adapter", detail))
+        elif name is not None:
+            findings.append(finding(Severity.NOTE, name, "a LoRA adapter that is not applied"))
+        return None
+    if ADAPTER_CONFIG not in names:
+        detail = (
+            f"a LoRA adapter lies beside full weights without its {ADAPTER_CONFIG}, so it cannot "
+            "be merged: add that file, or choose --adapter ignore if it is part of the weights "
+            "already"
+        )
+        findings.append(finding(Severity.ERROR, name, detail))
+        return None
+    if choice == "merge":
+        return read_adapter(directory, name)
+    detail = (
+        "a LoRA adapter lies beside full weights; transformers applies it where peft is installed. "
+        "Choose: --adapter merge adds it to the weights, right if they are the base model's; "
+        "--adapter ignore takes them as they are, right if it is part of them already; or move "
+        "the adapter's files away"
+    )
+    findings.append(finding(Severity.ERROR, name, detail))
+    return None
 
 
 def _no_weights(directory: Path, names: Collection[str]) -> SourceError:

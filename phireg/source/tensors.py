@@ -21,11 +21,25 @@ class SourceTensor:
     # Elements from one index to the next, per dimension, for tensors of PyTorch .bin files that do
     # not lie in row-major order without gaps.
     strides: tuple[int, ...] | None = None
+    deltas: tuple[Delta, ...] = ()  # LoRA layers that are added to it while it is read
 
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
         return ITEMSIZE[self.dtype] * math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Rows of ``scale * up @ down`` that are added to rows of a tensor."""
+
+    row: int  # first row of the tensor
+    first: int  # first row of the product
+    count: int
+    up: SourceTensor  # [rows, rank]
+    down: SourceTensor  # [rank, columns]
+    scale: float
+    transposed: bool = False  # the product is (up @ down) transposed: an embedding's
 
 
 @dataclass(frozen=True, slots=True)

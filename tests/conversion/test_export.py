@@ -215,6 +215,7 @@ def test_the_checkpoint_is_complete_and_says_where_it_comes_from(tmp_path, qform
         "weight_only": None,
         "qformat": qformat,
         "kv_cache_dtype": "fp8",
+        "readings": {"weights": None, "adapter": None, "tie": None},
     }
     recorded = manifest["quantization"]
     assert recorded["alpha"] == (alpha if qformat == "int8_sq" else None)

@@ -101,13 +101,12 @@ def test_notes(model):
     save_file({"a": np.ones(2)}, model / "extra.safetensors")
     (model / "pytorch_model-00001-of-00001.bin").write_bytes(b"")
     (model / "training_args.bin").write_bytes(b"")
-    (model / "adapter_model.safetensors").write_bytes(b"")
     total = sum(array.nbytes for array in tiny_tensors().values())
     index(lambda d: d["metadata"].update(total_size=total + 1))(model)
     source = open_source(model)
     notes = "\n".join(f"{note.subject} {note.detail}" for note in source.findings)
     assert {note.severity for note in source.findings} == {Severity.NOTE}
-    for name in ("extra", "pytorch_model-00001-of-00001", "adapter_model"):
+    for name in ("extra", "pytorch_model-00001-of-00001"):
         assert name in notes
     assert str(total) in notes and str(total + 1) in notes
     assert "training_args" not in notes
