@@ -154,7 +154,7 @@ RULES = {
         never=("phireg.cli", "phireg.report"),
     ),
     "phireg.cli": Rule(
-        (DTYPES, ERRORS, FINDINGS, "phireg.planning.report", "click"),
+        (DTYPES, ERRORS, FINDINGS, "phireg.planning.report", "phireg.children", "click"),
         lazily=(ANYTHING,),
         never=("phireg_plugins",),
     ),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import signal
-import sys
+from copy import copy
 from importlib import import_module
 from typing import Any
 
@@ -12,6 +11,7 @@ import click
 
 from phireg.cli.errors import reported, show_warnings, stop
 from phireg.cli.help import write_examples
+from phireg.cli.streams import leave, prepare, results_apart
 
 SECTIONS = {
     "Make": ("convert", "quantize", "build", "postprocess"),
@@ -52,7 +52,9 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = import_module(f"phireg.cli.{cmd_name.replace('-', '_')}")
-        command: click.Command = module.command
+        command: click.Command = copy(module.command)
+        assert command.callback is not None
+        command.callback = results_apart()(command.callback)
         return command
 
     def resolve_command(
@@ -86,6 +88,11 @@ class LazyGroup(click.Group):
         super().format_epilog(ctx, formatter)
         write_examples(formatter, EXAMPLES, "command-line.md")
 
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        """Read the options; help is printed here, and may fail to be."""
+        with reported():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; turn an exception into a message and an exit code."""
         with reported():
@@ -115,8 +122,9 @@ def main() -> None:
         # A shell lets its background jobs ignore Ctrl-C; that stays so.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    prepare()
     show_warnings()
-    app(prog_name="phireg")
+    try:
+        app(prog_name="phireg")
+    except SystemExit as end:
+        leave(end.code)

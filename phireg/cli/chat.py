@@ -5,15 +5,16 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
 
-from phireg.cli.output import note
+from phireg.cli.output import emit, note, printable
 from phireg.cli.run import stream_text
+from phireg.cli.streams import give_back, results
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Chat:
                 continue
             except EOFError:
                 if _at_terminal():
-                    click.echo()
+                    emit("")
                 return
             except UnicodeDecodeError:
                 _complain(UsageError("that line is not UTF-8 text"))
@@ -121,14 +122,16 @@ def _first_messages(tokenizer: Tokenizer, system: str | None) -> list[Message]:
 
 
 def _at_terminal() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty()
+    return sys.stdin.isatty() and results().isatty()
 
 
 def _read_line() -> str:
     if _at_terminal():
         import readline  # noqa: F401  (lets input() edit its line)
 
-        return input("> ")
+        give_back()
+        with redirect_stdout(sys.__stdout__):
+            return input("> ")
     line = sys.stdin.buffer.readline()
     if not line:
         raise EOFError
@@ -136,7 +139,7 @@ def _read_line() -> str:
 
 
 def _complain(error: UsageError) -> None:
-    click.secho(str(error), err=True, fg="red")
+    click.secho(printable(str(error)), err=True, fg="red")
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import sys
 import textwrap
 import time
 from itertools import zip_longest
@@ -19,6 +18,7 @@ from phireg.cli.errors import stopped, warn
 from phireg.cli.help import OUTPUT, RANKS, TEXT, documented
 from phireg.cli.options import Directory, FamilyName, json_option, quiet_option
 from phireg.cli.output import counted, emit, emit_json, printable, size, spinner
+from phireg.cli.streams import results
 from phireg.cli.verify import show_verification, verification_document
 from phireg.errors import CheckError
 
@@ -153,7 +153,7 @@ def _folded(words: list[str]) -> str:
 
 def _comparison(article: Article, summary: str, scores: dict[str, Any]) -> str:
     """Show the summary beside its reference, and the model's scores."""
-    width = min(_WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else _WIDTH
+    width = min(_WIDTH, shutil.get_terminal_size().columns) if results().isatty() else _WIDTH
     half = max(20, (width - 3) // 2)
     cells = [
         [title, *textwrap.wrap(printable(text), half)]

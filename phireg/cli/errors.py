@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from phireg.cli.output import columns, counted, folded, mute_stdout
+from phireg.cli.output import columns, counted, folded
 from phireg.errors import PhiregError, PhiregWarning
 from phireg.findings import Finding, Severity
 
@@ -117,7 +117,6 @@ def reported() -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         raise stopped(interrupt, "nothing was written") from None
     except BrokenPipeError:
-        mute_stdout()
         raise click.exceptions.Exit(CLOSED_PIPE) from None
     except Exception as error:
         if os.environ.get(DEBUG):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 import shutil
 import sys
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from phireg.cli.streams import results
 from phireg.dtypes import WEIGHT_DTYPES
-from phireg.errors import OutputError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
@@ -38,30 +37,14 @@ def emit(text: str, *, styled: bool = False) -> None:
 
     Raises OutputError on a full disk and BrokenPipeError if the reader has gone.
     """
-    _write(f"{text if styled else printable(text)}\n")
+    click.echo(text if styled else printable(text), file=results())
 
 
 def emit_generated(text: str) -> None:
     """Print text that a model wrote, escaped on a terminal only; raises as :func:`emit`."""
-    if text:
-        _write("\t".join(map(printable, text.split("\t"))) if sys.stdout.isatty() else text)
-
-
-def _write(text: str) -> None:
-    try:
-        click.echo(text, nl=False)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        mute_stdout()
-        raise OutputError(f"cannot write to standard output: {error.strerror}") from error
-
-
-def mute_stdout() -> None:
-    """Discard what is still buffered, so that the interpreter does not complain at exit."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
-    os.close(null)
+    if results().isatty():
+        text = "\t".join(map(printable, text.split("\t")))
+    click.echo(text, nl=False, file=results())
 
 
 def note(text: str) -> None:
@@ -124,7 +107,7 @@ def columns(rows: Iterable[Sequence[str]], *, indent: int = 0, right: Sequence[i
         head = " " * indent + "".join(f"{cell}  " for cell in padded)
         blank = " " * (indent + sum(width + 2 for width in widths))
         spaces = last[: len(last) - len(last.lstrip(" "))]
-        text = _fold(last.lstrip(" "), blank + spaces, blank + spaces, sys.stdout)
+        text = _fold(last.lstrip(" "), blank + spaces, blank + spaces, results())
         body = "\n".join(_styled(last, line) for line in text[len(blank) :].split("\n"))
         lines.append((head + body).rstrip())
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from phireg.cli.errors import stopped
 from phireg.cli.help import MODEL, PROMPTS, RUNNING, TEXT, documented
 from phireg.cli.options import COMPUTE_DTYPES, Directory, compute_dtype, device_option, json_option
 from phireg.cli.output import emit, emit_generated, emit_json, note, spinner
+from phireg.cli.streams import give_back
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ def command(
     options = _Inputs(**inputs)
     _check_options(options, num_beams)
     if tp and tp > opener(name).process_rank()[1]:
+        give_back()
         raise click.exceptions.Exit(run_processes(tp, sys.argv[1:]))
     generator = Generator(
         name,

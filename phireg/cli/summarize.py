@@ -24,7 +24,8 @@ from phireg.cli.options import (
     quiet_option,
     report_option,
 )
-from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json, memory
+from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json, memory, printable
+from phireg.cli.streams import give_back
 from phireg.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ def command(
         models, check_accuracy, checked, rouge1_threshold, ppl_threshold, settings["eval_ppl"]
     )
     if check_model_processes(models, tp) and tp:
+        give_back()
         raise click.exceptions.Exit(run_processes(tp, sys.argv[1:]))
     try:
         with ProgressBars(quiet) as bars:
@@ -292,7 +294,7 @@ def _emit_scores(summarization: Summarization, report: Path | None) -> None:
         emit("no score was checked: --check-accuracy does that")
     for check in summarization.checks:
         word, color = ("passed", "green") if check.passed else ("FAILED", "red")
-        click.secho(f"{word}  {check}", fg=color)
+        emit(click.style(printable(f"{word}  {check}"), fg=color), styled=True)
 
 
 def _row(summarization: Summarization, result: BackendResult) -> list[str]:
