@@ -10,10 +10,12 @@ They raise subclasses of :class:`phireg.errors.PhiregError` for bad input. Plugi
 :mod:`phireg.api`.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
+TYPE_CHECKING = False  # of typing, which takes long to import: a Ctrl-C may come meanwhile
 if TYPE_CHECKING:
+    from typing import Any
+
     from phireg.calibration.calibrate import Calibrated as Calibrated
     from phireg.calibration.calibrate import calibrate as calibrate
     from phireg.checkpoint.inspect import Inspection as Inspection
@@ -74,6 +76,8 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'phireg' has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(_HOMES[name]), name)
 
 

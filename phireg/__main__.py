@@ -1,30 +1,34 @@
-"""The program: ``phireg``, and ``python -m phireg``."""
+"""The program: ``phireg``, and ``python -m phireg``.
+
+Little is imported before a Ctrl-C is handled, and nothing from the current directory.
+"""
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # ``signal`` first imports enums, for longer
 import os
-import signal
 import sys
-from types import FrameType
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
+def _stop(number: int, frame: object) -> None:
     """End at once: nothing has begun."""
     os.write(2, b"interrupted; nothing was written\n")
     os._exit(128 + number)
 
 
+# A shell lets its background jobs ignore Ctrl-C; that stays so.
+if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _stop)
+
+
 def main() -> None:
-    """Run the command line; Ctrl-C counts from the first moment."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _stop)
+    """Run the command line."""
     from phireg.cli import main as run
 
     run()
 
 
 if __name__ == "__main__":
-    # Python put the current directory there, which may be a stranger's model.
     if sys.path[0] in ("", os.getcwd()):  # noqa: PTH109
         del sys.path[0]
     main()

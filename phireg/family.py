@@ -14,7 +14,7 @@ import pluggy
 
 from phireg.config.fields import FieldTable
 from phireg.config.hf import HFConfig
-from phireg.errors import PhiregError, PluginError
+from phireg.errors import PhiregError, PluginError, described
 from phireg.findings import source_line
 from phireg.hookspecs import API, PROJECT, Steps
 from phireg.layout.rules import QuantRules, Rules
@@ -163,11 +163,11 @@ class Family:
     def _call(self, kind: type[_Result], hook: str, **arguments: Any) -> _Result:
         try:
             result = getattr(self._hooks.hook, hook)(**arguments)
-        except (LayoutError, PhiregError):
+        except (LayoutError, PhiregError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:
             raise PluginError(
-                f"family '{self.name}': {hook} failed with {type(error).__name__}: {error} "
+                f"family '{self.name}': {hook} failed with {described(error)} "
                 f"({_plugin_line(error)})",
                 hint="this is a defect of the plugin; report it to its authors.",
             ) from error
@@ -254,7 +254,7 @@ def _check_hook(name: str, hook: str, function: Any, known: list[str], *, marked
             )
 
 
-def _plugin_line(error: Exception) -> str:
+def _plugin_line(error: BaseException) -> str:
     """Return the innermost line of the plugin in a traceback, skipping phireg and libraries.
 
     The frame after pluggy's last one is the hook; code in its folder belongs to the plugin.

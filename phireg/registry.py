@@ -11,12 +11,13 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 
+from phireg.children import ChildError, call
 from phireg.config.hf import HFConfig
-from phireg.errors import PluginError, SourceError
+from phireg.errors import PhiregError, PluginError, SourceError, described
 from phireg.family import Family
 from phireg.layout.ranks import tp_sizes
 from phireg.layout.spans import LayoutError
@@ -24,6 +25,11 @@ from phireg.reader.schemes import SCHEMES
 
 GROUP = "phireg.families"
 """The entry-point group in which any distribution offers families."""
+
+OWN = "phireg"
+"""The distribution whose families are not probed."""
+
+_IMPORT_S = 120.0
 
 AUTO = "auto"
 """The ``--family`` that asks every family whether a model is its own."""
@@ -48,17 +54,19 @@ class Candidate:
         """Import the plugin, which must be a Family of the entry point's name."""
         offer = f"{self.distribution} {self.version}"
         try:
-            # A third-party module may print; standard output belongs to the command's result.
-            with redirect_stdout(sys.stderr):
-                family = self._entry.load()
+            self._probe()
+            family = self._entry.load()
         except PluginError as error:
             raise PluginError(f"{offer}: {error.message}", hint=error.hint) from error
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:  # the user's: the probe has met the plugin's own
+            raise
+        except BaseException as error:
+            problem = str(error) if isinstance(error, ChildError) else described(error)
             raise PluginError(
                 f"family '{self.name}' is offered by {offer} ({self.value}) but cannot be "
-                f"loaded:\n    {type(error).__name__}: {error}",
+                f"loaded:\n    {problem}",
                 hint="the other families are not affected. All plugins: phireg plugins --check",
-            ) from error
+            ) from None
         if not isinstance(family, Family):
             raise PluginError(
                 f"{offer}: {self.value} is a {type(family).__name__}, not a phireg.api.Family"
@@ -70,6 +78,17 @@ class Candidate:
                 hint="the two names must be equal.",
             )
         return family
+
+    def _probe(self) -> None:
+        """Import the plugin in a process of its own: it may end that, or be interrupted there."""
+
+        def load() -> str:
+            with suppress(Exception):  # it is met again here, and reported
+                self._entry.load()
+            return ""
+
+        if self.distribution != OWN and self._entry.module not in sys.modules:
+            call(load, seconds=_IMPORT_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +120,7 @@ def installed_entry_points() -> tuple[list[metadata.EntryPoint], list[str]]:
             names.add(name)
         except Exception as error:
             path = getattr(dist, "_path", "a distribution")
-            problems.append(f"{path} cannot be read ({type(error).__name__}: {error})")
+            problems.append(f"{path} cannot be read ({described(error)})")
     return entries, problems
 
 
@@ -171,10 +190,12 @@ def choose(hf: HFConfig, candidates: Index | None = None) -> FamilyChoice:
             continue
         try:
             refusal = family.refusal(hf) or (family.tell_apart(hf) if family.tell_apart else None)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             warnings.append(
                 f"{candidate.distribution} {candidate.version}: tell_apart of family "
-                f"'{family.name}' failed with {type(error).__name__}: {error}"
+                f"'{family.name}' failed with {described(error)}"
             )
             continue
         if refusal is None:
@@ -232,8 +253,11 @@ def _info(candidate: Candidate) -> FamilyInfo:
                 for name, scheme in SCHEMES.items()
                 if family.quant_rules(translation.fields, scheme.quant_algo).linears
             )
-    except (PluginError, LayoutError) as error:
-        return FamilyInfo(candidate, problem=str(error))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        known = isinstance(error, PhiregError | LayoutError)
+        return FamilyInfo(candidate, problem=str(error) if known else described(error))
     return FamilyInfo(candidate, family, sizes, qformats)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from phireg.cli.errors import reported, show_warnings, stop
+from phireg.cli.errors import reported, show_warnings, stop, stopped
 from phireg.cli.help import write_examples
 from phireg.cli.streams import leave, prepare, results_apart
 
@@ -122,9 +122,11 @@ def main() -> None:
         # A shell lets its background jobs ignore Ctrl-C; that stays so.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop)
-    prepare()
-    show_warnings()
     try:
+        prepare()
+        show_warnings()
         app(prog_name="phireg")
     except SystemExit as end:
         leave(end.code)
+    except KeyboardInterrupt as interrupt:
+        leave(stopped(interrupt, "nothing was written").exit_code)

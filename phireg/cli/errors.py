@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from phireg.cli.output import columns, counted, folded
-from phireg.errors import PhiregError, PhiregWarning
+from phireg.errors import PhiregError, PhiregWarning, described
 from phireg.findings import Finding, Severity
 
 DEBUG = "PHIREG_DEBUG"
@@ -122,7 +122,7 @@ def reported() -> Iterator[None]:
         if os.environ.get(DEBUG):
             click.echo(traceback.format_exc(), err=True)
         raise failed(
-            f"{type(error).__name__}: {error}\n  this is a defect in phireg, not in your input; "
+            f"{described(error)}\n  this is a defect in phireg, not in your input; "
             f"please report it with the traceback that {DEBUG}=1 shows.",
             PhiregError.exit_code,
             label="internal error: ",
