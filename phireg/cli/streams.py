@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from phireg.children import environment
@@ -19,6 +19,7 @@ from phireg.errors import OutputError
 
 _PATIENCE_S = 2.0
 _results: TextIO | None = None
+_is_prepared = False
 
 
 class _Output(io.FileIO):
@@ -49,6 +50,8 @@ class _Messages(io.FileIO):
 
 def prepare() -> None:
     """Set up this process: its streams may be closed or full, its directory a stranger's."""
+    global _is_prepared
+    _is_prepared = True
     os.environ.update(environment())
     for descriptor, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
@@ -76,12 +79,12 @@ def _text(raw: io.FileIO, former: TextIO | None) -> io.TextIOWrapper:
 def results_apart() -> Iterator[None]:
     """Keep standard output for results; what others print meanwhile goes to standard error."""
     global _results
-    former, _results = _results, sys.stdout
+    former, _results, sys.stdout = _results, sys.stdout, sys.stderr
     try:
-        with redirect_stdout(sys.stderr):
-            yield
+        yield
     finally:
-        _results = former
+        if not _is_prepared:  # else threads of others may print until the process ends
+            sys.stdout, _results = _results, former
 
 
 def results() -> TextIO:

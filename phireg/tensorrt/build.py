@@ -101,7 +101,7 @@ def _compile(plan: EnginePlan, directory: Path, progress: Progress | None) -> li
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "job.json")
         path.write_text(json.dumps(asdict(job)), encoding="utf-8")
-        exit_code, last_lines = run_builder(command(path), plan.log, listen)
+        exit_code, last_lines = run_builder(command(path), plan.log, listen, Path(scratch))
         records = [
             json.loads(record.read_text(encoding="utf-8"))
             for rank in range(plan.spec.tp_size)
