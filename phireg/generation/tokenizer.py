@@ -12,6 +12,7 @@ from typing import Any
 
 from phireg import registry
 from phireg.checkpoint.manifest import read_manifest
+from phireg.children import ChildError, call
 from phireg.errors import PhiregError, PhiregWarning, PluginError, SourceError, UsageError
 from phireg.files.json import read_json_object
 from phireg.files.kinds import check_loadable
@@ -23,6 +24,7 @@ _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # These end a turn of a Phi chat, whatever generation_config.json lists.
 _END_OF_TURN = ("<|end|>", "<|im_end|>")
 _REPLACEMENT = "\ufffd"
+_TEMPLATE_LIMITS: Any = {"seconds": 10.0, "memory": 2**30, "longest": 2**24}
 _PROBE = "The tokens of a text, 1 to 20"
 # Characters of a token that are tried first, and tokens to spare beside a cut.
 _CHARACTERS, _SPARE = 8, 256
@@ -121,14 +123,18 @@ class Tokenizer:
                 "of them 'default'",
                 hint="rename the one to use to 'default' in tokenizer_config.json.",
             )
-        try:
+
+        def render() -> str:
             text: str = self._inner.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=answer
             )
-        except Exception as error:  # a template is a program of its author's
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            return text
+
+        try:  # a template is a program of its author's
+            return call(render, **_TEMPLATE_LIMITS)
+        except ChildError as error:
+            reason = " ".join(str(error).split())[:300]
             raise UsageError(f"the model's chat template refuses this: {reason}") from None
-        return text
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the ids of :meth:`chat_text`; the template writes the first special tokens."""

@@ -126,6 +126,7 @@ def test_lines_that_do_not_fit_or_are_no_text(models, run):
     [
         (None, None, "--prompt"),
         ("{{ raise_exception('only users') }}", None, "only users"),
+        ("{{ raise_exception('a\\x1b[2Jb\\x9bc') }}", None, "a\\x1b[2Jb\\x9bc"),
         ("{% for m in messages[-1:] %}{{ m.content }}{% endfor %}", "Brief.", "--system"),
         ("{% for m in", None, "chat template"),
     ],
@@ -139,3 +140,4 @@ def test_unusable_templates_are_refused(template, system, names, altered, run):
     result = run(altered, "--chat", *flags, stdin=b"hi\n")
     assert result.exit_code == 2
     assert names in " ".join(result.stderr.split())
+    assert result.stderr.replace("\n", "").isprintable()

@@ -15,6 +15,7 @@ from helpers.tokenized_models import CORPUS, chat_tokenizer
 
 from phireg import demo
 from phireg.errors import PhiregWarning, SourceError, UsageError
+from phireg.generation import tokenizer as tokenizer_module
 from phireg.generation.tokenizer import Tokenizer, find_tokenizer
 
 APRIL = {"add_bos_token": True, "add_eos_token": False}
@@ -137,11 +138,19 @@ def test_half_of_a_surrogate_pair_is_refused(text):
         "{{ 1 / 0 }}",
         "{% for",
         "{{ [] + 1 }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'a' * 10 ** 11 }}",
+        "{{ 'a' * 10 ** 9 }}",
+        "{{ 'a' * 3 * 10 ** 7 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        f"{{{{ {'(' * 10**5} }}}}",
         None,
     ],
-    ids=str,
+    ids=lambda template: str(template)[:60],
 )
-def test_a_template_that_cannot_be_used_is_one_error(template, tmp_path):
+def test_a_template_that_cannot_be_used_is_one_error(template, tmp_path, monkeypatch):
+    monkeypatch.setitem(tokenizer_module._TEMPLATE_LIMITS, "seconds", 2)
+    monkeypatch.setitem(tokenizer_module._TEMPLATE_LIMITS, "memory", 2**28)
     chat_tokenizer(template=None).save_pretrained(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     named = template
