@@ -15,6 +15,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -131,7 +132,8 @@ def _unavailable() -> str | None:
 def cnn_dailymail(split: str, count: int, directory: str | None = None) -> Data:
     """Load the first rows of a split of cnn_dailymail 3.0.0, with ``article`` and ``highlights``.
 
-    They come from the hub, or from a directory with a copy of its ccdv/cnn_dailymail.
+    They come from the hub, or from a directory with a copy of its ccdv/cnn_dailymail, of which no
+    more rows are read than asked for.
     """
     try:
         import datasets
@@ -140,13 +142,26 @@ def cnn_dailymail(split: str, count: int, directory: str | None = None) -> Data:
             "cnn_dailymail needs the package 'datasets', which is not installed", hint=_INSTALL
         ) from None
     repository = directory or CNN_REPOSITORY
+    if scripts := sorted(Path(repository).glob("*.py")):
+        raise SourceError(
+            f"{scripts[0]}: a script that loads data is not run",
+            hint="give a copy that has the rows themselves, as parquet files.",
+        )
+    if directory is None and Path(repository).exists():
+        raise SourceError(
+            f"{Path(repository).absolute()} would be taken for the hub's {repository}",
+            hint="name it as the data to use, or rename it.",
+        )
+    options: dict[str, Any] = {"streaming": True} if directory else {}
+    if int(datasets.__version__.partition(".")[0]) < 4:  # these run scripts, or ask
+        options["trust_remote_code"] = False
     name = f"{repository} {CNN_CONFIG}, {split}"
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it logs every attempt without a network
     try:
-        table = datasets.load_dataset(repository, CNN_CONFIG, split=split)
-        values = [dict(table[index]) for index in range(min(count, len(table)))]
+        table = datasets.load_dataset(repository, CNN_CONFIG, split=split, **options)
+        values = [dict(row) for row in islice(table, count)]
     except Exception as error:  # no network, a proxy's page, a damaged cache: anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceError(

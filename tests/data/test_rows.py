@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from phireg.data.rows import Row, cnn_dailymail, read_rows
-from phireg.errors import PhiregError, UsageError
+from phireg.errors import PhiregError, SourceError, UsageError
 
 VALUES = [
     {"article": 'One, "quoted"\nover two lines', "highlights": "ü"},
@@ -105,7 +105,38 @@ def test_the_right_part_of_cnn_dailymail(monkeypatch):
     load.assert_called_once_with("ccdv/cnn_dailymail", "3.0.0", split="test")
     assert [row.text("article")[:3] for row in rows] == ["One", "Two", "One"]
     assert len(cnn_dailymail("test", 9, "/elsewhere").rows) == 4
-    load.assert_called_with("/elsewhere", "3.0.0", split="test")
+    load.assert_called_with("/elsewhere", "3.0.0", split="test", streaming=True)
+    monkeypatch.setattr(datasets, "__version__", "3.1.0")
+    cnn_dailymail("test", 3)
+    load.assert_called_with("ccdv/cnn_dailymail", "3.0.0", split="test", trust_remote_code=False)
+
+
+CARD = """---
+configs:
+- config_name: 3.0.0
+  data_files:
+  - split: test
+    path: 3.0.0/test-*
+---
+"""
+
+
+def test_a_copy_of_cnn_dailymail_is_data(tmp_path, monkeypatch):
+    copy = tmp_path / "ccdv" / "cnn_dailymail"
+    (copy / "3.0.0").mkdir(parents=True)
+    (copy / "README.md").write_text(CARD)
+    table = pyarrow.Table.from_pylist(VALUES * 1000)
+    parquet.write_table(table, copy / "3.0.0" / "test-00000-of-00001.parquet")
+    rows = cnn_dailymail("test", 3, str(copy)).rows
+    assert [row.text("article")[:3] for row in rows] == ["One", "Two", "One"]
+    # What lies in the current directory is not the hub's.
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match=str(copy)):
+        cnn_dailymail("test", 3)
+    (copy / "cnn_dailymail.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(SourceError, match="script"):
+        cnn_dailymail("test", 3, str(copy))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_without_the_network_or_the_package(monkeypatch):
