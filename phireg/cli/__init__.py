@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from phireg.cli.errors import reported, show_warnings, stop, stopped
-from phireg.cli.help import write_examples
+from phireg.cli.help import write_examples, write_rows
 from phireg.cli.streams import leave, prepare, results_apart
 
 SECTIONS = {
@@ -77,11 +77,11 @@ class LazyGroup(click.Group):
             with formatter.section(title):
                 commands = {name: self.get_command(ctx, name) for name in names}
                 rows = [
-                    (name.ljust(width), command.get_short_help_str(200))
+                    (name, command.get_short_help_str(200))
                     for name, command in commands.items()
                     if command is not None
                 ]
-                formatter.write_dl(rows)
+                write_rows(formatter, rows, width)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the exit codes, two examples and the page."""

@@ -16,9 +16,10 @@ from phireg.cli import engines
 from phireg.cli.errors import interruptible, warn
 from phireg.cli.help import ENGINE, MODEL, OUTPUT, RANKS, RUNNING, Command, documented
 from phireg.cli.options import (
-    DTYPE_CHOICES,
     Directory,
+    Dtype,
     FamilyName,
+    checkpoint_argument,
     json_option,
     output_dir_option,
     overwrite_option,
@@ -60,7 +61,7 @@ _BACKENDS = ("auto", "tensorrt-llm", "tensorrt", "tensorrt-rtx")
     "phireg build ckpt --output-dir engine --print-command --trtllm-version 1.2.1",
     cls=_PassingOn,
 )
-@click.argument("checkpoint_dir", type=Directory(), metavar="[CKPT]", required=False)
+@checkpoint_argument("checkpoint_dir", "[CKPT]", required=False)
 @output_dir_option("engine")
 @ENGINE.option(
     "--backend",
@@ -82,7 +83,13 @@ _BACKENDS = ("auto", "tensorrt-llm", "tensorrt", "tensorrt-rtx")
 )
 @ENGINE.option("--max-batch-size", type=_COUNT, metavar="N", help="Rows of a batch at most.")
 @ENGINE.option("--max-input-len", type=_COUNT, metavar="N", help="Tokens of a prompt at most.")
-@ENGINE.option("--max-output-len", type=_COUNT, metavar="N", help="New tokens at most.")
+@ENGINE.option(
+    *("--max-new-tokens", "max_output_len"),
+    aliases=("--max-output-len",),
+    type=_COUNT,
+    metavar="N",
+    help="New tokens at most.",
+)
 @ENGINE.option("--max-seq-len", type=_COUNT, metavar="N", help="Tokens of both together at most.")
 @ENGINE.option(
     "--gemm-plugin",
@@ -99,7 +106,9 @@ _BACKENDS = ("auto", "tensorrt-llm", "tensorrt", "tensorrt-rtx")
 @ENGINE.option("--use-fp8-context-fmha", type=_SWITCH, help="FP8 arithmetic in it.")
 @RUNNING.option("--workers", type=_COUNT, metavar="N", help="Ranks built side by side, a GPU each.")
 @RANKS.option("--tp-size", type=_COUNT, metavar="N", help="Ranks, with --dummy-weights.")
-@RANKS.option("--pp-size", type=_COUNT, metavar="N", help="Pipeline stages; only 1 is possible.")
+@RANKS.option(
+    "--pp-size", type=_COUNT, metavar="N", help="Pipeline stages; only 1 is possible.", rare=True
+)
 @MODEL.option(
     "--dummy-weights", is_flag=True, help="Build without weights, from a config.json alone."
 )
@@ -110,7 +119,7 @@ _BACKENDS = ("auto", "tensorrt-llm", "tensorrt", "tensorrt-rtx")
     help="With --dummy-weights: where the model's config.json is.",
 )
 @MODEL.option("--family", type=FamilyName("auto"), help="With --dummy-weights: as for convert.")
-@MODEL.option("--dtype", type=click.Choice(DTYPE_CHOICES), help="With --dummy-weights.")
+@MODEL.option("--dtype", type=Dtype("auto"), help="With --dummy-weights.")
 @overwrite_option("engine")
 @OUTPUT.option("--print-command", is_flag=True, help="Show what would run, and do not run it.")
 @OUTPUT.option(
@@ -192,7 +201,8 @@ def _plan(version: str | None, extra: tuple[str, ...], options: dict[str, Any]) 
     if source is None:
         raise UsageError(
             "there is no checkpoint to build from",
-            hint="phireg build CKPT --output-dir ENGINE; phireg convert makes checkpoints.",
+            hint="phireg build CKPT --output-dir ENGINE; phireg convert makes checkpoints. Without "
+            "weights: --dummy-weights --model-dir DIR, from DIR's config.json alone.",
         )
     return phireg.plan_build(
         source,

@@ -6,21 +6,23 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
+import click
+
 import phireg
 from phireg.cli.errors import findings_text, interruptible
-from phireg.cli.help import documented
+from phireg.cli.help import QUANTIZATION, documented
 from phireg.cli.options import (
     allow_overflow_option,
-    conversion_options,
     json_option,
-    make_plan,
     model_dir_option,
     output_dir_option,
     overwrite_option,
     quiet_option,
+    source_options,
 )
 from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json, size
 from phireg.cli.plan import family_text, provider_document, values_text, warnings_text
+from phireg.errors import UsageError
 
 if TYPE_CHECKING:
     from phireg.conversion.convert import Converted
@@ -32,9 +34,18 @@ if TYPE_CHECKING:
     "phireg convert --model-dir microsoft/phi-2 --output-dir ckpt",
     "phireg convert --model-dir ./Phi-3-mini-4k-instruct --output-dir ckpt --tp-size 2",
 )
-@model_dir_option
+@model_dir_option(required=True)
 @output_dir_option("checkpoint")
-@conversion_options
+@source_options
+@QUANTIZATION.option(
+    "--use-weight-only", is_flag=True, help="phireg quantize --qformat int8_wo does it.", rare=True
+)
+@QUANTIZATION.option(
+    "--weight-only-precision",
+    type=click.Choice(("int8", "int4")),
+    help="With --use-weight-only.  [default: int8]",
+    rare=True,
+)
 @overwrite_option("checkpoint")
 @allow_overflow_option
 @quiet_option()
@@ -46,6 +57,8 @@ def command(
     allow_overflow: bool,
     quiet: bool,
     as_json: bool,
+    use_weight_only: bool,
+    weight_only_precision: str | None,
     **options: Any,
 ) -> None:
     """Convert a model to a TensorRT-LLM checkpoint.
@@ -53,8 +66,16 @@ def command(
     Everything that can be checked is checked before the first byte is written (see phireg plan).
     """
     started = time.monotonic()
+    if use_weight_only:
+        options["qformat"] = f"{weight_only_precision or 'int8'}_wo"
+    elif weight_only_precision:
+        raise UsageError(
+            f"--weight-only-precision {weight_only_precision} has no effect without "
+            "--use-weight-only",
+            hint=f"phireg quantize --qformat {weight_only_precision}_wo is what you may want.",
+        )
     with interruptible(output_dir):
-        plan = make_plan(model_dir, **options)
+        plan = phireg.plan(model_dir, **options)
         with ProgressBars(quiet) as bars:
             converted = phireg.convert(
                 plan,

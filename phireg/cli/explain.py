@@ -10,8 +10,8 @@ import click
 
 import phireg
 from phireg.cli.help import RANKS, documented
-from phireg.cli.options import Directory, json_option, make_plan, planning_options
-from phireg.cli.output import columns, dtype_name, emit, emit_json
+from phireg.cli.options import Directory, json_option, model_dir_option, planning_options
+from phireg.cli.output import columns, counted, dtype_name, emit, emit_json
 from phireg.dtypes import E4M3_MAX, INT8_MAX
 from phireg.errors import UsageError
 
@@ -26,19 +26,28 @@ _LARGEST = {"fp8": f"{E4M3_MAX:g}", "int8": f"{INT8_MAX:g}", "int8_sq": f"{INT8_
     "phireg explain ./phi-2 lm_head",
     "phireg explain ./phi-2 transformer.layers.0.attention.qkv --tp-size 2 --rank 1",
 )
-@click.argument("model_dir", type=Directory(), metavar="DIR")
-@click.argument("tensor")
+@click.argument("names", nargs=-1, required=True, type=Directory(), metavar="DIR TENSOR")
+@model_dir_option("Another way to give DIR.")
 @planning_options
 @RANKS.option("--rank", type=int, metavar="R", help="Only this rank.  [default: all]")
 @json_option
-def command(model_dir: str, tensor: str, rank: int | None, as_json: bool, **options: Any) -> None:
+def command(
+    names: Sequence[str], model_dir: str | None, rank: int | None, as_json: bool, **options: Any
+) -> None:
     """Show which rows of the source files a tensor is made of.
 
     DIR is the model (or owner/name on the hub), TENSOR a name in the checkpoint: a tensor's, or a
     module's such as transformer.layers.0.attention.qkv. Rows and columns count from 0; a:b is a up
     to, but not including, b. With --qformat modules have scales; how they are computed is shown.
     """
-    plan = make_plan(model_dir, **options)
+    given = [*names] if model_dir is None else [model_dir, *names]
+    if len(given) != 2:
+        raise UsageError(
+            f"{counted(len(given), 'name')} instead of a model and a tensor",
+            hint="phireg explain DIR TENSOR",
+        )
+    model_dir, tensor = given
+    plan = phireg.plan(model_dir, **options)
 
     from phireg.planning.report import output_json
 

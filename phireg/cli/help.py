@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -135,13 +136,30 @@ class Command(click.Command):
         for title, records in groups.items():
             if records:
                 with formatter.section(title):
-                    rows = [(first.ljust(width), text) for first, text in records]
-                    formatter.write_dl(rows, col_max=width)
+                    write_rows(formatter, records, width)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples, unfolded so that they can be copied, and the page."""
         super().format_epilog(ctx, formatter)
         write_examples(formatter, self.examples, self.page)
+
+
+def write_rows(formatter: click.HelpFormatter, rows: Sequence[tuple[str, str]], width: int) -> None:
+    """Write terms and texts in columns; no name is broken at its hyphens."""
+    blank = " " * (formatter.current_indent + width + 2)
+    for term, text in rows:
+        start = f"{'':{formatter.current_indent}}{term:{width}}  "
+        if len(term) > width:
+            formatter.write(f"{start.rstrip()}\n")
+            start = blank
+        lines = textwrap.wrap(
+            text,
+            formatter.width - 1,
+            initial_indent=start,
+            subsequent_indent=blank,
+            break_on_hyphens=False,
+        )
+        formatter.write("\n".join(lines or [start.rstrip()]) + "\n")
 
 
 def write_examples(formatter: click.HelpFormatter, examples: Sequence[str], page: str) -> None:

@@ -12,7 +12,7 @@ import click
 import phireg
 from phireg.cli import engines
 from phireg.cli.help import OUTPUT, documented
-from phireg.cli.options import Directory, json_option, quiet_option
+from phireg.cli.options import checkpoint_argument, json_option, quiet_option
 from phireg.cli.output import (
     ProgressBars,
     columns,
@@ -37,7 +37,7 @@ _LONG = 8
     "phireg inspect ckpt",
     "phireg inspect ckpt --check",
 )
-@click.argument("checkpoint_dir", type=Directory(), metavar="CKPT")
+@checkpoint_argument("checkpoint_dir", "CKPT")
 @OUTPUT.option("--check", is_flag=True, help="Read all files and compare them with phireg.json.")
 @quiet_option("No progress bar.")
 @json_option

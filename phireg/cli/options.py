@@ -1,35 +1,39 @@
-"""Options that several commands share, their types, and the plan that they ask for."""
+"""Options that several commands share, their types."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
-import phireg
-from phireg.cli.help import DISPLAY, MODEL, OUTPUT, QUANTIZATION, RANKS, RUNNING
+from phireg.cli.help import CHECKPOINT, DISPLAY, MODEL, OUTPUT, QUANTIZATION, RANKS, RUNNING
 from phireg.dtypes import SHORT_NAMES, WEIGHT_DTYPES
 from phireg.errors import UsageError
 
-if TYPE_CHECKING:
-    from phireg.planning.model import Plan
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-DTYPE_CHOICES = ("auto", *WEIGHT_DTYPES)
-COMPUTE_DTYPES = (*DTYPE_CHOICES, *SHORT_NAMES)
-PRECISION_CHOICES = ("int8", "int4")
-DEFAULT_PRECISION = "int8"
+_CHECKPOINT_DIR = "phireg.cli.options.checkpoint_dir"
 QFORMAT_CHOICES = ("fp8", "int8_sq", "int8_wo", "int4_wo")
 KV_CACHE_CHOICES = ("fp8", "int8")
 
 
 def compute_dtype(name: str) -> str | None:
-    """Return the full name of a choice of ``COMPUTE_DTYPES``; None for the model's own dtype."""
-    return None if name == "auto" else SHORT_NAMES.get(name, name)
+    """Return the dtype that a backend computes in; None for the model's own."""
+    return None if name == "auto" else name
+
+
+class Dtype(click.Choice[str]):
+    """A dtype by its name; upstream's short names (fp16, bf16, fp32) are accepted."""
+
+    def __init__(self, *besides: str) -> None:
+        super().__init__((*besides, *WEIGHT_DTYPES))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the full name."""
+        return super().convert(SHORT_NAMES.get(value, value), param, ctx)
 
 
 class Directory(click.types.StringParamType):
@@ -142,13 +146,52 @@ def qformat_option(*, required: bool) -> Callable[[_Function], _Function]:
     )
 
 
-model_dir_option = MODEL.option(
-    "--model-dir",
-    type=Directory(),
-    required=True,
-    metavar="DIR|REPO",
-    help="The model: a local directory, or owner/name on the Hugging Face hub.",
-)
+def model_dir_option(text: str = "", *, required: bool = False) -> Callable[[_Function], _Function]:
+    """``--model-dir``."""
+    return MODEL.option(
+        "--model-dir",
+        aliases=("--hf-model-dir",),
+        type=Directory(),
+        required=required,
+        metavar="DIR|REPO",
+        help=text or "The model: a local directory, or owner/name on the Hugging Face hub.",
+    )
+
+
+def checkpoint_argument(
+    name: str, metavar: str, *, required: bool = True
+) -> Callable[[_Function], _Function]:
+    """Let the argument ``name`` be given as ``--checkpoint-dir``, too."""
+
+    def put_aside(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+        ctx.meta[_CHECKPOINT_DIR] = value
+
+    def choose(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+        other = ctx.meta.get(_CHECKPOINT_DIR)
+        if value is not None and other is not None:
+            raise UsageError(
+                f"{value} and --checkpoint-dir {other} are two directories, and one is taken",
+                hint="leave one of them out.",
+            )
+        if value is None and other is None and required:
+            raise click.MissingParameter(ctx=ctx, param=parameter)
+        return other if value is None else value
+
+    return compose(
+        click.argument(name, type=Directory(), metavar=metavar, required=False, callback=choose),
+        CHECKPOINT.option(
+            *("--checkpoint-dir", "checkpoint_option"),
+            type=Directory(),
+            metavar="DIR",
+            help="Another way to give the argument.",
+            is_eager=True,
+            expose_value=False,
+            callback=put_aside,
+            rare=True,
+        ),
+    )
+
+
 family_option = MODEL.option(
     "--family",
     type=FamilyName("auto"),
@@ -204,7 +247,7 @@ source_options = compose(
     reading_options,
     MODEL.option(
         "--dtype",
-        type=click.Choice(DTYPE_CHOICES),
+        type=Dtype("auto"),
         default="auto",
         help="Of the checkpoint; auto keeps the model's, but makes float32 float16.",
     ),
@@ -217,20 +260,7 @@ source_options = compose(
 )
 """What decides the plan of a given model, apart from quantization."""
 
-conversion_options = compose(
-    source_options,
-    QUANTIZATION.option(
-        "--use-weight-only", is_flag=True, help="Have TensorRT-LLM's builder quantize the weights."
-    ),
-    QUANTIZATION.option(
-        "--weight-only-precision",
-        type=click.Choice(PRECISION_CHOICES),
-        help=f"With --use-weight-only.  [default: {DEFAULT_PRECISION}]",
-    ),
-)
-"""What decides the plan of a conversion."""
-
-planning_options = compose(conversion_options, qformat_option(required=False), kv_cache_option)
+planning_options = compose(source_options, qformat_option(required=False), kv_cache_option)
 """What decides the plan of a conversion or a quantization."""
 
 
@@ -248,27 +278,3 @@ def check_file(path: Path, option: str) -> Path:
         )
     check_writable(path, option)
     return path
-
-
-def make_plan(
-    model_dir: str,
-    *,
-    use_weight_only: bool,
-    weight_only_precision: str | None,
-    qformat: str | None = None,
-    **options: Any,
-) -> Plan:
-    """Plan what ``conversion_options`` or ``planning_options`` describe."""
-    if weight_only_precision and not use_weight_only:
-        raise UsageError(
-            f"--weight-only-precision {weight_only_precision} has no effect without "
-            "--use-weight-only",
-            hint="add --use-weight-only, or leave out the precision.",
-        )
-    if use_weight_only and qformat:
-        raise UsageError(
-            f"--use-weight-only and --qformat {qformat} exclude each other",
-            hint="--use-weight-only is an option of convert, --qformat of quantize; leave one out.",
-        )
-    weight_only = (weight_only_precision or DEFAULT_PRECISION) if use_weight_only else None
-    return phireg.plan(model_dir, weight_only=weight_only, qformat=qformat, **options)

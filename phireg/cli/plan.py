@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import phireg
 from phireg.cli import engines
 from phireg.cli.errors import findings_text
 from phireg.cli.help import documented
-from phireg.cli.options import json_option, make_plan, model_dir_option, planning_options
+from phireg.cli.options import json_option, model_dir_option, planning_options
 from phireg.cli.output import columns, counted, emit, emit_json, memory, size
 from phireg.errors import PlanError
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     "phireg plan --model-dir ./Phi-3-medium-4k-instruct --tp-size 4",
     "phireg plan --model-dir ./phi-2 --qformat fp8 --json",
 )
-@model_dir_option
+@model_dir_option(required=True)
 @planning_options
 @json_option
 def command(model_dir: str, as_json: bool, **options: Any) -> None:
@@ -32,7 +33,7 @@ def command(model_dir: str, as_json: bool, **options: Any) -> None:
     from phireg.conversion.stream import WORKERS
     from phireg.planning.report import as_json as plan_json
 
-    plan = make_plan(model_dir, **options)
+    plan = phireg.plan(model_dir, **options)
     if as_json:
         family = plan.chosen.family
         document = provider_document(plan)

@@ -9,11 +9,13 @@ import click
 
 import phireg
 from phireg.cli.errors import interruptible
-from phireg.cli.help import CHECKPOINT, MODEL, OUTPUT, documented
+from phireg.cli.help import CHECKPOINT, OUTPUT, documented
 from phireg.cli.options import (
     Directory,
+    checkpoint_argument,
     family_option,
     json_option,
+    model_dir_option,
     quiet_option,
     revision_option,
 )
@@ -29,13 +31,8 @@ if TYPE_CHECKING:
     "phireg postprocess ckpt --check",
     page="postprocess.md",
 )
-@click.argument("checkpoint_dir", type=Directory(), metavar="CKPT")
-@MODEL.option(
-    "--model-dir",
-    type=Directory(),
-    metavar="DIR|REPO",
-    help="The model it was made from: its rows tell the order for certain.",
-)
+@checkpoint_argument("checkpoint_dir", "CKPT")
+@model_dir_option("The model it was made from: its rows tell the order for certain.")
 @family_option
 @revision_option
 @OUTPUT.option("--check", is_flag=True, help="Only tell; ends with 4 if there is something to do.")
@@ -67,7 +64,7 @@ def command(
     """Put the rows of a checkpoint right that an exporter left in the model's order.
 
     For Phi-3-small as quantized by TensorRT-LLM 0.11's development versions, whose query, key and
-    value rows stayed grouped by KV head. It is done once: a checkpoint that is right is refused.
+    value rows stayed grouped by KV head. A checkpoint that is right is left as it is.
     """
     if check and (in_source_order or output_dir is not None or overwrite):
         raise UsageError(
@@ -80,7 +77,13 @@ def command(
             hint="leave it out: without --output-dir CKPT itself is replaced.",
         )
     if check:
-        _check(checkpoint_dir, quiet, as_json, options)
+        rows = phireg.row_order(checkpoint_dir, **options)
+        if as_json:
+            emit_json({"checkpoint_dir": checkpoint_dir, **_order_document(rows)})
+        elif not quiet:
+            emit(_verdict(checkpoint_dir, rows))
+        if rows.needed:
+            raise click.exceptions.Exit(CheckError.exit_code)
         return
     started = time.monotonic()
     with interruptible(output_dir or checkpoint_dir), ProgressBars(quiet) as bars:
@@ -104,18 +107,13 @@ def command(
         }
         emit_json(document)
     elif not quiet:
-        emit(_text(result, seconds))
+        needed = result.rows.needed
+        emit(_text(result, seconds) if needed else _verdict(checkpoint_dir, result.rows))
 
 
-def _check(checkpoint_dir: str, quiet: bool, as_json: bool, options: dict[str, Any]) -> None:
-    rows = phireg.row_order(checkpoint_dir, **options)
-    if as_json:
-        emit_json({"checkpoint_dir": checkpoint_dir, **_order_document(rows)})
-    elif not quiet:
-        verdict = "needs post-processing" if rows.needed else "needs no post-processing"
-        emit(columns([("check", f"{checkpoint_dir} {verdict}"), *_evidence(rows)]))
-    if rows.needed:
-        raise click.exceptions.Exit(CheckError.exit_code)
+def _verdict(checkpoint_dir: str, rows: RowOrder) -> str:
+    verdict = "needs post-processing" if rows.needed else "needs no post-processing"
+    return columns([("check", f"{checkpoint_dir} {verdict}"), *_evidence(rows)])
 
 
 def _order_document(rows: RowOrder) -> dict[str, Any]:

@@ -78,7 +78,9 @@ calibration_options = compose(
         help="Tokens of a sample at most.",
     ),
     CALIBRATION.option("--batch-size", type=_COUNT, default=1, metavar="N", help="Of calibration."),
-    CALIBRATION.option("--seed", type=int, default=1234, help="Recorded; nothing is drawn."),
+    CALIBRATION.option(
+        "--seed", type=int, default=1234, metavar="N", help="Recorded; nothing is drawn.", rare=True
+    ),
     device_option,
     CALIBRATION.option(
         "--calib-stats",
@@ -95,7 +97,7 @@ calibration_options = compose(
     "phireg quantize --model-dir ./phi-2 --output-dir ckpt-int4 --qformat int4_wo",
     page="quantize.md",
 )
-@model_dir_option
+@model_dir_option(required=True)
 @output_dir_option("checkpoint")
 @qformat_option(required=True)
 @kv_cache_option

@@ -15,7 +15,15 @@ import click
 
 from phireg.cli.errors import stopped
 from phireg.cli.help import MODEL, PROMPTS, RUNNING, TEXT, documented
-from phireg.cli.options import COMPUTE_DTYPES, Directory, compute_dtype, device_option, json_option
+from phireg.cli.options import (
+    Directory,
+    Dtype,
+    checkpoint_argument,
+    compute_dtype,
+    device_option,
+    json_option,
+    model_dir_option,
+)
 from phireg.cli.output import emit, emit_generated, emit_json, note, spinner
 from phireg.cli.streams import give_back
 from phireg.errors import UsageError
@@ -44,21 +52,22 @@ _EXCLUSIVE = (
     'phireg run ckpt --prompt "The capital of France is"',
     "phireg run ckpt --chat",
 )
-@click.argument("place", type=Directory(), metavar="[CKPT|ENGINE|MODEL]", required=False)
+@checkpoint_argument("place", "[CKPT|ENGINE|MODEL]", required=False)
 @RUNNING.option(
     "--backend",
     metavar="NAME",
-    help="executor, tensorrt-llm or hf.  [default: tensorrt-llm for an engine, else executor]",
+    help="executor, tensorrt-llm or hf.  [default: what runs the directory]",
 )
-@MODEL.option("--engine-dir", type=Directory(), metavar="DIR", help="Another way to give ENGINE.")
 @MODEL.option(
-    *("--model-dir", "--hf-model-dir"),
-    type=Directory(),
-    metavar="DIR|REPO",
-    help="The source model, for backend hf.",
+    "--engine-dir", type=Directory(), metavar="DIR", help="Another way to give ENGINE.", rare=True
 )
+@model_dir_option("Another way to give MODEL, which may be owner/name on the hub here.")
 @PROMPTS.option(
-    "--prompt", "--input-text", "texts", multiple=True, metavar="TEXT", help="May be repeated."
+    *("--prompt", "texts"),
+    aliases=("--input-text",),
+    multiple=True,
+    metavar="TEXT",
+    help="May be repeated.",
 )
 @PROMPTS.option(
     "--input-file",
@@ -68,10 +77,11 @@ _EXCLUSIVE = (
 @PROMPTS.option("--chat", is_flag=True, help="Talk to the model, by its chat template.")
 @PROMPTS.option("--system", metavar="TEXT", help="With --chat: the system prompt.")
 @TEXT.option(
-    *("--max-new-tokens", "--max-output-len"),
+    "--max-new-tokens",
+    aliases=("--max-output-len",),
     type=_COUNT,
     metavar="N",
-    help="[default: 128, with --chat 1024, or as many as fit]",
+    help="New tokens at most.  [default: 128, with --chat 1024, or as many as fit]",
 )
 @TEXT.option(
     "--temperature",
@@ -80,7 +90,9 @@ _EXCLUSIVE = (
 )
 @TEXT.option("--top-k", type=int, metavar="N", help="Draw among the N most likely tokens.")
 @TEXT.option("--top-p", type=float, metavar="P", help="Draw among the tokens that hold P.")
-@TEXT.option("--seed", "--random-seed", type=int, default=0, help="Of drawing.")
+@TEXT.option(
+    "--seed", aliases=("--random-seed",), type=int, default=0, metavar="N", help="Of drawing."
+)
 @TEXT.option(
     "--num-beams",
     type=_COUNT,
@@ -102,8 +114,9 @@ _EXCLUSIVE = (
 )
 @device_option
 @MODEL.option(
-    *("--dtype", "--data-type"),
-    type=click.Choice(COMPUTE_DTYPES),
+    "--dtype",
+    aliases=("--data-type",),
+    type=Dtype("auto"),
     default="auto",
     help="To compute in; auto is the model's own.",
 )
@@ -113,7 +126,8 @@ _EXCLUSIVE = (
     help="Read each layer when it is needed.  [default: if a checkpoint exceeds the memory]",
 )
 @RUNNING.option(
-    "--tp",
+    "--tp-size",
+    aliases=("--tp",),
     type=_COUNT,
     metavar="N",
     help="Start N processes through torchrun, one for each rank of a checkpoint.",
@@ -124,7 +138,7 @@ def command(
     backend: str | None,
     engine_dir: str | None,
     model_dir: str | None,
-    tp: int | None,
+    tp_size: int | None,
     device: str,
     dtype: str,
     offload: bool | None,
@@ -153,13 +167,13 @@ def command(
     if served_as_worker(name, directory, compute):
         return
     with spinner(_LOADING):
-        description = describe_runnable(name, directory, compute, tp)
+        description = describe_runnable(name, directory, compute, tp_size)
     sampling = _sampling(temperature, top_k, top_p, seed)
     options = _Inputs(**inputs)
     _check_options(options, num_beams)
-    if tp and tp > opener(name).process_rank()[1]:
+    if tp_size and tp_size > opener(name).process_rank()[1]:
         give_back()
-        raise click.exceptions.Exit(run_processes(tp, sys.argv[1:]))
+        raise click.exceptions.Exit(run_processes(tp_size, sys.argv[1:]))
     generator = Generator(
         name,
         directory,

@@ -15,12 +15,14 @@ import phireg
 from phireg.cli.errors import stopped
 from phireg.cli.help import ACCURACY, MODEL, PROMPTS, RUNNING, TEXT, documented
 from phireg.cli.options import (
-    COMPUTE_DTYPES,
     Directory,
+    Dtype,
     check_file,
+    checkpoint_argument,
     compute_dtype,
     device_option,
     json_option,
+    model_dir_option,
     quiet_option,
     report_option,
 )
@@ -40,22 +42,27 @@ _COUNT = click.IntRange(min=1)
 
 @documented(
     "phireg summarize ckpt",
-    "phireg summarize ckpt --hf-model-dir ./phi-2 --test-hf --check-accuracy",
+    "phireg summarize ckpt --model-dir ./phi-2 --test-hf --check-accuracy",
     page="summarize.md",
 )
-@click.argument("place", type=Directory(), metavar="[CKPT|ENGINE]", required=False)
+@checkpoint_argument("place", "[CKPT|ENGINE]", required=False)
 @MODEL.option("--engine-dir", type=Directory(), metavar="DIR", help="The engine (or checkpoint).")
+@model_dir_option("The source model, for backend hf; may be owner/name on the hub.")
 @MODEL.option(
-    "--hf-model-dir", type=Directory(), metavar="DIR|REPO", help="The source model, for hf."
+    "--tokenizer-dir",
+    type=Directory(),
+    metavar="DIR",
+    help="Where the tokenizer is.  [default: CKPT, or the source model]",
 )
-@MODEL.option("--tokenizer-dir", type=Directory(), metavar="DIR", help="[default: CKPT, or hf's]")
 @RUNNING.option(
     *("--backend", "backends"),
     multiple=True,
     metavar="NAME",
     help="executor, tensorrt-llm or hf; may be given repeatedly.  [default: by CKPT or ENGINE]",
 )
-@RUNNING.option("--test-trt-llm", is_flag=True, help="Run the engine: --backend tensorrt-llm.")
+@RUNNING.option(
+    "--test-trt-llm", is_flag=True, help="The same as --backend tensorrt-llm.", rare=True
+)
 @RUNNING.option("--test-hf", is_flag=True, help="Also run the source model, beside the others.")
 @PROMPTS.option(
     "--dataset",
@@ -67,26 +74,40 @@ _COUNT = click.IntRange(min=1)
     "--dataset-dir", type=Directory(), metavar="DIR", help="cnn_dailymail on this disk."
 )
 @PROMPTS.option(
-    "--eval-task", type=click.Choice(("summarize",)), default="summarize", expose_value=False
+    "--eval-task",
+    type=click.Choice(("summarize",)),
+    default="summarize",
+    expose_value=False,
+    help="There is no other.",
+    rare=True,
 )
-@RUNNING.option("--batch-size", type=_COUNT, default=1, metavar="N")
+@RUNNING.option("--batch-size", type=_COUNT, default=1, metavar="N", help="Articles side by side.")
 @PROMPTS.option("--max-ite", type=_COUNT, default=20, metavar="N", help="Batches at most.")
 @PROMPTS.option(
-    "--max-input-length",
+    *("--max-input-len", "max_input_length"),
+    aliases=("--max-input-length",),
     type=click.IntRange(min=2),
     default=923,
     metavar="N",
     help="Tokens of a prompt at most; its beginning is cut off.",
 )
 @PROMPTS.option(
-    "--min-input-length",
+    *("--min-input-len", "min_input_length"),
+    aliases=("--min-input-length",),
     type=click.IntRange(min=0),
     default=0,
     metavar="N",
     help="Leave out articles whose prompt has no more tokens.",
 )
-@TEXT.option("--output-len", type=_COUNT, default=100, metavar="N", help="New tokens at most.")
-@TEXT.option("--num-beams", type=_COUNT, default=1, metavar="N")
+@TEXT.option(
+    *("--max-new-tokens", "output_len"),
+    aliases=("--output-len", "--max-output-len"),
+    type=_COUNT,
+    default=100,
+    metavar="N",
+    help="New tokens at most.",
+)
+@TEXT.option("--num-beams", type=_COUNT, default=1, metavar="N", help="The best of N beams.")
 @ACCURACY.option("--eval-ppl", is_flag=True, help="Also compute perplexity.")
 @ACCURACY.option("--check-accuracy", is_flag=True, help="End with 4 if a threshold is missed.")
 @ACCURACY.option(
@@ -96,27 +117,31 @@ _COUNT = click.IntRange(min=1)
     help="Which backends to check; may be given repeatedly.  [default: all but hf]",
 )
 @ACCURACY.option(
-    *("--tensorrt-llm-rouge1-threshold", "rouge1_threshold"),
+    "--rouge1-threshold",
+    aliases=("--tensorrt-llm-rouge1-threshold",),
     type=float,
     metavar="X",
     help=f"rouge1 must be above it, whatever the backend.  [default: {THRESHOLD}]",
 )
 @ACCURACY.option(
-    *("--tensorrt-llm-ppl-threshold", "ppl_threshold"),
+    "--ppl-threshold",
+    aliases=("--tensorrt-llm-ppl-threshold",),
     type=float,
     metavar="X",
     help=f"Perplexity must be below it.  [default: {THRESHOLD}]",
 )
 @RUNNING.option(
-    "--data-type",
-    type=click.Choice(COMPUTE_DTYPES),
+    "--dtype",
+    aliases=("--data-type",),
+    type=Dtype("auto"),
     default="auto",
     help="What the executor computes in; auto is the checkpoint's.",
 )
 @RUNNING.option(
     "--hf-data-type",
-    type=click.Choice(COMPUTE_DTYPES),
+    type=Dtype("auto"),
     default="auto",
+    rare=True,
     help="What the source model computes in; auto is its own.",
 )
 @device_option
@@ -126,7 +151,8 @@ _COUNT = click.IntRange(min=1)
     help="Executor: read each layer when it is needed.  [default: if the weights exceed memory]",
 )
 @RUNNING.option(
-    "--tp",
+    "--tp-size",
+    aliases=("--tp",),
     type=_COUNT,
     metavar="N",
     help="Executor: start N processes through torchrun, one for each rank.",
@@ -137,16 +163,16 @@ _COUNT = click.IntRange(min=1)
 def command(
     place: str | None,
     engine_dir: str | None,
-    hf_model_dir: str | None,
+    model_dir: str | None,
     tokenizer_dir: str | None,
     backends: Sequence[str],
     test_trt_llm: bool,
     test_hf: bool,
-    data_type: str,
+    dtype: str,
     hf_data_type: str,
     device: str,
     offload: bool | None,
-    tp: int | None,
+    tp_size: int | None,
     dataset: str,
     dataset_dir: str | None,
     check_accuracy: bool,
@@ -172,12 +198,12 @@ def command(
     from phireg.summarization.task import Settings
 
     report_path = None if report is None else check_file(Path(report), "--report")
-    hf_dir = None if hf_model_dir is None else Path(hf_model_dir)
+    hf_dir = None if model_dir is None else Path(model_dir)
     models = choose_models(
         [Path(directory) for directory in (place, engine_dir) if directory is not None],
         hf_dir,
         [*backends, *(["tensorrt-llm"] if test_trt_llm else [])],
-        phireg.Options(device, compute_dtype(data_type), offload),
+        phireg.Options(device, compute_dtype(dtype), offload),
         hf_dtype=compute_dtype(hf_data_type),
         also_hf=test_hf,
     )
@@ -189,9 +215,9 @@ def command(
     thresholds = _thresholds(
         models, check_accuracy, checked, rouge1_threshold, ppl_threshold, settings["eval_ppl"]
     )
-    if check_model_processes(models, tp) and tp:
+    if check_model_processes(models, tp_size) and tp_size:
         give_back()
-        raise click.exceptions.Exit(run_processes(tp, sys.argv[1:]))
+        raise click.exceptions.Exit(run_processes(tp_size, sys.argv[1:]))
     try:
         with ProgressBars(quiet) as bars:
             bars.spinner("loading the articles")
@@ -234,8 +260,8 @@ def _thresholds(
     if not check_accuracy:
         options = {
             "--check-backend": checked or None,
-            "--tensorrt-llm-rouge1-threshold": rouge1,
-            "--tensorrt-llm-ppl-threshold": ppl,
+            "--rouge1-threshold": rouge1,
+            "--ppl-threshold": ppl,
         }
         for name, value in options.items():
             if value is not None:
@@ -244,9 +270,7 @@ def _thresholds(
                 )
         return None
     if ppl is not None and not eval_ppl:
-        raise UsageError(
-            "--tensorrt-llm-ppl-threshold has no effect without --eval-ppl", hint="add --eval-ppl."
-        )
+        raise UsageError("--ppl-threshold has no effect without --eval-ppl", hint="add --eval-ppl.")
     running = [model.backend for model in models]
     for name in checked:
         if name not in running:

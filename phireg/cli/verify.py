@@ -11,8 +11,9 @@ import click
 import phireg
 from phireg.cli.help import MODEL, RUNNING, documented
 from phireg.cli.options import (
-    Directory,
+    Dtype,
     check_file,
+    checkpoint_argument,
     device_option,
     family_option,
     json_option,
@@ -36,8 +37,8 @@ _MOST_PROBLEMS = 12
     "phireg verify ckpt --model-dir ./phi-2 --quick",
     page="verify.md",
 )
-@click.argument("checkpoint_dir", type=Directory(), metavar="CKPT")
-@model_dir_option
+@checkpoint_argument("checkpoint_dir", "CKPT")
+@model_dir_option(required=True)
 @family_option
 @revision_option
 @reading_options
@@ -45,12 +46,13 @@ _MOST_PROBLEMS = 12
 @device_option
 @MODEL.option(
     "--dtype",
-    type=click.Choice(("float32", "float16", "bfloat16")),
+    type=Dtype(),
     default="float32",
     help="In which dtype to compute; float32 compares sharpest.",
 )
 @RUNNING.option(
-    "--max-tokens",
+    *("--max-input-len", "max_tokens"),
+    aliases=("--max-tokens",),
     type=int,
     metavar="N",
     help="Longest prompt.  [default: what crosses the model's thresholds, within a budget]",

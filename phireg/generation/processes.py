@@ -95,13 +95,13 @@ def check_processes(
     ranks = model.tp_size
     if tp and backend != EXECUTOR:
         raise UsageError(
-            f"--tp starts processes for backend executor, not for {backend}",
+            f"--tp-size starts processes for backend executor, not for {backend}",
             hint=f"{model.start} phireg run {directory} ..." if model.start else "leave it out.",
         )
     if tp and tp != ranks:
         raise UsageError(
-            f"--tp {tp}, but {directory} was made for {ranks} rank(s)",
-            hint=f"use --tp {ranks}, or convert the model again with --tp-size {tp}.",
+            f"--tp-size {tp}, but {directory} was made for {ranks} rank(s)",
+            hint=f"use --tp-size {ranks}, or convert the model again with --tp-size {tp}.",
         )
     if processes in model.processes:
         return

@@ -14,7 +14,7 @@ from phireg.files.json import read_json_object
 from phireg.planning.build import build_plan
 from phireg.planning.model import Options, Plan
 from phireg.planning.report import problems
-from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
+from phireg.reader.schemes import KV_CACHES, SCHEMES
 from phireg.registry import AUTO, FamilyChoice
 from phireg.source.hub import resolve_model_dir
 from phireg.source.model import Source
@@ -31,7 +31,6 @@ def plan(
     dtype: str = "auto",
     tp_size: int = 1,
     pp_size: int = 1,
-    weight_only: str | None = None,
     qformat: str | None = None,
     kv_cache_dtype: str | None = None,
     moe_tp_size: int | None = None,
@@ -51,8 +50,6 @@ def plan(
         dtype: ``auto``, ``float16``, ``bfloat16`` or ``float32``.
         tp_size: number of tensor-parallel ranks.
         pp_size: must be 1.
-        weight_only: ``int8`` or ``int4`` for the portable weight-only form; the same as the
-            ``qformat`` ``int8_wo`` or ``int4_wo``.
         qformat: ``fp8``, ``int8_sq``, ``int8_wo`` or ``int4_wo``.
         kv_cache_dtype: ``fp8`` or ``int8`` for a quantized KV cache, beside a ``qformat``.
         moe_tp_size: number of ranks that divide each expert of a mixture.
@@ -71,7 +68,7 @@ def plan(
     options = Options(
         dtype,
         tp_size,
-        _qformat(qformat, weight_only, kv_cache_dtype),
+        _qformat(qformat, kv_cache_dtype),
         kv_cache_dtype,
         _moe_ep_size(tp_size, moe_tp_size, moe_ep_size),
         Readings(weights, adapter, tie),
@@ -180,22 +177,13 @@ def _check_sizes(dtype: str, tp_size: int, pp_size: int = 1) -> None:
         )
 
 
-def _qformat(qformat: str | None, weight_only: str | None, cache: str | None) -> str | None:
+def _qformat(qformat: str | None, cache: str | None) -> str | None:
     for kind, name, known in (
-        ("weight-only precision", weight_only, WEIGHT_ONLY),
         ("quantization format", qformat, SCHEMES),
         ("KV cache dtype", cache, KV_CACHES),
     ):
         if name is not None and name not in known:
             raise UsageError(f"unknown {kind} '{name}'", hint=f"known: {', '.join(known)}.")
-    if weight_only is not None:
-        if qformat not in (None, f"{weight_only}_wo"):
-            raise UsageError(
-                f"weight-only precision '{weight_only}' and quantization format '{qformat}' "
-                "exclude each other",
-                hint="leave one of them out.",
-            )
-        qformat = f"{weight_only}_wo"
     if cache is not None and qformat is None:
         raise UsageError(
             f"KV cache dtype '{cache}' needs a quantization format",

@@ -67,7 +67,7 @@ class Postprocessed:
     output_dir: Path
     rows: RowOrder  # the order they were in
     tensors: int  # changed, of all ranks
-    files: Mapping[str, int]  # every file written: bytes
+    files: Mapping[str, int]  # every file written: bytes; none where the rows were right
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +127,8 @@ def postprocess(
 ) -> Postprocessed:
     """Put the rows of a checkpoint right. The result appears complete, or not at all.
 
+    A checkpoint whose rows are right stays as it is.
+
     Args:
         checkpoint_dir: the checkpoint.
         output_dir: where the result goes; None replaces the checkpoint once it is complete.
@@ -138,7 +140,7 @@ def postprocess(
         progress: takes the number of further bytes of tensors that were written, and of all.
 
     Raises:
-        UsageError: the rows are right already, or nothing tells.
+        UsageError: nothing tells, or the rows are right already and there is an ``output_dir``.
         OutputError: the output exists or cannot be written.
         PhiregError: as :func:`row_order`.
     """
@@ -154,9 +156,11 @@ def postprocess(
     _recover(target)
     with _open(directory, model_dir, family, revision, stated=in_source_order) as checkpoint:
         if not checkpoint.rows.needed:
+            if in_place:
+                return Postprocessed(directory, checkpoint.rows, 0, {})
             raise UsageError(
                 f"{directory} needs no post-processing: {checkpoint.rows.evidence[0]}",
-                hint="nothing was changed.",
+                hint=f"nothing was written to {output_dir}; use {directory} as it is.",
             )
         others = _other_files(checkpoint, in_place=in_place)
         moved = _moves(checkpoint)

@@ -24,7 +24,7 @@ from phireg.generation.processes import check_processes
 _HINTS = {
     EXECUTOR: "give the checkpoint as the argument.",
     TENSORRT_LLM: "give --engine-dir the engine; phireg build makes one of a checkpoint.",
-    HF: "give --hf-model-dir the source model.",
+    HF: "give --model-dir the source model.",
 }
 
 
@@ -105,7 +105,7 @@ def check_model_processes(models: Sequence[ModelRun], tp: int | None = None) -> 
     """
     backends = [model.backend for model in models]
     if tp and EXECUTOR not in backends:
-        raise UsageError("--tp is for the executor, which is not run", hint="leave it out.")
+        raise UsageError("--tp-size is for the executor, which is not run", hint="leave it out.")
     start = False
     for model in models:
         processes = opener(model.backend).process_rank()[1]

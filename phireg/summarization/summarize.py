@@ -110,7 +110,7 @@ def _find_tokenizer(directories: Sequence[Path], tokenizer_dir: str | Path | Non
     if tokenizer is None:
         raise UsageError(
             f"{directories[0]} carries no tokenizer",
-            hint="give --tokenizer-dir (or --hf-model-dir) the directory of the source model.",
+            hint="give --tokenizer-dir (or --model-dir) the directory of the source model.",
         )
     return tokenizer
 

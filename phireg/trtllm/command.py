@@ -264,15 +264,15 @@ def check_lengths(options: BuildOptions, positions: int, by_default: int) -> int
     """
     if options.max_output_len and options.max_seq_len:
         raise UsageError(
-            "--max-output-len and --max-seq-len are two ways to say the same",
-            hint="--max-seq-len counts the prompt, --max-output-len does not.",
+            "--max-new-tokens and --max-seq-len are two ways to say the same",
+            hint="--max-seq-len counts the prompt, --max-new-tokens does not.",
         )
     total = total_length(options)
     if (total or options.max_input_len or 0) > positions:
         raise UsageError(
             f"{total or options.max_input_len} tokens are more than the {positions} positions "
             "of the model",
-            hint="--max-seq-len, or --max-input-len and --max-output-len together, must fit.",
+            hint="--max-seq-len, or --max-input-len and --max-new-tokens together, must fit.",
         )
     prompt = options.max_input_len or by_default
     if total and prompt >= total:

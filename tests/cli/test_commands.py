@@ -11,7 +11,7 @@ from helpers.tiny_phi3 import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, V
 from safetensors.numpy import load_file
 
 from phireg.cli import options
-from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY
+from phireg.reader.schemes import KV_CACHES, SCHEMES
 
 Q, KV = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
 
@@ -34,18 +34,17 @@ def ckpt(tiny, run):
 
 
 def test_choices_are_those_of_the_reader():
-    assert tuple(WEIGHT_ONLY) == options.PRECISION_CHOICES
     assert tuple(SCHEMES) == options.QFORMAT_CHOICES
     assert tuple(KV_CACHES) == options.KV_CACHE_CHOICES
 
 
 def test_underscores_and_hyphens(tiny, run):
-    values = {"model-dir": tiny, "tp-size": "2", "weight-only-precision": "int4"}
+    values = {"model-dir": tiny, "tp-size": "2", "kv-cache-dtype": "int8"}
     hyphens = [word for name, value in values.items() for word in (f"--{name}", value)]
     underscores = [f"--{name.replace('-', '_')}={value}" for name, value in values.items()]
     plans = [
         document(run("plan", *words, "--json"))
-        for words in ([*hyphens, "--use-weight-only"], [*underscores, "--use_weight_only"])
+        for words in ([*hyphens, "--qformat=int4-wo"], [*underscores, "--qformat=int4_wo"])
     ]
     assert plans[0] == plans[1]
     assert plans[0]["config"]["quantization"]["quant_algo"] == "W4A16"
@@ -55,9 +54,6 @@ def test_underscores_and_hyphens(tiny, run):
         for name in ("int8_sq", "int8-sq")
     ]
     assert quantized[0] == quantized[1]
-    plan = document(run("plan", "--model-dir", tiny, "--use-weight-only", "--json"))
-    assert plan["weight_only"] == "int8"
-    assert plan["config"]["quantization"]["quant_algo"] == "W8A16"
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,6 @@ def explain(tiny, show):
 
 def test_weights_only_has_no_scales_unless_there_is_a_cache(plan):
     text = plan("--qformat", "int4_wo")
-    assert text == plan("--use-weight-only", "--weight-only-precision", "int4")
     assert "calibration" not in text and "scal" not in text
     text = plan("--qformat", "int4_wo", "--kv-cache-dtype", "fp8")
     assert "kv_cache_scaling_factor" in text and "weights_scaling_factor" not in text
@@ -97,7 +96,6 @@ def test_a_plan_with_errors_writes_nothing(tiny, run):
 @pytest.mark.parametrize(
     ("args", "option"),
     [
-        (("--use-weight-only", "--qformat", "fp8"), "--qformat fp8"),
         (("--kv-cache-dtype", "fp8"), "fp8"),
         (("--qformat", "fp4"), "--qformat"),
         (("--qformat", "fp8", "--kv-cache-dtype", "fp4"), "--kv-cache-dtype"),

@@ -173,7 +173,7 @@ def test_positions(models, run, document):
         (["--prompt", "x", "--top-p", "0"], "top_p"),
         (["--prompt", "x", "--temperature", "0", "--top-k", "3"], "--temperature 0"),
         (["--prompt", "x", "--seed", "-1"], "--seed -1"),
-        (["--prompt", "x", "--tp", "3"], "--tp 2"),
+        (["--prompt", "x", "--tp", "3"], "--tp-size 2"),
         (["--prompt", "x", "--tokenizer-dir", "nowhere"], "nowhere"),
         (["--input-file", "nowhere"], "nowhere"),
         (["--input-file", "-"], "standard input"),

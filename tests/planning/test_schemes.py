@@ -80,8 +80,6 @@ def test_the_quantization_block_has_no_key_that_an_old_reader_refuses(tmp_path, 
     ("options", "name"),
     [
         ({"qformat": "int4_awq"}, "int4_awq"),
-        ({"weight_only": "int2"}, "int2"),
-        ({"qformat": "int4_wo", "weight_only": "int8"}, "int4_wo"),
         ({"qformat": "fp8", "kv_cache_dtype": "int4"}, "int4"),
         ({"kv_cache_dtype": "fp8"}, "fp8"),
     ],
@@ -92,14 +90,10 @@ def test_impossible_options(tmp_path, options, name):
     assert caught.value.hint
 
 
-def test_weight_only_is_one_thing_under_two_names(tmp_path):
+def test_weights_only_has_neither_scales_nor_linears(tmp_path):
     directory = source(tmp_path)
-    for precision in ("int8", "int4"):
-        plan = phireg.plan(directory, family="phi3-mini", weight_only=precision)
-        same = phireg.plan(directory, family="phi3-mini", qformat=f"{precision}_wo")
-        assert (plan.options, plan.config, plan.headers) == (
-            same.options, same.config, same.headers,
-        )  # fmt: skip
+    for qformat in ("int8_wo", "int4_wo"):
+        plan = phireg.plan(directory, family="phi3-mini", qformat=qformat)
         assert plan.scales == {} and plan.linears == ()
 
 

@@ -285,8 +285,8 @@ class MappingChecks:
     @pytest.mark.parametrize("precision, algorithm", [("int8", "W8A16"), ("int4", "W4A16")])
     def test_weight_only_leaves_the_weights_raw(self, tmp_path, precision, algorithm):
         self.write(tmp_path / "hf")
-        for name, weight_only in (("plain", None), ("quantized", precision)):
-            self.convert(tmp_path / "hf", tmp_path / name, tp_size=2, weight_only=weight_only)
+        for name, qformat in (("plain", None), ("quantized", f"{precision}_wo")):
+            self.convert(tmp_path / "hf", tmp_path / name, tp_size=2, qformat=qformat)
         assert rank_files(tmp_path / "plain") == rank_files(tmp_path / "quantized")
         plain, quantized = read_config(tmp_path / "plain"), read_config(tmp_path / "quantized")
         # A list given to the reader replaces its own, so it must name the embedding as well.

@@ -31,7 +31,7 @@ def documented():
 def decided_by_phireg(tmp_path):
     """The fields the plan adds to a family's own, blocks key by key."""
     source = write_sparse(tmp_path / "hf", PUBLISHED, source_shapes(PUBLISHED))
-    plan = phireg.plan(source, weight_only="int8")
+    plan = phireg.plan(source, qformat="int8_wo")
     own = produced(plan.chosen.family)
     fields = set()
     for key, value in plan.config.items():

@@ -65,21 +65,31 @@ def test_ranks_by_their_rows(tmp_path, source, kind, tp, rows_of):
     assert not phireg.row_order(directory, model_dir=source).needed
 
 
+def unneeded(directory, **options):
+    """Check that there is nothing to repair, and that nothing changes."""
+    before = content(directory)
+    result = phireg.postprocess(directory, **options)
+    assert (result.rows.needed, result.tensors, result.files) == (False, 0, {})
+    assert content(directory) == before
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("tp", "rows_of"), [(2, rank_rows), (4, hand.block_rows)])
-def test_right_rows_are_refused(tmp_path, source, kind, tp, rows_of):
+def test_right_rows_stay(tmp_path, source, kind, tp, rows_of):
     """A block for each of four ranks is one group, which is right as it is."""
     directory = write(tmp_path, kind, rows_of, tp)
     same(directory, right(kind, tp))
     assert not phireg.row_order(directory, model_dir=source).needed
-    refused(UsageError, directory, model_dir=source)
+    unneeded(directory, model_dir=source)
 
 
-def test_twice_is_refused(tmp_path, source):
+def test_twice_is_once(tmp_path, source):
     directory = write(tmp_path, **EARLY)
     phireg.postprocess(directory)
-    for options in ({}, {"model_dir": source}, {"in_source_order": True}):
-        refused(UsageError, directory, **options)
+    for options in ({}, {"model_dir": source}):
+        unneeded(directory, **options)
+    refused(UsageError, directory, in_source_order=True)
+    refused(UsageError, directory, output_dir=tmp_path / "out")
     manifest = json.loads((directory / "phireg.json").read_text())
     moved = [QKV.format(i, n) for i in (0, 1) for n in ("bias", "weight", hand.SCALES)]
     assert manifest["postprocess"]["tensors"] == moved
@@ -302,7 +312,7 @@ def test_scales_that_differ_between_ranks(tmp_path, source):
 def test_other_families(tmp_path, source):
     directory = write(tmp_path, "fp8", architecture="PhiForCausalLM")
     assert not phireg.row_order(directory).needed
-    refused(UsageError, directory, "phi2")
+    unneeded(directory)
     unknown = hand.write(tmp_path / "unknown", "fp8", rank_rows, architecture="LlamaForCausalLM")
     with pytest.raises(UsageError, match="LlamaForCausalLM"):
         phireg.row_order(unknown)

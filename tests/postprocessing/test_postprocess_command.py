@@ -27,8 +27,13 @@ def test_the_guides_command(grouped):
     after = content(grouped)
     assert postprocess(grouped, "--check").exit_code == 0
     again = postprocess(grouped)
-    assert again.exit_code == 2
+    assert again.exit_code == 0
     assert "phireg.json" in again.output
+    assert "no post-processing" in again.output
+    assert json.loads(postprocess(grouped, "--json").output)["tensors"] == 0
+    refused = postprocess(grouped, "--output-dir", grouped.parent / "out")
+    assert refused.exit_code == 2
+    assert not (grouped.parent / "out").exists()
     assert content(grouped) == after
 
 

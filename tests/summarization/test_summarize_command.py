@@ -101,7 +101,7 @@ def test_a_killed_run_keeps_nothing(args, run, fake):
         (("--check-accuracy", "--tensorrt-llm-ppl-threshold", 9), "--eval-ppl"),
         (("--check-accuracy", "--check-backend", "hf"), "--check-backend hf"),
         (("--backend", "nothing"), "'nothing'"),
-        (("--test-hf",), "--hf-model-dir"),
+        (("--test-hf",), "--model-dir"),
         (("--test-trt-llm",), "--engine-dir"),
         (("--max-input-length", 600, "--output-len", 500), "to 12 tokens"),
         (("--batch-size", 9), "--batch-size 8"),

@@ -170,7 +170,7 @@ def test_an_option_without_effect_is_noted():
 @pytest.mark.parametrize(
     ("config", "options", "names"),
     [
-        (MINI, {"max_output_len": 8, "max_seq_len": 8}, "--max-output-len and --max-seq-len"),
+        (MINI, {"max_output_len": 8, "max_seq_len": 8}, "--max-new-tokens and --max-seq-len"),
         (MINI, {"max_input_len": 4097}, "4096"),
         (MINI, {"max_output_len": 4000}, "5024"),
         (MINI, {"max_input_len": 512, "max_seq_len": 512}, "512"),

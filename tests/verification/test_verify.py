@@ -78,7 +78,7 @@ def test_quick_computes_nothing():
 
 
 def test_a_weight_only_checkpoint_is_verified_before_the_builder_quantizes_it(tmp_path):
-    plan = phireg.plan(source("phi3-mini"), dtype="float32", weight_only="int8")
+    plan = phireg.plan(source("phi3-mini"), dtype="float32", qformat="int8_wo")
     phireg.convert(plan, tmp_path / "c")
     verification = phireg.verify(tmp_path / "c", source("phi3-mini"))
     assert verification.passed
