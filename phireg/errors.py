@@ -81,5 +81,11 @@ class EngineError(PhiregError):
     exit_code = 7
 
 
+class IncompleteError(PhiregError):
+    """Nothing was found wrong, but a check that was promised could not be made."""
+
+    exit_code = 8
+
+
 class PhiregWarning(UserWarning):
     """Something to know about a result; the command line prints each once."""

@@ -19,11 +19,11 @@ from phireg.cli.help import OUTPUT, RANKS, TEXT, documented
 from phireg.cli.options import Directory, FamilyName, json_option, quiet_option
 from phireg.cli.output import counted, emit, emit_json, printable, size, spinner
 from phireg.cli.streams import results
-from phireg.cli.verify import show_verification, verification_document
-from phireg.errors import CheckError
+from phireg.cli.verify import exit_code, show_verification, verification_document
 
 if TYPE_CHECKING:
     from phireg.demo import Article, DemoModel
+    from phireg.verification.result import Verification
 
 DEFAULT_ARTICLE = 31
 """A long one that all four models summarize well."""
@@ -79,25 +79,29 @@ def command(
     base = Path(output_dir or "phireg-demo")
     verbose = not (quiet or as_json)
     documents: list[dict[str, Any]] = []
+    verifications: list[Verification] = []
     for model, article in pairs:
         target = base if output_dir and family != _ALL else base / model.family
         if verbose and documents:
             emit("")
         try:
-            document = _run(model, article, target, tp_size, verbose=verbose, quiet=quiet)
+            verification, document = _run(
+                model, article, target, tp_size, verbose=verbose, quiet=quiet
+            )
         except KeyboardInterrupt as interrupt:
             raise stopped(interrupt, f"every checkpoint in {base} is complete") from None
+        verifications.append(verification)
         documents.append(document)
     if as_json:
         emit_json({"article_number": number, "demos": documents})
-    if not all(document["verification"]["passed"] for document in documents):
-        raise click.exceptions.Exit(CheckError.exit_code)
+    if code := exit_code(verifications):
+        raise click.exceptions.Exit(code)
 
 
 def _run(
     model: DemoModel, article: Article, target: Path, tp_size: int, *, verbose: bool, quiet: bool
-) -> dict[str, Any]:
-    """Convert, verify and run one model; return its JSON document."""
+) -> tuple[Verification, dict[str, Any]]:
+    """Convert, verify and run one model; return its verification and JSON document."""
     from phireg import demo
 
     started = time.monotonic()
@@ -129,7 +133,7 @@ def _run(
             summary = demo.summarize(target, [article])[0]
         if verbose:
             emit("\n" + _comparison(article, summary, model.scores))
-    return {
+    return verification, {
         "family": model.family,
         "model_dir": str(model.directory),
         "checkpoint_dir": str(target),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from phireg.cli.options import (
     revision_option,
 )
 from phireg.cli.output import ProgressBars, Styled, columns, emit, emit_json, printable
-from phireg.errors import CheckError
+from phireg.errors import CheckError, IncompleteError
 
 if TYPE_CHECKING:
     from phireg.verification.result import Check, Verification
@@ -72,8 +72,9 @@ def command(
 ) -> None:
     """Compare the checkpoint in CKPT with the model it was made from.
 
-    Checks, weakest to strongest: structure and config.json, every byte, the logits against the
-    source's own model, the ranks against themselves merged. Ends with 4 if one of them fails.
+    Checks, weakest to strongest: structure and config.json, every byte, files and settings against
+    what transformers reads, the logits against the source's own model, the ranks against themselves
+    merged. Ends with 4 if one of them fails, and with 8 if one could not be made.
     """
     from phireg.verification.result import CHECKS, QUICK
 
@@ -100,8 +101,16 @@ def command(
         emit_json(verification_document(verification))
     else:
         show_verification(verification)
-    if not verification.passed:
-        raise click.exceptions.Exit(CheckError.exit_code)
+    if code := exit_code([verification]):
+        raise click.exceptions.Exit(code)
+
+
+def exit_code(verifications: Iterable[Verification]) -> int:
+    """Return the exit code of a command that made these verifications."""
+    verdicts = {verification.verdict for verification in verifications}
+    if "failed" in verdicts:
+        return CheckError.exit_code
+    return IncompleteError.exit_code if "incomplete" in verdicts else 0
 
 
 def verification_document(verification: Verification) -> dict[str, Any]:
@@ -120,6 +129,7 @@ def verification_document(verification: Verification) -> dict[str, Any]:
         "checkpoint_dir": verification.checkpoint_dir,
         "model_dir": verification.model_dir,
         "family": verification.family,
+        "verdict": verification.verdict,
         "passed": verification.passed,
         "checks": verification.checks,
         "logits": logits,
@@ -130,12 +140,13 @@ def verification_document(verification: Verification) -> dict[str, Any]:
 def show_verification(verification: Verification) -> None:
     """Print the table of checks and the verdict."""
     rows = [row for check in verification.checks for row in _rows(check)]
-    verdict = Styled("verified", fg="green")
-    if not verification.passed:
-        verdict = Styled("not verified", fg="red", bold=True)
-    elif verification.unchecked:
-        missing = ", ".join(verification.unchecked)
-        verdict = Styled(f"verified, but not checked: {missing}", fg="green")
+    unmade, unasked = (", ".join(names) for names in (verification.unmade, verification.unasked))
+    verdict = {
+        "failed": Styled("not verified", fg="red", bold=True),
+        "incomplete": Styled(f"incomplete; could not be checked: {unmade}", fg="yellow", bold=True),
+        "verified in part": Styled(f"verified in part; not asked for: {unasked}", fg="green"),
+        "verified": Styled("verified", fg="green"),
+    }[verification.verdict]
     name = printable(verification.checkpoint_dir)
     emit(f"{columns(rows)}\n{name}: {click.style(verdict, **verdict.style)}", styled=True)
 
@@ -144,7 +155,9 @@ def _rows(check: Check) -> Iterator[tuple[str, str, str]]:
     styles: dict[str, dict[str, Any]] = {
         "passed": {"fg": "green"},
         "failed": {"fg": "red", "bold": True},
+        "incomplete": {"fg": "yellow"},
         "skipped": {"fg": "yellow"},
+        "not needed": {},
     }
     yield check.name, Styled(check.verdict, **styles[check.verdict]), printable(check.summary)
     for problem in check.problems[:_MOST_PROBLEMS]:
@@ -154,5 +167,7 @@ def _rows(check: Check) -> Iterator[tuple[str, str, str]]:
             yield "", "", Styled(f"  {printable(problem.hint)}", dim=True)
     if len(check.problems) > _MOST_PROBLEMS:
         yield "", "", f"and {len(check.problems) - _MOST_PROBLEMS} more; --json has all"
+    for part in check.undone:
+        yield "", "", Styled(printable(part), fg="yellow")
     for note in check.notes:
         yield "", "", Styled(f"note: {printable(note)}", dim=True)

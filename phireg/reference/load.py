@@ -53,6 +53,10 @@ class Reference:
         """Return whether lm_head is the embedding."""
         return self.parameters.tied
 
+    def ends_are_equal(self) -> bool:
+        """Return whether the files hold both lm_head and the embedding, with the same values."""
+        return self.parameters.ends_are_equal()
+
     def keep_all(self) -> None:
         """Read all weights and keep them."""
         self.parameters.fill(self.parameters.names())
@@ -134,7 +138,7 @@ def open_reference(
         for name, buffer in module.named_buffers(recurse=False):
             # Moved and not cast: rotary tables are float32 whatever the compute dtype is.
             module._buffers[name] = buffer.to(device)
-    return Reference(model, (*notes, *parameters.notes), parameters)
+    return Reference(model, tuple(notes), parameters)
 
 
 def _build(family: Family, directory: Path, dtype: torch.dtype) -> tuple[Any, list[str], bool]:
@@ -237,7 +241,11 @@ class Parameters:
         """Decide as transformers 5 does whether lm_head is the embedding, and make it so."""
         names = {module: f"{name}.weight" for name, module in model.named_modules()}
         head, embedding = names[model.get_output_embeddings()], names[model.get_input_embeddings()]
-        there = [parts for name in (embedding, head) if (parts := located[name]) is not None]
+        self._ends = [
+            self.weights.tensors[parts.tensors[0]]
+            for name in (embedding, head)
+            if (parts := located[name]) is not None
+        ]
         if tie is None and not model.config.tie_word_embeddings:
             # transformers would leave an absent head random.
             tie = located[head] is None and not stated
@@ -247,16 +255,19 @@ class Parameters:
                     "taken for the embedding"
                 )
         elif tie is None:
-            tensors = [self.weights.tensors[parts.tensors[0]] for parts in there]
-            tie = len(tensors) < 2 or self.weights.equal(*tensors)
+            tie = len(self._ends) < 2 or self.ends_are_equal()
             if not tie:
                 self.notes.append(
                     f"config.json ties {head} to {embedding}, but their values differ: not tied, "
                     "as transformers 5 reads them (4 ties them all the same)"
                 )
-        if tie and there:
-            located[head] = located[embedding] = there[0]
+        if tie:
+            located[head] = located[embedding] = located[embedding] or located[head]
         return tie
+
+    def ends_are_equal(self) -> bool:
+        """See :meth:`Reference.ends_are_equal`."""
+        return len(self._ends) == 2 and self.weights.equal(*self._ends)
 
     def _misshapen(self) -> Iterator[str]:
         for name, parts in self._parts.items():

@@ -18,6 +18,7 @@ from phireg.verification.result import (
     tolerance_text,
 )
 
+_WORDS = {"failed": "does not match the source"}
 _MOST_PROBLEMS = 40
 _MOST_HEADS = 32
 _MOST_BLOCKS = 28
@@ -33,7 +34,7 @@ def render_verification(verification: Verification) -> str:
         "verification.html",
         verification=verification,
         name=Path(verification.checkpoint_dir).name,
-        word=_verdict(verification),
+        word=_WORDS.get(verification.verdict, verification.verdict),
         facts=(
             config.get("architecture"),
             verification.family,
@@ -53,17 +54,9 @@ def render_verification(verification: Verification) -> str:
     )
 
 
-def _verdict(verification: Verification) -> str:
-    if verification.passed:
-        return "verified in part" if verification.unchecked else "verified"
-    if any(check.problems for check in verification.checks):
-        return "does not match the source"
-    return "not verified"
-
-
 def _leading_problem(verification: Verification) -> Problem | None:
     """Return a problem's cause (a key or a tensor) before what follows from it."""
-    for name in ("config", "weights", "structure", "logits", "ranks"):
+    for name in ("reading", "config", "weights", "structure", "logits", "ranks"):
         for check in verification.checks:
             if check.name == name and check.problems:
                 return check.problems[0]

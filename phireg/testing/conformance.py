@@ -294,9 +294,9 @@ def logits_problems(model: TinyModel, tp_size: int) -> str | None:
     family = model.family.name
     checks = ComputedChecks(directory, plan.config, device="cpu")
     try:
-        summary, problems, _ = checks.run("logits", plan)
+        summary, problems, *_ = checks.run("logits", plan)
         if tp_size > 1 and not problems:
-            summary, problems, _ = checks.run("ranks", plan)
+            summary, problems, *_ = checks.run("ranks", plan)
     except Skipped as reason:
         return f"TP {tp_size}: the logits cannot be compared: {reason}"
     if not problems:

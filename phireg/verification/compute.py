@@ -24,6 +24,7 @@ from phireg.reader.tensors import layer_prefix
 from phireg.reference.load import Reference, open_reference
 from phireg.verification.logits import Prompts, choose_prompts, compare_logits
 from phireg.verification.ranks import compare_ranks, dequantized, merge
+from phireg.verification.reading import compare_reading
 from phireg.verification.result import (
     LogitsResult,
     Outcome,
@@ -109,6 +110,7 @@ class ComputedChecks:
         self.max_tokens = max_tokens
         self.progress = progress
         self.result: LogitsResult | None = None
+        self._reference: Reference | None = None
 
     @property
     def description(self) -> str:
@@ -146,19 +148,22 @@ class ComputedChecks:
         return choose_prompts(self.spec, self.max_tokens, gpu=self.device.type == "cuda")
 
     def run(self, check: str, plan: Plan) -> Outcome:
-        """Make the check ``logits`` or ``ranks``."""
+        """Make the check ``reading``, ``logits`` or ``ranks``."""
         try:
+            if check == "reading":
+                return compare_reading(self.config, self.spec, plan, self._opened_reference(plan))
             return self._logits(plan) if check == "logits" else self._ranks()
         except CheckError as error:
             return _refused(error)
         except torch.OutOfMemoryError as error:
-            raise Skipped(f"out of memory on {self.device}: use --max-tokens or --dtype") from error
+            advice = "use --max-input-len or --dtype"
+            raise Skipped(f"out of memory on {self.device}: {advice}") from error
 
     def _logits(self, plan: Plan) -> Outcome:
         """Compare with the source's own model."""
-        reference, notes = self._reference(plan)
+        reference, notes = self._filled_reference(plan)
         if problems := list(_size_problems(self.spec, reference)):
-            return "the source's model has other sizes", problems, []
+            return Outcome("the source's model has other sizes", problems, [])
         executor, sources = self.opened
         ranges = ActivationRanges(self.spec, sources)
         # Each layer is compared alone, and once more when the executor runs on its own.
@@ -187,7 +192,8 @@ class ComputedChecks:
         if self._later_algorithm is not None:
             algorithm = self._later_algorithm
             notes.append(f"run without {algorithm}, which TensorRT-LLM's builder applies later")
-        return summary, list(_logits_problems(result)), [*notes, *ranges.notes()]
+        notes += ranges.notes()
+        return Outcome(summary, list(_logits_problems(result)), notes, self.prompts.undone)
 
     def _ranks(self) -> Outcome:
         """Compare the ranks with the same ranks merged."""
@@ -210,33 +216,40 @@ class ComputedChecks:
         )
         notes = [_WITHOUT_ROUNDING] if quantized else []
         if error <= tolerance and place is None:
-            return summary, [], notes
+            return Outcome(summary, [], notes)
         where = "logits" if place is None else place_text(place)
         text = "the ranks together do not compute what they compute merged into one"
-        return summary, [Problem(where, text, None, *(place or (None, None)))], notes
+        problem = Problem(where, text, None, *(place or (None, None)))
+        return Outcome(summary, [problem], notes)
 
-    def _reference(self, plan: Plan) -> tuple[Reference, list[str]]:
-        """Open the source's model, whole or layer by layer as memory allows, with notes."""
-        exact = {
-            span.source
-            for output in plan.outputs
-            if output.dtype == "F32"
-            for span in output.origin.spans
-            if span.source is not None
-        }
-        try:
-            reference = open_reference(
-                plan.chosen.family,
-                plan.source.directory,
-                weights=getattr(torch, self.spec.dtype),
-                dtype=getattr(torch, self.dtype),
-                device=self.device,
-                exact=exact,
-                file=plan.options.readings.weights,
-                tie=plan.options.readings.tie,
-            )
-        except SourceError as error:
-            raise Skipped(error.message) from error
+    def _opened_reference(self, plan: Plan) -> Reference:
+        """Open the source's model, once; no weights are read."""
+        if self._reference is None:
+            exact = {
+                span.source
+                for output in plan.outputs
+                if output.dtype == "F32"
+                for span in output.origin.spans
+                if span.source is not None
+            }
+            try:
+                self._reference = open_reference(
+                    plan.chosen.family,
+                    plan.source.directory,
+                    weights=getattr(torch, self.spec.dtype),
+                    dtype=getattr(torch, self.dtype),
+                    device=self.device,
+                    exact=exact,
+                    file=plan.options.readings.weights,
+                    tie=plan.options.readings.tie,
+                )
+            except SourceError as error:
+                raise Skipped(error.message) from error
+        return self._reference
+
+    def _filled_reference(self, plan: Plan) -> tuple[Reference, list[str]]:
+        """Read the source's weights, whole or layer by layer as memory allows; return notes."""
+        reference = self._opened_reference(plan)
         cuda = self.device.type == "cuda"
         free = torch.cuda.mem_get_info(self.device)[0] if cuda else free_memory()
         room = f"{free / 1e9:.2g} GB of memory are free on {self.device}"
@@ -277,7 +290,7 @@ def _refused(error: CheckError) -> Outcome:
         layer, part = place_of(match[0]) if match else (None, "config")
         where, _, text = line.partition(": ")
         problems.append(Problem(where, text or line, None, layer, part))
-    return "the executor refuses the checkpoint", problems, []
+    return Outcome("the executor refuses the checkpoint", problems, [])
 
 
 def _logits_problems(result: LogitsResult) -> Iterator[Problem]:

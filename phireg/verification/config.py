@@ -7,7 +7,7 @@ from typing import Any
 
 from phireg.reader.architectures import READ, with_defaults
 from phireg.reader.schemes import LINEARS, RAW, is_excluded
-from phireg.verification.result import Problem
+from phireg.verification.result import Problem, shown
 
 _SAME_FUNCTION = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 """TensorRT-LLM's names of the tanh approximation."""
@@ -57,7 +57,7 @@ def compare_configs(
     for key in config.keys() - planned.keys():
         if key in READ and config[key] is not None:
             text = (
-                f"is {_shown(config[key], None)}; the source calls for no such key, and the reader "
+                f"is {shown(config[key], None)}; the source calls for no such key, and the reader "
                 "acts on it"
             )
             problems.append(Problem(f"config.json: {key}", text, part=_part(key)))
@@ -109,7 +109,7 @@ def _quantizable(layers: int, *, raw: bool) -> Iterator[str]:
 
 
 def _problem(key: str, text: str, expected: Any) -> Problem:
-    text = f"{text}; the source calls for {_shown(expected, None)}"
+    text = f"{text}; the source calls for {shown(expected, None)}"
     return Problem(f"config.json: {key}", text, part=_part(key))
 
 
@@ -118,7 +118,7 @@ def _difference(key: str, value: Any, planned: Mapping[str, Any]) -> str:
     twin = "_".join(other.get(word, word) for word in key.split("_"))
     if twin != key and planned.get(twin) is not None and _equal(value, planned[twin]):
         return f"is what {twin} should be: the two are exchanged or repeated"
-    return f"is {_shown(value, planned[key])}"
+    return f"is {shown(value, planned[key])}"
 
 
 def _part(key: str) -> str:
@@ -131,14 +131,3 @@ def _equal(left: Any, right: Any) -> bool:
     if isinstance(left, bool) or isinstance(right, bool):
         return left is right
     return bool(left == right)
-
-
-def _shown(value: Any, expected: Any) -> str:
-    """Write a value; of a long list its first items, or the first that is not as expected."""
-    if not isinstance(value, list) or len(value) <= 6:
-        return repr(value)
-    if isinstance(expected, list) and len(expected) == len(value):
-        pairs = enumerate(zip(value, expected, strict=True))
-        first = next(index for index, (item, other) in pairs if item != other)
-        return f"{value[first]!r} at item {first} (expected {expected[first]!r})"
-    return f"[{', '.join(map(repr, value[:3]))}, ...] ({len(value)} items)"

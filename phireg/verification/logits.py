@@ -78,7 +78,8 @@ class Prompts:
 
     prompts: tuple[Prompt, ...]  # by length
     thresholds: tuple[tuple[int, str], ...]  # tokens above which the behavior changes; the change
-    notes: tuple[str, ...]  # on lengths beyond the budget
+    notes: tuple[str, ...] = ()  # on lengths that the user left out
+    undone: tuple[str, ...] = ()  # lengths beyond the budget
 
 
 def choose_prompts(spec: ModelSpec, most: int | None, *, gpu: bool) -> Prompts:
@@ -105,17 +106,18 @@ def choose_prompts(spec: ModelSpec, most: int | None, *, gpu: bool) -> Prompts:
         candidates.append(Prompt(beyond, f"past {original}: long factors"))
     budget = GPU_BUDGET if gpu else CPU_BUDGET
     allowed = int(budget / (_PASSES * _weights(spec))) if most is None else most
-    reason = f"the budget of {budget:.0e} multiply-adds" if most is None else "--max-tokens"
+    reason = f"the budget of {budget:.0e} multiply-adds" if most is None else "--max-input-len"
     chosen = {p.tokens: p for p in reversed(candidates) if p.tokens <= allowed}
-    notes = [
+    absent = tuple(
         f"not run, because {reason} allows {allowed} tokens: {p.tokens} tokens ({p.purpose})"
         for p in candidates
         if p.tokens > allowed
-    ]
-    if notes and allowed not in chosen:
+    )
+    if absent and allowed not in chosen:
         chosen[allowed] = Prompt(allowed, "as long as allowed")
     ordered = tuple(prompt for _, prompt in sorted(chosen.items()))
-    return Prompts(ordered, tuple(sorted(thresholds)), tuple(notes))
+    notes, undone = (absent, ()) if most is not None else ((), absent)
+    return Prompts(ordered, tuple(sorted(thresholds)), notes, undone)
 
 
 def _weights(spec: ModelSpec) -> int:

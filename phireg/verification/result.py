@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 CHECKS = {
     "structure": "names, shapes and dtypes against the reader's rules",
     "config": "config.json against what the source calls for",
     "weights": "every byte against the source",
+    "reading": "files, head and settings against what transformers' loader reads",
     "logits": "the executor against the source's own model",
     "ranks": "the ranks in lockstep against the ranks merged",
 }
@@ -18,8 +19,6 @@ CHECKS = {
 
 QUICK = ("structure", "config", "weights")
 """The checks that run nothing."""
-
-ONE_RANK = "there is one rank: nothing to merge"
 
 Progress = Callable[[str, int, int], None]
 """Takes a check, how much more of it is done, and its total; called from worker threads, too."""
@@ -57,8 +56,23 @@ def tolerance_text(tolerance: float) -> str:
     return f"{tolerance:.0e}" if tolerance < 0.01 else f"{tolerance:.2g}"
 
 
+def shown(value: Any, expected: Any) -> str:
+    """Write a value; of a long list its first items, or the first that is not as expected."""
+    if not isinstance(value, list) or len(value) <= 6:
+        return repr(value)
+    if isinstance(expected, list) and len(expected) == len(value):
+        pairs = enumerate(zip(value, expected, strict=True))
+        first = next(index for index, (item, other) in pairs if item != other)
+        return f"{value[first]!r} at item {first} (expected {expected[first]!r})"
+    return f"[{', '.join(map(repr, value[:3]))}, ...] ({len(value)} items)"
+
+
 class Skipped(Exception):  # noqa: N818 - not an error
     """Raised by a check that cannot be made; the text says why."""
+
+
+class NotNeeded(Skipped):
+    """Raised by a check that has nothing to compare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +89,13 @@ class Problem:
         return f"{self.where}: {self.text}"
 
 
-Outcome = tuple[str, list[Problem], list[str]]
-"""A check's summary, problems and notes."""
+class Outcome(NamedTuple):
+    """What a check found."""
+
+    summary: str
+    problems: list[Problem]
+    notes: list[str]
+    undone: tuple[str, ...] = ()  # parts of the check that could not be made, with the reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +103,12 @@ class Check:
     """The outcome of one check, whose name is a key of :data:`CHECKS`."""
 
     name: str
-    verdict: str  # passed, failed or skipped
-    summary: str  # for a skipped check, the reason
+    verdict: str  # passed, failed, incomplete, skipped or not needed
+    summary: str  # for a check that was not made, the reason
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()  # limits of the check and harmless differences
     seconds: float = 0.0
+    undone: tuple[str, ...] = ()  # parts that could not be made, with the reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,16 +184,35 @@ class Verification:
     provenance: tuple[tuple[str, str], ...] = ()  # label and value
 
     @property
-    def passed(self) -> bool:
-        """No check failed, and at least one passed."""
+    def verdict(self) -> str:
+        """Return what the checks amount to.
+
+        ``failed``: there is a difference. ``incomplete``: there is none, but a check that was asked
+        for could not be made, or not as a whole. ``verified``: every check was made and passed.
+        ``verified in part``: every check that was asked for.
+        """
         verdicts = {check.verdict for check in self.checks}
-        return "failed" not in verdicts and "passed" in verdicts
+        if "failed" in verdicts:
+            return "failed"
+        if verdicts & {"incomplete", "skipped"} or "passed" not in verdicts:
+            return "incomplete"
+        return "verified in part" if self.unasked else "verified"
 
     @property
-    def unchecked(self) -> tuple[str, ...]:
-        """Checks that were skipped or not requested; a single rank needs no merging."""
-        done = {c.name for c in self.checks if c.verdict != "skipped" or c.summary == ONE_RANK}
-        return tuple(name for name in CHECKS if name not in done)
+    def passed(self) -> bool:
+        """Every check that was asked for was made, and passed."""
+        return self.verdict in ("verified", "verified in part")
+
+    @property
+    def unasked(self) -> tuple[str, ...]:
+        """Checks that were not asked for."""
+        asked = {check.name for check in self.checks}
+        return tuple(name for name in CHECKS if name not in asked)
+
+    @property
+    def unmade(self) -> tuple[str, ...]:
+        """Checks that could not be made, or not as a whole."""
+        return tuple(c.name for c in self.checks if c.verdict in ("incomplete", "skipped"))
 
     def check(self, name: str) -> Check:
         """Return the check of that name; KeyError if it was not requested."""

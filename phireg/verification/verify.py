@@ -38,9 +38,9 @@ from phireg.verification.quantized import (
 )
 from phireg.verification.result import (
     CHECKS,
-    ONE_RANK,
     QUICK,
     Check,
+    NotNeeded,
     Outcome,
     Problem,
     Progress,
@@ -144,6 +144,7 @@ class _Verifier:
             "structure": self.structure,
             "config": self.config_json,
             "weights": self.weights,
+            "reading": lambda: self.compute("reading"),
             "logits": lambda: self.compute("logits"),
             "ranks": lambda: self.compute("ranks"),
         }
@@ -188,13 +189,15 @@ class _Verifier:
         started = time.monotonic()
         problems: list[Problem] = []
         notes: list[str] = []
+        undone: tuple[str, ...] = ()
         try:
-            summary, problems, notes = self._checks[name]()
-            verdict = "failed" if problems else "passed"
+            summary, problems, notes, undone = self._checks[name]()
+            verdict = "failed" if problems else "incomplete" if undone else "passed"
         except Skipped as reason:
-            verdict, summary = "skipped", str(reason)
+            verdict = "not needed" if isinstance(reason, NotNeeded) else "skipped"
+            summary = str(reason)
         seconds = time.monotonic() - started
-        return Check(name, verdict, summary, tuple(problems), tuple(notes), seconds)
+        return Check(name, verdict, summary, tuple(problems), tuple(notes), seconds, undone)
 
     def structure(self) -> Outcome:
         """Check names, shapes, dtypes and keys against the reader's rules."""
@@ -215,7 +218,7 @@ class _Verifier:
         ]
         count = sum(map(len, tensors))
         summary = f"{count} tensors in {self.tp_size} rank file{'s'[: self.tp_size > 1]}"
-        return summary, _folded(problems), list(map(str, _folded(harmless)))
+        return Outcome(summary, _folded(problems), list(map(str, _folded(harmless))))
 
     def config_json(self) -> Outcome:
         """Compare config.json with the one that a conversion of the source would write."""
@@ -227,7 +230,7 @@ class _Verifier:
             expected["quantization"] = {**expected["quantization"], "kv_cache_quant_algo": cache}
             alone = ["only the KV cache is quantized; phireg writes no such checkpoints"]
         problems, notes = compare_configs(self.config, expected)
-        return f"{len(self.plan.config)} keys compared", problems, notes + alone
+        return Outcome(f"{len(self.plan.config)} keys compared", problems, notes + alone)
 
     def weights(self) -> Outcome:
         """Compare the rank files with the source."""
@@ -241,7 +244,7 @@ class _Verifier:
             )
         recorded = (self.manifest or {}).get("quantization")
         alpha = recorded.get("alpha") if isinstance(recorded, Mapping) else None
-        summary, problems, notes = _check_weights(
+        summary, problems, notes, _ = _check_weights(
             self.plan,
             self.files,
             float(alpha) if isinstance(alpha, int | float) else None,
@@ -250,12 +253,12 @@ class _Verifier:
         if any(problem.hint == REGROUP for problem in problems):
             command = None if self.manifest else self.postprocess
             problems = regroup_hint(problems, self.plan, command)
-        return summary, _folded(problems), notes
+        return Outcome(summary, _folded(problems), notes)
 
     def compute(self, check: str) -> Outcome:
         """Make a check that runs the checkpoint."""
         if check == "ranks" and self.tp_size == 1:
-            raise Skipped(ONE_RANK)
+            raise NotNeeded("there is one rank: nothing to merge")
         assert self.computed is not None
         return self.computed.run(check, self.plan)
 
@@ -348,7 +351,7 @@ def _check_weights(
         )
         for output in absent
     ]
-    return _summary(plan, plain, len(absent), comparisons), problems, notes
+    return Outcome(_summary(plan, plain, len(absent), comparisons), problems, notes)
 
 
 def _is_readable(files: RankFiles, output: Output) -> bool:

@@ -119,7 +119,7 @@ def test_the_head_is_tied_by_value(tmp_path, head, tie):
         return
     reference = check_same("phi3-gqa", directory)
     assert reference.tied == (tie and head != "other")
-    assert bool(reference.notes) == (tie and head == "other")
+    assert bool(reference.parameters.notes) == (tie and head == "other")
 
 
 def test_a_head_that_is_neither_stored_nor_stated(tmp_path):
@@ -128,7 +128,7 @@ def test_a_head_that_is_neither_stored_nor_stated(tmp_path):
     del tensors["lm_head.weight"]
     put(tensors, directory)
     reference = opened("phi3-gqa", directory)
-    assert reference.tied and reference.notes
+    assert reference.tied and reference.parameters.notes
 
 
 @pytest.mark.parametrize("tie", [True, False])

@@ -36,9 +36,9 @@ def test_a_correct_checkpoint_passes(family, tp_size):
     verification = phireg.verify(converted(family, tp_size), source(family))
     assert verification.passed
     assert verification.family == family
-    skipped = {"ranks": "skipped"} if tp_size == 1 else {}
-    assert verdicts(verification) == {**dict.fromkeys(CHECKS, "passed"), **skipped}
-    assert verification.unchecked == ()
+    alone = {"ranks": "not needed"} if tp_size == 1 else {}
+    assert verdicts(verification) == {**dict.fromkeys(CHECKS, "passed"), **alone}
+    assert verification.verdict == "verified"
     assert verification.logits.wrong_places == ()
     assert all(prompt.top1 == 1 for prompt in verification.logits.prompts)
 
@@ -74,7 +74,8 @@ def test_quick_computes_nothing():
     verification = phireg.verify(converted("phi2"), source("phi2"), checks=QUICK)
     assert verdicts(verification) == dict.fromkeys(QUICK, "passed")
     assert verification.logits is None
-    assert verification.unchecked == ("logits", "ranks")
+    assert verification.verdict == "verified in part"
+    assert verification.unasked == ("reading", "logits", "ranks")
 
 
 def test_a_weight_only_checkpoint_is_verified_before_the_builder_quantizes_it(tmp_path):
@@ -246,9 +247,24 @@ def test_what_no_class_can_load_is_skipped_and_said(tmp_path, monkeypatch):
     directory = converted("phi2")
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", None)
     verification = phireg.verify(directory, broken)
-    assert verdicts(verification)["logits"] == "skipped"
-    assert "the reference model cannot be loaded" in verification.check("logits").summary
-    assert verification.unchecked == ("logits",)
+    for check in ("reading", "logits"):
+        assert verdicts(verification)[check] == "skipped"
+        assert "the reference model cannot be loaded" in verification.check(check).summary
+    assert verification.verdict == "incomplete" and not verification.passed
+    assert verification.unmade == ("reading", "logits")
+
+
+def test_a_length_beyond_the_budget_leaves_the_check_incomplete(monkeypatch):
+    """Unless the user asked for shorter prompts, which is said."""
+    pair = converted("phi3-mini"), source("phi3-mini")
+    asked = phireg.verify(*pair, checks=("logits",), max_tokens=50)
+    assert asked.check("logits").verdict == "passed" and asked.check("logits").notes
+    monkeypatch.setattr("phireg.verification.logits.CPU_BUDGET", 2e7)
+    verification = phireg.verify(*pair, checks=("logits",), device="cpu")
+    assert verification.check("logits").verdict == "incomplete"
+    assert "57 tokens" in "\n".join(verification.check("logits").undone)
+    assert verification.verdict == "incomplete"
+    assert "57 tokens" in render(verification)
 
 
 @pytest.mark.parametrize("family", ["phi2", "phi3-small"])
@@ -304,7 +320,7 @@ def test_lengths_cross_every_threshold():
     chosen = choose_prompts(spec, None, gpu=False)
     assert [at for at, _ in chosen.thresholds] == [8, 52]
     assert [prompt.tokens for prompt in chosen.prompts] == [35, 48, 52, 57]
-    assert chosen.notes == ()
+    assert chosen.notes == chosen.undone == ()
     limited = choose_prompts(spec, 40, gpu=False)
     assert [prompt.tokens for prompt in limited.prompts] == [35, 40]
     assert any("57 tokens" in note for note in limited.notes)
@@ -323,10 +339,10 @@ def test_published_sizes_get_prompts_within_the_budget():
     on_cpu = choose_prompts(published, None, gpu=False)
     # 7.4e9 weights, four passes: 2e13 / 2.96e10 is some 680 tokens.
     assert 600 < on_cpu.prompts[-1].tokens < 760
-    assert "2e+13" in on_cpu.notes[0]
+    assert "2e+13" in on_cpu.undone[0]
     on_gpu = choose_prompts(published, None, gpu=True)
     assert [p.tokens for p in on_gpu.prompts] == [48, 1603, 8192, 8197]
-    assert on_gpu.notes == ()
+    assert on_gpu.undone == ()
 
 
 def test_a_prompt_uses_every_id_before_one_again():
