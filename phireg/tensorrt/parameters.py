@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
@@ -49,5 +50,8 @@ class Parameters:
             tensor = self.source(name)
             return self.graph.constant(tensor if shape is None else tensor.reshape(shape), name)
         code, stored = self.kinds[name]
-        value = self.graph.input(name, torch_dtype(code), stored)
-        return value if shape is None else self.graph.reshape(value, shape)
+        # The same elements in the shape they are used in: of six layers' scales that were reshaped,
+        # TensorRT for RTX 1.7.1 compiled "uses before defs".
+        if shape is not None:
+            stored = tuple(math.prod(stored) if size == -1 else size for size in shape)
+        return self.graph.input(name, torch_dtype(code), stored)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,11 +177,10 @@ def _check_options(options: BuildOptions, spec: ModelSpec) -> None:
 
 
 def _limits(spec: ModelSpec, options: BuildOptions) -> Limits:
-    positions = spec.max_position_embeddings
-    total = check_lengths(options, positions, 0) or min(positions, DEFAULT_TOKENS)
-    prompt = options.max_input_len or total - 1
-    if prompt >= total:  # the default total, or no more positions
-        total = min(positions, prompt + DEFAULT_TOKENS)
+    positions, asked = spec.max_position_embeddings, options.max_input_len or 0
+    total = check_lengths(options, positions, 0) or min(positions, max(DEFAULT_TOKENS, 2 * asked))
+    check_lengths(replace(options, max_output_len=None, max_seq_len=total), positions, 0)
+    prompt = asked or total - 1
     chunk = min(_CHUNK if spec.sparse is None else _SPARSE_CHUNK, prompt)
     return Limits(options.max_batch_size or _DEFAULT_BATCH, prompt, total, chunk)
 

@@ -68,15 +68,11 @@ def capability_problems(spec: ModelSpec, gpus: Sequence[str]) -> Iterator[str]:
 
 def form_problems(spec: ModelSpec, form: WeightsForm) -> Iterator[str]:
     """Yield why a model's weights cannot be inputs."""
-    if form == "embedded":
-        return
-    if spec.quantization.weights in ("int8_wo", "int4_wo"):
+    if form == "separate" and spec.quantization.weights in ("int8_wo", "int4_wo"):
         yield (
             "weights of a weight-only format are quantized while the engine is built, so that "
             "they are inside it"
         )
-    if spec.quantization.kv_cache is not None:
-        yield "the compiler fails when the scale of a quantized KV cache is an input"
 
 
 def remarks(spec: ModelSpec, capacity: int) -> Iterator[str]:

@@ -1,0 +1,204 @@
+"""Plans of engines: who builds, for which GPUs, up to which limits, and every reason not to."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from helpers.command_line import run_phireg
+from specs import DEMOS, config_of, spec_of
+
+import phireg
+from phireg.errors import EngineError, UsageError
+from phireg.reader.spec import parse_spec
+from phireg.tensorrt import backends, plan, requirements
+from phireg.tensorrt.plan import parse_gpus, plan_engine
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    output = tmp_path_factory.mktemp("plan") / "ckpt"
+    phireg.convert(phireg.plan(DEMOS / "phi3_mini" / "demo", dtype="bfloat16"), output)
+    return output
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(plan, "here", lambda: ())
+    monkeypatch.setattr(backends, "here", lambda: ())
+
+
+def planned(checkpoint, **options):
+    return plan_engine("tensorrt-rtx", checkpoint, "engine", phireg.BuildOptions(**options))
+
+
+def test_the_gpus_are_all_that_can_run_the_model(checkpoint):
+    found = planned(checkpoint)
+    assert found.gpus == ("sm80", "sm86", "sm89", "sm120", "sm121")
+    assert any("8.0" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("here", "gpus"),
+    [(("sm89",), ("sm89",)), (("sm90", "sm120"), ("sm120",)), (("sm90",), None)],
+)
+def test_the_gpus_here(checkpoint, monkeypatch, here, gpus):
+    monkeypatch.setattr(plan, "here", lambda: here)
+    found = planned(checkpoint)
+    assert found.gpus == (gpus or ("sm80", "sm86", "sm89", "sm120", "sm121"))
+    assert any("sm90" in note for note in found.notes) == (gpus is None)
+
+
+def test_all_reasons_are_told_at_once():
+    spec = spec_of("phi3-small", "int4_wo")
+    spec = replace(spec, dtype="bfloat16")
+    problems = [
+        *requirements.capability_problems(spec, ("sm75", "sm89")),
+        *requirements.form_problems(spec, "separate"),
+    ]
+    assert len(problems) == 3
+    assert all("sm89" not in problem for problem in problems)
+
+
+def test_a_gpu_that_cannot_run_the_model(checkpoint):
+    with pytest.raises(EngineError, match=r"bfloat16 needs compute capability 8\.0"):
+        planned(checkpoint, gpus=("sm89", "sm75"))
+    with pytest.raises(EngineError, match="sm90") as raised:
+        planned(checkpoint, gpus=("sm90",))
+    assert "--backend tensorrt" in raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("options", "limits"),
+    [
+        ({}, (8, 511, 512, 511)),
+        ({"max_seq_len": 64}, (8, 63, 64, 63)),
+        ({"max_input_len": 100, "max_output_len": 28, "max_batch_size": 3}, (3, 100, 128, 100)),
+        ({"max_input_len": 20}, (8, 20, 512, 20)),
+    ],
+)
+def test_limits(checkpoint, options, limits):
+    found = planned(checkpoint, **options).limits
+    assert (
+        found.max_batch_size, found.max_input_len, found.max_seq_len, found.max_chunk_len,
+    ) == limits  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_seq_len": 513},
+        {"max_seq_len": 64, "max_output_len": 8},
+        {"max_seq_len": 64, "max_input_len": 64},
+        {"max_input_len": 512},
+        {"tp_size": 2},
+        {"pp_size": 2},
+        {"extra": ("--max_num_tokens", "9")},
+    ],
+)
+def test_options_that_contradict_each_other_or_the_checkpoint(checkpoint, options):
+    with pytest.raises(UsageError):
+        planned(checkpoint, **options)
+
+
+def test_prompts_of_sparse_models_come_in_smaller_steps():
+    """Their mask has a plane per head."""
+    options = phireg.BuildOptions(max_seq_len=512)
+    spec = spec_of("phi3-small")
+    assert plan._limits(spec, options).max_chunk_len < plan._limits(
+        replace(spec, sparse=None), options
+    ).max_chunk_len  # fmt: skip
+
+
+def test_what_a_user_would_not_expect_is_told():
+    (note,) = requirements.remarks(spec_of("phi2", "kv_fp8"), 64)
+    assert "16 bits" in note
+    (note,) = requirements.remarks(spec_of("phi35-moe"), 64)
+    assert "6 experts" in note
+    (note,) = requirements.remarks(spec_of("phi2"), 32768)
+    assert "--max-seq-len" in note
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus"),
+    [("sm89,sm120", ("sm89", "sm120")), ("8.9, 12.0", ("sm89", "sm120")), ("SM_75,75", ("sm75",))],
+)
+def test_spellings_of_gpus(text, gpus):
+    assert parse_gpus(text) == gpus
+
+
+@pytest.mark.parametrize("text", ["", "ada", "sm89,,sm90", "8", "sm1234"])
+def test_no_gpu(text):
+    with pytest.raises(UsageError):
+        parse_gpus(text)
+
+
+# Who builds
+
+
+def shown(checkpoint, *options, exit_code=0):
+    found = run_phireg(
+        "build", checkpoint, "--output-dir", "engine", "--print-command", *options, "--json"
+    )
+    assert found.exit_code == exit_code, found.output
+    return json.loads(found.stdout) if not exit_code else found.output
+
+
+@pytest.fixture
+def no_trtllm(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+
+
+def test_without_tensorrt_llm_it_is_tensorrt_for_rtx(checkpoint, no_trtllm):
+    found = shown(checkpoint)
+    assert found["backend"] == "tensorrt-rtx"
+    assert "trtllm-build" in found["notes"][0]
+
+
+def test_tensorrt_comes_first_where_there_is_a_gpu(checkpoint, no_trtllm, monkeypatch):
+    asked = []
+    monkeypatch.setattr(backends, "installed", lambda: {"tensorrt": "11.4", "tensorrt-rtx": "1.7"})
+    monkeypatch.setattr(backends, "plan_engine", lambda name, *_, **__: asked.append(name))
+    for gpus in ((), ("sm90",)):
+        monkeypatch.setattr(backends, "here", lambda gpus=gpus: gpus)
+        backends.plan_build(checkpoint, "engine")
+    assert asked == ["tensorrt-rtx", "tensorrt"]
+
+
+def test_nothing_builds(checkpoint, no_trtllm, monkeypatch):
+    monkeypatch.setattr(backends, "installed", dict)
+    output = shown(checkpoint, exit_code=7)
+    for name in ("phireg[rtx]", "phireg[tensorrt]", "tensorrt_llm"):
+        assert name in output
+
+
+def test_options_of_tensorrt_llm_are_not_dropped_silently(checkpoint, no_trtllm):
+    flags = "--gemm_plugin", "bfloat16", "--context_fmha", "enable"
+    notes = " ".join(shown(checkpoint, *flags)["notes"])
+    assert "--gemm-plugin" in notes
+    assert "--context-fmha" in notes
+
+
+def test_options_that_tensorrt_llm_lacks(checkpoint):
+    release = "--trtllm-version", "1.2.1"
+    for option in (("--gpu", "sm89"), ("--weights", "separate")):
+        assert option[0] in shown(checkpoint, *option, *release, exit_code=2)
+
+
+def test_what_a_build_takes_grows_with_the_weights():
+    """Embedded weights are in memory once more, as inputs not at all; INT4 are a quarter."""
+    published = config_of("phi3-mini") | {
+        "hidden_size": 3072, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "intermediate_size": 8192, "vocab_size": 32064,
+    }  # fmt: skip
+    for key in [key for key in published if key.startswith("longrope")] + ["head_size"]:
+        published.pop(key, None)
+    published["position_embedding_type"] = "rope_gpt_neox"
+    full, separate = (
+        requirements.estimate(parse_spec(published), form, 1, 4096)
+        for form in ("embedded", "separate")
+    )
+    assert full.engine_bytes == pytest.approx(7.658e9, rel=0.02)
+    assert separate.engine_bytes == pytest.approx(15.7e6, rel=0.1)
+    assert separate.memory_bytes < full.memory_bytes / 3
+    quantized = parse_spec(published | {"quantization": {"quant_algo": "W4A16"}})
+    assert requirements.estimate(quantized, "embedded", 1, 4096).engine_bytes < 0.35 * 7.658e9
