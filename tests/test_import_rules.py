@@ -128,7 +128,7 @@ RULES = {
     "phireg.tensorrt": Rule(
         (
             *("phireg.trtllm", "phireg.generation", "phireg.executor", "phireg.registry"),
-            *(*PLANNED, DTYPES, "phireg.children", "torch", "xxhash"),
+            *(*PLANNED, DTYPES, "phireg.children", "phireg.device", "torch", "xxhash"),
         ),
         lazily=("tensorrt", "tensorrt_rtx_bindings"),
     ),

@@ -56,12 +56,19 @@ _EXCLUSIVE = (
 @RUNNING.option(
     "--backend",
     metavar="NAME",
-    help="executor, tensorrt-llm or hf.  [default: what runs the directory]",
+    help="executor, tensorrt, tensorrt-llm or hf.  [default: what runs the directory]",
 )
 @MODEL.option(
     "--engine-dir", type=Directory(), metavar="DIR", help="Another way to give ENGINE.", rare=True
 )
 @model_dir_option("Another way to give MODEL, which may be owner/name on the hub here.")
+@MODEL.option(
+    "--weights-dir",
+    type=Directory(),
+    metavar="CKPT",
+    help="The weights of an engine without.  [default: the checkpoint that it was built from]",
+    rare=True,
+)
 @PROMPTS.option(
     *("--prompt", "texts"),
     aliases=("--input-text",),
@@ -138,6 +145,7 @@ def command(
     backend: str | None,
     engine_dir: str | None,
     model_dir: str | None,
+    weights_dir: str | None,
     tp_size: int | None,
     device: str,
     dtype: str,
@@ -163,7 +171,8 @@ def command(
     from phireg.generation.processes import run_processes
 
     name, directory = _choose(place, backend, engine_dir, model_dir)
-    compute = Options(device, compute_dtype(dtype), offload)
+    weights = None if weights_dir is None else Path(weights_dir)
+    compute = Options(device, compute_dtype(dtype), offload, weights)
     if served_as_worker(name, directory, compute):
         return
     with spinner(_LOADING):
@@ -210,6 +219,7 @@ def _choose(
     place: str | None, backend: str | None, engine_dir: str | None, model_dir: str | None
 ) -> tuple[str, Path]:
     """Return the backend's name and the directory that it runs."""
+    from phireg.files.kinds import ENGINE, check_kind
     from phireg.generation.backend import default_backend
 
     ways = (("the argument", place), ("--engine-dir", engine_dir), ("--model-dir", model_dir))
@@ -222,13 +232,17 @@ def _choose(
             hint="give the one that the backend runs.",
         )
     ((way, path),) = given
-    meant = {"--engine-dir": "tensorrt-llm", "--model-dir": "hf"}.get(way)
-    if meant and backend and backend != meant:
+    meant = {"--model-dir": ["hf"], "--engine-dir": ["tensorrt", "tensorrt-llm"]}.get(way)
+    if meant and backend and backend not in meant:
         raise UsageError(
-            f"{way} is for backend {meant}, not for {backend}",
+            f"{way} is for backend {' or '.join(meant)}, not for {backend}",
             hint=f"leave out --backend, or give the directory without {way}.",
         )
-    return backend or meant or default_backend(Path(path)), Path(path)
+    if meant == ["hf"]:
+        return "hf", Path(path)  # perhaps of the hub
+    if way == "--engine-dir":
+        check_kind(Path(path), ENGINE)
+    return backend or default_backend(Path(path)), Path(path)
 
 
 @dataclass(frozen=True)
@@ -370,7 +384,8 @@ def _document(
     load_s: float,
 ) -> dict[str, Any]:
     """Build the document of ``--json``; docs/command-line.md describes it."""
-    key = {"tensorrt-llm": "engine_dir", "hf": "model_dir"}.get(backend.name, "checkpoint_dir")
+    engines = dict.fromkeys(("tensorrt", "tensorrt-llm"), "engine_dir")
+    key = (engines | {"hf": "model_dir"}).get(backend.name, "checkpoint_dir")
     return {
         **dict.fromkeys(("checkpoint_dir", "engine_dir", "model_dir")),
         key: generator.directory,

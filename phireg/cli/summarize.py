@@ -58,11 +58,10 @@ _COUNT = click.IntRange(min=1)
     *("--backend", "backends"),
     multiple=True,
     metavar="NAME",
-    help="executor, tensorrt-llm or hf; may be given repeatedly.  [default: by CKPT or ENGINE]",
+    help="executor, tensorrt, tensorrt-llm or hf; may be given repeatedly.  [default: by CKPT or "
+    "ENGINE]",
 )
-@RUNNING.option(
-    "--test-trt-llm", is_flag=True, help="The same as --backend tensorrt-llm.", rare=True
-)
+@RUNNING.option("--test-trt-llm", is_flag=True, help="Run the engine.", rare=True)
 @RUNNING.option("--test-hf", is_flag=True, help="Also run the source model, beside the others.")
 @PROMPTS.option(
     "--dataset",
@@ -190,6 +189,7 @@ def command(
     """
     from phireg.generation.processes import run_processes
     from phireg.summarization.models import (
+        ENGINE_BACKEND,
         check_model_processes,
         choose_models,
         is_worker,
@@ -202,7 +202,7 @@ def command(
     models = choose_models(
         [Path(directory) for directory in (place, engine_dir) if directory is not None],
         hf_dir,
-        [*backends, *(["tensorrt-llm"] if test_trt_llm else [])],
+        [*backends, *([ENGINE_BACKEND] if test_trt_llm else [])],
         phireg.Options(device, compute_dtype(dtype), offload),
         hf_dtype=compute_dtype(hf_data_type),
         also_hf=test_hf,

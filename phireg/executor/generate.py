@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from phireg.errors import UsageError
 from phireg.executor.attention import has_kernels
@@ -68,14 +70,25 @@ def stream(
     decoder, model.decoder = _fitting(model, prompts, max_new_tokens, sampling), None
     try:
         decoder.prefill(prompts, sampling.seed)
-        yield from _tokens(decoder, max_new_tokens, frozenset(stop_ids))
+        yield from tokens_of(decoder, max_new_tokens, frozenset(stop_ids))
     finally:
         model.decoder = decoder
 
 
-def _tokens(
-    decoder: Decoder, max_new_tokens: int, stops: frozenset[int]
+class Steps(Protocol):
+    """A batch in generation: ``token`` has each row's newest one, and ``step`` makes the next."""
+
+    batch: int
+    token: Tensor  # int64 [batch]
+
+    def step(self) -> None:
+        """Choose the next tokens, without waiting for a GPU."""
+
+
+def tokens_of(
+    decoder: Steps, max_new_tokens: int, stops: frozenset[int]
 ) -> Iterator[list[int | None]]:
+    """Yield each row's tokens until all have ended; the first is chosen already."""
     ended = [False] * decoder.batch
     on_gpu = decoder.token.is_cuda
     host = torch.empty(decoder.batch, dtype=torch.int64, pin_memory=on_gpu)

@@ -12,22 +12,24 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Protocol
 
-from phireg.errors import UsageError
+from phireg.errors import SourceError, UsageError
+from phireg.files.json import read_json_object
 from phireg.files.kinds import CHECKPOINT, ENGINE, HF_MODEL, check_kind
 
 if TYPE_CHECKING:
     from phireg.executor import Sampling
 
-EXECUTOR, TENSORRT_LLM, HF = "executor", "tensorrt-llm", "hf"
+EXECUTOR, TENSORRT_LLM, TENSORRT, HF = "executor", "tensorrt-llm", "tensorrt", "hf"
 
 BACKENDS: dict[str, str] = {
     EXECUTOR: "phireg.generation.executor",
     TENSORRT_LLM: "phireg.trtllm.runtime",
+    TENSORRT: "phireg.tensorrt.runtime",
     HF: "phireg.generation.hf",
 }
 """Module by name; a module is imported when its backend is asked for."""
 
-_RUNS = {EXECUTOR: CHECKPOINT, TENSORRT_LLM: ENGINE, HF: HF_MODEL}
+_RUNS = {EXECUTOR: CHECKPOINT, TENSORRT_LLM: ENGINE, TENSORRT: ENGINE, HF: HF_MODEL}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,14 @@ class Options:
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: to compute in, by name; None is the model's own.
         offload: read each layer when it is needed; None leaves the choice to the backend.
+        weights_dir: the weights of an engine that was built without; None is the checkpoint
+            that it was built from.
     """
 
     device: str = "auto"
     dtype: str | None = None
     offload: bool | None = None
+    weights_dir: Path | None = None
 
 
 DEFAULTS = Options()
@@ -154,7 +159,15 @@ def open_backend(
 def default_backend(directory: Path) -> str:
     """Return the backend that runs the kind of a directory."""
     kind = check_kind(directory, *_RUNS.values())
+    if kind is ENGINE:
+        return engine_backend(directory)
     return next(name for name, runs in _RUNS.items() if runs is kind)
+
+
+def engine_backend(engine_dir: Path) -> str:
+    """Return the backend that runs an engine; phireg's own say which TensorRT built them."""
+    config = read_json_object(engine_dir / "config.json")
+    return TENSORRT if "backend" in config else TENSORRT_LLM
 
 
 def check_directory(backend: str, directory: Path) -> None:
@@ -163,3 +176,19 @@ def check_directory(backend: str, directory: Path) -> None:
     if runs is None or (runs is HF_MODEL and not directory.is_dir()):
         return  # a third-party backend, or a model on the hub
     check_kind(directory, runs)
+    if runs is ENGINE and (other := engine_backend(directory)) != backend:
+        raise SourceError(
+            f"{directory} is an engine for backend {other}, not {backend}",
+            hint=f"use --backend {other}.",
+        )
+
+
+def check_engine_options(options: Options) -> None:
+    """Refuse options that were decided when an engine was built."""
+    settled = {"--dtype": options.dtype, "--offload and --no-offload": options.offload}
+    for name, value in settled.items():
+        if value is not None:
+            raise UsageError(
+                f"{name} cannot be chosen for an engine: it was decided when it was built",
+                hint="leave it out.",
+            )

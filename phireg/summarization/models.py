@@ -12,17 +12,23 @@ from phireg.generation.backend import (
     DEFAULTS,
     EXECUTOR,
     HF,
+    TENSORRT,
     TENSORRT_LLM,
     Description,
     Options,
     check_directory,
     describe,
+    engine_backend,
     opener,
 )
 from phireg.generation.processes import check_processes
 
+ENGINE_BACKEND = "engine"
+"""In a list of backends: the one that runs the engine."""
+
 _HINTS = {
     EXECUTOR: "give the checkpoint as the argument.",
+    TENSORRT: "give --engine-dir the engine; phireg build makes one of a checkpoint.",
     TENSORRT_LLM: "give --engine-dir the engine; phireg build makes one of a checkpoint.",
     HF: "give --model-dir the source model.",
 }
@@ -63,7 +69,9 @@ def choose_models(
     the others share its device, and an engine has its own dtype.
     """
     engine, checkpoint = _by_kind(directories)
-    names = list(backends) or [EXECUTOR if engine is None else TENSORRT_LLM]
+    runtime = TENSORRT_LLM if engine is None else engine_backend(engine)
+    names = [runtime if name == ENGINE_BACKEND else name for name in backends]
+    names = names or [EXECUTOR if engine is None else runtime]
     names += [HF] if also_hf else []
     fixed = replace(options, dtype=None, offload=None)
     models = []
@@ -72,6 +80,7 @@ def choose_models(
         directory, own_options = {
             HF: (hf_model_dir, replace(fixed, dtype=hf_dtype)),
             TENSORRT_LLM: (engine, fixed),
+            TENSORRT: (engine, fixed),
         }.get(name, (checkpoint, options))
         if directory is None:
             raise UsageError(

@@ -23,7 +23,7 @@ from phireg.executor.model import open_ranks
 from phireg.reader.spec import parse_spec
 from phireg.tensorrt.engine import Limits
 from phireg.tensorrt.job import MARK, PROFILES, Job, command, record_path
-from phireg.tensorrt.network import INPUT_IDS, Network, build_network
+from phireg.tensorrt.network import INPUT_IDS, LAST_TOKENS, Network, build_network
 from phireg.tensorrt.package import Package, load_package
 
 
@@ -129,6 +129,9 @@ def profiles(network: Network, limits: Limits) -> dict[str, dict[str, list[list[
                 [batch, step] if tensor.name == INPUT_IDS else [batch, *shape[1:]]
                 for batch, step in zip(batches, steps[name], strict=True)
             ]
+    # All logits of one row's chunk, or those of the last tokens of all rows.
+    rows = found["prompt"][LAST_TOKENS]
+    rows[-1] = [max(limits.max_batch_size, limits.max_chunk_len)]
     return found
 
 

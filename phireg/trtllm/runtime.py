@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from phireg.errors import CheckError, PhiregError, UsageError
 from phireg.executor import Sampling
-from phireg.generation.backend import Description, Options, Request
+from phireg.generation.backend import Description, Options, Request, check_engine_options
 from phireg.generation.limits import check_continuations, check_request
 from phireg.generation.mpi import Communicator, communicator, process_rank
 from phireg.trtllm.builder import DISTRIBUTION, installed_version
@@ -52,13 +52,7 @@ def describe(directory: Path, options: Options) -> Description:
 
 
 def _read(directory: Path, options: Options) -> Engine:
-    settled = {"--dtype": options.dtype, "--offload and --no-offload": options.offload}
-    for name, value in settled.items():
-        if value is not None:
-            raise UsageError(
-                f"{name} cannot be chosen for an engine: it was decided when it was built",
-                hint="leave it out.",
-            )
+    check_engine_options(options)
     if options.device not in ("auto", "cuda"):
         raise UsageError(
             f"--device {options.device}: TensorRT-LLM takes the GPU by the process's rank",

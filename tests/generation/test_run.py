@@ -231,7 +231,7 @@ def test_beams(models, run, document):
         (["{checkpoint}", "--backend", "tensorrt-llm"], 3, "phireg build {checkpoint}"),
         (["{source}", "--backend", "tensorrt-llm"], 3, "phireg convert"),
         (["{source}", "--backend", "executor"], 3, "--backend hf"),
-        (["{checkpoint}", "--backend", "vllm"], 2, "executor, tensorrt-llm, hf"),
+        (["{checkpoint}", "--backend", "vllm"], 2, "executor, tensorrt-llm, tensorrt, hf"),
         (["{checkpoint}", "--model-dir", "{source}"], 2, "--model-dir"),
         (["--model-dir", "{source}", "--backend", "executor"], 2, "--model-dir"),
         (["--engine-dir", "{checkpoint}"], 3, "phireg build {checkpoint}"),

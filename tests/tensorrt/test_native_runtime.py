@@ -1,0 +1,130 @@
+"""Running engines, by a stand-in of TensorRT's runtime that evaluates the network."""
+
+import math
+
+import pytest
+import torch
+from helpers.tiny_models import phi2, phi3, phi3_small, randomize
+from standin import standin, write_engine
+
+import phireg
+from phireg.errors import PhiregError, UsageError
+from phireg.executor import Sampling, generate, load
+from phireg.generation.backend import Options, Request
+from phireg.tensorrt import runtime, session
+
+MAKERS = {
+    "phi2": lambda: phi2(num_attention_heads=4),
+    "phi3-mini": lambda: phi3(long=20),
+    "phi3-small": lambda: phi3_small(long=20),
+    "phi3-medium": lambda: phi3(num_key_value_heads=2),
+}
+LENGTHS = (12, 21, 40)  # chunks have 16 tokens; the first crosses long rope's switch
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Checkpoints by family, converted once."""
+    made = {}
+
+    def checkpoint(family):
+        if family not in made:
+            directory = tmp_path_factory.mktemp(family)
+            randomize(MAKERS[family](), 2.5).save_pretrained(directory / "source")
+            plan = phireg.plan(directory / "source", family=family, dtype="float32")
+            phireg.convert(plan, directory / "checkpoint")
+            made[family] = directory / "checkpoint"
+        return made[family]
+
+    return checkpoint
+
+
+@pytest.fixture
+def engines(package, checkpoints, tmp_path, monkeypatch):
+    """Make engines for the stand-in, which takes the place of TensorRT and its GPU."""
+    module, loaded = standin(package)
+    monkeypatch.setattr(session, "load_package", lambda backend: module)
+    monkeypatch.setattr(runtime, "engine_device", lambda name: torch.device("cpu"))
+
+    def engine(family, **options):
+        return write_engine(package, tmp_path / f"{family}-engine", checkpoints(family), **options)
+
+    engine.loaded = loaded
+    return engine
+
+
+def prompts(vocab_size, lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("weights", ("embedded", "separate"))
+@pytest.mark.parametrize("family", MAKERS)
+def test_the_executors_tokens(engines, checkpoints, family, weights):
+    executor = load(checkpoints(family))
+    rows = prompts(executor.spec.vocab_size)
+    expected = [generate(executor, [row], 12)[0] for row in rows]
+    backend = runtime.load(engines(family, weights=weights), Options())
+    assert backend.generate(Request(rows, 12, (), Sampling())) == expected
+    (loaded,) = engines.loaded
+    assert loaded.executions == {"prompt": 3, "generation": 11}
+    stops = {expected[0][4], expected[2][7]}
+    ended = [
+        row[: next((n for n, token in enumerate(row) if token in stops), len(row))]
+        for row in expected
+    ]
+    assert backend.generate(Request(rows, 12, stops, Sampling())) == ended
+
+
+def test_sampling_is_the_executors(engines, checkpoints):
+    executor = load(checkpoints("phi3-medium"))
+    rows = prompts(executor.spec.vocab_size, (9, 9))
+    sampling = Sampling(temperature=0.9, top_k=20, top_p=0.95, seed=7)
+    backend = runtime.load(engines("phi3-medium"), Options())
+    expected = generate(executor, rows, 10, (), sampling)
+    assert backend.generate(Request(rows, 10, (), sampling)) == expected
+
+
+def test_scores_of_continuations(engines, checkpoints):
+    executor = load(checkpoints("phi3-mini"))
+    row = prompts(executor.spec.vocab_size, (50,))[0]
+    backend = runtime.load(engines("phi3-mini"), Options())
+    (actual,) = backend.mean_nll([row[:30]], [row[30:]])
+    logits = executor(torch.tensor([row]))[0, 29:-1].log_softmax(-1)
+    expected = -logits.gather(1, torch.tensor(row[30:])[:, None]).mean()
+    assert math.isclose(actual, float(expected), rel_tol=1e-4)
+
+
+def test_limits_and_options(engines, checkpoints):
+    directory = engines("phi2")
+    backend = runtime.load(directory, Options())
+    rows = prompts(100, (5, 5, 5, 5))
+    for request in (
+        Request(rows, 4, (), Sampling()),
+        Request([[1] * 61], 4, (), Sampling()),
+        Request([[1] * 50], 40, (), Sampling()),
+        Request(rows[:1], 4, (), Sampling(), num_beams=2),
+    ):
+        with pytest.raises(UsageError):
+            backend.generate(request)
+    with pytest.raises(UsageError):
+        runtime.describe(directory, Options(dtype="float32"))
+    with pytest.raises(PhiregError, match="weights"):
+        runtime.load(directory, Options(weights_dir=checkpoints("phi2")))
+
+
+def test_weights_of_another_shape(engines, checkpoints):
+    directory = engines("phi2", weights="separate")
+    with pytest.raises(PhiregError, match="shape"):
+        runtime.load(directory, Options(weights_dir=checkpoints("phi3-mini")))
+
+
+def test_run_takes_an_engine(engines, checkpoints):
+    directory = engines("phi3-small")
+    executor = load(checkpoints("phi3-small"))
+    rows = prompts(executor.spec.vocab_size)
+    completions = phireg.generate(directory, rows, max_new_tokens=6, batch_size=2)
+    expected = [tuple(generate(executor, [row], 6)[0]) for row in rows]
+    assert [completion.tokens for completion in completions] == expected
+    with pytest.raises(PhiregError, match="tensorrt"):
+        phireg.generate(directory, rows, backend="tensorrt-llm")
