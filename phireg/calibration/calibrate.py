@@ -149,6 +149,7 @@ def run_calibration(
         dtype=dtype,
         device=device,
         file=readings.weights,
+        adapter=readings.adapter,
         tie=readings.tie,
     )
     config = reference.model.config

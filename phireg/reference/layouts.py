@@ -57,7 +57,7 @@ def locate(
     return min(map(found, layouts), key=lambda parts: list(parts.values()).count(None))
 
 
-_SEPARATE = {
+SEPARATE = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
@@ -66,7 +66,7 @@ _SEPARATE = {
 
 def _current(name: str) -> Iterator[Parts]:
     yield Parts((name,))
-    for fused, parts in _SEPARATE.items():
+    for fused, parts in SEPARATE.items():
         if f".{fused}." in name:
             yield Parts(tuple(name.replace(f".{fused}.", f".{part}.") for part in parts))
 

@@ -21,12 +21,12 @@ from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import SourceError
 from phireg.family import Family
 from phireg.reference.config import adapt, read_values
-from phireg.reference.layouts import Parts, locate
+from phireg.reference.layouts import SEPARATE, Parts, locate
 from phireg.reference.observing import Observer, observed
 from phireg.reference.quiet import quiet
 from phireg.reference.weights import Weights, find_weights
+from phireg.source.adapter import Layer
 from phireg.source.model import Reader
-from phireg.source.tensors import SourceTensor
 
 _LAYERS = "model.layers."
 _FLOATS = {*WEIGHT_DTYPES.values(), "F64"}
@@ -113,6 +113,7 @@ def open_reference(
     device: torch.device,
     exact: Collection[str] = (),
     file: str | None = None,
+    adapter: str | None = None,
     tie: bool | None = None,
 ) -> Reference:
     """Build the source's model without reading its weights; no code of the source is run.
@@ -126,12 +127,13 @@ def open_reference(
         device: of the computation.
         exact: names of source tensors that are not rounded.
         file: the weights file or index to take instead of the one that transformers loads.
+        adapter: ``merge`` adds the LoRA adapter beside the weights.
         tie: whether lm_head is the embedding, instead of what transformers decides.
 
     Raises:
         SourceError: no model class here reads the source.
     """
-    found = find_weights(directory, file)
+    found = find_weights(directory, file, adapter=adapter == "merge")
     model, notes, stated = _build(family, directory, dtype)
     parameters = Parameters(model, found, tie, stated, weights, device, exact)
     for module in model.modules():
@@ -225,8 +227,8 @@ class Parameters:
         located = locate(
             tuple(self._places),
             weights.tensors,
-            heads=config.num_attention_heads,
-            layers=config.num_hidden_layers,
+            heads=getattr(config, "num_attention_heads", 1),
+            layers=len(model.model.layers),
         )
         self.tied = self._tie(model, located, tie, stated)
         if absent := [name for name, parts in located.items() if parts is None]:
@@ -234,6 +236,7 @@ class Parameters:
         self._parts = {name: parts for name, parts in located.items() if parts is not None}
         if wrong := list(self._misshapen()):
             raise SourceError(f"the reference model cannot take {'; '.join(wrong[:5])}")
+        self._added = self._place_adapter(config)
 
     def _tie(
         self, model: Any, located: dict[str, Parts | None], tie: bool | None, stated: bool
@@ -281,6 +284,35 @@ class Parameters:
                 kinds = " and ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors)
                 yield f"{name} is {kinds}, not {list(shape)}"
 
+    def _place_adapter(self, config: Any) -> dict[Parts, list[tuple[int, Layer]]]:
+        """Return the LoRA layers of parameters, each with the first row that it is added to."""
+        if self.weights.adapter is None:
+            return {}
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+        rows = {
+            "q_proj": 0,
+            "k_proj": queries,
+            "v_proj": queries + keys,
+            "gate_proj": 0,
+            "up_proj": config.intermediate_size,
+        }
+        fused = {part: whole for whole, parts in SEPARATE.items() for part in parts}
+        added: dict[Parts, list[tuple[int, Layer]]] = {}
+        for layer in self.weights.adapter.layers:
+            module, row = layer.module, 0
+            stem, _, last = module.rpartition(".")
+            if f"{module}.weight" not in self._parts and last in fused:
+                module, row = f"{stem}.{fused[last]}", rows[last]
+            parts = self._parts.get(f"{module}.weight")
+            if parts is None:
+                raise SourceError(f"the adapter has layers for {layer.module}, the model has not")
+            height, width = self._places[f"{module}.weight"][2].shape
+            if layer.shape[1] != width or row + layer.shape[0] > height:
+                raise SourceError(f"the adapter's layers of {layer.module} do not fit the model")
+            added.setdefault(parts, []).append((row, layer))
+        return added
+
     def names(self, prefix: str = "") -> list[str]:
         """Return the names of the parameters that begin with a prefix."""
         return [name for name in self._places if name.startswith(prefix)]
@@ -303,9 +335,8 @@ class Parameters:
                 module, leaf, empty = self._places[name]
                 parts = self._parts[name]
                 if parts not in read:
-                    tensors = [self.weights.tensors[tensor] for tensor in parts.tensors]
-                    rows = parts.assemble([self._read(reader, tensor) for tensor in tensors])
-                    read[parts] = nn.Parameter(rows.to(empty.dtype), requires_grad=False)
+                    values = self._read(reader, parts).to(empty.dtype)
+                    read[parts] = nn.Parameter(values, requires_grad=False)
                 setattr(module, leaf, read[parts])
 
     def release(self, names: Collection[str]) -> None:
@@ -314,9 +345,20 @@ class Parameters:
             module, leaf, empty = self._places[name]
             setattr(module, leaf, empty)
 
-    def _read(self, reader: Reader, tensor: SourceTensor) -> Tensor:
-        """Read a tensor's values to the device, rounded unless it is exact."""
-        values = self.weights.read(reader, tensor).to(self._device)
-        if self._rounded is None or tensor.name in self._exact:
+    def _read(self, reader: Reader, parts: Parts) -> Tensor:
+        """Read a parameter's values to the device, rounded unless they are exact."""
+        tensors = [self.weights.tensors[name] for name in parts.tensors]
+        stored = [self.weights.read(reader, tensor).to(self._device) for tensor in tensors]
+        values = parts.assemble(stored)
+        if parts in self._added:
+            sums = values.float()
+            for row, layer in self._added[parts]:
+                up, down = (self.weights.read(reader, t).float() for t in (layer.up, layer.down))
+                product = layer.scale * (up @ down)
+                sums[row : row + layer.shape[0]] += (product.T if layer.embedding else product).to(
+                    self._device
+                )
+            values = sums.to(values.dtype)
+        if self._rounded is None or all(tensor.name in self._exact for tensor in tensors):
             return values
         return values.to(self._rounded)

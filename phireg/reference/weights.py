@@ -15,6 +15,8 @@ import torch
 from phireg.dtypes import torch_dtype
 from phireg.errors import SourceError
 from phireg.files.regular import listed
+from phireg.source.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from phireg.source.adapter import Adapter, read_adapter
 from phireg.source.model import FORMATS, INDEX, Reader, read_index
 from phireg.source.tensors import SourceTensor, WeightsFile
 
@@ -42,6 +44,7 @@ class Weights:
     name: str  # of the file or index
     files: tuple[WeightsFile, ...]
     tensors: Mapping[str, SourceTensor]
+    adapter: Adapter | None = None  # whose layers are added to the model's parameters
 
     def open(self) -> Reader:
         """Return a reader for the tensors' bytes; use it in a ``with`` statement."""
@@ -68,10 +71,11 @@ class Weights:
         return True
 
 
-def find_weights(directory: Path, chosen: str | None = None) -> Weights:
+def find_weights(directory: Path, chosen: str | None = None, *, adapter: bool = False) -> Weights:
     """List the tensors that ``from_pretrained`` loads, or those of the file or index ``chosen``.
 
-    An index none of whose shards exist is passed over.
+    An index none of whose shards exist is passed over. With ``adapter`` the LoRA adapter beside the
+    weights is loaded, too, as transformers does where peft is installed.
     """
     names = (chosen,) if chosen is not None else ORDER
     for name in names:
@@ -90,5 +94,20 @@ def find_weights(directory: Path, chosen: str | None = None) -> Weights:
         files = tuple(FORMATS[Path(shard).suffix](directory, shard) for shard in shards)
         tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
         plain = {_WRAPPERS.sub("", key): tensor for key, tensor in tensors.items()}
-        return Weights(directory, name, files, plain if len(plain) == len(tensors) else tensors)
+        if len(plain) == len(tensors):
+            tensors = plain
+        if not adapter:
+            return Weights(directory, name, files, tensors)
+        found = _find_adapter(directory)
+        return Weights(directory, name, (*files, found.file), {**tensors, **found.saved}, found)
     raise SourceError(f"{directory}: there are no weights that transformers loads")
+
+
+def _find_adapter(directory: Path) -> Adapter:
+    for name in ADAPTER_WEIGHTS:
+        if (directory / name).is_file():
+            adapter = read_adapter(directory, name)
+            if adapter.problems:
+                raise SourceError(f"{directory / name} is not applied: {adapter.problems[0]}")
+            return adapter
+    raise SourceError(f"{directory}: there is no {ADAPTER_WEIGHTS[0]}")

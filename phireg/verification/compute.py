@@ -241,6 +241,7 @@ class ComputedChecks:
                     device=self.device,
                     exact=exact,
                     file=plan.options.readings.weights,
+                    adapter=plan.options.readings.adapter,
                     tie=plan.options.readings.tie,
                 )
             except SourceError as error:

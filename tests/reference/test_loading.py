@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import peft
 import pytest
 import torch
 from helpers import tiny_models as sources
@@ -262,3 +263,54 @@ def test_rows_that_cannot_be_put_together_are_named(tmp_path):
     put({**tensors, name: tensors[name][:-1]}, directory)
     with pytest.raises(SourceError, match=r"layers\.1\.self_attn\.q_proj"):
         opened("phi2", directory)
+
+
+# --- adapters: the same values as PEFT --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("phi3-gqa", {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"}),
+        ("phi3-gqa", {"target_modules": ["o_proj"], "modules_to_save": ["lm_head"]}),
+        ("phi3-tied", {"target_modules": ["embed_tokens"], "use_rslora": True}),
+        ("phi2", {"target_modules": ["q_proj", "fc2"], "bias": "lora_only"}),
+    ],
+)
+def test_a_merged_adapter(tmp_path, name, settings):
+    directory = sources.write(name, tmp_path)
+    adapted = peft.get_peft_model(
+        from_pretrained(name, directory), peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+    )
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    base = from_pretrained(name, directory)
+    adapted.save_pretrained(directory)
+    expected = peft.PeftModel.from_pretrained(base, directory).merge_and_unload().state_dict()
+    for adapter in ("merge", "ignore"):
+        reference = opened(name, directory, adapter=adapter)
+        reference.keep_all()
+        ours = reference.model.state_dict()
+        same = all(torch.allclose(ours[key], expected[key], 1e-5, 1e-6) for key in expected)
+        assert same == (adapter == "merge")
+
+
+def test_an_adapter_of_separate_projections_on_fused_weights(tmp_path):
+    """PEFT cannot apply it: the sum is worked out by hand, by rows of query, key and value."""
+    directory = sources.write("phi3-gqa", tmp_path)
+    adapter, expected = {}, load_file(directory / "model.safetensors")
+    for part, rows in (("q", slice(0, 96)), ("v", slice(120, 144))):
+        up, down = torch.randn(rows.stop - rows.start, 2), torch.randn(2, 96)
+        stem = f"base_model.model.model.layers.1.self_attn.{part}_proj"
+        adapter |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+        expected["model.layers.1.self_attn.qkv_proj.weight"][rows] += 3 * (up @ down)
+    save_file(adapter, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    reference = opened("phi3-gqa", directory, adapter="merge")
+    reference.keep_all()
+    for key, value in reference.model.state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-5)

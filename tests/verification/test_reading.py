@@ -8,6 +8,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from helpers.tiny_models import edit_config
 from safetensors.torch import load_file, save_file
 from verify_sources import source
@@ -132,3 +133,23 @@ def test_weights_taken_from_the_wrong_file_are_named(monkeypatch, tmp_path):
     verification = verified(directory, "phi3-medium", tmp_path)
     assert "model.safetensors: " in problems(verification)
     assert "old.safetensors" in problems(verification)
+
+
+def test_what_the_user_chose_is_an_input_of_both_sides(tmp_path):
+    """The manifest remembers it."""
+    directory = copy("phi3-medium", tmp_path)
+    stem = "base_model.model.model.layers.1.self_attn.o_proj"
+    factors = {
+        f"{stem}.lora_A.weight": torch.randn(2, 96),
+        f"{stem}.lora_B.weight": torch.randn(96, 2),
+    }
+    save_file(factors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    for adapter in ("merge", "ignore"):
+        plan = phireg.plan(directory, dtype="float32", adapter=adapter)
+        phireg.convert(plan, tmp_path / adapter)
+        assert phireg.verify(tmp_path / adapter, directory).verdict == "verified"
+    swapped = phireg.verify(tmp_path / "merge", directory, adapter="ignore", checks=("logits",))
+    assert swapped.verdict == "failed"
+    assert swapped.logits.wrong_places == ((1, "attention"),)
