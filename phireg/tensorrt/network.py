@@ -26,7 +26,7 @@ took the lengths instead gave wrong tokens (docs/engines.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,20 @@ def cache_name(part: str, layer: int) -> str:
 def present_name(part: str, layer: int) -> str:
     """Return the output that is the input ``cache_name`` with the new tokens."""
     return f"present_{part}_{layer}"
+
+
+def chunks(lengths: Sequence[int], size: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield where each row of a batch of prompts starts and how many tokens it gives, by step.
+
+    A row that has ended gives its last tokens once more: they are written as they are. All rows end
+    in the last step.
+    """
+    longest = max(lengths)
+    for start in range(0, longest, size):
+        width = min(size, longest - start)
+        starts = [min(start, max(0, length - width)) for length in lengths]
+        pairs = zip(lengths, starts, strict=True)
+        yield starts, [min(width, length - first) for length, first in pairs]
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,21 +154,15 @@ class EngineDecoder:
 
     def prefill(self, prompts: Sequence[Sequence[int]], seed: int) -> None:
         """Run the prompts in chunks and choose each row's first token, into ``token``."""
-        session, chunk = self.session, self.session.limits.max_chunk_len
-        lengths = [len(prompt) for prompt in prompts]
+        session, lengths = self.session, [len(prompt) for prompt in prompts]
         long = [length > session.spec.rope.original for length in lengths]
-        longest = max(lengths)
         logits = torch.empty(0)
-        for start in range(0, longest, chunk):
-            width = min(chunk, longest - start)
-            # A row that has ended gives its last tokens once more: they are written as they are.
-            starts = [min(start, max(0, length - width)) for length in lengths]
-            rows = [p[at : at + width] for p, at in zip(prompts, starts, strict=True)]
-            last = [
-                row * width + min(length - at, width) - 1
-                for row, (length, at) in enumerate(zip(lengths, starts, strict=True))
-            ]
-            logits = session.feed(rows, starts, long, torch.tensor(last, dtype=torch.int32))
+        for starts, counts in contract.chunks(lengths, session.limits.max_chunk_len):
+            parts = zip(prompts, starts, counts, strict=True)
+            rows = [prompt[start : start + count] for prompt, start, count in parts]
+            width = max(counts)
+            last = torch.tensor([row * width + count - 1 for row, count in enumerate(counts)])
+            logits = session.feed(rows, starts, long, last.to(torch.int32))
         self._random.manual_seed(seed)
         self._draw()
         self.token.copy_(choose(logits, self.sampling, self._noise))

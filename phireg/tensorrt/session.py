@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from phireg.errors import CheckError, EngineError, SourceError
-from phireg.executor.model import open_ranks
+from phireg.executor.model import Source, open_ranks
 from phireg.files.regular import open_regular
 from phireg.reader.spec import read_spec
 from phireg.reader.tensors import rank_tensors
@@ -60,9 +60,13 @@ class Session:
         self.device = device
         self.dtype: torch.dtype = getattr(torch, self.spec.dtype)
         self.package = load_package(engine.backend) if package is None else package
-        self._parameters = _parameters(engine, weights, device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._contexts = self._load()
+        source = _source(engine, weights)  # before the engine, which takes long
+        self._contexts, shapes = self._load()
+        self._parameters = {
+            name: source(name).to(device).reshape(shape).contiguous()
+            for name, shape in shapes.items()
+        }
         self._caches: dict[str, Tensor] = {}
         self._batch = 0
 
@@ -187,8 +191,8 @@ class Session:
     def _handle(self) -> int:
         return 0 if self._stream is None else int(self._stream.cuda_stream)
 
-    def _load(self) -> dict[str, Any]:
-        """Load the engine, with a context for each profile."""
+    def _load(self) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+        """Load the engine; return a context for each profile, and the shapes of its weights."""
         package, path = self.package, self.engine.path(0)
         if package.version != self.engine.version:
             raise EngineError(
@@ -214,20 +218,20 @@ class Session:
             package.log.check(f"profile {name}", failed=not chosen)
             contexts[name] = context
         self.synchronize()
-        return contexts
+        names = map(loaded.get_tensor_name, range(loaded.num_io_tensors))
+        weights = rank_tensors(self.spec).keys() & set(names)
+        return contexts, {name: tuple(loaded.get_tensor_shape(name)) for name in weights}
 
 
-def _parameters(
-    engine: NativeEngine, weights: Path | None, device: torch.device
-) -> dict[str, Tensor]:
-    """Return the tensors that an engine with separate weights takes, on the device."""
+def _source(engine: NativeEngine, weights: Path | None) -> Source:
+    """Return what reads the tensors that an engine with separate weights takes."""
     if engine.weights == "embedded":
         if weights is not None:
             raise CheckError(
                 f"{engine.directory} has its weights inside: it takes no checkpoint",
                 hint="leave out --weights-dir, or build with --weights separate.",
             )
-        return {}
+        return {}.__getitem__
     directory = weights or engine.checkpoint_dir
     if directory is None:
         raise CheckError(
@@ -241,4 +245,4 @@ def _parameters(
             hint="build an engine from this checkpoint.",
         )
     (source,) = open_ranks(directory, engine.spec, [0])
-    return {name: source(name).to(device).contiguous() for name in rank_tensors(engine.spec)}
+    return source

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from phireg.executor import Executor, ModelSpec
+from phireg.executor.model import Source
+from phireg.reader.tensors import rank_tensors
 from phireg.tensorrt import network as contract
 from phireg.tensorrt.interpreter import Interpreter, evaluate
 from phireg.verification.logits import Layer, overall, quantized_parts, token_errors
@@ -22,6 +24,9 @@ from phireg.verification.result import Place
 
 STEPS = 8
 """Tokens that follow each prompt one by one, through the caches."""
+
+CHUNK = 512
+"""Tokens of a prompt that are evaluated at a time."""
 
 _FACTOR = 4.0
 """By which a network's error may exceed that of the executor in the network's dtype."""
@@ -71,6 +76,7 @@ class _Row:
 def compare_network(
     package: object,
     networks: Sequence[contract.Network],
+    sources: Sequence[Source],
     exact: Executor,
     rounded: Executor,
     lengths: Sequence[int],
@@ -81,6 +87,7 @@ def compare_network(
     Args:
         package: the module whose network classes these are.
         networks: one for each rank.
+        sources: for each rank, what reads its tensors, for networks that have them as inputs.
         exact: the checkpoint in float32.
         rounded: the checkpoint in the networks' dtype.
         lengths: tokens of each prompt; with the tokens that follow, one must not cross the length
@@ -94,13 +101,19 @@ def compare_network(
     for length in lengths:
         rows.append(_reference(exact, rounded, length))
         progress(1)
-    run = _Run(package, networks, rows)
-    run.evaluate([0] * len(rows), [row.length for row in rows])
-    progress(1)
+    run = _Run(package, networks, sources, rows)
+    for starts, counts in contract.chunks(lengths, CHUNK):
+        run.evaluate(starts, counts)
+        progress(1)
     for step in range(STEPS):
         run.evaluate([row.length + step for row in rows], [1] * len(rows))
         progress(1)
     return list(_worst(networks[0].spec, rows))
+
+
+def steps(lengths: Sequence[int]) -> int:
+    """Return how often ``compare_network`` calls ``progress``."""
+    return len(lengths) + len(list(contract.chunks(lengths, CHUNK))) + STEPS
 
 
 def _reference(exact: Executor, rounded: Executor, length: int) -> _Row:
@@ -158,11 +171,24 @@ class _Run:
     """The networks' evaluation over a batch, with its caches."""
 
     def __init__(
-        self, package: object, networks: Sequence[contract.Network], rows: Sequence[_Row]
+        self,
+        package: object,
+        networks: Sequence[contract.Network],
+        sources: Sequence[Source],
+        rows: Sequence[_Row],
     ) -> None:
         self.spec, self.capacity = networks[0].spec, networks[0].capacity
         self.rows = rows
         self._interpreters = [Interpreter(package, n.graph.network) for n in networks]
+        names = rank_tensors(self.spec).keys()
+        self._parameters = [
+            {
+                name: source(name).reshape(tuple(tensor.shape))
+                for name, tensor in interpreter.inputs.items()
+                if name in names
+            }
+            for interpreter, source in zip(self._interpreters, sources, strict=True)
+        ]
         dtype: torch.dtype = getattr(torch, self.spec.dtype)
         shape = (len(rows), self.spec.rank_kv_heads, self.capacity, self.spec.head_size)
         self._pairs = [
@@ -197,7 +223,9 @@ class _Run:
             place = self._places.get(name)
             return None if place is None else self._compared(place, value, new)
 
-        outputs = evaluate(self._interpreters, [inputs | kept for kept in self._caches], observe)
+        pairs = zip(self._parameters, self._caches, strict=True)
+        given = [parameters | inputs | kept for parameters, kept in pairs]
+        outputs = evaluate(self._interpreters, given, observe)
         for kept, values in zip(self._caches, outputs, strict=True):
             self._compared((None, "logits"), values[contract.LOGITS], new)
             kept.update({cache: values[present] for cache, present in self._pairs})

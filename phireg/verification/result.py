@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +17,13 @@ CHECKS = {
     "ranks": "the ranks in lockstep against the ranks merged",
 }
 """The checks, weakest to strongest, and what each compares."""
+
+ENGINE_CHECKS = {
+    "files": "the engine's files and its checkpoint's against what was built",
+    "network": "what TensorRT was told to compute against the executor, on the CPU",
+    "running": "the engine on its GPU against the executor there",
+}
+"""The checks of an engine that phireg built."""
 
 QUICK = ("structure", "config", "weights")
 """The checks that run nothing."""
@@ -100,7 +108,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The outcome of one check, whose name is a key of :data:`CHECKS`."""
+    """The outcome of one check, whose name is a key of ``CHECKS`` or ``ENGINE_CHECKS``."""
 
     name: str
     verdict: str  # passed, failed, incomplete, skipped or not needed
@@ -109,6 +117,21 @@ class Check:
     notes: tuple[str, ...] = ()  # limits of the check and harmless differences
     seconds: float = 0.0
     undone: tuple[str, ...] = ()  # parts that could not be made, with the reason
+
+
+def make_check(name: str, make: Callable[[], Outcome]) -> Check:
+    """Make one check; what prevents it becomes its outcome."""
+    started = time.monotonic()
+    outcome = Outcome("", [], [])
+    try:
+        outcome = make()
+        verdict = "failed" if outcome.problems else "incomplete" if outcome.undone else "passed"
+    except Skipped as reason:
+        verdict = "not needed" if isinstance(reason, NotNeeded) else "skipped"
+        outcome = Outcome(str(reason), [], [])
+    seconds = time.monotonic() - started
+    problems, notes = tuple(outcome.problems), tuple(outcome.notes)
+    return Check(name, verdict, outcome.summary, problems, notes, seconds, outcome.undone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +196,7 @@ class LogitsResult:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """All checks of one checkpoint, in the order of :data:`CHECKS`."""
+    """All checks of one checkpoint or engine, in the order of ``known``."""
 
     checkpoint_dir: str
     model_dir: str
@@ -182,6 +205,7 @@ class Verification:
     checks: tuple[Check, ...]
     logits: LogitsResult | None = None
     provenance: tuple[tuple[str, str], ...] = ()  # label and value
+    known: tuple[str, ...] = tuple(CHECKS)
 
     @property
     def verdict(self) -> str:
@@ -207,7 +231,7 @@ class Verification:
     def unasked(self) -> tuple[str, ...]:
         """Checks that were not asked for."""
         asked = {check.name for check in self.checks}
-        return tuple(name for name in CHECKS if name not in asked)
+        return tuple(name for name in self.known if name not in asked)
 
     @property
     def unmade(self) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -39,13 +38,13 @@ from phireg.verification.quantized import (
 from phireg.verification.result import (
     CHECKS,
     QUICK,
-    Check,
     NotNeeded,
     Outcome,
     Problem,
     Progress,
     Skipped,
     Verification,
+    make_check,
     place_of,
 )
 
@@ -111,7 +110,7 @@ def verify(
                 directory, config, device, dtype, max_tokens, verifier.progress
             )
         verifier.plan_source(str(model_dir), family, revision, Readings(weights, adapter, tie))
-        results = [verifier.check(name) for name in CHECKS if name in checks]
+        results = [make_check(n, verifier.checks[n]) for n in CHECKS if n in checks]
         return Verification(
             str(checkpoint_dir),
             str(model_dir),
@@ -140,7 +139,7 @@ class _Verifier:
         block = config.get("quantization")
         self.quantization: Mapping[str, Any] = block if isinstance(block, Mapping) else {}
         self.manifest = read_manifest(directory)
-        self._checks: dict[str, Callable[[], Outcome]] = {
+        self.checks: dict[str, Callable[[], Outcome]] = {
             "structure": self.structure,
             "config": self.config_json,
             "weights": self.weights,
@@ -183,21 +182,6 @@ class _Verifier:
         self.postprocess = ["phireg", "postprocess", str(self.directory), "--model-dir", model_dir]
         self.postprocess += ["--family", family] if family != AUTO else []
         self.postprocess += ["--revision", revision] if revision is not None else []
-
-    def check(self, name: str) -> Check:
-        """Make one check; what prevents it becomes its outcome."""
-        started = time.monotonic()
-        problems: list[Problem] = []
-        notes: list[str] = []
-        undone: tuple[str, ...] = ()
-        try:
-            summary, problems, notes, undone = self._checks[name]()
-            verdict = "failed" if problems else "incomplete" if undone else "passed"
-        except Skipped as reason:
-            verdict = "not needed" if isinstance(reason, NotNeeded) else "skipped"
-            summary = str(reason)
-        seconds = time.monotonic() - started
-        return Check(name, verdict, summary, tuple(problems), tuple(notes), seconds, undone)
 
     def structure(self) -> Outcome:
         """Check names, shapes, dtypes and keys against the reader's rules."""

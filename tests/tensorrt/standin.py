@@ -82,6 +82,18 @@ class Engine:
         self.profiles = profiles(self.network, limits)
         self.executions = dict.fromkeys(PROFILES, 0)
 
+        self.tensors = [*self.interpreter.inputs.values()]
+
+    @property
+    def num_io_tensors(self):
+        return len(self.tensors)
+
+    def get_tensor_name(self, number):
+        return self.tensors[number].name
+
+    def get_tensor_shape(self, name):
+        return self.interpreter.inputs[name].shape
+
     def create_execution_context(self):
         return Context(self)
 

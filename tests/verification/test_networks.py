@@ -22,19 +22,21 @@ def package():
     return load_package("tensorrt-rtx")
 
 
-def networks(package, directory, spec=None, build=build_network):
-    stored = read_spec(directory)
-    sources = open_ranks(directory, stored, range(stored.tp_size))
-    return [
-        build(package, spec or stored, source, rank=rank, capacity=CAPACITY)
-        for rank, source in enumerate(sources)
-    ]
-
-
-def errors(package, directory, **changes):
+def errors(package, directory, spec=None, separate=False):
     exact, rounded = (load(directory, dtype=dtype) for dtype in ("float32", None))
-    built = networks(package, directory, **changes)
-    return compare_network(package.trt, built, exact, rounded, LENGTHS)
+    ranks = range(rounded.spec.tp_size)
+    sources = open_ranks(directory, rounded.spec, ranks)
+    networks = [
+        build_network(
+            package,
+            spec or rounded.spec,
+            None if separate else source,
+            rank=rank,
+            capacity=CAPACITY,
+        )
+        for rank, source in zip(ranks, sources, strict=True)
+    ]
+    return compare_network(package.trt, networks, sources, exact, rounded, LENGTHS)
 
 
 @pytest.mark.parametrize("tp_size", (1, 2))
@@ -43,6 +45,13 @@ def errors(package, directory, **changes):
 def test_computes_what_the_executor_does(package, family, dtype, tp_size):
     results = errors(package, converted(family, tp_size, dtype))
     assert not [result for result in results if result.wrong]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_computes_with_weights_as_inputs(package, family):
+    for directory in (converted(family, dtype="bfloat16"), quantized(family, "fp8")):
+        results = errors(package, directory, separate=True)
+        assert not [result for result in results if result.wrong]
 
 
 FORMATS = (
