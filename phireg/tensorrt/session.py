@@ -63,10 +63,10 @@ class Session:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         source = _source(engine, weights)  # before the engine, which takes long
         self._contexts, shapes = self._load()
-        self._parameters = {
-            name: source(name).to(device).reshape(shape).contiguous()
-            for name, shape in shapes.items()
-        }
+        self._parameters: dict[str, Tensor] = {}
+        if source is not None:
+            for name, shape in shapes.items():
+                self._parameters[name] = source(name).to(device).reshape(shape).contiguous()
         self._caches: dict[str, Tensor] = {}
         self._batch = 0
 
@@ -223,15 +223,15 @@ class Session:
         return contexts, {name: tuple(loaded.get_tensor_shape(name)) for name in weights}
 
 
-def _source(engine: NativeEngine, weights: Path | None) -> Source:
-    """Return what reads the tensors that an engine with separate weights takes."""
+def _source(engine: NativeEngine, weights: Path | None) -> Source | None:
+    """Return what reads the tensors that an engine with separate weights takes; None if none."""
     if engine.weights == "embedded":
         if weights is not None:
             raise CheckError(
                 f"{engine.directory} has its weights inside: it takes no checkpoint",
                 hint="leave out --weights-dir, or build with --weights separate.",
             )
-        return {}.__getitem__
+        return None
     directory = weights or engine.checkpoint_dir
     if directory is None:
         raise CheckError(
