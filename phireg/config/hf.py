@@ -26,6 +26,10 @@ class HFConfig:
         """Return the same config with nothing read yet."""
         return HFConfig(self._data)
 
+    def having(self, key: str, value: Any) -> HFConfig:
+        """Return the same config, nothing read yet, with another value of a top-level key."""
+        return HFConfig({**self._data, key: value})
+
     def get(self, key: str) -> Any:
         """Return the value of a dotted key, or None if it is absent or null."""
         self._read.add(key)

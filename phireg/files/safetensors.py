@@ -94,7 +94,7 @@ def read_header(path: Path, *, inside: Path | None = None, limit: int | None = N
         listing = parse_object(raw[8:])
     except ValueError as error:  # a repeated name, which the library lets pass
         raise _invalid(path, [str(error)]) from None
-    metadata = listing.pop("__metadata__", {})
+    metadata = listing.pop("__metadata__", None) or {}
     if defects := [defect for name in listing for defect in _defects(name, listing[name])]:
         raise _invalid(path, defects)
     entries = []

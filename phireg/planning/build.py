@@ -19,12 +19,24 @@ from phireg.planning.merging import merge_adapter
 from phireg.planning.model import Options, Output, Plan, Rows, Scale
 from phireg.planning.quantized import FOLLOWS, Quantization
 from phireg.planning.schedule import schedule
+from phireg.planning.ties import TIES, settle_ties
 from phireg.reader.tensors import required_tensors
 from phireg.source.model import Source
 
 if TYPE_CHECKING:
     from phireg.registry import FamilyChoice
 
+CONSTANT_BUFFERS = tuple(
+    f".{name}"
+    for name in (
+        *("rotary_emb.inv_freq", "rotary_emb.original_inv_freq", "rotary_emb.long_inv_freq"),
+        *("rotary_emb.cos_cached", "rotary_emb.sin_cached", "rotary_emb.scale"),
+        *("attn.masked_bias", "attention.masked_bias", "embeddings.position_ids"),
+    )
+)
+"""Ends of the names of buffers that releases of the sources' code saved with the weights."""
+
+_CONSTANT = "a constant the reader computes itself"
 _LISTED_CODES = ", ".join(WEIGHT_DTYPES.values())
 
 
@@ -61,13 +73,10 @@ class _Builder:
         if translation.ok:
             config = self.config(translation.fields, dtype)
             try:
-                rules = self.family.weight_rules(translation.fields, self.hf)
+                rules = self.settle(translation.fields, config)
             except LayoutError as problem:
                 self.error("layout", self.family.name, f"the config's sizes do not fit: {problem}")
             else:
-                if self.source.adapter is not None:
-                    self.source, found = merge_adapter(self.source, self.source.adapter, rules)
-                    self.findings += found
                 outputs = self.outputs(rules, code)
                 self.check_schema(config, outputs)
                 self.findings += self.quantization.findings(config, outputs)
@@ -121,6 +130,25 @@ class _Builder:
             self.error("dtype", "torch_dtype", detail)
             return "float16"
         return "float16" if name == "float32" else name
+
+    def settle(self, fields: Mapping[str, Any], config: dict[str, Any]) -> Rules:
+        """Read the source with its adapter and its ties; ``config`` gets the final value."""
+        untied = self.rules({**fields, TIES: False} if TIES in fields else fields)
+        if (adapter := self.source.adapter) is not None:
+            self.source, found = merge_adapter(self.source, adapter, untied)
+            self.findings += found
+        if TIES not in fields:
+            return untied
+        ties = settle_ties(fields[TIES], self.options.readings.tie, self.source, untied)
+        self.source = ties.source
+        self.findings += ties.findings
+        config[TIES] = ties.tied
+        return self.rules({**fields, TIES: True}) if ties.tied else untied
+
+    def rules(self, fields: Mapping[str, Any]) -> Rules:
+        """The family's rules, for a config that ties as the fields say."""
+        hf = self.hf.having(TIES, fields[TIES]) if TIES in fields else self.hf
+        return self.family.weight_rules(fields, hf)
 
     def config(self, fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         """The checkpoint's config.json: the family's fields, the mapping and the quantization.
@@ -271,8 +299,9 @@ class _Builder:
         for name in self.source.tensors:
             if name in mapped:
                 continue
-            if name in rules.drop:
-                self.findings.append(Finding(Severity.NOTE, "dropped", name, rules.drop[name]))
+            reason = _CONSTANT if name.endswith(CONSTANT_BUFFERS) else rules.drop.get(name)
+            if reason is not None:
+                self.findings.append(Finding(Severity.NOTE, "dropped", name, reason))
             else:
                 self.error("unmapped", name, "is in the source, and no rule maps it")
 

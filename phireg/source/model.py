@@ -115,7 +115,7 @@ def list_safetensors(directory: Path, name: str) -> WeightsFile:
         SourceTensor(entry.name, entry.dtype, entry.shape, name, entry.start)
         for entry in header.entries.values()
     )
-    return WeightsFile(name, header.digest, header.stamp, tensors)
+    return WeightsFile(name, header.digest, header.stamp, tensors, header.metadata)
 
 
 FORMATS: Mapping[str, Callable[[Path, str], WeightsFile]] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
@@ -89,8 +89,16 @@ class WeightSet:
 
     @property
     def tensors(self) -> dict[str, SourceTensor]:
-        """All tensors by name, by file and by place in the file."""
-        return {tensor.name: tensor for file in self.files for tensor in file.tensors}
+        """All tensors by name, by file and by place in the file.
+
+        safetensors' save_model writes tensors that share their memory once, and the other names
+        into the metadata.
+        """
+        tensors = {tensor.name: tensor for file in self.files for tensor in file.tensors}
+        for name, kept in ((x, y) for file in self.files for x, y in file.metadata.items()):
+            if kept in tensors and name not in tensors:
+                tensors[name] = replace(tensors[kept], name=name)
+        return tensors
 
     def open(self) -> Reader:
         """Return a reader of the tensors' bytes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from phireg.dtypes import ITEMSIZE
@@ -54,6 +55,7 @@ class WeightsFile:
     header_digest: str
     stamp: Stamp
     tensors: tuple[SourceTensor, ...] = field(default=(), repr=False)
+    metadata: Mapping[str, str] = field(default_factory=dict, repr=False)  # safetensors' own
 
     @property
     def size(self) -> int:

@@ -24,25 +24,20 @@ def phireg_weight_rules(config: Mapping[str, Any], hf: ph.HFConfig) -> ph.Rules:
     norm = [ph.src(name, hidden) for name in ("model.final_layernorm", "lm_head.ln", f"{last}.ln")]
     head = [ph.pad(ph.src(name, vocab)) for name in ("lm_head", "lm_head.linear", f"{last}.linear")]
     tied_head = [ph.pad(ph.tied(axis)) for axis in embedding]
-    ties = hf.get("tie_word_embeddings")
-    drop = dict.fromkeys(rotary_buffers(layers), "a constant the reader computes itself")
-    if ties:
-        drop |= {f"{axis.sources[0][0]}.weight": "tied to the embedding" for axis in head}
+    ties = config["tie_word_embeddings"]
+    heads = [f"{axis.sources[0][0]}.weight" for axis in head]
     return ph.Rules(
         ph.Table("transformer.vocab_embedding", ph.one_of(*embedding), hidden),
         *(rule for i in range(layers) for rule in layer(i, config)),
         ph.Norm("transformer.ln_f", ph.one_of(*norm), bias=True),
         ph.Linear(
             "lm_head",
-            # If the config does not say, the presence of the head's weight decides.
-            ph.one_of(*tied_head)
-            if ties
-            else ph.one_of(*head, *(tied_head if ties is None else ())),
+            ph.one_of(*(tied_head if ties else head)),
             hidden,
             ph.COLUMN,
             bias=ph.one_of(*head),
         ),
-        drop=drop,
+        drop=dict.fromkeys(heads, "tied to the embedding") if ties else None,
     )
 
 
@@ -103,16 +98,3 @@ def phireg_quant_rules(config: Mapping[str, Any], scheme: str) -> ph.QuantRules:
         "and its own quantize script cannot make it"
     )
     return ph.every_linear(config, notes=() if scheme in ("W8A16", "W4A16") else (note,))
-
-
-def rotary_buffers(layers: int) -> tuple[str, ...]:
-    """Return the names of buffers that some revisions saved with the weights."""
-    return tuple(
-        f"{layer}.rotary_emb.inv_freq"
-        for i in range(layers)
-        for layer in (
-            f"model.layers.{i}.self_attn",
-            f"transformer.h.{i}.mixer",
-            f"layers.{i + 1}.mixer",
-        )
-    )

@@ -13,21 +13,13 @@ def phireg_weight_rules(config: Mapping[str, Any], hf: ph.HFConfig) -> ph.Rules:
     layers = config["num_hidden_layers"]
     embedding, head = ph.src("model.embed_tokens", vocab), ph.pad(ph.src("lm_head", vocab))
     tied_head = ph.pad(ph.tied(embedding))
-    ties = hf.get("tie_word_embeddings")
-    # If the config does not say, the presence of the head's weight decides.
-    heads = {True: (tied_head,), False: (head,)}.get(ties, (head, tied_head))
-    drop = {
-        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": "a constant the reader computes itself"
-        for i in range(layers)
-    }
-    if ties:
-        drop["lm_head.weight"] = "tied to the embedding"
+    ties = config["tie_word_embeddings"]
     return ph.Rules(
         ph.Table("transformer.vocab_embedding", embedding, hidden),
         *(rule for i in range(layers) for rule in layer(i, config)),
         ph.Norm("transformer.ln_f", ph.src("model.norm", hidden)),
-        ph.Linear("lm_head", ph.one_of(*heads), hidden, ph.COLUMN),
-        drop=drop,
+        ph.Linear("lm_head", tied_head if ties else head, hidden, ph.COLUMN),
+        drop={"lm_head.weight": "tied to the embedding"} if ties else None,
     )
 
 

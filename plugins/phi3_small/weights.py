@@ -13,12 +13,6 @@ def phireg_weight_rules(config: Mapping[str, Any], hf: ph.HFConfig) -> ph.Rules:
     layers = config["num_hidden_layers"]
     embedding = ph.src("model.embed_tokens", vocab)
     ties = config["tie_word_embeddings"]
-    drop = {
-        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": "a constant the reader computes itself"
-        for i in range(layers)
-    }
-    if ties:
-        drop["lm_head.weight"] = "tied to the embedding"
     return ph.Rules(
         ph.Table("transformer.vocab_embedding", embedding, hidden),
         *(rule for i in range(layers) for rule in layer(i, config)),
@@ -29,7 +23,7 @@ def phireg_weight_rules(config: Mapping[str, Any], hf: ph.HFConfig) -> ph.Rules:
             hidden,
             ph.COLUMN,
         ),
-        drop=drop,
+        drop={"lm_head.weight": "tied to the embedding"} if ties else None,
     )
 
 

@@ -299,12 +299,13 @@ class MappingChecks:
         assert plain == quantized
 
     def test_surplus_tensors_are_dropped_with_a_note(self, tmp_path):
-        """A head that the config ties to the embedding, and rotary buffers."""
+        """A copy of the embedding that the config ties to it, and constants wherever they stand."""
         state = self.write(tmp_path / "hf", tie_word_embeddings=True)
-        head = torch.full_like(state["model.embed_tokens.weight"], 7.0)
-        surplus = {"lm_head.weight": head}
+        surplus = {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
+        surplus["model.rotary_emb.inv_freq"] = torch.ones(2)
         for i in range(2):
             surplus[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+            surplus[f"model.layers.{i}.self_attn.rotary_emb.cos_cached"] = torch.ones(2, 2)
         config = read_config(tmp_path / "hf")
         source = write_source(tmp_path / "surplus", config, {**state, **surplus})
         plan = self.convert(source, tmp_path / "out", dtype="float32", tp_size=2)
@@ -343,7 +344,7 @@ class LayoutChecks(MappingChecks):
             assert extra and codes == {("unmapped", name) for name in extra}
 
     def test_tied_heads(self, tmp_path):
-        """In every layout, stated in config.json or not; a bias of the head is its own."""
+        """In every layout, stated in config.json or by the user; a bias of the head is its own."""
         state = self.write(tmp_path / "hf", tie_word_embeddings=True)
         config = read_config(tmp_path / "hf")
         saved = load_file(tmp_path / "hf" / "model.safetensors")
@@ -355,6 +356,7 @@ class LayoutChecks(MappingChecks):
                 config = without(old, "tie_word_embeddings") | stated
                 source = write_source(directory, config, headless)
                 out = directory / "out"
-                plan = self.convert(source, out, dtype="float32", tp_size=4)
+                tie = None if stated else True
+                plan = self.convert(source, out, dtype="float32", tp_size=4, tie=tie)
                 assert plan.findings == ()
                 assert_ranks(out, self.expected(state, 4), "float32")
