@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
 from itertools import accumulate
@@ -27,7 +26,7 @@ from phireg.dtypes import WEIGHT_DTYPES, torch_dtype
 from phireg.errors import SourceError, UsageError
 from phireg.family import Family
 from phireg.files.regular import ANYWHERE
-from phireg.files.writing import check_writable
+from phireg.files.writing import STATISTICS, check_writable
 from phireg.generation.tokenizer import Tokenizer, find_tokenizer
 from phireg.planning.model import Plan
 from phireg.reference.load import open_reference
@@ -110,7 +109,7 @@ def calibrate(
             )
         if tell is not None:
             tell(f"{path} does not serve: {reason}")
-    check_writable(path, "the calibration statistics")
+    check_writable(path, STATISTICS)
     family = plan.chosen.family
     statistics = run_calibration(
         family,
@@ -184,7 +183,6 @@ def run_calibration(
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     report(f"calibration: {describe(provenance)}")
     if price is not None:

@@ -21,7 +21,7 @@ from phireg.errors import SourceError
 from phireg.files.json import parse_object
 from phireg.files.regular import ANYWHERE, Limit, read_file
 from phireg.files.safetensors import read_header
-from phireg.files.writing import write_file
+from phireg.files.writing import STATISTICS, write_file
 
 FORMAT = "phireg-calibration-1"
 _HINT = "give a file that phireg quantize wrote."
@@ -89,7 +89,7 @@ def save(path: Path, statistics: Statistics) -> None:
         tensors[f"layers.{layer}.value_amax"] = np.array([value], dtype=np.float32)
     provenance = json.dumps(dict(statistics.provenance), sort_keys=True)
     content = to_bytes(tensors, metadata={"format": FORMAT, "provenance": provenance})
-    write_file(path, content, "the calibration statistics")
+    write_file(path, content, STATISTICS)
 
 
 def load(path: Path) -> Statistics:

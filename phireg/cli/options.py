@@ -269,12 +269,12 @@ def check_file(path: Path, option: str) -> Path:
 
     Raises UsageError if its directory does not exist, OutputError if it is one or is read-only.
     """
-    from phireg.files.writing import check_writable
+    from phireg.files.writing import REPORT, STATISTICS, check_writable
 
     if not path.absolute().parent.is_dir():
         raise UsageError(
             f"{option} {path}: no such directory: {path.parent}",
             hint=f"make it first, or give {option} another place.",
         )
-    check_writable(path, option)
+    check_writable(path, {"--report": REPORT, "--calib-stats": STATISTICS}[option])
     return path

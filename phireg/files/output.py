@@ -28,9 +28,8 @@ from types import TracebackType
 
 from phireg.errors import OutputError
 from phireg.files.kinds import CHECKPOINT, Kind, objection
-from phireg.files.writing import REASONS, reason
+from phireg.files.writing import PARTIAL_SUFFIX, REASONS, reason
 
-PARTIAL_SUFFIX = ".phireg-partial"
 MARKER = ".phireg-partial"
 # Room for directory blocks, the marker and the tokenizer files beside the announced bytes.
 SPACE_MARGIN = 16 * 2**20
@@ -80,6 +79,7 @@ class OutputDirectory:
         self._unfinished = self._partial / "unfinished"
         self._replaced = self._partial / "replaced"
         self._lock: int | None = None
+        self._made: os.stat_result | None = None
         self._created_parents: list[Path] = []
         self._published = False
 
@@ -90,6 +90,7 @@ class OutputDirectory:
             self._is_replacing()
             self._check_space()
             self._unfinished.mkdir()
+            self._made = self._unfinished.lstat()
         except BaseException as error:
             self._abandon()
             if isinstance(error, OSError):
@@ -122,10 +123,7 @@ class OutputDirectory:
         for _ in range(100):
             try:
                 self._make_parents()
-                with suppress(FileExistsError):
-                    self._partial.mkdir()
-                if not stat.S_ISDIR(self._partial.lstat().st_mode):
-                    raise self._not_ours("is not a directory")
+                self._make_partial()
                 # Only an empty directory may become ours; a marker is never added to another.
                 create = 0 if _names(self._partial) else os.O_CREAT
                 lock = os.open(self._marker, os.O_RDWR | os.O_NOFOLLOW | create, 0o666)
@@ -150,6 +148,19 @@ class OutputDirectory:
         os.pwrite(lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         os.fsync(lock)
         _fsync(self._partial)
+
+    def _make_partial(self) -> None:
+        """Create the partial directory, or accept that of an earlier run of the same user."""
+        try:
+            self._partial.mkdir(mode=0o700)  # others must not add to what is published
+        except FileExistsError:
+            status = self._partial.lstat()
+            if not stat.S_ISDIR(status.st_mode):
+                raise self._not_ours("is not a directory") from None
+            if status.st_uid != os.geteuid():
+                raise self._not_ours("belongs to another user") from None
+            if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise self._not_ours("can be written by other users") from None
 
     def _make_parents(self) -> None:
         """Create the missing directories above the target."""
@@ -262,11 +273,19 @@ class OutputDirectory:
 
     def _publish(self) -> None:
         """Make the output durable, rename it into place and remove the partial directory."""
-        _fsync_tree(self._unfinished)
-        if self._is_replacing():
-            self._target.rename(self._replaced)
-            _fsync(self._partial)
-        self._unfinished.rename(self._target)
+        partial = os.open(self._partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            name = self._unfinished.name
+            assert self._made is not None
+            if not os.path.samestat(os.lstat(name, dir_fd=partial), self._made):
+                raise self._not_ours("was exchanged while it was written")
+            _fsync_tree(self._unfinished)
+            if self._is_replacing():
+                self._target.rename(self._replaced)
+                _fsync(self._partial)
+            os.rename(name, self._target, src_dir_fd=partial)
+        finally:
+            os.close(partial)
         self._published = True
         for directory in (self._target, *self._created_parents):
             _fsync(directory.parent)

@@ -21,8 +21,8 @@ from phireg.conversion.convert import manifest_of
 from phireg.conversion.stream import stream
 from phireg.errors import CheckError, OutputError, SourceError, UsageError
 from phireg.files.kinds import CHECKPOINT, MANIFEST, file_sizes
-from phireg.files.output import PARTIAL_SUFFIX, OutputDirectory
-from phireg.files.writing import copy_file
+from phireg.files.output import OutputDirectory
+from phireg.files.writing import PARTIAL_SUFFIX, copy_file
 from phireg.layout.spans import Span
 from phireg.planning.model import Options, Output, Plan, Rows
 from phireg.planning.plan import choose_family, plan

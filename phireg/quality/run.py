@@ -112,7 +112,6 @@ def measure(
     }
     if provenance is not None:
         labels["calibration"] = describe(provenance)
-        labels["calibrated"] = str(provenance.get("date", "unknown"))
     labels["text"] = text_quality.description
     labels["computed"] = f"in float32 on {device}, torch {torch.__version__}"
     return Quality(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from phireg.files.writing import write_file
+from phireg.files.writing import REPORT, write_file
 
 WIDTH = 900
 """Width of every chart, in pixels of its own."""
@@ -33,7 +33,7 @@ def render_template(template: str, **values: Any) -> str:
 
 def write_page(page: str, path: Path) -> None:
     """Write a page; it appears complete or not at all."""
-    write_file(path, page.encode("utf-8"), "the report")
+    write_file(path, page.encode("utf-8"), REPORT)
 
 
 Ticks = list[tuple[float, object]]

@@ -15,10 +15,10 @@ import xxhash
 
 from phireg.checkpoint.manifest import file_record, read_manifest
 from phireg.checkpoint.rankfiles import RankFiles
-from phireg.errors import EngineError, OutputError
+from phireg.errors import EngineError
 from phireg.files.kinds import BUILD_FILE, ENGINE, MANIFEST, tokenizer_files
 from phireg.files.output import OutputDirectory
-from phireg.files.writing import copy_file
+from phireg.files.writing import copy_file, new_log
 from phireg.tensorrt.engine import NativeEngine, read_native, write_config
 from phireg.tensorrt.job import MARK, Job, command, record_path
 from phireg.tensorrt.plan import EnginePlan
@@ -94,14 +94,11 @@ def _compile(plan: EnginePlan, directory: Path, progress: Progress | None) -> li
         if progress is not None and line.startswith(MARK):
             progress(json.loads(line.removeprefix(MARK)))
 
-    try:
-        plan.log.write_text(f"{plan.package.name}\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {plan.log}: {error.strerror}") from error
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, new_log(plan.log) as log:
         path = Path(scratch, "job.json")
         path.write_text(json.dumps(asdict(job)), encoding="utf-8")
-        exit_code, last_lines = run_builder(command(path), plan.log, listen, Path(scratch))
+        log.write(f"{plan.package.name}\n".encode())
+        exit_code, last_lines = run_builder(command(path), log, listen, Path(scratch))
         records = [
             json.loads(record.read_text(encoding="utf-8"))
             for rank in range(plan.spec.tp_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import tempfile
 import time
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from phireg.checkpoint.inspect import inspect
-from phireg.errors import CheckError, EngineError, OutputError, SourceError
+from phireg.errors import CheckError, EngineError, SourceError
 from phireg.files.kinds import BUILD_FILE, ENGINE, file_sizes, tokenizer_files
 from phireg.files.output import OutputDirectory
-from phireg.files.writing import copy_file
+from phireg.files.writing import copy_file, new_log
 from phireg.planning.plan import plan_config
 from phireg.reader.schemes import WEIGHT_ONLY
 from phireg.registry import AUTO
@@ -189,11 +190,9 @@ def _run(
 ) -> None:
     """Run the builder; its directory holds a complete engine afterwards."""
     try:
-        plan.log.write_text(f"{shlex.join(line)}\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {plan.log}: {error.strerror}") from error
-    try:
-        exit_code, last_lines = run_builder(line, plan.log, listen, scratch)
+        with new_log(plan.log) as log:
+            log.write(os.fsencode(f"{shlex.join(line)}\n"))
+            exit_code, last_lines = run_builder(line, log, listen, scratch)
     except OSError as error:
         if error.filename != line[0]:
             raise

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import IO
 
 from phireg.children import (
     environment,
@@ -95,7 +96,7 @@ def builder_version(program: Path) -> str | None:
 
 def run_builder(
     command: Sequence[str],
-    log: Path,
+    log: IO[bytes],
     listen: Listener | None = None,
     directory: Path | None = None,
 ) -> tuple[int, list[str]]:
@@ -115,11 +116,10 @@ def run_builder(
 
     pending = b""
     unbuffered = environment() | {"PYTHONUNBUFFERED": "1"}
-    child = started(command, env=unbuffered, cwd=directory)
-    with log.open("ab", buffering=0) as file, child as process:
+    with started(command, env=unbuffered, cwd=directory) as process:
         assert process.stdout is not None
         for block in read_output(process.pid, process.stdout.fileno()):
-            file.write(block)
+            log.write(block)
             *lines, pending = (pending + block).split(b"\n")
             for line in lines:
                 tell(line)

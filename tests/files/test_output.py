@@ -108,12 +108,12 @@ def test_every_file_is_synced_before_the_rename_and_the_parent_after(tmp_path, m
         events.append(("fsync", os.fstat(descriptor).st_ino))
         fsync(descriptor)
 
-    def record_rename(source, target):
-        rename(source, target)
+    def record_rename(source, target, **options):
+        rename(source, target, **options)
         events.append(("rename", target))
 
     monkeypatch.setattr(os, "fsync", record_fsync)
-    monkeypatch.setattr(Path, "rename", record_rename)
+    monkeypatch.setattr(os, "rename", record_rename)
     with open_output(tmp_path / "new/out") as partial:
         fill(partial, NEW)
         fill(partial / "sub", {"deep": "x"})
@@ -301,12 +301,12 @@ def test_failing_rename_puts_the_old_one_back(tmp_path, monkeypatch, failing):
     fill(tmp_path / "out", OLD)
     rename, calls = os.rename, itertools.count(1)
 
-    def rename_once_fails(source, target):
+    def rename_once_fails(source, target, **options):
         if next(calls) == failing:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        rename(source, target)
+        rename(source, target, **options)
 
-    monkeypatch.setattr(Path, "rename", rename_once_fails)
+    monkeypatch.setattr(os, "rename", rename_once_fails)
     refused(tmp_path / "out", overwrite=True)
     assert content(tmp_path / "out") == OLD
     assert names(tmp_path) == ["out"]
@@ -316,12 +316,12 @@ def test_target_taken_between_the_renames_loses_neither(tmp_path, monkeypatch):
     fill(tmp_path / "out", OLD)
     rename = os.rename
 
-    def rename_and_intrude(source, target):
-        rename(source, target)
+    def rename_and_intrude(source, target, **options):
+        rename(source, target, **options)
         if source == tmp_path / "out":
             fill(tmp_path / "out", {"notes.txt": "mine"})
 
-    monkeypatch.setattr(Path, "rename", rename_and_intrude)
+    monkeypatch.setattr(os, "rename", rename_and_intrude)
     with pytest.raises(OutputError) as caught:
         convert(tmp_path / "out", overwrite=True)
     monkeypatch.undo()

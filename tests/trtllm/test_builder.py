@@ -1,5 +1,6 @@
 """phireg build with a stand-in for the builder: its arguments, and what becomes of its output."""
 
+import io
 import json
 import os
 import signal
@@ -47,7 +48,7 @@ def test_an_engine_is_built(build, fake, checkpoint, tmp_path):
     assert (engine / "rank0.engine").read_bytes() == b"engine of rank 0"
     assert listing(tmp_path) == ["bin", "engine", "engine.build.log"]
     log = (tmp_path / "engine.build.log").read_text()
-    assert log.startswith(f"{fake.program} --checkpoint_dir {checkpoint} ")
+    assert f"\n{fake.program} --checkpoint_dir {checkpoint} " in log
     assert "Total time of building all engines" in log
     assert "Serializing engine to" in output
     assert read_engine(engine).max_batch_size == 4
@@ -239,7 +240,7 @@ def test_a_signal_leaves_nothing(checkpoint, fake, tmp_path, number, stubborn):
     assert listing(tmp_path) == ["bin", "engine.build.log"]
 
 
-def test_a_signal_while_the_builder_is_being_started(tmp_path, monkeypatch):
+def test_a_signal_while_the_builder_is_being_started(monkeypatch):
     """It arrives after the fork; the process must not be forgotten."""
     started = []
 
@@ -251,12 +252,12 @@ def test_a_signal_while_the_builder_is_being_started(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", Popen)
     with pytest.raises(KeyboardInterrupt):
-        builder.run_builder([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log")
+        builder.run_builder([sys.executable, "-c", "import time; time.sleep(60)"], io.BytesIO())
     assert len(started) == 1
     assert not lives(started[0])
 
 
-def test_what_the_builder_leaves_behind_is_not_waited_for(tmp_path):
+def test_what_the_builder_leaves_behind_is_not_waited_for():
     """It has left the group too, and keeps the pipe open."""
     script = """
 import os, time
@@ -267,7 +268,8 @@ print("pid", os.getpid(), flush=True)
 print("a line without end", end="")
 """
     command = children.python_command(script)
-    code, lines = builder.run_builder(command, tmp_path / "log")
+    log = io.BytesIO()
+    code, lines = builder.run_builder(command, log)
     assert code == 0
     assert lines[-1] == "a line without end"
-    assert (tmp_path / "log").read_text() == "\n".join(lines)
+    assert log.getvalue().decode() == "\n".join(lines)
