@@ -12,11 +12,13 @@ from typing import Any
 
 import phireg
 from phireg import registry
+from phireg.checkpoint.manifest import check_files, read_manifest
 from phireg.conversion.convert import Converted
 from phireg.errors import OutputError, PluginError, SourceError, UsageError
 from phireg.files.json import read_json_object
 from phireg.files.kinds import MANIFEST
 from phireg.files.regular import Limit, read_file
+from phireg.planning.model import Plan
 
 PROMPT_END = " TL;DR: "
 """The text between an article and its summary, in the training of the demo models."""
@@ -132,15 +134,31 @@ def _articles(family: str, path: Path) -> tuple[Article, ...]:
 
 
 def convert(model: DemoModel, output_dir: Path, tp_size: int = 1) -> Converted:
-    """Convert a demo model, replacing a checkpoint of phireg's but nothing else."""
-    is_checkpoint = (output_dir / MANIFEST).is_file()
-    if not is_checkpoint and output_dir.is_dir() and any(output_dir.iterdir()):
+    """Convert a demo model, replacing an earlier conversion of it and nothing else."""
+    plan = phireg.plan(model.directory, family=model.family, tp_size=tp_size)
+    is_replacing = output_dir.is_dir() and any(output_dir.iterdir())
+    if is_replacing and (problem := _objection(plan, output_dir)):
         raise OutputError(
-            f"{output_dir} exists, and is not a checkpoint of phireg's",
+            f"{output_dir} exists, and phireg demo did not make it: {problem}",
             hint="choose another --output-dir.",
         )
-    plan = phireg.plan(model.directory, family=model.family, tp_size=tp_size)
-    return phireg.convert(plan, output_dir, overwrite=is_checkpoint)
+    return phireg.convert(plan, output_dir, overwrite=is_replacing)
+
+
+def _objection(plan: Plan, directory: Path) -> str | None:
+    """Return what in a directory is not of a demo, by its manifest; None if it is one."""
+    manifest = read_manifest(directory)
+    if manifest is None:
+        return f"there is no {MANIFEST}"
+    made, expected = manifest.get("options"), plan.options.as_json()
+    source = manifest.get("source")
+    if not isinstance(source, dict) or source.get("model_dir") != plan.model_dir:
+        return "it was made from another model"
+    # A demo may have had another number of ranks.
+    decisive = [name for name in expected if not name.endswith("_size")]
+    if not isinstance(made, dict) or any(made.get(key) != expected[key] for key in decisive):
+        return "it was made with other options"
+    return next(check_files(directory, manifest), None)
 
 
 def summarize(checkpoint_dir: Path, articles: Sequence[Article]) -> list[str]:

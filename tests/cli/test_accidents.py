@@ -191,3 +191,26 @@ def test_a_disk_that_runs_full_midway(part, model, uninterrupted, small_disk, sp
     again = spawn(*convert(model, disk))
     assert again.returncode == 0, again.stderr
     assert contents(disk / "out") == expected
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "verify {ckpt} --model-dir {model} --report {file}",
+        "quantize --model-dir {model} --output-dir {new} --qformat fp8 --report {file}",
+        "summarize {ckpt} --report {file}",
+        "quantize --model-dir {model} --output-dir {new} --qformat fp8 --calib-stats {link}",
+    ],
+)
+def test_an_output_never_replaces_a_file_of_the_users(command, tiny, tmp_path, run):
+    run("convert", "--model-dir", tiny, "--output-dir", tmp_path / "ckpt")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    places = {"ckpt": tmp_path / "ckpt", "model": tiny, "file": tiny / "config.json", "link": link}
+    before = (tiny / "config.json").read_bytes()
+    words = (word.format(new=tmp_path / "new", **places) for word in command.split())
+    done = run(*words)
+    assert done.exit_code == 6, done.output
+    assert (tiny / "config.json").read_bytes() == before
+    assert link.is_symlink() and not link.exists()
+    assert not (tmp_path / "new").exists()

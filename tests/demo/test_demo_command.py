@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.command_line import run_phireg
+from helpers.tiny_phi3 import make_tiny_phi3
 from safetensors.torch import load_file, save_file
 
 import phireg
@@ -114,17 +115,57 @@ def test_all_as_json(run):
         assert set(entry["commands"]) == {"convert", "verify", "run"}
 
 
-def test_only_a_checkpoint_of_phiregs_is_replaced(run):
+def test_a_demo_replaces_what_a_demo_made(run):
     model, target = demo.find("phi3-mini"), Path("phireg-demo/phi3-mini")
     demo.convert(model, target)
     assert not (target / "rank1.safetensors").exists()
     demo.convert(model, target, tp_size=2)
     assert (target / "rank1.safetensors").exists()
+
+
+def of_another_model(target, model):
+    make_tiny_phi3(Path("model"))
+    phireg.convert(phireg.plan("model"), target)
+
+
+def quantized(target, model):
+    phireg.convert(phireg.plan(model.directory, qformat="int8_wo"), target)
+
+
+def in_another_dtype(target, model):
+    phireg.convert(phireg.plan(model.directory, dtype="float32"), target)
+
+
+def edited(target, model):
+    demo.convert(model, target)
+    with (target / "config.json").open("a") as file:
+        file.write("\n")
+
+
+def with_a_file_of_the_users(target, model):
+    demo.convert(model, target)
+    (target / "thesis.tex").write_text("years")
+
+
+def without_its_manifest(target, model):
+    demo.convert(model, target)
     (target / "phireg.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [of_another_model, quantized, in_another_dtype, edited, with_a_file_of_the_users,
+     without_its_manifest],
+    ids=lambda make: make.__name__,
+)  # fmt: skip
+def test_a_demo_replaces_nothing_else(make, run):
+    target = Path("phireg-demo/phi3-mini")
+    make(target, demo.find("phi3-mini"))
+    before = {path: path.read_bytes() for path in target.iterdir()}
     done = run("demo", "phi3-mini", "--quiet")
-    assert done.exit_code == 6
-    assert "exists" in done.output
-    assert (target / "rank1.safetensors").exists()
+    assert done.exit_code == 6, done.output
+    assert str(target) in done.output
+    assert {path: path.read_bytes() for path in target.iterdir()} == before
 
 
 @pytest.mark.parametrize(
@@ -221,7 +262,7 @@ def test_a_wrong_checkpoint_ends_with_4(run, monkeypatch):
     (entry,) = json.loads(done.output)["demos"]
     assert entry["summary"] is None and not entry["identical"]
     assert not entry["verification"]["passed"]
-    done = run("demo", "--quiet")
+    done = run("demo", "--quiet", "--output-dir", "another")
     assert done.exit_code == 4
     assert "transformer.layers.2.mlp.proj.weight" in done.output
 

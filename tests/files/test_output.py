@@ -639,3 +639,43 @@ def test_kill_at_every_step(tmp_path, scenario):
     for possible in SCENARIOS[scenario]:
         assert possible in seen, "a moment that no kill met"
     assert seen[-1] == (OLD if scenario == "interrupted" else NEW)
+
+
+# Other users
+
+
+def test_the_partial_directory_is_closed_to_others_and_the_output_is_not(tmp_path):
+    before = os.umask(0o002)
+    try:
+        with open_output(tmp_path / "out") as partial:
+            fill(partial, NEW)
+            assert stat.S_IMODE(partial.parent.stat().st_mode) == 0o700
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o775
+    assert stat.S_IMODE((tmp_path / "out/rank0.safetensors").stat().st_mode) == 0o664
+
+
+@pytest.mark.parametrize("kind", ["owner", "mode"])
+def test_a_partial_directory_of_others_is_not_taken_over(tmp_path, monkeypatch, kind):
+    """It would be published with what they have put, or will put, inside."""
+    partial = tmp_path / "out.phireg-partial"
+    (partial / "unfinished").mkdir(parents=True)
+    (partial / ".phireg-partial").touch()
+    (partial / "unfinished/theirs").touch()
+    if kind == "mode":
+        partial.chmod(0o777)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: partial.stat().st_uid + 1)
+    refused(tmp_path / "out")
+    assert names(tmp_path) == ["out.phireg-partial"]
+    assert (partial / "unfinished/theirs").exists()
+
+
+def test_an_exchanged_directory_is_not_published(tmp_path):
+    with pytest.raises(OutputError), open_output(tmp_path / "out") as partial:
+        fill(partial, NEW)
+        partial.parent.rename(tmp_path / "moved")
+        (tmp_path / "out.phireg-partial/unfinished").mkdir(parents=True)
+        (tmp_path / "out.phireg-partial/unfinished/rank0.safetensors").write_text("theirs")
+    assert not (tmp_path / "out").exists()

@@ -209,6 +209,16 @@ def test_an_incomplete_engine_is_none(build, fake, split, tmp_path, mode, names)
     assert listing(tmp_path) == ["bin", "engine.build.log"]
 
 
+def test_a_link_in_the_place_of_the_log_is_not_followed(build, fake, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("years of work")
+    (tmp_path / "engine.build.log").symlink_to(precious)
+    assert "engine.build.log" in build(exit_code=6).output
+    assert precious.read_text() == "years of work"
+    assert listing(tmp_path) == ["bin", "engine.build.log", "precious"]
+    assert listing(fake.directory) == ["trtllm-build"]
+
+
 # Interruption
 
 
