@@ -58,6 +58,9 @@ UNIT_ROUNDOFF = {"F16": 2.0**-11, "BF16": 2.0**-8, "F32": 2.0**-24}
 SMALLEST_NORMAL = {"F16": 2.0**-14, "BF16": 2.0**-126, "F32": 2.0**-126}
 """Smaller values, except zero, are denormal: some devices take them for zero."""
 
+INFINITY_BITS = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
+"""The bits of infinity; those of larger numbers, the sign apart, are NaN."""
+
 E4M3_MAX = 448.0
 """Largest finite value of F8_E4M3."""
 

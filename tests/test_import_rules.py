@@ -95,7 +95,7 @@ RULES = {
         (
             *("phireg.executor", "phireg.reference", "phireg.registry", "phireg.data"),
             *("phireg.device", "phireg.children"),
-            *(SOURCE, CHECKPOINT, CONFIG, READER, FILES, DTYPES, ERRORS, "torch"),
+            *(SOURCE, CHECKPOINT, CONFIG, READER, FILES, DTYPES, ERRORS, "torch", "packaging"),
         ),
         lazily=("transformers", "jinja2", "mpi4py", "sentencepiece", "tokenizers"),
     ),

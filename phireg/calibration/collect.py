@@ -232,8 +232,12 @@ class _Largest:
             if not bool(amax.isfinite().all()):
                 channel = int((~amax.isfinite()).int().argmax())
                 raise SourceError(
-                    f"calibration: the input of {name} is {amax[channel]} in channel {channel}",
-                    hint="the weights are damaged, or the model overflows in this dtype.",
+                    f"calibration: the input of {name} is {amax[channel]} in channel {channel}, "
+                    f"computed in {running.dtype}",
+                    hint="float16 ends at 65,504: calibrate with --device cpu, which computes in "
+                    "float32."
+                    if running.dtype == torch.float16
+                    else "a weight may be NaN or infinite: phireg convert counts such values.",
                 )
             self.inputs[name] = amax.numpy()
         for what in ("key", "value"):

@@ -67,7 +67,9 @@ class Chat:
                 self._answer(backend, line)
 
     def _answer(self, backend: Backend, line: str) -> None:
+        from phireg.executor.finite import rows_named
         from phireg.generation import Request
+        from phireg.generation.batches import warn_of_switch
         from phireg.generation.generate import Timing, timed
 
         self.messages.append({"role": "user", "content": line})
@@ -83,11 +85,13 @@ class Chat:
         request = Request([prompt], count, self._stop_ids, sampling)
         steps = timed(backend.stream(request), timing)
         # Ctrl-C reaches worker processes too and ends the chat.
-        if backend.processes > 1:
-            tokens = stream_text(steps, self._tokenizer)
-        else:
-            with _interruptible() as interrupted:
-                tokens = stream_text(_until(steps, interrupted), self._tokenizer)
+        with rows_named(["the conversation"]):
+            if backend.processes > 1:
+                tokens = stream_text(steps, self._tokenizer)
+            else:
+                with _interruptible() as interrupted:
+                    tokens = stream_text(_until(steps, interrupted), self._tokenizer)
+        warn_of_switch(self._generator.description, [len(prompt)], [len(tokens)])
         self._answers += 1
         self.messages.append({"role": "assistant", "content": self._tokenizer.decode(tokens)})
         note(str(timing))

@@ -137,7 +137,12 @@ def loss_findings(converted: Converted) -> list[Finding]:
     from phireg.findings import Finding, Severity
 
     findings = []
-    for code, change in (("overflowed", "became infinite"), ("flushed", "became zero")):
+    for code, change in (
+        ("nan", "are NaN in the source"),
+        ("infinite", "are infinite in the source"),
+        ("overflowed", "became infinite in the cast"),
+        ("flushed", "became zero in the cast"),
+    ):
         counts = {
             name: count for name, loss in converted.losses.items() if (count := getattr(loss, code))
         }
@@ -145,7 +150,7 @@ def loss_findings(converted: Converted) -> list[Finding]:
             most = max(counts, key=counts.__getitem__)
             detail = (
                 f"{counted(sum(counts.values()), 'value')} in {counted(len(counts), 'tensor')} "
-                f"{change} in the cast, most in {most} ({counts[most]:,})"
+                f"{change}, most in {most} ({counts[most]:,})"
             )
             findings.append(Finding(Severity.WARNING, code, "", detail))
     return findings

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from phireg.dtypes import BITS, as_torch
+from phireg.dtypes import BITS, INFINITY_BITS, ITEMSIZE, as_torch
 
 Bits = npt.NDArray[np.unsignedinteger[Any]]
 """Elements as unsigned integers of their own width: numpy has no bfloat16, and needs none."""
@@ -25,21 +25,38 @@ PIECE = 128 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Numbers of values that a cast or quantization could not keep."""
+    """Numbers of values that a cast or quantization could not keep, or that were none before."""
 
     overflowed: int = 0  # finite values that became infinite
     flushed: int = 0  # values other than zero that became zero
     saturated: int = 0  # values beyond the quantized grid; none with the scales of the same weights
+    nan: int = 0  # values of the source that are no number
+    infinite: int = 0  # values of the source that are infinite
 
     def __add__(self, other: Loss) -> Loss:
-        return Loss(
-            self.overflowed + other.overflowed,
-            self.flushed + other.flushed,
-            self.saturated + other.saturated,
-        )
+        return Loss(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 NO_LOSS = Loss()
+
+
+def count_not_finite(block: Bits, code: str) -> Loss:
+    """Count NaN and infinite elements of a source; other dtypes than weights' have none.
+
+    They are the largest integers of either sign. Two maxima, which find that there are none, are
+    a hundred times as fast as reading from a disk.
+    """
+    infinity, sign = INFINITY_BITS.get(code), 1 << (8 * ITEMSIZE[code] - 1)
+    if infinity is None or (
+        block.max(initial=0) < sign + infinity
+        and block.view(BITS[code].replace("u", "i")).max(initial=0) < infinity
+    ):
+        return NO_LOSS
+    magnitude = block & np.array(sign - 1, block.dtype)
+    return Loss(
+        nan=int(np.count_nonzero(magnitude > infinity)),
+        infinite=int(np.count_nonzero(magnitude == infinity)),
+    )
 
 
 def cast(block: Bits, source: str, target: str) -> tuple[Bits, Loss]:

@@ -31,8 +31,8 @@ class Converted:
     Attributes:
         output_dir: the checkpoint.
         files: every file written, with its size in bytes.
-        losses: values that became infinite or zero in a cast, or were cut off when quantized, by
-            source tensor.
+        losses: values that became infinite or zero in a cast, were cut off when quantized, or were
+            NaN or infinite in the source, by source tensor.
         calibrated: statistics that were taken or read for it.
     """
 

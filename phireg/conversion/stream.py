@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import numpy as np
 import xxhash
 
-from phireg.conversion.cast import NO_LOSS, Bits, Loss, cast, one_thread_each
+from phireg.conversion.cast import (
+    NO_LOSS,
+    Bits,
+    Loss,
+    cast,
+    count_not_finite,
+    one_thread_each,
+)
 from phireg.dtypes import BITS
 from phireg.planning.model import (
     BLOCK_BYTES,
@@ -144,12 +151,20 @@ class _Writer:
 
 
 def read_blocks(
-    reader: Reader, source: SourceTensor, row: int, count: int, code: str, stop: Event
+    reader: Reader,
+    source: SourceTensor,
+    row: int,
+    count: int,
+    code: str,
+    stop: Event,
+    *,
+    count_source: bool = False,
 ) -> Iterator[tuple[int, Bits, Loss]]:
     """Read ``count`` rows of a tensor from ``row`` on and cast them to ``code``, block by block.
 
     Yields the number of rows before the block, the block [rows, columns], valid until the next one
-    is read, and the losses of the cast. Raises Cancelled once ``stop`` is set.
+    is read, and the losses of the cast; with ``count_source`` also the source's NaN and infinite
+    values. Raises Cancelled once ``stop`` is set.
     """
     per_row = row_bytes(source)
     per_block = max(1, BLOCK_BYTES // per_row)
@@ -161,9 +176,10 @@ def read_blocks(
         raw = buffer[: rows * per_row]
         reader.read_into(source, (row + done) * per_row, raw.data)
         block: Bits = raw.view(BITS[source.dtype])
-        loss = NO_LOSS
+        loss = count_not_finite(block, source.dtype) if count_source else NO_LOSS
         if source.dtype != code:
-            block, loss = cast(block, source.dtype, code)
+            block, lost = cast(block, source.dtype, code)
+            loss += lost
         yield done, block.reshape(rows, -1), loss
 
 
@@ -247,13 +263,26 @@ class _Carrier:
         by_code: dict[str, list[Write]] = defaultdict(list)
         for write in step.writes:
             by_code[self.plan.carried_code(self.plan.outputs[write.output])].append(write)
-        losses = [self.copy_as(code, step, source, writes) for code, writes in by_code.items()]
+        losses = [
+            self.copy_as(code, step, source, writes, count_source=number == 0)
+            for number, (code, writes) in enumerate(by_code.items())
+        ]
         return sum(losses, NO_LOSS)
 
-    def copy_as(self, code: str, step: Step, source: SourceTensor, writes: list[Write]) -> Loss:
+    def copy_as(
+        self,
+        code: str,
+        step: Step,
+        source: SourceTensor,
+        writes: list[Write],
+        *,
+        count_source: bool,
+    ) -> Loss:
         """Read the step's rows block by block and pass each block to all of ``writes``."""
-        loss = NO_LOSS
-        blocks = read_blocks(self.reader, source, step.row, step.count, code, self.stop)
+        loss, stop = NO_LOSS, self.stop
+        blocks = read_blocks(
+            self.reader, source, step.row, step.count, code, stop, count_source=count_source
+        )
         for done, block, lost in blocks:
             loss += lost
             quantized: dict[str, Bits] = {}

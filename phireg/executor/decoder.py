@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from phireg.errors import UsageError
 from phireg.executor import attention, blocks
 from phireg.executor.blocks import Attend, AttendCache, Cache, Rotary
+from phireg.executor.finite import NO_TOKEN, finite
 from phireg.executor.model import Executor
 
 
@@ -32,7 +34,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
+        if not (0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise UsageError(
                 f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}: "
                 "one is out of range",
@@ -44,17 +46,25 @@ class Sampling:
         """Nothing is drawn."""
         return self.temperature == 0
 
+    @property
+    def divisor(self) -> float:
+        """The temperature, as far as float32 can divide by it; below, the best token is drawn."""
+        return max(self.temperature, float(torch.finfo(torch.float32).tiny))
+
 
 def choose(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
     """Return the next token of every row, int64 [batch], without leaving the device.
+
+    It is ``NO_TOKEN`` in rows whose logits are not finite.
 
     ``logits`` are float32 [batch, vocab_size]; ``noise`` of the same shape is drawn from the
     exponential distribution with mean 1, for which the largest p / noise is a token drawn with
     probability p. Greedy sampling does not use it.
     """
+    usable = finite(logits)
     if sampling.greedy:
-        return logits.argmax(dim=-1)
-    logits = logits / sampling.temperature
+        return logits.argmax(dim=-1).where(usable, NO_TOKEN)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.divisor
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -64,7 +74,7 @@ def choose(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
         before = ordered.cumsum(dim=-1) - ordered  # what the more likely tokens hold together
         kept = ordered.masked_fill(before >= sampling.top_p, 0)
         probability = torch.zeros_like(probability).scatter(-1, order, kept)
-    return (probability / noise).argmax(dim=-1)
+    return (probability / noise).argmax(dim=-1).where(usable, NO_TOKEN)
 
 
 class Decoder:
@@ -77,9 +87,9 @@ class Decoder:
     ``fused`` runs the layers as the kernels of ``cuda.fused``; a step of weights that stay on the
     GPU is captured in a CUDA graph besides, with what NCCL sends in it.
 
-    With long rope, each call takes the short or the long factors by the tokens so far (a prompt:
-    its length; a step: the tokens in the cache and its own). Keys already in the cache stay as
-    they were rotated when that changes, as in TensorRT-LLM.
+    With long rope, each row takes the short or the long factors by its own tokens so far (a prompt:
+    its length; a step: the row's tokens in the cache and the new one), whatever the others have.
+    Keys already in the cache stay as they were rotated when that changes, as in TensorRT-LLM.
     """
 
     def __init__(
@@ -87,6 +97,7 @@ class Decoder:
     ) -> None:
         spec, device = executor.spec, executor.device
         self.executor = executor
+        self.dtype = executor.dtype
         self.batch = batch
         self.capacity = capacity
         self.sampling = sampling
@@ -151,10 +162,10 @@ class Decoder:
         self._slot.zero_()
         self._length = length
         position = (torch.arange(length, device=executor.device) - self._pads[:, None]).clamp(min=0)
+        long = (length - self._pads > spec.rope.original).long()[:, None]
         if not any(pads):
-            position = position[:1]
-        long = int(length > spec.rope.original)
-        cos, sin = (table[long][position][:, None] for table in self._tables)
+            position, long = position[:1], long[:1]
+        cos, sin = (table[long, position][:, None] for table in self._tables)
 
         def attend(layer: int, rank: int) -> Attend:
             return attention.prompt_attention(spec, layer, rank, length, pads, executor.device)
@@ -172,10 +183,10 @@ class Decoder:
         self.token.copy_(choose(logits, self.sampling, self._noise))
 
     def _step(self) -> None:
-        long = (self._slot + 1 > self.executor.spec.rope.original).long()
         position = self._slot - self._pads
+        long = (position + 1 > self.executor.spec.rope.original).long()
         cos, sin = (table[long, position][:, None, None] for table in self._tables)
-        ids = self.token[:, None]
+        ids = self.token.clamp(min=0)[:, None]  # NO_TOKEN is no row of the embedding
         if self._fused:
             logits = self._fused_forward(ids, (cos, sin), self._attending)
         else:

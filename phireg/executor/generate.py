@@ -12,6 +12,7 @@ from torch import Tensor
 from phireg.errors import UsageError
 from phireg.executor.attention import has_kernels
 from phireg.executor.decoder import Decoder, Sampling
+from phireg.executor.finite import NO_TOKEN, NotFiniteError, dtype_name
 from phireg.executor.model import Executor
 
 _GREEDY = Sampling()
@@ -64,13 +65,15 @@ def stream(
     Raises:
         UsageError: no prompt, an empty one, a token outside the vocabulary, or more tokens than
             the model has positions.
+        NotFiniteError: the logits of a row are not finite.
     """
     _check(model, prompts, max_new_tokens)
     # The decoder leaves the model while it is in use: another stream gets its own.
     decoder, model.decoder = _fitting(model, prompts, max_new_tokens, sampling), None
     try:
         decoder.prefill(prompts, sampling.seed)
-        yield from tokens_of(decoder, max_new_tokens, frozenset(stop_ids))
+        lengths = list(map(len, prompts))
+        yield from tokens_of(decoder, lengths, max_new_tokens, frozenset(stop_ids))
     finally:
         model.decoder = decoder
 
@@ -79,16 +82,20 @@ class Steps(Protocol):
     """A batch in generation: ``token`` has each row's newest one, and ``step`` makes the next."""
 
     batch: int
-    token: Tensor  # int64 [batch]
+    token: Tensor  # int64 [batch]; NO_TOKEN where the logits are not finite
+    dtype: torch.dtype  # of the computation
 
     def step(self) -> None:
         """Choose the next tokens, without waiting for a GPU."""
 
 
 def tokens_of(
-    decoder: Steps, max_new_tokens: int, stops: frozenset[int]
+    decoder: Steps, lengths: Sequence[int], max_new_tokens: int, stops: frozenset[int]
 ) -> Iterator[list[int | None]]:
-    """Yield each row's tokens until all have ended; the first is chosen already."""
+    """Yield each row's tokens until all have ended; the first is chosen already.
+
+    ``lengths`` are those of the prompts. Raises NotFiniteError.
+    """
     ended = [False] * decoder.batch
     on_gpu = decoder.token.is_cuda
     host = torch.empty(decoder.batch, dtype=torch.int64, pin_memory=on_gpu)
@@ -101,6 +108,10 @@ def tokens_of(
                 decoder.step()  # the GPU goes on while the host looks at this token
             copied.synchronize()
         tokens = host.tolist()
+        for row, (token, end) in enumerate(zip(tokens, ended, strict=True)):
+            if token == NO_TOKEN and not end:
+                position = lengths[row] + max_new_tokens - 1 - left
+                raise NotFiniteError(row, position, dtype_name(decoder.dtype))
         yield [None if end else token for token, end in zip(tokens, ended, strict=True)]
         ended = [end or token in stops for token, end in zip(tokens, ended, strict=True)]
         if all(ended):

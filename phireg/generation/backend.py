@@ -54,6 +54,22 @@ DEFAULTS = Options()
 
 
 @dataclass(frozen=True, slots=True)
+class LongRope:
+    """Where a model's rotary factors change, and how a backend decides it."""
+
+    switch: int  # tokens above which the long factors are taken
+    by_row: bool  # each row of a batch by its own tokens; else all by the longest's
+    crossing: str  # what becomes of a text that passes it while it is generated
+
+
+KEYS_STAY = (
+    "keys before keep the short ones, as in TensorRT-LLM, while transformers computes the whole "
+    "text again and goes on otherwise"
+)
+"""The ``crossing`` of a backend that does so."""
+
+
+@dataclass(frozen=True, slots=True)
 class Description:
     """The limits of a model, read without its weights; a maximum of None is no further limit."""
 
@@ -67,6 +83,7 @@ class Description:
     max_input: int | None = None  # tokens of a prompt
     max_batch: int | None = None  # rows of a batch
     max_beams: int | None = None
+    long_rope: LongRope | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +101,7 @@ class Backend(Protocol):
     """A loaded model; its methods raise UsageError for a request beyond the model's limits."""
 
     name: str
+    description: Description
     device: str
     dtype: str  # that it computes in
     processes: int  # that take part

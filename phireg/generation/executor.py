@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,8 @@ from phireg import device as devices
 from phireg.errors import PhiregError
 from phireg.executor import Executor, ModelSpec, read_spec, stream
 from phireg.executor import load as load_checkpoint
-from phireg.generation.backend import Description, Options, Request
+from phireg.executor.finite import NotFiniteError, check_logits, dtype_name
+from phireg.generation.backend import KEYS_STAY, Description, LongRope, Options, Request
 from phireg.generation.limits import check_continuations, check_request
 from phireg.generation.processes import process_rank
 
@@ -42,6 +44,9 @@ def _description(spec: ModelSpec) -> Description:
         processes=(1, ranks) if ranks > 1 else (1,),
         start=f"torchrun --nproc-per-node {ranks} --no-python",
         max_beams=1,
+        long_rope=None
+        if spec.rope.short is None
+        else LongRope(spec.rope.original, True, KEYS_STAY),
     )
 
 
@@ -82,8 +87,9 @@ def _serve(model: Executor) -> None:
     """Worker loop: run requests broadcast by rank 0."""
     while (request := _exchange()) is not None:
         function, arguments = request
-        for _ in function(model, *arguments):
-            pass
+        with suppress(NotFiniteError):  # rank 0 reports the same
+            for _ in function(model, *arguments):
+                pass
 
 
 class ExecutorBackend:
@@ -96,7 +102,7 @@ class ExecutorBackend:
         self.leads_workers = leads_workers
         self.description = _description(model.spec)
         self.device = str(model.device)
-        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.dtype = dtype_name(model.dtype)
         self.processes = model.spec.tp_size if leads_workers else 1
         self._busy = False
 
@@ -144,6 +150,9 @@ class ExecutorBackend:
         self._busy = True
         try:
             yield from function(self.model, *arguments)
+        except NotFiniteError:
+            self._busy = False  # all ranks have the same logits, and have stopped
+            raise
         except RuntimeError as error:
             if _is_disconnect(error):
                 raise PhiregError("the process of another rank has ended") from None
@@ -152,9 +161,10 @@ class ExecutorBackend:
 
 
 def _mean_nll(model: Executor, rows: list[tuple[list[int], list[int]]]) -> Iterator[float]:
-    for prompt, continuation in rows:
+    for row, (prompt, continuation) in enumerate(rows):
         ids = torch.tensor([prompt + continuation], device=model.device)
         logits = model(ids[:, :-1])[0, len(prompt) - 1 :]
+        check_logits(logits, row, len(prompt), dtype_name(model.dtype))
         yield float(functional.cross_entropy(logits, ids[0, len(prompt) :]))
 
 

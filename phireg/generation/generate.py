@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from phireg.executor import Sampling
+from phireg.executor.finite import rows_named
 from phireg.generation.backend import (
     Backend,
     Description,
@@ -20,6 +21,7 @@ from phireg.generation.backend import (
     open_backend,
     opener,
 )
+from phireg.generation.batches import batches, warn_of_switch
 from phireg.generation.limits import check_batch, check_prompts
 from phireg.generation.processes import check_launcher, check_processes
 from phireg.generation.prompts import Prompt
@@ -134,15 +136,23 @@ class Generator:
         """Yield the tokens of one batch step by step, stop ids included."""
         # Batches with the same seed would draw alike.
         sampling = replace(self.sampling, seed=self.sampling.seed + seed_offset)
-        return timed(backend.stream(self._request(prompts, sampling)), timing)
+        new = [0] * len(prompts)
+        with rows_named([prompt.where for prompt in prompts]):
+            for step in timed(backend.stream(self._request(prompts, sampling)), timing):
+                yield step
+                for row, token in enumerate(step):
+                    new[row] += token is not None
+        warn_of_switch(self.description, [len(prompt.ids) for prompt in prompts], new)
 
     def batches(
         self, backend: Backend, prompts: Sequence[Prompt]
     ) -> Iterator[tuple[list[Completion], Timing]]:
         """Complete all prompts of ``encode``, batch by batch."""
-        for number, start in enumerate(range(0, len(prompts), self._batch_size)):
-            batch = prompts[start : start + self._batch_size]
-            timing = Timing()
+        lengths = [len(prompt.ids) for prompt in prompts]
+        count = self.max_new_tokens or DEFAULT_NEW_TOKENS
+        parts = batches(self.description, lengths, self._batch_size, count)
+        for number, part in enumerate(parts):
+            batch, timing = prompts[part], Timing()
             if self.num_beams > 1:
                 rows, stopped = self._search(backend, batch, timing)
             else:
@@ -161,7 +171,9 @@ class Generator:
         """Return the best beam of each prompt, and whether a stop id ended it."""
         started = time.monotonic()
         request = self._request(prompts, self.sampling)
-        rows = backend.generate(request)
+        with rows_named([prompt.where for prompt in prompts]):
+            rows = backend.generate(request)
+        warn_of_switch(self.description, map(len, request.prompts), map(len, rows))
         timing.prefill_s = time.monotonic() - started
         timing.tokens = timing.first = sum(map(len, rows))
         return rows, [len(row) < request.max_new_tokens for row in rows]

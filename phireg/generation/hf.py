@@ -5,19 +5,25 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.nn import functional
 
 from phireg import device as devices
+from phireg.config.common import in_rope, is_long_rope
+from phireg.config.hf import HFConfig
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import SourceError, UsageError
-from phireg.generation.backend import Description, Options, Request
+from phireg.executor import Sampling
+from phireg.executor.finite import NotFiniteError, check_logits, finite
+from phireg.generation.backend import Description, LongRope, Options, Request
 from phireg.generation.limits import check_continuations, check_request
 from phireg.generation.processes import process_rank
 
@@ -33,13 +39,28 @@ def describe(directory: Path, options: Options) -> Description:
 
 
 def _description(config: dict[str, Any]) -> Description:
-    return Description(config["vocab_size"], config["max_position_embeddings"])
+    positions = config["max_position_embeddings"]
+    return Description(config["vocab_size"], positions, long_rope=_long_rope(config))
+
+
+def _long_rope(config: dict[str, Any]) -> LongRope | None:
+    """Read where transformers takes the long factors: for a batch by its longest row."""
+    hf = HFConfig(config)
+    original = "original_max_position_embeddings"
+    lengths = [hf.get(key) for key in (original, *in_rope(original))]
+    known = [length for length in lengths if type(length) is int]
+    if not is_long_rope(hf) or not known:
+        return None
+    release = version("transformers")
+    crossing = "the whole text is computed again with them"
+    if hf.model_type != "phi3small" and Version("5") <= Version(release) < Version("5.20"):
+        crossing = f"transformers {release} goes on from the last token alone (5.20 does not)"
+    return LongRope(known[0], False, crossing)
 
 
 def load(directory: Path, options: Options) -> HFBackend:
     """Load the source model without running code from its directory."""
     from phireg import registry
-    from phireg.config.hf import HFConfig
     from phireg.reference.load import open_reference
     from phireg.source.readings import open_source
 
@@ -122,10 +143,12 @@ class HFBackend:
     ) -> list[float]:
         """Score continuations, in nats."""
         means = []
-        for prompt, continuation in check_continuations(self.description, prompts, continuations):
+        rows = check_continuations(self.description, prompts, continuations)
+        for row, (prompt, continuation) in enumerate(rows):
             ids = torch.tensor([prompt + continuation], device=self._device)
             with torch.no_grad():
                 logits = self.model(input_ids=ids[:, :-1], use_cache=False).logits[0].float()
+            check_logits(logits[len(prompt) - 1 :], row, len(prompt), self.dtype)
             loss = functional.cross_entropy(logits[len(prompt) - 1 :], ids[0, len(prompt) :])
             means.append(float(loss))
         return means
@@ -141,16 +164,18 @@ class HFBackend:
             torch.cuda.empty_cache()
 
     def _generate(self, request: Request, steps: _Steps | None = None) -> Tensor:
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, LogitsProcessorList
 
         prompts, sampling = request.prompts, request.sampling
-        pad = min(request.stop_ids, default=0)
+        vocabulary = range(self.description.vocab_size)
+        pad = min((stop for stop in request.stop_ids if stop in vocabulary), default=0)
         length = max(map(len, prompts))
         ids = [[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts]
         mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         arguments: dict[str, Any] = {"do_sample": False}
         if not sampling.greedy:
-            arguments = asdict(sampling) | {"do_sample": True}
+            arguments = asdict(replace(sampling, temperature=sampling.divisor))
+            arguments["do_sample"] = True
             del arguments["seed"]
         elif request.num_beams > 1:
             # The beam search that TensorRT-LLM's summarize.py asks of both sides.
@@ -169,9 +194,33 @@ class HFBackend:
                 torch.tensor(ids, device=self._device),
                 attention_mask=torch.tensor(mask, device=self._device),
                 generation_config=config,
+                logits_processor=LogitsProcessorList([_Logits(request, self.dtype)]),
                 streamer=steps,
             )
         return out
+
+
+class _Logits:
+    """A logits processor of transformers' ``generate``, before temperature and the like.
+
+    It refuses scores that are not finite, and shifts those that a temperature will divide.
+    """
+
+    def __init__(self, request: Request, dtype: str) -> None:
+        self._lengths = list(map(len, request.prompts))
+        self._stops = sorted(request.stop_ids)
+        self._sampling: Sampling = request.sampling
+        self._dtype = dtype
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Take the ids so far, int64 [rows x beams, length], and scores of the next token."""
+        new = ids[:, max(self._lengths) :]
+        going = ~torch.isin(new, torch.tensor(self._stops, device=ids.device)).any(dim=-1)
+        wrong = going & ~finite(scores)
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0]) * len(self._lengths) // len(ids)
+            raise NotFiniteError(row, self._lengths[row] + new.shape[1], self._dtype)
+        return scores if self._sampling.greedy else scores - scores.amax(dim=-1, keepdim=True)
 
 
 class _ConsumerStopped(Exception):  # noqa: N818  (not an error)

@@ -15,6 +15,7 @@ from torch import Tensor
 from phireg.dtypes import E4M3_BEYOND
 from phireg.executor import Executor
 from phireg.executor.blocks import Weights
+from phireg.executor.finite import check_logits, rows_named
 from phireg.executor.quantized import fake_quantize
 from phireg.quality.result import LinearQuality
 from phireg.reader.schemes import LINEARS, ROW_LINEARS
@@ -86,11 +87,17 @@ def _compare_logits(
 ) -> Logits:
     ends = plain.end_weights()
     expected = [plain.logits(ends, x)[0] for x in states]
+    with rows_named([f"the unquantized model, sample {n}" for n in range(1, len(ids) + 1)]):
+        for index, logits in enumerate(expected):
+            check_logits(logits, index, 0, "float32")
     ends = quantized.end_weights()
     positions = predicted = same = 0
     kl = nll = unquantized_nll = 0.0
-    for row, before, x in zip(ids, expected, quantized_states, strict=True):
+    rows = zip(ids, expected, quantized_states, strict=True)
+    for number, (row, before, x) in enumerate(rows, 1):
         after = quantized.logits(ends, x)[0]
+        with rows_named([f"the quantized model, sample {number}"]):
+            check_logits(after, 0, 0, "float32")
         positions += len(before)
         predicted += len(before) - 1
         same += int((before.argmax(-1) == after.argmax(-1)).sum())

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from phireg.errors import UsageError
 from phireg.executor import Sampling
+from phireg.executor.finite import rows_named
 from phireg.generation.backend import Backend, Request, open_backend
+from phireg.generation.batches import batches, warn_of_switch
 from phireg.generation.limits import check_batch, check_prompts
 from phireg.generation.tokenizer import Tokenizer, find_tokenizer, stop_ids
 from phireg.summarization.models import ModelRun, check_model_processes
@@ -41,9 +43,12 @@ class _Task:
 
     def generate(self, backend: Backend, samples: Sequence[Sample]) -> list[list[int]]:
         prompts, settings = [sample.prompt for sample in samples], self.settings
-        return backend.generate(
-            Request(prompts, settings.output_len, self.stop_ids, Sampling(), settings.num_beams)
-        )
+        with rows_named([sample.where for sample in samples]):
+            rows = backend.generate(
+                Request(prompts, settings.output_len, self.stop_ids, Sampling(), settings.num_beams)
+            )
+        warn_of_switch(backend.description, map(len, prompts), map(len, rows))
+        return rows
 
 
 def summarize(
@@ -127,12 +132,14 @@ def _run(model: ModelRun, task: _Task, progress: Progress) -> BackendResult:
     batch_seconds = []
     with open_backend(model.backend, model.directory, model.options) as backend:
         task.generate(backend, task.samples[:1])  # the warm-up of TensorRT-LLM's script
-        for start in range(0, len(task.samples), task.settings.batch_size):
-            samples = task.samples[start : start + task.settings.batch_size]
+        lengths = [len(sample.prompt) for sample in task.samples]
+        settings = task.settings
+        for part in batches(backend.description, lengths, settings.batch_size, settings.output_len):
+            samples = task.samples[part]
             started = time.monotonic()
             rows = task.generate(backend, samples)
             batch_seconds.append(time.monotonic() - started)
-            scores = _perplexities(backend, samples, rows) if task.settings.eval_ppl else None
+            scores = _perplexities(backend, samples, rows) if settings.eval_ppl else None
             for index, row in enumerate(rows):
                 text = task.tokenizer.decode(row)
                 summaries.append(Summary(text, len(row), scores[index] if scores else None))
@@ -156,7 +163,8 @@ def _perplexities(
 ) -> list[float] | None:
     """Score each prompt and its summary as one text, as TensorRT-LLM's script does."""
     texts = [[*sample.prompt, *row] for sample, row in zip(samples, rows, strict=True)]
-    means = backend.mean_nll([text[:1] for text in texts], [text[1:] for text in texts])
+    with rows_named([sample.where for sample in samples]):
+        means = backend.mean_nll([text[:1] for text in texts], [text[1:] for text in texts])
     return None if means is None else [perplexity(mean) for mean in means]
 
 

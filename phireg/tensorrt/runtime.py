@@ -12,8 +12,16 @@ from torch.nn import functional
 from phireg import device as devices
 from phireg.errors import UsageError
 from phireg.executor.decoder import Sampling, choose
+from phireg.executor.finite import check_logits
 from phireg.executor.generate import tokens_of
-from phireg.generation.backend import Description, Options, Request, check_engine_options
+from phireg.generation.backend import (
+    KEYS_STAY,
+    Description,
+    LongRope,
+    Options,
+    Request,
+    check_engine_options,
+)
 from phireg.generation.limits import check_continuations, check_request
 from phireg.generation.processes import process_rank
 from phireg.tensorrt import network as contract
@@ -37,6 +45,9 @@ def _description(engine: NativeEngine) -> Description:
         max_input=engine.limits.max_input_len,
         max_batch=engine.limits.max_batch_size,
         max_beams=1,
+        long_rope=None
+        if engine.spec.rope.short is None
+        else LongRope(engine.spec.rope.original, True, KEYS_STAY),
     )
 
 
@@ -91,16 +102,20 @@ class TensorRTBackend:
         check_request(self.description, request)
         decoder = EngineDecoder(self.session, len(request.prompts), request.sampling)
         decoder.prefill(request.prompts, request.sampling.seed)
-        yield from tokens_of(decoder, request.max_new_tokens, frozenset(request.stop_ids))
+        lengths = list(map(len, request.prompts))
+        stops = frozenset(request.stop_ids)
+        yield from tokens_of(decoder, lengths, request.max_new_tokens, stops)
 
     def mean_nll(
         self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
     ) -> list[float]:
         """Score continuations, in nats."""
         means = []
-        for prompt, continuation in check_continuations(self.description, prompts, continuations):
+        rows = check_continuations(self.description, prompts, continuations)
+        for row, (prompt, continuation) in enumerate(rows):
             logits = prompt_logits(self.session, prompt + continuation[:-1])
             picked = logits[len(prompt) - 1 :]
+            check_logits(picked, row, len(prompt), self.dtype)
             expected = torch.tensor(continuation, device=picked.device)
             means.append(float(functional.cross_entropy(picked, expected)))
         return means

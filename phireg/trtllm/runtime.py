@@ -26,7 +26,15 @@ from torch.nn import functional
 
 from phireg.errors import CheckError, PhiregError, UsageError
 from phireg.executor import Sampling
-from phireg.generation.backend import Description, Options, Request, check_engine_options
+from phireg.executor.finite import check_logits
+from phireg.generation.backend import (
+    KEYS_STAY,
+    Description,
+    LongRope,
+    Options,
+    Request,
+    check_engine_options,
+)
 from phireg.generation.limits import check_continuations, check_request
 from phireg.generation.mpi import Communicator, communicator, process_rank
 from phireg.trtllm.builder import DISTRIBUTION, installed_version
@@ -169,13 +177,15 @@ class TrtllmBackend:
         if not self.engine.gathers_logits:
             return None
         means = []
-        for prompt, continuation in check_continuations(self.description, prompts, continuations):
+        texts = check_continuations(self.description, prompts, continuations)
+        for row, (prompt, continuation) in enumerate(texts):
             # One token is generated because the runtime wants one; the input's logits count.
             text = prompt + continuation[:-1]
             arguments = self._arguments(Request([text], 1, (), Sampling()))
             with self._on_all_ranks(arguments):
                 logits = self._call(arguments)["context_logits"][0]
             picked = logits[len(prompt) - 1 :, : self.engine.vocab_size].float().cpu()
+            check_logits(picked, row, len(prompt), self.dtype)
             means.append(float(functional.cross_entropy(picked, torch.tensor(continuation))))
         return means
 
@@ -295,6 +305,10 @@ def _description(engine: Engine) -> Description:
         max_input=engine.max_input_len,
         max_batch=engine.max_batch_size,
         max_beams=engine.max_beam_width,
+        long_rope=None
+        if engine.long_rope_switch is None
+        # One choice for a batch in releases up to 0.16, and perhaps in later ones.
+        else LongRope(engine.long_rope_switch, False, KEYS_STAY),
     )
 
 

@@ -22,7 +22,12 @@ from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY, Quantization
 from phireg.reader.spec import parse_spec
 from phireg.reader.tensors import layer_prefix
 from phireg.reference.load import Reference, open_reference
-from phireg.verification.logits import Prompts, choose_prompts, compare_logits
+from phireg.verification.logits import (
+    Prompts,
+    ReferenceNotFiniteError,
+    choose_prompts,
+    compare_logits,
+)
 from phireg.verification.ranks import compare_ranks, dequantized, merge
 from phireg.verification.reading import compare_reading
 from phireg.verification.result import (
@@ -155,6 +160,8 @@ class ComputedChecks:
             return self._logits(plan) if check == "logits" else self._ranks()
         except CheckError as error:
             return _refused(error)
+        except ReferenceNotFiniteError as error:
+            return _not_finite(error, "the source" if check == "logits" else "merged", self.dtype)
         except torch.OutOfMemoryError as error:
             advice = "use --max-input-len or --dtype"
             raise Skipped(f"out of memory on {self.device}: {advice}") from error
@@ -292,6 +299,22 @@ def _refused(error: CheckError) -> Outcome:
         where, _, text = line.partition(": ")
         problems.append(Problem(where, text or line, None, layer, part))
     return Outcome("the executor refuses the checkpoint", problems, [])
+
+
+def _not_finite(error: ReferenceNotFiniteError, who: str, dtype: str) -> Outcome:
+    hint = (
+        "verify with --dtype float32 or bfloat16, whose range is wider."
+        if dtype == "float16"
+        else "a weight may be NaN or infinite: phireg convert counts such values."
+    )
+    problem = Problem(
+        place_text(error.place),
+        f"its output is not finite in {dtype} ({who}, a prompt of {error.tokens} tokens, position "
+        f"{error.position}): nothing can be compared from here on",
+        hint,
+        *error.place,
+    )
+    return Outcome("the values are not finite", [problem], [])
 
 
 def _logits_problems(result: LogitsResult) -> Iterator[Problem]:

@@ -61,6 +61,21 @@ layer on the reference's states."""
 _SHORT = 48
 
 
+class ReferenceNotFiniteError(Exception):
+    """The model to compare with gives NaN or infinite values, so that there is no verdict."""
+
+    def __init__(self, place: Place, position: int, tokens: int) -> None:
+        super().__init__(place, position, tokens)
+        self.place, self.position, self.tokens = place, position, tokens
+
+
+def check_reference(place: Place, values: Tensor) -> None:
+    """Refuse the output [1, tokens, ...] of a part of the reference that is not finite."""
+    wrong = ~values.flatten(0, -2).isfinite().all(dim=-1)
+    if bool(wrong.any()):
+        raise ReferenceNotFiniteError(place, int(wrong.nonzero()[0]), len(wrong))
+
+
 # Prompts
 
 
@@ -160,7 +175,7 @@ def compare_logits(
         ids = prompt_ids(spec.vocab_size, prompt.tokens).to(executor.device)
         comparer = _LayerComparer(executor, ids, errors, progress)
         expected = reference.logits(ids, comparer)[0]
-        seen = (expected > torch.finfo(torch.float32).min / 2).all(dim=0)
+        seen = ~(expected <= torch.finfo(torch.float32).min / 2).any(dim=0)
         masked = int((~seen).sum())
         comparer.lm_head(expected[:, seen], seen)
         actual = executor(ids, comparer.own_run, observe_inputs)[0]
@@ -232,6 +247,7 @@ class _LayerComparer:
         self.progress(1)
 
     def hidden(self, index: int, after: Tensor) -> None:
+        check_reference((index, "mlp"), after)
         self.after = after
         self.states.append(after.cpu())
 
@@ -253,6 +269,7 @@ class _LayerComparer:
             self.progress(1)
 
     def compare(self, place: Place, actual: Tensor, expected: Tensor) -> None:
+        check_reference(place, expected)
         errors = token_errors(actual, expected)
         error = overall(errors) if place[1] in self.quantized else float(errors.max())
         self.errors[place] = max(self.errors.get(place, 0.0), error)

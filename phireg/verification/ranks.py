@@ -12,7 +12,13 @@ from phireg.executor import Executor, ModelSpec
 from phireg.executor.model import Source
 from phireg.reader.schemes import LINEARS, ROW_LINEARS, Quantization
 from phireg.reader.tensors import replicated
-from phireg.verification.logits import logits_tolerance, overall, prompt_ids, token_errors
+from phireg.verification.logits import (
+    check_reference,
+    logits_tolerance,
+    overall,
+    prompt_ids,
+    token_errors,
+)
 from phireg.verification.result import Place
 
 _BY_COLUMNS = tuple(
@@ -31,6 +37,8 @@ def compare_ranks(
     wrong: list[Place] = []
 
     def keep(layer: int, what: str, x: Tensor) -> None:
+        part = "mlp" if what == "hidden" else what
+        check_reference((None if layer < 0 else layer, part), x)
         if what == "hidden":
             progress(1)
         else:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from phireg.conversion.cast import NO_LOSS, Loss, cast, one_thread_each
+from phireg.conversion.cast import NO_LOSS, Loss, cast, count_not_finite, one_thread_each
 
 ALL_16 = np.arange(2**16, dtype=np.uint16)
 
@@ -89,6 +89,22 @@ def test_the_last_finite_values():
     assert bits[:6].tolist() == [0x7BFF, 0x7BFF, 0x7C00, 0xFC00, 0x7C00, 0x7C00]
     assert np.isnan(values(bits, "F16")[6])
     assert loss == Loss(3, 0)
+
+
+@pytest.mark.parametrize("code", SOURCES)
+def test_values_that_are_no_numbers_are_counted(code):
+    bits = SOURCES[code]
+    number = values(bits, code)
+    nan, infinite = np.isnan(number), np.isinf(number)
+    expected = Loss(nan=int(nan.sum()), infinite=int(infinite.sum()))
+    assert expected.nan and expected.infinite
+    assert count_not_finite(bits.reshape(1, -1), code) == expected
+    assert count_not_finite(bits[~nan & ~infinite], code) == NO_LOSS
+    for value in (np.inf, -np.inf, np.nan, -np.nan):  # alone among numbers, each of its sign
+        kind = narrowed(np.array([value], np.float32).view(np.uint32), code)
+        mixed = np.concatenate([bits[~nan & ~infinite][:1000], kind])
+        found = count_not_finite(mixed, code)
+        assert found == (Loss(nan=1) if np.isnan(value) else Loss(infinite=1))
 
 
 def test_threads_are_given_back():

@@ -96,7 +96,7 @@ def test_bits_that_are_not_numbers_are_kept(tmp_path):
     out = load_file(tmp_path / "out" / "rank0.safetensors")
     assert out["transformer.ln_f.weight"].view(np.uint32)[:8].tolist() == odd
     assert out["lm_head.weight"].tobytes() == stored[HEAD].tobytes()
-    assert streamed.losses == {}
+    assert streamed.losses == dict.fromkeys(stored, Loss(nan=3, infinite=2))
 
 
 # --- what a cast loses -----------------------------------------------------------------------
@@ -109,6 +109,7 @@ def lossy(tmp_path):
     stored[NORM][[0, 5]] = [1e6, -1e6]
     stored[NORM][7] = np.inf
     stored[HEAD][3, 3] = 70000.0
+    stored[HEAD][5, [0, 23]] = [np.nan, -np.nan]
     stored[HEAD][36, 23] = 1e-9
     down = stored["model.layers.1.mlp.down_proj.weight"]
     down[0, [0, 19]], down[23, 10] = 1e-10, -1e-10
@@ -117,8 +118,8 @@ def lossy(tmp_path):
 
 
 LOST = {
-    NORM: Loss(overflowed=2, flushed=0),
-    HEAD: Loss(overflowed=1, flushed=1),
+    NORM: Loss(overflowed=2, flushed=0, infinite=1),
+    HEAD: Loss(overflowed=1, flushed=1, nan=2),
     "model.layers.1.mlp.down_proj.weight": Loss(overflowed=0, flushed=3),
 }
 
@@ -140,7 +141,7 @@ def test_overflow_is_refused_with_names_and_counts(tmp_path, lossy):
     assert "--allow-overflow" in text
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     done = phireg.convert(phireg.plan(lossy, dtype="bfloat16"), tmp_path / "out")
-    assert done.losses == {}
+    assert done.losses == {NORM: Loss(infinite=1), HEAD: Loss(nan=2)}
 
 
 def test_overflow_that_is_allowed_is_written_and_reported(tmp_path, lossy):

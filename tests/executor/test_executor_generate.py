@@ -21,6 +21,8 @@ from phireg.executor import Sampling, generate, load, stream
 from phireg.executor.attention import has_kernels
 from phireg.executor.cuda import launch
 from phireg.executor.decoder import Decoder, choose
+from phireg.executor.finite import NotFiniteError
+from phireg.reader.tensors import EMBEDDING
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -59,9 +61,9 @@ def case(request, tmp_path_factory):
     return model, load(write_checkpoint(model, directory, ranks))
 
 
-# Prompts on one side of long rope's switch at 32 tokens: across it cached keys keep the short
-# factors, which no whole forward pass does.
-PROMPTS = ([33, 58, 41], [3, 20, 9])
+# Texts on either side of long rope's switch at 32 tokens, and on both in one batch. None passes it:
+# cached keys then keep the short factors, which no whole forward pass does.
+PROMPTS = ([33, 58, 41], [3, 20, 9], [20, 58, 4, 33])
 
 
 @pytest.mark.parametrize("lengths", PROMPTS, ids=str)
@@ -101,7 +103,8 @@ def load_written(model, directory, ranks, scheme, kv):
     ("make", "changes", "ranks", "lengths", "scheme", "kv"),
     [
         (phi2, {}, 2, (13, 9), None, None),
-        (phi3, {"long": 32, "num_key_value_heads": 2}, 1, (33, 35), None, None),  # the long factors
+        # a row of long rope's long factors beside one of the short ones
+        (phi3, {"long": 32, "num_key_value_heads": 2}, 1, (35, 20), None, None),
         (phi3_small, {}, 4, (13, 9), None, None),  # past the mask's threshold of 8 tokens
         (phi3, {}, 2, (7, 12), "fp8", "fp8"),
         (phi3_small, {}, 2, (7, 12), "int8_sq", "int8"),
@@ -295,7 +298,46 @@ def test_tokens_are_drawn_with_their_probability(sampling, expected):
         assert abs(share - probability) <= 5 * error
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}])
+@pytest.mark.parametrize("temperature", [1e-46, 1e-40, 1e-37, 1e-6])
+def test_a_temperature_next_to_nothing_draws_the_best(temperature):
+    logits = torch.tensor([[-1e3, 4.0, 3.999, 80.0], [0.5, 2.0, -torch.inf, 1.999]])
+    noise = torch.empty(2, 4).exponential_(generator=torch.Generator().manual_seed(0))
+    for sampling in (Sampling(temperature), Sampling(temperature, top_k=3, top_p=0.9)):
+        assert choose(logits, sampling, noise).tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.5, 2, 0.9)], ids=str)
+def test_no_token_is_chosen_among_numbers_that_are_none(sampling, bad):
+    logits = torch.zeros(4, 5)
+    logits[1, 3], logits[2] = bad, -math.inf
+    logits[3, 2:] = -math.inf  # suppressed tokens are no defect
+    tokens = choose(logits, sampling, torch.ones(4, 5)).tolist()
+    assert [token < 0 for token in tokens] == [False, True, True, False]
+    assert tokens[3] < 2
+
+
+def test_a_row_that_overflows_is_named_and_others_go_on_until_then(tmp_path):
+    """The second row's second token has an embedding of NaN; a row that has ended may have it."""
+    model = phi3()
+    executor = load(write_checkpoint(model, tmp_path), device=DEVICE)
+    prompts = [random_ids(model, n, seed=n).tolist() for n in (9, 6)]
+    expected = [greedy(source_of(model), prompt, 4) for prompt in prompts]
+    poison = expected[1][1]
+    assert poison not in (*expected[0], expected[1][0], *prompts[0], *prompts[1])
+    executor.end_weights()[0][EMBEDDING][poison] = math.nan
+    steps = []
+    with pytest.raises(NotFiniteError) as caught:
+        steps.extend(stream(executor, prompts, 4))
+    assert steps == [list(step) for step in zip(*(row[:2] for row in expected), strict=True)]
+    assert (caught.value.row, caught.value.position, caught.value.dtype) == (1, 8, "float32")
+    assert caught.value.exit_code == 4
+    assert generate(executor, prompts, 4, stop_ids=[poison]) == [expected[0], expected[1][:2]]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"temperature": math.inf}, {"top_k": -1}, {"top_p": 0}]
+)
 def test_sampling_out_of_range(wrong):
     with pytest.raises(UsageError):
         Sampling(**wrong)

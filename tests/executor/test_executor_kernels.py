@@ -50,10 +50,12 @@ def test_quantize_hits_the_same_values_of_the_grid(grid, smooth):
     scale = torch.tensor([0.25], device=DEVICE)
     ties = torch.cat((torch.arange(-70, 70) / 64, torch.arange(-300, 300) / 8))
     x = torch.cat((randn(900).cpu() * 20, ties, torch.tensor([0.0, 1e-9, -1e-9, 1e6, -1e6])))
-    x = x.to(DEVICE)[None]
+    x = torch.cat((x, torch.tensor([torch.inf, -torch.inf, torch.nan]))).to(DEVICE)[None]
     smoothing = 2.0 ** torch.arange(x.shape[-1], device=DEVICE).remainder(3) if smooth else None
     expected = quantized.fake_quantize(x if smoothing is None else x * smoothing, scale, grid)
-    assert torch.equal(launch.quantize(x, scale, smoothing, grid, stored=False), expected)
+    assert expected.isnan().sum() == 1
+    actual = launch.quantize(x, scale, smoothing, grid, stored=False)
+    assert torch.equal(actual.nan_to_num(7e6), expected.nan_to_num(7e6))
 
 
 ACTIVATIONS = [("swiglu", None), ("gegelu", None), ("gegelu", 0.4), ("gelu_tanh", None)]
@@ -74,6 +76,10 @@ def test_activations(kind, limit):
     z = randn(2, 3, 2 * 37)
     expected = blocks.activate(spec(activation=kind, gegelu_limit=limit), z)
     assert relative_error(launch.activate(kind, z, limit), expected) < 1e-6
+    z[0, 0, ::5] = torch.nan
+    expected = blocks.activate(spec(activation=kind, gegelu_limit=limit), z)
+    assert torch.equal(launch.activate(kind, z, limit).isnan(), expected.isnan())
+    assert 0 < expected.isnan().sum() < expected.numel()
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("none", None), *ACTIVATIONS])

@@ -10,8 +10,11 @@ FAIL_AFTER = [None]
 NLL = [[0.5, 1.5]]
 
 
+DESCRIPTION = Description(vocab_size=10_000, positions=512, max_batch=8, max_beams=2)
+
+
 def describe(place, options):
-    return Description(vocab_size=10_000, positions=512, max_batch=8, max_beams=2)
+    return DESCRIPTION
 
 
 def process_rank():
@@ -28,6 +31,7 @@ def run_worker(place, options):
 
 class Fake:
     name, device, dtype, processes = "fake", "cpu", "float32", 1
+    description = DESCRIPTION
 
     def generate(self, request):
         assert request.sampling == Sampling()

@@ -14,6 +14,8 @@ import triton.language as tl
 
 # The largest score before there is one: finite, so that a masked score can be taken from it.
 _NONE: tl.constexpr = tl.constexpr(-1.0e30)
+# NaN stays NaN in a clamp, as in PyTorch; a minimum drops it otherwise.
+_KEEP: tl.constexpr = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -30,8 +32,8 @@ def _on_grid(x, scale, GRID: tl.constexpr):
     x = tl.div_rn(x, scale)
     if GRID == "int8":
         shift = 12582912.0  # 1.5 * 2^23: its ulp is 1
-        return tl.minimum(tl.maximum((x + shift) - shift, -128.0), 127.0)
-    x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+        return tl.clamp((x + shift) - shift, -128.0, 127.0, propagate_nan=_KEEP)
+    x = tl.clamp(x, -448.0, 448.0, propagate_nan=_KEEP)
     # As in ``quantized``: the ulp of `step` is the grid's step at x.
     power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     step = tl.maximum(power, 0.015625) * 1572864.0
@@ -44,8 +46,8 @@ def _activate(first, second, limit, KIND: tl.constexpr):
     if KIND == "swiglu":
         return second * tl.sigmoid(second) * first
     if KIND == "gegelu":
-        gate = tl.minimum(first, limit)
-        value = tl.minimum(tl.maximum(second, -limit), limit)
+        gate = tl.minimum(first, limit, propagate_nan=_KEEP)
+        value = tl.clamp(second, -limit, limit, propagate_nan=_KEEP)
         return gate * tl.sigmoid(1.702 * gate) * (value + 1.0)
     inner = 0.7978845608028654 * (first + 0.044715 * first * first * first)
     return first * tl.sigmoid(2.0 * inner)  # (1 + tanh(y)) / 2 = sigmoid(2 y)
