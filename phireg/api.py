@@ -3,6 +3,7 @@
 from phireg.config.common import (
     BOOKKEEPING,
     CONSTANTS,
+    OUTRANKED_SHARE,
     dimensions,
     grouped_heads,
     in_rope,
@@ -11,6 +12,8 @@ from phireg.config.common import (
     long_rope_scale,
     rotary_base,
     rotary_dim,
+    rotary_share,
+    rotary_shares,
     same_as,
     sliding_window,
     supported_rope,
@@ -78,8 +81,8 @@ __all__ = [
     "factors",
     # entries and helpers shared by families
     "BOOKKEEPING", "CONSTANTS", "dimensions", "grouped_heads", "rotary_base", "rotary_dim",
-    "same_as", "sliding_window", "supported_rope", "in_rope", "is_long_rope",
-    "long_rope_factors", "long_rope_scale",
+    "rotary_share", "rotary_shares", "OUTRANKED_SHARE", "same_as", "sliding_window",
+    "supported_rope", "in_rope", "is_long_rope", "long_rope_factors", "long_rope_scale",
     # weight rules
     "Rules", "Rule", "Linear", "Experts", "Norm", "Table", "one_of", "COLUMN", "ROW", "COPY",
     "Policy", "Axis", "LayoutError", "src", "fuse", "parts", "order", "select", "ungroup",

@@ -19,6 +19,7 @@ from phireg.config.fields import (
     positive,
 )
 from phireg.config.hf import HFConfig
+from phireg.findings import Severity
 
 BLOCKS = ("rope_parameters", "rope_scaling")
 """The blocks of rope settings: transformers 5 writes the first, 4 the second."""
@@ -162,6 +163,52 @@ def rotary_base(*keys: str, default: float) -> Entry:
     return field(
         "rope_parameters.rope_theta", *keys, to="rotary_base", kind=positive, default=default
     )
+
+
+def rotary_shares(hf: HFConfig) -> dict[str, float]:
+    """Return what config.json says of the rotated share of a head, by key; all of it counts.
+
+    Transformers 5.0 to 5.17 write ``partial_rotary_factor`` at the top level, too, and there it may
+    be the default of the class: every release 5 builds the model from ``rope_parameters``. Releases
+    4 know only the top level. They write ``rope_theta`` there, and beside that both count.
+
+    Raises:
+        ConfigError: a value is not a share.
+    """
+    block = "rope_parameters.partial_rotary_factor"
+    keys = (*in_rope("partial_rotary_factor"), "partial_rotary_factor")
+    shares = {key: hf.get(key) for key in keys if hf.has(key)}
+    for key, value in shares.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+            raise ConfigError(f"{key} is {value!r}: expected a number above 0, at most 1")
+    if block in shares and not hf.has("rope_theta"):
+        shares.pop("partial_rotary_factor", None)
+    return shares
+
+
+def rotary_share(default: float) -> tuple[Entry, ...]:
+    """Read ``partial_rotary_factor``, which readers call ``rotary_pct``."""
+
+    def share(_: Fields, hf: HFConfig) -> float:
+        shares = rotary_shares(hf)
+        if len(set(shares.values())) > 1:
+            listed = ", ".join(f"{key}: {value}" for key, value in shares.items())
+            raise ConfigError(f"the shares of a head that rotate disagree ({listed})")
+        return next(iter(shares.values()), default)
+
+    return derive("rotary_pct", share, "partial_rotary_factor"), OUTRANKED_SHARE
+
+
+def _outranked_share(_: Fields, hf: HFConfig) -> str | None:
+    shares, stated = rotary_shares(hf), hf.get("partial_rotary_factor")
+    if stated is None or "partial_rotary_factor" in shares or stated in shares.values():
+        return None
+    key, value = next(iter(shares.items()))
+    return f"is {stated} at the top level, but {key} is {value}: transformers 5 reads the latter"
+
+
+OUTRANKED_SHARE = check("partial_rotary_factor", _outranked_share, severity=Severity.NOTE)
+"""Notes a ``partial_rotary_factor`` that does not count."""
 
 
 def rotary_dim(fields: Fields, _: HFConfig) -> int:

@@ -15,11 +15,7 @@ def rotary_pct(fields: ph.Fields, hf: ph.HFConfig) -> float:
     ``n_embd``) state dimensions, 32 if absent; more than a head has means the whole head.
     """
     size = fields["head_size"]
-    keys = (*ph.in_rope("partial_rotary_factor"), "partial_rotary_factor")
-    shares = {key: hf.get(key) for key in keys if hf.has(key)}
-    for key, value in shares.items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
-            raise ph.ConfigError(f"{key} is {value!r}: expected a number above 0, at most 1")
+    shares = ph.rotary_shares(hf)
     rotated = {key: int(size * value) for key, value in shares.items()}
     stated = hf.get("rotary_dim")
     if stated is None and not shares and hf.has("n_embd"):
@@ -85,6 +81,7 @@ def phireg_config_fields() -> ph.FieldTable:
         ph.const("position_embedding_type", "rope_gpt_neox"),
         ph.rotary_base("rope_theta", default=10000.0),
         ph.derive("rotary_pct", rotary_pct, "partial_rotary_factor, or rotary_dim / head_size"),
+        ph.OUTRANKED_SHARE,
         ph.same_as("rotary_pct", to="partial_rotary_factor"),
         ph.derive("rotary_embedding_dim", ph.rotary_dim, "int(head_size * rotary_pct)"),
         ph.field("tie_word_embeddings", kind=ph.boolean, default=False),

@@ -87,6 +87,16 @@ def test_rotated_dimensions_of_old_configs(change, rotated):
     assert int(80 * fields["rotary_pct"]) == rotated  # as readers compute it
 
 
+def test_the_rope_block_outranks_the_top_level():
+    """transformers 5.0 to 5.17 write both; 4 writes rope_theta and knows only the top level."""
+    both = {**PHI2_V5, "partial_rotary_factor": 0.5}
+    translation = translate(FAMILY, both)
+    assert translation.fields == FIELDS
+    assert subjects(translation, Severity.NOTE) == {"partial_rotary_factor"}
+    assert "rotary_pct" in subjects(translate(FAMILY, {**both, "rope_theta": 1e4}))
+    assert translate(FAMILY, {**both, "partial_rotary_factor": 0.4}).findings == ()
+
+
 def test_every_number_of_rotated_dimensions_survives_the_reader():
     for heads, size in ((1, 80), (1, 64), (1, 98), (1, 122)):
         for rotated in range(2, size + 1, 2):

@@ -126,7 +126,7 @@ def test_absent_keys_are_the_class_defaults():
         ({**MINI_4K, "head_dim": 95}, "rotary_embedding_dim"),
         (
             {**MINI_4K, "rope_parameters": PLAIN_ROPE, "partial_rotary_factor": 0.5},
-            "rope_parameters.partial_rotary_factor",
+            "rotary_pct",
         ),
         (rope(type="linear", factor=2.0), "rope_scaling"),
         (factors(type="yarn"), "rope_scaling"),
