@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from phireg.trtllm.build import BuildPlan as BuildPlan
     from phireg.trtllm.build import Built as Built
     from phireg.trtllm.command import BuildOptions as BuildOptions
+    from phireg.verification.engine import verify_engine as verify_engine
     from phireg.verification.verify import verify as verify
 
 _MODULES = {
@@ -66,6 +67,7 @@ _MODULES = {
     "tensorrt.plan": ("EnginePlan",),
     "trtllm.build": ("BuildPlan", "Built"),
     "trtllm.command": ("BuildOptions",),
+    "verification.engine": ("verify_engine",),
     "verification.verify": ("verify",),
 }
 _HOMES = {name: f"phireg.{module}" for module, names in _MODULES.items() for name in names}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,8 @@ from phireg.cli.options import (
     revision_option,
 )
 from phireg.cli.output import ProgressBars, Styled, columns, emit, emit_json, printable
-from phireg.errors import CheckError, IncompleteError
+from phireg.errors import CheckError, IncompleteError, UsageError
+from phireg.files.kinds import CHECKPOINT, kind_of
 
 if TYPE_CHECKING:
     from phireg.verification.result import Check, Verification
@@ -37,8 +38,8 @@ _MOST_PROBLEMS = 12
     "phireg verify ckpt --model-dir ./phi-2 --quick",
     page="verify.md",
 )
-@checkpoint_argument("checkpoint_dir", "CKPT")
-@model_dir_option(required=True)
+@checkpoint_argument("checkpoint_dir", "CKPT|ENGINE")
+@model_dir_option("The model that CKPT was made from; of an engine, perhaps the checkpoint.")
 @family_option
 @revision_option
 @reading_options
@@ -63,46 +64,89 @@ _MOST_PROBLEMS = 12
 def command(
     checkpoint_dir: str,
     *,
-    model_dir: str,
+    model_dir: str | None,
     quick: bool,
     report: str | None,
     quiet: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compare the checkpoint in CKPT with the model it was made from.
+    """Compare a checkpoint with the model it was made from, or an engine with its checkpoint.
 
     Checks, weakest to strongest: structure and config.json, every byte, files and settings against
     what transformers reads, the logits against the source's own model, the ranks against themselves
     merged. Ends with 4 if one of them fails, and with 8 if one could not be made.
-    """
-    from phireg.verification.result import CHECKS, QUICK
 
+    Of an engine that phireg built: its files, the network that TensorRT was given and, on a GPU,
+    the running engine, whose result goes into its manifest.
+    """
     page = None if report is None else check_file(Path(report), "--report")
     with ProgressBars(quiet) as bars:
         advance = {
             "weights": bars.bytes("comparing bytes", "comparing"),
             "logits": bars.count("comparing logits", "layers"),
             "ranks": bars.count("comparing ranks", "layers"),
+            "network": bars.count("evaluating the network", "steps"),
+            "running": bars.count("running the engine", "prompts"),
         }
-        verification = phireg.verify(
-            checkpoint_dir,
-            model_dir,
-            checks=QUICK if quick else tuple(CHECKS),
-            progress=lambda check, more, total: advance[check](more, total),
-            **options,
+        verifications = list(
+            _verifications(
+                Path(checkpoint_dir),
+                model_dir,
+                quick,
+                lambda check, more, total: advance[check](more, total),
+                options,
+            )
         )
     if page is not None:
         from phireg.report.page import write_page
         from phireg.report.verification import render_verification
 
-        write_page(render_verification(verification), page)
+        write_page(render_verification(verifications[-1]), page)
     if as_json:
-        emit_json(verification_document(verification))
+        document = verification_document(verifications[-1])
+        if len(verifications) > 1:
+            document["checkpoint"] = verification_document(verifications[0])
+        emit_json(document)
     else:
-        show_verification(verification)
-    if code := exit_code([verification]):
+        for verification in verifications:
+            show_verification(verification)
+    if code := exit_code(verifications):
         raise click.exceptions.Exit(code)
+
+
+def _verifications(
+    directory: Path,
+    model_dir: str | None,
+    quick: bool,
+    progress: Callable[[str, int, int], None],
+    options: dict[str, Any],
+) -> Iterator[Verification]:
+    """Verify a checkpoint; or an engine, and its checkpoint where the source is given."""
+    from phireg.tensorrt.engine import is_native, read_native
+    from phireg.verification.result import CHECKS, QUICK
+
+    checks = QUICK if quick else tuple(CHECKS)
+    if not is_native(directory):
+        if model_dir is None:
+            raise UsageError(
+                "there is nothing to compare with", hint="give --model-dir, the source model."
+            )
+        yield phireg.verify(directory, model_dir, checks=checks, progress=progress, **options)
+        return
+    checkpoint = read_native(directory).checkpoint_dir
+    if model_dir is not None and kind_of(Path(model_dir)) is CHECKPOINT:
+        checkpoint = Path(model_dir)
+    elif model_dir is not None and checkpoint is not None:
+        yield phireg.verify(checkpoint, model_dir, checks=checks, progress=progress, **options)
+    yield phireg.verify_engine(
+        directory,
+        checkpoint,
+        checks=("files",) if quick else None,
+        device=options["device"],
+        max_tokens=options["max_tokens"],
+        progress=progress,
+    )
 
 
 def exit_code(verifications: Iterable[Verification]) -> int:

@@ -137,7 +137,9 @@ def _manifest(plan: EnginePlan, records: list[dict[str, Any]]) -> dict[str, Any]
         "version": plan.package.version,
         "gpus": list(plan.gpus),
         "weights": plan.weights,
-        "checkpoint": _checkpoint_record(plan),
+        "checkpoint": (
+            checkpoint_record(plan.source, plan.spec.tp_size) if plan.checkpoint else None
+        ),
         "options": asdict(plan.options),
         "notes": list(plan.notes),
         "ranks": list(records),
@@ -145,13 +147,11 @@ def _manifest(plan: EnginePlan, records: list[dict[str, Any]]) -> dict[str, Any]
     }
 
 
-def _checkpoint_record(plan: EnginePlan) -> dict[str, Any] | None:
-    """Return where the checkpoint is, and digests that tell it from others."""
-    if not plan.checkpoint:
-        return None
-    manifest = read_manifest(plan.source)
+def checkpoint_record(checkpoint_dir: Path, tp_size: int) -> dict[str, Any]:
+    """Return where a checkpoint is, and digests that tell it from others."""
+    manifest = read_manifest(checkpoint_dir)
     digests = {}
-    with RankFiles(plan.source, plan.spec.tp_size) as files:
+    with RankFiles(checkpoint_dir, tp_size) as files:
         for file in files.values():
             record = (manifest or {"files": {}})["files"].get(file.path.name) or {}
             tensors = json.dumps(record.get("tensors"), sort_keys=True).encode()
@@ -161,7 +161,7 @@ def _checkpoint_record(plan: EnginePlan) -> dict[str, Any] | None:
                 "tensors": xxhash.xxh3_128(tensors).hexdigest() if record.get("tensors") else None,
             }
     return {
-        "directory": str(plan.source.resolve()),
-        "manifest": file_record(plan.source / MANIFEST) if manifest is not None else None,
+        "directory": str(checkpoint_dir.resolve()),
+        "manifest": file_record(checkpoint_dir / MANIFEST) if manifest is not None else None,
         "files": digests,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -49,14 +49,18 @@ def inspect_engine(directory: str | Path, *, check: bool = False) -> EngineInspe
     manifest = engine.manifest
     sizes = {file.name: file.stat().st_size for file in sorted(engine.directory.iterdir())}
     layers, unloaded = _layers(engine)
-    problems = []
+    problems = tuple(f"{name} {text}" for name, text in file_problems(engine, check=check))
+    return EngineInspection(engine, sizes, manifest, layers, unloaded, problems)
+
+
+def file_problems(engine: NativeEngine, *, check: bool) -> Iterator[tuple[str, str]]:
+    """Yield files that are not what was written, and how; ``check`` compares digests."""
     for rank, record in enumerate(engine.records()):
         path = engine.path(rank)
         if path.stat().st_size != record["bytes"]:
-            problems.append(f"{path.name} has not the {record['bytes']:,} bytes that were written")
+            yield path.name, f"has not the {record['bytes']:,} bytes that were written"
         elif check and file_digest(path) != record["digest"]:
-            problems.append(f"{path.name} differs from what was written")
-    return EngineInspection(engine, sizes, manifest, layers, unloaded, tuple(problems))
+            yield path.name, "differs from what was written"
 
 
 def load_engine(package: Package, path: Path) -> tuple[Any, Any]:

@@ -129,11 +129,14 @@ class TensorRTBackend:
         self.session.close()
 
 
-def prompt_logits(session: Session, ids: Sequence[int]) -> torch.Tensor:
-    """Return the logits of every token of one text, float32 [tokens, vocab_size]."""
+def prompt_logits(session: Session, ids: Sequence[int], total: int = 0) -> torch.Tensor:
+    """Return the logits of every token of one text, float32 [tokens, vocab_size].
+
+    ``total`` is the length that chooses the factors of long rope, if not that of the text.
+    """
     session.begin(1)
     chunk, parts = session.limits.max_chunk_len, []
-    long = [len(ids) > session.spec.rope.original]
+    long = [(total or len(ids)) > session.spec.rope.original]
     for start in range(0, len(ids), chunk):
         part = list(ids[start : start + chunk])
         last = torch.arange(len(part), dtype=torch.int32)

@@ -136,6 +136,7 @@ class Session:
         starts: Sequence[int],
         long: Sequence[bool],
         last: Tensor,
+        profile: str = "prompt",
     ) -> Tensor:
         """Run new tokens of every row, padded on the right.
 
@@ -144,6 +145,7 @@ class Session:
             starts: of each row.
             long: the rows that take the long factors of long rope.
             last: int32 [R], the tokens to give logits of (row * longest + token).
+            profile: "generation" for one token of each row.
 
         Returns:
             float32 [R, vocab_size].
@@ -161,8 +163,8 @@ class Session:
         shape = (len(last), self.spec.vocab_size)
         logits = torch.empty(shape, dtype=torch.float32, device=self.device)
         with self.stream():
-            self.bind("prompt", inputs, logits)
-            self.execute("prompt")
+            self.bind(profile, inputs, logits)
+            self.execute(profile)
         self.synchronize()
         return logits
 

@@ -15,9 +15,11 @@ from types import SimpleNamespace
 
 import torch
 
+from phireg.checkpoint.manifest import file_digest
 from phireg.executor.model import open_ranks
 from phireg.files.kinds import BUILD_FILE
 from phireg.reader.spec import read_spec
+from phireg.tensorrt.build import checkpoint_record
 from phireg.tensorrt.compiler import profiles
 from phireg.tensorrt.engine import Limits, write_config
 from phireg.tensorrt.interpreter import Interpreter
@@ -38,11 +40,13 @@ def write_engine(package, directory, checkpoint, weights="embedded", **limits):
     directory.mkdir()
     config = json.loads((checkpoint / "config.json").read_text())
     write_config(directory, "tensorrt-rtx", package.version, ("sm89",), weights, limits, config)
-    (directory / BUILD_FILE).write_text(
-        json.dumps({"checkpoint": {"directory": str(checkpoint)}, "verified": None})
-    )
     content = {"checkpoint": str(checkpoint), "weights": weights, "limits": vars_of(limits)}
-    (directory / "rank0.engine").write_text(json.dumps(content))
+    engine = directory / "rank0.engine"
+    engine.write_text(json.dumps(content))
+    record = {"rank": 0, "bytes": engine.stat().st_size, "digest": file_digest(engine)}
+    record |= {"inputs": [], "outputs": [], "layers": {}}
+    manifest = {"checkpoint": checkpoint_record(checkpoint, 1), "ranks": [record]}
+    (directory / BUILD_FILE).write_text(json.dumps(manifest | {"verified": None}))
     return directory
 
 

@@ -4,53 +4,15 @@ import math
 
 import pytest
 import torch
-from helpers.tiny_models import phi2, phi3, phi3_small, randomize
-from standin import standin, write_engine
+from tiny_checkpoints import MAKERS
 
 import phireg
 from phireg.errors import PhiregError, UsageError
 from phireg.executor import Sampling, generate, load
 from phireg.generation.backend import Options, Request
-from phireg.tensorrt import runtime, session
+from phireg.tensorrt import runtime
 
-MAKERS = {
-    "phi2": lambda: phi2(num_attention_heads=4),
-    "phi3-mini": lambda: phi3(long=20),
-    "phi3-small": lambda: phi3_small(long=20),
-    "phi3-medium": lambda: phi3(num_key_value_heads=2),
-}
 LENGTHS = (12, 21, 40)  # chunks have 16 tokens; the first crosses long rope's switch
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """Checkpoints by family, converted once."""
-    made = {}
-
-    def checkpoint(family):
-        if family not in made:
-            directory = tmp_path_factory.mktemp(family)
-            randomize(MAKERS[family](), 2.5).save_pretrained(directory / "source")
-            plan = phireg.plan(directory / "source", family=family, dtype="float32")
-            phireg.convert(plan, directory / "checkpoint")
-            made[family] = directory / "checkpoint"
-        return made[family]
-
-    return checkpoint
-
-
-@pytest.fixture
-def engines(package, checkpoints, tmp_path, monkeypatch):
-    """Make engines for the stand-in, which takes the place of TensorRT and its GPU."""
-    module, loaded = standin(package)
-    monkeypatch.setattr(session, "load_package", lambda backend: module)
-    monkeypatch.setattr(runtime, "engine_device", lambda name: torch.device("cpu"))
-
-    def engine(family, **options):
-        return write_engine(package, tmp_path / f"{family}-engine", checkpoints(family), **options)
-
-    engine.loaded = loaded
-    return engine
 
 
 def prompts(vocab_size, lengths=LENGTHS):

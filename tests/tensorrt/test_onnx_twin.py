@@ -8,9 +8,8 @@ sides of long rope's switch and past the block-sparse window, then steps through
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import phi2, phi3, phi3_small, randomize
+from tiny_checkpoints import MAKERS
 
-import phireg
 from phireg.executor import load, read_spec
 from phireg.executor.model import open_ranks
 from phireg.tensorrt.interpreter import Interpreter
@@ -20,30 +19,21 @@ pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'phireg[rtx]'")
 onnxruntime = pytest.importorskip("onnxruntime")
 from onnx_twin import Twin  # noqa: E402
 
-MAKERS = {
-    "phi2": lambda: phi2(num_attention_heads=4),
-    "phi3-mini": lambda: phi3(long=20),
-    "phi3-small": lambda: phi3_small(long=20),
-    "phi3-medium": lambda: phi3(num_key_value_heads=2),
-}
 CAPACITY, STEPS = 48, 3
 LENGTHS = (5, 14, 30)
 
 
 @pytest.fixture(scope="module", params=MAKERS)
-def model(request, tmp_path_factory):
+def model(request, checkpoints):
     """A checkpoint, its twin and, of every call, the inputs and onnxruntime's outputs."""
-    directory = tmp_path_factory.mktemp(request.param)
-    randomize(MAKERS[request.param](), 2.5).save_pretrained(directory / "source")
-    plan = phireg.plan(directory / "source", family=request.param, dtype="float32")
-    phireg.convert(plan, directory / "checkpoint")
-    spec = read_spec(directory / "checkpoint")
-    (source,) = open_ranks(directory / "checkpoint", spec, [0])
+    checkpoint = checkpoints(request.param)
+    spec = read_spec(checkpoint)
+    (source,) = open_ranks(checkpoint, spec, [0])
     serialized = Twin(spec, source, CAPACITY).model.SerializeToString()
     session = onnxruntime.InferenceSession(serialized, providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randint(spec.vocab_size, (n + STEPS,), generator=generator) for n in LENGTHS]
-    return directory / "checkpoint", spec, source, serialized, rows, calls(session, spec, rows)
+    return checkpoint, spec, source, serialized, rows, calls(session, spec, rows)
 
 
 def calls(session, spec, rows):

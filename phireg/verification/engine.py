@@ -1,0 +1,365 @@
+"""Verify an engine that phireg built: its files, its network, and the engine running on its GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from phireg.checkpoint.manifest import check_files, read_manifest
+from phireg.device import pick_device
+from phireg.errors import CheckError, EngineError, SourceError, UsageError
+from phireg.executor import Executor
+from phireg.executor.model import Source, open_ranks
+from phireg.files.kinds import BUILD_FILE, CHECKPOINT, kind_of
+from phireg.files.writing import write_file
+from phireg.reader.spec import ModelSpec, read_spec
+from phireg.tensorrt.build import checkpoint_record
+from phireg.tensorrt.engine import NativeEngine, read_native
+from phireg.tensorrt.inspection import file_problems
+from phireg.tensorrt.network import build_network
+from phireg.tensorrt.package import load_package
+from phireg.tensorrt.runtime import engine_device, prompt_logits
+from phireg.tensorrt.session import Session
+from phireg.verification import networks
+from phireg.verification.logits import choose_prompts, overall, prompt_ids, token_errors
+from phireg.verification.networks import PlaceError, compare_network
+from phireg.verification.result import (
+    ENGINE_CHECKS,
+    Outcome,
+    Problem,
+    Progress,
+    Skipped,
+    Verification,
+    error_text,
+    make_check,
+    place_text,
+)
+
+_FACTOR, _FLOOR = 4.0, 0.01
+"""The logits of a running engine may be off by so many times what the executor's are in the same
+dtype on the same GPU, and a little."""
+
+
+def verify_engine(
+    engine_dir: str | Path,
+    checkpoint_dir: str | Path | None = None,
+    *,
+    checks: Collection[str] | None = None,
+    device: str = "auto",
+    max_tokens: int | None = None,
+    progress: Progress = lambda check, more, total: None,
+) -> Verification:
+    """Verify an engine that phireg built, against the checkpoint that it was built from.
+
+    Args:
+        engine_dir: the engine.
+        checkpoint_dir: the checkpoint; None is the one that the engine's manifest names.
+        checks: names out of ``phireg.verification.result.ENGINE_CHECKS``; None is all, with
+            ``device`` "cpu" all but ``running``.
+        device: where the engine runs: "auto", "cuda" or "cuda:N"; "cpu" does not run it.
+        max_tokens: most tokens of a prompt; None for what a stated budget allows.
+        progress: takes (check, how much more is done, the total): prompts and steps.
+
+    Returns:
+        The checks. That of the running engine is written into the engine's manifest.
+
+    Raises:
+        UsageError: an unknown check or device.
+        SourceError: the directory is not an engine, or there is no checkpoint.
+        CheckError: engine and checkpoint do not fit together.
+    """
+    engine = read_native(engine_dir)
+    directory = _checkpoint(engine, checkpoint_dir)
+    asked = tuple(ENGINE_CHECKS) if checks is None else tuple(checks)
+    if unknown := sorted(set(asked) - set(ENGINE_CHECKS)):
+        hint = f"known: {', '.join(ENGINE_CHECKS)}."
+        raise UsageError(f"unknown check {unknown[0]!r}", hint=hint)
+    if checks is None and device == "cpu":
+        asked = tuple(name for name in asked if name != "running")
+    if device != "auto":
+        pick_device(device)  # an unknown one is an error before work
+    verifier = _Verifier(engine, directory, device, max_tokens, progress)
+    makers: dict[str, Callable[[], Outcome]] = {
+        "files": verifier.files,
+        "network": verifier.network,
+        "running": verifier.running,
+    }
+    made = tuple(make_check(name, makers[name]) for name in ENGINE_CHECKS if name in asked)
+    verification = Verification(
+        checkpoint_dir=str(engine_dir),
+        model_dir=str(directory),
+        family=engine.spec.architecture.name,
+        config=engine.config,
+        checks=made,
+        provenance=tuple(verifier.provenance()),
+        known=tuple(ENGINE_CHECKS),
+    )
+    if "running" in asked and verification.check("running").verdict != "skipped":
+        _record(engine, verification)
+    return verification
+
+
+def _checkpoint(engine: NativeEngine, named: str | Path | None) -> Path:
+    """Return the checkpoint's directory, which must be of the engine's shape."""
+    directory = engine.checkpoint_dir if named is None else Path(named)
+    if directory is None:
+        raise SourceError(
+            f"{engine.directory} was built without a checkpoint",
+            hint="name one of the same shape: --model-dir CKPT.",
+        )
+    if kind_of(directory) is not CHECKPOINT:
+        raise SourceError(
+            f"{directory}, of which {engine.directory} was built, is not a checkpoint"
+            + ("" if named else " any more"),
+            hint="name it where it is now: --model-dir CKPT.",
+        )
+    if read_spec(directory) != engine.spec:
+        raise CheckError(
+            f"{directory} is not what {engine.directory} was built from: their config.json differ",
+            hint="build the engine again, or name its own checkpoint.",
+        )
+    return directory
+
+
+class _Verifier:
+    """Makes the checks of one engine."""
+
+    def __init__(
+        self,
+        engine: NativeEngine,
+        checkpoint: Path,
+        device: str,
+        max_tokens: int | None,
+        progress: Progress,
+    ) -> None:
+        self.engine, self.spec, self.checkpoint = engine, engine.spec, checkpoint
+        self.device, self.progress = device, progress
+        self.lengths, self.undone = _prompt_lengths(engine, max_tokens)
+        self.gpu: str | None = None
+
+    def files(self) -> Outcome:
+        """Compare the files with the manifest."""
+        problems = [Problem(name, text) for name, text in file_problems(self.engine, check=True)]
+        built = self.engine.manifest.get("checkpoint")
+        notes = []
+        if isinstance(built, dict) and self.engine.weights == "embedded":
+            now = checkpoint_record(self.checkpoint, self.spec.tp_size)["files"]
+            recorded = built.get("files")
+            problems += [
+                Problem(name, f"in {self.checkpoint} is not what the engine was built from")
+                for name, digests in now.items()
+                if not isinstance(recorded, dict) or recorded.get(name) != digests
+            ]
+            manifest = read_manifest(self.checkpoint)
+            if manifest is None:
+                notes.append("the checkpoint has no phireg.json: its headers alone were compared")
+            else:
+                problems += [
+                    Problem("checkpoint", p) for p in check_files(self.checkpoint, manifest)
+                ]
+        files = self.spec.tp_size
+        return Outcome(f"{files} engine file{'s'[: files > 1]} and the checkpoint", problems, notes)
+
+    def network(self) -> Outcome:
+        """Evaluate what TensorRT was given, once as it is and once in float32."""
+        try:
+            package = load_package(self.engine.backend)
+        except EngineError as error:
+            raise Skipped(error.message) from error
+        dtypes = dict.fromkeys((self.spec.dtype, "float32"))
+        total = len(dtypes) * networks.steps(self.lengths)
+        self.progress("network", 0, total)
+        sources = open_ranks(self.checkpoint, self.spec, range(self.spec.tp_size))
+        errors: list[tuple[str, PlaceError]] = []
+        for dtype in dtypes:
+            spec, read = _in_dtype(self.spec, sources, dtype)
+            separate = self.engine.weights == "separate" and dtype == self.spec.dtype
+            built = [
+                build_network(
+                    package,
+                    spec,
+                    None if separate else source,
+                    rank=rank,
+                    capacity=self.engine.limits.max_seq_len,
+                )
+                for rank, source in enumerate(read)
+            ]
+            exact, rounded = (
+                Executor(self.spec, sources, range(self.spec.tp_size), dtype=name)
+                for name in ("float32", dtype)
+            )
+            results = compare_network(
+                package.trt,
+                built,
+                read,
+                exact,
+                rounded,
+                self.lengths,
+                lambda more: self.progress("network", more, total),
+            )
+            errors += [(dtype, result) for result in results]
+        return Outcome(
+            f"prompts of {', '.join(map(str, self.lengths))} tokens and {networks.STEPS} more, in "
+            f"{' and '.join(dtypes)}; relative error {_largest(errors)}",
+            list(_network_problems(errors)),
+            ["this is what TensorRT was told to compute, not what its kernels compute"],
+            self.undone,
+        )
+
+    def running(self) -> Outcome:
+        """Run the engine and compare its logits with the executor's on the same GPU."""
+        if self.spec.tp_size > 1:
+            raise Skipped("phireg runs engines of one rank")
+        try:
+            device = engine_device(self.device)
+        except UsageError as error:
+            raise Skipped(
+                f"{error.message}: run this on the machine of the engine's GPU; --device cpu "
+                "leaves the check out"
+            ) from error
+        on_gpu = device.type == "cuda"
+        self.gpu = torch.cuda.get_device_name(device) if on_gpu else str(device)
+        weights = self.checkpoint if self.engine.weights == "separate" else None
+        try:
+            session = Session(self.engine, device, weights)
+        except (EngineError, CheckError) as error:
+            problem = Problem(self.engine.path(0).name, error.message, error.hint)
+            return Outcome(f"the engine does not load on {self.gpu}", [problem], [])
+        sources = open_ranks(self.checkpoint, self.spec, [0])
+        rounded = Executor(self.spec, sources, [0], device=device)
+        exact = Executor(self.spec, sources, [0], device=device, dtype="float32")
+        total = len(self.lengths)
+        self.progress("running", 0, total)
+        errors = []
+        for length in self.lengths:
+            errors.append(compare_running(session, exact, rounded, length))
+            self.progress("running", 1, total)
+        session.close()
+        problems = [
+            Problem(
+                f"prompt of {length} tokens, {phase}",
+                f"the engine's logits are off by {error_text(error)}; the executor's rounding "
+                f"explains {error_text(allowed)}",
+                "do not use this engine; report the GPU, the driver and the engine's build log",
+            )
+            for length, results in zip(self.lengths, errors, strict=True)
+            for phase, error, allowed in results
+            if not error <= allowed
+        ]
+        largest = max(error for results in errors for _, error, _ in results)
+        summary = f"on {self.gpu}; relative error of logits {error_text(largest)}"
+        return Outcome(summary, problems, [], self.undone)
+
+    def provenance(self) -> Iterator[tuple[str, str]]:
+        """Yield label and value pairs."""
+        yield "engine", str(self.engine.directory)
+        yield "checkpoint", str(self.checkpoint)
+        yield "built by", f"{self.engine.backend} {self.engine.version}"
+        yield "for GPUs", ", ".join(self.engine.gpus) or "that of the builder"
+        if self.gpu is not None:
+            yield "run on", self.gpu
+        yield "verified by", f"phireg {metadata.version('phireg')}"
+        yield "date", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def compare_running(
+    session: Session, exact: Executor, rounded: Executor, length: int
+) -> list[tuple[str, float, float]]:
+    """Compare a running engine's logits with the executor's, of a prompt and of steps behind it.
+
+    Returns:
+        For each of the two: its name, the relative error, and what is allowed.
+    """
+    spec, total = session.spec, length + networks.STEPS
+    ids = prompt_ids(spec.vocab_size, total)[0]
+    expected, own = (model(ids[None].to(model.device))[0] for model in (exact, rounded))
+    prompt = prompt_logits(session, ids[:length].tolist(), total)
+    long = total > spec.rope.original
+    steps = [_step(session, int(ids[n]), n, long) for n in range(length, total)]
+    actual = torch.cat([prompt, *steps])
+    results = []
+    for phase, tokens in (("the prompt", slice(length)), ("generation", slice(length, None))):
+        error, rounding = (
+            overall(token_errors(logits[tokens], expected[tokens])) for logits in (actual, own)
+        )
+        results.append((phase, error, _FACTOR * rounding + _FLOOR))
+    return results
+
+
+def _step(session: Session, token: int, position: int, long: bool) -> Tensor:
+    last = torch.zeros(1, dtype=torch.int32)
+    return session.feed([[token]], [position], [long], last, profile="generation")
+
+
+def _prompt_lengths(engine: NativeEngine, most: int | None) -> tuple[list[int], tuple[str, ...]]:
+    """Choose prompts on both sides of every length at which the model's behavior changes."""
+    spec, limits = engine.spec, engine.limits
+    prompts = choose_prompts(spec, most, gpu=False)
+    limit = min(limits.max_input_len, limits.max_seq_len - networks.STEPS)
+    lengths, undone = set(), list(prompts.undone)
+    for prompt in prompts.prompts:
+        tokens = prompt.tokens
+        if spec.rope.short is not None and tokens <= spec.rope.original < tokens + networks.STEPS:
+            tokens = spec.rope.original - networks.STEPS
+        if tokens <= limit:
+            lengths.add(tokens)
+    lengths = lengths or {limit}
+    return sorted(lengths), tuple(undone)
+
+
+def _in_dtype(
+    spec: ModelSpec, sources: Sequence[Source], dtype: str
+) -> tuple[ModelSpec, list[Source]]:
+    """Return a spec and sources whose 16-bit tensors have another dtype."""
+    kind: torch.dtype = getattr(torch, dtype)
+
+    def cast(source: Source) -> Source:
+        def read(name: str) -> Tensor:
+            tensor = source(name)
+            return tensor.to(kind) if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+        return read
+
+    if dtype == spec.dtype:
+        return spec, list(sources)
+    return dataclasses.replace(spec, dtype=dtype), [cast(source) for source in sources]
+
+
+def _largest(errors: Sequence[tuple[str, PlaceError]]) -> str:
+    by_dtype = {dtype: 0.0 for dtype, _ in errors}
+    for dtype, result in errors:
+        by_dtype[dtype] = max(by_dtype[dtype], result.error)
+    return " and ".join(map(error_text, by_dtype.values()))
+
+
+def _network_problems(errors: Sequence[tuple[str, PlaceError]]) -> Iterator[Problem]:
+    for dtype, result in errors:
+        if result.wrong:
+            phase = "the steps behind it" if result.steps else "the prompt"
+            yield Problem(
+                place_text(result.place),
+                f"in {dtype}, with {result.prompt} tokens, {phase}: off by "
+                f"{error_text(result.error)}; rounding explains {error_text(result.allowed)}",
+                "this is a defect in phireg's network; report it with the checkpoint's config.json",
+                *result.place,
+            )
+
+
+def _record(engine: NativeEngine, verification: Verification) -> None:
+    """Write what the running engine showed into the engine's manifest."""
+    check = verification.check("running")
+    record = {
+        "verdict": check.verdict,
+        "summary": check.summary,
+        "problems": list(map(str, check.problems)),
+        **dict(verification.provenance),
+    }
+    document = json.dumps({**engine.manifest, "verified": record}, indent=2) + "\n"
+    write_file(engine.directory / BUILD_FILE, document.encode(), "the engine's manifest")
