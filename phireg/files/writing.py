@@ -47,6 +47,7 @@ class SingleFile(NamedTuple):
 
 REPORT = SingleFile("the report", b'<meta name="generator" content="phireg">')
 STATISTICS = SingleFile("the calibration statistics", b"phireg-calibration-")
+BUILD_RECORD = SingleFile("the engine's manifest", b'"name": "phireg"')
 LOG = SingleFile("the builder's log", b"# written by phireg build\n")
 
 

@@ -18,7 +18,7 @@ from phireg.errors import CheckError, EngineError, SourceError, UsageError
 from phireg.executor import Executor
 from phireg.executor.model import Source, open_ranks
 from phireg.files.kinds import BUILD_FILE, CHECKPOINT, kind_of
-from phireg.files.writing import write_file
+from phireg.files.writing import BUILD_RECORD, write_file
 from phireg.reader.spec import ModelSpec, read_spec
 from phireg.tensorrt.build import checkpoint_record
 from phireg.tensorrt.engine import NativeEngine, read_native
@@ -362,4 +362,4 @@ def _record(engine: NativeEngine, verification: Verification) -> None:
         **dict(verification.provenance),
     }
     document = json.dumps({**engine.manifest, "verified": record}, indent=2) + "\n"
-    write_file(engine.directory / BUILD_FILE, document.encode(), "the engine's manifest")
+    write_file(engine.directory / BUILD_FILE, document.encode(), BUILD_RECORD)

@@ -45,7 +45,8 @@ def write_engine(package, directory, checkpoint, weights="embedded", **limits):
     engine.write_text(json.dumps(content))
     record = {"rank": 0, "bytes": engine.stat().st_size, "digest": file_digest(engine)}
     record |= {"inputs": [], "outputs": [], "layers": {}}
-    manifest = {"checkpoint": checkpoint_record(checkpoint, 1), "ranks": [record]}
+    manifest = {"producer": {"name": "phireg"}}
+    manifest |= {"checkpoint": checkpoint_record(checkpoint, 1), "ranks": [record]}
     (directory / BUILD_FILE).write_text(json.dumps(manifest | {"verified": None}))
     return directory
 
