@@ -25,7 +25,6 @@ from phireg.cli.options import (
 )
 from phireg.cli.output import ProgressBars, Styled, columns, emit, emit_json, printable
 from phireg.errors import CheckError, IncompleteError, UsageError
-from phireg.files.kinds import CHECKPOINT, kind_of
 
 if TYPE_CHECKING:
     from phireg.verification.result import Check, Verification
@@ -123,6 +122,7 @@ def _verifications(
     options: dict[str, Any],
 ) -> Iterator[Verification]:
     """Verify a checkpoint; or an engine, and its checkpoint where the source is given."""
+    from phireg.files.kinds import CHECKPOINT, kind_of
     from phireg.tensorrt.engine import is_native, read_native
     from phireg.verification.result import CHECKS, QUICK
 
