@@ -154,7 +154,10 @@ RULES = {
         never=("phireg.cli", "phireg.report"),
     ),
     "phireg.cli": Rule(
-        (DTYPES, ERRORS, FINDINGS, "phireg.planning.report", "phireg.children", "click"),
+        (
+            *(DTYPES, ERRORS, FINDINGS, "phireg.files.sizes", "phireg.planning.report"),
+            *("phireg.children", "click"),
+        ),
         lazily=(ANYTHING,),
         never=("phireg_plugins",),
     ),

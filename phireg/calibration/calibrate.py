@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -18,7 +19,7 @@ import xxhash
 
 from phireg.calibration.collect import Cost, Progress, collect, measure
 from phireg.calibration.settings import Settings
-from phireg.calibration.statistics import Statistics, load, save
+from phireg.calibration.statistics import SUFFIX, Statistics, load, save
 from phireg.checkpoint.manifest import file_digest
 from phireg.data.samples import Samples, read_samples
 from phireg.device import pick_device
@@ -31,6 +32,7 @@ from phireg.generation.tokenizer import Tokenizer, find_tokenizer
 from phireg.planning.model import Plan
 from phireg.reference.load import open_reference
 from phireg.reference.quiet import quiet
+from phireg.source.adapter import CONFIG as ADAPTER_CONFIG
 from phireg.source.model import Source
 from phireg.source.readings import NO_CHOICE, Readings
 
@@ -41,6 +43,9 @@ FEWEST = 8
 """Samples that are taken even so."""
 
 _SAMPLE = 4096
+
+_MOST, _LARGEST = 16, 2**28
+"""Number and bytes of files that are looked at for statistics that serve."""
 
 Tell = Callable[[str], None]
 """Takes a line of text before the work that it describes begins."""
@@ -73,7 +78,8 @@ def calibrate(
     """Load statistics from a file if they fit this source, else collect and save them there.
 
     They are saved at once, so a failed export need not calibrate again, and other formats, dtypes
-    and numbers of ranks of the same source need not either.
+    and numbers of ranks of the same source need not either: unless the file is required or exists,
+    statistics beside it are used if a calibration now would see the same weights and samples.
 
     Args:
         plan: from :func:`phireg.plan`.
@@ -91,15 +97,17 @@ def calibrate(
         OutputError: the file cannot be written.
     """
     path = Path(file)
+    report = tell or (lambda line: None)
     if os.path.lexists(path):
         statistics = load(path)
         named = required and settings == Settings(
             batch_size=settings.batch_size, device=settings.device
         )
         reason = misfit(statistics, plan.source, None if named else settings)
+        if reason is None and not required:
+            reason = _other_samples(statistics, plan, settings)
         if reason is None:
-            if tell is not None:
-                tell(f"statistics of an earlier calibration serve: {path}")
+            report(f"statistics of an earlier calibration serve: {path}")
             return Calibrated(statistics, path, True)
         if required:
             raise SourceError(
@@ -107,8 +115,16 @@ def calibrate(
                 hint="name the file of this model and these settings, or one that does not exist: "
                 "it will be written.",
             )
-        if tell is not None:
-            tell(f"{path} does not serve: {reason}")
+        report(f"{path} does not serve: {reason}")
+    elif not required:
+        for other in _neighbors(path):
+            with suppress(SourceError):
+                statistics = load(other)
+                if not misfit(statistics, plan.source, settings) and not _other_samples(
+                    statistics, plan, settings
+                ):
+                    report(f"no calibration: {other} has this model's statistics on these samples")
+                    return Calibrated(statistics, other, True)
     check_writable(path, STATISTICS)
     family = plan.chosen.family
     statistics = run_calibration(
@@ -121,6 +137,36 @@ def calibrate(
     )
     save(path, statistics)
     return Calibrated(statistics, path, False)
+
+
+def _neighbors(path: Path) -> list[Path]:
+    """Return files of statistics in the same directory, the newest first."""
+    with suppress(OSError):
+        files = {file: file.stat() for file in path.parent.glob(f"*{SUFFIX}") if file.is_file()}
+        small = [file for file, stat in files.items() if stat.st_size <= _LARGEST]
+        return sorted(small, key=lambda file: -files[file].st_mtime)[:_MOST]
+    return []
+
+
+def _other_samples(statistics: Statistics, plan: Plan, settings: Settings) -> str | None:
+    """Return the reason why a calibration now would see other samples; None if it would not.
+
+    The same settings may mean others: public data that can be had by now, another tokenizer.
+    """
+    count = statistics.provenance.get("samples")
+    with quiet():
+        samples = read_samples(
+            settings.source,
+            encoder(plan.source.directory),
+            size=settings.size,
+            max_length=min(settings.max_length, int(plan.config["max_position_embeddings"])),
+            vocab_size=int(plan.config["vocab_size"]),
+        )
+    if isinstance(count, int) and samples.first(count).digest == statistics.provenance.get(
+        "data_digest"
+    ):
+        return None
+    return f"it was made from other samples, those of {statistics.provenance.get('data')}"
 
 
 def run_calibration(
@@ -174,6 +220,7 @@ def run_calibration(
         "revision": source.revision,
         "source": _headers(source),
         "values": _values(source),
+        "adapter": _adapter(source),
         "settings": _recorded(settings),
         "data": samples.origin,
         "data_digest": samples.digest,
@@ -213,6 +260,8 @@ def misfit(statistics: Statistics, source: Source, settings: Settings | None) ->
         return f"it was made from other weights files, those of {provenance.get('model_dir')}"
     if provenance.get("values") != _values(source):
         return f"the weights have other values than those of {provenance.get('model_dir')} had"
+    if provenance.get("adapter") != _adapter(source):
+        return "it was made with another LoRA adapter merged, or with none"
     if settings is not None:
         recorded = provenance.get("settings")
         for name, value in _recorded(settings).items():
@@ -242,6 +291,14 @@ def _recorded(settings: Settings) -> dict[str, Any]:
 
 def _headers(source: Source) -> dict[str, str]:
     return {file.name: file.header_digest for file in source.files}
+
+
+def _adapter(source: Source) -> str | None:
+    """Return a digest of the adapter that is merged into the weights, if one is."""
+    if source.adapter is None:
+        return None
+    names = (source.adapter.file.name, ADAPTER_CONFIG)
+    return " ".join(f"xxh3_128:{file_digest(source.directory / name)}" for name in names)
 
 
 def _values(source: Source) -> str:

@@ -24,6 +24,7 @@ from phireg.files.safetensors import read_header
 from phireg.files.writing import STATISTICS, write_file
 
 FORMAT = "phireg-calibration-1"
+SUFFIX = ".calib.safetensors"
 _HINT = "give a file that phireg quantize wrote."
 _INPUT = ".input_amax"
 _CACHED = re.compile(r"layers\.(0|[1-9]\d*)\.(key|value)_amax")
@@ -74,7 +75,7 @@ def _check(what: str, amax: NDArray[np.float32]) -> None:
 
 def statistics_beside(output_dir: Path) -> Path:
     """The default file for the statistics of an output."""
-    return output_dir.parent / f"{output_dir.name}.calib.safetensors"
+    return output_dir.parent / f"{output_dir.name}{SUFFIX}"
 
 
 def save(path: Path, statistics: Statistics) -> None:

@@ -25,9 +25,10 @@ from phireg.cli.options import (
     overwrite_option,
     quiet_option,
 )
-from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json, printable, size
+from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json, printable
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import EngineError, UsageError
+from phireg.files.sizes import size
 
 if TYPE_CHECKING:
     from phireg.trtllm.build import BuildPlan, Built

@@ -20,9 +20,10 @@ from phireg.cli.options import (
     quiet_option,
     source_options,
 )
-from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json, size
+from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json
 from phireg.cli.plan import family_text, provider_document, values_text, warnings_text
 from phireg.errors import UsageError
+from phireg.files.sizes import size
 
 if TYPE_CHECKING:
     from phireg.conversion.convert import Converted

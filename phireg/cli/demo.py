@@ -17,9 +17,10 @@ import phireg
 from phireg.cli.errors import stopped, warn
 from phireg.cli.help import OUTPUT, RANKS, TEXT, documented
 from phireg.cli.options import Directory, FamilyName, json_option, quiet_option
-from phireg.cli.output import counted, emit, emit_json, printable, size, spinner
+from phireg.cli.output import counted, emit, emit_json, printable, spinner
 from phireg.cli.streams import results
 from phireg.cli.verify import exit_code, show_verification, verification_document
+from phireg.files.sizes import size
 
 if TYPE_CHECKING:
     from phireg.demo import Article, DemoModel

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, get_args
 
-from phireg.cli.output import ProgressBars, columns, counted, size
+from phireg.cli.output import ProgressBars, columns, counted
+from phireg.files.sizes import size
 
 if TYPE_CHECKING:
     from phireg.tensorrt.build import BuiltEngine

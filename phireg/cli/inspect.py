@@ -13,17 +13,9 @@ import phireg
 from phireg.cli import engines
 from phireg.cli.help import OUTPUT, documented
 from phireg.cli.options import checkpoint_argument, json_option, quiet_option
-from phireg.cli.output import (
-    ProgressBars,
-    columns,
-    counted,
-    dtype_name,
-    emit,
-    emit_json,
-    size,
-    spinner,
-)
+from phireg.cli.output import ProgressBars, columns, counted, dtype_name, emit, emit_json, spinner
 from phireg.errors import CheckError
+from phireg.files.sizes import size
 
 if TYPE_CHECKING:
     from phireg.checkpoint.inspect import Inspection

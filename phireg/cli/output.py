@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import shlex
 import shutil
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -142,16 +144,10 @@ def _fold(text: str, start: str, others: str, stream: TextIO) -> str:
     return "\n".join(lines) or start.rstrip()
 
 
-def size(count: int) -> str:
-    """Bytes of files, in decimal units as disks are sold and tools show them."""
-    if count < 1000:
-        return f"{count} bytes"
-    value = float(count)
-    for unit in ("kB", "MB", "GB"):
-        value /= 1000
-        if value < 999.5:
-            return f"{value:.3g} {unit}"
-    return f"{value / 1000:.3g} TB"
+def page_facts(started: float) -> tuple[tuple[str, str], ...]:
+    """How a page came about; ``started`` is of ``time.monotonic()``."""
+    command = shlex.join(["phireg", *sys.argv[1:]])
+    return ("command", command), ("duration", f"{time.monotonic() - started:.1f} s")
 
 
 def memory(count: int) -> str:

@@ -11,8 +11,9 @@ from phireg.cli import engines
 from phireg.cli.errors import findings_text
 from phireg.cli.help import documented
 from phireg.cli.options import json_option, model_dir_option, planning_options
-from phireg.cli.output import columns, counted, emit, emit_json, memory, size
+from phireg.cli.output import columns, counted, emit, emit_json, memory
 from phireg.errors import PlanError
+from phireg.files.sizes import size
 
 if TYPE_CHECKING:
     from phireg.planning.model import Plan

@@ -19,8 +19,9 @@ from phireg.cli.options import (
     quiet_option,
     revision_option,
 )
-from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json, size
+from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json
 from phireg.errors import CheckError, UsageError
+from phireg.files.sizes import size
 
 if TYPE_CHECKING:
     from phireg.postprocessing.postprocess import Postprocessed, RowOrder

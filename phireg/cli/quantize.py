@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from phireg.cli.options import (
     report_option,
     source_options,
 )
-from phireg.cli.output import ProgressBars, columns, emit, emit_json, printable
+from phireg.cli.output import ProgressBars, columns, emit, emit_json, page_facts, printable
 from phireg.cli.plan import family_text, format_text, warnings_text
 from phireg.errors import CheckError, PhiregError, SourceError, UsageError
 
@@ -173,7 +174,7 @@ def command(
             from phireg.report.page import write_page
             from phireg.report.quality import render_quality
 
-            write_page(render_quality(result.quality), Path(report))
+            write_page(render_quality(result.quality, page_facts(started)), Path(report))
         result.seconds["all"] = time.monotonic() - started
         if as_json:
             emit_json(_document(result))
@@ -271,6 +272,7 @@ def _measure(result: _Result, settings: Settings, measure: bool | None, bars: Pr
             result.converted.output_dir,
             settings,
             provenance=calibrated.statistics.provenance if calibrated else None,
+            generate=result.report is not None,
             progress=bars.count("measuring", "layers"),
         )
     except PhiregError as error:
@@ -333,7 +335,7 @@ def _quality_text(quality: Quality) -> str:
     shown = sorted({*range(layers - 1, -1, -step), layers - 1})
     hidden = ", ".join(f"{layer}: {percent(quality.hidden[layer])}" for layer in shown)
     rows = [
-        ("quality", quality.verdict),
+        ("quality", quality.summary),
         ("text", quality.text.description),
         ("hidden states", f"error behind layer {hidden}"),
     ]
@@ -382,16 +384,22 @@ def _quality_document(quality: Quality) -> dict[str, Any]:
 
     text = quality.text
     return {
-        "close": quality.close,
         "verdict": quality.verdict,
+        "summary": quality.summary,
         "text": text.origin,
         "rows": text.rows,
         "tokens": text.tokens,
         "calibrated_on": text.calibrated,
         "perplexity": text.perplexity,
         "unquantized_perplexity": text.unquantized_perplexity,
+        "perplexity_change": text.loss,
         "kl": text.kl,
         "top1": text.top1,
+        "unquantized_bytes": quality.unquantized_size,
+        "bytes": quality.size,
+        "continuation": None
+        if isinstance(quality.continuation, str)
+        else dataclasses.asdict(quality.continuation),
         "hidden": quality.hidden,
         "linears": [
             {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,16 @@ from phireg.cli.options import (
     quiet_option,
     report_option,
 )
-from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json, memory, printable
+from phireg.cli.output import (
+    ProgressBars,
+    columns,
+    counted,
+    emit,
+    emit_json,
+    memory,
+    page_facts,
+    printable,
+)
 from phireg.cli.streams import give_back
 from phireg.errors import CheckError, UsageError
 
@@ -197,6 +207,7 @@ def command(
     )
     from phireg.summarization.task import Settings
 
+    started = time.monotonic()
     report_path = None if report is None else check_file(Path(report), "--report")
     hf_dir = None if model_dir is None else Path(model_dir)
     models = choose_models(
@@ -237,7 +248,7 @@ def command(
         from phireg.report.page import write_page
         from phireg.report.summary import render_summarization
 
-        write_page(render_summarization(summarization), report_path)
+        write_page(render_summarization(summarization, page_facts(started)), report_path)
     if as_json:
         emit_json(_document(summarization))
     else:

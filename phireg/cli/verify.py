@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from phireg.cli.options import (
     report_option,
     revision_option,
 )
-from phireg.cli.output import ProgressBars, Styled, columns, emit, emit_json, printable
+from phireg.cli.output import ProgressBars, Styled, columns, emit, emit_json, page_facts, printable
 from phireg.errors import CheckError, IncompleteError, UsageError
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def command(
     Of an engine that phireg built: its files, the network that TensorRT was given and, on a GPU,
     the running engine, whose result goes into its manifest.
     """
+    started = time.monotonic()
     page = None if report is None else check_file(Path(report), "--report")
     with ProgressBars(quiet) as bars:
         advance = {
@@ -101,7 +103,7 @@ def command(
         from phireg.report.page import write_page
         from phireg.report.verification import render_verification
 
-        write_page(render_verification(verifications[-1]), page)
+        write_page(render_verification(verifications[-1], page_facts(started)), page)
     if as_json:
         document = verification_document(verifications[-1])
         if len(verifications) > 1:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,15 +18,12 @@ from phireg.executor import Executor
 from phireg.executor.blocks import Weights
 from phireg.executor.finite import check_logits, rows_named
 from phireg.executor.quantized import fake_quantize
+from phireg.quality.estimates import mean, share
 from phireg.quality.result import LinearQuality
 from phireg.reader.schemes import LINEARS, ROW_LINEARS
-from phireg.verification.logits import Layer, divergence
+from phireg.verification.logits import Layer, divergences
 
 _ROWS = 1024
-
-
-Logits = tuple[float, float, float, float]
-"""``top1``, ``kl``, ``nll`` and ``unquantized_nll`` of a ``TextQuality``."""
 
 
 def compare_layers(
@@ -33,8 +31,10 @@ def compare_layers(
     quantized: Executor,
     rows: Sequence[Sequence[int]],
     progress: Callable[[int], None],
-) -> tuple[tuple[LinearQuality, ...], tuple[float, ...], Logits]:
-    """Run both on all rows, layer by layer; return linears, hidden states' errors and logits.
+) -> tuple[tuple[LinearQuality, ...], tuple[float, ...], dict[str, Any]]:
+    """Run both on all rows, layer by layer.
+
+    Return the linears, the hidden states' errors, and what ``TextQuality`` has of the logits.
 
     Both must compute in float32, on the same device. Between layers only the hidden states of all
     rows are in memory; at the end also the logits of one of the two.
@@ -84,33 +84,35 @@ def _compare_logits(
     ids: Sequence[Tensor],
     states: Sequence[Tensor],
     quantized_states: Sequence[Tensor],
-) -> Logits:
+) -> dict[str, Any]:
     ends = plain.end_weights()
     expected = [plain.logits(ends, x)[0] for x in states]
     with rows_named([f"the unquantized model, sample {n}" for n in range(1, len(ids) + 1)]):
         for index, logits in enumerate(expected):
             check_logits(logits, index, 0, "float32")
     ends = quantized.end_weights()
-    positions = predicted = same = 0
-    kl = nll = unquantized_nll = 0.0
+    by_row = []
     rows = zip(ids, expected, quantized_states, strict=True)
     for number, (row, before, x) in enumerate(rows, 1):
         after = quantized.logits(ends, x)[0]
         with rows_named([f"the quantized model, sample {number}"]):
             check_logits(after, 0, 0, "float32")
-        positions += len(before)
-        predicted += len(before) - 1
-        same += int((before.argmax(-1) == after.argmax(-1)).sum())
-        kl += divergence(after, before) * len(before)
-        unquantized_nll += _nll(before, row[0])
-        nll += _nll(after, row[0])
-    return same / positions, kl / positions, nll / predicted, unquantized_nll / predicted
+        same = before.argmax(-1) == after.argmax(-1)
+        measured = (same, divergences(after, before), _nll(before, row[0]), _nll(after, row[0]))
+        by_row.append([values.cpu().numpy() for values in measured])
+    same_rows, kl, before_nll, after_nll = zip(*by_row, strict=True)
+    return {
+        "top1": share(same_rows),
+        "kl": mean(kl),
+        "nll": mean(after_nll).value,
+        "unquantized_nll": mean(before_nll).value,
+        "nll_change": mean([a - b for a, b in zip(after_nll, before_nll, strict=True)]),
+    }
 
 
-def _nll(logits: Tensor, ids: Tensor) -> float:
-    """Sum the negative log likelihoods of all tokens but the first."""
-    losses = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
-    return float(losses.sum(dtype=torch.float64))
+def _nll(logits: Tensor, ids: Tensor) -> Tensor:
+    """Compute the negative log likelihoods of all tokens but the first."""
+    return torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
 
 
 class LinearMeter:

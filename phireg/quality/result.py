@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ALLOWED = {"fp8": 0.02, "int8_sq": 0.05, "int8_wo": 0.02, "int4_wo": 0.05}
-"""Largest relative change of the perplexity, by format, of a model that is called close."""
+from phireg.quality.estimates import Estimate
+
+CLOSE, CHANGED, FAR = "close", "changed", "far"
+UNCLEAR, UNINFORMATIVE = "unclear", "uninformative"
+
+LIMITS = ((CLOSE, 0.05, 0.90), (CHANGED, 0.5, 0.70))
+"""The scale, the same for every format: a class, its largest KL divergence in nats, and its least
+share of positions with the same next token. What is beyond the last is ``FAR``."""
+
+WORDS = {
+    CLOSE: "close to the unquantized model",
+    CHANGED: "noticeably changed from the unquantized model",
+    FAR: "far from the unquantized model",
+    UNCLEAR: "not enough text to tell",
+    UNINFORMATIVE: "this text tells nothing",
+}
+"""Every verdict in words."""
 
 _NONE = "-"
 
@@ -29,8 +44,19 @@ def decibels(relative: float | None) -> str:
 
 
 def percent(relative: float | None) -> str:
-    """Write a relative error: ``2.65%``."""
-    return _NONE if relative is None else f"{relative:.2%}"
+    """Write a relative error: ``2.65%``; ``exact`` where there is none."""
+    if relative is None:
+        return _NONE
+    return "exact" if relative == 0 else f"{relative:.2%}"
+
+
+def number(value: float, digits: int = 2) -> str:
+    """Write a number that is not negative without exponents: ``66,650``, ``3.52``, ``0.0012``."""
+    if not math.isfinite(value):
+        return "infinite"
+    if value >= 10**digits:
+        return f"{value:,.0f}"
+    return "<0.0001" if 0 < value < 1e-4 else f"{value:.{digits}g}"
 
 
 def share(value: float | None) -> str:
@@ -79,10 +105,12 @@ class TextQuality:
     rows: int
     tokens: int
     calibrated: bool  # the scales were calibrated on these samples too
-    top1: float  # share of positions with the same most likely next token
-    kl: float  # mean KL(unquantized || quantized), in nats
+    vocab_size: int
+    top1: Estimate  # share of positions with the same most likely next token
+    kl: Estimate  # mean KL(unquantized || quantized), in nats
     nll: float  # mean negative log likelihood of the next token, of the quantized model
     unquantized_nll: float
+    nll_change: Estimate
 
     @property
     def description(self) -> str:
@@ -102,9 +130,38 @@ class TextQuality:
         return _exp(self.unquantized_nll)
 
     @property
-    def loss(self) -> float:
+    def loss(self) -> Estimate:
         """Relative increase of the perplexity; negative if it is lower."""
-        return _exp(self.nll - self.unquantized_nll) - 1
+        change = self.nll_change
+        return Estimate(*(_exp(x) - 1 for x in (change.value, change.low, change.high)))
+
+    @property
+    def informative(self) -> bool:
+        """The unquantized model predicts the text better than all tokens alike would."""
+        return self.unquantized_perplexity < self.vocab_size
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of the scale that the intervals leave possible, the best one first."""
+        names = [*(name for name, _, _ in LIMITS), FAR]
+        ends = [(self.kl.low, self.top1.high), (self.kl.high, self.top1.low)]
+        best, worst = (
+            next(
+                (n for n, (_, kl, top1) in enumerate(LIMITS) if a <= kl and b >= top1), len(LIMITS)
+            )
+            for a, b in ends
+        )
+        return tuple(names[best : worst + 1])
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """What both models write behind the beginning of a text, greedily."""
+
+    prompt: str
+    before: str  # by the unquantized model
+    after: str
+    tokens: int  # of each at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,25 +178,48 @@ class Quality:
     linears: tuple[LinearQuality, ...]  # in the order of the computation
     hidden: tuple[float, ...]  # by layer, mean over tokens of the error of its output
     text: TextQuality
+    unquantized_size: int  # bytes of the rank files that convert would write
+    size: int  # bytes of the rank files
+    continuation: Continuation | str  # or why there is none
     provenance: tuple[tuple[str, str], ...]  # label and value
 
     @property
-    def close(self) -> bool:
-        """The perplexity is as near to the unquantized one as ``ALLOWED`` says."""
-        return abs(self.text.loss) <= ALLOWED[self.qformat]
+    def verdict(self) -> str:
+        """A key of ``WORDS``."""
+        if not self.text.informative:
+            return UNINFORMATIVE
+        classes = self.text.classes
+        return classes[0] if len(classes) == 1 else UNCLEAR
 
     @property
-    def verdict(self) -> str:
-        """One sentence."""
-        text = self.text
-        change = f"{text.loss:+.2%}" if math.isfinite(text.loss) else "far off"
-        word = "close to" if self.close else "not close to"
+    def summary(self) -> str:
+        """The verdict and its reason."""
+        text, word = self.text, WORDS[self.verdict]
+        if self.verdict == UNINFORMATIVE:
+            return (
+                f"{word}: the unquantized model's own perplexity on it is "
+                f"{number(text.unquantized_perplexity, 4)}, and picking among all "
+                f"{text.vocab_size:,} tokens blindly has {text.vocab_size:,}; measure on text like "
+                "that of its training (--calib-file)"
+            )
+        if self.verdict == UNCLEAR:
+            word += f", {text.classes[0]} or {text.classes[-1]}"
+        top1, kl = text.top1, text.kl
         return (
-            f"{word} the unquantized model: perplexity {text.perplexity:.4g} instead of "
-            f"{text.unquantized_perplexity:.4g} ({change}; up to "
-            f"{ALLOWED[self.qformat]:.0%} is called close), the same next token at "
-            f"{text.top1:.1%} of {text.tokens:,} positions"
+            f"{word}: the same next token at {top1.value:.1%} of {text.tokens:,} positions "
+            f"({_range(top1, '{:.1%}'.format)} with 95% confidence), KL divergence "
+            f"{number(kl.value)} nats ({_range(kl, number)}); {self.perplexities}"
         )
+
+    @property
+    def perplexities(self) -> str:
+        """Both perplexities. A lower one than the unquantized model's is no defect."""
+        text, loss = self.text, self.text.loss
+        change = f"{loss.value:+.2%}" if math.isfinite(loss.value) else "far more"
+        if loss.low <= 0 <= loss.high:
+            change += ", within what the text can tell"
+        after, before = (number(x, 4) for x in (text.perplexity, text.unquantized_perplexity))
+        return f"perplexity {after} instead of {before} ({change})"
 
     @property
     def name(self) -> str:
@@ -155,6 +235,10 @@ class Quality:
     def worst_first(self) -> Sequence[LinearQuality]:
         """Return the linears, that with the largest error of weight or input first."""
         return sorted(self.linears, key=lambda linear: -linear.worst)
+
+
+def _range(estimate: Estimate, text: Callable[[float], str]) -> str:
+    return f"{text(max(0.0, estimate.low))} to {text(estimate.high)}"
 
 
 def _exp(value: float) -> float:

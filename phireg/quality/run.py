@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phireg import demo
 from phireg.calibration.calibrate import describe, encoder
 from phireg.calibration.settings import Settings
 from phireg.config.hf import HFConfig
 from phireg.conversion.stream import assemble
+from phireg.data.rows import AUTO
 from phireg.data.samples import DEFAULT_SIZE, Encode, Samples, read_samples
 from phireg.device import pick_device
 from phireg.dtypes import as_torch
 from phireg.errors import SourceError
 from phireg.executor import Executor, read_spec
+from phireg.executor.generate import generate as write
 from phireg.executor.model import Source, open_ranks
 from phireg.files.json import read_json_object
+from phireg.generation.tokenizer import find_tokenizer, stop_ids
 from phireg.planning.build import build_plan
 from phireg.planning.model import Plan
 from phireg.quality.layerwise import compare_layers
-from phireg.quality.result import Quality, TextQuality
+from phireg.quality.result import Continuation, Quality, TextQuality
 from phireg.reader.spec import parse_spec
 from phireg.reference.quiet import quiet
 from phireg.source.model import Reader
 
-TOKENS = {"cpu": 512, "cuda": 2048}
-"""Most tokens of a measurement, by kind of device."""
+TOKENS = 2048
+"""Most tokens of a measurement."""
 
 CPU_BUDGET = 4e12
 """Multiply-adds that a measurement may take on a CPU: about two minutes on a few cores."""
@@ -42,21 +46,30 @@ FEWEST = 64
 _FURTHER = 64
 """Samples that are read behind those that were calibrated on."""
 
+_ARTICLES = 32
+"""Articles of a demo model to read: more than ``TOKENS`` tokens."""
+
+_PROMPT, _NEW_TOKENS = 64, 48
+"""Tokens that both models continue, and of the continuation, at most."""
+
+_MOST_WEIGHTS = 2e8
+"""Weights of a model that writes on a CPU, which reads all of them for every token."""
+
 Progress = Callable[[int, int], None]
 """Takes the number of further layers, and of all layers."""
 
 
 def affordable(plan: Plan, device: torch.device) -> int:
     """Return how many tokens both models can run in time."""
-    most = TOKENS[device.type]
     if device.type == "cuda":
-        return most
-    weights = sum(
-        tensor.shape[0] * tensor.shape[1]
-        for tensor in plan.source.tensors.values()
-        if len(tensor.shape) > 1
-    )
-    return min(most, int(CPU_BUDGET / (2 * weights)))  # each model multiplies every weight once
+        return TOKENS
+    # Each model multiplies every weight once.
+    return min(TOKENS, int(CPU_BUDGET / (2 * _weights(plan))))
+
+
+def _weights(plan: Plan) -> int:
+    shapes = [tensor.shape for tensor in plan.source.tensors.values()]
+    return sum(shape[0] * shape[1] for shape in shapes if len(shape) > 1)
 
 
 def measure(
@@ -65,26 +78,31 @@ def measure(
     settings: Settings,
     *,
     provenance: Mapping[str, Any] | None = None,
+    generate: bool = False,
     progress: Progress | None = None,
 ) -> Quality:
     """Compare a quantized checkpoint with the one that ``convert`` would have written.
 
     Both run in float32 on the executor, which reads one layer of each at a time: the checkpoint's
     from its files, the unquantized one's from the source. The samples are those of ``settings``
-    behind the ones that ``provenance``, of the statistics, tells of.
+    behind the ones that ``provenance``, of the statistics, tells of; of a demo model, unless the
+    settings name others, the articles that were held back from its training.
+
+    With ``generate`` both also continue the beginning of the text, where that takes seconds.
     """
     device = pick_device(settings.device)
     directory = Path(checkpoint_dir)
     spec = read_spec(directory)
+    encode = encoder(plan.source.directory)
     with quiet():
-        text = choose_text(
+        text = held_back(settings, plan.source.directory, encode) or choose_text(
             settings,
             provenance,
-            encoder(plan.source.directory),
-            tokens=max(affordable(plan, device), FEWEST),
+            encode,
             vocab_size=spec.vocab_size,
             longest=spec.max_position_embeddings,
         )
+    text = text.cut(max(affordable(plan, device), FEWEST), spec.max_position_embeddings)
     if not text.rows:
         raise SourceError(
             f"{text.origin}: no sample has two tokens or more, so nothing can be measured"
@@ -95,17 +113,35 @@ def measure(
     report = progress or (lambda more, total: None)
     with plan.source.open() as reader:
         ranks = range(spec.tp_size)
-        how: dict[str, Any] = {"device": device, "dtype": torch.float32, "offload": True}
-        sources = [_planned_tensors(unquantized, rank, reader) for rank in ranks]
-        plain = Executor(parse_spec(dict(unquantized.config)), sources, ranks, **how)
-        quantized = Executor(spec, open_ranks(directory, spec, ranks), ranks, **how)
+        planned = [_planned_tensors(unquantized, rank, reader) for rank in ranks]
+
+        def opened(**how: Any) -> Iterator[Executor]:
+            """Yield the unquantized model and the quantized one."""
+            before = parse_spec(dict(unquantized.config))
+            yield Executor(before, planned, ranks, device=device, **how)
+            yield Executor(spec, open_ranks(directory, spec, ranks), ranks, device=device, **how)
+
+        plain, quantized = opened(dtype=torch.float32, offload=True)
         layers = spec.num_layers
         linears, hidden, logits = compare_layers(
             plain, quantized, text.rows, lambda more: report(more, layers)
         )
+        continuation: Continuation | str = "not asked for"
+        if generate and device.type == "cpu" and _weights(plan) > _MOST_WEIGHTS:
+            continuation = "it would take long on a CPU, where phireg run does it"
+        elif generate:
+            gpu = device.type == "cuda"
+            how = {"dtype": spec.dtype} if gpu else {"dtype": torch.float32, "offload": True}
+            continuation = _continue(opened(**how), text, plan.source.directory)
     assert plan.options.qformat is not None
-    tokens = sum(map(len, text.rows))
-    text_quality = TextQuality(text.origin, len(text.rows), tokens, text.calibrated, *logits)
+    text_quality = TextQuality(
+        text.origin,
+        len(text.rows),
+        sum(map(len, text.rows)),
+        text.calibrated,
+        spec.vocab_size,
+        **logits,
+    )
     labels = {
         "checkpoint": str(directory.absolute()),
         "source": f"{plan.model_dir}, {len(plan.source.files)} file(s)",
@@ -125,6 +161,9 @@ def measure(
         linears,
         hidden,
         text_quality,
+        sum(unquantized.file_sizes),
+        sum(file.stat().st_size for file in directory.glob("rank*.safetensors")),
+        continuation,
         tuple(labels.items()),
     )
 
@@ -136,6 +175,46 @@ class Text:
     rows: tuple[tuple[int, ...], ...]
     origin: str
     calibrated: bool
+    prompt: tuple[int, ...]  # what both models are to continue
+
+    def cut(self, tokens: int, longest: int) -> Text:
+        """Keep so many tokens at most, in rows of at most ``longest``."""
+        rows: list[tuple[int, ...]] = []
+        for row in self.rows:
+            kept = row[: min(longest, tokens - sum(map(len, rows)))]
+            if len(kept) < 2:
+                break
+            rows.append(kept)
+        return dataclasses.replace(self, rows=tuple(rows))
+
+
+def held_back(settings: Settings, directory: Path, encode: Encode) -> Text | None:
+    """Return a demo model's own articles with their summaries; None if others are named."""
+    family = demo.family_of([directory]) if settings.source == AUTO else None
+    if family is None:
+        return None
+    articles = demo.find(family).articles[:_ARTICLES]
+    rows = tuple(tuple(encode(article.prompt + article.reference)) for article in articles)
+    prompt = tuple(encode(articles[0].prompt))
+    return Text(rows, "the articles held back from the demo model's training", False, prompt)
+
+
+def _continue(models: Iterator[Executor], text: Text, directory: Path) -> Continuation | str:
+    """Let both models write, one after the other."""
+    tokenizer = find_tokenizer(directory)
+    if tokenizer is None:
+        return "the model has no tokenizer"
+    stops = stop_ids(directory, tokenizer)
+    written = []
+    for model in models:
+        most = min(_NEW_TOKENS, model.spec.max_position_embeddings - len(text.prompt))
+        if most < 1:
+            return "the text is as long as the model's context"
+        (row,) = write(model, [text.prompt], most, stops)
+        written.append(tokenizer.decode([token for token in row if token not in stops]))
+        del model  # of two models in memory, the first leaves it before the second comes
+    before, after = written
+    return Continuation(tokenizer.decode(text.prompt), before, after, _NEW_TOKENS)
 
 
 def choose_text(
@@ -143,7 +222,6 @@ def choose_text(
     provenance: Mapping[str, Any] | None,
     encode: Encode,
     *,
-    tokens: int,
     vocab_size: int,
     longest: int,
 ) -> Text:
@@ -164,13 +242,8 @@ def choose_text(
         if samples.first(used).digest != provenance["data_digest"]:
             used = 0  # statistics of other text
     further = [row for row in samples.rows[used:] if len(row) > 1]
-    rows: list[tuple[int, ...]] = []
-    for row in further or samples.rows:
-        kept = row[: tokens - sum(map(len, rows))]
-        if len(kept) < 2:
-            break
-        rows.append(kept)
-    return Text(tuple(rows), samples.origin, used > 0 and not further)
+    rows = tuple(further) or samples.rows
+    return Text(rows, samples.origin, used > 0 and not further, rows[0][:_PROMPT])
 
 
 def _planned_tensors(plan: Plan, rank: int, reader: Reader) -> Source:

@@ -7,12 +7,35 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from phireg.quality.result import Quality, decibels, percent, share, times
-from phireg.report.page import WIDTH, LogPlot, every, render_template
+from phireg.quality.result import (
+    CHANGED,
+    CLOSE,
+    FAR,
+    LIMITS,
+    UNCLEAR,
+    UNINFORMATIVE,
+    WORDS,
+    Continuation,
+    Quality,
+    decibels,
+    number,
+    percent,
+    share,
+    times,
+)
+from phireg.report.page import Facts, LogPlot, every, render_template
 
 _WORST = 16
-_LEFT, _TOP, _ROW, _GAP = 126, 4, 30, 2
 _TICKS = 20
+
+_STATES = {
+    CLOSE: ("good", "✓"),
+    CHANGED: ("part", "!"),
+    FAR: ("bad", "✗"),
+    UNCLEAR: ("open", "?"),
+    UNINFORMATIVE: ("open", "?"),
+}
+"""A verdict's color and mark."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +51,7 @@ class Measure:
     ends: tuple[float, ...]
     labels: tuple[str, ...]
     text: Callable[[float], str]
+    unit: str = ""
 
 
 _RELATIVE = tuple(10 ** (-ratio / 20) for ratio in (40, 35, 30, 25, 20, 15))
@@ -41,6 +65,7 @@ MEASURES = (
         _RELATIVE,
         _DECIBELS,
         decibels,
+        " dB",
     ),
     Measure(
         "Input",
@@ -49,6 +74,7 @@ MEASURES = (
         _RELATIVE,
         _DECIBELS,
         decibels,
+        " dB",
     ),
     Measure(
         "Saturation",
@@ -69,19 +95,27 @@ MEASURES = (
 )
 
 
-def render_quality(quality: Quality) -> str:
+def render_quality(quality: Quality, facts: Facts = ()) -> str:
     """Return the page as text."""
     layers = len(quality.hidden)
     measures = [m for m in MEASURES if getattr(quality.linears[0], m.attribute) is not None]
+    state, mark = _STATES[quality.verdict]
+    written = quality.continuation
     return render_template(
         "quality.html",
         quality=quality,
+        state=state,
+        word=f"{mark} {WORDS[quality.verdict]}",
+        limits=LIMITS,
         maps=[_heat_map(quality, measure) for measure in measures],
-        plot=LogPlot.around(240, quality.hidden, -0.5, layers - 0.5),
+        plot=LogPlot.around(quality.hidden, -0.5, layers - 0.5),
         states=list(enumerate(quality.hidden)),
         ticks=[(layer, layer) for layer in every(layers, _TICKS)],
         worst=quality.worst_first()[:_WORST],
-        provenance=quality.provenance,
+        written=written if isinstance(written, Continuation) else None,
+        unwritten=written,
+        provenance=(*quality.provenance, *facts),
+        number=number,
         percent=percent,
         decibels=decibels,
         share=share,
@@ -90,31 +124,30 @@ def render_quality(quality: Quality) -> str:
 
 
 def _heat_map(quality: Quality, measure: Measure) -> dict[str, Any]:
-    """Place a cell for every linear: layers across, linears down."""
-    names = list(dict.fromkeys(linear.linear for linear in quality.linears))
-    layers = len(quality.hidden)
-    width = (WIDTH - _LEFT) / layers
-    cells = []
+    """Return a row of cells for each linear, by layer.
+
+    Cells of one color say nothing that a sentence does not say.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {}
+    values = []
     for linear in quality.linears:
         value = getattr(linear, measure.attribute)
-        cells.append(
+        values.append(value)
+        rows.setdefault(linear.linear, []).append(
             {
-                "x": _LEFT + linear.layer * width,
-                "y": _TOP + names.index(linear.linear) * _ROW,
                 "heat": bisect_left(measure.ends, value),
                 "label": f"layer {linear.layer} {linear.linear}",
                 "number": measure.text(value),
             }
         )
+    heats = {cell["heat"] for row in rows.values() for cell in row}
+    best, worst = measure.text(min(values)), measure.text(max(values))
+    everywhere = f"{best}{measure.unit}" + (f" to {worst}{measure.unit}" if worst != best else "")
     return {
         "name": measure.name,
         "meaning": measure.meaning,
         "labels": measure.labels,
-        "left": _LEFT,
-        "height": _TOP + len(names) * _ROW + 24,
-        "cell_width": width - min(_GAP, width * 0.12),
-        "cell_height": _ROW - _GAP,
-        "rows": [(name, _TOP + row * _ROW) for row, name in enumerate(names)],
-        "cells": cells,
-        "ticks": [(layer, _LEFT + (layer + 0.5) * width) for layer in every(layers, _TICKS)],
+        "rows": rows,
+        "layers": len(quality.hidden),
+        "everywhere": everywhere if len(heats) == 1 else None,
     }

@@ -4,128 +4,133 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from statistics import median
 from typing import Any
 
-from phireg.report.page import WIDTH, render_template
+from phireg.report.page import Axis, Facts, render_template
 from phireg.summarization.result import ROUGES, BackendResult, Summarization
 
 MOST_ARTICLES = 100
 """Articles shown with their texts; the worst ones."""
 
-_BIN = 5
-_BIN_HEIGHT = 78
-_GROUP = (WIDTH - 16 - 40) / len(ROUGES)
-_WORD = re.compile(r"[a-z0-9]+", re.IGNORECASE)
+_OPEN = 3
+"""Articles whose texts are unfolded although all backends agree."""
+
+_BINS = 20
+_PIECE = re.compile(r"[a-z0-9]+|[^a-z0-9]+", re.IGNORECASE)
 
 
-def render_summarization(summarization: Summarization) -> str:
+def render_summarization(summarization: Summarization, facts: Facts = ()) -> str:
     """Return the page as text."""
+    articles = list(_worst_articles(summarization))
     return render_template(
         "summary.html",
         summarization=summarization,
         rouges=ROUGES,
-        bars=_bar_chart(summarization),
+        chart=_score_chart(summarization),
         spread=_histograms(summarization.backends),
-        articles=list(_worst_articles(summarization)),
-        provenance=summarization.provenance,
+        articles=articles,
+        different=[article for article in articles if len(article["texts"]) > 1],
+        provenance=(*summarization.provenance, *facts),
     )
+
+
+def _score_chart(summarization: Summarization) -> dict[str, Any]:
+    """Place every backend's scores, and the thresholds, on one axis."""
+    thresholds = {c.threshold for c in summarization.checks if c.metric == "rouge1"}
+    limits = sorted(threshold for threshold in thresholds if 0 <= threshold <= 100)
+    scores = {name: [r.rouge.total[name] for r in summarization.backends] for name in ROUGES}
+    axis = Axis.around([*limits, *(score for row in scores.values() for score in row)], 2)
+    return {"axis": axis, "scores": scores, "limits": limits}
+
+
+def _histograms(backends: Sequence[BackendResult]) -> dict[str, Any]:
+    """Count each backend's articles by their ROUGE-1, all on one scale."""
+    scores = [[article["rouge1"] for article in r.rouge.articles] for r in backends]
+    axis = Axis.around([score for row in scores for score in row], 1, _BINS)
+    bins = len(axis.ticks()) - 1
+    counts = []
+    for row in scores:
+        places = [min(int((score - axis.low) / axis.step + 1e-9), bins - 1) for score in row]
+        counts.append([places.count(n) for n in range(bins)])
+    most = max(map(max, counts))
+    return {
+        "axis": axis,
+        "backends": [
+            {
+                "name": result.name,
+                "median": median(row),
+                "lowest": min(row),
+                "bins": [
+                    {"low": axis.ticks()[n][1], "high": axis.ticks()[n + 1][1], "count": count}
+                    | {"height": 100 * count / most}
+                    for n, count in enumerate(of_backend)
+                ],
+            }
+            for result, row, of_backend in zip(backends, scores, counts, strict=True)
+        ],
+    }
 
 
 @dataclass(frozen=True, slots=True)
-class _BarChart:
-    """A group of bars for each ROUGE, a bar for each backend."""
+class _Piece:
+    """A word of a summary, or what is between two."""
 
-    bar_width: float
-    thresholds: Sequence[float]
-    bars: list[dict[str, Any]] = field(default_factory=list)
-    height: int = 260
-    left: int = 40
-    right: int = WIDTH - 16
-    bottom: int = 230
-    group_width: float = _GROUP
-
-    def x(self, score: float) -> float:
-        return self.left + score / 100 * (self.right - self.left)
-
-    def y(self, score: float) -> float:
-        return self.bottom - score / 100 * (self.bottom - 22)
-
-
-def _bar_chart(summarization: Summarization) -> _BarChart:
-    backends = summarization.backends
-    thresholds = {c.threshold for c in summarization.checks if c.metric == "rouge1"}
-    chart = _BarChart(
-        min(64.0, _GROUP * 0.8 / len(backends)),
-        sorted(threshold for threshold in thresholds if 0 <= threshold <= 100),
-    )
-    for group, metric in enumerate(ROUGES):
-        margin = (chart.group_width - chart.bar_width * len(backends)) / 2
-        start = chart.left + chart.group_width * group + margin
-        for index, result in enumerate(backends):
-            chart.bars.append(
-                {
-                    "x": start + chart.bar_width * index,
-                    "backend": index,
-                    "name": result.name,
-                    "metric": metric,
-                    "score": result.rouge.total[metric],
-                }
-            )
-    return chart
-
-
-def _histograms(backends: Sequence[BackendResult]) -> list[dict[str, Any]]:
-    """Count each backend's articles by their ROUGE-1, all on one scale."""
-    scores = [[article["rouge1"] for article in r.rouge.articles] for r in backends]
-    counts = [
-        [sum(min(int(s), 99) // _BIN == n for s in of_backend) for n in range(100 // _BIN)]
-        for of_backend in scores
-    ]
-    most = max(map(max, counts))
-    return [
-        {
-            "name": result.name,
-            "median": median(of_backend),
-            "lowest": min(of_backend),
-            "bins": [
-                {"low": n * _BIN, "count": count, "height": max(_BIN_HEIGHT * count / most, 1.5)}
-                for n, count in enumerate(bins)
-                if count
-            ],
-        }
-        for result, of_backend, bins in zip(backends, scores, counts, strict=True)
-    ]
+    text: str
+    unknown: bool = False  # not in the reference
+    different: bool = False  # not at this place in the other backends' summary
 
 
 def _worst_articles(summarization: Summarization) -> Iterator[dict[str, Any]]:
+    """Yield articles with the different summaries of each; those with several come first."""
+
     def lowest(n: int) -> float:
         return min(result.rouge.articles[n]["rouge1"] for result in summarization.backends)
 
-    for n in sorted(range(len(summarization.samples)), key=lowest)[:MOST_ARTICLES]:
+    def agree(n: int) -> bool:
+        return len({result.summaries[n].text for result in summarization.backends}) == 1
+
+    worst = sorted(range(len(summarization.samples)), key=lowest)
+    opened = worst[:_OPEN]
+    for n in sorted(sorted(worst, key=agree)[:MOST_ARTICLES], key=lambda n: (agree(n), lowest(n))):
         sample = summarization.samples[n]
+        by_text: dict[str, list[int]] = {}
+        for index, result in enumerate(summarization.backends):
+            by_text.setdefault(result.summaries[n].text.strip(), []).append(index)
+        rows = [_pieces(text, sample.reference) for text in by_text]
+        if len(rows) > 1:
+            rows = [_marked(rows[0], rows[1]), *(_marked(row, rows[0]) for row in rows[1:])]
         yield {
+            "number": n,
             "sample": sample,
-            "summaries": [
+            "lowest": lowest(n),
+            "opened": len(rows) > 1 or n in opened,
+            "texts": [
                 {
-                    "name": result.name,
-                    "rouge1": result.rouge.articles[n]["rouge1"],
-                    "words": list(_words(result.summaries[n].text.strip(), sample.reference)),
+                    "backends": [(i, summarization.backends[i].name) for i in indices],
+                    "rouge1": summarization.backends[indices[0]].rouge.articles[n]["rouge1"],
+                    "pieces": pieces,
                 }
-                for result in summarization.backends
+                for indices, pieces in zip(by_text.values(), rows, strict=True)
             ],
         }
 
 
-def _words(summary: str, reference: str) -> Iterator[tuple[str, bool]]:
-    """Split a summary into pieces; True marks a word that the reference does not have."""
-    known = {word.lower() for word in _WORD.findall(reference)}
-    end = 0
-    for match in _WORD.finditer(summary):
-        if match.start() > end:
-            yield summary[end : match.start()], False
-        yield match.group(), match.group().lower() not in known
-        end = match.end()
-    if end < len(summary):
-        yield summary[end:], False
+def _pieces(summary: str, reference: str) -> list[_Piece]:
+    known = {word.lower() for word in _PIECE.findall(reference)}
+    return [
+        _Piece(text, unknown=text[0].isalnum() and text.lower() not in known)
+        for text in _PIECE.findall(summary)
+    ]
+
+
+def _marked(pieces: list[_Piece], others: list[_Piece]) -> list[_Piece]:
+    """Mark the pieces that are not the others'."""
+    own, other = ([piece.text for piece in row] for row in (pieces, others))
+    marked = list(pieces)
+    for tag, start, end, _, _ in SequenceMatcher(None, own, other, autojunk=False).get_opcodes():
+        if tag != "equal":
+            marked[start:end] = [replace(piece, different=True) for piece in pieces[start:end]]
+    return marked

@@ -184,15 +184,21 @@ class ComputedChecks:
             ranges.observe,
         )
         tokens = ", ".join(str(prompt.tokens) for prompt in result.prompts)
+        relative = error_text(max(prompt.relative for prompt in result.prompts))
+        top1 = f"top-1 {result.prompts[-1].top1:.1%}"
+        limit = tolerance_text(result.logits_tolerance)
         summary = (
-            f"prompts of {tokens} tokens; relative error "
-            f"{error_text(max(prompt.relative for prompt in result.prompts))} "
-            f"(tolerance {tolerance_text(result.logits_tolerance)}), "
-            f"top-1 {result.prompts[-1].top1:.1%}"
+            f"prompts of {tokens} tokens; relative error {relative} (tolerance {limit}), {top1}"
         )
-        if result.quantized:
+        if result.quantized_tolerance is not None:
+            parts = max(error for place, error in result.places if place[1] in result.quantized)
             kl = max(prompt.kl for prompt in result.prompts)
-            summary = f"quantized ({_algorithms(self.spec)}); {summary}, KL {error_text(kl)}"
+            summary = (
+                f"quantized ({_algorithms(self.spec)}); prompts of {tokens} tokens; quantized "
+                f"parts given the source's own input: relative error up to {error_text(parts)} "
+                f"(limit {tolerance_text(result.quantized_tolerance)}; wrong ones are off by 0.5 "
+                f"and more); the model on its own: {relative}, KL {error_text(kl)}, {top1}"
+            )
         notes = [*self.prompts.notes, *notes]
         if result.masked:
             notes.append(f"{result.masked} ids the source suppresses are left out")

@@ -210,7 +210,7 @@ def _prompt_result(actual: Tensor, expected: Tensor, prompt: Prompt, slack: floa
         prompt.purpose,
         math.inf if math.isnan(largest) else largest,
         overall(errors),
-        divergence(actual, expected),
+        float(divergences(actual, expected).mean()),
         same,
         wrong,
         tuple(errors.tolist()),
@@ -359,15 +359,15 @@ def overall(errors: Tensor) -> float:
     return float(errors.square().mean().sqrt())
 
 
-def divergence(actual: Tensor, expected: Tensor) -> float:
-    """Compute the mean KL(expected || actual) in nats of logits [positions, vocabulary]."""
-    total = 0.0
+def divergences(actual: Tensor, expected: Tensor) -> Tensor:
+    """Compute every position's KL(expected || actual) in nats of logits [positions, vocabulary]."""
+    positions = []
     for start in range(0, len(expected), _ROWS):
         left, right = (
             t[start : start + _ROWS].double().log_softmax(-1) for t in (expected, actual)
         )
-        total += float((left.exp() * (left - right)).sum())
-    return max(0.0, total / len(expected)) if math.isfinite(total) else math.inf
+        positions.append((left.exp() * (left - right)).sum(-1))
+    return torch.cat(positions).nan_to_num(math.inf, math.inf).clamp_min(0)
 
 
 def top1(actual: Tensor, expected: Tensor, slack: float) -> tuple[float, int]:

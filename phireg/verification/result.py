@@ -56,6 +56,8 @@ def place_text(place: Place) -> str:
 
 def error_text(error: float) -> str:
     """Write an error for people: plain where it is large, else by its power of ten."""
+    if error == 0:
+        return "0 (exact)"
     return f"{error:.3g}" if error >= 0.01 else f"{error:.1e}"
 
 

@@ -16,6 +16,7 @@ from phireg.checkpoint.rankfiles import RankFiles, world_size
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import UsageError
 from phireg.files.kinds import MANIFEST
+from phireg.files.sizes import size
 from phireg.planning.model import Output, Plan, Scale
 from phireg.planning.plan import plan as plan_source
 from phireg.planning.report import fold_layers, ranges
@@ -260,7 +261,11 @@ class _Verifier:
             reason = f"{MANIFEST} names no producer" if self.manifest else f"there is no {MANIFEST}"
             yield "made by", f"not known: {reason}"
         sizes = [path.stat().st_size for path in self.files.paths.values() if path.is_file()]
-        yield "rank files", f"{len(sizes)} of {sum(sizes):,} bytes together"
+        before = size(sum(file.size for file in source.files))
+        yield (
+            "size",
+            f"{before} before; after: {len(sizes)} rank files, {size(sum(sizes))} together",
+        )
         yield "weights", f"{self.config.get('dtype')}, TP {self.tp_size}"
         yield "verified by", f"phireg {metadata.version('phireg')}"
         if self.computed is not None:

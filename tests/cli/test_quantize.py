@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -219,6 +220,47 @@ def test_another_format_need_not_calibrate_again(quantize, tmp_path, monkeypatch
         assert again["calibration"]["reused"]
         assert again["calibration"]["provenance"] == first["calibration"]["provenance"]
     assert not stats(tmp_path).exists()
+
+
+def test_a_second_format_takes_the_statistics_of_the_first(quantize, tmp_path, monkeypatch):
+    first = document(quantize("--json"))
+    (tmp_path / "bad.calib.safetensors").write_bytes(b"\0" * 100)  # newer, and damaged
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrating, "collect", None)
+        result = quantize("--json", "--output-dir", tmp_path / "second", qformat="int8_sq")
+    again = document(result)["calibration"]
+    assert again["reused"] and again["provenance"] == first["calibration"]["provenance"]
+    assert str(stats(tmp_path)) == again["file"]
+    assert str(stats(tmp_path)) in result.stderr
+    assert not stats(tmp_path, "second.calib.safetensors").exists()
+
+
+def test_what_a_calibration_would_not_repeat_is_not_taken(quantize, tmp_path, tiny, ids):
+    """Other samples, whether the settings tell so or not, and other values of the same shapes."""
+    kept = quantize() and stats(tmp_path).read_bytes()
+    other = shutil.copytree(tiny, tmp_path / "other")
+    file = next(other.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+
+    def fresh(name, **options):
+        result = quantize("--json", "--output-dir", tmp_path / name, **options)
+        return not document(result)["calibration"]["reused"]
+
+    assert fresh("a", model=other)
+    assert fresh("b", calib_size=5)
+    with safe_open(stats(tmp_path), "np") as file:
+        record = file.metadata()
+    origin = json.loads(record["provenance"])
+    # As if the same settings had given other token ids then.
+    record["provenance"] = json.dumps({**origin, "data_digest": "0" * 32})
+    save_file(load_file(stats(tmp_path)), stats(tmp_path), record)
+    assert fresh("c")
+    stats(tmp_path).write_bytes(kept)
+    assert not fresh("d")
+    ids.write_text(ids.read_text().replace("[3,", "[4,"))
+    assert fresh("e")
 
 
 def test_statistics_that_do_not_fit(quantize, tmp_path):

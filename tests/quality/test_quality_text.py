@@ -23,7 +23,8 @@ def calibrated_on(settings, count):
 
 
 def chosen(settings, provenance, tokens=1000):
-    return choose_text(settings, provenance, list, tokens=tokens, vocab_size=100, longest=50)
+    text = choose_text(settings, provenance, list, vocab_size=100, longest=50)
+    return text.cut(tokens, longest=50)
 
 
 @pytest.mark.parametrize(

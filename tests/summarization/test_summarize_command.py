@@ -11,8 +11,9 @@ import phireg
 from phireg import demo
 from phireg.data import rows as data_rows
 from phireg.generation.tokenizer import find_tokenizer
-from phireg.summarization.result import Thresholds
-from phireg.summarization.task import Settings
+from phireg.report.summary import render_summarization
+from phireg.summarization.result import BackendResult, Summarization, Summary, Thresholds, rouge
+from phireg.summarization.task import Sample, Settings
 
 PASSING = ("--tensorrt_llm_rouge1_threshold", 5)
 
@@ -165,5 +166,25 @@ def test_the_page_is_whole_and_harmless(args, run, tmp_path):
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
     assert "https://" not in page
     assert "threshold missed" in page
+    assert "phireg" in re.search(r"<dt>command</dt><dd>(.*?)</dd>", page)[1]
     # The article whose summary shares no word with the reference stands first.
     assert page.index(f"{path}:2<") < page.index(f"{path}:1<")
+
+
+def test_the_page_marks_what_differs():
+    """Two backends that differ in one word of one article of three."""
+    texts = ["A mill opened on Monday", "A mill closed", "A mill burned"]
+
+    def result(name, *changes):
+        written = [dict(changes).get(n, text) for n, text in enumerate(texts)]
+        summaries = tuple(Summary(text, 4) for text in written)
+        return BackendResult(name, "d", summaries, rouge(written, texts), (1.0,), None)
+
+    samples = tuple(Sample(f"row {n}", "article", text, (1, 2)) for n, text in enumerate(texts))
+    backends = (result("left"), result("right", (0, "A mill opened on Friday")))
+    page = render_summarization(Summarization("data", None, Settings(), samples, backends))
+    marked = re.findall(r'<mark class="([^"]*)">(\w+)</mark>', page.split("<h2>Articles")[1])
+    assert marked[2:] == [("different", "Monday"), ("unknown different", "Friday")]
+    assert page.index('id="article-0"') < page.index('id="article-1"')
+    # A summary that both wrote stands there once, beside the reference.
+    assert page.count("A mill closed") == 2

@@ -10,6 +10,7 @@ import phireg
 from phireg.errors import OutputError
 from phireg.report.page import write_page
 from phireg.report.verification import render_verification as render
+from phireg.verification.result import CHECKS, Check, LogitsResult, PromptResult, Verification
 
 
 def count(page, tag, class_):
@@ -22,9 +23,11 @@ def count(page, tag, class_):
 def test_the_page_of_a_correct_checkpoint():
     page = render(phireg.verify(converted("phi3-small", 2), source("phi3-small")))
     assert "✓ verified" in page
-    assert count(page, "circle", "attention") == count(page, "circle", "mlp") == 3
-    assert count(page, "circle", "end-part") == 3
-    assert count(page, "circle", "wrong") == 0
+    assert count(page, "path", "attention") == count(page, "path", "mlp") == 3
+    assert count(page, "path", "end-part") == 3
+    assert count(page, "path", "wrong") == 0
+    # Copies of rows are no rounding: the embedding's error is none, and is called so.
+    assert "embedding: 0 (exact)" in page
     assert count(page, "path", "stripe") == 8  # one picture for each head of the whole model
     assert "head 7 · rank 1" in page
     assert not re.search(r"(src|href)=|@import|url\(|<script", page)
@@ -35,9 +38,47 @@ def test_the_page_of_a_wrong_one_says_where(damaged):
     assert "✗ does not match the source" in page
     assert "<b>" not in page
     assert "&lt;b&gt;&amp;checkpoint" in page
-    assert count(page, "circle", "wrong") == 1
-    assert "first: layer 1 attention" in page
+    assert count(page, "path", "wrong") == 1
+    assert "The first wrong part: layer 1 attention" in page
     assert "still grouped by KV head" in page
+
+
+def shaded(page):
+    """The parts whose dot is in the tinted area, by the numbers in the page's drawing."""
+    drawing = re.search(r"<svg.*?</svg>", page, re.DOTALL)[0]
+    areas = [
+        tuple(map(float, area))
+        for area in re.findall(r'd="M(\S+) 0H(\S+)V(\S+)H\S+z" class="over"', drawing)
+    ]
+    dots = re.findall(r'd="M(\S+) (\S+)h0" class="dot ([^"]*)"><title>([^:<]+):', drawing)
+    return {
+        title
+        for x, y, _, title in dots
+        if any(left <= float(x) <= right and float(y) < limit for left, right, limit in areas)
+    }
+
+
+@pytest.mark.parametrize(
+    ("quantized", "wrong"),
+    [(("attention", "mlp"), ()), (("attention",), ()), (("attention", "mlp"), ((1, "mlp"),))],
+)
+def test_what_is_shaded_is_what_is_wrong(quantized, wrong):
+    """Quantized parts are off by 5 %, others by 1e-6; each has its own tolerance."""
+    places = [(None, "embedding"), *((n, p) for n in range(3) for p in ("attention", "mlp"))]
+    places += [(None, "final norm"), (None, "lm_head")]
+    logits = LogitsResult(
+        (PromptResult(4, "short", 0.1, 0.05, 0.01, 1.0, 0, (0.05,) * 4),),
+        tuple(
+            (place, 0.9 if place in wrong else 0.05 if place[1] in quantized else 1e-6)
+            for place in places
+        ),
+        (0.05,) * 3, 1e-4, 1.0, (), 0, "cpu", "float32", quantized, 0.35, 1.0,
+    )  # fmt: skip
+    verdict = "failed" if wrong else "passed"
+    checks = tuple(Check(name, verdict, "") for name in CHECKS)
+    page = render(Verification("c", "m", "phi2", {}, checks, logits))
+    assert shaded(page) == {f"layer {layer} {part}" for layer, part in wrong}
+    assert f'class="verdict {"bad" if wrong else "good"}"' in page
 
 
 def test_nothing_in_a_checkpoint_reaches_the_page_unescaped(tmp_path):
