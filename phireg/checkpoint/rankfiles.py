@@ -115,6 +115,11 @@ class RankFile:
         data = mmap.mmap(self._descriptor, 0, flags=flags, prot=access)
 
         def tensor(name: str) -> Tensor:
+            if data.size() < len(data):  # reading what is gone would be a SIGBUS
+                raise SourceError(
+                    f"{self.path}: the file became shorter while it was being used",
+                    hint="write another checkpoint into a new directory, then rename that.",
+                )
             entry = entries[name]
             dtype = torch_dtype(entry.dtype)
             if entry.start == entry.end:

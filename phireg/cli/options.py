@@ -276,5 +276,6 @@ def check_file(path: Path, option: str) -> Path:
             f"{option} {path}: no such directory: {path.parent}",
             hint=f"make it first, or give {option} another place.",
         )
-    check_writable(path, {"--report": REPORT, "--calib-stats": STATISTICS}[option])
+    kind = {"--report": REPORT, "--calib-stats": STATISTICS}[option]
+    check_writable(path, kind._replace(name=option))
     return path

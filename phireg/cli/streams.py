@@ -6,6 +6,7 @@ code, goes to standard error.
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import os
 import sys
@@ -61,6 +62,7 @@ def prepare() -> None:
     sys.stdout = _text(_Output(os.dup(1), "w"), sys.stdout)
     sys.stderr = _text(_Messages(2, "w", closefd=False), sys.stderr)
     os.dup2(2, 1)
+    faulthandler.enable(file=2, all_threads=False)  # a crash of native code says where it was
 
 
 def _text(raw: io.FileIO, former: TextIO | None) -> io.TextIOWrapper:

@@ -143,10 +143,12 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
 
     def layer_weights(self, index: int) -> list[Weights]:
         """Return the tensors of layer ``index``, for each rank of this process."""
+        self._check_files()
         return self._layers[index] if self._layers else self._read_layer(index)
 
     def end_weights(self) -> list[Weights]:
         """Return embedding, final norm and lm_head by full names, for each rank here."""
+        self._check_files()
         return self._ends or self._read_ends()
 
     def forward(
@@ -262,6 +264,12 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
             parts = [torch.empty_like(own) for _ in range(self.spec.tp_size)]
             dist.all_gather(parts, own)
         return torch.cat(parts, dim=-1)
+
+    def _check_files(self) -> None:
+        """Refuse mapped files that became shorter, where tensors may still lie in them."""
+        if self._ends and self.device.type == "cpu":
+            for source in self._sources:
+                source(EMBEDDING)
 
     def _inputs(
         self, observe_inputs: ObserveInputs, layer: int

@@ -1,6 +1,7 @@
 """Generation against the source models' own forward pass, step by step."""
 
 import math
+import os
 from contextlib import nullcontext
 from unittest.mock import Mock
 
@@ -16,7 +17,7 @@ from checkpoints_by_hand import (
 from helpers.tiny_models import phi2, phi3, phi3_small
 from transformers import DynamicCache
 
-from phireg.errors import UsageError
+from phireg.errors import SourceError, UsageError
 from phireg.executor import Sampling, generate, load, stream
 from phireg.executor.attention import has_kernels
 from phireg.executor.cuda import launch
@@ -341,3 +342,14 @@ def test_a_row_that_overflows_is_named_and_others_go_on_until_then(tmp_path):
 def test_sampling_out_of_range(wrong):
     with pytest.raises(UsageError):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_file_that_becomes_shorter_is_an_error_and_no_bus_error(offload, tmp_path):
+    directory = write_checkpoint(phi2(), tmp_path, 1)
+    model = load(directory, dtype="float32", offload=offload)
+    steps = stream(model, [[5, 6, 7]], 20)
+    next(steps)
+    os.truncate(directory / "rank0.safetensors", 4096)
+    with pytest.raises(SourceError, match=r"rank0\.safetensors"):
+        list(steps)
