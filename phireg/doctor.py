@@ -112,7 +112,7 @@ _ADVICE = {
     ),
     "plugins": (
         "converting with these families",
-        "see phireg plugins --check; without any: pip install --force-reinstall phireg",
+        "see phireg families --check; without any: pip install --force-reinstall phireg",
     ),
 }
 """By part: what does not work without it, and the remedy."""

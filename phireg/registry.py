@@ -65,7 +65,7 @@ class Candidate:
             raise PluginError(
                 f"family '{self.name}' is offered by {offer} ({self.value}) but cannot be "
                 f"loaded:\n    {problem}",
-                hint="the other families are not affected. All plugins: phireg plugins --check",
+                hint="the other families are not affected. All plugins: phireg families --check",
             ) from None
         if not isinstance(family, Family):
             raise PluginError(

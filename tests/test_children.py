@@ -97,7 +97,7 @@ def checkpoint(tmp_path):
         "doctor",
         "run {ckpt} --tp 2 --device cpu --input-file {prompts}",
         "build {ckpt} --output-dir engine",
-        "plugins --check",
+        "families --check",
     ],
 )
 def test_commands_run_nothing_that_is_planted(planted, run_here, checkpoint, command):

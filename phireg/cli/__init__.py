@@ -18,7 +18,7 @@ SECTIONS = {
     "Check": ("plan", "explain", "inspect", "verify"),
     "Use": ("run", "summarize"),
     "Set up": ("demo", "doctor", "families"),
-    "For authors of plugins": ("plugins", "new-plugin"),
+    "For authors of plugins": ("new-plugin",),
 }
 """As help shows them; each is ``phireg.cli.NAME:command``, hyphens as underscores."""
 COMMANDS = tuple(name for names in SECTIONS.values() for name in names)

@@ -1,47 +1,63 @@
-"""``phireg families``: installed families, their models and TP sizes."""
+"""``phireg families``: installed families, working or broken, their models and TP sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from phireg.cli.help import documented
+import click
+
+from phireg.cli.help import OUTPUT, documented
 from phireg.cli.options import json_option
 from phireg.cli.output import columns, emit, emit_json
 from phireg.dtypes import WEIGHT_DTYPES
+from phireg.errors import PluginError
 
 if TYPE_CHECKING:
-    from phireg.registry import FamilyInfo
+    from phireg.registry import FamilyInfo, Index
 
 
-@documented(
-    "phireg families",
-    "phireg families --json",
-)
+@documented("phireg families", "phireg families --check")
+@OUTPUT.option("--check", is_flag=True, help="One line for each; ends with 5 if one is broken.")
 @json_option
-def command(as_json: bool) -> None:
+def command(check: bool, as_json: bool) -> None:
     """List families, published models and the TP sizes that work.
 
-    A broken family is listed with its problem.
+    Families are found through the entry points of all installed distributions. A broken one is
+    listed with its problem.
     """
-    from phireg.registry import families
+    from phireg import registry
+    from phireg.hookspecs import API
 
-    infos = families()
+    entry_points, unreadable = registry.installed_entry_points()
+    candidates = registry.index(entry_points)
+    infos = registry.families(candidates)
+    select = _select_names(candidates)
+    notes = dict(_alias_notes(infos, select))
     if as_json:
-        emit_json({"families": [_entry(info) for info in infos]})
+        entries = [_entry(info, select, notes) for info in infos]
+        emit_json({"api": API, "families": entries, "unreadable": unreadable})
+    elif check and infos:
+        table = columns(map(_row, infos))
+        emit("\n".join([table, *_remarks(infos, select, notes), *unreadable]))
     else:
-        emit("\n\n".join([_text(info) for info in infos] or ["no families are installed"]))
+        texts = list(map(_text, infos)) or ["no families are installed"]
+        emit("\n\n".join([*texts, *unreadable]))
+    if check and any(info.problem for info in infos):
+        raise click.exceptions.Exit(PluginError.exit_code)
 
 
-def _entry(info: FamilyInfo) -> dict[str, Any]:
+def _entry(info: FamilyInfo, select: dict[str, str], notes: dict[str, str]) -> dict[str, Any]:
     family = info.family
     return {
         "name": info.candidate.name,
         "distribution": info.candidate.distribution,
         "version": info.candidate.version,
         "value": info.candidate.value,
+        "select": select[info.candidate.qualified],
         "problem": info.problem,
+        "note": notes.get(info.candidate.qualified),
         "api": family.api if family else None,
         "auto": family.auto if family else None,
         "architectures": list(family.architectures) if family else [],
@@ -84,3 +100,47 @@ def _grouped(by_model: Mapping[str, tuple[object, ...]]) -> dict[tuple[object, .
     for model, values in by_model.items():
         groups.setdefault(tuple(values), []).append(model)
     return groups
+
+
+def _select_names(candidates: Index) -> dict[str, str]:
+    """Map each candidate's qualified name to the value that ``--family`` needs."""
+    return {
+        candidate.qualified: candidate.name if len(offers) == 1 else candidate.qualified
+        for offers in candidates.values()
+        for candidate in offers
+    }
+
+
+def _alias_notes(infos: Sequence[FamilyInfo], select: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield a note for each family that has exactly the hooks of another one."""
+    for info in infos:
+        family = info.family
+        if family is None or family.tell_apart or family.published:
+            continue
+        for other in infos:
+            if other.family and family is not other.family and family.steps == other.family.steps:
+                name = select[other.candidate.qualified]
+                note = f"overrides nothing: it converts exactly as {name} does"
+                yield info.candidate.qualified, note
+                break
+
+
+def _row(info: FamilyInfo) -> tuple[str, ...]:
+    candidate = info.candidate
+    offer = (candidate.name, f"{candidate.distribution} {candidate.version}", candidate.value)
+    api = f"API {info.family.api}" if info.family else ""
+    return (*offer, api, "works" if info.family else "broken")
+
+
+def _remarks(
+    infos: Iterable[FamilyInfo], select: dict[str, str], notes: dict[str, str]
+) -> Iterator[str]:
+    options: dict[str, list[str]] = {}
+    for info in infos:
+        qualified, name = info.candidate.qualified, info.candidate.name
+        if remark := info.problem or notes.get(qualified):
+            yield f"\n{qualified}\n    {remark}"
+        if select[qualified] != name:
+            options.setdefault(name, []).append(f"--family {qualified}")
+    for name, choices in options.items():
+        yield f"\n{name} is offered {len(choices)} times; choose one: {'  or  '.join(choices)}"

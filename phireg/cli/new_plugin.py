@@ -40,7 +40,7 @@ def command(name: str, base: str, directory: str | None, as_json: bool) -> None:
     shown = shlex.quote(str(package.directory))
     commands = [
         f"pip install -e {shlex.quote(f'{package.directory}[testing]')}",
-        "phireg plugins --check",
+        "phireg families --check",
         f"pytest {shown}",
     ]
     if as_json:

@@ -42,12 +42,25 @@ def command(model_dir: str, as_json: bool, **options: Any) -> None:
         outlook = None if plan.errors else engines.outlook(plan.config)
         emit_json({**document, **plan_json(plan, workers=WORKERS), "engine": outlook})
     else:
-        rows = [("family", f"{family_text(plan)}, plugin API {plan.chosen.family.api}")]
+        rows = [
+            ("answer", _answer(plan)),
+            ("family", f"{family_text(plan)}, plugin API {plan.chosen.family.api}"),
+        ]
         rows += _source_rows(plan) if plan.errors else _work_rows(plan, WORKERS)
         parts = columns(rows), warnings_text(plan), findings_text(plan.findings)
         emit("\n".join(filter(None, parts)))
     if plan.errors:
         raise click.exceptions.Exit(PlanError.exit_code)
+
+
+def _answer(plan: Plan) -> str:
+    """Say whether it can be done, and over which numbers of ranks."""
+    if plan.errors:
+        found = f"no: {counted(len(plan.errors), 'problem')}, listed below"
+        return found if plan.advice is None else f"{plan.advice}; {plan.options.tp_size} does not"
+    command = "quantize" if plan.options.scheme else "convert"
+    sizes = ", ".join(map(str, plan.tp_sizes))
+    return f"yes, phireg {command} can do this; tp sizes that work: {sizes}"
 
 
 def provider_document(plan: Plan) -> dict[str, Any]:
@@ -101,7 +114,6 @@ def _source_rows(plan: Plan) -> list[tuple[str, str]]:
     files, tensors = len(plan.source.files), len(plan.source.tensors)
     return [
         ("source", f"{size(total)} in {counted(files, 'file')}, {counted(tensors, 'tensor')}"),
-        ("writes", "nothing, because of the errors below"),
     ]
 
 

@@ -85,7 +85,8 @@ def check_plan(plan: Plan) -> None:
     if plan.errors:
         raise PlanError(
             f"the plan has {len(plan.errors)} problem{'s' if len(plan.errors) > 1 else ''}; "
-            f"nothing was written\n{problems(plan.errors)}"
+            f"nothing was written\n{problems(plan.errors)}",
+            hint=plan.advice,
         )
 
 

@@ -309,7 +309,7 @@ def _family_loader(checkpoint_dir: Path) -> str:
             return family.tokenizer
     raise PluginError(
         f"no installed family reads the {RANKS_FILES} tokenizer of {architecture}",
-        hint="give --tokenizer-dir a directory with tokenizer.json; phireg plugins --check says "
+        hint="give --tokenizer-dir a directory with tokenizer.json; phireg families --check says "
         "which families are broken.",
     )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from phireg.config.hf import HFConfig
@@ -61,6 +63,7 @@ class _Builder:
         self.source = source
         self.options = options
         self.findings: list[Finding] = [*source.findings]
+        self.tp_sizes: tuple[int, ...] = ()
 
     def plan(self, model_dir: str) -> Plan:
         translation = self.family.config_fields().translate(self.hf)
@@ -104,6 +107,7 @@ class _Builder:
             linears=tuple(quantization.linears),
             kv_caches=quantization.rules.kv_caches if quantization.kv_cache else (),
             scales=quantization.scales,
+            tp_sizes=self.tp_sizes,
         )
 
     def error(self, code: str, subject: str, detail: str, where: str = "") -> None:
@@ -273,7 +277,7 @@ class _Builder:
             yield Output(rank, own, code, sizes, 0, origin)
 
     def check_ranks(self, rules: Rules) -> None:
-        """Every part must be divisible; the sizes that work for all of them are named."""
+        """Every part must be divisible."""
         ranks = self.options.ranks
         mixtures = [rule for rule in rules.values() if rule.experts]
         if self.options.moe_ep_size is not None and not mixtures:
@@ -284,15 +288,15 @@ class _Builder:
                 detail = f"{rule.experts} experts do not divide over {ranks.moe_ep_size} ranks"
                 self.error("sharding", rule.target, detail, rule.where)
                 return
-        parts = list(undivided(rules, ranks))
-        possible = ", ".join(map(str, tp_sizes(rules, ranks.moe_ep_size))) if parts else ""
-        for rule, part in parts:
-            unit = f"units of {part.unit}" if part.unit > 1 else "rows"
+        self.tp_sizes = tuple(tp_sizes(rules, ranks.moe_ep_size))
+        for rule, parts in groupby(undivided(rules, ranks), key=itemgetter(0)):
+            texts = [
+                f"{part.length // part.unit} {f'units of {part.unit}' if part.unit > 1 else 'rows'}"
+                f" of part '{part.name}'"
+                for _, part in parts
+            ]
             over = ranks.moe_tp_size if rule.experts else ranks.tp_size
-            detail = (
-                f"part '{part.name}': {part.length // part.unit} {unit} cannot be divided "
-                f"over {over} ranks; tp sizes that work: {possible}"
-            )
+            detail = f"{', '.join(texts)} cannot be divided over {over} ranks"
             self.error("sharding", rule.target, detail, rule.where)
 
     def check_unmapped(self, mapped: set[str], rules: Rules) -> None:

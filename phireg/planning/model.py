@@ -183,6 +183,7 @@ class Plan:
         linears: the quantized ones; empty unless the scheme quantizes weights.
         kv_caches: attention modules whose KV cache gets a scale, in the order of the layers.
         scales: the scales that a run computes before it writes, by name.
+        tp_sizes: the numbers of ranks that can divide the model; empty if that is not known.
     """
 
     chosen: FamilyChoice
@@ -197,6 +198,14 @@ class Plan:
     linears: tuple[QuantizedLinear, ...] = ()
     kv_caches: tuple[str, ...] = ()
     scales: Mapping[str, ScaleTensor] = field(default_factory=dict)
+    tp_sizes: tuple[int, ...] = ()
+
+    @property
+    def advice(self) -> str | None:
+        """What to do about a number of ranks that does not divide the model."""
+        if not any(finding.code == "sharding" for finding in self.errors):
+            return None
+        return f"tp sizes that work: {', '.join(map(str, self.tp_sizes)) or 'none'}"
 
     @property
     def family(self) -> str:

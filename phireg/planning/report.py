@@ -91,7 +91,7 @@ def explain(plan: Plan, tensor: str) -> tuple[Output, ...]:
         UsageError: no output has that name.
     """
     if plan.errors:
-        raise PlanError(f"the plan has problems\n{problems(plan.errors)}")
+        raise PlanError(f"the plan has problems\n{problems(plan.errors)}", hint=plan.advice)
     outputs = tuple(o for o in plan.outputs if o.name == tensor or o.name.startswith(f"{tensor}."))
     if not outputs:
         names = sorted({o.name for o in plan.outputs})
@@ -107,6 +107,7 @@ def as_json(plan: Plan, *, workers: int) -> dict[str, Any]:
     """The whole plan: totals, findings, and every source byte range with its target."""
     return {
         "family": plan.family,
+        "tp_sizes": list(plan.tp_sizes),
         **plan.options.as_json(),
         "source": {
             "directory": str(plan.source.directory),

@@ -68,7 +68,6 @@ def test_json_keys(tiny, run):
         ("run", demo, "--prompt", "A fire", "--max-new-tokens", 2, "--device", "cpu"),
         ("summarize", demo, "--max-ite", 1, "--check-accuracy", "--device", "cpu"),
         ("families",),
-        ("plugins",),
     ):
         document = json.loads(run(*args, "--json").output)
         others = {"explain": "plan", "convert": "plan", "demo": "verify", "quantize": "plan"}

@@ -23,8 +23,7 @@ def imported(*args):
 @pytest.mark.parametrize(
     "args",
     [
-        ["families"],
-        ["plugins", "--check"],
+        ["families", "--check"],
         ["explain", "MODEL", "lm_head"],
         ["convert", "--model-dir", "MODEL", "--output-dir", "OUT"],
     ],
@@ -33,7 +32,7 @@ def imported(*args):
 def test_no_torch_without_need(args, tiny, tmp_path):
     places = {"MODEL": tiny, "OUT": tmp_path / "out"}
     modules = imported(*(places.get(arg, arg) for arg in args))
-    assert "phireg.layout" in modules or args[0] == "plugins"
+    assert "phireg.layout" in modules
     assert not modules & set(HEAVY)
 
 
@@ -73,7 +72,7 @@ def complete(spawn):
 
 
 def test_completion(complete):
-    assert complete("pl") == ["plain,plan", "plain,plugins"]
+    assert complete("p") == ["plain,postprocess", "plain,plan"]
     assert complete("convert", "--family", "phi3-s") == ["plain,phi3-small"]
     assert complete("convert", "--model-dir", "x") == ["dir,x"]
     assert "plain,--model-dir" in complete("convert", "--m")

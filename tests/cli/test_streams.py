@@ -67,7 +67,7 @@ FAMILY = BASE.derive("acme", Rules(), published=BASE.published)
 
 
 @pytest.mark.parametrize(
-    "command", ["families", "plugins --check", "plan --family acme --model-dir {tiny}"]
+    "command", ["families", "families --check", "plan --family acme --model-dir {tiny}"]
 )
 def test_only_results_reach_standard_output(shell, tiny, tmp_path, command):
     place = tmp_path / "plugins"

@@ -70,8 +70,8 @@ def models(tmp_path_factory):
 
 
 def test_they_are_listed(environment):
-    document = json.loads(environment.check("phireg", "plugins", "--check", "--json"))
-    plugins = {plugin["name"]: plugin for plugin in document["plugins"]}
+    document = json.loads(environment.check("phireg", "families", "--check", "--json"))
+    plugins = {plugin["name"]: plugin for plugin in document["families"]}
     for package, families in PACKAGES.items():
         for family in families:
             plugin = plugins[family]

@@ -46,8 +46,8 @@ def test_it_is_listed(installed):
     assert family["problem"] is None
     assert family["architectures"] == ["Phi3ForCausalLM"]
     assert "acme-phi" in installed.check("phireg", "families")
-    document = json.loads(installed.check("phireg", "plugins", "--check", "--json"))
-    (plugin,) = (plugin for plugin in document["plugins"] if plugin["name"] == "acme-phi")
+    document = json.loads(installed.check("phireg", "families", "--check", "--json"))
+    (plugin,) = (plugin for plugin in document["families"] if plugin["name"] == "acme-phi")
     assert (plugin["api"], plugin["problem"], plugin["note"]) == (1, None, None)
 
 
@@ -88,7 +88,7 @@ def test_every_family_can_be_derived_from(base, installed, tmp_path):
     name = f"other-{base}"
     installed.check("phireg", "new-plugin", name, "--from", base, cwd=tmp_path)
     installed.install(tmp_path / name)
-    document = json.loads(installed.check("phireg", "plugins", "--check", "--json"))
-    assert {p["name"]: p["problem"] for p in document["plugins"]}[name] is None
+    document = json.loads(installed.check("phireg", "families", "--check", "--json"))
+    assert {p["name"]: p["problem"] for p in document["families"]}[name] is None
     output = installed.check("python", "-m", "pytest", "-p", "no:cacheprovider", tmp_path / name)
     assert " passed" in output
