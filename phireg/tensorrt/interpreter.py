@@ -8,9 +8,7 @@ says what the network means; what a GPU's compiled engine computes is not said b
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import math
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from phireg.errors import CheckError
+from phireg.tensorrt.memory import DTYPES, held_tensor
 
 Observe = Callable[[int, str, Tensor], "Tensor | None"]
 """Takes a rank, and a tensor's name and value when it is computed; returns None, or what to go on
@@ -30,24 +29,12 @@ with instead."""
 _Compute = Callable[..., Any]
 """Takes the layer's inputs, None where one is not set; returns its output, or a tuple of them."""
 
-_DTYPES = {
-    "FLOAT": torch.float32,
-    "HALF": torch.float16,
-    "BF16": torch.bfloat16,
-    "INT64": torch.int64,
-    "INT32": torch.int32,
-    "INT8": torch.int8,
-    "BOOL": torch.bool,
-    "FP8": torch.float8_e4m3fn,
-    "INT4": torch.int8,  # one value to an element
-}
 _ELEMENTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "SUM": torch.add,
     "PROD": torch.mul,
     "MAX": torch.maximum,
     "MIN": torch.minimum,
     "SUB": torch.sub,
-    "POW": torch.pow,
     "FLOOR_DIV": lambda a, b: torch.div(a, b, rounding_mode="floor"),
     # Integers are divided towards zero, as in C.
     "DIV": lambda a, b: torch.div(a, b, rounding_mode=None if a.is_floating_point() else "trunc"),
@@ -57,19 +44,9 @@ _ELEMENTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "GREATER": torch.gt,
     "LESS": torch.lt,
 }
-_UNARY: dict[str, Callable[[Tensor], Tensor]] = {
-    "EXP": torch.exp,
-    "LOG": torch.log,
-    "SQRT": torch.sqrt,
-    "RECIP": torch.reciprocal,
-    "ABS": torch.abs,
-    "NEG": torch.neg,
-    "NOT": torch.logical_not,
-}
+_UNARY = {"ABS": torch.abs, "NOT": torch.logical_not, "SQRT": torch.sqrt}
 _ACTIVATIONS: dict[str, Callable[[float, float], _Compute]] = {
-    "RELU": lambda alpha, beta: functional.relu,
     "SIGMOID": lambda alpha, beta: torch.sigmoid,
-    "TANH": lambda alpha, beta: torch.tanh,
     "CLIP": lambda alpha, beta: lambda x: x.clamp(alpha, beta),
     "GELU_ERF": lambda alpha, beta: functional.gelu,
     "GELU_TANH": lambda alpha, beta: functools.partial(functional.gelu, approximate="tanh"),
@@ -77,8 +54,6 @@ _ACTIVATIONS: dict[str, Callable[[float, float], _Compute]] = {
 _REDUCE: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
     "SUM": lambda x, dims, keep: x.sum(dims, keep),
     "AVG": lambda x, dims, keep: x.mean(dims, keep),
-    "MAX": lambda x, dims, keep: x.amax(dims, keep),
-    "MIN": lambda x, dims, keep: x.amin(dims, keep),
 }
 # The ends of the grids of quantized values; what lies beyond becomes the end.
 _GRIDS = {"FP8": (-448, 448), "INT8": (-128, 127), "INT4": (-8, 7)}
@@ -97,14 +72,9 @@ class _Step:
 
 
 class Interpreter:
-    """A network, read once and evaluated as often as needed.
+    """A network of ``package`` (tensorrt or tensorrt_rtx), read once and evaluated at will.
 
-    Args:
-        package: the module of the network's classes, ``tensorrt`` or ``tensorrt_rtx``.
-        network: an ``INetworkDefinition``. What its constants point to must stay alive.
-
-    Raises:
-        CheckError: a layer has no meaning here.
+    What its constants point to must stay alive. A layer without a meaning here is a CheckError.
     """
 
     def __init__(self, package: Any, network: Any) -> None:
@@ -153,7 +123,7 @@ class Interpreter:
 
     def _checked(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         dtypes = {name: value.dtype for name, value in inputs.items()}
-        declared = {name: _DTYPES[tensor.dtype.name] for name, tensor in self.inputs.items()}
+        declared = {name: DTYPES[tensor.dtype.name] for name, tensor in self.inputs.items()}
         if dtypes != declared:
             raise ValueError(f"inputs {dtypes}, but the network declares {declared}")
         return inputs
@@ -162,7 +132,7 @@ class Interpreter:
         kind, name = layer.type.name, layer.name
         tensors = [layer.get_input(i) for i in range(layer.num_inputs)]
         outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-        dtypes = tuple(_DTYPES[tensor.dtype.name] for tensor in outputs)
+        dtypes = tuple(DTYPES[tensor.dtype.name] for tensor in outputs)
         reader: Any = _SIMPLE.get(kind) or getattr(self, f"_{kind.lower()}", None)
         _require(layer, reader is not None, kind)
         # get_layer gives the base class, which hides a layer's own attributes.
@@ -178,7 +148,7 @@ class Interpreter:
     # What each type of layer computes, after NvInfer.h.
 
     def _constant(self, layer: Any) -> _Compute:
-        value = _weights(self._package, layer.weights, tuple(layer.shape))
+        value = held_tensor(self._package, layer.weights, tuple(layer.shape))
         return lambda: value
 
     def _shuffle(self, layer: Any) -> _Compute:
@@ -290,13 +260,13 @@ class Interpreter:
 
         def compute(x: Tensor, scale: Tensor) -> Tensor:
             scaled = (x.float() / _along(scale.float(), axis, x)).clamp(low, high)
-            return (scaled if dtype == "FP8" else scaled.round()).to(_DTYPES[dtype])
+            return (scaled if dtype == "FP8" else scaled.round()).to(DTYPES[dtype])
 
         return compute
 
     def _fill(self, layer: Any) -> _Compute:
         _require(layer, layer.operation.name == "LINSPACE", layer.operation)
-        dtype = _DTYPES[layer.get_output(0).dtype.name]
+        dtype = DTYPES[layer.get_output(0).dtype.name]
 
         def compute(
             shape: Tensor | None = None, first: Tensor | None = None, step: Tensor | None = None
@@ -310,12 +280,12 @@ class Interpreter:
 
 _SIMPLE: dict[str, Callable[[Any], _Compute | None]] = {
     "ACTIVATION": lambda layer: _known(_ACTIVATIONS, layer, layer.type)(layer.alpha, layer.beta),
-    "CAST": lambda layer: functools.partial(torch.Tensor.to, dtype=_DTYPES[layer.to_type.name]),
+    "CAST": lambda layer: functools.partial(torch.Tensor.to, dtype=DTYPES[layer.to_type.name]),
     "CONCATENATION": lambda layer: lambda *parts: torch.cat(parts, dim=layer.axis),
     "DEQUANTIZE": (
         lambda layer: (
             lambda x, scale: (x.float() * _along(scale.float(), layer.axis, x)).to(
-                _DTYPES[layer.to_type.name]
+                DTYPES[layer.to_type.name]
             )
         )
     ),
@@ -381,30 +351,9 @@ def _ordered(steps: Sequence[_Step]) -> list[_Step]:
     return [by_name[name] for name in TopologicalSorter(before).static_order()]
 
 
-def _weights(package: Any, weights: Any, shape: tuple[int, ...]) -> Tensor:
-    """View weights in torch; the bindings give dtypes that numpy lacks as an opaque object."""
-    if not isinstance(weights, package.Weights):
-        return torch.from_numpy(weights).reshape(shape)
-    # pybind11 keeps the address of the C++ struct {int32 type; void* values; int64 count} behind
-    # the object's header. The type and the count say whether that is so.
-    dtype, count = weights.dtype, math.prod(shape)
-    struct = ctypes.c_void_p.from_address(id(weights) + object.__basicsize__).value
-    kind = ctypes.c_int32.from_address(struct).value if struct else None
-    if not struct or (kind, weights.size) != (int(dtype), count):
-        raise CheckError("the bindings of TensorRT keep weights in another way than is known")
-    packed, itemsize = dtype.name == "INT4", _DTYPES[dtype.name].itemsize
-    buffer = ctypes.c_uint8 * (-(-count // 2) if packed else count * itemsize)
-    address = ctypes.c_void_p.from_address(struct + ctypes.sizeof(ctypes.c_void_p)).value
-    raw = torch.frombuffer(buffer.from_address(address or 0), dtype=torch.uint8)
-    if packed:  # two's complement, the low half of a byte first
-        halves = torch.stack((raw & 15, raw >> 4), dim=-1).flatten()[:count].to(torch.int8)
-        return torch.where(halves > 7, halves - 16, halves).reshape(shape)
-    return raw.view(_DTYPES[dtype.name]).reshape(shape)
-
-
 def _topk(x: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
     values, indices = x.topk(layer.k, *_axes(layer.axes), largest=layer.op.name == "MAX")
-    return values, indices.to(_DTYPES[layer.get_output(1).dtype.name])
+    return values, indices.to(DTYPES[layer.get_output(1).dtype.name])
 
 
 def _transposed(x: Tensor, operation: Any) -> Tensor:
