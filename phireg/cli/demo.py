@@ -9,13 +9,14 @@ import textwrap
 import time
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 import phireg
+from phireg.cli import engines
 from phireg.cli.errors import stopped, warn
-from phireg.cli.help import OUTPUT, RANKS, TEXT, documented
+from phireg.cli.help import ENGINE, OUTPUT, RANKS, TEXT, documented
 from phireg.cli.options import Directory, FamilyName, json_option, quiet_option
 from phireg.cli.output import counted, emit, emit_json, printable, spinner
 from phireg.cli.streams import results
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 DEFAULT_ARTICLE = 31
 """A long one that all four models summarize well."""
 _ALL = "all"
+_BACKEND: Literal["tensorrt-rtx"] = "tensorrt-rtx"
 _WIDTH = 80
 
 
@@ -59,10 +61,22 @@ _WIDTH = 80
     metavar="N",
     help="Tensor-parallel ranks, 1 or 2.",
 )
+@ENGINE.option(
+    "--engine",
+    is_flag=True,
+    help="Also build an engine with TensorRT for RTX, which needs no GPU, and prove its network.",
+)
 @quiet_option("Print nothing unless a check fails.")
 @json_option
 def command(
-    family: str, *, output_dir: str | None, number: int, tp_size: int, quiet: bool, as_json: bool
+    family: str,
+    *,
+    output_dir: str | None,
+    number: int,
+    tp_size: int,
+    engine: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Convert, verify and run a small trained model.
 
@@ -77,6 +91,10 @@ def command(
         for problem in problems:
             warn(problem)
     pairs = [(model, model.article(number)) for model in map(demo.find, names)]
+    if engine:
+        from phireg.tensorrt.package import load_package
+
+        load_package(_BACKEND)  # whatever is missing, before anything is written
     base = Path(output_dir or "phireg-demo")
     verbose = not (quiet or as_json)
     documents: list[dict[str, Any]] = []
@@ -92,6 +110,11 @@ def command(
         except KeyboardInterrupt as interrupt:
             raise stopped(interrupt, f"every checkpoint in {base} is complete") from None
         verifications.append(verification)
+        if engine and verification.passed:
+            proof, document["engine"] = _engine(
+                model, article, target, verbose=verbose, quiet=quiet
+            )
+            verifications.append(proof)
         documents.append(document)
     if as_json:
         emit_json({"article_number": number, "demos": documents})
@@ -147,7 +170,57 @@ def _run(
         "files": dict(converted.files),
         "verification": verification_document(verification),
         "scores": model.scores,
+        "engine": None,
         "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _engine(
+    model: DemoModel, article: Article, checkpoint: Path, *, verbose: bool, quiet: bool
+) -> tuple[Verification, dict[str, Any]]:
+    """Build an engine of a demo checkpoint and prove its network; say what a GPU's owner would do.
+
+    Returns its verification and JSON document.
+    """
+    from phireg.tensorrt.build import build_engine
+    from phireg.tensorrt.plan import plan_engine
+    from phireg.verification.engine import verify_engine
+
+    target = checkpoint.with_name(f"{checkpoint.name}-engine")
+    build = ["phireg", "build", str(checkpoint), "--output-dir", str(target), "--overwrite"]
+    commands = {
+        "build": [*build, "--backend", _BACKEND],
+        "verify": ["phireg", "verify", str(target), "--device", "cpu"],
+    }
+    with_gpu = {
+        "verify": ["phireg", "verify", str(target), "--device", "cuda"],
+        "run": ["phireg", "run", str(target), "--prompt", article.prompt],
+        "summarize": ["phireg", "summarize", "--engine-dir", str(target)],
+    }
+    if verbose:
+        emit(f"\n$ {_folded(commands['build'])}")
+    plan = plan_engine(_BACKEND, checkpoint, target, phireg.BuildOptions())
+    if verbose:
+        for text in plan.notes:
+            emit(f"note: {text}")
+    with engines.build_progress(plan.spec.tp_size, quiet=not verbose) as progress:
+        built = build_engine(plan, overwrite=True, progress=progress)
+    if verbose:
+        emit(engines.built_text(plan, built))
+        emit(f"\n$ {_folded(commands['verify'])}")
+    with spinner("proving the network", quiet=not verbose):
+        proof = verify_engine(target, device="cpu")
+    if verbose or (quiet and not proof.passed):
+        show_verification(proof)
+    if verbose:
+        emit("\nOn a machine with one of these GPUs, the engine is verified there, and runs:")
+        for words in with_gpu.values():
+            emit(f"\n$ {_folded(words)}")
+    return proof, {
+        **engines.plan_document(plan, built),
+        "commands": {name: shlex.join(words) for name, words in commands.items()},
+        "gpu_commands": {name: shlex.join(words) for name, words in with_gpu.items()},
+        "verification": verification_document(proof),
     }
 
 

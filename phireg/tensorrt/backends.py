@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 from phireg.errors import EngineError, UsageError
 from phireg.registry import AUTO
 from phireg.tensorrt.build import BuiltEngine, build_engine
-from phireg.tensorrt.package import INSTALL, NAMES, Backend, installed
+from phireg.tensorrt.package import INSTALL, NAMES, Backend, installed, load_package
 from phireg.tensorrt.plan import EnginePlan, here, plan_engine
 from phireg.trtllm import build as trtllm_build
 from phireg.trtllm.build import BuildPlan, Built
@@ -69,26 +69,39 @@ def plan_build(
     def natively(name: Backend, *notes: str) -> EnginePlan:
         return plan_engine(name, source_dir, output_dir, options, notes=notes, **model)
 
+    if version is not None and backend not in (AUTO, TENSORRT_LLM):
+        raise UsageError(
+            f"a release of TensorRT-LLM says nothing about {backend}",
+            hint="leave out --trtllm-version, or take --backend tensorrt-llm.",
+        )
     if backend == TENSORRT_LLM or version is not None:
         return with_trtllm()
     if backend in NAMES:
         return natively(backend)
-    try:
-        return with_trtllm()
-    except EngineError as error:
-        reason = error
-    found = installed()
-    if not found:
-        raise EngineError(
-            f"nothing here builds engines: {reason.message}; TensorRT and TensorRT for RTX are not "
-            "installed",
-            hint=f"{INSTALL['tensorrt-rtx']} builds without a GPU, for RTX cards; "
-            f"{INSTALL['tensorrt']} is for data-centre GPUs; {INSTALL_TRTLLM}.",
-        ) from reason
-    chosen: Backend = "tensorrt-rtx"
-    if "tensorrt" in found and (here() or chosen not in found):
-        chosen = "tensorrt"
-    return natively(chosen, f"{NAMES[chosen]} builds it, not TensorRT-LLM: {reason.message}")
+    reasons = []
+    if options.gpus or options.weights == "separate":
+        reasons.append("TensorRT-LLM has no such options")
+    else:
+        try:
+            return with_trtllm()
+        except EngineError as error:
+            reasons.append(error.message)
+    found: list[Backend] = [name for name in NAMES if name in installed()]
+    if "tensorrt-rtx" in found and not here():
+        found = ["tensorrt-rtx"]  # the other needs a GPU
+    for name in found:
+        try:
+            load_package(name)
+        except EngineError as error:  # another CUDA's, or too old
+            reasons.append(error.message)
+        else:
+            return natively(name, f"{NAMES[name]} builds it: {'; '.join(reasons)}")
+    raise EngineError(
+        f"nothing here builds this engine: {'; '.join(reasons)}"
+        + ("" if found else "; TensorRT and TensorRT for RTX are not installed"),
+        hint=f"{INSTALL['tensorrt-rtx']} builds without a GPU, for RTX cards; "
+        f"{INSTALL['tensorrt']} is for data-centre GPUs; {INSTALL_TRTLLM}.",
+    )
 
 
 def build(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import phireg
 from phireg import demo, registry
 from phireg.errors import PluginError
+from phireg.tensorrt import package
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = {"phi2", "phi3-mini", "phi3-small", "phi3-medium"}
@@ -55,6 +56,32 @@ def test_without_arguments(run):
     done = run("demo", "--article", 1)
     assert done.exit_code == 0
     assert "Sunday" in done.output, "article 1 was about Monday"
+
+
+@pytest.mark.slow
+def test_an_engine_is_built_and_its_network_proven(run):
+    done = run("demo", "phi3-medium", "--engine", "--tp-size", 2, "--json")
+    assert done.exit_code == 0, done.output
+    (document,) = json.loads(done.stdout)["demos"]
+    engine = document["engine"]
+    assert [check["name"] for check in engine["verification"]["checks"]] == ["files", "network"]
+    assert engine["verification"]["passed"]
+    for rank in range(2):
+        file = Path("phireg-demo/phi3-medium-engine", f"rank{rank}.engine")
+        assert file.stat().st_size == engine["files"][file.name]
+    assert "--device cuda" in engine["gpu_commands"]["verify"]
+    again = run("demo", "phi3-medium", "--engine", "--quiet")  # both are replaced
+    assert again.exit_code == 0, again.output
+    assert not Path("phireg-demo/phi3-medium-engine/rank1.engine").exists()
+
+
+def test_without_tensorrt_nothing_is_begun(run, monkeypatch):
+    monkeypatch.setattr(package, "installed", dict)
+    package.load_package.cache_clear()
+    done = run("demo", "--engine")
+    assert done.exit_code == 7
+    assert "phireg[rtx]" in done.output
+    assert not Path("phireg-demo").exists()
 
 
 @pytest.mark.slow

@@ -154,14 +154,28 @@ def test_without_tensorrt_llm_it_is_tensorrt_for_rtx(checkpoint, no_trtllm):
     assert "trtllm-build" in found["notes"][0]
 
 
-def test_tensorrt_comes_first_where_there_is_a_gpu(checkpoint, no_trtllm, monkeypatch):
+@pytest.mark.parametrize(
+    ("gpus", "old", "chosen"),
+    [
+        ((), (), "tensorrt-rtx"),
+        (("sm90",), (), "tensorrt"),
+        (("sm89",), ("tensorrt",), "tensorrt-rtx"),
+    ],
+)
+def test_tensorrt_comes_first_where_there_is_a_gpu_and_it_is_new_enough(
+    checkpoint, no_trtllm, monkeypatch, gpus, old, chosen
+):
+    def load(name):
+        if name in old:
+            raise EngineError("it is too old")
+
     asked = []
     monkeypatch.setattr(backends, "installed", lambda: {"tensorrt": "11.4", "tensorrt-rtx": "1.7"})
+    monkeypatch.setattr(backends, "load_package", load)
     monkeypatch.setattr(backends, "plan_engine", lambda name, *_, **__: asked.append(name))
-    for gpus in ((), ("sm90",)):
-        monkeypatch.setattr(backends, "here", lambda gpus=gpus: gpus)
-        backends.plan_build(checkpoint, "engine")
-    assert asked == ["tensorrt-rtx", "tensorrt"]
+    monkeypatch.setattr(backends, "here", lambda: gpus)
+    backends.plan_build(checkpoint, "engine")
+    assert asked == [chosen]
 
 
 def test_nothing_builds(checkpoint, no_trtllm, monkeypatch):
@@ -178,10 +192,15 @@ def test_options_of_tensorrt_llm_are_not_dropped_silently(checkpoint, no_trtllm)
     assert "--context-fmha" in notes
 
 
-def test_options_that_tensorrt_llm_lacks(checkpoint):
-    release = "--trtllm-version", "1.2.1"
+def test_options_that_tensorrt_llm_lacks_choose_another(checkpoint, monkeypatch):
+    def asked(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(backends.trtllm_build, "plan_build", asked)
     for option in (("--gpu", "sm89"), ("--weights", "separate")):
-        assert option[0] in shown(checkpoint, *option, *release, exit_code=2)
+        assert shown(checkpoint, *option)["backend"] == "tensorrt-rtx"
+    monkeypatch.undo()
+    assert "--gpu" in shown(checkpoint, "--gpu", "sm89", "--trtllm-version", "1.2.1", exit_code=2)
 
 
 def test_what_a_build_takes_grows_with_the_weights():
