@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -50,8 +51,12 @@ class Row:
             return value
         missing = f"there is no {' or '.join(map(repr, names))}"
         problem = f"'{name}' is not text" if name in self.values else missing
-        columns = ", ".join(map(str, self.values)) or "nothing"
-        raise UsageError(f"{self.where}: {problem}", hint=f"the row has: {columns}.")
+        # What stands in the place of names in another kind of file is not shown.
+        columns = [name for name in map(str, self.values) if re.fullmatch(r"\w{1,40}", name)][:20]
+        others = len(self.values) - len(columns)
+        shown = ", ".join(columns) or "no column with a plain name"
+        more = f" and {others} more" if columns and others else ""
+        raise UsageError(f"{self.where}: {problem}", hint=f"the row has: {shown}{more}.")
 
     def token_ids(self, name: str) -> list[int]:
         """Return a column's list of token ids; raise UsageError for anything else."""

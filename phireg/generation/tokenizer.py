@@ -272,8 +272,9 @@ def _add_bos_and_eos(inner: Any, directory: Path) -> None:
 
 
 def _not_loaded(directory: Path, error: Exception) -> SourceError:
+    # The text of a library's error may quote the file.
     return SourceError(
-        f"the tokenizer in {directory} cannot be loaded: {type(error).__name__}: {error}",
+        f"the tokenizer in {directory} cannot be loaded: a damaged file ({type(error).__name__})",
         hint="give --tokenizer-dir a directory with the model's tokenizer.json.",
     )
 
