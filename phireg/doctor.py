@@ -68,8 +68,8 @@ _GPU = (
 )
 _ADVICE = {
     "Python": (
-        "phireg, which is made for 3.10 to 3.12",
-        "install phireg in an environment of Python 3.10 to 3.12",
+        "phireg, which is made for 3.10 to 3.14",
+        "install phireg in an environment of Python 3.10 to 3.14",
     ),
     "torch": ("everything but planning", "pip install torch"),
     "CUDA": (
@@ -154,7 +154,7 @@ def _part(name: str, state: str, found: str = "") -> Part:
 
 
 def _python() -> Iterator[Part]:
-    supported = (3, 10) <= sys.version_info[:2] <= (3, 12)
+    supported = (3, 10) <= sys.version_info[:2] <= (3, 14)
     text = f"{platform.python_version()}, {sys.executable}"
     yield _part("Python", OK if supported else UNSUITABLE, text)
 

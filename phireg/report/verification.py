@@ -10,6 +10,7 @@ from typing import Any
 from phireg.report.page import Axis, Facts, LogPlot, every, render_template
 from phireg.verification.result import (
     CHECKS,
+    ENGINE_CHECKS,
     LogitsResult,
     Place,
     Problem,
@@ -57,7 +58,7 @@ def render_verification(verification: Verification, facts: Facts = ()) -> str:
         ),
         quantized=_is_quantized(config),
         leading=_leading_problem(verification),
-        purposes=CHECKS,
+        purposes={**CHECKS, **ENGINE_CHECKS},
         most_problems=_MOST_PROBLEMS,
         layers=_layer_chart(logits) if logits else None,
         positions=_position_chart(logits) if logits else None,
@@ -77,10 +78,10 @@ def _is_quantized(config: Mapping[str, Any]) -> bool:
 
 def _leading_problem(verification: Verification) -> Problem | None:
     """Return a problem's cause (a key or a tensor) before what follows from it."""
-    for name in ("reading", "config", "weights", "structure", "logits", "ranks"):
-        for check in verification.checks:
-            if check.name == name and check.problems:
-                return check.problems[0]
+    order = ("reading", "config", "weights", "structure", "logits", "ranks", *ENGINE_CHECKS)
+    for check in sorted(verification.checks, key=lambda check: order.index(check.name)):
+        if check.problems:
+            return check.problems[0]
     return None
 
 

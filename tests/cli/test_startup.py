@@ -25,7 +25,10 @@ def imported(*args):
     [
         ["families", "--check"],
         ["explain", "MODEL", "lm_head"],
+        ["plan", "--model-dir", "MODEL", "--qformat", "fp8"],
+        ["plan", "--model-dir", "plugins/phi3_small/demo", "--tp-size", "2"],
         ["convert", "--model-dir", "MODEL", "--output-dir", "OUT"],
+        ["convert", "--model-dir", "plugins/phi2/demo", "--output-dir", "OUT"],
     ],
     ids=lambda args: args[0],
 )

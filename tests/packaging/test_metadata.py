@@ -56,7 +56,7 @@ def test_data_files_exist():
 def test_python_versions_agree():
     supported = SpecifierSet(PROJECT["requires-python"])
     versions = [f"3.{minor}" for minor in range(6, 20) if supported.contains(f"3.{minor}.1")]
-    assert versions == ["3.10", "3.11", "3.12"]
+    assert versions == ["3.10", "3.11", "3.12", "3.13", "3.14"]
     prefix = "Programming Language :: Python :: "
     named = [c.removeprefix(prefix) for c in PROJECT["classifiers"] if c.startswith(prefix)]
     assert named == versions
