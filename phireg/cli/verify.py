@@ -124,12 +124,13 @@ def _verifications(
     options: dict[str, Any],
 ) -> Iterator[Verification]:
     """Verify a checkpoint; or an engine, and its checkpoint where the source is given."""
-    from phireg.files.kinds import CHECKPOINT, kind_of
+    from phireg.files.kinds import CHECKPOINT, check_kind, kind_of
     from phireg.tensorrt.engine import is_native, read_native
     from phireg.verification.result import CHECKS, QUICK
 
     checks = QUICK if quick else tuple(CHECKS)
     if not is_native(directory):
+        check_kind(directory, CHECKPOINT)
         if model_dir is None:
             raise UsageError(
                 "there is nothing to compare with", hint="give --model-dir, the source model."

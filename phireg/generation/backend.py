@@ -176,7 +176,7 @@ def open_backend(
 
 def default_backend(directory: Path) -> str:
     """Return the backend that runs the kind of a directory."""
-    kind = check_kind(directory, *_RUNS.values())
+    kind = check_kind(directory, *dict.fromkeys(_RUNS.values()))
     if kind is ENGINE:
         return engine_backend(directory)
     return next(name for name, runs in _RUNS.items() if runs is kind)

@@ -43,6 +43,9 @@ def render_verification(verification: Verification, facts: Facts = ()) -> str:
     mapping = config.get("mapping")
     tp_size = mapping.get("tp_size", 1) if isinstance(mapping, Mapping) else 1
     state, word = _STATES[verification.verdict]
+    is_engine = "network" in verification.known
+    if is_engine and state == "bad":
+        word = "✗ does not match the checkpoint"
     return render_template(
         "verification.html",
         verification=verification,
@@ -59,6 +62,7 @@ def render_verification(verification: Verification, facts: Facts = ()) -> str:
         quantized=_is_quantized(config),
         leading=_leading_problem(verification),
         purposes={**CHECKS, **ENGINE_CHECKS},
+        is_engine=is_engine,
         most_problems=_MOST_PROBLEMS,
         layers=_layer_chart(logits) if logits else None,
         positions=_position_chart(logits) if logits else None,
