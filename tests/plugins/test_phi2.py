@@ -20,7 +20,7 @@ from family_checks import (
     write_source,
     write_sparse,
 )
-from helpers.older_phi import fused_per_head, original, sequential
+from helpers.other_layouts import fused_per_head, original, sequential
 from phireg_plugins.phi2 import FAMILY
 
 import phireg

@@ -1,13 +1,12 @@
 """What a reference reads from a directory: what from_pretrained reads, or an older layout."""
 
 import json
-import shutil
 
 import peft
 import pytest
 import torch
 from helpers import tiny_models as sources
-from helpers.older_phi import fused_per_head, original, sequential
+from helpers.other_layouts import LAYOUTS, by_head, write_other
 from helpers.tiny_models import edit_config, from_pretrained, opened
 from safetensors.torch import load_file, save_file
 
@@ -163,90 +162,10 @@ def test_absent_keys_are_the_defaults_of_the_class(tmp_path, name, keys):
 # --- other layouts: the same logits as the model they were made of ------------------------------
 
 
-def separate_projections(tensors, config):
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    size = config["hidden_size"] // heads
-    for name in list(tensors):
-        if "qkv_proj" in name:
-            rows = tensors.pop(name).split([heads * size, kv_heads * size, kv_heads * size])
-            tensors |= {name.replace("qkv_", f"{p}_"): x for p, x in zip("qkv", rows, strict=True)}
-        elif "gate_up" in name:
-            gate, up = tensors.pop(name).chunk(2)
-            tensors |= {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
-    return tensors, config
-
-
-def by_head(tensors, config):
-    sizes = config["num_hidden_layers"], config["num_attention_heads"]
-    return fused_per_head(tensors, *sizes), config
-
-
-def gpt2_names(config, model_type):
-    size = config["hidden_size"] // config["num_attention_heads"]
-    return {
-        "architectures": config["architectures"],
-        "model_type": model_type,
-        "n_embd": config["hidden_size"],
-        "n_head": config["num_attention_heads"],
-        "n_layer": config["num_hidden_layers"],
-        "n_inner": config["intermediate_size"],
-        "n_positions": config["max_position_embeddings"],
-        "rotary_dim": int(size * 0.4),
-        "activation_function": config["hidden_act"],
-        "layer_norm_epsilon": config["layer_norm_eps"],
-        "tie_word_embeddings": False,
-        "vocab_size": config["vocab_size"],
-    }
-
-
-def phi_msft(tensors, config):
-    return original(tensors, config["num_hidden_layers"]), gpt2_names(config, "phi-msft")
-
-
-def mixformer(tensors, config):
-    names = gpt2_names(config, "mixformer-sequential")
-    return sequential(tensors, config["num_hidden_layers"]), names
-
-
-def wrapped(prefix):
-    return lambda tensors, config: ({f"{prefix}{k}": v for k, v in tensors.items()}, config)
-
-
-def fsdp(tensors, config):
-    inner = "_fsdp_wrapped_module"
-    names = {k: k.replace("model.layers.", f"model.{inner}.layers.") for k in tensors}
-    return {f"{inner}.{names[k]}": v for k, v in tensors.items()}, config
-
-
-def without_model(tensors, config):
-    return {k.removeprefix("model."): v for k, v in tensors.items()}, config
-
-
-LAYOUTS = {
-    "separate projections": ("phi3-gqa", separate_projections),
-    "a head's q, k and v together": ("phi2", by_head),
-    "phi-2 as first published": ("phi2", phi_msft),
-    "phi-1 as first published": ("phi2", mixformer),
-    "torch.compile": ("phi3-gqa", wrapped("_orig_mod.")),
-    "DDP": ("phi2", wrapped("module.")),
-    "PEFT": ("phi3-gqa", wrapped("base_model.model.")),
-    "FSDP": ("phi3-gqa", fsdp),
-    "no model.": ("phi3-small", without_model),
-}
-
-
 @pytest.mark.parametrize(("name", "change"), LAYOUTS.values(), ids=LAYOUTS)
 @torch.no_grad()
 def test_other_layouts_compute_the_same(tmp_path, name, change):
-    plain = sources.write(name, tmp_path / "plain")
-    directory = tmp_path / "other"
-    shutil.copytree(plain, directory)
-    if name == "phi2":  # the older configs have no key for theta
-        edit_config(plain, rope_parameters={"partial_rotary_factor": 0.4})
-    config = json.loads((plain / "config.json").read_text())
-    tensors, config = change(load_file(plain / "model.safetensors"), config)
-    put(tensors, directory)
-    (directory / "config.json").write_text(json.dumps(config))
+    plain, directory = write_other(name, change, tmp_path)
     reference = opened(name, directory)
     reference.keep_all()
     prompt = torch.arange(40)[None]

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from helpers.other_layouts import LAYOUTS, write_other
 from helpers.tiny_models import edit_config
 from safetensors.torch import load_file, save_file
 from verify_sources import source
@@ -153,3 +154,21 @@ def test_what_the_user_chose_is_an_input_of_both_sides(tmp_path):
     swapped = phireg.verify(tmp_path / "merge", directory, adapter="ignore", checks=("logits",))
     assert swapped.verdict == "failed"
     assert swapped.logits.wrong_places == ((1, "attention"),)
+
+
+CONVERTIBLE = (
+    *("separate projections", "a head's q, k and v together"),
+    *("phi-2 as first published", "phi-1 as first published"),
+)
+
+
+@pytest.mark.parametrize("layout", CONVERTIBLE)
+def test_other_layouts_are_verified_as_a_whole(layout, tmp_path):
+    _, directory = write_other(*LAYOUTS[layout], tmp_path)
+    phireg.convert(phireg.plan(directory, dtype="float32"), tmp_path / "checkpoint")
+    verification = phireg.verify(tmp_path / "checkpoint", directory)
+    assert verification.verdict == "verified", texts(verification)
+
+
+def texts(verification):
+    return [(c.name, c.summary, list(map(str, c.problems))) for c in verification.checks]
