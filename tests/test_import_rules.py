@@ -81,7 +81,7 @@ RULES = {
         never=("phireg.source.readings",),
     ),
     "phireg.data": Rule(
-        (FILES, ERRORS, "xxhash"), lazily=("huggingface_hub", "datasets", "pyarrow")
+        (FILES, ERRORS, "xxhash"), lazily=("huggingface_hub", "datasets", "numpy", "pyarrow")
     ),
     STATISTICS: Rule((FILES, ERRORS, "numpy", "safetensors")),
     "phireg.calibration": Rule(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +21,8 @@ from phireg.calibration.collect import Cost, Progress, collect, measure
 from phireg.calibration.settings import Settings
 from phireg.calibration.statistics import SUFFIX, Statistics, load, save
 from phireg.checkpoint.manifest import file_digest
-from phireg.data.samples import Samples, read_samples
+from phireg.data.row import Content
+from phireg.data.samples import Encode, Samples, read_samples
 from phireg.device import pick_device
 from phireg.dtypes import WEIGHT_DTYPES, torch_dtype
 from phireg.errors import SourceError, UsageError
@@ -340,8 +341,8 @@ def _price(cost: Cost, samples: Samples, left_out: int) -> str:
     return line
 
 
-def encoder(directory: Path) -> Callable[[str], list[int]]:
-    """Encode with the source's tokenizer, which is loaded when there is text."""
+def encoder(directory: Path) -> Encode:
+    """Encode with the source's tokenizer, which is loaded when there is more than token ids."""
 
     @cache
     def tokenizer() -> Tokenizer:
@@ -354,4 +355,9 @@ def encoder(directory: Path) -> Callable[[str], list[int]]:
             )
         return loaded
 
-    return lambda text: tokenizer().encode(text)
+    def encode(names: Sequence[str], contents: Sequence[Content], most: int) -> list[list[int]]:
+        if all(type(content) is tuple for content in contents):
+            return [list(content[:most]) for content in contents if isinstance(content, tuple)]
+        return [ids for _, ids in tokenizer().encode_contents(names, contents, most)]
+
+    return encode

@@ -32,7 +32,7 @@ from phireg.cli.options import (
 )
 from phireg.cli.output import ProgressBars, columns, emit, emit_json, page_facts, printable
 from phireg.cli.plan import family_text, format_text, warnings_text
-from phireg.errors import CheckError, PhiregError, SourceError, UsageError
+from phireg.errors import PhiregError, UsageError
 
 if TYPE_CHECKING:
     from phireg.calibration.calibrate import Calibrated
@@ -276,7 +276,7 @@ def _measure(result: _Result, settings: Settings, measure: bool | None, bars: Pr
             progress=bars.count("measuring", "layers"),
         )
     except PhiregError as error:
-        if measure is None and isinstance(error, SourceError | CheckError | UsageError):
+        if measure is None:
             result.unmeasured = error.message
             return
         place = f"{result.converted.output_dir} is complete, but measuring it failed"

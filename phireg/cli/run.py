@@ -79,7 +79,7 @@ _EXCLUSIVE = (
 @PROMPTS.option(
     "--input-file",
     metavar="FILE",
-    help='A prompt per line, or JSON per line with "prompt" or "input_ids"; - is standard input.',
+    help="A prompt per line; or .jsonl, .json, .csv, .parquet, or .npy of token ids; - is stdin.",
 )
 @PROMPTS.option("--chat", is_flag=True, help="Talk to the model, by its chat template.")
 @PROMPTS.option("--system", metavar="TEXT", help="With --chat: the system prompt.")
@@ -311,7 +311,8 @@ def _run(generator: Generator, inputs: _Inputs) -> None:
         with _open(generator) as backend:
             conversation.run(backend)
         return
-    prompts = generator.encode(_read_prompts(inputs.texts, inputs.input_file))
+    with spinner("encoding the prompts"):
+        prompts = generator.encode(_read_prompts(inputs.texts, inputs.input_file))
     if inputs.streaming and len(prompts) > 1:
         raise UsageError(
             f"--streaming shows one text as it comes, and there are {len(prompts)}",
@@ -412,7 +413,7 @@ def _document(
 
 
 def _read_prompts(texts: Sequence[str], input_file: str | None) -> list[Prompt]:
-    from phireg.data.rows import decode_text
+    from phireg.data.formats import decode_text
     from phireg.files.regular import Limit, read_named
     from phireg.generation.prompts import Prompt, read_prompts
 

@@ -1,75 +1,27 @@
-"""Rows of data: local files, the public cnn_dailymail set, data that comes with phireg.
-
-Local files are read with Python's csv and json instead of ``datasets``: that package is an optional
-dependency, and does not tell the line of a damaged row.
-"""
+"""Rows of data: local files, the public cnn_dailymail set, data that comes with phireg."""
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import io
-import json
 import logging
 import os
-import re
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from phireg.data.formats import INSTALL, read_rows
+from phireg.data.row import Row
 from phireg.errors import PhiregError, SourceError, UsageError
-from phireg.files.regular import read_named
 
 AUTO, CNN_DAILYMAIL = "auto", "cnn_dailymail"
 CNN_REPOSITORY, CNN_CONFIG = "ccdv/cnn_dailymail", "3.0.0"
 
-_INSTALL = "install it: pip install 'phireg[data]'"
 _CONNECT_S = 3.0
 _PROXIES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One record."""
-
-    where: str  # file and line (a parquet file: row, counted from 1), for messages
-    values: Mapping[str, Any]  # by column or key; of CSV and text files every value is text
-
-    def text(self, *names: str) -> str:
-        """Return the text of the first of these columns with a value; UsageError without one."""
-        name = next((name for name in names if self.values.get(name) is not None), names[0])
-        value = self.values.get(name)
-        if isinstance(value, str):
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError:
-                raise UsageError(f"{self.where}: '{name}' is not valid Unicode text") from None
-            return value
-        missing = f"there is no {' or '.join(map(repr, names))}"
-        problem = f"'{name}' is not text" if name in self.values else missing
-        # What stands in the place of names in another kind of file is not shown.
-        columns = [name for name in map(str, self.values) if re.fullmatch(r"\w{1,40}", name)][:20]
-        others = len(self.values) - len(columns)
-        shown = ", ".join(columns) or "no column with a plain name"
-        more = f" and {others} more" if columns and others else ""
-        raise UsageError(f"{self.where}: {problem}", hint=f"the row has: {shown}{more}.")
-
-    def token_ids(self, name: str) -> list[int]:
-        """Return a column's list of token ids; raise UsageError for anything else."""
-        value = self.values[name]
-        if not isinstance(value, Iterable) or isinstance(value, str):
-            raise UsageError(f"{self.where}: '{name}' is no list of token ids")
-        ids = list(value)
-        for number in ids:
-            if not isinstance(number, int) or isinstance(number, bool):
-                raise UsageError(f"{self.where}: '{name}' has {number!r}, which is no token id")
-        if not ids:
-            raise UsageError(f"{self.where}: the row is empty", hint="remove it, or give it text.")
-        return ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +36,11 @@ class Data:
 def load_rows(
     source: str, split: str, count: int, bundled: Mapping[str, Callable[[], Data]]
 ) -> Data:
-    """Load the rows that a user names.
+    """Load the first rows that a user names.
 
     The source is a file, as ``read_rows`` takes; "cnn_dailymail", or a directory with a copy of
     it; a name of ``bundled``, data that needs no network; or "auto": cnn_dailymail, or if it is
-    not available the first of ``bundled``, with a note. Split and count are of cnn_dailymail.
+    not available the first of ``bundled``, with a note. The split is of cnn_dailymail.
     """
     path = Path(source)
     if source in bundled:
@@ -108,7 +60,7 @@ def load_rows(
         copy = path / CNN_REPOSITORY
         return cnn_dailymail(split, count, str(copy if copy.is_dir() else path))
     if path.is_file() or path.suffix:
-        return Data(source, read_rows(path))
+        return Data(source, read_rows(path, count))
     raise UsageError(
         f"unknown data '{source}': no such file or directory",
         hint=f"give a file of rows, {CNN_DAILYMAIL}, a directory with a copy of it, or "
@@ -144,7 +96,7 @@ def cnn_dailymail(split: str, count: int, directory: str | None = None) -> Data:
         import datasets
     except ImportError:
         raise SourceError(
-            "cnn_dailymail needs the package 'datasets', which is not installed", hint=_INSTALL
+            "cnn_dailymail needs the package 'datasets', which is not installed", hint=INSTALL
         ) from None
     repository = directory or CNN_REPOSITORY
     if scripts := sorted(Path(repository).glob("*.py")):
@@ -179,110 +131,3 @@ def cnn_dailymail(split: str, count: int, directory: str | None = None) -> Data:
     finally:
         logger.setLevel(level)
     return Data(name, [Row(f"{name}, row {n}", row) for n, row in enumerate(values, 1)])
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Read the rows of a file, in the format that its suffix names.
-
-    ``.jsonl`` and ``.json`` have one JSON object per line (empty lines are skipped), ``.csv`` names
-    the columns in its first record, ``.txt`` has one text per line that is not empty, as the value
-    ``text``. ``.parquet`` needs pyarrow.
-    """
-    readers: dict[str, Callable[[Path], Iterator[Row]]] = {
-        ".jsonl": _json_rows,
-        ".json": _json_rows,
-        ".csv": _csv_rows,
-        ".parquet": _parquet_rows,
-        ".txt": _text_rows,
-    }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise UsageError(
-            f"{path}: unknown kind of data file", hint=f"known endings: {', '.join(readers)}."
-        )
-    rows = list(reader(path))
-    if not rows:
-        raise UsageError(f"{path} holds no rows", hint="is it the right file?")
-    return rows
-
-
-def decode_text(name: str, content: bytes) -> str:
-    """Decode UTF-8 with or without a byte order mark; UsageError with the line of other bytes."""
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(
-            f"{name}:{line}: not UTF-8 text (byte {error.start})", hint="save it as UTF-8."
-        ) from None
-
-
-def text_lines(name: str, content: bytes) -> list[tuple[str, str]]:
-    """Return place (``name:number``) and text of the lines that are not empty."""
-    return [
-        (f"{name}:{number}", line.removesuffix("\r"))
-        for number, line in enumerate(decode_text(name, content).split("\n"), 1)
-        if line.strip()
-    ]
-
-
-def parse_object(where: str, line: str) -> dict[str, Any]:
-    """Parse a line of JSON; raise UsageError if it is not an object."""
-    hint = "each line must be one JSON object."
-    try:
-        value: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: not JSON: {error}", hint=hint) from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{where}: a JSON {type(value).__name__}, not an object", hint=hint)
-    return value
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    for where, line in text_lines(str(path), read_named(path)):
-        yield Row(where, parse_object(where, line))
-
-
-def _text_rows(path: Path) -> Iterator[Row]:
-    for where, line in text_lines(str(path), read_named(path)):
-        yield Row(where, {"text": line})
-
-
-def _csv_rows(path: Path) -> Iterator[Row]:
-    # The reader's own limit of 128 KiB is shorter than some articles.
-    csv.field_size_limit(2**30)
-    text = decode_text(str(path), read_named(path))
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    names: list[str] | None = None
-    line = 1
-    try:
-        for cells in reader:
-            where, line = f"{path}:{line}", reader.line_num + 1
-            if not cells:
-                continue
-            if names is None:
-                names = cells
-            elif len(cells) != len(names):
-                raise UsageError(f"{where}: {len(cells)} values for {len(names)} columns")
-            else:
-                yield Row(where, dict(zip(names, cells, strict=True)))
-    except csv.Error as error:
-        raise UsageError(f"{path}:{line}: not CSV: {error}") from None
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise UsageError(
-            f"{path}: parquet files need the package 'pyarrow', which is not installed",
-            hint=_INSTALL,
-        ) from None
-    content = io.BytesIO(read_named(path))
-    try:
-        values = parquet.read_table(content).to_pylist()
-    except (ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{path}: not a parquet file that can be read: {reason}") from None
-    for number, row in enumerate(values, 1):
-        yield Row(f"{path}:{number}", row)

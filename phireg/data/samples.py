@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
 import xxhash
 
-from phireg.data.rows import Data, Row, load_rows
+from phireg.data.row import Content, Row
+from phireg.data.rows import Data, load_rows
 from phireg.errors import UsageError
 
 BUILTIN = "builtin"
 DEFAULT_SIZE = 512  # samples, as TensorRT-LLM's quantization scripts take
-TEXT_COLUMNS = ("text", "article", "prompt")  # in order of preference
-Encode = Callable[[str], list[int]]  # with the special tokens that the tokenizer adds
+Encode = Callable[[Sequence[str], Sequence[Content], int], list[list[int]]]
+"""Takes names for messages, contents, and the most tokens of each; returns token ids, with the
+special tokens that the tokenizer adds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +45,32 @@ class Samples:
 
 
 def read_samples(
-    source: str, encode: Encode, *, size: int | None, max_length: int, vocab_size: int
+    source: str,
+    encode: Encode,
+    *,
+    size: int | None,
+    max_length: int,
+    vocab_size: int,
+    most: int = DEFAULT_SIZE,
 ) -> Samples:
     """Read the first samples of the data, in order.
 
-    A row has ``input_ids``, a list of token ids that is taken as it is, or a text in one of
-    ``TEXT_COLUMNS``. The built-in text has one sample per passage, which begins there and runs on
-    into the following ones.
+    A row holds what ``Row.content`` says. The built-in text has one sample per passage, which
+    begins there and runs on into the following ones.
 
     The source is as of ``load_rows``: the train split of cnn_dailymail, and "builtin" for the text
-    that phireg contains. A size of None is 512, or as many as there are.
+    that phireg contains. A size of None is ``most``, or as many as there are.
     """
-    count = DEFAULT_SIZE if size is None else size
+    count = most if size is None else size
     data = load_rows(source, "train", count, {BUILTIN: _builtin})
     origin = data.name if data.note is None else f"{data.name}, because {data.note}"
-    rows = []
-    for row in data.rows[:count]:
-        ids = _token_ids(row, encode, max_length)
+    rows, taken = [], data.rows[:count]
+    contents = [row.content() for row in taken]
+    for row, content in zip(taken, contents, strict=True):
+        if isinstance(content, str) and not content.strip():
+            raise UsageError(f"{row.where}: the row is empty", hint="remove it, or give it text.")
+    encoded = encode([row.where for row in taken], contents, max_length)
+    for row, ids in zip(taken, encoded, strict=True):
         unknown = next((token for token in ids if not 0 <= token < vocab_size), None)
         if unknown is not None:
             raise UsageError(
@@ -80,14 +91,3 @@ def _builtin() -> Data:
         for number in range(len(passages))
     ]
     return Data("the built-in text", rows)
-
-
-def _token_ids(row: Row, encode: Encode, max_length: int) -> list[int]:
-    if "input_ids" in row.values:
-        ids = row.token_ids("input_ids")[:max_length]
-    else:
-        text = row.text(*TEXT_COLUMNS)
-        ids = encode(text)[:max_length] if text.strip() else []
-    if not ids:
-        raise UsageError(f"{row.where}: the row is empty", hint="remove it, or give it text.")
-    return ids

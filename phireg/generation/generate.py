@@ -24,7 +24,7 @@ from phireg.generation.backend import (
 from phireg.generation.batches import batches, warn_of_switch
 from phireg.generation.limits import check_batch, check_prompts
 from phireg.generation.processes import check_launcher, check_processes
-from phireg.generation.prompts import Prompt
+from phireg.generation.prompts import Prompt, encode_prompts
 from phireg.generation.tokenizer import Tokenizer, find_tokenizer, stop_ids
 from phireg.source.hub import resolve_model_dir
 
@@ -119,7 +119,8 @@ class Generator:
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Return the prompts with their token ids; raise UsageError if one does not fit."""
-        encoded = [prompt.encode(self.tokenizer) for prompt in prompts]
+        most = self.description.positions + 1  # more are as many too many
+        encoded = encode_prompts(prompts, self.tokenizer, most)
         rows = [prompt.ids for prompt in encoded]
         check_prompts(
             self.description, rows, self.max_new_tokens or 1, [prompt.where for prompt in prompts]

@@ -32,8 +32,10 @@ def check_prompts(
             )
         if len(prompt) > room:
             new = f" and {new_tokens} new ones" if new_tokens else ""
+            # Longer texts are encoded up to there.
+            count = f"{len(prompt)} tokens" + " or more" * (len(prompt) == model.positions + 1)
             raise UsageError(
-                f"{name}{len(prompt)} tokens{new} exceed the model's {model.positions} positions",
+                f"{name}{count}{new} exceed the model's {model.positions} positions",
                 hint=f"shorten the prompt to {room} tokens, or ask for fewer new tokens."
                 if room > 0
                 else "ask for fewer new tokens.",

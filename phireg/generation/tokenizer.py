@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from phireg import registry
 from phireg.checkpoint.manifest import read_manifest
 from phireg.children import ChildError, call
+from phireg.data.row import Content, PaddedIds
 from phireg.errors import PhiregError, PhiregWarning, PluginError, SourceError, UsageError
 from phireg.files.json import read_json_object
 from phireg.files.kinds import check_loadable
@@ -25,6 +27,7 @@ _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _END_OF_TURN = ("<|end|>", "<|im_end|>")
 _REPLACEMENT = "\ufffd"
 _TEMPLATE_LIMITS: Any = {"seconds": 10.0, "memory": 2**30, "longest": 2**24}
+_CHATS = 16  # conversations that one process renders
 _PROBE = "The tokens of a text, 1 to 20"
 # Characters of a token that are tried first, and tokens to spare beside a cut.
 _CHARACTERS, _SPARE = 8, 256
@@ -105,12 +108,61 @@ class Tokenizer:
         added = self._inner.get_added_vocab()
         return frozenset(added[token] for token in _END_OF_TURN if token in added)
 
-    def chat_text(self, messages: Sequence[Mapping[str, str]], *, answer: bool = True) -> str:
-        """Render ``{"role", "content"}`` messages, up to where the model's answer begins.
+    def encode_contents(
+        self,
+        names: Sequence[str],
+        contents: Sequence[Content],
+        most: int,
+        *,
+        answer: bool = False,
+    ) -> list[tuple[str | None, list[int]]]:
+        """Return text (of ids: None) and token ids, the first ``most``, of what rows hold.
 
-        Without ``answer`` they end where the conversation does. Raise UsageError if there is no
-        chat template, or it refuses these messages.
+        Conversations go through the chat template: whole, or with ``answer`` up to where the
+        model's next one begins. Raise UsageError with the row's name.
         """
+        chats = {n: c for n, c in enumerate(contents) if isinstance(c, list)}
+        texts = self.chat_texts(list(chats.values()), [names[n] for n in chats], answer=answer)
+        rendered = dict(zip(chats, texts, strict=True))
+        encoded: list[tuple[str | None, list[int]]] = []
+        for number, (name, content) in enumerate(zip(names, contents, strict=True)):
+            if isinstance(content, tuple):
+                encoded.append((None, self._without_padding(name, content)[:most]))
+                continue
+            text = content if isinstance(content, str) else rendered[number]
+            try:
+                ids = self.encode(text, most, keep="start", chat=number in rendered)
+            except UsageError as error:
+                raise UsageError(f"{name}: {error.message}", hint=error.hint) from None
+            encoded.append((text, ids))
+        return encoded
+
+    def _without_padding(self, name: str, ids: tuple[int, ...]) -> list[int]:
+        """Leave out the padding of ids that may have it, as TensorRT-LLM's run.py does."""
+        own = self._inner.pad_token_id
+        pad = self._inner.eos_token_id if own is None else own
+        kept = [i for i in ids if i != pad] if isinstance(ids, PaddedIds) else list(ids)
+        if not kept:
+            raise UsageError(f"{name}: the row is empty", hint="remove it, or give it tokens.")
+        return kept
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Render ``{"role", "content"}`` messages, up to where the model's answer begins."""
+        return self.chat_texts([messages])[0]
+
+    def chat_texts(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, str]]],
+        names: Sequence[str] = (),
+        *,
+        answer: bool = True,
+    ) -> list[str]:
+        """Render conversations, up to where the model's answer begins, or without ``answer`` whole.
+
+        Raise UsageError if there is no chat template, or it refuses one, with its name if it has.
+        """
+        if not conversations:
+            return []
         templates = self._inner.chat_template
         if not templates:
             raise UsageError(
@@ -124,17 +176,39 @@ class Tokenizer:
                 hint="rename the one to use to 'default' in tokenizer_config.json.",
             )
 
+        texts = []
+        for start in range(0, len(conversations), _CHATS):
+            part = slice(start, start + _CHATS)
+            texts += self._rendered(conversations[part], names[part], answer)
+        return texts
+
+    def _rendered(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, str]]],
+        names: Sequence[str],
+        answer: bool,
+    ) -> list[str]:
         def render() -> str:
-            text: str = self._inner.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=answer
+            return json.dumps(
+                [
+                    self._inner.apply_chat_template(
+                        list(messages), tokenize=False, add_generation_prompt=answer
+                    )
+                    for messages in conversations
+                ]
             )
-            return text
 
         try:  # a template is a program of its author's
-            return call(render, **_TEMPLATE_LIMITS)
+            texts: list[str] = json.loads(call(render, **_TEMPLATE_LIMITS))
+            return texts
         except ChildError as error:
+            if len(conversations) > 1:  # which one?
+                parts = [slice(n, n + 1) for n in range(len(conversations))]
+                alone = [self._rendered(conversations[p], names[p], answer) for p in parts]
+                return [text for texts in alone for text in texts]
+            where = "".join(f"{name}: " for name in names)
             reason = " ".join(str(error).split())[:300]
-            raise UsageError(f"the model's chat template refuses this: {reason}") from None
+            raise UsageError(f"{where}the model's chat template refuses this: {reason}") from None
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the ids of :meth:`chat_text`; the template writes the first special tokens."""

@@ -17,7 +17,7 @@ from phireg.calibration.settings import Settings
 from phireg.config.hf import HFConfig
 from phireg.conversion.stream import assemble
 from phireg.data.rows import AUTO
-from phireg.data.samples import DEFAULT_SIZE, Encode, Samples, read_samples
+from phireg.data.samples import DEFAULT_SIZE, Encode, read_samples
 from phireg.device import pick_device
 from phireg.dtypes import as_torch
 from phireg.errors import SourceError
@@ -194,9 +194,10 @@ def held_back(settings: Settings, directory: Path, encode: Encode) -> Text | Non
     if family is None:
         return None
     articles = demo.find(family).articles[:_ARTICLES]
-    rows = tuple(tuple(encode(article.prompt + article.reference)) for article in articles)
-    prompt = tuple(encode(articles[0].prompt))
-    return Text(rows, "the articles held back from the demo model's training", False, prompt)
+    texts = [articles[0].prompt, *(article.prompt + article.reference for article in articles)]
+    names = [f"article {number}" for number in range(len(texts))]
+    prompt, *rows = map(tuple, encode(names, texts, settings.max_length * _ARTICLES))
+    return Text(tuple(rows), "the articles held back from the demo model's training", False, prompt)
 
 
 def _continue(models: Iterator[Executor], text: Text, directory: Path) -> Continuation | str:
@@ -226,21 +227,17 @@ def choose_text(
     longest: int,
 ) -> Text:
     """Choose the samples behind those of the calibration, or the first ones if there are none."""
-
-    def read(size: int | None) -> Samples:
-        length = min(settings.max_length, longest)
-        return read_samples(
-            settings.source, encode, size=size, max_length=length, vocab_size=vocab_size
-        )
-
-    samples = read(None)
-    used = 0
-    if provenance is not None:
-        used = int(provenance["samples"])
-        if used >= DEFAULT_SIZE:
-            samples = Samples(read(used + _FURTHER).rows, samples.origin)
-        if samples.first(used).digest != provenance["data_digest"]:
-            used = 0  # statistics of other text
+    used = 0 if provenance is None else int(provenance["samples"])
+    samples = read_samples(
+        settings.source,
+        encode,
+        size=None,
+        max_length=min(settings.max_length, longest),
+        vocab_size=vocab_size,
+        most=max(used + _FURTHER, DEFAULT_SIZE),
+    )
+    if provenance is not None and samples.first(used).digest != provenance["data_digest"]:
+        used = 0  # statistics of other text
     further = [row for row in samples.rows[used:] if len(row) > 1]
     rows = tuple(further) or samples.rows
     return Text(rows, samples.origin, used > 0 and not further, rows[0][:_PROMPT])

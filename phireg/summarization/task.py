@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phireg import demo
-from phireg.data.rows import AUTO, CNN_DAILYMAIL, Data, Row, load_rows
+from phireg.data.row import Row
+from phireg.data.rows import AUTO, CNN_DAILYMAIL, Data, load_rows
 from phireg.errors import PhiregError, UsageError
 from phireg.generation.tokenizer import Tokenizer
 

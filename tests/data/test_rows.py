@@ -8,7 +8,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from phireg.data.rows import Row, cnn_dailymail, read_rows
+from phireg.data.formats import read_rows
+from phireg.data.row import Row
+from phireg.data.rows import cnn_dailymail
 from phireg.errors import PhiregError, SourceError, UsageError
 
 VALUES = [

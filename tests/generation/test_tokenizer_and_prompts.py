@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from phireg.errors import PluginError, SourceError, UsageError
-from phireg.generation.prompts import Prompt, read_prompts
+from phireg.generation.prompts import Prompt, encode_prompts, read_prompts
 from phireg.generation.tokenizer import Tokenizer, find_tokenizer, stop_ids
 
 TEXTS = ["héllo wörld", "日本語の文字😀🎉!", " a  b\n\tc", "naïve 🙈nicode é", "👩\u200d👩\u200d👧"]
@@ -133,14 +133,16 @@ def test_damaged_prompts_are_named(name, content, line):
 
 
 def test_encoding_a_prompt():
-    tokenizer = Tokenizer(chat_tokenizer())
-    assert Prompt("here", "x", (5, 6)).encode(None).ids == (5, 6)
-    assert Prompt("here", "a<|end|>").encode(tokenizer).ids[-1] == 303
+    tokenizer, ids = Tokenizer(chat_tokenizer()), Prompt("here", "x", (5, 6))
+    assert encode_prompts([ids], None, 9) == [ids]
+    two = encode_prompts([Prompt("here", "a<|end|>"), ids], tokenizer, 99)
+    assert (two[0].ids[-1], two[1]) == (303, ids)
+    assert len(encode_prompts([Prompt("here", "many words " * 99)], tokenizer, 7)[0].ids) == 7
     for text in ("", "\ud800"):
         with pytest.raises(UsageError, match=r"^here: "):
-            Prompt("here", text).encode(tokenizer)
+            encode_prompts([ids, Prompt("here", text)], tokenizer, 99)
     with pytest.raises(UsageError, match="--tokenizer-dir"):
-        Prompt("here", "x").encode(None)
+        encode_prompts([Prompt("here", "x")], None, 99)
 
 
 # Tokenizers

@@ -8,6 +8,11 @@ from phireg.calibration.settings import Settings
 from phireg.data.samples import read_samples
 from phireg.quality.run import choose_text
 
+
+def encode(names, contents, most):
+    return [list(content[:most]) for content in contents]
+
+
 ROWS = [[10 * n, 10 * n + 1, 2, 3, 4] for n in range(10)]
 
 
@@ -18,12 +23,12 @@ def write(path, rows):
 
 def calibrated_on(settings, count):
     """What is recorded of a calibration on the first samples."""
-    samples = read_samples(settings.source, list, size=None, max_length=50, vocab_size=100)
+    samples = read_samples(settings.source, encode, size=None, max_length=50, vocab_size=100)
     return {"samples": count, "data_digest": samples.first(count).digest}
 
 
 def chosen(settings, provenance, tokens=1000):
-    text = choose_text(settings, provenance, list, vocab_size=100, longest=50)
+    text = choose_text(settings, provenance, encode, vocab_size=100, longest=50)
     return text.cut(tokens, longest=50)
 
 

@@ -8,7 +8,8 @@ from tokenizers import processors
 
 from phireg import demo
 from phireg.data import rows as data_rows
-from phireg.data.rows import Data, Row
+from phireg.data.row import Row
+from phireg.data.rows import Data
 from phireg.errors import SourceError, UsageError
 from phireg.generation.tokenizer import Tokenizer, find_tokenizer
 from phireg.summarization.task import (
