@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from phireg.dtypes import ITEMSIZE
+from phireg.reader.schemes import LINEARS
 from phireg.reader.spec import ModelSpec
 from phireg.reader.tensors import rank_tensors
 
@@ -22,9 +23,11 @@ DEFAULT_TOKENS = 4096
 """Of prompt and continuation, where nothing is asked for and the model has more."""
 
 _FUSED_SLOTS = 32768
-# Measured by benchmarks/engine.py: what a build takes besides the engine itself.
-_PEAK, _PEAK_PER_LAYER = 450e6, 50e6
-_SECONDS_PER_LAYER, _SECONDS_PER_BYTE = 1.25, 6.6e-9
+# Measured by benchmarks/engine.py. While it compiles, the builder holds copies of weights beside
+# the engine: of the layers' bytes this part, where they are quantized and where they are not.
+_COPIES = {True: 0.3, False: 0.75}
+_LEAST_MEMORY, _LEAST_SECONDS = 450e6, 2.0
+_SECONDS_PER_LAYER, _SECONDS_PER_BYTE = 0.25, 4e-9
 _ENGINE_PER_LAYER = 0.5e6
 
 
@@ -96,23 +99,27 @@ def remarks(spec: ModelSpec, capacity: int) -> Iterator[str]:
 
 def estimate(spec: ModelSpec, form: WeightsForm, batch: int, capacity: int) -> Estimate:
     """Estimate a rank's build from measured ones."""
-    stored = quantized = 0
+    ends = layers = made = 0  # bytes; "made" are those that are quantized for the build
     for name, (code, shape) in rank_tensors(spec).items():
-        count, size = math.prod(shape), ITEMSIZE[code]
-        scheme = spec.quantization.scheme(name.removesuffix(".weight"))
-        if scheme is not None and scheme.weight is None and name.endswith(".weight"):
-            in_layer = name.startswith("transformer.layers.") and "norm" not in name
-            if in_layer:
-                quantized += count if scheme.qformat == "int8_wo" else count // 2
-                continue
-        stored += count * size
-    layers = spec.num_layers
-    weights = stored + quantized if form == "embedded" else 0
-    slots = 2 * layers * spec.rank_kv_heads * capacity * spec.head_size * batch
+        count, (module, _, part) = math.prod(shape), name.rpartition(".")
+        scheme = spec.quantization.scheme(module)
+        if not name.startswith("transformer.layers."):
+            ends += count * ITEMSIZE[code]
+        elif scheme and scheme.weight is None and part == "weight" and module.endswith(LINEARS):
+            made += count // (2 if scheme.qformat == "int4_wo" else 1)
+        else:
+            layers += count * ITEMSIZE[code]
+    if form == "separate":
+        ends = layers = made = 0
+    engine = ends + layers + made + _ENGINE_PER_LAYER * spec.num_layers
+    copies = _COPIES[spec.quantization.weights is not None] * (layers + made) + made
+    slots = 2 * spec.num_layers * spec.rank_kv_heads * capacity * spec.head_size * batch
     return Estimate(
-        engine_bytes=int(weights + _ENGINE_PER_LAYER * layers),
-        memory_bytes=int(weights + quantized + _PEAK + _PEAK_PER_LAYER * layers),
-        cpu_seconds=_SECONDS_PER_LAYER * layers + _SECONDS_PER_BYTE * weights,
+        engine_bytes=int(engine),
+        memory_bytes=int(engine + copies + _LEAST_MEMORY),
+        cpu_seconds=_LEAST_SECONDS
+        + _SECONDS_PER_LAYER * spec.num_layers
+        + _SECONDS_PER_BYTE * (ends + layers + made),
         cache_bytes=slots * (4 if spec.dtype == "float32" else 2),
     )
 
