@@ -106,7 +106,7 @@ def conversion_document(plan: Plan, converted: Converted) -> dict[str, Any]:
         "losses": {
             name: dataclasses.asdict(loss) for name, loss in sorted(converted.losses.items())
         },
-        "findings": findings_json(plan.findings),
+        "findings": findings_json((*converted.findings, *plan.findings)),
     }
 
 
@@ -134,10 +134,10 @@ def _text(plan: Plan, converted: Converted, seconds: float) -> str:
 
 
 def loss_findings(converted: Converted) -> list[Finding]:
-    """One warning for each kind of loss; --json has the tensors."""
+    """Warnings about scales, and one for each kind of loss; --json has the tensors."""
     from phireg.findings import Finding, Severity
 
-    findings = []
+    findings = list(converted.findings)
     for code, change in (
         ("nan", "are NaN in the source"),
         ("infinite", "are infinite in the source"),

@@ -16,6 +16,7 @@ from phireg.errors import PlanError, UsageError
 from phireg.files.kinds import file_sizes, tokenizer_files
 from phireg.files.output import OutputDirectory
 from phireg.files.writing import copy_file
+from phireg.findings import Finding
 from phireg.planning.model import Plan
 from phireg.planning.report import problems
 
@@ -34,12 +35,14 @@ class Converted:
         losses: values that became infinite or zero in a cast, were cut off when quantized, or were
             NaN or infinite in the source, by source tensor.
         calibrated: statistics that were taken or read for it.
+        findings: warnings about the scales.
     """
 
     output_dir: Path
     files: Mapping[str, int]
     losses: Mapping[str, Loss]
     calibrated: Calibrated | None = None
+    findings: tuple[Finding, ...] = ()
 
 
 def convert(
@@ -122,7 +125,7 @@ def write_checkpoint(
             manifest["quantization"] = quantization
         write_manifest(directory, manifest)
         files = file_sizes(directory)
-    return Converted(target, files, streamed.losses)
+    return Converted(target, files, streamed.losses, findings=scales.findings if scales else ())
 
 
 def _check_overflow(streamed: Streamed, plan: Plan) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from phireg.conversion.cast import PIECE, Bits, Float32
 from phireg.dtypes import BITS, E4M3_BEYOND, E4M3_MAX, WEIGHT_DTYPES, as_torch
+from phireg.findings import Finding
 from phireg.planning.model import Plan
 
 
@@ -28,6 +29,8 @@ class Scales:
     inverse: Mapping[str, Float32]
     """By target of a SmoothQuant linear: 1 / s per source column, the factor of its weight. The
     float32 s itself is not in the checkpoint, only rounded."""
+    findings: tuple[Finding, ...] = ()
+    """Warnings about scales."""
 
     def float32(self, name: str) -> Float32:
         """A scale that is stored in float32."""
@@ -41,6 +44,7 @@ class WeightQuantizer:
         self._code = WEIGHT_DTYPES[plan.options.dtype]
         self._scales = scales
         self._smoothed = plan.smoothed
+        self.findings = scales.findings
 
     def scale(self, name: str) -> Bits:
         """All elements of one of the plan's scales."""

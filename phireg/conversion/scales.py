@@ -30,7 +30,8 @@ from phireg.reader.schemes import KV_SCALE
 from phireg.source.model import Reader
 
 SMALLEST_SMOOTHER, LARGEST_SMOOTHER = 1e-4, 1e4
-"""Range of the smoothing vector; a channel that calibration never saw gets the largest."""
+"""Range of the smoothing vector; a channel that calibration never saw gets the largest, but 1 where
+it saw none of the linear's."""
 
 _NOTHING: Mapping[str, int] = {}
 
@@ -66,7 +67,23 @@ def compute_scales(
         overflowed.update(scales.overflowed)
     values.update(_kv_scales(plan, statistics))
     check_scales(plan, values, overflowed)
-    return Scales(values, {x.target: x.inverse for x in results if x.inverse is not None})
+    return Scales(
+        values,
+        {x.target: x.inverse for x in results if x.inverse is not None},
+        _unseen(maxima, statistics, plan),
+    )
+
+
+def _unseen(
+    maxima: Mapping[str, Float32], statistics: Statistics, plan: Plan
+) -> tuple[Finding, ...]:
+    """Warn of what calibration saw only zeros of: a layer that is switched off, perhaps."""
+    names = [target for target, amax in maxima.items() if not amax.any()]
+    if plan.options.kv_cache_dtype == "int8":
+        kept = zip(plan.kv_caches, statistics.keys, statistics.values, strict=True)
+        names += [module for module, *largest in kept if not any(largest)]
+    detail = "calibration saw only zeros of it, so its scale is 1; is the layer switched off?"
+    return tuple(Finding(Severity.WARNING, "unseen", name, detail) for name in names)
 
 
 def bytes_read(plan: Plan, alpha: float = 1.0) -> int:
@@ -173,7 +190,7 @@ def _kv_scales(plan: Plan, statistics: Statistics) -> dict[str, Bits]:
         largest = np.maximum(np.float32(statistics.keys[layer]), statistics.values[layer])
         amax = np.array([largest], np.float32)
         if plan.options.kv_cache_dtype == "int8":
-            scale = amax / np.float32(INT8_MAX)
+            scale = amax / np.float32(INT8_MAX) if largest else np.ones(1, np.float32)
         else:
             scale = np.maximum(np.float32(1), amax / np.float32(E4M3_MAX))
         scales[f"{module}.{KV_SCALE}"] = scale.view(BITS["F32"])
@@ -227,9 +244,8 @@ class _Worker:
                 largest = np.maximum(largest, np.float32(amax))
         scale = np.float32(1) if largest == 0 else largest / np.float32(E4M3_MAX)
         scales.put(f"{linear.target}.weights_scaling_factor", scale)
-        scales.put(
-            f"{linear.target}.activation_scaling_factor", inputs.max() / np.float32(E4M3_MAX)
-        )
+        scale = inputs.max() / np.float32(E4M3_MAX) if inputs.any() else np.float32(1)
+        scales.put(f"{linear.target}.activation_scaling_factor", scale)
 
     def smoothquant(self, linear: QuantizedLinear, inputs: Float32, scales: _LinearScales) -> None:
         """A smoothing vector for the input, then a scale for each row of the smoothed weight."""
@@ -240,7 +256,7 @@ class _Worker:
             largest = as_torch(self.rounded((inputs * smoother).max(keepdims=True)), self.code)
         scales.put(
             f"{linear.target}.activation_scaling_factor",
-            largest.float().numpy() / np.float32(INT8_MAX),
+            largest.float().numpy() / np.float32(INT8_MAX) if inputs.any() else np.float32(1),
         )
         for module in linear.sources:
             amax = np.empty(self.plan.source.tensors[f"{module}.weight"].shape[0], np.float32)
@@ -255,6 +271,8 @@ class _Worker:
         import torch
 
         amax = torch.from_numpy(inputs)
+        if not inputs.any():
+            return np.ones(linear.columns, np.float32)
         if self.alpha == 1:
             smoother = 1 / amax
         else:

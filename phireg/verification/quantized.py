@@ -316,7 +316,8 @@ def activation_problems(
     """Yield activation scales that do not follow from the smoothing vector, as with alpha 1.
 
     The vector is 1 / amax then, so that every smoothed channel reaches 1 and the scale is 1 / 127;
-    unless channels were so small or large that their entries were clamped to 1e4 or 1e-4.
+    unless channels were so small or large that their entries were clamped to 1e4 or 1e-4, or all
+    were zero, so that both are 1.
     """
     names = {output.name for output in scales}
     for linear in plan.linears:
@@ -329,7 +330,8 @@ def activation_problems(
         slack = 2 * UNIT_ROUNDOFF[WEIGHT_DTYPES[plan.options.dtype]] + 1e-6
         clamped = (vector <= 1e-4 * (1 + slack)) | (vector >= 1e4 * (1 - slack))
         off = np.abs(scale * 127 - 1) > slack
-        if off.any() and not clamped.any():
+        unseen = (scale == 1).all() and (vector == 1).all()
+        if off.any() and not clamped.any() and not unseen:
             text = f"is {_shown(scale * 127)} times 1/127, which it is where inputs are smoothed"
             yield Problem(f"rank0 {name}", f"{text} with alpha 1", None, *place_of(name))
 

@@ -321,14 +321,43 @@ def test_scales_out_of_range(tmp_path):
         assert f"{owner}.weights_scaling_factor: is denormal" in line
 
 
-@pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
-def test_inputs_that_calibration_saw_only_as_zero(tmp_path, qformat):
+@formats
+def test_a_layer_that_is_switched_off_has_scale_one_and_a_warning(tmp_path, qformat, alpha):
     statistics = calibration("mini")
-    for i in range(LAYERS):
+    for i in (0, 2):
         statistics.inputs[f"model.layers.{i}.self_attn.o_proj"][:] = 0
-    (line,) = refused(tmp_path, qformat, model("mini"), statistics)
-    targets = "transformer.layers.{0..2}.attention.dense"
-    assert f"{targets}.activation_scaling_factor: is zero  (3 of them)" in line
+    done, quantized = export(tmp_path, qformat, model("mini"), statistics, alpha)
+    off = [f"transformer.layers.{i}.attention.dense" for i in (0, 2)]
+    assert [(found.code, found.subject) for found in done.findings] == [
+        ("unseen", name) for name in off
+    ]
+    scales = {n: v for n, v in quantized.items() if n.endswith("activation_scaling_factor")}
+    assert {n.rpartition(".")[0] for n, v in scales.items() if v == 1} == set(off)
+    if qformat == "int8_sq":
+        assert (quantized[f"{off[0]}.prequant_scaling_factor"] == 1).all()
+    # its weight is quantized as any other: it may be switched on by what calibration did not see
+    source = model("mini")["model.layers.0.self_attn.o_proj.weight"].half().float()
+    scale = quantized[f"{off[0]}.weights_scaling_factor"].reshape(-1, 1)
+    assert (
+        quantized[f"{off[0]}.weight"].float() * scale - source
+    ).abs().max() < 0.07 * source.max()
+    checks = ("structure", "config", "weights")
+    assert (
+        phireg.verify(tmp_path / "out", tmp_path / "hf", checks=checks).check("weights").verdict
+        == "passed"
+    )
+
+
+def test_a_cache_that_is_always_empty(tmp_path):
+    statistics = calibration("mini")
+    zero = Statistics(statistics.inputs, (1.0, 0.0, 1.0), (1.0, 0.0, 1.0), {})
+    source = write_model(tmp_path / "hf", "mini", model("mini"))
+    plan = plan_of(source, "mini", "int8_wo", cache="int8")
+    done = phireg.quantize(plan, tmp_path / "out", zero)
+    assert [found.subject for found in done.findings] == ["transformer.layers.1.attention"]
+    name = "transformer.layers.{}.attention.kv_cache_scaling_factor"
+    stored = ranks(tmp_path / "out", 1)[0]
+    assert [float(stored[name.format(i)]) == 1 for i in range(LAYERS)] == [False, True, False]
 
 
 def test_all_gaps_of_the_statistics_are_named(tmp_path):
@@ -345,9 +374,6 @@ def test_all_gaps_of_the_statistics_are_named(tmp_path):
     short = Statistics(statistics.inputs, statistics.keys[:2], statistics.values[:2], {})
     (line,) = refused(tmp_path / "short", "int8_wo", model("mini"), short, cache="fp8")
     assert "2 layers, the model has 3" in line
-    zero = Statistics(statistics.inputs, (1.0, 0.0, 1.0), (1.0, 0.0, 1.0), {})
-    (line,) = refused(tmp_path / "zero", "int8_wo", model("mini"), zero, cache="int8")
-    assert "transformer.layers.1.attention.kv_cache_scaling_factor" in line
 
 
 def test_a_missing_or_negative_scale_is_refused(tmp_path):
