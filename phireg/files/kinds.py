@@ -92,8 +92,31 @@ _BY_ENTRIES = (
         "merge it into the base model first: peft's merge_and_unload(), then save_pretrained()",
         r"adapter_config\.json|adapter_model\..*",
     ),
-    Kind("a GGUF model", _ORIGINAL, r".*\.gguf"),
-    Kind("an ONNX model", _ORIGINAL, r".*\.onnx(\.data)?"),
+    Kind(
+        "a DeepSpeed ZeRO checkpoint",
+        "collect its weights first: python zero_to_fp32.py . OUTPUT, in that directory",
+        r"zero_to_fp32\.py|global_step\d+|zero_pp_rank_.*|mp_rank_.*_model_states\.pt",
+    ),
+    Kind(
+        "an FSDP checkpoint",
+        "collect its weights first: accelerate merge-weights DIRECTORY OUTPUT",
+        r"pytorch_model_fsdp(_\d+)?(\.bin)?|fsdp_model.*|__\d+_\d+\.distcp",
+    ),
+    Kind(
+        "a torchtune checkpoint",
+        "save it in the Hugging Face format (torchtune's FullModelHFCheckpointer with safetensors)",
+        r"hf_model_\d+_\d+\.pt|meta_model_\d+\.pt|recipe_state(\.pt)?|torchtune_config\.yaml",
+    ),
+    Kind(
+        "a trainer's output directory",
+        "give one of its checkpoint-N folders",
+        r"checkpoint-\d+|epoch_\d+",
+    ),
+    Kind("a GGUF model", _ORIGINAL, r".*\.gguf|gguf"),
+    Kind("an ONNX model", _ORIGINAL, r".*\.onnx(\.data)?|onnx|cpu_and_mobile|directml"),
+    Kind("a model quantized with GPTQ", _ORIGINAL, r"quantize_config\.json|gptq_model.*"),
+    Kind("a model quantized with AWQ", _ORIGINAL, r"quant_config\.json|awq_model.*"),
+    Kind("a model quantized with ModelOpt", _ORIGINAL, r"hf_quant_config\.json"),
     Kind(
         "a sharded checkpoint without its index",
         "download model.safetensors.index.json (or pytorch_model.bin.index.json) as well",

@@ -20,6 +20,7 @@ from phireg.layout.spans import Axis, LayoutError, Span, check_partition
 from phireg.planning.merging import merge_adapter
 from phireg.planning.model import Options, Output, Plan, Rows, Scale
 from phireg.planning.quantized import FOLLOWS, Quantization
+from phireg.planning.recognition import unwrapped
 from phireg.planning.schedule import schedule
 from phireg.planning.ties import TIES, settle_ties
 from phireg.reader.tensors import required_tensors
@@ -136,8 +137,10 @@ class _Builder:
         return "float16" if name == "float32" else name
 
     def settle(self, fields: Mapping[str, Any], config: dict[str, Any]) -> Rules:
-        """Read the source with its adapter and its ties; ``config`` gets the final value."""
+        """Settle names, adapter and ties of the source; ``config`` gets the final value of ties."""
         untied = self.rules({**fields, TIES: False} if TIES in fields else fields)
+        self.source, found = unwrapped(self.source, untied)
+        self.findings += found
         if (adapter := self.source.adapter) is not None:
             self.source, found = merge_adapter(self.source, adapter, untied)
             self.findings += found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from phireg import registry
@@ -13,6 +13,7 @@ from phireg.errors import PlanError, SourceError, UsageError
 from phireg.files.json import read_json_object
 from phireg.planning.build import build_plan
 from phireg.planning.model import Options, Plan
+from phireg.planning.recognition import UNQUANTIZED, Refusal, recognize, without_blocks
 from phireg.planning.report import problems
 from phireg.reader.schemes import KV_CACHES, SCHEMES
 from phireg.registry import AUTO, FamilyChoice
@@ -79,10 +80,12 @@ def plan(
     hf = HFConfig(read_json_object(directory / "config.json"))
     if not hf.architectures and not hf.model_type:
         open_source(directory)
-    choice = choose_family(hf, family)
-    return build_plan(
-        choice, hf, open_source(directory, commit, options.readings), options, str(model_dir)
-    )
+    plain = without_blocks(hf)  # the headers tell whether the weights are quantized
+    choice = choose_family(plain, family)
+    source, refusals = recognize(hf, open_source(directory, commit, options.readings))
+    if refusals:
+        raise _refused("the files of this model are not what phireg converts", refusals)
+    return build_plan(choice, plain, source, options, str(model_dir))
 
 
 def plan_config(
@@ -110,32 +113,47 @@ def plan_config(
 def choose_family(hf: HFConfig, family: str) -> FamilyChoice:
     """Return the family that claims a config, or the named one if it fits."""
     check_model(hf)
-    choice = registry.choose(hf) if family == AUTO else registry.load(family)
+    try:
+        choice = registry.choose(hf) if family == AUTO else registry.load(family)
+    except SourceError as error:
+        raise SourceError(error.message, hint=_llama_advice(hf) or error.hint) from None
     if refusal := choice.family.refusal(hf):
         raise SourceError(
             f"this model cannot be converted as {choice.family.name}: {refusal}",
-            hint="leave out --family to let config.json decide.",
+            hint=_llama_advice(hf) or "leave out --family to let config.json decide.",
         )
     return choice
+
+
+def _llama_advice(hf: HFConfig) -> str | None:
+    """What to do with a Phi-3 or Phi-4 that a tool saved in LLaMA's or Mistral's form."""
+    if not {"LlamaForCausalLM", "MistralForCausalLM"} & set(hf.architectures):
+        return None
+    return (
+        "some tools save a Phi-3 or Phi-4 so. If this is one, say so in config.json: "
+        '"architectures": ["Phi3ForCausalLM"] and "model_type": "phi3" (separate projections are '
+        "converted). TensorRT-LLM's own LLaMA converter takes it as it is."
+    )
 
 
 def check_model(hf: HFConfig) -> None:
     """Refuse quantized, multimodal and encoder-decoder models, and configs of no model at all."""
     if reasons := list(_refusals(hf)):
-        raise SourceError(
-            "config.json does not describe a model phireg converts:\n"
-            + "\n".join(f"    {reason}" for reason, _ in reasons),
-            hint=reasons[0][1],
-        )
+        raise _refused("config.json does not describe a model phireg converts", reasons)
 
 
-def _refusals(hf: HFConfig) -> Iterator[tuple[str, str]]:
+def _refused(message: str, reasons: Sequence[Refusal]) -> SourceError:
+    """Return the error that lists all reasons, each with what to do."""
+    if len(reasons) == 1:
+        return SourceError(f"{message}:\n    {reasons[0][0]}", hint=reasons[0][1])
+    lines = "".join(f"\n    {reason}: {advice}" for reason, advice in reasons)
+    return SourceError(f"{message}:{lines}")
+
+
+def _refusals(hf: HFConfig) -> Iterator[Refusal]:
     if hf.has("quantization_config"):
         method = hf.get("quantization_config.quant_method") or "unnamed method"
-        yield (
-            f"it is already quantized (quantization_config, {method})",
-            "convert the unquantized model; quantize afterwards.",
-        )
+        yield f"it is already quantized (quantization_config, {method})", UNQUANTIZED
     # phi-1's first configs say embd_layer "default", of a plain embedding.
     modalities = [key for key in MODALITIES if hf.has(key) and hf.get(key) != "default"]
     if modalities:

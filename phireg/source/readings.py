@@ -34,6 +34,7 @@ _PREFERRED = tuple(name for file in WEIGHTS for name in (file, f"{file}{INDEX}")
 _ORIGINALS = ("consolidated.safetensors", "consolidated.pth", "consolidated.00.pth")
 """Names under which original authors save weights; they are read only if the user names them."""
 
+_MOST_FOLDERS = 1000
 _BLOCK = 1024 * 1024
 _SAMPLE = 4096
 
@@ -335,8 +336,15 @@ def _adapter(
 
 def _no_weights(directory: Path, names: Collection[str]) -> SourceError:
     kind, name = kind_of_entries(names)
+    inside = _models_inside(directory, names)
     if kind is not None:
-        return SourceError(f"{directory}: this is {kind.name} ({name})", hint=kind.advice)
+        hint = kind.advice + (f": {listed(inside)}" if inside else "")
+        return SourceError(f"{directory}: this is {kind.name} ({name})", hint=hint)
+    if inside:
+        return SourceError(
+            f"{directory}: the weights are not here but in a folder of it: {listed(inside)}",
+            hint="give that folder, if it holds the model's config.json as well.",
+        )
     others = _weight_files(names)
     if others:
         return SourceError(
@@ -349,6 +357,16 @@ def _no_weights(directory: Path, names: Collection[str]) -> SourceError:
         hint="expected config.json and model.safetensors, model.safetensors.index.json with its "
         "shards, or the same as pytorch_model.bin",
     )
+
+
+def _models_inside(directory: Path, names: Collection[str]) -> list[str]:
+    """Return the folders of a directory that have weights, the last first."""
+    folders = sorted(names, key=lambda name: (len(name), name), reverse=True)[:_MOST_FOLDERS]
+    return [
+        str(directory / name)
+        for name in folders
+        if any(os.access(directory / name / file, os.F_OK) for file in _PREFERRED)
+    ]
 
 
 def _weight_files(names: Collection[str]) -> list[str]:
