@@ -17,6 +17,7 @@ from phireg.errors import UsageError
 
 if TYPE_CHECKING:
     from phireg.planning.model import Output, Plan
+    from phireg.source.tensors import SourceTensor
 
 _LARGEST = {"fp8": f"{E4M3_MAX:g}", "int8": f"{INT8_MAX:g}", "int8_sq": f"{INT8_MAX:g}"}
 """The largest quantized value, by ``--qformat`` and ``--kv-cache-dtype``."""
@@ -93,12 +94,21 @@ def _origin(plan: Plan, output: Output, source: str) -> str:
         cut = ", ".join(f"{span.start}:{span.stop}" for span in output.origin.columns or ())
         kept = f", columns {cut}" if cut else ""
         kind = f"{list(tensor.shape)} {dtype_name(tensor.dtype)}{kept}"
-        place = f"in {tensor.file}"
+        place = f"in {tensor.file}" + _added(tensor)
     else:
         scale = plan.scales[source]
         kind = f"[{scale.size}] {dtype_name(scale.dtype)}"
         place = f"computed {_formula(plan, source)}"
     return "\n".join((f"  {source}  {kind}", columns([(place,)], indent=2)))
+
+
+def _added(tensor: SourceTensor) -> str:
+    """The LoRA layers that are added to a tensor, in words."""
+    return "".join(
+        f"; plus a LoRA layer of rank {delta.up.shape[delta.transposed - 1]} in {delta.up.file} at "
+        f"rows {delta.row}:{delta.row + delta.count}"
+        for delta in tensor.deltas
+    )
 
 
 def _formula(plan: Plan, name: str) -> str:

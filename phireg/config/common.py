@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from phireg.config.fields import (
@@ -36,7 +37,17 @@ def in_rope(key: str) -> tuple[str, ...]:
 def _rope_types(hf: HFConfig) -> dict[str, str]:
     """Return the type under every spelling; transformers 4.43 and later write two in a block."""
     keys = (*in_rope("rope_type"), *in_rope("type"))
-    return {key: str(hf.get(key)) for key in keys if hf.has(key)}
+    types = {key: str(hf.get(key)) for key in keys if hf.has(key)}
+    factors = list(_in_block(hf, "factor").values())
+    if factors and all(factor == 1 for factor in factors):  # positions divided by 1 are plain ones
+        return {k: "default" if name == "linear" else name for k, name in types.items()}
+    return types
+
+
+def _in_block(hf: HFConfig, *names: str) -> dict[str, Any]:
+    """Return the keys of the rope block that have a value, by their dotted spellings."""
+    keys = (key for name in names for key in in_rope(name))
+    return {key: hf.get(key) for key in keys if hf.has(key)}
 
 
 def rope_type(hf: HFConfig) -> str:
@@ -61,25 +72,33 @@ def supported_rope(*types: str) -> Entry:
         actual = rope_type(hf)
         if actual not in types:
             return f"rope type '{actual}' is not supported; supported: {', '.join(types)}"
-        if actual == "default" and any(
-            hf.has(key) for name in ("short_factor", "long_factor") for key in in_rope(name)
-        ):
+        if actual == "default" and _in_block(hf, "short_factor", "long_factor"):
             return "has rope factors but no rope type; say 'longrope' if that is meant"
+        if actual == "default":
+            for key, value in _in_block(hf, "factor", "attention_factor").items():
+                if value != 1:
+                    return f"has {key} {value!r} but no rope type that uses it"
+            _in_block(hf, "original_max_position_embeddings")  # no plain rope uses it
         return None
 
     return check("rope_scaling", problem)
 
 
-def dimensions(**aliases: str) -> tuple[Entry, ...]:
+def dimensions(*, defaults: Mapping[str, int] | None = None, **aliases: str) -> tuple[Entry, ...]:
     """Read hidden_size, num_hidden_layers, num_attention_heads, head_size and vocab_size.
 
     Args:
+        defaults: what the source's class takes for keys that are absent, by the usual key; a key
+            without one is required.
         aliases: another spelling of a source key, by the usual one (``hidden_size="n_embd"``).
     """
 
     def size(key: str, maximum: int) -> Entry:
         keys = (key, aliases[key]) if key in aliases else (key,)
-        return field(*keys, kind=integer(1, maximum))
+        settings: dict[str, Any] = {}
+        if defaults is not None and key in defaults:
+            settings["default"] = defaults[key]
+        return field(*keys, kind=integer(1, maximum), **settings)
 
     def head_size(fields: Fields, hf: HFConfig) -> int:
         hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
@@ -102,11 +121,12 @@ def dimensions(**aliases: str) -> tuple[Entry, ...]:
     )
 
 
-def grouped_heads(*aliases: str) -> tuple[Entry, ...]:
+def grouped_heads(*aliases: str, default: int | None = None) -> tuple[Entry, ...]:
     """Read num_key_value_heads, which must divide the attention heads.
 
     Args:
         aliases: other spellings of the source key.
+        default: what the source's class takes if the key is absent; None for the attention heads.
     """
 
     def divides(fields: Fields, _: HFConfig) -> str | None:
@@ -118,7 +138,7 @@ def grouped_heads(*aliases: str) -> tuple[Entry, ...]:
             "num_key_value_heads",
             *aliases,
             kind=integer(1, 2**12),
-            default=lambda fields: fields["num_attention_heads"],
+            default=lambda fields: fields["num_attention_heads"] if default is None else default,
         ),
         check("num_key_value_heads", divides),
     )
@@ -143,9 +163,21 @@ def long_rope_factors(original: Entry) -> tuple[Entry, ...]:
             f"not one for each of {frequencies} rotary frequencies"
         )
 
+    def stated_factor(fields: Fields, hf: HFConfig) -> str | None:
+        """Compare a stated factor by its value: transformers recommends to write it."""
+        ratio = fields["max_position_embeddings"] / fields["original_max_position_embeddings"]
+        for key, stated in _in_block(hf, "factor").items():
+            if not isinstance(stated, int | float) or not math.isclose(stated, ratio, rel_tol=1e-6):
+                return (
+                    f"{key} is {stated!r}, but TensorRT-LLM scales by max_position_embeddings / "
+                    f"original_max_position_embeddings, {ratio:g}"
+                )
+        return None
+
     return (
         const("position_embedding_type", "long_rope"),
         original,
+        check("rope_scaling", stated_factor),
         field(*in_rope("short_factor"), kind=factors, to="longrope_scaling_short_factors"),
         field(*in_rope("long_factor"), kind=factors, to="longrope_scaling_long_factors"),
         check("rope_scaling", fits),

@@ -283,15 +283,23 @@ class Plan:
 
         Each worker has a block of source rows, its cast copy, and the columns cut out for a rank;
         when weights are quantized, also the quantized block and float32 copies of a piece of it.
-        The scales of all linears are in memory together.
+        Where LoRA layers are added, a block is summed in float64, and each worker has the factors
+        of one tensor. The scales of all linears are in memory together.
         """
         longest = max(
             (row_bytes(step.source) for task in self.tasks for step in task.steps if step.source),
             default=0,
         )
-        copies = 8 if self.linears else 4
+        factors = max((_factor_bytes(tensor) for tensor in self.source.tensors.values()), default=0)
+        copies = (8 if self.linears else 4) + (12 if factors else 0)
         scales = sum(scale.nbytes for scale in self.scales.values())
-        return workers * copies * max(BLOCK_BYTES, longest) + scales
+        return workers * (copies * max(BLOCK_BYTES, longest) + factors) + scales
+
+
+def _factor_bytes(tensor: SourceTensor) -> int:
+    """Bytes of the factors that are added to a tensor in float64, and of one as it is read."""
+    sizes = [math.prod(x.shape) for delta in tensor.deltas for x in (delta.up, delta.down)]
+    return 8 * (sum(sizes) + max(sizes, default=0))
 
 
 def row_bytes(tensor: SourceTensor) -> int:

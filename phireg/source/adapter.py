@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,11 @@ _PART = re.compile(r"(.+)\.lora_(?:([AB])(?:\.[^.]+)?\.weight|embedding_([AB])(?
 _WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save(?:\.[^.]+)?)(?=\.(?:weight|bias)$)")
 _PREFIX = "base_model.model."
 
-_MOST_REPEATS = 3
-_LONGEST_PATTERN = 300
+_HIGHEST_RANK = 4096
+_MOST_PATTERNS, _MOST_PATTERNED = 500, 2000
+_MOST_REPEATS, _LONGEST = 2, 128
+"""Bounds of patterns, which are regular expressions of somebody else's: their number and that of
+modules; repeats in one, and the length of the names that are matched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +97,17 @@ def read_adapter(directory: Path, name: str) -> Adapter:
             saved[_WRAPPED.sub("", key)] = tensor
             if ".base_layer." not in key:
                 whole.add(key.rpartition(".")[0])
+    ranks = _patterned(config.get("rank_pattern"), rank)
+    alphas = _patterned(config.get("alpha_pattern"), alpha)
+    patterned = config.get("rank_pattern") or config.get("alpha_pattern")
+    if patterned and (len(parts) > _MOST_PATTERNED or any(len(m) > _LONGEST for m in parts)):
+        problems.append("it has too many modules, or too long names, to match patterns against")
+        parts = {}
     layers = []
     for module, factors in parts.items():
         embedding = "embedding_A" in factors
         down, up = (factors.get(f"{'embedding_' if embedding else ''}{part}") for part in "AB")
-        ranked = _patterned(config.get("rank_pattern"), module, rank)
-        scaled = _patterned(config.get("alpha_pattern"), module, alpha)
+        ranked, scaled = ranks(module), alphas(module)
         if module in whole:
             problems.append(f"{module} has LoRA layers and is saved as a whole")
         elif down is None or up is None or len(factors) != 2:
@@ -137,31 +145,41 @@ def _unsupported(config: Mapping[str, Any]) -> Iterable[str]:
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict):
             yield f"{key} is {type(patterns).__name__}, not an object"
-        else:
-            yield from (f"{key}: {bad[:60]!r} is too complex" for bad in patterns if not _safe(bad))
+        elif bad := [pattern for pattern in patterns if _compiled(pattern) is None]:
+            yield f"{key}: {bad[0][:60]!r} is no pattern that can be matched in time"
+        elif len(patterns) > _MOST_PATTERNS:
+            yield f"{key} has {len(patterns)} patterns, more than {_MOST_PATTERNS}"
 
 
-def _safe(pattern: str) -> bool:
-    """Whether matching a regular expression of somebody else's ends in time."""
-    if len(pattern) > _LONGEST_PATTERN or re.search(r"\)[*+?{]|\(\?|\\\d", pattern):
-        return False
+def _compiled(pattern: str) -> re.Pattern[str] | None:
+    """Compile PEFT's rule, that a pattern matches the end of a name; None if it may take long."""
+    repeats = len(re.findall(r"[*+{]", pattern))
+    if repeats > _MOST_REPEATS or len(pattern) > 2 * _LONGEST:
+        return None
+    if re.search(r"\)[*+?{]|\(\?|\\\d", pattern):
+        return None
     try:
-        re.compile(pattern)
+        return re.compile(rf"(?:.*\.)?(?:{pattern})")
     except (re.error, RecursionError, OverflowError):
-        return False
-    return len(re.findall(r"[*+{]", pattern)) <= _MOST_REPEATS
+        return None
 
 
-def _patterned(patterns: Any, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of a module's name, else the default."""
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        if _safe(pattern) and re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
-            return value
-    return default
+def _patterned(patterns: Any, default: Any) -> Callable[[str], Any]:
+    """Return the function from a module's name to the value of the first pattern that matches."""
+    items = list(patterns.items())[:_MOST_PATTERNS] if isinstance(patterns, dict) else []
+    compiled = [(_compiled(pattern), value) for pattern, value in items]
+
+    def value_of(module: str) -> Any:
+        for pattern, value in compiled:
+            if pattern is not None and len(module) <= _LONGEST and pattern.fullmatch(module):
+                return value
+        return default
+
+    return value_of
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**20
+    return type(value) is int and 0 < value <= _HIGHEST_RANK
 
 
 def _is_number(value: Any) -> bool:

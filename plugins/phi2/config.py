@@ -4,8 +4,16 @@ import math
 
 import phireg.api as ph
 
-TANH_GELU = dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_new")
-"""Three names of the tanh form; ``gelu`` is the erf form, which TensorRT-LLM lacks."""
+DEFAULTS = {
+    "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "vocab_size": 51200,
+    "max_position_embeddings": 2048,
+}  # fmt: skip
+"""What transformers' PhiConfig takes for absent keys."""
+
+TANH_GELU = dict.fromkeys(
+    ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "gelu_new"
+)
+"""Names of the tanh form; ``gelu`` is the erf form, which TensorRT-LLM lacks."""
 
 
 def rotary_pct(fields: ph.Fields, hf: ph.HFConfig) -> float:
@@ -59,6 +67,7 @@ def phireg_config_fields() -> ph.FieldTable:
             num_hidden_layers="n_layer",
             num_attention_heads="n_head",
             max_position_embeddings="n_positions",
+            defaults=DEFAULTS,
         ),
         *ph.grouped_heads("n_head_kv"),
         ph.check("num_key_value_heads", no_grouping),
@@ -68,7 +77,12 @@ def phireg_config_fields() -> ph.FieldTable:
             kind=ph.integer(1, 2**20),
             default=lambda fields: 4 * fields["hidden_size"],
         ),
-        ph.field("hidden_act", "activation_function", kind=ph.text, via=TANH_GELU),
+        ph.field(
+            *("hidden_act", "activation_function"),
+            kind=ph.text,
+            via=TANH_GELU,
+            default="gelu_new",
+        ),
         ph.field(
             "layer_norm_eps",
             "layer_norm_epsilon",

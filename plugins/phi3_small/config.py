@@ -2,6 +2,12 @@
 
 import phireg.api as ph
 
+DEFAULTS = {
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 100352,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+"""What the source's own class takes for absent keys."""
+
 
 def intermediate_size(fields: ph.Fields, hf: ph.HFConfig) -> int:
     """Return ff_intermediate_size, 14336 if absent.
@@ -96,8 +102,8 @@ def phireg_config_fields() -> ph.FieldTable:
     )
     return ph.FieldTable(
         ph.const("architecture", "Phi3SmallForCausalLM"),
-        *ph.dimensions(),
-        *ph.grouped_heads(),
+        *ph.dimensions(defaults=DEFAULTS),
+        *ph.grouped_heads(default=8),
         ph.same_as("num_key_value_heads", to="num_kv_heads"),
         ph.check("head_size", known_head_size, severity=ph.Severity.WARNING),
         ph.derive("intermediate_size", intermediate_size, "ff_intermediate_size or its rule"),

@@ -11,8 +11,11 @@ import pytest
 import torch
 import transformers
 from helpers.command_line import run_phireg
+from helpers.memory import measure
 from helpers.plan_sources import HEADS, HIDDEN, INNER, MODELS, PHI2, SIZE, VOCAB, write
+from helpers.source_shapes import phi3_shapes
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 
 import phireg
 from phireg.checkpoint.rankfiles import RankFiles
@@ -331,3 +334,50 @@ def test_scale_of_rank_stabilized_lora(model):
     (model / CONFIG).write_text(json.dumps(content | {"use_rslora": True}))
     (delta,) = phireg.plan(model, adapter="merge").source.tensors[f"{QKV}.weight"].deltas
     assert delta.scale == pytest.approx(6 / math.sqrt(2))
+
+
+def test_explain_names_the_layers(model):
+    shown = run_phireg("explain", model, "transformer.layers.0.attention.qkv", "--adapter", "merge")
+    assert shown.exit_code == 0
+    assert f"rank 2 in {ADAPTER}" in shown.output and f"0:{3 * HIDDEN}" in shown.output
+
+
+CONVERT = """
+import json, sys
+import torch
+import phireg
+
+source = Path(sys.argv[1])
+torch.set_num_threads(1)
+(torch.ones(512, 64).double() @ torch.ones(64, 512).double()).to(torch.bfloat16)
+plan = phireg.plan(source, adapter="merge")
+before = resident("VmRSS")
+phireg.convert(plan, source.parent / "out")
+print(json.dumps([plan.bytes_in, before, resident("VmHWM"), plan.buffer_bytes(2)]))
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    hidden, inner, layers = 3072, 8192, 1
+    config = MODELS["mini"][1] | {
+        "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": 32,
+        "vocab_size": 8000, "num_hidden_layers": layers, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    shapes = phi3_shapes(config)
+    directory = tmp_path / "hf"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    weights = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    save_torch(weights, directory / "model.safetensors")
+    factors = {}
+    for name, (rows, columns) in ((n, s) for n, s in shapes.items() if "_proj" in n):
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        factors[f"{stem}.lora_A.weight"] = torch.ones(64, columns, dtype=torch.bfloat16)
+        factors[f"{stem}.lora_B.weight"] = torch.ones(rows, 64, dtype=torch.bfloat16)
+    save_torch(factors, directory / ADAPTER)
+    (directory / CONFIG).write_text(json.dumps({"r": 64, "lora_alpha": 1}))
+    size, before, peak, promised = measure(CONVERT, directory)
+    assert size > 300_000_000
+    assert promised < 80_000_000
+    assert peak - before < promised + 24_000_000  # threads, their stacks, allocator slack
