@@ -88,17 +88,24 @@ def dimensions(*, defaults: Mapping[str, int] | None = None, **aliases: str) -> 
     """Read hidden_size, num_hidden_layers, num_attention_heads, head_size and vocab_size.
 
     Args:
-        defaults: what the source's class takes for keys that are absent, by the usual key; a key
-            without one is required.
+        defaults: what the source's class takes for keys that are absent, by the usual key; without
+            them every key is required.
         aliases: another spelling of a source key, by the usual one (``hidden_size="n_embd"``).
     """
 
-    def size(key: str, maximum: int) -> Entry:
+    def size(key: str, maximum: int) -> tuple[Entry, ...]:
         keys = (key, aliases[key]) if key in aliases else (key,)
-        settings: dict[str, Any] = {}
-        if defaults is not None and key in defaults:
-            settings["default"] = defaults[key]
-        return field(*keys, kind=integer(1, maximum), **settings)
+        if defaults is None:
+            return (field(*keys, kind=integer(1, maximum)),)
+
+        def absent(fields: Fields, hf: HFConfig) -> str | None:
+            known = any(hf.has(spelling) for spelling in keys)
+            return None if known else f"is absent: the source's class takes {fields[key]}"
+
+        return (
+            field(*keys, kind=integer(1, maximum), default=defaults[key]),
+            check(key, absent, severity=Severity.NOTE),
+        )
 
     def head_size(fields: Fields, hf: HFConfig) -> int:
         hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
@@ -112,11 +119,11 @@ def dimensions(*, defaults: Mapping[str, int] | None = None, **aliases: str) -> 
         return int(hidden // heads)
 
     return (
-        size("hidden_size", 2**20),
-        size("num_hidden_layers", 2**12),
-        size("num_attention_heads", 2**12),
-        size("vocab_size", 2**24),
-        size("max_position_embeddings", 2**31),
+        *size("hidden_size", 2**20),
+        *size("num_hidden_layers", 2**12),
+        *size("num_attention_heads", 2**12),
+        *size("vocab_size", 2**24),
+        *size("max_position_embeddings", 2**31),
         derive("head_size", head_size, "head_dim, or hidden_size / num_attention_heads"),
     )
 
@@ -163,21 +170,26 @@ def long_rope_factors(original: Entry) -> tuple[Entry, ...]:
             f"not one for each of {frequencies} rotary frequencies"
         )
 
-    def stated_factor(fields: Fields, hf: HFConfig) -> str | None:
+    def stated_factor(key: str) -> Entry:
         """Compare a stated factor by its value: transformers recommends to write it."""
-        ratio = fields["max_position_embeddings"] / fields["original_max_position_embeddings"]
-        for key, stated in _in_block(hf, "factor").items():
-            if not isinstance(stated, int | float) or not math.isclose(stated, ratio, rel_tol=1e-6):
-                return (
-                    f"{key} is {stated!r}, but TensorRT-LLM scales by max_position_embeddings / "
-                    f"original_max_position_embeddings, {ratio:g}"
-                )
-        return None
+
+        def differs(fields: Fields, hf: HFConfig) -> str | None:
+            stated = hf.get(key)
+            ratio = fields["max_position_embeddings"] / fields["original_max_position_embeddings"]
+            known = isinstance(stated, int | float) and math.isclose(stated, ratio, rel_tol=1e-6)
+            if stated is None or known:
+                return None
+            return (
+                f"is {stated!r}, but TensorRT-LLM scales by max_position_embeddings / "
+                f"original_max_position_embeddings, {ratio:g}"
+            )
+
+        return check(key, differs)
 
     return (
         const("position_embedding_type", "long_rope"),
         original,
-        check("rope_scaling", stated_factor),
+        *map(stated_factor, in_rope("factor")),
         field(*in_rope("short_factor"), kind=factors, to="longrope_scaling_short_factors"),
         field(*in_rope("long_factor"), kind=factors, to="longrope_scaling_long_factors"),
         check("rope_scaling", fits),

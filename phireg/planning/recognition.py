@@ -192,7 +192,7 @@ def _quantized(hf: HFConfig, tensors: Mapping[str, SourceTensor]) -> Iterator[Re
             shown = leaves.names.get(leaf, next(iter(leaves.names.values())))
             yield f"it is already quantized, by {maker} (it has {shown[:200]})", UNQUANTIZED
             return
-    others = {code: count for code, count in leaves.dtypes.items() if code not in _PLAIN}
-    if others:
-        code, count = max(others.items(), key=lambda item: item[1])
-        yield f"it is already quantized: {count} weights are {code}", UNQUANTIZED
+    others = Counter({x: n for x, n in leaves.dtypes.items() if x not in _PLAIN})
+    if others.total() * 2 > leaves.dtypes.total():  # a few are no quantization but damage
+        code, count = others.most_common(1)[0]
+        yield f"it is already quantized: {count} of its weights are {code}", UNQUANTIZED

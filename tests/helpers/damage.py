@@ -390,14 +390,13 @@ _OTHERS: list[tuple[str, Apply, str]] = [
 ]
 
 _PLAN: list[tuple[str, Apply, str]] = [
-    ("quantization-config", config(quantization_config={"quant_method": "gptq"}), "gptq"),
     ("vision-config", config(vision_config={"hidden_size": 8}), "vision"),
     ("architecture-unknown", config(architectures=["LlamaForCausalLM"]), "Llama"),
     ("architectures-not-list", config(architectures=3), "architectures"),
-    ("hidden-size-missing", drop_config("hidden_size"), "hidden_size"),
+    ("hidden-size-missing", drop_config("hidden_size"), "embed_tokens"),
     ("hidden-size-list", config(hidden_size=[32]), "hidden_size"),
     ("hidden-size-bool", config(hidden_size=True), "hidden_size"),
-    ("hidden-size-null", config(hidden_size=None), "hidden_size"),
+    ("hidden-size-null", config(hidden_size=None), "embed_tokens"),
     ("hidden-size-zero", config(hidden_size=0), "hidden_size"),
     ("hidden-size-huge", config(hidden_size=10**30), "hidden_size"),
     ("hidden-size-other", config(hidden_size=64), "embed_tokens"),
@@ -428,7 +427,7 @@ _PLAN: list[tuple[str, Apply, str]] = [
     ("shape-transposed", tensors(lambda held: held.update({QKV: held[QKV].T.copy()})), QKV),
     ("rank-wrong", tensors(lambda held: held.update({O_PROJ: held[O_PROJ].reshape(-1)})), O_PROJ),
     ("tensor-empty", tensors(lambda held: held.update({O_PROJ: np.ones((0, 32), "f2")})), O_PROJ),
-    ("tensors-int8", tensors(to_int8), O_PROJ),
+    ("tensors-int8", tensors(to_int8), "I8"),
     ("tensor-float64", tensors(lambda held: held.update({QKV: held[QKV].astype("f8")})), QKV),
 ]
 

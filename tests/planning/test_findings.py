@@ -104,7 +104,6 @@ def test_auto_dtype(tmp_path, stated, stored, dtype):
 @pytest.mark.parametrize(
     "extra, name",
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"vision_config": {}}, "vision_config"),
         ({"embd_layer": {"embedding_cls": "image"}}, "embd_layer"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),

@@ -189,7 +189,7 @@ def test_experts_that_the_config_does_not_know(model):
 
 
 def test_two_kinds_are_told_together(model):
-    rewrite(model, linears(lambda r, c: {"weight": I8(r, c), "lora_A.weight": F16(1, c)}))
+    rewrite(model, linears(lambda r, c: {"W_q": I8(r, c), "lora_A.weight": F16(1, c)}))
     with pytest.raises(SourceError) as caught:
         phireg.plan(model)
     assert all(word in caught.value.message for word in ("LoRA", "already quantized"))

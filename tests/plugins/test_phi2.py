@@ -123,7 +123,6 @@ def test_every_number_of_rotated_dimensions_survives_the_reader():
         ({"rope_parameters": {"rope_theta": 5e4}}, "rope_parameters.rope_theta"),
         ({"embd_layer": "image"}, "embd_layer"),
         ({"architecture": {"block_cls": "sequential"}}, "architecture.block_cls"),
-        ({"vocab_size": None}, "vocab_size"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"layer_norm_eps": -1.0}, "layer_norm_eps"),
     ],

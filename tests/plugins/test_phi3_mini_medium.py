@@ -138,7 +138,7 @@ def test_absent_keys_are_the_class_defaults():
         (factors(long_factor=[*LONG[1:], math.nan]), "rope_scaling"),
         (factors(attention_factor=1.0), "rope_scaling"),
         (factors(long_mscale=1.3), "rope_scaling"),
-        (factors(factor=32.0), "rope_scaling.factor"),
+        (factors(factor=16.0), "rope_scaling.factor"),
         (factors(beta_fast=32), "rope_scaling.beta_fast"),
         (
             {**as_transformers5(MINI_128K, **LONG_ROPE), "original_max_position_embeddings": 2048},

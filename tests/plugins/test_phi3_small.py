@@ -164,7 +164,7 @@ def test_intermediate_size(stated, multiplier, padded, size):
         (long_rope(type=None), "rope_scaling"),
         (long_rope(short_factor=SHORT[1:]), "rope_scaling"),
         (long_rope(long_mscale="x"), "longrope_long_mscale"),
-        (long_rope(factor=16.0), "rope_scaling.factor"),
+        (long_rope(factor=32.0), "rope_scaling.factor"),
         (long_rope(attention_factor=1.1), "rope_scaling.attention_factor"),
         (
             without(
