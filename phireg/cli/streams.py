@@ -81,7 +81,9 @@ def _text(raw: io.FileIO, former: TextIO | None) -> io.TextIOWrapper:
 def results_apart() -> Iterator[None]:
     """Keep standard output for results; what others print meanwhile goes to standard error."""
     global _results
-    former, _results, sys.stdout = _results, sys.stdout, sys.stderr
+    # A stream of its own: a plugin may close it.
+    others = _text(_Messages(2, "w", closefd=False), sys.stderr) if _is_prepared else sys.stderr
+    former, _results, sys.stdout = _results, sys.stdout, others
     try:
         yield
     finally:

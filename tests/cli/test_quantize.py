@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -354,3 +355,15 @@ def test_ctrl_c_while_measuring(quantize, tmp_path, monkeypatch):
     assert result.exit_code == 130
     assert f"{tmp_path / 'out'} was already complete" in result.stderr
     assert (tmp_path / "out" / "rank0.safetensors").exists()
+
+
+def test_two_quantizations_have_the_same_manifest(quantize, tmp_path):
+    """At another time, with statistics that each of them took."""
+    manifests = []
+    for _ in range(2):
+        assert quantize("--no-measure").exit_code == 0
+        manifests.append((tmp_path / "out/phireg.json").read_bytes())
+        shutil.rmtree(tmp_path / "out")
+        stats(tmp_path).unlink()
+        time.sleep(1.1)  # dates have seconds
+    assert manifests[0] == manifests[1]

@@ -45,7 +45,7 @@ def test_a_closed_stream_never_becomes_a_file_of_the_output(shell, tiny, tmp_pat
 
 
 PRINTS = """
-import os, threading, time
+import atexit, os, sys, threading, time
 print("printed by Python")
 os.write(1, b"printed by native code\\n")
 os.system("echo printed by a child")
@@ -55,6 +55,7 @@ def endless():
         os.write(1, b"printed by a thread\\n")
         time.sleep(0.2)
 threading.Thread(target=endless).start()
+atexit.register(sys.stdout.close)
 from phireg.api import *
 class Rules:
     @hookimpl(wrapper=True)

@@ -24,6 +24,7 @@ WORST = {
     "acme-long": ("raise ValueError('x' * 10**7)", "ValueError"),
     "acme-quits": ("import os; os._exit(0)", "code 0"),
     "acme-crashes": ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "signal 11"),
+    "acme-shuts": ("import sys; sys.stdout.close(); sys.stdin.close(); 1 / 0", "ZeroDivisionError"),
     "acme-closes": ("import os; os.closerange(0, 100); raise OSError", "code 1"),
 }  # fmt: skip
 
