@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from phireg.trtllm.build import BuildPlan as BuildPlan
     from phireg.trtllm.build import Built as Built
     from phireg.trtllm.command import BuildOptions as BuildOptions
+    from phireg.verification.endpoint import verify_endpoint as verify_endpoint
     from phireg.verification.engine import verify_engine as verify_engine
     from phireg.verification.verify import verify as verify
 
@@ -67,6 +68,7 @@ _MODULES = {
     "tensorrt.plan": ("EnginePlan",),
     "trtllm.build": ("BuildPlan", "Built"),
     "trtllm.command": ("BuildOptions",),
+    "verification.endpoint": ("verify_endpoint",),
     "verification.engine": ("verify_engine",),
     "verification.verify": ("verify",),
 }

@@ -83,11 +83,12 @@ ENGINE = Group("Engine")
 TEXT = Group("Text")
 ACCURACY = Group("Accuracy")
 RUNNING = Group("Running")
+SERVER = Group("Server")
 OUTPUT = Group("Output")
 DISPLAY = Group("Display")
 GROUPS = (
     *(MODEL, CHECKPOINT, OUTPUT, RANKS, QUANTIZATION, CALIBRATION, ENGINE, PROMPTS, TEXT),
-    *(ACCURACY, RUNNING, DISPLAY),
+    *(ACCURACY, RUNNING, SERVER, DISPLAY),
 )
 """In the order of help."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import phireg
-from phireg.cli.help import MODEL, RUNNING, documented
+from phireg.cli.help import MODEL, RUNNING, SERVER, documented
 from phireg.cli.options import (
     Dtype,
     check_file,
@@ -38,7 +38,7 @@ _MOST_PROBLEMS = 12
     "phireg verify ckpt --model-dir ./phi-2 --quick",
     page="verify.md",
 )
-@checkpoint_argument("checkpoint_dir", "CKPT|ENGINE")
+@checkpoint_argument("checkpoint_dir", "CKPT|ENGINE", required=False)
 @model_dir_option("The model that CKPT was made from; of an engine, perhaps the checkpoint.")
 @family_option
 @revision_option
@@ -58,13 +58,23 @@ _MOST_PROBLEMS = 12
     metavar="N",
     help="Longest prompt.  [default: what crosses the model's thresholds, within a budget]",
 )
+@SERVER.option("--endpoint", metavar="URL", help="Verify a server that serves MODEL instead.")
+@SERVER.option("--served-model", metavar="NAME", help="Its name there.  [default: the first]")
+@SERVER.option(
+    "--format",
+    "form",
+    type=click.Choice(("float32", "bfloat16", "float16", "fp8", "int8", "int4")),
+    default="bfloat16",
+    help="What the server computes in, for how near its answers must be.",
+)
 @report_option
 @quiet_option("No progress bar.")
 @json_option
 def command(
-    checkpoint_dir: str,
+    checkpoint_dir: str | None,
     *,
     model_dir: str | None,
+    endpoint: str | None,
     quick: bool,
     report: str | None,
     quiet: bool,
@@ -81,6 +91,8 @@ def command(
     the running engine, whose result goes into its manifest.
     """
     started = time.monotonic()
+    from phireg.verification.result import ENDPOINT_CHECKS
+
     page = None if report is None else check_file(Path(report), "--report")
     with ProgressBars(quiet) as bars:
         advance = {
@@ -89,10 +101,12 @@ def command(
             "ranks": bars.count("comparing ranks", "layers"),
             "network": bars.count("evaluating the network", "steps"),
             "running": bars.count("running the engine", "prompts"),
+            **dict.fromkeys(ENDPOINT_CHECKS, bars.count("asking the server", "requests")),
         }
         verifications = list(
             _verifications(
-                Path(checkpoint_dir),
+                checkpoint_dir,
+                endpoint,
                 model_dir,
                 quick,
                 lambda check, more, total: advance[check](more, total),
@@ -117,18 +131,27 @@ def command(
 
 
 def _verifications(
-    directory: Path,
+    place: str | None,
+    endpoint: str | None,
     model_dir: str | None,
     quick: bool,
     progress: Callable[[str, int, int], None],
     options: dict[str, Any],
 ) -> Iterator[Verification]:
-    """Verify a checkpoint; or an engine, and its checkpoint where the source is given."""
+    """Verify a checkpoint or a server; or an engine, and its checkpoint if there is a source."""
     from phireg.files.kinds import CHECKPOINT, check_kind, kind_of
     from phireg.tensorrt.engine import is_native, read_native
     from phireg.verification.result import CHECKS, QUICK
 
-    checks = QUICK if quick else tuple(CHECKS)
+    served = {name: options.pop(name) for name in ("served_model", "form")}
+    if endpoint is not None:
+        yield _of_endpoint(place, endpoint, model_dir, progress, options | served)
+        return
+    if place is None:
+        raise UsageError(
+            "there is nothing to verify", hint="give a checkpoint, an engine, or --endpoint URL."
+        )
+    directory, checks = Path(place), QUICK if quick else tuple(CHECKS)
     if not is_native(directory):
         check_kind(directory, CHECKPOINT)
         if model_dir is None:
@@ -146,6 +169,29 @@ def _verifications(
         directory,
         checkpoint,
         checks=("files",) if quick else None,
+        device=options["device"],
+        max_tokens=options["max_tokens"],
+        progress=progress,
+    )
+
+
+def _of_endpoint(
+    place: str | None,
+    endpoint: str,
+    model_dir: str | None,
+    progress: Callable[[str, int, int], None],
+    options: dict[str, Any],
+) -> Verification:
+    if (place is None) == (model_dir is None):
+        raise UsageError(
+            "--endpoint needs the model that the server serves",
+            hint="give either --model-dir, the source model, or a checkpoint of it.",
+        )
+    return phireg.verify_endpoint(
+        endpoint,
+        model_dir or place or "",
+        model=options["served_model"],
+        form=options["form"],
         device=options["device"],
         max_tokens=options["max_tokens"],
         progress=progress,

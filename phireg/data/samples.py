@@ -83,9 +83,13 @@ def read_samples(
     return Samples(tuple(rows), origin)
 
 
+def builtin_text() -> str:
+    """Return the text that comes with phireg, whose passages are divided by lines of ``---``."""
+    return resources.files(__package__).joinpath("builtin.txt").read_text(encoding="utf-8")
+
+
 def _builtin() -> Data:
-    text = resources.files(__package__).joinpath("builtin.txt").read_text(encoding="utf-8")
-    passages = text.split("---\n")
+    passages = builtin_text().split("---\n")
     rows = [
         Row(f"built-in text, passage {number + 1}", {"text": "\n".join(passages[number:])})
         for number in range(len(passages))

@@ -8,8 +8,8 @@ same.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from phireg.reference.quiet import quiet
 from phireg.reference.weights import Weights, find_weights
 from phireg.source.adapter import Layer
 from phireg.source.model import Reader
+
+Change = Callable[[dict[str, Any]], None]
 
 _LAYERS = "model.layers."
 _FLOATS = {*WEIGHT_DTYPES.values(), "F64"}
@@ -91,9 +93,10 @@ class Reference:
         largest = max((self.parameters.nbytes(self._layer(index)) for index in layers), default=0)
         return self.parameters.nbytes(self._ends()) + largest
 
-    def logits(self, ids: Tensor, observer: Observer) -> Tensor:
+    def logits(self, ids: Tensor, observer: Observer | None = None) -> Tensor:
         """Compute float32 logits [batch, tokens, vocab_size] of ``ids`` without a cache."""
-        with torch.no_grad(), observed(self.model, observer):
+        hooks = nullcontext() if observer is None else observed(self.model, observer)
+        with torch.no_grad(), hooks:
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits.float()
 
@@ -115,6 +118,7 @@ def open_reference(
     file: str | None = None,
     adapter: str | None = None,
     tie: bool | None = None,
+    change: Change | None = None,
 ) -> Reference:
     """Build the source's model without reading its weights; no code of the source is run.
 
@@ -129,12 +133,13 @@ def open_reference(
         file: the weights file or index to take instead of the one that transformers loads.
         adapter: ``merge`` adds the LoRA adapter beside the weights.
         tie: whether lm_head is the embedding, instead of what transformers decides.
+        change: changes the values of config.json, in place, before the class takes them.
 
     Raises:
         SourceError: no model class here reads the source.
     """
     found = find_weights(directory, file, adapter=adapter == "merge")
-    model, notes, stated = _build(family, directory, dtype)
+    model, notes, stated = _build(family, directory, dtype, change)
     parameters = Parameters(model, found, tie, stated, weights, device, exact)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -143,7 +148,9 @@ def open_reference(
     return Reference(model, tuple(notes), parameters)
 
 
-def _build(family: Family, directory: Path, dtype: torch.dtype) -> tuple[Any, list[str], bool]:
+def _build(
+    family: Family, directory: Path, dtype: torch.dtype, change: Change | None
+) -> tuple[Any, list[str], bool]:
     """Build a model with its parameters on the meta device.
 
     Return it, notes on its config, and whether that says if lm_head is tied. Buffers (rotary
@@ -159,9 +166,13 @@ def _build(family: Family, directory: Path, dtype: torch.dtype) -> tuple[Any, li
         with quiet(), _parameters_on_meta(dtype):
             if family.reference is None:
                 notes = adapt(values)
+                if change is not None:
+                    change(values)
                 config = transformers.AutoConfig.for_model(**values)
                 model = transformers.AutoModelForCausalLM.from_config(config, **{key: dtype})
             else:
+                if change is not None:
+                    change(values)
                 model_class: Any = pkgutil.resolve_name(family.reference)
                 config = model_class.config_class(**values)
                 model = model_class._from_config(config, **{key: dtype})

@@ -25,6 +25,17 @@ ENGINE_CHECKS = {
 }
 """The checks of an engine that phireg built."""
 
+ENDPOINT_CHECKS = {
+    "prompts": "log probabilities of a short prompt",
+    "long rope": "prompts on both sides of the switch of long rope's factors",
+    "neighbors": "a prompt before that switch, alone and in a batch with one past it",
+    "block-sparse": "a prompt past the block-sparse window",
+    "sliding window": "a prompt past the sliding window",
+    "generation": "a greedy continuation",
+    "chat": "the chat template, and the ids that end an answer",
+}
+"""The checks of a server, against the model it serves."""
+
 QUICK = ("structure", "config", "weights")
 """The checks that run nothing."""
 

@@ -1,0 +1,523 @@
+"""Ask a server for what servers get wrong for Phi, and say which fault its answers look like.
+
+The same prompts are scored by the model itself and by the model with each known fault, so that a
+fault shows as what it is: an answer nearer to a faulty model than to the right one. Where the two
+are too close to tell apart, that is said, and counts as not checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phireg import registry
+from phireg.config.hf import HFConfig
+from phireg.data.samples import builtin_text
+from phireg.device import pick_device
+from phireg.errors import UsageError
+from phireg.executor import Executor, ModelSpec, read_spec
+from phireg.executor.model import Source, open_ranks
+from phireg.files.json import read_json_object
+from phireg.files.kinds import CHECKPOINT, HF_MODEL, check_kind
+from phireg.generation.tokenizer import Tokenizer, find_tokenizer, stop_ids
+from phireg.reader.tensors import KV_SCALE
+from phireg.reference.load import open_reference
+from phireg.source.hub import resolve_model_dir
+from phireg.verification.result import (
+    ENDPOINT_CHECKS,
+    NotNeeded,
+    Outcome,
+    Problem,
+    Progress,
+    Skipped,
+    Verification,
+    make_check,
+)
+from phireg.verification.server import NotOffered, Server
+
+TOLERANCES = {
+    "float32": 0.02,
+    "bfloat16": 0.15,
+    "float16": 0.1,
+    "fp8": 0.5,
+    "int8": 0.5,
+    "int4": 1.0,
+}
+"""Mean difference of the log probabilities of a prompt's tokens, in nats, by the server's format.
+A model in 16 bits that is right has shown 0.01 to 0.06 on text; a fault, 0.5 and more."""
+
+FAULTS = {
+    "long": "long rope takes the long factors for every request (one server does so by a setting, "
+    "when the longest request it allows is past the switch)",
+    "short": "long rope takes the short factors for every request",
+    "dense": "block-sparse layers attend to all tokens",
+    "window": "the sliding window is ignored",
+    "cache": "the scales of the quantized KV cache are dropped",
+}
+"""What servers get wrong, by name."""
+
+_SHORT, _NEW, _CHAT_NEW = 48, 24, 32
+_QUESTION = "Answer with the single word yes."
+
+Logits = Callable[[Sequence[int]], Tensor]
+"""Takes token ids; returns float32 logits of each, [tokens, vocab_size], on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model that a server should serve, and how to compute it right or with a fault.
+
+    ``logits`` takes the name of a fault, or None.
+    """
+
+    logits: Callable[[str | None], Logits]
+    vocab_size: int
+    positions: int
+    original: int | None  # tokens up to which long rope has the short factors
+    window: int | None  # tokens that block-sparse layers see all of
+    stripes: int  # further tokens until a stripe of theirs is seen behind a gap
+    sliding: int | None  # tokens of a sliding window
+    has_cache_scales: bool
+    tokenizer: Tokenizer | None
+    stops: frozenset[int]
+
+
+def verify_endpoint(
+    url: str,
+    model_dir: str | Path,
+    *,
+    model: str | None = None,
+    form: str = "bfloat16",
+    device: str = "auto",
+    max_tokens: int | None = None,
+    progress: Progress = lambda check, more, total: None,
+) -> Verification:
+    """Compare an OpenAI-compatible server with the model it serves.
+
+    Args:
+        url: the endpoint, such as http://localhost:8000/v1.
+        model_dir: the source model, a directory or a hub repository, or a checkpoint of it.
+        model: the name by which the server serves it; None is the first it lists.
+        form: in which form the server computes, a key of ``TOLERANCES``.
+        device: where the model is computed for comparison.
+        max_tokens: most tokens of a prompt; None for as many as the checks need.
+        progress: takes (check, how much more is done, the total): requests.
+
+    Raises:
+        UsageError: an unknown format or device, or a URL that is none.
+        SourceError: the model cannot be read, or the server does not answer.
+    """
+    if form not in TOLERANCES:
+        raise UsageError(f"unknown format {form!r}", hint=f"known: {', '.join(TOLERANCES)}.")
+    directory, _ = resolve_model_dir(str(model_dir), None)
+    kind = check_kind(directory, HF_MODEL, CHECKPOINT)
+    where = pick_device(device)
+    subject = (
+        _of_checkpoint(directory, where) if kind is CHECKPOINT else _of_source(directory, where)
+    )
+    server = Server(url, model)
+    checker = _Checker(server, subject, TOLERANCES[form], max_tokens, progress)
+    makers: dict[str, Callable[[], Outcome]] = {
+        "prompts": checker.prompts,
+        "long rope": checker.long_rope,
+        "neighbors": checker.neighbors,
+        "block-sparse": checker.block_sparse,
+        "sliding window": checker.sliding_window,
+        "generation": checker.generation,
+        "chat": checker.chat,
+    }
+    checks = tuple(make_check(name, _offered(makers[name])) for name in ENDPOINT_CHECKS)
+    config = read_json_object(directory / "config.json")
+    return Verification(
+        checkpoint_dir=server.url,
+        model_dir=str(model_dir),
+        family=str(config.get("architecture") or config.get("model_type")),
+        config=config if kind is CHECKPOINT else {},
+        checks=checks,
+        provenance=(("endpoint", server.url), ("model", server.model), ("format", form)),
+        known=tuple(ENDPOINT_CHECKS),
+    )
+
+
+def _offered(make: Callable[[], Outcome]) -> Callable[[], Outcome]:
+    """Turn what a server does not offer into a check that could not be made."""
+
+    def run() -> Outcome:
+        try:
+            return make()
+        except NotOffered as reason:
+            raise Skipped(f"the server offers {reason}") from reason
+
+    return run
+
+
+# The model, right and with each fault
+
+
+def _of_checkpoint(directory: Path, device: torch.device) -> Subject:
+    spec = read_spec(directory)
+    sources = open_ranks(directory, spec, range(spec.tp_size))
+
+    def logits(fault: str | None) -> Logits:
+        changed = _changed_spec(spec, fault)
+        read = [_without_scale(source) for source in sources] if fault == "cache" else sources
+        executor = Executor(changed, read, range(spec.tp_size), device=device)
+        return lambda ids: executor(torch.tensor([list(ids)], device=device))[0].cpu()
+
+    tokenizer = find_tokenizer(directory)
+    sparse = spec.sparse
+    return Subject(
+        logits,
+        spec.vocab_size,
+        spec.max_position_embeddings,
+        spec.rope.original if spec.rope.short is not None else None,
+        None if sparse is None else sparse.block_size * sparse.num_local_blocks,
+        0 if sparse is None else sparse.block_size * (sparse.vertical_stride + 1),
+        None,
+        spec.quantization.kv_cache is not None,
+        tokenizer,
+        stop_ids(directory, tokenizer),
+    )
+
+
+def _changed_spec(spec: ModelSpec, fault: str | None) -> ModelSpec:
+    rope = spec.rope
+    if fault == "long":
+        rope = dataclasses.replace(rope, short=rope.long, short_mscale=rope.long_mscale)
+    elif fault == "short":
+        rope = dataclasses.replace(rope, long=rope.short, long_mscale=rope.short_mscale)
+    return dataclasses.replace(spec, rope=rope, sparse=None if fault == "dense" else spec.sparse)
+
+
+def _without_scale(source: Source) -> Source:
+    def read(name: str) -> Tensor:
+        tensor = source(name)
+        return torch.ones_like(tensor) if name.endswith(KV_SCALE) else tensor
+
+    return read
+
+
+def _of_source(directory: Path, device: torch.device) -> Subject:
+    values = read_json_object(directory / "config.json")
+    family = registry.choose(HFConfig(values)).family
+    own = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
+    dtype = getattr(torch, own) if own in ("float16", "bfloat16") else torch.float32
+
+    def logits(fault: str | None) -> Logits:
+        reference = open_reference(
+            family,
+            directory,
+            weights=None,
+            dtype=dtype,
+            device=device,
+            change=lambda config: _change_config(config, fault, values.get("sliding_window")),
+        )
+        reference.keep_all()
+        return lambda ids: reference.logits(torch.tensor([list(ids)], device=device))[0].cpu()
+
+    tokenizer = find_tokenizer(directory)
+    block = _rope_block(values)
+    size, local = (values.get(f"blocksparse_{k}") for k in ("block_size", "num_local_blocks"))
+    sliding = values.get("sliding_window")
+    positions = values.get("max_position_embeddings", 2048)
+    original = values.get("original_max_position_embeddings")
+    if block and isinstance(block.get("original_max_position_embeddings"), int):
+        original = block["original_max_position_embeddings"]
+    return Subject(
+        logits,
+        values["vocab_size"],
+        positions,
+        original if block else None,
+        size * local if isinstance(size, int) and isinstance(local, int) else None,
+        (size or 0) * (values.get("blocksparse_vert_stride", 0) + 1),
+        sliding if isinstance(sliding, int) and sliding < positions else None,
+        False,
+        tokenizer,
+        stop_ids(directory, tokenizer),
+    )
+
+
+def _rope_block(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the block of long rope's factors."""
+    for key in ("rope_parameters", "rope_scaling"):
+        block = values.get(key)
+        if isinstance(block, dict) and "long_factor" in block:
+            return block
+    return None
+
+
+def _change_config(values: dict[str, Any], fault: str | None, sliding: object) -> None:
+    """Plant a fault in the values of a config.json, in place."""
+    if sliding is not None and fault != "window":
+        values["sliding_window"] = sliding
+    block = _rope_block(values)
+    if block is not None and fault in ("long", "short"):
+        kept, lost = ("long", "short") if fault == "long" else ("short", "long")
+        key = "rope_parameters" if values.get("rope_parameters") is block else "rope_scaling"
+        values[key] = block | {
+            name.replace(kept, lost): value
+            for name, value in block.items()
+            if name in (f"{kept}_factor", f"{kept}_mscale")
+        }
+    if fault == "dense":
+        values["dense_attention_every_n_layers"] = 1
+
+
+# The checks
+
+
+class _Checker:
+    """Makes the checks of one server."""
+
+    def __init__(
+        self,
+        server: Server,
+        subject: Subject,
+        tolerance: float,
+        most: int | None,
+        progress: Progress,
+    ) -> None:
+        self.server, self.subject, self.tolerance = server, subject, tolerance
+        self.most = subject.positions - 1 if most is None else most
+        self.progress = progress
+        self._right: Logits | None = None
+
+    @property
+    def right(self) -> Logits:
+        """The model without a fault, which stays in memory."""
+        if self._right is None:
+            self._right = self.subject.logits(None)
+        return self._right
+
+    def prompts(self) -> Outcome:
+        """Score a short prompt."""
+        return self._scored("prompts", [_SHORT], [])
+
+    def long_rope(self) -> Outcome:
+        """Score prompts on both sides of the switch."""
+        original = self.subject.original
+        if original is None:
+            raise NotNeeded("the model has no long rope")
+        return self._scored("long rope", [original, original + 1], ["long", "short"])
+
+    def neighbors(self) -> Outcome:
+        """Score a prompt before the switch alone, and beside one that is past it."""
+        original = self.subject.original
+        if original is None:
+            raise NotNeeded("the model has no long rope, so no row changes another's arithmetic")
+        self._fits(original + _SHORT)
+        near, far = self._ids(original), self._ids(original + _SHORT)
+        alone = self.server.score([near])[0]
+        beside = self.server.score([near, far])[0]
+        self.progress("neighbors", 2, 2)
+        difference = _distance(alone, beside)
+        summary = f"a prompt of {original} tokens alone and beside a longer one: {difference:.3f}"
+        if difference <= self.tolerance:
+            return Outcome(summary, [], [])
+        text = (
+            f"its log probabilities differ by {difference:.2f} nats (tolerance {self.tolerance:g}) "
+            "when a longer prompt is in the same batch: the whole batch takes the long factors"
+        )
+        return Outcome(summary, [Problem("neighbors", text, "serve one request at a time")], [])
+
+    def block_sparse(self) -> Outcome:
+        """Score a prompt past the block-sparse window."""
+        window = self.subject.window
+        if window is None:
+            raise NotNeeded("the model has no block-sparse layers")
+        tokens = window + self.subject.stripes
+        return self._scored("block-sparse", [tokens], ["dense"], first=window)
+
+    def sliding_window(self) -> Outcome:
+        """Score a prompt past the sliding window."""
+        sliding = self.subject.sliding
+        if sliding is None:
+            raise NotNeeded("the model has no sliding window that binds")
+        tokens = min(sliding + sliding // 2, self.subject.positions - 1)
+        return self._scored("sliding window", [tokens], ["window"], first=sliding)
+
+    def generation(self) -> Outcome:
+        """Continue a prompt greedily, through the server's cache."""
+        ids = self._ids(_SHORT)
+        answer = self.server.complete([ids], _NEW)[0]
+        self.progress("generation", 1, 1)
+        if not answer.scores:
+            raise NotOffered("no log probabilities of new tokens")
+        expected = _greedy(self.right, ids, len(answer.scores), frozenset())
+        distance = _distance(answer.scores, [score for _, score, _ in expected])
+        summary = f"{len(answer.scores)} tokens; mean difference {distance:.3f} nats"
+        close = next((n for n, (_, _, gap) in enumerate(expected) if gap <= self.tolerance), None)
+        if distance <= self.tolerance:
+            return self._told(summary, ids, expected)
+        if (
+            close is not None
+            and _distance(answer.scores[:close], [score for _, score, _ in expected[:close]])
+            <= self.tolerance
+        ):
+            note = f"two tokens are nearly as likely as each other after {close}: the texts part"
+            return Outcome(summary, [], [note])
+        text = f"differs by {distance:.2f} nats (tolerance {self.tolerance:g})"
+        if self.subject.has_cache_scales:
+            faulty = _greedy(self.subject.logits("cache"), ids, len(answer.scores), frozenset())
+            if _distance(answer.scores, [score for _, score, _ in faulty]) < distance / 2:
+                text += f"; it looks like this: {FAULTS['cache']}"
+        return Outcome(summary, [Problem("generation", text)], [])
+
+    def _told(
+        self, summary: str, ids: Sequence[int], expected: Sequence[tuple[int, float, float]]
+    ) -> Outcome:
+        """Return a sound generation; say whether dropped cache scales would have shown."""
+        if not self.subject.has_cache_scales:
+            return Outcome(summary, [], [])
+        faulty = _greedy(self.subject.logits("cache"), ids, len(expected), frozenset())
+        distance = _distance(*([score for _, score, _ in run] for run in (expected, faulty)))
+        undone = (
+            () if distance > 2 * self.tolerance else (_untold("generation", "cache", distance),)
+        )
+        return Outcome(summary, [], [], undone)
+
+    def chat(self) -> Outcome:
+        """Ask a question by the chat template, whose answer should end with a stop id."""
+        tokenizer, stops = self.subject.tokenizer, self.subject.stops
+        if tokenizer is None:
+            raise Skipped("there is no tokenizer beside the model")
+        try:
+            ids = tokenizer.chat_ids([{"role": "user", "content": _QUESTION}])
+        except UsageError as error:
+            raise NotNeeded(error.message) from error
+        answer = self.server.chat(_QUESTION, _CHAT_NEW)
+        self.progress("chat", 1, 1)
+        problems, undone = [], []
+        if answer.prompt_tokens is None:
+            undone.append("the server does not count a prompt's tokens")
+        elif answer.prompt_tokens != len(ids):
+            problems.append(
+                Problem(
+                    "chat template",
+                    f"a question has {answer.prompt_tokens} tokens there, and {len(ids)} by the "
+                    "model's own template",
+                    "give the server the model's chat template and tokenizer",
+                )
+            )
+        expected = _greedy(self.right, ids, _CHAT_NEW, stops)
+        ends = bool(expected) and expected[-1][0] in stops
+        if not ends:
+            undone.append(f"the answer has no stop id within {_CHAT_NEW} tokens: not compared")
+        elif answer.finish_reason != "stop" and not problems:
+            problems.append(
+                Problem(
+                    "stop ids",
+                    f"the answer ends with token {expected[-1][0]} after {len(expected)} tokens; "
+                    f"the server goes on ({answer.finish_reason})",
+                    f"its stop ids must have all of {sorted(stops)}",
+                )
+            )
+        return Outcome(f"a question of {len(ids)} tokens", problems, [], tuple(undone))
+
+    def _scored(
+        self, name: str, lengths: Sequence[int], faults: Sequence[str], first: int = 1
+    ) -> Outcome:
+        """Score prompts; of the scores, those of the tokens from ``first`` on count."""
+        problems, undone, largest = [], [], 0.0
+        for length in lengths:
+            self._fits(length)
+            ids = self._ids(length)
+            actual = self.server.score([ids])[0][first - 1 :]
+            self.progress(name, 1, len(lengths))
+            right = _scores(self.right, ids)[first - 1 :]
+            distance = _distance(actual, right)
+            largest = max(largest, distance)
+            by_fault = {
+                fault: _scores(self.subject.logits(fault), ids)[first - 1 :] for fault in faults
+            }
+            if distance > self.tolerance:
+                problems.append(self._problem(name, length, distance, actual, by_fault))
+                continue
+            for fault, scores in by_fault.items():
+                apart = _distance(right, scores)
+                # Each side of the switch shows one of the two; the other changes nothing there.
+                if 0 < apart <= 2 * self.tolerance:
+                    undone.append(_untold(f"{name} with {length} tokens", fault, apart))
+        tokens = ", ".join(map(str, lengths))
+        summary = f"prompts of {tokens} tokens; mean difference {largest:.3f} nats"
+        return Outcome(summary, problems, [], tuple(undone))
+
+    def _problem(
+        self,
+        name: str,
+        length: int,
+        distance: float,
+        actual: Sequence[float],
+        by_fault: Mapping[str, Sequence[float]],
+    ) -> Problem:
+        text = (
+            f"log probabilities differ by {distance:.2f} nats in the mean (tolerance "
+            f"{self.tolerance:g})"
+        )
+        distances = {fault: _distance(actual, scores) for fault, scores in by_fault.items()}
+        likely = min(distances, key=lambda fault: distances[fault], default=None)
+        if likely is not None and distances[likely] < distance / 2:
+            text += f"; it looks like this: {FAULTS[likely]} ({distances[likely]:.2f} from that)"
+        else:
+            text += "; it looks like none of the known faults of this place"
+        return Problem(f"{name}, {length} tokens", text)
+
+    def _fits(self, tokens: int) -> None:
+        if tokens > self.most or tokens >= self.subject.positions:
+            raise Skipped(f"a prompt of {tokens} tokens is longer than allowed ({self.most})")
+
+    def _ids(self, tokens: int) -> list[int]:
+        """Return a prompt: text where there is a tokenizer, else ids at random."""
+        subject = self.subject
+        if subject.tokenizer is not None:
+            ids = subject.tokenizer.encode(builtin_text())
+            ids = [token for token in ids if token < subject.vocab_size]
+            return (ids * math.ceil(tokens / len(ids)))[:tokens]
+        generator = torch.Generator().manual_seed(tokens)
+        return torch.randint(subject.vocab_size, (tokens,), generator=generator).tolist()
+
+
+def _scores(logits: Logits, ids: Sequence[int]) -> list[float]:
+    """Return the log probabilities of the tokens but the first."""
+    rows = logits(ids)[:-1].double().log_softmax(-1)
+    picked = rows.gather(1, torch.tensor(list(ids[1:]))[:, None])[:, 0]
+    values: list[float] = picked.clamp(min=-1e4).tolist()
+    return values
+
+
+def _greedy(
+    logits: Logits, ids: Sequence[int], count: int, stops: frozenset[int]
+) -> list[tuple[int, float, float]]:
+    """Continue greedily: each token, its log probability, and by how much it leads the next."""
+    made: list[tuple[int, float, float]] = []
+    row = list(ids)
+    for _ in range(count):
+        best = logits(row)[-1].double().log_softmax(-1).topk(2)
+        token, score = int(best.indices[0]), float(best.values[0])
+        made.append((token, score, score - float(best.values[1])))
+        if token in stops:
+            break
+        row.append(token)
+    return made
+
+
+def _distance(actual: Sequence[float], expected: Sequence[float]) -> float:
+    """Return the mean of the absolute differences; infinite if the lengths differ."""
+    if len(actual) != len(expected) or not actual:
+        return math.inf if len(actual) != len(expected) else 0.0
+    total = sum(abs(a - b) for a, b in zip(actual, expected, strict=True))
+    return total / len(actual)
+
+
+def _untold(name: str, fault: str, apart: float) -> str:
+    return (
+        f"{name}: it cannot be told whether {FAULTS[fault]}: with this model that would change "
+        f"only {apart:.2f} nats"
+    )

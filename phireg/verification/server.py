@@ -1,0 +1,208 @@
+"""A client of OpenAI-compatible servers: bounded requests, and answers that are only data."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from phireg.errors import SourceError, UsageError
+
+TIMEOUT_S = 300
+_MOST_BYTES = 64 * 1024 * 1024
+_KEY = "OPENAI_API_KEY"
+"""Environment variable: sent as a bearer token, if set."""
+
+
+class NotOffered(Exception):  # noqa: N818 - a server's limit, not an error
+    """Raised where a server does not give what was asked for; the text says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A continuation of one prompt."""
+
+    text: str
+    finish_reason: str
+    scores: tuple[float, ...]  # log probabilities of the new tokens
+    prompt_scores: tuple[float, ...]  # of the prompt's tokens but the first; () if not asked for
+    prompt_tokens: int | None  # as the server counts them
+    new_tokens: int | None
+
+
+class Server:
+    """An endpoint such as ``http://localhost:8000/v1``.
+
+    Raises:
+        UsageError: the URL is none.
+        SourceError: there is no such server at it.
+    """
+
+    def __init__(self, url: str, model: str | None = None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(f"{url!r} is no URL of a server", hint="http://localhost:8000/v1")
+        self.url = url.rstrip("/")
+        if not self.url.endswith("/v1"):
+            self.url += "/v1"
+        models = self._request("models", None).get("data")
+        if not isinstance(models, list) or not models or not isinstance(models[0], dict):
+            raise SourceError(f"{self.url}/models lists no model", hint="is a model loaded?")
+        self.models = [str(entry.get("id")) for entry in models if isinstance(entry, dict)]
+        if model is not None and model not in self.models:
+            raise UsageError(
+                f"{self.url} does not serve {model}", hint=f"it serves {', '.join(self.models)}."
+            )
+        self.model = model or self.models[0]
+        self._scoring: str | None = None  # how the server gives log probabilities of a prompt
+
+    def score(self, prompts: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """Return the log probabilities of each prompt's tokens but the first, of one request.
+
+        Raises:
+            NotOffered: the server gives none, or not for token ids.
+        """
+        ways = {"echo": {"echo": True, "logprobs": 1}, "prompt_logprobs": {"prompt_logprobs": 1}}
+        reasons = []
+        for way, options in ways.items():
+            if self._scoring not in (None, way):
+                continue
+            try:
+                answers = self.complete(prompts, 1, options)
+            except NotOffered as reason:
+                reasons.append(str(reason))
+                continue
+            if all(
+                len(a.prompt_scores) == len(p) - 1 for a, p in zip(answers, prompts, strict=True)
+            ):
+                self._scoring = way
+                return [answer.prompt_scores for answer in answers]
+            reasons.append(f"{way} is ignored")
+        raise NotOffered(f"no log probabilities of prompts ({'; '.join(reasons)})")
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        options: Mapping[str, Any] | None = None,
+    ) -> list[Answer]:
+        """Continue prompts greedily, in one request."""
+        body = {
+            "model": self.model,
+            "prompt": [list(prompt) for prompt in prompts],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "logprobs": 1,
+            **(options or {}),
+        }
+        document = self._request("completions", body)
+        choices = document.get("choices")
+        if not isinstance(choices, list) or len(choices) != len(prompts):
+            raise NotOffered(f"{len(prompts)} prompts in one request got another number of answers")
+        ordered = sorted(choices, key=lambda choice: _whole(choice, "index") or 0)
+        pairs = zip(ordered, prompts, strict=True)
+        echoes = bool(body.get("echo"))
+        return [_answer(choice, prompt, document, echoes) for choice, prompt in pairs]
+
+    def chat(self, text: str, max_tokens: int) -> Answer:
+        """Answer one message of a user, by the server's chat template."""
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+        }
+        document = self._request("chat/completions", body)
+        choices = document.get("choices")
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            raise NotOffered("no answer to a chat")
+        message = choices[0].get("message")
+        content = message.get("content") if isinstance(message, dict) else ""
+        choice = choices[0] | {"text": content, "logprobs": None}
+        return _answer(choice, [], document, False)
+
+    def _request(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(_KEY):
+            headers["Authorization"] = f"Bearer {key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/{path}", data, headers)
+        opener = urllib.request.build_opener(_NoRedirects, urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=TIMEOUT_S) as response:
+                raw = response.read(_MOST_BYTES + 1)
+        except urllib.error.HTTPError as error:
+            with error:
+                reason = _reason(error.read(2000))
+            if body is not None and 400 <= error.code < 500:
+                raise NotOffered(f"{path} is refused ({error.code}: {reason})") from None
+            raise SourceError(f"{self.url}/{path} answers {error.code}: {reason}") from None
+        except OSError as error:
+            raise SourceError(
+                f"{self.url}/{path} does not answer: {error}", hint="is the server running?"
+            ) from None
+        try:
+            document = json.loads(raw) if len(raw) <= _MOST_BYTES else None
+        except (ValueError, RecursionError):
+            document = None
+        if not isinstance(document, dict):
+            raise SourceError(f"{self.url}/{path} answers something else than a JSON object")
+        return document
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:  # type: ignore[override]
+        return None
+
+
+def _reason(raw: bytes) -> str:
+    """Return the beginning of an error's text, printable."""
+    text = " ".join(raw.decode("utf-8", "replace").split())
+    return "".join(c if c.isprintable() else "?" for c in text)[:200]
+
+
+def _answer(
+    choice: Any, prompt: Sequence[int], document: Mapping[str, Any], echoes: bool
+) -> Answer:
+    choice = choice if isinstance(choice, dict) else {}
+    block = choice.get("logprobs")
+    scores = block.get("token_logprobs") if isinstance(block, dict) else None
+    scores = scores if isinstance(scores, list) else []
+    before: list[Any] = []
+    if echoes:
+        before, scores = scores[1 : len(prompt)], scores[len(prompt) :]
+    elif isinstance(given := choice.get("prompt_logprobs"), list):
+        before = [_of(token, entry) for token, entry in zip(prompt, given, strict=False)][1:]
+    usage = document.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    return Answer(
+        text=str(choice.get("text") or ""),
+        finish_reason=str(choice.get("finish_reason")),
+        scores=_numbers(scores),
+        prompt_scores=_numbers(before),
+        prompt_tokens=_whole(usage, "prompt_tokens"),
+        new_tokens=_whole(usage, "completion_tokens"),
+    )
+
+
+def _of(token: int, entry: Any) -> Any:
+    """Return a token's log probability of an entry of vLLM's ``prompt_logprobs``."""
+    value = entry.get(str(token)) if isinstance(entry, dict) else None
+    return value.get("logprob") if isinstance(value, dict) else value
+
+
+def _numbers(values: Sequence[Any]) -> tuple[float, ...]:
+    """Return log probabilities; () if one of them is none."""
+    if any(not isinstance(value, int | float) or value != value for value in values):
+        return ()
+    return tuple(max(float(value), -1e4) for value in values)
+
+
+def _whole(mapping: Mapping[str, Any], key: str) -> int | None:
+    value = mapping.get(key) if isinstance(mapping, dict) else None
+    return value if type(value) is int else None

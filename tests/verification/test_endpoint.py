@@ -1,0 +1,176 @@
+"""``phireg verify --endpoint``, against stub servers of transformers' models, sound and faulty."""
+
+import json
+
+import pytest
+import torch
+from helpers.command_line import run_phireg
+from helpers.tiny_models import phi3, phi3_small, randomize
+from stub_server import Stub, serving
+
+import phireg
+from phireg.errors import PhiregError
+
+ORIGINAL = 52
+
+
+def long_rope():
+    return randomize(phi3(long=ORIGINAL), 2.5, seed=5)
+
+
+def sparse():
+    return randomize(phi3_small(long=ORIGINAL), 4.0, seed=5)
+
+
+def sliding():
+    return randomize(phi3(sliding_window=24), 2.5, seed=5)
+
+
+def plain(model):
+    """The model itself."""
+
+    def logits(ids, lengths):
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+
+    return logits
+
+
+def forced(model, kind):
+    """Long rope's factors of one side for all: those tables are put in the other's place."""
+    config = model.config
+    block = dict(config.rope_parameters)
+    other = "short" if kind == "long" else "long"
+    block[f"{other}_factor"] = block[f"{kind}_factor"]
+    config.rope_parameters = block
+    twin = type(model)(config)
+    twin.load_state_dict(model.state_dict())
+    return plain(twin.eval())
+
+
+def batch_wide(model):
+    """All rows of a batch take the long factors if one of them is past the switch."""
+    own, long = plain(model), forced(long_rope(), "long")
+
+    def logits(ids, lengths):
+        return (long if max(lengths) > ORIGINAL else own)(ids, lengths)
+
+    return logits
+
+
+def dense(model):
+    model.config.dense_attention_every_n_layers = 1
+    twin = type(model)(model.config)
+    twin.load_state_dict(model.state_dict())
+    return plain(twin.eval())
+
+
+def windowless(model):
+    model.config.sliding_window = None
+    twin = type(model)(model.config)
+    twin.load_state_dict(model.state_dict())
+    return plain(twin.eval())
+
+
+def source(make, directory):
+    make().save_pretrained(directory)
+    return directory
+
+
+def verified(stub, directory, **options):
+    with serving(stub) as url:
+        return phireg.verify_endpoint(url, directory, form="float32", device="cpu", **options)
+
+
+def verdicts(verification):
+    made = {check.name: check.verdict for check in verification.checks}
+    return {name: verdict for name, verdict in made.items() if verdict not in ("not needed",)}
+
+
+@pytest.mark.parametrize("scoring", ("echo", "prompt_logprobs"))
+@pytest.mark.parametrize("make", (long_rope, sparse, sliding))
+def test_a_sound_server(make, scoring, tmp_path):
+    verification = verified(Stub(plain(make()), scoring=scoring), source(make, tmp_path))
+    failed = {name for name, verdict in verdicts(verification).items() if verdict == "failed"}
+    assert not failed, verification.checks
+    expected = {long_rope: "long rope", sparse: "block-sparse", sliding: "sliding window"}[make]
+    assert verdicts(verification)[expected] == "passed"
+    assert verdicts(verification)["generation"] == "passed"
+
+
+@pytest.mark.parametrize(
+    ("make", "fault", "check", "words"),
+    (
+        (long_rope, lambda m: forced(m, "long"), "long rope", "long factors for every request"),
+        (long_rope, lambda m: forced(m, "short"), "long rope", "short factors for every request"),
+        (long_rope, batch_wide, "neighbors", "whole batch"),
+        (sparse, dense, "block-sparse", "attend to all tokens"),
+        (sliding, windowless, "sliding window", "sliding window is ignored"),
+    ),
+)
+def test_a_server_with_a_fault(make, fault, check, words, tmp_path):
+    verification = verified(Stub(fault(make())), source(make, tmp_path))
+    assert verification.verdict == "failed"
+    assert verdicts(verification)[check] == "failed"
+    assert any(words in problem.text for problem in verification.check(check).problems)
+
+
+def test_another_model(tmp_path):
+    other = randomize(phi3(long=ORIGINAL), 2.5, seed=6)
+    verification = verified(Stub(plain(other)), source(long_rope, tmp_path))
+    assert verdicts(verification)["prompts"] == "failed"
+    assert verdicts(verification)["generation"] == "failed"
+
+
+def test_a_server_without_scores_of_prompts_is_not_verified(tmp_path):
+    verification = verified(Stub(plain(long_rope()), scoring=None), source(long_rope, tmp_path))
+    assert verification.verdict == "incomplete"
+    assert verdicts(verification)["prompts"] == "skipped"
+
+
+def test_a_checkpoint_says_the_same_as_its_source(tmp_path):
+    plan = phireg.plan(source(sparse, tmp_path / "source"), family="phi3-small", dtype="float32")
+    phireg.convert(plan, tmp_path / "checkpoint")
+    sound = verified(Stub(plain(sparse())), tmp_path / "checkpoint")
+    assert verdicts(sound)["block-sparse"] == verdicts(sound)["long rope"] == "passed"
+    faulty = verified(Stub(dense(sparse())), tmp_path / "checkpoint")
+    assert any("attend to all" in p.text for p in faulty.check("block-sparse").problems)
+
+
+def test_prompts_longer_than_allowed_are_not_asked(tmp_path):
+    stub = Stub(plain(long_rope()))
+    verification = verified(stub, source(long_rope, tmp_path), max_tokens=50)
+    assert verdicts(verification)["long rope"] == "skipped"
+    assert stub.requests < 10
+
+
+@pytest.mark.parametrize(
+    "answer",
+    (b"", b"[]", b"{", b"[" * 100_000, b'{"choices": 1}', b'{"choices": [null]}',
+     b'{"choices": [{"logprobs": {"token_logprobs": ["x"]}}]}'),
+)  # fmt: skip
+def test_answers_that_are_none(answer, tmp_path):
+    stub = Stub(plain(long_rope()))
+    stub.complete = stub.chat = lambda body: answer
+    try:
+        verification = verified(stub, source(long_rope, tmp_path))
+    except PhiregError as error:
+        assert error.exit_code == 3
+    else:
+        assert verification.verdict == "incomplete"
+
+
+def test_the_command(tmp_path):
+    directory = source(sliding, tmp_path)
+    with serving(Stub(windowless(sliding()))) as url:
+        options = ("--endpoint", url, "--model-dir", directory, "--device", "cpu")
+        result = run_phireg("verify", *options, "--format", "float32", "--json")
+        other = run_phireg("verify", *options, "--served-model", "gpt")
+    assert result.exit_code == 4, result.output
+    document = json.loads(result.stdout)
+    (check,) = [check for check in document["checks"] if check["name"] == "sliding window"]
+    assert check["verdict"] == "failed"
+    assert other.exit_code == 2
+    assert run_phireg("verify", "--endpoint", url).exit_code == 2
+    assert run_phireg("verify", *options).exit_code == 3
+    assert run_phireg("verify", "--endpoint", "file:///etc", *options[2:]).exit_code == 2
