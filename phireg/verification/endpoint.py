@@ -481,7 +481,8 @@ class _Checker:
             ids = [token for token in ids if token < subject.vocab_size]
             return (ids * math.ceil(tokens / len(ids)))[:tokens]
         generator = torch.Generator().manual_seed(tokens)
-        return torch.randint(subject.vocab_size, (tokens,), generator=generator).tolist()
+        drawn = torch.randint(subject.vocab_size, (tokens,), generator=generator)
+        return [int(token) for token in drawn]
 
 
 def _scores(logits: Logits, ids: Sequence[int]) -> list[float]:
