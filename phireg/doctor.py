@@ -11,7 +11,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -127,6 +127,38 @@ class Part:
     found: str  # its version or place, or what is wrong with it
     prevents: str | None = None
     remedy: str | None = None
+
+
+_ABILITIES: dict[str, tuple[str, ...]] = {
+    "plan, convert, explain, inspect": ("Python", "plugins"),
+    "quantize, verify, run and demo": ("Python", "plugins", "torch"),
+    "the same on a GPU": ("torch", "CUDA", "GPU", "driver"),
+    "summarize": ("torch", "rouge-score"),
+    "summarize cnn_dailymail": ("torch", "rouge-score", "datasets"),
+    "build engines of TensorRT for RTX": ("tensorrt-rtx",),
+    "build engines of TensorRT": ("tensorrt",),
+    "build engines of TensorRT-LLM": (PROGRAM,),
+    "run engines of TensorRT-LLM": (DISTRIBUTION, "GPU", "driver"),
+    "run engines of several ranks": (DISTRIBUTION, "GPU", "driver", "MPI"),
+}
+"""What phireg can do: the parts that it takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ability:
+    """Something that phireg can do here, or the parts that it lacks."""
+
+    name: str
+    lacks: tuple[str, ...]
+
+
+def abilities(parts: Sequence[Part]) -> list[Ability]:
+    """Tell what works with the parts that were found."""
+    fine = {part.name for part in parts if part.state == OK}
+    return [
+        Ability(name, tuple(part for part in needed if part not in fine))
+        for name, needed in _ABILITIES.items()
+    ]
 
 
 def examine(started: Callable[[str], None] | None = None) -> list[Part]:

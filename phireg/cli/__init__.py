@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from copy import copy
 from importlib import import_module
@@ -11,6 +12,7 @@ import click
 
 from phireg.cli.errors import reported, show_warnings, stop, stopped
 from phireg.cli.help import write_examples, write_rows
+from phireg.cli.output import has_plain_terminal
 from phireg.cli.streams import leave, prepare, results_apart
 
 SECTIONS = {
@@ -109,11 +111,14 @@ class LazyGroup(click.Group):
     },
 )
 @click.version_option(package_name="phireg", message="%(prog)s %(version)s")
-def app() -> None:
+@click.pass_context
+def app(ctx: click.Context) -> None:
     """Convert Microsoft's Phi models to TensorRT-LLM checkpoints.
 
     Options may be written with hyphens or underscores (--model-dir, --model_dir).
     """
+    if os.environ.get("NO_COLOR") or has_plain_terminal():
+        ctx.color = False
 
 
 def main() -> None:

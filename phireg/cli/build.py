@@ -61,6 +61,7 @@ _BACKENDS = ("auto", "tensorrt-llm", "tensorrt", "tensorrt-rtx")
     "phireg build ckpt --output-dir engine --max-seq-len 2048",
     "phireg build ckpt --output-dir engine --print-command --trtllm-version 1.2.1",
     cls=_PassingOn,
+    waits="reading the checkpoint",
 )
 @checkpoint_argument("checkpoint_dir", "[CKPT]", required=False)
 @output_dir_option("engine")

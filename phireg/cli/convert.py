@@ -20,7 +20,7 @@ from phireg.cli.options import (
     quiet_option,
     source_options,
 )
-from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json
+from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json, next_steps
 from phireg.cli.plan import family_text, provider_document, values_text, warnings_text
 from phireg.errors import UsageError
 from phireg.files.sizes import size
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @documented(
     "phireg convert --model-dir microsoft/phi-2 --output-dir ckpt",
     "phireg convert --model-dir ./Phi-3-mini-4k-instruct --output-dir ckpt --tp-size 2",
+    waits="reading the model",
 )
 @model_dir_option(required=True)
 @output_dir_option("checkpoint")
@@ -130,7 +131,21 @@ def _text(plan: Plan, converted: Converted, seconds: float) -> str:
         ("time", f"{seconds:.1f} s, {rate}/s"),
     ]
     findings = findings_text((*loss_findings(converted), *plan.findings))
-    return "\n".join(filter(None, (columns(rows), warnings_text(plan), findings)))
+    following = steps_after(plan, converted)
+    return "\n".join(filter(None, (columns(rows), warnings_text(plan), findings, following)))
+
+
+def steps_after(plan: Plan, converted: Converted) -> str:
+    """What to do with a new checkpoint."""
+    checkpoint = str(converted.output_dir)
+    model = ["--model-dir", plan.model_dir]
+    if plan.source.revision is not None:
+        model += ["--revision", plan.source.revision]
+    return next_steps(
+        ["phireg", "verify", checkpoint, *model],
+        ["phireg", "run", checkpoint, "--prompt", "The capital of France is"],
+        ["phireg", "build", checkpoint, "--output-dir", f"{checkpoint}-engine"],
+    )
 
 
 def loss_findings(converted: Converted) -> list[Finding]:

@@ -18,7 +18,7 @@ from phireg.cli import engines
 from phireg.cli.errors import stopped, warn
 from phireg.cli.help import ENGINE, OUTPUT, RANKS, TEXT, documented
 from phireg.cli.options import Directory, FamilyName, json_option, quiet_option
-from phireg.cli.output import counted, emit, emit_json, printable, spinner
+from phireg.cli.output import counted, emit, emit_json, next_steps, printable, spinner
 from phireg.cli.streams import results
 from phireg.cli.verify import exit_code, show_verification, verification_document
 from phireg.files.sizes import size
@@ -38,6 +38,7 @@ _WIDTH = 80
     "phireg demo",
     "phireg demo all --tp-size 2",
     page="demo-models.md",
+    waits="converting the demo model",
 )
 @click.argument("family", type=FamilyName(_ALL), default="phi3-small")
 @OUTPUT.option(
@@ -118,6 +119,8 @@ def command(
         documents.append(document)
     if as_json:
         emit_json({"article_number": number, "demos": documents})
+    elif verbose and not exit_code(verifications):
+        emit("\n" + _next_steps(documents[-1]["checkpoint_dir"]))
     if code := exit_code(verifications):
         raise click.exceptions.Exit(code)
 
@@ -222,6 +225,13 @@ def _engine(
         "gpu_commands": {name: shlex.join(words) for name, words in with_gpu.items()},
         "verification": verification_document(proof),
     }
+
+
+def _next_steps(checkpoint: str) -> str:
+    return next_steps(
+        ["phireg", "summarize", checkpoint, "--max-ite", "5"],
+        ["phireg", "plan", "--model-dir", "microsoft/Phi-3-mini-4k-instruct"],
+    )
 
 
 def _folded(words: list[str]) -> str:

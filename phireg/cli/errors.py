@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from phireg.cli.output import columns, counted, folded
+from phireg.cli.output import columns, counted, end_waiting, folded
 from phireg.errors import PhiregError, PhiregWarning, described
 from phireg.findings import Finding, Severity
 
@@ -48,6 +48,7 @@ def stop(number: int, frame: FrameType | None) -> None:
 
 def warn(message: str, label: str = "warning: ") -> None:
     """Print a warning to stderr."""
+    end_waiting()
     click.echo(folded(label, message), err=True)
 
 
@@ -66,6 +67,7 @@ def show_warnings() -> None:
 
 def failed(message: str, exit_code: int, label: str = "error: ") -> click.exceptions.Exit:
     """Print what went wrong to stderr; return the exception that ends the process."""
+    end_waiting()
     text = folded(label, message)
     click.echo(click.style(label, fg="red", bold=True) + text[len(label) :], err=True)
     return click.exceptions.Exit(exit_code)

@@ -26,6 +26,7 @@ _LARGEST = {"fp8": f"{E4M3_MAX:g}", "int8": f"{INT8_MAX:g}", "int8_sq": f"{INT8_
 @documented(
     "phireg explain ./phi-2 lm_head",
     "phireg explain ./phi-2 transformer.layers.0.attention.qkv --tp-size 2 --rank 1",
+    waits="reading the model",
 )
 @click.argument("names", nargs=-1, required=True, type=Directory(), metavar="DIR TENSOR")
 @model_dir_option("Another way to give DIR.")

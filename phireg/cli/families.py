@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from phireg.registry import FamilyInfo, Index
 
 
-@documented("phireg families", "phireg families --check")
+@documented("phireg families", "phireg families --check", waits="loading the families")
 @OUTPUT.option("--check", is_flag=True, help="One line for each; ends with 5 if one is broken.")
 @json_option
 def command(check: bool, as_json: bool) -> None:

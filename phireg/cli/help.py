@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -97,10 +98,16 @@ class Command(click.Command):
     """A command whose help has groups of options, examples and the page that tells more."""
 
     def __init__(
-        self, *args: Any, examples: Sequence[str] = (), page: str = "", **settings: Any
+        self,
+        *args: Any,
+        examples: Sequence[str] = (),
+        page: str = "",
+        waits: str = "",
+        **settings: Any,
     ) -> None:
         super().__init__(*args, **settings)
         self.examples = examples
+        self.waits = waits
         self.page = page or f"command-line.md#{self.name}"
         show_all = Option(
             ["--help-all"],
@@ -112,6 +119,15 @@ class Command(click.Command):
             help="Show rare options and other spellings, too.",
         )
         self.params.append(show_all)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, on a terminal below a spinner until it shows something itself."""
+        if not self.waits or not sys.stderr.isatty():
+            return super().invoke(ctx)
+        from phireg.cli.output import waiting
+
+        with waiting(self.waits, quiet=ctx.params.get("quiet", False)):
+            return super().invoke(ctx)
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
         """Name the options that are required."""
@@ -179,19 +195,26 @@ def _show_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> No
 
 
 def documented(
-    *examples: str, page: str = "", cls: type[Command] = Command, **settings: Any
+    *examples: str,
+    page: str = "",
+    waits: str = "",
+    cls: type[Command] = Command,
+    **settings: Any,
 ) -> Callable[[Callable[..., Any]], click.Command]:
     """Make a function a command of phireg.
 
     Args:
         examples: command lines that help ends with.
         page: of the docs; by default the command's section of command-line.md.
+        waits: what a spinner says until the command shows something itself; empty if that is soon.
         cls: the kind of command.
         settings: as for ``click.command``.
     """
 
     def decorate(function: Callable[..., Any]) -> click.Command:
         name = function.__module__.rpartition(".")[2].replace("_", "-")
-        return click.command(name, cls=cls, examples=examples, page=page, **settings)(function)
+        return click.command(name, cls=cls, examples=examples, page=page, waits=waits, **settings)(
+            function
+        )
 
     return decorate

@@ -28,6 +28,7 @@ _LONG = 8
 @documented(
     "phireg inspect ckpt",
     "phireg inspect ckpt --check",
+    waits="reading the checkpoint",
 )
 @checkpoint_argument("checkpoint_dir", "CKPT")
 @OUTPUT.option("--check", is_flag=True, help="Read all files and compare them with phireg.json.")

@@ -9,7 +9,7 @@ import click
 
 from phireg.cli.help import MODEL, OUTPUT, documented
 from phireg.cli.options import Directory, FamilyName, json_option
-from phireg.cli.output import columns, emit, emit_json
+from phireg.cli.output import columns, emit, emit_json, next_steps
 
 
 @documented(
@@ -39,9 +39,9 @@ def command(name: str, base: str, directory: str | None, as_json: bool) -> None:
     package = new_plugin(name, base, Path(directory) if directory is not None else None)
     shown = shlex.quote(str(package.directory))
     commands = [
-        f"pip install -e {shlex.quote(f'{package.directory}[testing]')}",
-        "phireg families --check",
-        f"pytest {shown}",
+        ["pip", "install", "-e", f"{package.directory}[testing]"],
+        ["phireg", "families", "--check"],
+        ["pytest", str(package.directory)],
     ]
     if as_json:
         provider = package.base
@@ -52,10 +52,10 @@ def command(name: str, base: str, directory: str | None, as_json: bool) -> None:
             "provided_by": {"distribution": provider.distribution, "version": provider.version},
             "directory": package.directory,
             "files": package.files,
-            "commands": commands,
+            "commands": [shlex.join(words) for words in commands],
         }
         emit_json(document)
         return
     rows = [("family", f"{name}, derived from {package.base.name}"), ("wrote", shown)]
     rows += [("", file) for file in package.files]
-    emit("\n".join([columns(rows), "", "next:", *(f"    {line}" for line in commands)]))
+    emit(f"{columns(rows)}\n{next_steps(*commands)}")

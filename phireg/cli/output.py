@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import shlex
 import shutil
@@ -39,6 +40,7 @@ def emit(text: str, *, styled: bool = False) -> None:
 
     Raises OutputError on a full disk and BrokenPipeError if the reader has gone.
     """
+    end_waiting()
     click.echo(text if styled else printable(text), file=results())
 
 
@@ -46,11 +48,13 @@ def emit_generated(text: str) -> None:
     """Print text that a model wrote, escaped on a terminal only; raises as :func:`emit`."""
     if results().isatty():
         text = "\t".join(map(printable, text.split("\t")))
+    end_waiting()
     click.echo(text, nl=False, file=results())
 
 
 def note(text: str) -> None:
     """Print a remark to stderr if that is a terminal."""
+    end_waiting()
     if sys.stderr.isatty():
         click.secho(printable(text), err=True, dim=True)
 
@@ -150,6 +154,11 @@ def page_facts(started: float) -> tuple[tuple[str, str], ...]:
     return ("command", command), ("duration", f"{time.monotonic() - started:.1f} s")
 
 
+def next_steps(*commands: Sequence[str]) -> str:
+    """List command lines that make sense next, unfolded so that they can be copied."""
+    return "\n".join(["next", *(f"  {shlex.join(words)}" for words in commands)])
+
+
 def memory(count: int) -> str:
     """Bytes of memory, in binary units."""
     return f"{count / 2**20:,.4g} MiB"
@@ -165,6 +174,36 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+"""Variables in which launchers tell a process its rank."""
+
+_waiting = ExitStack()
+
+
+@contextmanager
+def waiting(doing: str, *, quiet: bool = False) -> Iterator[None]:
+    """Show a spinner from now until anything else is printed or shown, or the end."""
+    if any(os.environ.get(name, "0") != "0" for name in _RANKS):
+        quiet = True  # rank 0 shows it
+    bars = ProgressBars(quiet)
+    bars.spinner(doing)
+    _waiting.callback(bars.close)
+    try:
+        yield
+    finally:
+        end_waiting()
+
+
+def end_waiting() -> None:
+    """Remove the spinner of :func:`waiting`."""
+    _waiting.close()
+
+
+def has_plain_terminal() -> bool:
+    """Tell if the terminal can neither move its cursor nor show colors."""
+    return os.environ.get("TERM") in ("dumb", "unknown")
+
+
 @contextmanager
 def spinner(doing: str, *, quiet: bool = False) -> Iterator[None]:
     """Show a spinner on stderr if it is a terminal; nothing else may be printed meanwhile."""
@@ -177,7 +216,7 @@ class ProgressBars:
     """One bar or spinner after the other on stderr, opened by the first report of its stage.
 
     A context manager; its reports may come from any thread. Nothing is shown where ``quiet`` is
-    set or stderr is not a terminal.
+    set or stderr is not a terminal; a plain terminal gets a line for each stage.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -202,12 +241,20 @@ class ProgressBars:
         """Show a spinner until the next stage or ``close``."""
         if not self._shown:
             return
-        from rich.console import Console
-
         with self._lock:
-            self._open.close()
-            self._open.enter_context(Console(stderr=True).status(doing))
-            self._stage = doing
+            if self._enter(doing):
+                from rich.console import Console
+
+                self._open.enter_context(Console(stderr=True).status(doing))
+
+    def _enter(self, doing: str) -> bool:
+        """End the stage before; return whether something can move on this terminal."""
+        end_waiting()
+        self._open.close()
+        if has_plain_terminal() and doing != self._stage:
+            click.echo(f"{doing} ...", err=True)
+        self._stage = doing
+        return not has_plain_terminal()
 
     def count(self, doing: str, noun: str) -> Callable[[int, int], None]:
         """Return a reporter of (things done since the last report, all things)."""
@@ -224,8 +271,9 @@ class ProgressBars:
         def advance(more: int, total: int) -> None:
             with self._lock:
                 if doing != self._stage:
-                    self._start(doing, total, noun)
-                assert self._bar is not None
+                    self._bar = self._start(doing, total, noun) if self._enter(doing) else None
+                if self._bar is None:
+                    return
                 task = self._bar.tasks[0]
                 self._bar.advance(task.id, more)
                 if task.finished:
@@ -233,7 +281,7 @@ class ProgressBars:
 
         return advance if self._shown else lambda _more, _total: None
 
-    def _start(self, doing: str, total: int, noun: str | None) -> None:
+    def _start(self, doing: str, total: int, noun: str | None) -> Progress:
         from rich import progress
         from rich.console import Console
 
@@ -242,7 +290,6 @@ class ProgressBars:
             if noun
             else (progress.DownloadColumn(), progress.TransferSpeedColumn())
         )
-        self._open.close()
         bar = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(bar_width=None),
@@ -252,5 +299,5 @@ class ProgressBars:
             refresh_per_second=5,
             transient=True,
         )
-        self._bar, self._stage = self._open.enter_context(bar), doing
         bar.add_task(doing, total=total)
+        return self._open.enter_context(bar)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @documented(
     "phireg plan --model-dir ./Phi-3-medium-4k-instruct --tp-size 4",
     "phireg plan --model-dir ./phi-2 --qformat fp8 --json",
+    waits="reading the model",
 )
 @model_dir_option(required=True)
 @planning_options

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     "phireg postprocess ckpt --model-dir ./Phi-3-small-8k-instruct",
     "phireg postprocess ckpt --check",
     page="postprocess.md",
+    waits="reading the checkpoint",
 )
 @checkpoint_argument("checkpoint_dir", "CKPT")
 @model_dir_option("The model it was made from: its rows tell the order for certain.")

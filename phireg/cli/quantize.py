@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import phireg
-from phireg.cli.convert import conversion_document, file_rows, loss_findings
+from phireg.cli.convert import conversion_document, file_rows, loss_findings, steps_after
 from phireg.cli.errors import findings_text, identity, interruptible
 from phireg.cli.help import CALIBRATION, OUTPUT, QUANTIZATION, documented
 from phireg.cli.options import (
@@ -97,6 +97,7 @@ calibration_options = compose(
     "phireg quantize --model-dir ./phi-2 --output-dir ckpt-fp8 --qformat fp8",
     "phireg quantize --model-dir ./phi-2 --output-dir ckpt-int4 --qformat int4_wo",
     page="quantize.md",
+    waits="reading the model",
 )
 @model_dir_option(required=True)
 @output_dir_option("checkpoint")
@@ -310,6 +311,7 @@ def _text(result: _Result) -> str:
         _quality_text(result.quality) if result.quality else "",
         warnings_text(plan),
         findings_text((*loss_findings(result.converted), *findings)),
+        steps_after(plan, result.converted),
     )
     return "\n".join(filter(None, blocks))
 

@@ -24,7 +24,7 @@ from phireg.cli.options import (
     json_option,
     model_dir_option,
 )
-from phireg.cli.output import emit, emit_generated, emit_json, note, spinner
+from phireg.cli.output import emit, emit_generated, emit_json, end_waiting, note, spinner
 from phireg.cli.streams import give_back
 from phireg.errors import UsageError
 
@@ -51,6 +51,7 @@ _EXCLUSIVE = (
 @documented(
     'phireg run ckpt --prompt "The capital of France is"',
     "phireg run ckpt --chat",
+    waits="loading the model",
 )
 @checkpoint_argument("place", "[CKPT|ENGINE|MODEL]", required=False)
 @RUNNING.option(
@@ -181,6 +182,7 @@ def command(
     options = _Inputs(**inputs)
     _check_options(options, num_beams)
     if tp_size and tp_size > opener(name).process_rank()[1]:
+        end_waiting()
         give_back()
         raise click.exceptions.Exit(run_processes(tp_size, sys.argv[1:]))
     generator = Generator(

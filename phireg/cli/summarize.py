@@ -33,6 +33,7 @@ from phireg.cli.output import (
     counted,
     emit,
     emit_json,
+    end_waiting,
     memory,
     page_facts,
     printable,
@@ -54,6 +55,7 @@ _COUNT = click.IntRange(min=1)
     "phireg summarize ckpt",
     "phireg summarize ckpt --model-dir ./phi-2 --test-hf --check-accuracy",
     page="summarize.md",
+    waits="loading the models",
 )
 @checkpoint_argument("place", "[CKPT|ENGINE]", required=False)
 @MODEL.option("--engine-dir", type=Directory(), metavar="DIR", help="The engine (or checkpoint).")
@@ -227,6 +229,7 @@ def command(
         models, check_accuracy, checked, rouge1_threshold, ppl_threshold, settings["eval_ppl"]
     )
     if check_model_processes(models, tp_size) and tp_size:
+        end_waiting()
         give_back()
         raise click.exceptions.Exit(run_processes(tp_size, sys.argv[1:]))
     try:

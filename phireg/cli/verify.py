@@ -37,6 +37,7 @@ _MOST_PROBLEMS = 12
     "phireg verify ckpt --model-dir ./phi-2",
     "phireg verify ckpt --model-dir ./phi-2 --quick",
     page="verify.md",
+    waits="reading the checkpoint",
 )
 @checkpoint_argument("checkpoint_dir", "CKPT|ENGINE", required=False)
 @model_dir_option("The model that CKPT was made from; of an engine, perhaps the checkpoint.")

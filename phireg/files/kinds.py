@@ -164,7 +164,7 @@ def kind_of(directory: Path) -> Kind:
 
 def check_kind(directory: Path, *wanted: Kind) -> Kind:
     """Return which of the kinds a directory is; a SourceError says what else it is."""
-    names = " or ".join(kind.name for kind in wanted)
+    names = " or ".join(dict.fromkeys(kind.name for kind in wanted))
     if not directory.is_dir():
         problem = "this is a file, not a" if directory.is_file() else "no such"
         raise SourceError(f"{directory}: {problem} directory", hint=f"give {names}.")
