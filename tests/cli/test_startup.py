@@ -2,13 +2,18 @@
 
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+from helpers.command_line import run_phireg
 
 import phireg
+from phireg import demo
+from phireg.cli import app
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "huggingface_hub")
@@ -101,7 +106,10 @@ def test_a_full_disk_behind_stdout(tiny, spawn):
     assert done.stderr.count("\n") == 1
 
 
-def on_terminal(columns, *args):
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def on_terminal(columns, *args, **variables):
     """Output of phireg on a terminal of its own, stdout and stderr together."""
     ours, theirs = pty.openpty()
     running = subprocess.Popen(
@@ -110,7 +118,7 @@ def on_terminal(columns, *args):
         stdout=theirs,
         stderr=theirs,
         cwd=ROOT,
-        env=os.environ | {"COLUMNS": str(columns), "LINES": "40", "TERM": "xterm"},
+        env=os.environ | {"COLUMNS": str(columns), "LINES": "40", "TERM": "xterm"} | variables,
     )
     os.close(theirs)
     output = b""
@@ -140,6 +148,48 @@ def test_progress_on_a_terminal_only(tiny, tmp_path, spawn):
 
 def test_a_terminal_is_not_overrun_and_names_are_whole(tiny):
     shown = on_terminal(80, "plan", "--model-dir", tiny, "--tp-size", "4")
-    lines = shown.replace("\r", "").splitlines()
+    lines = [line.split("\r")[-1] for line in ESCAPES.sub("", shown).split("\r\n")]
     assert max(map(len, lines)) <= 80
     assert "15/15 source tensors mapped" in " ".join(lines)
+
+
+@pytest.fixture(scope="module")
+def demo_checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("demo") / "ckpt"
+    source = demo.find("phi3-mini").directory
+    run_phireg("convert", "--model-dir", source, "--output-dir", directory)
+    return source, directory
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "convert --model-dir {model} --output-dir {out}",
+        "plan --model-dir {model}",
+        "explain {model} lm_head",
+        "inspect {ckpt}",
+        "verify {ckpt} --model-dir {model} --quick",
+        "postprocess {ckpt}",
+        "run {ckpt} --prompt x --max-new-tokens 1",
+        "families",
+    ],
+    ids=lambda args: args.split()[0],
+)
+def test_something_moves_before_anything_is_printed(args, demo_checkpoint, tmp_path):
+    model, checkpoint = demo_checkpoint
+    words = args.format(model=model, ckpt=checkpoint, out=tmp_path / "out").split()
+    command = app.get_command(click.Context(app), words[0])
+    shown = on_terminal(80, *words)
+    assert ESCAPES.sub("", shown).lstrip("\r")[2:].startswith(command.waits)
+
+
+def test_no_color_and_plain_terminals(demo_checkpoint):
+    model, checkpoint = demo_checkpoint
+    args = ("verify", checkpoint, "--model-dir", model, "--quick")
+    color = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
+    assert color.search(on_terminal(80, *args))
+    assert not color.search(on_terminal(80, *args, NO_COLOR="1"))
+    plain = on_terminal(80, *args, TERM="dumb")
+    assert "\x1b" not in plain
+    assert plain.startswith("reading the checkpoint ...\r\n")
+    assert not re.search(r"[^\r]\r[^\r\n]", plain), "a line was overwritten"
