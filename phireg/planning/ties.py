@@ -11,8 +11,8 @@ from types import MappingProxyType
 
 from phireg.findings import Finding, Severity
 from phireg.layout.rules import Rules
-from phireg.source.model import Source
-from phireg.source.readings import finding, same_bytes
+from phireg.source.model import Source, same_bytes
+from phireg.source.readings import finding
 
 TIES = "tie_word_embeddings"
 HEAD, TABLE = "lm_head", "transformer.vocab_embedding"

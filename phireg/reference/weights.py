@@ -17,7 +17,7 @@ from phireg.errors import SourceError
 from phireg.files.regular import listed
 from phireg.source.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from phireg.source.adapter import Adapter, read_adapter
-from phireg.source.model import FORMATS, INDEX, Reader, read_index
+from phireg.source.model import FORMATS, INDEX, Reader, read_index, same_bytes
 from phireg.source.tensors import SourceTensor, WeightsFile
 
 ORDER = (
@@ -32,8 +32,6 @@ _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|language_model|base_model\.model)\."
 )
 """Parts of names that torch.compile, DDP, FSDP, multimodal models and PEFT put in between."""
-
-_BLOCK = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +55,11 @@ class Weights:
         return values
 
     def equal(self, left: SourceTensor, right: SourceTensor) -> bool:
-        """Return whether two tensors hold the same bytes, reading a block of each at a time."""
+        """Return whether two tensors have the same dtype, shape and bytes."""
         if (left.dtype, left.shape) != (right.dtype, right.shape):
             return False
         with self.open() as reader:
-            for start in range(0, left.nbytes, _BLOCK):
-                blocks = bytearray(min(_BLOCK, left.nbytes - start)), bytearray(_BLOCK)
-                size = len(blocks[0])
-                for tensor, block in zip((left, right), blocks, strict=True):
-                    reader.read_into(tensor, start, memoryview(block)[:size])
-                if blocks[0] != blocks[1][:size]:
-                    return False
-        return True
+            return same_bytes(reader, left, reader, right)
 
 
 def find_weights(directory: Path, chosen: str | None = None, *, adapter: bool = False) -> Weights:

@@ -23,6 +23,8 @@ from phireg.source.torchbin import list_bin, read_strided
 if TYPE_CHECKING:
     from phireg.source.adapter import Adapter
 
+_BLOCK = 1024 * 1024
+
 INDEX = ".index.json"
 """End of the name of an index, after the name that a single file would have."""
 
@@ -83,6 +85,27 @@ class Reader:
                 self._descriptors[file] = fd
                 check_unchanged(fd, path, self._stamps[file])
             return self._descriptors[file]
+
+
+def same_bytes(
+    reader: Reader,
+    left: SourceTensor,
+    second: Reader,
+    right: SourceTensor,
+    limit: int | None = None,
+) -> bool:
+    """Compare the bytes of two tensors of one dtype and shape, or the first of them."""
+    if left.nbytes != right.nbytes:
+        return False
+    size = left.nbytes if limit is None else min(left.nbytes, limit)
+    blocks = bytearray(min(size, _BLOCK)), bytearray(min(size, _BLOCK))
+    for start in range(0, size, _BLOCK):
+        ours, theirs = (memoryview(block)[: min(_BLOCK, size - start)] for block in blocks)
+        reader.read_into(left, start, ours)
+        second.read_into(right, start, theirs)
+        if ours != theirs:
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from phireg.findings import Finding, Severity
 from phireg.source.adapter import CONFIG as ADAPTER_CONFIG
 from phireg.source.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from phireg.source.adapter import Adapter, read_adapter
-from phireg.source.model import FORMATS, INDEX, Reader, Source, list_shards, read_index
+from phireg.source.model import FORMATS, INDEX, Reader, Source, list_shards, read_index, same_bytes
 from phireg.source.tensors import SourceTensor, WeightsFile
 
 ADAPTER = ("merge", "ignore")
@@ -35,7 +35,6 @@ _ORIGINALS = ("consolidated.safetensors", "consolidated.pth", "consolidated.00.p
 """Names under which original authors save weights; they are read only if the user names them."""
 
 _MOST_FOLDERS = 1000
-_BLOCK = 1024 * 1024
 _SAMPLE = 4096
 
 
@@ -257,27 +256,6 @@ def _difference(one: WeightSet, other: WeightSet) -> str:
                 if not same_bytes(reader, left, second, right, limit):
                     return f"has other values in {left.name}"
     return ""
-
-
-def same_bytes(
-    reader: Reader,
-    left: SourceTensor,
-    second: Reader,
-    right: SourceTensor,
-    limit: int | None = None,
-) -> bool:
-    """Compare the bytes of two tensors of one dtype and shape, or the first of them."""
-    if left.nbytes != right.nbytes:
-        return False
-    size = left.nbytes if limit is None else min(left.nbytes, limit)
-    blocks = bytearray(min(size, _BLOCK)), bytearray(min(size, _BLOCK))
-    for start in range(0, size, _BLOCK):
-        ours, theirs = (memoryview(block)[: min(_BLOCK, size - start)] for block in blocks)
-        reader.read_into(left, start, ours)
-        second.read_into(right, start, theirs)
-        if ours != theirs:
-            return False
-    return True
 
 
 def _notes(names: Collection[str], chosen: WeightSet, others: list[WeightSet]) -> list[Finding]:

@@ -30,8 +30,8 @@ def compare_reading(
     problems += [
         Problem(
             f"config.json: {key}",
-            f"is {shown(value, expected)}; {type(reference.model).__name__} reads "
-            f"{shown(expected, value)} from the source's {source}",
+            f"is {shown(value, expected)}; the source's {type(reference.model).__name__} computes "
+            f"with {shown(expected, value)} ({source})",
             part="config",
         )
         for key, value, source, expected in rows
