@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -91,8 +92,10 @@ def _compile(plan: EnginePlan, directory: Path, progress: Progress | None) -> li
     )
 
     def listen(line: str) -> None:
-        if progress is not None and line.startswith(MARK):
-            progress(json.loads(line.removeprefix(MARK)))
+        # What a library prints to standard error may tear a line of progress.
+        if progress is not None and line.startswith(MARK) and line.endswith("}"):
+            with suppress(ValueError):
+                progress(json.loads(line.removeprefix(MARK)))
 
     with tempfile.TemporaryDirectory() as scratch, new_log(plan.log) as log:
         path = Path(scratch, "job.json")

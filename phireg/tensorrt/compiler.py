@@ -64,7 +64,7 @@ def compile_rank(job: Job, rank: int) -> dict[str, Any]:
     """Build one rank's engine; return what the manifest says of it."""
     started = time.monotonic()
     package = load_package(job.backend)
-    package.log.listen = lambda line: print(line, flush=True)  # noqa: T201 - the log
+    package.log.listen = _say
     spec = parse_spec(job.config)
     source = None
     if job.weights == "embedded" and job.checkpoint is not None:
@@ -157,7 +157,13 @@ def described(network: Network) -> dict[str, Any]:
 
 
 def _tell(**progress: Any) -> None:
-    print(MARK + json.dumps(progress), flush=True)  # noqa: T201 - to a pipe
+    _say(MARK + json.dumps(progress))
+
+
+def _say(line: str) -> None:
+    """Write a line at once: the processes of several ranks have one pipe."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def _monitor(trt: Any, rank: int) -> Any:

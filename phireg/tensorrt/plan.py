@@ -34,6 +34,7 @@ _DEFAULT_BATCH = 8
 # block-sparse layer as many per head.
 _CHUNK, _SPARSE_CHUNK = 512, 256
 _PROGRAM_S = 20
+_MOST_TOKENS = 2**31 - 1  # of a step: ``last_tokens`` is int32
 
 _TRTLLM_ONLY = (
     "gemm_plugin", "gpt_attention_plugin", "context_fmha", "context_fmha_fp32_acc",
@@ -179,10 +180,16 @@ def _check_options(options: BuildOptions, spec: ModelSpec) -> None:
 def _limits(spec: ModelSpec, options: BuildOptions) -> Limits:
     positions, asked = spec.max_position_embeddings, options.max_input_len or 0
     total = check_lengths(options, positions, 0) or min(positions, max(DEFAULT_TOKENS, 2 * asked))
-    check_lengths(replace(options, max_output_len=None, max_seq_len=total), positions, 0)
+    check_lengths(replace(options, max_output_len=None, max_seq_len=total), positions, 1)
     prompt = asked or total - 1
     chunk = min(_CHUNK if spec.sparse is None else _SPARSE_CHUNK, prompt)
-    return Limits(options.max_batch_size or _DEFAULT_BATCH, prompt, total, chunk)
+    batch = options.max_batch_size or _DEFAULT_BATCH
+    if batch * chunk > _MOST_TOKENS:
+        raise UsageError(
+            f"--max-batch-size {batch}: steps of {chunk} tokens are more than an engine can count",
+            hint="lower --max-batch-size.",
+        )
+    return Limits(batch, prompt, total, chunk)
 
 
 def _gpus(

@@ -90,6 +90,8 @@ def test_limits(checkpoint, options, limits):
         {"max_seq_len": 64, "max_output_len": 8},
         {"max_seq_len": 64, "max_input_len": 64},
         {"max_input_len": 512},
+        {"max_seq_len": 1},
+        {"max_batch_size": 10**7},
         {"tp_size": 2},
         {"pp_size": 2},
         {"extra": ("--max_num_tokens", "9")},
