@@ -268,6 +268,7 @@ def _text(plan: BuildPlan, built: Built) -> str:
         ("release", f"TensorRT-LLM {engine.version}"),
         ("model", f"{engine.architecture}, {engine.dtype}"),
         ("up to", f"{limits}{engine.max_seq_len} with their continuation"),
+        *([("a step", f"{engine.max_num_tokens} tokens")] if engine.max_num_tokens else []),
         ("files", f"{counted(engine.world_size, 'rank')}, {size(sum(built.files.values()))}"),
         ("log", str(built.log)),
         ("time", f"{built.seconds:.1f} s"),

@@ -81,6 +81,7 @@ class Description:
         ""  # the launcher of one process per rank ("torchrun --nproc-per-node 2 --no-python")
     )
     max_input: int | None = None  # tokens of a prompt
+    max_prompts: int | None = None  # tokens of all prompts of a batch together
     max_batch: int | None = None  # rows of a batch
     max_beams: int | None = None
     long_rope: LongRope | None = None

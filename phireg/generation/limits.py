@@ -45,7 +45,7 @@ def check_prompts(
                 f"{name}{len(prompt)} tokens, and the engine was built for prompts of "
                 f"{model.max_input}",
                 hint=f"shorten it to {model.max_input} tokens, or build the engine with a larger "
-                "--max-input-len.",
+                "--max-input-len (and no smaller -- --max_num_tokens).",
             )
 
 
@@ -83,6 +83,13 @@ def check_request(model: Description, request: Request) -> None:
     if request.max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {request.max_new_tokens}; it must be 1 or more")
     check_prompts(model, request.prompts, request.max_new_tokens)
+    together = sum(map(len, request.prompts))
+    if model.max_prompts is not None and together > model.max_prompts:
+        raise UsageError(
+            f"prompts of {together} tokens together, and a step of the engine takes "
+            f"{model.max_prompts}",
+            hint="use a smaller --batch-size, or build with -- --max_num_tokens.",
+        )
     check_batch(model, len(request.prompts), request.num_beams, request.sampling)
 
 

@@ -126,6 +126,19 @@ class _Translation:
             self.add("max_seq_len", total)
         elif total:
             self.add("max_output_len", total - (options.max_input_len or by_default))
+        self.step_tokens(options.max_input_len or 0)
+
+    def step_tokens(self, prompt: int) -> None:
+        """Let one step take the longest prompt: it is not cut into parts."""
+        by_default = self.release.max_num_tokens
+        given = any(_flag(argument) == "max_num_tokens" for argument in self.options.extra)
+        if by_default is None or prompt <= by_default or given:
+            return
+        self.add("max_num_tokens", prompt)
+        self.notes.append(
+            f"--max_num_tokens {prompt} is set, since a step takes a whole prompt; the builder's "
+            f"default is {by_default}"
+        )
 
     def ranks(self, weights: bool) -> int:
         options = self.options
@@ -304,14 +317,17 @@ def _check_model(config: Mapping[str, Any], version: str) -> None:
         )
 
 
+def _flag(argument: str) -> str | None:
+    """Return the name of a flag, as the builder spells it; None for a value."""
+    return argument[2:].partition("=")[0].replace("-", "_") if argument[:2] == "--" else None
+
+
 def _check_extra(extra: Sequence[str]) -> None:
     """Refuse flags that phireg sets itself; the builder's parser takes abbreviations, too."""
     for argument in extra:
-        if not argument.startswith("--"):
-            continue
-        flag = argument[2:].partition("=")[0].replace("-", "_")
+        flag = _flag(argument)
         for own in _OWN_FLAGS:
-            if own.startswith(flag):
+            if flag is not None and own.startswith(flag):
                 raise UsageError(
                     f"--{flag} cannot be passed on after '--': phireg decides --{own}",
                     hint="give CKPT, or --dummy-weights with --model-dir."

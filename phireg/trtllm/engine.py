@@ -40,6 +40,7 @@ class Engine:
     max_seq_len: int  # prompt and continuation together
     max_beam_width: int
     gathers_logits: bool  # gives the logits of the prompt's tokens
+    max_num_tokens: int | None = None  # of one step, which takes a whole prompt
     long_rope_switch: int | None = None  # tokens above which long rope takes the long factors
     run_options: Mapping[str, Any] = field(default_factory=dict)
     build_config: Mapping[str, Any] = field(default_factory=dict)
@@ -80,6 +81,7 @@ def read_engine(directory: str | Path) -> Engine:
         max_seq_len=max_seq_len,
         max_beam_width=build.integer("max_beam_width") if build.has("max_beam_width") else 1,
         gathers_logits=build.values.get("gather_context_logits") is True,
+        max_num_tokens=build.integer("max_num_tokens") if build.has("max_num_tokens") else None,
         long_rope_switch=pretrained.integer("original_max_position_embeddings")
         if pretrained.has("longrope_scaling_short_factors")
         else None,

@@ -6,6 +6,7 @@ Facts are from the argument parser of ``trtllm-build`` and the release notes of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
@@ -32,9 +33,17 @@ class Release:
     # before, that was float16.
     auto_plugin: bool = True
     fp8_gemm: bool = True  # --gemm_plugin fp8 exists
+    # The default of --max_num_tokens, the tokens of a step, which a whole prompt is one of; None
+    # is as many as batch and prompt are long.
+    max_num_tokens: int | None = 8192
 
 
-_EARLY = {"max_seq_len": False, "fp32_acc_flag": True, "fp8_gemm": False}
+_EARLY: dict[str, Any] = {
+    "max_seq_len": False,
+    "fp32_acc_flag": True,
+    "fp8_gemm": False,
+    "max_num_tokens": None,
+}
 RELEASES = (
     Release("0.10", Version("0.10.0.dev0"), auto_plugin=False, **_EARLY),
     # The commit of the original guide: nearly 0.10's flags, and the first to read Phi-3-small.

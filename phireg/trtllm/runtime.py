@@ -302,7 +302,9 @@ def _description(engine: Engine) -> Description:
         tp_size=engine.tp_size,
         processes=(engine.world_size,),
         start=f"mpirun -n {engine.world_size}",
-        max_input=engine.max_input_len,
+        max_input=min(engine.max_input_len, engine.max_num_tokens or engine.max_input_len),
+        # ModelRunner runs the prompts of a batch in one step.
+        max_prompts=None if _in_flight_batching(engine) else engine.max_num_tokens,
         max_batch=engine.max_batch_size,
         max_beams=engine.max_beam_width,
         long_rope=None

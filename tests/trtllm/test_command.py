@@ -79,6 +79,22 @@ def test_each_option(options, output_len_limited, sum_limited):
     assert flags(MINI, "1.2.1", **options) == sum_limited
 
 
+LONG = MINI | {"max_position_embeddings": 131072}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_step_takes_the_longest_prompt(version):
+    """Since 0.11 the builder's default is 8192; before, it was as long as the prompts."""
+    for prompt in (8192, 20_000):
+        line = flags(LONG, version, max_input_len=prompt, max_output_len=100)
+        wanted = prompt > 8192 and version not in VERSIONS[:2]
+        assert ("--max_num_tokens" in line) == wanted
+        assert (f"--max_num_tokens {prompt}" in line) == wanted
+    for own in (("--max_num_tokens", "9000"), ("--max-num-tokens=9000",)):
+        line = flags(LONG, version, max_input_len=20_000, extra=own)
+        assert line.count("num") == 1 and line.endswith(" ".join(own))
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_auto_plugins(version):
     value = "bfloat16" if version == VERSIONS[0] else "auto"

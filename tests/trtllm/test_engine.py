@@ -4,9 +4,13 @@ import json
 
 import pytest
 
-from phireg.errors import CheckError, SourceError
+from phireg.errors import CheckError, SourceError, UsageError
+from phireg.executor import Sampling
 from phireg.files.kinds import ENGINE, kind_of
+from phireg.generation.backend import Options, Request
+from phireg.generation.limits import check_request
 from phireg.trtllm.engine import Engine, read_engine
+from phireg.trtllm.runtime import describe
 
 MAPPING = {"world_size": 2, "tp_size": 2, "pp_size": 1, "gpus_per_node": 8}
 PRETRAINED = {"architecture": "PhiForCausalLM", "dtype": "float16", "vocab_size": 51200}
@@ -75,3 +79,32 @@ def test_a_checkpoint_is_no_engine(checkpoint):
     with pytest.raises(SourceError) as caught:
         read_engine(checkpoint)
     assert "phireg build" in caught.value.hint
+
+
+IN_FLIGHT = {
+    "kv_cache_type": "PAGED",
+    "plugin_config": {"gpt_attention_plugin": "auto", "remove_input_padding": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("build", "lengths", "refused"),
+    [
+        ({}, [1024], None),
+        ({"max_num_tokens": None}, [1024], None),
+        ({"max_num_tokens": 600}, [600], None),
+        ({"max_num_tokens": 600}, [601], "prompts of 600"),
+        ({"max_num_tokens": 8192}, [1025], "prompts of 1024"),
+        ({"max_num_tokens": 600}, [400, 201], "601 tokens together"),  # ModelRunner: one step
+        ({"max_num_tokens": 600} | IN_FLIGHT, [400, 201], None),
+    ],
+    ids=str,
+)
+def test_prompts_beyond_a_step_are_refused(build, lengths, refused, write):
+    description = describe(write({"build_config": BUILD | build}), Options())
+    request = Request([[5] * length for length in lengths], 9, (), Sampling())
+    if refused is None:
+        check_request(description, request)
+    else:
+        with pytest.raises(UsageError, match=refused):
+            check_request(description, request)
