@@ -29,7 +29,7 @@ GROUP = "phireg.families"
 OWN = "phireg"
 """The distribution whose families are not probed."""
 
-_IMPORT_S = 120.0
+_IMPORT_S = 60.0
 
 AUTO = "auto"
 """The ``--family`` that asks every family whether a model is its own."""
