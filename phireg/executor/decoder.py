@@ -61,9 +61,9 @@ def choose(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
     exponential distribution with mean 1, for which the largest p / noise is a token drawn with
     probability p. Greedy sampling does not use it.
     """
-    usable = finite(logits)
+    unusable = ~finite(logits)
     if sampling.greedy:
-        return logits.argmax(dim=-1).where(usable, NO_TOKEN)
+        return logits.argmax(dim=-1).masked_fill(unusable, NO_TOKEN)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.divisor
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
@@ -74,7 +74,7 @@ def choose(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
         before = ordered.cumsum(dim=-1) - ordered  # what the more likely tokens hold together
         kept = ordered.masked_fill(before >= sampling.top_p, 0)
         probability = torch.zeros_like(probability).scatter(-1, order, kept)
-    return (probability / noise).argmax(dim=-1).where(usable, NO_TOKEN)
+    return (probability / noise).argmax(dim=-1).masked_fill(unusable, NO_TOKEN)
 
 
 class Decoder:
