@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from phireg.errors import SourceError
 from phireg.files.json import read_json_object
+from phireg.source.tensors import SourceTensor
 
 _OLDER_KEYS = {
     "n_embd": "hidden_size",
@@ -28,6 +31,27 @@ def read_values(directory: Path) -> dict[str, Any]:
     for name in ("auto_map", "_attn_implementation", "quantization_config"):
         values.pop(name, None)
     return values
+
+
+_SIZES = (
+    *("hidden_size", "intermediate_size", "ff_intermediate_size", "vocab_size", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "num_local_experts", "n_embd", "n_inner"),
+    *("n_head", "n_head_kv"),
+)
+_LAYERS = ("num_hidden_layers", "n_layer")
+
+
+def check_sizes(values: Mapping[str, Any], tensors: Collection[SourceTensor]) -> None:
+    """Refuse sizes that the files cannot have, before a model of them is built."""
+    largest = max((size for tensor in tensors for size in tensor.shape), default=0)
+    limits = {
+        **dict.fromkeys(_SIZES, max(largest, len(tensors))),
+        **dict.fromkeys(_LAYERS, len(tensors)),
+    }
+    for key, limit in limits.items():
+        value = values.get(key)
+        if isinstance(value, int | float) and not value <= limit:
+            raise SourceError(f"config.json: {key} is above {limit}: the files hold no such model")
 
 
 def adapt(values: dict[str, Any]) -> list[str]:

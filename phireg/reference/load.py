@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import SourceError
 from phireg.family import Family
-from phireg.reference.config import adapt, read_values
+from phireg.reference.config import adapt, check_sizes, read_values
 from phireg.reference.layouts import SEPARATE, Parts, locate
 from phireg.reference.observing import Observer, observed
 from phireg.reference.quiet import quiet
@@ -139,7 +139,7 @@ def open_reference(
         SourceError: no model class here reads the source.
     """
     found = find_weights(directory, file, adapter=adapter == "merge")
-    model, notes, stated = _build(family, directory, dtype, change)
+    model, notes, stated = _build(family, found, dtype, change)
     parameters = Parameters(model, found, tie, stated, weights, device, exact)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -149,7 +149,7 @@ def open_reference(
 
 
 def _build(
-    family: Family, directory: Path, dtype: torch.dtype, change: Change | None
+    family: Family, weights: Weights, dtype: torch.dtype, change: Change | None
 ) -> tuple[Any, list[str], bool]:
     """Build a model with its parameters on the meta device.
 
@@ -158,7 +158,8 @@ def _build(
     """
     import transformers
 
-    values = read_values(directory)
+    values = read_values(weights.directory)
+    check_sizes(values, weights.tensors.values())
     stated = values.get("tie_word_embeddings") is not None
     key = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     notes: list[str] = []
@@ -317,10 +318,14 @@ class Parameters:
                 module, row = f"{stem}.{fused[last]}", rows[last]
             parts = self._parts.get(f"{module}.weight")
             if parts is None:
-                raise SourceError(f"the adapter has layers for {layer.module}, the model has not")
+                raise SourceError(
+                    f"the adapter has layers for {layer.module[:200]}, the model has not"
+                )
             height, width = self._places[f"{module}.weight"][2].shape
             if layer.shape[1] != width or row + layer.shape[0] > height:
-                raise SourceError(f"the adapter's layers of {layer.module} do not fit the model")
+                raise SourceError(
+                    f"the adapter's layers of {layer.module[:200]} do not fit the model"
+                )
             added.setdefault(parts, []).append((row, layer))
         return added
 

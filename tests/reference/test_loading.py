@@ -159,6 +159,23 @@ def test_absent_keys_are_the_defaults_of_the_class(tmp_path, name, keys):
     assert torch.equal(reference.model(prompt, use_cache=False).logits, expected)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 10**9),
+        pytest.param("num_hidden_layers", 10**400, id="beyond float"),
+        ("num_attention_heads", 10**9),
+        ("hidden_size", 10**11),
+        ("vocab_size", 10**12),
+        ("head_dim", 10**10),
+    ],
+)
+def test_sizes_beyond_the_files_are_refused_before_anything_is_built(tmp_path, key, value):
+    directory = edit_config(sources.write("phi3-gqa", tmp_path), **{key: value})
+    with pytest.raises(SourceError, match=key):
+        opened("phi3-gqa", directory)
+
+
 # --- other layouts: the same logits as the model they were made of ------------------------------
 
 
