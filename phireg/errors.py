@@ -11,6 +11,24 @@ from typing import ClassVar
 _LONGEST = 2000
 
 
+_LONGEST_LINE = 1000
+_MOST_LINES = 100
+
+
+def shortened(text: str, longest: int = _LONGEST_LINE) -> str:
+    """Cut what a hostile file can make long: the middle of lines, and lines beyond a hundred."""
+    if len(text) <= longest and text.count("\n") < _MOST_LINES:
+        return text
+    lines = text.split("\n", _MOST_LINES)
+    if len(lines) > _MOST_LINES:
+        lines[_MOST_LINES] = f"... and {lines[_MOST_LINES].count(chr(10)) + 1} more lines"
+    half = longest // 2
+    return "\n".join(
+        line if len(line) <= longest else f"{line[:half]} ... {line[-half // 2 :]}"
+        for line in lines
+    )
+
+
 class PhiregError(Exception):
     """Base of all expected errors.
 
@@ -22,8 +40,8 @@ class PhiregError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = shortened(message)
+        super().__init__(self.message)
         self.hint = hint
 
     def __str__(self) -> str:

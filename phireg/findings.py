@@ -5,8 +5,14 @@ from __future__ import annotations
 import enum
 import os
 import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from phireg.errors import shortened
+
+MOST_FINDINGS = 1000
 
 
 class Severity(enum.Enum):
@@ -29,6 +35,32 @@ class Finding:
     subject: str  # the tensor, module or config key it is about
     detail: str  # the problem, and what to do where that is known
     where: str = ""  # file and line of the rule concerned, if any
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "subject", shortened(self.subject, 200))
+        object.__setattr__(self, "detail", shortened(self.detail))
+
+
+def limited(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Keep the first findings of each kind, and count the others."""
+    counts: Counter[tuple[Severity, str]] = Counter()
+    kept = []
+    for finding in findings:
+        kind = finding.severity, finding.code
+        counts[kind] += 1
+        if counts[kind] <= MOST_FINDINGS:
+            kept.append(finding)
+    more = {kind: count - MOST_FINDINGS for kind, count in counts.items() if count > MOST_FINDINGS}
+    return (
+        *kept,
+        *(Finding(*kind, "", f"{count} more of this kind") for kind, count in more.items()),
+    )
+
+
+def first(texts: Sequence[str], most: int) -> list[str]:
+    """Keep the first texts, and count the others."""
+    more = len(texts) - most
+    return [*texts[:most], f"... and {more} more"] if more > 0 else [*texts]
 
 
 def source_line(filename: str, line: int) -> str:

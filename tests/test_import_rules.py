@@ -35,6 +35,7 @@ class Rule:
 
 
 ERRORS, FINDINGS, DTYPES = "phireg.errors", "phireg.findings", "phireg.dtypes"
+RANGES = "phireg.ranges"
 FILES = "phireg.files"
 LAYOUT, CONFIG, READER = "phireg.layout", "phireg.config", "phireg.reader"
 SOURCE, CHECKPOINT, PLANNING = "phireg.source", "phireg.checkpoint", "phireg.planning"
@@ -48,11 +49,12 @@ ABOVE = ("phireg.cli", "phireg.report", "phireg_plugins")
 RULES = {
     ERRORS: Rule(),
     "phireg.children": Rule((ERRORS,)),
-    FINDINGS: Rule(),
+    FINDINGS: Rule((ERRORS,)),
+    RANGES: Rule(),
     DTYPES: Rule(lazily=("numpy", "torch"), typing=("numpy", "torch")),
     LAYOUT: Rule((FINDINGS, ERRORS)),
-    CONFIG: Rule((LAYOUT, FINDINGS, ERRORS)),
-    READER: Rule((FILES, ERRORS, DTYPES)),
+    CONFIG: Rule((LAYOUT, FINDINGS, RANGES, ERRORS)),
+    READER: Rule((FILES, RANGES, ERRORS, DTYPES)),
     FILES: Rule((ERRORS, DTYPES, "safetensors", "xxhash")),
     SOURCE: Rule(
         (FILES, LAYOUT, DTYPES, ERRORS, FINDINGS, "numpy", "xxhash"),
@@ -64,11 +66,12 @@ RULES = {
     "phireg.api": Rule((*DESCRIBE, "phireg.hookspecs", "phireg.family")),
     "phireg.device": Rule((ERRORS, "torch")),
     PLANNING: Rule(
-        (*DESCRIBE, SOURCE, FILES, DTYPES, "phireg.registry"),
+        (*DESCRIBE, SOURCE, FILES, RANGES, DTYPES, "phireg.registry"),
         typing=("phireg.family",),
     ),
     CHECKPOINT: Rule(
-        (READER, FILES, DTYPES, ERRORS, "numpy", "safetensors", "xxhash"), lazily=("torch",)
+        (READER, FILES, FINDINGS, RANGES, DTYPES, ERRORS, "numpy", "safetensors", "xxhash"),
+        lazily=("torch",),
     ),
     "phireg.executor.cuda.kernels": Rule(("triton",)),
     "phireg.executor.cuda": Rule(("phireg.executor", READER, "torch", "triton")),
@@ -155,7 +158,7 @@ RULES = {
     ),
     "phireg.cli": Rule(
         (
-            *(DTYPES, ERRORS, FINDINGS, "phireg.files.sizes", "phireg.planning.report"),
+            *(DTYPES, ERRORS, FINDINGS, RANGES, "phireg.files.sizes", "phireg.planning.report"),
             *("phireg.children", "click"),
         ),
         lazily=(ANYTHING,),

@@ -15,6 +15,7 @@ from phireg.errors import SourceError
 from phireg.files.json import read_json_object
 from phireg.files.kinds import MANIFEST
 from phireg.files.regular import open_file
+from phireg.findings import first
 
 FORMAT = 1
 _BLOCK = 4 * 1024 * 1024
@@ -69,7 +70,32 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
             f"{path} has format {manifest.get('format')!r}; this phireg knows format {FORMAT}",
             hint="use the phireg that wrote the checkpoint, or convert it again.",
         )
+    if wrong := list(_wrong_types(manifest)):
+        raise SourceError(
+            f"{path}: {', '.join(first(wrong, 5))} of another type than phireg writes",
+            hint="convert the model again, or remove the file: it is not needed to run it.",
+        )
     return manifest
+
+
+def _wrong_types(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the places of a manifest that do not have the type that their readers rely on."""
+    for key in ("producer", "family", "options", "source", "quantization", "postprocess"):
+        if not isinstance(manifest.get(key, {}), Mapping):
+            yield key
+    source = manifest.get("source")
+    if isinstance(source, Mapping) and not isinstance(source.get("files", []), list):
+        yield "source.files"
+    for name, record in manifest["files"].items():
+        ranked = isinstance(record, Mapping) and "tensors" in record
+        types = {
+            "size": int,
+            **({"header": str, "tensors": Mapping} if ranked else {"digest": str}),
+        }
+        if not isinstance(record, Mapping) or any(
+            not isinstance(record.get(key), kind) for key, kind in types.items()
+        ):
+            yield f"files.{name[:200]}"
 
 
 def check_files(

@@ -16,6 +16,7 @@ from phireg.dtypes import BITS, torch_dtype
 from phireg.errors import SourceError
 from phireg.files.regular import check_unchanged, open_regular, read_into
 from phireg.files.safetensors import TensorEntry, read_header
+from phireg.ranges import largest
 from phireg.reader.tensors import Kind
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ Bits = npt.NDArray[np.unsignedinteger[Any]]
 """Elements as unsigned integers of their own width: numpy has no bfloat16 and no float8."""
 
 _MAP_NORESERVE = 0x4000  # Linux's; Python 3.12 has no name for it
-_MOST_RANKS = 4096
 _BLOCK = 4 * 1024 * 1024
 
 
@@ -33,7 +33,7 @@ def world_size(config: Mapping[str, Any]) -> int:
     """Return the number of rank files that a checkpoint's config.json asks for."""
     mapping = config.get("mapping")
     world = mapping.get("world_size", 1) if isinstance(mapping, Mapping) else 1
-    if type(world) is not int or not 0 < world <= _MOST_RANKS:
+    if type(world) is not int or not 0 < world <= largest("world_size"):
         raise SourceError(f"config.json: mapping.world_size is {world!r}")
     return world
 

@@ -19,6 +19,7 @@ from phireg.cli.options import (
     Directory,
     Dtype,
     FamilyName,
+    Whole,
     checkpoint_argument,
     json_option,
     output_dir_option,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from phireg.trtllm.build import BuildPlan, Built
 
 _SWITCH = click.Choice(("enable", "disable"))
-_COUNT = click.IntRange(min=1)
+_COUNT = Whole(1)
 _EXTRA = "phireg.build.extra"
 
 

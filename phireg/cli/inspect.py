@@ -13,14 +13,25 @@ import phireg
 from phireg.cli import engines
 from phireg.cli.help import OUTPUT, documented
 from phireg.cli.options import checkpoint_argument, json_option, quiet_option
-from phireg.cli.output import ProgressBars, columns, counted, dtype_name, emit, emit_json, spinner
-from phireg.errors import CheckError
+from phireg.cli.output import (
+    ProgressBars,
+    bounded,
+    columns,
+    counted,
+    dtype_name,
+    emit,
+    emit_json,
+    spinner,
+)
+from phireg.errors import CheckError, shortened
 from phireg.files.sizes import size
+from phireg.findings import first
 
 if TYPE_CHECKING:
     from phireg.checkpoint.inspect import Inspection
     from phireg.reader.tensors import Kind
 
+_MOST_PROBLEMS = 50
 _LONG = 8
 """Lists in config.json with more items than this are shown by their ends."""
 
@@ -60,7 +71,7 @@ def command(checkpoint_dir: str, check: bool, quiet: bool, as_json: bool) -> Non
             checkpoint_dir, check=check, progress=lambda more: advance(more, total)
         )
     if as_json:
-        emit_json(_document(checkpoint_dir, inspection, check))
+        emit_json(bounded(_document(checkpoint_dir, inspection, check)))
     else:
         emit(_text(checkpoint_dir, inspection, check))
     if inspection.problems:
@@ -93,7 +104,7 @@ def _text(directory: str, inspection: Inspection, checked: bool) -> str:
     ]
     parts = [
         columns(rows),
-        "\n".join(f"  {problem}" for problem in inspection.problems),
+        "\n".join(f"  {shortened(text)}" for text in first(inspection.problems, _MOST_PROBLEMS)),
         "config\n" + columns(_config(inspection.config), indent=2),
         *_tensors(inspection),
     ]

@@ -12,6 +12,7 @@ from click.shell_completion import CompletionItem
 from phireg.cli.help import CHECKPOINT, DISPLAY, MODEL, OUTPUT, QUANTIZATION, RANKS, RUNNING
 from phireg.dtypes import SHORT_NAMES, WEIGHT_DTYPES
 from phireg.errors import UsageError
+from phireg.ranges import largest
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -46,6 +47,16 @@ class Directory(click.types.StringParamType):
     ) -> list[CompletionItem]:
         """Let the shell complete directories."""
         return [CompletionItem(incomplete, type="dir")]
+
+
+class Whole(click.IntRange):
+    """A whole number that is not out of all proportion; help says only the minimum."""
+
+    def __init__(self, minimum: int | None = None) -> None:
+        super().__init__(minimum, largest(""))
+
+    def _describe_range(self) -> str:
+        return "" if self.min is None else f"x>={self.min}"
 
 
 class FamilyName(click.types.StringParamType):
@@ -96,7 +107,7 @@ class QFormat(click.types.StringParamType):
 def _ranks(
     name: str, text: str, default: int | None = None, *, rare: bool = False
 ) -> Callable[[_Function], _Function]:
-    return RANKS.option(name, type=int, default=default, metavar="N", help=text, rare=rare)
+    return RANKS.option(name, type=Whole(), default=default, metavar="N", help=text, rare=rare)
 
 
 def compose(*decorators: Callable[[_Function], _Function]) -> Callable[[_Function], _Function]:

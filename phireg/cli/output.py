@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -21,12 +22,18 @@ import click
 
 from phireg.cli.streams import results
 from phireg.dtypes import WEIGHT_DTYPES
+from phireg.errors import shortened
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _NARROWEST = 24
+_MOST = 5000
+"""Items of a list or an object in ``bounded``: more than any model has tensors on a rank."""
+_LONGEST_TEXT = 2000
+_MOST_ROWS = 500
+_WIDEST = 200
 
 
 def printable(text: str) -> str:
@@ -57,6 +64,20 @@ def note(text: str) -> None:
     end_waiting()
     if sys.stderr.isatty():
         click.secho(printable(text), err=True, dim=True)
+
+
+def bounded(value: Any) -> Any:
+    """Cut the long texts, lists and objects of a document that repeats a model's files."""
+    if isinstance(value, str):
+        return shortened(value, _LONGEST_TEXT)
+    if isinstance(value, Mapping):
+        items = [(shortened(str(key)), bounded(item)) for key, item in islice(value.items(), _MOST)]
+        more = {"...": f"{len(value) - _MOST} more"} if len(value) > _MOST else {}
+        return dict(items) | more
+    if isinstance(value, list | tuple):
+        more_items = [f"... and {len(value) - _MOST} more"] if len(value) > _MOST else []
+        return [*map(bounded, value[:_MOST]), *more_items]
+    return value
 
 
 def emit_json(document: Any) -> None:
@@ -102,7 +123,9 @@ def columns(rows: Iterable[Sequence[str]], *, indent: int = 0, right: Sequence[i
     On a terminal the last column is folded to fit; elsewhere every row stays one line. If a cell
     is styled, all of them must be printable.
     """
-    cells = [list(row) for row in rows]
+    cells = [_cells(row) for row in islice(rows, _MOST_ROWS + 1)]
+    if len(cells) > _MOST_ROWS:
+        cells[_MOST_ROWS] = ["..."] + [""] * (len(cells[0]) - 1)
     widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in cells), strict=True)]
     lines = []
     for *first, last in cells:
@@ -117,6 +140,12 @@ def columns(rows: Iterable[Sequence[str]], *, indent: int = 0, right: Sequence[i
         body = "\n".join(_styled(last, line) for line in text[len(blank) :].split("\n"))
         lines.append((head + body).rstrip())
     return "\n".join(lines)
+
+
+def _cells(row: Sequence[str]) -> list[str]:
+    """Bound the cells of a row; only the last one may be long."""
+    *first, last = (cell if isinstance(cell, Styled) else shortened(cell) for cell in row)
+    return [*(cell if len(cell) <= _WIDEST else f"{cell[:_WIDEST]}..." for cell in first), last]
 
 
 def _styled(cell: str, text: str) -> str:

@@ -11,7 +11,7 @@ from phireg.cli import engines
 from phireg.cli.errors import findings_text
 from phireg.cli.help import documented
 from phireg.cli.options import json_option, model_dir_option, planning_options
-from phireg.cli.output import columns, counted, emit, emit_json, memory
+from phireg.cli.output import bounded, columns, counted, emit, emit_json, memory
 from phireg.errors import PlanError
 from phireg.files.sizes import size
 
@@ -41,7 +41,8 @@ def command(model_dir: str, as_json: bool, **options: Any) -> None:
         document = provider_document(plan)
         document["provided_by"]["api"] = family.api
         outlook = None if plan.errors else engines.outlook(plan.config)
-        emit_json({**document, **plan_json(plan, workers=WORKERS), "engine": outlook})
+        document |= {**plan_json(plan, workers=WORKERS), "engine": outlook}
+        emit_json(bounded(document) | {"outputs": document["outputs"]})
     else:
         rows = [
             ("answer", _answer(plan)),

@@ -16,6 +16,7 @@ from phireg.cli.convert import conversion_document, file_rows, loss_findings, st
 from phireg.cli.errors import findings_text, identity, interruptible
 from phireg.cli.help import CALIBRATION, OUTPUT, QUANTIZATION, documented
 from phireg.cli.options import (
+    Whole,
     allow_overflow_option,
     check_file,
     compose,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from phireg.planning.model import Plan
     from phireg.quality.result import LinearQuality, Quality
 
-_COUNT = click.IntRange(min=1)
+_COUNT = Whole(1)
 _WORST = 8
 """Linears that the summary shows."""
 _LAYERS = 8

@@ -18,6 +18,7 @@ from phireg.cli.help import MODEL, PROMPTS, RUNNING, TEXT, documented
 from phireg.cli.options import (
     Directory,
     Dtype,
+    Whole,
     checkpoint_argument,
     compute_dtype,
     device_option,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from phireg.generation.prompts import Prompt
     from phireg.generation.tokenizer import Tokenizer
 
-_COUNT = click.IntRange(min=1)
+_COUNT = Whole(1)
 _LOADING = "loading the model"
 _EXCLUSIVE = (
     ("--prompt", "--chat"),
@@ -96,7 +97,7 @@ _EXCLUSIVE = (
     type=float,
     help="Divides the logits; 0 takes the most likely token.  [default: 0; 1 with top-k or top-p]",
 )
-@TEXT.option("--top-k", type=int, metavar="N", help="Draw among the N most likely tokens.")
+@TEXT.option("--top-k", type=Whole(), metavar="N", help="Draw among the N most likely tokens.")
 @TEXT.option("--top-p", type=float, metavar="P", help="Draw among the tokens that hold P.")
 @TEXT.option(
     "--seed", aliases=("--random-seed",), type=int, default=0, metavar="N", help="Of drawing."

@@ -18,6 +18,7 @@ from phireg.cli.help import ACCURACY, MODEL, PROMPTS, RUNNING, TEXT, documented
 from phireg.cli.options import (
     Directory,
     Dtype,
+    Whole,
     check_file,
     checkpoint_argument,
     compute_dtype,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 THRESHOLD = 15.0
 """The default of both thresholds in TensorRT-LLM's summarize.py."""
 
-_COUNT = click.IntRange(min=1)
+_COUNT = Whole(1)
 
 
 @documented(
@@ -97,7 +98,7 @@ _COUNT = click.IntRange(min=1)
 @PROMPTS.option(
     *("--max-input-len", "max_input_length"),
     aliases=("--max-input-length",),
-    type=click.IntRange(min=2),
+    type=Whole(2),
     default=923,
     metavar="N",
     help="Tokens of a prompt at most; its beginning is cut off.",
@@ -105,7 +106,7 @@ _COUNT = click.IntRange(min=1)
 @PROMPTS.option(
     *("--min-input-len", "min_input_length"),
     aliases=("--min-input-length",),
-    type=click.IntRange(min=0),
+    type=Whole(0),
     default=0,
     metavar="N",
     help="Leave out articles whose prompt has no more tokens.",

@@ -13,6 +13,7 @@ import phireg
 from phireg.cli.help import MODEL, RUNNING, SERVER, documented
 from phireg.cli.options import (
     Dtype,
+    Whole,
     check_file,
     checkpoint_argument,
     device_option,
@@ -24,7 +25,16 @@ from phireg.cli.options import (
     report_option,
     revision_option,
 )
-from phireg.cli.output import ProgressBars, Styled, columns, emit, emit_json, page_facts, printable
+from phireg.cli.output import (
+    ProgressBars,
+    Styled,
+    bounded,
+    columns,
+    emit,
+    emit_json,
+    page_facts,
+    printable,
+)
 from phireg.errors import CheckError, IncompleteError, UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +65,7 @@ _MOST_PROBLEMS = 12
 @RUNNING.option(
     *("--max-input-len", "max_tokens"),
     aliases=("--max-tokens",),
-    type=int,
+    type=Whole(),
     metavar="N",
     help="Longest prompt.  [default: what crosses the model's thresholds, within a budget]",
 )
@@ -123,7 +133,7 @@ def command(
         document = verification_document(verifications[-1])
         if len(verifications) > 1:
             document["checkpoint"] = verification_document(verifications[0])
-        emit_json(document)
+        emit_json(bounded(document))
     else:
         for verification in verifications:
             show_verification(verification)

@@ -21,6 +21,7 @@ from phireg.config.fields import (
 )
 from phireg.config.hf import HFConfig
 from phireg.findings import Severity
+from phireg.ranges import largest
 
 BLOCKS = ("rope_parameters", "rope_scaling")
 """The blocks of rope settings: transformers 5 writes the first, 4 the second."""
@@ -93,17 +94,18 @@ def dimensions(*, defaults: Mapping[str, int] | None = None, **aliases: str) -> 
         aliases: another spelling of a source key, by the usual one (``hidden_size="n_embd"``).
     """
 
-    def size(key: str, maximum: int) -> tuple[Entry, ...]:
+    def size(key: str) -> tuple[Entry, ...]:
         keys = (key, aliases[key]) if key in aliases else (key,)
+        kind = integer(1, largest(key))
         if defaults is None:
-            return (field(*keys, kind=integer(1, maximum)),)
+            return (field(*keys, kind=kind),)
 
         def absent(fields: Fields, hf: HFConfig) -> str | None:
             known = any(hf.has(spelling) for spelling in keys)
             return None if known else f"is absent: the source's class takes {fields[key]}"
 
         return (
-            field(*keys, kind=integer(1, maximum), default=defaults[key]),
+            field(*keys, kind=kind, default=defaults[key]),
             check(key, absent, severity=Severity.NOTE),
         )
 
@@ -111,7 +113,7 @@ def dimensions(*, defaults: Mapping[str, int] | None = None, **aliases: str) -> 
         hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
         if (head_dim := hf.get("head_dim")) is not None:
             try:
-                return int(integer(1, 2**16)(head_dim))
+                return int(integer(1, largest("head_size"))(head_dim))
             except ValueError as error:
                 raise ConfigError(f"head_dim is {head_dim!r}: {error}") from None
         if hidden % heads:
@@ -119,11 +121,11 @@ def dimensions(*, defaults: Mapping[str, int] | None = None, **aliases: str) -> 
         return int(hidden // heads)
 
     return (
-        *size("hidden_size", 2**20),
-        *size("num_hidden_layers", 2**12),
-        *size("num_attention_heads", 2**12),
-        *size("vocab_size", 2**24),
-        *size("max_position_embeddings", 2**31),
+        *size("hidden_size"),
+        *size("num_hidden_layers"),
+        *size("num_attention_heads"),
+        *size("vocab_size"),
+        *size("max_position_embeddings"),
         derive("head_size", head_size, "head_dim, or hidden_size / num_attention_heads"),
     )
 
@@ -144,7 +146,7 @@ def grouped_heads(*aliases: str, default: int | None = None) -> tuple[Entry, ...
         field(
             "num_key_value_heads",
             *aliases,
-            kind=integer(1, 2**12),
+            kind=integer(1, largest("num_key_value_heads")),
             default=lambda fields: fields["num_attention_heads"] if default is None else default,
         ),
         check("num_key_value_heads", divides),

@@ -11,6 +11,10 @@ from typing import Any, NoReturn
 from phireg.errors import SourceError
 from phireg.files.regular import Limit, disguise, read_file
 
+_DEEPEST = 50
+_LONGEST_KEY = 1000
+_MOST_DIGITS = 300  # a whole number that fits into a double, as some tokenizers' lengths do
+
 
 def read_json_object(path: Path, *, limit: int = Limit.JSON) -> dict[str, Any]:
     """Read a file that must hold one JSON object of at most ``limit`` bytes."""
@@ -40,7 +44,11 @@ def parse_object(raw: bytes) -> dict[str, Any]:
             object_pairs_hook=_unique_keys,
             parse_constant=_refuse_constant,
             parse_float=_finite_float,
+            parse_int=_bounded_integer,
         )
+        if not isinstance(value, dict):
+            raise ValueError("expected a JSON object, found another kind of value")
+        _check_depth(value)
         if "\\ud" in text.lower():
             # A lone surrogate escape parses, but can be neither printed nor written again.
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -52,13 +60,14 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         raise ValueError("not valid text: an escaped surrogate without its other half") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError("expected a JSON object, found another kind of value")
     return value
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
+    for key in result:
+        if len(key) > _LONGEST_KEY:
+            raise ValueError(f"a key has {len(key)} characters, more than {_LONGEST_KEY}")
     if len(result) != len(pairs):
         ((repeated, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {repeated!r} occurs twice in one object")
@@ -74,3 +83,19 @@ def _finite_float(digits: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the number {digits[:40]} is too large for a double")
     return value
+
+
+def _bounded_integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"the number {digits[:40]}... of {len(digits)} digits is too large")
+    return int(digits)
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        inner = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"nested more than {_DEEPEST} deep")

@@ -60,7 +60,16 @@ class Tokenizer:
             self._inner.truncation_side = "left" if keep == "end" else "right"
             text = self._needed(text, max_length, keep)
             options |= {"truncation": True, "max_length": max_length}
-        return list(self._inner(text, **options)["input_ids"])
+        return self._ids(text, **options)
+
+    def _ids(self, text: str, **options: Any) -> list[int]:
+        try:
+            return list(self._inner(text, **options)["input_ids"])
+        except Exception as error:  # a vocabulary without its unknown token, a length that is text
+            raise SourceError(
+                f"the tokenizer cannot encode a text: {type(error).__name__}: {error}",
+                hint="give --tokenizer-dir a directory with the model's tokenizer.json.",
+            ) from None
 
     def _needed(self, text: str, tokens: int, keep: str) -> str:
         """Return the start or the end of a long text, with more tokens than are wanted.
@@ -71,7 +80,7 @@ class Tokenizer:
         size = _CHARACTERS * (tokens + _SPARE)
         while size < len(text):
             part = text[-size:] if keep == "end" else text[:size]
-            if len(self._inner(part, add_special_tokens=False)["input_ids"]) >= tokens + _SPARE:
+            if len(self._ids(part, add_special_tokens=False)) >= tokens + _SPARE:
                 return part
             size *= 2
         return text

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from phireg.config.hf import HFConfig
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.files.safetensors import encode_header
-from phireg.findings import Finding, Severity
+from phireg.findings import Finding, Severity, limited
 from phireg.layout.axes import OWN_COLUMNS
 from phireg.layout.ranks import held, tp_sizes, undivided
 from phireg.layout.rules import Rule, Rules
@@ -63,6 +63,7 @@ class _Builder:
         self.hf = hf
         self.source = source
         self.options = options
+        self.failed = False
         self.findings: list[Finding] = [*source.findings]
         self.tp_sizes: tuple[int, ...] = ()
 
@@ -104,7 +105,7 @@ class _Builder:
             outputs=outputs,
             headers=headers,
             tasks=schedule(outputs, self.source.tensors),
-            findings=tuple(self.findings),
+            findings=limited(self.findings),
             linears=tuple(quantization.linears),
             kv_caches=quantization.rules.kv_caches if quantization.kv_cache else (),
             scales=quantization.scales,
@@ -112,6 +113,7 @@ class _Builder:
         )
 
     def error(self, code: str, subject: str, detail: str, where: str = "") -> None:
+        self.failed = True
         self.findings.append(Finding(Severity.ERROR, code, subject, detail, where))
 
     def dtype(self) -> str:
@@ -256,7 +258,8 @@ class _Builder:
         """A tensor of a module on every rank, cut along the axes that it follows."""
         ranks = self.options.ranks
         cols = rule.cols if "cols" in follows else None
-        for rank in range(ranks.tp_size):
+        # With an error there will be no outputs: those of one rank are enough to check.
+        for rank in range(1 if self.failed else ranks.tp_size):
             try:
                 rank_rows, rank_cols = held(rule, rows, cols, ranks, rank)
             except LayoutError:

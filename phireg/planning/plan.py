@@ -15,6 +15,7 @@ from phireg.planning.build import build_plan
 from phireg.planning.model import Options, Plan
 from phireg.planning.recognition import UNQUANTIZED, Refusal, recognize, without_blocks
 from phireg.planning.report import problems
+from phireg.ranges import largest
 from phireg.reader.schemes import KV_CACHES, SCHEMES
 from phireg.registry import AUTO, FamilyChoice
 from phireg.source.hub import resolve_model_dir
@@ -184,8 +185,10 @@ def _check_sizes(dtype: str, tp_size: int, pp_size: int = 1) -> None:
     if dtype != "auto" and dtype not in WEIGHT_DTYPES:
         known = ", ".join(WEIGHT_DTYPES)
         raise UsageError(f"unknown dtype '{dtype}'", hint=f"known: auto, {known}.")
-    if tp_size < 1:
-        raise UsageError(f"tp size {tp_size} is not a number of ranks", hint="use 1 or more.")
+    if not 1 <= tp_size <= largest("tp_size"):
+        raise UsageError(
+            f"tp size {tp_size} is not a number of ranks", hint=f"use 1 to {largest('tp_size')}."
+        )
     if pp_size != 1:
         raise UsageError(
             f"pipeline parallelism ({pp_size} stages) is not possible for Phi: TensorRT-LLM's Phi "

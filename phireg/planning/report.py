@@ -13,6 +13,7 @@ from phireg.findings import Finding
 from phireg.layout.spans import Span
 from phireg.planning.model import Output, Plan, Rows
 
+_MOST_ROWS = 50
 _LAYER = re.compile(r"\b([A-Za-z_]\w*)\.(\d+)\.")
 """The layer number in a tensor or module name (``layers.0.``): its first number between dots."""
 
@@ -75,6 +76,8 @@ def finding_texts(findings: Iterable[Finding]) -> list[tuple[str, str]]:
         times = f"  ({count} of them)" if count > 1 else ""
         where = f"  [{finding.where}]" if finding.where else ""
         rows.append((finding.code, f"{subject}{finding.detail}{times}{where}"))
+    if len(rows) > _MOST_ROWS:
+        rows[_MOST_ROWS:] = [("", f"and {len(rows) - _MOST_ROWS} more")]
     return rows
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from phireg.ranges import largest
+
 Norm = Literal["layer_norm", "rms_norm"]
 Residual = Literal["parallel", "sequential"]
 Activation = Literal["gelu_tanh", "swiglu", "gegelu"]
@@ -191,8 +193,8 @@ def mapping_problems(mapping: Mapping[str, Any]) -> Iterator[str]:
     sizes = {key: stated.get(key, 1) for key in ("world_size", "tp_size", "pp_size")}
     experts = {key: stated[key] for key in ("moe_tp_size", "moe_ep_size") if key in stated}
     for key, value in (sizes | experts).items():
-        if type(value) is not int or value < 1:
-            yield f"{key} is {value!r}, not a positive whole number"
+        if type(value) is not int or not 1 <= value <= largest(key):
+            yield f"{key} is {value!r}, not a whole number from 1 to {largest(key)}"
             return
     world, tp, pp = sizes.values()
     if pp != 1:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from phireg.errors import CheckError
+from phireg.ranges import largest
 
 
 class Config:
@@ -40,10 +41,10 @@ class Config:
         return Config(block or {}, f"{self.where}: {name}")
 
     def integer(self, key: str, *older: str) -> int:
-        """Return a positive whole number."""
+        """Return a whole number from 1 to its largest value."""
         value = self.get(key, *older)
-        if type(value) is not int or value < 1:
-            raise self.error(f"{key} is {value!r}, not a positive whole number")
+        if type(value) is not int or not 1 <= value <= largest(key):
+            raise self.error(f"{key} is {value!r}, not a whole number from 1 to {largest(key)}")
         return value
 
     def text(self, key: str) -> str:

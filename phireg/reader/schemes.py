@@ -6,7 +6,7 @@ parameters: all of them must be in the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
@@ -81,6 +81,8 @@ RAW = (None, *WEIGHT_ONLY.values())
 KNOWN = (None, *_ALGORITHMS)
 """Values of ``quant_algo`` whose tensors are known."""
 
+_MOST_PATTERNS = 100
+
 # Settings that change nothing under the algorithms above, with the values that say so. The
 # reader's default of group_size is 128; only its grouped algorithms look at it.
 _INERT = {
@@ -90,6 +92,29 @@ _INERT = {
     "clamp_val": (None,),
     "use_meta_recipe": (None, False),
 }
+
+
+class Excluded:
+    """The modules that ``exclude_modules`` names, which the reader leaves alone.
+
+    It matches patterns with full names; before 0.11, names with the last component. A ValueError
+    says that there are more patterns than a model has kinds of modules.
+    """
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._names = frozenset(patterns)
+        self._wild = [name for name in self._names if set(name) & set("*?[")]
+        if len(self._wild) > _MOST_PATTERNS:
+            raise ValueError(f"{len(self._wild)} patterns, more than {_MOST_PATTERNS}")
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether a module is left alone."""
+        if name in self._names or name.rpartition(".")[2] in self._names:
+            return True
+        return any(fnmatchcase(name, pattern) for pattern in self._wild)
+
+    def __bool__(self) -> bool:
+        return bool(self._names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,22 +127,13 @@ class Quantization:
 
     weights: WeightScheme | None = None
     kv_cache: Grid | None = None
-    excluded: tuple[str, ...] = field(default=(), compare=False)  # patterns of modules
+    excluded: Excluded = field(default=Excluded(()), compare=False)
 
     def scheme(self, module: str) -> Scheme | None:
         """Return how a linear of a layer is stored, or None for the checkpoint's dtype."""
-        if self.weights is None or is_excluded(module, self.excluded):
+        if self.weights is None or module in self.excluded:
             return None
         return SCHEMES[self.weights]
-
-
-def is_excluded(name: str, patterns: Sequence[Any]) -> bool:
-    """Return whether the reader leaves a module alone.
-
-    It matches patterns with full names; before 0.11, names with the last component.
-    """
-    leaf = name.rpartition(".")[2]
-    return any(fnmatchcase(name, str(pattern)) or leaf == pattern for pattern in patterns)
 
 
 def parse_quantization(config: Config) -> Quantization:
@@ -127,10 +143,14 @@ def parse_quantization(config: Config) -> Quantization:
     patterns = block.values.get("exclude_modules") or []
     if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
         raise block.error(f"exclude_modules is {patterns!r}, not a list of module names")
+    try:
+        excluded = Excluded(patterns)
+    except ValueError as error:
+        raise block.error(f"exclude_modules has {error}") from None
     return Quantization(
         _algorithm(block, "quant_algo", _ALGORITHMS),
         _algorithm(block, "kv_cache_quant_algo", caches),
-        tuple(patterns),
+        excluded,
     )
 
 
@@ -147,13 +167,13 @@ def check_quantization(config: Config, num_layers: int) -> None:
     for layer in range(num_layers):
         for linear in LINEARS:
             name = f"transformer.layers.{layer}.{linear}"
-            if is_excluded(name, quantization.excluded):
+            if name in quantization.excluded:
                 raise block.error(
-                    f"exclude_modules {list(quantization.excluded)} leaves {name} unquantized",
+                    f"exclude_modules leaves {name} unquantized",
                     "the executor runs checkpoints that quantize every linear of every layer",
                 )
     # An empty list is the reader's own, which has lm_head; any other replaces that.
-    if quantization.excluded and not is_excluded("lm_head", quantization.excluded):
+    if quantization.excluded and "lm_head" not in quantization.excluded:
         raise block.error(
             "exclude_modules has no lm_head, so TensorRT-LLM would quantize it",
             "the executor runs checkpoints whose lm_head is not quantized",

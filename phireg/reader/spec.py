@@ -261,7 +261,7 @@ def _rope(config: Config, row: Architecture, head_size: int) -> Rope:
             return config.positive(key, row.older_names[key])
         return config.positive(key) if config.has(key) else default
 
-    dim = int(head_size * positive("rotary_pct", 1.0))
+    dim = int(head_size * min(positive("rotary_pct", 1.0), 2.0))  # more than 1 is refused below
     if dim % 2 or not 0 < dim <= head_size:
         raise config.error(
             f"rotary_pct gives {dim} rotary dimensions of {head_size}: not an even part"

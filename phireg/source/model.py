@@ -160,9 +160,7 @@ def list_shards(directory: Path, name: str) -> tuple[ShardIndex, list[WeightsFil
     if missing:
         defects.append(f"missing files: {listed(missing, 20)}")
     files = []
-    for shard in index.shards:
-        if shard in missing:
-            continue
+    for shard in sorted({*index.shards} - {*missing}):
         try:
             files.append(list_file(directory, shard))
         except SourceError as error:
@@ -217,9 +215,11 @@ def read_index(path: Path) -> ShardIndex:
 def _shard_defects(index: ShardIndex, held: Mapping[str, Collection[str]]) -> list[str]:
     """Compare the index with the names of the tensors in each shard that could be read."""
     defects = []
+    expected: dict[str, list[str]] = {}
+    for name, file in index.weight_map.items():
+        expected.setdefault(file, []).append(name)
     for shard, tensors in held.items():
-        expected = [name for name, file in index.weight_map.items() if file == shard]
-        absent = [name for name in expected if name not in tensors]
+        absent = [name for name in expected[shard] if name not in tensors]
         unlisted = [name for name in tensors if name not in index.weight_map]
         if absent:
             defects.append(f"{shard} lacks tensors listed for it: {listed(absent)}")

@@ -14,6 +14,7 @@ from phireg.checkpoint.manifest import file_digest
 from phireg.children import python_command, query
 from phireg.errors import EngineError, PhiregError
 from phireg.files.json import read_json_object
+from phireg.files.regular import open_file
 from phireg.tensorrt.engine import NativeEngine, read_native
 from phireg.tensorrt.package import Backend, Package, load_package
 from phireg.tensorrt.plan import here
@@ -71,7 +72,8 @@ def load_engine(package: Package, path: Path) -> tuple[Any, Any]:
     """
     trt = package.trt
     runtime = trt.Runtime(package.logger)
-    data = path.read_bytes()
+    with open_file(path) as file:
+        data = file.read()
     problems = []
     if hasattr(runtime, "get_engine_validity"):
         validity, bits = runtime.get_engine_validity(data)

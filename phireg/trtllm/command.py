@@ -11,6 +11,7 @@ from packaging.version import Version
 
 from phireg.errors import EngineError, UsageError
 from phireg.reader.architectures import ARCHITECTURES
+from phireg.reader.config import Config
 from phireg.trtllm.releases import Release, public_version, release_of
 
 PROGRAM = "trtllm-build"
@@ -120,7 +121,7 @@ class _Translation:
     def lengths(self) -> None:
         options = self.options
         by_default = 0 if self.release.max_seq_len else _MAX_INPUT_LEN
-        total = check_lengths(options, self.config["max_position_embeddings"], by_default)
+        total = check_lengths(options, self.positions(), by_default)
         self.add("max_input_len", options.max_input_len)
         if self.release.max_seq_len:
             self.add("max_seq_len", total)
@@ -143,7 +144,7 @@ class _Translation:
     def ranks(self, weights: bool) -> int:
         options = self.options
         mapping = self.config.get("mapping") or {}
-        tp_size, pp_size = mapping.get("tp_size", 1), mapping.get("pp_size", 1)
+        tp_size, pp_size = mapping.get("tp_size") or 1, mapping.get("pp_size") or 1
         if options.pp_size not in (None, pp_size):
             raise UsageError(
                 f"--pp-size {options.pp_size}: the checkpoint has {pp_size} pipeline stage",
@@ -239,8 +240,11 @@ class _Translation:
         """
         if not self.release.max_seq_len:
             return self.options.max_input_len or _MAX_INPUT_LEN
-        positions = int(self.config["max_position_embeddings"])
-        return (total_length(self.options) or positions) - 1
+        return (total_length(self.options) or self.positions()) - 1
+
+    def positions(self) -> int:
+        """Return the positions of the model."""
+        return Config(self.config).integer("max_position_embeddings")
 
     def dense_tokens(self) -> int | None:
         """Return the number of tokens up to which block-sparse attention equals dense.

@@ -58,7 +58,7 @@ def public_version(version: str) -> Version:
     """Parse a version without its local part, e.g. 1.2.1 of ``1.2.1+cu13``."""
     try:
         return Version(Version(version).public)
-    except InvalidVersion:
+    except (InvalidVersion, ValueError):  # or more digits than Python converts
         raise UsageError(
             f"'{version}' is not a version of TensorRT-LLM", hint=f"for example {NEWEST}."
         ) from None

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from phireg.reader.architectures import READ, with_defaults
-from phireg.reader.schemes import LINEARS, RAW, is_excluded
+from phireg.reader.schemes import LINEARS, RAW, Excluded
 from phireg.verification.result import Problem, shown
 
 _SAME_FUNCTION = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
@@ -89,9 +89,13 @@ def _excluded(
     if not isinstance(patterns, list) or not all(isinstance(name, str) for name in patterns):
         return [_problem(key, f"is {patterns!r}", planned_patterns)], []
     raw = expected["quant_algo"] in RAW
+    try:
+        excluded, wanted = Excluded(patterns), Excluded(planned_patterns)
+    except ValueError as error:
+        return [_problem(key, f"has {error}", planned_patterns)], []
     for name in _quantizable(int(planned["num_hidden_layers"]), raw=raw):
-        if is_excluded(name, patterns) != is_excluded(name, planned_patterns):
-            verb = "leaves out" if is_excluded(name, patterns) else "does not leave out"
+        if (name in excluded) != (name in wanted):
+            verb = "leaves out" if name in excluded else "does not leave out"
             return [_problem(key, f"{verb} {name}", planned_patterns)], []
     if set(patterns) != set(planned_patterns):
         return [], [f"{key} is another list; the same modules are quantized"]

@@ -8,6 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from phireg.errors import shortened
+from phireg.findings import MOST_FINDINGS, first
+
+_MOST_NOTES = 50
+
 CHECKS = {
     "structure": "names, shapes and dtypes against the reader's rules",
     "config": "config.json against what the source calls for",
@@ -106,6 +111,10 @@ class Problem:
     layer: int | None = None  # from 0
     part: str | None = None  # embedding, attention, mlp, final norm, lm_head or config
 
+    def __post_init__(self) -> None:
+        for name in ("where", "text"):
+            object.__setattr__(self, name, shortened(getattr(self, name)))
+
     def __str__(self) -> str:
         return f"{self.where}: {self.text}"
 
@@ -143,8 +152,12 @@ def make_check(name: str, make: Callable[[], Outcome]) -> Check:
         verdict = "not needed" if isinstance(reason, NotNeeded) else "skipped"
         outcome = Outcome(str(reason), [], [])
     seconds = time.monotonic() - started
-    problems, notes = tuple(outcome.problems), tuple(outcome.notes)
-    return Check(name, verdict, outcome.summary, problems, notes, seconds, outcome.undone)
+    problems, notes = outcome.problems[:MOST_FINDINGS], first(outcome.notes, _MOST_NOTES)
+    if (more := len(outcome.problems) - MOST_FINDINGS) > 0:
+        problems.append(Problem(name, f"{more} more problems"))
+    return Check(
+        name, verdict, outcome.summary, tuple(problems), tuple(notes), seconds, outcome.undone
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,16 +40,28 @@ def place(originals, tmp_path):
 
 
 @pytest.fixture
-def refused():
-    """Run a command that must refuse its input, within bounds; return what it printed."""
+def within():
+    """Run a command within bounds of time, memory and output: no defect, no traceback."""
 
-    def run(*words, codes=(2, 3, 4), named="", seconds=20):
+    def run(*words, seconds=20, most=MOST_OUTPUT):
         with bounded(seconds):
             result = run_phireg(*words)
-        assert result.exit_code in codes, result.output[:2000]
+        assert result.exit_code != 1, result.output[:2000]
         assert "internal error" not in result.output
         assert "Traceback" not in result.output
-        assert len(result.output) < MOST_OUTPUT
+        assert len(result.output) < most
+        return result
+
+    return run
+
+
+@pytest.fixture
+def refused(within):
+    """Run a command that must refuse its input; ``named`` is what the error names."""
+
+    def run(*words, codes=(2, 3, 4), named=""):
+        result = within(*words)
+        assert result.exit_code in codes, result.output[:2000]
         assert named in result.output, result.output[:2000]
         return result.output
 
