@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,10 +33,14 @@ from phireg.files.regular import (
     read_into,
     stamp_of,
 )
+from phireg.source.pickles import MOST_BYTES, Asks, TooMuch, check_pickle
 from phireg.source.tensors import SourceTensor, WeightsFile
 
 _CODES = {f"torch.{name}": code for code, name in TORCH_NAMES.items()}
 _GATHER_BYTES = 16 * 1024 * 1024
+_MOST_EXPANDED = 2**30  # elements of a view that repeats its storage
+_GATHERED = 4 * _GATHER_BYTES, 4 * 2**30
+"""Bytes that any tensor may be gathered from at a time, and that none may exceed."""
 _LOCAL_HEADER = 30
 """Bytes of a zip member's header before its name and extra field, whose lengths are its end."""
 
@@ -57,6 +62,7 @@ def list_bin(directory: Path, name: str) -> WeightsFile:
         stamp = stamp_of(fd)
         _check_magic(fd, path, stamp.size)
         members = _members(fd, path)
+        _check_pickle(path)
         state = _load(path)
         if not isinstance(state, dict):
             raise _not_tensors(path, [f"it holds a {type(state).__name__}, not a dict of tensors"])
@@ -116,21 +122,46 @@ def _members(fd: int, path: Path) -> dict[int, int]:
     return members
 
 
+def _check_pickle(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            # torch finds names in any case.
+            if not info.filename.lower().endswith("data.pkl"):
+                continue
+            try:
+                with archive.open(info) as file:
+                    check_pickle(file.read(MOST_BYTES + 1))
+            except Asks as name:
+                raise _runs_code(path, f" (it asks for {name})") from None
+            except TooMuch as error:
+                raise SourceError(f"{path}: {error}", hint=_RESAVE) from None
+            except (ValueError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
+                raise SourceError(
+                    f"{path}: a damaged or incomplete PyTorch file: {error}",
+                    hint="download the file again",
+                ) from None
+
+
+def _runs_code(path: Path, wants: str) -> SourceError:
+    return SourceError(
+        f"{path}: refused: loading it would mean running code from the file{wants}",
+        hint="do not use this file unless you trust its origin; " + _RESAVE,
+    )
+
+
 def _load(path: Path) -> Any:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
-        with FakeTensorMode():
+        with warnings.catch_warnings(), FakeTensorMode():
+            warnings.simplefilter("ignore")  # of protocols that torch does not write
             return torch.load(str(path), map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own text recommends weights_only=False, which is what must not happen.
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         wants = f" (it asks for {name[1]})" if name else ""
-        raise SourceError(
-            f"{path}: refused: loading it would mean running code from the file{wants}",
-            hint="do not use this file unless you trust its origin; " + _RESAVE,
-        ) from None
+        raise _runs_code(path, wants) from None
     except Exception as error:  # a damaged archive, or a kind of tensor without plain data
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise SourceError(
@@ -171,6 +202,11 @@ def _located(
                 f"{directory / file}: the data of {name!r} is not in the file", hint=_RESAVE
             )
         offset = storage + first
+        if _is_scattered(value.element_size(), value.numel(), shape, strides):
+            raise SourceError(
+                f"{directory / file}: the elements of {name!r} lie too far apart, or repeat",
+                hint=_RESAVE,
+            )
     packed = value.is_contiguous()
     code = _CODES[str(value.dtype)]
     return SourceTensor(name, code, shape, file, offset, None if packed else strides)
@@ -193,7 +229,7 @@ def read_strided(fd: int, path: Path, tensor: SourceTensor, start: int, view: me
     itemsize = ITEMSIZE[tensor.dtype]
     row = itemsize * math.prod(tensor.shape[1:])
     distance = itemsize * tensor.strides[0]
-    step = max(1, _GATHER_BYTES // max(1, distance))
+    step, _ = _gathered(itemsize, tensor.shape, tensor.strides)
     out = np.frombuffer(view, np.uint8)
     end = start + len(view)
     for first in range(start // row, -(-end // row), step):
@@ -206,6 +242,25 @@ def read_strided(fd: int, path: Path, tensor: SourceTensor, start: int, view: me
         block = np.ascontiguousarray(strided).reshape(-1).view(np.uint8)
         low, high = max(start, first * row), min(end, (first + rows) * row)
         out[low - start : high - start] = block[low - first * row : high - first * row]
+
+
+def _gathered(itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int]:
+    """Return how many rows are read at a time, and how many bytes they span."""
+    if not shape:
+        return 1, itemsize
+    rows = min(shape[0], max(1, _GATHER_BYTES // max(1, itemsize * strides[0])))
+    return rows, itemsize * _span((rows, *shape[1:]), strides)
+
+
+def _is_scattered(
+    itemsize: int, count: int, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> bool:
+    """Return whether elements lie far apart, or far more of them share few bytes."""
+    least, most = _GATHERED
+    gathered = _gathered(itemsize, shape, strides)[1]
+    if gathered > min(max(least, 4 * itemsize * count), most):
+        return True
+    return count > max(_span(shape, strides), _MOST_EXPANDED)
 
 
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
