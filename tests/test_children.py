@@ -12,6 +12,8 @@ from helpers.tiny_phi3 import make_tiny_phi3
 from phireg import children
 from phireg.children import ChildError, call, find_program, python_command, query
 
+pytestmark = pytest.mark.hostile("child processes")
+
 MODULES = ("torch", "xxhash", "json", "typing", "phireg", "tensorrt_llm", "transformers", "click")
 PROGRAMS = ("nvidia-smi", "mpirun", "trtllm-build", "gcc")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import xxhash
 
 from phireg.checkpoint.rankfiles import RankFile
 from phireg.errors import SourceError
-from phireg.files.json import read_json_object
+from phireg.files.json import encode_object, read_json_object
 from phireg.files.kinds import MANIFEST
 from phireg.files.regular import open_file
 from phireg.findings import first
@@ -56,7 +55,7 @@ def file_record(path: Path) -> dict[str, Any]:
 def write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
     """Write the manifest."""
     document = {"format": FORMAT, "hash": "xxh3_128", **content}
-    (directory / MANIFEST).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    (directory / MANIFEST).write_bytes(encode_object(document))
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

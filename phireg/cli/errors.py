@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import click
 
 from phireg.cli.output import columns, counted, end_waiting, folded
-from phireg.errors import PhiregError, PhiregWarning, described
+from phireg.errors import PhiregError, PhiregWarning, UsageError, described
 from phireg.findings import Finding, Severity
 
 DEBUG = "PHIREG_DEBUG"
@@ -121,6 +122,8 @@ def reported() -> Iterator[None]:
     except BrokenPipeError:
         raise click.exceptions.Exit(CLOSED_PIPE) from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise failed(f"{error.filename}: {error.strerror}", UsageError.exit_code) from None
         if os.environ.get(DEBUG):
             click.echo(traceback.format_exc(), err=True)
         raise failed(

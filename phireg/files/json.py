@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +28,12 @@ def read_json_object(path: Path, *, limit: int = Limit.JSON) -> dict[str, Any]:
         raise SourceError(
             f"{path}: {error}", hint="compare the file with the one that was published"
         ) from None
+
+
+def encode_object(document: Mapping[str, Any]) -> bytes:
+    """Encode an object as :func:`parse_object` takes it; what is no text becomes question marks."""
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "replace")
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:

@@ -189,7 +189,7 @@ def _recover(target: Path) -> None:
     Entering the output directory does so; leaving with an exception changes nothing more.
     """
     resolved = Path(os.path.realpath(target))
-    if resolved.with_name(resolved.name + PARTIAL_SUFFIX).is_dir():
+    if Path(f"{resolved}{PARTIAL_SUFFIX}").is_dir():
         output = OutputDirectory(target, overwrite=True, required_bytes=0, kind=None)
         with suppress(_Recovered), output:
             raise _Recovered

@@ -17,6 +17,7 @@ import xxhash
 from phireg.checkpoint.manifest import file_record, read_manifest
 from phireg.checkpoint.rankfiles import RankFiles
 from phireg.errors import EngineError
+from phireg.files.json import encode_object
 from phireg.files.kinds import BUILD_FILE, ENGINE, MANIFEST, tokenizer_files
 from phireg.files.output import OutputDirectory
 from phireg.files.writing import copy_file, new_log
@@ -71,8 +72,7 @@ def build_engine(
         )  # fmt: skip
         for file in tokenizer_files(plan.source):
             copy_file(file, directory)
-        text = json.dumps(_manifest(plan, records), indent=2) + "\n"
-        (directory / BUILD_FILE).write_text(text, encoding="utf-8")
+        (directory / BUILD_FILE).write_bytes(encode_object(_manifest(plan, records)))
         files = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
     seconds = time.monotonic() - started
     return BuiltEngine(read_native(plan.output_dir), files, tuple(records), plan.log, seconds)

@@ -16,6 +16,7 @@ from typing import Any
 
 from phireg.checkpoint.inspect import inspect
 from phireg.errors import CheckError, EngineError, SourceError
+from phireg.files.json import encode_object
 from phireg.files.kinds import BUILD_FILE, ENGINE, file_sizes, tokenizer_files
 from phireg.files.output import OutputDirectory
 from phireg.files.writing import copy_file, new_log
@@ -175,8 +176,7 @@ def build(plan: BuildPlan, *, overwrite: bool = False, listen: Listener | None =
             "notes": list(plan.command.notes),
             "run_options": dict(plan.command.run_options),
         }
-        text = json.dumps(record, indent=2) + "\n"
-        (directory / BUILD_FILE).write_text(text, encoding="utf-8")
+        (directory / BUILD_FILE).write_bytes(encode_object(record))
         files = file_sizes(directory)
     return Built(read_engine(plan.output_dir), files, plan.log, time.monotonic() - started)
 

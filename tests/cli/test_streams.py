@@ -7,6 +7,8 @@ import sys
 import pytest
 from helpers.program import console_script, offer, run_shell
 
+pytestmark = pytest.mark.hostile("streams and signals")
+
 
 @pytest.fixture
 def shell(tmp_path):

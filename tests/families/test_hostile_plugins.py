@@ -6,6 +6,8 @@ import pytest
 from helpers.program import console_script, offer, run_shell
 from helpers.tiny_phi3 import make_tiny_phi3
 
+pytestmark = pytest.mark.hostile("plugins")
+
 GOOD = """
 from phireg_plugins.phi3_mini import FAMILY as BASE
 FAMILY = BASE.derive("acme-good")

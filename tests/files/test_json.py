@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from phireg.errors import SourceError
 from phireg.files.json import parse_object, read_json_object
 
+pytestmark = pytest.mark.hostile("JSON")
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(),

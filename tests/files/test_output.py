@@ -19,6 +19,8 @@ from phireg.errors import OutputError
 from phireg.files.output import OutputDirectory
 from phireg.files.writing import REASONS
 
+pytestmark = pytest.mark.hostile("outputs")
+
 ROOT = Path(__file__).parents[2]
 VICTIM = Path(__file__).with_name("output_victim.py")
 Usage = namedtuple("Usage", "total used free")

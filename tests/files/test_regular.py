@@ -9,6 +9,8 @@ from phireg.errors import SourceError, UsageError
 from phireg.files.kinds import check_loadable, tokenizer_files
 from phireg.files.regular import ANYWHERE, open_regular, read_file, read_named
 
+pytestmark = pytest.mark.hostile("files that are none")
+
 
 def text(path: Path, content: str = "text") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)

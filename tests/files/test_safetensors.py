@@ -18,6 +18,8 @@ from phireg.dtypes import ITEMSIZE
 from phireg.errors import SourceError
 from phireg.files.safetensors import encode_header, read_header
 
+pytestmark = pytest.mark.hostile("headers")
+
 NUMPY = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "i2", "U16": "u2", "F16": "f2",
     "I32": "i4", "U32": "u4", "F32": "f4", "F64": "f8", "I64": "i8", "U64": "u8",

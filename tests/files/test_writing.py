@@ -19,6 +19,8 @@ from phireg.files.writing import (
     write_file,
 )
 
+pytestmark = pytest.mark.hostile("outputs")
+
 PAGE = b"<!doctype html>" + REPORT.mark
 
 

@@ -19,6 +19,8 @@ from phireg.executor.finite import NotFiniteError
 from phireg.generation.backend import Options, Request, open_backend
 from phireg.quality.run import measure
 
+pytestmark = pytest.mark.hostile("values that are no numbers")
+
 NAN = "model.layers.1.mlp.fc1.weight"
 
 

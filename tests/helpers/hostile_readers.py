@@ -60,7 +60,7 @@ def header(good: bytes) -> bytes:
 
 
 def archive(content: bytes, good: bytes) -> bytes:
-    """A .bin file with this pickle, and one storage of 64 bytes."""
+    """A .bin file with this pickle, and two storages of 64 bytes."""
     if not content.startswith(b"\x80"):
         return content
     out = io.BytesIO()
@@ -68,6 +68,7 @@ def archive(content: bytes, good: bytes) -> bytes:
         file.writestr("archive/data.pkl", content)
         file.writestr("archive/byteorder", sys.byteorder)
         file.writestr("archive/data/0", bytes(64))
+        file.writestr("archive/data/1", bytes(64))
         file.writestr("archive/version", "3\n")
     return out.getvalue()
 
@@ -98,6 +99,11 @@ def models(root: Path) -> Path:
     return root
 
 
+def order(root: Path) -> object:
+    """Compare the rows of a Phi-3-small checkpoint with those of the model it was made from."""
+    return phireg.row_order(root / "small", model_dir=str(demo.find("phi3-small").directory))
+
+
 def read_jsonl(root: Path) -> None:
     path = root / "rows.jsonl"
     for read in (read_rows, lambda path: read_prompts(str(path), path.read_bytes())):
@@ -126,12 +132,8 @@ READERS = {
     "manifests": Reader("ckpt/phireg.json", lambda root: phireg.inspect(root / "ckpt", check=True)),
     "engines": Reader("engine/config.json", lambda root: read_engine(root / "engine")),
     "statistics": Reader(STATISTICS, lambda root: load(root / STATISTICS), with_data, header),
-    "postprocess": Reader(
-        "small/rank0.safetensors", lambda root: phireg.row_order(root / "small"), with_data, header
-    ),
-    "postprocess-config": Reader(
-        "small/config.json", lambda root: phireg.row_order(root / "small")
-    ),
+    "postprocess": Reader("small/rank0.safetensors", order, with_data, header),
+    "postprocess-config": Reader("small/config.json", order),
     "archives": Reader(
         "bin/pytorch_model.bin",
         lambda root: list_bin(root / "bin", "pytorch_model.bin"),

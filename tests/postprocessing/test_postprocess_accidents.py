@@ -16,6 +16,8 @@ from phireg.conversion import stream
 from phireg.errors import CheckError, OutputError, SourceError, UsageError
 from phireg.source.model import Reader
 
+pytestmark = pytest.mark.hostile("outputs")
+
 ROOT = Path(__file__).parents[2]
 VICTIM = Path(__file__).with_name("postprocess_victim.py")
 RIGHT = hand.right()

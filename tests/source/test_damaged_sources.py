@@ -15,6 +15,8 @@ from phireg.files.json import read_json_object
 from phireg.findings import Severity
 from phireg.source.readings import open_source
 
+pytestmark = pytest.mark.hostile("damaged models")
+
 
 def params(stage: str):
     return [pytest.param(damage, id=damage.name) for damage in DAMAGES if damage.stage == stage]

@@ -17,6 +17,8 @@ from phireg.errors import PlanError, SourceError, UsageError
 from phireg.findings import Severity
 from phireg.source.readings import open_source
 
+pytestmark = pytest.mark.hostile("ambiguous models")
+
 SINGLE = "model.safetensors"
 
 
