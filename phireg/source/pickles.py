@@ -37,6 +37,7 @@ def check_pickle(raw: bytes) -> None:
     stack: list[Any] = []  # the number of parts of each object, and marks
     memo: dict[int, int] = {}
     work = 0
+    value: Any
     for opcode, value, _ in pickletools.genops(raw):
         if opcode.name == "GLOBAL" and not _PLAIN.fullmatch(value):
             raise Asks(value.replace(" ", "."))
