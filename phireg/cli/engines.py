@@ -75,14 +75,16 @@ def outlook(config: Mapping[str, Any]) -> dict[str, Any] | None:
     except CheckError:
         return None
     slots = min(spec.max_position_embeddings, requirements.DEFAULT_TOKENS)
+    problems = list(requirements.size_problems(spec))
     return {
+        "problems": problems,
         "required_capabilities": [
             {"what": what, "least": least}
             for what, least in requirements.required_capabilities(spec).items()
         ],
         **{
             form: None
-            if list(requirements.form_problems(spec, form))
+            if [*problems, *requirements.form_problems(spec, form)]
             else asdict(requirements.estimate(spec, form, 1, slots))
             for form in get_args(requirements.WeightsForm)
         },
@@ -93,6 +95,8 @@ def outlook_text(outlook: Mapping[str, Any], ranks: int) -> str:
     """Say what an engine of a checkpoint would need."""
     from phireg.tensorrt.requirements import Estimate, shown
 
+    if outlook["problems"]:
+        return f"none without TensorRT-LLM: {'; '.join(outlook['problems'])}"
     gpus = " and ".join(
         f"{shown(need['least'])} for {need['what']}" for need in outlook["required_capabilities"]
     )

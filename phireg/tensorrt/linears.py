@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from phireg.reader.schemes import Grid, WeightScheme
 from phireg.tensorrt.graph import Graph, Value
@@ -67,9 +66,8 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def pack_int4(stored: Tensor) -> Tensor:
-    """Return two values to a byte, row after row, the first in the low half."""
-    flat = stored.flatten()
-    halves = functional.pad(flat, (0, flat.numel() % 2)).view(torch.uint8).view(-1, 2) & 15
+    """Return two values to a byte, row after row, the first in the low half; an even number."""
+    halves = stored.flatten().view(torch.uint8).view(-1, 2) & 15
     return halves[:, 0] | halves[:, 1] << 4
 
 

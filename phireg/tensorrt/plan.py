@@ -25,6 +25,7 @@ from phireg.tensorrt.requirements import (
     least_capability,
     remarks,
     shown,
+    size_problems,
 )
 from phireg.trtllm.build import checked_checkpoint
 from phireg.trtllm.command import BuildOptions, check_lengths
@@ -107,6 +108,7 @@ def plan_engine(
     gpus, gpu_notes = _gpus(package, spec, options.gpus)
     problems = [
         *capability_problems(spec, gpus),
+        *size_problems(spec),
         *form_problems(spec, form),
         *_rank_problems(package, spec),
     ]

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 from phireg.dtypes import ITEMSIZE
 from phireg.reader.schemes import LINEARS
 from phireg.reader.spec import ModelSpec
-from phireg.reader.tensors import rank_tensors
+from phireg.reader.tensors import layer_tensors, rank_tensors
 
 WeightsForm: TypeAlias = Literal["embedded", "separate"]
 """Weights inside the engine, or inputs that are fed from the rank files when it runs."""
@@ -67,6 +67,14 @@ def capability_problems(spec: ModelSpec, gpus: Sequence[str]) -> Iterator[str]:
         for what, least in required_capabilities(spec).items():
             if int(gpu.removeprefix("sm")) < least:
                 yield f"{what} needs compute capability {shown(least)} or more; {gpu} has less"
+
+
+def size_problems(spec: ModelSpec) -> Iterator[str]:
+    """Yield which weights have a size that no compiler takes."""
+    if spec.quantization.weights == "int4_wo":
+        for name, (_, shape) in layer_tensors(spec, 0).items():
+            if name.endswith(".weight") and len(shape) == 2 and math.prod(shape) % 2:
+                yield f"{name} of every layer is {list(shape)}: INT4 needs an even number of values"
 
 
 def form_problems(spec: ModelSpec, form: WeightsForm) -> Iterator[str]:

@@ -44,6 +44,16 @@ def product(dtype):
     return graph
 
 
+def odd_int4():
+    """Nine values of INT4, in five bytes."""
+    graph = new_graph()
+    weight = graph.constant(torch.zeros(5, dtype=torch.uint8), None, graph.trt.int4, (3, 3))
+    scale = graph.constant(torch.ones(3, dtype=HALF))
+    whole = graph.add("dequantize", weight, scale, graph.trt.float16, axis=0)
+    graph.output("y", graph.product(graph.input("x", HALF, (4, 3)), whole))
+    return graph
+
+
 def experts():
     """TensorRT's own layer of experts."""
     graph = new_graph()
@@ -83,6 +93,7 @@ def test_what_the_next_tests_are_a_step_away_from():
         (lambda: cache_update(torch.int8), "sm89", "cache has type Int8"),
         (lambda: cache_update(HALF, torch.int64), "sm89", "must be of type int32"),
         (lambda: attention(32768), "sm120", "not supported by a dedicated kernel"),
+        (odd_int4, "sm89", "odd tensor volume"),
         (experts, "sm89", "Cannot decompose operation"),
         (experts, "sm120", "Cannot decompose operation"),
     ],

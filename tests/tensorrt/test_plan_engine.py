@@ -59,6 +59,13 @@ def test_all_reasons_are_told_at_once():
     assert all("sm89" not in problem for problem in problems)
 
 
+def test_int4_weights_of_an_odd_size():
+    config = config_of("phi3-mini", "int4_wo") | {"intermediate_size": 33, "hidden_size": 35}
+    problems = list(requirements.size_problems(parse_spec(config)))
+    assert [problem.partition(" ")[0] for problem in problems] == ["mlp.proj.weight"]
+    assert not list(requirements.size_problems(spec_of("phi3-mini", "int4_wo")))
+
+
 def test_a_gpu_that_cannot_run_the_model(checkpoint):
     with pytest.raises(EngineError, match=r"bfloat16 needs compute capability 8\.0"):
         planned(checkpoint, gpus=("sm89", "sm75"))
