@@ -145,6 +145,26 @@ def convert(model: DemoModel, output_dir: Path, tp_size: int = 1) -> Converted:
     return phireg.convert(plan, output_dir, overwrite=is_replacing)
 
 
+def check_engine_dir(engine_dir: Path, checkpoint_dir: Path) -> None:
+    """Refuse a directory that is neither free nor an engine of a demo checkpoint."""
+    from phireg.tensorrt.engine import is_native
+    from phireg.tensorrt.inspection import inspect_engine
+
+    if not engine_dir.exists() or (engine_dir.is_dir() and not any(engine_dir.iterdir())):
+        return
+    problem: str | None = "it is not an engine of TensorRT for RTX"
+    if is_native(engine_dir):
+        found = inspect_engine(engine_dir, check=True)
+        problem = "; ".join(found.problems) or None
+        if found.engine.checkpoint_dir != checkpoint_dir.resolve():
+            problem = f"it was not built from {checkpoint_dir}"
+    if problem is not None:
+        raise OutputError(
+            f"{engine_dir} exists, and phireg demo did not make it: {problem}",
+            hint="choose another --output-dir.",
+        )
+
+
 def _objection(plan: Plan, directory: Path) -> str | None:
     """Return what in a directory is not of a demo, by its manifest; None if it is one."""
     manifest = read_manifest(directory)

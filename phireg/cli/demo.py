@@ -105,17 +105,20 @@ def command(
         if verbose and documents:
             emit("")
         try:
+            if engine:
+                demo.check_engine_dir(_engine_dir(target), target)
             verification, document = _run(
                 model, article, target, tp_size, verbose=verbose, quiet=quiet
             )
+            verifications.append(verification)
+            if engine and verification.passed:
+                proof, document["engine"] = _engine(
+                    model, article, target, verbose=verbose, quiet=quiet
+                )
+                verifications.append(proof)
         except KeyboardInterrupt as interrupt:
-            raise stopped(interrupt, f"every checkpoint in {base} is complete") from None
-        verifications.append(verification)
-        if engine and verification.passed:
-            proof, document["engine"] = _engine(
-                model, article, target, verbose=verbose, quiet=quiet
-            )
-            verifications.append(proof)
+            what = "checkpoint and engine" if engine else "checkpoint"
+            raise stopped(interrupt, f"every {what} in {base} is complete") from None
         documents.append(document)
     if as_json:
         emit_json({"article_number": number, "demos": documents})
@@ -178,6 +181,10 @@ def _run(
     }
 
 
+def _engine_dir(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.name}-engine")
+
+
 def _engine(
     model: DemoModel, article: Article, checkpoint: Path, *, verbose: bool, quiet: bool
 ) -> tuple[Verification, dict[str, Any]]:
@@ -189,7 +196,7 @@ def _engine(
     from phireg.tensorrt.plan import plan_engine
     from phireg.verification.engine import verify_engine
 
-    target = checkpoint.with_name(f"{checkpoint.name}-engine")
+    target = _engine_dir(checkpoint)
     build = ["phireg", "build", str(checkpoint), "--output-dir", str(target), "--overwrite"]
     commands = {
         "build": [*build, "--backend", _BACKEND],

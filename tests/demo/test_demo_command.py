@@ -71,6 +71,11 @@ def test_an_engine_is_built_and_its_network_proven(run):
         file = Path("phireg-demo/phi3-medium-engine", f"rank{rank}.engine")
         assert file.stat().st_size == engine["files"][file.name]
     assert "--device cuda" in engine["gpu_commands"]["verify"]
+    other = Path("phireg-demo/phi3-medium-engine/rank1.engine")
+    whole = other.read_bytes()
+    other.write_bytes(whole[:-1])
+    assert run("demo", "phi3-medium", "--engine", "--quiet").exit_code == 6, "it was changed"
+    other.write_bytes(whole)
     again = run("demo", "phi3-medium", "--engine", "--quiet")  # both are replaced
     assert again.exit_code == 0, again.output
     assert not Path("phireg-demo/phi3-medium-engine/rank1.engine").exists()
