@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from itertools import product
@@ -93,12 +94,14 @@ def family_of(directories: Iterable[Path]) -> str | None:
     Known by the tokenizer, which no other model has.
     """
     for family, path in product(families()[0], directories):
-        for name in _TOKENIZERS:
-            both = (find(family).directory / name, path / name)
-            if all(file.is_file() for file in both):
-                own, other = (read_file(file, Limit.TOKENIZER) for file in both)
-                if own == other:
-                    return family
+        with suppress(PluginError):  # a damaged demo model stops nobody
+            original = find(family).directory
+            for name in _TOKENIZERS:
+                both = (original / name, path / name)
+                if all(file.is_file() for file in both):
+                    own, other = (read_file(file, Limit.TOKENIZER) for file in both)
+                    if own == other:
+                        return family
     return None
 
 

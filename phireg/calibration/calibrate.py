@@ -106,7 +106,8 @@ def calibrate(
         )
         reason = misfit(statistics, plan.source, None if named else settings)
         if reason is None and not required:
-            reason = _other_samples(statistics, plan, settings)
+            with suppress(SourceError):  # an export that failed is continued without a network
+                reason = _other_samples(statistics, plan, settings)
         if reason is None:
             report(f"statistics of an earlier calibration serve: {path}")
             return Calibrated(statistics, path, True)

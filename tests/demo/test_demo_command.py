@@ -309,3 +309,16 @@ def test_an_interruption_after_the_conversion_keeps_the_checkpoint(run, monkeypa
     assert result.exit_code == 130
     assert "phireg-demo" in result.stderr
     assert phireg.inspect("phireg-demo/phi2", check=True).problems == ()
+
+
+def test_a_damaged_demo_stops_nobody_else(monkeypatch, tmp_path):
+    whole, find = demo.find("phi3-mini").directory, demo.find
+
+    def damaged(family):
+        if family == "phi2":
+            raise PluginError("the demo of family 'phi2' is damaged")
+        return find(family)
+
+    monkeypatch.setattr(demo, "find", damaged)
+    assert demo.family_of([tmp_path]) is None
+    assert demo.family_of([tmp_path, whole]) == "phi3-mini"
