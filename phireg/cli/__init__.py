@@ -33,12 +33,12 @@ EXAMPLES = (
 EXIT_CODES = """
 \b
 Exit codes:
-  0  done                             6    the output cannot be written
-  1  a defect in phireg               7    TensorRT-LLM is missing or failed
-  2  wrong usage                      130  interrupted (Ctrl-C)
-  3  source or plan refused           141  standard output was closed
-  4  a checkpoint differs             143  terminated
-  5  a plugin is missing or broken
+  0  done                              6    the output cannot be written
+  1  a defect in phireg                7    a builder is missing or failed
+  2  wrong usage                       8    a check could not be made
+  3  no such model, or a plan refused  130  interrupted (Ctrl-C)
+  4  a check failed                    141  standard output was closed
+  5  a plugin is missing or broken     143  terminated
 """
 
 

@@ -10,7 +10,12 @@ import click
 
 from phireg.cli.help import OUTPUT, documented
 from phireg.cli.options import json_option
-from phireg.cli.output import columns, emit, emit_json
+from phireg.cli.output import (
+    columns,
+    emit,
+    emit_json,
+    table,
+)
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import PluginError
 
@@ -39,8 +44,7 @@ def command(check: bool, as_json: bool) -> None:
         entries = [_entry(info, select, notes) for info in infos]
         emit_json({"api": API, "families": entries, "unreadable": unreadable})
     elif check and infos:
-        table = columns(map(_row, infos))
-        emit("\n".join([table, *_remarks(infos, select, notes), *unreadable]))
+        emit("\n".join([table(map(_row, infos)), *_remarks(infos, select, notes), *unreadable]))
     else:
         texts = list(map(_text, infos)) or ["no families are installed"]
         emit("\n\n".join([*texts, *unreadable]))

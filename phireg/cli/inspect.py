@@ -22,6 +22,7 @@ from phireg.cli.output import (
     emit,
     emit_json,
     spinner,
+    table,
 )
 from phireg.errors import CheckError, shortened
 from phireg.files.sizes import size
@@ -188,6 +189,6 @@ def _tensors(inspection: Inspection) -> Iterator[str]:
             for (dtype, shape), names in groups.items()
             for name, count in fold_names(names)
         )
-        yield columns(
+        yield table(
             [(n, s, times) if same else (n, s, d, times) for n, s, d, times in rows], indent=2
         )

@@ -148,6 +148,33 @@ def _cells(row: Sequence[str]) -> list[str]:
     return [*(cell if len(cell) <= _WIDEST else f"{cell[:_WIDEST]}..." for cell in first), last]
 
 
+def table(rows: Iterable[Sequence[str]], *, indent: int = 0, right: Sequence[int] = ()) -> str:
+    """Align rows of one-line cells; ``right`` names the columns aligned at their right edge.
+
+    Where a terminal is too narrow, the columns that do not fit follow in a table below, in which
+    every row begins with its first cell again.
+    """
+    cells = [_cells(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        for n in right:
+            row[n] = row[n].rjust(widths[n])
+    room = _terminal_width() if results().isatty() else sys.maxsize
+    tables, used = [[0]], indent + widths[0]
+    for n in range(1, len(widths)):
+        if used + 2 + widths[n] > room and len(tables[-1]) > 1:
+            tables, used = [*tables, [0]], indent + widths[0]
+        tables[-1].append(n)
+        used += 2 + widths[n]
+    return "\n".join(
+        columns([[row[n] for n in chosen] for row in cells], indent=indent) for chosen in tables
+    )
+
+
+def _terminal_width() -> int:
+    return shutil.get_terminal_size().columns
+
+
 def _styled(cell: str, text: str) -> str:
     return click.style(text, **cell.style) if isinstance(cell, Styled) else text
 
@@ -165,7 +192,7 @@ def folded(label: str, text: str) -> str:
 def _fold(text: str, start: str, others: str, stream: TextIO) -> str:
     if not stream.isatty():
         return (start + text).rstrip()
-    width = max(shutil.get_terminal_size().columns, len(others) + _NARROWEST)
+    width = max(_terminal_width(), len(others) + _NARROWEST)
     lines = textwrap.wrap(
         text,
         width,

@@ -31,7 +31,16 @@ from phireg.cli.options import (
     report_option,
     source_options,
 )
-from phireg.cli.output import ProgressBars, columns, emit, emit_json, page_facts, printable
+from phireg.cli.output import (
+    ProgressBars,
+    columns,
+    emit,
+    emit_json,
+    folded,
+    page_facts,
+    printable,
+    table,
+)
 from phireg.cli.plan import family_text, format_text, warnings_text
 from phireg.errors import PhiregError, UsageError
 
@@ -238,7 +247,7 @@ class _Events:
         if warnings and not self.warned:
             click.echo(printable(warnings), err=True)
         self.warned = True
-        click.echo(printable(line), err=True)
+        click.echo(folded("", line), err=True)
 
 
 @dataclass(slots=True)
@@ -267,6 +276,7 @@ def _measure(result: _Result, settings: Settings, measure: bool | None, bars: Pr
         result.unmeasured = "it would take long on a CPU; --measure does it"
         return
     started = time.monotonic()
+    bars.spinner("preparing the measurement")
     calibrated = result.converted.calibrated
     try:
         result.quality = run.measure(
@@ -344,8 +354,9 @@ def _quality_text(quality: Quality) -> str:
     ]
     worst = quality.worst_first()[:_WORST]
     heading = f"the worst {len(worst)} of {len(quality.linears)} linears: errors, and SQNR in dB"
-    table = columns(_quality_rows(worst), indent=2, right=(1, 2, 3, 4, 5))
-    return "\n".join((columns(rows), heading, table))
+    cells = _quality_rows(worst)
+    shown_linears = table(cells, indent=2, right=range(1, len(cells[0]) - 1))
+    return "\n".join((columns(rows), heading, shown_linears))
 
 
 def _quality_rows(worst: Sequence[LinearQuality]) -> list[tuple[str, ...]]:

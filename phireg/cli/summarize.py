@@ -30,7 +30,6 @@ from phireg.cli.options import (
 )
 from phireg.cli.output import (
     ProgressBars,
-    columns,
     counted,
     emit,
     emit_json,
@@ -38,6 +37,7 @@ from phireg.cli.output import (
     memory,
     page_facts,
     printable,
+    table,
 )
 from phireg.cli.streams import give_back
 from phireg.errors import CheckError, UsageError
@@ -320,10 +320,7 @@ def _emit_scores(summarization: Summarization, report: Path | None) -> None:
         head.append("perplexity")
     head += ["tokens/s", "latency", "memory"]
     rows = [head, *(_row(summarization, result) for result in summarization.backends)]
-    # The last column is right-aligned here: columns() folds it on a narrow terminal.
-    width = max(len(row[-1]) for row in rows)
-    rows = [[*row[:-1], row[-1].rjust(width)] for row in rows]
-    emit(columns(rows, right=range(1, len(head) - 1)))
+    emit(table(rows, right=range(1, len(head))))
     emit("")
     for (first, second), same in summarization.agreement().items():
         emit(f"{first} and {second}: {same} of {count} summaries are the same")

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -13,7 +14,8 @@ from helpers.command_line import run_phireg
 
 import phireg
 from phireg import demo
-from phireg.cli import app
+from phireg.cli import app, output
+from phireg.cli.output import table
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "huggingface_hub")
@@ -193,3 +195,19 @@ def test_no_color_and_plain_terminals(demo_checkpoint):
     assert "\x1b" not in plain
     assert plain.startswith("reading the checkpoint ...\r\n")
     assert not re.search(r"[^\r]\r[^\r\n]", plain), "a line was overwritten"
+
+
+def test_a_table_that_is_too_wide_folds_its_rows_not_its_cells(monkeypatch):
+    rows = [
+        ("backend", "rouge1", "perplexity"),
+        ("executor", "53.39", "2.1"),
+        ("hf", "1.00", "9.9"),
+    ]
+    whole = table(rows, right=(1, 2)).splitlines()
+    assert whole[1] == "executor   53.39         2.1"
+    monkeypatch.setattr(output, "results", lambda: SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setenv("COLUMNS", "20")
+    assert table(rows, right=(1, 2)).splitlines() == [
+        "backend   rouge1", "executor   53.39", "hf          1.00",
+        "backend   perplexity", "executor         2.1", "hf               9.9",
+    ]  # fmt: skip
