@@ -24,6 +24,18 @@ from phireg.source.readings import Readings, open_source
 
 MODALITIES = ("vision_config", "img_processor", "embd_layer", "audio_config", "audio_processor")
 
+_LLAMAFIED = (
+    "some tools save a Phi-3 or Phi-4 so. If this is one, say so in config.json: "
+    '"architectures": ["Phi3ForCausalLM"] and "model_type": "phi3" (separate projections are '
+    "converted). TensorRT-LLM's own LLaMA converter takes it as it is."
+)
+_ADVICE = {
+    "LlamaForCausalLM": _LLAMAFIED,
+    "MistralForCausalLM": _LLAMAFIED,
+    "PhiMoEForCausalLM": "Phi-3.5-MoE is converted by an example plugin, examples/phireg-phi35.",
+}
+"""What to do with models of other classes, by the class that config.json names."""
+
 
 def plan(
     model_dir: str | Path,
@@ -117,24 +129,18 @@ def choose_family(hf: HFConfig, family: str) -> FamilyChoice:
     try:
         choice = registry.choose(hf) if family == AUTO else registry.load(family)
     except SourceError as error:
-        raise SourceError(error.message, hint=_llama_advice(hf) or error.hint) from None
+        raise SourceError(error.message, hint=_advice(hf) or error.hint) from None
     if refusal := choice.family.refusal(hf):
         raise SourceError(
             f"this model cannot be converted as {choice.family.name}: {refusal}",
-            hint=_llama_advice(hf) or "leave out --family to let config.json decide.",
+            hint=_advice(hf) or "leave out --family to let config.json decide.",
         )
     return choice
 
 
-def _llama_advice(hf: HFConfig) -> str | None:
-    """What to do with a Phi-3 or Phi-4 that a tool saved in LLaMA's or Mistral's form."""
-    if not {"LlamaForCausalLM", "MistralForCausalLM"} & set(hf.architectures):
-        return None
-    return (
-        "some tools save a Phi-3 or Phi-4 so. If this is one, say so in config.json: "
-        '"architectures": ["Phi3ForCausalLM"] and "model_type": "phi3" (separate projections are '
-        "converted). TensorRT-LLM's own LLaMA converter takes it as it is."
-    )
+def _advice(hf: HFConfig) -> str | None:
+    """What to do with a model of a class that is known here, and not as a Phi."""
+    return next((_ADVICE[name] for name in hf.architectures if name in _ADVICE), None)
 
 
 def check_model(hf: HFConfig) -> None:

@@ -102,9 +102,15 @@ def recognize(hf: HFConfig, source: Source) -> tuple[Source, tuple[Refusal, ...]
 
 
 def unwrapped(source: Source, rules: Rules) -> tuple[Source, list[Finding]]:
-    """Leave out what wrappers add to tensor names, unless the family itself knows such names."""
+    """Leave out what wrappers add to tensor names, unless the family itself knows such names.
+
+    Other names of a tensor, which its file has, are added where the family knows them.
+    """
     axes = [axis for rule in rules.values() for axis in rule.weight]
     wanted = {f"{module}.weight" for axis in axes for module, _ in axis.sources}
+    if known := {name: x for name, x in source.aliases.items() if name in wanted}:
+        both = MappingProxyType({**source.tensors, **known})
+        source = dataclasses.replace(source, tensors=both)
     present = wanted & source.tensors.keys()
     names = {name: name for name in source.tensors}  # the final name of each
     notes: list[Finding] = []
@@ -115,7 +121,8 @@ def unwrapped(source: Source, rules: Rules) -> tuple[Source, list[Finding]]:
             notes.append(_note(part, "stands in names and is left out"))
     while prefix := _shared_prefix(names.values()):
         names = {name: x.removeprefix(prefix) for name, x in names.items()}
-        notes.append(_note(prefix, "stands before every name and is left out"))
+        if (note := _note(prefix, "stands before every name and is left out")) not in notes:
+            notes.append(note)
     if not any(name.startswith("model.") for name in names.values()):
         longer = {n: x if x.startswith("lm_head.") else f"model.{x}" for n, x in names.items()}
         if len(wanted & set(longer.values())) > len(wanted & set(names.values())):

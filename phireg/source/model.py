@@ -6,7 +6,7 @@ import os
 import posixpath
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -118,6 +118,7 @@ class Source:
     revision: str | None = None  # the hub commit it was resolved from
     findings: tuple[Finding, ...] = ()  # on the choice of the files
     adapter: Adapter | None = None  # that a plan is to add to the weights
+    aliases: Mapping[str, SourceTensor] = field(default_factory=dict)  # other names of tensors
 
     def settled(self) -> Source:
         """Return this source; a SourceError says what the user must choose first."""

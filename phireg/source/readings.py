@@ -89,16 +89,23 @@ class WeightSet:
 
     @property
     def tensors(self) -> dict[str, SourceTensor]:
-        """All tensors by name, by file and by place in the file.
+        """All tensors by name, by file and by place in the file."""
+        return {tensor.name: tensor for file in self.files for tensor in file.tensors}
+
+    @property
+    def aliases(self) -> dict[str, SourceTensor]:
+        """Other names of tensors.
 
         safetensors' save_model writes tensors that share their memory once, and the other names
         into the metadata.
         """
-        tensors = {tensor.name: tensor for file in self.files for tensor in file.tensors}
-        for name, kept in ((x, y) for file in self.files for x, y in file.metadata.items()):
-            if kept in tensors and name not in tensors:
-                tensors[name] = replace(tensors[kept], name=name)
-        return tensors
+        tensors = self.tensors
+        return {
+            name: replace(tensors[kept], name=name)
+            for file in self.files
+            for name, kept in file.metadata.items()
+            if kept in tensors and name not in tensors
+        }
 
     def open(self) -> Reader:
         """Return a reader of the tensors' bytes."""
@@ -131,7 +138,13 @@ def open_source(
     findings += _notes(names, chosen, others)
     adapter = _adapter(directory, names, readings.adapter, findings)
     return Source(
-        directory, MappingProxyType(tensors), chosen.files, revision, tuple(findings), adapter
+        directory,
+        MappingProxyType(tensors),
+        chosen.files,
+        revision,
+        tuple(findings),
+        adapter,
+        chosen.aliases,
     )
 
 
@@ -241,7 +254,7 @@ def _ambiguous(
 
 def _difference(one: WeightSet, other: WeightSet) -> str:
     """Return how another set differs; an empty text if its tensors are the same bytes."""
-    ours, theirs = one.tensors, other.tensors
+    ours, theirs = one.tensors | one.aliases, other.tensors | other.aliases
     if absent := [name for name in ours if name not in theirs]:
         return f"lacks {listed(absent, 2)}"
     if more := [name for name in theirs if name not in ours]:

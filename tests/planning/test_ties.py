@@ -10,7 +10,7 @@ import torch
 from helpers.command_line import run_phireg
 from helpers.plan_sources import MODELS, write
 from safetensors import numpy as safe
-from safetensors.torch import save_model
+from safetensors.torch import load_file, save_file, save_model
 
 import phireg
 from phireg.checkpoint.rankfiles import RankFiles
@@ -138,3 +138,12 @@ def test_names_that_safetensors_metadata_has(model, tie):
     assert len({HEAD, TABLE} & set(stored)) == 1
     table, head, tied = ends(directory)
     assert (table == tensors[TABLE]).all() and (head == table).all() and tied is tie
+
+
+def test_names_in_the_metadata_that_nobody_wants_are_no_tensors(model):
+    directory, _ = model(False)
+    path = directory / "model.safetensors"
+    others = {f"alias{number}": HEAD for number in range(1000)}
+    save_file(load_file(path), path, metadata=others)
+    plan = phireg.plan(directory)
+    assert not plan.errors and not plan.source.tensors.keys() & others.keys()
