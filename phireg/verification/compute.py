@@ -206,7 +206,13 @@ class ComputedChecks:
             algorithm = self._later_algorithm
             notes.append(f"run without {algorithm}, which TensorRT-LLM's builder applies later")
         notes += ranges.notes()
-        return Outcome(summary, list(_logits_problems(result)), notes, self.prompts.undone)
+        return Outcome(
+            summary,
+            list(_logits_problems(result)),
+            notes,
+            self.prompts.undone,
+            bool(self.prompts.notes),
+        )
 
     def _ranks(self) -> Outcome:
         """Compare the ranks with the same ranks merged."""

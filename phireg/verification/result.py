@@ -126,6 +126,7 @@ class Outcome(NamedTuple):
     problems: list[Problem]
     notes: list[str]
     undone: tuple[str, ...] = ()  # parts of the check that could not be made, with the reason
+    shortened: bool = False  # parts of it were left out as the user asked; the notes say which
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,7 @@ class Check:
     notes: tuple[str, ...] = ()  # limits of the check and harmless differences
     seconds: float = 0.0
     undone: tuple[str, ...] = ()  # parts that could not be made, with the reason
+    shortened: bool = False  # the user left parts out; the notes say which
 
 
 def make_check(name: str, make: Callable[[], Outcome]) -> Check:
@@ -155,9 +157,8 @@ def make_check(name: str, make: Callable[[], Outcome]) -> Check:
     problems, notes = outcome.problems[:MOST_FINDINGS], first(outcome.notes, _MOST_NOTES)
     if (more := len(outcome.problems) - MOST_FINDINGS) > 0:
         problems.append(Problem(name, f"{more} more problems"))
-    return Check(
-        name, verdict, outcome.summary, tuple(problems), tuple(notes), seconds, outcome.undone
-    )
+    made = name, verdict, outcome.summary, tuple(problems), tuple(notes), seconds
+    return Check(*made, outcome.undone, outcome.shortened)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,8 +256,8 @@ class Verification:
 
     @property
     def unasked(self) -> tuple[str, ...]:
-        """Checks that were not asked for."""
-        asked = {check.name for check in self.checks}
+        """Checks that were not asked for, or not as a whole."""
+        asked = {check.name for check in self.checks if not check.shortened}
         return tuple(name for name in self.known if name not in asked)
 
     @property

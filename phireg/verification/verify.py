@@ -229,7 +229,7 @@ class _Verifier:
             )
         recorded = (self.manifest or {}).get("quantization")
         alpha = recorded.get("alpha") if isinstance(recorded, Mapping) else None
-        summary, problems, notes, _ = _check_weights(
+        summary, problems, notes, *_ = _check_weights(
             self.plan,
             self.files,
             float(alpha) if isinstance(alpha, int | float) else None,

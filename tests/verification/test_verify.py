@@ -259,6 +259,7 @@ def test_a_length_beyond_the_budget_leaves_the_check_incomplete(monkeypatch):
     pair = converted("phi3-mini"), source("phi3-mini")
     asked = phireg.verify(*pair, checks=("logits",), max_tokens=50)
     assert asked.check("logits").verdict == "passed" and asked.check("logits").notes
+    assert asked.passed and "logits" in asked.unasked
     monkeypatch.setattr("phireg.verification.logits.CPU_BUDGET", 2e7)
     verification = phireg.verify(*pair, checks=("logits",), device="cpu")
     assert verification.check("logits").verdict == "incomplete"
