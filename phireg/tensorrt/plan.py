@@ -136,13 +136,23 @@ def plan_engine(
 
 def here() -> tuple[str, ...]:
     """Return the compute capabilities of this machine's GPUs, as NVIDIA's driver tells them."""
+    found = re.findall(r"^(\d+)\.(\d)\s*$", _asked_of_driver("compute_cap"), re.MULTILINE)
+    return tuple(dict.fromkeys(f"sm{major}{minor}" for major, minor in found))
+
+
+def driver_version() -> str:
+    """Return the version of NVIDIA's driver; "" without one."""
+    return _asked_of_driver("driver_version").partition("\n")[0].strip()
+
+
+def _asked_of_driver(field: str) -> str:
+    """Return what nvidia-smi says of every GPU, a line each."""
     program = find_program("nvidia-smi")
     if program is None:
-        return ()
-    command = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+        return ""
+    command = [program, f"--query-gpu={field}", "--format=csv,noheader"]
     code, output = query(command, _PROGRAM_S)
-    found = re.findall(r"^(\d+)\.(\d)\s*$", output, re.MULTILINE) if code == 0 else []
-    return tuple(dict.fromkeys(f"sm{major}{minor}" for major, minor in found))
+    return output if code == 0 else ""
 
 
 def parse_gpus(text: str) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from phireg.tensorrt.engine import NativeEngine, read_native
 from phireg.tensorrt.inspection import file_problems
 from phireg.tensorrt.network import build_network
 from phireg.tensorrt.package import load_package
+from phireg.tensorrt.plan import driver_version
 from phireg.tensorrt.runtime import engine_device, prompt_logits
 from phireg.tensorrt.session import Session
 from phireg.verification import networks
@@ -143,6 +144,7 @@ class _Verifier:
         self.device, self.progress = device, progress
         self.lengths, self.undone = _prompt_lengths(engine, max_tokens)
         self.gpu: str | None = None
+        self.driver = ""
 
     def files(self) -> Outcome:
         """Compare the files with the manifest."""
@@ -226,6 +228,7 @@ class _Verifier:
             ) from error
         on_gpu = device.type == "cuda"
         self.gpu = torch.cuda.get_device_name(device) if on_gpu else str(device)
+        self.driver = driver_version()
         weights = self.checkpoint if self.engine.weights == "separate" else None
         try:
             session = Session(self.engine, device, weights)
@@ -265,6 +268,7 @@ class _Verifier:
         yield "for GPUs", ", ".join(self.engine.gpus) or "that of the builder"
         if self.gpu is not None:
             yield "run on", self.gpu
+            yield "driver", self.driver
         yield "verified by", f"phireg {metadata.version('phireg')}"
         yield "date", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
