@@ -130,8 +130,11 @@ def _npy_rows(name: str, content: bytes) -> Iterator[Row]:
 
     try:
         array = np.load(io.BytesIO(content), allow_pickle=False)
-    except Exception as error:  # damaged headers raise anything
-        raise UsageError(f"{name}: not an array of numpy that can be read: {error}") from None
+    except Exception:  # damaged headers raise anything; objects are not loaded, whoever made them
+        raise UsageError(
+            f"{name}: not a whole array of numbers, as numpy.save writes it",
+            hint="save the ids as integers, or write them as .csv.",
+        ) from None
     kind = getattr(array, "dtype", np.dtype(object))
     if kind.kind not in "iu" or array.ndim not in (1, 2):
         raise UsageError(

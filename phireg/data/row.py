@@ -58,7 +58,7 @@ class Row:
         ids = list(value)
         for number in ids:
             if not isinstance(number, int) or isinstance(number, bool):
-                raise self._error(f"'{name}' has {number!r}, which is no token id")
+                raise self._error(f"'{name}' has {repr(number)[:60]}, which is no token id")
         if not ids:
             raise self._error("the row is empty", "remove it, or give it text.")
         return ids

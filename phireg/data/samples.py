@@ -73,8 +73,9 @@ def read_samples(
     for row, ids in zip(taken, encoded, strict=True):
         unknown = next((token for token in ids if not 0 <= token < vocab_size), None)
         if unknown is not None:
+            token = unknown if abs(unknown) < 10**18 else "of many digits"
             raise UsageError(
-                f"{row.where}: token id {unknown} is not one of the model's {vocab_size}",
+                f"{row.where}: token id {token} is not one of the model's {vocab_size}",
                 hint="the ids, or the tokenizer, are of another model.",
             )
         rows.append(tuple(ids))

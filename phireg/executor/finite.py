@@ -10,6 +10,15 @@ from torch import Tensor
 
 from phireg.errors import CheckError
 
+_RANGE = (
+    "hidden states may outgrow float16's 65,504: --dtype bfloat16 or float32 holds them (an "
+    "engine's dtype is that of phireg convert --dtype). Or "
+)
+_WEIGHTS = (
+    "a weight may be NaN or infinite: phireg convert counts such values, and phireg verify names "
+    "the layer; compare the source's files with the published ones."
+)
+
 NO_TOKEN = -1
 """Stands for the token of a row whose logits are not finite, until the host looks at it."""
 
@@ -22,11 +31,7 @@ class NotFiniteError(CheckError):
         super().__init__(
             f"{name or f'row {row}'}: the logits of the token at position {position} are not "
             f"finite, computed in {dtype}",
-            hint="the hidden states outgrow float16's 65,504: --dtype bfloat16 or float32 holds "
-            "them (an engine's dtype is that of phireg convert --dtype)."
-            if dtype == "float16"
-            else "a weight may be NaN or infinite: phireg convert counts such values, and phireg "
-            "verify names the layer; compare the source's files with the published ones.",
+            hint=(_RANGE if dtype == "float16" else "") + _WEIGHTS,
         )
 
     def named(self, name: str) -> NotFiniteError:

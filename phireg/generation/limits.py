@@ -26,8 +26,9 @@ def check_prompts(
         name = f"{names[index]}: " if names else ""
         unknown = next((token for token in prompt if not 0 <= token < model.vocab_size), None)
         if unknown is not None:
+            token = unknown if abs(unknown) < 10**18 else "of many digits"
             raise UsageError(
-                f"{name}token {unknown} is outside the model's vocabulary of {model.vocab_size}",
+                f"{name}token {token} is outside the model's vocabulary of {model.vocab_size}",
                 hint="is this the model's own tokenizer? --tokenizer-dir names another.",
             )
         if len(prompt) > room:

@@ -18,6 +18,7 @@ from phireg.data.row import Content, PaddedIds
 from phireg.errors import PhiregError, PhiregWarning, PluginError, SourceError, UsageError
 from phireg.files.json import read_json_object
 from phireg.files.kinds import check_loadable
+from phireg.files.regular import listed
 from phireg.reference.quiet import quiet
 
 RANKS_FILES = "*.tiktoken"
@@ -172,15 +173,15 @@ class Tokenizer:
         """
         if not conversations:
             return []
-        templates = self._inner.chat_template
+        templates, where = self._inner.chat_template, f"{names[0]}: " if names else ""
         if not templates:
             raise UsageError(
-                "the model's tokenizer has no chat template: it was not trained for chat",
-                hint="use --prompt; phi-2 answers to 'Instruct: QUESTION\\nOutput:'.",
+                f"{where}the model's tokenizer has no chat template: it was not trained for chat",
+                hint="use --prompt, or texts; phi-2 answers to 'Instruct: QUESTION\\nOutput:'.",
             )
         if isinstance(templates, Mapping) and "default" not in templates:
             raise UsageError(
-                f"the model's chat templates are named {', '.join(map(repr, templates))}, and none "
+                f"{where}the model's chat templates are named {listed(list(templates))}, and none "
                 "of them 'default'",
                 hint="rename the one to use to 'default' in tokenizer_config.json.",
             )
