@@ -312,7 +312,7 @@ def test_an_interruption_after_the_conversion_keeps_the_checkpoint(run, monkeypa
 
 
 def test_a_damaged_demo_stops_nobody_else(monkeypatch, tmp_path):
-    whole, find = demo.find("phi3-mini").directory, demo.find
+    whole, find = demo.find("phi3-small").directory, demo.find
 
     def damaged(family):
         if family == "phi2":
@@ -321,4 +321,4 @@ def test_a_damaged_demo_stops_nobody_else(monkeypatch, tmp_path):
 
     monkeypatch.setattr(demo, "find", damaged)
     assert demo.family_of([tmp_path]) is None
-    assert demo.family_of([tmp_path, whole]) == "phi3-mini"
+    assert demo.family_of([tmp_path, whole]) == "phi3-small"
