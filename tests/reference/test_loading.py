@@ -163,7 +163,6 @@ def test_absent_keys_are_the_defaults_of_the_class(tmp_path, name, keys):
     ("key", "value"),
     [
         ("num_hidden_layers", 10**9),
-        pytest.param("num_hidden_layers", 10**400, id="beyond float"),
         ("num_attention_heads", 10**9),
         ("hidden_size", 10**11),
         ("vocab_size", 10**12),
