@@ -154,7 +154,9 @@ def table(rows: Iterable[Sequence[str]], *, indent: int = 0, right: Sequence[int
     Where a terminal is too narrow, the columns that do not fit follow in a table below, in which
     every row begins with its first cell again.
     """
-    cells = [_cells(row) for row in rows]
+    cells = [_cells(row) for row in islice(rows, _MOST_ROWS + 1)]
+    if not cells:
+        return ""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         for n in right:
