@@ -57,7 +57,7 @@ RULES = {
     READER: Rule((FILES, RANGES, ERRORS, DTYPES)),
     FILES: Rule((ERRORS, DTYPES, "safetensors", "xxhash")),
     SOURCE: Rule(
-        (FILES, LAYOUT, DTYPES, ERRORS, FINDINGS, "numpy", "xxhash"),
+        (FILES, LAYOUT, DTYPES, ERRORS, FINDINGS, "phireg.children", "numpy", "xxhash"),
         lazily=("torch", "huggingface_hub"),
     ),
     "phireg.hookspecs": Rule(DESCRIBE),

@@ -35,8 +35,8 @@ def merge_adapter(source: Source, adapter: Adapter, rules: Rules) -> tuple[Sourc
             problems.append((layer.module, "the adapter has layers for it, the weights have none"))
         for name, delta in places:
             base = source.tensors[name]
-            columns = base.shape[1] if len(base.shape) == 2 else 0
-            if columns != layer.shape[1] or delta.row + delta.count > base.shape[0]:
+            rows, columns = base.shape if len(base.shape) == 2 else (0, 0)
+            if columns != layer.shape[1] or delta.row + delta.count > rows:
                 detail = f"is {list(base.shape)}, the adapter's layer {list(layer.shape)}"
                 problems.append((name, detail))
             deltas[name].append(delta)

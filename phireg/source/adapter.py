@@ -6,13 +6,15 @@ A layer of LoRA adds ``scale * up @ down`` to a weight [rows, columns]: ``down``
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phireg.children import ChildError, call
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.files.json import read_json_object
 from phireg.source.model import FORMATS
@@ -39,10 +41,8 @@ _WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save(?:\.[^.]+)?)(?=\.(?:weig
 _PREFIX = "base_model.model."
 
 _HIGHEST_RANK = 4096
-_MOST_PATTERNS, _MOST_PATTERNED = 500, 2000
-_MOST_REPEATS, _LONGEST = 2, 128
-"""Bounds of patterns, which are regular expressions of somebody else's: their number and that of
-modules; repeats in one, and the length of the names that are matched."""
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_PATTERN_LIMITS: Any = {"seconds": 5.0, "memory": 2**30, "longest": 2**24}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +97,19 @@ def read_adapter(directory: Path, name: str) -> Adapter:
             saved[_WRAPPED.sub("", key)] = tensor
             if ".base_layer." not in key:
                 whole.add(key.rpartition(".")[0])
-    ranks = _patterned(config.get("rank_pattern"), rank)
-    alphas = _patterned(config.get("alpha_pattern"), alpha)
-    patterned = config.get("rank_pattern") or config.get("alpha_pattern")
-    if patterned and (len(parts) > _MOST_PATTERNED or any(len(m) > _LONGEST for m in parts)):
-        problems.append("it has too many modules, or too long names, to match patterns against")
-        parts = {}
+    values = dict.fromkeys(parts, (rank, alpha))
+    tables = [config.get(key) or {} for key in _PATTERNS]
+    if any(tables) and all(isinstance(table, dict) for table in tables):
+        try:
+            values = _by_pattern(tables, list(parts), (rank, alpha))
+        except ChildError as error:
+            problems.append(f"{' or '.join(_PATTERNS)} cannot be matched: {error}")
+            parts = {}
     layers = []
     for module, factors in parts.items():
         embedding = "embedding_A" in factors
         down, up = (factors.get(f"{'embedding_' if embedding else ''}{part}") for part in "AB")
-        ranked, scaled = ranks(module), alphas(module)
+        ranked, scaled = values[module]
         if module in whole:
             problems.append(f"{module} has LoRA layers and is saved as a whole")
         elif down is None or up is None or len(factors) != 2:
@@ -141,41 +143,37 @@ def _unsupported(config: Mapping[str, Any]) -> Iterable[str]:
             f"init_lora_weights = {str(initialized)[:60]} changes the base weights as well; save "
             "it with path_initial_model_for_weight_conversion"
         )
-    for key in ("rank_pattern", "alpha_pattern"):
+    for key in _PATTERNS:
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict):
             yield f"{key} is {type(patterns).__name__}, not an object"
-        elif bad := [pattern for pattern in patterns if _compiled(pattern) is None]:
-            yield f"{key}: {bad[0][:60]!r} is no pattern that can be matched in time"
-        elif len(patterns) > _MOST_PATTERNS:
-            yield f"{key} has {len(patterns)} patterns, more than {_MOST_PATTERNS}"
 
 
-def _compiled(pattern: str) -> re.Pattern[str] | None:
-    """Compile PEFT's rule, that a pattern matches the end of a name; None if it may take long."""
-    repeats = len(re.findall(r"[*+{]", pattern))
-    if repeats > _MOST_REPEATS or len(pattern) > 2 * _LONGEST:
-        return None
-    if re.search(r"\)[*+?{]|\(\?|\\\d", pattern):
-        return None
-    try:
-        return re.compile(rf"(?:.*\.)?(?:{pattern})")
-    except (re.error, RecursionError, OverflowError):
-        return None
+def _by_pattern(
+    tables: Sequence[Mapping[str, Any]], modules: Sequence[str], defaults: tuple[Any, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Return each module's values of both tables: of the first pattern that its name ends with.
 
+    Patterns are regular expressions of the adapter's author, and some would match for years.
+    """
 
-def _patterned(patterns: Any, default: Any) -> Callable[[str], Any]:
-    """Return the function from a module's name to the value of the first pattern that matches."""
-    items = list(patterns.items())[:_MOST_PATTERNS] if isinstance(patterns, dict) else []
-    compiled = [(_compiled(pattern), value) for pattern, value in items]
+    def match() -> str:
+        compiled = [
+            [(re.compile(rf"(?:.*\.)?(?:{pattern})"), value) for pattern, value in table.items()]
+            for table in tables
+        ]
+        return json.dumps(
+            [
+                [
+                    next((value for pattern, value in table if pattern.fullmatch(module)), default)
+                    for table, default in zip(compiled, defaults, strict=True)
+                ]
+                for module in modules
+            ]
+        )
 
-    def value_of(module: str) -> Any:
-        for pattern, value in compiled:
-            if pattern is not None and len(module) <= _LONGEST and pattern.fullmatch(module):
-                return value
-        return default
-
-    return value_of
+    pairs = json.loads(call(match, **_PATTERN_LIMITS))
+    return {module: (rank, alpha) for module, (rank, alpha) in zip(modules, pairs, strict=True)}
 
 
 def _is_count(value: Any) -> bool:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file as save_torch
 
 import phireg
 from phireg.checkpoint.rankfiles import RankFiles
+from phireg.source import adapter
 
 ADAPTER = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -252,7 +253,7 @@ def model(tmp_path):
         {"layer_replication": [[0, 1]]}, {"a_method_of_next_year": True}, {"r": 3}, {"r": "2"},
         {"r": None}, {"r": 2**70}, {"lora_alpha": "6"},
         {"lora_alpha": 1e300}, {"rank_pattern": [1]}, {"rank_pattern": {"qkv_proj": 5}},
-        {"alpha_pattern": {"(a+)+": 1}}, {"alpha_pattern": {"(": 1}},
+        {"alpha_pattern": {"(": 1}},
         {"alpha_pattern": {"qkv_proj": None}},
     ],
     ids=str,
@@ -269,6 +270,27 @@ def test_refused_by_config(model, change):
     named |= {"alpha_pattern": "alpha"}
     assert named.get(key, key) in told
     assert not phireg.plan(model, adapter="ignore").errors
+
+
+def test_patterns_that_would_match_for_years(model, monkeypatch):
+    monkeypatch.setitem(adapter._PATTERN_LIMITS, "seconds", 0.3)
+    content = json.loads((model / CONFIG).read_text())
+    for pattern in (r"(\S+)+!", "(.|.?)" * 40 + "!"):
+        (model / CONFIG).write_text(json.dumps(content | {"alpha_pattern": {pattern: 1}}))
+        (error,) = phireg.plan(model, adapter="merge").errors
+        assert error.code == "adapter"
+        assert "alpha_pattern" in error.detail
+
+
+def test_factors_of_a_weight_that_is_a_number(model):
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {f"{QKV}.weight": np.ones((), "f4")}, model / "model.safetensors")
+    factors = load_file(model / ADAPTER)
+    for name, value in factors.items():
+        factors[name] = value[:, :0] if "lora_A" in name else value
+    save_file(factors, model / ADAPTER)
+    errors = phireg.plan(model, adapter="merge").errors
+    assert (("adapter", f"{QKV}.weight")) in {(error.code, error.subject) for error in errors}
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,11 @@ from safetensors import numpy as safe
 from safetensors.torch import load_file, save_file, save_model
 
 import phireg
+import phireg.api as ph
 from phireg.checkpoint.rankfiles import RankFiles
 from phireg.findings import Severity
+from phireg.planning.ties import settle_ties
+from phireg.source.readings import open_source
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -84,6 +87,18 @@ def test_an_equal_copy_is_dropped_with_a_note(model):
     assert not plan.errors
     assert HEAD in {f.subject for f in plan.findings if f.severity is Severity.NOTE}
     assert ends(directory)[2] is True
+
+
+def test_a_transposed_view_of_the_same_bytes_is_another_head(tmp_path):
+    """In a .bin file both begin at the same byte."""
+    table = torch.arange(16.0).view(4, 4)
+    torch.save({TABLE: table, HEAD: table.T}, tmp_path / "pytorch_model.bin")
+    rules = ph.Rules(
+        ph.Table("transformer.vocab_embedding", ph.src(TABLE[:-7], 4), 4),
+        ph.Linear("lm_head", ph.src(HEAD[:-7], 4), 4, ph.COLUMN),
+    )
+    ties = settle_ties(True, None, open_source(tmp_path), rules)
+    assert [finding.subject for finding in ties.findings] == [HEAD]
 
 
 def test_a_pair_saved_under_the_heads_name(model):
