@@ -17,15 +17,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from phireg import device as devices
-from phireg.config.common import in_rope, is_long_rope
+from phireg import registry
+from phireg.config.common import is_long_rope
 from phireg.config.hf import HFConfig
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import SourceError, UsageError
 from phireg.executor import Sampling
 from phireg.executor.finite import NotFiniteError, check_logits, finite
+from phireg.files.json import read_json_object
+from phireg.files.kinds import HF_MODEL, check_kind
 from phireg.generation.backend import Description, LongRope, Options, Request
 from phireg.generation.limits import check_continuations, check_request
 from phireg.generation.processes import process_rank
+from phireg.reference.load import open_reference
+from phireg.source.hub import resolve_model_dir
+from phireg.source.readings import open_source
 
 __all__ = ["HFBackend", "describe", "load", "process_rank", "run_worker"]
 
@@ -35,50 +41,57 @@ _DEFAULT_DTYPE = "float32"
 def describe(directory: Path, options: Options) -> Description:
     """See :class:`phireg.generation.backend.Opener`; ``directory`` may be a hub repository."""
     devices.pick_device(options.device)
-    return _description(_read_config(directory)[1])
+    return _read_model(directory)[-1]
 
 
-def _description(config: dict[str, Any]) -> Description:
-    positions = config["max_position_embeddings"]
-    return Description(config["vocab_size"], positions, long_rope=_long_rope(config))
+def _read_model(model: Path) -> tuple[Path, HFConfig, registry.FamilyChoice, Description]:
+    """Return a source model's directory (of the hub, if it is not local), config and limits.
+
+    The family's table has the limits, with the defaults of the source's class for absent keys.
+    """
+    directory, _ = resolve_model_dir(str(model), None)
+    check_kind(directory, HF_MODEL)
+    path = directory / "config.json"
+    hf = HFConfig(read_json_object(path))
+    choice = registry.choose(hf)
+    fields = choice.family.config_fields().translate(hf).fields
+    try:
+        vocab_size, positions = fields["vocab_size"], fields["max_position_embeddings"]
+    except KeyError as error:
+        raise SourceError(
+            f"{path} has no {error.args[0]} that can be used",
+            hint="compare the file with the published one.",
+        ) from None
+    switch = fields.get("original_max_position_embeddings") if is_long_rope(hf) else None
+    rope = None if switch is None else _long_rope(switch, hf.model_type)
+    return directory, hf, choice, Description(vocab_size, positions, long_rope=rope)
 
 
-def _long_rope(config: dict[str, Any]) -> LongRope | None:
-    """Read where transformers takes the long factors: for a batch by its longest row."""
-    hf = HFConfig(config)
-    original = "original_max_position_embeddings"
-    lengths = [hf.get(key) for key in (original, *in_rope(original))]
-    known = [length for length in lengths if type(length) is int]
-    if not is_long_rope(hf) or not known:
-        return None
+def _long_rope(switch: int, model_type: str) -> LongRope:
+    """Transformers takes the long factors for a batch by its longest row."""
     release = version("transformers")
     crossing = "the whole text is computed again with them"
-    if hf.model_type != "phi3small" and Version("5") <= Version(release) < Version("5.20"):
+    if model_type != "phi3small" and Version("5") <= Version(release) < Version("5.20"):
         crossing = f"transformers {release} goes on from the last token alone (5.20 does not)"
-    return LongRope(known[0], False, crossing)
+    return LongRope(switch, False, crossing)
 
 
 def load(directory: Path, options: Options) -> HFBackend:
     """Load the source model without running code from its directory."""
-    from phireg import registry
-    from phireg.reference.load import open_reference
-    from phireg.source.readings import open_source
-
-    directory, config = _read_config(directory)
-    family = registry.choose(HFConfig(config)).family
-    own_dtype = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    directory, hf, choice, description = _read_model(directory)
+    own_dtype = str(hf.get("dtype") or hf.get("torch_dtype")).removeprefix("torch.")
     dtype = options.dtype or (own_dtype if own_dtype in WEIGHT_DTYPES else _DEFAULT_DTYPE)
     device = devices.pick_device(options.device)
     devices.measure_memory(device)
-    directory = open_source(directory).settled().directory
+    open_source(directory).settled()
     reference = open_reference(
-        family, directory, weights=None, dtype=getattr(torch, dtype), device=device
+        choice.family, directory, weights=None, dtype=getattr(torch, dtype), device=device
     )
     if options.offload:
         reference.keep_ends()
     else:
         reference.keep_all()
-    return HFBackend(reference.model, _description(config), device, dtype)
+    return HFBackend(reference.model, description, device, dtype)
 
 
 def run_worker(directory: Path, options: Options) -> None:
@@ -250,22 +263,3 @@ class _Steps:
     def end(self) -> None:
         """Mark the end."""
         self.queue.put(None)
-
-
-def _read_config(model: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the directory of a source model (of the hub, if it is not local) and its config."""
-    from phireg.files.json import read_json_object
-    from phireg.files.kinds import HF_MODEL, check_kind
-    from phireg.source.hub import resolve_model_dir
-
-    directory, _ = resolve_model_dir(str(model), None)
-    check_kind(directory, HF_MODEL)
-    path = directory / "config.json"
-    config: dict[str, Any] = read_json_object(path)
-    numbers = [config.get(key) for key in ("vocab_size", "max_position_embeddings")]
-    if not all(type(number) is int and number > 0 for number in numbers):
-        raise SourceError(
-            f"{path} has no vocab_size or no max_position_embeddings",
-            hint="give the directory of a Phi model.",
-        )
-    return directory, config

@@ -1,9 +1,11 @@
 """Long rope beside other rows and across its switch, against transformers' own generate, alone."""
 
+import json
 import warnings
 
 import pytest
 import torch
+import transformers
 from helpers.tiny_models import phi3, phi3_small
 from helpers.tokenized_models import continuation, converted
 
@@ -66,6 +68,17 @@ def test_a_text_that_passes_the_switch_is_told_of(backend, places):
         assert tokens == expected and done[0].batch != done[1].batch
     else:  # computed up to the switch alike
         assert tokens[0][:5] == expected[0][:5] and done[0].batch == done[1].batch
+
+
+def test_a_source_model_has_the_limits_of_its_class_where_its_config_is_silent(tmp_path):
+    config = phi3(long=SWITCH).config.to_dict()
+    block = config["rope_parameters"] | {"original_max_position_embeddings": 16}
+    del config["original_max_position_embeddings"], config["max_position_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_parameters": block}))
+    expected = transformers.Phi3Config()
+    limits = describe("hf", tmp_path)
+    assert limits.long_rope.switch == expected.original_max_position_embeddings
+    assert limits.positions == expected.max_position_embeddings
 
 
 @pytest.mark.parametrize(
