@@ -7,28 +7,17 @@ are too close to tell apart, that is said, and counts as not checked.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from phireg import registry
-from phireg.config.hf import HFConfig
 from phireg.data.samples import builtin_text
 from phireg.device import pick_device
 from phireg.errors import UsageError
-from phireg.executor import Executor, ModelSpec, read_spec
-from phireg.executor.model import Source, open_ranks
 from phireg.files.json import read_json_object
 from phireg.files.kinds import CHECKPOINT, HF_MODEL, check_kind
-from phireg.generation.tokenizer import Tokenizer, find_tokenizer, stop_ids
-from phireg.reader.tensors import KV_SCALE
-from phireg.reference.load import open_reference
 from phireg.source.hub import resolve_model_dir
 from phireg.verification.result import (
     ENDPOINT_CHECKS,
@@ -41,6 +30,7 @@ from phireg.verification.result import (
     make_check,
 )
 from phireg.verification.server import NotOffered, Server
+from phireg.verification.subject import FAULTS, Logits, Subject, open_checkpoint, open_source
 
 TOLERANCES = {
     "float32": 0.02,
@@ -53,41 +43,9 @@ TOLERANCES = {
 """Mean difference of the log probabilities of a prompt's tokens, in nats, by the server's format.
 A model in 16 bits that is right has shown 0.01 to 0.06 on text; a fault, 0.5 and more."""
 
-FAULTS = {
-    "long": "long rope takes the long factors for every request (one server does so by a setting, "
-    "when the longest request it allows is past the switch)",
-    "short": "long rope takes the short factors for every request",
-    "dense": "block-sparse layers attend to all tokens",
-    "window": "the sliding window is ignored",
-    "cache": "the scales of the quantized KV cache are dropped",
-}
-"""What servers get wrong, by name."""
-
 _SHORT, _NEW, _CHAT_NEW = 48, 24, 32
 _ENOUGH = 4  # tokens of a continuation that must be comparable
 _QUESTION = "Answer with the single word yes."
-
-Logits = Callable[[Sequence[int]], Tensor]
-"""Takes token ids; returns float32 logits of each, [tokens, vocab_size], on the CPU."""
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """A model that a server should serve, and how to compute it right or with a fault.
-
-    ``logits`` takes the name of a fault, or None.
-    """
-
-    logits: Callable[[str | None], Logits]
-    vocab_size: int
-    positions: int
-    original: int | None  # tokens up to which long rope has the short factors
-    window: int | None  # tokens that block-sparse layers see all of
-    stripes: int  # further tokens until a stripe of theirs is seen behind a gap
-    sliding: int | None  # tokens of a sliding window
-    has_cache_scales: bool
-    tokenizer: Tokenizer | None
-    stops: frozenset[int]
 
 
 def verify_endpoint(
@@ -119,10 +77,8 @@ def verify_endpoint(
         raise UsageError(f"unknown format {form!r}", hint=f"known: {', '.join(TOLERANCES)}.")
     directory, _ = resolve_model_dir(str(model_dir), None)
     kind = check_kind(directory, HF_MODEL, CHECKPOINT)
-    where = pick_device(device)
-    subject = (
-        _of_checkpoint(directory, where) if kind is CHECKPOINT else _of_source(directory, where)
-    )
+    open_subject = open_checkpoint if kind is CHECKPOINT else open_source
+    subject = open_subject(directory, pick_device(device))
     server = Server(url, model)
     checker = _Checker(server, subject, TOLERANCES[form], max_tokens, progress)
     makers: dict[str, Callable[[], Outcome]] = {
@@ -159,121 +115,6 @@ def _offered(make: Callable[[], Outcome]) -> Callable[[], Outcome]:
     return run
 
 
-# The model, right and with each fault
-
-
-def _of_checkpoint(directory: Path, device: torch.device) -> Subject:
-    spec = read_spec(directory)
-    sources = open_ranks(directory, spec, range(spec.tp_size))
-
-    def logits(fault: str | None) -> Logits:
-        changed = _changed_spec(spec, fault)
-        read = [_without_scale(source) for source in sources] if fault == "cache" else sources
-        executor = Executor(changed, read, range(spec.tp_size), device=device)
-        return lambda ids: executor(torch.tensor([list(ids)], device=device))[0].cpu()
-
-    tokenizer = find_tokenizer(directory)
-    sparse = spec.sparse
-    return Subject(
-        logits,
-        spec.vocab_size,
-        spec.max_position_embeddings,
-        spec.rope.original if spec.rope.short is not None else None,
-        None if sparse is None else sparse.block_size * sparse.num_local_blocks,
-        0 if sparse is None else sparse.block_size * (sparse.vertical_stride + 1),
-        None,
-        spec.quantization.kv_cache is not None,
-        tokenizer,
-        stop_ids(directory, tokenizer),
-    )
-
-
-def _changed_spec(spec: ModelSpec, fault: str | None) -> ModelSpec:
-    rope = spec.rope
-    if fault == "long":
-        rope = dataclasses.replace(rope, short=rope.long, short_mscale=rope.long_mscale)
-    elif fault == "short":
-        rope = dataclasses.replace(rope, long=rope.short, long_mscale=rope.short_mscale)
-    return dataclasses.replace(spec, rope=rope, sparse=None if fault == "dense" else spec.sparse)
-
-
-def _without_scale(source: Source) -> Source:
-    def read(name: str) -> Tensor:
-        tensor = source(name)
-        return torch.ones_like(tensor) if name.endswith(KV_SCALE) else tensor
-
-    return read
-
-
-def _of_source(directory: Path, device: torch.device) -> Subject:
-    values = read_json_object(directory / "config.json")
-    family = registry.choose(HFConfig(values)).family
-    own = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
-    dtype = getattr(torch, own) if own in ("float16", "bfloat16") else torch.float32
-
-    def logits(fault: str | None) -> Logits:
-        reference = open_reference(
-            family,
-            directory,
-            weights=None,
-            dtype=dtype,
-            device=device,
-            change=lambda config: _change_config(config, fault, values.get("sliding_window")),
-        )
-        reference.keep_all()
-        return lambda ids: reference.logits(torch.tensor([list(ids)], device=device))[0].cpu()
-
-    tokenizer = find_tokenizer(directory)
-    block = _rope_block(values)
-    size, local = (values.get(f"blocksparse_{k}") for k in ("block_size", "num_local_blocks"))
-    sliding = values.get("sliding_window")
-    positions = values.get("max_position_embeddings", 2048)
-    original = values.get("original_max_position_embeddings")
-    if block and isinstance(block.get("original_max_position_embeddings"), int):
-        original = block["original_max_position_embeddings"]
-    return Subject(
-        logits,
-        values["vocab_size"],
-        positions,
-        original if block else None,
-        size * local if isinstance(size, int) and isinstance(local, int) else None,
-        (size or 0) * (values.get("blocksparse_vert_stride", 0) + 1),
-        sliding if isinstance(sliding, int) and sliding < positions else None,
-        False,
-        tokenizer,
-        stop_ids(directory, tokenizer),
-    )
-
-
-def _rope_block(values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the block of long rope's factors."""
-    for key in ("rope_parameters", "rope_scaling"):
-        block = values.get(key)
-        if isinstance(block, dict) and "long_factor" in block:
-            return block
-    return None
-
-
-def _change_config(values: dict[str, Any], fault: str | None, sliding: object) -> None:
-    """Plant a fault in the values of a config.json, in place."""
-    if sliding is not None and fault != "window":
-        values["sliding_window"] = sliding
-    block = _rope_block(values)
-    if block is not None and fault in ("long", "short"):
-        kept, lost = ("long", "short") if fault == "long" else ("short", "long")
-        key = "rope_parameters" if values.get("rope_parameters") is block else "rope_scaling"
-        values[key] = block | {
-            name.replace(kept, lost): value
-            for name, value in block.items()
-            if name in (f"{kept}_factor", f"{kept}_mscale")
-        }
-    if fault == "dense":
-        values["dense_attention_every_n_layers"] = 1
-
-
-# The checks
-
-
 class _Checker:
     """Makes the checks of one server."""
 
@@ -286,8 +127,10 @@ class _Checker:
         progress: Progress,
     ) -> None:
         self.server, self.subject, self.tolerance = server, subject, tolerance
-        self.most = subject.positions - 1 if most is None else most
+        self.positions = subject.spec.max_position_embeddings
+        self.most = self.positions - 1 if most is None else most
         self.progress = progress
+        self.has_cache_scales = subject.spec.quantization.kv_cache is not None
         self._right: Logits | None = None
 
     @property
@@ -331,10 +174,12 @@ class _Checker:
 
     def block_sparse(self) -> Outcome:
         """Score a prompt past the block-sparse window."""
-        window = self.subject.window
-        if window is None:
+        sparse = self.subject.spec.sparse
+        if sparse is None:
             raise NotNeeded("the model has no block-sparse layers")
-        tokens = window + self.subject.stripes
+        window = sparse.block_size * sparse.num_local_blocks
+        # Until a stripe is seen behind a gap.
+        tokens = window + sparse.block_size * (sparse.vertical_stride + 1)
         return self._scored("block-sparse", [tokens], ["dense"], first=window)
 
     def sliding_window(self) -> Outcome:
@@ -342,18 +187,21 @@ class _Checker:
         sliding = self.subject.sliding
         if sliding is None:
             raise NotNeeded("the model has no sliding window that binds")
-        tokens = min(sliding + sliding // 2, self.subject.positions - 1)
+        tokens = min(sliding + sliding // 2, self.positions - 1)
         return self._scored("sliding window", [tokens], ["window"], first=sliding)
 
     def generation(self) -> Outcome:
         """Continue a prompt greedily, through the server's cache."""
         # Behind long rope's switch, servers differ in what becomes of keys already in the cache.
-        room = self.subject.positions if self.subject.original is None else self.subject.original
+        room = self.positions if self.subject.original is None else self.subject.original
         ids = self._ids(max(2, min(_SHORT, room - _NEW)))
         answer = self.server.complete([ids], _NEW)[0]
         self.progress("generation", 1, 1)
         if not answer.scores:
             raise NotOffered("no log probabilities of new tokens")
+        if len(answer.scores) > _NEW:
+            text = f"{len(answer.scores)} new tokens, where {_NEW} at most were asked for"
+            return Outcome("a continuation", [Problem("generation", text)], [])
         expected = _greedy(self.right, ids, len(answer.scores), frozenset())
         scores = [score for _, score, _ in expected]
         distance = _distance(answer.scores, scores)
@@ -368,7 +216,7 @@ class _Checker:
                 return Outcome(summary, [], [], (f"{note}, too early to compare them",))
             return Outcome(summary, [], [note])
         text = f"differs by {distance:.2f} nats (tolerance {self.tolerance:g})"
-        if self.subject.has_cache_scales:
+        if self.has_cache_scales:
             faulty = _greedy(self.subject.logits("cache"), ids, len(answer.scores), frozenset())
             if _distance(answer.scores, [score for _, score, _ in faulty]) < distance / 2:
                 text += f"; it looks like this: {FAULTS['cache']}"
@@ -378,7 +226,7 @@ class _Checker:
         self, summary: str, ids: Sequence[int], expected: Sequence[tuple[int, float, float]]
     ) -> Outcome:
         """Return a sound generation; say whether dropped cache scales would have shown."""
-        if not self.subject.has_cache_scales:
+        if not self.has_cache_scales:
             return Outcome(summary, [], [])
         faulty = _greedy(self.subject.logits("cache"), ids, len(expected), frozenset())
         distance = _distance(*([score for _, score, _ in run] for run in (expected, faulty)))
@@ -429,29 +277,33 @@ class _Checker:
         self, name: str, lengths: Sequence[int], faults: Sequence[str], first: int = 1
     ) -> Outcome:
         """Score prompts; of the scores, those of the tokens from ``first`` on count."""
-        problems, undone, largest = [], [], 0.0
+        problems, largest = [], 0.0
+        changes = dict.fromkeys(faults, 0.0)  # how far each fault is from the right model at most
         for length in lengths:
             self._fits(length)
             ids = self._ids(length)
             actual = self.server.score([ids])[0][first - 1 :]
             self.progress(name, 1, len(lengths))
             right = _scores(self.right, ids)[first - 1 :]
+            if not right:
+                raise Skipped(f"a prompt of {length} tokens has no token past {first}")
             distance = _distance(actual, right)
             largest = max(largest, distance)
             by_fault = {
                 fault: _scores(self.subject.logits(fault), ids)[first - 1 :] for fault in faults
             }
+            for fault, scores in by_fault.items():
+                changes[fault] = max(changes[fault], _distance(right, scores))
             if distance > self.tolerance:
                 problems.append(self._problem(name, length, distance, actual, by_fault))
-                continue
-            for fault, scores in by_fault.items():
-                apart = _distance(right, scores)
-                # Each side of the switch shows one of the two; the other changes nothing there.
-                if 0 < apart <= 2 * self.tolerance:
-                    undone.append(_untold(f"{name} with {length} tokens", fault, apart))
         tokens = ", ".join(map(str, lengths))
         summary = f"prompts of {tokens} tokens; mean difference {largest:.3f} nats"
-        return Outcome(summary, problems, [], tuple(undone))
+        undone = tuple(
+            _untold(name, fault, change)
+            for fault, change in changes.items()
+            if change <= 2 * self.tolerance
+        )
+        return Outcome(summary, problems, [], undone)
 
     def _problem(
         self,
@@ -474,7 +326,7 @@ class _Checker:
         return Problem(f"{name}, {length} tokens", text)
 
     def _fits(self, tokens: int) -> None:
-        if tokens > self.most or tokens >= self.subject.positions:
+        if tokens > self.most or tokens >= self.positions:
             raise Skipped(f"a prompt of {tokens} tokens is longer than allowed ({self.most})")
 
     def _ids(self, tokens: int) -> list[int]:
@@ -482,10 +334,10 @@ class _Checker:
         subject = self.subject
         if subject.tokenizer is not None:
             ids = subject.tokenizer.encode(builtin_text())
-            ids = [token for token in ids if token < subject.vocab_size]
+            ids = [token for token in ids if token < subject.spec.vocab_size]
             return (ids * math.ceil(tokens / len(ids)))[:tokens]
         generator = torch.Generator().manual_seed(tokens)
-        drawn = torch.randint(subject.vocab_size, (tokens,), generator=generator)
+        drawn = torch.randint(subject.spec.vocab_size, (tokens,), generator=generator)
         return [int(token) for token in drawn]
 
 
@@ -501,24 +353,24 @@ def _greedy(
     logits: Logits, ids: Sequence[int], count: int, stops: frozenset[int]
 ) -> list[tuple[int, float, float]]:
     """Continue greedily: each token, its log probability, and by how much it leads the next."""
-    made: list[tuple[int, float, float]] = []
+    tokens: list[tuple[int, float, float]] = []
     row = list(ids)
     for _ in range(count):
         best = logits(row)[-1].double().log_softmax(-1).topk(2)
         token, score = int(best.indices[0]), float(best.values[0])
-        made.append((token, score, score - float(best.values[1])))
+        tokens.append((token, score, score - float(best.values[1])))
         if token in stops:
             break
         row.append(token)
-    return made
+    return tokens
 
 
 def _distance(actual: Sequence[float], expected: Sequence[float]) -> float:
     """Return the mean of the absolute differences; infinite if the lengths differ."""
-    if len(actual) != len(expected) or not actual:
-        return math.inf if len(actual) != len(expected) else 0.0
-    total = sum(abs(a - b) for a, b in zip(actual, expected, strict=True))
-    return total / len(actual)
+    if len(actual) != len(expected):
+        return math.inf
+    differences = [abs(a - b) for a, b in zip(actual, expected, strict=True)]
+    return sum(differences) / max(1, len(differences))
 
 
 def _untold(name: str, fault: str, apart: float) -> str:

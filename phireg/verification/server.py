@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import math
 import os
 import urllib.error
 import urllib.request
@@ -11,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from phireg.errors import SourceError, UsageError
+from phireg.errors import SourceError, UsageError, described
+from phireg.files.regular import listed
 
 TIMEOUT_S = 300
 _MOST_BYTES = 64 * 1024 * 1024
@@ -27,12 +30,10 @@ class NotOffered(Exception):  # noqa: N818 - a server's limit, not an error
 class Answer:
     """A continuation of one prompt."""
 
-    text: str
     finish_reason: str
     scores: tuple[float, ...]  # log probabilities of the new tokens
     prompt_scores: tuple[float, ...]  # of the prompt's tokens but the first; () if not asked for
     prompt_tokens: int | None  # as the server counts them
-    new_tokens: int | None
 
 
 class Server:
@@ -44,9 +45,15 @@ class Server:
     """
 
     def __init__(self, url: str, model: str | None = None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(f"{url!r} is no URL of a server", hint="http://localhost:8000/v1")
+        try:
+            parts = urlsplit(url)
+            valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # brackets that do not match, or a port that is no number
+            valid = False
+        if not valid or not url.isprintable() or " " in url:
+            raise UsageError(
+                f"{url!r} is no URL of a server", hint="for example http://localhost:8000/v1."
+            )
         self.url = url.rstrip("/")
         if not self.url.endswith("/v1"):
             self.url += "/v1"
@@ -56,7 +63,7 @@ class Server:
         self.models = [str(entry.get("id")) for entry in models if isinstance(entry, dict)]
         if model is not None and model not in self.models:
             raise UsageError(
-                f"{self.url} does not serve {model}", hint=f"it serves {', '.join(self.models)}."
+                f"{self.url} does not serve {model}", hint=f"it serves {listed(self.models)}."
             )
         self.model = model or self.models[0]
         self._scoring: str | None = None  # how the server gives log probabilities of a prompt
@@ -121,10 +128,7 @@ class Server:
         choices = document.get("choices")
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
             raise NotOffered("no answer to a chat")
-        message = choices[0].get("message")
-        content = message.get("content") if isinstance(message, dict) else ""
-        choice = choices[0] | {"text": content, "logprobs": None}
-        return _answer(choice, [], document, False)
+        return _answer(choices[0] | {"logprobs": None}, [], document, False)
 
     def _request(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
@@ -133,19 +137,23 @@ class Server:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/{path}", data, headers)
         opener = urllib.request.build_opener(_NoRedirects, urllib.request.ProxyHandler({}))
+        code = 200
         try:
-            with opener.open(request, timeout=TIMEOUT_S) as response:
-                raw = response.read(_MOST_BYTES + 1)
-        except urllib.error.HTTPError as error:
-            with error:
-                reason = _reason(error.read(2000))
-            if body is not None and 400 <= error.code < 500:
-                raise NotOffered(f"{path} is refused ({error.code}: {reason})") from None
-            raise SourceError(f"{self.url}/{path} answers {error.code}: {reason}") from None
-        except OSError as error:
+            try:
+                with opener.open(request, timeout=TIMEOUT_S) as response:
+                    raw = response.read(_MOST_BYTES + 1)
+            except urllib.error.HTTPError as error:
+                with error:
+                    code, raw = error.code, error.read(2000)
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
             raise SourceError(
-                f"{self.url}/{path} does not answer: {error}", hint="is the server running?"
+                f"{self.url}/{path} does not answer: {described(error)}",
+                hint="is the server running?",
             ) from None
+        if code != 200:
+            if body is not None and 400 <= code < 500:
+                raise NotOffered(f"{path} is refused ({code}: {_reason(raw)})")
+            raise SourceError(f"{self.url}/{path} answers {code}: {_reason(raw)}")
         try:
             document = json.loads(raw) if len(raw) <= _MOST_BYTES else None
         except (ValueError, RecursionError):
@@ -181,12 +189,10 @@ def _answer(
     usage = document.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     return Answer(
-        text=str(choice.get("text") or ""),
         finish_reason=str(choice.get("finish_reason")),
         scores=_numbers(scores),
         prompt_scores=_numbers(before),
         prompt_tokens=_whole(usage, "prompt_tokens"),
-        new_tokens=_whole(usage, "completion_tokens"),
     )
 
 
@@ -198,9 +204,14 @@ def _of(token: int, entry: Any) -> Any:
 
 def _numbers(values: Sequence[Any]) -> tuple[float, ...]:
     """Return log probabilities; () if one of them is none."""
-    if any(not isinstance(value, int | float) or value != value for value in values):
+    try:
+        numbers = tuple(
+            max(float(value), -1e4) if isinstance(value, int | float) else math.nan
+            for value in values
+        )
+    except OverflowError:
         return ()
-    return tuple(max(float(value), -1e4) for value in values)
+    return numbers if all(map(math.isfinite, numbers)) else ()
 
 
 def _whole(mapping: Mapping[str, Any], key: str) -> int | None:

@@ -1,6 +1,8 @@
 """``phireg verify --endpoint``, against stub servers of transformers' models, sound and faulty."""
 
 import json
+import socket
+import threading
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from helpers.tiny_models import phi3, phi3_small, randomize
 from stub_server import Stub, serving
 
 import phireg
-from phireg.errors import PhiregError
+from phireg.errors import PhiregError, SourceError
+from phireg.verification.server import Server
 
 ORIGINAL = 52
 
@@ -147,7 +150,8 @@ def test_prompts_longer_than_allowed_are_not_asked(tmp_path):
 @pytest.mark.parametrize(
     "answer",
     (b"", b"[]", b"{", b"[" * 100_000, b'{"choices": 1}', b'{"choices": [null]}',
-     b'{"choices": [{"logprobs": {"token_logprobs": ["x"]}}]}'),
+     b'{"choices": [{"logprobs": {"token_logprobs": ["x"]}}]}',
+     b'{"choices": [{"logprobs": {"token_logprobs": [null, ' + b"9" * 400 + b"]}}]}"),
 )  # fmt: skip
 def test_answers_that_are_none(answer, tmp_path):
     stub = Stub(plain(long_rope()))
@@ -158,6 +162,67 @@ def test_answers_that_are_none(answer, tmp_path):
         assert error.exit_code == 3
     else:
         assert verification.verdict == "incomplete"
+
+
+@pytest.mark.parametrize(
+    ("url", "code"),
+    (
+        ("http://[::1", 2), ("http://localhost:port", 2), ("http://localhost:99999", 2),
+        ("http://local host/v1", 2), (f"http://{'a' * 70}.b", 3),
+    ),
+)  # fmt: skip
+def test_urls_of_no_server(url, code):
+    with pytest.raises(PhiregError) as raised:
+        Server(url)
+    assert raised.value.exit_code == code
+
+
+def test_a_server_of_another_protocol():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"220 mail\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(SourceError):
+            Server(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        thread.join()
+
+
+def test_more_tokens_than_were_asked_for(tmp_path):
+    stub = Stub(plain(sliding()))
+    continued = stub.continued
+
+    def endless(prompt, lengths, body):
+        return continued(prompt, lengths, body) | {
+            "logprobs": {"token_logprobs": [-1.0] * 1_000_000}
+        }
+
+    stub.continued = endless
+    verification = verified(stub, source(sliding, tmp_path))
+    assert verdicts(verification)["generation"] == "failed"
+
+
+def test_a_window_without_tokens_past_it_is_not_checked(tmp_path):
+    def short():
+        return randomize(phi3(sliding_window=63, max_position_embeddings=64), 2.5, seed=5)
+
+    verification = verified(Stub(plain(short())), source(short, tmp_path))
+    assert verdicts(verification)["sliding window"] == "skipped"
+    assert verification.verdict == "incomplete"
+
+
+def test_a_config_with_errors(tmp_path):
+    source(sliding, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key, value in (("vocab_size", "many"), ("max_position_embeddings", None)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(PhiregError):
+            verified(Stub(plain(sliding())), tmp_path)
 
 
 def test_the_command(tmp_path):
