@@ -1,15 +1,21 @@
 """Running engines, by a stand-in of TensorRT's runtime that evaluates the network."""
 
 import math
+import shutil
 
 import pytest
 import torch
+from standin import write_engine
 from tiny_checkpoints import MAKERS
 
 import phireg
+from phireg import demo
 from phireg.errors import PhiregError, UsageError
 from phireg.executor import Sampling, generate, load
+from phireg.files.kinds import tokenizer_files
 from phireg.generation.backend import Options, Request
+from phireg.summarization.models import choose_models
+from phireg.summarization.task import Settings
 from phireg.tensorrt import runtime
 
 LENGTHS = (12, 21, 40)  # chunks have 16 tokens; the first crosses long rope's switch
@@ -90,3 +96,21 @@ def test_run_takes_an_engine(engines, checkpoints):
     assert [completion.tokens for completion in completions] == expected
     with pytest.raises(PhiregError, match="tensorrt"):
         phireg.generate(directory, rows, backend="tensorrt-llm")
+
+
+def test_summarize_takes_an_engine(package, engines, tmp_path):
+    """A demo model's summaries and perplexities, from its engine and from its checkpoint."""
+    checkpoint = tmp_path / "checkpoint"
+    demo.convert(demo.find("phi3-medium"), checkpoint)
+    limits = {"max_input_len": 200, "max_seq_len": 240, "max_chunk_len": 64}
+    engine = write_engine(package, tmp_path / "engine", checkpoint, **limits)
+    for file in tokenizer_files(checkpoint):
+        shutil.copy(file, engine)
+    models = choose_models([checkpoint, engine], None, ["executor", "engine"], Options())
+    assert [model.backend for model in models] == ["executor", "tensorrt"]
+    settings = Settings(max_ite=2, output_len=30, eval_ppl=True)
+    results = phireg.summarize(models, settings).backends
+    ours, native = results
+    assert native.name == "tensorrt"
+    assert native.rouge == ours.rouge
+    assert native.perplexity == pytest.approx(ours.perplexity, rel=1e-2)
