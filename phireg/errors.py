@@ -9,8 +9,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 _LONGEST = 2000
-
-
 _LONGEST_LINE = 1000
 _MOST_LINES = 100
 

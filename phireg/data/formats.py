@@ -21,6 +21,7 @@ from phireg.files.regular import read_named
 
 INSTALL = "install it: pip install 'phireg[data]'"
 _BOM = b"\xef\xbb\xbf"
+_PARQUET_ROWS = 64
 
 
 def read_rows(path: Path, count: int | None = None) -> list[Row]:
@@ -154,12 +155,14 @@ def _parquet_rows(name: str, content: bytes) -> Iterator[Row]:
             hint=INSTALL,
         ) from None
     try:
-        values = parquet.read_table(io.BytesIO(content)).to_pylist()
+        # A small file may hold gigabytes: no more is unpacked than is taken.
+        batches = parquet.ParquetFile(io.BytesIO(content)).iter_batches(_PARQUET_ROWS)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield Row(f"{name}:{number}", row)
     except (ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"{name}: not a parquet file that can be read: {reason}") from None
-    for number, row in enumerate(values, 1):
-        yield Row(f"{name}:{number}", row)
 
 
 FORMATS: dict[str, Callable[[str, bytes], Iterator[Row]]] = {

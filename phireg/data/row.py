@@ -130,5 +130,13 @@ class Row:
         return UsageError(f"{self.where}: {problem}", hint=hint)
 
 
+def unknown_id(ids: Iterable[int], vocab_size: int) -> str | None:
+    """Return the first token id that a vocabulary does not have, as text."""
+    unknown = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if unknown is None:
+        return None
+    return str(unknown) if abs(unknown) < 10**18 else "of many digits"
+
+
 def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}

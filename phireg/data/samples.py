@@ -8,7 +8,7 @@ from importlib import resources
 
 import xxhash
 
-from phireg.data.row import Content, Row
+from phireg.data.row import Content, Row, unknown_id
 from phireg.data.rows import Data, load_rows
 from phireg.errors import UsageError
 
@@ -71,9 +71,7 @@ def read_samples(
             raise UsageError(f"{row.where}: the row is empty", hint="remove it, or give it text.")
     encoded = encode([row.where for row in taken], contents, max_length)
     for row, ids in zip(taken, encoded, strict=True):
-        unknown = next((token for token in ids if not 0 <= token < vocab_size), None)
-        if unknown is not None:
-            token = unknown if abs(unknown) < 10**18 else "of many digits"
+        if token := unknown_id(ids, vocab_size):
             raise UsageError(
                 f"{row.where}: token id {token} is not one of the model's {vocab_size}",
                 hint="the ids, or the tokenizer, are of another model.",

@@ -17,7 +17,7 @@ from phireg.errors import PhiregError
 from phireg.executor import Executor, ModelSpec, read_spec, stream
 from phireg.executor import load as load_checkpoint
 from phireg.executor.finite import NotFiniteError, check_logits, dtype_name
-from phireg.generation.backend import KEYS_STAY, Description, LongRope, Options, Request
+from phireg.generation.backend import KEYS_STAY, Description, LongRope, Options, Request, rows_of
 from phireg.generation.limits import check_continuations, check_request
 from phireg.generation.processes import process_rank
 
@@ -108,12 +108,7 @@ class ExecutorBackend:
 
     def generate(self, request: Request) -> list[list[int]]:
         """Continue a batch."""
-        rows: list[list[int]] = [[] for _ in request.prompts]
-        for tokens in self.stream(request):
-            for row, token in zip(rows, tokens, strict=True):
-                if token is not None and token not in request.stop_ids:
-                    row.append(token)
-        return rows
+        return rows_of(self.stream(request), len(request.prompts), request.stop_ids)
 
     def stream(self, request: Request) -> Iterator[list[int | None]]:
         """Continue a batch step by step."""

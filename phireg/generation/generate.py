@@ -266,5 +266,5 @@ def generate(
         ]
     )
     with generator.open() as model:
-        batches = [batch for batch, _ in generator.batches(model, encoded)]
-    return [completion for batch in batches for completion in batch]
+        done = [batch for batch, _ in generator.batches(model, encoded)]
+    return [completion for batch in done for completion in batch]

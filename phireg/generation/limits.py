@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from phireg.data.row import unknown_id
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ def check_prompts(
     room = model.positions - new_tokens
     for index, prompt in enumerate(prompts):
         name = f"{names[index]}: " if names else ""
-        unknown = next((token for token in prompt if not 0 <= token < model.vocab_size), None)
-        if unknown is not None:
-            token = unknown if abs(unknown) < 10**18 else "of many digits"
+        if token := unknown_id(prompt, model.vocab_size):
             raise UsageError(
                 f"{name}token {token} is outside the model's vocabulary of {model.vocab_size}",
                 hint="is this the model's own tokenizer? --tokenizer-dir names another.",

@@ -21,6 +21,7 @@ from phireg.generation.backend import (
     Options,
     Request,
     check_engine_options,
+    rows_of,
 )
 from phireg.generation.limits import check_continuations, check_request
 from phireg.generation.processes import process_rank
@@ -90,12 +91,7 @@ class TensorRTBackend:
 
     def generate(self, request: Request) -> list[list[int]]:
         """Continue a batch."""
-        rows: list[list[int]] = [[] for _ in request.prompts]
-        for tokens in self.stream(request):
-            for row, token in zip(rows, tokens, strict=True):
-                if token is not None and token not in request.stop_ids:
-                    row.append(token)
-        return rows
+        return rows_of(self.stream(request), len(request.prompts), request.stop_ids)
 
     def stream(self, request: Request) -> Iterator[list[int | None]]:
         """Continue a batch step by step."""

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tracemalloc
 from unittest.mock import Mock
 
 import pyarrow
@@ -81,6 +82,18 @@ def test_damage_is_named(name, content, line, tmp_path):
     with pytest.raises(UsageError) as caught:
         read_rows(path)
     assert caught.value.message.startswith(f"{path}{line}")
+
+
+def test_a_parquet_file_is_unpacked_as_far_as_it_is_read(tmp_path):
+    text = pyarrow.array(["x" * 1000]).dictionary_encode()
+    table = pyarrow.table({"text": text.take(pyarrow.array([0] * 200_000))})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    tracemalloc.start()
+    rows = read_rows(tmp_path / "a.parquet", 70)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [row.where for row in rows[::69]] == [f"{tmp_path}/a.parquet:{n}" for n in (1, 70)]
+    assert peak < 20_000_000
 
 
 def test_missing_files_and_long_fields(tmp_path):
