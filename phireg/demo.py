@@ -91,7 +91,8 @@ def find(family: str) -> DemoModel:
 def family_of(directories: Iterable[Path]) -> str | None:
     """Find the family whose demo model, or what was made of it, is in a directory.
 
-    Known by the tokenizer, which no other model has; phi3-mini's and phi3-medium's are the same.
+    Known by the tokenizer, which no other model has. phi3-mini's and phi3-medium's are the same,
+    and so are their articles: the first of them is returned for both.
     """
     for family, path in product(families()[0], directories):
         with suppress(PluginError):  # a damaged demo model stops nobody

@@ -29,7 +29,8 @@ ORDER = (
 """The names that ``from_pretrained`` looks for; the first that exists is loaded."""
 
 _WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|language_model|base_model\.model)\."
+    r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+    r"|language_model|base_model\.model)\."
 )
 """Parts of names that torch.compile, DDP, FSDP, multimodal models and PEFT put in between."""
 

@@ -322,3 +322,10 @@ def test_a_damaged_demo_stops_nobody_else(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "find", damaged)
     assert demo.family_of([tmp_path]) is None
     assert demo.family_of([tmp_path, whole]) == "phi3-small"
+
+
+@pytest.mark.parametrize("family", demo.families()[0])
+def test_a_demo_model_is_judged_by_its_own_articles(family):
+    """Families may share a tokenizer, by which a demo model is known."""
+    model = demo.find(family)
+    assert demo.find(demo.family_of([model.directory])).articles == model.articles

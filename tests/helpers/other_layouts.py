@@ -105,7 +105,10 @@ def wrapped(prefix):
 def fsdp(tensors, config):
     inner = "_fsdp_wrapped_module"
     names = {k: k.replace("model.layers.", f"model.{inner}.layers.") for k in tensors}
-    return {f"{inner}.{names[k]}": v for k, v in tensors.items()}, config
+    checkpointed = {
+        k: x.replace(".mlp.", "._checkpoint_wrapped_module.mlp.") for k, x in names.items()
+    }
+    return {f"{inner}.{checkpointed[k]}": v for k, v in tensors.items()}, config
 
 
 def without_model(tensors, config):
