@@ -302,8 +302,17 @@ class ProgressBars:
         with self._lock:
             if self._enter(doing):
                 from rich.console import Console
+                from rich.live import Live
+                from rich.spinner import Spinner
 
-                self._open.enter_context(Console(stderr=True).status(doing))
+                live = Live(
+                    Spinner("dots", doing, style="status.spinner"),
+                    console=Console(stderr=True),
+                    refresh_per_second=12.5,
+                    transient=True,
+                    redirect_stdout=False,  # results go there, also while something moves
+                )
+                self._open.enter_context(live)
 
     def _enter(self, doing: str) -> bool:
         """End the stage before; return whether something can move on this terminal."""
@@ -356,6 +365,7 @@ class ProgressBars:
             console=Console(stderr=True),
             refresh_per_second=5,
             transient=True,
+            redirect_stdout=False,
         )
         bar.add_task(doing, total=total)
         return self._open.enter_context(bar)

@@ -1,8 +1,12 @@
 """Standard streams that are closed, full or used by others, and a Ctrl-C at the very start."""
 
 import json
+import os
+import pty
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 
 import pytest
 from helpers.program import console_script, offer, run_shell
@@ -82,6 +86,50 @@ def test_only_results_reach_standard_output(shell, tiny, tmp_path, command):
     json.loads(done.stdout)
     for printer in ("Python", "native code", "a child", "a thread", "a hook"):
         assert f"printed by {printer}" in done.stderr
+
+
+@pytest.fixture
+def terminal():
+    """A terminal for one process's messages, read to its end; returns both."""
+    ours, theirs = pty.openpty()
+    seen = []
+
+    def read():
+        with suppress(OSError):  # the end of a terminal
+            while block := os.read(ours, 4096):
+                seen.append(block)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+
+    def messages():
+        os.close(theirs)
+        reader.join(60)
+        return b"".join(seen).decode()
+
+    yield theirs, messages
+    os.close(ours)
+
+
+@pytest.mark.parametrize("command", ["families", "plan --family acme --model-dir {tiny}"])
+def test_results_do_not_go_where_something_moves(terminal, tiny, tmp_path, command):
+    """Messages on a terminal, results in a file: `phireg plan --json > plan.json`."""
+    offer(tmp_path, "acme", PRINTS)
+    theirs, messages = terminal
+    done = subprocess.run(
+        [console_script(tmp_path), *command.format(tiny=tiny).split(), "--json"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "TERM": "xterm"},
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        timeout=60,
+    )
+    shown = messages()
+    assert done.returncode == 0, shown
+    assert "\x1b[?25l" in shown  # a cursor is hidden where something moves
+    assert "acme" in done.stdout.decode()
+    json.loads(done.stdout)
+    for printer in ("Python", "native code", "a child", "a thread", "a hook"):
+        assert f"printed by {printer}" in shown
 
 
 EARLY = """
