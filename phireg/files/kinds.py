@@ -162,14 +162,14 @@ def kind_of(directory: Path) -> Kind:
     return kind_of_entries(names)[0] or by_config
 
 
-def check_kind(directory: Path, *wanted: Kind) -> Kind:
+def check_kind(directory: Path, *kinds: Kind) -> Kind:
     """Return which of the kinds a directory is; a SourceError says what else it is."""
-    names = " or ".join(dict.fromkeys(kind.name for kind in wanted))
+    names = " or ".join(dict.fromkeys(kind.name for kind in kinds))
     if not directory.is_dir():
         problem = "this is a file, not a" if directory.is_file() else "no such"
         raise SourceError(f"{directory}: {problem} directory", hint=f"give {names}.")
     kind = kind_of(directory)
-    if kind in wanted:
+    if kind in kinds:
         return kind
     if kind is not UNKNOWN:
         hint = _INSTEAD.get(kind, kind.advice).format(directory=directory)

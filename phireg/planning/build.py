@@ -141,11 +141,11 @@ class _Builder:
     def settle(self, fields: Mapping[str, Any], config: dict[str, Any]) -> Rules:
         """Settle names, adapter and ties of the source; ``config`` gets the final value of ties."""
         untied = self.rules({**fields, TIES: False} if TIES in fields else fields)
-        self.source, found = unwrapped(self.source, untied)
-        self.findings += found
+        self.source, notes = unwrapped(self.source, untied)
+        self.findings += notes
         if (adapter := self.source.adapter) is not None:
-            self.source, found = merge_adapter(self.source, adapter, untied)
-            self.findings += found
+            self.source, notes = merge_adapter(self.source, adapter, untied)
+            self.findings += notes
         if TIES not in fields:
             return untied
         ties = settle_ties(fields[TIES], self.options.readings.tie, self.source, untied)

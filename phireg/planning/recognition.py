@@ -107,11 +107,11 @@ def unwrapped(source: Source, rules: Rules) -> tuple[Source, list[Finding]]:
     Other names of a tensor, which its file has, are added where the family knows them.
     """
     axes = [axis for rule in rules.values() for axis in rule.weight]
-    wanted = {f"{module}.weight" for axis in axes for module, _ in axis.sources}
-    if known := {name: x for name, x in source.aliases.items() if name in wanted}:
+    needed = {f"{module}.weight" for axis in axes for module, _ in axis.sources}
+    if known := {name: x for name, x in source.aliases.items() if name in needed}:
         both = MappingProxyType({**source.tensors, **known})
         source = dataclasses.replace(source, tensors=both)
-    present = wanted & source.tensors.keys()
+    present = needed & source.tensors.keys()
     names = {name: name for name in source.tensors}  # the final name of each
     notes: list[Finding] = []
     for part in _WRAPPERS:
@@ -125,13 +125,13 @@ def unwrapped(source: Source, rules: Rules) -> tuple[Source, list[Finding]]:
             notes.append(note)
     if not any(name.startswith("model.") for name in names.values()):
         longer = {n: x if x.startswith("lm_head.") else f"model.{x}" for n, x in names.items()}
-        if len(wanted & set(longer.values())) > len(wanted & set(names.values())):
+        if len(needed & set(longer.values())) > len(needed & set(names.values())):
             names = longer
             notes.append(_note("model.", "stands before no name and is added"))
-    if len(wanted & set(names.values())) > len(present) and len(set(names.values())) == len(names):
+    if len(needed & set(names.values())) > len(present) and len(set(names.values())) == len(names):
         tensors = {x: dataclasses.replace(source.tensors[n], name=x) for n, x in names.items()}
         return dataclasses.replace(source, tensors=MappingProxyType(tensors)), notes
-    return source, list(_partly_wrapped(source.tensors, wanted - present))
+    return source, list(_partly_wrapped(source.tensors, needed - present))
 
 
 def _shared_prefix(names: Collection[str]) -> str | None:

@@ -41,7 +41,7 @@ def locate(
         layers: layers of the model.
     """
 
-    def found(layout: Callable[[str], Iterator[Parts]]) -> dict[str, Parts | None]:
+    def parts_of(layout: Callable[[str], Iterator[Parts]]) -> dict[str, Parts | None]:
         return {
             name: next((p for p in layout(name) if all(t in present for t in p.tensors)), None)
             for name in names
@@ -54,7 +54,7 @@ def locate(
         _original,
         lambda name: _sequential(name, layers),
     )
-    return min(map(found, layouts), key=lambda parts: list(parts.values()).count(None))
+    return min(map(parts_of, layouts), key=lambda parts: list(parts.values()).count(None))
 
 
 SEPARATE = {

@@ -138,9 +138,9 @@ def open_reference(
     Raises:
         SourceError: no model class here reads the source.
     """
-    found = find_weights(directory, file, adapter=adapter == "merge")
-    model, notes, stated = _build(family, found, dtype, change)
-    parameters = Parameters(model, found, tie, stated, weights, device, exact)
+    loaded = find_weights(directory, file, adapter=adapter == "merge")
+    model, notes, stated = _build(family, loaded, dtype, change)
+    parameters = Parameters(model, loaded, tie, stated, weights, device, exact)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             # Moved and not cast: rotary tables are float32 whatever the compute dtype is.
@@ -289,10 +289,11 @@ class Parameters:
             tensors = [self.weights.tensors[tensor] for tensor in parts.tensors]
             shape = self._places[name][2].shape
             try:
-                found = parts.assemble([torch.empty(t.shape, device="meta") for t in tensors]).shape
+                empty = [torch.empty(t.shape, device="meta") for t in tensors]
+                actual = parts.assemble(empty).shape
             except (RuntimeError, IndexError):  # rows that cannot be put together so
-                found = None
-            if found != shape or not _FLOATS.issuperset(tensor.dtype for tensor in tensors):
+                actual = None
+            if actual != shape or not _FLOATS.issuperset(tensor.dtype for tensor in tensors):
                 kinds = " and ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors)
                 yield f"{name} is {kinds}, not {list(shape)}"
 

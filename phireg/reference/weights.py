@@ -47,7 +47,7 @@ class Weights:
 
     def open(self) -> Reader:
         """Return a reader for the tensors' bytes; use it in a ``with`` statement."""
-        return Reader(self.directory, {file.name: file.stamp for file in self.files})
+        return Reader(self.directory, self.files)
 
     def read(self, reader: Reader, tensor: SourceTensor) -> torch.Tensor:
         """Read a tensor's values."""
@@ -90,8 +90,8 @@ def find_weights(directory: Path, chosen: str | None = None, *, adapter: bool = 
             tensors = plain
         if not adapter:
             return Weights(directory, name, files, tensors)
-        found = _find_adapter(directory)
-        return Weights(directory, name, (*files, found.file), {**tensors, **found.saved}, found)
+        lora = _find_adapter(directory)
+        return Weights(directory, name, (*files, lora.file), {**tensors, **lora.saved}, lora)
     raise SourceError(f"{directory}: there are no weights that transformers loads")
 
 

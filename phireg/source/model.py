@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
-from phireg.files.regular import Stamp, bullets, check_unchanged, listed, open_regular, read_into
+from phireg.files.regular import bullets, check_unchanged, listed, open_regular, read_into
 from phireg.files.safetensors import read_header
 from phireg.findings import Finding, Severity
 from phireg.source.merging import Factors, read_merged
@@ -36,9 +36,9 @@ class Reader:
     manager.
     """
 
-    def __init__(self, directory: Path, stamps: Mapping[str, Stamp]) -> None:
+    def __init__(self, directory: Path, files: Iterable[WeightsFile]) -> None:
         self._directory = directory
-        self._stamps = stamps
+        self._stamps = {file.name: file.stamp for file in files}
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
         self._merged = threading.local()  # each thread's current tensor with a LoRA layer
@@ -129,7 +129,7 @@ class Source:
 
     def open(self) -> Reader:
         """Return a reader for the tensors' bytes; use it in a ``with`` statement."""
-        return Reader(self.directory, {file.name: file.stamp for file in self.files})
+        return Reader(self.directory, self.files)
 
 
 def list_safetensors(directory: Path, name: str) -> WeightsFile:

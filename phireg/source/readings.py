@@ -109,7 +109,7 @@ class WeightSet:
 
     def open(self) -> Reader:
         """Return a reader of the tensors' bytes."""
-        return Reader(self.directory, {file.name: file.stamp for file in self.files})
+        return Reader(self.directory, self.files)
 
     def describe(self) -> str:
         """Return what reading it would read."""
@@ -157,11 +157,11 @@ def finding(severity: Severity, subject: str, detail: str) -> Finding:
 
 
 def _choose(
-    directory: Path, names: Collection[str], wanted: str | None, findings: list[Finding]
+    directory: Path, names: Collection[str], weights: str | None, findings: list[Finding]
 ) -> list[WeightSet]:
     """Return the set to read, and the others."""
-    if wanted is not None:
-        return [_named_set(directory, names, wanted)]
+    if weights is not None:
+        return [_named_set(directory, names, weights)]
     candidates = [name for name in _PREFERRED if name in names]
     if not candidates:
         raise _no_weights(directory, names)
@@ -195,16 +195,16 @@ def _choose(
     return sets
 
 
-def _named_set(directory: Path, names: Collection[str], wanted: str) -> WeightSet:
-    known = wanted in names and Path(wanted.removesuffix(INDEX)).suffix in FORMATS
-    if not known or os.sep in wanted:
-        sets = [name for name in names if name in (*_PREFERRED, *_ORIGINALS)]
+def _named_set(directory: Path, names: Collection[str], name: str) -> WeightSet:
+    known = name in names and Path(name.removesuffix(INDEX)).suffix in FORMATS
+    if not known or os.sep in name:
+        sets = [each for each in names if each in (*_PREFERRED, *_ORIGINALS)]
         files = sets or _weight_files(names)
         raise UsageError(
-            f"--weights {wanted}: {directory} has no weights file or index of that name",
+            f"--weights {name}: {directory} has no weights file or index of that name",
             hint=f"it has {listed(sorted(files))}." if files else "it has no weights.",
         )
-    return _read_set(directory, wanted)
+    return _read_set(directory, name)
 
 
 def _read_set(directory: Path, name: str) -> WeightSet:
@@ -252,9 +252,9 @@ def _ambiguous(
     return finding(Severity.ERROR, "weights", detail)
 
 
-def _difference(one: WeightSet, other: WeightSet) -> str:
+def _difference(first: WeightSet, other: WeightSet) -> str:
     """Return how another set differs; an empty text if its tensors are the same bytes."""
-    ours, theirs = one.tensors | one.aliases, other.tensors | other.aliases
+    ours, theirs = first.tensors | first.aliases, other.tensors | other.aliases
     if absent := [name for name in ours if name not in theirs]:
         return f"lacks {listed(absent, 2)}"
     if more := [name for name in theirs if name not in ours]:
@@ -263,7 +263,7 @@ def _difference(one: WeightSet, other: WeightSet) -> str:
         if (tensor.dtype, tensor.shape) != (theirs[name].dtype, theirs[name].shape):
             return f"has another dtype or shape of {name}"
     pairs = [(tensor, theirs[name]) for name, tensor in ours.items()]
-    with one.open() as reader, other.open() as second:
+    with first.open() as reader, other.open() as second:
         for limit in (_SAMPLE, None):  # trained weights differ everywhere: a sample shows it
             for left, right in pairs:
                 if not same_bytes(reader, left, second, right, limit):
