@@ -29,7 +29,15 @@ from phireg.tensorrt.plan import driver_version
 from phireg.tensorrt.runtime import engine_device, prompt_logits
 from phireg.tensorrt.session import Session
 from phireg.verification import networks
-from phireg.verification.logits import choose_prompts, overall, prompt_ids, token_errors
+from phireg.verification.logits import (
+    Prompts,
+    ReferenceNotFiniteError,
+    check_reference,
+    choose_prompts,
+    overall,
+    prompt_ids,
+    token_errors,
+)
 from phireg.verification.networks import PlaceError, compare_network
 from phireg.verification.result import (
     ENGINE_CHECKS,
@@ -78,31 +86,30 @@ def verify_engine(
     """
     engine = read_native(engine_dir)
     directory = _checkpoint(engine, checkpoint_dir)
-    asked = tuple(ENGINE_CHECKS) if checks is None else tuple(checks)
-    if unknown := sorted(set(asked) - set(ENGINE_CHECKS)):
+    names = tuple(ENGINE_CHECKS) if checks is None else tuple(checks)
+    if unknown := sorted(set(names) - set(ENGINE_CHECKS)):
         hint = f"known: {', '.join(ENGINE_CHECKS)}."
         raise UsageError(f"unknown check {unknown[0]!r}", hint=hint)
     if checks is None and device == "cpu":
-        asked = tuple(name for name in asked if name != "running")
+        names = tuple(name for name in names if name != "running")
     if device != "auto":
         pick_device(device)  # an unknown one is an error before work
     verifier = _Verifier(engine, directory, device, max_tokens, progress)
     makers: dict[str, Callable[[], Outcome]] = {
         "files": verifier.files,
-        "network": verifier.network,
-        "running": verifier.running,
+        "network": lambda: _compared(verifier.network),
+        "running": lambda: _compared(verifier.running),
     }
-    made = tuple(make_check(name, makers[name]) for name in ENGINE_CHECKS if name in asked)
     verification = Verification(
         checkpoint_dir=str(engine_dir),
         model_dir=str(directory),
         family=engine.spec.architecture.name,
         config=engine.config,
-        checks=made,
+        checks=tuple(make_check(name, makers[name]) for name in ENGINE_CHECKS if name in names),
         provenance=tuple(verifier.provenance()),
         known=tuple(ENGINE_CHECKS),
     )
-    if "running" in asked and verification.check("running").verdict != "skipped":
+    if "running" in names and verification.check("running").verdict != "skipped":
         _record(engine, verification)
     return verification
 
@@ -129,6 +136,22 @@ def _checkpoint(engine: NativeEngine, named: str | Path | None) -> Path:
     return directory
 
 
+def _compared(make: Callable[[], Outcome]) -> Outcome:
+    """Make a check that compares with the executor, whose values may not be finite."""
+    try:
+        return make()
+    except ReferenceNotFiniteError as error:
+        problem = Problem(
+            place_text(error.place),
+            f"the executor's own output is not finite (a prompt of {error.tokens} tokens, position "
+            f"{error.position}): nothing can be compared from here on",
+            "a weight may be NaN or infinite, or float16 too narrow: phireg convert --dtype "
+            "bfloat16, or phireg verify of the checkpoint, which says more.",
+            *error.place,
+        )
+        return Outcome("the values are not finite", [problem], [])
+
+
 class _Verifier:
     """Makes the checks of one engine."""
 
@@ -142,22 +165,26 @@ class _Verifier:
     ) -> None:
         self.engine, self.spec, self.checkpoint = engine, engine.spec, checkpoint
         self.device, self.progress = device, progress
-        self.lengths, self.undone = _prompt_lengths(engine, max_tokens)
+        self.prompts = choose_prompts(engine.spec, max_tokens, gpu=False)
+        self.lengths, beyond = _prompt_lengths(engine, self.prompts)
+        self.undone = (*self.prompts.undone, *beyond)
         self.gpu: str | None = None
         self.driver = ""
 
     def files(self) -> Outcome:
         """Compare the files with the manifest."""
         problems = [Problem(name, text) for name, text in file_problems(self.engine, check=True)]
-        built = self.engine.manifest.get("checkpoint")
-        notes = []
-        if isinstance(built, dict) and self.engine.weights == "embedded":
-            now = checkpoint_record(self.checkpoint, self.spec.tp_size)["files"]
-            recorded = built.get("files")
+        count = self.spec.tp_size
+        summary, notes = f"{count} engine file{'s'[: count > 1]}", []
+        if self.engine.weights == "embedded":
+            summary += " and the checkpoint"
+            built = self.engine.manifest.get("checkpoint")
+            recorded = built.get("files") if isinstance(built, dict) else None
+            digests = checkpoint_record(self.checkpoint, self.spec.tp_size)["files"]
             problems += [
                 Problem(name, f"in {self.checkpoint} is not what the engine was built from")
-                for name, digests in now.items()
-                if not isinstance(recorded, dict) or recorded.get(name) != digests
+                for name, digest in digests.items()
+                if not isinstance(recorded, dict) or recorded.get(name) != digest
             ]
             manifest = read_manifest(self.checkpoint)
             if manifest is None:
@@ -166,11 +193,11 @@ class _Verifier:
                 problems += [
                     Problem("checkpoint", p) for p in check_files(self.checkpoint, manifest)
                 ]
-        files = self.spec.tp_size
-        return Outcome(f"{files} engine file{'s'[: files > 1]} and the checkpoint", problems, notes)
+        return Outcome(summary, problems, notes)
 
     def network(self) -> Outcome:
         """Evaluate what TensorRT was given, once as it is and once in float32."""
+        self._require_prompts()
         try:
             package = load_package(self.engine.backend)
         except EngineError as error:
@@ -211,14 +238,19 @@ class _Verifier:
             f"prompts of {', '.join(map(str, self.lengths))} tokens and {networks.STEPS} more, in "
             f"{' and '.join(dtypes)}; relative error {_largest(errors)}",
             list(_network_problems(errors)),
-            ["this is what TensorRT was told to compute, not what its kernels compute"],
+            [
+                "this is what TensorRT was told to compute, not what its kernels compute",
+                *self.prompts.notes,
+            ],
             self.undone,
+            bool(self.prompts.notes),
         )
 
     def running(self) -> Outcome:
         """Run the engine and compare its logits with the executor's on the same GPU."""
         if self.spec.tp_size > 1:
             raise Skipped("phireg runs engines of one rank")
+        self._require_prompts()
         try:
             device = engine_device(self.device)
         except UsageError as error:
@@ -258,7 +290,15 @@ class _Verifier:
         ]
         largest = max(error for results in errors for _, error, _ in results)
         summary = f"on {self.gpu}; relative error of logits {error_text(largest)}"
-        return Outcome(summary, problems, [], self.undone)
+        notes = list(self.prompts.notes)
+        return Outcome(summary, problems, notes, self.undone, bool(notes))
+
+    def _require_prompts(self) -> None:
+        if not self.lengths:
+            raise Skipped(
+                f"no prompt with {networks.STEPS} tokens behind it fits into the "
+                f"{self.engine.limits.max_seq_len} tokens that the engine takes"
+            )
 
     def provenance(self) -> Iterator[tuple[str, str]]:
         """Yield label and value pairs."""
@@ -284,6 +324,8 @@ def compare_running(
     spec, total = session.spec, length + networks.STEPS
     ids = prompt_ids(spec.vocab_size, total)[0]
     expected, own = (model(ids[None].to(model.device))[0] for model in (exact, rounded))
+    for logits in (expected, own):
+        check_reference((None, "logits"), logits)
     prompt = prompt_logits(session, ids[:length].tolist(), total)
     long = total > spec.rope.original
     steps = [_step(session, int(ids[n]), n, long) for n in range(length, total)]
@@ -302,20 +344,28 @@ def _step(session: Session, token: int, position: int, long: bool) -> Tensor:
     return session.feed([[token]], [position], [long], last, profile="generation")
 
 
-def _prompt_lengths(engine: NativeEngine, most: int | None) -> tuple[list[int], tuple[str, ...]]:
-    """Choose prompts on both sides of every length at which the model's behavior changes."""
-    spec, limits = engine.spec, engine.limits
-    prompts = choose_prompts(spec, most, gpu=False)
-    limit = min(limits.max_input_len, limits.max_seq_len - networks.STEPS)
-    lengths, undone = set(), list(prompts.undone)
-    for prompt in prompts.prompts:
-        tokens = prompt.tokens
-        if spec.rope.short is not None and tokens <= spec.rope.original < tokens + networks.STEPS:
-            tokens = spec.rope.original - networks.STEPS
-        if tokens <= limit:
-            lengths.add(tokens)
-    lengths = lengths or {limit}
-    return sorted(lengths), tuple(undone)
+def _prompt_lengths(engine: NativeEngine, prompts: Prompts) -> tuple[list[int], list[str]]:
+    """Return the prompts that fit with the steps behind them, and which changes none is past.
+
+    With long rope, a prompt and its steps are on one side of the switch.
+    """
+    rope, capacity = engine.spec.rope, engine.limits.max_seq_len
+    limit = capacity - networks.STEPS
+
+    def fitted(tokens: int) -> int:
+        crosses = rope.short is not None and tokens <= rope.original < tokens + networks.STEPS
+        return rope.original - networks.STEPS if crosses else tokens
+
+    lengths = {fitted(prompt.tokens) for prompt in prompts.prompts}
+    lengths = {tokens for tokens in lengths if 0 < tokens <= limit} or {fitted(limit)}
+    longest = max(lengths)
+    beyond = [
+        f"not compared: past {tokens} tokens {change}, and a prompt with {networks.STEPS} tokens "
+        f"behind it does not fit into the engine's {capacity}"
+        for tokens, change in prompts.thresholds
+        if longest + networks.STEPS <= tokens < min(capacity, prompts.prompts[-1].tokens)
+    ]
+    return sorted(tokens for tokens in lengths if tokens > 0), beyond
 
 
 def _in_dtype(

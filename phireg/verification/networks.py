@@ -19,7 +19,13 @@ from phireg.executor.model import Source
 from phireg.reader.tensors import rank_tensors
 from phireg.tensorrt import network as contract
 from phireg.tensorrt.interpreter import Interpreter, evaluate
-from phireg.verification.logits import Layer, overall, quantized_parts, token_errors
+from phireg.verification.logits import (
+    Layer,
+    check_reference,
+    overall,
+    quantized_parts,
+    token_errors,
+)
 from phireg.verification.result import Place
 
 STEPS = 8
@@ -138,6 +144,9 @@ def _reference(exact: Executor, rounded: Executor, length: int) -> _Row:
         outputs[index, "residual"] = x + attention + mlp
         x = states[index, "residual"].to(rounded.dtype)
     outputs[None, "logits"] = rounded.logits(ends, x[None])[0]
+    for place in states:  # else everything would be allowed
+        check_reference(place, states[place])
+        check_reference(place, outputs[place])
     rounding = {place: token_errors(outputs[place], states[place]) for place in states}
     unknown = {place: torch.full((len(ids),), math.inf) for place in states}
     return _Row(ids, length, states, rounding, unknown)

@@ -6,6 +6,8 @@ import shutil
 import pytest
 import torch
 from helpers.command_line import run_phireg
+from safetensors.torch import load_file, save_file
+from standin import write_engine
 from tiny_checkpoints import MAKERS
 
 import phireg
@@ -61,6 +63,41 @@ def test_files_that_changed(engines, checkpoints, tmp_path):
     verification = phireg.verify_engine(directory, checkpoint, checks=("files",))
     wrong = {problem.where for problem in verification.check("files").problems}
     assert wrong == {"rank0.engine", "checkpoint"}
+
+
+def test_a_manifest_that_does_not_say_what_the_engine_was_built_from(engines):
+    directory = engines("phi2")
+    manifest = json.loads((directory / BUILD_FILE).read_text())
+    (directory / BUILD_FILE).write_text(json.dumps(manifest | {"checkpoint": None}))
+    checkpoint = directory / json.loads((directory / "rank0.engine").read_text())["checkpoint"]
+    verification = phireg.verify_engine(directory, checkpoint, checks=("files",))
+    assert verdicts(verification) == {"files": "failed"}
+
+
+def test_values_that_are_not_finite_are_not_verified(engines, package, checkpoints, tmp_path):
+    assert engines.loaded == []
+    checkpoint = shutil.copytree(checkpoints("phi2"), tmp_path / "changed")
+    tensors = load_file(checkpoint / "rank0.safetensors")
+    tensors["transformer.layers.1.input_layernorm.weight"][3] = torch.nan
+    save_file(tensors, checkpoint / "rank0.safetensors")
+    directory = write_engine(package, tmp_path / "engine", checkpoint)
+    verification = phireg.verify_engine(directory, checks=("network", "running"))
+    assert verdicts(verification) == {"network": "failed", "running": "failed"}
+    assert {p.layer for p in verification.check("network").problems} == {1}
+
+
+def test_prompts_that_are_left_out_are_told(engines):
+    verification = phireg.verify_engine(engines("phi3-mini"), max_tokens=15)
+    assert verification.verdict == "verified in part"
+    assert set(verification.unasked) == {"network", "running"}
+
+
+@pytest.mark.parametrize(("capacity", "verdict"), ((24, "incomplete"), (8, "skipped")))
+def test_prompts_that_do_not_fit_into_the_engine(engines, capacity, verdict):
+    directory = engines("phi3-mini", max_input_len=4, max_seq_len=capacity, max_chunk_len=4)
+    verification = phireg.verify_engine(directory)
+    expected = {"files": "passed", "network": verdict, "running": verdict}
+    assert verdicts(verification) == expected, verification.checks
 
 
 def test_other_checkpoints_and_none(engines, checkpoints, tmp_path):
