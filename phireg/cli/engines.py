@@ -126,8 +126,8 @@ def inspected(directory: str, check: bool) -> tuple[tuple[str, ...], str, dict[s
     """Inspect an engine; return what is wrong with it, its text and its JSON document."""
     from phireg.tensorrt.inspection import inspect_engine
 
-    found = inspect_engine(directory, check=check)
-    engine = found.engine
+    inspection = inspect_engine(directory, check=check)
+    engine = inspection.engine
     document = {
         "engine_dir": directory,
         "backend": engine.backend,
@@ -136,27 +136,29 @@ def inspected(directory: str, check: bool) -> tuple[tuple[str, ...], str, dict[s
         "weights": engine.weights,
         "limits": asdict(engine.limits),
         "config": dict(engine.config),
-        "manifest": dict(found.manifest),
-        "files": dict(found.sizes),
-        "layers": found.layers,
-        "unloaded": found.unloaded,
+        "manifest": dict(inspection.manifest),
+        "files": dict(inspection.sizes),
+        "layers": inspection.layers,
+        "unloaded": inspection.unloaded,
         "checked": check,
-        "problems": list(found.problems),
+        "problems": list(inspection.problems),
     }
-    return found.problems, _inspected_text(directory, found, check), document
+    return inspection.problems, _inspected_text(directory, inspection, check), document
 
 
-def _inspected_text(directory: str, found: EngineInspection, check: bool) -> str:
+def _inspected_text(directory: str, inspection: EngineInspection, check: bool) -> str:
     from phireg.tensorrt.package import NAMES
 
-    engine, first = found.engine, found.engine.records()[0]
-    if found.problems:
-        verdict = f"{counted(len(found.problems), 'problem')}:"
+    engine, first = inspection.engine, inspection.engine.records()[0]
+    if inspection.problems:
+        verdict = f"{counted(len(inspection.problems), 'problem')}:"
     elif check:
         verdict = "the engines are as they were written"
     else:
         verdict = "sizes are as they were written; --check compares the contents"
-    seen = found.manifest.get("verified")
+    verified, running = inspection.manifest.get("verified"), "never verified: phireg verify ENGINE"
+    if isinstance(verified, dict):
+        running = f"{verified.get('verdict')}: {verified.get('summary')}"
     rows = [
         ("engine", directory),
         ("built by", f"{NAMES[engine.backend]} {engine.version}"),
@@ -165,26 +167,26 @@ def _inspected_text(directory: str, found: EngineInspection, check: bool) -> str
         ("GPUs", ", ".join(engine.gpus)),
         ("weights", _FORMS[engine.weights]),
         ("up to", limits_text(engine.limits)),
-        ("on a GPU", str(seen or "never verified: phireg verify ENGINE --device cuda")),
+        ("on a GPU", running),
         *(
             ("files" if not n else "", f"{name}  {size(count)}")
-            for n, (name, count) in enumerate(found.sizes.items())
+            for n, (name, count) in enumerate(inspection.sizes.items())
         ),
         ("check", verdict),
     ]
-    parts = [columns(rows), *(f"  {problem}" for problem in found.problems)]
+    parts = [columns(rows), *(f"  {problem}" for problem in inspection.problems)]
     parts += [
         f"{name} of a rank\n" + columns(_tensors(first[name]), indent=2)
         for name in ("inputs", "outputs")
     ]
     layers = [(kind, f"x {count}") for kind, count in first["layers"].items()]
     parts.append("layers of the network\n" + columns(layers, indent=2))
-    if found.layers is None:
-        parts.append(f"layers of the engine: not shown; {found.unloaded}")
+    if inspection.layers is None:
+        parts.append(f"layers of the engine: not shown; {inspection.unloaded}")
     else:
         kinds = Counter(
             str(layer.get("LayerType", layer.get("Name"))) if isinstance(layer, dict) else layer
-            for layer in found.layers
+            for layer in inspection.layers
         )
         rows = [(str(kind), f"x {count}") for kind, count in kinds.most_common()]
         parts.append("layers of the engine\n" + columns(rows, indent=2))

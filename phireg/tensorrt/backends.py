@@ -86,10 +86,10 @@ def plan_build(
             return with_trtllm()
         except EngineError as error:
             reasons.append(error.message)
-    found: list[Backend] = [name for name in NAMES if name in installed()]
-    if "tensorrt-rtx" in found and not here():
-        found = ["tensorrt-rtx"]  # the other needs a GPU
-    for name in found:
+    candidates: list[Backend] = [name for name in NAMES if name in installed()]
+    if "tensorrt-rtx" in candidates and not here():
+        candidates = ["tensorrt-rtx"]  # the other needs a GPU
+    for name in candidates:
         try:
             load_package(name)
         except EngineError as error:  # another CUDA's, or too old
@@ -98,7 +98,7 @@ def plan_build(
             return natively(name, f"{NAMES[name]} builds it: {'; '.join(reasons)}")
     raise EngineError(
         f"nothing here builds this engine: {'; '.join(reasons)}"
-        + ("" if found else "; TensorRT and TensorRT for RTX are not installed"),
+        + ("" if candidates else "; TensorRT and TensorRT for RTX are not installed"),
         hint=f"{INSTALL['tensorrt-rtx']} builds without a GPU, for RTX cards; "
         f"{INSTALL['tensorrt']} is for data-centre GPUs; {INSTALL_TRTLLM}.",
     )

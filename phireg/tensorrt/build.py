@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,8 +25,6 @@ from phireg.tensorrt.engine import NativeEngine, read_native, write_config
 from phireg.tensorrt.job import MARK, Job, command, record_path
 from phireg.tensorrt.plan import EnginePlan
 from phireg.trtllm.builder import run_builder
-
-_KILLED = -9
 
 Progress = Callable[[Mapping[str, Any]], None]
 """Called with rank, phase and, within a phase, the steps done and their number."""
@@ -92,10 +90,13 @@ def _compile(plan: EnginePlan, directory: Path, progress: Progress | None) -> li
     )
 
     def listen(line: str) -> None:
-        # What a library prints to standard error may tear a line of progress.
-        if progress is not None and line.startswith(MARK) and line.endswith("}"):
-            with suppress(ValueError):
-                progress(json.loads(line.removeprefix(MARK)))
+        if progress is None or not line.startswith(MARK):
+            return
+        try:
+            event = json.loads(line.removeprefix(MARK))
+        except ValueError:  # torn by what a library printed to standard error
+            return
+        progress(event)
 
     with tempfile.TemporaryDirectory() as scratch, new_log(plan.log) as log:
         path = Path(scratch, "job.json")
@@ -112,21 +113,18 @@ def _compile(plan: EnginePlan, directory: Path, progress: Progress | None) -> li
             hint = f"the builder's whole output is in {plan.log}; {record['hint']}"
             raise EngineError(f"{record['error']}; no engine was written", hint=hint)
     if exit_code or len(records) < plan.spec.tp_size:
+        ending = f"with {exit_code}" if exit_code >= 0 else f"by signal {-exit_code}"
         raise EngineError(
-            f"{plan.package.name} ended {_ending(exit_code)}; no engine was written"
+            f"{plan.package.name} ended {ending}; no engine was written"
             + "".join(f"\n  {text}" for text in last_lines[-3:]),
             hint=_advice(plan, exit_code),
         )
     return records
 
 
-def _ending(exit_code: int) -> str:
-    return f"with {exit_code}" if exit_code >= 0 else f"by signal {-exit_code}"
-
-
 def _advice(plan: EnginePlan, exit_code: int) -> str:
     log = f"its whole output is in {plan.log}"
-    if exit_code != _KILLED:
+    if exit_code != -signal.SIGKILL:
         return f"{log}."
     needs = f"memory ran out, it seems: about {plan.estimate.memory_bytes / 1e9:.1f} GB are needed"
     other = "" if plan.weights == "separate" else "; --weights separate needs little"

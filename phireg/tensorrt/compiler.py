@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -37,7 +38,10 @@ def main() -> None:
     job = Job(**values | {"gpus": tuple(values["gpus"]), "limits": Limits(**values["limits"])})
     ranks = parse_spec(job.config).tp_size
     if ranks > 1 and len(sys.argv) == 2:
-        sys.exit(_run_each(path, ranks, job.workers))
+        code = _run_each(path, ranks, job.workers)
+        if code < 0:  # end as the rank did, so that a signal is told as one
+            os.kill(os.getpid(), -code)
+        sys.exit(code)
     rank = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     code = 0
     try:
@@ -49,7 +53,7 @@ def main() -> None:
 
 
 def _run_each(path: Path, ranks: int, workers: int) -> int:
-    """Run a process for each rank, so many at a time; return the first code that is not 0."""
+    """Run a process for each rank, ``workers`` at a time; return the first code that is not 0."""
     waiting = list(range(ranks))
     running: list[subprocess.Popen[bytes]] = []
     while waiting or running:
@@ -118,21 +122,21 @@ def profiles(network: Network, limits: Limits) -> dict[str, dict[str, list[list[
         "generation": (1, 1, 1),
     }
     batches = (1, limits.max_batch_size, limits.max_batch_size)
-    found: dict[str, dict[str, list[list[int]]]] = {name: {} for name in PROFILES}
+    shapes: dict[str, dict[str, list[list[int]]]] = {name: {} for name in PROFILES}
     for number in range(definition.num_inputs):
         tensor = definition.get_input(number)
         shape = tuple(tensor.shape)
         if -1 not in shape:
             continue
         for name in PROFILES:
-            found[name][tensor.name] = [
+            shapes[name][tensor.name] = [
                 [batch, step] if tensor.name == INPUT_IDS else [batch, *shape[1:]]
                 for batch, step in zip(batches, steps[name], strict=True)
             ]
     # All logits of one row's chunk, or those of the last tokens of all rows.
-    rows = found["prompt"][LAST_TOKENS]
+    rows = shapes["prompt"][LAST_TOKENS]
     rows[-1] = [max(limits.max_batch_size, limits.max_chunk_len)]
-    return found
+    return shapes
 
 
 def described(network: Network) -> dict[str, Any]:
@@ -140,9 +144,9 @@ def described(network: Network) -> dict[str, Any]:
     definition = network.graph.network
 
     def tensors(count: int, get: Any) -> list[dict[str, Any]]:
-        found = [get(number) for number in range(count)]
         return [
-            {"name": t.name, "dtype": t.dtype.name.lower(), "shape": list(t.shape)} for t in found
+            {"name": t.name, "dtype": t.dtype.name.lower(), "shape": list(t.shape)}
+            for t in map(get, range(count))
         ]
 
     layers: Counter[str] = Counter()

@@ -62,7 +62,9 @@ class NativeEngine:
             raise SourceError(f"{self.directory / BUILD_FILE} does not describe each rank's engine")
         for record in records:
             for key, kind in kinds.items():
-                if not isinstance(record, dict) or not isinstance(record.get(key), kind):
+                value = record.get(key) if isinstance(record, dict) else None
+                tensors = value if isinstance(value, list) else []
+                if not isinstance(value, kind) or not all(isinstance(t, dict) for t in tensors):
                     raise SourceError(f"{self.directory / BUILD_FILE}: a rank has no {key}")
         return records
 

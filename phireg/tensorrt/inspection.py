@@ -12,11 +12,10 @@ from typing import Any, cast
 
 from phireg.checkpoint.manifest import file_digest
 from phireg.children import python_command, query
-from phireg.errors import EngineError, PhiregError
+from phireg.errors import PhiregError
 from phireg.files.json import read_json_object
-from phireg.files.regular import open_file
 from phireg.tensorrt.engine import NativeEngine, read_native
-from phireg.tensorrt.package import Backend, Package, load_package
+from phireg.tensorrt.package import Backend, load_engine, load_package
 from phireg.tensorrt.plan import here
 
 _LOAD_S = 300
@@ -64,29 +63,6 @@ def file_problems(engine: NativeEngine, *, check: bool) -> Iterator[tuple[str, s
             yield path.name, "differs from what was written"
 
 
-def load_engine(package: Package, path: Path) -> tuple[Any, Any]:
-    """Return a package's runtime and the engine that it reads from a file.
-
-    Raises:
-        EngineError: it does not load here; the reason is the package's.
-    """
-    trt = package.trt
-    runtime = trt.Runtime(package.logger)
-    with open_file(path) as file:
-        data = file.read()
-    problems = []
-    if hasattr(runtime, "get_engine_validity"):
-        validity, bits = runtime.get_engine_validity(data)
-        if validity == trt.EngineValidity.INVALID:
-            known = trt.EngineInvalidityDiagnostics.__members__.items()
-            problems = [name.lower().replace("_", " ") for name, bit in known if bits & int(bit)]
-    engine = runtime.deserialize_cuda_engine(data) if not problems else None
-    if problems:
-        raise EngineError(f"{package.name} cannot load {path}: {', '.join(problems)}")
-    package.log.check(f"to load {path}", failed=engine is None)
-    return runtime, engine
-
-
 def main() -> None:
     """Write the inspector's JSON of an engine to a file; the arguments: backend, engine, file."""
     backend, path, output = sys.argv[1:]
@@ -113,8 +89,8 @@ def _layers(engine: NativeEngine) -> tuple[tuple[Any, ...] | None, str]:
         code, said = query(command, _LOAD_S)
         if code or not output.exists():
             return None, " ".join(said.split()[-40:]) or f"loading it ended with {code}"
-        found = read_json_object(output)
-    if "error" in found:
-        return None, str(found["error"])
-    layers = found.get("Layers")
+        answer = read_json_object(output)
+    if "error" in answer:
+        return None, str(answer["error"])
+    layers = answer.get("Layers")
     return (tuple(layers), "") if isinstance(layers, list) else (None, "it tells no layers")

@@ -9,12 +9,17 @@ into an EngineError.
 from __future__ import annotations
 
 import functools
+import mmap
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from phireg.errors import EngineError
+from phireg.errors import EngineError, SourceError
+from phireg.files.regular import open_file
 
 Backend: TypeAlias = Literal["tensorrt", "tensorrt-rtx"]
 
@@ -51,6 +56,10 @@ class Log:
             self._errors.append(text)
         if self.listen is not None:
             self.listen(f"[{severity}] {text}")
+
+    def clear(self) -> None:
+        """Forget the errors since the last check: they are told in another way."""
+        self._errors = []
 
     def check(self, doing: str, *, failed: bool = False) -> None:
         """Raise an EngineError if the package logged an error, or it ``failed`` without one."""
@@ -90,15 +99,12 @@ class Package:
 
 def installed() -> dict[Backend, str]:
     """Return the installed backends and their versions, from metadata alone."""
-    found: dict[Backend, str] = {}
+    versions: dict[Backend, str] = {}
     for backend, distributions in DISTRIBUTIONS.items():
-        for distribution in distributions:
-            try:
-                found[backend] = metadata.version(distribution)
-            except metadata.PackageNotFoundError:
-                continue
-            break
-    return found
+        for distribution in reversed(distributions):  # the first that is there counts
+            with suppress(metadata.PackageNotFoundError):
+                versions[backend] = metadata.version(distribution)
+    return versions
 
 
 @functools.cache
@@ -126,6 +132,35 @@ def load_package(backend: Backend) -> Package:
                 log.add(severity.name, message)
 
     return Package(backend, trt.__version__, trt, log, Logger())
+
+
+def load_engine(package: Package, path: Path) -> tuple[Any, Any]:
+    """Return a package's runtime and the engine that it reads from a file; both must be kept.
+
+    Raises:
+        SourceError: there is no such file, or nothing in it.
+        EngineError: it does not load here; the reason is the package's.
+    """
+    trt = package.trt
+    runtime = trt.Runtime(package.logger)
+    problems: list[str] = []
+    with open_file(path) as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise SourceError(f"{path} is empty", hint="build the engine again.")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if hasattr(runtime, "get_engine_validity"):  # TensorRT for RTX has it
+                validity, bits = runtime.get_engine_validity(data)
+                if validity == trt.EngineValidity.INVALID:
+                    known = trt.EngineInvalidityDiagnostics.__members__.items()
+                    problems = [name.lower() for name, bit in known if bits & int(bit)]
+                    problems = problems or ["it gave no reason"]
+            engine = None if problems else runtime.deserialize_cuda_engine(data)
+    if problems:
+        package.log.clear()
+        reasons = ", ".join(problems).replace("_", " ")
+        raise EngineError(f"{package.name} cannot load {path}: {reasons}")
+    package.log.check(f"to load {path}", failed=engine is None)
+    return runtime, engine
 
 
 def _import(backend: Backend) -> Any:

@@ -136,16 +136,16 @@ def plan_engine(
 
 def here() -> tuple[str, ...]:
     """Return the compute capabilities of this machine's GPUs, as NVIDIA's driver tells them."""
-    found = re.findall(r"^(\d+)\.(\d)\s*$", _asked_of_driver("compute_cap"), re.MULTILINE)
-    return tuple(dict.fromkeys(f"sm{major}{minor}" for major, minor in found))
+    capabilities = re.findall(r"^(\d+)\.(\d)\s*$", _query_driver("compute_cap"), re.MULTILINE)
+    return tuple(dict.fromkeys(f"sm{major}{minor}" for major, minor in capabilities))
 
 
 def driver_version() -> str:
     """Return the version of NVIDIA's driver; "" without one."""
-    return _asked_of_driver("driver_version").partition("\n")[0].strip()
+    return _query_driver("driver_version").partition("\n")[0].strip()
 
 
-def _asked_of_driver(field: str) -> str:
+def _query_driver(field: str) -> str:
     """Return what nvidia-smi says of every GPU, a line each."""
     program = find_program("nvidia-smi")
     if program is None:
@@ -190,10 +190,10 @@ def _check_options(options: BuildOptions, spec: ModelSpec) -> None:
 
 
 def _limits(spec: ModelSpec, options: BuildOptions) -> Limits:
-    positions, asked = spec.max_position_embeddings, options.max_input_len or 0
-    total = check_lengths(options, positions, 0) or min(positions, max(DEFAULT_TOKENS, 2 * asked))
+    positions, prompt = spec.max_position_embeddings, options.max_input_len or 0
+    total = check_lengths(options, positions, 0) or min(positions, max(DEFAULT_TOKENS, 2 * prompt))
     check_lengths(replace(options, max_output_len=None, max_seq_len=total), positions, 1)
-    prompt = asked or total - 1
+    prompt = prompt or total - 1
     chunk = min(_CHUNK if spec.sparse is None else _SPARSE_CHUNK, prompt)
     batch = options.max_batch_size or _DEFAULT_BATCH
     if batch * chunk > _MOST_TOKENS:
@@ -205,39 +205,39 @@ def _limits(spec: ModelSpec, options: BuildOptions) -> Limits:
 
 
 def _gpus(
-    package: Package, spec: ModelSpec, asked: Sequence[str]
+    package: Package, spec: ModelSpec, chosen: Sequence[str]
 ) -> tuple[tuple[str, ...], list[str]]:
     """Return the GPUs to compile for, and remarks about the choice."""
-    known, found = package.capabilities, here()
+    known, present = package.capabilities, here()
     if not known:  # the builder measures on the GPU
-        if not found:
+        if not present:
             raise EngineError(
                 f"{package.name} builds for the GPU of the machine it runs on; there is none here",
                 hint="build on that machine, or with --backend tensorrt-rtx, which needs none.",
             )
-        if asked and set(asked) != set(found):
+        if chosen and tuple(chosen) != present[:1]:
             raise UsageError(
-                f"--gpu {','.join(asked)}: {package.name} builds for the GPU here, {found[0]}",
+                f"--gpu {','.join(chosen)}: {package.name} builds for the GPU here, {present[0]}",
                 hint="leave out --gpu; --backend tensorrt-rtx compiles for other GPUs.",
             )
-        return found[:1], []
-    if unknown := [gpu for gpu in asked if gpu not in known]:
+        return present[:1], []
+    if unknown := [gpu for gpu in chosen if gpu not in known]:
         raise EngineError(
             f"{package.name} does not compile for {', '.join(unknown)}, only for "
             f"{', '.join(known)}",
             hint="for data-centre GPUs such as sm90 and sm100 take --backend tensorrt, on a "
             "machine with such a GPU.",
         )
-    if asked:
-        return tuple(asked), []
+    if chosen:
+        return tuple(chosen), []
     least = least_capability(spec)
     able = tuple(gpu for gpu in known if int(gpu[2:]) >= least)
-    usable = tuple(gpu for gpu in found if gpu in known)
+    usable = tuple(gpu for gpu in present if gpu in known)
     if usable:
         return usable, [f"it is compiled for the GPU here ({', '.join(usable)}); see --gpu"]
     notes = []
-    if found:
-        notes.append(f"{package.name} cannot run on the GPU here ({', '.join(found)})")
+    if present:
+        notes.append(f"{package.name} cannot run on the GPU here ({', '.join(present)})")
     if able != known:
         notes.append(f"it is compiled for compute capability {shown(least)} and more; see --gpu")
     return able, notes

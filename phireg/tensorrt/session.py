@@ -6,8 +6,6 @@ a stand-in of it that evaluates the network. Nothing here has been run on a GPU 
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,15 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phireg.errors import CheckError, EngineError, SourceError
+from phireg.errors import CheckError, EngineError
 from phireg.executor.model import Source, open_ranks
-from phireg.files.regular import open_regular
 from phireg.reader.spec import read_spec
 from phireg.reader.tensors import rank_tensors
 from phireg.tensorrt import network as contract
 from phireg.tensorrt.engine import NativeEngine
 from phireg.tensorrt.job import PROFILES
-from phireg.tensorrt.package import Package, load_package
+from phireg.tensorrt.package import Package, load_engine, load_package
 
 
 class Session:
@@ -195,23 +192,14 @@ class Session:
 
     def _load(self) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
         """Load the engine; return a context for each profile, and the shapes of its weights."""
-        package, path = self.package, self.engine.path(0)
+        package = self.package
         if package.version != self.engine.version:
             raise EngineError(
                 f"{self.engine.directory} was built by {self.engine.backend} "
                 f"{self.engine.version}, and {package.version} is installed",
                 hint="build it again, or install that version.",
             )
-        runtime = package.trt.Runtime(package.logger)
-        descriptor = open_regular(path)
-        try:
-            if not os.fstat(descriptor).st_size:
-                raise SourceError(f"{path} is empty", hint="build the engine again.")
-            with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as mapped:
-                loaded = runtime.deserialize_cuda_engine(mapped)
-        finally:
-            os.close(descriptor)
-        package.log.check(f"to load {path}", failed=loaded is None)
+        self._runtime, loaded = load_engine(package, self.engine.path(0))
         contexts = {}
         for number, name in enumerate(PROFILES):
             context = loaded.create_execution_context()

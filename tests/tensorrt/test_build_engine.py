@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from functools import cache
 
 import pytest
@@ -14,10 +15,13 @@ from helpers.command_line import run_phireg
 from specs import DEMOS, FAMILIES, spec_of
 
 import phireg
+from phireg.errors import PhiregError
+from phireg.planning.plan import plan_config
 from phireg.tensorrt import requirements
 from phireg.tensorrt.compiler import compile_rank
 from phireg.tensorrt.engine import Limits, read_native
 from phireg.tensorrt.job import Job
+from phireg.tensorrt.package import load_engine, load_package
 
 LIMITS = Limits(max_batch_size=2, max_input_len=100, max_seq_len=128, max_chunk_len=64)
 
@@ -87,9 +91,13 @@ def test_from_a_checkpoint_to_a_directory(checkpoint, tmp_path):
     assert "rank0.engine" in run_phireg("inspect", engine, "--check").output
     again = run_phireg("build", source, "--output-dir", engine, *options, "--quiet")
     assert again.exit_code == 6  # it exists
-    damaged = json.loads((engine / "phireg-build.json").read_text()) | {"ranks": [3]}
-    (engine / "phireg-build.json").write_text(json.dumps(damaged))
-    assert run_phireg("inspect", engine).exit_code == 3
+    manifest = json.loads((engine / "phireg-build.json").read_text())
+    for ranks in ([3], [manifest["ranks"][0] | {"inputs": [3]}]):
+        (engine / "phireg-build.json").write_text(json.dumps(manifest | {"ranks": ranks}))
+        assert run_phireg("inspect", engine).exit_code == 3
+    for name in ("rank0.engine", "config.json"):  # neither an engine nor empty
+        with pytest.raises(PhiregError):
+            load_engine(load_package("tensorrt-rtx"), engine / name)
 
 
 @pytest.mark.slow
@@ -104,6 +112,16 @@ def test_two_ranks_side_by_side_and_weights_as_inputs(checkpoint, tmp_path):
     assert max(stage.get("done", 0) for stage in stages) > 1
     names = {tensor["name"] for tensor in built.ranks[1]["inputs"]}
     assert "transformer.layers.5.mlp.proj.bias" in names
+
+
+def test_a_rank_that_a_signal_ends(tmp_path):
+    """Whoever started all ranks sees the signal, as with one rank."""
+    config = plan_config(DEMOS / "phi2" / "demo", tp_size=2).config
+    job = Job("tensorrt-rtx", dict(config), None, str(tmp_path), (), "separate", LIMITS, 1)
+    (tmp_path / "job.json").write_text(json.dumps(asdict(job)))
+    script = "from phireg.tensorrt import compiler; compiler._run_each = lambda *_: -9; "
+    command = [sys.executable, "-c", script + "compiler.main()", tmp_path / "job.json"]
+    assert subprocess.run(command, check=False).returncode == -9
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from helpers.command_line import run_phireg
@@ -46,6 +47,16 @@ def test_the_gpus_here(checkpoint, monkeypatch, here, gpus):
     found = planned(checkpoint)
     assert found.gpus == (gpus or ("sm80", "sm86", "sm89", "sm120", "sm121"))
     assert any("sm90" in note for note in found.notes) == (gpus is None)
+
+
+def test_a_builder_that_measures_takes_the_first_gpu(monkeypatch):
+    monkeypatch.setattr(plan, "here", lambda: ("sm80", "sm90"))
+    package, spec = SimpleNamespace(capabilities=(), name="TensorRT"), spec_of("phi2")
+    for chosen in ((), ("sm80",)):
+        assert plan._gpus(package, spec, chosen)[0] == ("sm80",)
+    for chosen in (("sm90",), ("sm80", "sm90")):
+        with pytest.raises(UsageError):
+            plan._gpus(package, spec, chosen)
 
 
 def test_all_reasons_are_told_at_once():
