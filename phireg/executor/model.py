@@ -4,42 +4,32 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from phireg.checkpoint.rankfiles import RankFile, RankFiles
 from phireg.dtypes import torch_dtype
-from phireg.errors import CheckError, UsageError
+from phireg.errors import UsageError
 from phireg.executor import blocks, quantized
 from phireg.executor.attention import current_device, prompt_attention
 from phireg.executor.blocks import Attend, Rotary, Weights
+from phireg.executor.sources import Source, open_ranks
 from phireg.reader.schemes import ROW_LINEARS
 from phireg.reader.spec import ModelSpec, read_spec
-from phireg.reader.structure import tensor_deviations
 from phireg.reader.tensors import (
     EMBEDDING,
-    KEY_SCALE,
-    KV_SCALE,
-    VALUE_SCALE,
-    Kind,
     end_tensors,
-    is_scale,
     layer_prefix,
     layer_tensors,
-    optional_tensors,
     rank_tensors,
-    replicated,
 )
 
-# Reads one tensor of one rank by its name in the file.
-Source: TypeAlias = Callable[[str], Tensor]
 # (layer, what, value): what is "embedding" (layer -1), "attention", "mlp" or "hidden".
 Observe = Callable[[int, str, Tensor], None]
 # (layer, linear, input): linear is "attention.qkv", "attention.dense", "mlp.fc" or "mlp.proj".
@@ -318,109 +308,3 @@ def free_memory() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def open_ranks(checkpoint_dir: Path, spec: ModelSpec, ranks: Sequence[int]) -> list[Source]:
-    """Map rank files; raise a CheckError that lists every deviation from the spec.
-
-    Deviations are missing and, if ``ranks`` are all, extra files; tensors that are missing,
-    unknown, of another shape or dtype, or not equal where all ranks repeat them; and scales that
-    are not finite positive normal numbers.
-
-    Tensors stay on the CPU and get the expected shape and dtype: e4m3 weights stored as int8 are
-    viewed as e4m3, a scale without dimensions has one, and the cache's scale is there even if the
-    file has only the keys' and the values' (TensorRT-LLM 1.x then takes the larger one, too).
-    """
-    required = rank_tensors(spec)
-    accepted = optional_tensors(spec) | required
-    sources: dict[int, Source] = {}
-    with RankFiles(checkpoint_dir, ranks) as files:
-        problems = [error.message for error in files.errors.values()]
-        if len(ranks) == spec.tp_size:
-            extra = set(checkpoint_dir.glob("rank*.safetensors")) - set(files.paths.values())
-            surplus = f"config.json has only {spec.tp_size} rank(s)"
-            problems += [f"{path.name}: {surplus}" for path in sorted(extra)]
-        for rank, file in files.items():
-            sources[rank] = _source(file, accepted)
-            problems += [
-                f"{file.path.name}: {problem}"
-                for problem in _rank_problems(file.kinds(), sources[rank], required, accepted)
-            ]
-    if not problems:
-        names = [name for name in required if replicated(name, spec.quantization.weights)]
-        problems += _differences(sources, names)
-    if problems:
-        raise CheckError(
-            f"{checkpoint_dir}: the rank files are not what config.json says:\n  "
-            + "\n  ".join(problems),
-            hint="convert the model again; a checkpoint is not meant to be edited by hand",
-        )
-    return list(sources.values())
-
-
-def _source(file: RankFile, accepted: Mapping[str, Kind]) -> Source:
-    mapped, present = file.mapped(), file.header.entries.keys()
-
-    def read(name: str) -> Tensor:
-        if name not in present:
-            return torch.maximum(*map(read, _cache_scales(name)))
-        code, shape = accepted[name]
-        tensor = mapped(name)
-        if (code, tensor.dtype) == ("F8_E4M3", torch.int8):
-            tensor = tensor.view(torch.float8_e4m3fn)
-        return tensor.reshape(shape)
-
-    return read
-
-
-def _cache_scales(name: str) -> list[str]:
-    """Return the names of the scales that a cache's scale can be made of."""
-    prefix, suffix, _ = name.rpartition(KV_SCALE)
-    return [prefix + KEY_SCALE, prefix + VALUE_SCALE] if suffix else []
-
-
-def _rank_problems(
-    tensors: Mapping[str, Kind],
-    source: Source,
-    required: Mapping[str, Kind],
-    accepted: Mapping[str, Kind],
-) -> Iterator[str]:
-    for name in tensors:
-        if name.endswith(".per_channel_scale"):
-            yield (
-                f"{name} belongs to weights that were quantized and rearranged for the GPU of the "
-                "machine that made the file, and the file does not say which one"
-            )
-            return
-    wrong = set()
-    for deviation in tensor_deviations(tensors, required, accepted):
-        scales = _cache_scales(deviation.name)
-        derived = deviation.name not in tensors and scales and tensors.keys() >= set(scales)
-        if not deviation.harmless and not derived:
-            wrong.add(deviation.name)
-            yield f"{deviation.name} {deviation.text}"
-    for name in tensors.keys() & accepted.keys() - wrong:
-        if not is_scale(name):
-            continue
-        values = source(name)
-        bad = ~(values.isfinite() & (values >= torch.finfo(values.dtype).tiny))
-        if bad.any():  # it cannot be divided by, on any device
-            first = int(bad.nonzero()[0])
-            place = f"{int(bad.sum())} of {len(values)} values, the first at {first}: "
-            yield (
-                f"{name} is no scale ({place if len(values) > 1 else ''}{float(values[first]):g} "
-                "is not a finite positive normal number)"
-            )
-
-
-def _differences(sources: Mapping[int, Source], names: Sequence[str]) -> Iterator[str]:
-    """Yield the replicated tensors that some rank has other values of.
-
-    The ranks run in lockstep on one copy of the hidden states, which is right only while what
-    every rank repeats is the same everywhere.
-    """
-    (_, first), *others = sources.items()
-    for rank, source in others:
-        for name in names:
-            if not torch.equal(first(name).view(torch.uint8), source(name).view(torch.uint8)):
-                yield f"rank{rank}.safetensors: {name} differs from the first rank's"

@@ -19,8 +19,6 @@ from phireg.source.adapter import Adapter, Layer
 from phireg.source.model import Source
 from phireg.source.tensors import Delta
 
-_MOST_PROBLEMS = 20
-
 
 def merge_adapter(source: Source, adapter: Adapter, rules: Rules) -> tuple[Source, list[Finding]]:
     """Return the source with an adapter added, and what stands against it."""
@@ -42,9 +40,6 @@ def merge_adapter(source: Source, adapter: Adapter, rules: Rules) -> tuple[Sourc
             deltas[name].append(delta)
     for name, added in deltas.items():
         tensors[name] = dataclasses.replace(tensors[name], deltas=tuple(added))
-    if len(problems) > _MOST_PROBLEMS:
-        more = (adapter.file.name, f"{len(problems) - _MOST_PROBLEMS} more problems")
-        problems = [*problems[:_MOST_PROBLEMS], more]
     findings = [Finding(Severity.ERROR, "adapter", *problem) for problem in problems]
     if not findings:
         whole = f", {len(adapter.saved)} tensors taken whole" if adapter.saved else ""

@@ -51,7 +51,7 @@ def settle_ties(stated: bool, choice: bool | None, source: Source, untied: Rules
     if table is not None:
         tensor = source.tensors[table]
         adapter = source.adapter
-        if adapter is not None and (tensor.deltas or tensor.file == adapter.file.name):
+        if tied and adapter and (tensor.deltas or tensor.file == adapter.file.name):
             detail = (
                 "the adapter changes it, and lm_head is tied to it: what was trained had another "
                 "head; untie them before you train, or merge with PEFT"

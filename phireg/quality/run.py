@@ -23,7 +23,7 @@ from phireg.dtypes import as_torch
 from phireg.errors import SourceError
 from phireg.executor import Executor, read_spec
 from phireg.executor.generate import generate as write
-from phireg.executor.model import Source, open_ranks
+from phireg.executor.sources import Source, open_ranks
 from phireg.files.json import read_json_object
 from phireg.generation.tokenizer import find_tokenizer, stop_ids
 from phireg.planning.build import build_plan

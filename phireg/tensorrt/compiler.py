@@ -20,7 +20,7 @@ from typing import IO, Any
 import xxhash
 
 from phireg.errors import PhiregError
-from phireg.executor.model import open_ranks
+from phireg.executor.sources import open_ranks
 from phireg.reader.spec import parse_spec
 from phireg.tensorrt.engine import Limits
 from phireg.tensorrt.job import MARK, PROFILES, Job, command, record_path

@@ -108,7 +108,7 @@ def build_network(
     Args:
         package: the TensorRT to describe it to.
         spec: the meaning of the checkpoint.
-        source: reads a tensor of the rank file, e.g. one of ``executor.model.open_ranks``; None
+        source: reads a tensor of the rank file, e.g. one of ``executor.sources.open_ranks``; None
             makes the tensors inputs.
         rank: the number of the rank.
         capacity: slots of the caches: the most tokens of a row, prompt and continuation.

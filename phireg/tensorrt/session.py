@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from phireg.errors import CheckError, EngineError
-from phireg.executor.model import Source, open_ranks
+from phireg.executor.sources import Source, open_ranks
 from phireg.reader.spec import read_spec
 from phireg.reader.tensors import rank_tensors
 from phireg.tensorrt import network as contract

@@ -16,7 +16,8 @@ from phireg.device import pick_device
 from phireg.dtypes import E4M3_MAX, INT8_MAX
 from phireg.errors import CheckError, SourceError
 from phireg.executor import Executor, ModelSpec
-from phireg.executor.model import Source, free_memory, open_ranks
+from phireg.executor.model import free_memory
+from phireg.executor.sources import Source, open_ranks
 from phireg.planning.model import Plan
 from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY, Quantization
 from phireg.reader.spec import parse_spec

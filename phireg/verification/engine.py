@@ -16,7 +16,7 @@ from phireg.checkpoint.manifest import check_files, read_manifest
 from phireg.device import pick_device
 from phireg.errors import CheckError, EngineError, SourceError, UsageError
 from phireg.executor import Executor
-from phireg.executor.model import Source, open_ranks
+from phireg.executor.sources import Source, open_ranks
 from phireg.files.kinds import BUILD_FILE, CHECKPOINT, kind_of
 from phireg.files.writing import BUILD_RECORD, write_file
 from phireg.reader.spec import ModelSpec, read_spec

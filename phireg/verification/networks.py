@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from phireg.executor import Executor, ModelSpec
-from phireg.executor.model import Source
+from phireg.executor.sources import Source
 from phireg.reader.tensors import rank_tensors
 from phireg.tensorrt import network as contract
 from phireg.tensorrt.interpreter import Interpreter, evaluate

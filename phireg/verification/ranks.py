@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from phireg.executor import Executor, ModelSpec
-from phireg.executor.model import Source
+from phireg.executor.sources import Source
 from phireg.reader.schemes import LINEARS, ROW_LINEARS, Quantization
 from phireg.reader.tensors import replicated
 from phireg.verification.logits import (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from phireg.executor import Executor, ModelSpec, read_spec
-from phireg.executor.model import Source, open_ranks
+from phireg.executor.sources import Source, open_ranks
 from phireg.files.json import read_json_object
 from phireg.generation.tokenizer import Tokenizer, find_tokenizer, stop_ids
 from phireg.planning.plan import plan_config

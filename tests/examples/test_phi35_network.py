@@ -6,7 +6,7 @@ from phireg_phi35 import PHI35_MOE
 from test_phi35_verified import SIZES
 
 from phireg.executor import load
-from phireg.executor.model import open_ranks
+from phireg.executor.sources import open_ranks
 from phireg.tensorrt import mlp
 from phireg.tensorrt.network import build_network
 from phireg.testing import write_tiny_model

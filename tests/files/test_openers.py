@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 CALLS = {
     *("open", "fdopen", "read_text", "safe_open", "mmap", "memmap", "fromfile", "ZipFile"),
     *("copyfile", "copy2", "copytree", "copyfileobj", "cmp", "from_pretrained", "load_dataset"),
-    *("ParquetFile", "load_file", "load_json", "FileLoader"),
+    *("read_table", "ParquetFile", "load_file", "load_json", "FileLoader"),
 }
 OF = {"load": {"torch", "np", "numpy", "json", "pickle"}, "open": {"os", "io", "gzip", "Image"}}
 """Names of functions that also mean other things, and the modules in which they open files."""

@@ -324,6 +324,18 @@ def test_refused_by_tensors(model, name, shape):
     assert any(module in f"{error.subject} {error.detail}" for error in errors)
 
 
+def test_a_missing_head_that_nothing_ties_is_missing_whatever_an_adapter_changes(model):
+    tensors = load_file(model / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, model / "model.safetensors")
+    table = {"base_model.model.model.embed_tokens.weight": np.ones((VOCAB, HIDDEN), "f4")}
+    save_file(load_file(model / ADAPTER) | table, model / ADAPTER)
+    codes = [
+        [e.code for e in phireg.plan(model, adapter="merge", tie=t).errors] for t in (False, True)
+    ]
+    assert codes == [["missing"], ["adapter"]]
+
+
 def test_an_adapter_whose_config_is_missing(model):
     (model / CONFIG).unlink()
     assert {error.subject for error in phireg.plan(model, adapter="merge").errors} == {ADAPTER}

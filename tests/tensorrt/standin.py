@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 
 from phireg.checkpoint.manifest import file_digest
-from phireg.executor.model import open_ranks
+from phireg.executor.sources import open_ranks
 from phireg.files.kinds import BUILD_FILE
 from phireg.reader.spec import read_spec
 from phireg.tensorrt.build import checkpoint_record

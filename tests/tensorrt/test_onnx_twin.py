@@ -11,7 +11,7 @@ import torch
 from tiny_checkpoints import MAKERS
 
 from phireg.executor import load, read_spec
-from phireg.executor.model import open_ranks
+from phireg.executor.sources import open_ranks
 from phireg.tensorrt.interpreter import Interpreter
 from phireg.tensorrt.network import build_network
 

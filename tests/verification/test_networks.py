@@ -5,7 +5,7 @@ from planted_networks import PLANTED
 from verify_sources import converted, quantized
 
 from phireg.executor import load, read_spec
-from phireg.executor.model import open_ranks
+from phireg.executor.sources import open_ranks
 from phireg.tensorrt.network import build_network
 from phireg.verification.networks import compare_network
 
