@@ -158,9 +158,9 @@ def check_engine_dir(engine_dir: Path, checkpoint_dir: Path) -> None:
         return
     problem: str | None = "it is not an engine of TensorRT for RTX"
     if is_native(engine_dir):
-        found = inspect_engine(engine_dir, check=True)
-        problem = "; ".join(found.problems) or None
-        if found.engine.checkpoint_dir != checkpoint_dir.resolve():
+        inspection = inspect_engine(engine_dir, check=True)
+        problem = "; ".join(inspection.problems) or None
+        if inspection.engine.checkpoint_dir != checkpoint_dir.resolve():
             problem = f"it was not built from {checkpoint_dir}"
     if problem is not None:
         raise OutputError(
@@ -174,13 +174,13 @@ def _objection(plan: Plan, directory: Path) -> str | None:
     manifest = read_manifest(directory)
     if manifest is None:
         return f"there is no {MANIFEST}"
-    made, expected = manifest.get("options"), plan.options.as_json()
+    options, expected = manifest.get("options"), plan.options.as_json()
     source = manifest.get("source")
     if not isinstance(source, dict) or source.get("model_dir") != plan.model_dir:
         return "it was made from another model"
     # A demo may have had another number of ranks.
     decisive = [name for name in expected if not name.endswith("_size")]
-    if not isinstance(made, dict) or any(made.get(key) != expected[key] for key in decisive):
+    if not isinstance(options, dict) or any(options.get(key) != expected[key] for key in decisive):
         return "it was made with other options"
     return next(check_files(directory, manifest), None)
 

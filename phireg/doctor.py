@@ -253,14 +253,14 @@ def _native(backend: Backend) -> Iterator[Part]:
     if backend not in installed():
         yield _part(backend, MISSING)
         return
-    found, problem = _ask(_NATIVE.format(backend))
-    if found is None:
+    package, problem = _ask(_NATIVE.format(backend))
+    if package is None:
         yield _part(backend, BROKEN, problem)
-    elif found["problem"]:
-        yield _part(backend, UNSUITABLE, found["problem"])
+    elif package["problem"]:
+        yield _part(backend, UNSUITABLE, package["problem"])
     else:
-        gpus = ", ".join(found["gpus"]) or "the GPU here"
-        yield _part(backend, OK, f"{found['version']}, compiles for {gpus}")
+        gpus = ", ".join(package["gpus"]) or "the GPU here"
+        yield _part(backend, OK, f"{package['version']}, compiles for {gpus}")
 
 
 def _tensorrt_llm() -> Iterator[Part]:

@@ -112,7 +112,10 @@ def command(
             "ranks": bars.count("comparing ranks", "layers"),
             "network": bars.count("evaluating the network", "steps"),
             "running": bars.count("running the engine", "prompts"),
-            **dict.fromkeys(ENDPOINT_CHECKS, bars.count("asking the server", "requests")),
+            **{
+                name: bars.count(f"asking the server: {name}", "requests")
+                for name in ENDPOINT_CHECKS
+            },
         }
         verifications = list(
             _verifications(
@@ -155,7 +158,14 @@ def _verifications(
     from phireg.verification.result import CHECKS, QUICK
 
     served = {name: options.pop(name) for name in ("served_model", "form")}
+    if endpoint is None and served["served_model"] is not None:
+        raise UsageError("--served-model has no effect without --endpoint", hint="add --endpoint.")
     if endpoint is not None:
+        if quick:
+            raise UsageError(
+                "--quick has no effect with --endpoint: a server's answers are compared",
+                hint="leave one of them out.",
+            )
         yield _of_endpoint(place, endpoint, model_dir, progress, options | served)
         return
     if place is None:

@@ -10,6 +10,7 @@ from typing import Any
 from phireg.report.page import Axis, Facts, LogPlot, every, render_template
 from phireg.verification.result import (
     CHECKS,
+    ENDPOINT_CHECKS,
     ENGINE_CHECKS,
     LogitsResult,
     Place,
@@ -27,9 +28,16 @@ _STATES = {
     "verified": ("good", "✓ verified"),
     "verified in part": ("part", "! verified in part"),
     "incomplete": ("part", "! incomplete"),
-    "failed": ("bad", "✗ does not match the source"),
+    "failed": ("bad", "✗ does not match the {}"),
 }
-"""A verdict's color, and its words."""
+"""A verdict's color, and its words, with a place for what is compared with."""
+
+_COMPARED = {
+    tuple(CHECKS): "source",
+    tuple(ENGINE_CHECKS): "checkpoint",
+    tuple(ENDPOINT_CHECKS): "model",
+}
+"""What a checkpoint, an engine and a server are compared with, by their checks."""
 
 _MOST_PROBLEMS = 40
 _MOST_HEADS = 32
@@ -43,26 +51,26 @@ def render_verification(verification: Verification, facts: Facts = ()) -> str:
     mapping = config.get("mapping")
     tp_size = mapping.get("tp_size", 1) if isinstance(mapping, Mapping) else 1
     state, word = _STATES[verification.verdict]
-    is_engine = "network" in verification.known
-    if is_engine and state == "bad":
-        word = "✗ does not match the checkpoint"
+    compared = _COMPARED[verification.known]
+    facts_of_config = (
+        config.get("architecture"),
+        verification.family,
+        f"{config.get('num_hidden_layers')} layers",
+        config.get("dtype"),
+        f"TP {tp_size}",
+    )
+    place = verification.checkpoint_dir
     return render_template(
         "verification.html",
         verification=verification,
-        name=Path(verification.checkpoint_dir).name,
+        name=place if compared == "model" else Path(place).name,
         state=state,
-        word=word,
-        facts=(
-            config.get("architecture"),
-            verification.family,
-            f"{config.get('num_hidden_layers')} layers",
-            config.get("dtype"),
-            f"TP {tp_size}",
-        ),
+        word=word.format(compared),
+        facts=facts_of_config if config else (verification.family,),
         quantized=_is_quantized(config),
         leading=_leading_problem(verification),
-        purposes={**CHECKS, **ENGINE_CHECKS},
-        is_engine=is_engine,
+        purposes={**CHECKS, **ENGINE_CHECKS, **ENDPOINT_CHECKS},
+        compared=compared,
         most_problems=_MOST_PROBLEMS,
         layers=_layer_chart(logits) if logits else None,
         positions=_position_chart(logits) if logits else None,
@@ -82,7 +90,8 @@ def _is_quantized(config: Mapping[str, Any]) -> bool:
 
 def _leading_problem(verification: Verification) -> Problem | None:
     """Return a problem's cause (a key or a tensor) before what follows from it."""
-    order = ("reading", "config", "weights", "structure", "logits", "ranks", *ENGINE_CHECKS)
+    order = ("reading", "config", "weights", "structure", "logits", "ranks")
+    order = (*order, *ENGINE_CHECKS, *ENDPOINT_CHECKS)
     for check in sorted(verification.checks, key=lambda check: order.index(check.name)):
         if check.problems:
             return check.problems[0]

@@ -229,13 +229,20 @@ def test_the_command(tmp_path):
     directory = source(sliding, tmp_path)
     with serving(Stub(windowless(sliding()))) as url:
         options = ("--endpoint", url, "--model-dir", directory, "--device", "cpu")
-        result = run_phireg("verify", *options, "--format", "float32", "--json")
+        page = tmp_path / "page.html"
+        result = run_phireg("verify", *options, "--format", "float32", "--json", "--report", page)
         other = run_phireg("verify", *options, "--served-model", "gpt")
     assert result.exit_code == 4, result.output
     document = json.loads(result.stdout)
     (check,) = [check for check in document["checks"] if check["name"] == "sliding window"]
     assert check["verdict"] == "failed"
+    html = page.read_text()
+    assert url in html
+    assert check["problems"][0]["text"] in html
     assert other.exit_code == 2
+    assert run_phireg("verify", *options, "--quick").exit_code == 2
+    model = ("--model-dir", directory, "--served-model", "gpt")
+    assert run_phireg("verify", directory, *model).exit_code == 2
     assert run_phireg("verify", "--endpoint", url).exit_code == 2
     assert run_phireg("verify", *options).exit_code == 3
     assert run_phireg("verify", "--endpoint", "file:///etc", *options[2:]).exit_code == 2
