@@ -90,8 +90,8 @@ def _is_quantized(config: Mapping[str, Any]) -> bool:
 
 def _leading_problem(verification: Verification) -> Problem | None:
     """Return a problem's cause (a key or a tensor) before what follows from it."""
-    order = ("reading", "config", "weights", "structure", "logits", "ranks")
-    order = (*order, *ENGINE_CHECKS, *ENDPOINT_CHECKS)
+    first = ("reading", "config", "weights", "structure", "logits", "ranks")
+    order = (*first, *ENGINE_CHECKS, *ENDPOINT_CHECKS)
     for check in sorted(verification.checks, key=lambda check: order.index(check.name)):
         if check.problems:
             return check.problems[0]
