@@ -105,7 +105,7 @@ def load(path: Path) -> Statistics:
     for name, entry in header.entries.items():
         if entry.dtype != "F32":
             raise SourceError(f"{path}: {name} is {entry.dtype}, not F32", hint=_HINT)
-        data = np.frombuffer(content[entry.start : entry.end], np.float32)
+        data = np.frombuffer(bytearray(content[entry.start : entry.end]), np.float32)
         tensors[name] = data.reshape(entry.shape)
     try:
         provenance = parse_object(header.metadata.get("provenance", "").encode())

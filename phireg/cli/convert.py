@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @documented(
     "phireg convert --model-dir microsoft/phi-2 --output-dir ckpt",
-    "phireg convert --model-dir ./Phi-3-mini-4k-instruct --output-dir ckpt --tp-size 2",
+    "phireg convert --model-dir ./phi-3-mini --output-dir ckpt --tp-size 2",
     waits="reading the model",
 )
 @model_dir_option(required=True)

@@ -142,7 +142,8 @@ class OutputDirectory:
                     os.close(lock)
         else:
             raise OutputError(
-                f"other phireg runs keep starting and ending in {self._target}", hint=_ELSEWHERE
+                f"{self._partial} cannot be created, or other phireg runs keep removing it",
+                hint=_ELSEWHERE,
             )
         os.ftruncate(lock, 0)
         os.pwrite(lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)

@@ -115,7 +115,9 @@ def read_named(path: Path, limit: int = Limit.ROWS) -> bytes:
     try:
         return read_file(path, limit, inside=ANYWHERE)
     except SourceError as error:
-        raise UsageError(error.message, hint=error.hint) from None
+        is_missing = isinstance(error.__context__, FileNotFoundError) and not path.is_symlink()
+        hint = "give a file that is there" if is_missing else error.hint
+        raise UsageError(error.message, hint=hint) from None
 
 
 def read_into(fd: int, path: Path, offset: int, view: memoryview) -> None:
