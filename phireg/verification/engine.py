@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -14,12 +15,15 @@ from torch import Tensor
 
 from phireg.checkpoint.manifest import check_files, read_manifest
 from phireg.device import pick_device
+from phireg.dtypes import ITEMSIZE
 from phireg.errors import CheckError, EngineError, SourceError, UsageError
 from phireg.executor import Executor
+from phireg.executor.model import free_memory
 from phireg.executor.sources import Source, open_ranks
 from phireg.files.kinds import BUILD_FILE, CHECKPOINT, kind_of
 from phireg.files.writing import BUILD_RECORD, write_file
 from phireg.reader.spec import ModelSpec, read_spec
+from phireg.reader.tensors import rank_tensors
 from phireg.tensorrt.build import checkpoint_record
 from phireg.tensorrt.engine import NativeEngine, read_native
 from phireg.tensorrt.inspection import file_problems
@@ -51,6 +55,7 @@ from phireg.verification.result import (
     place_text,
 )
 
+_MEMORY_SHARE = 0.6
 _FACTOR, _FLOOR = 4.0, 0.01
 """The logits of a running engine may be off by so many times what the executor's are in the same
 dtype on the same GPU, and a little."""
@@ -203,6 +208,15 @@ class _Verifier:
         except EngineError as error:
             raise Skipped(error.message) from error
         dtypes = dict.fromkeys((self.spec.dtype, "float32"))
+        undone = self.undone
+        needed, free = _float32_bytes(self.spec), free_memory()
+        if self.spec.dtype != "float32" and needed > _MEMORY_SHARE * free:
+            del dtypes["float32"]
+            undone = (
+                *undone,
+                f"in float32, where a mistake shows best: that takes {needed / 1e9:.1f} GB of "
+                f"memory, and {free / 1e9:.1f} GB are free",
+            )
         total = len(dtypes) * networks.steps(self.lengths)
         self.progress("network", 0, total)
         sources = open_ranks(self.checkpoint, self.spec, range(self.spec.tp_size))
@@ -221,7 +235,7 @@ class _Verifier:
                 for rank, source in enumerate(read)
             ]
             exact, rounded = (
-                Executor(self.spec, sources, range(self.spec.tp_size), dtype=name)
+                Executor(self.spec, sources, range(self.spec.tp_size), dtype=name, offload=True)
                 for name in ("float32", dtype)
             )
             results = compare_network(
@@ -242,7 +256,7 @@ class _Verifier:
                 "this is what TensorRT was told to compute, not what its kernels compute",
                 *self.prompts.notes,
             ],
-            self.undone,
+            undone,
             bool(self.prompts.notes),
         )
 
@@ -366,6 +380,12 @@ def _prompt_lengths(engine: NativeEngine, prompts: Prompts) -> tuple[list[int], 
         if longest + networks.STEPS <= tokens < min(capacity, prompts.prompts[-1].tokens)
     ]
     return sorted(tokens for tokens in lengths if tokens > 0), beyond
+
+
+def _float32_bytes(spec: ModelSpec) -> int:
+    """Return the memory of the constants of all ranks' networks in float32."""
+    stored = rank_tensors(spec).values()
+    return sum(math.prod(shape) * max(4, ITEMSIZE[code]) for code, shape in stored) * spec.tp_size
 
 
 def _in_dtype(

@@ -125,3 +125,13 @@ def test_the_command(engines, checkpoints):
     both = run_phireg("verify", directory, "--model-dir", source, "--device", "cpu", "--json")
     assert both.exit_code == 0, both.stderr
     assert json.loads(both.stdout)["checkpoint"]["verdict"] == "verified"
+
+
+def test_too_little_memory_for_float32_is_said(package, checkpoints, tmp_path, monkeypatch):
+    plan = phireg.plan(checkpoints("phi2").parent / "source", dtype="bfloat16")
+    phireg.convert(plan, tmp_path / "checkpoint")
+    directory = write_engine(package, tmp_path / "engine", tmp_path / "checkpoint")
+    for free, verdict in ((10**9, "passed"), (10**4, "incomplete")):
+        monkeypatch.setattr("phireg.verification.engine.free_memory", lambda free=free: free)
+        verification = phireg.verify_engine(directory, checks=("network",))
+        assert verification.check("network").verdict == verdict
