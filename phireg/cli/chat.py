@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from phireg.cli.completions import stream_text
 from phireg.cli.output import emit, note, printable
-from phireg.cli.run import stream_text
 from phireg.cli.streams import give_back, results
 from phireg.errors import UsageError
 

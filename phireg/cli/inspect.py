@@ -59,7 +59,7 @@ def command(checkpoint_dir: str, check: bool, quiet: bool, as_json: bool) -> Non
         with spinner("reading the engine", quiet=quiet):
             problems, text, document = engines.inspected(checkpoint_dir, check)
         if as_json:
-            emit_json(document)
+            emit_json(bounded(document))
         else:
             emit(text)
         if problems:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,9 +37,9 @@ from phireg.cli.output import (
     folded,
     page_facts,
     printable,
-    table,
 )
 from phireg.cli.plan import family_text, format_text, warnings_text
+from phireg.cli.quality import quality_document, quality_text
 from phireg.errors import PhiregError, UsageError
 
 if TYPE_CHECKING:
@@ -49,13 +47,9 @@ if TYPE_CHECKING:
     from phireg.calibration.settings import Settings
     from phireg.conversion.convert import Converted
     from phireg.planning.model import Plan
-    from phireg.quality.result import LinearQuality, Quality
+    from phireg.quality.result import Quality
 
 _COUNT = Whole(1)
-_WORST = 8
-"""Linears that the summary shows."""
-_LAYERS = 8
-"""Layers that it shows."""
 _SETTINGS = ("dataset", "file", "size", "max_length", "batch_size", "seed", "device")
 
 calibration_options = compose(
@@ -319,7 +313,7 @@ def _text(result: _Result) -> str:
     ]
     blocks = (
         columns(rows),
-        _quality_text(result.quality) if result.quality else "",
+        quality_text(result.quality) if result.quality else "",
         warnings_text(plan),
         findings_text((*loss_findings(result.converted), *findings)),
         steps_after(plan, result.converted),
@@ -339,41 +333,6 @@ def _calibration_rows(calibrated: Calibrated | None) -> list[tuple[str, str]]:
     ]
 
 
-def _quality_text(quality: Quality) -> str:
-    """Show the verdict, the worst linears, and the error behind some layers."""
-    from phireg.quality.result import percent
-
-    layers = len(quality.hidden)
-    step = max(1, -(-layers // _LAYERS))
-    shown = sorted({*range(layers - 1, -1, -step), layers - 1})
-    hidden = ", ".join(f"{layer}: {percent(quality.hidden[layer])}" for layer in shown)
-    rows = [
-        ("quality", quality.summary),
-        ("text", quality.text.description),
-        ("hidden states", f"error behind layer {hidden}"),
-    ]
-    worst = quality.worst_first()[:_WORST]
-    heading = f"the worst {len(worst)} of {len(quality.linears)} linears: errors, and SQNR in dB"
-    cells = _quality_rows(worst)
-    shown_linears = table(cells, indent=2, right=range(1, len(cells[0]) - 1))
-    return "\n".join((columns(rows), heading, shown_linears))
-
-
-def _quality_rows(worst: Sequence[LinearQuality]) -> list[tuple[str, ...]]:
-    from phireg.quality.result import decibels, percent, share, times
-
-    inputs = worst[0].activation is not None
-    heads = ("inputs", "SQNR", "saturated") if inputs else ()
-    rows: list[tuple[str, ...]] = [("", "weights", "SQNR", *heads, "outliers")]
-    for linear in worst:
-        cells = [percent(linear.weight), decibels(linear.weight)]
-        if inputs:
-            cells += [percent(linear.activation), decibels(linear.activation)]
-            cells.append(share(linear.saturation))
-        rows.append((f"layer {linear.layer} {linear.linear}", *cells, times(linear.outliers)))
-    return rows
-
-
 def _document(result: _Result) -> dict[str, Any]:
     """Return the document of ``--json``; docs/command-line.md describes it."""
     plan, calibrated = result.plan, result.converted.calibrated
@@ -386,46 +345,8 @@ def _document(result: _Result) -> dict[str, Any]:
             "reused": calibrated.reused,
             "provenance": dict(calibrated.statistics.provenance),
         },
-        "quality": result.quality and _quality_document(result.quality),
+        "quality": result.quality and quality_document(result.quality),
         "unmeasured": result.unmeasured,
         "report": result.report,
         "seconds": {name: round(part, 3) for name, part in result.seconds.items()},
-    }
-
-
-def _quality_document(quality: Quality) -> dict[str, Any]:
-    from phireg.quality.result import sqnr
-
-    text = quality.text
-    return {
-        "verdict": quality.verdict,
-        "summary": quality.summary,
-        "text": text.origin,
-        "rows": text.rows,
-        "tokens": text.tokens,
-        "calibrated_on": text.calibrated,
-        "perplexity": text.perplexity,
-        "unquantized_perplexity": text.unquantized_perplexity,
-        "perplexity_change": text.loss,
-        "kl": text.kl,
-        "top1": text.top1,
-        "unquantized_bytes": quality.unquantized_size,
-        "bytes": quality.size,
-        "continuation": None
-        if isinstance(quality.continuation, str)
-        else dataclasses.asdict(quality.continuation),
-        "hidden": quality.hidden,
-        "linears": [
-            {
-                "layer": linear.layer,
-                "linear": linear.linear,
-                "weight_error": linear.weight,
-                "weight_sqnr": sqnr(linear.weight),
-                "activation_error": linear.activation,
-                "activation_sqnr": None if linear.activation is None else sqnr(linear.activation),
-                "saturation": linear.saturation,
-                "outlier_ratio": linear.outliers,
-            }
-            for linear in quality.linears
-        ],
     }

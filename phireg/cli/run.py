@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from phireg.cli.completions import completions_document, emit_numbered, stream_text
 from phireg.cli.errors import stopped
 from phireg.cli.help import MODEL, PROMPTS, RUNNING, TEXT, documented
 from phireg.cli.options import (
@@ -25,16 +26,15 @@ from phireg.cli.options import (
     json_option,
     model_dir_option,
 )
-from phireg.cli.output import emit, emit_generated, emit_json, end_waiting, note, spinner
+from phireg.cli.output import emit_generated, emit_json, end_waiting, note, spinner
 from phireg.cli.streams import give_back
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
     from phireg.executor import Sampling
     from phireg.generation import Backend, Options
-    from phireg.generation.generate import Completion, Generator, Timing
+    from phireg.generation.generate import Generator
     from phireg.generation.prompts import Prompt
-    from phireg.generation.tokenizer import Tokenizer
 
 _COUNT = Whole(1)
 _LOADING = "loading the model"
@@ -326,7 +326,7 @@ def _run(generator: Generator, inputs: _Inputs) -> None:
         load_s = time.monotonic() - started
         if inputs.as_json:
             batches = list(generator.batches(backend, prompts))
-            emit_json(_document(generator, backend, batches, load_s))
+            emit_json(completions_document(generator, backend, batches, load_s))
             return
         if len(prompts) == 1 and generator.tokenizer and generator.num_beams == 1:
             timing = Timing()
@@ -338,7 +338,7 @@ def _run(generator: Generator, inputs: _Inputs) -> None:
             for completion in completions:
                 number += 1
                 if len(prompts) > 1 or completion.text is None:
-                    _emit_numbered(f"[{number}/{len(prompts)}]", completion)
+                    emit_numbered(f"[{number}/{len(prompts)}]", completion)
                 else:
                     emit_generated(f"{completion.text}\n")
             note(str(timing))
@@ -351,68 +351,6 @@ def _open(generator: Generator) -> Iterator[Backend]:
         with spinner(_LOADING):
             backend = stack.enter_context(generator.open())
         yield backend
-
-
-def stream_text(steps: Iterable[list[int | None]], tokenizer: Tokenizer) -> list[int]:
-    """Print the text of a batch of one as it comes, and return its tokens."""
-    tokens: list[int] = []
-
-    def row() -> Iterator[int]:
-        for (token,) in steps:
-            if token is not None:
-                tokens.append(token)
-                yield token
-
-    try:
-        for piece in tokenizer.stream(row()):
-            emit_generated(piece)
-    finally:
-        emit_generated("\n")
-    return tokens
-
-
-def _emit_numbered(number: str, completion: Completion) -> None:
-    """Print one of several completions below its number and prompt."""
-    if completion.prompt is None:
-        emit(f"{number} {len(completion.input_ids)} token ids")
-    else:
-        emit(f"{number} {' '.join(completion.prompt.split())}")
-    text = str(list(completion.tokens)) if completion.text is None else completion.text
-    emit_generated(f"{text}\n\n")
-
-
-def _document(
-    generator: Generator,
-    backend: Backend,
-    batches: Sequence[tuple[Sequence[Completion], Timing]],
-    load_s: float,
-) -> dict[str, Any]:
-    """Build the document of ``--json``; docs/command-line.md describes it."""
-    engines = dict.fromkeys(("tensorrt", "tensorrt-llm"), "engine_dir")
-    key = (engines | {"hf": "model_dir"}).get(backend.name, "checkpoint_dir")
-    return {
-        **dict.fromkeys(("checkpoint_dir", "engine_dir", "model_dir")),
-        key: generator.directory,
-        "backend": backend.name,
-        "device": backend.device,
-        "dtype": backend.dtype,
-        "tp_size": generator.description.tp_size,
-        "processes": backend.processes,
-        "sampling": generator.sampling,
-        "num_beams": generator.num_beams,
-        "stop_ids": generator.stop_ids,
-        "load_seconds": round(load_s, 3),
-        "batches": [
-            {
-                "prompts": len(completions),
-                "new_tokens": timing.tokens,
-                "prefill_ms": round(timing.prefill_s * 1000, 3),
-                "tokens_per_second": timing.tokens_per_second,
-            }
-            for completions, timing in batches
-        ],
-        "results": [completion for completions, _ in batches for completion in completions],
-    }
 
 
 def _read_prompts(texts: Sequence[str], input_file: str | None) -> list[Prompt]:

@@ -42,10 +42,10 @@ class Parameters:
     def value(self, name: str, shape: Sequence[int] | None = None) -> Value:
         """Return the network's tensor; it is always asked for in the same ``shape``, if any."""
         if name not in self._values:
-            self._values[name] = self._made(name, shape)
+            self._values[name] = self._create(name, shape)
         return self._values[name]
 
-    def _made(self, name: str, shape: Sequence[int] | None) -> Value:
+    def _create(self, name: str, shape: Sequence[int] | None) -> Value:
         if self.source is not None:
             tensor = self.source(name)
             return self.graph.constant(tensor if shape is None else tensor.reshape(shape), name)

@@ -107,27 +107,27 @@ def remarks(spec: ModelSpec, capacity: int) -> Iterator[str]:
 
 def estimate(spec: ModelSpec, form: WeightsForm, batch: int, capacity: int) -> Estimate:
     """Estimate a rank's build from measured ones."""
-    ends = layers = made = 0  # bytes; "made" are those that are quantized for the build
+    ends = layers = quantized = 0  # bytes; the last, of what is quantized for the build
     for name, (code, shape) in rank_tensors(spec).items():
         count, (module, _, part) = math.prod(shape), name.rpartition(".")
         scheme = spec.quantization.scheme(module)
         if not name.startswith("transformer.layers."):
             ends += count * ITEMSIZE[code]
         elif scheme and scheme.weight is None and part == "weight" and module.endswith(LINEARS):
-            made += count // (2 if scheme.qformat == "int4_wo" else 1)
+            quantized += count // (2 if scheme.qformat == "int4_wo" else 1)
         else:
             layers += count * ITEMSIZE[code]
     if form == "separate":
-        ends = layers = made = 0
-    engine = ends + layers + made + _ENGINE_PER_LAYER * spec.num_layers
-    copies = _COPIES[spec.quantization.weights is not None] * (layers + made) + made
+        ends = layers = quantized = 0
+    engine = ends + layers + quantized + _ENGINE_PER_LAYER * spec.num_layers
+    copies = _COPIES[spec.quantization.weights is not None] * (layers + quantized) + quantized
     slots = 2 * spec.num_layers * spec.rank_kv_heads * capacity * spec.head_size * batch
     return Estimate(
         engine_bytes=int(engine),
         memory_bytes=int(engine + copies + _LEAST_MEMORY),
         cpu_seconds=_LEAST_SECONDS
         + _SECONDS_PER_LAYER * spec.num_layers
-        + _SECONDS_PER_BYTE * (ends + layers + made),
+        + _SECONDS_PER_BYTE * (ends + layers + quantized),
         cache_bytes=slots * (4 if spec.dtype == "float32" else 2),
     )
 

@@ -90,11 +90,11 @@ def _excluded(
         return [_problem(key, f"is {patterns!r}", planned_patterns)], []
     raw = expected["quant_algo"] in RAW
     try:
-        excluded, wanted = Excluded(patterns), Excluded(planned_patterns)
+        excluded, planned_excluded = Excluded(patterns), Excluded(planned_patterns)
     except ValueError as error:
         return [_problem(key, f"has {error}", planned_patterns)], []
     for name in _quantizable(int(planned["num_hidden_layers"]), raw=raw):
-        if (name in excluded) != (name in wanted):
+        if (name in excluded) != (name in planned_excluded):
             verb = "leaves out" if name in excluded else "does not leave out"
             return [_problem(key, f"{verb} {name}", planned_patterns)], []
     if set(patterns) != set(planned_patterns):

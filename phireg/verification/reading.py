@@ -122,8 +122,8 @@ def _rows(config: Mapping[str, Any], spec: ModelSpec, reference: Reference) -> I
         )
         settings["original_max_position_embeddings"] = rope.original, keys
     for key, (value, names) in settings.items():
-        if (found := _read(theirs, names)) is not None:
-            yield key, value, *found
+        if (setting := _read(theirs, names)) is not None:
+            yield key, value, *setting
         elif value is not None and key in (SHORT_FACTORS, LONG_FACTORS):
             yield key, value, "rope settings", None
     for module in reference.model.modules():

@@ -157,8 +157,16 @@ def make_check(name: str, make: Callable[[], Outcome]) -> Check:
     problems, notes = outcome.problems[:MOST_FINDINGS], first(outcome.notes, _MOST_NOTES)
     if (more := len(outcome.problems) - MOST_FINDINGS) > 0:
         problems.append(Problem(name, f"{more} more problems"))
-    made = name, verdict, outcome.summary, tuple(problems), tuple(notes), seconds
-    return Check(*made, outcome.undone, outcome.shortened)
+    return Check(
+        name,
+        verdict,
+        outcome.summary,
+        tuple(problems),
+        tuple(notes),
+        seconds,
+        outcome.undone,
+        outcome.shortened,
+    )
 
 
 @dataclass(frozen=True, slots=True)
