@@ -156,8 +156,8 @@ def call(
         raise ChildError(f"it takes more than {seconds:g} s") from None
     except OSError as error:
         raise ChildError(f"no process can be started: {error.strerror}") from None
-    if not answer:
-        (code,) = codes
+    (code,) = codes
+    if code or not answer:  # what it wrote may end anywhere
         how = f"with code {code}" if code >= 0 else f"by signal {-code}"
         raise ChildError(f"it ended the process {how}")
     if answer[:1] == b"-":

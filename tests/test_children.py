@@ -224,3 +224,15 @@ def own_children():
     """Processes that this one started and has not waited for."""
     lists = Path("/proc/self/task").glob("*/children")
     return {pid for path in lists for pid in path.read_text().split()}
+
+
+def test_half_an_answer_is_none(monkeypatch):
+    write = os.write
+
+    def die(pipe, content):
+        write(pipe, content[:2])
+        os._exit(3)
+
+    monkeypatch.setattr(os, "write", die)
+    with pytest.raises(ChildError, match="3"):
+        call(lambda: "a whole text", seconds=20)

@@ -83,7 +83,7 @@ def load(directory: Path, options: Options) -> HFBackend:
     dtype = options.dtype or (own_dtype if own_dtype in WEIGHT_DTYPES else _DEFAULT_DTYPE)
     device = devices.pick_device(options.device)
     devices.measure_memory(device)
-    open_source(directory).settled()
+    open_source(directory).check_settled()
     reference = open_reference(
         choice.family, directory, weights=None, dtype=getattr(torch, dtype), device=device
     )

@@ -151,11 +151,7 @@ def open_reference(
 def _build(
     family: Family, weights: Weights, dtype: torch.dtype, change: Change | None
 ) -> tuple[Any, list[str], bool]:
-    """Build a model with its parameters on the meta device.
-
-    Return it, notes on its config, and whether that says if lm_head is tied. Buffers (rotary
-    tables) hold their values, on the CPU and in the dtype their class gives them.
-    """
+    """Build a model on the meta device; also notes on its config, and if that speaks of ties."""
     import transformers
 
     values = read_values(weights.directory)
@@ -167,13 +163,12 @@ def _build(
         with quiet(), _parameters_on_meta(dtype):
             if family.reference is None:
                 notes = adapt(values)
-                if change is not None:
-                    change(values)
+            if change is not None:
+                change(values)
+            if family.reference is None:
                 config = transformers.AutoConfig.for_model(**values)
                 model = transformers.AutoModelForCausalLM.from_config(config, **{key: dtype})
             else:
-                if change is not None:
-                    change(values)
                 model_class: Any = pkgutil.resolve_name(family.reference)
                 config = model_class.config_class(**values)
                 model = model_class._from_config(config, **{key: dtype})

@@ -120,12 +120,15 @@ class Source:
     adapter: Adapter | None = None  # that a plan is to add to the weights
     aliases: Mapping[str, SourceTensor] = field(default_factory=dict)  # other names of tensors
 
-    def settled(self) -> Source:
-        """Return this source; a SourceError says what the user must choose first."""
-        if open_ := [f for f in self.findings if f.severity is Severity.ERROR]:
-            lines = "".join(f"\n  {finding.subject}: {finding.detail}" for finding in open_)
-            raise SourceError(f"{self.directory} can be read in more than one way:{lines}")
-        return self
+    def check_settled(self) -> None:
+        """Raise a SourceError if the user must choose first how to read it."""
+        if errors := [f for f in self.findings if f.severity is Severity.ERROR]:
+            lines = "".join(f"\n  {finding.subject}: {finding.detail}" for finding in errors)
+            raise SourceError(
+                f"{self.directory} can be read in more than one way:{lines}",
+                hint="the options are those of phireg convert: convert the model and run the "
+                "checkpoint, or move away what is not to be read.",
+            )
 
     def open(self) -> Reader:
         """Return a reader for the tensors' bytes; use it in a ``with`` statement."""

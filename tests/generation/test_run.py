@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from shutil import copytree
 
 import pytest
 import torch
@@ -265,3 +266,12 @@ def test_a_source_model_without_its_numbers_or_in_two_processes(models, run, tmp
     result = run(models("phi3").source, "--backend", "hf", "--prompt", "x")
     assert result.exit_code == 2
     assert "without torchrun" in " ".join(result.stderr.split())
+
+
+def test_a_source_model_that_can_be_read_in_two_ways(models, run, tmp_path):
+    copytree(models("phi3").source, tmp_path / "two")
+    (tmp_path / "two" / "adapter_model.safetensors").touch()
+    result = run(tmp_path / "two", "--backend", "hf", "--prompt", "x")
+    assert result.exit_code == 3
+    told = " ".join(result.stderr.split())
+    assert "adapter_model.safetensors" in told and "phireg convert" in told
