@@ -90,7 +90,7 @@ def verify_endpoint(
         "generation": checker.generation,
         "chat": checker.chat,
     }
-    checks = tuple(make_check(name, _offered(makers[name])) for name in ENDPOINT_CHECKS)
+    checks = tuple(make_check(name, makers[name]) for name in ENDPOINT_CHECKS)
     config = read_json_object(directory / "config.json")
     return Verification(
         checkpoint_dir=server.url,
@@ -101,18 +101,6 @@ def verify_endpoint(
         provenance=(("endpoint", server.url), ("model", server.model), ("format", form)),
         known=tuple(ENDPOINT_CHECKS),
     )
-
-
-def _offered(make: Callable[[], Outcome]) -> Callable[[], Outcome]:
-    """Turn what a server does not offer into a check that could not be made."""
-
-    def run() -> Outcome:
-        try:
-            return make()
-        except NotOffered as reason:
-            raise Skipped(f"the server offers {reason}") from reason
-
-    return run
 
 
 class _Checker:
@@ -132,6 +120,7 @@ class _Checker:
         self.progress = progress
         self.has_cache_scales = subject.spec.quantization.kv_cache is not None
         self._right: Logits | None = None
+        self._changes: dict[str, float] = {}  # by fault: how much it changed the last prompts
 
     @property
     def right(self) -> Logits:
@@ -165,7 +154,11 @@ class _Checker:
         difference = _distance(alone, beside)
         summary = f"a prompt of {original} tokens alone and beside a longer one: {difference:.3f}"
         if difference <= self.tolerance:
-            return Outcome(summary, [], [])
+            change = self._changes.get("long", math.inf)
+            untold = change <= 2 * self.tolerance
+            return Outcome(
+                summary, [], [], (_untold("neighbors", "long", change),) if untold else ()
+            )
         text = (
             f"its log probabilities differ by {difference:.2f} nats (tolerance {self.tolerance:g}) "
             "when a longer prompt is in the same batch: the whole batch takes the long factors"
@@ -198,7 +191,7 @@ class _Checker:
         answer = self.server.complete([ids], _NEW)[0]
         self.progress("generation", 1, 1)
         if not answer.scores:
-            raise NotOffered("no log probabilities of new tokens")
+            raise NotOffered("the server gives no log probabilities of new tokens")
         if len(answer.scores) > _NEW:
             text = f"{len(answer.scores)} new tokens, where {_NEW} at most were asked for"
             return Outcome("a continuation", [Problem("generation", text)], [])
@@ -298,6 +291,7 @@ class _Checker:
                 problems.append(self._problem(name, length, distance, actual, by_fault))
         tokens = ", ".join(map(str, lengths))
         summary = f"prompts of {tokens} tokens; mean difference {largest:.3f} nats"
+        self._changes |= changes
         undone = tuple(
             _untold(name, fault, change)
             for fault, change in changes.items()

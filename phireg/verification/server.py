@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from phireg.errors import SourceError, UsageError, described
 from phireg.files.regular import listed
+from phireg.verification.result import Skipped
 
 TIMEOUT_S = 300
 _MOST_BYTES = 64 * 1024 * 1024
@@ -22,7 +23,7 @@ _KEY = "OPENAI_API_KEY"
 """Environment variable: sent as a bearer token, if set."""
 
 
-class NotOffered(Exception):  # noqa: N818 - a server's limit, not an error
+class NotOffered(Skipped):
     """Raised where a server does not give what was asked for; the text says what."""
 
 
@@ -90,7 +91,7 @@ class Server:
                 self._scoring = way
                 return [answer.prompt_scores for answer in answers]
             reasons.append(f"{way} is ignored")
-        raise NotOffered(f"no log probabilities of prompts ({'; '.join(reasons)})")
+        raise NotOffered(f"the server gives no log probabilities of prompts ({'; '.join(reasons)})")
 
     def complete(
         self,
@@ -127,7 +128,7 @@ class Server:
         document = self._request("chat/completions", body)
         choices = document.get("choices")
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-            raise NotOffered("no answer to a chat")
+            raise NotOffered("the server gives no answer to a chat")
         return _answer(choices[0] | {"logprobs": None}, [], document, False)
 
     def _request(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -152,7 +153,7 @@ class Server:
             ) from None
         if code != 200:
             if body is not None and 400 <= code < 500:
-                raise NotOffered(f"{path} is refused ({code}: {_reason(raw)})")
+                raise NotOffered(f"the server refuses {path} ({code}: {_reason(raw)})")
             raise SourceError(f"{self.url}/{path} answers {code}: {_reason(raw)}")
         try:
             document = json.loads(raw) if len(raw) <= _MOST_BYTES else None

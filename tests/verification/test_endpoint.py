@@ -193,6 +193,23 @@ def test_a_server_of_another_protocol():
         thread.join()
 
 
+def test_factors_that_change_nothing_leave_it_open(tmp_path):
+    """Short and long factors that are nearly equal: no server can be told to mix them up."""
+
+    def alike():
+        model = long_rope()
+        block = dict(model.config.rope_parameters)
+        block["long_factor"] = [factor * 1.0001 for factor in block["short_factor"]]
+        model.config.rope_parameters = block
+        twin = type(model)(model.config)
+        twin.load_state_dict(model.state_dict())
+        return twin.eval()
+
+    verification = verified(Stub(plain(alike())), source(alike, tmp_path))
+    for name in ("long rope", "neighbors"):
+        assert verdicts(verification)[name] == "incomplete"
+
+
 def test_more_tokens_than_were_asked_for(tmp_path):
     stub = Stub(plain(sliding()))
     continued = stub.continued
