@@ -270,7 +270,7 @@ class _Worker:
         """Per column wmax^(1 - alpha) / amax^alpha: the factor of the input."""
         import torch
 
-        amax = torch.from_numpy(inputs)
+        amax = torch.tensor(inputs)  # a copy: the statistics cannot be written to
         if not inputs.any():
             return np.ones(linear.columns, np.float32)
         if self.alpha == 1:

@@ -20,7 +20,7 @@ from phireg.tensorrt import package
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = {"phi2", "phi3-mini", "phi3-small", "phi3-medium"}
-CHECKS = ["structure", "config", "weights", "logits", "ranks"]
+CHECKS = ["structure", "config", "weights", "reading", "logits", "ranks"]
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_without_arguments(run):
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
     assert Path("phireg-demo/phi3-small/rank0.safetensors").is_file()
-    for name in CHECKS[:4]:
+    for name in CHECKS[:5]:
         assert any(line.startswith(name) and " passed " in line for line in lines)
     assert "They are identical." in lines
     assert any("160" in line and "0.946" in line for line in lines)
