@@ -221,6 +221,7 @@ class _Verifier:
         self.progress("network", 0, total)
         sources = open_ranks(self.checkpoint, self.spec, range(self.spec.tp_size))
         errors: list[tuple[str, PlaceError]] = []
+        largest: list[str] = []
         for dtype in dtypes:
             spec, read = _in_dtype(self.spec, sources, dtype)
             separate = self.engine.weights == "separate" and dtype == self.spec.dtype
@@ -248,9 +249,10 @@ class _Verifier:
                 lambda more: self.progress("network", more, total),
             )
             errors += [(dtype, result) for result in results]
+            largest.append(error_text(max(result.error for result in results)))
         return Outcome(
             f"prompts of {', '.join(map(str, self.lengths))} tokens and {networks.STEPS} more, in "
-            f"{' and '.join(dtypes)}; relative error {_largest(errors)}",
+            f"{' and '.join(dtypes)}; relative error {' and '.join(largest)}",
             list(_network_problems(errors)),
             [
                 "this is what TensorRT was told to compute, not what its kernels compute",
@@ -342,7 +344,11 @@ def compare_running(
         check_reference((None, "logits"), logits)
     prompt = prompt_logits(session, ids[:length].tolist(), total)
     long = total > spec.rope.original
-    steps = [_step(session, int(ids[n]), n, long) for n in range(length, total)]
+    row = torch.zeros(1, dtype=torch.int32)
+    steps = [
+        session.feed([[int(ids[n])]], [n], [long], row, profile="generation")
+        for n in range(length, total)
+    ]
     actual = torch.cat([prompt, *steps])
     results = []
     for phase, tokens in (("the prompt", slice(length)), ("generation", slice(length, None))):
@@ -351,11 +357,6 @@ def compare_running(
         )
         results.append((phase, error, _FACTOR * rounding + _FLOOR))
     return results
-
-
-def _step(session: Session, token: int, position: int, long: bool) -> Tensor:
-    last = torch.zeros(1, dtype=torch.int32)
-    return session.feed([[token]], [position], [long], last, profile="generation")
 
 
 def _prompt_lengths(engine: NativeEngine, prompts: Prompts) -> tuple[list[int], list[str]]:
@@ -404,13 +405,6 @@ def _in_dtype(
     if dtype == spec.dtype:
         return spec, list(sources)
     return dataclasses.replace(spec, dtype=dtype), [cast(source) for source in sources]
-
-
-def _largest(errors: Sequence[tuple[str, PlaceError]]) -> str:
-    by_dtype = {dtype: 0.0 for dtype, _ in errors}
-    for dtype, result in errors:
-        by_dtype[dtype] = max(by_dtype[dtype], result.error)
-    return " and ".join(map(error_text, by_dtype.values()))
 
 
 def _network_problems(errors: Sequence[tuple[str, PlaceError]]) -> Iterator[Problem]:
