@@ -10,7 +10,6 @@ import json
 import math
 import os
 import resource
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -54,12 +53,15 @@ def main() -> None:
 
 def _run_each(path: Path, ranks: int, workers: int) -> int:
     """Run a process for each rank, ``workers`` at a time; return the first code that is not 0."""
-    waiting = list(range(ranks))
-    running: list[subprocess.Popen[bytes]] = []
+    waiting, running = list(range(ranks)), 0
     while waiting or running:
-        while waiting and len(running) < workers:
-            running.append(subprocess.Popen([*command(path), str(waiting.pop(0))]))
-        if code := running.pop(0).wait():
+        while waiting and running < workers:
+            arguments = [*command(path), str(waiting.pop(0))]
+            os.posix_spawn(arguments[0], arguments, os.environ)
+            running += 1
+        _, status = os.wait()  # whichever ends first
+        running -= 1
+        if code := os.waitstatus_to_exitcode(status):
             return code  # the others end with this process's group
     return 0
 

@@ -124,6 +124,15 @@ def test_a_rank_that_a_signal_ends(tmp_path):
     assert subprocess.run(command, check=False).returncode == -9
 
 
+def test_a_rank_that_fails_is_told_while_others_go_on():
+    script = (
+        "import sys; from phireg.tensorrt import compiler; compiler.command = lambda path: "
+        "['/bin/sh', '-c', '[ $0 = 0 ] && sleep 20; exit 7']; "
+        "sys.exit(compiler._run_each(None, 2, 2))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=19).returncode == 7
+
+
 @pytest.mark.slow
 def test_without_a_checkpoint(tmp_path):
     built = run_phireg(
