@@ -261,11 +261,9 @@ class _Verifier:
             reason = f"{MANIFEST} names no producer" if self.manifest else f"there is no {MANIFEST}"
             yield "made by", f"not known: {reason}"
         sizes = [path.stat().st_size for path in self.files.paths.values() if path.is_file()]
-        before = size(sum(file.size for file in source.files))
-        yield (
-            "size",
-            f"{before} before; after: {len(sizes)} rank files, {size(sum(sizes))} together",
-        )
+        before, after = size(sum(file.size for file in source.files)), size(sum(sizes))
+        ranks = f"{len(sizes)} rank files, {after} together" if len(sizes) > 1 else after
+        yield "size", f"{before} before; after: {ranks}"
         yield "weights", f"{self.config.get('dtype')}, TP {self.tp_size}"
         yield "verified by", f"phireg {metadata.version('phireg')}"
         if self.computed is not None:
