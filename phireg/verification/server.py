@@ -6,6 +6,7 @@ import http.client
 import json
 import math
 import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -142,7 +143,7 @@ class Server:
         try:
             try:
                 with opener.open(request, timeout=TIMEOUT_S) as response:
-                    raw = response.read(_MOST_BYTES + 1)
+                    raw = _body(response)
             except urllib.error.HTTPError as error:
                 with error:
                     code, raw = error.code, error.read(2000)
@@ -162,6 +163,16 @@ class Server:
         if not isinstance(document, dict):
             raise SourceError(f"{self.url}/{path} answers something else than a JSON object")
         return document
+
+
+def _body(response: http.client.HTTPResponse) -> bytes:
+    """Read an answer; TimeoutError if it does not end in time, however steadily it comes."""
+    deadline, body = time.monotonic() + TIMEOUT_S, bytearray()
+    while len(body) <= _MOST_BYTES and (block := response.read1(2**20)):
+        body += block
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no end within {TIMEOUT_S} s")
+    return bytes(body)
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -3,6 +3,8 @@
 import json
 import socket
 import threading
+import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from stub_server import Stub, serving
 
 import phireg
 from phireg.errors import PhiregError, SourceError
+from phireg.verification import server
 from phireg.verification.server import Server
 
 ORIGINAL = 52
@@ -208,6 +211,26 @@ def test_factors_that_change_nothing_leave_it_open(tmp_path):
     verification = verified(Stub(plain(alike())), source(alike, tmp_path))
     for name in ("long rope", "neighbors"):
         assert verdicts(verification)[name] == "incomplete"
+
+
+def test_an_answer_without_an_end(monkeypatch):
+    monkeypatch.setattr(server, "TIMEOUT_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            connection, _ = listener.accept()
+            with connection, suppress(OSError):
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                while True:
+                    connection.sendall(b" ")
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(SourceError, match="no end"):
+            Server(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        thread.join()
 
 
 def test_more_tokens_than_were_asked_for(tmp_path):
