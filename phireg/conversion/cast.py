@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,15 @@ class Loss:
     infinite: int = 0  # values of the source that are infinite
 
     def __add__(self, other: Loss) -> Loss:
-        return Loss(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+        if other is NO_LOSS:  # of nearly every block
+            return self
+        return Loss(
+            self.overflowed + other.overflowed,
+            self.flushed + other.flushed,
+            self.saturated + other.saturated,
+            self.nan + other.nan,
+            self.infinite + other.infinite,
+        )
 
 
 NO_LOSS = Loss()
