@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -11,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from phireg.checkpoint.manifest import check_files, read_manifest
 from phireg.device import pick_device
@@ -19,7 +17,7 @@ from phireg.dtypes import ITEMSIZE
 from phireg.errors import CheckError, EngineError, SourceError, UsageError
 from phireg.executor import Executor
 from phireg.executor.model import free_memory
-from phireg.executor.sources import Source, open_ranks
+from phireg.executor.sources import open_ranks
 from phireg.files.kinds import BUILD_FILE, CHECKPOINT, kind_of
 from phireg.files.writing import BUILD_RECORD, write_file
 from phireg.reader.spec import ModelSpec, read_spec
@@ -223,7 +221,7 @@ class _Verifier:
         errors: list[tuple[str, PlaceError]] = []
         largest: list[str] = []
         for dtype in dtypes:
-            spec, read = _in_dtype(self.spec, sources, dtype)
+            spec, read = networks.in_dtype(self.spec, sources, dtype)
             separate = self.engine.weights == "separate" and dtype == self.spec.dtype
             built = [
                 build_network(
@@ -387,24 +385,6 @@ def _float32_bytes(spec: ModelSpec) -> int:
     """Return the memory of the constants of all ranks' networks in float32."""
     stored = rank_tensors(spec).values()
     return sum(math.prod(shape) * max(4, ITEMSIZE[code]) for code, shape in stored) * spec.tp_size
-
-
-def _in_dtype(
-    spec: ModelSpec, sources: Sequence[Source], dtype: str
-) -> tuple[ModelSpec, list[Source]]:
-    """Return a spec and sources whose 16-bit tensors have another dtype."""
-    kind: torch.dtype = getattr(torch, dtype)
-
-    def cast(source: Source) -> Source:
-        def read(name: str) -> Tensor:
-            tensor = source(name)
-            return tensor.to(kind) if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-        return read
-
-    if dtype == spec.dtype:
-        return spec, list(sources)
-    return dataclasses.replace(spec, dtype=dtype), [cast(source) for source in sources]
 
 
 def _network_problems(errors: Sequence[tuple[str, PlaceError]]) -> Iterator[Problem]:

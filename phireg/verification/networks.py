@@ -7,6 +7,7 @@ measured, not assumed: the executor's sub-modules, given the same inputs, in the
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,24 @@ class _Row:
     def phases(self) -> tuple[tuple[bool, slice], ...]:
         """Return the tokens of the prompt, and those of the steps."""
         return (False, slice(self.length)), (True, slice(self.length, None))
+
+
+def in_dtype(
+    spec: ModelSpec, sources: Sequence[Source], dtype: str
+) -> tuple[ModelSpec, list[Source]]:
+    """Return a spec and sources whose 16-bit tensors have another dtype."""
+    kind: torch.dtype = getattr(torch, dtype)
+
+    def cast(source: Source) -> Source:
+        def read(name: str) -> Tensor:
+            tensor = source(name)
+            return tensor.to(kind) if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+        return read
+
+    if dtype == spec.dtype:
+        return spec, list(sources)
+    return dataclasses.replace(spec, dtype=dtype), [cast(source) for source in sources]
 
 
 def compare_network(
