@@ -40,7 +40,7 @@ class Row:
         name = next((name for name in names if self.values.get(name) is not None), names[0])
         if name in self.values:
             return self._text(f"'{name}'", self.values[name])
-        missing = f"there is no {' or '.join(map(repr, names))}"
+        missing = f"there is no {' or '.join(map(repr, dict.fromkeys(names)))}"
         # What stands in the place of names in another kind of file is not shown.
         columns = [name for name in map(str, self.values) if re.fullmatch(r"\w{1,40}", name)][:20]
         others = len(self.values) - len(columns)

@@ -109,7 +109,7 @@ _BY_ENTRIES = (
     ),
     Kind(
         "a trainer's output directory",
-        "give one of its checkpoint-N folders",
+        "give one of its checkpoint-N or epoch_N folders",
         r"checkpoint-\d+|epoch_\d+",
     ),
     Kind("a GGUF model", _ORIGINAL, r".*\.gguf|gguf"),

@@ -80,6 +80,7 @@ class OutputDirectory:
         self._replaced = self._partial / "replaced"
         self._lock: int | None = None
         self._made: os.stat_result | None = None
+        self._accepted = False
         self._created_parents: list[Path] = []
         self._published = False
 
@@ -152,6 +153,7 @@ class OutputDirectory:
 
     def _make_partial(self) -> None:
         """Create the partial directory, or accept that of an earlier run of the same user."""
+        self._accepted = False
         try:
             self._partial.mkdir(mode=0o700)  # others must not add to what is published
         except FileExistsError:
@@ -162,6 +164,7 @@ class OutputDirectory:
                 raise self._not_ours("belongs to another user") from None
             if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 raise self._not_ours("can be written by other users") from None
+        self._accepted = True
 
     def _make_parents(self) -> None:
         """Create the missing directories above the target."""
@@ -311,7 +314,8 @@ class OutputDirectory:
         if self._lock is not None:
             with suppress(OSError, OutputError):
                 self._release()
-        for directory in (self._partial, *reversed(self._created_parents)):
+        partial = [self._partial] if self._accepted else []  # an empty one of others stays
+        for directory in (*partial, *reversed(self._created_parents)):
             with suppress(OSError):
                 directory.rmdir()
 

@@ -14,7 +14,7 @@ from phireg.layout.spans import Span
 from phireg.planning.model import Output, Plan, Rows
 
 _MOST_ROWS = 50
-_LAYER = re.compile(r"\b([A-Za-z_]\w*)\.(\d+)\.")
+_LAYER = re.compile(r"\b([A-Za-z_]\w*)\.(0|[1-9]\d*)\.")
 """The layer number in a tensor or module name (``layers.0.``): its first number between dots."""
 
 

@@ -674,6 +674,13 @@ def test_a_partial_directory_of_others_is_not_taken_over(tmp_path, monkeypatch, 
     assert (partial / "unfinished/theirs").exists()
 
 
+def test_an_empty_partial_directory_of_others_stays(tmp_path):
+    (tmp_path / "out.phireg-partial").mkdir()
+    (tmp_path / "out.phireg-partial").chmod(0o777)
+    refused(tmp_path / "out")
+    assert names(tmp_path) == ["out.phireg-partial"]
+
+
 def test_an_exchanged_directory_is_not_published(tmp_path):
     with pytest.raises(OutputError), open_output(tmp_path / "out") as partial:
         fill(partial, NEW)

@@ -185,6 +185,7 @@ def test_folding_keeps_what_differs():
         finding("model.layers.0.a.weight", "is even"),
         *(finding(f"layers.{i}.c.weight", f"as layers.{i}.d") for i in (3, 4)),
         finding("lm_head.weight"),
+        *(finding(f"consolidated.0{i}.pth") for i in (0, 1)),
     ]
     assert [(f.subject, f.detail, count) for f, count in fold(findings)] == [
         ("model.layers.{0..2,5}.a.weight", "is odd", 4),
@@ -192,5 +193,7 @@ def test_folding_keeps_what_differs():
         ("model.layers.0.a.weight", "is even", 1),
         ("layers.{3..4}.c.weight", "as layers.{3..4}.d", 2),
         ("lm_head.weight", "is odd", 1),
+        ("consolidated.00.pth", "is odd", 1),  # names of files are not layers
+        ("consolidated.01.pth", "is odd", 1),
     ]
     assert (ranges([4]), ranges([3, 1, 2]), ranges([0, 2, 3])) == ("4", "{1..3}", "{0,2..3}")
