@@ -228,7 +228,9 @@ def _choose(
     ways = (("the argument", place), ("--engine-dir", engine_dir), ("--model-dir", model_dir))
     given = [(way, path) for way, path in ways if path is not None]
     if not given:
-        raise UsageError("there is nothing to run", hint="give a checkpoint or an engine.")
+        raise UsageError(
+            "there is nothing to run", hint="give a checkpoint, an engine or a source model"
+        )
     if len(given) > 1:
         raise UsageError(
             f"{' and '.join(way for way, _ in given)} name one directory each, and only one is run",

@@ -92,9 +92,10 @@ def _required_articles(count: int) -> Data:
     try:
         return load_rows(CNN_DAILYMAIL, "test", count, {})
     except PhiregError as error:
+        advice = f"{error.hint.rstrip('.')}; or " if error.hint else ""
         raise type(error)(
             f"a threshold is for the articles of cnn_dailymail: {error.message}",
-            hint=f"{error.hint or ''}; or name the articles: --dataset FILE for your own, "
+            hint=f"{advice}name the articles: --dataset FILE for your own, "
             "--dataset-dir DIR for a copy of the set, --dataset demo for the demo models' own.",
         ) from None
 
