@@ -48,7 +48,7 @@ ALLOWED = {
         "read_text": "the job that its parent wrote",
         "open": "writes an engine",
     },
-    "phireg/tensorrt/session.py": {"mmap": "the descriptor is the opener's"},
+    "phireg/tensorrt/package.py": {"mmap": "the descriptor is the opener's"},
     "phireg/testing/": {
         "open": "writes a test's own directory",
         "copyfile": "a test's own directory",
