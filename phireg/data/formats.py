@@ -34,13 +34,18 @@ def read_rows(path: Path, count: int | None = None) -> list[Row]:
     """
     reader = FORMATS.get(path.suffix.lower())
     if reader is None:
-        raise UsageError(
-            f"{path}: unknown kind of data file", hint=f"known endings: {', '.join(FORMATS)}."
-        )
+        raise unknown_kind(str(path))
     rows = list(islice(reader(str(path), read_named(path)), count))
     if not rows:
         raise UsageError(f"{path} holds no rows", hint="is it the right file?")
     return rows
+
+
+def unknown_kind(name: str) -> UsageError:
+    """Say which kinds of files are read."""
+    return UsageError(
+        f"{name}: unknown kind of data file", hint=f"known endings: {', '.join(FORMATS)}."
+    )
 
 
 def decode_text(name: str, content: bytes, line: int | None = None) -> str:
@@ -174,3 +179,12 @@ FORMATS: dict[str, Callable[[str, bytes], Iterator[Row]]] = {
     ".txt": _text_rows,
 }
 """Readers of a file's content by its suffix."""
+
+# fmt: off
+OTHER_KINDS = frozenset([
+    ".tsv", ".xlsx", ".xls", ".ods", ".pdf", ".doc", ".docx", ".odt", ".rtf",
+    ".arrow", ".feather", ".avro", ".npz", ".pt", ".pth", ".pkl", ".bin", ".safetensors",
+    ".gguf", ".h5", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z",
+])
+# fmt: on
+"""Suffixes of files that are never a prompt per line."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from phireg.data.formats import FORMATS, json_rows, text_lines
+from phireg.data.formats import FORMATS, OTHER_KINDS, json_rows, text_lines, unknown_kind
 from phireg.data.row import INPUT_IDS, KINDS, Content, PaddedIds, Row
 from phireg.errors import UsageError
 
@@ -80,7 +80,10 @@ def read_prompts(name: str, content: bytes) -> list[Prompt]:
     The suffix of the name tells the format, as of ``data.formats.read_rows``. Lines of .txt and of
     other files are prompts themselves, unless the first one is a JSON object that holds a prompt.
     """
-    reader = FORMATS.get(PurePath(name).suffix.lower())
+    suffix = PurePath(name).suffix.lower()
+    if suffix in OTHER_KINDS:
+        raise unknown_kind(name)
+    reader = FORMATS.get(suffix)
     if reader is FORMATS[".txt"] or reader is None:
         lines = list(text_lines(name, content))
         if not (lines and _is_record(lines[0])):

@@ -230,3 +230,9 @@ def test_old_phi2_files_without_tokenizer_json(tmp_path):
     tokenizer = find_tokenizer(ckpt)
     assert tokenizer.encode(text) == inner(text)["input_ids"]
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("name", ["rows.tsv", "table.XLSX", "paper.pdf", "prompts.txt.gz"])
+def test_files_of_a_known_other_kind_are_no_prompts(name):
+    with pytest.raises(UsageError, match="unknown kind"):
+        read_prompts(name, b"a\tb\n")
