@@ -52,6 +52,11 @@ class Server:
             valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         except ValueError:  # brackets that do not match, or a port that is no number
             valid = False
+        if valid and "@" in parts.netloc:  # urllib takes it for a part of the host's name
+            raise UsageError(
+                "the URL of the server holds a user's name or a password",
+                hint="leave them out; OPENAI_API_KEY is sent if it is set.",
+            )
         if not valid or not url.isprintable() or " " in url:
             raise UsageError(
                 f"{url!r} is no URL of a server", hint="for example http://localhost:8000/v1."

@@ -171,13 +171,15 @@ def test_answers_that_are_none(answer, tmp_path):
     ("url", "code"),
     (
         ("http://[::1", 2), ("http://localhost:port", 2), ("http://localhost:99999", 2),
-        ("http://local host/v1", 2), (f"http://{'a' * 70}.b", 3),
+        ("http://local host/v1", 2), ("http://user:secret@127.0.0.1:9/v1", 2),
+        (f"http://{'a' * 70}.b", 3),
     ),
 )  # fmt: skip
 def test_urls_of_no_server(url, code):
     with pytest.raises(PhiregError) as raised:
         Server(url)
     assert raised.value.exit_code == code
+    assert "secret" not in str(raised.value)
 
 
 def test_a_server_of_another_protocol():
