@@ -26,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from phireg.errors import OutputError
+from phireg.errors import OutputError, PhiregError, UsageError
 from phireg.files.kinds import CHECKPOINT, Kind, objection
 from phireg.files.writing import PARTIAL_SUFFIX, REASONS, reason
 
@@ -328,8 +328,11 @@ class OutputDirectory:
             return True
         return (Path.cwd() / os.fsdecode(error.filename)).is_relative_to(self._unfinished)
 
-    def _failure(self, error: OSError) -> OutputError:
+    def _failure(self, error: OSError) -> PhiregError:
         """Explain what failed and what is left; called after ``_abandon``."""
+        if error.errno == errno.ENAMETOOLONG:
+            name = f"{self._target.name[:40]}..."
+            return UsageError(f"{name}: the output's name is too long", hint="give a shorter one.")
         if self._published:
             return OutputError(
                 f"{self._target} is complete, but finishing failed: {reason(error)}",

@@ -24,6 +24,9 @@ Refusal = tuple[str, str]
 """What a model is, and what to do about it."""
 
 UNQUANTIZED = "convert the unquantized model; quantize afterwards."
+SIDE_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Files in which ModelOpt, GPTQ and AWQ describe the weights beside them."""
+
 BLOCKS = ("quantization_config", "compression_config", "quantization")
 """Keys under which makers of quantized models write how they did it."""
 
@@ -98,6 +101,11 @@ def recognize(hf: HFConfig, source: Source) -> tuple[Source, tuple[Refusal, ...]
     detail = "dropped: no weight is quantized, the block is left from another model"
     blocks = [key for key in BLOCKS if hf.has(key)]
     notes = [Finding(Severity.NOTE, "config", key, detail) for key in blocks]
+    notes += [
+        Finding(Severity.NOTE, "source", name, "ignored: no weight is quantized")
+        for name in SIDE_FILES
+        if (source.directory / name).exists()
+    ]
     return dataclasses.replace(source, findings=(*source.findings, *notes)), refusals
 
 

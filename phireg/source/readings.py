@@ -304,6 +304,9 @@ def _adapter(
             findings.append(finding(Severity.ERROR, "adapter", detail))
         elif name is not None:
             findings.append(finding(Severity.NOTE, name, "a LoRA adapter that is not applied"))
+        elif ADAPTER_CONFIG in names:
+            detail = "the config of an adapter whose weights are not here: nothing is applied"
+            findings.append(finding(Severity.NOTE, ADAPTER_CONFIG, detail))
         return None
     if ADAPTER_CONFIG not in names:
         detail = (

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from output_victim import NEW, OLD, fill, leave_stale
 
-from phireg.errors import OutputError
+from phireg.errors import OutputError, UsageError
 from phireg.files.output import OutputDirectory
 from phireg.files.writing import REASONS
 
@@ -191,7 +191,7 @@ def test_links_to_themselves_to_the_root_and_to_mount_points_are_refused(
 UNPRIVILEGED = """
 import os, sys
 from pathlib import Path
-from phireg.errors import OutputError
+from phireg.errors import OutputError, UsageError
 from phireg.files.output import OutputDirectory
 if os.getuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
@@ -546,7 +546,7 @@ def test_directories_that_vanish_under_our_feet_are_recreated(tmp_path, monkeypa
 RACE = """
 import os, sys, time
 from pathlib import Path
-from phireg.errors import OutputError
+from phireg.errors import OutputError, UsageError
 from phireg.files.output import OutputDirectory
 base, me, start = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 results = []
@@ -688,3 +688,9 @@ def test_an_exchanged_directory_is_not_published(tmp_path):
         (tmp_path / "out.phireg-partial/unfinished").mkdir(parents=True)
         (tmp_path / "out.phireg-partial/unfinished/rank0.safetensors").write_text("theirs")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_is_too_long_is_wrong_usage(tmp_path):
+    with pytest.raises(UsageError), open_output(tmp_path / ("a" * 300)):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -313,3 +313,15 @@ def test_an_adapter_among_a_trainers_checkpoints(tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "LoRA adapter" in refusal(tmp_path).message
+
+
+@pytest.mark.parametrize(
+    "name", ("hf_quant_config.json", "quantize_config.json", "adapter_config.json")
+)
+def test_a_leftover_file_is_a_note_and_changes_nothing(each, name):
+    before = phireg.plan(each)
+    (each / name).write_text("{}")
+    plan = phireg.plan(each)
+    assert plan.outputs == before.outputs
+    notes = [finding for finding in plan.findings if finding.severity is Severity.NOTE]
+    assert name in [finding.subject for finding in notes]
