@@ -16,13 +16,11 @@ def _stop(number: int, frame: object) -> None:
     os._exit(128 + number)
 
 
-# A shell lets its background jobs ignore Ctrl-C; that stays so.
-if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
-    _signal.signal(_signal.SIGINT, _stop)
-
-
 def main() -> None:
     """Run the command line."""
+    # A shell lets its background jobs ignore Ctrl-C; that stays so.
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _stop)
     from phireg.cli import main as run
 
     run()

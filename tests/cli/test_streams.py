@@ -159,3 +159,10 @@ def test_a_background_job_ignores_ctrl_c():
     script += EARLY.format(module="click")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_program_leaves_signals_alone():
+    """Whoever imports every module of the package keeps a working Ctrl-C."""
+    script = "import signal, phireg.__main__; print(signal.getsignal(signal.SIGINT).__name__)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stdout == "default_int_handler\n"
