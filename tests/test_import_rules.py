@@ -54,7 +54,8 @@ RULES = {
     DTYPES: Rule(lazily=("numpy", "torch"), typing=("numpy", "torch")),
     LAYOUT: Rule((FINDINGS, ERRORS)),
     CONFIG: Rule((LAYOUT, FINDINGS, RANGES, ERRORS)),
-    READER: Rule((FILES, RANGES, ERRORS, DTYPES)),
+    "phireg.formats": Rule(),
+    READER: Rule((FILES, RANGES, ERRORS, DTYPES, "phireg.formats")),
     FILES: Rule((ERRORS, DTYPES, "safetensors", "xxhash")),
     SOURCE: Rule(
         (FILES, LAYOUT, DTYPES, ERRORS, FINDINGS, "phireg.children", "numpy", "xxhash"),
@@ -66,7 +67,7 @@ RULES = {
     "phireg.api": Rule((*DESCRIBE, "phireg.hookspecs", "phireg.family")),
     "phireg.device": Rule((ERRORS, "torch")),
     PLANNING: Rule(
-        (*DESCRIBE, SOURCE, FILES, RANGES, DTYPES, "phireg.registry"),
+        (*DESCRIBE, SOURCE, FILES, RANGES, DTYPES, "phireg.registry", "phireg.formats"),
         typing=("phireg.family",),
     ),
     CHECKPOINT: Rule(

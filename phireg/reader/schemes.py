@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
+from phireg.formats import FORMATS
 from phireg.reader.architectures import NESTED
 from phireg.reader.config import Config
 
@@ -35,8 +36,16 @@ class Scheme:
     quant_algo: str  # in config.json's ``quantization``
     weight: str | None  # code of quantized weights
     companions: Mapping[str, str | None]  # codes of scales
-    per_channel: bool  # weights_scaling_factor has one entry per output row; [1] if not
-    calibrated: bool  # scales need the maxima of the linears' inputs
+
+    @property
+    def per_channel(self) -> bool:
+        """True if weights_scaling_factor has one entry per output row; [1] if not."""
+        return self.weight is not None and FORMATS[self.qformat].per == "channel"
+
+    @property
+    def calibrated(self) -> bool:
+        """True if scales need the maxima of the linears' inputs."""
+        return FORMATS[self.qformat].calibrated
 
 
 _SCALES = {"weights_scaling_factor": "F32", "activation_scaling_factor": "F32"}
@@ -46,12 +55,10 @@ _SMOOTHED = {"prequant_scaling_factor": None, **_SCALES}
 SCHEMES: Mapping[str, Scheme] = {
     scheme.qformat: scheme
     for scheme in (
-        Scheme("fp8", "FP8", "F8_E4M3", _SCALES, per_channel=False, calibrated=True),
-        Scheme(
-            "int8_sq", "W8A8_SQ_PER_CHANNEL", "I8", _SMOOTHED, per_channel=True, calibrated=True
-        ),
-        Scheme("int8_wo", "W8A16", None, {}, per_channel=False, calibrated=False),
-        Scheme("int4_wo", "W4A16", None, {}, per_channel=False, calibrated=False),
+        Scheme("fp8", "FP8", "F8_E4M3", _SCALES),
+        Scheme("int8_sq", "W8A8_SQ_PER_CHANNEL", "I8", _SMOOTHED),
+        Scheme("int8_wo", "W8A16", None, {}),
+        Scheme("int4_wo", "W4A16", None, {}),
     )
 }
 """By ``--qformat``.
