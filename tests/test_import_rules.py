@@ -93,7 +93,7 @@ RULES = {
     ),
     "phireg.conversion": Rule(
         (*PLANNED, STATISTICS, FINDINGS, DTYPES, "numpy", "xxhash"),
-        lazily=("torch", "phireg.calibration"),
+        lazily=("torch", "phireg.device", "phireg.calibration"),
     ),
     "phireg.generation": Rule(
         (

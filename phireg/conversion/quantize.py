@@ -46,7 +46,7 @@ def quantize(
         output_dir: the checkpoint to make; must not exist, or be empty.
         statistics: of the same source, or a file: it is used if it exists, else written. By
             default, a file beside the output, which is replaced if it does not fit.
-        settings: samples of the calibration, and its device.
+        settings: samples of the calibration, and the device that computes it and quantizes.
         alpha: SmoothQuant's share of the activations, 0 to 1.
         overwrite: replace the output once the new one is complete, if it is recognizably a
             checkpoint.
@@ -70,18 +70,22 @@ def quantize(
     calibrated: Calibrated | None = None
 
     def quantizer() -> WeightQuantizer:
+        from phireg.calibration.settings import Settings
+        from phireg.device import pick_device
+
         nonlocal calibrated
+        chosen = settings or Settings()
+        device = str(pick_device(chosen.device))
         if isinstance(statistics, Statistics):
             maxima = statistics
         else:
             from phireg.calibration.calibrate import calibrate
-            from phireg.calibration.settings import Settings
 
             report("preparing", 0, 0)
             calibrated = calibrate(
                 plan,
                 statistics or statistics_beside(target),
-                settings or Settings(),
+                chosen,
                 required=statistics is not None,
                 progress=lambda more, total: report("calibrating", more, total),
                 tell=tell,
@@ -95,8 +99,13 @@ def quantize(
         return WeightQuantizer(
             plan,
             compute_scales(
-                plan, maxima, alpha=alpha, progress=lambda more: report("scales", more, read)
+                plan,
+                maxima,
+                alpha=alpha,
+                device=device,
+                progress=lambda more: report("scales", more, read),
             ),
+            device,
         )
 
     total = plan.tensor_bytes

@@ -19,6 +19,10 @@ from phireg.dtypes import BITS, E4M3_BEYOND, E4M3_MAX, WEIGHT_DTYPES, as_torch
 from phireg.findings import Finding
 from phireg.planning.model import Plan
 
+CPU = "cpu"
+"""The name of a device. A GPU computes the same bits: every step is one IEEE operation per element,
+or a maximum."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scales:
@@ -40,7 +44,8 @@ class Scales:
 class WeightQuantizer:
     """Quantizes the weights of one plan with known scales; called by all workers."""
 
-    def __init__(self, plan: Plan, scales: Scales) -> None:
+    def __init__(self, plan: Plan, scales: Scales, device: str = CPU) -> None:
+        self.device = device
         self._code = WEIGHT_DTYPES[plan.options.dtype]
         self._scales = scales
         self._smoothed = plan.smoothed
@@ -59,20 +64,20 @@ class WeightQuantizer:
         linear, module = target.removesuffix(".weight"), source.removesuffix(".weight")
         if not self._smoothed:
             (scale,) = self._scales.float32(f"{linear}.weights_scaling_factor")
-            return to_e4m3(block, self._code, scale)
+            return to_e4m3(block, self._code, scale, self.device)
         scales = self._scales.float32(f"{module}.weights_scaling_factor")
         rows = scales[row : row + len(block)]
-        return to_int8(block, self._code, self._scales.inverse[linear], rows)
+        return to_int8(block, self._code, self._scales.inverse[linear], rows, self.device)
 
 
-def pieces(block: Bits) -> Iterator[slice]:
-    """Whole rows of a block, few enough that float32 copies of them stay small."""
-    step = max(1, PIECE // block.shape[1])
+def pieces(block: Bits, device: str = CPU) -> Iterator[slice]:
+    """Whole rows of a block, on a CPU few enough that float32 copies of them stay small."""
+    step = max(1, PIECE // block.shape[1] if device == CPU else len(block))
     for start in range(0, len(block), step):
         yield slice(start, start + step)
 
 
-def to_e4m3(block: Bits, code: str, scale: np.float32) -> tuple[Bits, int]:
+def to_e4m3(block: Bits, code: str, scale: np.float32, device: str = CPU) -> tuple[Bits, int]:
     """W / scale as e4m3, rounded to nearest, ties to even; the ends are +-448, never NaN.
 
     Returns the bits, and the number of elements beyond the ends.
@@ -81,17 +86,20 @@ def to_e4m3(block: Bits, code: str, scale: np.float32) -> tuple[Bits, int]:
 
     quantized = np.empty(block.shape, BITS["F8_E4M3"])
     saturated = 0
-    for piece in pieces(block):
-        scaled = as_torch(block[piece], code).float() / float(scale)
+    divisor = torch.tensor(float(scale), device=device)  # by a number, CUDA multiplies by 1 / it
+    for piece in pieces(block, device):
+        scaled = as_torch(block[piece], code).to(device).float() / divisor
         beyond = int((scaled.abs() >= E4M3_BEYOND).sum())
         if beyond:
             scaled = scaled.clamp(-E4M3_MAX, E4M3_MAX)
             saturated += beyond
-        quantized[piece] = scaled.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        quantized[piece] = scaled.to(torch.float8_e4m3fn).view(torch.uint8).cpu().numpy()
     return quantized, saturated
 
 
-def to_int8(block: Bits, code: str, inverse: Float32, scales: Float32) -> tuple[Bits, int]:
+def to_int8(
+    block: Bits, code: str, inverse: Float32, scales: Float32, device: str = CPU
+) -> tuple[Bits, int]:
     """The smoothed W / scale of its row as int8, rounded to nearest, ties to even.
 
     Takes W [rows, columns] of dtype ``code``, 1 / s [columns] and scales [rows]; returns the bits,
@@ -101,17 +109,17 @@ def to_int8(block: Bits, code: str, inverse: Float32, scales: Float32) -> tuple[
 
     quantized = np.empty(block.shape, BITS["I8"])
     saturated = 0
-    by_row = torch.from_numpy(scales)[:, None]
-    for piece in pieces(block):
-        levels = (smooth(block[piece], code, inverse).float() / by_row[piece]).round()
+    by_row = torch.from_numpy(scales)[:, None].to(device)
+    for piece in pieces(block, device):
+        levels = (smooth(block[piece], code, inverse, device).float() / by_row[piece]).round()
         saturated += int(((levels > 127) | (levels < -128)).sum())
-        quantized[piece] = levels.clamp(-128, 127).to(torch.int8).view(torch.uint8).numpy()
+        quantized[piece] = levels.clamp(-128, 127).to(torch.int8).view(torch.uint8).cpu().numpy()
     return quantized, saturated
 
 
-def smooth(block: Bits, code: str, inverse: Float32) -> Any:
+def smooth(block: Bits, code: str, inverse: Float32, device: str = CPU) -> Any:
     """W * (1 / s) per column, rounded to W's dtype: a torch tensor of it."""
     import torch
 
-    weight = as_torch(block, code)
-    return (weight.float() * torch.from_numpy(inverse)).to(weight.dtype)
+    weight = as_torch(block, code).to(device)
+    return (weight.float() * torch.from_numpy(inverse).to(device)).to(weight.dtype)

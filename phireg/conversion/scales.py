@@ -19,8 +19,8 @@ import xxhash
 
 from phireg.calibration.statistics import Statistics
 from phireg.conversion.cast import Bits, Float32, cast, one_thread_each
-from phireg.conversion.quantizer import Scales, pieces, smooth
-from phireg.conversion.stream import WORKERS, Progress, collect, read_blocks
+from phireg.conversion.quantizer import CPU, Scales, pieces, smooth
+from phireg.conversion.stream import WORKERS, Progress, collect, read_blocks, share
 from phireg.dtypes import BITS, E4M3_MAX, INT8_MAX, SMALLEST_NORMAL, WEIGHT_DTYPES, as_torch
 from phireg.errors import PlanError
 from phireg.findings import Finding, Severity
@@ -42,6 +42,7 @@ def compute_scales(
     *,
     alpha: float = 1.0,
     workers: int = WORKERS,
+    device: str = CPU,
     progress: Progress | None = None,
 ) -> Scales:
     """Compute every scale of a plan without errors; the maxima of fused modules are joined.
@@ -50,8 +51,9 @@ def compute_scales(
     PlanError names all scales that are missing or unusable, at once.
     """
     maxima = _input_maxima(plan, statistics)
+    workers, block_bytes = share(device, workers)
     with plan.source.open() as reader, one_thread_each(workers):
-        worker = _Worker(plan, reader, alpha, progress or (lambda count: None))
+        worker = _Worker(plan, reader, alpha, device, block_bytes, progress or (lambda count: None))
         with ThreadPoolExecutor(workers) as pool:
             try:
                 results = collect(
@@ -214,10 +216,20 @@ class _LinearScales:
 class _Worker:
     """Reads weights; its methods are called by all threads."""
 
-    def __init__(self, plan: Plan, reader: Reader, alpha: float, progress: Progress) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        reader: Reader,
+        alpha: float,
+        device: str,
+        block_bytes: int,
+        progress: Progress,
+    ) -> None:
         self.plan = plan
         self.reader = reader
         self.alpha = alpha
+        self.device = device
+        self.block_bytes = block_bytes
         self.progress = progress
         self.code = WEIGHT_DTYPES[plan.options.dtype]
         self.stop = Event()
@@ -240,7 +252,7 @@ class _Worker:
         largest = np.float32(0)
         for module in linear.sources:
             for _, block in self.blocks(module, scales):
-                amax = as_torch(block, self.code).abs().max().item()
+                amax = as_torch(block, self.code).to(self.device).abs().max().item()
                 largest = np.maximum(largest, np.float32(amax))
         scale = np.float32(1) if largest == 0 else largest / np.float32(E4M3_MAX)
         scales.put(f"{linear.target}.weights_scaling_factor", scale)
@@ -261,8 +273,8 @@ class _Worker:
         for module in linear.sources:
             amax = np.empty(self.plan.source.tensors[f"{module}.weight"].shape[0], np.float32)
             for row, block in self.blocks(module, scales):
-                smoothed = smooth(block, self.code, scales.inverse).float()
-                amax[row : row + len(block)] = smoothed.abs().amax(1).numpy()
+                smoothed = smooth(block, self.code, scales.inverse, self.device).float()
+                amax[row : row + len(block)] = smoothed.abs().amax(1).cpu().numpy()
             per_row = np.where(amax == 0, np.float32(1), amax / np.float32(INT8_MAX))
             scales.put(f"{module}.weights_scaling_factor", per_row)
 
@@ -279,8 +291,8 @@ class _Worker:
             wmax = torch.zeros(linear.columns)
             for module in linear.sources:
                 for _, block in self.blocks(module, scales):
-                    columns = as_torch(block, self.code).abs().amax(0).float()
-                    wmax = torch.maximum(wmax, columns)
+                    columns = as_torch(block, self.code).to(self.device).abs().amax(0).float()
+                    wmax = torch.maximum(wmax, columns.cpu())
             smoother = wmax.pow(1 - self.alpha) / amax.pow(self.alpha)
         if self.alpha > 0:
             smoother[amax == 0] = LARGEST_SMOOTHER
@@ -296,10 +308,16 @@ class _Worker:
         source = self.plan.source.tensors[f"{module}.weight"]
         overflowed = 0
         for row, block, loss in read_blocks(
-            self.reader, source, 0, source.shape[0], self.code, self.stop
+            self.reader,
+            source,
+            0,
+            source.shape[0],
+            self.code,
+            self.stop,
+            block_bytes=self.block_bytes,
         ):
             overflowed += loss.overflowed
-            for piece in pieces(block):
+            for piece in pieces(block, self.device):
                 yield row + piece.start, block[piece]
             self.progress(len(block) * row_bytes(source))
         if overflowed:

@@ -52,6 +52,10 @@ WORKERS = 2
 """More do not help: one core can hash and cast while another's copy is in the kernel, and the
 blocks are so small that more threads mostly wait for the interpreter."""
 
+GPU_WORKERS, GPU_BLOCK_BYTES = 4, 8 * 2**20
+"""The same where a GPU quantizes: what it takes to start a copy or a kernel counts, and the
+interpreter is needed seldom."""
+
 Progress = Callable[[int], None]
 """Takes the number of further bytes that are done; called from worker threads."""
 
@@ -67,6 +71,11 @@ class Sink(Protocol):
         """
 
 
+def share(device: str, workers: int) -> tuple[int, int]:
+    """The workers and the bytes of their blocks where ``device`` quantizes; a CPU's are given."""
+    return (workers, BLOCK_BYTES) if device == "cpu" else (GPU_WORKERS, GPU_BLOCK_BYTES)
+
+
 class Cancelled(Exception):  # noqa: N818 - not an error
     """Another worker failed; its error is the one to report."""
 
@@ -80,12 +89,13 @@ def carry(
     tensor, of those that lost something. Raises SourceError if a file changed or ended early.
     """
     stop = Event()
+    workers, block_bytes = share(quantizer.device if quantizer else "cpu", workers)
     with ExitStack() as stack:
         reader = stack.enter_context(plan.source.open())
         busy = plan.casts or plan.source.adapter is not None or quantizer is not None
         stack.enter_context(one_thread_each(workers) if busy else nullcontext())
         pool = stack.enter_context(ThreadPoolExecutor(workers))
-        carrier = _Carrier(plan, reader, sink, stop, quantizer)
+        carrier = _Carrier(plan, reader, sink, stop, quantizer, block_bytes)
         try:
             carrier.scales()
             results = collect([pool.submit(carrier.carry, task) for task in plan.tasks])
@@ -159,6 +169,7 @@ def read_blocks(
     stop: Event,
     *,
     count_source: bool = False,
+    block_bytes: int | None = None,
 ) -> Iterator[tuple[int, Bits, Loss]]:
     """Read ``count`` rows of a tensor from ``row`` on and cast them to ``code``, block by block.
 
@@ -167,7 +178,7 @@ def read_blocks(
     values. Raises Cancelled once ``stop`` is set.
     """
     per_row = row_bytes(source)
-    per_block = max(1, BLOCK_BYTES // per_row)
+    per_block = max(1, (block_bytes or BLOCK_BYTES) // per_row)
     buffer = np.empty(min(count, per_block) * per_row, np.uint8)
     for done in range(0, count, per_block):
         if stop.is_set():
@@ -224,13 +235,20 @@ class _Carrier:
     """One run; its methods are called by all workers."""
 
     def __init__(
-        self, plan: Plan, reader: Reader, sink: Sink, stop: Event, quantizer: WeightQuantizer | None
+        self,
+        plan: Plan,
+        reader: Reader,
+        sink: Sink,
+        stop: Event,
+        quantizer: WeightQuantizer | None,
+        block_bytes: int,
     ) -> None:
         self.plan = plan
         self.reader = reader
         self.sink = sink
         self.stop = stop
         self.quantizer = quantizer
+        self.block_bytes = block_bytes
 
     def scales(self) -> None:
         """Pass on all scales; they are in memory."""
@@ -281,7 +299,14 @@ class _Carrier:
         """Read the step's rows block by block and pass each block to all of ``writes``."""
         loss, stop = NO_LOSS, self.stop
         blocks = read_blocks(
-            self.reader, source, step.row, step.count, code, stop, count_source=count_source
+            self.reader,
+            source,
+            step.row,
+            step.count,
+            code,
+            stop,
+            count_source=count_source,
+            block_bytes=self.block_bytes,
         )
         for done, block, lost in blocks:
             loss += lost
