@@ -210,7 +210,7 @@ def run_calibration(
         )
     price = None
     if device.type == "cpu":
-        cost = measure(reference, samples.rows, device=device, batch_size=settings.batch_size)
+        cost = measure(reference, samples.rows, device=device, batch_size=settings.batch_size or 1)
         available = len(samples.rows)
         if settings.size is None:
             samples = samples.first(_affordable(cost, samples))
@@ -240,7 +240,7 @@ def run_calibration(
     statistics = collect(
         reference, samples.rows, device=device, batch_size=batch_size, progress=progress
     )
-    return dataclasses.replace(statistics, provenance=provenance)
+    return dataclasses.replace(statistics, provenance=provenance | {**statistics.provenance})
 
 
 def describe(provenance: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from phireg.calibration.statistics import Statistics
+from phireg.device import measure_memory, peak_memory
 from phireg.errors import SourceError
 from phireg.reference.load import Reference
 from phireg.reference.observing import hidden_states
@@ -27,18 +28,22 @@ Progress = Callable[[int, int], None]
 
 Rows = Sequence[Sequence[int]]
 
+GPU_TOKENS = 16384
+"""Tokens that run at once on a GPU, if its memory takes them: more make it no faster."""
+
 
 def collect(
     reference: Reference,
     rows: Rows,
     *,
     device: torch.device,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
     """Collect maxima of the inputs of every linear of every layer, and of keys and values.
 
-    Rows run as they are, without padding; up to ``batch_size`` rows of the same length run at once.
+    Rows run as they are, without padding; up to ``batch_size`` rows of the same length run at once:
+    by default one on a CPU, and on a GPU as many as have ``GPU_TOKENS`` and fit into its memory.
     Masks and rotary tables are the model's own for that length, so a row beyond the original
     context takes long rope's long factors as it does in the model. Keys are recorded after the
     rotary embedding, as a cache gets them.
@@ -47,34 +52,54 @@ def collect(
     dtype: tokens x hidden_size x 2 bytes in 16 bits (512 rows of 512 tokens of Phi-3-mini: 1.6 GB).
 
     ``reference`` comes from ``open_reference`` with no weights read yet; none are left in memory.
-    The maxima have no provenance. A SourceError names a linear that saw no token, or a maximum that
-    is not finite.
+    The provenance of the maxima has the largest batch alone. A SourceError names a linear that saw
+    no token, or a maximum that is not finite.
     """
     model, layers = reference.model, reference.model.model.layers
     report = progress or (lambda more, total: None)
     total = sum(map(len, rows)) * len(layers)
     largest = _Largest()
     with torch.no_grad(), _embedding(reference):
-        groups = _groups(rows, batch_size)
+        tokens = 0 if batch_size else _tokens_at_once(reference, rows, device)
+        groups = _groups(rows, batch_size, tokens)
         cache = _recording_cache(largest.cached)
         batches = [torch.tensor(group, device=device) for group in groups]
         states = [_front(model, ids, cache).hidden for ids in batches]
         for index, layer in enumerate(layers):
             prefix = f"model.layers.{index}."
-            with reference.layer(index), largest.watching(layer, prefix):
+            ahead = device.type == "cuda"
+            with reference.layer(index, ahead=ahead), largest.watching(layer, prefix):
                 front, shape = None, None
                 for number, ids in enumerate(batches):
                     if front is None or ids.shape != shape:
                         front, shape = _front(model, ids, cache), ids.shape
                     states[number] = front.run(layer, states[number])
                     report(ids.numel(), total)
-            largest.settle(index)
+                largest.settle(index)  # which also waits for the GPU
     inputs = {
         source: amax
         for name, amax in largest.inputs.items()
         for source in reference.parameters.source_modules(name)
     }
-    return Statistics(inputs, largest.of("key"), largest.of("value"), {})
+    batch = max(len(ids) for ids in batches)
+    return Statistics(inputs, largest.of("key"), largest.of("value"), {"batch_size": batch})
+
+
+def _tokens_at_once(reference: Reference, rows: Rows, device: torch.device) -> int:
+    """How many tokens half of the GPU's free memory takes, by the longest row; none on a CPU."""
+    if device.type == "cpu":
+        return 0
+    longest = torch.tensor([max(rows, key=len)], device=device)
+    front = _front(reference.model, longest, None)
+    with reference.layer(0) as layer:
+        measure_memory(device)
+        before = torch.cuda.memory_allocated(device)
+        front.run(layer, front.hidden)
+        each = (peak_memory(device) - before) / longest.numel()
+    unused = torch.cuda.memory_reserved(device) - before
+    states = front.hidden.nbytes / longest.numel() * sum(map(len, rows))
+    free = (torch.cuda.mem_get_info(device)[0] + unused) / 2 - states
+    return min(GPU_TOKENS, int(free / each))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +138,15 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _groups(rows: Rows, batch_size: int) -> Iterator[list[Sequence[int]]]:
-    """Rows of the same length together, batch_size at most; lengths in ascending order."""
+def _groups(rows: Rows, batch_size: int | None, tokens: int) -> Iterator[list[Sequence[int]]]:
+    """Rows of one length together, so many at most or of so many tokens; the shortest first."""
     lengths: dict[int, list[Sequence[int]]] = {}
     for row in rows:
         lengths.setdefault(len(row), []).append(row)
-    for _, alike in sorted(lengths.items()):
-        for start in range(0, len(alike), batch_size):
-            yield alike[start : start + batch_size]
+    for length, alike in sorted(lengths.items()):
+        most = batch_size or max(1, tokens // length)
+        for start in range(0, len(alike), most):
+            yield alike[start : start + most]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,9 @@ class Settings:
         file: the user's rows in place of a dataset; see ``phireg.data.samples``.
         size: number of samples; None for 512, or on a CPU as many as end in reasonable time.
         max_length: tokens after which a sample is cut off.
-        batch_size: number of samples of the same length that run at once. Maxima do not depend
-            on it (apart from rounding), and nothing is ever padded.
+        batch_size: number of samples of the same length that run at once; None for what a GPU's
+            memory takes, and one on a CPU. Maxima do not depend on it (apart from rounding), and
+            nothing is ever padded.
         device: ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` for a GPU where there is one.
         seed: recorded, and without effect: samples are the first ones in order, as upstream's are,
             and nothing else is drawn at random.
@@ -35,7 +36,7 @@ class Settings:
     file: Path | None = None
     size: int | None = None
     max_length: int = 512
-    batch_size: int = 1
+    batch_size: int | None = None
     device: str = AUTO
     seed: int = 1234
 
@@ -43,7 +44,7 @@ class Settings:
         numbers = {
             "calibration size": DEFAULT_SIZE if self.size is None else self.size,
             "calibration length": self.max_length,
-            "batch size": self.batch_size,
+            "batch size": 1 if self.batch_size is None else self.batch_size,
         }
         for what, number in numbers.items():
             if number < 1:

@@ -82,7 +82,12 @@ calibration_options = compose(
         metavar="N",
         help="Tokens of a sample at most.",
     ),
-    CALIBRATION.option("--batch-size", type=_COUNT, default=1, metavar="N", help="Of calibration."),
+    CALIBRATION.option(
+        "--batch-size",
+        type=_COUNT,
+        metavar="N",
+        help="Of calibration.  [default: what a GPU takes; 1 on a CPU]",
+    ),
     CALIBRATION.option(
         "--seed", type=int, default=1234, metavar="N", help="Recorded; nothing is drawn.", rare=True
     ),

@@ -8,7 +8,8 @@ same.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,10 +73,16 @@ class Reference:
             layer.register_forward_hook(lambda *_, names=names: self.parameters.release(names))
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[Any]:
-        """Yield a decoder layer whose weights are in memory inside the ``with`` statement only."""
+    def layer(self, index: int, *, ahead: bool = False) -> Iterator[Any]:
+        """Yield a decoder layer whose weights are in memory inside the ``with`` statement only.
+
+        With ``ahead``, on a GPU, a thread reads the next layer's meanwhile; then whatever uses this
+        layer's must have finished at the end of the statement.
+        """
         names = self._layer(index)
         self.parameters.fill(names)
+        if ahead and (following := self._layer(index + 1)):
+            self.parameters.read_ahead(following)
         try:
             yield self.model.model.layers[index]
         finally:
@@ -244,6 +251,8 @@ class Parameters:
         if wrong := list(self._misshapen()):
             raise SourceError(f"the reference model cannot take {'; '.join(wrong[:5])}")
         self._added = self._place_adapter(config)
+        self._stream: Any = None  # of a GPU, for what is read ahead
+        self._coming: tuple[Collection[str], Future[Mapping[str, nn.Parameter]]] | None = None
 
     def _tie(
         self, model: Any, located: dict[str, Parts | None], tie: bool | None, stated: bool
@@ -341,15 +350,34 @@ class Parameters:
 
     def fill(self, names: Collection[str]) -> None:
         """Read parameters; tied ones that are filled together share their memory."""
+        ahead, self._coming = self._coming, None
+        read = ahead[1].result() if ahead and ahead[0] == names else self._read_all(names)
+        for name, parameter in read.items():
+            module, leaf, _ = self._places[name]
+            setattr(module, leaf, parameter)
+
+    def read_ahead(self, names: Collection[str]) -> None:
+        """Begin to read the parameters that :meth:`fill` takes next, to a GPU, in a thread."""
+        if self._stream is None:  # of its own: copies do not wait for what is computed meanwhile
+            self._stream = torch.cuda.Stream(self._device)
+
+        def read() -> Mapping[str, nn.Parameter]:
+            with torch.cuda.stream(self._stream):
+                parameters = self._read_all(names)
+                self._stream.synchronize()
+            return parameters
+
+        self._coming = names, ThreadPoolExecutor(1).submit(read)
+
+    def _read_all(self, names: Collection[str]) -> Mapping[str, nn.Parameter]:
         read: dict[Parts, nn.Parameter] = {}
         with self.weights.open() as reader:
             for name in names:
-                module, leaf, empty = self._places[name]
                 parts = self._parts[name]
                 if parts not in read:
-                    values = self._read(reader, parts).to(empty.dtype)
+                    values = self._read(reader, parts).to(self._places[name][2].dtype)
                     read[parts] = nn.Parameter(values, requires_grad=False)
-                setattr(module, leaf, read[parts])
+        return {name: read[self._parts[name]] for name in names}
 
     def release(self, names: Collection[str]) -> None:
         """Free the memory of parameters."""
@@ -360,7 +388,7 @@ class Parameters:
     def _read(self, reader: Reader, parts: Parts) -> Tensor:
         """Read a parameter's values to the device, rounded unless they are exact."""
         tensors = [self.weights.tensors[name] for name in parts.tensors]
-        stored = [self.weights.read(reader, tensor).to(self._device) for tensor in tensors]
+        stored = [self.weights.read(reader, tensor, self._device) for tensor in tensors]
         values = parts.assemble(stored)
         if parts in self._added:
             sums = values.float()

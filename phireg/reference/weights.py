@@ -20,6 +20,8 @@ from phireg.source.adapter import Adapter, read_adapter
 from phireg.source.model import FORMATS, INDEX, Reader, read_index, same_bytes
 from phireg.source.tensors import SourceTensor, WeightsFile
 
+_CPU, _BUFFER = torch.device("cpu"), 4 * 2**20
+
 ORDER = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -49,10 +51,20 @@ class Weights:
         """Return a reader for the tensors' bytes; use it in a ``with`` statement."""
         return Reader(self.directory, self.files)
 
-    def read(self, reader: Reader, tensor: SourceTensor) -> torch.Tensor:
-        """Read a tensor's values."""
-        values = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype))
-        reader.read_into(tensor, 0, memoryview(values.view(-1).view(torch.uint8).numpy()))
+    def read(
+        self, reader: Reader, tensor: SourceTensor, device: torch.device = _CPU
+    ) -> torch.Tensor:
+        """Read a tensor's values, to a GPU through a small buffer in main memory."""
+        values = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype), device=device)
+        flat = values.view(-1).view(torch.uint8)
+        if device.type == "cpu":
+            reader.read_into(tensor, 0, memoryview(flat.numpy()))
+            return values
+        buffer = torch.empty(min(_BUFFER, tensor.nbytes), dtype=torch.uint8, pin_memory=True)
+        for start in range(0, tensor.nbytes, _BUFFER):
+            part = buffer[: tensor.nbytes - start]
+            reader.read_into(tensor, start, memoryview(part.numpy()))
+            flat[start : start + len(part)].copy_(part)
         return values
 
     def equal(self, left: SourceTensor, right: SourceTensor) -> bool:
