@@ -4,7 +4,10 @@ Heads, groups, vocabulary and rotary sizes are chosen so that every mistake a co
 changes what the model says: 12 rotated dimensions of 32 in phi2; long rope from 65 tokens on in
 phi3-mini; in phi3-small blocks of 16 tokens of which two are local, a stripe on every third, which
 4 heads (of TP 2) do not divide into, and activations that reach the gegelu limit; 4 heads to a
-KV head in phi3-medium. Splits up to TP 2 are even in all of them.
+KV head in phi3-medium and phi4; 12 rotated dimensions of 16, long rope and a tied head in
+phi4-mini; in phi3.5-moe two experts of eight, router scores near each other, and different factors
+on cos and sin for short and long texts. Splits up to TP 2 are even in all of them. Phi-3.5-mini is
+Phi-3-mini with other rope factors, and shares its demo.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 
 import torch
 from phireg_plugins.phi3_small.reference import Phi3SmallForCausalLM
+from phireg_plugins.phi35_moe.reference import PhiMoEForCausalLM
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -133,6 +137,69 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "num_key_value_heads": 2,
     },
+    "phi4": {
+        **_PHI3,
+        "bos_token_id": 1017,
+        "eos_token_id": 1017,
+        "hidden_size": 96,
+        "initializer_range": 0.05,
+        "intermediate_size": 256,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "pad_token_id": 1017,
+        "rope_theta": 250000.0,
+    },
+    "phi4-mini": {
+        **_PHI3,
+        "bos_token_id": 1016,
+        "eos_token_id": 1016,
+        "full_attn_mod": 1,
+        "hidden_size": 96,
+        "initializer_range": 0.05,
+        "interpolate_factor": 1,
+        "intermediate_size": 256,
+        "lm_head_bias": False,
+        "mlp_bias": False,
+        "num_attention_heads": 6,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "original_max_position_embeddings": 64,
+        "pad_token_id": 1016,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.02, 1.1, 1.2, 1.35, 1.5],
+            "long_factor": [1.0, 1.12, 1.7, 3.2, 5.8, 8.0],
+        },
+        "tie_word_embeddings": True,
+    },
+    "phi3.5-moe": {
+        **_PHI3,
+        "architectures": ["PhiMoEForCausalLM"],
+        "attention_bias": True,
+        "hidden_size": 64,
+        "initializer_range": 0.05,
+        "input_jitter_noise": 0.01,
+        "intermediate_size": 64,
+        "lm_head_bias": True,
+        "model_type": "phimoe",
+        "num_attention_heads": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 8,
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.0, 1.02, 1.05, 1.1, 1.2, 1.35, 1.5],
+            "long_factor": [1.0, 1.07, 1.25, 1.7, 2.6, 4.0, 5.8, 8.0],
+            "short_mscale": 1.1,
+            "long_mscale": 1.25,
+            "original_max_position_embeddings": 64,
+        },
+        "router_jitter_noise": 0.2,
+    },
 }
 # fmt: on
 FAMILIES = tuple(CONFIGS)
@@ -141,7 +208,8 @@ PUBLISHED_DTYPE = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 def model_class(family: str) -> Any:
     """Return the class that loads the family's directory."""
-    return Phi3SmallForCausalLM if family == "phi3-small" else AutoModelForCausalLM
+    own = {"phi3-small": Phi3SmallForCausalLM, "phi3.5-moe": PhiMoEForCausalLM}
+    return own.get(family, AutoModelForCausalLM)
 
 
 def write_config(directory: Path, family: str) -> None:
@@ -167,8 +235,8 @@ def save_weights(model: nn.Module, directory: Path, family: str) -> None:
     tensors = {
         name: tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in model.state_dict().items()
-        # Phi-3-small's head is its embedding; the published files have no second copy.
-        if not (family == "phi3-small" and name == "lm_head.weight")
+        # A tied head is the embedding; the published files have no second copy.
+        if not (family in ("phi3-small", "phi4-mini") and name == "lm_head.weight")
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 

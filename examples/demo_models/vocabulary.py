@@ -17,12 +17,15 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 END_OF_TEXT = "<|endoftext|>"
-# Ids from 0 on. Phi-3's begin token is in the vocabulary and, as published, not put before a text.
+# Ids from 0 on, and in Phi-4 the last ones. Phi-3's begin token is in the vocabulary and, as
+# published, not put before a text.
 SPECIALS = {
     "phi2": (END_OF_TEXT,),
     "phi3-mini": (END_OF_TEXT, "<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
 }
-SPECIALS["phi3-medium"] = SPECIALS["phi3-mini"]
+SPECIALS["phi3-medium"] = SPECIALS["phi3.5-moe"] = SPECIALS["phi3-mini"]
+SPECIALS["phi4"] = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", "<|im_sep|>")
+SPECIALS["phi4-mini"] = (END_OF_TEXT, "<|assistant|>", "<|end|>", "<|user|>", "<|system|>")
 # Words with the space before them, punctuation, single digits, other spaces.
 _WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -39,9 +42,13 @@ def write_tokenizer(directory: Path, family: str, texts: Iterable[str]) -> None:
         (directory / RANKS_FILE).write_bytes(b"".join(lines))
         return
     specials = SPECIALS[family]
-    _train(texts, VOCAB_SIZE, specials).save(str(directory / "tokenizer.json"))
+    last = specials if family.startswith("phi4") else ()
+    first = () if last else specials
+    tokenizer = _train(texts, VOCAB_SIZE - len(last), first)
+    tokenizer.add_special_tokens([_special(token) for token in last])
+    tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "GPT2Tokenizer" if last else "PreTrainedTokenizerFast",
         "bos_token": "<s>" if "<s>" in specials else END_OF_TEXT,
         "eos_token": END_OF_TEXT,
         "pad_token": END_OF_TEXT,
@@ -59,6 +66,10 @@ def open_tokenizer(directory: Path, family: str) -> Any:
     return AutoTokenizer.from_pretrained(directory)
 
 
+def _special(token: str) -> AddedToken:
+    return AddedToken(token, normalized=False, special=True)
+
+
 def _train(texts: Iterable[str], size: int, specials: tuple[str, ...]) -> Tokenizer:
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -70,7 +81,7 @@ def _train(texts: Iterable[str], size: int, specials: tuple[str, ...]) -> Tokeni
     tokenizer.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(
         vocab_size=size,
-        special_tokens=[AddedToken(token, normalized=False, special=True) for token in specials],
+        special_tokens=[_special(token) for token in specials],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -32,7 +32,6 @@ _LLAMAFIED = (
 _ADVICE = {
     "LlamaForCausalLM": _LLAMAFIED,
     "MistralForCausalLM": _LLAMAFIED,
-    "PhiMoEForCausalLM": "Phi-3.5-MoE is converted by an example plugin, examples/phireg-phi35.",
 }
 """What to do with models of other classes, by the class that config.json names."""
 

@@ -1,34 +1,8 @@
-"""Phi-3-mini and Phi-3.5-mini: RMSNorm, fused qkv and gate/up, no biases."""
+"""Phi-3-mini, the base of its architecture: RMSNorm, fused qkv and gate/up, no biases."""
 
-from phireg_plugins.phi3_mini import config, weights
+from phireg_plugins.phi3_mini import config, models, weights
 
 import phireg.api as ph
-
-MINI_4K = {
-    "architectures": ["Phi3ForCausalLM"],
-    "model_type": "phi3",
-    "hidden_size": 3072,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "intermediate_size": 8192,
-    "vocab_size": 32064,
-    "max_position_embeddings": 4096,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-
-
-def tell_apart(hf: ph.HFConfig) -> str | None:
-    """Refuse models whose heads share KV heads: those are phi3-medium's."""
-    heads, kv_heads = hf.get("num_attention_heads"), hf.get("num_key_value_heads")
-    if kv_heads is None or kv_heads == heads:
-        return None
-    return f"{heads} heads share {kv_heads} KV heads, and phi3-mini's have one each"
-
 
 FAMILY = ph.Family(
     name="phi3-mini",
@@ -36,12 +10,14 @@ FAMILY = ph.Family(
     model_types=("phi3",),
     steps=(config, weights),
     api=1,
-    tell_apart=tell_apart,
-    published=(
-        ph.PublishedModel("microsoft/Phi-3-mini-4k-instruct", MINI_4K),
-        ph.PublishedModel(
-            "microsoft/Phi-3-mini-128k-instruct", {**MINI_4K, "max_position_embeddings": 131072}
-        ),
-    ),
+    tell_apart=models.teller("phi3-mini"),
+    published=models.published("phi3-mini"),
     demo="phireg_plugins.phi3_mini:demo",
 )
+
+
+def variant(name: str, *, demo: str | None = None) -> ph.Family:
+    """Return the family of other published models of the architecture."""
+    return FAMILY.derive(
+        name, tell_apart=models.teller(name), published=models.published(name), demo=demo
+    )

@@ -313,13 +313,16 @@ def test_inspect_what_is_no_checkpoint(content, named, tmp_path, run):
 def test_families(run):
     families = document(run("families", "--json"))["families"]
     sizes = {m["repo_id"]: m["tp_sizes"] for family in families for m in family["published"]}
-    assert (len(families), len(sizes)) == (4, 7)
+    assert (len(families), len(sizes)) == (8, 14)
     assert sizes["microsoft/phi-2"][:3] == [1, 2, 4]
     assert 8 not in sizes["microsoft/Phi-3-medium-4k-instruct"]  # 40 heads, 10 of them KV heads
+    assert sizes["microsoft/phi-4"] == [1, 2, 5, 10, 20, 40]
+    assert sizes["microsoft/Phi-4-mini-reasoning"] == [1, 2, 4, 8]  # 24 heads
     for family in families:
         assert family["distribution"] == "phireg"
         assert family["dtypes"] == ["float16", "bfloat16", "float32"]
-        assert family["quantization"] == ["fp8", "int8_sq", "int8_wo", "int4_wo"]
+        if family["name"] != "phi3.5-moe":
+            assert family["quantization"] == ["fp8", "int8_sq", "int8_wo", "int4_wo"]
     text = run("families").output
     assert all(model in text for model in sizes)
 

@@ -19,7 +19,7 @@ from phireg.errors import PluginError
 from phireg.tensorrt import package
 
 ROOT = Path(__file__).parents[2]
-FAMILIES = {"phi2", "phi3-mini", "phi3-small", "phi3-medium"}
+FAMILIES = {"phi2", "phi3-mini", "phi3-small", "phi3-medium", "phi3.5-mini"}
 CHECKS = ["structure", "config", "weights", "reading", "logits", "ranks"]
 
 

@@ -1,4 +1,4 @@
-"""Helpers and tests that the four families share; independent of the plugins.
+"""Helpers and tests that the families share; independent of the plugins.
 
 ``published/`` holds config.json of published models, and beside each the config.json that the
 reader needs for it.

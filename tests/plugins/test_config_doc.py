@@ -11,7 +11,7 @@ import phireg
 from phireg import registry
 
 DOC = Path(__file__).parents[2] / "docs" / "checkpoint-config.md"
-FAMILIES = ("phi2", "phi3-mini", "phi3-small", "phi3-medium")
+FAMILIES = ("phi2", "phi3-mini", "phi3-small", "phi3-medium", "phi3.5-moe")
 
 
 def documented():
@@ -51,6 +51,12 @@ def produced(family):
 def test_the_documented_fields_are_those_that_are_written(tmp_path, name):
     written = produced(registry.load(name).family) | decided_by_phireg(tmp_path)
     assert {field for field, families in documented().items() if name in families} == written
+
+
+@pytest.mark.parametrize("name", ["phi3-medium", "phi3.5-mini", "phi4", "phi4-mini"])
+def test_phi3s_architecture_has_one_table(name):
+    """So that what the page says of phi3-mini holds for them."""
+    assert registry.load(name).family.steps == registry.load("phi3-mini").family.steps
 
 
 def test_only_known_families_are_named():

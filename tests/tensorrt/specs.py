@@ -1,4 +1,4 @@
-"""Configs of two layers: of the four families and of a mixture of experts, in every format."""
+"""Configs of two layers: of four families and of a mixture of experts, in every format."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ EXPERTS = {
 def config_of(family, form="float16", tp_size=1):
     """The config.json of a demo model's checkpoint, or that of the experts, with two layers."""
     dtype = form if form.startswith(("float", "bfloat")) else "float16"
-    if family == "phi35-moe":
+    if family == "phi3.5-moe":
         config = EXPERTS | {"dtype": dtype, "mapping": {"world_size": tp_size, "tp_size": tp_size}}
     else:
         demo = DEMOS / family.replace("-", "_") / "demo"

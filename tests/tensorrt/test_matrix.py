@@ -24,7 +24,7 @@ def builds(spec, *gpus, weights="embedded", rank=0):
     ("family", "form"),
     [
         *((family, form) for family in FAMILIES for form in FORMATS),
-        *(("phi35-moe", form) for form in ("float16", "bfloat16", "kv_fp8")),
+        *(("phi3.5-moe", form) for form in ("float16", "bfloat16", "kv_fp8")),
     ],
 )
 def test_what_builds_is_what_is_said(family, form):

@@ -132,7 +132,7 @@ def test_prompts_of_sparse_models_come_in_smaller_steps():
 def test_what_a_user_would_not_expect_is_told():
     (note,) = requirements.remarks(spec_of("phi2", "kv_fp8"), 64)
     assert "16 bits" in note
-    (note,) = requirements.remarks(spec_of("phi35-moe"), 64)
+    (note,) = requirements.remarks(spec_of("phi3.5-moe"), 64)
     assert "6 experts" in note
     (note,) = requirements.remarks(spec_of("phi2"), 32768)
     assert "--max-seq-len" in note

@@ -1,4 +1,4 @@
-"""The four families' tiny sources and their checkpoints.
+"""Tiny sources of four families and their checkpoints.
 
 KV heads are neither one nor all, and the prompts that verify chooses cross both thresholds.
 """

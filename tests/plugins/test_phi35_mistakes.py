@@ -1,8 +1,8 @@
 """Mistakes with experts that the conformance tests must find and locate."""
 
 import pytest
-from example_models import errors
-from phireg_phi35 import PHI35_MOE
+from phireg_plugins.phi35_moe import FAMILY as PHI35_MOE
+from unregistered import errors
 
 from phireg.api import COLUMN, ROW, Experts, Linear, fuse, hookimpl, src
 from phireg.testing.conformance import logits_problems

@@ -2,7 +2,6 @@
 
 import json
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
@@ -12,8 +11,6 @@ from phireg.planning.build import build_plan
 from phireg.planning.model import Options
 from phireg.registry import Candidate, FamilyChoice
 from phireg.source.readings import open_source
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def randomize(model, seed=0):

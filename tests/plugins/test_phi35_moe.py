@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from example_models import convert, errors, planned, randomize
-from phireg_phi35 import PHI35_MINI, PHI35_MOE
-from phireg_phi35.reference import PhiMoEConfig, PhiMoEForCausalLM
+from phireg_plugins.phi35_mini import FAMILY as PHI35_MINI
+from phireg_plugins.phi35_moe import FAMILY as PHI35_MOE
+from phireg_plugins.phi35_moe.reference import PhiMoEConfig, PhiMoEForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import PhimoeConfig, PhimoeForCausalLM
+from unregistered import convert, errors, planned, randomize
 
 from phireg import executor
 from phireg.config.hf import HFConfig
@@ -249,7 +250,7 @@ def test_families_without_experts_refuse_to_spread_them(ep_size, tmp_path):
     write_random_model(PHI35_MINI, config, tmp_path)
     assert errors(PHI35_MINI, tmp_path, tp_size=2) == []
     problems = errors(PHI35_MINI, tmp_path, tp_size=2, moe_ep_size=ep_size)
-    assert [(code, subject) for code, subject, _ in problems] == [("sharding", "phi35-mini")]
+    assert [(code, subject) for code, subject, _ in problems] == [("sharding", "phi3.5-mini")]
 
 
 @pytest.mark.parametrize(

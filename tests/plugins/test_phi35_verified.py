@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from example_models import convert, planned
-from phireg_phi35 import PHI35_MOE
+from phireg_plugins.phi35_moe import FAMILY as PHI35_MOE
 from safetensors.torch import load_file, save_file
+from unregistered import convert, planned
 
 from phireg.testing import write_tiny_model
 from phireg.verification.compute import ComputedChecks

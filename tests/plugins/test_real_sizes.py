@@ -3,9 +3,11 @@
 import json
 
 import pytest
-from example_models import planned
-from phireg_phi4 import PHI4, PHI4_MINI
-from phireg_phi35 import PHI35_MINI, PHI35_MOE
+from phireg_plugins.phi4 import FAMILY as PHI4
+from phireg_plugins.phi4_mini import FAMILY as PHI4_MINI
+from phireg_plugins.phi35_mini import FAMILY as PHI35_MINI
+from phireg_plugins.phi35_moe import FAMILY as PHI35_MOE
+from unregistered import planned
 
 from phireg.files.safetensors import encode_header
 from phireg.testing.sources import source_shapes
@@ -40,12 +42,12 @@ CASES = {
         {"rope_scaling": LONG, "original_max_position_embeddings": 4096},
         dense(32, 3072, 8192, 3072, 1024, 200064, tied=True),
     ),
-    "phi35-mini": (
+    "phi3.5-mini": (
         PHI35_MINI,
         {"rope_scaling": LONG, "original_max_position_embeddings": 4096},
         dense(32, 3072, 8192, 3072, 3072, 32064),
     ),
-    "phi35-moe": (
+    "phi3.5-moe": (
         PHI35_MOE,
         {"rope_scaling": MOE_LONG},
         mixture(32, 4096, 6400, 4096, 1024, 32064, 16),
@@ -71,4 +73,4 @@ def test_every_parameter_is_read_once(name, tmp_path):
 
 def test_the_published_count_of_the_mixture():
     """42 billion parameters, 41.9 exactly."""
-    assert CASES["phi35-moe"][2] == 41_873_153_344
+    assert CASES["phi3.5-moe"][2] == 41_873_153_344

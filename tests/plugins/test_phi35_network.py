@@ -1,9 +1,9 @@
 """The experts of Phi-3.5-MoE in a TensorRT network, by the interpreter."""
 
 import pytest
-from example_models import convert
-from phireg_phi35 import PHI35_MOE
+from phireg_plugins.phi35_moe import FAMILY as PHI35_MOE
 from test_phi35_verified import SIZES
+from unregistered import convert
 
 from phireg.executor import load
 from phireg.executor.sources import open_ranks

@@ -1,0 +1,5 @@
+"""Phi-4 and its reasoning models: Phi-3-medium with another rope base and vocabulary."""
+
+from phireg_plugins.phi3_mini import variant
+
+FAMILY = variant("phi4")
