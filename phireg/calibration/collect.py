@@ -6,6 +6,7 @@ Each layer's weights are read once and one layer is in memory at a time. lm_head
 from __future__ import annotations
 
 import inspect
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,9 @@ from phireg.device import measure_memory, peak_memory
 from phireg.errors import SourceError
 from phireg.reference.load import Reference
 from phireg.reference.observing import hidden_states
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+"""In a module's name, the number of its layer or expert."""
 
 Progress = Callable[[int, int], None]
 """Takes (further tokens through one layer, all of them)."""
@@ -52,8 +56,9 @@ def collect(
     dtype: tokens x hidden_size x 2 bytes in 16 bits (512 rows of 512 tokens of Phi-3-mini: 1.6 GB).
 
     ``reference`` comes from ``open_reference`` with no weights read yet; none are left in memory.
-    The provenance of the maxima has the largest batch alone. A SourceError names a linear that saw
-    no token, or a maximum that is not finite.
+    The provenance of the maxima has the largest batch alone. The maxima of an expert that no token
+    was sent to are zero. A SourceError names any other linear that saw no token, or a maximum that
+    is not finite.
     """
     model, layers = reference.model, reference.model.model.layers
     report = progress or (lambda more, total: None)
@@ -228,7 +233,7 @@ class _Largest:
     def __init__(self) -> None:
         self.inputs: dict[str, NDArray[np.float32]] = {}
         self._running: dict[str, Tensor] = {}
-        self._names: list[str] = []
+        self._sizes: dict[str, int] = {}  # input features of the linears that are watched
         self._cached: dict[tuple[str, int], Tensor] = {}
 
     def cached(self, layer: int, key: Tensor, value: Tensor) -> None:
@@ -244,15 +249,19 @@ class _Largest:
         with ExitStack() as stack:
             for name, module in layer.named_modules():
                 if isinstance(module, nn.Linear):
-                    self._names.append(prefix + name)
+                    self._sizes[prefix + name] = module.in_features
                     handle = module.register_forward_pre_hook(self._hook(prefix + name))
                     stack.callback(handle.remove)
             yield
 
     def settle(self, layer: int) -> None:
         """Move a layer's maxima to main memory; refuse those that are missing or not finite."""
-        if unseen := [name for name in self._names if name not in self._running]:
-            raise SourceError(f"calibration: no token went through {', '.join(unseen)}")
+        seen = {_NUMBER.sub("", name) for name in self._running}
+        unseen = {name: size for name, size in self._sizes.items() if name not in self._running}
+        if dead := [name for name in unseen if _NUMBER.sub("", name) not in seen]:
+            raise SourceError(f"calibration: no token went through {', '.join(dead)}")
+        # Experts that no token was sent to; others were.
+        self.inputs |= {name: np.zeros(size, np.float32) for name, size in unseen.items()}
         for name, running in self._running.items():  # in the order in which the model gets there
             amax = running.float().cpu()
             if not bool(amax.isfinite().all()):
@@ -270,7 +279,7 @@ class _Largest:
             if (what, layer) not in self._cached:
                 raise SourceError(f"calibration: no {what} of layer {layer} reached the cache")
         self._running.clear()
-        self._names.clear()
+        self._sizes.clear()
 
     def of(self, what: str) -> tuple[float, ...]:
         """Maxima of keys or of values, by layer."""

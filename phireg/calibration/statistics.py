@@ -36,7 +36,7 @@ class Statistics:
 
     inputs: Mapping[str, NDArray[np.float32]]
     """By module name in the source ("model.layers.0.self_attn.qkv_proj"): the maximum of |x| per
-    input channel of the linear, [in_features]."""
+    input channel of the linear, [in_features]; zeros for an expert that no token was sent to."""
     keys: tuple[float, ...]
     """By layer: the maximum of |key| after the rotary embedding; empty if not recorded."""
     values: tuple[float, ...]

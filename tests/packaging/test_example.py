@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 EXAMPLE = Path(__file__).parents[2] / "examples" / "phireg-megatron"
 GROUPS, SHARE, SIZE = 2, 3, 8
 SIZES = {
+    "architectures": ["Phi3ForCausalLM"], "model_type": "phi3",
     "hidden_size": GROUPS * SHARE * SIZE, "num_hidden_layers": 2, "intermediate_size": 40,
     "num_attention_heads": GROUPS * SHARE, "num_key_value_heads": GROUPS, "vocab_size": 97,
     "max_position_embeddings": 64, "hidden_act": "silu", "tie_word_embeddings": False,
