@@ -3,21 +3,22 @@
     python benchmarks/quantize.py --directory /big/disk [--layers N] [--samples 512] [--json FILE]
 
 Writes a random bfloat16 model of the published shape and as many samples of as many random tokens
-as asked for, then in processes of their own: calibrates, exports FP8 and INT8 SmoothQuant from
-those statistics, and, where nvidia-modelopt is installed, lets it quantize the model in
-transformers on the same tokens and write its unified checkpoint. Each process reports its time
-without imports and its largest resident memory.
+as asked for. Then, for FP8 and INT8 SmoothQuant in turn and in processes of their own, phireg
+calibrates and quantizes it to a checkpoint with FP8 KV scales, and nvidia-modelopt, where it is
+installed, loads it in transformers, quantizes it on the same tokens and writes its unified
+checkpoint. Each process reports the seconds of its parts, imports apart; ``all`` is from the
+beginning of the process. Memory is what is resident at most, with and without mapped files.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,46 +50,60 @@ def write_model(work: Path, options: argparse.Namespace) -> None:
     (work / "samples.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def calibrate(work: Path, options: argparse.Namespace) -> Iterator[tuple[str, float]]:
+Figures = Iterator[tuple[str, float]]
+
+
+def phireg(work: Path, options: argparse.Namespace) -> Figures:
+    from transformers import Phi3ForCausalLM
+
     import phireg
+    import phireg.calibration.calibrate
+    import phireg.conversion.quantize
     from phireg.calibration.settings import Settings
 
-    plan = phireg.plan(work / "model", family="phi3-mini")
+    del Phi3ForCausalLM  # imported lazily
+    yield "imports", options.clock()
     settings = Settings(
         file=work / "samples.jsonl", size=options.samples, max_length=options.tokens,
-        batch_size=options.batch_size, device=options.device,
+        device=options.device,
     )  # fmt: skip
-    start = time.perf_counter()
-    phireg.calibrate(plan, work / "calibration.safetensors", settings)
-    yield "seconds", time.perf_counter() - start
+    last: dict[str, float] = {}
 
-
-def export(work: Path, options: argparse.Namespace) -> Iterator[tuple[str, float]]:
-    import phireg
+    def progress(stage: str, _: int, __: int) -> None:
+        last[stage] = time.perf_counter()
 
     start = time.perf_counter()
+    out = work / f"phireg-{options.format}"
     plan = phireg.plan(
         work / "model", family="phi3-mini", qformat=options.format, kv_cache_dtype="fp8"
     )
-    converted = phireg.quantize(plan, work / options.format, work / "calibration.safetensors")
-    yield "seconds", time.perf_counter() - start
+    converted = phireg.quantize(plan, out, settings=settings, progress=progress)
+    last["flushing"] = time.perf_counter()
+    seconds = last["flushing"] - start
+    for stage in ("preparing", "calibrating", "scales", "writing", "flushing"):
+        yield stage, last[stage] - start
+        start = last[stage]
+    yield "seconds", seconds
     yield "gigabytes", sum(converted.files.values()) / 1e9
-    shutil.rmtree(work / options.format)
+    shutil.rmtree(out)
+    converted.calibrated.file.unlink()
 
 
-def modelopt(work: Path, options: argparse.Namespace) -> Iterator[tuple[str, float]]:
+def modelopt(work: Path, options: argparse.Namespace) -> Figures:
     import modelopt.torch.quantization as mtq
     import torch
     from modelopt.torch.export import export_hf_checkpoint
-    from transformers import AutoModelForCausalLM
+    from modelopt.torch.quantization.utils import update_quant_cfg_with_kv_cache_quant
+    from transformers import AutoModelForCausalLM, Phi3ForCausalLM
 
-    start = time.perf_counter()
+    del Phi3ForCausalLM  # imported lazily
+    yield "imports", options.clock()
+    start = begun = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.bfloat16)
     model = model.to(options.device).eval()
-    yield "load_seconds", time.perf_counter() - start
+    yield "loading", time.perf_counter() - start
     rows = [json.loads(line)["input_ids"] for line in (work / "samples.jsonl").open()]
-    ids = torch.tensor(rows, device=options.device)
-    batches = ids.split(options.batch_size)
+    batches = torch.tensor(rows, device=options.device).split(options.batch_size)
 
     def forward(calibrated: Any) -> None:
         with torch.no_grad():
@@ -96,47 +111,74 @@ def modelopt(work: Path, options: argparse.Namespace) -> Iterator[tuple[str, flo
                 calibrated(batch, use_cache=False)
 
     config = mtq.FP8_DEFAULT_CFG if options.format == "fp8" else mtq.INT8_SMOOTHQUANT_CFG
+    config = update_quant_cfg_with_kv_cache_quant(config, mtq.FP8_KV_CFG["quant_cfg"])
     start = time.perf_counter()
     model = mtq.quantize(model, config, forward)
-    yield "calibrate_seconds", time.perf_counter() - start
+    yield "calibrating", time.perf_counter() - start
     start = time.perf_counter()
     export_hf_checkpoint(model, export_dir=work / "modelopt")
-    yield "export_seconds", time.perf_counter() - start
+    yield "exporting", time.perf_counter() - start
+    yield "seconds", time.perf_counter() - begun
     shutil.rmtree(work / "modelopt")
 
 
-STEPS: dict[str, Callable[[Path, argparse.Namespace], Iterator[tuple[str, float]]]] = {
-    "calibrate": calibrate, "export": export, "modelopt": modelopt
-}  # fmt: skip
+STEPS: dict[str, Callable[[Path, argparse.Namespace], Figures]] = {
+    "phireg": phireg,
+    "modelopt": modelopt,
+}
+
+
+class Memory(threading.Thread):
+    """Samples the memory of this process: its peaks in MB, resident and without mapped files."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peaks = {"VmHWM": 0.0, "RssAnon": 0.0}
+
+    def run(self) -> None:
+        """Take samples until the process ends."""
+        while True:
+            self.sample()
+            time.sleep(0.02)
+
+    def sample(self) -> dict[str, float]:
+        """Take a sample, and return the peaks."""
+        for line in Path("/proc/self/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in self.peaks:
+                self.peaks[name] = max(self.peaks[name], int(value.split()[0]) / 1000)
+        return {"resident_mb": self.peaks["VmHWM"], "anonymous_mb": self.peaks["RssAnon"]}
 
 
 def main() -> None:
+    start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--directory", type=Path, help="where to work (default: a temporary one)")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8, help="ModelOpt's; phireg chooses")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--format", choices=FORMATS, help=argparse.SUPPRESS)
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
+        options.clock = lambda: time.perf_counter() - start
+        memory = Memory()
+        memory.start()
         figures = dict(STEPS[options.step](options.directory, options))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({**figures, "peak_resident_mb": peak}))
+        print(json.dumps({**figures, "all": options.clock(), **memory.sample()}))
         return
+    results = {}
     with working_directory(options.directory) as work:
         write_model(work, options)
         size = sum(file.stat().st_size for file in (work / "model").iterdir())
         print(f"random Phi-3-mini, {options.layers} layers, {size / 1e9:.2f} GB; ", end="")
-        print(f"{options.samples} samples of {options.tokens} tokens, batch {options.batch_size}")
-        results = {"calibrate": in_process(work, "calibrate", None)}
+        print(f"{options.samples} samples of {options.tokens} tokens", flush=True)
         for form in FORMATS:
-            results[f"export {form}"] = in_process(work, "export", form)
-        for form in FORMATS:
-            results[f"modelopt {form}"] = in_process(work, "modelopt", form)
+            for step in STEPS:
+                results[f"{step} {form}"] = in_process(work, step, form)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 
@@ -148,19 +190,17 @@ def working_directory(below: Path | None) -> Iterator[Path]:
         yield Path(work)
 
 
-def in_process(work: Path, step: str, form: str | None) -> dict[str, float] | None:
+def in_process(work: Path, step: str, form: str) -> dict[str, float] | None:
     """Run a step in a fresh interpreter and show its figures; None if it fails."""
-    arguments = [*sys.argv[1:], "--directory", str(work), "--step", step]
-    arguments += ["--format", form] if form else []
+    arguments = [*sys.argv[1:], "--directory", str(work), "--step", step, "--format", form]
     command = [sys.executable, str(Path(__file__).resolve()), *arguments]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    title = f"{step} {form or ''}".strip()
     if ran.returncode:
-        print(f"{title}: failed\n{ran.stderr[-2000:]}", flush=True)
+        print(f"{step} {form}: failed\n{ran.stderr[-2000:]}", flush=True)
         return None
     figures: dict[str, float] = json.loads(ran.stdout.splitlines()[-1])
     shown = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
-    print(f"{title}: {shown}", flush=True)
+    print(f"{step} {form}: {shown}", flush=True)
     return figures
 
 

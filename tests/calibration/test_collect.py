@@ -7,6 +7,7 @@ from helpers.tiny_models import from_pretrained, opened
 from torch import nn
 from transformers import DynamicCache
 
+from phireg.calibration import collect as collecting
 from phireg.calibration.collect import collect, measure
 from phireg.errors import SourceError
 
@@ -97,6 +98,16 @@ def test_batches_hold_rows_of_one_length(tmp_path, name):
     directory = sources.write(name, tmp_path)
     alone = by_hand(from_pretrained(name, directory), [torch.tensor([row]) for row in rows()])
     same(collect(opened(name, directory), rows(), device=CPU, batch_size=2), alone, rtol=1e-5)
+
+
+def test_a_batch_has_as_many_tokens_as_fit(tmp_path, monkeypatch):
+    """Two rows of 7 are 14; a row that is longer runs alone."""
+    directory = sources.write("phi2", tmp_path)
+    monkeypatch.setattr(collecting, "_tokens_at_once", lambda *_: 14)
+    fitting = collect(opened("phi2", directory), rows(), device=CPU)
+    assert fitting.provenance == {"batch_size": 2}
+    alone = by_hand(from_pretrained("phi2", directory), [torch.tensor([row]) for row in rows()])
+    same(fitting, alone, rtol=1e-5)
 
 
 def test_padding_does_not_count(tmp_path):
@@ -207,7 +218,8 @@ def test_on_a_gpu(tmp_path, name):
     device = torch.device("cuda")
     directory = sources.write(name, tmp_path)
     reference = opened(name, directory, device=device)
-    statistics = collect(reference, rows(), device=device, batch_size=2)
+    statistics = collect(reference, rows(), device=device)
+    assert statistics.provenance == {"batch_size": 2}
     on_cpu = [torch.tensor([row]) for row in rows()]
     same(statistics, by_hand(from_pretrained(name, directory), on_cpu), rtol=2e-3)
     on_gpu = [ids.to(device) for ids in on_cpu]

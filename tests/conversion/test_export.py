@@ -24,12 +24,14 @@ from phireg_plugins.phi3_mini import FAMILY
 from safetensors.torch import load_file
 
 import phireg
+from phireg.calibration.settings import Settings
 from phireg.calibration.statistics import Statistics
 from phireg.checkpoint.manifest import read_manifest
 from phireg.conversion import quantizer as quantizing
 from phireg.conversion import scales as scaling
 from phireg.conversion import stream as streaming
 from phireg.conversion.scales import check_scales, compute_scales
+from phireg.dtypes import torch_dtype
 from phireg.errors import PlanError, UsageError
 from phireg.testing import write_random_model
 
@@ -446,6 +448,39 @@ def test_e4m3_is_rounded_once_to_nearest_even():
     expected = [min(range(127), key=lambda i: (abs(grid[i] - v), i % 2)) for v in values.tolist()]
     levels, _ = quantizing.to_e4m3(values[None].view(np.uint32), "F32", np.float32(1))
     assert levels[0].tolist() == expected
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@on_gpu
+@formats
+@pytest.mark.parametrize("key", ["phi2", "small"])
+def test_a_gpu_writes_the_same_bytes(tmp_path, key, qformat, alpha):
+    source = write_model(tmp_path / "hf", key, model(key))
+    plan, statistics = plan_of(source, key, qformat, 2), calibration(key)
+    for device in ("cpu", "cuda"):
+        settings = Settings(device=device)
+        phireg.quantize(plan, tmp_path / device, statistics, settings=settings, alpha=alpha)
+    assert files(tmp_path / "cpu") == files(tmp_path / "cuda")
+
+
+@on_gpu
+@pytest.mark.parametrize("code", ["BF16", "F16", "F32"])
+def test_a_gpu_quantizes_to_the_same_bits(code):
+    """Division by a scale, not multiplication by its reciprocal, and one rounding."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(512, 4096, generator=generator).to(torch_dtype(code))
+    block = weight.view(torch.uint16 if weight.itemsize == 2 else torch.uint32).numpy()
+    scales = torch.rand(512, generator=generator).numpy() / 400 + np.float32(0.003)
+    inverse = torch.rand(4096, generator=generator).numpy()
+    for quantize, arguments in (
+        (quantizing.to_e4m3, (scales[0],)),
+        (quantizing.to_int8, (inverse, scales)),
+    ):
+        ours, lost = quantize(block, code, *arguments, "cpu")
+        theirs, beyond = quantize(block, code, *arguments, "cuda")
+        assert np.array_equal(ours, theirs) and lost == beyond > 0
 
 
 # --- memory -----------------------------------------------------------------------------------
