@@ -237,9 +237,15 @@ def run_calibration(
     if price is not None:
         report(price)
     batch_size = settings.batch_size
-    statistics = collect(
-        reference, samples.rows, device=device, batch_size=batch_size, progress=progress
-    )
+    try:
+        statistics = collect(
+            reference, samples.rows, device=device, batch_size=batch_size, progress=progress
+        )
+    except torch.OutOfMemoryError:
+        raise UsageError(
+            f"the calibration does not fit into the memory of {device}",
+            hint="lower --batch-size or --calib-max-seq-length, or take --device cpu.",
+        ) from None
     return dataclasses.replace(statistics, provenance=provenance | {**statistics.provenance})
 
 

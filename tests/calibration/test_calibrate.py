@@ -72,6 +72,19 @@ def test_provenance_and_progress(calibrated, tmp_path):
     assert sum(steps) == 27
 
 
+def test_a_device_that_is_too_small_is_named(calibrated, monkeypatch):
+    source, settings, statistics = calibrated
+    assert statistics.provenance["batch_size"] == 1
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(calibration, "collect", full)
+    with pytest.raises(UsageError, match="memory of cpu") as caught:
+        run_calibration(family("phi2"), source, settings)
+    assert "--batch-size" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("stored", "computed"),
     [("float32", "float32"), ("float16", "float32"), ("bfloat16", "bfloat16")],
