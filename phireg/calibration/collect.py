@@ -6,7 +6,6 @@ Each layer's weights are read once and one layer is in memory at a time. lm_head
 from __future__ import annotations
 
 import inspect
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,14 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from phireg.calibration.statistics import Statistics
+from phireg.calibration.statistics import Statistics, of_any_expert
 from phireg.device import measure_memory, peak_memory
 from phireg.errors import SourceError
 from phireg.reference.load import Reference
 from phireg.reference.observing import hidden_states
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-"""In a module's name, the number of its layer or expert."""
 
 Progress = Callable[[int, int], None]
 """Takes (further tokens through one layer, all of them)."""
@@ -256,9 +252,9 @@ class _Largest:
 
     def settle(self, layer: int) -> None:
         """Move a layer's maxima to main memory; refuse those that are missing or not finite."""
-        seen = {_NUMBER.sub("", name) for name in self._running}
+        seen = set(map(of_any_expert, self._running)) - {None}
         unseen = {name: size for name, size in self._sizes.items() if name not in self._running}
-        if dead := [name for name in unseen if _NUMBER.sub("", name) not in seen]:
+        if dead := [name for name in unseen if of_any_expert(name) not in seen]:
             raise SourceError(f"calibration: no token went through {', '.join(dead)}")
         # Experts that no token was sent to; others were.
         self.inputs |= {name: np.zeros(size, np.float32) for name, size in unseen.items()}

@@ -61,6 +61,35 @@ class Statistics:
             for layer, largest in enumerate(layers):
                 _check(f"the {what} of layer {layer}", np.array([largest], dtype=np.float32))
 
+    def of_experts(self) -> tuple[Mapping[str, NDArray[np.float32]], tuple[str, ...]]:
+        """Return ``inputs`` without gaps, and the linears of experts that no token was sent to.
+
+        These get the maxima of the same layer's other experts, taken together.
+        """
+        together: dict[str, NDArray[np.float32]] = {}
+        for name, amax in self.inputs.items():
+            if (key := of_any_expert(name)) is not None:
+                together[key] = np.maximum(together.get(key, amax), amax)
+        filled = dict(self.inputs)
+        for name, amax in self.inputs.items():
+            others = together.get(of_any_expert(name) or "")
+            if others is not None and not amax.any() and others.any():
+                filled[name] = others
+        return filled, tuple(name for name in filled if filled[name] is not self.inputs[name])
+
+
+def of_any_expert(module: str) -> str | None:
+    """Return the name that a linear of an expert shares with the layer's other experts.
+
+    It has "*" for the expert's number, the last of two. None is for a module with one number.
+    """
+    parts = module.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+    if len(numbers) < 2:
+        return None
+    parts[numbers[-1]] = "*"
+    return ".".join(parts)
+
 
 def _check(what: str, amax: NDArray[np.float32]) -> None:
     wrong = ~(np.isfinite(amax) & (amax >= 0))

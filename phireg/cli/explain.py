@@ -123,7 +123,11 @@ def _formula(plan: Plan, name: str) -> str:
         ends += ", but at least 1" if options.kv_cache_dtype == "fp8" else ""
         return f"from calibration: the largest absolute key or value of the layer / {ends}"
     largest = _LARGEST[options.qformat or ""]
-    modules = next((x.sources for x in plan.linears if x.target == owner), (owner,))
+    linear = next((x for x in plan.linears if x.target == owner), None)
+    modules = linear.groups[0] if linear else (owner,)
+    each, others = "", ""
+    if linear and linear.experts:
+        each, others = f"; so for each of {linear.experts} experts", ", or of any other expert,"
     if companion == "prequant_scaling_factor":
         return (
             f"from calibration, for each input channel of {_listed(modules)}: 1 / its largest "
@@ -131,7 +135,9 @@ def _formula(plan: Plan, name: str) -> str:
         )
     if companion == "activation_scaling_factor":
         smoothed = ", after prequant_scaling_factor," if plan.smoothed else ""
-        text = f"from calibration: the largest absolute input of {_listed(modules)}{smoothed}"
+        text = (
+            f"from calibration: the largest absolute input of {_listed(modules)}{others}{smoothed}"
+        )
         return f"{text} / {largest}"
     weights = _listed([f"{module}.weight" for module in modules])
     if plan.smoothed:
@@ -139,7 +145,7 @@ def _formula(plan: Plan, name: str) -> str:
             f"for each row of {weights}: its largest absolute value, after division by "
             f"prequant_scaling_factor, / {largest}"
         )
-    return f"from the weights: the largest absolute value in {weights} / {largest}"
+    return f"from the weights: the largest absolute value in {weights} / {largest}{each}"
 
 
 def _quantized(plan: Plan, output: Output) -> str:

@@ -49,6 +49,12 @@ class WeightQuantizer:
         self._code = WEIGHT_DTYPES[plan.options.dtype]
         self._scales = scales
         self._smoothed = plan.smoothed
+        self._group = {  # of a source module, in its target's scales
+            module: number
+            for linear in plan.linears
+            for number, modules in enumerate(linear.groups)
+            for module in modules
+        }
         self.findings = scales.findings
 
     def scale(self, name: str) -> Bits:
@@ -63,10 +69,11 @@ class WeightQuantizer:
         """
         linear, module = target.removesuffix(".weight"), source.removesuffix(".weight")
         if not self._smoothed:
-            (scale,) = self._scales.float32(f"{linear}.weights_scaling_factor")
+            scales = self._scales.float32(f"{linear}.weights_scaling_factor")
+            scale = scales[self._group[module]]
             return to_e4m3(block, self._code, scale, self.device)
-        scales = self._scales.float32(f"{module}.weights_scaling_factor")
-        rows = scales[row : row + len(block)]
+        by_row = self._scales.float32(f"{module}.weights_scaling_factor")
+        rows = by_row[row : row + len(block)]
         return to_int8(block, self._code, self._scales.inverse[linear], rows, self.device)
 
 

@@ -8,7 +8,7 @@ them to ranks and fused modules as it maps the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Event
@@ -50,7 +50,8 @@ def compute_scales(
     ``progress`` takes the number of further source bytes read, in all :func:`bytes_read`. A
     PlanError names all scales that are missing or unusable, at once.
     """
-    maxima = _input_maxima(plan, statistics)
+    inputs, idle = statistics.of_experts()
+    maxima = _input_maxima(plan, statistics, inputs)
     workers, block_bytes = share(device, workers)
     with plan.source.open() as reader, one_thread_each(workers):
         worker = _Worker(plan, reader, alpha, device, block_bytes, progress or (lambda count: None))
@@ -72,7 +73,7 @@ def compute_scales(
     return Scales(
         values,
         {x.target: x.inverse for x in results if x.inverse is not None},
-        _unseen(maxima, statistics, plan),
+        (*_unseen(maxima, statistics, plan), *_idle_experts(plan, idle)),
     )
 
 
@@ -86,6 +87,17 @@ def _unseen(
         names += [module for module, *largest in kept if not any(largest)]
     detail = "calibration saw only zeros of it, so its scale is 1; is the layer switched off?"
     return tuple(Finding(Severity.WARNING, "unseen", name, detail) for name in names)
+
+
+def _idle_experts(plan: Plan, idle: Collection[str]) -> Iterator[Finding]:
+    """Warn of experts that no token of the calibration was sent to."""
+    for linear in plan.linears:
+        if names := [module for module in linear.sources if module in idle]:
+            detail = (
+                f"no calibration token was sent to {', '.join(names)}: their inputs are taken to "
+                "be like those of the layer's other experts; calibrate with more text"
+            )
+            yield Finding(Severity.WARNING, "unseen", linear.target, detail)
 
 
 def bytes_read(plan: Plan, alpha: float = 1.0) -> int:
@@ -151,13 +163,15 @@ def _finding(subject: str, detail: str, code: str = "scale") -> Finding:
     return Finding(Severity.ERROR, code, subject, detail)
 
 
-def _input_maxima(plan: Plan, statistics: Statistics) -> dict[str, Float32]:
+def _input_maxima(
+    plan: Plan, statistics: Statistics, inputs: Mapping[str, Float32]
+) -> dict[str, Float32]:
     """Per target the maxima of its input channels; all that are missing are named at once."""
     missing: list[Finding] = []
     maxima: dict[str, Float32] = {}
     for linear in plan.linears:
         for module in linear.sources:
-            amax = statistics.inputs.get(module)
+            amax = inputs.get(module)
             if amax is None:
                 detail = f"no input maxima, needed by {linear.target}"
                 missing.append(_finding(module, detail, "calibrate"))
@@ -248,14 +262,15 @@ class _Worker:
         return scales
 
     def fp8(self, linear: QuantizedLinear, inputs: Float32, scales: _LinearScales) -> None:
-        """One scale for the whole weight, fused or not, and one for its input."""
-        largest = np.float32(0)
-        for module in linear.sources:
-            for _, block in self.blocks(module, scales):
-                amax = as_torch(block, self.code).to(self.device).abs().max().item()
-                largest = np.maximum(largest, np.float32(amax))
-        scale = np.float32(1) if largest == 0 else largest / np.float32(E4M3_MAX)
-        scales.put(f"{linear.target}.weights_scaling_factor", scale)
+        """One scale for the whole weight, fused or not, or each expert's, and one for its input."""
+        largest = np.zeros(len(linear.groups), np.float32)
+        for number, modules in enumerate(linear.groups):
+            for module in modules:
+                for _, block in self.blocks(module, scales):
+                    amax = as_torch(block, self.code).to(self.device).abs().max().item()
+                    largest[number] = np.maximum(largest[number], np.float32(amax))
+        per_group = np.where(largest == 0, np.float32(1), largest / np.float32(E4M3_MAX))
+        scales.put(f"{linear.target}.weights_scaling_factor", per_group)
         scale = inputs.max() / np.float32(E4M3_MAX) if inputs.any() else np.float32(1)
         scales.put(f"{linear.target}.activation_scaling_factor", scale)
 

@@ -116,18 +116,25 @@ def activate(spec: ModelSpec, z: Tensor) -> Tensor:
 
 
 def mixture(
-    spec: ModelSpec, shards: list[Weights], ranks: Sequence[int], u: Tensor, reduce: Reduce
+    spec: ModelSpec,
+    shards: list[Weights],
+    ranks: Sequence[int],
+    u: Tensor,
+    reduce: Reduce,
+    observe: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Run the experts in the MLP's place; every rank scores all in float32 and runs its own."""
+    """Run the experts in the MLP's place; every rank scores all in float32 and runs its own.
+
+    ``observe`` is called with an expert's number and a rank's part of its proj's input.
+    """
     assert spec.experts is not None
     tokens = u.flatten(0, -2)
     scores = functional.linear(tokens.float(), shards[0][ROUTER])
     chosen, shares = route(scores, spec.mixer_epsilon)
     partial = []
     for rank, weights in zip(ranks, shards, strict=True):
-        fc, proj = weights["mlp.fc.weight"], weights["mlp.proj.weight"]
         first = spec.experts.first(rank)
-        partial.append(rank_mixture(first, fc, proj, tokens, chosen, shares))
+        partial.append(rank_mixture(first, weights, tokens, chosen, shares, observe))
     return reduce(partial).view_as(u)
 
 
@@ -152,21 +159,30 @@ def route(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 
 
 def rank_mixture(
-    first: int, fc: Tensor, proj: Tensor, x: Tensor, chosen: Tensor, weights: Tensor
+    first: int,
+    weights: Weights,
+    x: Tensor,
+    chosen: Tensor,
+    shares: Tensor,
+    observe: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Return the sum over one rank's experts, of which ``first`` is the number of the first.
 
-    ``fc`` is [experts, 2 F, h], the rows [up; gate] of each, ``proj`` [experts, h, F], ``x``
-    [tokens, h]; ``chosen`` and ``weights`` are as ``route`` returns them.
+    Of fc each has [2 F, h], the rows [up; gate], of proj [h, F]; ``x`` is [tokens, h]. ``chosen``
+    and ``shares`` are as ``route`` returns them.
     """
     total = torch.zeros_like(x)
-    for index in range(len(fc)):
+    for index in range(len(weights["mlp.fc.weight"])):
         token, place = torch.nonzero(chosen == first + index, as_tuple=True)
         if not len(token):
             continue
-        up, gate = functional.linear(x[token], fc[index]).chunk(2, dim=-1)
-        output = functional.linear(functional.silu(gate) * up, proj[index])
-        total.index_add_(0, token, (output * weights[token, place, None]).to(x.dtype))
+        own = quantized.of_expert(weights, index)
+        up, gate = linear(own, "mlp.fc", x[token]).chunk(2, dim=-1)
+        gated = functional.silu(gate) * up
+        if observe is not None:
+            observe(first + index, gated)
+        output = linear(own, "mlp.proj", gated)
+        total.index_add_(0, token, (output * shares[token, place, None]).to(x.dtype))
     return total
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -197,7 +198,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
 
         ``observe`` is called with "attention", "mlp" (their outputs, biases included) and "hidden";
         ``observe_inputs`` with a linear's name and its input, before smoothing and quantization:
-        one tensor of a column linear, each rank's of a row linear, none of experts.
+        one tensor of a column linear, each rank's of a row linear, expert by expert.
         """
         spec, first = self.spec, shards[0]
         u = blocks.norm(spec, first, "input_layernorm", x)
@@ -219,7 +220,15 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
                 observe_inputs("mlp.proj", gated)
             mlp = blocks.row_linear(shards, "mlp.proj", gated, self.reduce)
         else:
-            mlp = blocks.mixture(spec, shards, self.ranks, u, self.reduce)
+            parts: dict[int, list[Tensor]] = defaultdict(list)  # of each expert's input of proj
+            mlp = blocks.mixture(
+                *(spec, shards, self.ranks, u, self.reduce),
+                None if observe_inputs is None else lambda e, part: parts[e].append(part),
+            )
+            if observe_inputs is not None:
+                observe_inputs("mlp.fc", [u])
+                for gated in parts.values():
+                    observe_inputs("mlp.proj", gated)
         x = x + mlp if spec.architecture.residual == "sequential" else x + attended + mlp
         if observe is not None:
             observe("attention", attended)

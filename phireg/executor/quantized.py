@@ -72,8 +72,18 @@ def has_native_fp8(
         and device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= (8, 9)
         and dtype != torch.float32
-        and not any(size % 16 for size in shape)
+        and not any(size % 16 for size in shape[-2:])
     )
+
+
+def of_expert(weights: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """Return the linears of one of a rank's experts, out of ``prepare``'s stacks."""
+    stacked = ("weight", "weights_scaling_factor")
+    return {
+        name: tensor[index] if name.endswith(stacked) else tensor
+        for name, tensor in weights.items()
+        if name.startswith(("mlp.fc.", "mlp.proj."))
+    }
 
 
 def weight_only(weight: Tensor, bits: int) -> Tensor:

@@ -55,7 +55,7 @@ def open_ranks(checkpoint_dir: Path, spec: ModelSpec, ranks: Sequence[int]) -> l
                 for problem in _rank_problems(file.kinds(), sources[rank], required, accepted)
             ]
     if not problems:
-        names = [name for name in required if replicated(name, spec.quantization.weights)]
+        names = [name for name in required if replicated(spec, name)]
         problems += _differences(sources, names)
     if problems:
         raise CheckError(

@@ -222,7 +222,7 @@ class QuantRules:
 def every_linear(
     config: Mapping[str, Any], *, postprocess: Rules | None = None, notes: tuple[str, ...] = ()
 ) -> QuantRules:
-    """Quantize the four linears and the KV cache of every layer (decoders without experts)."""
+    """Quantize the four linears and the KV cache of every layer, but no router of experts."""
     layers = [f"transformer.layers.{i}" for i in range(config["num_hidden_layers"])]
     linears = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
     return QuantRules(

@@ -273,6 +273,10 @@ class _Builder:
                 sizes = (rank_rows.length, *(() if rank_cols is None else (rank_cols.length,)))
                 if experts := rule.experts // ranks.moe_ep_size:
                     sizes = (experts, sizes[0] // experts, *sizes[1:])
+            elif "experts" in follows:
+                count = rule.experts // ranks.moe_ep_size
+                spans = (Span(own, rank % ranks.moe_ep_size * count, count),)
+                sizes = (count, 1)
             elif rank_cols is not None:
                 spans = tuple(dataclasses.replace(span, source=own) for span in rank_cols.spans)
                 sizes = (rank_cols.length,)

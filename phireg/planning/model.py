@@ -164,6 +164,14 @@ class QuantizedLinear:
     target: str  # module path in the checkpoint
     sources: tuple[str, ...]  # the source modules of its rows; no other target reads them
     columns: int  # input features in the source
+    experts: int = 0  # that are stacked in it
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The source modules that share a scale of the weight: each expert's, or all."""
+        size = len(self.sources) // max(1, self.experts)
+        starts = range(0, len(self.sources), size)
+        return tuple(self.sources[start : start + size] for start in starts)
 
 
 @dataclass(frozen=True, slots=True)

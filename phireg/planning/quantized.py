@@ -88,21 +88,25 @@ class Quantization:
         assert self.scheme is not None
         assert rule.cols is not None  # problems() has checked it
         sources = tuple(module for module, _ in rows.sources)
-        self.linears.append(QuantizedLinear(rule.target, sources, rule.cols.length))
+        self.linears.append(QuantizedLinear(rule.target, sources, rule.cols.length, rule.experts))
         return self.scheme.companions
 
     def declare(self, rule: Rule, companion: str, rows: Axis, code: str) -> tuple[str, ...]:
         """Declare a scale that the run computes, and return the axes that it follows.
 
         One that follows the rows is a companion of every source module; any other belongs to the
-        target.
+        target. Stacked experts have each a scale of their weight, and one of all their inputs.
         """
         per_tensor = companion == "weights_scaling_factor" and not (
             self.scheme and self.scheme.per_channel
         )
-        follows = () if per_tensor else FOLLOWS[companion]
+        follows = FOLLOWS[companion]
+        if per_tensor:
+            follows = ("experts",) if rule.experts else ()
         if "rows" in follows:
             sizes = dict(rows.sources)
+        elif "experts" in follows:
+            sizes = {rule.target: rule.experts}
         else:
             sizes = {rule.target: rule.cols.length if rule.cols and "cols" in follows else 1}
         for module, size in sizes.items():
@@ -152,6 +156,9 @@ class Quantization:
                 span.source is None for span in axes[target].spans
             ):
                 yield target, "has padded rows, which have no scale", rule.where
+            elif rule.experts and not _separate(rule.experts, axes[target]):
+                detail = "its experts share source modules, so their scales cannot be told apart"
+                yield target, detail, rule.where
             else:
                 for module, _ in axes[target].sources:
                     if others := [name for name in readers[module] if name != target]:
@@ -175,9 +182,19 @@ class Quantization:
             return
         for output in outputs:
             quantized = output.dtype == self.scheme.weight and output.rank == 0
-            if quantized and any(size % FP8_ALIGNMENT for size in output.shape):
+            if quantized and any(size % FP8_ALIGNMENT for size in output.shape[-2:]):
                 detail = (
                     f"is {list(output.shape)} on each rank; TensorRT's FP8 kernels want multiples "
                     f"of {FP8_ALIGNMENT}"
                 )
                 yield Finding(Severity.WARNING, "alignment", output.name, detail)
+
+
+def _separate(experts: int, rows: Axis) -> bool:
+    """Return whether every stacked expert has source modules of its own, and all equally many."""
+    share = len(rows.parts) // experts
+    owners = [
+        {span.source for part in rows.parts[start : start + share] for span in part.spans}
+        for start in range(0, len(rows.parts), share)
+    ]
+    return len(set(map(len, owners))) == 1 and sum(map(len, owners)) == len(rows.sources)

@@ -179,12 +179,15 @@ def check_quantization(config: Config, num_layers: int) -> None:
                     f"exclude_modules leaves {name} unquantized",
                     "the executor runs checkpoints that quantize every linear of every layer",
                 )
-    # An empty list is the reader's own, which has lm_head; any other replaces that.
-    if quantization.excluded and "lm_head" not in quantization.excluded:
-        raise block.error(
-            "exclude_modules has no lm_head, so TensorRT-LLM would quantize it",
-            "the executor runs checkpoints whose lm_head is not quantized",
-        )
+    # An empty list is the reader's own, which has these; any other replaces that.
+    router = ["transformer.layers.0.mlp.router"] if config.values.get("moe") else []
+    for name in ("lm_head", *router) if quantization.excluded else ():
+        if name not in quantization.excluded:
+            leaf = name.rpartition(".")[2]
+            raise block.error(
+                f"exclude_modules has no {leaf}, so TensorRT-LLM would quantize it",
+                f"the executor runs checkpoints whose {leaf} is not quantized",
+            )
 
 
 def _algorithm(block: Config, key: str, known: Mapping[str, Any]) -> Any:

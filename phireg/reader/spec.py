@@ -342,8 +342,8 @@ def _check_division(config: Config, spec: ModelSpec) -> None:
             )
         if spec.activation != "swiglu":
             raise config.error("hidden_act of experts must be swiglu")
-        if spec.quantization.weights is not None:
-            raise config.error("quantized experts are unknown to the executor")
+        if spec.quantization.weights not in (None, "fp8"):
+            raise config.error("experts with other weights than FP8 are unknown to the executor")
     if spec.intermediate_size % divided:
         raise config.error(
             f"intermediate_size {spec.intermediate_size} cannot be split over {divided} ranks"

@@ -16,7 +16,7 @@ from phireg.dtypes import WEIGHT_DTYPES
 from phireg.reader.architectures import ARCHITECTURES
 from phireg.reader.config import Config
 from phireg.reader.schemes import KV_SCALE as _KV_SCALE
-from phireg.reader.schemes import ROW_LINEARS, Scheme, WeightScheme
+from phireg.reader.schemes import ROW_LINEARS, Scheme
 from phireg.reader.spec import Dimensions, parse_dimensions
 
 Kind = tuple[str, tuple[int, ...]]
@@ -75,12 +75,14 @@ def layer_tensors(dims: Dimensions, layer: int) -> dict[str, Kind]:
         "attention.dense": (hidden, dims.rank_heads * size),
     }
     tensors: dict[str, Kind] = {}
+    mlp = {"mlp.fc": (fc, hidden), "mlp.proj": (hidden, inner)}
     if (experts := dims.experts) is None:
-        linears |= {"mlp.fc": (fc, hidden), "mlp.proj": (hidden, inner)}
+        linears |= mlp
     else:
         tensors[ROUTER] = ("F32", (experts.count, hidden))
-        tensors["mlp.fc.weight"] = (code, (experts.rank_count, fc, hidden))
-        tensors["mlp.proj.weight"] = (code, (experts.rank_count, hidden, inner))
+        for name, shape in mlp.items():
+            scheme = dims.quantization.scheme(layer_prefix(layer) + name)
+            tensors |= _experts(name, code, (experts.rank_count, *shape), scheme)
     for name, shape in linears.items():
         scheme = dims.quantization.scheme(layer_prefix(layer) + name)
         tensors |= _linear(name, code, shape, scheme)
@@ -116,17 +118,18 @@ def is_scale(name: str) -> bool:
     return name.endswith("scaling_factor")
 
 
-def replicated(name: str, weights: WeightScheme | None = None) -> bool:
+def replicated(dims: Dimensions, name: str) -> bool:
     """Return whether every rank must hold the same values.
 
     These are norms, the embedding, the router of experts, biases of row linears; of the scales,
     those of activations and of the cache, of weights that are not split or have one scale for all
-    rows, and the smoothing of inputs that are not split.
+    rows and no experts that ranks share out, and the smoothing of inputs that are not split.
     """
     module, _, part = name.rpartition(".")
     row = module.endswith(ROW_LINEARS)
     if part == "weights_scaling_factor":
-        return row or weights == "fp8"
+        shared_out = dims.experts is not None and dims.experts.ep_size > 1 and ".mlp." in module
+        return not shared_out and (row or dims.quantization.weights == "fp8")
     if part == "prequant_scaling_factor":
         return not row
     if is_scale(part) or (row and part == "bias"):
@@ -148,6 +151,17 @@ def _linear(name: str, code: str, shape: tuple[int, int], scheme: Scheme | None)
         for part, part_code in scheme.companions.items()
     }
     return {f"{name}.weight": (scheme.weight or code, shape), **scales}
+
+
+def _experts(
+    name: str, code: str, shape: tuple[int, int, int], scheme: Scheme | None
+) -> dict[str, Kind]:
+    """Return weight and scales of a stack of experts: each has its weight's, all one of inputs."""
+    tensors = _linear(name, code, shape[1:], scheme)
+    tensors[f"{name}.weight"] = (tensors[f"{name}.weight"][0], shape)
+    if (scale := f"{name}.weights_scaling_factor") in tensors:
+        tensors[scale] = ("F32", (shape[0], 1))
+    return tensors
 
 
 def _norm(dims: Dimensions, name: str) -> dict[str, Kind]:

@@ -70,7 +70,9 @@ def capability_problems(spec: ModelSpec, gpus: Sequence[str]) -> Iterator[str]:
 
 
 def size_problems(spec: ModelSpec) -> Iterator[str]:
-    """Yield which weights have a size that no compiler takes."""
+    """Yield which weights have a size or a form that no compiler takes."""
+    if spec.experts is not None and spec.quantization.weights is not None:
+        yield "its experts are quantized, which TensorRT-LLM alone builds"
     if spec.quantization.weights == "int4_wo":
         for name, (_, shape) in layer_tensors(spec, 0).items():
             if name.endswith(".weight") and len(shape) == 2 and math.prod(shape) % 2:

@@ -99,11 +99,12 @@ def _write_dequantized(
     for file in model.source.files:
         tensors |= load_file(model.source.directory / file.name)
     for linear in linears:
-        names = [f"{module}.weight" for module in linear.sources]
         inputs = np.maximum.reduce([maxima[module] for module in linear.sources])
-        weights = [tensors[name] for name in names]
-        rounded = _smoothquant(weights, inputs) if scheme.per_channel else _fp8(weights)
-        tensors |= dict(zip(names, rounded, strict=True))
+        for modules in linear.groups:
+            names = [f"{module}.weight" for module in modules]
+            weights = [tensors[name] for name in names]
+            rounded = _smoothquant(weights, inputs) if scheme.per_channel else _fp8(weights)
+            tensors |= dict(zip(names, rounded, strict=True))
     directory.mkdir()
     save_file(tensors, directory / "model.safetensors")
     shutil.copyfile(model.source_dir / "config.json", directory / "config.json")
@@ -131,5 +132,5 @@ def _dequantize(tensors: Mapping[str, Tensor], target: str, scheme: Scheme) -> T
     weight = tensors[f"{target}.weight"].float()
     scale = tensors[f"{target}.weights_scaling_factor"]
     if not scheme.per_channel:
-        return weight * scale
+        return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))  # an expert's, or the only one
     return weight * scale[:, None] * tensors[f"{target}.prequant_scaling_factor"].float()

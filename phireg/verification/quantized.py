@@ -80,11 +80,11 @@ class Tolerance:
 
 @dataclass(slots=True)
 class LinearComparison:
-    """One linear on all ranks; scales by rank, [rows], or [1] for the whole tensor."""
+    """One linear on all ranks."""
 
     target: str  # module path
     weights: tuple[Output, ...]
-    stored_scales: dict[int, Float32]
+    stored_scales: dict[int, Float32]  # by rank, [rows], [experts], or [1] for the whole tensor
     smoother: Float32 | None  # factors of inputs, in the source's columns; None for FP8
     scales: dict[int, Float32] = field(default_factory=dict)  # from the source
     differences: tuple[Difference, ...] = ()  # off the grids of the stored and the source's scales
@@ -109,7 +109,7 @@ class LinearComparison:
             unquantized = dataclasses.replace(output, dtype=code)
             rows = self.smoothed(output, float32_values(assemble(plan, unquantized, reader), code))
             with np.errstate(all="ignore"):
-                expected.append(rows / self.scales[output.rank][:, None])
+                expected.append(rows / _by_row(self.scales[output.rank], output, 0, len(rows)))
             stored.append(_stored_rows(files, output, 0, output.matrix[0]))
         return expected, stored
 
@@ -158,7 +158,8 @@ def _open(plan: Plan, files: RankFiles, linear: QuantizedLinear) -> LinearCompar
     """Read a linear's scales."""
     outputs = [o for o in plan.outputs if o.name.rpartition(".")[0] == linear.target]
     weights = tuple(output for output in outputs if output.name.endswith(".weight"))
-    scales = {o.rank: read_scale(files, o.rank, f"{linear.target}.{WEIGHT_SCALE}") for o in weights}
+    name = f"{linear.target}.{WEIGHT_SCALE}"
+    scales = {o.rank: read_scale(files, o.rank, name).ravel() for o in weights}
     smoother = None
     for output in outputs:
         if output.name.endswith(SMOOTHER):
@@ -205,9 +206,9 @@ class _GridComparison:
         self.maxima[index][at] = np.abs(values).max(axis=1, initial=0)
         stored = _stored_rows(self.files, output, row, len(rows))
         self.progress(stored.size)
-        scale = self.scales[output.name][output.rank]
+        scale = _by_row(self.scales[output.name][output.rank], output, row, len(rows))
         with np.errstate(all="ignore"):
-            unrounded: Float32 = values / (scale[at, None] if self.tolerance.per_channel else scale)
+            unrounded: Float32 = values / scale
         off_grid = ~self.tolerance.weights(stored, unrounded)
         if off_grid.any():
             pair = (stored, unrounded)
@@ -223,8 +224,13 @@ class _GridComparison:
         outputs = {o.rank: n for n, o in enumerate(self.plan.outputs) if o.name == name}
         maxima = {rank: self.maxima[index] for rank, index in outputs.items()}
         if not self.tolerance.per_channel:
-            whole = np.array([max(map(np.max, maxima.values()))], np.float32)
-            return {rank: _scale(whole, E4M3_MAX) for rank in maxima}
+            experts = self.plan.outputs[outputs[0]].shape[:-2]
+            shares = self.plan.options.ranks.moe_ep_size if experts else 1
+            whole: dict[int, Float32] = {}  # by share of the experts
+            for rank, by_row in maxima.items():
+                own = by_row.reshape(*experts or (1,), -1).max(-1)
+                whole[rank % shares] = np.maximum(whole.get(rank % shares, own), own)
+            return {rank: _scale(whole[rank % shares], E4M3_MAX) for rank in maxima}
         origins = [self.plan.outputs[index].origin for index in outputs.values()]
         if any(isinstance(origin, Rows) and origin.columns is not None for origin in origins):
             rows: Float32 = np.stack(list(maxima.values())).max(axis=0)
@@ -237,6 +243,13 @@ def _scale(maxima: Float32, largest: float) -> Float32:
     scale = maxima / np.float32(largest)
     scales: Float32 = np.where(scale == 0, np.float32(1), scale).astype(np.float32)
     return scales
+
+
+def _by_row(scales: Float32, output: Output, row: int, count: int) -> Float32:
+    """Return scales of consecutive rows, [count, 1]: their own, an expert's, or the only one."""
+    rows = np.arange(row, row + count)
+    of_rows: Float32 = scales[rows * len(scales) // output.matrix[0], None]
+    return of_rows
 
 
 def _stored_rows(files: RankFiles, output: Output, row: int, count: int) -> Float32:

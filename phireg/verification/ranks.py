@@ -11,7 +11,7 @@ from torch import Tensor
 from phireg.executor import Executor, ModelSpec
 from phireg.executor.sources import Source
 from phireg.reader.schemes import LINEARS, ROW_LINEARS, Quantization
-from phireg.reader.tensors import replicated
+from phireg.reader.tensors import is_scale, replicated
 from phireg.verification.logits import (
     check_reference,
     logits_tolerance,
@@ -21,6 +21,11 @@ from phireg.verification.logits import (
 )
 from phireg.verification.result import Place
 
+_OF_EXPERTS = tuple(
+    f"{module}.{part}"
+    for module in ("mlp.fc", "mlp.proj")
+    for part in ("weight", "weights_scaling_factor")
+)
 _BY_COLUMNS = tuple(
     f"{module}.{part}" for module in ROW_LINEARS for part in ("weight", "prequant_scaling_factor")
 )
@@ -78,9 +83,9 @@ def merged_executor(executor: Executor, sources: Sequence[Source]) -> Executor:
 
 def merge(spec: ModelSpec, name: str, shards: list[Tensor]) -> Tensor:
     """Merge a tensor of all ranks, by what the reader takes their rows for."""
-    if replicated(name, spec.quantization.weights):
+    if replicated(spec, name):
         return shards[0]
-    if spec.experts is not None and name.endswith(("mlp.fc.weight", "mlp.proj.weight")):
+    if spec.experts is not None and name.endswith(_OF_EXPERTS):
         return _merge_experts(name, shards, spec.experts.ep_size)
     if name.startswith("lm_head"):
         return torch.cat(shards)[: spec.vocab_size]
@@ -102,6 +107,8 @@ def _merge_halves(shards: Sequence[Tensor], dim: int = 0) -> Tensor:
 def _merge_experts(name: str, shards: list[Tensor], ep_size: int) -> Tensor:
     """Merge stacked linears: rank r has share r mod ``ep_size`` of the experts."""
     shares = [shards[share::ep_size] for share in range(ep_size)]
+    if is_scale(name):
+        return torch.cat([share[0] for share in shares])
     if name.endswith("mlp.proj.weight"):
         return torch.cat([torch.cat(share, dim=2) for share in shares])
     return torch.cat([_merge_halves(share, dim=1) for share in shares])

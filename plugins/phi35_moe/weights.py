@@ -1,6 +1,7 @@
 """Phi-3.5-MoE's weight rules: separate projections with biases, and experts one by one."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import phireg.api as ph
@@ -73,9 +74,9 @@ def layer(i: int, config: Mapping[str, Any]) -> tuple[ph.Rule, ...]:
 
 
 @ph.hookimpl
-def phireg_quant_rules() -> ph.QuantRules:
-    """Quantize nothing, so that phireg refuses every scheme.
-
-    Experts would need scales of their own, and calibration enough tokens for the least used one.
-    """
-    return ph.QuantRules(linears=())
+def phireg_quant_rules(config: Mapping[str, Any], scheme: str) -> ph.QuantRules:
+    """Quantize every linear but the router, to FP8 alone."""
+    rules = ph.every_linear(config)
+    if scheme != "FP8":
+        return replace(rules, linears=())
+    return replace(rules, exclude_modules=("lm_head", "*router", "*vocab_embedding"))

@@ -68,7 +68,8 @@ def test_an_expert_sees_only_its_tokens():
     expected = torch.stack(
         [0.5 * expert(0, 0), torch.zeros(5), 2.0 * expert(1, 2) + 0.25 * expert(0, 2)]
     )
-    assert torch.allclose(rank_mixture(4, fc, proj, x, chosen, weights), expected, atol=1e-5)
+    stacks = {"mlp.fc.weight": fc, "mlp.proj.weight": proj}
+    assert torch.allclose(rank_mixture(4, stacks, x, chosen, weights), expected, atol=1e-5)
 
 
 def test_the_spec():
@@ -93,7 +94,11 @@ def test_the_spec():
         ({"mapping": {**ranks(4), "moe_ep_size": 3}}, "moe_ep_size"),
         ({"intermediate_size": 18}, "intermediate_size"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"quantization": {"quant_algo": "W8A16"}}, "quantized experts"),
+        ({"quantization": {"quant_algo": "W8A16"}}, "than FP8"),
+        (
+            {"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}},
+            "no router",
+        ),
         ({"architecture": "Phi3ForCausalLM"}, "moe"),
     ],
 )

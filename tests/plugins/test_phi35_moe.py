@@ -233,7 +233,7 @@ def test_a_checkpoint_in_bfloat16_counts_what_is_cast(source):
     [
         ({"tp_size": 4, "moe_ep_size": 4}, "sharding", "mlp.fc"),
         ({"tp_size": 8}, "sharding", "mlp.fc"),
-        ({"qformat": "fp8"}, "quant", ""),
+        ({"qformat": "int8_sq"}, "quant", ""),
         ({"qformat": "int8_wo"}, "quant", ""),
     ],
 )

@@ -1,12 +1,21 @@
 """Phi-3.5-MoE in FP8: what calibration sees of experts, and their scales and values."""
 
+import shutil
+from functools import cache
+
+import numpy as np
 import pytest
 import torch
+from helpers.command_line import run_phireg
 from phireg_plugins.phi35_moe import FAMILY
 from safetensors.torch import load_file, save_file
 from test_phi35_verified import SIZES
+from torch.nn import functional
 
+import phireg
+from phireg import executor
 from phireg.calibration.collect import collect
+from phireg.calibration.statistics import Statistics
 from phireg.reference.load import open_reference
 from phireg.testing import write_tiny_model
 
@@ -77,3 +86,166 @@ def test_maxima_of_each_experts_own_tokens(source, statistics):
             assert not statistics.inputs[name].any()
     idle = {f"{MOE.format(1)}.experts.{IDLE}.{w}" for w in ("w1", "w2", "w3")}
     assert idle <= names - expected.keys()
+
+
+SPREADS = [(1, None), (2, None), (2, 2), (4, 2)]
+"""tp_size and moe_ep_size."""
+LAST = f"transformer.layers.{SIZES['num_hidden_layers'] - 1}.mlp"
+
+
+@pytest.fixture(scope="module")
+def converted(source, statistics, tmp_path_factory):
+    """Checkpoints by spread: (directory, findings)."""
+
+    @cache
+    def convert(tp_size, ep_size):
+        plan = phireg.plan(
+            source, qformat="fp8", tp_size=tp_size, moe_ep_size=ep_size, dtype="float32"
+        )
+        output = tmp_path_factory.mktemp("out") / "ckpt"
+        return output, phireg.quantize(plan, output, statistics).findings
+
+    return convert
+
+
+def e4m3(x, scale):
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+
+
+@pytest.mark.parametrize(("tp_size", "ep_size"), SPREADS)
+def test_every_scale_and_value(tp_size, ep_size, source, statistics, converted):
+    """What TensorRT-LLM's MixtureOfExperts reads: a scale per expert, one for all their inputs."""
+    old, shares = load_file(source / "model.safetensors"), ep_size or 1
+    directory, _ = converted(tp_size, ep_size)
+    for rank in range(tp_size):
+        new = load_file(directory / f"rank{rank}.safetensors")
+        part, parts = rank // shares, tp_size // shares
+        own = range(rank % shares * EXPERTS // shares, (rank % shares + 1) * EXPERTS // shares)
+        for layer in range(SIZES["num_hidden_layers"]):
+            moe, mlp = MOE.format(layer), f"transformer.layers.{layer}.mlp"
+            for name, sources in (("fc", ("w3", "w1")), ("proj", ("w2",))):
+                inputs = [f"{moe}.experts.{e}.{w}" for e in range(EXPERTS) for w in sources]
+                largest = max(float(statistics.inputs[module].max()) for module in inputs)
+                stored = new[f"{mlp}.{name}.activation_scaling_factor"]
+                assert stored.tolist() == [pytest.approx(largest / 448, rel=1e-6)]
+                scales = new[f"{mlp}.{name}.weights_scaling_factor"]
+                assert scales.shape == (len(own), 1) and scales.dtype == torch.float32
+                for index, expert in enumerate(own):
+                    weights = [old[f"{moe}.experts.{expert}.{w}.weight"] for w in sources]
+                    scale = torch.stack([w.abs().max() for w in weights]).max() / 448
+                    assert float(scales[index]) == pytest.approx(float(scale), rel=1e-6)
+                    axis = 0 if name == "fc" else 1
+                    cut = torch.cat([w.chunk(parts, axis)[part] for w in weights])
+                    actual = new[f"{mlp}.{name}.weight"][index]
+                    assert torch.equal(actual.float(), e4m3(cut, scales[index]))
+            assert new[f"{mlp}.router.weight"].dtype == torch.float32
+
+
+def test_the_executor_computes_with_them(converted):
+    """One layer's experts by hand: inputs and weights on the grid, scales of the checkpoint."""
+    directory, _ = converted(1, None)
+    tensors = load_file(directory / "rank0.safetensors")
+    x = torch.randn(1, 9, SIZES["hidden_size"], generator=torch.Generator().manual_seed(2))
+    model = executor.load(directory, dtype="float32")
+    weights = model.layer_weights(SIZES["num_hidden_layers"] - 1)
+    actual = executor.blocks.mixture(model.spec, weights, model.ranks, x, model.reduce)[0]
+
+    def product(name, expert, x):
+        scale = tensors[f"{LAST}.{name}.activation_scaling_factor"]
+        weight = tensors[f"{LAST}.{name}.weight"][expert].float()
+        both = scale * tensors[f"{LAST}.{name}.weights_scaling_factor"][expert]
+        return e4m3(x, scale) @ weight.T * both
+
+    chosen, shares = executor.blocks.route(x[0] @ tensors[f"{LAST}.router.weight"].T, 0.3)
+    for token in range(9):
+        expected = torch.zeros(SIZES["hidden_size"])
+        for expert, share in zip(chosen[token].tolist(), shares[token], strict=True):
+            up, gate = product("fc", expert, x[0, token]).chunk(2)
+            expected += share * product("proj", expert, functional.silu(gate) * up)
+        assert torch.allclose(actual[token], expected, atol=1e-4)
+
+
+def test_ranks_compute_the_same(converted):
+    ids = torch.tensor([ROWS[0]])
+    expected = executor.load(converted(1, None)[0], dtype="float32")(ids)
+    for spread in SPREADS[1:]:
+        logits = executor.load(converted(*spread)[0], dtype="float32")(ids)
+        assert (logits - expected).norm() < 0.05 * expected.norm()  # a rounding turns now and then
+
+
+@pytest.mark.parametrize("spread", [(1, None), (4, 2)])
+def test_verify_passes(spread, source, converted):
+    verification = phireg.verify(converted(*spread)[0], source)
+    assert verification.passed, verification
+
+
+def exchanged(name):
+    def change(tensors):
+        tensors[name] = tensors[name][[1, 0, *range(2, len(tensors[name]))]]
+
+    return change
+
+
+def other_halves(tensors):
+    weight = tensors[f"{LAST}.fc.weight"]
+    weight[2] = weight[2].roll(SIZES["intermediate_size"], 0)
+
+
+MISTAKES = {
+    "scales of two experts": (exchanged(f"{LAST}.fc.weights_scaling_factor"), "mlp.fc"),
+    "two experts": (exchanged(f"{LAST}.proj.weight"), "mlp.proj.weight"),
+    "up and gate of one expert": (other_halves, "mlp.fc.weight"),
+    "one scale for all": (
+        lambda tensors: tensors[f"{LAST}.fc.weights_scaling_factor"].fill_(1.0),
+        "mlp.fc",
+    ),
+    "another router": (exchanged(f"{LAST}.router.weight"), "mlp.router"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_verify_finds(mistake, source, converted, tmp_path):
+    change, place = MISTAKES[mistake]
+    directory = tmp_path / "ckpt"
+    shutil.copytree(converted(1, None)[0], directory)
+    (directory / "phireg.json").unlink()  # as a checkpoint of others
+    tensors = load_file(directory / "rank0.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "rank0.safetensors")
+    verification = phireg.verify(directory, source, family="phi3.5-moe", checks=("weights",))
+    problems = [problem for check in verification.checks for problem in check.problems]
+    assert not verification.passed
+    assert any(place in problem.where and "layers.1" in problem.where for problem in problems)
+
+
+def test_idle_experts_are_named_and_have_the_others_maxima(statistics, converted):
+    inputs, idle = statistics.of_experts()
+    names = [f"{MOE.format(1)}.experts.{IDLE}.{w}" for w in ("w1", "w2", "w3")]
+    assert set(names) <= set(idle)
+    for name in names:
+        others = [name.replace(f".{IDLE}.", f".{e}.") for e in range(EXPERTS)]
+        expected = np.maximum.reduce([statistics.inputs[other] for other in others])
+        assert np.array_equal(inputs[name], expected) and expected.any()
+    busy = statistics.inputs.keys() - set(idle)
+    assert all(inputs[name] is statistics.inputs[name] for name in busy)
+    _, findings = converted(1, None)
+    warned = {f.subject: f.detail for f in findings if f.code == "unseen"}
+    assert names[0] in warned[f"{LAST}.fc"] and names[2] in warned[f"{LAST}.fc"]
+    assert names[1] in warned[f"{LAST}.proj"]
+
+
+def test_a_linear_of_no_expert_is_not_filled():
+    """Two layers are no siblings."""
+    zero, one = np.zeros(3, np.float32), np.ones(3, np.float32)
+    statistics = Statistics(
+        {"model.layers.0.mlp.down_proj": zero, "model.layers.1.mlp.down_proj": one}, (), (), {}
+    )
+    inputs, idle = statistics.of_experts()
+    assert idle == () and not inputs["model.layers.0.mlp.down_proj"].any()
+
+
+def test_explain_speaks_of_each_expert(source):
+    done = run_phireg("explain", source, f"{LAST}.fc", "--qformat", "fp8")
+    assert done.exit_code == 0, done.output
+    assert f"for each of {EXPERTS} experts" in done.stdout
+    assert "experts.0.w3.weight" in done.stdout and "experts.1.w3.weight / 448" not in done.stdout

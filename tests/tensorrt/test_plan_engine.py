@@ -77,6 +77,12 @@ def test_int4_weights_of_an_odd_size():
     assert not list(requirements.size_problems(spec_of("phi3-mini", "int4_wo")))
 
 
+def test_quantized_experts():
+    (problem,) = requirements.size_problems(spec_of("phi3.5-moe", "fp8"))
+    assert "TensorRT-LLM" in problem
+    assert not list(requirements.size_problems(spec_of("phi3.5-moe")))
+
+
 def test_a_gpu_that_cannot_run_the_model(checkpoint):
     with pytest.raises(EngineError, match=r"bfloat16 needs compute capability 8\.0"):
         planned(checkpoint, gpus=("sm89", "sm75"))
