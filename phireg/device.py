@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -38,6 +40,20 @@ def pick_device(name: str) -> torch.device:
             hint=f"available here: {available}; check the driver and CUDA_VISIBLE_DEVICES.",
         )
     return torch.device("cuda", index)
+
+
+@contextmanager
+def within_memory(device: torch.device, advice: str) -> Iterator[None]:
+    """Explain that what runs inside does not fit into the memory of a GPU.
+
+    CUDA raises an error of its own where not even its context does.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if device.type == "cpu" or "out of memory" not in str(error):
+            raise
+        raise UsageError(f"the memory of {device} is too small, or in use", hint=advice) from None
 
 
 def measure_memory(device: torch.device) -> None:

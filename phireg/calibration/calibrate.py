@@ -23,7 +23,7 @@ from phireg.calibration.statistics import SUFFIX, Statistics, load, save
 from phireg.checkpoint.manifest import file_digest
 from phireg.data.row import Content
 from phireg.data.samples import Encode, Samples, read_samples
-from phireg.device import pick_device
+from phireg.device import pick_device, within_memory
 from phireg.dtypes import WEIGHT_DTYPES, torch_dtype
 from phireg.errors import SourceError, UsageError
 from phireg.family import Family
@@ -237,15 +237,11 @@ def run_calibration(
     if price is not None:
         report(price)
     batch_size = settings.batch_size
-    try:
+    advice = "lower --batch-size or --calib-max-seq-length, or take --device cpu."
+    with within_memory(device, advice):
         statistics = collect(
             reference, samples.rows, device=device, batch_size=batch_size, progress=progress
         )
-    except torch.OutOfMemoryError:
-        raise UsageError(
-            f"the calibration does not fit into the memory of {device}",
-            hint="lower --batch-size or --calib-max-seq-length, or take --device cpu.",
-        ) from None
     return dataclasses.replace(statistics, provenance=provenance | {**statistics.provenance})
 
 

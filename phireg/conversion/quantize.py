@@ -71,11 +71,11 @@ def quantize(
 
     def quantizer() -> WeightQuantizer:
         from phireg.calibration.settings import Settings
-        from phireg.device import pick_device
+        from phireg.device import pick_device, within_memory
 
         nonlocal calibrated
         chosen = settings or Settings()
-        device = str(pick_device(chosen.device))
+        device = pick_device(chosen.device)
         if isinstance(statistics, Statistics):
             maxima = statistics
         else:
@@ -96,17 +96,15 @@ def quantize(
             "provenance": dict(maxima.provenance),
         }
         read = bytes_read(plan, alpha)
-        return WeightQuantizer(
-            plan,
-            compute_scales(
+        with within_memory(device, "take --device cpu."):
+            scales = compute_scales(
                 plan,
                 maxima,
                 alpha=alpha,
-                device=device,
+                device=str(device),
                 progress=lambda more: report("scales", more, read),
-            ),
-            device,
-        )
+            )
+        return WeightQuantizer(plan, scales, str(device))
 
     total = plan.tensor_bytes
     try:

@@ -17,6 +17,7 @@ from phireg.calibration.calibrate import describe, misfit, run_calibration
 from phireg.calibration.collect import Cost, collect
 from phireg.calibration.settings import Settings
 from phireg.calibration.statistics import load, save
+from phireg.device import within_memory
 from phireg.errors import SourceError, UsageError
 from phireg.reference.load import open_reference
 from phireg.source.readings import open_source
@@ -72,17 +73,16 @@ def test_provenance_and_progress(calibrated, tmp_path):
     assert sum(steps) == 27
 
 
-def test_a_device_that_is_too_small_is_named(calibrated, monkeypatch):
-    source, settings, statistics = calibrated
-    assert statistics.provenance["batch_size"] == 1
-
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(calibration, "collect", full)
-    with pytest.raises(UsageError, match="memory of cpu") as caught:
-        run_calibration(family("phi2"), source, settings)
-    assert "--batch-size" in caught.value.hint
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_a_gpu_that_is_too_small_is_named(kind):
+    """CUDA reports a full memory in two ways."""
+    gpu, refused = torch.device("cuda"), pytest.raises(UsageError, match="memory of cuda")
+    with refused as caught, within_memory(gpu, "less."):
+        raise kind("CUDA error: out of memory")
+    assert caught.value.hint == "less."
+    for device, text in (("cuda", "misaligned address"), ("cpu", "out of memory")):
+        with pytest.raises(kind), within_memory(torch.device(device), "less."):
+            raise kind(text)
 
 
 @pytest.mark.parametrize(
