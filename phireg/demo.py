@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -91,19 +92,35 @@ def find(family: str) -> DemoModel:
 def family_of(directories: Iterable[Path]) -> str | None:
     """Find the family whose demo model, or what was made of it, is in a directory.
 
-    Known by the tokenizer, which no other model has. phi3-mini's and phi3-medium's are the same,
-    and so are their articles: the first of them is returned for both.
+    Known by the tokenizer, which no other model has. Some families have the same: a checkpoint's
+    manifest or a config.json like the demo's decides among them, else the first is returned.
     """
+    found: list[tuple[bool, str]] = []
     for family, path in product(families()[0], directories):
         with suppress(PluginError):  # a damaged demo model stops nobody
             original = find(family).directory
-            for name in _TOKENIZERS:
-                both = (original / name, path / name)
-                if all(file.is_file() for file in both):
-                    own, other = (read_file(file, Limit.TOKENIZER) for file in both)
-                    if own == other:
-                        return family
+            if _alike(original, path, _TOKENIZERS, Limit.TOKENIZER):
+                same = _alike(original, path, ("config.json",), Limit.JSON)
+                found.append((same or family == _written_by(path), family))
+    return max(found, key=itemgetter(0), default=(False, None))[1]
+
+
+def _written_by(checkpoint_dir: Path) -> object:
+    """Return the family that a manifest names, if there is one."""
+    with suppress(SourceError):
+        block = (read_manifest(checkpoint_dir) or {}).get("family")
+        return block.get("name") if isinstance(block, dict) else None
     return None
+
+
+def _alike(directory: Path, other: Path, names: Iterable[str], limit: Limit) -> bool:
+    """Return whether two directories have one of the files, with the same bytes."""
+    pairs = ((directory / name, other / name) for name in names)
+    return any(
+        read_file(own, limit) == read_file(file, limit)
+        for own, file in pairs
+        if own.is_file() and file.is_file()
+    )
 
 
 def _directory(family: str, location: str) -> Path:

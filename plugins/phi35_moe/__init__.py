@@ -35,4 +35,5 @@ FAMILY = ph.Family(
     api=1,
     published=(ph.PublishedModel("microsoft/Phi-3.5-MoE-instruct", MOE),),
     reference="phireg_plugins.phi35_moe.reference:PhiMoEForCausalLM",
+    demo="phireg_plugins.phi35_moe:demo",
 )

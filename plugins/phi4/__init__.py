@@ -2,4 +2,4 @@
 
 from phireg_plugins.phi3_mini import variant
 
-FAMILY = variant("phi4")
+FAMILY = variant("phi4", demo="phireg_plugins.phi4:demo")

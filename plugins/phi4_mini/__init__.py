@@ -2,4 +2,4 @@
 
 from phireg_plugins.phi3_mini import variant
 
-FAMILY = variant("phi4-mini")
+FAMILY = variant("phi4-mini", demo="phireg_plugins.phi4_mini:demo")
