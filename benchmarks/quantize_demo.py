@@ -39,7 +39,7 @@ FAMILIES = ("phi2", "phi3-mini", "phi3-small", "phi3-medium", "phi4", "phi4-mini
 FORMATS = (("fp8", None), ("fp8", "fp8"), ("int8_sq", None), ("int8_sq", "int8"))
 CALIBRATED = 16
 EVALUATED = 160 - CALIBRATED
-MODELOPT = ("phi2", "phi3-mini", "phi3-medium")
+MODELOPT = ("phi2", "phi3-mini", "phi3-medium", "phi4", "phi4-mini")
 """Families whose classes are in transformers, and so known to ModelOpt."""
 
 Logits = Callable[[Tensor], Tensor]

@@ -28,6 +28,12 @@ def load_files(directory: Path) -> Any:
     whole, pieces = (directory / "tokenizer.json").is_file(), directory / "tokenizer.model"
     if not whole and pieces.is_file():
         _check_sentencepiece(pieces)
+    elif not whole and _architecture(directory) == "Phi3ForCausalLM":
+        raise SourceError(
+            f"{directory} has vocab.json and no tokenizer.json, which alone says where Phi-4's "
+            "tokenizers split a text: the class would split it as GPT-2's does",
+            hint="put the model's tokenizer.json there.",
+        )
     loader = PreTrainedTokenizerFast if whole else AutoTokenizer
     options = {} if whole else {"trust_remote_code": False}
     try:
@@ -84,13 +90,9 @@ def _add_bos_and_eos(inner: Any, directory: Path) -> None:
     path = directory / "tokenizer_config.json"
     if not path.is_file():
         return
-    config, model = read_json_object(path), directory / "config.json"
+    config = read_json_object(path)
     name = config.get("tokenizer_class")
-    if (
-        name is None
-        and model.is_file()
-        and architecture_of(read_json_object(model)) in _LLAMA_MODELS
-    ):
+    if name is None and _architecture(directory) in _LLAMA_MODELS:
         name = _LLAMA[0]
     if name not in _LLAMA:
         return
@@ -129,6 +131,11 @@ def _add_bos_and_eos(inner: Any, directory: Path) -> None:
             PhiregWarning,
             stacklevel=2,
         )
+
+
+def _architecture(directory: Path) -> Any:
+    model = directory / "config.json"
+    return architecture_of(read_json_object(model)) if model.is_file() else None
 
 
 def not_loaded(directory: Path, error: Exception) -> SourceError:
