@@ -1,5 +1,7 @@
 """Loading the source's model from its files, against transformers' own from_pretrained."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from helpers import tiny_models as sources
@@ -143,3 +145,26 @@ def test_other_models_are_built_as_ever(tmp_path):
     """Building a reference leaves nothing behind in torch."""
     opened("phi2", sources.write("phi2", tmp_path))
     assert not torch.nn.Linear(2, 2).weight.is_meta
+
+
+class Stream:
+    """In the place of a GPU's."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def synchronize(self):
+        pass
+
+
+def test_a_layer_that_was_read_ahead_is_the_same(tmp_path, monkeypatch):
+    """In another thread; what a layer other than the next needs is read anew."""
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    directory = sources.write("phi3-tied", tmp_path)
+    reference, parameters = opened("phi3-tied", directory), from_pretrained("phi3-tied", directory)
+    for index, ahead in ((0, True), (1, True), (0, False), (1, True), (2, True)):
+        with reference.layer(index, ahead=ahead) as layer:
+            expected = parameters.model.layers[index].state_dict()
+            assert all(torch.equal(x, expected[name]) for name, x in layer.state_dict().items())
+        assert real_layers(reference.model) == []
