@@ -93,7 +93,7 @@ def _add_bos_and_eos(inner: Any, directory: Path) -> None:
     config = read_json_object(path)
     name = config.get("tokenizer_class")
     if name is None and _architecture(directory) in _LLAMA_MODELS:
-        name = _LLAMA[0]
+        name = _LLAMA[0] if inner.bos_token in (None, "<s>") else None  # Phi-4 has another
     if name not in _LLAMA:
         return
     from tokenizers.processors import TemplateProcessing

@@ -48,7 +48,12 @@ def directory(tmp_path):
     return tmp_path
 
 
-def test_texts_are_split_as_tokenizer_json_says(directory):
+@pytest.mark.parametrize("changes", [{}, {"tokenizer_class": None}])
+def test_texts_are_split_as_tokenizer_json_says(directory, changes):
+    """And begin with nothing, without a class's name too, where Phi-3's begin with <s>."""
+    settings = json.loads((directory / "tokenizer_config.json").read_text()) | changes
+    kept = {key: value for key, value in settings.items() if value is not None}
+    (directory / "tokenizer_config.json").write_text(json.dumps(kept))
     tokenizer, inner = find_tokenizer(directory), Tokenizer.from_file(f"{directory}/tokenizer.json")
     ids = tokenizer.encode(TEXT)
     assert ids == inner.encode(TEXT, add_special_tokens=False).ids

@@ -13,8 +13,9 @@ from test_phi35_verified import SIZES
 from torch.nn import functional
 
 import phireg
-from phireg import executor
+from phireg import demo, executor
 from phireg.calibration.collect import collect
+from phireg.calibration.settings import Settings
 from phireg.calibration.statistics import Statistics
 from phireg.reference.load import open_reference
 from phireg.testing import write_tiny_model
@@ -249,3 +250,26 @@ def test_explain_speaks_of_each_expert(source):
     assert done.exit_code == 0, done.output
     assert f"for each of {EXPERTS} experts" in done.stdout
     assert "experts.0.w3.weight" in done.stdout and "experts.1.w3.weight / 448" not in done.stdout
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("qformat", [None, "fp8"])
+def test_on_a_gpu(qformat, tmp_path):
+    """The demo model, its calibration and its experts; in FP8 the GPU multiplies e4m3 values."""
+    model = demo.find("phi3.5-moe")
+    plan = phireg.plan(model.directory, family=model.family, qformat=qformat)
+    if qformat is None:
+        phireg.convert(plan, tmp_path / "ckpt")
+    else:
+        settings = Settings(file=model.directory / "heldback.jsonl", size=16, device="cuda")
+        phireg.quantize(plan, tmp_path / "ckpt", settings=settings)
+    prompts = [[5, 300, 17, 411, 8, 90, 33], [700, 701, 3]]
+    on_cpu = executor.load(tmp_path / "ckpt", dtype="float32")
+    on_gpu = executor.load(tmp_path / "ckpt", device="cuda")
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        expected, actual = on_cpu(ids), on_gpu(ids.cuda()).cpu()
+        assert (actual - expected).norm() < 0.3 * expected.norm()  # a token may change experts
+    assert phireg.verify(tmp_path / "ckpt", model.directory, device="cuda").passed
+    rows = executor.generate(on_gpu, prompts, 8)
+    assert [len(row) for row in rows] == [8, 8]
