@@ -91,13 +91,13 @@ def _unseen(
 
 def _idle_experts(plan: Plan, idle: Collection[str]) -> Iterator[Finding]:
     """Warn of experts that no token of the calibration was sent to."""
-    for linear in plan.linears:
-        if names := [module for module in linear.sources if module in idle]:
-            detail = (
-                f"no calibration token was sent to {', '.join(names)}: their inputs are taken to "
-                "be like those of the layer's other experts; calibrate with more text"
-            )
-            yield Finding(Severity.WARNING, "unseen", linear.target, detail)
+    modules = [module for linear in plan.linears for module in linear.sources if module in idle]
+    detail = (
+        "no calibration token was sent to this expert, so its inputs are taken to be like those of "
+        "the layer's other experts: calibrate with more text"
+    )
+    for expert in dict.fromkeys(module.rpartition(".")[0] for module in modules):
+        yield Finding(Severity.WARNING, "unseen", expert, detail)
 
 
 def bytes_read(plan: Plan, alpha: float = 1.0) -> int:
