@@ -77,7 +77,10 @@ RULES = {
     "phireg.executor.cuda.kernels": Rule(("triton",)),
     "phireg.executor.cuda": Rule(("phireg.executor", READER, "torch", "triton")),
     "phireg.executor": Rule(
-        (READER, CHECKPOINT, FILES, DTYPES, ERRORS, "torch", "numpy", "safetensors")
+        (
+            *(READER, CHECKPOINT, FILES, DTYPES, ERRORS, "phireg.formats"),
+            *("torch", "numpy", "safetensors"),
+        )
     ),
     "phireg.reference": Rule(
         (SOURCE, FILES, "phireg.family", DTYPES, ERRORS, "torch"),

@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from phireg.dtypes import torch_dtype
 from phireg.errors import UsageError
 from phireg.executor import blocks, quantized
 from phireg.executor.attention import current_device, prompt_attention
 from phireg.executor.blocks import Attend, Rotary, Weights
+from phireg.executor.levels import packed_bytes
 from phireg.executor.sources import Source, open_ranks
+from phireg.formats import FORMATS
 from phireg.reader.schemes import ROW_LINEARS
 from phireg.reader.spec import ModelSpec, read_spec
 from phireg.reader.tensors import (
@@ -54,7 +55,7 @@ def load(
         device: where to compute.
         dtype: compute dtype (float32, float16 or bfloat16); None is the checkpoint's own. Norms,
             rotary embedding and softmax are computed in float32 whatever it is. Quantized weights
-            are kept dequantized in it, except e4m3 ones on GPUs that multiply them as they are.
+            are kept dequantized in it, and on a GPU as they are stored.
         offload: True reads every layer from the mapped file when it is needed and keeps none of
             them; None does so only when the weights do not fit into free memory.
         distributed: torch.distributed is initialised with one process per rank: this process
@@ -301,11 +302,14 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
             return False  # used where it is mapped; the system reads and drops pages itself
         free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else free_memory()
         needed = 0
-        for code, shape in rank_tensors(self.spec).values():
-            stored = torch_dtype(code)
-            native = quantized.has_native_fp8(stored, shape, self.device, self.dtype)
-            dtype = stored if native else self.dtype
-            needed += math.prod(shape) * dtype.itemsize * len(self.ranks)
+        for name, (_, shape) in rank_tensors(self.spec).items():
+            module, _, part = name.rpartition(".")
+            scheme = self.spec.quantization.scheme(module) if part == "weight" else None
+            if scheme is not None and quantized.keeps_levels(self.device):
+                size = packed_bytes(FORMATS[scheme.qformat].weight, shape)
+            else:
+                size = math.prod(shape) * self.dtype.itemsize
+            needed += size * len(self.ranks)
         return bool(needed > _MEMORY_SHARE * free)
 
 

@@ -13,16 +13,19 @@ step can be captured.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from phireg import formats
 from phireg.dtypes import E4M3_MAX, E4M3_SMALLEST_NORMAL
-from phireg.reader.schemes import LINEARS, Grid, Quantization
+from phireg.executor.levels import Levels, Packed, find_packed, is_per_expert
+from phireg.reader.schemes import LINEARS, Grid, Quantization, WeightScheme
 from phireg.reader.tensors import ROUTER
 
-_WEIGHT_ONLY_BITS = {"int8_wo": 8, "int4_wo": 4}
+_WEIGHT_ONLY_BITS: Mapping[str, Literal[4, 8]] = {"int8_wo": 8, "int4_wo": 4}
 
 
 def prepare(
@@ -35,8 +38,8 @@ def prepare(
 
     They keep their names, which are those in the file without the layer's prefix. Scales of
     activations and of the cache and the router of experts are float32, everything else has the
-    compute dtype: weights on a grid are kept multiplied by their scales, which are then gone. Only
-    where ``has_native_fp8`` do e4m3 weights stay e4m3 and keep their scale.
+    compute dtype: a quantized weight becomes the values of its levels. On a GPU it stays as
+    ``Levels.packed`` has it.
     """
     prepared = {}
     for name, tensor in tensors.items():
@@ -47,47 +50,43 @@ def prepare(
             prepared[name] = tensor.to(device)
         elif part != "weight" or linear not in LINEARS or quantization.weights is None:
             prepared[name] = tensor.to(device, dtype)
-        elif quantization.weights in _WEIGHT_ONLY_BITS:
-            bits = _WEIGHT_ONLY_BITS[quantization.weights]
-            prepared[name] = weight_only(tensor.to(device), bits).to(dtype)
         else:
-            scale_name = f"{linear}.weights_scaling_factor"
-            scale, weight = tensors[scale_name].to(device), tensor.to(device)
-            if has_native_fp8(weight.dtype, weight.shape, device, dtype):
-                prepared |= {name: weight, scale_name: scale}
+            scale = tensors.get(f"{linear}.weights_scaling_factor")
+            weight = stored_levels(quantization.weights, tensor, scale, device)
+            if keeps_levels(device):
+                prepared |= weight.packed(linear)
             else:
-                prepared[name] = (weight.float() * scale[:, None]).to(dtype)
+                prepared[name] = weight.values(dtype)
     return prepared
 
 
-def has_native_fp8(
-    weight: torch.dtype, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
-) -> bool:
-    """Return whether a GPU (of compute capability 8.9 or more) multiplies e4m3 weights as they are.
+def keeps_levels(device: torch.device) -> bool:
+    """Return whether quantized weights stay as they are stored; a CPU has no use for that."""
+    return bool(device.type == "cuda")
 
-    Its kernels want both sizes in multiples of 16, and are used for half-precision results.
-    """
-    return (
-        weight == torch.float8_e4m3fn
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= (8, 9)
-        and dtype != torch.float32
-        and not any(size % 16 for size in shape[-2:])
-    )
+
+def stored_levels(
+    form: WeightScheme, weight: Tensor, scale: Tensor | None, device: torch.device
+) -> Levels:
+    """Return a quantized weight of a checkpoint, on the device."""
+    weight = weight.to(device)
+    if form in _WEIGHT_ONLY_BITS:
+        return weight_only(weight, _WEIGHT_ONLY_BITS[form])
+    assert scale is not None
+    return Levels(formats.FORMATS[form].weight, weight, scale.to(device))
 
 
 def of_expert(weights: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
     """Return the linears of one of a rank's experts, out of ``prepare``'s stacks."""
-    stacked = ("weight", "weights_scaling_factor")
     return {
-        name: tensor[index] if name.endswith(stacked) else tensor
+        name: tensor[index] if is_per_expert(name) else tensor
         for name, tensor in weights.items()
         if name.startswith(("mlp.fc.", "mlp.proj."))
     }
 
 
-def weight_only(weight: Tensor, bits: int) -> Tensor:
-    """Return a raw weight [out, in] through the integers TensorRT-LLM's builder stores, in float32.
+def weight_only(weight: Tensor, bits: Literal[4, 8]) -> Levels:
+    """Return the integers TensorRT-LLM's builder stores of a raw weight [out, in].
 
     One scale per row, max|row| / 2^(bits - 1), rounds in float32, half away from zero; the scale
     that multiplies again is rounded to the weight's dtype. The builder sees one rank: a row of a
@@ -100,7 +99,8 @@ def weight_only(weight: Tensor, bits: int) -> Tensor:
     whole = scaled.trunc()
     away = (scaled - whole).abs() >= 0.5
     stored = (whole + scaled.sign() * away).clamp(-end, end - 1)
-    return stored * scale.to(weight.dtype).float()
+    grid: formats.Grid = "int8" if bits == 8 else "int4"
+    return Levels(grid, stored.to(torch.int8), scale[:, 0].to(weight.dtype).float())
 
 
 def fake_quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
@@ -136,28 +136,46 @@ def linear(weights: Mapping[str, Tensor], name: str, x: Tensor, bias: Tensor | N
     ``weights`` are from ``prepare``, or unquantized; ``x`` is [..., in_features] in the compute
     dtype.
     """
-    weight = weights[f"{name}.weight"]
     scale = weights.get(f"{name}.activation_scaling_factor")
-    if scale is None:
-        return functional.linear(x, weight, bias)
-    if weight.dtype == torch.float8_e4m3fn:
+    packed = find_packed(weights, name)
+    if packed is not None and scale is not None and multiplies_e4m3(packed, x.dtype):
         stored = (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-        scales = (scale, weights[f"{name}.weights_scaling_factor"])
-        y = stored_product(stored, weight, scales, x.dtype)
+        y = stored_product(stored, packed, scale, x.dtype)
         return y if bias is None else y + bias
-    smoothing = weights.get(f"{name}.prequant_scaling_factor")
-    if smoothing is None:
-        x = fake_quantize(x, scale, "fp8")
-    else:
-        x = fake_quantize(x * smoothing, scale, "int8")
-    return functional.linear(x, weight, bias)
+    if scale is not None:
+        smoothing = weights.get(f"{name}.prequant_scaling_factor")
+        grid: Grid = "fp8" if smoothing is None else "int8"
+        x = fake_quantize(x if smoothing is None else x * smoothing, scale, grid)
+    return functional.linear(x, weight_values(weights, name, x.shape[-1], x.dtype), bias)
 
 
-def stored_product(
-    x: Tensor, weight: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype
+def weight_values(
+    weights: Mapping[str, Tensor], name: str, inputs: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return X W^T of e4m3 values, times two float32 [1] scales, on a GPU that has FP8."""
+    """Return a linear's weight [out, in] in the compute dtype, however it is kept."""
+    packed = find_packed(weights, name)
+    return weights[f"{name}.weight"] if packed is None else packed.levels(inputs).values(dtype)
+
+
+def multiplies_e4m3(weight: Packed, dtype: torch.dtype) -> bool:
+    """Return whether a device (a GPU of compute capability 8.9 or more) has products of e4m3.
+
+    They want both sizes in multiples of 16, one scale, and half-precision results.
+    """
+    scale, device = weight.scale, weight.data.device
+    return (
+        weight.grid == "e4m3"
+        and scale is not None
+        and scale.numel() == 1
+        and dtype != torch.float32
+        and not any(size % 16 for size in weight.data.shape)
+        and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9))
+    )
+
+
+def stored_product(x: Tensor, weight: Packed, x_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return X W^T of e4m3 values, times both float32 [1] scales; see ``multiplies_e4m3``."""
     y = torch._scaled_mm(
-        x.flatten(0, -2), weight.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=dtype
+        x.flatten(0, -2), weight.data.t(), scale_a=x_scale, scale_b=weight.scale, out_dtype=dtype
     )
     return y.unflatten(0, x.shape[:-1])

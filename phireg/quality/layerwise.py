@@ -17,7 +17,7 @@ from phireg.dtypes import E4M3_BEYOND
 from phireg.executor import Executor
 from phireg.executor.blocks import Weights
 from phireg.executor.finite import check_logits, rows_named
-from phireg.executor.quantized import fake_quantize
+from phireg.executor.quantized import fake_quantize, weight_values
 from phireg.quality.estimates import mean, share
 from phireg.quality.result import LinearQuality
 from phireg.reader.schemes import LINEARS, ROW_LINEARS
@@ -170,7 +170,8 @@ class LinearMeter:
         noise = power = 0.0
         name = f"{self._linear}.weight"
         for rank, (plain, quantized) in enumerate(zip(self._plain, self._quantized, strict=True)):
-            blocks = zip(plain[name].split(_ROWS), quantized[name].split(_ROWS), strict=True)
+            weight = weight_values(quantized, self._linear, plain[name].shape[-1], torch.float32)
+            blocks = zip(plain[name].split(_ROWS), weight.split(_ROWS), strict=True)
             for before, after in blocks:
                 expected = before / self._smoothing[rank] if self._smoothing else before
                 noise += _squares(after - expected)

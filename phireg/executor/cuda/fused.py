@@ -16,6 +16,7 @@ from torch.nn import functional
 from phireg.executor import quantized
 from phireg.executor.blocks import AttendCache, Cache, Reduce, Rotary, Weights
 from phireg.executor.cuda import launch
+from phireg.executor.levels import find_packed
 from phireg.executor.model import Executor
 from phireg.reader.schemes import Grid
 from phireg.reader.spec import ModelSpec
@@ -91,21 +92,26 @@ def _linear(
     limit: float | None = None,
 ) -> Tensor:
     """Return ``quantized.linear``, and the MLP's nonlinearity on it."""
-    weight, scale = weights[f"{name}.weight"], weights.get(f"{name}.activation_scaling_factor")
-    dtype, scales = x.dtype, None
+    scale, packed = weights.get(f"{name}.activation_scaling_factor"), find_packed(weights, name)
+    dtype, native = x.dtype, False
     if scale is not None:
         smoothing = weights.get(f"{name}.prequant_scaling_factor")
-        native = weight.dtype == torch.float8_e4m3fn
+        native = packed is not None and quantized.multiplies_e4m3(packed, dtype)
         grid: Grid = "fp8" if smoothing is None else "int8"
         x = launch.quantize(x, scale, smoothing, grid, stored=native)
-        scales = (scale, weights[f"{name}.weights_scaling_factor"]) if native else None
-    if x.numel() == x.shape[-1]:
-        return launch.matvec(x, weight, bias, dtype, scales, activation, limit)
-    if scales is None:
-        y = functional.linear(x, weight, bias)
-    else:
-        y = quantized.stored_product(x, weight, scales, dtype)
+    one = x.numel() == x.shape[-1]
+    if native:
+        assert packed is not None and packed.scale is not None and scale is not None
+        if one:
+            scales = (scale, packed.scale)
+            return launch.matvec(x, packed.data, bias, dtype, scales, activation, limit)
+        y = quantized.stored_product(x, packed, scale, dtype)
         y = y if bias is None else y + bias
+    else:
+        weight = quantized.weight_values(weights, name, x.shape[-1], dtype)
+        if one:
+            return launch.matvec(x, weight, bias, dtype, None, activation, limit)
+        y = functional.linear(x, weight, bias)
     return y if activation == "none" else launch.activate(activation, y, limit)
 
 

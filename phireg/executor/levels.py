@@ -1,0 +1,130 @@
+"""Weights as levels of a grid and scales: what they stand for, and how a GPU's memory holds them.
+
+A weight is ``level * group_scale * scale``, of which every format has one or both scales. Levels
+of four bits lie two in a byte: in each run of ``PACKED`` inputs, byte j holds input j in its lower
+half and input j + PACKED / 2 in the upper one, so that either half of the bytes is a run of inputs.
+A last run is filled up with zeros. An int4 level is its two's complement; an e2m1 one its sign and
+its place among ``E2M1``. The kernels of ``cuda`` read the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from phireg.formats import Grid
+
+PACKED = 128
+"""Inputs in a run of packed levels."""
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The magnitudes of e2m1 by the lower three bits of a level; the fourth is the sign."""
+
+_GRIDS: tuple[Grid, ...] = ("e4m3", "int8", "int4", "e2m1")
+_SCALE, _GROUP_SCALE = "weights_scaling_factor", "group_scaling_factor"
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """A quantized weight [rows, inputs], or a stack of the experts' with one more dimension.
+
+    Attributes:
+        grid: what the levels are.
+        levels: [..., rows, inputs], of a dtype that has the grid's values (e4m3 for e2m1, int8 for
+            int4).
+        scale: float32 [..., rows], or [..., 1] for all rows; None is 1.
+        group_scale: [..., rows, groups of consecutive inputs]; None is 1.
+    """
+
+    grid: Grid
+    levels: Tensor
+    scale: Tensor | None = None
+    group_scale: Tensor | None = None
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight, multiplied in float32 and rounded once."""
+        values = self.levels.float()
+        if self.group_scale is not None:
+            size = values.shape[-1] // self.group_scale.shape[-1]
+            values = values * self.group_scale.float().repeat_interleave(size, dim=-1)
+        if self.scale is not None:
+            values = values * self.scale[..., None]
+        return values.to(dtype)
+
+    def packed(self, linear: str) -> dict[str, Tensor]:
+        """Return the tensors a GPU keeps, by names of which one says the grid."""
+        levels = self.levels
+        if self.grid in ("int4", "e2m1"):
+            levels = _pack(_codes(levels) if self.grid == "e2m1" else levels.view(torch.uint8) & 15)
+        kept = {f"{linear}.{self.grid}": levels.contiguous()}
+        if self.scale is not None:
+            kept[f"{linear}.{_SCALE}"] = self.scale.contiguous()
+        if self.group_scale is not None:
+            kept[f"{linear}.{_GROUP_SCALE}"] = self.group_scale.contiguous()
+        return kept
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A weight as ``Levels.packed`` keeps it; ``data`` is [..., rows, inputs or half of them]."""
+
+    grid: Grid
+    data: Tensor
+    scale: Tensor | None
+    group_scale: Tensor | None
+
+    def levels(self, inputs: int) -> Levels:
+        """Return the weight with its levels apart; ``inputs`` are those of a row."""
+        data = self.data
+        if self.grid in ("int4", "e2m1"):
+            runs = data.unflatten(-1, (-1, PACKED // 2))
+            codes = torch.cat((runs & 15, runs >> 4), dim=-1).flatten(-2)[..., :inputs]
+            if self.grid == "int4":
+                data = (codes.to(torch.int8) ^ 8) - 8
+            else:
+                table = torch.tensor(E2M1, device=data.device).to(torch.float8_e4m3fn)
+                data = torch.cat((table, (-table.float()).to(table.dtype)))[codes.long()]
+        return Levels(self.grid, data, self.scale, self.group_scale)
+
+
+def find_packed(weights: Mapping[str, Tensor], linear: str) -> Packed | None:
+    """Return a linear's packed weight, or None where ``linear.weight`` has its values."""
+    for grid in _GRIDS:
+        data = weights.get(f"{linear}.{grid}")
+        if data is not None:
+            scales = (weights.get(f"{linear}.{part}") for part in (_SCALE, _GROUP_SCALE))
+            return Packed(grid, data, *scales)
+    return None
+
+
+def is_per_expert(name: str) -> bool:
+    """Return whether a tensor of experts' linears has an entry for each of them."""
+    return name.rpartition(".")[2] in ("weight", _SCALE, _GROUP_SCALE, *_GRIDS)
+
+
+def packed_bytes(grid: Grid, shape: tuple[int, ...]) -> int:
+    """Return the bytes that packed levels take."""
+    *rows, inputs = shape
+    if grid in ("int4", "e2m1"):
+        inputs = -(-inputs // PACKED) * (PACKED // 2)
+    return math.prod(rows) * inputs
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """Return four-bit codes, uint8 [..., inputs], two in a byte."""
+    codes = functional.pad(codes, (0, -codes.shape[-1] % PACKED))
+    low, high = codes.unflatten(-1, (-1, 2, PACKED // 2)).unbind(-2)
+    return (low | (high << 4)).flatten(-2)
+
+
+def _codes(levels: Tensor) -> Tensor:
+    """Return the four bits of e2m1 values."""
+    values = levels.float()
+    table = torch.tensor(E2M1, device=levels.device)
+    place = torch.bucketize(values.abs(), table).to(torch.uint8)
+    return place | (values.signbit().to(torch.uint8) << 3)

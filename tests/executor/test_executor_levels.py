@@ -1,0 +1,44 @@
+"""Packed weights against the definition of their grids, byte by byte."""
+
+import pytest
+import torch
+
+from phireg.executor.levels import Levels, find_packed, packed_bytes
+
+# Written out from the format: sign, two bits of the exponent with bias 1, one of the mantissa.
+E2M1 = [
+    sign * (mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2.0 ** (exponent - 1))
+    for sign in (1, -1)
+    for exponent in range(4)
+    for mantissa in range(2)
+]
+
+
+@pytest.mark.parametrize("grid", ["int4", "e2m1"])
+@pytest.mark.parametrize("inputs", [128, 48, 272])
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_four_bits(grid, inputs, stack):
+    """Each byte by hand; and back again."""
+    codes = torch.randint(16, (*stack, 2, inputs), generator=torch.Generator().manual_seed(0))
+    table = torch.tensor(E2M1 if grid == "e2m1" else [*range(8), *range(-8, 0)])
+    levels = table[codes].to(torch.float8_e4m3fn if grid == "e2m1" else torch.int8)
+    scale, groups = torch.rand(*stack, 2), torch.rand(*stack, 2, inputs // 16).to(levels.dtype)
+    kept = Levels(grid, levels, scale, groups).packed("mlp.fc")
+    data = kept[f"mlp.fc.{grid}"]
+    assert (data.dtype, data.numel()) == (torch.uint8, packed_bytes(grid, tuple(codes.shape)))
+    filled = torch.zeros(*stack, 2, -(-inputs // 128) * 128, dtype=torch.int64)
+    filled[..., :inputs] = codes
+    for byte in range(data.shape[-1]):
+        run, place = byte // 64 * 128, byte % 64
+        expected = filled[..., run + place] + 16 * filled[..., run + 64 + place]
+        assert torch.equal(data[..., byte].long(), expected)
+    packed = find_packed(kept, "mlp.fc")
+    back = packed.levels(inputs)
+    assert torch.equal(back.levels.float(), levels.float())
+    assert torch.equal(back.scale, scale)
+    expected = levels.double() * scale[..., None] * groups.double().repeat_interleave(16, -1)
+    assert torch.allclose(back.values(torch.float32).double(), expected, rtol=1e-6)
+
+
+def test_no_packed_weight():
+    assert find_packed({"mlp.fc.weight": torch.zeros(2, 2)}, "mlp.fc") is None
