@@ -139,7 +139,8 @@ class Quantization:
         if self.scheme is None:
             return
         if not self.rules.linears:
-            yield self.scheme.qformat, "the family's quantization rules name no linears for it", ""
+            none = "the family's quantization rules name no linears for it"
+            yield self.scheme.qformat, "; ".join((none, *self.rules.notes)), ""
         readers: dict[str, list[str]] = {}
         for target, axis in axes.items():
             for module, _ in axis.sources:
@@ -150,6 +151,8 @@ class Quantization:
                 yield target, "the quantization rules name it, and no weight rule makes it", ""
             elif rule.cols is None:
                 yield target, "has no input features, so it cannot be quantized", rule.where
+            elif rule.experts and self.scheme.qformat != "fp8":
+                yield target, "experts can be quantized to fp8 alone", rule.where
             elif self.scheme.weight is None:
                 continue
             elif any(part.padded for part in axes[target].parts) or any(
@@ -167,7 +170,7 @@ class Quantization:
 
     def findings(self, config: Mapping[str, Any], outputs: tuple[Output, ...]) -> Iterator[Finding]:
         """Warnings and notes, which do not forbid the conversion."""
-        for note in self.rules.notes:
+        for note in self.rules.notes if self.rules.linears else ():
             yield Finding(Severity.NOTE, "quant", str(config["architecture"]), note)
         if self.kv_cache == "fp8" and (
             config.get("position_embedding_type") == "long_rope"

@@ -78,5 +78,5 @@ def phireg_quant_rules(config: Mapping[str, Any], scheme: str) -> ph.QuantRules:
     """Quantize every linear but the router, to FP8 alone."""
     rules = ph.every_linear(config)
     if scheme != "FP8":
-        return replace(rules, linears=())
+        return replace(rules, linears=(), notes=("experts can be quantized to fp8 alone",))
     return replace(rules, exclude_modules=("lm_head", "*router", "*vocab_embedding"))

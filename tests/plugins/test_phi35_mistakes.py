@@ -1,10 +1,25 @@
 """Mistakes with experts that the conformance tests must find and locate."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 from phireg_plugins.phi35_moe import FAMILY as PHI35_MOE
+from safetensors.torch import load_file, save_file
 from unregistered import errors
 
-from phireg.api import COLUMN, ROW, Experts, Linear, fuse, hookimpl, src
+from phireg.api import (
+    COLUMN,
+    ROW,
+    Experts,
+    Linear,
+    every_linear,
+    fuse,
+    hookimpl,
+    parts,
+    select,
+    src,
+)
 from phireg.testing.conformance import logits_problems
 from phireg.testing.model import TinyModel
 
@@ -20,9 +35,9 @@ MOE = "model.layers.0.block_sparse_moe"
 MLP = "transformer.layers.0.mlp"
 
 
-def experts(*parts, order=range(EXPERTS)):
+def experts(*halves, order=range(EXPERTS)):
     rows = [
-        fuse(**{name: src(f"{MOE}.experts.{e}.{w}", INNER) for name, w in parts}) for e in order
+        fuse(**{name: src(f"{MOE}.experts.{e}.{w}", INNER) for name, w in halves}) for e in order
     ]
     return Experts(f"{MLP}.fc", rows, HIDDEN, COLUMN)
 
@@ -82,3 +97,34 @@ def test_experts_that_are_not_stacked_have_no_plan(tmp_path):
     wrong = with_rule(Linear(f"{MLP}.proj", fuse(**rows), INNER, ROW))
     problems = TinyModel(wrong, TINY, tmp_path).plan_problems(1)
     assert f"would be [{EXPERTS * HIDDEN}, {INNER}]; the reader expects" in problems
+
+
+class EveryLinear:
+    @hookimpl
+    def phireg_quant_rules(self, config):
+        return every_linear(config)
+
+
+@pytest.mark.parametrize("qformat", ["int8_sq", "int8_wo"])
+def test_experts_in_other_formats_have_no_plan(qformat, tmp_path):
+    family = PHI35_MOE.derive("mistaken", EveryLinear())
+    source = TinyModel(family, TINY, tmp_path).source_dir
+    problems = {(code, subject) for code, subject, _ in errors(family, source, qformat=qformat)}
+    assert problems == {("quant", f"{MLP}.fc"), ("quant", f"{MLP}.proj")}
+
+
+def test_experts_of_one_source_module_have_no_scales_of_their_own(tmp_path):
+    """The rows of every expert's w2 in one tensor, as no published model has them."""
+    rows = src(f"{MOE}.experts.w2", EXPERTS * HIDDEN)
+    cut = parts(rows, **{f"e{e}": HIDDEN for e in range(EXPERTS)})
+    axes = [select(cut, f"e{e}") for e in range(EXPERTS)]
+    down = [replace(axis, parts=(replace(axis.parts[0], name="down"),)) for axis in axes]
+    family = with_rule(Experts(f"{MLP}.proj", down, INNER, ROW))
+    source = TinyModel(PHI35_MOE, TINY, tmp_path / "model").source_dir
+    tensors = load_file(source / "model.safetensors")
+    names = [f"{MOE}.experts.{e}.w2.weight" for e in range(EXPERTS)]
+    tensors[f"{MOE}.experts.w2.weight"] = torch.cat([tensors.pop(name) for name in names])
+    save_file(tensors, source / "model.safetensors")
+    assert errors(family, source) == []
+    ((code, subject, detail),) = errors(family, source, qformat="fp8")
+    assert (code, subject) == ("quant", f"{MLP}.proj") and "share" in detail

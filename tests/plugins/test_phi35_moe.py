@@ -238,8 +238,10 @@ def test_a_checkpoint_in_bfloat16_counts_what_is_cast(source):
     ],
 )
 def test_unsupported_options_are_errors(options, code, module, source):
-    problems = {(kind, subject) for kind, subject, _ in errors(PHI35_MOE, source, **options)}
+    found = errors(PHI35_MOE, source, **options)
+    problems = {(kind, subject) for kind, subject, _ in found}
     assert any(kind == code and subject.endswith(module) for kind, subject in problems), problems
+    assert all("fp8" in detail for kind, _, detail in found if kind == "quant")
 
 
 @pytest.mark.parametrize("ep_size", [1, 2])
