@@ -68,6 +68,12 @@ def measure_memory(device: torch.device) -> None:
         return  # the peak then counts from the start of the process
 
 
+def return_memory(device: torch.device) -> None:
+    """Give the memory of a GPU that no tensor uses back, for other programs."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the peak in bytes since ``measure_memory``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,8 @@ class Decoder:
         self, executor: Executor, batch: int, capacity: int, sampling: Sampling, *, fused: bool
     ) -> None:
         spec, device = executor.spec, executor.device
-        self.executor = executor
+        # The executor keeps this decoder: a reference back would keep both of them for ever.
+        self.executor: Executor = weakref.proxy(executor)  # type: ignore[assignment]
         self.dtype = executor.dtype
         self.batch = batch
         self.capacity = capacity

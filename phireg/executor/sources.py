@@ -69,14 +69,17 @@ def open_ranks(checkpoint_dir: Path, spec: ModelSpec, ranks: Sequence[int]) -> l
 def _source(file: RankFile, accepted: Mapping[str, Kind]) -> Source:
     mapped, present = file.mapped(), file.header.entries.keys()
 
-    def read(name: str) -> Tensor:
-        if name not in present:
-            return torch.maximum(*map(read, _cache_scales(name)))
+    def stored(name: str) -> Tensor:
         code, shape = accepted[name]
         tensor = mapped(name)
         if (code, tensor.dtype) == ("F8_E4M3", torch.int8):
             tensor = tensor.view(torch.float8_e4m3fn)
         return tensor.reshape(shape)
+
+    def read(name: str) -> Tensor:
+        if name not in present:
+            return torch.maximum(*map(stored, _cache_scales(name)))
+        return stored(name)
 
     return read
 

@@ -101,6 +101,7 @@ class ExecutorBackend:
         self.model = model
         self.leads_workers = leads_workers
         self.description = _description(model.spec)
+        self._device = model.device
         self.device = str(model.device)
         self.dtype = dtype_name(model.dtype)
         self.processes = model.spec.tp_size if leads_workers else 1
@@ -126,14 +127,16 @@ class ExecutorBackend:
 
     def peak_memory(self) -> int:
         """Return the peak in bytes of this process's GPU or main memory."""
-        return devices.peak_memory(self.model.device)
+        return devices.peak_memory(self._device)
 
     def close(self) -> None:
-        """End the workers; those in the middle of a batch end when the connection closes."""
+        """Free the model; workers in the middle of a batch end when the connection closes."""
+        if self.leads_workers and not self._busy:
+            _exchange(None)
+        self.model.release()
+        del self.model
+        devices.return_memory(self._device)
         if self.leads_workers:
-            if not self._busy:
-                _exchange(None)
-            self.model.release()
             dist.destroy_process_group()
 
     def _on_all_ranks(

@@ -29,7 +29,7 @@ from phireg.files.kinds import HF_MODEL, check_kind
 from phireg.generation.backend import Description, LongRope, Options, Request
 from phireg.generation.limits import check_continuations, check_request
 from phireg.generation.processes import process_rank
-from phireg.reference.load import open_reference
+from phireg.reference.load import Reference, open_reference
 from phireg.source.hub import resolve_model_dir
 from phireg.source.readings import open_source
 
@@ -91,7 +91,7 @@ def load(directory: Path, options: Options) -> HFBackend:
         reference.keep_ends()
     else:
         reference.keep_all()
-    return HFBackend(reference.model, description, device, dtype)
+    return HFBackend(reference, description, device, dtype)
 
 
 def run_worker(directory: Path, options: Options) -> None:
@@ -106,11 +106,12 @@ class HFBackend:
     processes = 1
 
     def __init__(
-        self, model: Any, description: Description, device: torch.device, dtype: str
+        self, reference: Reference, description: Description, device: torch.device, dtype: str
     ) -> None:
         from transformers import GenerationConfig
 
-        self.model = model
+        self._reference: Reference | None = reference  # whose hooks read the layers
+        self.model: Any = reference.model
         # Sampling is set by each request, not by the directory's generation_config.json.
         self.model.generation_config = GenerationConfig()
         self.description = description
@@ -172,9 +173,8 @@ class HFBackend:
 
     def close(self) -> None:
         """Free the model's memory."""
-        self.model = None
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._reference = self.model = None
+        devices.return_memory(self._device)
 
     def _generate(self, request: Request, steps: _Steps | None = None) -> Tensor:
         from transformers import GenerationConfig, LogitsProcessorList

@@ -8,6 +8,7 @@ same.
 from __future__ import annotations
 
 import pkgutil
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -65,12 +66,16 @@ class Reference:
         self.parameters.fill(self.parameters.names())
 
     def keep_ends(self) -> None:
-        """Read embedding, final norm and lm_head; every forward pass reads each layer anew."""
+        """Read embedding, final norm and lm_head; every forward pass reads each layer anew.
+
+        The model's hooks do, while this object exists.
+        """
         self.parameters.fill(self._ends())
+        parameters = weakref.proxy(self.parameters)  # which has the model's modules
         for index, layer in enumerate(self.model.model.layers):
             names = self._layer(index)
-            layer.register_forward_pre_hook(lambda *_, names=names: self.parameters.fill(names))
-            layer.register_forward_hook(lambda *_, names=names: self.parameters.release(names))
+            layer.register_forward_pre_hook(lambda *_, names=names: parameters.fill(names))
+            layer.register_forward_hook(lambda *_, names=names: parameters.release(names))
 
     @contextmanager
     def layer(self, index: int, *, ahead: bool = False) -> Iterator[Any]:

@@ -164,7 +164,7 @@ def test_peak_memory_falls_when_it_is_measured_anew():
 def test_the_captured_step_goes_before_the_processes_part(monkeypatch):
     """NCCL waits, without end, for graphs that hold its operations."""
     order = []
-    model = Mock(spec=Executor, device="cpu", dtype=torch.float32)
+    model = Mock(spec=Executor, device=torch.device("cpu"), dtype=torch.float32)
     model.spec = Mock()
     model.release.side_effect = lambda: order.append("release")
     monkeypatch.setattr(executor, "_description", lambda spec: None)
