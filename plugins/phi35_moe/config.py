@@ -1,5 +1,6 @@
 """Phi-3.5-MoE's config fields, with the source class's defaults for absent keys."""
 
+from collections.abc import Callable
 from typing import Any
 
 import phireg.api as ph
@@ -13,18 +14,20 @@ def experts(_: ph.Fields, hf: ph.HFConfig) -> dict[str, Any]:
 
     ``router_jitter_noise`` also decides at inference which router scores count as equal.
     """
-    count, chosen, noise = (
-        hf.get(key) for key in ("num_local_experts", "num_experts_per_tok", "router_jitter_noise")
-    )
-    try:
-        block = {
-            "num_experts": ph.integer(2, 2**12)(16 if count is None else count),
-            "top_k": ph.integer()(2 if chosen is None else chosen),
-            "normalization_mode": SPARSE_MIXER,
-            "sparse_mixer_epsilon": ph.positive(0.01 if noise is None else noise),
-        }
-    except ValueError as problem:
-        raise ph.ConfigError(str(problem)) from None
+
+    def stated(key: str, default: float, kind: Callable[[Any], Any]) -> Any:
+        value = hf.get(key)
+        try:
+            return kind(default if value is None else value)
+        except ValueError as problem:
+            raise ph.ConfigError(f"{key} is {value!r}: {problem}") from None
+
+    block = {
+        "num_experts": stated("num_local_experts", 16, ph.integer(2, 2**12)),
+        "top_k": stated("num_experts_per_tok", 2, ph.integer()),
+        "normalization_mode": SPARSE_MIXER,
+        "sparse_mixer_epsilon": stated("router_jitter_noise", 0.01, ph.positive),
+    }
     if block["top_k"] != 2:
         raise ph.ConfigError(f"a token gets {block['top_k']} experts; sparse mixer chooses 2")
     return block

@@ -7,6 +7,7 @@ import pytest
 from family_checks import convert, published, rank_files, read_config, translate, translated_fields
 from phireg_plugins.phi4 import FAMILY as PHI4
 from phireg_plugins.phi4_mini import FAMILY as PHI4_MINI
+from phireg_plugins.phi35_mini import FAMILY as PHI35_MINI
 from phireg_plugins.phi35_moe import FAMILY as PHI35_MOE
 
 from phireg import registry
@@ -50,6 +51,13 @@ MOE = {
     },
 }  # fmt: skip
 PHI3_FAMILIES = ("phi3-mini", "phi3.5-mini", "phi3-medium", "phi4", "phi4-mini")
+
+
+class TestPhi35Mini(FamilyConformance):
+    """Phi-3-mini with long rope."""
+
+    family = PHI35_MINI
+    tiny = TINY["phi3.5-mini"]
 
 
 class TestPhi4(FamilyConformance):
