@@ -14,9 +14,11 @@ def experts(_: ph.Fields, hf: ph.HFConfig) -> dict[str, Any]:
 
     ``router_jitter_noise`` also decides at inference which router scores count as equal.
     """
+    keys = ("num_local_experts", "num_experts_per_tok", "router_jitter_noise")
+    values = {key: hf.get(key) for key in keys}
 
     def stated(key: str, default: float, kind: Callable[[Any], Any]) -> Any:
-        value = hf.get(key)
+        value = values[key]
         try:
             return kind(default if value is None else value)
         except ValueError as problem:
