@@ -134,7 +134,8 @@ def mixture(
     partial = []
     for rank, weights in zip(ranks, shards, strict=True):
         first = spec.experts.first(rank)
-        partial.append(rank_mixture(first, weights, tokens, chosen, shares, observe))
+        own = range(first, first + spec.experts.rank_count)
+        partial.append(rank_mixture(own, weights, tokens, chosen, shares, observe))
     return reduce(partial).view_as(u)
 
 
@@ -159,28 +160,28 @@ def route(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 
 
 def rank_mixture(
-    first: int,
+    experts: range,
     weights: Weights,
     x: Tensor,
     chosen: Tensor,
     shares: Tensor,
     observe: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Return the sum over one rank's experts, of which ``first`` is the number of the first.
+    """Return the sum over one rank's experts, whose numbers are ``experts``.
 
     Of fc each has [2 F, h], the rows [up; gate], of proj [h, F]; ``x`` is [tokens, h]. ``chosen``
     and ``shares`` are as ``route`` returns them.
     """
     total = torch.zeros_like(x)
-    for index in range(len(weights["mlp.fc.weight"])):
-        token, place = torch.nonzero(chosen == first + index, as_tuple=True)
+    for index, expert in enumerate(experts):
+        token, place = torch.nonzero(chosen == expert, as_tuple=True)
         if not len(token):
             continue
         own = quantized.of_expert(weights, index)
         up, gate = linear(own, "mlp.fc", x[token]).chunk(2, dim=-1)
         gated = functional.silu(gate) * up
         if observe is not None:
-            observe(first + index, gated)
+            observe(expert, gated)
         output = linear(own, "mlp.proj", gated)
         total.index_add_(0, token, (output * shares[token, place, None]).to(x.dtype))
     return total

@@ -143,8 +143,13 @@ def test_every_scale_and_value(tp_size, ep_size, source, statistics, converted):
             assert new[f"{mlp}.router.weight"].dtype == torch.float32
 
 
-def test_the_executor_computes_with_them(converted):
-    """One layer's experts by hand: inputs and weights on the grid, scales of the checkpoint."""
+@pytest.mark.parametrize("keeps", [False, True], ids=["expanded", "as stored"])
+def test_the_executor_computes_with_them(keeps, converted, monkeypatch):
+    """One layer's experts by hand: inputs and weights on the grid, scales of the checkpoint.
+
+    A GPU keeps the weights as they are stored.
+    """
+    monkeypatch.setattr(executor.quantized, "keeps_levels", lambda device: keeps)
     directory, _ = converted(1, None)
     tensors = load_file(directory / "rank0.safetensors")
     x = torch.randn(1, 9, SIZES["hidden_size"], generator=torch.Generator().manual_seed(2))
