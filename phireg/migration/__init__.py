@@ -1,0 +1,1 @@
+"""From a TensorRT-LLM checkpoint to the Hugging Face directory that today's runtimes read."""

@@ -1,0 +1,133 @@
+"""The tensors of the source model, read out of a checkpoint's rank files.
+
+The forward plan says which source rows and columns every tensor of every rank holds. Read
+backwards, it says where each row of a source tensor lies; what several ranks hold must be equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from phireg.checkpoint.rankfiles import Bits, RankFiles
+from phireg.dtypes import BITS, ITEMSIZE
+from phireg.errors import SourceError
+from phireg.layout.rules import Rules
+from phireg.layout.spans import Span
+from phireg.planning.model import Output, Plan, Rows, Scale
+from phireg.source.model import Reader, Source
+from phireg.source.tensors import SourceTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows and columns of a source tensor that lie in a tensor of a rank."""
+
+    row: int
+    count: int
+    column: int
+    width: int
+    output: Output
+    output_row: int
+    output_column: int
+
+
+def stated_source(directory: Path, rules: Rules, code: str) -> Source:
+    """Return a source without data: the tensors of the published layout, as the config sizes them.
+
+    Where rules declare alternatives, the first is the published one.
+    """
+    tensors: dict[str, SourceTensor] = {}
+    for rule in rules.values():
+        for companion, alternatives in rule.tensors.items():
+            for module, count in alternatives[0].sources:
+                has_columns = companion == "weight" and rule.cols is not None
+                shape = (count, rule.cols.length) if has_columns and rule.cols else (count,)
+                name = f"{module}.{companion}"
+                tensors[name] = SourceTensor(name, code, shape, "", 0)
+    return Source(directory, tensors, ())
+
+
+def invert(plan: Plan) -> dict[str, list[Piece]]:
+    """Return the pieces of every source tensor, and of every scale, by its name."""
+    pieces: dict[str, list[Piece]] = defaultdict(list)
+    for output in plan.outputs:
+        row = 0
+        length = output.matrix[1]
+        columns = getattr(output.origin, "columns", None) or (Span("", 0, length),)
+        for span in output.origin.spans:
+            if span.source is not None:
+                at = 0
+                for kept in columns:
+                    pieces[span.source].append(
+                        Piece(span.start, span.count, kept.start, kept.count, output, row, at)
+                    )
+                    at += kept.count
+            row += span.count
+    return dict(pieces)
+
+
+class RankReader(Reader):
+    """Reads source tensors out of rank files, and compares what several ranks hold."""
+
+    def __init__(self, files: RankFiles, pieces: Mapping[str, Sequence[Piece]]) -> None:
+        self._files = files
+        self._pieces = pieces
+
+    def close(self) -> None:
+        """Leave the rank files open: they are another's."""
+
+    def read_into(self, tensor: SourceTensor, start: int, view: memoryview) -> None:
+        """Fill a view with bytes ``[start, start + len(view))`` of a tensor in row-major order."""
+        width = math.prod(tensor.shape[1:])
+        per_row = width * ITEMSIZE[tensor.dtype]
+        first, last = start // per_row, -(-(start + len(view)) // per_row)
+        rows = self.rows(tensor.name, tensor.dtype, first, last - first, width)
+        raw = rows.reshape(-1).view(np.uint8).data
+        view[:] = raw[start - first * per_row :][: len(view)]
+
+    def rows(self, name: str, code: str, first: int, count: int, width: int) -> Bits:
+        """Return rows of a source tensor, or elements of a scale, as bits [count, width]."""
+        block: Bits = np.empty((count, width), BITS[code])
+        known = np.zeros((count, width), bool)
+        for piece in self._pieces[name]:
+            start, stop = max(first, piece.row), min(first + count, piece.row + piece.count)
+            if start >= stop:
+                continue
+            output = piece.output
+            length = output.matrix[1]
+            at = piece.output_row + start - piece.row
+            bits = self._files[output.rank].read(output.name, at * length, (stop - start) * length)
+            held = bits.reshape(-1, length)[
+                :, piece.output_column : piece.output_column + piece.width
+            ]
+            where = (slice(start - first, stop - first), slice(piece.column, piece.column + piece.width))
+            if (known[where] & (block[where] != held)).any():
+                raise SourceError(
+                    f"rank{output.rank}.safetensors: {output.name} differs from what another tensor "
+                    f"of the checkpoint has of {name}",
+                    hint="the checkpoint is damaged: phireg verify says where.",
+                )
+            block[where], known[where] = held, True
+        if not known.all():
+            raise AssertionError(f"{name}: the plan has no place for some of its rows")
+        return block
+
+
+@dataclass(frozen=True, slots=True)
+class RankSource(Source):
+    """A source model whose tensors are read out of rank files."""
+
+    files_open: RankFiles | None = None
+    pieces: Mapping[str, Sequence[Piece]] = dataclasses.field(default_factory=dict)
+
+    def open(self) -> Reader:
+        """Return a reader for the tensors' bytes."""
+        assert self.files_open is not None
+        return RankReader(self.files_open, self.pieces)
