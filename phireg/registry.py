@@ -1,6 +1,6 @@
-"""Installed families: an index of entry points, from package metadata alone.
+"""Installed families and targets: an index of entry points, from package metadata alone.
 
-Only the requested family is imported, so a broken plugin affects no other. pluggy's own loader is
+Only the requested one is imported, so a broken plugin affects no other. pluggy's own loader is
 not used for discovery: it silently skips the second of two equal names and stops at the first
 failing import.
 """
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
+from typing import TypeVar
 
 from phireg.children import ChildError, call
 from phireg.config.hf import HFConfig
@@ -22,12 +23,16 @@ from phireg.family import Family
 from phireg.layout.ranks import tp_sizes
 from phireg.layout.spans import LayoutError
 from phireg.reader.schemes import SCHEMES
+from phireg.targets.target import API as TARGET_API
+from phireg.targets.target import Target
 
-GROUP = "phireg.families"
-"""The entry-point group in which any distribution offers families."""
+GROUP, TARGETS = "phireg.families", "phireg.targets"
+"""The entry-point groups in which any distribution offers families and targets."""
 
 OWN = "phireg"
-"""The distribution whose families are not probed."""
+"""The distribution whose plugins are not probed."""
+
+_Offered = TypeVar("_Offered", Family, Target)
 
 _IMPORT_S = 60.0
 
@@ -37,7 +42,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A family that a distribution offers, at ``value`` (``module:attribute``)."""
+    """A family or target that a distribution offers, at ``value`` (``module:attribute``)."""
 
     name: str
     distribution: str
@@ -52,10 +57,25 @@ class Candidate:
 
     def load(self) -> Family:
         """Import the plugin, which must be a Family of the entry point's name."""
+        return self._load(Family, "family", "families")
+
+    def load_target(self) -> Target:
+        """Import the plugin, which must be a Target of the entry point's name."""
+        target = self._load(Target, "target", "targets")
+        if target.api != TARGET_API:
+            raise PluginError(
+                f"target '{self.name}' was written for API {target.api}; this phireg has API "
+                f"{TARGET_API}",
+                hint=f"upgrade {'phireg' if target.api > TARGET_API else 'the plugin'}, "
+                "or install versions that fit together.",
+            )
+        return target
+
+    def _load(self, kind: type[_Offered], noun: str, nouns: str) -> _Offered:
         offer = f"{self.distribution} {self.version}"
         try:
             self._probe()
-            family = self._entry.load()
+            plugin = self._entry.load()
         except PluginError as error:
             raise PluginError(f"{offer}: {error.message}", hint=error.hint) from error
         except KeyboardInterrupt:  # the user's: the probe has met the plugin's own
@@ -63,21 +83,22 @@ class Candidate:
         except BaseException as error:
             problem = str(error) if isinstance(error, ChildError) else described(error)
             raise PluginError(
-                f"family '{self.name}' is offered by {offer} ({self.value}) but cannot be "
+                f"{noun} '{self.name}' is offered by {offer} ({self.value}) but cannot be "
                 f"loaded:\n    {problem}",
-                hint="the other families are not affected. All plugins: phireg families --check",
+                hint=f"the other {nouns} are not affected. All plugins: phireg families --check",
             ) from None
-        if not isinstance(family, Family):
+        if not isinstance(plugin, kind):
             raise PluginError(
-                f"{offer}: {self.value} is a {type(family).__name__}, not a phireg.api.Family"
+                f"{offer}: {self.value} is a {type(plugin).__name__}, not a "
+                f"phireg.api.{kind.__name__}"
             )
-        if family.name != self.name:
+        if plugin.name != self.name:
             raise PluginError(
                 f"{offer}: the entry point is called '{self.name}', "
-                f"but the family is called '{family.name}'",
+                f"but the {noun} is called '{plugin.name}'",
                 hint="the two names must be equal.",
             )
-        return family
+        return plugin
 
     def _probe(self) -> None:
         """Import the plugin in a process of its own: it may end that, or be interrupted there."""
@@ -101,13 +122,13 @@ class FamilyChoice:
 
 
 Index = Mapping[str, tuple[Candidate, ...]]
-"""Candidates by family name."""
+"""Candidates by name."""
 
 
-def installed_entry_points() -> tuple[list[metadata.EntryPoint], list[str]]:
+def installed_entry_points(group: str = GROUP) -> tuple[list[metadata.EntryPoint], list[str]]:
     """Return the group's entry points, and a message for each unreadable distribution."""
     with suppress(Exception):
-        return list(metadata.entry_points(group=GROUP)), []
+        return list(metadata.entry_points(group=group)), []
     # One damaged entry_points.txt, of any group, makes it fail for all distributions: ask each one.
     entries: list[metadata.EntryPoint] = []
     problems: list[str] = []
@@ -116,7 +137,7 @@ def installed_entry_points() -> tuple[list[metadata.EntryPoint], list[str]]:
         try:
             name = re.sub(r"[-_.]+", "-", dist.name or "").lower()
             if not name or name not in names:  # as for imports, the first one on the path counts
-                entries += [entry for entry in dist.entry_points if entry.group == GROUP]
+                entries += [entry for entry in dist.entry_points if entry.group == group]
             names.add(name)
         except Exception as error:
             path = getattr(dist, "_path", "a distribution")
@@ -124,10 +145,10 @@ def installed_entry_points() -> tuple[list[metadata.EntryPoint], list[str]]:
     return entries, problems
 
 
-def index(entry_points: Iterable[metadata.EntryPoint] | None = None) -> Index:
-    """Return all candidates by family name; by default those of all installed entry points."""
+def index(entry_points: Iterable[metadata.EntryPoint] | None = None, group: str = GROUP) -> Index:
+    """Return all candidates by name; by default those of all installed entry points of a group."""
     if entry_points is None:
-        entry_points, _ = installed_entry_points()
+        entry_points, _ = installed_entry_points(group)
     by_name: dict[str, list[Candidate]] = {}
     for entry in entry_points:
         dist = entry.dist
@@ -143,7 +164,17 @@ def index(entry_points: Iterable[metadata.EntryPoint] | None = None) -> Index:
 
 def load(name: str, candidates: Index | None = None) -> FamilyChoice:
     """Load the family called ``name`` (or ``distribution:name``), importing nothing else."""
-    installed = index() if candidates is None else candidates
+    candidate = _pick(name, index() if candidates is None else candidates, "family")
+    return FamilyChoice(candidate.load(), candidate)
+
+
+def load_target(name: str, candidates: Index | None = None) -> Target:
+    """Load the target called ``name`` (or ``distribution:name``), importing nothing else."""
+    installed = index(group=TARGETS) if candidates is None else candidates
+    return _pick(name, installed, "target").load_target()
+
+
+def _pick(name: str, installed: Index, noun: str) -> Candidate:
     distribution, _, plain = name.rpartition(":")
     offers = [
         candidate
@@ -153,16 +184,16 @@ def load(name: str, candidates: Index | None = None) -> FamilyChoice:
     if not offers:
         near = difflib.get_close_matches(name, installed, 1)
         raise PluginError(
-            f"no installed plugin offers a family '{name}'"
+            f"no installed plugin offers a {noun} '{name}'"
             + (f"; did you mean '{near[0]}'?" if near else ""),
             hint=f"installed: {_by_distribution(installed)}",
         )
     if len(offers) > 1:
         raise PluginError(
-            f"family '{name}' is offered {len(offers)} times:\n" + _table(offers),
-            hint=_family_options(offers),
+            f"{noun} '{name}' is offered {len(offers)} times:\n" + _table(offers),
+            hint=_qualified(offers, noun),
         )
-    return FamilyChoice(offers[0].load(), offers[0])
+    return offers[0]
 
 
 def choose(hf: HFConfig, candidates: Index | None = None) -> FamilyChoice:
@@ -208,7 +239,7 @@ def choose(hf: HFConfig, candidates: Index | None = None) -> FamilyChoice:
         offers = [claim.candidate for claim in claims]
         raise PluginError(
             f"{len(claims)} families claim this model:\n" + _table(offers),
-            hint=_family_options(offers),
+            hint=_qualified(offers, "family"),
         )
     if not claims:
         raise SourceError(
@@ -277,5 +308,5 @@ def _table(offers: list[Candidate]) -> str:
     return "\n".join(f"    {c.distribution} {c.version}  {c.name} = {c.value}" for c in offers)
 
 
-def _family_options(offers: list[Candidate]) -> str:
-    return "choose one: " + "  or  ".join(f"--family {c.qualified}" for c in offers)
+def _qualified(offers: list[Candidate], noun: str) -> str:
+    return "choose one: " + "  or  ".join(f"--{noun} {c.qualified}" for c in offers)

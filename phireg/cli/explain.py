@@ -68,7 +68,7 @@ def command(
 def _text(plan: Plan, output: Output) -> str:
     lines = [
         f"{output.name}  {list(output.shape)} {dtype_name(output.dtype)}",
-        f"in rank{output.rank}.safetensors, from",
+        f"in {plan.files[output.rank]}, from",
     ]
     position = 0
     for source, group in groupby(output.origin.spans, key=lambda span: span.source):

@@ -22,6 +22,10 @@ class HFConfig:
         # phireg itself reads these for every family (Family.refusal).
         self._read = {"architectures", "model_type"}
 
+    def plain(self) -> dict[str, Any]:
+        """Return all keys and values, none of which counts as read."""
+        return dict(self._data)
+
     def fresh(self) -> HFConfig:
         """Return the same config with nothing read yet."""
         return HFConfig(self._data)

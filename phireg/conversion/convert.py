@@ -13,7 +13,7 @@ from phireg.checkpoint.manifest import file_record, rank_file_record, write_mani
 from phireg.conversion.cast import Loss
 from phireg.conversion.stream import Progress, Streamed, stream
 from phireg.errors import PlanError, UsageError
-from phireg.files.kinds import file_sizes, tokenizer_files
+from phireg.files.kinds import CHECKPOINT, QUANTIZED_MODEL, file_sizes, tokenizer_files
 from phireg.files.output import OutputDirectory
 from phireg.files.writing import copy_file
 from phireg.findings import Finding
@@ -111,15 +111,17 @@ def write_checkpoint(
     check_plan(plan)
     carried = tokenizer_files(plan.source.directory)
     size = plan.bytes_out + sum(file.stat().st_size for file in carried)
-    with OutputDirectory(target, overwrite=overwrite, required_bytes=size) as directory:
+    kind = CHECKPOINT if plan.target.by_rank else QUANTIZED_MODEL
+    with OutputDirectory(target, overwrite=overwrite, required_bytes=size, kind=kind) as directory:
         scales = quantizer() if quantizer else None
         streamed = stream(plan, directory, progress=progress, quantizer=scales)
         if not allow_overflow:
             _check_overflow(streamed, plan)
         for file in carried:
             copy_file(file, directory)
-        config = json.dumps(plan.config, indent=4) + "\n"
-        (directory / "config.json").write_text(config, encoding="utf-8")
+        for name, document in plan.documents.items():
+            text = json.dumps(document, indent=4) + "\n"
+            (directory / name).write_text(text, encoding="utf-8")
         manifest = manifest_of(plan, directory, streamed)
         if quantization is not None:
             manifest["quantization"] = quantization
@@ -143,9 +145,10 @@ def manifest_of(plan: Plan, directory: Path, streamed: Streamed) -> dict[str, An
     """Describe a plan and everything that was written into ``directory`` for it."""
     candidate = plan.chosen.candidate
     ranks: dict[str, Any] = {}
-    for rank, (header, size) in enumerate(zip(plan.headers, plan.file_sizes, strict=True)):
-        tensors = {name: d for (r, name), d in streamed.digests.items() if r == rank}
-        ranks[f"rank{rank}.safetensors"] = rank_file_record(header, size, tensors)
+    files = zip(plan.files, plan.headers, plan.file_sizes, strict=True)
+    for number, (file, header, size) in enumerate(files):
+        tensors = {name: d for (n, name), d in streamed.digests.items() if n == number}
+        ranks[file] = rank_file_record(header, size, tensors)
     others = {
         file.name: file_record(file)
         for file in sorted(directory.iterdir())

@@ -26,8 +26,8 @@ from phireg.errors import PlanError
 from phireg.findings import Finding, Severity
 from phireg.planning.model import Plan, QuantizedLinear, row_bytes
 from phireg.planning.report import problems
-from phireg.reader.schemes import KV_SCALE
 from phireg.source.model import Reader
+from phireg.targets.target import KEY_SCALE, KV_SCALE, VALUE_SCALE
 
 SMALLEST_SMOOTHER, LARGEST_SMOOTHER = 1e-4, 1e4
 """Range of the smoothing vector; a channel that calibration never saw gets the largest, but 1 where
@@ -196,20 +196,28 @@ def _input_maxima(
 
 
 def _kv_scales(plan: Plan, statistics: Statistics) -> dict[str, Bits]:
-    """INT8: the larger of the two maxima / 127. FP8: its maximum / 448, but at least 1.
+    """INT8: maximum / 127. FP8: maximum / 448; at least 1 where keys and values share one.
 
-    Releases before 0.13 take 1 for FP8 and ignore the tensor, and e4m3 loses nothing with 1 as
-    long as no value is beyond 448.
+    Such a one is TensorRT-LLM's: releases before 0.13 take 1 for FP8 and ignore the tensor, and
+    e4m3 loses nothing with 1 as long as no value is beyond 448.
     """
     scales: dict[str, Bits] = {}
+    int8 = plan.options.kv_cache_dtype == "int8"
     for layer, module in enumerate(plan.kv_caches):
-        largest = np.maximum(np.float32(statistics.keys[layer]), statistics.values[layer])
-        amax = np.array([largest], np.float32)
-        if plan.options.kv_cache_dtype == "int8":
-            scale = amax / np.float32(INT8_MAX) if largest else np.ones(1, np.float32)
-        else:
-            scale = np.maximum(np.float32(1), amax / np.float32(E4M3_MAX))
-        scales[f"{module}.{KV_SCALE}"] = scale.view(BITS["F32"])
+        keys, values = (np.float32(x[layer]) for x in (statistics.keys, statistics.values))
+        for companion, largest in (
+            (KV_SCALE, np.maximum(keys, values)),
+            (KEY_SCALE, keys),
+            (VALUE_SCALE, values),
+        ):
+            if (name := f"{module}.{companion}") not in plan.scales:
+                continue
+            scale = np.array([largest], np.float32) / np.float32(INT8_MAX if int8 else E4M3_MAX)
+            if companion == KV_SCALE and not int8:
+                scale = np.maximum(np.float32(1), scale)
+            elif not largest:
+                scale = np.ones(1, np.float32)
+            scales[name] = scale.view(BITS["F32"])
     return scales
 
 

@@ -121,11 +121,11 @@ def stream(
     progress: Progress | None = None,
     quantizer: WeightQuantizer | None = None,
 ) -> Streamed:
-    """Write the rank files of a plan into a directory that has none; see :func:`carry`."""
+    """Write the tensor files of a plan into a directory that has none; see :func:`carry`."""
     with ExitStack() as stack:
         files = []
-        for rank, (header, size) in enumerate(zip(plan.headers, plan.file_sizes, strict=True)):
-            path = directory / f"rank{rank}.safetensors"
+        for name, header, size in zip(plan.files, plan.headers, plan.file_sizes, strict=True):
+            path = directory / name
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             stack.callback(os.close, fd)
             os.ftruncate(fd, size)

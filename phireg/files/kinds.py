@@ -46,7 +46,7 @@ class Kind:
     advice: str  # what to do with it where a Hugging Face model is needed
     entries: str  # pattern of the names of the entries that tell the kind
     files: tuple[str, ...] = ()  # patterns of all files that phireg may have written into one
-    rank_file: str = ""
+    required: str = ""  # the file that every one has
 
 
 _ORIGINAL = "give the original Hugging Face checkpoint instead"
@@ -72,6 +72,22 @@ CHECKPOINT = Kind(
     "rank0.safetensors",
 )
 HF_MODEL = Kind("a Hugging Face model", "", "")
+QUANTIZED_MODEL = Kind(
+    "a Hugging Face directory that phireg wrote",
+    "",
+    "",
+    (
+        "config.json",
+        "hf_quant_config.json",
+        MANIFEST,
+        "README.md",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        *TOKENIZER_FILES,
+    ),
+    MANIFEST,
+)
+"""What may be replaced by another; to readers it is a Hugging Face model."""
 UNKNOWN = Kind("an unknown directory", "", "")
 
 _INSTEAD = {
@@ -205,13 +221,13 @@ def objection(directory: Path, kind: Kind) -> str | None:
         known = any(fnmatchcase(entry.name, pattern) for pattern in kind.files)
         if not known or entry.is_symlink() or not entry.is_file():
             return f"{entry} does not belong to one"
-    if not (directory / kind.rank_file).exists():
-        return f"{directory} has no {kind.rank_file}"
+    if not (directory / kind.required).exists():
+        return f"{directory} has no {kind.required}"
     try:
         config = read_json_object(directory / "config.json")
     except SourceError as error:
         return error.message
-    if kind_of_config(config) is not kind:
+    if kind_of_config(config) is not (HF_MODEL if kind is QUANTIZED_MODEL else kind):
         return f"{directory / 'config.json'} is not that of {kind.name}"
     return None
 

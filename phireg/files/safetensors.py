@@ -134,8 +134,9 @@ def _defects(name: str, entry: Mapping[str, Any]) -> Iterator[str]:
 
 def encode_header(
     tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
 ) -> tuple[bytes, dict[str, TensorEntry]]:
-    """Build a header as the safetensors library writes it for tensors without metadata.
+    """Build a header as the safetensors library writes it.
 
     ``tensors`` are names, dtype codes and shapes. The result is the first bytes of the file
     (length, JSON, padding), which the data follows directly, and each tensor's place in the file,
@@ -148,7 +149,7 @@ def encode_header(
     if unknown := {dtype for _, dtype, _ in tensors} - set(ITEMSIZE):
         raise ValueError(f"unknown dtypes {sorted(unknown)}")
     ordered = sorted(tensors, key=lambda tensor: (-_RANK[tensor[1]], tensor[0]))
-    listing: dict[str, Any] = {}
+    listing: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name, dtype, shape in ordered:
         start, end = end, end + ITEMSIZE[dtype] * math.prod(shape)

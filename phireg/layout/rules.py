@@ -51,7 +51,8 @@ class Rule:
 
     Attributes:
         target: module path in the checkpoint, e.g. ``transformer.layers.0.attention.qkv``.
-        weight: index maps of the output axis over source modules, the canonical one first.
+        weight: index maps of the output axis over source modules, the canonical one first; empty
+            if the weight is another module's (a tied head that has a bias of its own).
         bias: the same for the bias; empty if the module has none.
         cols: index map of the input axis, or None for a module with one axis (a norm).
         policy: how it is sharded.
@@ -73,7 +74,8 @@ class Rule:
     @property
     def tensors(self) -> dict[str, tuple[Axis, ...]]:
         """Return the companions of an unquantized module, each with its declared row maps."""
-        return {"weight": self.weight, "bias": self.bias} if self.bias else {"weight": self.weight}
+        both = {"weight": self.weight, "bias": self.bias}
+        return {name: axes for name, axes in both.items() if axes}
 
 
 # The names below are capitalized on purpose: a mapping reads as a list of modules, and mypy,

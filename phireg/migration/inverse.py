@@ -20,7 +20,7 @@ from phireg.dtypes import BITS, ITEMSIZE
 from phireg.errors import SourceError
 from phireg.layout.rules import Rules
 from phireg.layout.spans import Span
-from phireg.planning.model import Output, Plan, Rows, Scale
+from phireg.planning.model import Output, Plan
 from phireg.source.model import Reader, Source
 from phireg.source.tensors import SourceTensor
 
@@ -107,11 +107,12 @@ class RankReader(Reader):
             held = bits.reshape(-1, length)[
                 :, piece.output_column : piece.output_column + piece.width
             ]
-            where = (slice(start - first, stop - first), slice(piece.column, piece.column + piece.width))
+            kept = slice(piece.column, piece.column + piece.width)
+            where = (slice(start - first, stop - first), kept)
             if (known[where] & (block[where] != held)).any():
                 raise SourceError(
-                    f"rank{output.rank}.safetensors: {output.name} differs from what another tensor "
-                    f"of the checkpoint has of {name}",
+                    f"rank{output.rank}.safetensors: {output.name} differs from another tensor of "
+                    f"the checkpoint with the same part of {name}",
                     hint="the checkpoint is damaged: phireg verify says where.",
                 )
             block[where], known[where] = held, True

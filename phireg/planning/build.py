@@ -22,8 +22,10 @@ from phireg.planning.model import Options, Output, Plan, Rows, Scale
 from phireg.planning.quantized import FOLLOWS, Quantization
 from phireg.planning.recognition import unwrapped
 from phireg.planning.schedule import schedule
+from phireg.planning.shards import INDEX_FILE, in_shards, shard_index
 from phireg.planning.ties import TIES, settle_ties
 from phireg.reader.tensors import required_tensors
+from phireg.registry import load_target
 from phireg.source.model import Source
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ CONSTANT_BUFFERS = tuple(
     )
 )
 """Ends of the names of buffers that releases of the sources' code saved with the weights."""
+
+_PT = {"format": "pt"}
+"""What readers of Hugging Face directories want to find in a file's header."""
 
 _CONSTANT = "a constant the reader computes itself"
 _LISTED_CODES = ", ".join(WEIGHT_DTYPES.values())
@@ -63,6 +68,7 @@ class _Builder:
         self.hf = hf
         self.source = source
         self.options = options
+        self.target = load_target(options.target)
         self.failed = False
         self.findings: list[Finding] = [*source.findings]
         self.tp_sizes: tuple[int, ...] = ()
@@ -72,37 +78,56 @@ class _Builder:
         self.findings += translation.findings
         dtype = self.dtype()
         code = WEIGHT_DTYPES.get(dtype, "")
-        self.quantization = Quantization(self.options, code)
+        self.quantization = Quantization(self.options, self.target, code)
         outputs: tuple[Output, ...] = ()
-        config: dict[str, Any] = {}
+        documents: dict[str, dict[str, Any]] = {"config.json": {}}
         if translation.ok:
-            config = self.config(translation.fields, dtype)
+            fields = dict(translation.fields)
+            for key, detail in self.target.problems(fields, self.hf):
+                self.error("target", key, f"{detail}; --target {self.target.name} cannot have it")
             try:
-                rules = self.settle(translation.fields, config)
+                family = self.settle(fields)
+                rules = self.target.rules(family, fields)
             except LayoutError as problem:
                 self.error("layout", self.family.name, f"the config's sizes do not fit: {problem}")
+                documents = self.documents(fields, dtype)
             else:
+                if self.quantization.format is not None:
+                    quant = self.family.quant_rules(fields, self.quantization.algorithm)
+                    self.quantization.choose(quant, family, rules)
+                documents = self.documents(fields, dtype)
                 outputs = self.outputs(rules, code)
-                self.check_schema(config, outputs)
-                self.findings += self.quantization.findings(config, outputs)
+                config = documents["config.json"]
+                if self.target.by_rank:
+                    self.check_schema(config, outputs)
+                self.findings += self.quantization.findings(fields, outputs)
         else:
             self.findings.append(
                 Finding(Severity.NOTE, "weights", "", "not checked, because the config has errors")
             )
         headers: tuple[bytes, ...] = ()
+        files: tuple[str, ...] = ()
         quantization = self.quantization
         if any(finding.severity is Severity.ERROR for finding in self.findings):
             outputs = ()
-            quantization = Quantization(self.options, code)
+            quantization = Quantization(self.options, self.target, code)
+        elif self.target.by_rank:
+            files = tuple(f"rank{rank}.safetensors" for rank in range(self.options.tp_size))
+            headers, outputs = _place(outputs, len(files))
         else:
-            headers, outputs = _place(outputs, self.options.tp_size)
+            outputs, files = in_shards(outputs, self.options.max_shard_size)
+            headers, outputs = _place(outputs, len(files), _PT)
+            if len(files) > 1:
+                documents[INDEX_FILE] = shard_index(outputs, files)
         return Plan(
             chosen=self.chosen,
             model_dir=model_dir,
             options=dataclasses.replace(self.options, dtype=dtype),
             source=self.source,
-            config=config,
+            target=self.target,
+            documents=documents,
             outputs=outputs,
+            files=files,
             headers=headers,
             tasks=schedule(outputs, self.source.tensors),
             findings=limited(self.findings),
@@ -136,10 +161,10 @@ class _Builder:
             detail = f"is {stated!r}; known are {', '.join(WEIGHT_DTYPES)}"
             self.error("dtype", "torch_dtype", detail)
             return "float16"
-        return "float16" if name == "float32" else name
+        return "float16" if name == "float32" and self.target.by_rank else name
 
-    def settle(self, fields: Mapping[str, Any], config: dict[str, Any]) -> Rules:
-        """Settle names, adapter and ties of the source; ``config`` gets the final value of ties."""
+    def settle(self, fields: dict[str, Any]) -> Rules:
+        """Settle names, adapter and ties of the source; ``fields`` gets the final value of ties."""
         untied = self.rules({**fields, TIES: False} if TIES in fields else fields)
         self.source, notes = unwrapped(self.source, untied)
         self.findings += notes
@@ -151,34 +176,18 @@ class _Builder:
         ties = settle_ties(fields[TIES], self.options.readings.tie, self.source, untied)
         self.source = ties.source
         self.findings += ties.findings
-        config[TIES] = ties.tied
-        return self.rules({**fields, TIES: True}) if ties.tied else untied
+        fields[TIES] = ties.tied
+        return self.rules(fields) if ties.tied else untied
 
     def rules(self, fields: Mapping[str, Any]) -> Rules:
         """The family's rules, for a config that ties as the fields say."""
         hf = self.hf.having(TIES, fields[TIES]) if TIES in fields else self.hf
         return self.family.weight_rules(fields, hf)
 
-    def config(self, fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-        """The checkpoint's config.json: the family's fields, the mapping and the quantization.
-
-        Readers refuse keys they do not know inside ``mapping`` and ``quantization``, so both hold
-        only what every release knows.
-        """
-        if scheme := self.options.scheme:
-            self.quantization.rules = self.family.quant_rules(fields, scheme.quant_algo)
-        ranks = self.options.ranks
-        mapping = {"world_size": ranks.tp_size, "tp_size": ranks.tp_size, "pp_size": 1}
-        if ranks.moe_ep_size > 1:
-            # Every reader that knows experts knows these; without them it divides each expert.
-            mapping |= {"moe_tp_size": ranks.moe_tp_size, "moe_ep_size": ranks.moe_ep_size}
-        return {
-            "architecture": fields.get("architecture"),
-            "dtype": dtype,
-            **{key: value for key, value in fields.items() if key != "architecture"},
-            "mapping": mapping,
-            "quantization": self.quantization.config(),
-        }
+    def documents(self, fields: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
+        """The JSON files of the directory."""
+        quantized = self.quantization.facts()
+        return self.target.config_files(fields, self.hf, dtype, quantized, self.options.ranks)
 
     def outputs(self, rules: Rules, code: str) -> tuple[Output, ...]:
         """Every tensor of every rank, not placed in files yet; findings on the way."""
@@ -215,9 +224,12 @@ class _Builder:
 
     def scales(self, rule: Rule, rows: Axis, code: str) -> Iterator[Output]:
         """The scales of a quantized linear, cut over ranks as its weight is."""
-        for companion, kind in self.quantization.add(rule, rows).items():
-            follows = self.quantization.declare(rule, companion, rows, kind or code)
-            yield from self.shards(rule, companion, rows, kind or code, follows)
+        for companion, stored in self.quantization.add(rule, rows).items():
+            kind = stored.code or code
+            follows = self.quantization.declare(rule, companion, rows, kind)
+            for output in self.shards(rule, companion, rows, kind, follows):
+                name, shape = f"{rule.target}.{stored.name}", stored.sizes(output.shape)
+                yield dataclasses.replace(output, name=name, shape=shape)
 
     def choose(self, alternatives: tuple[Axis, ...], companion: str) -> Axis:
         """The first alternative whose sources all exist; else one of which some do; else the first.
@@ -352,14 +364,14 @@ def _kept(cols: Axis | None) -> tuple[Span, ...] | None:
 
 
 def _place(
-    outputs: tuple[Output, ...], tp_size: int
+    outputs: tuple[Output, ...], count: int, metadata: Mapping[str, str] | None = None
 ) -> tuple[tuple[bytes, ...], tuple[Output, ...]]:
-    """Lay the outputs out in their rank files."""
+    """Lay the outputs out in their files."""
     headers = []
     placed: list[Output] = []
-    for rank in range(tp_size):
+    for rank in range(count):
         own = [output for output in outputs if output.rank == rank]
-        header, entries = encode_header([(o.name, o.dtype, o.shape) for o in own])
+        header, entries = encode_header([(o.name, o.dtype, o.shape) for o in own], metadata)
         headers.append(header)
         placed += [dataclasses.replace(o, offset=entries[o.name].start) for o in own]
     return tuple(headers), tuple(placed)

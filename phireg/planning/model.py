@@ -10,6 +10,7 @@ from typing import Any
 
 from phireg.dtypes import ITEMSIZE, WEIGHT_DTYPES
 from phireg.findings import Finding, Severity
+from phireg.formats import FORMATS, Format
 from phireg.layout.ranks import Ranks
 from phireg.layout.spans import Span
 from phireg.reader.schemes import SCHEMES, Scheme
@@ -17,6 +18,11 @@ from phireg.registry import FamilyChoice
 from phireg.source.model import Source
 from phireg.source.readings import NO_CHOICE, Readings
 from phireg.source.tensors import SourceTensor
+from phireg.targets.target import Target
+
+DEFAULT_TARGET = "trtllm"
+SHARD_BYTES = 5 * 10**9
+"""Bytes of a file that is no rank's, as transformers' ``max_shard_size`` has them by default."""
 
 BLOCK_BYTES = 512 * 1024
 """Source bytes that a worker holds at a time; a single longer row is held whole.
@@ -32,10 +38,13 @@ class Options:
 
     dtype: str = "auto"  # or a key of WEIGHT_DTYPES
     tp_size: int = 1
-    qformat: str | None = None  # a key of SCHEMES
-    kv_cache_dtype: str | None = None  # a key of KV_CACHES
+    qformat: str | None = None  # a key of FORMATS
+    kv_cache_dtype: str | None = None  # a key of the target's kv_caches
     moe_ep_size: int | None = None  # None (not given) means 1
     readings: Readings = NO_CHOICE
+    target: str = DEFAULT_TARGET
+    max_shard_size: int = SHARD_BYTES
+    exclude: tuple[str, ...] = ()  # patterns of modules that stay unquantized
 
     @property
     def ranks(self) -> Ranks:
@@ -44,8 +53,13 @@ class Options:
 
     @property
     def scheme(self) -> Scheme | None:
-        """The quantization scheme, if there is one."""
-        return None if self.qformat is None else SCHEMES[self.qformat]
+        """TensorRT-LLM's quantization scheme of the format, if there is one."""
+        return None if self.qformat is None else SCHEMES.get(self.qformat)
+
+    @property
+    def format(self) -> Format | None:
+        """The format of quantized linears, if there is one."""
+        return None if self.qformat is None else FORMATS[self.qformat]
 
     @property
     def weight_only(self) -> str | None:
@@ -64,8 +78,8 @@ class Options:
     @property
     def calibrated(self) -> bool:
         """True if carrying out the plan needs calibration statistics."""
-        scheme = self.scheme
-        return self.kv_cache_dtype is not None or (scheme is not None and scheme.calibrated)
+        chosen = self.format
+        return self.kv_cache_dtype is not None or (chosen is not None and chosen.calibrated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +121,14 @@ class ScaleTensor:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One tensor of ``rank{rank}.safetensors``."""
+    """One tensor of one file."""
 
-    rank: int
+    rank: int  # the number of its file: of its rank, or of its shard
     name: str
     dtype: str  # safetensors code
-    shape: tuple[int, ...]  # [experts, rows, columns] for the stacked linears of experts
+    shape: tuple[
+        int, ...
+    ]  # [] of a scalar; [experts, rows, columns] for the stacked linears of experts
     offset: int  # in the file, in bytes
     origin: Rows | Scale
 
@@ -120,7 +136,7 @@ class Output:
     def matrix(self) -> tuple[int, int]:
         """Number of rows and their length; a tensor with one axis has rows of one element."""
         if len(self.shape) < 2:
-            return self.shape[0], 1
+            return math.prod(self.shape), 1
         return math.prod(self.shape[:-1]), self.shape[-1]
 
     @property
@@ -183,9 +199,11 @@ class Plan:
         model_dir: the source as the user called it, a directory or a hub repository.
         options: the user's choices, with ``dtype`` resolved.
         source: the source model.
-        config: the checkpoint's config.json.
-        outputs: all tensors of all ranks; empty if there are errors.
-        headers: the safetensors header of each rank file.
+        target: what is written, and for which readers.
+        documents: the JSON files by name, config.json among them.
+        outputs: all tensors of all files; empty if there are errors.
+        files: names of the files with tensors.
+        headers: the safetensors header of each.
         tasks: the work on source rows, in source order; scales are no part of it.
         findings: errors, warnings and notes.
         linears: the quantized ones; empty unless the scheme quantizes weights.
@@ -198,8 +216,10 @@ class Plan:
     model_dir: str
     options: Options
     source: Source
-    config: Mapping[str, Any]
+    target: Target
+    documents: Mapping[str, Mapping[str, Any]]
     outputs: tuple[Output, ...]
+    files: tuple[str, ...]
     headers: tuple[bytes, ...]
     tasks: tuple[Task, ...]
     findings: tuple[Finding, ...]
@@ -207,6 +227,11 @@ class Plan:
     kv_caches: tuple[str, ...] = ()
     scales: Mapping[str, ScaleTensor] = field(default_factory=dict)
     tp_sizes: tuple[int, ...] = ()
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The directory's config.json."""
+        return self.documents["config.json"]
 
     @property
     def advice(self) -> str | None:
@@ -249,16 +274,17 @@ class Plan:
     @property
     def smoothed(self) -> bool:
         """True if weights are quantized with SmoothQuant."""
-        return self.options.scheme is not None and self.options.scheme.per_channel
+        chosen = self.options.format
+        return chosen is not None and chosen.smoothing == "smoothquant"
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of the tensors of all rank files."""
+        """Bytes of all tensors."""
         return sum(output.nbytes for output in self.outputs)
 
     @property
     def file_sizes(self) -> tuple[int, ...]:
-        """Bytes of each rank file."""
+        """Bytes of each file with tensors."""
         ends = [len(header) for header in self.headers]
         for output in self.outputs:
             ends[output.rank] = max(ends[output.rank], output.offset + output.nbytes)
@@ -266,7 +292,7 @@ class Plan:
 
     @property
     def bytes_out(self) -> int:
-        """Bytes of all rank files."""
+        """Bytes of all files with tensors."""
         return sum(self.file_sizes)
 
     @property

@@ -11,16 +11,17 @@ from phireg.config.hf import HFConfig
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import PlanError, SourceError, UsageError
 from phireg.files.json import read_json_object
+from phireg.formats import FORMATS, WEIGHT_BITS, Format
 from phireg.planning.build import build_plan
-from phireg.planning.model import Options, Plan
+from phireg.planning.model import DEFAULT_TARGET, SHARD_BYTES, Options, Plan
 from phireg.planning.recognition import UNQUANTIZED, Refusal, recognize, without_blocks
 from phireg.planning.report import problems
 from phireg.ranges import largest
-from phireg.reader.schemes import KV_CACHES, SCHEMES
-from phireg.registry import AUTO, FamilyChoice
+from phireg.registry import AUTO, FamilyChoice, load_target
 from phireg.source.hub import resolve_model_dir
 from phireg.source.model import Source
 from phireg.source.readings import Readings, open_source
+from phireg.targets.target import Target
 
 MODALITIES = ("vision_config", "img_processor", "embd_layer", "audio_config", "audio_processor")
 
@@ -51,6 +52,9 @@ def plan(
     weights: str | None = None,
     adapter: str | None = None,
     tie: bool | None = None,
+    target: str = DEFAULT_TARGET,
+    max_shard_size: int = SHARD_BYTES,
+    exclude: Sequence[str] = (),
 ) -> Plan:
     """Plan a conversion or quantization from config.json and file headers alone.
 
@@ -63,7 +67,7 @@ def plan(
         dtype: ``auto``, ``float16``, ``bfloat16`` or ``float32``.
         tp_size: number of tensor-parallel ranks.
         pp_size: must be 1.
-        qformat: ``fp8``, ``int8_sq``, ``int8_wo`` or ``int4_wo``.
+        qformat: a key of :data:`phireg.formats.FORMATS` that the target's readers take.
         kv_cache_dtype: ``fp8`` or ``int8`` for a quantized KV cache, beside a ``qformat``.
         moe_tp_size: number of ranks that divide each expert of a mixture.
         moe_ep_size: number of ranks that share the experts out. The product of both is
@@ -71,6 +75,9 @@ def plan(
         weights: the weights file, or the index, to read where the directory has several sets.
         adapter: ``merge`` or ``ignore`` for a LoRA adapter that lies beside the weights.
         tie: whether lm_head is the embedding, where config.json and files disagree.
+        target: what is written: a name or ``distribution:name`` of the installed targets.
+        max_shard_size: bytes of a file at most, for targets whose files are no ranks'.
+        exclude: patterns of modules that stay unquantized, for targets whose readers know lists.
 
     Raises:
         UsageError: an option has a value that makes no sense.
@@ -78,13 +85,22 @@ def plan(
         PluginError: the family cannot be found or loaded.
     """
     _check_sizes(dtype, tp_size, pp_size)
+    written = load_target(target)
+    if not written.by_rank and (tp_size > 1 or moe_tp_size or moe_ep_size):
+        raise UsageError(
+            f"--target {written.name} has no ranks: its readers divide the model themselves",
+            hint="leave out --tp-size, --moe-tp-size and --moe-ep-size.",
+        )
     options = Options(
         dtype,
         tp_size,
-        _qformat(qformat, kv_cache_dtype),
+        _qformat(written, qformat, kv_cache_dtype, exclude),
         kv_cache_dtype,
         _moe_ep_size(tp_size, moe_tp_size, moe_ep_size),
         Readings(weights, adapter, tie),
+        target,
+        max_shard_size,
+        tuple(exclude),
     )
     directory, commit = resolve_model_dir(str(model_dir), revision)
     if directory.is_dir() and not os.path.lexists(directory / "config.json"):
@@ -203,19 +219,50 @@ def _check_sizes(dtype: str, tp_size: int, pp_size: int = 1) -> None:
         )
 
 
-def _qformat(qformat: str | None, cache: str | None) -> str | None:
-    for kind, name, known in (
-        ("quantization format", qformat, SCHEMES),
-        ("KV cache dtype", cache, KV_CACHES),
-    ):
-        if name is not None and name not in known:
-            raise UsageError(f"unknown {kind} '{name}'", hint=f"known: {', '.join(known)}.")
+def _qformat(
+    target: Target, qformat: str | None, cache: str | None, exclude: Sequence[str]
+) -> str | None:
+    """Return the format if it, the cache and the exclusions fit the target."""
+    if qformat is not None and qformat not in FORMATS:
+        raise UsageError(
+            f"unknown quantization format '{qformat}'", hint=f"known: {', '.join(FORMATS)}."
+        )
+    if qformat is not None and qformat not in target.layouts:
+        nearest = near_format(FORMATS[qformat], target)
+        raise UsageError(
+            f"no reader of --target {target.name} takes {qformat}",
+            hint=(f"the nearest format that works is {nearest}." if nearest else "")
+            or "choose another --target: phireg families lists what each takes.",
+        )
     if cache is not None and qformat is None:
         raise UsageError(
             f"KV cache dtype '{cache}' needs a quantization format",
-            hint=f"choose one of {', '.join(SCHEMES)}.",
+            hint=f"choose one of {', '.join(target.formats) or 'another target'}.",
         )
+    if cache is not None and cache not in target.kv_caches:
+        known = ", ".join(target.kv_caches) or "none"
+        raise UsageError(
+            f"unknown KV cache dtype '{cache}' for --target {target.name}", hint=f"known: {known}."
+        )
+    if exclude and (qformat is None or target.by_rank):
+        why = "nothing is quantized" if qformat is None else "engines quantize every layer alike"
+        raise UsageError(f"--exclude has no effect: {why}", hint="leave it out.")
     return qformat
+
+
+def near_format(wanted: Format, target: Target) -> str | None:
+    """Return the target's format that is most like one that it does not have."""
+
+    def distance(name: str) -> tuple[bool, bool, bool, bool]:
+        form = FORMATS[name]
+        return (
+            WEIGHT_BITS[form.weight] != WEIGHT_BITS[wanted.weight],
+            (form.inputs is None) != (wanted.inputs is None),
+            form.weight != wanted.weight,
+            form.per != wanted.per,
+        )
+
+    return min(target.formats, key=distance, default=None)
 
 
 def _moe_ep_size(tp_size: int, moe_tp_size: int | None, moe_ep_size: int | None) -> int | None:

@@ -7,13 +7,16 @@ through one table (:data:`FOLLOWS`), and no family has code for scales.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from phireg.findings import Finding, Severity
 from phireg.layout.rules import QuantRules, Rule, Rules
 from phireg.layout.spans import Axis, LayoutError, Span
 from phireg.planning.model import Basis, Options, Output, QuantizedLinear, Scale, ScaleTensor
-from phireg.reader.schemes import KV_CACHES, KV_SCALE
+from phireg.reader.schemes import SCHEMES
+from phireg.targets.target import WEIGHT_SCALE, Quantized, Stored, Target
 
 FP8_ALIGNMENT = 16
 """TensorRT's FP8 matrix products want both sides of a rank's weight to be multiples of this."""
@@ -28,9 +31,8 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
 }
 """The axes of a linear's tensors, in order, by the last component of the name.
 
-Names and shapes are those of TensorRT-LLM's quantized checkpoints (FP8, ``W8A8_SQ_PER_CHANNEL``)
-and of the unquantized ones. ``weights_scaling_factor`` has one entry per output row; a per-tensor
-one (shape [1]) follows nothing.
+Scales have TensorRT-LLM's names here, whatever the target calls them. ``weights_scaling_factor``
+has one entry per output row; a per-tensor one (shape [1]) follows nothing.
 """
 
 
@@ -55,41 +57,79 @@ class Quantization:
     ``code`` is the checkpoint's dtype.
     """
 
-    def __init__(self, options: Options, code: str) -> None:
-        self.scheme = options.scheme
+    def __init__(self, options: Options, target: Target, code: str) -> None:
+        self.format = options.format
+        self.layout = None if self.format is None else target.layouts.get(self.format.name)
+        self.target = target
+        self.exclude = options.exclude
         self.kv_cache = options.kv_cache_dtype
         self.code = code
         self.rules = QuantRules(())
         self.linears: list[QuantizedLinear] = []
         self.scales: dict[str, ScaleTensor] = {}
 
-    def config(self) -> dict[str, Any]:
-        """The ``quantization`` block: keys that every release knows; a reader refuses others."""
-        algorithm = self.scheme and self.scheme.quant_algo
-        cache = KV_CACHES[self.kv_cache] if self.kv_cache else None
-        block: dict[str, Any] = {"quant_algo": algorithm, "kv_cache_quant_algo": cache}
-        if algorithm or cache:
-            block["exclude_modules"] = list(self.rules.exclude_modules)
-        return block
+    @property
+    def algorithm(self) -> str:
+        """What families' rules call the format: TensorRT-LLM's name, where it has one."""
+        assert self.format is not None
+        scheme = SCHEMES.get(self.format.name)
+        return self.format.name if scheme is None else scheme.quant_algo
+
+    def choose(self, quant: QuantRules, family: Rules, rules: Rules) -> None:
+        """Choose what is quantized: what the family's rules name, by its names in the target.
+
+        ``family`` are the family's rules for weights, ``rules`` the target's.
+        """
+        chosen = self.target.quantized_modules(quant, family)
+        if not self.target.by_rank:
+            left = [
+                name
+                for name, rule in rules.items()
+                if rule.cols is not None and name not in chosen.linears
+            ]
+            out = [
+                name
+                for name in chosen.linears
+                if any(fnmatchcase(name, pattern) for pattern in self.exclude)
+            ]
+            chosen = replace(
+                chosen,
+                linears=tuple(name for name in chosen.linears if name not in out),
+                exclude_modules=tuple(sorted({*left, *out, "lm_head"})),
+                notes=(),
+            )
+        self.rules = chosen
+
+    def facts(self) -> Quantized | None:
+        """What config files tell of it."""
+        if self.format is None or self.layout is None:
+            return None
+        return Quantized(
+            self.format,
+            self.layout,
+            self.kv_cache,
+            self.rules.linears,
+            self.rules.exclude_modules,
+        )
 
     def weight_code(self, rule: Rule) -> str:
         """Safetensors code of a target's weight."""
-        if self.scheme is None or rule.target not in self.rules.linears:
+        if self.layout is None or rule.target not in self.rules.linears:
             return self.code
-        return self.scheme.weight or self.code
+        return self.layout.weight or self.code
 
     def targets(self) -> tuple[str, ...]:
         """The linears whose weights this run quantizes."""
-        quantizes = self.scheme is not None and self.scheme.weight is not None
+        quantizes = self.layout is not None and self.layout.weight is not None
         return tuple(dict.fromkeys(self.rules.linears)) if quantizes else ()
 
-    def add(self, rule: Rule, rows: Axis) -> Mapping[str, str | None]:
-        """Add a linear to the quantized ones; return its scales and their dtypes by companion."""
-        assert self.scheme is not None
+    def add(self, rule: Rule, rows: Axis) -> Mapping[str, Stored]:
+        """Add a linear to the quantized ones; return how its scales are stored, by companion."""
+        assert self.layout is not None
         assert rule.cols is not None  # problems() has checked it
         sources = tuple(module for module, _ in rows.sources)
         self.linears.append(QuantizedLinear(rule.target, sources, rule.cols.length, rule.experts))
-        return self.scheme.companions
+        return self.layout.scales
 
     def declare(self, rule: Rule, companion: str, rows: Axis, code: str) -> tuple[str, ...]:
         """Declare a scale that the run computes, and return the axes that it follows.
@@ -97,9 +137,8 @@ class Quantization:
         One that follows the rows is a companion of every source module; any other belongs to the
         target. Stacked experts have each a scale of their weight, and one of all their inputs.
         """
-        per_tensor = companion == "weights_scaling_factor" and not (
-            self.scheme and self.scheme.per_channel
-        )
+        assert self.format is not None
+        per_tensor = companion == WEIGHT_SCALE and self.format.per == "tensor"
         follows = FOLLOWS[companion]
         if per_tensor:
             follows = ("experts",) if rule.experts else ()
@@ -116,18 +155,21 @@ class Quantization:
 
     def computed_from(self, companion: str) -> tuple[Basis, ...]:
         """See :class:`phireg.planning.model.ScaleTensor`."""
-        if companion != "weights_scaling_factor":
+        if companion != WEIGHT_SCALE:
             return (Basis.CALIBRATION,)
-        smoothed = self.scheme is not None and "prequant_scaling_factor" in self.scheme.companions
+        smoothed = self.format is not None and self.format.smoothing is not None
         return (Basis.CALIBRATION, Basis.WEIGHTS) if smoothed else (Basis.WEIGHTS,)
 
     def kv_outputs(self, tp_size: int) -> Iterator[Output]:
         """The scales of the KV caches, the same on every rank."""
-        for module in self.rules.kv_caches if self.kv_cache else ():
-            name = f"{module}.{KV_SCALE}"
-            self.scales[name] = ScaleTensor("F32", 1, (Basis.CALIBRATION,))
-            for rank in range(tp_size):
-                yield Output(rank, name, "F32", (1,), 0, Scale((Span(name, 0, 1),)))
+        stored_scales = self.target.kv_caches[self.kv_cache] if self.kv_cache else {}
+        for module in self.rules.kv_caches:
+            for companion, stored in stored_scales.items():
+                name, own = f"{module}.{companion}", f"{module}.{stored.name}"
+                self.scales[name] = ScaleTensor("F32", 1, (Basis.CALIBRATION,))
+                scale, sizes = Scale((Span(name, 0, 1),)), stored.sizes((1,))
+                for rank in range(tp_size):
+                    yield Output(rank, own, stored.code or self.code, sizes, 0, scale)
 
     def problems(self, rules: Rules, axes: Mapping[str, Axis]) -> Iterator[tuple[str, str, str]]:
         """Errors of the family's quantization rules (subject, detail, place).
@@ -136,11 +178,15 @@ class Quantization:
         """
         if self.kv_cache and not self.rules.kv_caches:
             yield "KV cache", "the family's quantization rules name no attention module", ""
-        if self.scheme is None:
+        if self.format is None or self.layout is None:
             return
         if not self.rules.linears:
             none = "the family's quantization rules name no linears for it"
-            yield self.scheme.qformat, "; ".join((none, *self.rules.notes)), ""
+            yield self.format.name, "; ".join((none, *self.rules.notes)), ""
+        names = {*self.rules.linears, *self.rules.exclude_modules}
+        for pattern in self.exclude:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                yield pattern, "is the pattern of no module (--exclude)", ""
         readers: dict[str, list[str]] = {}
         for target, axis in axes.items():
             for module, _ in axis.sources:
@@ -151,9 +197,9 @@ class Quantization:
                 yield target, "the quantization rules name it, and no weight rule makes it", ""
             elif rule.cols is None:
                 yield target, "has no input features, so it cannot be quantized", rule.where
-            elif rule.experts and self.scheme.qformat != "fp8":
+            elif rule.experts and self.format.name != "fp8":
                 yield target, "experts can be quantized to fp8 alone", rule.where
-            elif self.scheme.weight is None:
+            elif self.layout.weight is None:
                 continue
             elif any(part.padded for part in axes[target].parts) or any(
                 span.source is None for span in axes[target].spans
@@ -181,10 +227,10 @@ class Quantization:
                 "calibration texts are short: compare long prompts first, or use int8"
             )
             yield Finding(Severity.WARNING, "kv-cache", "FP8 on a long-rope model", detail)
-        if self.scheme is None or self.scheme.quant_algo != "FP8":
+        if self.layout is None or self.layout.weight != "F8_E4M3" or not self.target.by_rank:
             return
         for output in outputs:
-            quantized = output.dtype == self.scheme.weight and output.rank == 0
+            quantized = output.dtype == self.layout.weight and output.rank == 0
             if quantized and any(size % FP8_ALIGNMENT for size in output.shape[-2:]):
                 detail = (
                     f"is {list(output.shape)} on each rank; TensorRT's FP8 kernels want multiples "

@@ -139,7 +139,7 @@ def findings_json(findings: Iterable[Finding]) -> list[dict[str, str]]:
 def output_json(plan: Plan, output: Output) -> dict[str, Any]:
     """One output tensor with the source ranges that it is made of."""
     return {
-        "file": f"rank{output.rank}.safetensors",
+        "file": plan.files[output.rank],
         "tensor": output.name,
         "dtype": output.dtype,
         "shape": list(output.shape),

@@ -24,7 +24,7 @@ from phireg.files.kinds import CHECKPOINT, MANIFEST, file_sizes
 from phireg.files.output import OutputDirectory
 from phireg.files.writing import PARTIAL_SUFFIX, copy_file
 from phireg.layout.spans import Span
-from phireg.planning.model import Options, Output, Plan, Rows
+from phireg.planning.model import DEFAULT_TARGET, Options, Output, Plan, Rows
 from phireg.planning.plan import choose_family, plan
 from phireg.planning.schedule import schedule
 from phireg.postprocessing.detection import Decision, Evidence, check_source, decide
@@ -39,7 +39,7 @@ from phireg.postprocessing.orders import (
     quantization_of,
     row_tensors,
 )
-from phireg.registry import AUTO, FamilyChoice
+from phireg.registry import AUTO, FamilyChoice, load_target
 from phireg.source.model import Source
 from phireg.source.tensors import SourceTensor, WeightsFile
 
@@ -322,8 +322,10 @@ def _plan(checkpoint: _Checkpoint, moved: Moves) -> Plan:
         str(checkpoint.directory),
         Options(tp_size=len(headers)),
         source,
-        checkpoint.config,
+        load_target(DEFAULT_TARGET),
+        {"config.json": checkpoint.config},
         tuple(outputs),
+        tuple(file.path.name for file in checkpoint.files.values()),
         tuple(headers),
         schedule(outputs, source.tensors),
         (),

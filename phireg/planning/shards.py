@@ -1,0 +1,41 @@
+"""Files of bounded size and their index, named as transformers names them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from phireg.planning.model import Output
+
+_WHOLE = "model.safetensors"
+INDEX_FILE = f"{_WHOLE}.index.json"
+
+
+def in_shards(
+    outputs: Sequence[Output], max_size: int
+) -> tuple[tuple[Output, ...], tuple[str, ...]]:
+    """Return the outputs with the numbers of their files, and the names of the files.
+
+    A file takes outputs, in order, until the next one would exceed ``max_size`` bytes; a larger
+    one has a file of its own.
+    """
+    numbered: list[Output] = []
+    number = size = 0
+    for output in outputs:
+        if size and size + output.nbytes > max_size:
+            number, size = number + 1, 0
+        size += output.nbytes
+        numbered.append(dataclasses.replace(output, rank=number))
+    if number == 0:
+        return tuple(numbered), (_WHOLE,)
+    names = (f"model-{n:05}-of-{number + 1:05}.safetensors" for n in range(1, number + 2))
+    return tuple(numbered), tuple(names)
+
+
+def shard_index(outputs: Sequence[Output], files: Sequence[str]) -> dict[str, Any]:
+    """Return the index of several files."""
+    return {
+        "metadata": {"total_size": sum(output.nbytes for output in outputs)},
+        "weight_map": {output.name: files[output.rank] for output in outputs},
+    }

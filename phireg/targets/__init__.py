@@ -1,0 +1,1 @@
+"""Targets: the files that a model is written to, and what their readers take."""

@@ -1,0 +1,94 @@
+"""ModelOpt's unified Hugging Face layout, as its ``export_hf_checkpoint`` of 0.47 writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from phireg.config.hf import HFConfig
+from phireg.layout.ranks import Ranks
+from phireg.targets.huggingface import HuggingFace
+from phireg.targets.target import (
+    INPUT_SCALE,
+    KEY_SCALE,
+    PRE_SCALE,
+    VALUE_SCALE,
+    WEIGHT_SCALE,
+    Layout,
+    Quantized,
+    Stored,
+)
+
+_SCALAR = Stored("input_scale", shape="scalar")
+_LAYOUTS = {
+    "fp8": Layout(
+        "FP8",
+        "F8_E4M3",
+        {WEIGHT_SCALE: Stored("weight_scale", shape="scalar"), INPUT_SCALE: _SCALAR},
+    ),
+    "int8_sq": Layout(
+        "W8A8_SQ_PER_CHANNEL",
+        "I8",
+        {
+            WEIGHT_SCALE: Stored("weight_scale"),
+            INPUT_SCALE: _SCALAR,
+            PRE_SCALE: Stored("pre_quant_scale", None),
+        },
+    ),
+}
+_KV_CACHES = {
+    "fp8": {
+        KEY_SCALE: Stored("k_proj.k_scale", shape="scalar"),
+        VALUE_SCALE: Stored("v_proj.v_scale", shape="scalar"),
+    }
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOpt(HuggingFace):
+    """Directories with ``hf_quant_config.json`` and ``quant_method`` "modelopt"."""
+
+    def config_files(
+        self,
+        fields: Mapping[str, Any],
+        hf: HFConfig,
+        dtype: str,
+        quantized: Quantized | None,
+        ranks: Ranks,
+    ) -> dict[str, dict[str, Any]]:
+        """Return config.json with its quantization block, and the sidecar with the same facts."""
+        files = super().config_files(fields, hf, dtype, quantized, ranks)
+        if quantized is None:
+            return files
+        producer = {"name": "phireg", "version": metadata.version("phireg")}
+        excluded = list(quantized.excluded)
+        cache = "FP8" if quantized.kv_cache else None
+        files["hf_quant_config.json"] = {
+            "producer": producer,
+            "quantization": {
+                "quant_algo": quantized.layout.algorithm,
+                "kv_cache_quant_algo": cache,
+                "exclude_modules": excluded,
+            },
+        }
+        block: dict[str, Any] = {"ignore": excluded, "quant_algo": quantized.layout.algorithm}
+        if quantized.layout.algorithm == "FP8":
+            eight = {"dynamic": False, "num_bits": 8, "type": "float"}
+            group = {"input_activations": eight, "weights": eight, "targets": ["Linear"]}
+            block = {"config_groups": {"group_0": group}, **block}
+        if cache:
+            block["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+        block |= {"producer": producer, "quant_method": "modelopt"}
+        files["config.json"]["quantization_config"] = block
+        return files
+
+
+TARGET = ModelOpt(
+    name="hf-modelopt",
+    summary="ModelOpt's quantized Hugging Face layout",
+    api=1,
+    layouts=_LAYOUTS,
+    kv_caches=_KV_CACHES,
+)

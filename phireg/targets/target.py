@@ -1,0 +1,136 @@
+"""A target: names, companions, config files and files of what is written, whoever reads it.
+
+A target stands beside a family: the family says what a model's modules are made of, the target
+which of them a file holds, under which names, and how quantized ones are stored. Third parties
+offer more in the entry-point group ``phireg.targets``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from phireg.config.hf import HFConfig
+from phireg.formats import FORMATS, Format
+from phireg.layout.ranks import Ranks
+from phireg.layout.rules import QuantRules, Rules
+
+API = 1
+"""The number of this interface; a target states the one that it was written against."""
+
+WEIGHT_SCALE = "weights_scaling_factor"
+INPUT_SCALE = "activation_scaling_factor"
+PRE_SCALE = "prequant_scaling_factor"
+KV_SCALE, KEY_SCALE, VALUE_SCALE = (
+    "kv_cache_scaling_factor",
+    "k_cache_scaling_factor",
+    "v_cache_scaling_factor",
+)
+"""What a scale is, by TensorRT-LLM's names. KV_SCALE serves keys and values alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How a scale is stored.
+
+    Attributes:
+        name: path below its module, e.g. ``weight_scale`` or ``k_proj.k_scale``.
+        code: safetensors code, or None for the model's dtype.
+        shape: ``vector`` [n] ([1] for a single number), ``scalar`` [] or ``column`` [n, 1].
+    """
+
+    name: str
+    code: str | None = "F32"
+    shape: str = "vector"
+
+    def sizes(self, planned: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the stored shape of a scale of the planned one."""
+        if self.shape == "scalar":
+            return ()
+        return (*planned, 1) if self.shape == "column" else planned
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How linears of a format are stored.
+
+    Attributes:
+        algorithm: what the reader calls the format.
+        weight: safetensors code of quantized weights; None if files have raw ones, which the
+            reader quantizes.
+        scales: by what they are.
+    """
+
+    algorithm: str
+    weight: str | None
+    scales: Mapping[str, Stored]
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """What is quantized in one directory.
+
+    Attributes:
+        format: of the linears.
+        layout: of the same.
+        kv_cache: ``fp8``, ``int8`` or None.
+        linears: the modules that are quantized.
+        excluded: linears of the same kinds that are not.
+    """
+
+    format: Format
+    layout: Layout
+    kv_cache: str | None
+    linears: tuple[str, ...]
+    excluded: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A value of ``--target``.
+
+    Attributes:
+        name: what users type; the entry point must have the same name.
+        summary: one line for tables.
+        api: :data:`API`, as a literal.
+        layouts: the formats that its readers take, by ``--qformat``.
+        kv_caches: by ``--kv-cache-dtype``, the scales of an attention module's cache.
+        by_rank: whether files are those of tensor-parallel ranks; else they are shards of bounded
+            size.
+    """
+
+    name: str
+    summary: str
+    api: int
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    kv_caches: Mapping[str, Mapping[str, Stored]] = field(default_factory=dict)
+    by_rank: bool = False
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats that its readers take, in the order of FORMATS."""
+        return tuple(name for name in FORMATS if name in self.layouts)
+
+    def problems(self, fields: Mapping[str, Any], hf: HFConfig) -> Iterator[tuple[str, str]]:
+        """Yield why a model cannot be written so: the config's key, and what is wrong with it."""
+        yield from ()
+
+    def rules(self, rules: Rules, fields: Mapping[str, Any]) -> Rules:
+        """Return the rules of this target's modules, from the family's for TensorRT-LLM."""
+        raise NotImplementedError
+
+    def quantized_modules(self, quant: QuantRules, rules: Rules) -> QuantRules:
+        """Return the linears and caches of the family's quantization rules by their names here."""
+        raise NotImplementedError
+
+    def config_files(
+        self,
+        fields: Mapping[str, Any],
+        hf: HFConfig,
+        dtype: str,
+        quantized: Quantized | None,
+        ranks: Ranks,
+    ) -> dict[str, dict[str, Any]]:
+        """Return the JSON files of the directory by name; config.json among them."""
+        raise NotImplementedError

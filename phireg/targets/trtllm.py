@@ -1,0 +1,80 @@
+"""TensorRT-LLM checkpoints, the default: a file per rank, and TensorRT-LLM's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from phireg.config.hf import HFConfig
+from phireg.layout.ranks import Ranks
+from phireg.layout.rules import QuantRules, Rules
+from phireg.reader.schemes import KV_CACHES, KV_SCALE, SCHEMES
+from phireg.targets.target import Layout, Quantized, Stored, Target
+
+_LAYOUTS = {
+    name: Layout(
+        scheme.quant_algo,
+        scheme.weight,
+        {scale: Stored(scale, code) for scale, code in scheme.companions.items()},
+    )
+    for name, scheme in SCHEMES.items()
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRTLLM(Target):
+    """The family's rules as they are."""
+
+    def rules(self, rules: Rules, fields: Mapping[str, Any]) -> Rules:
+        """Return the family's rules."""
+        return rules
+
+    def quantized_modules(self, quant: QuantRules, rules: Rules) -> QuantRules:
+        """Return the family's quantization rules."""
+        return quant
+
+    def config_files(
+        self,
+        fields: Mapping[str, Any],
+        hf: HFConfig,
+        dtype: str,
+        quantized: Quantized | None,
+        ranks: Ranks,
+    ) -> dict[str, dict[str, Any]]:
+        """Return config.json: the family's fields, the mapping and the quantization.
+
+        Readers refuse keys they do not know inside ``mapping`` and ``quantization``, so both hold
+        only what every release knows.
+        """
+        mapping = {"world_size": ranks.tp_size, "tp_size": ranks.tp_size, "pp_size": 1}
+        if ranks.moe_ep_size > 1:
+            # Every reader that knows experts knows these; without them it divides each expert.
+            mapping |= {"moe_tp_size": ranks.moe_tp_size, "moe_ep_size": ranks.moe_ep_size}
+        block: dict[str, Any] = {"quant_algo": None, "kv_cache_quant_algo": None}
+        if quantized is not None:
+            cache = KV_CACHES[quantized.kv_cache] if quantized.kv_cache else None
+            block = {
+                "quant_algo": quantized.layout.algorithm,
+                "kv_cache_quant_algo": cache,
+                "exclude_modules": list(quantized.excluded),
+            }
+        return {
+            "config.json": {
+                "architecture": fields.get("architecture"),
+                "dtype": dtype,
+                **{key: value for key, value in fields.items() if key != "architecture"},
+                "mapping": mapping,
+                "quantization": block,
+            }
+        }
+
+
+TARGET = TensorRTLLM(
+    name="trtllm",
+    summary="a TensorRT-LLM checkpoint, a file per rank",
+    api=1,
+    layouts=_LAYOUTS,
+    kv_caches={name: {KV_SCALE: Stored(KV_SCALE)} for name in KV_CACHES},
+    by_rank=True,
+)
