@@ -12,12 +12,14 @@ from click.shell_completion import CompletionItem
 from phireg.cli.help import CHECKPOINT, DISPLAY, MODEL, OUTPUT, QUANTIZATION, RANKS, RUNNING
 from phireg.dtypes import SHORT_NAMES, WEIGHT_DTYPES
 from phireg.errors import UsageError
+from phireg.files.sizes import parse_size
+from phireg.formats import FORMATS
 from phireg.ranges import largest
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _CHECKPOINT_DIR = "phireg.cli.options.checkpoint_dir"
-QFORMAT_CHOICES = ("fp8", "int8_sq", "int8_wo", "int4_wo")
+QFORMAT_CHOICES = tuple(FORMATS)
 KV_CACHE_CHOICES = ("fp8", "int8")
 
 
@@ -75,6 +77,34 @@ class FamilyName(click.types.StringParamType):
 
         names = [*self.besides, *registry.index()]
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+class TargetName(click.types.StringParamType):
+    """The name of a target, checked by the registry."""
+
+    name = "name"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Complete the targets that are installed."""
+        from phireg import registry
+
+        names = registry.index(group=registry.TARGETS)
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+class ByteSize(click.ParamType[int]):
+    """A number of bytes with a unit, as transformers takes them: 5GB, 500MB, 2GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the bytes."""
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class QFormat(click.types.StringParamType):
@@ -153,7 +183,7 @@ def qformat_option(*, required: bool) -> Callable[[_Function], _Function]:
         type=QFormat(),
         metavar=f"[{'|'.join(QFORMAT_CHOICES)}]",
         required=required,
-        help="FP8, INT8 SmoothQuant, or weights only, which TensorRT-LLM's builder quantizes.",
+        help="How linears are quantized; phireg families says which --target takes what.",
     )
 
 
@@ -262,6 +292,20 @@ source_options = compose(
         default="auto",
         help="Of the checkpoint; auto keeps the model's, but makes float32 float16.",
     ),
+    OUTPUT.option(
+        "--target",
+        type=TargetName(),
+        default="trtllm",
+        help="What to write: a TensorRT-LLM checkpoint, or a Hugging Face directory "
+        "(hf, hf-modelopt, hf-compressed-tensors).",
+    ),
+    OUTPUT.option(
+        "--max-shard-size",
+        type=ByteSize(),
+        default="5GB",
+        help="Of a file of a Hugging Face directory.",
+        rare=True,
+    ),
     _ranks("--tp-size", "Tensor-parallel ranks.", 1),
     _ranks("--pp-size", "Pipeline stages; only 1 is possible for Phi.", 1, rare=True),
     _ranks(
@@ -271,7 +315,17 @@ source_options = compose(
 )
 """What decides the plan of a given model, apart from quantization."""
 
-planning_options = compose(source_options, qformat_option(required=False), kv_cache_option)
+exclude_option = QUANTIZATION.option(
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Modules that stay unquantized, e.g. 'model.layers.0.*'; may be repeated.",
+    rare=True,
+)
+
+planning_options = compose(
+    source_options, qformat_option(required=False), kv_cache_option, exclude_option
+)
 """What decides the plan of a conversion or a quantization."""
 
 

@@ -19,6 +19,7 @@ from phireg.cli.options import (
     check_file,
     compose,
     device_option,
+    exclude_option,
     json_option,
     kv_cache_option,
     model_dir_option,
@@ -112,6 +113,7 @@ calibration_options = compose(
 @output_dir_option("checkpoint")
 @qformat_option(required=True)
 @kv_cache_option
+@exclude_option
 @QUANTIZATION.option(
     "--alpha",
     type=click.FloatRange(0, 1),

@@ -1,4 +1,6 @@
-"""Sizes for people."""
+"""Sizes for people, and from them."""
+
+import re
 
 
 def size(count: int) -> str:
@@ -11,3 +13,19 @@ def size(count: int) -> str:
         if value < 999.5:
             return f"{value:.3g} {unit}"
     return f"{value / 1000:.3g} TB"
+
+
+_UNITS = {
+    "": 1,
+    **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)},
+    **{f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)},
+}
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that ``5GB``, ``500MB`` or ``2GiB`` are; raise ValueError for other text."""
+    match = re.fullmatch(r"(\d{1,15})\s*([A-Za-z]*)", text.strip())
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or not int(match[1]):
+        raise ValueError(f"{text!r} is not a size: 5GB, 500MB and 2GiB are")
+    return int(match[1]) * unit
