@@ -37,6 +37,7 @@ class Rule:
 ERRORS, FINDINGS, DTYPES = "phireg.errors", "phireg.findings", "phireg.dtypes"
 RANGES = "phireg.ranges"
 FILES = "phireg.files"
+TARGETS, FORMATS = "phireg.targets", "phireg.formats"
 LAYOUT, CONFIG, READER = "phireg.layout", "phireg.config", "phireg.reader"
 SOURCE, CHECKPOINT, PLANNING = "phireg.source", "phireg.checkpoint", "phireg.planning"
 PLANNED = (PLANNING, SOURCE, CHECKPOINT, READER, FILES, ERRORS)
@@ -54,8 +55,8 @@ RULES = {
     DTYPES: Rule(lazily=("numpy", "torch"), typing=("numpy", "torch")),
     LAYOUT: Rule((FINDINGS, ERRORS)),
     CONFIG: Rule((LAYOUT, FINDINGS, RANGES, ERRORS)),
-    "phireg.formats": Rule(),
-    READER: Rule((FILES, RANGES, ERRORS, DTYPES, "phireg.formats")),
+    FORMATS: Rule(),
+    READER: Rule((FILES, RANGES, ERRORS, DTYPES, FORMATS)),
     FILES: Rule((ERRORS, DTYPES, "safetensors", "xxhash")),
     SOURCE: Rule(
         (FILES, LAYOUT, DTYPES, ERRORS, FINDINGS, "phireg.children", "numpy", "xxhash"),
@@ -63,11 +64,14 @@ RULES = {
     ),
     "phireg.hookspecs": Rule(DESCRIBE),
     "phireg.family": Rule((*DESCRIBE, "phireg.hookspecs")),
-    "phireg.registry": Rule((*DESCRIBE, "phireg.hookspecs", "phireg.family", "phireg.children")),
+    TARGETS: Rule((LAYOUT, CONFIG, READER, FORMATS)),
+    "phireg.registry": Rule(
+        (*DESCRIBE, "phireg.hookspecs", "phireg.family", f"{TARGETS}.target", "phireg.children")
+    ),
     "phireg.api": Rule((*DESCRIBE, "phireg.hookspecs", "phireg.family")),
     "phireg.device": Rule((ERRORS, "torch")),
     PLANNING: Rule(
-        (*DESCRIBE, SOURCE, FILES, RANGES, DTYPES, "phireg.registry", "phireg.formats"),
+        (*DESCRIBE, SOURCE, FILES, RANGES, DTYPES, "phireg.registry", FORMATS, TARGETS),
         typing=("phireg.family",),
     ),
     CHECKPOINT: Rule(
@@ -95,8 +99,11 @@ RULES = {
         ("phireg", "numpy", "torch", "xxhash"), ("transformers",), never=ABOVE
     ),
     "phireg.conversion": Rule(
-        (*PLANNED, STATISTICS, FINDINGS, DTYPES, "numpy", "xxhash"),
+        (*PLANNED, STATISTICS, FINDINGS, DTYPES, TARGETS, "numpy", "xxhash"),
         lazily=("torch", "phireg.device", "phireg.calibration"),
+    ),
+    "phireg.migration": Rule(
+        (*PLANNED, LAYOUT, CONFIG, DTYPES, "phireg.registry", TARGETS, "phireg.conversion", "numpy")
     ),
     "phireg.generation": Rule(
         (
@@ -163,7 +170,7 @@ RULES = {
     "phireg.cli": Rule(
         (
             *(DTYPES, ERRORS, FINDINGS, RANGES, "phireg.files.sizes", "phireg.planning.report"),
-            *("phireg.children", "click"),
+            *("phireg.children", FORMATS, "click"),
         ),
         lazily=(ANYTHING,),
         never=("phireg_plugins",),

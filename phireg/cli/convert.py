@@ -114,7 +114,8 @@ def conversion_document(plan: Plan, converted: Converted) -> dict[str, Any]:
 def file_rows(plan: Plan, converted: Converted) -> list[tuple[str, str]]:
     """Rows of a summary on the files that were written."""
     others = [name for name in converted.files if not name.endswith(".safetensors")]
-    rank_files = counted(plan.options.tp_size, "rank file")
+    noun = "rank file" if plan.target.by_rank else "file"
+    rank_files = counted(len(plan.files), noun)
     return [
         ("wrote", f"{size(sum(converted.files.values()))} to {converted.output_dir}"),
         ("files", f"{rank_files} of {size(max(plan.file_sizes))}"),
@@ -141,10 +142,11 @@ def steps_after(plan: Plan, converted: Converted) -> str:
     model = ["--model-dir", plan.model_dir]
     if plan.source.revision is not None:
         model += ["--revision", plan.source.revision]
+    build = ["phireg", "build", checkpoint, "--output-dir", f"{checkpoint}-engine"]
     return next_steps(
         ["phireg", "verify", checkpoint, *model],
         ["phireg", "run", checkpoint, "--prompt", "The capital of France is"],
-        ["phireg", "build", checkpoint, "--output-dir", f"{checkpoint}-engine"],
+        *([build] if plan.target.by_rank else []),
     )
 
 

@@ -181,7 +181,7 @@ def qformat_option(*, required: bool) -> Callable[[_Function], _Function]:
     return QUANTIZATION.option(
         "--qformat",
         type=QFormat(),
-        metavar=f"[{'|'.join(QFORMAT_CHOICES)}]",
+        metavar="FORMAT",
         required=required,
         help="How linears are quantized; phireg families says which --target takes what.",
     )

@@ -218,6 +218,9 @@ def test_the_checkpoint_is_complete_and_says_where_it_comes_from(tmp_path, qform
         "qformat": qformat,
         "kv_cache_dtype": "fp8",
         "readings": {"weights": None, "adapter": None, "tie": None},
+        "target": "trtllm",
+        "max_shard_size": 5 * 10**9,
+        "exclude": [],
     }
     recorded = manifest["quantization"]
     assert recorded["alpha"] == (alpha if qformat == "int8_sq" else None)

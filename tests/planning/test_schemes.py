@@ -79,7 +79,7 @@ def test_the_quantization_block_has_no_key_that_an_old_reader_refuses(tmp_path, 
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"qformat": "int4_awq"}, "int4_awq"),
+        ({"qformat": "int5"}, "int5"),
         ({"qformat": "fp8", "kv_cache_dtype": "int4"}, "int4"),
         ({"kv_cache_dtype": "fp8"}, "fp8"),
     ],
