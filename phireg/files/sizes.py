@@ -28,4 +28,4 @@ def parse_size(text: str) -> int:
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or not int(match[1]):
         raise ValueError(f"{text!r} is not a size: 5GB, 500MB and 2GiB are")
-    return int(match[1]) * unit
+    return int(match[1]) * int(unit)
