@@ -13,6 +13,7 @@ from phireg.cli.errors import findings_text, interruptible
 from phireg.cli.help import QUANTIZATION, documented
 from phireg.cli.options import (
     allow_overflow_option,
+    form_option,
     json_option,
     model_dir_option,
     output_dir_option,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 @model_dir_option(required=True)
 @output_dir_option("checkpoint")
 @source_options
+@form_option
 @QUANTIZATION.option(
     "--use-weight-only", is_flag=True, help="phireg quantize --qformat int8_wo does it.", rare=True
 )

@@ -323,8 +323,15 @@ exclude_option = QUANTIZATION.option(
     rare=True,
 )
 
+form_option = OUTPUT.option(
+    *("--as", "form"),
+    type=click.Choice(("llama",)),
+    help="With --target hf: write a Phi-3 as a model of the Llama class.",
+    rare=True,
+)
+
 planning_options = compose(
-    source_options, qformat_option(required=False), kv_cache_option, exclude_option
+    source_options, form_option, qformat_option(required=False), kv_cache_option, exclude_option
 )
 """What decides the plan of a conversion or a quantization."""
 

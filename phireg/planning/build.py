@@ -68,23 +68,29 @@ class _Builder:
         self.hf = hf
         self.source = source
         self.options = options
-        self.target = load_target(options.target)
+        self.target = load_target(options.target).written_as(options.form)
         self.failed = False
         self.findings: list[Finding] = [*source.findings]
         self.tp_sizes: tuple[int, ...] = ()
 
     def plan(self, model_dir: str) -> Plan:
         translation = self.family.config_fields().translate(self.hf)
-        self.findings += translation.findings
+        self.findings += (
+            finding
+            for finding in translation.findings
+            # Warnings and notes of the table are about TensorRT-LLM's readers.
+            if self.target.by_rank or finding.severity is Severity.ERROR
+        )
         dtype = self.dtype()
         code = WEIGHT_DTYPES.get(dtype, "")
         self.quantization = Quantization(self.options, self.target, code)
         outputs: tuple[Output, ...] = ()
         documents: dict[str, dict[str, Any]] = {"config.json": {}}
-        if translation.ok:
-            fields = dict(translation.fields)
-            for key, detail in self.target.problems(fields, self.hf):
-                self.error("target", key, f"{detail}; --target {self.target.name} cannot have it")
+        fields = dict(translation.fields)
+        unfit = list(self.target.problems(fields, self.hf)) if translation.ok else []
+        for key, detail in unfit:
+            self.error("target", key, detail)
+        if translation.ok and not unfit:
             try:
                 family = self.settle(fields)
                 rules = self.target.rules(family, fields)

@@ -45,6 +45,7 @@ class Options:
     target: str = DEFAULT_TARGET
     max_shard_size: int = SHARD_BYTES
     exclude: tuple[str, ...] = ()  # patterns of modules that stay unquantized
+    form: str | None = None  # the class of models to write it as; None for its own
 
     @property
     def ranks(self) -> Ranks:

@@ -55,6 +55,7 @@ def plan(
     target: str = DEFAULT_TARGET,
     max_shard_size: int = SHARD_BYTES,
     exclude: Sequence[str] = (),
+    form: str | None = None,
 ) -> Plan:
     """Plan a conversion or quantization from config.json and file headers alone.
 
@@ -77,6 +78,8 @@ def plan(
         tie: whether lm_head is the embedding, where config.json and files disagree.
         target: what is written: a name or ``distribution:name`` of the installed targets.
         max_shard_size: bytes of a file at most, for targets whose files are no ranks'.
+        form: ``llama`` to write a model of Phi-3's architecture as one of transformers' Llama class
+            (``--as``), with target ``hf``.
         exclude: patterns of modules that stay unquantized, for targets whose readers know lists.
 
     Raises:
@@ -85,7 +88,7 @@ def plan(
         PluginError: the family cannot be found or loaded.
     """
     _check_sizes(dtype, tp_size, pp_size)
-    written = load_target(target)
+    written = load_target(target).written_as(form)
     if not written.by_rank and (tp_size > 1 or moe_tp_size or moe_ep_size):
         raise UsageError(
             f"--target {written.name} has no ranks: its readers divide the model themselves",
@@ -101,6 +104,7 @@ def plan(
         target,
         max_shard_size,
         tuple(exclude),
+        form,
     )
     directory, commit = resolve_model_dir(str(model_dir), revision)
     if directory.is_dir() and not os.path.lexists(directory / "config.json"):

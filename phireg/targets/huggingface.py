@@ -19,6 +19,9 @@ from phireg.layout.spans import Axis, Part, Span, coalesce
 from phireg.targets.llama import llama_config, llama_problems, llama_rules
 from phireg.targets.target import Quantized, Target
 
+FORMS = ("llama",)
+"""Values of ``--as``."""
+
 _CODE_KEYS = ("auto_map",)
 """Keys of config.json that name code, which no directory of phireg's carries."""
 
@@ -95,6 +98,12 @@ class HuggingFace(Target):
     """
 
     form: str | None = None
+
+    def written_as(self, form: str | None) -> Target:
+        """Return the target that writes models as Llama's class, for ``llama``."""
+        if form not in FORMS or self.layouts:
+            return super().written_as(form)
+        return replace(self, form=form)
 
     def problems(self, fields: Mapping[str, Any], hf: HFConfig) -> Iterator[tuple[str, str]]:
         """Refuse configs of code that no library has, and what Llama cannot compute."""

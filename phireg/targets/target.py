@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phireg.config.hf import HFConfig
+from phireg.errors import UsageError
 from phireg.formats import FORMATS, Format
 from phireg.layout.ranks import Ranks
 from phireg.layout.rules import QuantRules, Rules
@@ -111,6 +112,19 @@ class Target:
     def formats(self) -> tuple[str, ...]:
         """The formats that its readers take, in the order of FORMATS."""
         return tuple(name for name in FORMATS if name in self.layouts)
+
+    def written_as(self, form: str | None) -> Target:
+        """Return the target that writes models as another class, such as ``llama``.
+
+        Raises:
+            UsageError: there is no such form.
+        """
+        if form is not None:
+            raise UsageError(
+                f"--target {self.name} cannot write a model as '{form}'",
+                hint="--as llama goes with --target hf.",
+            )
+        return self
 
     def problems(self, fields: Mapping[str, Any], hf: HFConfig) -> Iterator[tuple[str, str]]:
         """Yield why a model cannot be written so: the config's key, and what is wrong with it."""
