@@ -75,7 +75,7 @@ RULES = {
         typing=("phireg.family",),
     ),
     CHECKPOINT: Rule(
-        (READER, FILES, FINDINGS, RANGES, DTYPES, ERRORS, "numpy", "safetensors", "xxhash"),
+        (READER, SOURCE, FILES, FINDINGS, RANGES, DTYPES, ERRORS, "numpy", "safetensors", "xxhash"),
         lazily=("torch",),
     ),
     "phireg.executor.cuda.kernels": Rule(("triton",)),

@@ -9,9 +9,11 @@ from typing import Any
 
 from phireg.checkpoint.manifest import Progress, check_files, read_manifest
 from phireg.checkpoint.rankfiles import RankFiles, world_size
-from phireg.errors import SourceError
+from phireg.checkpoint.shards import Shards, read_directory
+from phireg.errors import CheckError, SourceError
 from phireg.files.json import read_json_object
-from phireg.files.kinds import CHECKPOINT, check_kind, file_sizes
+from phireg.files.kinds import CHECKPOINT, HF_MODEL, check_kind, file_sizes, kind_of
+from phireg.reader.layouts import Layout
 from phireg.reader.structure import structure_findings
 from phireg.reader.tensors import Kind
 
@@ -22,26 +24,34 @@ class Inspection:
 
     Attributes:
         config: its config.json.
-        ranks: for every rank file in order, dtype and shape by tensor name.
+        weights: dtype and shape by tensor name, by file name: every rank file in order, or the
+            shards of a Hugging Face directory.
         sizes: bytes of every file.
         manifest: its ``phireg.json``, or None if it has none.
         problems: what the reader would reject, and (if asked for) what differs from the manifest.
+        layout: the quantization of a Hugging Face directory.
     """
 
     config: Mapping[str, Any]
-    ranks: tuple[Mapping[str, Kind], ...]
+    weights: Mapping[str, Mapping[str, Kind]]
     sizes: Mapping[str, int]
     manifest: Mapping[str, Any] | None
     problems: tuple[str, ...]
+    layout: Layout | None = None
+
+    @property
+    def ranks(self) -> tuple[Mapping[str, Kind], ...]:
+        """The tensors of every rank file; of a Hugging Face directory there are none."""
+        return () if self.config.get("architecture") is None else tuple(self.weights.values())
 
 
 def inspect(
     checkpoint_dir: str | Path, *, check: bool = False, progress: Progress | None = None
 ) -> Inspection:
-    """Read what a TensorRT-LLM checkpoint holds, from headers only unless ``check`` is set.
+    """Read what a checkpoint holds, from headers only unless ``check`` is set.
 
     Args:
-        checkpoint_dir: the directory.
+        checkpoint_dir: a TensorRT-LLM checkpoint, or a Hugging Face directory.
         check: read all files and compare them with the manifest.
         progress: called with the number of further bytes that were compared.
 
@@ -49,14 +59,19 @@ def inspect(
         SourceError: it is not a checkpoint.
     """
     directory = Path(checkpoint_dir)
-    config = checkpoint_config(directory)
-    with RankFiles(directory, world_size(config)) as files:
-        ranks = tuple(files.kinds())
-        problems = [error.message for error in files.errors.values()]
+    layout = None
+    if kind_of(directory) is HF_MODEL:
+        config, weights, problems, layout = _read_shards(directory)
+    else:
+        config = checkpoint_config(directory)
+        with RankFiles(directory, world_size(config)) as files:
+            ranks = files.kinds()
+            weights = {files.paths[n].name: kinds for n, kinds in enumerate(ranks)}
+            problems = [error.message for error in files.errors.values()]
+        for where, text, harmless in structure_findings(config, ranks):
+            if not harmless:
+                problems.append(f"{where}: {text}")
     manifest = read_manifest(directory)
-    for where, text, harmless in structure_findings(config, ranks):
-        if not harmless:
-            problems.append(f"{where}: {text}")
     if check:
         if manifest is None:
             raise SourceError(
@@ -65,7 +80,25 @@ def inspect(
             )
         problems += check_files(directory, manifest, progress)
     sizes = file_sizes(directory)
-    return Inspection(config, ranks, sizes, manifest, tuple(problems))
+    return Inspection(config, weights, sizes, manifest, tuple(problems), layout)
+
+
+def _read_shards(
+    directory: Path,
+) -> tuple[dict[str, Any], dict[str, Mapping[str, Kind]], list[str], Layout | None]:
+    """Return config.json, the tensors of each file, what is wrong, and the quantization."""
+    config = read_json_object(directory / "config.json")
+    with Shards(directory) as shards:
+        weights: dict[str, Mapping[str, Kind]] = {
+            name: file.kinds() for name, file in shards.files.items()
+        }
+        kinds = shards.kinds()
+    try:
+        whole = read_directory(directory)
+    except CheckError as error:
+        return config, weights, [error.message], None
+    problems = [f"{d.name}: {d.text}" for d in whole.deviations(kinds) if not d.harmless]
+    return config, weights, problems, whole.layout
 
 
 def checkpoint_config(directory: Path) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def check_files(
             yield from _check_rank_file(path, record, progress)
         elif file_digest(path, progress) != record.get("digest"):
             yield f"{name} differs from what was written"
-    for path in sorted(directory.glob("rank*.safetensors")):
+    for path in sorted(directory.glob("*.safetensors")):
         if path.name not in manifest["files"]:
             yield f"{path.name} is not in the manifest"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from phireg.cli.output import (
     spinner,
     table,
 )
+from phireg.dtypes import ITEMSIZE
 from phireg.errors import CheckError, shortened
 from phireg.files.sizes import size
 from phireg.findings import first
@@ -49,8 +51,9 @@ _LONG = 8
 def command(checkpoint_dir: str, check: bool, quiet: bool, as_json: bool) -> None:
     """Show what a checkpoint or an engine holds and where it came from.
 
-    CKPT is a directory that phireg or TensorRT-LLM's own scripts wrote, or an engine of TensorRT or
-    TensorRT for RTX. Ends with 4 if something is missing, mis-shaped or (with --check) not what
+    CKPT is a directory that phireg or TensorRT-LLM's own scripts wrote, a Hugging Face directory
+    (quantized by ModelOpt or compressed-tensors, or not), or an engine of TensorRT or TensorRT for
+    RTX. Ends with 4 if something is missing, mis-shaped or (with --check) not what
     was written.
     """
     from phireg.tensorrt.engine import is_native
@@ -84,21 +87,27 @@ def _document(directory: str, inspection: Inspection, checked: bool) -> dict[str
         "checkpoint_dir": directory,
         "config": inspection.config,
         "files": inspection.sizes,
-        "ranks": [
-            {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in rank.items()}
-            for rank in inspection.ranks
-        ],
+        "ranks": list(map(_kinds, inspection.ranks)),
+        "shards": {}
+        if inspection.ranks
+        else {name: _kinds(kinds) for name, kinds in inspection.weights.items()},
+        "layout": None if inspection.layout is None else inspection.layout.name,
         "manifest": inspection.manifest,
         "checked": checked,
         "problems": inspection.problems,
     }
 
 
+def _kinds(tensors: Mapping[str, Kind]) -> dict[str, Any]:
+    return {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in tensors.items()}
+
+
 def _text(directory: str, inspection: Inspection, checked: bool) -> str:
     rows = [
         ("checkpoint", directory),
-        ("model", f"{inspection.config['architecture']}, {inspection.config.get('dtype')}"),
-        ("quantized", _quantization(inspection.config)),
+        ("model", _model(inspection.config)),
+        ("quantized", _quantization(inspection)),
+        ("tensors", _sizes(inspection)),
         *_provenance(inspection.manifest),
         *_files(inspection.sizes),
         ("check", _verdict(inspection, checked)),
@@ -112,8 +121,31 @@ def _text(directory: str, inspection: Inspection, checked: bool) -> str:
     return "\n".join(filter(None, parts))
 
 
-def _quantization(config: Mapping[str, Any]) -> str:
-    block = _block(config, "quantization")
+def _model(config: Mapping[str, Any]) -> str:
+    name, dtype = config.get("architecture"), config.get("dtype", config.get("torch_dtype"))
+    names = config.get("architectures")
+    return f"{name or (names[0] if isinstance(names, list) and names else 'unknown')}, {dtype}"
+
+
+def _sizes(inspection: Inspection) -> str:
+    """Sum up the bytes by dtype, largest first."""
+    total: dict[str, int] = {}
+    for tensors in inspection.weights.values():
+        for code, shape in tensors.values():
+            total[code] = total.get(code, 0) + ITEMSIZE[code] * math.prod(shape)
+    ordered = sorted(total.items(), key=lambda item: -item[1])
+    return ", ".join(f"{dtype_name(code)} {size(count)}" for code, count in ordered)
+
+
+def _quantization(inspection: Inspection) -> str:
+    if (layout := inspection.layout) is not None:
+        parts = [layout.algorithm, f"KV cache {layout.cache}" if layout.cache else ""]
+        stated = ", ".join(filter(None, parts))
+        if not stated:
+            return "no"
+        alone = f"; not: {', '.join(first(layout.excluded, 8))}" if layout.excluded else ""
+        return f"{layout.name}: {stated}{alone}"
+    block = _block(inspection.config, "quantization")
     named = [f"{k} {v}" for k in ("quant_algo", "kv_cache_quant_algo") if (v := block.get(k))]
     excluded = block.get("exclude_modules") or []
     if named and isinstance(excluded, list) and excluded:
@@ -170,17 +202,23 @@ def _config(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _tensors(inspection: Inspection) -> Iterator[str]:
-    """List tensors once for all ranks that hold the same names, shapes and dtypes."""
+    """List tensors once for all ranks that hold the same names, shapes and dtypes.
+
+    Those of shards are listed together.
+    """
     from phireg.planning.report import fold_names, ranges
 
+    together = {name: kind for part in inspection.weights.values() for name, kind in part.items()}
     ranks: dict[frozenset[tuple[str, Kind]], list[int]] = {}
-    for number, tensors in enumerate(inspection.ranks):
+    for number, tensors in enumerate(inspection.ranks or (together,)):
         ranks.setdefault(frozenset(tensors.items()), []).append(number)
     for alike, numbers in ranks.items():
         groups: dict[Kind, list[str]] = {}
         for name, kind in alike:
             groups.setdefault(kind, []).append(name)
         where = f"{'each of ' if len(numbers) > 1 else ''}rank{ranges(numbers)}.safetensors"
+        if not inspection.ranks:
+            where = counted(len(inspection.weights), "file")
         dtypes = {dtype for dtype, _ in groups}
         same = f", all {dtype_name(*dtypes)}," if len(dtypes) == 1 else ""
         yield f"{counted(len(alike), 'tensor')}{same} in {where}"

@@ -34,7 +34,7 @@ def prompt_attention(
     """
     scale, pattern, sparse = spec.attention_scale, spec.sparse, spec.is_sparse(layer)
     if pattern is None or not sparse or always_dense(pattern, length):
-        if not any(pads):
+        if not any(pads) and (spec.sliding_window is None or length <= spec.sliding_window):
             return lambda query, key, value: blocks.causal_attention(query, key, value, scale)
         sparse = False
     elif has_kernels(device):
@@ -60,6 +60,8 @@ def slot_mask(spec: ModelSpec, sparse: bool, rank: int, pads: Tensor) -> Mask:
         key = slots - pads[:, None, None, None]
         query = key[..., first:last].transpose(2, 3)
         seen = key <= query
+        if spec.sliding_window is not None:
+            seen = seen & (query - key < spec.sliding_window)
         if sparse and spec.sparse is not None:
             seen = visible(spec.sparse, query, key, heads[:, None, None])
         # Padding sees itself, because softmax over nothing has no value.

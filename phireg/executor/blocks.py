@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from phireg.executor import quantized
 from phireg.reader.spec import ModelSpec, Rope
-from phireg.reader.tensors import KV_SCALE, ROUTER
+from phireg.reader.tensors import KEY_SCALE, KV_SCALE, ROUTER, VALUE_SCALE
 
 Weights: TypeAlias = Mapping[str, Tensor]
 Rotary: TypeAlias = "tuple[Tensor, Tensor]"
@@ -95,10 +95,15 @@ def attention(
     query, key, value = rows.split([heads, kv_heads, kv_heads], dim=1)
     query, key = rotate(query, rotary), rotate(key, rotary)
     if (grid := spec.quantization.kv_cache) is not None:
-        key = quantized.fake_quantize(key, weights[KV_SCALE], grid)
-        value = quantized.fake_quantize(value, weights[KV_SCALE], grid)
+        key = quantized.fake_quantize(key, cache_scale(weights, KEY_SCALE), grid)
+        value = quantized.fake_quantize(value, cache_scale(weights, VALUE_SCALE), grid)
     output = attend(query, key, value)
     return output.transpose(1, 2).flatten(2)
+
+
+def cache_scale(weights: Weights, name: str) -> Tensor:
+    """Return the scale of the cache's keys or values: their own, or the one for both."""
+    return weights[name if name in weights else KV_SCALE]
 
 
 def activate(spec: ModelSpec, z: Tensor) -> Tensor:

@@ -143,6 +143,5 @@ def _fitting(
     if kept is not None and kept.serves(batch, slots, sampling):
         return kept
     model.decoder = kept = None  # its memory is needed
-    # Which experts run depends on the tokens: there is no one graph of a step.
-    fused = has_kernels(model.device) and model.spec.experts is None
+    fused = has_kernels(model.device) and model.fusable
     return Decoder(model, batch, slots, sampling, fused=fused)

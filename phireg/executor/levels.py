@@ -104,7 +104,9 @@ def find_packed(weights: Mapping[str, Tensor], linear: str) -> Packed | None:
 
 def is_per_expert(name: str) -> bool:
     """Return whether a tensor of experts' linears has an entry for each of them."""
-    return name.rpartition(".")[2] in ("weight", _SCALE, _GROUP_SCALE, *_GRIDS)
+    part = name.rpartition(".")[2]
+    stacked = ("weight", "smoothing", _SCALE, _GROUP_SCALE, *_GRIDS)
+    return part in stacked or part.startswith("inputs_")
 
 
 def packed_bytes(grid: Grid, shape: tuple[int, ...]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections import defaultdict
@@ -15,14 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from phireg.checkpoint.shards import read_directory
 from phireg.errors import UsageError
 from phireg.executor import blocks, quantized
 from phireg.executor.attention import current_device, prompt_attention
 from phireg.executor.blocks import Attend, Rotary, Weights
+from phireg.executor.directories import DirectorySource, open_directory
 from phireg.executor.levels import packed_bytes
 from phireg.executor.sources import Source, open_ranks
+from phireg.files.kinds import HF_MODEL, kind_of
 from phireg.formats import FORMATS
-from phireg.reader.schemes import ROW_LINEARS
+from phireg.reader.schemes import ROW_LINEARS, Quantization
 from phireg.reader.spec import ModelSpec, read_spec
 from phireg.reader.tensors import (
     EMBEDDING,
@@ -48,10 +52,11 @@ def load(
     offload: bool | None = None,
     distributed: bool = False,
 ) -> Executor:
-    """Open a TensorRT-LLM checkpoint of the Phi family for running.
+    """Open a checkpoint of the Phi family for running.
 
     Args:
-        checkpoint_dir: directory with config.json and one rank{r}.safetensors per rank.
+        checkpoint_dir: a TensorRT-LLM checkpoint, config.json and one rank{r}.safetensors per rank;
+            or a Hugging Face directory, quantized by ModelOpt or compressed-tensors, or not at all.
         device: where to compute.
         dtype: compute dtype (float32, float16 or bfloat16); None is the checkpoint's own. Norms,
             rotary embedding and softmax are computed in float32 whatever it is. Quantized weights
@@ -67,6 +72,15 @@ def load(
         UsageError: the number of processes is not the checkpoint's number of ranks.
     """
     directory = Path(checkpoint_dir)
+    if is_directory(directory):
+        whole = read_directory(directory)
+        if distributed:
+            raise UsageError(
+                f"{directory} is a Hugging Face directory, which has one rank",
+                hint="start one process.",
+            )
+        source = open_directory(directory, whole)
+        return Executor(whole.spec, [source], (0,), device=device, dtype=dtype, offload=offload)
     spec = read_spec(directory)
     ranks = range(spec.tp_size)
     if distributed:
@@ -79,6 +93,16 @@ def load(
         ranks = range(dist.get_rank(), dist.get_rank() + 1)
     sources = open_ranks(directory, spec, ranks)
     return Executor(spec, sources, ranks, device=device, dtype=dtype, offload=offload)
+
+
+def is_directory(path: Path) -> bool:
+    """Return whether a directory is a Hugging Face one, and no checkpoint of TensorRT-LLM."""
+    return kind_of(path) is HF_MODEL
+
+
+def read_meaning(path: Path) -> ModelSpec:
+    """Return the meaning of a checkpoint, or of a Hugging Face directory; see ``load``."""
+    return read_directory(path).spec if is_directory(path) else read_spec(path)
 
 
 class Executor(torch.nn.Module):  # type: ignore[misc]
@@ -109,9 +133,9 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         self.device = torch.device(device)
         name = dtype or spec.dtype
         self.dtype: torch.dtype = getattr(torch, name) if isinstance(name, str) else name
+        self._sources = tuple(sources)
         self.offload = self._exceeds_memory() if offload is None else offload
         self.decoder: Any = None  # the last generation's cache, for the next one of its shape
-        self._sources = tuple(sources)
         self._layers: list[list[Weights]] = []
         self._ends: list[Weights] = []
         if not self.offload:
@@ -119,9 +143,30 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
             self._ends = self._read_ends()
 
     @property
+    def _is_directory(self) -> bool:
+        return isinstance(self._sources[0], DirectorySource)
+
+    @property
+    def _sized(self) -> ModelSpec:
+        """The spec whose tensors tell the memory: a directory's weights become values."""
+        if not self._is_directory:
+            return self.spec
+        return dataclasses.replace(self.spec, quantization=Quantization())
+
+    @property
     def distributed(self) -> bool:
         """The other ranks run in other processes."""
         return len(self.ranks) < self.spec.tp_size
+
+    @property
+    def fusable(self) -> bool:
+        """Whether the kernels of ``cuda.fused`` compute all of it.
+
+        Which experts run depends on the tokens: there is no one graph of a step. Of a directory
+        they know neither scales apart for keys and values nor a sliding window.
+        """
+        own = self.spec.quantization.kv_cache is None or not self._is_directory
+        return self.spec.experts is None and self.spec.sliding_window is None and own
 
     def release(self) -> None:
         """Give up the last generation's cache and captured step.
@@ -281,6 +326,9 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         return whole
 
     def _read_layer(self, index: int) -> list[Weights]:
+        (first, *_) = self._sources
+        if isinstance(first, DirectorySource):
+            return [first.layer(index, self.device, self.dtype)]
         names, prefix = layer_tensors(self.spec, index), layer_prefix(index)
         shards = [{name: source(prefix + name) for name in names} for source in self._sources]
         scheme = self.spec.quantization
@@ -293,6 +341,9 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
                 return source(name)
             return source(name).to(self.device, self.dtype)
 
+        (first, *_) = self._sources
+        if isinstance(first, DirectorySource):
+            return [first.ends(self.device, self.dtype, self.offload)]
         names = end_tensors(self.spec)
         return [{name: read(source, name) for name in names} for source in self._sources]
 
@@ -302,9 +353,9 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
             return False  # used where it is mapped; the system reads and drops pages itself
         free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else free_memory()
         needed = 0
-        for name, (_, shape) in rank_tensors(self.spec).items():
+        for name, (_, shape) in rank_tensors(self._sized).items():
             module, _, part = name.rpartition(".")
-            scheme = self.spec.quantization.scheme(module) if part == "weight" else None
+            scheme = self._sized.quantization.scheme(module) if part == "weight" else None
             if scheme is not None and quantized.keeps_levels(self.device):
                 size = packed_bytes(FORMATS[scheme.qformat].weight, shape)
             else:

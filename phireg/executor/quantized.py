@@ -21,8 +21,9 @@ from torch.nn import functional
 
 from phireg import formats
 from phireg.dtypes import E4M3_MAX, E4M3_SMALLEST_NORMAL
-from phireg.executor.levels import Levels, Packed, find_packed, is_per_expert
-from phireg.reader.schemes import LINEARS, Grid, Quantization, WeightScheme
+from phireg.executor.levels import E2M1, Levels, Packed, find_packed, is_per_expert
+from phireg.formats import FORMATS, LARGEST, Inputs
+from phireg.reader.schemes import LINEARS, Grid, Quantization
 from phireg.reader.tensors import ROUTER
 
 _WEIGHT_ONLY_BITS: Mapping[str, Literal[4, 8]] = {"int8_wo": 8, "int4_wo": 4}
@@ -65,15 +66,19 @@ def keeps_levels(device: torch.device) -> bool:
     return bool(device.type == "cuda")
 
 
-def stored_levels(
-    form: WeightScheme, weight: Tensor, scale: Tensor | None, device: torch.device
-) -> Levels:
+def stored_levels(form: str, weight: Tensor, scale: Tensor | None, device: torch.device) -> Levels:
     """Return a quantized weight of a checkpoint, on the device."""
     weight = weight.to(device)
     if form in _WEIGHT_ONLY_BITS:
         return weight_only(weight, _WEIGHT_ONLY_BITS[form])
     assert scale is not None
     return Levels(formats.FORMATS[form].weight, weight, scale.to(device))
+
+
+def is_divided(weights: Mapping[str, Tensor], name: str, part: int = 0) -> bool:
+    """Return whether a linear has its parts, or this one of them, under their numbers."""
+    prefix = f"{name}.{part}."
+    return any(key.startswith(prefix) for key in weights)
 
 
 def of_expert(weights: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
@@ -109,23 +114,65 @@ def fake_quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     ``x`` has any shape and ``scale`` is float32 [1]; values beyond the grid's end become the end.
     """
     scaled = x.float() / scale
-    if grid == "int8":
-        stored = scaled.round().clamp(-128, 127)
-    else:
-        stored = _round_e4m3(scaled.clamp(-E4M3_MAX, E4M3_MAX))
+    stored = scaled.round().clamp(-128, 127) if grid == "int8" else round_to_e4m3(scaled)
     return (stored * scale).to(x.dtype)
 
 
-def _round_e4m3(x: Tensor) -> Tensor:
-    """Round float32 values of -448 to 448 to e4m3's, ties to even.
+def round_to_e4m3(x: Tensor) -> Tensor:
+    """Round float32 values to e4m3's, ties to even; those beyond 448 become it.
 
     Not by a cast, which not every device has; the kernels do the same.
     """
+    x = x.clamp(-E4M3_MAX, E4M3_MAX)
     power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^exponent
     # Three bits after the leading one are kept, fewer below the smallest normal number. The ulp of
     # `shift` is the grid's step here, so that adding it rounds and subtracting it restores.
     shift = power.clamp(min=E4M3_SMALLEST_NORMAL) * (1.5 * 2.0**20)
     return (x + shift) - shift
+
+
+def _round_e2m1(x: Tensor) -> Tensor:
+    """Round float32 values to e2m1's, ties to even; those beyond 6 become it."""
+    table = torch.tensor(E2M1, device=x.device)
+    middles = (table[1:] + table[:-1]) / 2
+    # At an even place a tie goes down, at an odd one up.
+    middles[1::2] = middles[1::2].nextafter(table[0])
+    return table[torch.bucketize(x.abs(), middles)] * x.sign()
+
+
+def inputs_name(inputs: Inputs, *, smoothed: bool) -> str:
+    """Return what the scale of a linear's inputs is called, after the linear's name.
+
+    The name says what is done; of scales that are computed as it runs the tensor is empty. A GPU
+    multiplies what has FP8's usual name as it is stored.
+    """
+    if inputs == FORMATS["fp8"].inputs and not smoothed:
+        return "activation_scaling_factor"
+    return f"inputs_{inputs.grid}_{inputs.scale}"
+
+
+def _rounded_inputs(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """Return a linear's inputs as ``inputs_name`` says, smoothed first in the compute dtype."""
+    smoothing = weights.get(f"{name}.smoothing")
+    x = x if smoothing is None else x * smoothing
+    for grid in ("e4m3", "int8"):
+        scale = weights.get(f"{name}.inputs_{grid}_tensor")
+        if scale is None and f"{name}.inputs_{grid}_token" in weights:
+            scale = x.float().abs().amax(dim=-1, keepdim=True) / LARGEST[grid]
+            scale = scale.where(scale > 0, 1)
+        if scale is not None:
+            x = fake_quantize(x, scale, "int8" if grid == "int8" else "fp8")
+    scale = weights.get(f"{name}.inputs_e2m1_group")
+    return x if scale is None else _two_level(x, scale)
+
+
+def _two_level(x: Tensor, second: Tensor) -> Tensor:
+    """Return values on e2m1 times an e4m3 scale of each 16 and one float32 scale of all."""
+    groups = x.float().unflatten(-1, (-1, FORMATS["nvfp4"].group_size or 1))
+    scale = groups.abs().amax(dim=-1, keepdim=True) / (LARGEST["e2m1"] * second)
+    scale = round_to_e4m3(scale) * second
+    levels = _round_e2m1(groups / scale.where(scale > 0, 1))
+    return (levels * scale).flatten(-2).to(x.dtype)
 
 
 def linear(weights: Mapping[str, Tensor], name: str, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -134,8 +181,15 @@ def linear(weights: Mapping[str, Tensor], name: str, x: Tensor, bias: Tensor | N
     FP8: x / as is rounded to e4m3, the product is multiplied by as * ws. INT8 SmoothQuant: x is
     multiplied by the smoothing vector in the compute dtype, then x / as is rounded to an integer.
     ``weights`` are from ``prepare``, or unquantized; ``x`` is [..., in_features] in the compute
-    dtype.
+    dtype. A linear whose parts round their inputs in different ways has these under their numbers.
     """
+    if is_divided(weights, name):
+        parts: list[Tensor] = []
+        while is_divided(weights, name, len(parts)):
+            parts.append(linear(weights, f"{name}.{len(parts)}", x, None))
+        y = torch.cat(parts, dim=-1)
+        return y if bias is None else y + bias
+    x = _rounded_inputs(weights, name, x)
     scale = weights.get(f"{name}.activation_scaling_factor")
     packed = find_packed(weights, name)
     if packed is not None and scale is not None and multiplies_e4m3(packed, x.dtype):

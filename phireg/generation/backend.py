@@ -12,9 +12,10 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Protocol
 
+from phireg.checkpoint.shards import has_quantized_layout
 from phireg.errors import SourceError, UsageError
 from phireg.files.json import read_json_object
-from phireg.files.kinds import CHECKPOINT, ENGINE, HF_MODEL, check_kind
+from phireg.files.kinds import CHECKPOINT, ENGINE, HF_MODEL, check_kind, kind_of
 
 if TYPE_CHECKING:
     from phireg.executor import Sampling
@@ -187,10 +188,10 @@ def open_backend(
 
 def default_backend(directory: Path) -> str:
     """Return the backend that runs the kind of a directory."""
-    kind = check_kind(directory, *dict.fromkeys(_RUNS.values()))
+    kind = check_kind(directory, CHECKPOINT, ENGINE, HF_MODEL)
     if kind is ENGINE:
         return engine_backend(directory)
-    return next(name for name, runs in _RUNS.items() if runs is kind)
+    return EXECUTOR if kind is CHECKPOINT or _is_quantized(directory) else HF
 
 
 def engine_backend(engine_dir: Path) -> str:
@@ -204,12 +205,25 @@ def check_directory(backend: str, directory: Path) -> None:
     runs = _RUNS.get(backend)
     if runs is None or (runs is HF_MODEL and not directory.is_dir()):
         return  # a third-party backend, or a model on the hub
+    if runs in (CHECKPOINT, HF_MODEL) and _is_quantized(directory):
+        if runs is HF_MODEL:
+            raise SourceError(
+                f"{directory} is a quantized Hugging Face model, which backend {backend} does not "
+                "compute",
+                hint=f"use --backend {EXECUTOR}.",
+            )
+        return
     check_kind(directory, runs)
     if runs is ENGINE and (other := engine_backend(directory)) != backend:
         raise SourceError(
             f"{directory} is an engine for backend {other}, not {backend}",
             hint=f"use --backend {other}.",
         )
+
+
+def _is_quantized(directory: Path) -> bool:
+    """Return whether a directory is a Hugging Face one that the executor runs."""
+    return kind_of(directory) is HF_MODEL and has_quantized_layout(directory)
 
 
 def check_engine_options(options: Options) -> None:

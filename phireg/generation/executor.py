@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from phireg import device as devices
 from phireg.errors import PhiregError
-from phireg.executor import Executor, ModelSpec, read_spec, stream
+from phireg.executor import Executor, ModelSpec, read_meaning, stream
 from phireg.executor import load as load_checkpoint
 from phireg.executor.finite import NotFiniteError, check_logits, dtype_name
 from phireg.generation.backend import KEYS_STAY, Description, LongRope, Options, Request, rows_of
@@ -32,7 +32,7 @@ _TIMEOUT = timedelta(days=30)
 def describe(directory: Path, options: Options) -> Description:
     """See :class:`phireg.generation.backend.Opener`."""
     devices.pick_device(options.device)
-    return _description(read_spec(directory))
+    return _description(read_meaning(directory))
 
 
 def _description(spec: ModelSpec) -> Description:

@@ -132,7 +132,7 @@ class Quantization:
     ("int8_sq"), or quantized weights alone ("int8_wo", "int4_wo").
     """
 
-    weights: WeightScheme | None = None
+    weights: str | None = None  # a WeightScheme; of other layouts, what people call it
     kv_cache: Grid | None = None
     excluded: Excluded = field(default=Excluded(()), compare=False)
 

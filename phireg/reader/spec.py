@@ -148,6 +148,7 @@ class ModelSpec(Dimensions):
     logits_divisor: float
     sparse: BlockSparse | None  # None when all layers are dense
     mixer_epsilon: float  # by which sparse mixer compares the scores of experts
+    sliding_window: int | None = None  # tokens that a query sees, its own included
 
     def is_sparse(self, layer: int) -> bool:
         """Return whether layer ``layer`` (from 0) has the block-sparse mask."""
@@ -318,17 +319,23 @@ def _mixer_epsilon(config: Config) -> float:
     return block.positive("sparse_mixer_epsilon")
 
 
+def check_heads(config: Config, spec: ModelSpec) -> None:
+    """Refuse sizes that heads do not divide."""
+    heads, kv_heads = spec.num_heads, spec.num_kv_heads
+    if not (config.has("head_size") or config.has("head_dim")) and spec.hidden_size % heads:
+        raise config.error(f"hidden_size {spec.hidden_size} is not a multiple of {heads} heads")
+    if heads % kv_heads:
+        raise config.error(f"{heads} heads cannot share {kv_heads} key/value heads evenly")
+
+
 def _check_division(config: Config, spec: ModelSpec) -> None:
     """Refuse sizes that heads or ranks do not divide, and what no rank can hold alone."""
+    check_heads(config, spec)
     heads, kv_heads, tp = spec.num_heads, spec.num_kv_heads, spec.tp_size
-    if not config.has("head_size") and spec.hidden_size % heads:
-        raise config.error(f"hidden_size {spec.hidden_size} is not a multiple of {heads} heads")
     if spec.architecture.grouped_since is None and kv_heads != heads:
         raise config.error(
             f"num_key_value_heads differs from num_attention_heads in {spec.architecture.name}"
         )
-    if heads % kv_heads:
-        raise config.error(f"{heads} heads cannot share {kv_heads} key/value heads evenly")
     if heads % tp:
         raise config.error(f"{heads} heads cannot be split over {tp} ranks")
     if kv_heads % tp and tp % kv_heads:

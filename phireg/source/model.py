@@ -170,7 +170,7 @@ def list_shards(directory: Path, name: str) -> tuple[ShardIndex, list[WeightsFil
         except SourceError as error:
             defects.append(error.message)
             hint = hint or error.hint
-    defects += _shard_defects(index, {file.name: {t.name for t in file.tensors} for file in files})
+    defects += shard_defects(index, {file.name: {t.name for t in file.tensors} for file in files})
     if defects:
         raise _index_error(index.path, defects, hint)
     return index, files
@@ -216,7 +216,7 @@ def read_index(path: Path) -> ShardIndex:
     return index
 
 
-def _shard_defects(index: ShardIndex, held: Mapping[str, Collection[str]]) -> list[str]:
+def shard_defects(index: ShardIndex, held: Mapping[str, Collection[str]]) -> list[str]:
     """Compare the index with the names of the tensors in each shard that could be read."""
     defects = []
     expected: dict[str, list[str]] = {}

@@ -1,0 +1,112 @@
+"""The weight files of a Hugging Face directory, as one collection of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phireg.checkpoint.rankfiles import Bits, RankFile
+from phireg.errors import SourceError
+from phireg.files.json import read_json_object
+from phireg.files.kinds import HF_MODEL, check_kind
+from phireg.reader.layouts import SIDECAR, is_quantized
+from phireg.reader.modules import Directory, parse_directory
+from phireg.reader.tensors import Kind
+from phireg.source.model import INDEX, read_index, shard_defects
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_WHOLE = "model.safetensors"
+
+
+def read_directory(directory: Path) -> Directory:
+    """Read what config.json and ``hf_quant_config.json`` of a Hugging Face directory say.
+
+    Raises:
+        SourceError: it is none.
+        CheckError: something in it has no exact meaning.
+    """
+    check_kind(directory, HF_MODEL)
+    path = directory / "config.json"
+    return parse_directory(read_json_object(path), _sidecar(directory), str(path))
+
+
+def has_quantized_layout(directory: Path) -> bool:
+    """Return whether a Hugging Face directory is quantized in a layout that the executor runs."""
+    return is_quantized(read_json_object(directory / "config.json"), _sidecar(directory))
+
+
+def _sidecar(directory: Path) -> dict[str, Any] | None:
+    path = directory / SIDECAR
+    return read_json_object(path) if path.exists() else None
+
+
+class Shards:
+    """The open safetensors files of a directory; a context manager that closes them.
+
+    Raises a SourceError for an index that its shards do not agree with.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        index_path = directory / f"{_WHOLE}{INDEX}"
+        index = read_index(index_path) if index_path.exists() else None
+        if index is None and not (directory / _WHOLE).exists():
+            raise SourceError(
+                f"{directory} has no {_WHOLE} and no {index_path.name}",
+                hint="download or export the model again",
+            )
+        names = (_WHOLE,) if index is None else index.shards
+        self.files = {}
+        defects = [] if index is None else [f"{name} is missing" for name in index.missing]
+        for name in names:
+            if index is None or name not in index.missing:
+                try:
+                    self.files[name] = RankFile(directory / name)
+                except SourceError as error:
+                    defects.append(error.message)
+        if index is not None:
+            held = {name: file.header.entries.keys() for name, file in self.files.items()}
+            defects += shard_defects(index, held)
+        if defects:
+            self.close()
+            raise SourceError(
+                f"{directory}: the weight files cannot be used:\n  " + "\n  ".join(defects[:20]),
+                hint="download or export the model again; all files must be of one export",
+            )
+        self._of = {name: file for file in self.files.values() for name in file.header.entries}
+        self._mapped: dict[Path, Callable[[str], Tensor]] = {}
+
+    def __enter__(self) -> Shards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files; mapped tensors stay valid."""
+        for file in self.files.values():
+            file.close()
+
+    def kinds(self) -> dict[str, Kind]:
+        """Return dtype code and shape of every tensor."""
+        return {name: kind for file in self.files.values() for name, kind in file.kinds().items()}
+
+    def shard(self, name: str) -> str:
+        """Return the name of the file that has a tensor."""
+        return self._of[name].path.name
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._of
+
+    def read(self, name: str) -> Bits:
+        """Read a whole tensor as bits."""
+        return self._of[name].read(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor that lies in its mapped file until it is copied."""
+        file = self._of[name]
+        if file.path not in self._mapped:
+            self._mapped[file.path] = file.mapped()
+        return self._mapped[file.path](name)

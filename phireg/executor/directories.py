@@ -1,0 +1,396 @@
+"""A quantized or plain Hugging Face directory as one rank of the blueprint.
+
+Every linear of the blueprint is made of one module or several. Where these round their inputs
+alike they become one linear, with scales of rows and groups; where they do not, the parts keep
+numbers: ``attention.qkv.0``. Nothing but ``reader`` says which tensor is what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from phireg.checkpoint.shards import Shards
+from phireg.errors import CheckError
+from phireg.executor.levels import E2M1, Levels
+from phireg.executor.quantized import inputs_name, keeps_levels, round_to_e4m3
+from phireg.formats import Inputs
+from phireg.reader.layouts import Storage
+from phireg.reader.models import Order
+from phireg.reader.modules import Directory, Module
+from phireg.reader.spec import ModelSpec
+from phireg.reader.tensors import EMBEDDING, KEY_SCALE, ROUTER, VALUE_SCALE
+
+_SMALLEST = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A linear as stored: its levels (or values), what becomes of its inputs, and its bias.
+
+    ``weight`` is a tensor of the model's dtype, or of values where a product of levels and scales
+    is rounded once more.
+    """
+
+    weight: Levels | Tensor
+    inputs: Inputs | None
+    scale: Tensor | None  # of inputs, float32 [1]
+    smoothing: Tensor | None  # that multiplies inputs, [columns]
+    bias: Tensor | None
+
+    def alike(self, other: Stored) -> bool:
+        """Return whether both do the same to their inputs and lie on one kind of grid."""
+
+        def shape(stored: Stored) -> object:
+            weight = stored.weight
+            if isinstance(weight, Tensor):
+                return None
+            groups = None if weight.group_scale is None else weight.group_scale.shape[-1]
+            return weight.grid, groups
+
+        pairs = ((self.scale, other.scale), (self.smoothing, other.smoothing))
+        return (
+            (self.inputs, shape(self)) == (other.inputs, shape(other))
+            and all((a is None) == (b is None) for a, b in pairs)
+            and all(a is None or b is None or torch.equal(a, b) for a, b in pairs)
+        )
+
+
+class DirectorySource:
+    """Reads the tensors of a directory by the blueprint's names, layer by layer.
+
+    As a function it returns a tensor's values, float32 for those that are quantized.
+    """
+
+    def __init__(self, directory: Directory, shards: Shards) -> None:
+        self.directory = directory
+        self.shards = shards
+
+    def __call__(self, name: str) -> Tensor:
+        """Return the values of a blueprint's tensor by its whole name."""
+        for ours, theirs in self.directory.renamed():
+            if name == ours:
+                return self.shards.tensor(theirs)
+        if name.startswith("lm_head."):
+            return self._values(self._head(), name)
+        index, _, rest = name.removeprefix("transformer.layers.").partition(".")
+        for ours, theirs in self.directory.renamed(int(index)):
+            if rest == ours:
+                return self.shards.tensor(theirs)
+        if rest in (KEY_SCALE, VALUE_SCALE):
+            return self._cache_scales(int(index))[rest]
+        linear = rest.rpartition(".")[0]
+        experts = self.stored(int(index), linear)
+        values = [
+            torch.cat([self._values(part, name) for part in ordered(self.directory, linear, parts)])
+            for parts in experts
+        ]
+        of_experts = self.directory.spec.experts is not None and linear.startswith("mlp.")
+        return torch.stack(values) if of_experts else values[0]
+
+    def layer(self, index: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the tensors of a layer as ``blocks`` needs them, by names after its prefix."""
+        prepared = {}
+        for ours, theirs in self.directory.renamed(index):
+            tensor = self.shards.tensor(theirs)
+            prepared[ours] = tensor.to(device, torch.float32 if ours == ROUTER else dtype)
+        for name in self.directory.row.linears:
+            experts = [ordered(self.directory, name, parts) for parts in self.stored(index, name)]
+            stacked = self.directory.spec.experts is not None and name.startswith("mlp.")
+            prepared |= prepare(name, experts, stacked, device, dtype)
+        scales = self._cache_scales(index)
+        return prepared | {name: scale.to(device) for name, scale in scales.items()}
+
+    def ends(self, device: torch.device, dtype: torch.dtype, mapped: bool) -> dict[str, Tensor]:
+        """Return the tensors of no layer; ``mapped``: the embedding stays in its file."""
+        prepared = {}
+        for ours, theirs in self.directory.renamed():
+            tensor = self.shards.tensor(theirs)
+            prepared[ours] = tensor if mapped and ours == EMBEDDING else tensor.to(device, dtype)
+        return prepared | prepare("lm_head", [[self._head()]], False, device, dtype)
+
+    def stored(self, index: int, linear: str) -> list[list[Stored]]:
+        """Return a linear of a layer: for every expert (or once) its modules."""
+        modules = self.directory.linear(index, linear)
+        return [[self.read(module) for module in expert] for expert in modules]
+
+    def read(self, module: Module) -> Stored:
+        """Return a linear of the directory, its rows in its own order."""
+        tensor = self.shards.tensor
+        parts = {
+            what: tensor(f"{module.name}.{part.name}")
+            for what, part in module.parts(self.directory.code).items()
+            if f"{module.name}.{part.name}" in self.shards
+        }
+        bias = tensor(f"{module.name}.bias") if module.bias else None
+        storage = module.storage
+        if storage is None:
+            return Stored(parts["weight"], None, None, None, bias)
+        scale = parts.get("input")
+        if scale is not None:
+            scale = scale.float().reshape(1)
+            grouped = storage.form.inputs is not None and storage.form.inputs.scale == "group"
+            scale = 1 / scale if grouped and storage.reciprocal else scale
+        levels = Levels(
+            storage.form.weight,
+            unpack(storage, parts["weight"], module.columns),
+            *_scales(storage, parts, module.rows),
+        )
+        weight: Levels | Tensor = levels
+        if storage.form.weight == "int4" and storage.form.levels == 2:
+            assert levels.group_scale is not None and levels.scale is not None
+            group = levels.group_scale.repeat_interleave(storage.form.group_size or 1, dim=-1)
+            products = levels.levels.float() * group / levels.scale
+            weight = round_to_e4m3(products) * levels.scale
+        return Stored(weight, storage.form.inputs, scale, parts.get("smoothing"), bias)
+
+    def _head(self) -> Stored:
+        head = self.directory.head()
+        if head is None:
+            return Stored(self(EMBEDDING), None, None, None, None)
+        return self.read(head)
+
+    def _cache_scales(self, index: int) -> dict[str, Tensor]:
+        names = {"k": KEY_SCALE, "v": VALUE_SCALE}
+        return {
+            names[what]: self.shards.tensor(name).float().reshape(1)
+            for what, name in self.directory.cache_scales(index).items()
+        }
+
+    def _values(self, stored: Stored, name: str) -> Tensor:
+        part = name.rpartition(".")[2]
+        if part == "bias" and stored.bias is not None:
+            return stored.bias
+        if part == "weight":
+            weight = stored.weight
+            return weight.values(torch.float32) if isinstance(weight, Levels) else weight
+        raise KeyError(name)
+
+
+def open_directory(path: Path, directory: Directory) -> DirectorySource:
+    """Open a directory; raise a CheckError that lists every deviation from its config.json."""
+    shards = Shards(path)
+    problems = [
+        f"{deviation.name} {deviation.text}"
+        for deviation in directory.deviations(shards.kinds())
+        if not deviation.harmless
+    ]
+    source = DirectorySource(directory, shards)
+    if not problems:
+        problems += [f"{name} {text}" for name, text in content_problems(source)]
+    if problems:
+        raise CheckError(
+            f"{path}: the tensors are not what config.json says:\n  " + "\n  ".join(problems),
+            hint="export or download the model again",
+        )
+    return source
+
+
+def content_problems(source: DirectorySource) -> list[tuple[str, str]]:
+    """Return names of scales that are none, and of what else cannot be as it is stored."""
+    directory, shards = source.directory, source.shards
+    problems = []
+    scales = [
+        n for i in range(directory.spec.num_layers) for n in directory.cache_scales(i).values()
+    ]
+    for module in directory.modules():
+        for what, part in module.parts(directory.code).items():
+            name = f"{module.name}.{part.name}"
+            if what in ("scale", "second", "input", "smoothing") and name in shards:
+                scales.append(name)
+            elif what == "shape" and shards.tensor(name).tolist() != [module.rows, module.columns]:
+                problems.append((name, f"is {shards.tensor(name).tolist()}"))
+    for name in scales:
+        values = shards.tensor(name).float()
+        # An e4m3 scale of a group of zeros is zero, and so may be a small one.
+        least = 0.0 if shards.tensor(name).dtype == torch.float8_e4m3fn else _SMALLEST
+        if bad := int((~(values.isfinite() & (values >= least))).sum()):
+            problems.append(
+                (name, f"is no scale: {bad} of {values.numel()} values are not positive")
+            )
+    table, head = f"{'model.embed_tokens'}.weight", "lm_head.weight"
+    if (
+        directory.tied
+        and head in shards
+        and not torch.equal(shards.tensor(table), shards.tensor(head))
+    ):
+        problems.append((head, "differs from the embedding, which readers take in its place"))
+    return problems
+
+
+def unpack(storage: Storage, stored: Tensor, columns: int) -> Tensor:
+    """Return the levels [rows, columns] of a stored weight, in a dtype that has them."""
+    if storage.packing is None:
+        return stored
+    if storage.packing == "rows":
+        nibbles = torch.stack((stored & 15, stored >> 4), dim=1).flatten(0, 1)
+        return (nibbles.to(torch.int8) ^ 8) - 8
+    if storage.packing == "columns":
+        codes = torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2)
+        positive = torch.tensor(E2M1)
+        return torch.cat((positive, -positive)).to(torch.float8_e4m3fn)[codes.long()]
+    bits = 4 if storage.form.weight == "int4" else 8
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    unsigned = (stored[..., None] >> shifts) & (2**bits - 1)
+    return (unsigned - 2 ** (bits - 1)).to(torch.int8).flatten(-2)[:, :columns]
+
+
+def _scales(
+    storage: Storage, parts: dict[str, Tensor], rows: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the scale of rows and that of groups."""
+    scale = parts["scale"].float()
+    if storage.form.per != "group":
+        return scale.reshape(-1), None
+    second = parts.get("second")
+    if second is None:
+        return None, scale
+    second = second.float().reshape(1)
+    return (1 / second if storage.reciprocal else second), scale
+
+
+def ordered(directory: Directory, linear: str, parts: Sequence[Stored]) -> list[Stored]:
+    """Return a linear's parts with their rows in the blueprint's order."""
+    order = directory.order(linear)
+    if order == "plain":
+        return list(parts)
+    (part,) = parts
+    rows = row_order(order, directory.spec)
+
+    def taken(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or len(tensor) == 1 else tensor[rows]
+
+    weight = part.weight
+    if isinstance(weight, Levels):
+        weight = Levels(
+            weight.grid,
+            weight.levels.view(torch.uint8)[rows].view(weight.levels.dtype),
+            taken(weight.scale),
+            taken(weight.group_scale),
+        )
+    else:
+        weight = weight[rows]
+    return [Stored(weight, part.inputs, part.scale, part.smoothing, taken(part.bias))]
+
+
+def row_order(order: Order, spec: ModelSpec) -> Tensor:
+    """Return for each of the blueprint's rows the module's row."""
+    if order == "halves":
+        inner = spec.intermediate_size
+        return torch.arange(2 * inner).roll(inner)
+    size, group = spec.head_size, spec.num_heads // spec.num_kv_heads
+    rows = torch.arange((spec.num_heads + 2 * spec.num_kv_heads) * size)
+    parts = rows.view(spec.num_kv_heads, group + 2, size).split([group, 1, 1], dim=1)
+    return torch.cat([part.flatten() for part in parts])
+
+
+def prepare(
+    name: str,
+    experts: Sequence[Sequence[Stored]],
+    stacked: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Return a linear's tensors as ``quantized.linear`` needs them; ``stacked`` as of experts."""
+    merged = [_merged(parts) for parts in experts]
+    whole = all(len(parts) == 1 for parts in merged)
+    shown = merged if whole else [list(parts) for parts in experts]
+    prepared: dict[str, Tensor] = {}
+    for number, same in enumerate(zip(*shown, strict=True)):
+        if not all(part.inputs == same[0].inputs for part in same):
+            raise CheckError(f"{name}: its experts do not round their inputs alike")
+        part_name = name if whole else f"{name}.{number}"
+        prepared |= _part(part_name, same, stacked, device, dtype)
+    biases = [part.bias for part in experts[0] if part.bias is not None]
+    if biases:
+        prepared[f"{name}.bias"] = torch.cat(biases).to(device, dtype)
+    return prepared
+
+
+def _merged(parts: Sequence[Stored]) -> list[Stored]:
+    """Join parts that do the same to their inputs; otherwise return them as they are."""
+    first = parts[0]
+    if len(parts) == 1 or not all(first.alike(part) for part in parts[1:]):
+        return list(parts)
+    if isinstance(first.weight, Tensor):
+        weight: Levels | Tensor = torch.cat([_tensor(part.weight) for part in parts])
+    else:
+        weight = _joined([part.weight for part in parts if isinstance(part.weight, Levels)])
+    return [Stored(weight, first.inputs, first.scale, first.smoothing, None)]
+
+
+def _tensor(weight: Levels | Tensor) -> Tensor:
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _joined(parts: Sequence[Levels]) -> Levels:
+    levels = torch.cat([part.levels.view(torch.uint8) for part in parts]).view(
+        parts[0].levels.dtype
+    )
+    groups = [part.group_scale for part in parts if part.group_scale is not None]
+    group_scale = torch.cat(groups) if groups else None
+    scales = [part.scale for part in parts if part.scale is not None]
+    scale = None
+    if scales:
+        same = all(torch.equal(scales[0], other) and len(other) == 1 for other in scales)
+        scale = scales[0] if same else torch.cat([_by_row(part) for part in parts])
+    return Levels(parts[0].grid, levels, scale, group_scale)
+
+
+def _by_row(levels: Levels) -> Tensor:
+    assert levels.scale is not None
+    return levels.scale.expand(len(levels.levels))
+
+
+def _part(
+    name: str,
+    experts: Sequence[Stored],
+    stacked: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    first = experts[0]
+    prepared: dict[str, Tensor] = {}
+
+    def put(key: str, tensors: Sequence[Tensor], kind: torch.dtype) -> None:
+        whole = torch.stack(list(tensors)) if stacked else tensors[0]
+        prepared[f"{name}.{key}"] = whole.to(device, kind)
+
+    levels = [part.weight for part in experts if isinstance(part.weight, Levels)]
+    if len(levels) != len(experts):
+        put("weight", [part.weight for part in experts if isinstance(part.weight, Tensor)], dtype)
+    elif keeps_levels(device):
+        prepared |= _stacked(levels, stacked, device).packed(name)
+    else:
+        put("weight", [part.values(dtype) for part in levels], dtype)
+    if first.smoothing is not None:
+        put("smoothing", [part.smoothing for part in experts if part.smoothing is not None], dtype)
+    if first.inputs is not None:
+        key = inputs_name(first.inputs, smoothed=stacked or first.smoothing is not None)
+        scales = [torch.empty(0) if part.scale is None else part.scale for part in experts]
+        put(key, scales, torch.float32)
+    return prepared
+
+
+def _stacked(experts: Sequence[Levels], stacked: bool, device: torch.device) -> Levels:
+    """Return one weight, or a stack of all, on the device."""
+
+    def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        given = [tensor for tensor in tensors if tensor is not None]
+        if not given:
+            return None
+        return (torch.stack(given) if stacked else given[0]).to(device)
+
+    scales = [part.scale for part in experts]
+    if any(scale is not None and len(scale) > 1 for scale in scales):
+        scales = [_by_row(part) for part in experts]
+    raw = joined([part.levels.view(torch.uint8) for part in experts])
+    assert raw is not None
+    levels = raw.view(experts[0].levels.dtype)
+    groups = joined([part.group_scale for part in experts])
+    return Levels(experts[0].grid, levels, joined(scales), groups)
