@@ -52,7 +52,7 @@ WORKERS = 2
 """More do not help: one core can hash and cast while another's copy is in the kernel, and the
 blocks are so small that more threads mostly wait for the interpreter."""
 
-GPU_WORKERS, GPU_BLOCK_BYTES = 4, 8 * 2**20
+GPU_WORKERS, GPU_BLOCK_BYTES = 4, 4 * 2**20
 """The same where a GPU quantizes: what it takes to start a copy or a kernel counts, and the
 interpreter is needed seldom."""
 
