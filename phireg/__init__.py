@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from phireg.generation.backend import Options as Options
     from phireg.generation.generate import Completion as Completion
     from phireg.generation.generate import generate as generate
+    from phireg.migration.migrate import migrate as migrate
     from phireg.planning.model import Plan as Plan
     from phireg.planning.plan import plan as plan
     from phireg.planning.report import explain as explain
@@ -57,6 +58,7 @@ _MODULES = {
     "executor.decoder": ("Sampling",),
     "generation.backend": ("Options",),
     "generation.generate": ("Completion", "generate"),
+    "migration.migrate": ("migrate",),
     "planning.model": ("Plan",),
     "planning.plan": ("plan",),
     "planning.report": ("explain",),

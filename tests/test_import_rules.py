@@ -103,7 +103,18 @@ RULES = {
         lazily=("torch", "phireg.device", "phireg.calibration"),
     ),
     "phireg.migration": Rule(
-        (*PLANNED, LAYOUT, CONFIG, DTYPES, "phireg.registry", TARGETS, "phireg.conversion", "numpy")
+        (
+            *PLANNED,
+            LAYOUT,
+            CONFIG,
+            DTYPES,
+            FINDINGS,
+            TARGETS,
+            "phireg.registry",
+            "phireg.conversion",
+            "phireg.verification",
+            "numpy",
+        )
     ),
     "phireg.generation": Rule(
         (

@@ -16,7 +16,7 @@ from phireg.cli.output import has_plain_terminal
 from phireg.cli.streams import leave, prepare, results_apart
 
 SECTIONS = {
-    "Make": ("convert", "quantize", "build", "postprocess"),
+    "Make": ("convert", "quantize", "build", "postprocess", "migrate"),
     "Check": ("plan", "explain", "inspect", "verify"),
     "Use": ("run", "summarize"),
     "Set up": ("demo", "doctor", "families"),

@@ -171,6 +171,16 @@ def overwrite_option(noun: str) -> Callable[[_Function], _Function]:
     )
 
 
+def target_option(default: str) -> Callable[[_Function], _Function]:
+    """``--target``."""
+    return OUTPUT.option(
+        "--target",
+        type=TargetName(),
+        default=default,
+        help="What to write: trtllm, or a Hugging Face directory: hf, hf-modelopt.",
+    )
+
+
 def quiet_option(text: str = "No progress bar and no summary.") -> Callable[[_Function], _Function]:
     """``--quiet``."""
     return DISPLAY.option("--quiet", is_flag=True, help=text)
@@ -259,6 +269,13 @@ json_option = DISPLAY.option(
 kv_cache_option = QUANTIZATION.option(
     "--kv-cache-dtype", type=click.Choice(KV_CACHE_CHOICES), help="Also quantize the KV cache."
 )
+shard_option = OUTPUT.option(
+    "--max-shard-size",
+    type=ByteSize(),
+    default="5GB",
+    help="Of a file of a Hugging Face directory.",
+    rare=True,
+)
 reading_options = compose(
     MODEL.option(
         "--weights",
@@ -292,20 +309,8 @@ source_options = compose(
         default="auto",
         help="Of the checkpoint; auto keeps the model's, but makes float32 float16.",
     ),
-    OUTPUT.option(
-        "--target",
-        type=TargetName(),
-        default="trtllm",
-        help="What to write: a TensorRT-LLM checkpoint, or a Hugging Face directory "
-        "(hf, hf-modelopt, hf-compressed-tensors).",
-    ),
-    OUTPUT.option(
-        "--max-shard-size",
-        type=ByteSize(),
-        default="5GB",
-        help="Of a file of a Hugging Face directory.",
-        rare=True,
-    ),
+    target_option("trtllm"),
+    shard_option,
     _ranks("--tp-size", "Tensor-parallel ranks.", 1),
     _ranks("--pp-size", "Pipeline stages; only 1 is possible for Phi.", 1, rare=True),
     _ranks(

@@ -6,11 +6,10 @@ backwards, it says where each row of a source tensor lies; what several ranks ho
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,14 @@ class Piece:
     output: Output
     output_row: int
     output_column: int
+
+    def has(self, row: int) -> bool:
+        """Return whether a row is among these."""
+        return self.row <= row < self.row + self.count
+
+    def row_only(self, row: int) -> Piece:
+        """Return the piece of one of these rows, as the only one of a tensor."""
+        return replace(self, row=0, count=1, output_row=self.output_row + row - self.row)
 
 
 def stated_source(directory: Path, rules: Rules, code: str) -> Source:
@@ -88,47 +95,61 @@ class RankReader(Reader):
         width = math.prod(tensor.shape[1:])
         per_row = width * ITEMSIZE[tensor.dtype]
         first, last = start // per_row, -(-(start + len(view)) // per_row)
-        rows = self.rows(tensor.name, tensor.dtype, first, last - first, width)
+        pieces, code = self._pieces[tensor.name], tensor.dtype
+        rows = read_rows(self._files, pieces, tensor.name, code, first, last - first, width)
         raw = rows.reshape(-1).view(np.uint8).data
         view[:] = raw[start - first * per_row :][: len(view)]
-
-    def rows(self, name: str, code: str, first: int, count: int, width: int) -> Bits:
-        """Return rows of a source tensor, or elements of a scale, as bits [count, width]."""
-        block: Bits = np.empty((count, width), BITS[code])
-        known = np.zeros((count, width), bool)
-        for piece in self._pieces[name]:
-            start, stop = max(first, piece.row), min(first + count, piece.row + piece.count)
-            if start >= stop:
-                continue
-            output = piece.output
-            length = output.matrix[1]
-            at = piece.output_row + start - piece.row
-            bits = self._files[output.rank].read(output.name, at * length, (stop - start) * length)
-            held = bits.reshape(-1, length)[
-                :, piece.output_column : piece.output_column + piece.width
-            ]
-            kept = slice(piece.column, piece.column + piece.width)
-            where = (slice(start - first, stop - first), kept)
-            if (known[where] & (block[where] != held)).any():
-                raise SourceError(
-                    f"rank{output.rank}.safetensors: {output.name} differs from another tensor of "
-                    f"the checkpoint with the same part of {name}",
-                    hint="the checkpoint is damaged: phireg verify says where.",
-                )
-            block[where], known[where] = held, True
-        if not known.all():
-            raise AssertionError(f"{name}: the plan has no place for some of its rows")
-        return block
 
 
 @dataclass(frozen=True, slots=True)
 class RankSource(Source):
     """A source model whose tensors are read out of rank files."""
 
-    files_open: RankFiles | None = None
-    pieces: Mapping[str, Sequence[Piece]] = dataclasses.field(default_factory=dict)
+    rank_files: RankFiles | None = None
+    pieces: Mapping[str, Sequence[Piece]] = field(default_factory=dict)
 
     def open(self) -> Reader:
         """Return a reader for the tensors' bytes."""
-        assert self.files_open is not None
-        return RankReader(self.files_open, self.pieces)
+        assert self.rank_files is not None
+        return RankReader(self.rank_files, self.pieces)
+
+
+def read_rows(
+    files: RankFiles,
+    pieces: Sequence[Piece],
+    name: str,
+    code: str,
+    first: int,
+    count: int,
+    width: int,
+) -> Bits:
+    """Return rows of a source tensor, or elements of a scale, as bits [count, width].
+
+    Raises:
+        SourceError: two ranks hold different values for the same rows.
+    """
+    block: Bits = np.empty((count, width), BITS[code])
+    known = np.zeros((count, width), bool)
+    for piece in pieces:
+        start, stop = max(first, piece.row), min(first + count, piece.row + piece.count)
+        if start >= stop:
+            continue
+        output = piece.output
+        length = output.matrix[1]
+        at = piece.output_row + start - piece.row
+        bits = files[output.rank].read(output.name, at * length, (stop - start) * length)
+        held = bits.reshape(-1, length)[:, piece.output_column : piece.output_column + piece.width]
+        where = (
+            slice(start - first, stop - first),
+            slice(piece.column, piece.column + piece.width),
+        )
+        if (known[where] & (block[where] != held)).any():
+            raise SourceError(
+                f"rank{output.rank}.safetensors: {output.name} differs from another tensor of the "
+                f"checkpoint with the same part of {name}; nothing was written",
+                hint="the checkpoint is damaged: phireg verify says where.",
+            )
+        block[where], known[where] = held, True
+    if not known.all():
+        raise AssertionError(f"{name}: the plan has no place for some of its rows")
+    return block

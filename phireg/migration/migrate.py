@@ -1,0 +1,264 @@
+"""Carrying a checkpoint's tensors over to a Hugging Face directory.
+
+The directory is planned as if it were quantized anew. Its weights are then read out of the rank
+files, where they are quantized already, and its scales are those of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from phireg.checkpoint.rankfiles import Bits, RankFiles, world_size
+from phireg.config.hf import HFConfig
+from phireg.conversion.convert import Converted, check_plan, write_checkpoint
+from phireg.conversion.quantizer import Scales, WeightQuantizer
+from phireg.dtypes import WEIGHT_DTYPES
+from phireg.errors import CheckError, UsageError
+from phireg.files.json import read_json_object
+from phireg.files.kinds import CHECKPOINT, check_kind
+from phireg.layout.rules import Rules
+from phireg.migration.inverse import Piece, RankSource, invert, read_rows, stated_source
+from phireg.planning.build import build_plan
+from phireg.planning.model import SHARD_BYTES, Options, Plan
+from phireg.planning.plan import choose_family
+from phireg.planning.schedule import schedule
+from phireg.reader.schemes import KV_CACHES, SCHEMES
+from phireg.reader.structure import structure_findings
+from phireg.registry import AUTO, load_target
+from phireg.source.hub import resolve_model_dir
+from phireg.source.tensors import WeightsFile
+from phireg.targets.huggingface import modules_of
+from phireg.targets.target import KEY_SCALE, KV_SCALE, VALUE_SCALE
+from phireg.verification.config import compare_configs
+
+DEFAULT = "hf-modelopt"
+
+
+def migrate(
+    checkpoint_dir: str | Path,
+    model_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    target: str = DEFAULT,
+    family: str = AUTO,
+    revision: str | None = None,
+    max_shard_size: int = SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Converted:
+    """Write a TensorRT-LLM checkpoint of any producer and number of ranks as another target.
+
+    Quantized values and scales are carried over bit for bit. What several ranks hold is compared.
+
+    Args:
+        checkpoint_dir: with config.json and rank files.
+        model_dir: config.json and tokenizer of the model it was made from; no weights are needed.
+        output_dir: the directory to make; must not exist, or be empty.
+        target: a Hugging Face target.
+        family: a family name, ``distribution:name``, or ``auto`` to decide by config.json.
+        revision: branch, tag or commit of a hub repository.
+        max_shard_size: bytes of a file at most.
+        overwrite: replace the output if phireg wrote it, once the new one is complete.
+        progress: takes (further bytes written, all of them).
+
+    Raises:
+        UsageError: the target has ranks, or its readers do not take the checkpoint's format.
+        CheckError: the checkpoint is not one of this model, or is damaged.
+        SourceError: a file cannot be read.
+        OutputError: the output exists, or cannot be written.
+    """
+    if load_target(target).by_rank:
+        raise UsageError(
+            f"--target {target} is what phireg migrates from",
+            hint="choose a Hugging Face target, such as hf-modelopt or hf.",
+        )
+    checkpoint = Path(checkpoint_dir)
+    check_kind(checkpoint, CHECKPOINT)
+    config = read_json_object(checkpoint / "config.json")
+    with RankFiles(checkpoint, world_size(config)) as files:
+        _check_structure(checkpoint, config, files)
+        options = _options(config, target, max_shard_size)
+        directory, commit = resolve_model_dir(str(model_dir), revision)
+        migration = _Migration(directory, commit, family, options, str(checkpoint))
+        migration.check_config(config)
+        plan = migration.plan(files)
+        total = plan.tensor_bytes
+
+        def carried() -> WeightQuantizer:
+            return WeightQuantizer(plan, Scales(migration.scales(files), {}))
+
+        return write_checkpoint(
+            plan,
+            Path(output_dir),
+            overwrite=overwrite,
+            allow_overflow=False,
+            progress=None if progress is None else lambda more: progress(more, total),
+            quantizer=(lambda: WeightQuantizer(plan, Scales(migration.scales(files), {})))
+            if plan.scales
+            else None,
+            quantization={"migrated_from": str(checkpoint)} if plan.scales else None,
+        )
+
+
+def _check_structure(checkpoint: Path, config: Mapping[str, Any], files: RankFiles) -> None:
+    defects = [error.message for error in files.errors.values()]
+    defects += [
+        f"{where}: {text}"
+        for where, text, harmless in structure_findings(config, files.kinds())
+        if not harmless
+    ]
+    if defects:
+        raise _unfit(checkpoint, defects)
+
+
+def _unfit(checkpoint: Path, defects: list[str]) -> CheckError:
+    lines = "".join(f"\n    {defect}" for defect in defects[:20])
+    more = f"\n    and {len(defects) - 20} more" if len(defects) > 20 else ""
+    return CheckError(
+        f"{checkpoint} cannot be migrated; nothing was written{lines}{more}",
+        hint="phireg verify tells what a checkpoint is and where it differs from its model.",
+    )
+
+
+def _options(config: Mapping[str, Any], target: str, max_shard_size: int) -> Options:
+    """Return the options that the checkpoint was made with, and the target."""
+    quantization, mapping = config.get("quantization") or {}, config.get("mapping") or {}
+    formats = {scheme.quant_algo: name for name, scheme in SCHEMES.items()}
+    qformat = formats.get(str(quantization.get("quant_algo")))
+    caches = {algorithm: name for name, algorithm in KV_CACHES.items()}
+    cache = caches.get(str(quantization.get("kv_cache_quant_algo")))
+    written = load_target(target)
+    if qformat is not None and SCHEMES[qformat].weight is None:
+        qformat = None  # files hold the raw weights, which the builder quantizes
+    if qformat is None and written.layouts:
+        raise UsageError(
+            f"the checkpoint's weights are not quantized, and --target {target} is for such",
+            hint="write them with --target hf, or quantize the model anew: phireg quantize.",
+        )
+    if qformat is not None and qformat not in written.layouts:
+        raise UsageError(
+            f"no reader of --target {target} takes {qformat}, the checkpoint's format",
+            hint="phireg families lists what each target takes.",
+        )
+    if cache is not None and cache not in written.kv_caches:
+        raise UsageError(
+            f"no reader of --target {target} takes the checkpoint's {cache} KV cache",
+            hint="quantize the model anew without one, or with fp8.",
+        )
+    return Options(
+        str(config.get("dtype")),
+        int(mapping.get("tp_size", 1)),
+        qformat,
+        cache,
+        int(mapping.get("moe_ep_size") or 1) if "moe" in config else None,
+        target=target,
+        max_shard_size=max_shard_size,
+    )
+
+
+class _Migration:
+    """The plan that makes such a checkpoint, and the one that makes the directory."""
+
+    def __init__(
+        self, directory: Path, commit: str | None, family: str, options: Options, checkpoint: str
+    ) -> None:
+        hf = HFConfig(read_json_object(directory / "config.json"))
+        choice = choose_family(hf, family)
+        translation = choice.family.config_fields().translate(hf)
+        self.checkpoint = checkpoint
+        self.rules = Rules()
+        code = WEIGHT_DTYPES.get(options.dtype, "")
+        source = stated_source(directory, self.rules, code)
+        if translation.ok:
+            self.rules = choice.family.weight_rules(translation.fields, hf)
+            source = dataclasses.replace(
+                stated_source(directory, self.rules, code), revision=commit
+            )
+
+        def planned(wanted: Options) -> Plan:
+            plan = build_plan(choice, hf, source, wanted, checkpoint)
+            check_plan(plan)
+            return plan
+
+        self.forward = planned(dataclasses.replace(options, target="trtllm"))
+        self.backward = planned(dataclasses.replace(options, tp_size=1, moe_ep_size=None))
+        self.pieces = invert(self.forward)
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """Raise a CheckError if the checkpoint is of another model."""
+        problems, _ = compare_configs(config, self.forward.config)
+        if problems:
+            texts = [f"{problem.where}: {problem.text}" for problem in problems]
+            raise _unfit(Path(self.checkpoint), texts)
+
+    def plan(self, files: RankFiles) -> Plan:
+        """Return the directory's plan with the rank files as its source."""
+        plan = self.backward
+        tensors = {
+            name: dataclasses.replace(tensor, dtype=self.pieces[name][0].output.dtype)
+            for name, tensor in plan.source.tensors.items()
+        }
+        listed = tuple(
+            WeightsFile(file.path.name, file.header.digest, file.header.stamp)
+            for file in files.values()
+        )
+        source = RankSource(
+            plan.source.directory,
+            tensors,
+            listed,
+            plan.source.revision,
+            rank_files=files,
+            pieces=self.pieces,
+        )
+        tasks = schedule(plan.outputs, tensors)
+        return dataclasses.replace(plan, source=source, linears=(), tasks=tasks)
+
+    def scales(self, files: RankFiles) -> dict[str, Bits]:
+        """Return the directory's scales, by their names in its plan."""
+        places = self._places(files)
+        return {
+            name: read_rows(files, places[name], name, scale.dtype, 0, scale.size, 1)[:, 0]
+            for name, scale in self.backward.scales.items()
+        }
+
+    def _places(self, files: RankFiles) -> dict[str, list[Piece]]:
+        """Return where the elements of each scale lie, by its name in the directory's plan.
+
+        Scales of rows have the name of the same source module in both plans. Those of a whole
+        linear belong to the modules that it is made of; those of experts to each one's.
+        """
+        places = dict(self.pieces)
+        made_of = modules_of(self.rules)
+        for name in self.forward.scales:
+            target, _, companion = name.rpartition(".")
+            rule = self.rules.get(target)
+            if rule is None:
+                continue
+            modules = made_of[target]
+            share = len(modules) // rule.experts if rule.experts else len(modules)
+            for number, module in enumerate(modules):
+                own = self.pieces[name]
+                if rule.experts and self.forward.scales[name].size > 1:
+                    own = [
+                        piece.row_only(number // share)
+                        for piece in own
+                        if piece.has(number // share)
+                    ]
+                places[f"{module}.{companion}"] = own
+        attention = self.backward.kv_caches
+        for module, ours in zip(self.forward.kv_caches, attention, strict=True):
+            joint = self.pieces[f"{module}.{KV_SCALE}"]
+            for companion in (KEY_SCALE, VALUE_SCALE):
+                # Some exporters write both beside the one that TensorRT-LLM reads.
+                apart = f"{module}.{companion}"
+                known = all(files.kind(rank, apart) is not None for rank in files)
+                places[f"{ours}.{companion}"] = [
+                    dataclasses.replace(piece, output=dataclasses.replace(piece.output, name=apart))
+                    if known
+                    else piece
+                    for piece in joint
+                ]
+        return places
