@@ -68,8 +68,9 @@ def test_quantized_values_and_scales_are_carried_over(tmp_path, key, tp_size, qf
     same(migrated, direct)
     # A TensorRT-LLM cache has one scale for both, at least 1.
     for name, scale in joint.items():
-        other = name.replace("k_proj.k_", "v_proj.v_") if "k_proj" in name else name
-        assert scale == max(1.0, caches[name], caches[other]), name
+        attention = name.rpartition(".")[0].rpartition(".")[0]
+        apart = (caches[f"{attention}.{part}_proj.{part}_scale"] for part in "kv")
+        assert scale == max(1.0, *apart), name
     for file in ("config.json", "hf_quant_config.json"):
         expected, actual = (
             json.loads((tmp_path / d / file).read_text()) for d in ("direct", "out")
