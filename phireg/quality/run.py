@@ -21,13 +21,13 @@ from phireg.data.samples import DEFAULT_SIZE, Encode, read_samples
 from phireg.device import pick_device
 from phireg.dtypes import as_torch
 from phireg.errors import SourceError
-from phireg.executor import Executor, read_spec
+from phireg.executor import Executor, load, read_meaning
 from phireg.executor.generate import generate as write
-from phireg.executor.sources import Source, open_ranks
+from phireg.executor.sources import Source
 from phireg.files.json import read_json_object
 from phireg.generation.tokenizer import find_tokenizer, stop_ids
 from phireg.planning.build import build_plan
-from phireg.planning.model import Plan
+from phireg.planning.model import DEFAULT_TARGET, Plan
 from phireg.quality.layerwise import compare_layers
 from phireg.quality.result import Continuation, Quality, TextQuality
 from phireg.reader.spec import parse_spec
@@ -92,7 +92,7 @@ def measure(
     """
     device = pick_device(settings.device)
     directory = Path(checkpoint_dir)
-    spec = read_spec(directory)
+    spec = read_meaning(directory)
     encode = encoder(plan.source.directory)
     with quiet():
         text = held_back(settings, plan.source.directory, encode) or choose_text(
@@ -108,7 +108,9 @@ def measure(
             f"{text.origin}: no sample has two tokens or more, so nothing can be measured"
         )
     hf = HFConfig(read_json_object(plan.source.directory / "config.json"))
-    options = dataclasses.replace(plan.options, qformat=None, kv_cache_dtype=None)
+    options = dataclasses.replace(
+        plan.options, qformat=None, kv_cache_dtype=None, exclude=(), target=DEFAULT_TARGET
+    )
     unquantized = build_plan(plan.chosen, hf, plan.source, options, plan.model_dir)
     report = progress or (lambda more, total: None)
     with plan.source.open() as reader:
@@ -119,7 +121,7 @@ def measure(
             """Yield the unquantized model and the quantized one."""
             before = parse_spec(dict(unquantized.config))
             yield Executor(before, planned, ranks, device=device, **how)
-            yield Executor(spec, open_ranks(directory, spec, ranks), ranks, device=device, **how)
+            yield load(directory, device, **how)
 
         plain, quantized = opened(dtype=torch.float32, offload=True)
         layers = spec.num_layers
@@ -162,7 +164,7 @@ def measure(
         hidden,
         text_quality,
         sum(unquantized.file_sizes),
-        sum(file.stat().st_size for file in directory.glob("rank*.safetensors")),
+        sum(plan.file_sizes),
         continuation,
         tuple(labels.items()),
     )
