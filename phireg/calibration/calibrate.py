@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import xxhash
 
+from phireg.calibration.awq import PASSES
 from phireg.calibration.collect import Cost, Progress, collect, measure
 from phireg.calibration.settings import Settings
 from phireg.calibration.statistics import SUFFIX, Statistics, load, save
@@ -99,12 +100,13 @@ def calibrate(
     """
     path = Path(file)
     report = tell or (lambda line: None)
+    search = plan.options.searched
     if os.path.lexists(path):
         statistics = load(path)
         named = required and settings == Settings(
             batch_size=settings.batch_size, device=settings.device
         )
-        reason = misfit(statistics, plan.source, None if named else settings)
+        reason = misfit(statistics, plan.source, None if named else settings, search=search)
         if reason is None and not required:
             with suppress(SourceError):  # an export that failed is continued without a network
                 reason = _other_samples(statistics, plan, settings)
@@ -122,9 +124,9 @@ def calibrate(
         for other in _neighbors(path):
             with suppress(SourceError):
                 statistics = load(other)
-                if not misfit(statistics, plan.source, settings) and not _other_samples(
-                    statistics, plan, settings
-                ):
+                if not misfit(
+                    statistics, plan.source, settings, search=search
+                ) and not _other_samples(statistics, plan, settings):
                     report(f"no calibration: {other} has this model's statistics on these samples")
                     return Calibrated(statistics, other, True)
     check_writable(path, STATISTICS)
@@ -136,6 +138,7 @@ def calibrate(
         readings=plan.options.readings,
         progress=progress,
         tell=tell,
+        search=search,
     )
     save(path, statistics)
     return Calibrated(statistics, path, False)
@@ -179,8 +182,11 @@ def run_calibration(
     readings: Readings = NO_CHOICE,
     progress: Progress | None = None,
     tell: Tell | None = None,
+    search: bool = False,
 ) -> Statistics:
     """Run the source's own model over the samples that the settings ask for.
+
+    With ``search`` also AWQ's factors are found, which takes about 14 times as long.
 
     On a GPU it computes in the dtype of the source; on a CPU in bfloat16 if the source is in
     bfloat16, else in float32, since float16 is slow there. Layer by layer, so the model may be
@@ -211,6 +217,8 @@ def run_calibration(
     price = None
     if device.type == "cpu":
         cost = measure(reference, samples.rows, device=device, batch_size=settings.batch_size or 1)
+        if search:
+            cost = dataclasses.replace(cost, token=cost.token * (1 + PASSES))
         available = len(samples.rows)
         if settings.size is None:
             samples = samples.first(_affordable(cost, samples))
@@ -240,7 +248,12 @@ def run_calibration(
     advice = "lower --batch-size or --calib-max-seq-length, or take --device cpu."
     with within_memory(device, advice):
         statistics = collect(
-            reference, samples.rows, device=device, batch_size=batch_size, progress=progress
+            reference,
+            samples.rows,
+            device=device,
+            batch_size=batch_size,
+            progress=progress,
+            search=search,
         )
     return dataclasses.replace(statistics, provenance=provenance | {**statistics.provenance})
 
@@ -254,7 +267,9 @@ def describe(provenance: Mapping[str, Any]) -> str:
     )
 
 
-def misfit(statistics: Statistics, source: Source, settings: Settings | None) -> str | None:
+def misfit(
+    statistics: Statistics, source: Source, settings: Settings | None, *, search: bool = False
+) -> str | None:
     """The reason why statistics do not belong to a model, or to settings; None if they do.
 
     The directory may have another name, and the outcome of a setting of None does not matter.
@@ -266,6 +281,8 @@ def misfit(statistics: Statistics, source: Source, settings: Settings | None) ->
         return f"the weights have other values than those of {provenance.get('model_dir')} had"
     if provenance.get("adapter") != _adapter(source):
         return "it was made with another LoRA adapter merged, or with none"
+    if search and not statistics.awq:
+        return "it was made for formats without AWQ, whose factors it lacks"
     if settings is not None:
         recorded = provenance.get("settings")
         for name, value in _recorded(settings).items():

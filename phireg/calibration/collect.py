@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from phireg.calibration.awq import PASSES, Search
 from phireg.calibration.statistics import Statistics, of_any_expert
 from phireg.device import measure_memory, peak_memory
 from phireg.errors import SourceError
@@ -39,8 +40,12 @@ def collect(
     device: torch.device,
     batch_size: int | None = None,
     progress: Progress | None = None,
+    search: bool = False,
 ) -> Statistics:
     """Collect maxima of the inputs of every linear of every layer, and of keys and values.
+
+    With ``search`` also AWQ's factors: every layer runs a second time, on the same inputs, when the
+    mean magnitudes of its linears' inputs are known.
 
     Rows run as they are, without padding; up to ``batch_size`` rows of the same length run at once:
     by default one on a CPU, and on a GPU as many as have ``GPU_TOKENS`` and fit into its memory.
@@ -58,8 +63,9 @@ def collect(
     """
     model, layers = reference.model, reference.model.model.layers
     report = progress or (lambda more, total: None)
-    total = sum(map(len, rows)) * len(layers)
-    largest = _Largest()
+    total = sum(map(len, rows)) * len(layers) * (1 + PASSES if search else 1)
+    largest = _Largest(averaged=search)
+    smoothers: dict[str, NDArray[np.float32]] = {}
     with torch.no_grad(), _embedding(reference):
         tokens = 0 if batch_size else _tokens_at_once(reference, rows, device)
         groups = _groups(rows, batch_size, tokens)
@@ -69,21 +75,47 @@ def collect(
         for index, layer in enumerate(layers):
             prefix = f"model.layers.{index}."
             ahead = device.type == "cuda"
-            with reference.layer(index, ahead=ahead), largest.watching(layer, prefix):
-                front, shape = None, None
-                for number, ids in enumerate(batches):
-                    if front is None or ids.shape != shape:
-                        front, shape = _front(model, ids, cache), ids.shape
-                    states[number] = front.run(layer, states[number])
-                    report(ids.numel(), total)
-                largest.settle(index)  # which also waits for the GPU
-    inputs = {
-        source: amax
-        for name, amax in largest.inputs.items()
-        for source in reference.parameters.source_modules(name)
-    }
-    batch = max(len(ids) for ids in batches)
-    return Statistics(inputs, largest.of("key"), largest.of("value"), {"batch_size": batch})
+            with reference.layer(index, ahead=ahead):
+                with largest.watching(layer, prefix):
+                    for number, front in enumerate(_fronts(model, batches, cache)):
+                        output = front.run(layer, states[number])
+                        if not search:
+                            states[number] = output
+                        report(batches[number].numel(), total)
+                means = largest.settle(index, len(rows))  # which also waits for the GPU
+                if search:
+                    awq = Search(linears_of(layer, prefix), means)
+                    with awq.watching():
+                        for number, front in enumerate(_fronts(model, batches, None)):
+                            states[number] = front.run(layer, states[number])
+                            awq.compare()
+                            report(batches[number].numel() * PASSES, total)
+                    smoothers |= awq.best()
+    inputs, factors = (
+        {
+            source: values
+            for name, values in found.items()
+            for source in reference.parameters.source_modules(name)
+        }
+        for found in (largest.inputs, smoothers)
+    )
+    provenance = {"batch_size": max(len(ids) for ids in batches)}
+    return Statistics(inputs, largest.of("key"), largest.of("value"), provenance, factors)
+
+
+def linears_of(layer: nn.Module, prefix: str) -> dict[str, nn.Linear]:
+    """The linears of a layer by their names in the model."""
+    modules = layer.named_modules()
+    return {prefix + name: module for name, module in modules if isinstance(module, nn.Linear)}
+
+
+def _fronts(model: Any, batches: Sequence[Tensor], cache: Any) -> Iterator[_Front]:
+    """What the first layer gets for each batch; batches of one shape share it."""
+    front, shape = None, None
+    for ids in batches:
+        if front is None or ids.shape != shape:
+            front, shape = _front(model, ids, cache), ids.shape
+        yield front
 
 
 def _tokens_at_once(reference: Reference, rows: Rows, device: torch.device) -> int:
@@ -224,11 +256,16 @@ def _recording_cache(record: Callable[[int, Tensor, Tensor], None]) -> Any:
 
 
 class _Largest:
-    """Running maxima; on the device while a layer runs, then float32 in main memory."""
+    """Running maxima; on the device while a layer runs, then float32 in main memory.
 
-    def __init__(self) -> None:
+    If they are ``averaged``, also sums over rows of the rows' mean magnitudes.
+    """
+
+    def __init__(self, *, averaged: bool) -> None:
         self.inputs: dict[str, NDArray[np.float32]] = {}
+        self._averaged = averaged
         self._running: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
         self._sizes: dict[str, int] = {}  # input features of the linears that are watched
         self._cached: dict[tuple[str, int], Tensor] = {}
 
@@ -243,15 +280,17 @@ class _Largest:
     def watching(self, layer: nn.Module, prefix: str) -> Iterator[None]:
         """Record the inputs of all linears below a layer."""
         with ExitStack() as stack:
-            for name, module in layer.named_modules():
-                if isinstance(module, nn.Linear):
-                    self._sizes[prefix + name] = module.in_features
-                    handle = module.register_forward_pre_hook(self._hook(prefix + name))
-                    stack.callback(handle.remove)
+            for name, module in linears_of(layer, prefix).items():
+                self._sizes[name] = module.in_features
+                handle = module.register_forward_pre_hook(self._hook(name))
+                stack.callback(handle.remove)
             yield
 
-    def settle(self, layer: int) -> None:
-        """Move a layer's maxima to main memory; refuse those that are missing or not finite."""
+    def settle(self, layer: int, rows: int) -> dict[str, Tensor]:
+        """Move a layer's maxima to main memory; refuse those that are missing or not finite.
+
+        Returns the mean magnitudes of inputs, over ``rows`` rows.
+        """
         seen = set(map(of_any_expert, self._running)) - {None}
         unseen = {name: size for name, size in self._sizes.items() if name not in self._running}
         if dead := [name for name in unseen if of_any_expert(name) not in seen]:
@@ -274,8 +313,10 @@ class _Largest:
         for what in ("key", "value"):
             if (what, layer) not in self._cached:
                 raise SourceError(f"calibration: no {what} of layer {layer} reached the cache")
-        self._running.clear()
-        self._sizes.clear()
+        means = {name: sums / rows for name, sums in self._sums.items()}
+        for finished in (self._running, self._sums, self._sizes):
+            finished.clear()
+        return means
 
     def of(self, what: str) -> tuple[float, ...]:
         """Maxima of keys or of values, by layer."""
@@ -284,8 +325,12 @@ class _Largest:
 
     def _hook(self, name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
         def hook(_: Any, arguments: tuple[Tensor, ...]) -> None:
-            amax = arguments[0].detach().abs().flatten(0, -2).amax(0)
+            magnitudes = arguments[0].detach().abs()
+            amax = magnitudes.flatten(0, -2).amax(0)
             before = self._running.get(name, amax)
             self._running[name] = torch.maximum(before, amax)
+            if self._averaged:
+                means = magnitudes.mean(-2).float()  # rounded row by row: batches do not show
+                self._sums[name] = self._sums.get(name, 0) + means.sum(0)
 
         return hook

@@ -1,7 +1,8 @@
 """Calibration statistics, and the file that keeps them.
 
 One file serves every quantized format, dtype and number of ranks: it holds maxima of the source
-model's own activations under the source's own module names, nothing of a target.
+model's own activations under the source's own module names, nothing of a target. AWQ's factors, if
+they were searched, are those of int4 weights in groups of 128, for every format that has these.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ FORMAT = "phireg-calibration-1"
 SUFFIX = ".calib.safetensors"
 _HINT = "give a file that phireg quantize wrote."
 _INPUT = ".input_amax"
+_AWQ = ".awq_factor"
 _CACHED = re.compile(r"layers\.(0|[1-9]\d*)\.(key|value)_amax")
 
 
@@ -43,15 +45,21 @@ class Statistics:
     """By layer: the maximum of |value|."""
     provenance: Mapping[str, Any]
     """JSON data on their origin."""
+    awq: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    """By module name: the factor of each input channel that AWQ found; empty if not searched."""
 
     def __post_init__(self) -> None:
         for name, amax in self.inputs.items():
-            if amax.dtype != np.float32 or amax.ndim != 1 or amax.size == 0:
-                raise SourceError(
-                    f"calibration statistics: the input maxima of {name} are {amax.dtype} "
-                    f"{list(amax.shape)}, not one float32 per channel"
-                )
+            _check_channels(f"the input maxima of {name}", amax)
             _check(f"the input of {name}", amax)
+        for name, smoother in self.awq.items():
+            _check_channels(f"AWQ's factors of {name}", smoother)
+            if name not in self.inputs or smoother.shape != self.inputs[name].shape:
+                raise SourceError(f"calibration statistics: no input maxima for AWQ's {name}")
+            if not (np.isfinite(smoother) & (smoother > 0)).all():
+                raise SourceError(
+                    f"calibration statistics: AWQ's factors of {name} are not positive"
+                )
         if len(self.keys) != len(self.values):
             raise SourceError(
                 f"calibration statistics: keys of {len(self.keys)} layers and values of "
@@ -91,6 +99,14 @@ def of_any_expert(module: str) -> str | None:
     return ".".join(parts)
 
 
+def _check_channels(what: str, values: NDArray[np.float32]) -> None:
+    if values.dtype != np.float32 or values.ndim != 1 or values.size == 0:
+        raise SourceError(
+            f"calibration statistics: {what} are {values.dtype} {list(values.shape)}, not one "
+            "float32 per channel"
+        )
+
+
 def _check(what: str, amax: NDArray[np.float32]) -> None:
     wrong = ~(np.isfinite(amax) & (amax >= 0))
     if wrong.any():
@@ -110,10 +126,12 @@ def statistics_beside(output_dir: Path) -> Path:
 def save(path: Path, statistics: Statistics) -> None:
     """Write statistics to a safetensors file, which appears complete or not at all.
 
-    Tensors, all float32: ``<module>.input_amax`` [in_features], ``layers.<i>.key_amax`` [1] and
-    ``layers.<i>.value_amax`` [1]; the provenance is JSON in the file's metadata.
+    Tensors, all float32: ``<module>.input_amax`` [in_features], ``<module>.awq_factor`` of the
+    same shape if AWQ's were searched, ``layers.<i>.key_amax`` [1] and ``layers.<i>.value_amax``
+    [1]; the provenance is JSON in the file's metadata.
     """
     tensors = {f"{name}{_INPUT}": np.ascontiguousarray(a) for name, a in statistics.inputs.items()}
+    tensors |= {f"{name}{_AWQ}": np.ascontiguousarray(a) for name, a in statistics.awq.items()}
     for layer, (key, value) in enumerate(zip(statistics.keys, statistics.values, strict=True)):
         tensors[f"layers.{layer}.key_amax"] = np.array([key], dtype=np.float32)
         tensors[f"layers.{layer}.value_amax"] = np.array([value], dtype=np.float32)
@@ -148,6 +166,7 @@ def load(path: Path) -> Statistics:
 
 def _statistics(tensors: Mapping[str, NDArray[Any]], provenance: dict[str, Any]) -> Statistics:
     inputs: dict[str, NDArray[np.float32]] = {}
+    awq: dict[str, NDArray[np.float32]] = {}
     cached: dict[str, dict[int, float]] = {"key": {}, "value": {}}
     for name, tensor in tensors.items():
         if match := _CACHED.fullmatch(name):
@@ -156,6 +175,8 @@ def _statistics(tensors: Mapping[str, NDArray[Any]], provenance: dict[str, Any])
             cached[match[2]][int(match[1])] = float(tensor[0])
         elif name.endswith(_INPUT):
             inputs[name.removesuffix(_INPUT)] = tensor
+        elif name.endswith(_AWQ):
+            awq[name.removesuffix(_AWQ)] = tensor
         else:
             raise SourceError(f"unknown tensor {name}")
     if not inputs:
@@ -165,4 +186,4 @@ def _statistics(tensors: Mapping[str, NDArray[Any]], provenance: dict[str, Any])
             if layer not in layers:
                 raise SourceError(f"layers.{layer}.{kind}_amax is missing")
     keys, values = (tuple(amax for _, amax in sorted(kind.items())) for kind in cached.values())
-    return Statistics(dict(sorted(inputs.items())), keys, values, provenance)
+    return Statistics(dict(sorted(inputs.items())), keys, values, provenance, awq)

@@ -108,10 +108,12 @@ def bytes_read(plan: Plan, alpha: float = 1.0) -> int:
 
 
 def statistics_digest(statistics: Statistics) -> str:
-    """xxh3_128 of names and float32 maxima."""
+    """xxh3_128 of names, float32 maxima and AWQ's factors."""
     hashed = xxhash.xxh3_128()
     for name in sorted(statistics.inputs):
         hashed.update(name.encode() + b"\0" + statistics.inputs[name].tobytes())
+    for name in sorted(statistics.awq):
+        hashed.update(b"awq " + name.encode() + b"\0" + statistics.awq[name].tobytes())
     for maxima in (statistics.keys, statistics.values):
         hashed.update(np.array(maxima, np.float32).tobytes())
     return hashed.hexdigest()

@@ -82,6 +82,11 @@ class Options:
         chosen = self.format
         return self.kv_cache_dtype is not None or (chosen is not None and chosen.calibrated)
 
+    @property
+    def searched(self) -> bool:
+        """True if the calibration searches AWQ's factors."""
+        return self.qformat is not None and FORMATS[self.qformat].smoothing == "awq"
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:

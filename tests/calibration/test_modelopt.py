@@ -37,6 +37,11 @@ def rows():
     return [torch.randint(1, 100, (n,), generator=generator).tolist() for n in (40, 12, 17, 40)]
 
 
+def forward(model):
+    for row in rows():
+        model(torch.tensor([row]))
+
+
 def exported(name, directory, dtype, qformat, out):
     """Tensors of ModelOpt's unified checkpoint with an FP8 KV cache."""
     from modelopt.torch.export import export_hf_checkpoint
@@ -44,14 +49,10 @@ def exported(name, directory, dtype, qformat, out):
 
     model = from_pretrained(name, directory, dtype)
 
-    def run(inner):
-        for row in rows():
-            inner(torch.tensor([row]))
-
     config = copy.deepcopy(getattr(mtq, FORMATS[qformat]))
     config = update_quant_cfg_with_kv_cache_quant(config, mtq.FP8_KV_CFG["quant_cfg"])
     with torch.no_grad():
-        export_hf_checkpoint(mtq.quantize(model, config, run), export_dir=out)
+        export_hf_checkpoint(mtq.quantize(model, config, forward), export_dir=out)
     return load_file(out / "model.safetensors")
 
 
@@ -85,6 +86,37 @@ def test_every_scale_and_weight_is_modelopts(tmp_path, name, dtype):
                 compare = compare_fp8 if qformat == "fp8" else compare_int8
                 compare(linear, paths, ours, theirs, source)
         assert compared == 3 * (6 if name == "phi2" else 4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "dtype"), list(zip(sources.GROUPED, DTYPES * 2, strict=False)))
+def test_awqs_factors_are_modelopts(tmp_path, name, dtype):
+    """Exponent for exponent, and whatever the batches are."""
+    directory = sources.write(name, tmp_path / "source", dtype)
+    found = [
+        collect(
+            opened(name, directory, dtype),
+            rows(),
+            device=torch.device("cpu"),
+            batch_size=size,
+            search=True,
+        )
+        for size in (1, 2)
+    ]
+    model = from_pretrained(name, directory, dtype)
+    quantized = mtq.quantize(model, copy.deepcopy(mtq.INT4_AWQ_CFG), forward)
+    compared = set()
+    for module, linear in quantized.named_modules():
+        if getattr(linear, "input_quantizer", None) is None or ".layers." not in module:
+            continue
+        if linear.input_quantizer.pre_quant_scale is not None:
+            compared.add(module)
+            for statistics in found:
+                factor = torch.from_numpy(statistics.awq[module]).to(dtype)
+                assert torch.equal(factor, linear.input_quantizer.pre_quant_scale), module
+    assert compared == found[0].awq.keys()
+    assert len(compared) == 3 * (6 if name.startswith("phi2") else 4)
+    assert len({x for module in compared for x in found[0].awq[module].tolist()}) > 300
 
 
 def joined(paths, tensors, kind):

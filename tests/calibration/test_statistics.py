@@ -20,7 +20,8 @@ def example():
         "model.layers.10.mlp.fc1": np.array([0.0, 2.5, 1e-40, 3e38], dtype=np.float32),
         "model.layers.2.mlp.fc1": np.array([7.0], dtype=np.float32),
     }
-    return Statistics(inputs, (1.5, 0.0), (2.25, 1e-3), {"samples": 3, "why": "é\n"})
+    factors = {"model.layers.2.mlp.fc1": np.array([0.125], dtype=np.float32)}
+    return Statistics(inputs, (1.5, 0.0), (2.25, 1e-3), {"samples": 3, "why": "é\n"}, factors)
 
 
 def test_the_file(tmp_path):
@@ -31,6 +32,7 @@ def test_the_file(tmp_path):
         assert {name: file.get_tensor(name).tolist() for name in file.keys()} == {  # noqa: SIM118
             "model.layers.10.mlp.fc1.input_amax": torch.tensor([0, 2.5, 1e-40, 3e38]).tolist(),
             "model.layers.2.mlp.fc1.input_amax": [7.0],
+            "model.layers.2.mlp.fc1.awq_factor": [0.125],
             "layers.0.key_amax": [1.5], "layers.1.key_amax": [0.0],
             "layers.0.value_amax": [2.25],
             "layers.1.value_amax": torch.tensor([1e-3]).tolist(),
@@ -41,6 +43,9 @@ def test_the_file(tmp_path):
     }
     assert all(a.dtype == np.float32 for a in loaded.inputs.values())
     assert (loaded.keys, loaded.provenance) == (expected.keys, expected.provenance)
+    assert {name: x.tolist() for name, x in loaded.awq.items()} == {
+        name: x.tolist() for name, x in expected.awq.items()
+    }
     assert loaded.values == (2.25, float(np.float32(1e-3)))
 
 
@@ -85,6 +90,9 @@ def test_maxima_that_are_none(bad):
         ({"a.input_amax": [[1.0]]}, FORMAT, "of a "),
         ({"a.input_amax": []}, FORMAT, "of a "),
         ({"a.output_amax": [1.0]}, FORMAT, "a.output_amax"),
+        ({"a.input_amax": [1.0], "a.awq_factor": [0.0]}, FORMAT, "factors of a "),
+        ({"a.input_amax": [1.0], "b.awq_factor": [1.0]}, FORMAT, "AWQ's b"),
+        ({"a.input_amax": [1.0], "a.awq_factor": [1.0, 1.0]}, FORMAT, "AWQ's a"),
         ({"layers.0.key_amax": [1.0], "layers.0.value_amax": [1.0]}, FORMAT, "linear"),
         ({"a.input_amax": [1.0], "layers.0.key_amax": [1.0]}, FORMAT, "keys"),
         (

@@ -71,7 +71,7 @@ def phi2(partial_rotary_factor=0.4, **changes):
     return randomize(PhiForCausalLM(PhiConfig(**config, attn_implementation="eager")), 6**0.5)
 
 
-def phi3(long=None, **changes):
+def phi3(long=None, factors=FACTORS, **changes):
     """With ``long`` that many tokens have the short factors of long rope (6 rotary pairs)."""
     config = {
         "vocab_size": 103, "hidden_size": 96, "intermediate_size": 136, "num_hidden_layers": 3,
@@ -82,7 +82,7 @@ def phi3(long=None, **changes):
     }  # fmt: skip
     if long:
         original = {} if FOUR else {"original_max_position_embeddings": long}
-        config |= rope("longrope", **FACTORS, **original)
+        config |= rope("longrope", **factors, **original)
     config |= changes
     return randomize(Phi3ForCausalLM(Phi3Config(**config, attn_implementation="eager")), 6**0.5)
 
@@ -115,10 +115,21 @@ MODELS = {
 }
 """By name: the model's maker and its family."""
 
+_LONGER = {kind: [*factors, 3.5, 4.5] for kind, factors in FACTORS.items()}
+GROUPED = {
+    name: (partial(maker, hidden_size=128, intermediate_size=384, **changes), family)
+    for name, maker, family, changes in (
+        ("phi2-grouped", phi2, "phi2", {}),
+        ("phi3-gqa-grouped", phi3_gqa, "phi3-medium", {"factors": _LONGER}),
+        ("phi3-tied-grouped", phi3, "phi3-mini", {"tie_word_embeddings": True}),
+    )
+}
+"""The same with inputs in whole groups of 128, which int4 weights have a scale for."""
+
 
 def write(name, directory, dtype=torch.float32, shard="5GB"):
     """A source directory in ``dtype``."""
-    model = MODELS[name][0]().to(dtype)
+    model = (MODELS | GROUPED)[name][0]().to(dtype)
     model.save_pretrained(directory, max_shard_size=shard, safe_serialization=True)
     return directory
 
@@ -133,7 +144,7 @@ def edit_config(directory, **changes):
 
 def opened(name, directory, dtype=torch.float32, weights=None, device="cpu", **choices):
     """The reference of a written model."""
-    family = registry.load(MODELS[name][1]).family
+    family = registry.load((MODELS | GROUPED)[name][1]).family
     device = torch.device(device)
     return open_reference(family, directory, weights=weights, dtype=dtype, device=device, **choices)
 
