@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from phireg.conversion.cast import PIECE, Bits, Float32
+from phireg.conversion.cast import Bits, Float32
 from phireg.dtypes import BITS, E4M3_BEYOND, E4M3_MAX, WEIGHT_DTYPES, as_torch
 from phireg.findings import Finding
 from phireg.planning.model import Plan
+
+# Elements quantized at a time on a CPU: float32 copies of them stay small.
+PIECE = 128 * 1024
 
 CPU = "cpu"
 """The name of a device. A GPU computes the same bits: every step is one IEEE operation per element,

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, nullcontext
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -28,7 +28,7 @@ from phireg.conversion.cast import (
     count_not_finite,
     one_thread_each,
 )
-from phireg.dtypes import BITS
+from phireg.dtypes import BITS, ITEMSIZE
 from phireg.planning.model import (
     BLOCK_BYTES,
     Output,
@@ -55,6 +55,10 @@ blocks are so small that more threads mostly wait for the interpreter."""
 GPU_WORKERS, GPU_BLOCK_BYTES = 4, 4 * 2**20
 """The same where a GPU quantizes: what it takes to start a copy or a kernel counts, and the
 interpreter is needed seldom."""
+
+SYNC_BYTES = 64 * 2**20
+"""After so many bytes a file is synced in the background, so that the disk need not wait until
+everything is written."""
 
 Progress = Callable[[int], None]
 """Takes the number of further bytes that are done; called from worker threads."""
@@ -92,8 +96,8 @@ def carry(
     workers, block_bytes = share(quantizer.device if quantizer else "cpu", workers)
     with ExitStack() as stack:
         reader = stack.enter_context(plan.source.open())
-        busy = plan.casts or plan.source.adapter is not None or quantizer is not None
-        stack.enter_context(one_thread_each(workers) if busy else nullcontext())
+        if plan.source.adapter is not None or quantizer is not None:  # they compute with torch
+            stack.enter_context(one_thread_each(workers))
         pool = stack.enter_context(ThreadPoolExecutor(workers))
         carrier = _Carrier(plan, reader, sink, stop, quantizer, block_bytes)
         try:
@@ -131,8 +135,11 @@ def stream(
             os.ftruncate(fd, size)
             _write(fd, memoryview(header), 0)
             files.append(fd)
-        writer = _Writer(plan, files, progress)
+        syncing = ThreadPoolExecutor(1)
+        stack.callback(syncing.shutdown, cancel_futures=True)
+        writer = _Writer(plan, files, syncing, progress)
         losses = carry(plan, writer, workers=workers, quantizer=quantizer)
+        collect(writer.syncs)  # the system reports an error once, and here
     digests = {
         (output.rank, output.name): digest.hexdigest()
         for output, digest in zip(plan.outputs, writer.hashes, strict=True)
@@ -143,11 +150,16 @@ def stream(
 class _Writer:
     """The sink that writes rank files and hashes every tensor."""
 
-    def __init__(self, plan: Plan, files: list[int], progress: Progress | None) -> None:
+    def __init__(
+        self, plan: Plan, files: list[int], syncing: Executor, progress: Progress | None
+    ) -> None:
         self.outputs = plan.outputs
         self.files = files
         self.progress = progress
         self.hashes = [xxhash.xxh3_128() for _ in plan.outputs]
+        self.syncs: list[Future[None]] = []
+        self._syncing = syncing
+        self._unsynced = [0] * len(files)
 
     def put(self, index: int, row: int, rows: Bits) -> None:
         """Write whole rows of an output and add them to its digest."""
@@ -156,6 +168,10 @@ class _Writer:
         per_row = len(view) // len(rows)
         _write(self.files[output.rank], view, output.offset + row * per_row)
         self.hashes[index].update(view)
+        self._unsynced[output.rank] += len(view)
+        if self._unsynced[output.rank] >= SYNC_BYTES:
+            self._unsynced[output.rank] = 0
+            self.syncs.append(self._syncing.submit(os.fsync, self.files[output.rank]))
         if self.progress is not None:
             self.progress(len(view))
 
@@ -180,6 +196,8 @@ def read_blocks(
     per_row = row_bytes(source)
     per_block = max(1, (block_bytes or BLOCK_BYTES) // per_row)
     buffer = np.empty(min(count, per_block) * per_row, np.uint8)
+    casts = source.dtype != code
+    rounded: Bits = np.empty(casts * len(buffer) // ITEMSIZE[source.dtype], BITS[code])
     for done in range(0, count, per_block):
         if stop.is_set():
             raise Cancelled
@@ -188,8 +206,8 @@ def read_blocks(
         reader.read_into(source, (row + done) * per_row, raw.data)
         block: Bits = raw.view(BITS[source.dtype])
         loss = count_not_finite(block, source.dtype) if count_source else NO_LOSS
-        if source.dtype != code:
-            block, lost = cast(block, source.dtype, code)
+        if casts:
+            block, lost = cast(block, source.dtype, code, rounded[: block.size])
             loss += lost
         yield done, block.reshape(rows, -1), loss
 
@@ -306,7 +324,7 @@ class _Carrier:
             code,
             stop,
             count_source=count_source,
-            block_bytes=self.block_bytes,
+            block_bytes=self.block_bytes * self.plan.blocks(step),
         )
         for done, block, lost in blocks:
             loss += lost

@@ -31,6 +31,9 @@ Small enough that a block is still in the processor's cache when it is hashed an
 4 MiB take half as long again.
 """
 
+# Times BLOCK_BYTES at most where ranks take columns of the rows, and so parts of a block.
+_CUT_BLOCKS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -318,22 +321,37 @@ class Plan:
         quantizes = bool(self.linears) and output.dtype not in WEIGHT_DTYPES.values()
         return WEIGHT_DTYPES[self.options.dtype] if quantizes else output.dtype
 
+    def blocks(self, step: Step) -> int:
+        """Return how many times BLOCK_BYTES a worker holds of a step's rows.
+
+        Where ranks take columns of them, more, so that each still has much to write at once.
+        """
+        origins = [self.outputs[write.output].origin for write in step.writes]
+        cut = any(isinstance(origin, Rows) and origin.columns for origin in origins)
+        return min(len(origins), _CUT_BLOCKS) if cut and not self.linears else 1
+
     def buffer_bytes(self, workers: int) -> int:
         """Upper bound of the memory a run holds in buffers.
 
         Each worker has a block of source rows, its cast copy, and the columns cut out for a rank;
-        when weights are quantized, also the quantized block and float32 copies of a piece of it.
+        where a cast finds no number that is normal in both dtypes, also the place of each; when
+        weights are quantized, the quantized block and float32 copies of a piece of it.
         Where LoRA layers are added, a block is summed in float64, and each worker has the factors
         of one tensor. The scales of all linears are in memory together.
         """
-        longest = max(
-            (row_bytes(step.source) for task in self.tasks for step in task.steps if step.source),
-            default=0,
+        largest = max(
+            (
+                max(BLOCK_BYTES * self.blocks(step), row_bytes(step.source))
+                for task in self.tasks
+                for step in task.steps
+                if step.source
+            ),
+            default=BLOCK_BYTES,
         )
         factors = max((_factor_bytes(tensor) for tensor in self.source.tensors.values()), default=0)
-        copies = (8 if self.linears else 4) + (12 if factors else 0)
+        copies = (10 if self.linears or self.casts else 4) + (12 if factors else 0)
         scales = sum(scale.nbytes for scale in self.scales.values())
-        return workers * (copies * max(BLOCK_BYTES, longest) + factors) + scales
+        return workers * (copies * largest + factors) + scales
 
 
 def _factor_bytes(tensor: SourceTensor) -> int:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from phireg.conversion import cast as casting
 from phireg.conversion.cast import NO_LOSS, Loss, cast, count_not_finite, one_thread_each
 
 ALL_16 = np.arange(2**16, dtype=np.uint16)
@@ -62,6 +63,35 @@ def test_every_value(source, target):
         overflowed=int((np.isfinite(before) & np.isinf(after)).sum()),
         flushed=int(((before != 0) & (after == 0)).sum()),
     )
+
+
+@pytest.mark.parametrize(
+    "source, target, pairs",
+    [
+        ("F32", "F16", {0x7F800001: 0x7E00, 0xFFBFE000: 0xFFFF, 0x7FC02000: 0x7E01}),
+        ("F32", "BF16", {0x7F800001: 0xFFFF, 0xFFFFFFFF: 0xFFFF}),
+        ("BF16", "F16", {0x7F81: 0x7E08, 0xFFBF: 0xFFF8, 0x7FC0: 0x7E00}),
+        ("BF16", "F32", {0x7F81: 0x7F810000, 0xFFC0: 0xFFC00000}),
+        ("F16", "BF16", {0x7C01: 0x7FC0, 0xFFFF: 0x7FC0}),
+        ("F16", "F32", {0x7C01: 0x7FC02000, 0xFE00: 0xFFC00000}),
+    ],
+)
+def test_a_nan_is_the_one_that_torch_makes(source, target, pairs):
+    """On x86 with AVX-512, of enough elements; few of them, and other processors, differ."""
+    bits = np.array(list(pairs), SOURCES[source].dtype)
+    assert [hex(bit) for bit in cast(bits, source, target)[0]] == list(map(hex, pairs.values()))
+
+
+@pytest.mark.parametrize("source, target", PAIRS)
+def test_pieces_do_not_matter(source, target, monkeypatch):
+    bits = SOURCES[source][-60_000:].reshape(300, 200)
+    expected, loss = cast(bits, source, target)
+    monkeypatch.setattr(casting, "PIECE", 7_001)
+    out = np.ones_like(expected)
+    result, again = cast(bits, source, target, out)
+    assert result is out
+    assert again == loss
+    assert np.array_equal(out, expected)
 
 
 def test_losses_happen_where_they_must():

@@ -1,8 +1,12 @@
 """The stream: bytes independent of blocks and workers, digests, losses, failures, memory."""
 
+import errno
 import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 import phireg
 from phireg.conversion import stream as streaming
 from phireg.conversion.cast import Loss
-from phireg.errors import PlanError, SourceError
+from phireg.errors import OutputError, PlanError, SourceError
 from phireg.planning.model import BLOCK_BYTES
 from phireg.testing import write_random_model
 
@@ -242,6 +246,42 @@ def test_rank_files_are_never_overwritten(tmp_path, source):
     assert (tmp_path / "rank0.safetensors").read_bytes() == b"somebody's"
 
 
+def test_a_file_that_cannot_be_synced_is_an_error(tmp_path, source, monkeypatch):
+    """The system reports it once: to the sync in the background, and not to the one at the end."""
+    synced, sync = [], os.fsync
+
+    def fail(descriptor):
+        name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+        if name == "rank1.safetensors" and name not in synced:
+            synced.append(name)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(descriptor)
+
+    monkeypatch.setattr(streaming, "SYNC_BYTES", 1000)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OutputError):
+        phireg.convert(phireg.plan(source, tp_size=2), tmp_path / "out")
+    assert len(synced) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    monkeypatch.setattr(os, "fsync", sync)
+    phireg.convert(phireg.plan(source, tp_size=2), tmp_path / "out")
+    run(source, tmp_path / "whole", tp_size=2)
+    ranks = {name: data for name, data in files(tmp_path / "out").items() if "rank" in name}
+    assert ranks == files(tmp_path / "whole")
+
+
+def test_a_cast_needs_no_torch(tmp_path, source):
+    program = """
+import sys
+sys.modules["torch"] = None
+import phireg
+phireg.convert(phireg.plan(sys.argv[1], dtype="float16", tp_size=2), sys.argv[2])
+"""
+    command = [sys.executable, "-c", program, str(source), str(tmp_path / "out")]
+    subprocess.run(command, check=True)
+    assert len(list((tmp_path / "out").glob("rank*"))) == 2
+
+
 # --- memory ----------------------------------------------------------------------------------
 
 CONVERT = """
@@ -249,11 +289,6 @@ import json, sys
 import phireg
 
 source, dtype, tp = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-if dtype != "bfloat16":
-    import torch
-    import numpy as np
-    from phireg.conversion.cast import cast
-    cast(np.zeros(1 << 16, np.uint16), "BF16", "F16")
 plan = phireg.plan(source, dtype=dtype, tp_size=tp)
 before = resident("VmRSS")
 phireg.convert(plan, source.parent / "out")
