@@ -153,7 +153,7 @@ def _verifications(
     options: dict[str, Any],
 ) -> Iterator[Verification]:
     """Verify a checkpoint or a server; or an engine, and its checkpoint if there is a source."""
-    from phireg.files.kinds import CHECKPOINT, ENGINE, check_kind, kind_of
+    from phireg.files.kinds import CHECKPOINT, ENGINE, HF_MODEL, check_kind, kind_of
     from phireg.tensorrt.engine import is_native, read_native
     from phireg.verification.result import CHECKS, QUICK
 
@@ -174,7 +174,7 @@ def _verifications(
         )
     directory, checks = Path(place), QUICK if quick else tuple(CHECKS)
     if not is_native(directory):
-        check_kind(directory, CHECKPOINT, ENGINE)
+        check_kind(directory, CHECKPOINT, ENGINE, HF_MODEL)
         if model_dir is None:
             raise UsageError(
                 "there is nothing to compare with", hint="give --model-dir, the source model."

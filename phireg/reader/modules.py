@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from phireg.dtypes import WEIGHT_DTYPES
+from phireg.formats import WEIGHT_BITS
 from phireg.reader.config import Config
 from phireg.reader.layouts import ANY_FLOAT, Layout, Part, Storage, parse_layout
 from phireg.reader.models import EMBEDDING, HEAD, Model, Order, find_model, is_tied, parse_model
@@ -207,5 +208,9 @@ def parse_directory(
     layout = parse_layout(values, sidecar, where)
     config = Config(values, where)
     row = find_model(config)
-    quantization = Quantization(layout.algorithm or None, layout.cache)
-    return Directory(replace(spec, quantization=quantization), layout, row, is_tied(config, row))
+    whole = Directory(spec, layout, row, is_tied(config, row))
+    bits = [WEIGHT_BITS[m.storage.form.weight] for m in whole.modules() if m.storage is not None]
+    quantization = Quantization(
+        layout.algorithm if bits else None, layout.cache, bits=min(bits, default=8)
+    )
+    return replace(whole, spec=replace(spec, quantization=quantization))

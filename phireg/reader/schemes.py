@@ -134,6 +134,7 @@ class Quantization:
 
     weights: str | None = None  # a WeightScheme; of other layouts, what people call it
     kv_cache: Grid | None = None
+    bits: int = 8  # of the coarsest weights
     excluded: Excluded = field(default=Excluded(()), compare=False)
 
     def scheme(self, module: str) -> Scheme | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phireg.checkpoint.shards import read_directory
 from phireg.device import pick_device
 from phireg.dtypes import E4M3_MAX, INT8_MAX
 from phireg.errors import CheckError, SourceError
-from phireg.executor import Executor, ModelSpec
-from phireg.executor.model import free_memory
+from phireg.executor import Executor, ModelSpec, blocks, read_meaning
+from phireg.executor.directories import DirectorySource, open_directory
+from phireg.executor.model import free_memory, is_directory
 from phireg.executor.sources import Source, open_ranks
+from phireg.formats import LARGEST
 from phireg.planning.model import Plan
 from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY, Quantization
 from phireg.reader.spec import parse_spec
@@ -59,15 +63,23 @@ _TENSOR = re.compile(r"(transformer|lm_head)[\w.]+")
 class ActivationRanges:
     """Observes the inputs of quantized linears."""
 
-    def __init__(self, spec: ModelSpec, sources: Sequence[Source]) -> None:
-        self.spec = spec
+    def __init__(self, executor: Executor, sources: Sequence[Source]) -> None:
+        self.spec = executor.spec
+        self.executor = executor
         self.sources = sources
         self.used: dict[tuple[int, str], float] = {}
+        self.cached: dict[int, tuple[float, float]] = {}  # largest key and value by layer
 
     def observe(self, layer: int, linear: str, x: Tensor) -> None:
         """Take a linear's input, before smoothing; see ``Executor.forward``."""
         scheme = self.spec.quantization.weights
-        if scheme is None:
+        (source, *_) = self.sources
+        if isinstance(source, DirectorySource):
+            self._observe_directory(source, layer, linear, x)
+            if linear == "attention.qkv" and self.spec.quantization.kv_cache is not None:
+                self._observe_cache(layer, x)
+            return
+        if scheme not in _LARGEST:
             return
         if scheme == "int8_sq":
             x = x.float() * self._read(layer, f"{linear}.prequant_scaling_factor").to(x.device)
@@ -88,6 +100,52 @@ class ActivationRanges:
                 more = f", and {len(linears) - 1} more linears" if len(linears) > 1 else ""
                 text = text.format(linears[layer, linear])
                 yield f"inputs of layer {layer} {linear} {text}{more}"
+
+    def _observe_directory(
+        self, source: DirectorySource, layer: int, linear: str, x: Tensor
+    ) -> None:
+        """Take the inputs of a directory's linears, which have calibrated scales or none."""
+        for part in source.stored(layer, linear)[0]:
+            if part.inputs is None or part.scale is None:
+                continue
+            smoothed = x.float() if part.smoothing is None else x * part.smoothing.float()
+            largest = LARGEST[part.inputs.grid]
+            if part.inputs.scale == "group":
+                largest *= LARGEST["e4m3"]
+            used = float(smoothed.abs().amax()) / (float(part.scale) * largest)
+            self.used[layer, linear] = max(used, self.used.get((layer, linear), 0.0))
+
+    def _observe_cache(self, layer: int, x: Tensor) -> None:
+        spec, size = self.spec, self.spec.head_size
+        (weights,) = self.executor.layer_weights(layer)
+        parts = blocks.linear(weights, "attention.qkv", x).split(
+            [heads * size for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)], -1
+        )
+        before = self.cached.get(layer, (0.0, 0.0))
+        key, value = (float(part.abs().amax()) for part in parts[1:])
+        self.cached[layer] = max(before[0], key), max(before[1], value)
+
+    def exchanged(self) -> Iterator[Problem]:
+        """Yield layers whose scales of keys and values fit each other's range, not their own."""
+        (source, *_) = self.sources
+        if not isinstance(source, DirectorySource):
+            return
+        for layer, largest in self.cached.items():
+            names = source.directory.cache_scales(layer)
+            ends = [float(source.shards.tensor(names[what])) * E4M3_MAX for what in "kv"]
+            own, other = (
+                max(abs(math.log2(max(used, 1e-30) / end)) for used, end in pairs)
+                for pairs in (
+                    list(zip(largest, ends, strict=True)),
+                    list(zip(largest, reversed(ends), strict=True)),
+                )
+            )
+            if own > other + 1:
+                text = (
+                    f"covers keys up to {ends[0]:.4g} and values up to {ends[1]:.4g}; they reach "
+                    f"{largest[0]:.4g} and {largest[1]:.4g}: the two scales are exchanged"
+                )
+                yield Problem(names["k"], text, None, layer, "attention")
 
     def _read(self, layer: int, name: str) -> Tensor:
         whole = layer_prefix(layer) + name
@@ -126,6 +184,8 @@ class ComputedChecks:
     @cached_property
     def spec(self) -> ModelSpec:
         """The meaning of config.json; weights that the builder is to quantize run as they are."""
+        if is_directory(self.directory):
+            return read_meaning(self.directory)
         values = dict(self.config)
         for key, kind in (("mapping", dict), ("quantization", dict), ("hidden_act", str)):
             if not isinstance(values.get(key), kind | None):
@@ -145,6 +205,10 @@ class ComputedChecks:
     def opened(self) -> tuple[Executor, list[Source]]:
         """The executor and its ranks' tensors."""
         ranks = range(self.spec.tp_size)
+        if is_directory(self.directory):
+            source = open_directory(self.directory, read_directory(self.directory))
+            model = Executor(self.spec, [source], ranks, device=self.device, dtype=self.dtype)
+            return model, [source]
         sources = open_ranks(self.directory, self.spec, ranks)
         return Executor(self.spec, sources, ranks, device=self.device, dtype=self.dtype), sources
 
@@ -173,7 +237,7 @@ class ComputedChecks:
         if problems := list(_size_problems(self.spec, reference)):
             return Outcome("the source's model has other sizes", problems, [])
         executor, sources = self.opened
-        ranges = ActivationRanges(self.spec, sources)
+        ranges = ActivationRanges(executor, sources)
         # Each layer is compared alone, and once more when the executor runs on its own.
         total = 2 * self.spec.num_layers * len(self.prompts.prompts)
         self.progress("logits", 0, total)
@@ -209,7 +273,7 @@ class ComputedChecks:
         notes += ranges.notes()
         return Outcome(
             summary,
-            list(_logits_problems(result)),
+            [*_logits_problems(result), *ranges.exchanged()],
             notes,
             self.prompts.undone,
             bool(self.prompts.notes),
@@ -263,10 +327,16 @@ class ComputedChecks:
                     file=plan.options.readings.weights,
                     adapter=plan.options.readings.adapter,
                     tie=plan.options.readings.tie,
+                    change=self._keep_window,
                 )
             except SourceError as error:
                 raise Skipped(error.message) from error
         return self._reference
+
+    def _keep_window(self, values: dict[str, Any]) -> None:
+        """Let the reference attend in a directory's sliding window; others have none."""
+        if self.spec.sliding_window is not None:
+            values["sliding_window"] = self.spec.sliding_window
 
     def _filled_reference(self, plan: Plan) -> tuple[Reference, list[str]]:
         """Read the source's weights, whole or layer by layer as memory allows; return notes."""
@@ -294,7 +364,7 @@ class ComputedChecks:
 def _algorithms(spec: ModelSpec) -> str:
     """Name what is quantized, in TensorRT-LLM's names of the algorithms."""
     weights, cache = spec.quantization.weights, spec.quantization.kv_cache
-    names = [SCHEMES[weights].quant_algo] if weights else []
+    names = [SCHEMES[weights].quant_algo if weights in SCHEMES else weights] if weights else []
     return ", ".join([*names, *([f"{KV_CACHES[cache]} KV cache"] if cache else [])])
 
 

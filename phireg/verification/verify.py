@@ -15,7 +15,7 @@ from phireg.checkpoint.manifest import read_manifest
 from phireg.checkpoint.rankfiles import RankFiles, world_size
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import UsageError
-from phireg.files.kinds import MANIFEST
+from phireg.files.kinds import HF_MODEL, MANIFEST, kind_of
 from phireg.files.sizes import size
 from phireg.planning.model import Output, Plan, Scale
 from phireg.planning.plan import plan as plan_source
@@ -39,6 +39,7 @@ from phireg.verification.quantized import (
 from phireg.verification.result import (
     CHECKS,
     QUICK,
+    Check,
     NotNeeded,
     Outcome,
     Problem,
@@ -51,6 +52,7 @@ from phireg.verification.result import (
 
 if TYPE_CHECKING:
     from phireg.verification.compute import ComputedChecks
+    from phireg.verification.directories import DirectoryVerifier
 
 
 def verify(
@@ -71,7 +73,7 @@ def verify(
     """Compare a checkpoint with the model it was made from; see docs/verify.md.
 
     Args:
-        checkpoint_dir: the checkpoint, whatever tool wrote it.
+        checkpoint_dir: the checkpoint, or a Hugging Face directory, whatever tool wrote it.
         model_dir: the source: a directory, or a repository on the Hugging Face hub.
         family: as for :func:`phireg.plan`.
         revision: branch, tag or commit of a hub repository.
@@ -98,12 +100,22 @@ def verify(
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"prompts of {max_tokens} tokens are not possible", hint="use 1 or more.")
     directory = Path(checkpoint_dir)
+    advance = progress or (lambda check, more, total: None)
+    computes = bool(set(checks) - set(QUICK))
+    if kind_of(directory) is HF_MODEL:
+        from phireg.verification.directories import DirectoryVerifier
+
+        own = DirectoryVerifier(directory, advance)
+        with own.shards:
+            if computes:
+                own.open_computed(device, dtype, max_tokens)
+            own.plan_source(str(model_dir), family, revision, Readings(weights, adapter, tie))
+            results = [make_check(n, own.checks[n]) for n in CHECKS if n in checks]
+            return _verification(checkpoint_dir, model_dir, own, results)
     config = checkpoint_config(directory)
     with RankFiles(directory, world_size(config)) as files:
-        verifier = _Verifier(
-            directory, config, files, progress or (lambda check, more, total: None)
-        )
-        if set(checks) - set(QUICK):
+        verifier = _Verifier(directory, config, files, advance)
+        if computes:
             from phireg.verification.compute import ComputedChecks
 
             # An unknown device is an error before any byte is compared.
@@ -112,15 +124,24 @@ def verify(
             )
         verifier.plan_source(str(model_dir), family, revision, Readings(weights, adapter, tie))
         results = [make_check(n, verifier.checks[n]) for n in CHECKS if n in checks]
-        return Verification(
-            str(checkpoint_dir),
-            str(model_dir),
-            verifier.plan.family,
-            config,
-            tuple(results),
-            verifier.computed.result if verifier.computed else None,
-            tuple(verifier.provenance()),
-        )
+        return _verification(checkpoint_dir, model_dir, verifier, results)
+
+
+def _verification(
+    checkpoint_dir: str | Path,
+    model_dir: str | Path,
+    verifier: _Verifier | DirectoryVerifier,
+    results: Iterable[Check],
+) -> Verification:
+    return Verification(
+        str(checkpoint_dir),
+        str(model_dir),
+        verifier.plan.family,
+        verifier.config,
+        tuple(results),
+        verifier.computed.result if verifier.computed else None,
+        tuple(verifier.provenance()),
+    )
 
 
 class _Verifier:

@@ -1,0 +1,366 @@
+"""Verify a Hugging Face directory, quantized or not, against the model it was made from.
+
+Its tensors are read as the blueprint's and compared with what a conversion of the source gives, so
+that every layout of a source, adapters too, can be compared with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from phireg.checkpoint.manifest import read_manifest
+from phireg.checkpoint.rankfiles import Bits
+from phireg.checkpoint.shards import Shards, read_directory
+from phireg.conversion.stream import assemble
+from phireg.dtypes import BITS, UNIT_ROUNDOFF, as_torch
+from phireg.errors import CheckError
+from phireg.executor.directories import DirectorySource, content_problems
+from phireg.files.json import read_json_object
+from phireg.files.sizes import size
+from phireg.planning.model import Plan
+from phireg.planning.plan import plan as plan_source
+from phireg.planning.report import fold_layers
+from phireg.planning.schedule import restrict
+from phireg.reader.models import parse_model
+from phireg.reader.spec import ModelSpec, parse_spec
+from phireg.reader.tensors import ROUTER, Kind
+from phireg.source.readings import Readings
+from phireg.verification.comparison import Difference, compare, is_comparable
+from phireg.verification.compute import ComputedChecks
+from phireg.verification.linears import compare_linears
+from phireg.verification.mistakes import explain
+from phireg.verification.result import (
+    NotNeeded,
+    Outcome,
+    Problem,
+    Progress,
+    Skipped,
+    place_of,
+    shown,
+)
+
+_NORMS = ("input_layernorm", "post_layernorm")
+_TORCH_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class DirectoryVerifier:
+    """Makes the checks of a directory, which share its tensors and the source's plan."""
+
+    plan: Plan
+
+    def __init__(self, path: Path, progress: Progress) -> None:
+        self.path = path
+        self.progress = progress
+        self.config = read_json_object(path / "config.json")
+        self.manifest = read_manifest(path)
+        self.shards = Shards(path)
+        self.computed: ComputedChecks | None = None
+        self.refusal: CheckError | None = None
+        try:
+            self.directory = read_directory(path)
+        except CheckError as error:
+            self.refusal = error
+        self.checks: dict[str, Callable[[], Outcome]] = {
+            "structure": self.structure,
+            "config": self.config_json,
+            "weights": self.weights,
+            "reading": lambda: self.compute("reading"),
+            "logits": lambda: self.compute("logits"),
+            "ranks": lambda: self.compute("ranks"),
+        }
+
+    def open_computed(self, device: str, dtype: str, max_tokens: int | None) -> None:
+        """Prepare the checks that run the directory; an unknown device is an error here."""
+        self.computed = ComputedChecks(
+            self.path, self.config, device, dtype, max_tokens, self.progress
+        )
+
+    @functools.cached_property
+    def source(self) -> DirectorySource:
+        """The directory's tensors under the blueprint's names."""
+        self._check_meaning()
+        return DirectorySource(self.directory, self.shards)
+
+    def plan_source(
+        self, model_dir: str, family: str, revision: str | None, chosen: Readings
+    ) -> None:
+        """Plan what the blueprint's tensors of the source are."""
+        readings = chosen.over(Readings.recorded(self.manifest))
+        self.plan = plan_source(
+            model_dir,
+            family=family,
+            revision=revision,
+            dtype="auto" if self.refusal else self.directory.spec.dtype,
+            weights=readings.weights,
+            adapter=readings.adapter,
+            tie=readings.tie,
+        )
+
+    def structure(self) -> Outcome:
+        """Check names, shapes, dtypes, scales and the blocks of the two config files."""
+        if self.refusal is not None:
+            where, _, text = self.refusal.message.partition(": ")
+            return Outcome(
+                "the directory has no exact meaning",
+                [Problem(where, text, self.refusal.hint, part="config")],
+                [],
+            )
+        deviations = list(self.directory.deviations(self.shards.kinds()))
+        problems = [self._problem(d.name, d.text) for d in deviations if not d.harmless]
+        if not problems:
+            problems = [self._problem(*found) for found in content_problems(self.source)]
+        notes = [f"{d.name} {d.text}" for d in deviations if d.harmless]
+        layout = self.directory.layout
+        count = f"{len(self.shards.kinds())} tensors in {len(self.shards.files)} files"
+        algorithm = f", {layout.algorithm}" if layout.algorithm else ""
+        return Outcome(f"{layout.name}{algorithm}: {count}", folded(problems), notes)
+
+    def config_json(self) -> Outcome:
+        """Compare what config.json means with what the source's does."""
+        self._check_meaning()
+        values = read_json_object(Path(self.plan.source.directory) / "config.json")
+        try:
+            expected, of = parse_model(values), "the source's config.json"
+        except CheckError as error:
+            if not self.plan.config:
+                raise Skipped(f"the source has no meaning here: {error.message}") from error
+            expected, of = parse_spec(self.plan.config), "a conversion of the source"
+        problems = list(_differing(self.directory.spec, expected))
+        fields = len(dataclasses.fields(expected))
+        return Outcome(f"{fields} settings compared with {of}", problems, [])
+
+    def weights(self) -> Outcome:
+        """Compare every tensor with the source: bit for bit, or by its grid."""
+        self._check_meaning()
+        if self.plan.errors:
+            error = self.plan.errors[0]
+            raise Skipped(f"the source has no plan: {error.subject} {error.detail}")
+        if any(not d.harmless for d in self.directory.deviations(self.shards.kinds())):
+            raise Skipped("the tensors are not what config.json says")
+        quantized = set(self._quantized())
+        plain = restrict(self.plan, lambda output: output.name not in quantized)
+        total = sum(output.nbytes for output in self.plan.outputs)
+        files = Blueprint(self.source)
+        absent = [output for output in plain.outputs if not is_comparable(files, output)]  # type: ignore[arg-type]
+        differences = compare(plain, files, lambda more: self.progress("weights", more, total))  # type: ignore[arg-type]
+        norms = self._folded_norms(plain, files, differences)
+        names = [name.removesuffix(".weight") for name in quantized]
+        found = compare_linears(self.plan, self.source, norms, names)
+        folded_in = norms.keys() - found.unfolded
+        left = [d for d in differences if d.output.name.rpartition(".")[0] not in folded_in]
+        problems = [
+            dataclasses.replace(p, where=self._own_name(p.where.rpartition(" ")[2]))
+            for p in explain(plain, files, left)  # type: ignore[arg-type]
+        ]
+        problems += [
+            self._problem(self._own_name(o.name), "is of another shape or dtype than the source's")
+            for o in absent
+        ]
+        problems += found.problems
+        notes = []
+        if folded_in or found.folded:
+            notes.append(
+                f"factors of smoothing are folded into {len(folded_in)} norms and the rows before "
+                f"{found.folded} linears, and cancel"
+            )
+        if found.searched:
+            notes.append(
+                f"{found.searched} weights are not rounded to the nearest level, evenly: clipped, "
+                "or quantized by a method that corrects one value by others (GPTQ)"
+            )
+        count = len(plain.outputs) - len(absent)
+        summary = f"{count} tensors compared bit for bit"
+        if found.compared:
+            summary += f"; {found.compared} quantized linears within a step of their grid"
+        return Outcome(summary, self._of_one_shard(folded(problems)), notes)
+
+    def compute(self, check: str) -> Outcome:
+        """Make a check that runs the directory."""
+        if check == "ranks":
+            raise NotNeeded("there is one rank: nothing to merge")
+        self._check_meaning()
+        assert self.computed is not None
+        return self.computed.run(check, self.plan)
+
+    def provenance(self) -> Iterator[tuple[str, str]]:
+        """Yield label and value pairs about files, versions and settings."""
+        source = self.plan.source
+        yield "directory", str(self.path)
+        yield "source", self.plan.model_dir + (f" at {source.revision}" if source.revision else "")
+        candidate = self.plan.chosen.candidate
+        yield "family", f"{candidate.name} ({candidate.distribution} {candidate.version})"
+        yield "made by", self._producer()
+        before = sum(file.size for file in source.files)
+        after = sum(file.path.stat().st_size for file in self.shards.files.values())
+        yield "size", f"{size(before)} before; after: {size(after)}"
+        yield "verified by", f"phireg {metadata.version('phireg')}"
+        if self.computed is not None:
+            yield "computed", self.computed.description
+        yield "date", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+    def _producer(self) -> str:
+        block = self.config.get("quantization_config")
+        given = (self.manifest or {}).get("producer")
+        given = given or (block.get("producer") if isinstance(block, dict) else None)
+        if isinstance(given, dict):
+            return f"{given.get('name')} {given.get('version')}"
+        return "not known: no file names a producer"
+
+    def _check_meaning(self) -> None:
+        if self.refusal is not None:
+            raise Skipped(self.refusal.message)
+
+    def _quantized(self) -> Iterator[str]:
+        """Yield the blueprint's weights of which a part is quantized."""
+        for layer in range(self.directory.spec.num_layers):
+            for name in self.directory.row.linears:
+                experts = self.directory.linear(layer, name)
+                if any(m.storage is not None for modules in experts for m in modules):
+                    yield f"transformer.layers.{layer}.{name}.weight"
+        head = self.directory.head()
+        if head is not None and head.storage is not None:
+            yield "lm_head.weight"
+
+    def _folded_norms(
+        self, plan: Plan, files: Blueprint, differences: Iterable[Difference]
+    ) -> dict[str, Tensor]:
+        """Return what norms are multiplied by where linears behind them are divided by it.
+
+        Weight and bias of such a norm have the same positive factors.
+        """
+        if self.directory.layout.name == "hf":
+            return {}
+        found = {}
+        names = {d.output.name.rpartition(".")[0] for d in differences}
+        with plan.source.open() as reader:
+            for name in names:
+                if not name.endswith(_NORMS):
+                    continue
+                pairs = {
+                    o.name.rpartition(".")[2]: (
+                        as_torch(files.read(o.name), o.dtype).float().flatten(),
+                        as_torch(assemble(plan, o, reader), o.dtype).float().flatten(),
+                    )
+                    for o in plan.outputs
+                    if o.name.rpartition(".")[0] == name
+                }
+                stored, expected = pairs["weight"]
+                factors = torch.where(expected == 0, torch.ones(()), stored / expected)
+                sound = bool((factors.isfinite() & (factors > 0)).all())
+                if "bias" in pairs:
+                    bias, before = pairs["bias"]
+                    slack = 8 * UNIT_ROUNDOFF[self.directory.code]
+                    sound = sound and torch.allclose(bias, before * factors, rtol=slack, atol=1e-6)
+                if sound:
+                    found[name] = factors
+        return found
+
+    def _own_name(self, name: str) -> str:
+        """Return the directory's names of a tensor of the blueprint."""
+        layer, _, rest = name.removeprefix("transformer.layers.").partition(".")
+        index = int(layer) if name.startswith("transformer.layers.") else None
+        for ours, theirs in self.directory.renamed(index):
+            if ours == (name if index is None else rest):
+                return theirs
+        linear, _, part = rest.rpartition(".")
+        if index is None or linear not in self.directory.row.linears:
+            return name
+        modules = self.directory.linear(index, linear)
+        shown_modules = [m.name for m in modules[0]] if len(modules) == 1 else []
+        if not shown_modules:
+            inner = self.directory.row.linears[linear].modules
+            experts = self.directory.row.experts.format("*")
+            shown_modules = [self.directory.layer(index) + experts + module for module in inner]
+        return ", ".join(f"{module}.{part}" for module in shown_modules)
+
+    def _problem(self, name: str, text: str) -> Problem:
+        return Problem(name, text, None, *own_place(name))
+
+    def _of_one_shard(self, problems: list[Problem]) -> list[Problem]:
+        """Say so where all that is wrong lies in one file of several."""
+        names = [p.where.partition(", ")[0] for p in problems]
+        shards = {self.shards.shard(name) for name in names if name in self.shards}
+        held = [name in self.shards for name in names]
+        if len(self.shards.files) < 2 or len(problems) < 2 or len(shards) > 1 or not all(held):
+            return problems
+        hint = f"all of it lies in {shards.pop()}: that file may be of another export"
+        return [dataclasses.replace(p, hint=hint) for p in problems]
+
+
+class Blueprint:
+    """The unquantized tensors of a directory, as a rank file of the blueprint has them."""
+
+    def __init__(self, source: DirectorySource) -> None:
+        self._bits = functools.lru_cache(maxsize=8)(lambda name: _bits(source, name))
+
+    def __getitem__(self, rank: int) -> Blueprint:
+        return self
+
+    def kind(self, rank: int, name: str) -> Kind | None:
+        """Return dtype code and shape of a tensor, or None if there is no such tensor."""
+        try:
+            code, shape, _ = self._bits(name)
+        except (KeyError, RuntimeError):
+            return None
+        return code, shape
+
+    def read(self, name: str, start: int = 0, count: int | None = None) -> Bits:
+        """Read ``count`` elements of a tensor, or all that follow element ``start``, as bits."""
+        bits: Bits = self._bits(name)[2]
+        return bits[start : None if count is None else start + count]
+
+
+def _bits(source: DirectorySource, name: str) -> tuple[str, tuple[int, ...], Bits]:
+    tensor = source(name)
+    if name.endswith(ROUTER):
+        tensor = tensor.float()  # as the blueprint has it
+    code = _TORCH_CODES[tensor.dtype]
+    raw = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
+    return code, tuple(tensor.shape), raw.view(np.dtype(BITS[code]))
+
+
+def _differing(spec: ModelSpec, expected: ModelSpec) -> Iterator[Problem]:
+    for entry in dataclasses.fields(expected):
+        ours, theirs = getattr(spec, entry.name), getattr(expected, entry.name)
+        if entry.name in ("quantization", "dtype") or ours == theirs:
+            continue
+        if entry.name == "rope":
+            for part in dataclasses.fields(ours):
+                a, b = getattr(ours, part.name), getattr(theirs, part.name)
+                if a != b:
+                    yield _setting(f"rope, {part.name}", a, b)
+        else:
+            yield _setting(entry.name, ours, theirs)
+
+
+def _setting(name: str, ours: object, theirs: object) -> Problem:
+    ours, theirs = (list(v) if isinstance(v, tuple) else v for v in (ours, theirs))
+    text = f"is {shown(ours, theirs)}; the source calls for {shown(theirs, None)}"
+    return Problem(f"config.json: {name}", text, part="config")
+
+
+def own_place(name: str) -> tuple[int | None, str]:
+    """Return the layer and part of a tensor by its Hugging Face name."""
+    parts = name.split(".")
+    if parts[:2] != ["model", "layers"] or len(parts) < 4 or not parts[2].isdigit():
+        return place_of(name)
+    inside = parts[3] in ("self_attn", "input_layernorm")
+    return int(parts[2]), "attention" if inside else "mlp"
+
+
+def folded(problems: Iterable[Problem]) -> list[Problem]:
+    """Fold problems that differ in their layer only; the first of each group is kept."""
+    problems = list(problems)
+    return [
+        dataclasses.replace(problems[indices[0]], where=where)
+        for (where, _), indices in fold_layers((p.where, p.text) for p in problems)
+    ]
