@@ -134,8 +134,8 @@ class Quantization:
 
     weights: str | None = None  # a WeightScheme; of other layouts, what people call it
     kv_cache: Grid | None = None
-    bits: int = 8  # of the coarsest weights
     excluded: Excluded = field(default=Excluded(()), compare=False)
+    bits: int = 8  # of the coarsest weights
 
     def scheme(self, module: str) -> Scheme | None:
         """Return how a linear of a layer is stored, or None for the checkpoint's dtype."""

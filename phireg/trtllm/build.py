@@ -17,7 +17,14 @@ from typing import Any
 from phireg.checkpoint.inspect import inspect
 from phireg.errors import CheckError, EngineError, SourceError
 from phireg.files.json import encode_object
-from phireg.files.kinds import BUILD_FILE, ENGINE, file_sizes, tokenizer_files
+from phireg.files.kinds import (
+    BUILD_FILE,
+    CHECKPOINT,
+    ENGINE,
+    check_kind,
+    file_sizes,
+    tokenizer_files,
+)
 from phireg.files.output import OutputDirectory
 from phireg.files.writing import copy_file, new_log
 from phireg.planning.plan import plan_config
@@ -117,6 +124,7 @@ def plan_build(
 
 def checked_checkpoint(directory: Path) -> tuple[Mapping[str, Any], int]:
     """Check a checkpoint; return its config and the bytes of its rank files."""
+    check_kind(directory, CHECKPOINT)
     inspection = inspect(directory)
     if inspection.problems:
         shown = "\n".join(f"  {problem}" for problem in inspection.problems[:_SHOWN_PROBLEMS])

@@ -437,7 +437,7 @@ def _relative(values: Tensor, expected: Tensor) -> float:
     return float((values - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def _alike(stored: np.ndarray, expected: np.ndarray) -> bool:  # type: ignore[type-arg]
+def _alike(stored: np.ndarray, expected: np.ndarray) -> bool:
     error = np.linalg.norm(stored - expected) / max(float(np.linalg.norm(expected)), 1e-30)
     return bool(error < _ALIKE)
 

@@ -296,7 +296,7 @@ def test_inspect_without_a_manifest(ckpt, run):
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ({"model_type": "phi3"}, "phireg convert --model-dir"),
+        ({"model_type": "phi3"}, "no model.safetensors"),
         ({"pretrained_config": {}, "build_config": {}}, "engine"),
     ],
 )

@@ -68,5 +68,4 @@ def test_a_check_that_could_not_be_made_is_no_success(tmp_path):
 
 
 def test_a_directory_that_is_no_checkpoint(tmp_path):
-    assert run(source("phi2"), "--model-dir", source("phi2")).exit_code == 3
     assert run(tmp_path / "none", "--model-dir", source("phi2")).exit_code == 3
