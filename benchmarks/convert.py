@@ -69,6 +69,7 @@ class Contender:
     floor: str
     seconds: list[float] = field(default_factory=list)
     peak_mb: list[float] = field(default_factory=list)
+    written: int = 0  # bytes
 
 
 def measured(command: list[str]) -> tuple[float, float]:
@@ -156,6 +157,7 @@ def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
             seconds, peak = measured(command)
             contender.seconds.append(seconds)
             contender.peak_mb.append(peak)
+            contender.written = sum(file.stat().st_size for file in out.iterdir())
             shutil.rmtree(out)
     small = {
         "phireg --help": [sys.executable, "-m", "phireg", "--help"],
@@ -171,6 +173,11 @@ def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
                 "seconds": statistics.median(c.seconds),
                 "ratio": statistics.median(a / b for a, b in zip(c.seconds, floor, strict=True)),
                 "ratios": [a / b for a, b in zip(c.seconds, floor, strict=True)],
+                "written_bytes": c.written,
+                # cp of as many bytes: at TP 8 every rank has the embedding
+                "ratio_to_written": statistics.median(
+                    a / b * size / c.written for a, b in zip(c.seconds, floor, strict=True)
+                ),
                 "peak_mb": max(c.peak_mb),
             }
             for c in contenders
@@ -187,12 +194,18 @@ def median_of(command: list[str], times: int) -> dict[str, float]:
 
 def show(results: dict[str, Any]) -> None:
     print(f"{results['model_bytes'] / 1e9:.2f} GB, {results['rounds']} rounds; medians")
-    print(f"{'':20} {'seconds':>8} {'x cp+fsync':>11} {'(range)':>14} {'peak MB':>8}")
+    print(
+        f"{'':20} {'seconds':>8} {'x cp+fsync':>11} {'(range)':>14} {'of bytes written':>17} "
+        f"{'written GB':>11} {'peak MB':>8}"
+    )
     for name, c in results["contenders"].items():
         spread = f"{min(c['ratios']):.2f} - {max(c['ratios']):.2f}"
-        print(f"{name:20} {c['seconds']:8.2f} {c['ratio']:11.2f} {spread:>14} {c['peak_mb']:8.0f}")
+        print(
+            f"{name:20} {c['seconds']:8.2f} {c['ratio']:11.2f} {spread:>14} "
+            f"{c['ratio_to_written']:17.2f} {c['written_bytes'] / 1e9:11.2f} {c['peak_mb']:8.0f}"
+        )
     for name, c in results["commands"].items():
-        print(f"{name:20} {c['seconds']:8.2f} {'':26} {c['peak_mb']:8.0f}")
+        print(f"{name:20} {c['seconds']:8.2f} {'':56} {c['peak_mb']:8.0f}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def command(model_dir: str, as_json: bool, **options: Any) -> None:
 
     Reads config.json and file headers only, and writes nothing. Ends with 3 if the plan has errors.
     """
-    from phireg.conversion.stream import WORKERS
+    from phireg.conversion.stream import workers_of
     from phireg.planning.report import as_json as plan_json
 
     plan = phireg.plan(model_dir, **options)
@@ -41,14 +41,14 @@ def command(model_dir: str, as_json: bool, **options: Any) -> None:
         document = provider_document(plan)
         document["provided_by"]["api"] = family.api
         outlook = None if plan.errors else engines.outlook(plan.config)
-        document |= {**plan_json(plan, workers=WORKERS), "engine": outlook}
+        document |= {**plan_json(plan, workers=workers_of(plan)), "engine": outlook}
         emit_json(bounded(document) | {"outputs": document["outputs"]})
     else:
         rows = [
             ("answer", _answer(plan)),
             ("family", f"{family_text(plan)}, plugin API {plan.chosen.family.api}"),
         ]
-        rows += _source_rows(plan) if plan.errors else _work_rows(plan, WORKERS)
+        rows += _source_rows(plan) if plan.errors else _work_rows(plan, workers_of(plan))
         parts = columns(rows), warnings_text(plan), findings_text(plan.findings)
         emit("\n".join(filter(None, parts)))
     if plan.errors:

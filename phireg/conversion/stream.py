@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 
-WORKERS = 2
-"""More do not help: one core can hash and cast while another's copy is in the kernel, and the
-blocks are so small that more threads mostly wait for the interpreter."""
+WORKERS, CAST_WORKERS = 2, 4
+"""More do not help: one core can hash while another's copy is in the kernel, and the blocks are so
+small that more threads mostly wait for the interpreter. A cast takes as much of a core again."""
 
 GPU_WORKERS, GPU_BLOCK_BYTES = 4, 4 * 2**20
 """The same where a GPU quantizes: what it takes to start a copy or a kernel counts, and the
@@ -75,6 +75,12 @@ class Sink(Protocol):
         """
 
 
+def workers_of(plan: Plan) -> int:
+    """Return how many workers carry out a plan on this machine's processors."""
+    casts = plan.casts and not plan.linears
+    return min(CAST_WORKERS, max(WORKERS, os.cpu_count() or 1)) if casts else WORKERS
+
+
 def share(device: str, workers: int) -> tuple[int, int]:
     """The workers and the bytes of their blocks where ``device`` quantizes; a CPU's are given."""
     return (workers, BLOCK_BYTES) if device == "cpu" else (GPU_WORKERS, GPU_BLOCK_BYTES)
@@ -85,7 +91,7 @@ class Cancelled(Exception):  # noqa: N818 - not an error
 
 
 def carry(
-    plan: Plan, sink: Sink, *, workers: int = WORKERS, quantizer: WeightQuantizer | None = None
+    plan: Plan, sink: Sink, *, workers: int | None = None, quantizer: WeightQuantizer | None = None
 ) -> dict[str, Loss]:
     """Read the source once and pass the rows of every output to ``sink``.
 
@@ -93,7 +99,8 @@ def carry(
     tensor, of those that lost something. Raises SourceError if a file changed or ended early.
     """
     stop = Event()
-    workers, block_bytes = share(quantizer.device if quantizer else "cpu", workers)
+    device = quantizer.device if quantizer else "cpu"
+    workers, block_bytes = share(device, workers or workers_of(plan))
     with ExitStack() as stack:
         reader = stack.enter_context(plan.source.open())
         if plan.source.adapter is not None or quantizer is not None:  # they compute with torch
@@ -121,7 +128,7 @@ def stream(
     plan: Plan,
     directory: Path,
     *,
-    workers: int = WORKERS,
+    workers: int | None = None,
     progress: Progress | None = None,
     quantizer: WeightQuantizer | None = None,
 ) -> Streamed:

@@ -287,13 +287,14 @@ phireg.convert(phireg.plan(sys.argv[1], dtype="float16", tp_size=2), sys.argv[2]
 CONVERT = """
 import json, sys
 import phireg
+from phireg.conversion.stream import workers_of
 
 source, dtype, tp = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 plan = phireg.plan(source, dtype=dtype, tp_size=tp)
 before = resident("VmRSS")
 phireg.convert(plan, source.parent / "out")
 peak = resident("VmHWM")
-print(json.dumps([plan.bytes_in, before, peak, plan.buffer_bytes(2)]))
+print(json.dumps([plan.bytes_in, before, peak, plan.buffer_bytes(workers_of(plan))]))
 """
 
 
@@ -309,5 +310,5 @@ def test_memory_does_not_grow_with_the_model(tmp_path, dtype, tp):
     write_random_model(FAMILY, config, tmp_path / "hf")
     size, before, peak, promised = measure(CONVERT, tmp_path / "hf", dtype, tp)
     assert size > 550_000_000
-    assert promised <= 40_000_000
+    assert promised <= 50_000_000
     assert peak - before < promised + 24_000_000  # threads, their stacks, allocator slack
