@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from phireg.conversion.cast import Bits, Float32
+from phireg.conversion.groups import column_pairs, row_pairs, to_e2m1, to_int4, words
 from phireg.dtypes import BITS, E4M3_BEYOND, E4M3_MAX, WEIGHT_DTYPES, as_torch
 from phireg.findings import Finding
 from phireg.planning.model import Plan
+from phireg.targets.target import SECOND_SCALE, WEIGHT_SCALE
 
 # Elements quantized at a time on a CPU: float32 copies of them stay small.
 PIECE = 128 * 1024
@@ -52,6 +54,10 @@ class WeightQuantizer:
         self._code = WEIGHT_DTYPES[plan.options.dtype]
         self._scales = scales
         self._smoothed = plan.smoothed
+        self._form, self._layout = (
+            plan.options.format,
+            plan.target.layouts.get(plan.options.qformat or ""),
+        )
         self._group = {  # of a source module, in its target's scales
             module: number
             for linear in plan.linears
@@ -71,6 +77,8 @@ class WeightQuantizer:
         and the number of elements beyond its ends.
         """
         linear, module = target.removesuffix(".weight"), source.removesuffix(".weight")
+        if self._form is not None and self._form.per == "group":
+            return self._grouped(linear, module, row, block)
         if not self._smoothed:
             scales = self._scales.float32(f"{linear}.weights_scaling_factor")
             scale = scales[self._group[module]]
@@ -79,10 +87,43 @@ class WeightQuantizer:
         rows = by_row[row : row + len(block)]
         return to_int8(block, self._code, self._scales.inverse[linear], rows, self.device)
 
+    def _grouped(self, linear: str, module: str, row: int, block: Bits) -> tuple[Bits, int]:
+        """Quantize rows to levels of four bits, packed as the target has them."""
+        import torch
 
-def pieces(block: Bits, device: str = CPU) -> Iterator[slice]:
-    """Whole rows of a block, on a CPU few enough that float32 copies of them stay small."""
+        assert self._form is not None and self._layout is not None
+        groups = block.shape[1] // (self._form.group_size or 1)
+        name = f"{module}.{WEIGHT_SCALE}"
+        own = self._scales.values[name][row * groups : (row + len(block)) * groups]
+        stored, saturated = [], 0
+        for piece in pieces(block, self.device, 2):
+            part = own[piece.start * groups : piece.stop * groups]
+            if self._form.weight == "e2m1":
+                scales = as_torch(part, "F8_E4M3").to(self.device).reshape(-1, groups)
+                second = torch.from_numpy(self._scales.float32(f"{linear}.{SECOND_SCALE}"))
+                weight = as_torch(block[piece], self._code).to(self.device)
+                levels, beyond = to_e2m1(weight, scales, second.to(self.device))
+            else:
+                scales = torch.from_numpy(part.view(np.float32).copy()).reshape(-1, groups)
+                inverse = self._scales.inverse[linear]
+                weight = smooth(block[piece], self._code, inverse, self.device)
+                levels, beyond = to_int4(weight, scales.to(self.device))
+            saturated += beyond
+            stored.append(_PACKED[self._layout.packing or ""](levels).cpu().numpy())
+        packed = np.concatenate(stored)
+        return packed.view(BITS[self._layout.weight or ""]), saturated
+
+
+_PACKED = {"rows": row_pairs, "columns": column_pairs, "words": words}
+
+
+def pieces(block: Bits, device: str = CPU, multiple: int = 1) -> Iterator[slice]:
+    """Whole rows of a block, on a CPU few enough that float32 copies of them stay small.
+
+    Each has a multiple of ``multiple`` rows, if the block has.
+    """
     step = max(1, PIECE // block.shape[1] if device == CPU else len(block))
+    step += -step % multiple
     for start in range(0, len(block), step):
         yield slice(start, start + step)
 

@@ -19,15 +19,25 @@ import xxhash
 
 from phireg.calibration.statistics import Statistics
 from phireg.conversion.cast import Bits, Float32, cast, one_thread_each
+from phireg.conversion.groups import int4_scales, nvfp4_scales, nvfp4_second_scale
 from phireg.conversion.quantizer import CPU, Scales, pieces, smooth
 from phireg.conversion.stream import WORKERS, Progress, collect, read_blocks, share
 from phireg.dtypes import BITS, E4M3_MAX, INT8_MAX, SMALLEST_NORMAL, WEIGHT_DTYPES, as_torch
 from phireg.errors import PlanError
 from phireg.findings import Finding, Severity
+from phireg.formats import Format
 from phireg.planning.model import Plan, QuantizedLinear, row_bytes
 from phireg.planning.report import problems
 from phireg.source.model import Reader
-from phireg.targets.target import KEY_SCALE, KV_SCALE, VALUE_SCALE
+from phireg.targets.target import (
+    INPUT_SCALE,
+    KEY_SCALE,
+    KV_SCALE,
+    PRE_SCALE,
+    SECOND_SCALE,
+    VALUE_SCALE,
+    WEIGHT_SCALE,
+)
 
 SMALLEST_SMOOTHER, LARGEST_SMOOTHER = 1e-4, 1e4
 """Range of the smoothing vector; a channel that calibration never saw gets the largest, but 1 where
@@ -54,7 +64,9 @@ def compute_scales(
     maxima = _input_maxima(plan, statistics, inputs)
     workers, block_bytes = share(device, workers)
     with plan.source.open() as reader, one_thread_each(workers):
-        worker = _Worker(plan, reader, alpha, device, block_bytes, progress or (lambda count: None))
+        worker = _Worker(
+            plan, reader, statistics, alpha, device, block_bytes, progress or (lambda count: None)
+        )
         with ThreadPoolExecutor(workers) as pool:
             try:
                 results = collect(
@@ -149,7 +161,7 @@ def check_scales(
 
 def _defects(bits: Bits, code: str) -> Iterator[tuple[str, int]]:
     value = as_torch(bits, code).float().numpy()
-    normal = SMALLEST_NORMAL[code]
+    normal = SMALLEST_NORMAL.get(code, 0.0)  # an e4m3 scale may be below its normal numbers
     for detail, wrong in (
         ("is not a number", np.isnan(value)),
         ("is infinite", np.isinf(value)),
@@ -244,6 +256,7 @@ class _Worker:
         self,
         plan: Plan,
         reader: Reader,
+        statistics: Statistics,
         alpha: float,
         device: str,
         block_bytes: int,
@@ -251,6 +264,7 @@ class _Worker:
     ) -> None:
         self.plan = plan
         self.reader = reader
+        self.statistics = statistics
         self.alpha = alpha
         self.device = device
         self.block_bytes = block_bytes
@@ -262,8 +276,13 @@ class _Worker:
         """Compute the scales of one linear; a failure stops the other workers."""
         scales = _LinearScales(linear.target)
         try:
+            form = self.plan.options.format
             if self.plan.smoothed:
                 self.smoothquant(linear, inputs, scales)
+            elif form is not None and form.weight == "int4":
+                self.awq(linear, inputs, scales, form)
+            elif form is not None and form.weight == "e2m1":
+                self.nvfp4(linear, inputs, scales, form)
             else:
                 self.fp8(linear, inputs, scales)
         except BaseException:
@@ -302,6 +321,59 @@ class _Worker:
                 amax[row : row + len(block)] = smoothed.abs().amax(1).cpu().numpy()
             per_row = np.where(amax == 0, np.float32(1), amax / np.float32(INT8_MAX))
             scales.put(f"{module}.weights_scaling_factor", per_row)
+
+    def awq(
+        self, linear: QuantizedLinear, inputs: Float32, scales: _LinearScales, form: Format
+    ) -> None:
+        """The factors that calibration found, then a scale for each group of the smoothed one."""
+        smoother = self.factors(linear)
+        scales.inverse = np.float32(1) / smoother
+        scales.values[f"{linear.target}.{PRE_SCALE}"] = self.rounded(smoother)
+        largest = np.float32(0)
+        for module in linear.sources:
+            found = []
+            for _, block in self.blocks(module, scales):
+                smoothed = smooth(block, self.code, scales.inverse, self.device)
+                largest = np.maximum(largest, np.float32(smoothed.abs().max().item()))
+                found.append(int4_scales(smoothed, form.group_size or 1).cpu().numpy())
+            scales.put(f"{module}.{WEIGHT_SCALE}", np.concatenate(found))
+        if form.levels == 2:
+            scales.put(f"{linear.target}.{SECOND_SCALE}", largest / np.float32(E4M3_MAX))
+        if form.inputs is not None:
+            amax = as_torch(self.rounded((inputs * smoother).max(keepdims=True)), self.code)
+            scale = amax.float().numpy() / np.float32(E4M3_MAX) if inputs.any() else np.float32(1)
+            scales.put(f"{linear.target}.{INPUT_SCALE}", scale)
+
+    def factors(self, linear: QuantizedLinear) -> Float32:
+        """AWQ's factors of a linear's inputs; of several source modules their mean."""
+        found = [self.statistics.awq[module] for module in linear.sources]
+        mean: Float32 = np.mean(found, axis=0, dtype=np.float32)
+        return mean
+
+    def nvfp4(
+        self, linear: QuantizedLinear, inputs: Float32, scales: _LinearScales, form: Format
+    ) -> None:
+        """A scale for the whole weight, one for each group of it, and one for the input."""
+        import torch
+
+        largest = max(
+            as_torch(block, self.code).abs().max().item()
+            for other in self.plan.linears
+            if other.target in (linear.target, *linear.alike)
+            for module in other.sources
+            for _, block in self.blocks(module, scales)
+        )
+        second = nvfp4_second_scale(largest or 1.0)
+        scales.put(f"{linear.target}.{SECOND_SCALE}", second.numpy())
+        for module in linear.sources:
+            found = [
+                nvfp4_scales(as_torch(block, self.code), second, form.group_size or 1)
+                for _, block in self.blocks(module, scales)
+            ]
+            bits = [x.view(torch.uint8).numpy() for x in found]
+            scales.values[f"{module}.{WEIGHT_SCALE}"] = np.concatenate(bits).reshape(-1)
+        scale = nvfp4_second_scale(float(inputs.max()) or 1.0)
+        scales.put(f"{linear.target}.{INPUT_SCALE}", scale.numpy())
 
     def smoother(self, linear: QuantizedLinear, inputs: Float32, scales: _LinearScales) -> Float32:
         """Per column wmax^(1 - alpha) / amax^alpha: the factor of the input."""

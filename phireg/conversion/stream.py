@@ -202,6 +202,7 @@ def read_blocks(
     """
     per_row = row_bytes(source)
     per_block = max(1, (block_bytes or BLOCK_BYTES) // per_row)
+    per_block += per_block % 2  # pairs of rows may be stored together
     buffer = np.empty(min(count, per_block) * per_row, np.uint8)
     casts = source.dtype != code
     rounded: Bits = np.empty(casts * len(buffer) // ITEMSIZE[source.dtype], BITS[code])
@@ -347,7 +348,8 @@ class _Carrier:
                         loss += Loss(saturated=saturated)
                     rows = quantized[output.name]
                 assert isinstance(output.origin, Rows)
-                self.sink.put(write.output, write.row + done, kept_columns(rows, output.origin))
+                row = (write.row + done) // output.packed_rows
+                self.sink.put(write.output, row, kept_columns(rows, output.origin))
         return loss
 
     def fill(self, step: Step) -> None:

@@ -27,6 +27,7 @@ from phireg.planning.ties import TIES, settle_ties
 from phireg.reader.tensors import required_tensors
 from phireg.registry import load_target
 from phireg.source.model import Source
+from phireg.targets.target import WEIGHT_SCALE
 
 if TYPE_CHECKING:
     from phireg.registry import FamilyChoice
@@ -209,7 +210,10 @@ class _Builder:
                 weight = companion == "weight"
                 kind = self.quantization.weight_code(rule) if weight else code
                 kind = rule.dtype or kind
-                outputs += self.shards(rule, companion, rows, kind, FOLLOWS[companion])
+                made = self.shards(rule, companion, rows, kind, FOLLOWS[companion])
+                if weight and rule.target in self.quantization.targets():
+                    made = map(self.quantization.packed, made)
+                outputs += made
             if rule.cols is not None:
                 columns = {OWN_COLUMNS: rule.cols.length}
                 for problem in check_partition({rule.target: rule.cols}, columns):
@@ -233,7 +237,10 @@ class _Builder:
         for companion, stored in self.quantization.add(rule, rows).items():
             kind = stored.code or code
             follows = self.quantization.declare(rule, companion, rows, kind)
+            groups = self.quantization.groups(rule) if companion == WEIGHT_SCALE else None
             for output in self.shards(rule, companion, rows, kind, follows):
+                if groups is not None:
+                    output = _by_group(output, groups)
                 name, shape = f"{rule.target}.{stored.name}", stored.sizes(output.shape)
                 yield dataclasses.replace(output, name=name, shape=shape)
 
@@ -360,6 +367,15 @@ class _Builder:
                     break
         for name in by_name.keys() - required.keys():
             self.error("schema", name, "is made by a rule, and the reader does not know it")
+
+
+def _by_group(output: Output, groups: int) -> Output:
+    """The scales of groups of inputs in place of the scales of rows."""
+    spans = tuple(
+        dataclasses.replace(span, start=span.start * groups, count=span.count * groups)
+        for span in output.origin.spans
+    )
+    return dataclasses.replace(output, shape=(*output.shape, groups), origin=Scale(spans))
 
 
 def _kept(cols: Axis | None) -> tuple[Span, ...] | None:

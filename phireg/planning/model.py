@@ -140,6 +140,7 @@ class Output:
     ]  # [] of a scalar; [experts, rows, columns] for the stacked linears of experts
     offset: int  # in the file, in bytes
     origin: Rows | Scale
+    packed_rows: int = 1  # source rows in one of its rows
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -190,6 +191,7 @@ class QuantizedLinear:
     sources: tuple[str, ...]  # the source modules of its rows; no other target reads them
     columns: int  # input features in the source
     experts: int = 0  # that are stacked in it
+    alike: tuple[str, ...] = ()  # targets with the same second scale, this one among them
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:

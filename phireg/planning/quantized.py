@@ -16,7 +16,7 @@ from phireg.layout.rules import QuantRules, Rule, Rules
 from phireg.layout.spans import Axis, LayoutError, Span
 from phireg.planning.model import Basis, Options, Output, QuantizedLinear, Scale, ScaleTensor
 from phireg.reader.schemes import SCHEMES
-from phireg.targets.target import WEIGHT_SCALE, Quantized, Stored, Target
+from phireg.targets.target import PACKINGS, SECOND_SCALE, WEIGHT_SCALE, Quantized, Stored, Target
 
 FP8_ALIGNMENT = 16
 """TensorRT's FP8 matrix products want both sides of a rank's weight to be multiples of this."""
@@ -28,6 +28,7 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
     "weights_scaling_factor": ("rows",),
     "prequant_scaling_factor": ("cols",),
     "activation_scaling_factor": (),
+    SECOND_SCALE: (),
 }
 """The axes of a linear's tensors, in order, by the last component of the name.
 
@@ -65,6 +66,7 @@ class Quantization:
         self.kv_cache = options.kv_cache_dtype
         self.code = code
         self.rules = QuantRules(())
+        self.alike: dict[str, tuple[str, ...]] = {}  # modules that share an input, by each of them
         self.linears: list[QuantizedLinear] = []
         self.scales: dict[str, ScaleTensor] = {}
 
@@ -99,6 +101,10 @@ class Quantization:
                 notes=(),
             )
         self.rules = chosen
+        for modules in self.target.shared_inputs(family):
+            self.alike |= {
+                name: tuple(x for x in modules if x in chosen.linears) for name in modules
+            }
 
     def facts(self) -> Quantized | None:
         """What config files tell of it."""
@@ -118,6 +124,19 @@ class Quantization:
             return self.code
         return self.layout.weight or self.code
 
+    def groups(self, rule: Rule) -> int | None:
+        """The number of groups in a row of a quantized linear's weight; None without groups."""
+        size = None if self.format is None else self.format.group_size
+        return rule.cols.length // size if size and rule.cols else None
+
+    def packed(self, output: Output) -> Output:
+        """A quantized weight as it is stored: fewer rows or columns where levels are packed."""
+        packing = None if self.layout is None else self.layout.packing
+        rows, columns = PACKINGS[packing]
+        *others, height, width = output.shape
+        shape = (*others, height // rows, width // columns)
+        return replace(output, shape=shape, packed_rows=rows)
+
     def targets(self) -> tuple[str, ...]:
         """The linears whose weights this run quantizes."""
         quantizes = self.layout is not None and self.layout.weight is not None
@@ -128,7 +147,10 @@ class Quantization:
         assert self.layout is not None
         assert rule.cols is not None  # problems() has checked it
         sources = tuple(module for module, _ in rows.sources)
-        self.linears.append(QuantizedLinear(rule.target, sources, rule.cols.length, rule.experts))
+        alike = self.alike.get(rule.target, ())
+        self.linears.append(
+            QuantizedLinear(rule.target, sources, rule.cols.length, rule.experts, alike)
+        )
         return self.layout.scales
 
     def declare(self, rule: Rule, companion: str, rows: Axis, code: str) -> tuple[str, ...]:
@@ -143,7 +165,8 @@ class Quantization:
         if per_tensor:
             follows = ("experts",) if rule.experts else ()
         if "rows" in follows:
-            sizes = dict(rows.sources)
+            groups = (self.groups(rule) if companion == WEIGHT_SCALE else None) or 1
+            sizes = {module: count * groups for module, count in rows.sources}
         elif "experts" in follows:
             sizes = {rule.target: rule.experts}
         else:
@@ -201,6 +224,8 @@ class Quantization:
                 yield target, "experts can be quantized to fp8 alone", rule.where
             elif self.layout.weight is None:
                 continue
+            elif unfit := self.unfit(rules[target]):
+                yield target, unfit, rule.where
             elif any(part.padded for part in axes[target].parts) or any(
                 span.source is None for span in axes[target].spans
             ):
@@ -213,6 +238,19 @@ class Quantization:
                     if others := [name for name in readers[module] if name != target]:
                         detail = f"is made of {module}, which {', '.join(others)} reads as well"
                         yield target, f"{detail}: its scale would not be its own", rule.where
+
+    def unfit(self, rule: Rule) -> str | None:
+        """Why the sizes of a linear do not fit the format."""
+        assert self.format is not None and self.layout is not None and rule.cols is not None
+        size, rows = self.format.group_size, PACKINGS[self.layout.packing][0]
+        if size is not None and rule.cols.length % size:
+            return (
+                f"has {rule.cols.length} inputs, which are no groups of {size}: take a format "
+                "without groups (fp8, int8_sq), or leave it out (--exclude)"
+            )
+        if rule.weight[0].length % rows:
+            return f"has {rule.weight[0].length} rows, which are no pairs"
+        return None
 
     def findings(self, config: Mapping[str, Any], outputs: tuple[Output, ...]) -> Iterator[Finding]:
         """Warnings and notes, which do not forbid the conversion."""

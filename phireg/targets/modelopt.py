@@ -14,6 +14,7 @@ from phireg.targets.target import (
     INPUT_SCALE,
     KEY_SCALE,
     PRE_SCALE,
+    SECOND_SCALE,
     VALUE_SCALE,
     WEIGHT_SCALE,
     Layout,
@@ -22,6 +23,8 @@ from phireg.targets.target import (
 )
 
 _SCALAR = Stored("input_scale", shape="scalar")
+_PRE_SCALE = Stored("pre_quant_scale", None)
+_SECOND = Stored("weight_scale_2", shape="scalar")
 _LAYOUTS = {
     "fp8": Layout(
         "FP8",
@@ -34,8 +37,32 @@ _LAYOUTS = {
         {
             WEIGHT_SCALE: Stored("weight_scale"),
             INPUT_SCALE: _SCALAR,
-            PRE_SCALE: Stored("pre_quant_scale", None),
+            PRE_SCALE: _PRE_SCALE,
         },
+    ),
+    "int4_awq": Layout(
+        "W4A16_AWQ", "U8", {WEIGHT_SCALE: Stored("weight_scale"), PRE_SCALE: _PRE_SCALE}, "rows"
+    ),
+    "w4a8_awq": Layout(
+        "W4A8_AWQ",
+        "U8",
+        {
+            WEIGHT_SCALE: Stored("weight_scale"),
+            SECOND_SCALE: _SECOND,
+            INPUT_SCALE: _SCALAR,
+            PRE_SCALE: _PRE_SCALE,
+        },
+        "rows",
+    ),
+    "nvfp4": Layout(
+        "NVFP4",
+        "U8",
+        {
+            WEIGHT_SCALE: Stored("weight_scale", "F8_E4M3"),
+            SECOND_SCALE: _SECOND,
+            INPUT_SCALE: _SCALAR,
+        },
+        "columns",
     ),
 }
 _KV_CACHES = {
@@ -63,7 +90,7 @@ class ModelOpt(HuggingFace):
         if quantized is None:
             return files
         producer = {"name": "phireg", "version": metadata.version("phireg")}
-        excluded = list(quantized.excluded)
+        excluded, form = list(quantized.excluded), quantized.format
         cache = "FP8" if quantized.kv_cache else None
         files["hf_quant_config.json"] = {
             "producer": producer,
@@ -73,7 +100,16 @@ class ModelOpt(HuggingFace):
                 "exclude_modules": excluded,
             },
         }
+        if form.group_size is not None:
+            grouped: dict[str, Any] = {"group_size": form.group_size}
+            if form.smoothing == "awq":
+                grouped |= {"has_zero_point": False, "pre_quant_scale": True}
+            files["hf_quant_config.json"]["quantization"] |= grouped
         block: dict[str, Any] = {"ignore": excluded, "quant_algo": quantized.layout.algorithm}
+        if form.name == "nvfp4":
+            four = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": form.group_size}
+            group = {"input_activations": four, "weights": four, "targets": ["Linear"]}
+            block = {"config_groups": {"group_0": group}, **block}
         if quantized.layout.algorithm == "FP8":
             eight = {"dynamic": False, "num_bits": 8, "type": "float"}
             group = {"input_activations": eight, "weights": eight, "targets": ["Linear"]}

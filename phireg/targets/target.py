@@ -23,12 +23,18 @@ API = 1
 WEIGHT_SCALE = "weights_scaling_factor"
 INPUT_SCALE = "activation_scaling_factor"
 PRE_SCALE = "prequant_scaling_factor"
+SECOND_SCALE = "weights_scaling_factor_2"
 KV_SCALE, KEY_SCALE, VALUE_SCALE = (
     "kv_cache_scaling_factor",
     "k_cache_scaling_factor",
     "v_cache_scaling_factor",
 )
-"""What a scale is, by TensorRT-LLM's names. KV_SCALE serves keys and values alike."""
+"""What a scale is, by TensorRT-LLM's names. KV_SCALE serves keys and values alike; SECOND_SCALE
+multiplies those of groups."""
+
+PACKINGS = {None: (1, 1), "rows": (2, 1), "columns": (1, 2), "words": (1, 8)}
+"""Rows and columns of levels that one stored element has: two rows or columns in a byte, or eight
+columns in a 32-bit word (``phireg.conversion.groups``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +67,13 @@ class Layout:
         weight: safetensors code of quantized weights; None if files have raw ones, which the
             reader quantizes.
         scales: by what they are.
+        packing: a key of PACKINGS, of levels of four bits.
     """
 
     algorithm: str
     weight: str | None
     scales: Mapping[str, Stored]
+    packing: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +145,14 @@ class Target:
     def quantized_modules(self, quant: QuantRules, rules: Rules) -> QuantRules:
         """Return the linears and caches of the family's quantization rules by their names here."""
         raise NotImplementedError
+
+    def shared_inputs(self, rules: Rules) -> list[tuple[str, ...]]:
+        """Return the groups of linears that readers fuse or that see one norm's output.
+
+        ``rules`` are the family's. Where a format has a scale of a whole weight beside those of
+        its groups, the linears of such a group have the same.
+        """
+        return []
 
     def config_files(
         self,
