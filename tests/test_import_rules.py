@@ -99,7 +99,7 @@ RULES = {
         ("phireg", "numpy", "torch", "xxhash"), ("transformers",), never=ABOVE
     ),
     "phireg.conversion": Rule(
-        (*PLANNED, STATISTICS, FINDINGS, DTYPES, TARGETS, "numpy", "xxhash"),
+        (*PLANNED, STATISTICS, FINDINGS, DTYPES, FORMATS, TARGETS, "numpy", "xxhash"),
         lazily=("torch", "phireg.device", "phireg.calibration"),
     ),
     "phireg.migration": Rule(

@@ -211,7 +211,7 @@ class _Builder:
                 kind = self.quantization.weight_code(rule) if weight else code
                 kind = rule.dtype or kind
                 made = self.shards(rule, companion, rows, kind, FOLLOWS[companion])
-                if weight and rule.target in self.quantization.targets():
+                if weight and rule.cols and rule.target in self.quantization.targets():
                     made = map(self.quantization.packed, made)
                 outputs += made
             if rule.cols is not None:
