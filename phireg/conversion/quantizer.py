@@ -87,6 +87,14 @@ class WeightQuantizer:
         rows = by_row[row : row + len(block)]
         return to_int8(block, self._code, self._scales.inverse[linear], rows, self.device)
 
+    def folded(self, factor: str, row: int, block: Bits) -> Bits:
+        """Rows of a norm, from ``row`` on, times a scale's elements, rounded to their dtype."""
+        import torch
+
+        scale = as_torch(self._scales.values[factor][row : row + len(block)], self._code)
+        product: Bits = (as_torch(block, self._code) * scale[:, None]).view(torch.uint8).numpy()
+        return product.view(block.dtype)
+
     def _grouped(self, linear: str, module: str, row: int, block: Bits) -> tuple[Bits, int]:
         """Quantize rows to levels of four bits, packed as the target has them."""
         import torch

@@ -8,7 +8,7 @@ them to ranks and fused modules as it maps the weights.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Event
@@ -325,22 +325,34 @@ class _Worker:
     def awq(
         self, linear: QuantizedLinear, inputs: Float32, scales: _LinearScales, form: Format
     ) -> None:
-        """The factors that calibration found, then a scale for each group of the smoothed one."""
-        smoother = self.factors(linear)
+        """The factors that calibration found, then a scale for each group of the smoothed one.
+
+        Where a norm has the factors of several linears, they are the mean of what was found for
+        each; the range of the inputs is the largest that any of these would give them.
+        """
+        group = [linear]
+        if linear.folded:
+            group = [other for other in self.plan.linears if other.target in linear.alike]
+        own = [self.factors(other) for other in group]
+        smoother = own[0] if len(own) == 1 else self.mean(own)
         scales.inverse = np.float32(1) / smoother
         scales.values[f"{linear.target}.{PRE_SCALE}"] = self.rounded(smoother)
         largest = np.float32(0)
-        for module in linear.sources:
-            found = []
-            for _, block in self.blocks(module, scales):
-                smoothed = smooth(block, self.code, scales.inverse, self.device)
-                largest = np.maximum(largest, np.float32(smoothed.abs().max().item()))
-                found.append(int4_scales(smoothed, form.group_size or 1).cpu().numpy())
-            scales.put(f"{module}.{WEIGHT_SCALE}", np.concatenate(found))
+        for other in group if form.levels == 2 else (linear,):
+            for module in other.sources:
+                found = []
+                for _, block in self.blocks(module, scales):
+                    smoothed = smooth(block, self.code, scales.inverse, self.device)
+                    largest = np.maximum(largest, np.float32(smoothed.abs().max().item()))
+                    if other is linear:
+                        found.append(int4_scales(smoothed, form.group_size or 1).cpu().numpy())
+                if found:
+                    scales.put(f"{module}.{WEIGHT_SCALE}", np.concatenate(found))
         if form.levels == 2:
             scales.put(f"{linear.target}.{SECOND_SCALE}", largest / np.float32(E4M3_MAX))
         if form.inputs is not None:
-            amax = as_torch(self.rounded((inputs * smoother).max(keepdims=True)), self.code)
+            beyond = max((inputs * factors).max(keepdims=True) for factors in own)
+            amax = as_torch(self.rounded(beyond), self.code)
             scale = amax.float().numpy() / np.float32(E4M3_MAX) if inputs.any() else np.float32(1)
             scales.put(f"{linear.target}.{INPUT_SCALE}", scale)
 
@@ -349,6 +361,12 @@ class _Worker:
         found = [self.statistics.awq[module] for module in linear.sources]
         mean: Float32 = np.mean(found, axis=0, dtype=np.float32)
         return mean
+
+    def mean(self, factors: Sequence[Float32]) -> Float32:
+        """The mean of factors as they would be stored, as it is stored."""
+        stored = [as_torch(self.rounded(x), self.code).float().numpy() for x in factors]
+        mean: Float32 = np.mean(stored, axis=0, dtype=np.float32)
+        return as_torch(self.rounded(mean), self.code).float().numpy()  # type: ignore[no-any-return]
 
     def nvfp4(
         self, linear: QuantizedLinear, inputs: Float32, scales: _LinearScales, form: Format

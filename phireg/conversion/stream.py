@@ -347,6 +347,9 @@ class _Carrier:
                         )
                         loss += Loss(saturated=saturated)
                     rows = quantized[output.name]
+                elif output.factor is not None:
+                    assert self.quantizer is not None
+                    rows = self.quantizer.folded(output.factor, write.row + done, block)
                 assert isinstance(output.origin, Rows)
                 row = (write.row + done) // output.packed_rows
                 self.sink.put(write.output, row, kept_columns(rows, output.origin))

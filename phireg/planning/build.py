@@ -27,7 +27,7 @@ from phireg.planning.ties import TIES, settle_ties
 from phireg.reader.tensors import required_tensors
 from phireg.registry import load_target
 from phireg.source.model import Source
-from phireg.targets.target import WEIGHT_SCALE
+from phireg.targets.target import PRE_SCALE, WEIGHT_SCALE
 
 if TYPE_CHECKING:
     from phireg.registry import FamilyChoice
@@ -213,6 +213,8 @@ class _Builder:
                 made = self.shards(rule, companion, rows, kind, FOLLOWS[companion])
                 if weight and rule.cols and rule.target in self.quantization.targets():
                     made = map(self.quantization.packed, made)
+                elif factor := self.quantization.factor(rule.target):
+                    made = (dataclasses.replace(output, factor=factor) for output in made)
                 outputs += made
             if rule.cols is not None:
                 columns = {OWN_COLUMNS: rule.cols.length}
@@ -237,6 +239,8 @@ class _Builder:
         for companion, stored in self.quantization.add(rule, rows).items():
             kind = stored.code or code
             follows = self.quantization.declare(rule, companion, rows, kind)
+            if companion == PRE_SCALE and self.quantization.linears[-1].folded:
+                continue
             groups = self.quantization.groups(rule) if companion == WEIGHT_SCALE else None
             for output in self.shards(rule, companion, rows, kind, follows):
                 if groups is not None:

@@ -141,6 +141,7 @@ class Output:
     offset: int  # in the file, in bytes
     origin: Rows | Scale
     packed_rows: int = 1  # source rows in one of its rows
+    factor: str | None = None  # one of the plan's scales, which its rows are multiplied by
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -192,6 +193,7 @@ class QuantizedLinear:
     columns: int  # input features in the source
     experts: int = 0  # that are stacked in it
     alike: tuple[str, ...] = ()  # targets with the same second scale, this one among them
+    folded: bool = False  # a norm has the factors, which those alike have in common
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:

@@ -16,7 +16,15 @@ from phireg.layout.rules import QuantRules, Rule, Rules
 from phireg.layout.spans import Axis, LayoutError, Span
 from phireg.planning.model import Basis, Options, Output, QuantizedLinear, Scale, ScaleTensor
 from phireg.reader.schemes import SCHEMES
-from phireg.targets.target import PACKINGS, SECOND_SCALE, WEIGHT_SCALE, Quantized, Stored, Target
+from phireg.targets.target import (
+    PACKINGS,
+    PRE_SCALE,
+    SECOND_SCALE,
+    WEIGHT_SCALE,
+    Quantized,
+    Stored,
+    Target,
+)
 
 FP8_ALIGNMENT = 16
 """TensorRT's FP8 matrix products want both sides of a rank's weight to be multiples of this."""
@@ -67,6 +75,9 @@ class Quantization:
         self.code = code
         self.rules = QuantRules(())
         self.alike: dict[str, tuple[str, ...]] = {}  # modules that share an input, by each of them
+        self.folded: dict[
+            str, str
+        ] = {}  # by norm the linear whose factors it has, and theirs alike
         self.linears: list[QuantizedLinear] = []
         self.scales: dict[str, ScaleTensor] = {}
 
@@ -101,10 +112,12 @@ class Quantization:
                 notes=(),
             )
         self.rules = chosen
-        for modules in self.target.shared_inputs(family):
-            self.alike |= {
-                name: tuple(x for x in modules if x in chosen.linears) for name in modules
-            }
+        awq = self.format is not None and self.format.smoothing == "awq"
+        for norm, modules in self.target.shared_inputs(family).items():
+            alike = tuple(name for name in modules if name in chosen.linears)
+            self.alike |= dict.fromkeys(modules, alike)
+            if awq and self.target.folds and alike == modules and len(modules) > 1:
+                self.folded[norm] = modules[0]
 
     def facts(self) -> Quantized | None:
         """What config files tell of it."""
@@ -148,10 +161,15 @@ class Quantization:
         assert rule.cols is not None  # problems() has checked it
         sources = tuple(module for module, _ in rows.sources)
         alike = self.alike.get(rule.target, ())
+        folded = bool(alike) and alike[0] in self.folded.values()
         self.linears.append(
-            QuantizedLinear(rule.target, sources, rule.cols.length, rule.experts, alike)
+            QuantizedLinear(rule.target, sources, rule.cols.length, rule.experts, alike, folded)
         )
         return self.layout.scales
+
+    def factor(self, norm: str) -> str | None:
+        """The scale that a norm's weight and bias are multiplied by."""
+        return f"{self.folded[norm]}.{PRE_SCALE}" if norm in self.folded else None
 
     def declare(self, rule: Rule, companion: str, rows: Axis, code: str) -> tuple[str, ...]:
         """Declare a scale that the run computes, and return the axes that it follows.

@@ -130,15 +130,16 @@ class HuggingFace(Target):
         attention = [modules[f"{cache}.qkv"][0].rpartition(".")[0] for cache in quant.kv_caches]
         return replace(quant, linears=tuple(linears), kv_caches=tuple(attention))
 
-    def shared_inputs(self, rules: Rules) -> list[tuple[str, ...]]:
+    def shared_inputs(self, rules: Rules) -> Mapping[str, tuple[str, ...]]:
         """Return the projections that see one norm: q, k, v, and fc1 of a parallel layer."""
-        modules, groups = modules_of(rules), []
+        modules, groups = modules_of(rules), {}
         for target in rules:
             layer, dot, name = target.partition(".attention.qkv")
             if not dot or name:
                 continue
             parallel = f"{layer}.post_layernorm" not in rules
-            groups.append(modules[target] + (modules[f"{layer}.mlp.fc"] if parallel else ()))
+            (norm,) = modules[f"{layer}.input_layernorm"]
+            groups[norm] = modules[target] + (modules[f"{layer}.mlp.fc"] if parallel else ())
         return groups
 
     def config_files(

@@ -105,6 +105,8 @@ class Target:
         api: :data:`API`, as a literal.
         layouts: the formats that its readers take, by ``--qformat``.
         kv_caches: by ``--kv-cache-dtype``, the scales of an attention module's cache.
+        folds: whether AWQ's factors stand in a norm where several linears see its output, and not
+            beside each of them.
         by_rank: whether files are those of tensor-parallel ranks; else they are shards of bounded
             size.
     """
@@ -114,6 +116,7 @@ class Target:
     api: int
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     kv_caches: Mapping[str, Mapping[str, Stored]] = field(default_factory=dict)
+    folds: bool = False
     by_rank: bool = False
 
     @property
@@ -146,13 +149,13 @@ class Target:
         """Return the linears and caches of the family's quantization rules by their names here."""
         raise NotImplementedError
 
-    def shared_inputs(self, rules: Rules) -> list[tuple[str, ...]]:
-        """Return the groups of linears that readers fuse or that see one norm's output.
+    def shared_inputs(self, rules: Rules) -> Mapping[str, tuple[str, ...]]:
+        """Return the groups of linears that readers fuse or that see one norm's output, by norm.
 
         ``rules`` are the family's. Where a format has a scale of a whole weight beside those of
         its groups, the linears of such a group have the same.
         """
-        return []
+        return {}
 
     def config_files(
         self,

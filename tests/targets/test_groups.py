@@ -38,8 +38,7 @@ def row_by_row(monkeypatch):
     monkeypatch.setattr(mtq, "quantize", one_by_one)
 
 
-# phi's AWQ exports differ: ModelOpt averages the factors of q, k, v and fc1, rounds the weights
-# once more for them, and folds them into the norm (docs/quantize.md).
+# phi's AWQ exports, whose norms carry the factors, are in test_modelopt_groups.py.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "family", "qformats"),
