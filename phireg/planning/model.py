@@ -76,6 +76,7 @@ class Options:
         """The options as manifests and ``--json`` have them."""
         return asdict(self) | {
             "moe_ep_size": self.ranks.moe_ep_size,
+            "exclude": list(self.exclude),
             "weight_only": self.weight_only,
         }
 

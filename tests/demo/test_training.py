@@ -70,7 +70,7 @@ def test_batches_keep_short_texts_apart(script):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["phi4", "phi3-small"])
+@pytest.mark.parametrize("family", ["phi4"])
 def test_a_short_training(tmp_path, script, family):
     """A dozen steps: the loss falls, and the directory is a model that loads and computes."""
     arguments = ["--out", tmp_path, "--families", family, "--steps", 12, "--batch", 4]

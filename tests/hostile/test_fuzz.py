@@ -11,7 +11,7 @@ pytestmark = pytest.mark.hostile("fuzzing: corpus")
 
 HERE = Path(__file__).parent
 CORPUS = sorted(path for name in READERS for path in (HERE / "corpus" / name).glob("*"))
-SECONDS = 60
+SECONDS = 20
 
 FEWEST = 20  # inputs of a reader: two cores serve all of them, and each imports torch first
 
