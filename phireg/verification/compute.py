@@ -105,14 +105,17 @@ class ActivationRanges:
         self, source: DirectorySource, layer: int, linear: str, x: Tensor
     ) -> None:
         """Take the inputs of a directory's linears, which have calibrated scales or none."""
-        for part in source.stored(layer, linear)[0]:
-            if part.inputs is None or part.scale is None:
+        for same in zip(*source.stored(layer, linear), strict=True):
+            scales = [part.scale for part in same if part.scale is not None]
+            (part, *_) = same
+            if part.inputs is None or not scales:
                 continue
-            smoothed = x.float() if part.smoothing is None else x * part.smoothing.float()
+            smoothed = x.float() if part.smoothing is None else x * part.smoothing.float().to(x)
             largest = LARGEST[part.inputs.grid]
             if part.inputs.scale == "group":
                 largest *= LARGEST["e4m3"]
-            used = float(smoothed.abs().amax()) / (float(part.scale) * largest)
+            # An expert's own inputs are not told apart here: none exceeds the widest range.
+            used = float(smoothed.abs().amax()) / (max(map(float, scales)) * largest)
             self.used[layer, linear] = max(used, self.used.get((layer, linear), 0.0))
 
     def _observe_cache(self, layer: int, x: Tensor) -> None:
