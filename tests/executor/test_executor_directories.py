@@ -212,3 +212,47 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(sources, tmp_path):
     first.unlink()
     with pytest.raises(SourceError, match=first.name):
         load(directory)
+
+
+def test_experts_are_read_each_by_its_own_modules(tmp_path):
+    """Beside the same model with the weights that the integers stand for."""
+    from transformers import PhimoeConfig, PhimoeForCausalLM
+
+    plain, stored = (tmp_path / name for name in ("plain", "q"))
+    long = {"rope_type": "longrope", "rope_theta": 5000.0, "short_mscale": 1.1, "long_mscale": 1.3,
+            "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+            "original_max_position_embeddings": 64}  # fmt: skip
+    model = PhimoeForCausalLM(PhimoeConfig(
+        vocab_size=61, hidden_size=48, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2, num_local_experts=3, pad_token_id=0,
+        max_position_embeddings=128, attention_bias=True, lm_head_bias=True, rope_parameters=long,
+        router_jitter_noise=0.1,
+    ))  # fmt: skip
+    tiny_models.randomize(model, 2).save_pretrained(plain)
+    config = json.loads((plain / "config.json").read_text())
+    tensors = load_file(plain / "model.safetensors")
+    quantized = dict(tensors)
+    for name in tensors:
+        if name.endswith(("_proj.weight", "w1.weight", "w2.weight", "w3.weight")):
+            module, weight = name.removesuffix(".weight"), tensors[name].float()
+            scale = weight.abs().amax(1) / 127
+            levels = (weight / scale[:, None]).round()
+            quantized |= {name: levels.to(torch.int8), f"{module}.weight_scale": scale}
+            tensors[name] = (levels * scale[:, None]).to(tensors[name].dtype)
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    stored.mkdir()
+    save_file(quantized, stored / "model.safetensors", {"format": "pt"})
+    block = {"quant_method": "modelopt", "quant_algo": "W8A16", "ignore": ["lm_head"]}
+    (stored / "config.json").write_text(json.dumps(config | {"quantization_config": block}))
+    ids = torch.arange(1, 40)[None]
+    assert torch.equal(load(stored)(ids), load(plain)(ids))
+    result = phireg.verify(stored, plain, checks=("structure", "config", "weights"))
+    assert result.passed, result.checks
+    first = "model.layers.1.block_sparse_moe.experts.1"
+    for part in ("weight", "weight_scale"):
+        gate, up = (f"{first}.{which}.{part}" for which in ("w1", "w3"))
+        quantized[gate], quantized[up] = quantized[up], quantized[gate]
+    save_file(quantized, stored / "model.safetensors", {"format": "pt"})
+    result = phireg.verify(stored, plain, checks=("weights",))
+    (problem,) = result.check("weights").problems
+    assert (first in problem.where, "exchanged" in problem.text) == (True, True)
