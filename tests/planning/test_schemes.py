@@ -254,6 +254,15 @@ def test_fp8_kernels_want_multiples_of_16(tmp_path):
     assert not [f for f in plan.findings if f.code == "alignment"]
 
 
+def test_a_cache_of_8_bits_on_phi2(tmp_path):
+    directory = source(tmp_path, "phi2")
+    warned = {}
+    for cache in (None, "fp8", "int8"):
+        plan = phireg.plan(directory, family="phi2", qformat="int8_sq", kv_cache_dtype=cache)
+        warned[cache] = [f.severity for f in plan.findings if f.code == "kv-cache"]
+    assert warned == {None: [], "fp8": [Severity.WARNING], "int8": [Severity.WARNING]}
+
+
 def test_fp8_keys_of_a_long_rope_model(tmp_path):
     config = {
         "max_position_embeddings": 131072,
