@@ -62,15 +62,17 @@ def rounded_weight(weight: Tensor, factor: Tensor, group: int = GROUP) -> Tensor
 class Search:
     """The search for the linears of one layer; ``means`` are the mean magnitudes of their inputs.
 
-    Memory: the inputs of some thousand tokens or of one batch, and a copy of the largest weight.
+    Linears whose inputs are no whole groups are left out: no format with AWQ takes them. It holds
+    the inputs of some thousand tokens, or of one batch, and a copy of the largest weight.
     """
 
     def __init__(self, linears: Mapping[str, nn.Linear], means: Mapping[str, Tensor]) -> None:
+        linears = {name: x for name, x in linears.items() if x.in_features % GROUP == 0}
         self._linears = linears
-        self._means = means
+        self._means = {name: means[name] for name in linears}
         self._shares = {name: weight_shares(linear.weight) for name, linear in linears.items()}
         self._losses = {
-            name: torch.zeros(len(EXPONENTS), device=mean.device) for name, mean in means.items()
+            name: torch.zeros(len(EXPONENTS), device=self._means[name].device) for name in linears
         }
         self._rows: dict[str, list[Tensor]] = {name: [] for name in linears}
 

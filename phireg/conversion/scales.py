@@ -192,6 +192,8 @@ def _input_maxima(
             elif amax.shape != (linear.columns,):
                 detail = f"{len(amax)} input channels, the weight has {linear.columns}"
                 missing.append(_finding(module, detail, "calibrate"))
+            elif plan.options.searched and module not in statistics.awq:
+                missing.append(_finding(module, "no factors of AWQ", "calibrate"))
             else:
                 before = maxima.get(linear.target)
                 maxima[linear.target] = amax if before is None else np.maximum(before, amax)
@@ -204,7 +206,7 @@ def _input_maxima(
         raise PlanError(
             f"the calibration statistics are not of this model; nothing was written\n"
             f"{problems(missing)}",
-            hint="calibrate the model that is quantized, with its KV cache.",
+            hint="calibrate the model that is quantized, in this format and with its KV cache.",
         )
     return maxima
 

@@ -1,6 +1,7 @@
 """Tied heads in float16, and phi-2, whose norms carry AWQ's factors, beside ModelOpt's exports."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 import phireg
 from phireg.calibration.collect import collect
+from phireg.errors import PlanError
 
 if sources.FOUR:
     pytest.skip("nvidia-modelopt needs a newer transformers", allow_module_level=True)
@@ -79,6 +81,26 @@ def test_a_tied_head_in_float16(tmp_path):
     for ours, theirs in exports.values():
         assert "lm_head.weight" not in ours
         assert [name for name in theirs if not same(ours[name], theirs[name])] == []
+
+
+def test_linears_that_are_left_out_are_not_searched(tmp_path):
+    """Their inputs may be no whole groups; all others are searched, and must have been."""
+    sources.phi2(hidden_size=128, intermediate_size=168).save_pretrained(tmp_path / "source")
+    reference = opened(PHI, tmp_path / "source")
+    found = collect(reference, rows(), device=torch.device("cpu"), search=True)
+    assert {name.rpartition(".")[2] for name in found.inputs.keys() - found.awq.keys()} == {"fc2"}
+    plan = phireg.plan(
+        tmp_path / "source",
+        target="hf-modelopt",
+        qformat="int4_awq",
+        dtype="float32",
+        exclude=["*fc2"],
+    )
+    phireg.quantize(plan, tmp_path / "ours", found)
+    unsearched = dataclasses.replace(found, awq={})
+    with pytest.raises(PlanError, match=r"q_proj.*no factors of AWQ"):
+        phireg.quantize(plan, tmp_path / "none", unsearched)
+    assert not (tmp_path / "none").exists()
 
 
 def packed(weight):
