@@ -85,8 +85,7 @@ FORMATS: Mapping[str, Format] = {
         ),
         Format(
             *("w8a8", "int8", "channel", Inputs("int8", "token")),
-            "INT8 weights and inputs, SmoothQuant, scales per channel and token",
-            smoothing="smoothquant",
+            "INT8 weights and inputs, scales per channel and token",
         ),
         Format("int8_wo", "int8", "channel", None, "INT8 weights"),
         Format("int4_wo", "int4", "channel", None, "INT4 weights"),
@@ -117,4 +116,4 @@ FORMATS: Mapping[str, Format] = {
 }
 """By ``--qformat``. ``fp8_pc_pt`` and ``fp8_dynamic`` are ModelOpt's and compressed-tensors' names
 of one arithmetic; so are ``int4_awq`` and ``w4a16``, whose factors compressed-tensors must find
-folded into other weights, and ``int8_sq`` and ``w8a8`` but for the inputs."""
+folded into other weights."""

@@ -86,6 +86,10 @@ class Statistics:
         return filled, tuple(name for name in filled if filled[name] is not self.inputs[name])
 
 
+NO_STATISTICS = Statistics({}, (), (), {})
+"""For formats whose scales need none."""
+
+
 def of_any_expert(module: str) -> str | None:
     """Return the name that a linear of an expert shares with the layer's other experts.
 

@@ -68,10 +68,10 @@ def convert(
         SourceError: a source file changed or could not be read.
         OutputError: the output exists, or cannot be written.
     """
-    if plan.options.calibrated:
+    if plan.scales:
         raise UsageError(
-            "this plan needs calibration statistics, for quantized inputs or a quantized KV cache",
-            hint="phireg quantize takes them from sample texts, or from a file of an earlier run.",
+            "this plan quantizes weights, inputs or a KV cache",
+            hint="phireg quantize computes their scales, from sample texts where that is needed.",
         )
     total = plan.tensor_bytes
     return write_checkpoint(

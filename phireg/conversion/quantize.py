@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phireg.calibration.statistics import Statistics, statistics_beside
+from phireg.calibration.statistics import NO_STATISTICS, Statistics, statistics_beside
 from phireg.conversion.convert import Converted, check_plan, write_checkpoint
 from phireg.conversion.quantizer import WeightQuantizer
 from phireg.conversion.scales import bytes_read, compute_scales, statistics_digest
@@ -76,9 +76,10 @@ def quantize(
         nonlocal calibrated
         chosen = settings or Settings()
         device = pick_device(chosen.device)
+        maxima = None
         if isinstance(statistics, Statistics):
             maxima = statistics
-        else:
+        elif plan.options.calibrated:
             from phireg.calibration.calibrate import calibrate
 
             report("preparing", 0, 0)
@@ -91,15 +92,16 @@ def quantize(
                 tell=tell,
             )
             maxima = calibrated.statistics
-        quantization["statistics"] = {
-            "digest": statistics_digest(maxima),
-            "provenance": dict(maxima.provenance),
-        }
+        if maxima is not None:
+            quantization["statistics"] = {
+                "digest": statistics_digest(maxima),
+                "provenance": dict(maxima.provenance),
+            }
         read = bytes_read(plan, alpha)
         with within_memory(device, "take --device cpu."):
             scales = compute_scales(
                 plan,
-                maxima,
+                maxima or NO_STATISTICS,
                 alpha=alpha,
                 device=str(device),
                 progress=lambda more: report("scales", more, read),
@@ -114,8 +116,8 @@ def quantize(
             overwrite=overwrite,
             allow_overflow=allow_overflow,
             progress=lambda more: report("writing", more, total),
-            quantizer=quantizer if plan.options.calibrated else None,
-            quantization=quantization if plan.options.calibrated else None,
+            quantizer=quantizer if plan.scales else None,
+            quantization=quantization if plan.scales else None,
         )
     except PhiregError as error:
         if calibrated is None or calibrated.reused:

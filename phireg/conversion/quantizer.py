@@ -53,11 +53,10 @@ class WeightQuantizer:
         self.device = device
         self._code = WEIGHT_DTYPES[plan.options.dtype]
         self._scales = scales
+        self._codes = plan.scales
         self._smoothed = plan.smoothed
-        self._form, self._layout = (
-            plan.options.format,
-            plan.target.layouts.get(plan.options.qformat or ""),
-        )
+        self._form = plan.options.format
+        self._layout = plan.target.layouts.get(plan.options.qformat or "")
         self._group = {  # of a source module, in its target's scales
             module: number
             for linear in plan.linears
@@ -79,13 +78,21 @@ class WeightQuantizer:
         linear, module = target.removesuffix(".weight"), source.removesuffix(".weight")
         if self._form is not None and self._form.per == "group":
             return self._grouped(linear, module, row, block)
-        if not self._smoothed:
-            scales = self._scales.float32(f"{linear}.weights_scaling_factor")
-            scale = scales[self._group[module]]
-            return to_e4m3(block, self._code, scale, self.device)
-        by_row = self._scales.float32(f"{module}.weights_scaling_factor")
-        rows = by_row[row : row + len(block)]
-        return to_int8(block, self._code, self._scales.inverse[linear], rows, self.device)
+        if self._form is not None and self._form.per == "channel":
+            rows = self._float32(f"{module}.{WEIGHT_SCALE}")[row : row + len(block)]
+            if self._form.weight == "e4m3":
+                return to_e4m3(block, self._code, rows[:, None], self.device)
+            inverse = self._scales.inverse.get(linear)
+            return to_int8(block, self._code, inverse, rows, self.device)
+        scale = self._float32(f"{linear}.{WEIGHT_SCALE}")[self._group[module]]
+        return to_e4m3(block, self._code, scale.reshape(1, 1), self.device)
+
+    def _float32(self, name: str) -> Float32:
+        """A scale, whatever it is stored in."""
+        values: Float32 = (
+            as_torch(self._scales.values[name], self._codes[name].dtype).float().numpy()
+        )
+        return values
 
     def folded(self, factor: str, row: int, block: Bits) -> Bits:
         """Rows of a norm, from ``row`` on, times a scale's elements, rounded to their dtype."""
@@ -136,17 +143,18 @@ def pieces(block: Bits, device: str = CPU, multiple: int = 1) -> Iterator[slice]
         yield slice(start, start + step)
 
 
-def to_e4m3(block: Bits, code: str, scale: np.float32, device: str = CPU) -> tuple[Bits, int]:
+def to_e4m3(block: Bits, code: str, scale: Float32, device: str = CPU) -> tuple[Bits, int]:
     """W / scale as e4m3, rounded to nearest, ties to even; the ends are +-448, never NaN.
 
-    Returns the bits, and the number of elements beyond the ends.
+    ``scale`` is [1, 1] or [rows, 1]. Returns the bits, and the number of elements beyond the ends.
     """
     import torch
 
     quantized = np.empty(block.shape, BITS["F8_E4M3"])
     saturated = 0
-    divisor = torch.tensor(float(scale), device=device)  # by a number, CUDA multiplies by 1 / it
+    divisors = torch.tensor(scale, device=device)  # by a number, CUDA multiplies by 1 / it
     for piece in pieces(block, device):
+        divisor = divisors if divisors.numel() == 1 else divisors[piece]
         scaled = as_torch(block[piece], code).to(device).float() / divisor
         beyond = int((scaled.abs() >= E4M3_BEYOND).sum())
         if beyond:
@@ -157,12 +165,12 @@ def to_e4m3(block: Bits, code: str, scale: np.float32, device: str = CPU) -> tup
 
 
 def to_int8(
-    block: Bits, code: str, inverse: Float32, scales: Float32, device: str = CPU
+    block: Bits, code: str, inverse: Float32 | None, scales: Float32, device: str = CPU
 ) -> tuple[Bits, int]:
     """The smoothed W / scale of its row as int8, rounded to nearest, ties to even.
 
-    Takes W [rows, columns] of dtype ``code``, 1 / s [columns] and scales [rows]; returns the bits,
-    and the number of elements beyond the ends.
+    Takes W [rows, columns] of dtype ``code``, 1 / s [columns] or None, and scales [rows]; returns
+    the bits, and the number of elements beyond the ends.
     """
     import torch
 
@@ -170,7 +178,13 @@ def to_int8(
     saturated = 0
     by_row = torch.from_numpy(scales)[:, None].to(device)
     for piece in pieces(block, device):
-        levels = (smooth(block[piece], code, inverse, device).float() / by_row[piece]).round()
+        rows = block[piece]
+        weight = (
+            as_torch(rows, code).to(device)
+            if inverse is None
+            else smooth(rows, code, inverse, device)
+        )
+        levels = (weight.float() / by_row[piece]).round()
         saturated += int(((levels > 127) | (levels < -128)).sum())
         quantized[piece] = levels.clamp(-128, 127).to(torch.int8).view(torch.uint8).cpu().numpy()
     return quantized, saturated

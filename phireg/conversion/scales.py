@@ -25,7 +25,7 @@ from phireg.conversion.stream import WORKERS, Progress, collect, read_blocks, sh
 from phireg.dtypes import BITS, E4M3_MAX, INT8_MAX, SMALLEST_NORMAL, WEIGHT_DTYPES, as_torch
 from phireg.errors import PlanError
 from phireg.findings import Finding, Severity
-from phireg.formats import Format
+from phireg.formats import LARGEST, Format
 from phireg.planning.model import Plan, QuantizedLinear, row_bytes
 from phireg.planning.report import problems
 from phireg.source.model import Reader
@@ -44,6 +44,7 @@ SMALLEST_SMOOTHER, LARGEST_SMOOTHER = 1e-4, 1e4
 it saw none of the linear's."""
 
 _NOTHING: Mapping[str, int] = {}
+_NO_INPUTS = np.zeros(0, np.float32)
 
 
 def compute_scales(
@@ -61,7 +62,7 @@ def compute_scales(
     PlanError names all scales that are missing or unusable, at once.
     """
     inputs, idle = statistics.of_experts()
-    maxima = _input_maxima(plan, statistics, inputs)
+    maxima = _input_maxima(plan, statistics, inputs) if plan.options.calibrated else {}
     workers, block_bytes = share(device, workers)
     with plan.source.open() as reader, one_thread_each(workers):
         worker = _Worker(
@@ -70,7 +71,10 @@ def compute_scales(
         with ThreadPoolExecutor(workers) as pool:
             try:
                 results = collect(
-                    [pool.submit(worker.compute, x, maxima[x.target]) for x in plan.linears]
+                    [
+                        pool.submit(worker.compute, x, maxima.get(x.target, _NO_INPUTS))
+                        for x in plan.linears
+                    ]
                 )
             except BaseException:
                 worker.stop.set()
@@ -233,7 +237,8 @@ def _kv_scales(plan: Plan, statistics: Statistics) -> dict[str, Bits]:
                 scale = np.maximum(np.float32(1), scale)
             elif not largest:
                 scale = np.ones(1, np.float32)
-            scales[name] = scale.view(BITS["F32"])
+            code, bits = plan.scales[name].dtype, scale.view(BITS["F32"])
+            scales[name] = bits if code == "F32" else cast(bits, "F32", code)[0]
     return scales
 
 
@@ -285,6 +290,8 @@ class _Worker:
                 self.awq(linear, inputs, scales, form)
             elif form is not None and form.weight == "e2m1":
                 self.nvfp4(linear, inputs, scales, form)
+            elif form is not None and form.per == "channel":
+                self.channels(linear, scales, form)
             else:
                 self.fp8(linear, inputs, scales)
         except BaseException:
@@ -301,9 +308,26 @@ class _Worker:
                     amax = as_torch(block, self.code).to(self.device).abs().max().item()
                     largest[number] = np.maximum(largest[number], np.float32(amax))
         per_group = np.where(largest == 0, np.float32(1), largest / np.float32(E4M3_MAX))
-        scales.put(f"{linear.target}.weights_scaling_factor", per_group)
+        self.put(scales, f"{linear.target}.weights_scaling_factor", per_group)
         scale = inputs.max() / np.float32(E4M3_MAX) if inputs.any() else np.float32(1)
-        scales.put(f"{linear.target}.activation_scaling_factor", scale)
+        self.put(scales, f"{linear.target}.activation_scaling_factor", scale)
+
+    def channels(self, linear: QuantizedLinear, scales: _LinearScales, form: Format) -> None:
+        """A scale for each row of the weight."""
+        top = np.float32(LARGEST[form.weight])
+        for module in linear.sources:
+            amax = [
+                as_torch(block, self.code).to(self.device).abs().amax(1).float().cpu().numpy()
+                for _, block in self.blocks(module, scales)
+            ]
+            largest = np.concatenate(amax)
+            self.put(scales, f"{module}.{WEIGHT_SCALE}", np.where(largest == 0, 1, largest / top))
+
+    def put(self, scales: _LinearScales, name: str, values: npt.ArrayLike) -> None:
+        """Add a scale in the dtype that it is stored in."""
+        code = self.plan.scales[name].dtype
+        bits = np.asarray(values, np.float32).reshape(-1).view(BITS["F32"])
+        scales.values[name] = bits if code == "F32" else cast(bits, "F32", code)[0]
 
     def smoothquant(self, linear: QuantizedLinear, inputs: Float32, scales: _LinearScales) -> None:
         """A smoothing vector for the input, then a scale for each row of the smoothed weight."""

@@ -207,7 +207,7 @@ class Quantization:
         for module in self.rules.kv_caches:
             for companion, stored in stored_scales.items():
                 name, own = f"{module}.{companion}", f"{module}.{stored.name}"
-                self.scales[name] = ScaleTensor("F32", 1, (Basis.CALIBRATION,))
+                self.scales[name] = ScaleTensor(stored.code or self.code, 1, (Basis.CALIBRATION,))
                 scale, sizes = Scale((Span(name, 0, 1),)), stored.sizes((1,))
                 for rank in range(tp_size):
                     yield Output(rank, own, stored.code or self.code, sizes, 0, scale)

@@ -40,6 +40,10 @@ _LAYOUTS = {
             PRE_SCALE: _PRE_SCALE,
         },
     ),
+    "fp8_pc_pt": Layout(
+        "FP8_PER_CHANNEL_PER_TOKEN", "F8_E4M3", {WEIGHT_SCALE: Stored("weight_scale")}
+    ),
+    "int8_wo": Layout("W8A16", "I8", {WEIGHT_SCALE: Stored("weight_scale")}),
     "int4_awq": Layout(
         "W4A16_AWQ", "U8", {WEIGHT_SCALE: Stored("weight_scale"), PRE_SCALE: _PRE_SCALE}, "rows"
     ),

@@ -1,4 +1,4 @@
-"""Weights of four bits in ModelOpt's layout are its own export's, byte for byte."""
+"""Weights in ModelOpt's layout are its own export's, byte for byte."""
 
 import json
 
@@ -43,7 +43,7 @@ def row_by_row(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "family", "qformats"),
     [
-        ("phi3", "phi3-mini", ("int4_awq", "w4a8_awq", "nvfp4")),
+        ("phi3", "phi3-mini", ("int4_awq", "w4a8_awq", "nvfp4", "fp8_pc_pt", "int8_wo")),
         ("phi2", "phi2", ("nvfp4",)),
     ],
 )

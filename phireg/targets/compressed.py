@@ -1,0 +1,109 @@
+"""compressed-tensors' layout of quantized Hugging Face directories, as its 0.20 writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from phireg.config.hf import HFConfig
+from phireg.formats import WEIGHT_BITS, Format, Grid
+from phireg.layout.ranks import Ranks
+from phireg.targets.huggingface import HuggingFace
+from phireg.targets.target import (
+    INPUT_SCALE,
+    KEY_SCALE,
+    VALUE_SCALE,
+    WEIGHT_SCALE,
+    Layout,
+    Quantized,
+    Stored,
+)
+
+_CHANNELS = {WEIGHT_SCALE: Stored("weight_scale", None, "column")}
+_LAYOUTS = {
+    "fp8": Layout(
+        "float-quantized",
+        "F8_E4M3",
+        {WEIGHT_SCALE: Stored("weight_scale", None), INPUT_SCALE: Stored("input_scale", None)},
+    ),
+    "fp8_dynamic": Layout("float-quantized", "F8_E4M3", _CHANNELS),
+    "w8a8": Layout("int-quantized", "I8", _CHANNELS),
+}
+_KV_CACHES = {
+    "fp8": {KEY_SCALE: Stored("k_scale", None), VALUE_SCALE: Stored("v_scale", None)},
+}
+_VERSION = "0.20.0"
+"""The release of compressed-tensors whose layout this is."""
+
+
+def _levels(grid: Grid, strategy: str, *, dynamic: bool, group_size: int | None) -> dict[str, Any]:
+    return {
+        "dynamic": dynamic,
+        "group_size": group_size,
+        "num_bits": WEIGHT_BITS[grid],
+        "strategy": strategy,
+        "symmetric": True,
+        "type": "float" if grid in ("e4m3", "e2m1") else "int",
+    }
+
+
+def _group(form: Format, layout: Layout) -> dict[str, Any]:
+    """Return the settings of the linears, as ``config_groups`` has them."""
+    inputs = None
+    if form.inputs is not None:
+        dynamic = form.inputs.scale == "token"
+        inputs = _levels(form.inputs.grid, form.inputs.scale, dynamic=dynamic, group_size=None)
+        if not dynamic:
+            inputs["observer"] = "static_minmax"
+    return {
+        "format": layout.algorithm,
+        "input_activations": inputs,
+        "output_activations": None,
+        "targets": ["Linear"],
+        "weights": _levels(form.weight, form.per, dynamic=False, group_size=form.group_size),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressedTensors(HuggingFace):
+    """Directories with ``quant_method`` "compressed-tensors"."""
+
+    def config_files(
+        self,
+        fields: Mapping[str, Any],
+        hf: HFConfig,
+        dtype: str,
+        quantized: Quantized | None,
+        ranks: Ranks,
+    ) -> dict[str, dict[str, Any]]:
+        """Return config.json with its quantization block."""
+        files = super().config_files(fields, hf, dtype, quantized, ranks)
+        if quantized is None:
+            return files
+        # The embedding is no linear.
+        ignored = [name for name in quantized.excluded if not name.endswith("embed_tokens")]
+        cache = _levels("e4m3", "tensor", dynamic=False, group_size=None)
+        files["config.json"]["quantization_config"] = {
+            "config_groups": {"group_0": _group(quantized.format, quantized.layout)},
+            "format": quantized.layout.algorithm,
+            "global_compression_ratio": None,
+            "ignore": ignored,
+            "kv_cache_scheme": cache if quantized.kv_cache else None,
+            "moe_sparsity_config": None,
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+            "sparsity_config": {},
+            "transform_config": {},
+            "version": _VERSION,
+        }
+        return files
+
+
+TARGET = CompressedTensors(
+    name="hf-compressed-tensors",
+    summary="compressed-tensors' quantized Hugging Face layout",
+    api=1,
+    layouts=_LAYOUTS,
+    kv_caches=_KV_CACHES,
+)

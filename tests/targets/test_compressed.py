@@ -1,0 +1,95 @@
+"""transformers with compressed-tensors runs what phireg writes in its layout."""
+
+import json
+
+import pytest
+import torch
+from helpers import exports
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import phireg
+from phireg import registry
+from phireg.calibration.collect import collect
+from phireg.reference.load import open_reference
+
+pytest.importorskip("compressed_tensors")
+LARGEST = {"fp8": 448.0, "fp8_dynamic": 448.0, "w8a8": 127.0}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return exports.source("phi3", tmp_path_factory.mktemp("compressed") / "model")
+
+
+@pytest.fixture(scope="module")
+def statistics(source):
+    family = registry.load("phi3-mini").family
+    cpu = torch.device("cpu")
+    reference = open_reference(family, source, weights=None, dtype=torch.bfloat16, device=cpu)
+    return collect(reference, [row.tolist() for row in exports.rows()], device=cpu)
+
+
+def on_grid(values, scale, top):
+    """Values that the format has, by hand."""
+    if top == 448.0:
+        return (values / scale).clamp(-top, top).to(torch.float8_e4m3fn).float() * scale
+    return (values / scale).round().clamp(-top - 1, top) * scale
+
+
+def by_hand(source, statistics, qformat):
+    """transformers' model with weights and inputs of every linear put on the grid."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    top = LARGEST[qformat]
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
+            continue
+        weight = module.weight.data
+        amax = weight.abs().max() if qformat == "fp8" else weight.abs().amax(1, keepdim=True)
+        scale = (amax / top).bfloat16().float()
+        module.weight.data = on_grid(weight, scale, top)
+        largest = torch.tensor(statistics.inputs[name].max())
+
+        def round_inputs(_, inputs, largest=largest):
+            (x,) = inputs
+            if qformat != "fp8":
+                # compressed-tensors spreads 255 steps over both signs when it runs.
+                steps = 127.5 if qformat == "w8a8" else top
+                return (on_grid(x, x.abs().amax(-1, keepdim=True) / steps, top),)
+            return (on_grid(x, (largest / top).bfloat16().float(), top),)
+
+        module.register_forward_pre_hook(round_inputs)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("qformat", LARGEST)
+def test_transformers_loads_and_computes_the_same(tmp_path, source, statistics, qformat):
+    plan = phireg.plan(source, family="phi3-mini", target="hf-compressed-tensors", qformat=qformat)
+    phireg.quantize(plan, tmp_path / "out", statistics if plan.options.calibrated else None)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = exports.rows()[:1]
+    expected = by_hand(source, statistics, qformat)(ids).logits
+    actual = model.eval()(ids).logits
+    assert (actual - expected).abs().max() < 0.05 * expected.std()
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()(ids).logits
+    assert (actual - expected).norm() < 0.2 * (plain - expected).norm()
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, ids.shape[1] + 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("qformat", LARGEST)
+def test_the_settings_are_those_of_compressed_tensors(tmp_path, source, qformat):
+    exports.compressed("phi3", source, qformat, tmp_path, dtype=torch.bfloat16)
+    theirs = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    plan = phireg.plan(source, family="phi3-mini", target="hf-compressed-tensors", qformat=qformat)
+    assert plan.config["quantization_config"] == theirs
+    kinds = {
+        name: (tensor.dtype, tuple(tensor.shape))
+        for name, tensor in load_file(tmp_path / "model.safetensors").items()
+    }
+    codes = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
+    assert {o.name: (codes[o.dtype], o.shape) for o in plan.outputs} == kinds
