@@ -177,7 +177,8 @@ def target_option(default: str) -> Callable[[_Function], _Function]:
         "--target",
         type=TargetName(),
         default=default,
-        help="What to write: trtllm, or a Hugging Face directory: hf, hf-modelopt, hf-compressed-tensors.",
+        help="What to write: trtllm, or a Hugging Face directory: hf, hf-modelopt, "
+        "hf-compressed-tensors.",
     )
 
 
