@@ -1,6 +1,6 @@
 """How fast the executor generates on a GPU, beside what it is measured against.
 
-    python benchmarks/executor.py [--only check|decode|batch|sparse ...] [--json FILE]
+    python benchmarks/executor.py [--only check|decode|formats|experts|batch|sparse ...]
 
 Weights are random, at the published shapes, made on the GPU. Times are the median of several runs
 after a warm-up, whole calls by the wall clock: compilation is outside, everything else inside.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
@@ -23,9 +22,11 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from phireg.dtypes import ITEMSIZE
+from phireg.dtypes import torch_dtype
 from phireg.executor import Executor, generate
-from phireg.reader.spec import BlockSparse, ModelSpec, parse_spec
+from phireg.executor.levels import E2M1, Levels
+from phireg.reader.schemes import LINEARS
+from phireg.reader.spec import BlockSparse, parse_spec
 from phireg.reader.tensors import EMBEDDING, rank_tensors
 
 PHI3_MINI = {
@@ -33,6 +34,16 @@ PHI3_MINI = {
     "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 32, "hidden_act": "swiglu",
     "max_position_embeddings": 4096, "rotary_base": 10000.0, "rotary_pct": 1.0,
+}  # fmt: skip
+PHI35_MOE = {
+    "architecture": "PhiMoEForCausalLM", "dtype": "bfloat16", "vocab_size": 32064,
+    "hidden_size": 4096, "intermediate_size": 6400, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_act": "swiglu",
+    "norm_epsilon": 1e-5, "max_position_embeddings": 4096, "rotary_base": 10000.0,
+    "rotary_pct": 1.0, "position_embedding_type": "rope_gpt_neox",
+    "moe": {
+        "num_experts": 16, "top_k": 2, "normalization_mode": 2, "sparse_mixer_epsilon": 0.01,
+    },
 }  # fmt: skip
 # Small enough for float32 and many tokens, with everything that a step does differently.
 PHI3_SMALL_SHORT = {
@@ -58,17 +69,30 @@ def random_executor(config: dict[str, Any], std: float = 0.02) -> Executor:
     generator = torch.Generator("cuda").manual_seed(0)
 
     def source(name: str) -> torch.Tensor:
-        values = torch.randn(tensors[name][1], device="cuda", generator=generator) * std
-        return (values + ("norm" in name or "ln_f" in name)).to(dtype)
+        code, shape = tensors[name]
+        if name.endswith("scaling_factor"):
+            scale = 1.0 if "prequant" in name else 5e-4 if "weights" in name else 0.05
+            return torch.full(shape, scale, dtype=torch_dtype(code), device="cuda")
+        values = torch.randn(shape, device="cuda", generator=generator)
+        if torch_dtype(code) != dtype:  # levels
+            return (values * 40).clamp(-127, 127).to(torch_dtype(code))
+        return (values * std + ("norm" in name or "ln_f" in name)).to(dtype)
 
     return Executor(spec, [source], [0], device="cuda", offload=False)
 
 
-def weight_bytes(spec: ModelSpec) -> int:
-    """Count the bytes a decode step must read: all tensors but the embedding, used by the row."""
-    tensors = rank_tensors(spec)
-    del tensors[EMBEDDING]
-    return sum(ITEMSIZE[code] * math.prod(shape) for code, shape in tensors.values())
+def weight_bytes(executor: Executor) -> int:
+    """Count the bytes a decode step must read, as they lie in memory.
+
+    These are all tensors but the embedding, which is used by the row, and two of a layer's experts.
+    """
+    layers = [executor.layer_weights(n)[0] for n in range(executor.spec.num_layers)]
+    ends = {n: t for n, t in executor.end_weights()[0].items() if n != EMBEDDING}
+    total = 0
+    for tensor in (tensor for weights in (*layers, ends) for tensor in weights.values()):
+        experts = tensor.dim() == 3 and executor.spec.experts is not None
+        total += tensor.nbytes * 2 // len(tensor) if experts else tensor.nbytes
+    return total
 
 
 def seconds(call: Callable[[], object], runs: int = 5) -> float:
@@ -165,7 +189,7 @@ def generation(sections: set[str], results: dict[str, Any]) -> None:
     if "decode" in sections:
         prompt = prompts(1, 128, 32064)
         results["decode_ms"] = per_token(lambda count: generate(executor, prompt, count), 256)
-        results["floor_ms"] = weight_bytes(executor.spec) / results["copy_bytes_per_second"] * 1e3
+        results["floor_ms"] = weight_bytes(executor) / results["copy_bytes_per_second"] * 1e3
         show("Phi-3-mini, batch 1, ms a token", results["decode_ms"])
         show("  memory floor, ms", results["floor_ms"])
         show("  times the floor (wanted: at most 1.5)", results["decode_ms"] / results["floor_ms"])
@@ -188,6 +212,93 @@ def generation(sections: set[str], results: dict[str, Any]) -> None:
             show("  transformers, tokens/s", 32 * count / took)
             ratio = results["batch_tokens_per_second"] * took / (32 * count)
             show("  times faster (wanted: 10)", ratio)
+
+
+# Rows: name, quant_algo, kv_cache_quant_algo; or the grid and the group size of weights of formats
+# that TensorRT-LLM checkpoints of phireg do not have.
+FORMATS = {
+    "FP8, FP8 cache": ("FP8", "FP8"),
+    "INT8 SmoothQuant, INT8 cache": ("W8A8_SQ_PER_CHANNEL", "INT8"),
+    "INT8 weights": ("W8A16", None),
+    "INT4 weights": ("W4A16", None),
+    "INT4 weights, groups of 128": ("int4", 128),
+    "NVFP4 weights": ("e2m1", 16),
+}
+
+
+def of_format(algorithm: str, cache: str | int | None, shape: dict[str, Any]) -> Executor:
+    """A random model; its weights are replaced by packed ones of a grid for formats of groups."""
+    if not isinstance(cache, int):
+        block = {"quant_algo": algorithm, "kv_cache_quant_algo": cache}
+        return random_executor({**shape, "quantization": block})
+    executor = random_executor(shape)
+    for index in range(executor.spec.num_layers):
+        weights = dict(executor._layers[index][0])
+        for linear in LINEARS:
+            size = weights.pop(f"{linear}.weight").shape
+            levels = torch.randint(-7, 8, size, dtype=torch.int8, device="cuda")
+            groups = torch.full((size[0], size[1] // cache), 0.02, device="cuda")
+            if algorithm == "e2m1":
+                table = torch.tensor(E2M1, device="cuda")
+                values = (levels.sign() * table[levels.abs().long()]).to(torch.float8_e4m3fn)
+                one, groups = torch.ones(1, device="cuda"), groups.to(torch.float8_e4m3fn)
+                weights |= Levels("e2m1", values, one, groups).packed(linear)
+            else:
+                weights |= Levels("int4", levels, None, groups.bfloat16()).packed(linear)
+        executor._layers[index] = [weights]
+    return executor
+
+
+def formats(results: dict[str, Any]) -> None:
+    """Every format's decode step against its floor, its memory, a batch, and prompts."""
+    for name, (algorithm, cache) in {"bfloat16": (None, None), **FORMATS}.items():
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        of_model(name, of_format(algorithm, cache, PHI3_MINI), before, results)
+
+
+def of_model(name: str, executor: Executor, before: int, results: dict[str, Any]) -> None:
+    rows, long = prompts(32, 512, 32064), prompts(1, 4000, 32064)
+    spec, copies = executor.spec, results["copy_bytes_per_second"]
+    read = weight_bytes(executor)
+    stored = read + executor.end_weights()[0][EMBEDDING].nbytes
+    taken = torch.cuda.memory_allocated() - before
+    floor = read / copies * 1e3
+    step = per_token(lambda count: generate(executor, prompts(1, 128, 32064), count), 256)
+    first = seconds(lambda: generate(executor, rows, 1), runs=2)
+    took = seconds(lambda: generate(executor, rows, 65), runs=1)
+    batch = (took - first) / 64 * 1e3
+    kept = 32 * (512 + 32) * 2 * spec.num_layers * spec.rank_kv_heads * spec.head_size
+    keys = kept * (1 if spec.quantization.kv_cache else 2) / copies * 1e3
+    prompt = seconds(lambda: generate(executor, long, 1), runs=3) * 1e3
+    results[f"format {name}"] = [step, floor, batch, floor + keys, taken, stored, prompt, first]
+    print(
+        f"{name:<28} {step:6.3f} ms a token, {step / floor:.2f} x its floor; batch of 32: "
+        f"{batch:6.3f} ms, {batch / (floor + keys):.2f} x; {taken / 1e9:.2f} GB in memory, "
+        f"{taken / stored:.3f} x the bytes stored; prompts: 4000 tokens {prompt:.1f} ms, "
+        f"32 x 512 {first * 1e3:.1f} ms", flush=True,
+    )  # fmt: skip
+
+
+def experts(results: dict[str, Any]) -> None:
+    """Phi-3.5-MoE's shape, in FP8, which fits into 80 GB; a quarter of its layers in bfloat16."""
+    for name, layers in (("FP8", 32), ("bfloat16", 8)):
+        torch.cuda.empty_cache()
+        block = {"quant_algo": "FP8", "exclude_modules": ["lm_head", "*router"]}
+        shape = {**PHI35_MOE, "num_hidden_layers": layers}
+        of_experts(
+            f"Phi-3.5-MoE, {layers} layers, {name}",
+            random_executor({**shape, "quantization": block} if name == "FP8" else shape),
+            results,
+        )
+
+
+def of_experts(name: str, executor: Executor, results: dict[str, Any]) -> None:
+    floor = weight_bytes(executor) / results["copy_bytes_per_second"] * 1e3
+    step = per_token(lambda count: generate(executor, prompts(1, 16, 32064), count), 64)
+    results[name] = [step, floor]
+    show(f"{name}, ms a token", step)
+    show("  times the bytes of the active experts (wanted: at most 1.6)", step / floor)
 
 
 def per_token(run: Callable[[int], object], count: int) -> float:
@@ -227,7 +338,7 @@ def show(what: str, value: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of the executor on a GPU.")
-    names = ["check", "decode", "batch", "sparse"]
+    names = ["check", "decode", "formats", "experts", "batch", "sparse"]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
@@ -242,6 +353,10 @@ def main() -> None:
     show("copy, TB/s read and written", results["copy_bytes_per_second"] / 1e12)
     if "sparse" in sections:
         sparse(results)
+    if "formats" in sections:
+        formats(results)
+    if "experts" in sections:
+        experts(results)
     if sections & {"decode", "batch"}:
         generation(sections, results)
     if options.json:

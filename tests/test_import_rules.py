@@ -79,6 +79,7 @@ RULES = {
         lazily=("torch",),
     ),
     "phireg.executor.cuda.kernels": Rule(("triton",)),
+    "phireg.executor.cuda.products": Rule(("triton", "phireg.executor.cuda.kernels")),
     "phireg.executor.cuda": Rule(("phireg.executor", READER, "torch", "triton")),
     "phireg.executor": Rule(
         (

@@ -9,7 +9,7 @@ size h.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,8 +25,9 @@ Rotary: TypeAlias = "tuple[Tensor, Tensor]"
 Cache: TypeAlias = "tuple[Tensor, Tensor]"
 # (query [B, H, T, D], key and value [B, G, T, D]) -> [B, H, T, D]
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-# (query [B, H, T, D], a cache that has the T tokens) -> [B, T, H * D]
-AttendCache: TypeAlias = Callable[[Tensor, Cache], Tensor]
+# (query [B, H, T, D], a cache that has the T tokens, the scale of its levels, and a rounding of the
+# result as in ``cuda.launch``) -> [B, T, H * D]
+AttendCache: TypeAlias = Callable[[Tensor, Cache, "Tensor | None", Any], Tensor]
 # partial sums of the ranks in this process -> their sum over all ranks
 Reduce: TypeAlias = Callable[[list[Tensor]], Tensor]
 

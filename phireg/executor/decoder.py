@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from phireg.errors import UsageError
-from phireg.executor import attention, blocks
+from phireg.executor import attention, blocks, quantized
 from phireg.executor.blocks import Attend, AttendCache, Cache, Rotary
 from phireg.executor.finite import NO_TOKEN, finite
 from phireg.executor.model import Executor
@@ -82,8 +82,8 @@ class Decoder:
     """Generate for one batch at a time; a later batch of the same shape can follow.
 
     The cache has ``capacity`` slots: prompt and new tokens together, padding included. A quantized
-    cache holds, in the compute dtype, the values that come back from the layer's grid. The seed of
-    ``sampling`` is given with each prompt.
+    cache holds levels of the layer's grid, or, without ``fused``, the values they give back. The
+    seed of ``sampling`` is given with each prompt.
 
     ``fused`` runs the layers as the kernels of ``cuda.fused``; a step of weights that stay on the
     GPU is captured in a CUDA graph besides, with what NCCL sends in it.
@@ -113,9 +113,12 @@ class Decoder:
         columns = 0 if sampling.greedy else spec.vocab_size
         self._noise = torch.ones(batch, columns, dtype=torch.float32, device=device)
         shape = (batch, spec.rank_kv_heads, capacity, spec.head_size)
+        grid, dtype = spec.quantization.kv_cache, executor.dtype
+        if fused and grid is not None and quantized.keeps_levels(device, grid):
+            dtype = torch.int8 if grid == "int8" else torch.float8_e4m3fn
 
         def cache() -> Cache:
-            keys = torch.zeros(shape, dtype=executor.dtype, device=device)
+            keys = torch.zeros(shape, dtype=dtype, device=device)
             return keys, torch.zeros_like(keys)
 
         self._caches = [[cache() for _ in executor.ranks] for _ in range(spec.num_layers)]
@@ -239,15 +242,16 @@ class Decoder:
 
         spec = self.executor.spec
         pattern = spec.sparse if spec.is_sparse(layer) else None
-        return lambda query, cache: launch.attend_cache(
-            query,
-            cache,
-            self._slot,
-            self._pads,
-            spec.attention_scale,
-            pattern,
-            rank * spec.rank_heads,
-        )
+        first_head = rank * spec.rank_heads
+
+        def attend(query: Tensor, cache: Cache, kv_scale: Tensor | None, rounding: Any) -> Tensor:
+            slots = (self._slot, self._pads)
+            scale = spec.attention_scale
+            return launch.attend_cache(
+                query, cache, *slots, scale, pattern, first_head, kv_scale, rounding
+            )
+
+        return attend
 
     def _extending(self, layer: int, rank: int, cache: Cache) -> Attend:
         """Return the attention of a new token, stored in the next slot, over the slots up to it."""
@@ -278,8 +282,16 @@ def _filling(cache: Cache, inner: Attend) -> Attend:
 def _of_prompt(inner: Attend, length: int) -> AttendCache:
     """Return ``inner`` over the first slots, which hold the prompt's keys and values."""
 
-    def attend_prompt(query: Tensor, cache: Cache) -> Tensor:
-        keys, values = (kept[:, :, :length] for kept in cache)
-        return inner(query, keys, values).transpose(1, 2).flatten(2)
+    def attend_prompt(
+        query: Tensor, cache: Cache, kv_scale: Tensor | None, rounding: Any
+    ) -> Tensor:
+        from phireg.executor.cuda import launch, linears
+
+        keys, values = cache
+        if kv_scale is not None and keys.dtype != query.dtype:
+            keys, values = (linears.cache_values(kept, kv_scale, query.dtype) for kept in cache)
+        output = inner(query, keys[:, :, :length], values[:, :, :length])
+        output = output.transpose(1, 2).flatten(2).contiguous()
+        return output if rounding is None else launch.quantize(output, rounding, output.dtype)
 
     return attend_prompt

@@ -17,7 +17,7 @@ from torch import Tensor
 from phireg.checkpoint.shards import Shards
 from phireg.errors import CheckError
 from phireg.executor.levels import E2M1, Levels
-from phireg.executor.quantized import inputs_name, keeps_levels, round_to_e4m3
+from phireg.executor.quantized import inputs_name, keeps_weight, round_to_e4m3
 from phireg.formats import Inputs
 from phireg.reader.layouts import Storage
 from phireg.reader.models import Order
@@ -364,7 +364,7 @@ def _part(
     levels = [part.weight for part in experts if isinstance(part.weight, Levels)]
     if len(levels) != len(experts):
         put("weight", [part.weight for part in experts if isinstance(part.weight, Tensor)], dtype)
-    elif keeps_levels(device):
+    elif keeps_weight(device, levels[0]):
         prepared |= _stacked(levels, stacked, device).packed(name)
     else:
         put("weight", [part.values(dtype) for part in levels], dtype)

@@ -1,10 +1,10 @@
 """Weights as levels of a grid and scales: what they stand for, and how a GPU's memory holds them.
 
 A weight is ``level * group_scale * scale``, of which every format has one or both scales. Levels
-of four bits lie two in a byte: in each run of ``PACKED`` inputs, byte j holds input j in its lower
-half and input j + PACKED / 2 in the upper one, so that either half of the bytes is a run of inputs.
-A last run is filled up with zeros. An int4 level is its two's complement; an e2m1 one its sign and
-its place among ``E2M1``. The kernels of ``cuda`` read the same.
+of four bits lie eight in a little-endian word: of each run of 32 inputs, which are four words, word
+c holds input 4 n + c in its bits 4 n to 4 n + 3, so that four words at once go with four inputs at
+once. A last run is filled up. An int4 level is stored with 8 added, an e2m1 one as its sign and its
+place among ``E2M1``. The kernels of ``cuda`` read the same.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from phireg.formats import Grid
 
-PACKED = 128
-"""Inputs in a run of packed levels."""
+RUN = 32
+"""Inputs that are packed together."""
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of e2m1 by the lower three bits of a level; the fourth is the sign."""
@@ -60,7 +60,7 @@ class Levels:
         """Return the tensors a GPU keeps, by names of which one says the grid."""
         levels = self.levels
         if self.grid in ("int4", "e2m1"):
-            levels = _pack(_codes(levels) if self.grid == "e2m1" else levels.view(torch.uint8) & 15)
+            levels = _pack(_codes(levels) if self.grid == "e2m1" else (levels + 8).to(torch.uint8))
         kept = {f"{linear}.{self.grid}": levels.contiguous()}
         if self.scale is not None:
             kept[f"{linear}.{_SCALE}"] = self.scale.contiguous()
@@ -82,10 +82,10 @@ class Packed:
         """Return the weight with its levels apart; ``inputs`` are those of a row."""
         data = self.data
         if self.grid in ("int4", "e2m1"):
-            runs = data.unflatten(-1, (-1, PACKED // 2))
-            codes = torch.cat((runs & 15, runs >> 4), dim=-1).flatten(-2)[..., :inputs]
+            runs = data.unflatten(-1, (-1, 4, 4)).transpose(-1, -2)
+            codes = torch.stack((runs & 15, runs >> 4), dim=-2).flatten(-4)[..., :inputs]
             if self.grid == "int4":
-                data = (codes.to(torch.int8) ^ 8) - 8
+                data = codes.to(torch.int8) - 8
             else:
                 table = torch.tensor(E2M1, device=data.device).to(torch.float8_e4m3fn)
                 data = torch.cat((table, (-table.float()).to(table.dtype)))[codes.long()]
@@ -113,15 +113,15 @@ def packed_bytes(grid: Grid, shape: tuple[int, ...]) -> int:
     """Return the bytes that packed levels take."""
     *rows, inputs = shape
     if grid in ("int4", "e2m1"):
-        inputs = -(-inputs // PACKED) * (PACKED // 2)
+        inputs = -(-inputs // RUN) * (RUN // 2)
     return math.prod(rows) * inputs
 
 
 def _pack(codes: Tensor) -> Tensor:
     """Return four-bit codes, uint8 [..., inputs], two in a byte."""
-    codes = functional.pad(codes, (0, -codes.shape[-1] % PACKED))
-    low, high = codes.unflatten(-1, (-1, 2, PACKED // 2)).unbind(-2)
-    return (low | (high << 4)).flatten(-2)
+    runs = functional.pad(codes, (0, -codes.shape[-1] % RUN)).unflatten(-1, (-1, 4, 2, 4))
+    low, high = runs.unbind(-2)
+    return (low | (high << 4)).transpose(-1, -2).flatten(-3)
 
 
 def _codes(levels: Tensor) -> Tensor:

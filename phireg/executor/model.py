@@ -162,11 +162,15 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
     def fusable(self) -> bool:
         """Whether the kernels of ``cuda.fused`` compute all of it.
 
-        Which experts run depends on the tokens: there is no one graph of a step. Of a directory
-        they know neither scales apart for keys and values nor a sliding window.
+        Of a directory they know neither experts, nor scales apart for keys and values, nor a
+        sliding window.
         """
-        own = self.spec.quantization.kv_cache is None or not self._is_directory
-        return self.spec.experts is None and self.spec.sliding_window is None and own
+        spec = self.spec
+        if not self._is_directory:
+            return True
+        return (
+            spec.experts is None and spec.sliding_window is None and not spec.quantization.kv_cache
+        )
 
     def release(self) -> None:
         """Give up the last generation's cache and captured step.
@@ -356,8 +360,9 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         for name, (_, shape) in rank_tensors(self._sized).items():
             module, _, part = name.rpartition(".")
             scheme = self._sized.quantization.scheme(module) if part == "weight" else None
-            if scheme is not None and quantized.keeps_levels(self.device):
-                size = packed_bytes(FORMATS[scheme.qformat].weight, shape)
+            grid = None if scheme is None else FORMATS[scheme.qformat].weight
+            if grid is not None and quantized.keeps_levels(self.device, grid):
+                size = packed_bytes(grid, shape)
             else:
                 size = math.prod(shape) * self.dtype.itemsize
             needed += size * len(self.ranks)

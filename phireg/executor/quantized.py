@@ -12,6 +12,7 @@ step can be captured.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Literal
 
@@ -54,16 +55,33 @@ def prepare(
         else:
             scale = tensors.get(f"{linear}.weights_scaling_factor")
             weight = stored_levels(quantization.weights, tensor, scale, device)
-            if keeps_levels(device):
+            if keeps_weight(device, weight):
                 prepared |= weight.packed(linear)
             else:
                 prepared[name] = weight.values(dtype)
     return prepared
 
 
-def keeps_levels(device: torch.device) -> bool:
-    """Return whether quantized weights stay as they are stored; a CPU has no use for that."""
-    return bool(device.type == "cuda")
+def keeps_levels(device: torch.device, grid: str) -> bool:
+    """Return whether quantized weights, and keys and values, stay levels: it takes kernels.
+
+    A CPU has no use for that, and GPUs before compute capability 8.9 do not know e4m3, of which
+    the scales of e2m1 are, too.
+    """
+    if device.type != "cuda":
+        return False
+    return grid in ("int8", "int4") or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def keeps_weight(device: torch.device, weight: Levels) -> bool:
+    """Return whether ``keeps_levels`` holds of a weight, and kernels read its groups' scales."""
+    groups = weight.group_scale
+    if groups is not None:
+        size = weight.levels.shape[-1] // groups.shape[-1]
+        known = size == 16 if weight.grid == "e2m1" else weight.grid == "int4" and size % 32 == 0
+        if not known or (groups.dtype.itemsize == 1 and not keeps_levels(device, "e4m3")):
+            return False
+    return keeps_levels(device, weight.grid)
 
 
 def stored_levels(form: str, weight: Tensor, scale: Tensor | None, device: torch.device) -> Levels:
@@ -133,11 +151,18 @@ def round_to_e4m3(x: Tensor) -> Tensor:
 
 def _round_e2m1(x: Tensor) -> Tensor:
     """Round float32 values to e2m1's, ties to even; those beyond 6 become it."""
-    table = torch.tensor(E2M1, device=x.device)
+    table, middles = _e2m1_table(x.device)
+    return table[torch.bucketize(x.abs(), middles)] * x.sign()
+
+
+@functools.cache
+def _e2m1_table(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return magnitudes, and what lies between; on a GPU before a step that uses it is captured."""
+    table = torch.tensor(E2M1, device=device)
     middles = (table[1:] + table[:-1]) / 2
     # At an even place a tie goes down, at an odd one up.
     middles[1::2] = middles[1::2].nextafter(table[0])
-    return table[torch.bucketize(x.abs(), middles)] * x.sign()
+    return table, middles
 
 
 def inputs_name(inputs: Inputs, *, smoothed: bool) -> str:
@@ -151,7 +176,7 @@ def inputs_name(inputs: Inputs, *, smoothed: bool) -> str:
     return f"inputs_{inputs.grid}_{inputs.scale}"
 
 
-def _rounded_inputs(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+def rounded_inputs(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
     """Return a linear's inputs as ``inputs_name`` says, smoothed first in the compute dtype."""
     smoothing = weights.get(f"{name}.smoothing")
     x = x if smoothing is None else x * smoothing
@@ -189,7 +214,7 @@ def linear(weights: Mapping[str, Tensor], name: str, x: Tensor, bias: Tensor | N
             parts.append(linear(weights, f"{name}.{len(parts)}", x, None))
         y = torch.cat(parts, dim=-1)
         return y if bias is None else y + bias
-    x = _rounded_inputs(weights, name, x)
+    x = rounded_inputs(weights, name, x)
     scale = weights.get(f"{name}.activation_scaling_factor")
     packed = find_packed(weights, name)
     if packed is not None and scale is not None and multiplies_e4m3(packed, x.dtype):
@@ -229,7 +254,10 @@ def multiplies_e4m3(weight: Packed, dtype: torch.dtype) -> bool:
 
 def stored_product(x: Tensor, weight: Packed, x_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return X W^T of e4m3 values, times both float32 [1] scales; see ``multiplies_e4m3``."""
+    scale = weight.scale
+    if scale is not None and scale.data_ptr() % 16:
+        scale = scale.clone()  # one expert's, out of a stack
     y = torch._scaled_mm(
-        x.flatten(0, -2), weight.data.t(), scale_a=x_scale, scale_b=weight.scale, out_dtype=dtype
+        x.flatten(0, -2), weight.data.t(), scale_a=x_scale, scale_b=scale, out_dtype=dtype
     )
     return y.unflatten(0, x.shape[:-1])

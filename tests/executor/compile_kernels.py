@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from phireg.executor.cuda import kernels
+from phireg.executor.cuda import kernels, products
 
 HALF, FLOAT, LONG, INT, NUMBER = "*bf16", "*fp32", "*i64", "i32", "fp32"
 # Arguments by their names; what is left over is a half-precision pointer.
@@ -19,53 +19,88 @@ STRIDES = [
     f"{rows}_{axis}" for rows in ("query", "key", "value") for axis in ("row", "head", "token")
 ]
 TYPES = {
-    "width": INT, "outputs": INT, "tokens": INT, "capacity": INT, "rotary_rows": INT,
+    "width": INT, "inputs": INT, "outputs": INT, "tokens": INT, "capacity": INT, "rotary_rows": INT,
     "first_head": INT, "length": INT, "epsilon": NUMBER, "limit": NUMBER, "scale": NUMBER,
-    "scale_ptr": FLOAT, "x_scale_ptr": FLOAT, "weight_scale_ptr": FLOAT, "cos_ptr": FLOAT,
+    "scale_ptr": FLOAT, "x_scale_ptr": FLOAT, "out_scale_ptr": FLOAT, "kv_scale_ptr": FLOAT,
+    "cos_ptr": FLOAT, "scores_ptr": FLOAT, "share_ptr": FLOAT, "expert_ptr": LONG,
+    "chosen_ptr": LONG, "count_ptr": "*i32", "first_expert": INT, "experts": INT,
     "sin_ptr": FLOAT, "part_ptr": FLOAT, "stats_ptr": FLOAT, "slot_ptr": LONG, "pads_ptr": LONG,
     **dict.fromkeys(STRIDES, INT),
 }  # fmt: skip
 ATTEND = {
     "KV_HEADS": 8, "GROUP": 4, "SIZE": 128, "SPLITS": 8, "BLOCK_SIZE": 64, "LOCAL": 16, "STRIDE": 8,
-    "STEP": 1, "PADDED": 16, "TILE": 64, "BLOCK": 128,
+    "STEP": 1, "PADDED": 16, "TILE": 64, "BLOCK": 128, "SMOOTH": False, "GRID": "none",
 }  # fmt: skip
+# Dtypes of a weight's elements, and of its groups' scales.
+GRIDS = {
+    "none": ("*bf16", "*bf16"), "e4m3": ("*fp8e4nv", "*bf16"), "int8": ("*i8", "*bf16"),
+    "int4": ("*i32", "*bf16"), "e2m1": ("*i32", "*fp8e4nv"),
+}  # fmt: skip
+LINEAR = {
+    "INPUTS": 3072, "X_SCALE": True, "BIAS": True, "KIND": "none", "SMOOTH": False, "OUT": "none",
+}  # fmt: skip
+
+
+def weight(grid, group=0, scales=2):
+    data, groups = GRIDS[grid]
+    types = {"weight_ptr": data, "group_ptr": groups}
+    return {"GRID": grid, "GROUP": group, "SCALES": scales, "types": types}
+
+
+E4M3 = {"types": {"key_ptr": "*fp8e4nv", "value_ptr": "*fp8e4nv"}}
+INT8 = {"types": {"key_ptr": "*i8", "value_ptr": "*i8"}}
+MATVEC = {**LINEAR, "PER_TOKEN": 0, "ROWS": 4, "BLOCK": 1024, "DEPTH": 2}
+PRODUCT = {**LINEAR, "ROWS": 64, "BLOCK": 128, "TOKENS": 32, "SPLITS": 4}
 CASES = [
-    ("norm", {"DELTA": True, "RMS": True, "BLOCK": 4096}),
-    ("norm", {"DELTA": False, "RMS": False, "BLOCK": 8192}),
+    ("norm", {"DELTA": True, "RMS": True, "SMOOTH": True, "GRID": "int8", "BLOCK": 4096}),
+    ("norm", {"DELTA": False, "RMS": False, "SMOOTH": False, "GRID": "none", "BLOCK": 8192}),
     ("quantize", {"SMOOTH": True, "GRID": "int8", "STORED": False, "BLOCK": 1024}),
-    ("quantize", {"SMOOTH": False, "GRID": "fp8", "STORED": True, "BLOCK": 1024}),
-    *(
-        ("matvec", {
-            "INPUTS": 3072, "BIAS": True, "SCALED": kind == "none", "KIND": kind, "ROWS": 4,
-            "BLOCK": 1024,
-        })
-        for kind in ("none", "swiglu", "gegelu", "gelu_tanh")
-    ),
+    ("quantize", {
+        "SMOOTH": False, "GRID": "fp8", "STORED": True, "BLOCK": 1024,
+        "types": {"out_ptr": "*fp8e4nv"},
+    }),
+    ("matvec", {**MATVEC, **weight("none", scales=0), "KIND": "gegelu"}),
+    ("matvec", {**MATVEC, **weight("e4m3", scales=1), "KIND": "swiglu", "OUT": "fp8"}),
+    ("matvec", {**MATVEC, **weight("int8"), "KIND": "gelu_tanh", "OUT": "int8", "SMOOTH": True}),
+    ("matvec", {**MATVEC, **weight("int4"), "KIND": "swiglu", "BLOCK": 128, "PER_TOKEN": 2}),
+    ("matvec", {**MATVEC, **weight("e2m1", 16, 1), "BLOCK": 512}),
+    ("product", {**PRODUCT, **weight("int8")}),
+    ("product", {**PRODUCT, **weight("int4", 128, 0), "BLOCK": 16, "SPLITS": 1}),
+    ("expand", {**weight("int4", 128, 0), "BLOCK": 1024}),
+    ("route", {"BLOCK": 16}),
     *(("activation", {"KIND": kind, "BLOCK": 1024}) for kind in ("swiglu", "gegelu", "gelu_tanh")),
     *(
         ("rotate", {
             "HEADS": 32, "KV_HEADS": 8, "SIZE": 80, "HALF": 16, "GRID": grid, "ROWS": 16,
-            "BLOCK": 128,
+            "BLOCK": 128, "STORED": "types" in kept, **kept,
         })
-        for grid in ("none", "fp8", "int8")
+        for grid, kept in (("none", {}), ("fp8", E4M3), ("int8", INT8))
     ),
-    ("attend", {**ATTEND, "SPARSE": False}),
-    ("attend", {**ATTEND, "SPARSE": True}),
+    ("attend", {**ATTEND, "SPARSE": False, "STORED": True, **E4M3}),
+    ("attend", {**ATTEND, "SPARSE": True, "STORED": True, **INT8, "SPLITS": 1, "GRID": "fp8"}),
+    ("attend", {**ATTEND, "SPARSE": True, "STORED": False}),
     ("sparse", {
         "GROUP": 4, "SIZE": 128, "BLOCK_SIZE": 64, "LOCAL": 16, "STRIDE": 8, "STEP": 1,
         "PADDED": False, "TILE": 64, "BLOCK": 128,
     }),
-    ("merge", {"SIZE": 96, "SPLITS": 8, "BLOCK": 128}),
+    ("merge", {
+        "HEADS": 32, "SIZE": 96, "SPLITS": 8, "BLOCK": 128, "SMOOTH": True, "GRID": "int8",
+    }),
 ]  # fmt: skip
 
 
 def main():
     for name, constants in CASES:
-        kernel = getattr(kernels, f"{name}_kernel")
-        for capability in (80, 90):
-            fixed = {**constants, "EARLY": capability >= 90}
+        module = kernels if hasattr(kernels, f"{name}_kernel") else products
+        kernel = getattr(module, f"{name}_kernel")
+        types = {**TYPES, **constants.get("types", {})}
+        # Ampere has no e4m3; Ada is the first that has, and otherwise runs what Ampere does.
+        first = 89 if "*fp8e4nv" in types.values() else 80
+        for capability in (first, 90):
+            fixed = {k: v for k, v in constants.items() if k != "types"}
+            fixed["EARLY"] = capability >= 90
             signature = {
-                argument: "constexpr" if argument in fixed else TYPES.get(argument, HALF)
+                argument: "constexpr" if argument in fixed else types.get(argument, HALF)
                 for argument in kernel.arg_names
             }
             # Pointers, strides and the cache's capacity are multiples of sixteen, as at run time.

@@ -110,7 +110,7 @@ def test_an_fp8_linear(dtype, native, monkeypatch):
     scales = x_scale.double() * w_scale.double()
     expected = inputs.double() @ stored.double().T * scales + bias.double()
 
-    monkeypatch.setattr(quantized, "keeps_levels", lambda device: native)
+    monkeypatch.setattr(quantized, "keeps_levels", lambda device, grid: native)
     tensors = {
         "mlp.fc.weight": stored,
         "mlp.fc.weights_scaling_factor": w_scale,

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from phireg.executor import attention as attend
 from phireg.executor import blocks, quantized
-from phireg.executor.cuda import kernels, launch
+from phireg.executor.cuda import fused, kernels, launch, linears, products
+from phireg.executor.levels import Levels
 from phireg.reader.schemes import Quantization
 from phireg.reader.spec import BlockSparse, Rope, parse_spec
 
@@ -41,6 +42,9 @@ def test_norm_adds_what_is_pending(kind, residual):
     u = launch.norm(kind, x, delta if residual else None, weight, bias, 1e-2)
     assert relative_error(u, expected) < 1e-6
     assert torch.equal(x, total)
+    rounding = launch.Rounding(torch.tensor([0.03], device=DEVICE), None, "int8")
+    levels = launch.norm(kind, x, None, weight, bias, 1e-2, rounding)
+    assert torch.equal(levels, launch.quantize(u, rounding, u.dtype))
 
 
 @pytest.mark.parametrize("grid", ["fp8", "int8"])
@@ -54,8 +58,11 @@ def test_quantize_hits_the_same_values_of_the_grid(grid, smooth):
     smoothing = 2.0 ** torch.arange(x.shape[-1], device=DEVICE).remainder(3) if smooth else None
     expected = quantized.fake_quantize(x if smoothing is None else x * smoothing, scale, grid)
     assert expected.isnan().sum() == 1
-    actual = launch.quantize(x, scale, smoothing, grid, stored=False)
+    rounding = launch.Rounding(scale, smoothing, grid)
+    actual = launch.quantize(x, rounding)
     assert torch.equal(actual.nan_to_num(7e6), expected.nan_to_num(7e6))
+    levels = launch.quantize(x, rounding, torch.float32)
+    assert torch.equal((levels * scale).nan_to_num(7e6), expected.nan_to_num(7e6))
 
 
 ACTIVATIONS = [("swiglu", None), ("gegelu", None), ("gegelu", 0.4), ("gelu_tanh", None)]
@@ -91,16 +98,121 @@ def test_matvec(kind, limit, bias, inputs):
     expected = functional.linear(x, weight, added)
     if kind != "none":
         expected = blocks.activate(spec(activation=kind, gegelu_limit=limit), expected)
-    actual = launch.matvec(x, weight, added, torch.float32, None, kind, limit)
+    weights = {"mlp.fc.weight": weight}
+    act = {"activation": kind, "limit": limit}
+    actual = linears.matvec(weights, "mlp.fc", x, added, **act)
     assert actual.shape == expected.shape
     assert relative_error(actual, expected) < 1e-6
+    smoothing = 2.0 ** torch.arange(expected.shape[-1], device=DEVICE).remainder(3)
+    rounding = launch.Rounding(torch.tensor([0.02], device=DEVICE), smoothing, "int8")
+    levels = linears.matvec(weights, "mlp.fc", x, added, **act, rounding=rounding)
+    assert torch.equal(levels, launch.quantize(actual, rounding, actual.dtype))
 
 
-def test_matvec_of_stored_values_is_scaled():
-    x, weight = randn(1, 1, 24), randn(26, 24, seed=1)
-    scales = (torch.tensor([0.5], device=DEVICE), torch.tensor([3.0], device=DEVICE))
-    expected = functional.linear(x, weight) * 1.5
-    assert relative_error(launch.matvec(x, weight, None, torch.float32, scales), expected) < 1e-6
+E2M1 = torch.tensor([s * m for s in (1, -1) for m in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
+
+
+def packed_weight(grid, rows, inputs, group, stack=()):
+    """A weight of every level, its scales, and the float64 it stands for, by the definition."""
+    generator = torch.Generator().manual_seed(inputs)
+    table = {
+        "int8": torch.arange(-128, 128), "int4": torch.arange(-8, 8), "e2m1": E2M1,
+        "e4m3": torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float(),
+    }[grid]  # fmt: skip
+    table = table[~table.float().isnan()]
+    levels = table[torch.randint(len(table), (*stack, rows, inputs), generator=generator)]
+    value, scale, groups = levels.double(), None, None
+    if group:
+        groups = torch.rand(*stack, rows, inputs // group, generator=generator)
+        groups = groups.to(torch.float8_e4m3fn if grid == "e2m1" else torch.float32)
+        value = value * groups.double().repeat_interleave(group, -1)
+    if not group or grid == "e2m1":
+        one = group or grid == "e4m3"
+        scale = torch.rand(*stack, 1 if one else rows, generator=generator) / 8 + 0.01
+        value = value * scale.double()[..., None]
+    levels = levels.to(torch.int8 if grid.startswith("int") else torch.float8_e4m3fn)
+    weights = Levels(grid, levels, scale, groups).packed("mlp.fc")
+    return {name: tensor.to(DEVICE) for name, tensor in weights.items()}, value.to(DEVICE)
+
+
+PACKED = [
+    ("e4m3", 48, 0), ("int8", 48, 0), ("int4", 40, 0), ("int4", 256, 128), ("e2m1", 288, 16)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("grid", "inputs", "group"), PACKED)
+def test_packed_weights(grid, inputs, group):
+    """One token's product, a few tokens', and the expanded weight."""
+    weights, value = packed_weight(grid, 18, inputs, group)
+    bias, x_scale = randn(18, seed=2), torch.tensor([0.5], device=DEVICE)
+    expanded = linears.expanded(weights, "mlp.fc", inputs, torch.float32)
+    assert relative_error(expanded, value) < 1e-6
+    few = randn(2, 9, inputs)
+    assert linears.is_for_few(weights, "mlp.fc", few) == (grid != "e2m1")
+    products = {linears.matvec: randn(1, inputs), linears.product: few}
+    for multiply, x in list(products.items())[: 1 if grid == "e2m1" else 2]:
+        expected = x.double() @ value.T * 0.5 + bias
+        actual = multiply(weights, "mlp.fc", x, bias, x_scale=x_scale)
+        assert relative_error(actual, expected) < 2e-6
+        half = x.half()
+        actual = multiply(weights, "mlp.fc", half, None)
+        assert relative_error(actual, half.double() @ value.T) < 1e-3
+        x[..., 0, 3] = torch.nan
+        expected = (x.double() @ value.T).isnan()
+        assert torch.equal(multiply(weights, "mlp.fc", x, None).isnan(), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_linears_as_directories_have_them(tokens):
+    """Smoothed, with inputs rounded by the token, and in parts that differ in these."""
+    weights, _ = packed_weight("int4", 8, 64, 32)
+    weights["mlp.fc.smoothing"] = randn(64, seed=3)
+    other = {
+        "mlp.fc.weight": randn(6, 64, seed=4),
+        "mlp.fc.inputs_int8_token": torch.empty(0, device=DEVICE),
+    }
+    both = {
+        f"mlp.fc.{n}{name[6:]}": t for n, w in enumerate((weights, other)) for name, t in w.items()
+    }
+    x = randn(1, tokens, 64)
+    for each, rows in ((weights, 8), (other, 6), (both, 14)):
+        bias = randn(rows, seed=5)
+        expected = quantized.linear(each, "mlp.fc", x, bias)
+        assert relative_error(fused._linear(each, "mlp.fc", x, bias), expected) < 2e-6
+
+
+def test_tokens_choose_their_experts():
+    scores = randn(40, 6)
+    scores[0] = 1.0  # ties go to the first
+    scores[1, 2:] = scores[1, 1]
+    expected = blocks.route(scores, 0.3)
+    chosen, shares = linears.route(scores, 0.3)
+    assert torch.equal(chosen, expected[0])
+    assert torch.allclose(shares, expected[1], atol=1e-6)
+    scores[2, 4] = torch.nan
+    assert linears.route(scores, 0.3)[1][2].isnan().all()
+
+
+@pytest.mark.parametrize("grid", [None, "e4m3", "int4"])
+def test_experts(grid):
+    """Those of this rank alone; the others of a token leave it as it is."""
+    inputs, inner, experts, first = 32, 16, 3, 2
+    if grid is None:
+        fc, proj = randn(experts, 2 * inner, inputs, seed=1), randn(experts, inputs, inner, seed=2)
+        weights = {"mlp.fc.weight": fc, "mlp.proj.weight": proj}
+    else:
+        weights, fc = packed_weight(grid, 2 * inner, inputs, 0, (experts,))
+        other, proj = packed_weight(grid, inputs, inner, 0, (experts,))
+        weights |= {name.replace("fc", "proj"): tensor for name, tensor in other.items()}
+    values = {"mlp.fc.weight": fc.double(), "mlp.proj.weight": proj.double()}
+    x, shares = randn(3, inputs) / 100, torch.rand(3, 2, device=DEVICE)
+    chosen = torch.tensor([[0, 1], [2, 4], [3, 0]], device=DEVICE)
+    expected = blocks.rank_mixture(
+        range(first, first + experts), values, x.double(), chosen, shares.double()
+    )
+    actual = fused.rank_experts(weights, x, chosen, shares, first)
+    assert relative_error(actual, expected) < 2e-6
+    assert (actual[0] == 0).all()
 
 
 @pytest.mark.parametrize("rotated", [12, 6])  # all dimensions, and half of them
@@ -125,6 +237,13 @@ def test_rotation_into_the_cache(rotated, grid, per_row):
     actual = launch.rotate_into(model, qkv, rotary, cache, slot, scale)
 
     assert relative_error(actual, rotated_query) < 1e-6
+    if grid:
+        dtype = torch.int8 if grid == "int8" else torch.float8_e4m3fn
+        levels = tuple(torch.zeros_like(kept, dtype=dtype) for kept in cache)
+        launch.rotate_into(model, qkv, rotary, levels, slot, scale)
+        for kept, level in zip(cache, levels, strict=True):
+            new = slice(first, first + tokens)
+            assert torch.equal(level[:, :, new].float() * scale, kept[:, :, new])
     for kept, expected in zip(cache, (key, value), strict=True):
         # A last bit before the grid can be one step of it after.
         wrong = (kept[:, :, first : first + tokens] - expected).abs() > 1e-5
@@ -160,10 +279,27 @@ def test_one_token_attends_to_the_cache(batch, kv_heads, pattern, slot, monkeypa
         query, cache, torch.tensor([slot], device=DEVICE), pads, 0.4, pattern, rank * heads
     )
     assert relative_error(actual, expected) < 1e-5
+    rounding = launch.Rounding(torch.tensor([0.02], device=DEVICE), None, "fp8")
+    place = (torch.tensor([slot], device=DEVICE), pads, 0.4, pattern, rank * heads)
+    levels = launch.attend_cache(query, cache, *place, None, rounding)
+    assert torch.equal(levels, launch.quantize(actual, rounding, actual.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_one_token_attends_to_a_cache_of_levels(dtype):
+    query, slot, pads = randn(1, 1, 4, 12).transpose(1, 2), 20, torch.zeros(1, dtype=torch.int64)
+    levels = tuple((40 * randn(1, 2, 32, 12, seed=n)).to(dtype) for n in (1, 2))
+    values = tuple(kept.float() * 0.05 for kept in levels)
+    place = (torch.tensor([slot], device=DEVICE), pads.to(DEVICE), 0.4, None, 0)
+    expected = launch.attend_cache(query, values, *place)
+    scale = torch.tensor([0.05], device=DEVICE)
+    actual = launch.attend_cache(query, levels, *place, scale)
+    assert relative_error(actual, expected) < 1e-6
+    assert torch.equal(linears.cache_values(levels[0], scale, torch.float32), values[0])
 
 
 def test_the_kernels_compile_for_real_gpus():
-    """For Ampere, and for Hopper with launches that overlap; the interpreter takes more."""
+    """For Ampere and Ada, and for Hopper with launches that overlap; the interpreter takes more."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     program = Path(__file__).with_name("compile_kernels.py")
     done = subprocess.run(
@@ -172,9 +308,11 @@ def test_the_kernels_compile_for_real_gpus():
     assert done.returncode == 0, done.stderr
     built = [line.split() for line in done.stdout.splitlines()]
     assert {name for name, _, _ in built} == {
-        name.removesuffix("_kernel") for name in vars(kernels) if name.endswith("_kernel")
+        name.removesuffix("_kernel")
+        for name in (*vars(kernels), *vars(products))
+        if name.endswith("_kernel")
     }
-    # What one program may have at most: on GPUs of compute capability 8.6 and 8.9, which have least
-    # and run what Ampere runs, and on Hopper.
-    room = {"80": 99 * 1024, "90": 227 * 1024}
+    # What one program may have at most: on GPUs of compute capability 8.6, which have least and run
+    # what Ampere runs, and on Hopper.
+    room = {"80": 99 * 1024, "89": 99 * 1024, "90": 227 * 1024}
     assert all(int(shared) <= room[capability] for _, capability, shared in built)

@@ -111,7 +111,7 @@ def test_what_is_imported_is_required():
         always, lazily = imported(path)
         testing = path.is_relative_to(ROOT / "phireg" / "testing")
         allowed = required | (names_of(extras["testing"]) if testing else set())
-        if path.parent.name == "cuda" and path.name in ("kernels.py", "launch.py"):
+        if path.parent.name == "cuda" and path.stem != "fused":
             allowed |= {"triton"}
         if path.parent.name == "tensorrt" and path.name == "package.py":
             lazily -= {"tensorrt", "tensorrt_rtx_bindings"}  # of the extras of those names

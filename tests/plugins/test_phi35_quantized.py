@@ -149,7 +149,7 @@ def test_the_executor_computes_with_them(keeps, converted, monkeypatch):
 
     A GPU keeps the weights as they are stored.
     """
-    monkeypatch.setattr(executor.quantized, "keeps_levels", lambda device: keeps)
+    monkeypatch.setattr(executor.quantized, "keeps_levels", lambda device, grid: keeps)
     directory, _ = converted(1, None)
     tensors = load_file(directory / "rank0.safetensors")
     x = torch.randn(1, 9, SIZES["hidden_size"], generator=torch.Generator().manual_seed(2))

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from phireg.executor import quantized
+from phireg.executor import blocks, quantized
 from phireg.executor.blocks import AttendCache, Cache, Reduce, Rotary, Weights
-from phireg.executor.cuda import launch
+from phireg.executor.cuda import launch, linears
+from phireg.executor.cuda.launch import Rounding
+from phireg.executor.cuda.linears import Experts
 from phireg.executor.levels import find_packed
 from phireg.executor.model import Executor
-from phireg.reader.schemes import Grid
 from phireg.reader.spec import ModelSpec
-from phireg.reader.tensors import KV_SCALE
+from phireg.reader.tensors import KV_SCALE, ROUTER
 
 
 def forward(
@@ -34,52 +35,95 @@ def forward(
     """Return logits of each row's last token, float32 [B, vocab_size]; fill the caches.
 
     ``ids`` are int64 [B, T]; the first of the T tokens goes to ``slot``, int64 [1]. ``caches`` and
-    ``attends`` are lists of layers, and within these of ranks. There are no experts.
+    ``attends`` are lists of layers, and within these of ranks.
     """
     spec, ends = executor.spec, executor.end_weights()
     sequential = spec.architecture.residual == "sequential"
     x = executor.embed(ends, ids)
+    one = ids.numel() == 1
     pending: Tensor | None = None
+
+    def rounding(weights: Weights, linear: str) -> Rounding | None:
+        # One token's inputs become levels where they are computed; no other linear reads them.
+        return rounding_of(weights, linear) if one else None
+
     for index in range(spec.num_layers):
         shards = executor.layer_weights(index)
-        u = _norm(spec, shards[0], "input_layernorm", x, pending)
+        rounded = rounding(shards[0], "attention.qkv") if sequential else None
+        u = _norm(spec, shards[0], "input_layernorm", x, pending, rounded)
         heads = []
         for weights, cache, attend in zip(shards, caches[index], attends[index], strict=True):
-            qkv = _linear(weights, "attention.qkv", u, weights.get("attention.qkv.bias"))
-            query = launch.rotate_into(spec, qkv, rotary, cache, slot, weights.get(KV_SCALE))
-            heads.append(attend(query, cache))
-        attended = _row_linear(spec, shards, "attention.dense", heads, executor.reduce)
-        if sequential:
-            u = _norm(spec, shards[0], "post_layernorm", x, attended)
-        kind, limit = spec.activation, spec.gegelu_limit
-        gated = [
-            _linear(weights, "mlp.fc", u, weights.get("mlp.fc.bias"), kind, limit)
-            for weights in shards
-        ]
-        mlp = _row_linear(spec, shards, "mlp.proj", gated, executor.reduce)
+            bias = weights.get("attention.qkv.bias")
+            qkv = _linear(weights, "attention.qkv", u, bias, levels=rounded is not None)
+            kv_scale = weights.get(KV_SCALE)
+            query = launch.rotate_into(spec, qkv, rotary, cache, slot, kv_scale)
+            heads.append(attend(query, cache, kv_scale, rounding(weights, "attention.dense")))
+        dense_levels = rounding(shards[0], "attention.dense") is not None
+        attended = _row_linear(
+            spec, shards, "attention.dense", heads, executor.reduce, levels=dense_levels
+        )
+        if spec.experts is not None:
+            u = _norm(spec, shards[0], "post_layernorm", x, attended, None)
+            mlp = _mixture(executor, shards, u)
+        else:
+            rounded = rounding(shards[0], "mlp.fc") if sequential else None
+            if sequential:
+                u = _norm(spec, shards[0], "post_layernorm", x, attended, rounded)
+            gated = [
+                _linear(
+                    *(weights, "mlp.fc", u, weights.get("mlp.fc.bias")),
+                    activation=spec.activation, limit=spec.gegelu_limit,
+                    levels=rounded is not None, rounding=rounding(weights, "mlp.proj"),
+                )
+                for weights in shards
+            ]  # fmt: skip
+            proj_levels = rounding(shards[0], "mlp.proj") is not None
+            mlp = _row_linear(spec, shards, "mlp.proj", gated, executor.reduce, levels=proj_levels)
         pending = mlp if sequential else attended + mlp
     last = x[:, -1:].contiguous()
     delta = None if pending is None else pending[:, -1:].contiguous()
-    u = _norm(spec, ends[0], "transformer.ln_f", last, delta)
+    u = _norm(spec, ends[0], "transformer.ln_f", last, delta, None)
     parts = [_linear(weights, "lm_head", u, weights.get("lm_head.bias")) for weights in ends]
     return executor.whole_logits(parts)[:, 0]
 
 
+def rounding_of(weights: Weights, linear: str) -> Rounding | None:
+    """Return how the inputs of a linear are quantized, if they are."""
+    scale = weights.get(f"{linear}.activation_scaling_factor")
+    if scale is None:
+        return None
+    smoothing = weights.get(f"{linear}.prequant_scaling_factor")
+    return Rounding(scale, smoothing, "fp8" if smoothing is None else "int8")
+
+
 def _norm(
-    spec: ModelSpec, weights: Weights, name: str, x: Tensor, pending: Tensor | None
+    spec: ModelSpec,
+    weights: Weights,
+    name: str,
+    x: Tensor,
+    pending: Tensor | None,
+    rounding: Rounding | None,
 ) -> Tensor:
-    """Return ``blocks.norm`` of x + pending, which ``x`` becomes."""
+    """Return ``blocks.norm`` of x + pending, which ``x`` becomes; with ``rounding`` as levels."""
     weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
-    return launch.norm(spec.architecture.norm, x, pending, weight, bias, spec.norm_epsilon)
+    kind, epsilon = spec.architecture.norm, spec.norm_epsilon
+    return launch.norm(kind, x, pending, weight, bias, epsilon, rounding)
 
 
 def _row_linear(
-    spec: ModelSpec, shards: list[Weights], name: str, xs: list[Tensor], reduce: Reduce
+    spec: ModelSpec,
+    shards: list[Weights],
+    name: str,
+    xs: list[Tensor],
+    reduce: Reduce,
+    *,
+    levels: bool,
 ) -> Tensor:
     bias = shards[0].get(f"{name}.bias")
     if spec.tp_size == 1:
-        return _linear(shards[0], name, xs[0], bias)
-    total = reduce([_linear(w, name, x, None) for w, x in zip(shards, xs, strict=True)])
+        return _linear(shards[0], name, xs[0], bias, levels=levels)
+    pairs = zip(shards, xs, strict=True)
+    total = reduce([_linear(w, name, x, None, levels=levels) for w, x in pairs])
     return total if bias is None else total + bias
 
 
@@ -88,31 +132,81 @@ def _linear(
     name: str,
     x: Tensor,
     bias: Tensor | None,
+    *,
     activation: str = "none",
     limit: float | None = None,
+    levels: bool = False,
+    rounding: Rounding | None = None,
 ) -> Tensor:
-    """Return ``quantized.linear``, and the MLP's nonlinearity on it."""
-    scale, packed = weights.get(f"{name}.activation_scaling_factor"), find_packed(weights, name)
-    dtype, native = x.dtype, False
-    if scale is not None:
-        smoothing = weights.get(f"{name}.prequant_scaling_factor")
-        native = packed is not None and quantized.multiplies_e4m3(packed, dtype)
-        grid: Grid = "fp8" if smoothing is None else "int8"
-        x = launch.quantize(x, scale, smoothing, grid, stored=native)
-    one = x.numel() == x.shape[-1]
-    if native:
-        assert packed is not None and packed.scale is not None and scale is not None
-        if one:
-            scales = (scale, packed.scale)
-            return launch.matvec(x, packed.data, bias, dtype, scales, activation, limit)
-        y = quantized.stored_product(x, packed, scale, dtype)
+    """Return ``quantized.linear``, and the MLP's nonlinearity on it.
+
+    One token's ``x`` may be ``levels`` already; its result becomes levels by ``rounding``.
+    """
+    if quantized.is_divided(weights, name):
+        outputs: list[Tensor] = []
+        while quantized.is_divided(weights, name, len(outputs)):
+            outputs.append(_linear(weights, f"{name}.{len(outputs)}", x, None))
+        y = torch.cat(outputs, dim=-1)
         y = y if bias is None else y + bias
+        y = y if activation == "none" else launch.activate(activation, y, limit)
+        return y if rounding is None else launch.quantize(y, rounding, y.dtype)
+    x = quantized.rounded_inputs(weights, name, x)
+    own = rounding_of(weights, name)
+    x_scale = None if own is None else own.scale
+    if x.numel() == x.shape[-1]:
+        if own is not None and not levels:
+            x = launch.quantize(x, own, x.dtype)
+        return linears.matvec(
+            *(weights, name, x, bias), x_scale=x_scale, activation=activation, limit=limit,
+            rounding=rounding,
+        )  # fmt: skip
+    packed = find_packed(weights, name)
+    if own is not None and packed is not None and quantized.multiplies_e4m3(packed, x.dtype):
+        stored = launch.quantize(x, own, torch.float8_e4m3fn)
+        y = quantized.stored_product(stored, packed, own.scale, x.dtype)
+        y = y if bias is None else y + bias
+    elif linears.is_for_few(weights, name, x):
+        x = x if own is None else launch.quantize(x, own, x.dtype)
+        y = linears.product(weights, name, x, bias, x_scale)
     else:
-        weight = quantized.weight_values(weights, name, x.shape[-1], dtype)
-        if one:
-            return launch.matvec(x, weight, bias, dtype, None, activation, limit)
+        x = x if own is None else launch.quantize(x, own)
+        weight = linears.expanded(weights, name, x.shape[-1], x.dtype)
         y = functional.linear(x, weight, bias)
     return y if activation == "none" else launch.activate(activation, y, limit)
+
+
+def _mixture(executor: Executor, shards: list[Weights], u: Tensor) -> Tensor:
+    """Return ``blocks.mixture`` of a step's tokens [B, 1, h], reading the experts they use only.
+
+    Prompts take ``blocks.mixture`` itself, expert by expert.
+    """
+    spec = executor.spec
+    if u.shape[1] > 1:
+        return blocks.mixture(spec, shards, executor.ranks, u, executor.reduce)
+    assert spec.experts is not None
+    tokens = u.flatten(0, -2)
+    scores = functional.linear(tokens.float(), shards[0][ROUTER])
+    chosen, shares = linears.route(scores, spec.mixer_epsilon)
+    partial = [
+        rank_experts(weights, tokens, chosen, shares, spec.experts.first(rank))
+        for rank, weights in zip(executor.ranks, shards, strict=True)
+    ]
+    return executor.reduce(partial).view_as(u)
+
+
+def rank_experts(weights: Weights, x: Tensor, chosen: Tensor, shares: Tensor, first: int) -> Tensor:
+    """Return ``blocks.rank_mixture``, pair by pair of a token and an expert."""
+    fc, proj = rounding_of(weights, "mlp.fc"), rounding_of(weights, "mlp.proj")
+    levels = x if fc is None else launch.quantize(x, fc, x.dtype)
+    gated = linears.matvec(
+        *(weights, "mlp.fc", levels, None), x_scale=None if fc is None else fc.scale,
+        activation="swiglu", rounding=proj, experts=Experts(chosen, first, chosen.shape[-1]),
+    )  # fmt: skip
+    outputs = linears.matvec(
+        *(weights, "mlp.proj", gated, None), x_scale=None if proj is None else proj.scale,
+        experts=Experts(chosen, first, 1),
+    )  # fmt: skip
+    return (outputs.view(*chosen.shape, -1) * shares[..., None]).to(x.dtype).sum(1)
 
 
 def capture(step: Callable[[], None], restore: Callable[[], None]) -> Any:

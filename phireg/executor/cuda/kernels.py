@@ -41,6 +41,38 @@ def _on_grid(x, scale, GRID: tl.constexpr):
 
 
 @triton.jit
+def _decode(levels, dtype: tl.constexpr):
+    """Return levels of one byte as numbers of the compute dtype, exactly; those are themselves."""
+    if levels.dtype == tl.int8:
+        bits = levels.to(tl.int16)
+        if dtype == tl.bfloat16:
+            # 128 or 256, by the sign, taken from 128 plus the lower seven bits.
+            low = ((bits & 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True)
+            return low - ((bits & 0x80) | 0x4300).to(tl.bfloat16, bitcast=True)
+        if dtype == tl.float16:
+            return (((bits & 0xFF) ^ 0x80) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+    if levels.dtype == tl.float8e4nv and dtype == tl.bfloat16:
+        # Two conversions that GPUs have instead of one that they do not.
+        return levels.to(tl.float16).to(tl.float32).to(tl.bfloat16)
+    return levels.to(dtype)
+
+
+@triton.jit
+def _rounded(
+    y, columns, inside, smoothing_ptr, scale_ptr, dtype: tl.constexpr, SMOOTH: tl.constexpr,
+    GRID: tl.constexpr,
+):  # fmt: skip
+    """Return a linear's inputs as levels of their grid, or as they are if that is "none"."""
+    if GRID != "none":
+        y = y.to(dtype).to(tl.float32)
+        if SMOOTH:
+            smoothing = tl.load(smoothing_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+            y = (y * smoothing).to(dtype).to(tl.float32)
+        y = _on_grid(y, tl.load(scale_ptr), GRID)
+    return y
+
+
+@triton.jit
 def _activate(first, second, limit, KIND: tl.constexpr):
     """Apply the MLP's nonlinearity; ``second`` is unused by an ungated one."""
     if KIND == "swiglu":
@@ -55,8 +87,9 @@ def _activate(first, second, limit, KIND: tl.constexpr):
 
 @triton.jit
 def norm_kernel(
-    x_ptr, delta_ptr, weight_ptr, bias_ptr, out_ptr, width, epsilon,
-    DELTA: tl.constexpr, RMS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    x_ptr, delta_ptr, weight_ptr, bias_ptr, smoothing_ptr, scale_ptr, out_ptr, width, epsilon,
+    DELTA: tl.constexpr, RMS: tl.constexpr, SMOOTH: tl.constexpr, GRID: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -76,6 +109,7 @@ def norm_kernel(
         bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         x = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
         u = x * tl.rsqrt(tl.sum(x * x, 0) / width + epsilon) * weight + bias
+    u = _rounded(u, columns, inside, smoothing_ptr, scale_ptr, dtype, SMOOTH, GRID)
     tl.store(out_ptr + place, u.to(dtype), mask=inside)
 
 
@@ -90,65 +124,11 @@ def quantize_kernel(
     _wait(EARLY)
     place = tl.program_id(0).to(tl.int64) * width + columns
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    if SMOOTH:
-        smoothing = tl.load(smoothing_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        x = (x * smoothing).to(x_ptr.dtype.element_ty).to(tl.float32)
-    scale = tl.load(scale_ptr)
-    stored = _on_grid(x, scale, GRID)
+    dtype = x_ptr.dtype.element_ty
+    stored = _rounded(x, columns, inside, smoothing_ptr, scale_ptr, dtype, SMOOTH, GRID)
     if not STORED:
-        stored = stored * scale
+        stored = stored * tl.load(scale_ptr)
     tl.store(out_ptr + place, stored.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def matvec_kernel(
-    x_ptr, weight_ptr, bias_ptr, x_scale_ptr, weight_scale_ptr, out_ptr, outputs, limit,
-    INPUTS: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, KIND: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    GATED: tl.constexpr = KIND == "swiglu" or KIND == "gegelu"
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < outputs
-    first, second = rows, rows
-    if KIND == "swiglu":
-        second = rows + outputs
-    if KIND == "gegelu":
-        first = 2 * rows
-        second = first + 1
-    columns = tl.arange(0, BLOCK)
-    left = weight_ptr + first.to(tl.int64)[:, None] * INPUTS + columns[None, :]
-    right = weight_ptr + second.to(tl.int64)[:, None] * INPUTS + columns[None, :]
-    mask = inside[:, None] & (columns < INPUTS)[None, :]
-    # The first weights are on their way while the kernel before this one ends.
-    a = tl.load(left, mask=mask, other=0.0)
-    b = a
-    if GATED:
-        b = tl.load(right, mask=mask, other=0.0)
-    _wait(EARLY)
-    a_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-    b_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in tl.static_range(0, INPUTS, BLOCK):
-        x = tl.load(x_ptr + start + columns, mask=start + columns < INPUTS, other=0.0)
-        x = x.to(tl.float32)[None, :]
-        a_sum += a.to(tl.float32) * x
-        if GATED:
-            b_sum += b.to(tl.float32) * x
-        if start + BLOCK < INPUTS:
-            mask = inside[:, None] & (start + BLOCK + columns < INPUTS)[None, :]
-            a = tl.load(left + start + BLOCK, mask=mask, other=0.0)
-            if GATED:
-                b = tl.load(right + start + BLOCK, mask=mask, other=0.0)
-    y, z = tl.sum(a_sum, 1), tl.sum(b_sum, 1)
-    if SCALED:
-        scale = tl.load(x_scale_ptr) * tl.load(weight_scale_ptr)
-        y, z = y * scale, z * scale
-    if BIAS:
-        y += tl.load(bias_ptr + first, mask=inside, other=0.0).to(tl.float32)
-        z += tl.load(bias_ptr + second, mask=inside, other=0.0).to(tl.float32)
-    dtype = out_ptr.dtype.element_ty
-    if KIND != "none":
-        y = _activate(y.to(dtype).to(tl.float32), z.to(dtype).to(tl.float32), limit, KIND)
-    tl.store(out_ptr + rows, y.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -178,7 +158,8 @@ def rotate_kernel(
     qkv_ptr, cos_ptr, sin_ptr, slot_ptr, scale_ptr, query_ptr, key_ptr, value_ptr,
     tokens, capacity, rotary_rows,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
-    GRID: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    GRID: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     TOTAL: tl.constexpr = HEADS + 2 * KV_HEADS
     token = tl.program_id(0).to(tl.int64)  # of the batch
@@ -202,7 +183,9 @@ def rotate_kernel(
     tl.store(query_ptr + token * HEADS * SIZE + head * SIZE + dim, x, mask=inside & (head < HEADS))
     if GRID != "none":
         scale = tl.load(scale_ptr)
-        x = (_on_grid(x.to(tl.float32), scale, GRID) * scale).to(dtype)
+        level = _on_grid(x.to(tl.float32), scale, GRID)
+        kept_dtype: tl.constexpr = key_ptr.dtype.element_ty
+        x = level.to(kept_dtype) if STORED else (level * scale).to(dtype)
     slot = tl.load(slot_ptr) + position
     kept = head - HEADS
     place = ((row * KV_HEADS + kept) * capacity + slot) * SIZE + dim
@@ -224,12 +207,12 @@ def _fold(scores, value, best, total, acc, scale):
 
 @triton.jit
 def attend_kernel(
-    query_ptr, key_ptr, value_ptr, slot_ptr, pads_ptr, out_ptr, part_ptr, stats_ptr,
-    scale, capacity, first_head,
+    query_ptr, key_ptr, value_ptr, kv_scale_ptr, slot_ptr, pads_ptr, out_ptr, part_ptr, stats_ptr,
+    smoothing_ptr, scale_ptr, scale, capacity, first_head,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr,
     SPARSE: tl.constexpr, BLOCK_SIZE: tl.constexpr, LOCAL: tl.constexpr, STRIDE: tl.constexpr,
     STEP: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    STORED: tl.constexpr, SMOOTH: tl.constexpr, GRID: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row, group, split = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
     _wait(EARLY)
@@ -246,6 +229,8 @@ def attend_kernel(
     share = tl.cdiv(slot // TILE + 1 - first, SPLITS)
     begin = first + split * share
     end = tl.minimum(begin + share, slot // TILE + 1)
+    # The scale of a cache of levels goes with the scores, and with the sum of values at the end.
+    kv_scale = tl.load(kv_scale_ptr) if STORED else 1.0
     best = tl.full([PADDED], _NONE, tl.float32)
     total = tl.zeros([PADDED], tl.float32)
     acc = tl.zeros([PADDED, BLOCK], tl.float32)
@@ -265,13 +250,18 @@ def attend_kernel(
             needed = key_slot <= slot
         place = cache + key_slot[:, None] * SIZE + dim[None, :]
         mask = needed[:, None] & (dim < SIZE)[None, :]
-        key = tl.load(key_ptr + place, mask=mask, other=0.0)
-        value = tl.load(value_ptr + place, mask=mask, other=0.0)
+        key = _decode(tl.load(key_ptr + place, mask=mask, other=0.0), query.dtype)
+        value = _decode(tl.load(value_ptr + place, mask=mask, other=0.0), query.dtype)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         scores = tl.where(seen, scores, float("-inf"))
-        best, total, acc = _fold(scores, value, best, total, acc, scale)
+        best, total, acc = _fold(scores, value, best, total, acc, scale * kv_scale)
+    if STORED:
+        acc *= kv_scale
     if SPLITS == 1:
         y = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+        columns = (head % (KV_HEADS * GROUP))[:, None] * SIZE + dim[None, :]
+        dtype = out_ptr.dtype.element_ty
+        y = _rounded(y, columns, query_mask, smoothing_ptr, scale_ptr, dtype, SMOOTH, GRID)
         tl.store(out_ptr + query_place, y.to(out_ptr.dtype.element_ty), mask=query_mask)
     else:
         part = head * SPLITS + split
@@ -282,8 +272,9 @@ def attend_kernel(
 
 @triton.jit
 def merge_kernel(
-    part_ptr, stats_ptr, out_ptr,
-    SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    part_ptr, stats_ptr, out_ptr, smoothing_ptr, scale_ptr,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    SMOOTH: tl.constexpr, GRID: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     part = head * SPLITS + tl.arange(0, SPLITS)
@@ -295,6 +286,9 @@ def merge_kernel(
     place = part[:, None] * SIZE + dim[None, :]
     acc = tl.load(part_ptr + place, mask=(dim < SIZE)[None, :], other=0.0)
     y = tl.sum(acc * fade[:, None], 0) / total
+    columns = head % HEADS * SIZE + dim
+    dtype = out_ptr.dtype.element_ty
+    y = _rounded(y, columns, dim < SIZE, smoothing_ptr, scale_ptr, dtype, SMOOTH, GRID)
     tl.store(out_ptr + head * SIZE + dim, y.to(out_ptr.dtype.element_ty), mask=dim < SIZE)
 
 

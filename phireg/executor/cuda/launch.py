@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,84 +23,87 @@ from phireg.reader.spec import BlockSparse, ModelSpec
 
 # Block sizes that the kernel of prompts takes are multiples of this.
 SPARSE_TILE = 64
-_GATED = ("swiglu", "gegelu")
+GATED = ("swiglu", "gegelu")
 _LOG2_E = math.log2(math.e)
 # Of one token's attention; twice as many or half as many are no faster on an H200.
 _PROGRAMS_PER_PROCESSOR = 2
-# Rows and columns of the weight that one program has in flight: the fastest of 24 shapes for every
-# linear of Phi-3-mini on an H200, 3.7 to 4.4 TB/s.
-_MATVEC_ROWS, _MATVEC_BLOCK = 4, 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How a linear's inputs become levels: multiplied by ``smoothing`` [width], then rounded.
+
+    Attributes:
+        scale: float32 [1].
+        smoothing: in the compute dtype, or None.
+        grid: of the levels.
+    """
+
+    scale: Tensor
+    smoothing: Tensor | None
+    grid: Grid
+
+    @staticmethod
+    def constants(rounding: Rounding | None, grid: str = "GRID") -> dict[str, Any]:
+        """Return a kernel's constants, of which ``grid`` is the name of one."""
+        if rounding is None:
+            return {"SMOOTH": False, grid: "none"}
+        return {"SMOOTH": rounding.smoothing is not None, grid: rounding.grid}
+
+    @staticmethod
+    def pointers(rounding: Rounding | None, other: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the smoothing and the scale, or ``other`` where there is none to read."""
+        if rounding is None:
+            return other, other
+        smoothing = rounding.smoothing
+        return other if smoothing is None else smoothing, rounding.scale
 
 
 def norm(
-    kind: str, x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, epsilon: float
+    kind: str,
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    epsilon: float,
+    rounding: Rounding | None = None,
 ) -> Tensor:
-    """Return LayerNorm or RMSNorm of contiguous ``x`` + ``delta``; ``x`` becomes that sum."""
+    """Return LayerNorm or RMSNorm of contiguous ``x`` + ``delta``; ``x`` becomes that sum.
+
+    With ``rounding`` these are levels, in the dtype of ``x``.
+    """
     width = x.shape[-1]
     out = torch.empty_like(x)
     kernels.norm_kernel[(x.numel() // width,)](
-        x, x if delta is None else delta, weight, weight if bias is None else bias, out, width,
-        epsilon, DELTA=delta is not None, RMS=kind == "rms_norm",
-        BLOCK=triton.next_power_of_2(width), **_launch(x.device, 4 if width <= 4096 else 8),
+        x, x if delta is None else delta, weight, weight if bias is None else bias,
+        *Rounding.pointers(rounding, weight), out, width, epsilon, DELTA=delta is not None,
+        RMS=kind == "rms_norm", **Rounding.constants(rounding),
+        BLOCK=triton.next_power_of_2(width), **launch_options(x.device, 4 if width <= 4096 else 8),
     )  # fmt: skip
     return out
 
 
-def quantize(
-    x: Tensor, scale: Tensor, smoothing: Tensor | None, grid: Grid, *, stored: bool
-) -> Tensor:
-    """Return the nearest values on a grid, ties to even.
+def quantize(x: Tensor, rounding: Rounding, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the nearest values on a grid, ties to even; with ``dtype`` the levels, in that.
 
-    ``x`` is contiguous [..., width] and multiplied by ``smoothing`` [width] first; ``scale`` is
-    float32 [1]. ``stored`` gives the e4m3 values themselves, as such, instead of those times the
-    scale.
+    ``x`` is contiguous [..., width].
     """
     width, block = x.shape[-1], 1024
-    out = torch.empty_like(x, dtype=torch.float8_e4m3fn if stored else x.dtype)
+    out = torch.empty_like(x, dtype=dtype or x.dtype)
     kernels.quantize_kernel[(x.numel() // width, triton.cdiv(width, block))](
-        x, x if smoothing is None else smoothing, scale, out, width,
-        SMOOTH=smoothing is not None, GRID=grid, STORED=stored, BLOCK=block,
-        **_launch(x.device, 4),
-    )  # fmt: skip
-    return out
-
-
-def matvec(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    scales: tuple[Tensor, Tensor] | None = None,
-    activation: str = "none",
-    limit: float | None = None,
-) -> Tensor:
-    """Return one token's X W^T + b in ``dtype``, and the MLP's nonlinearity on it.
-
-    ``x`` is one row in the compute dtype, or e4m3 values, whose product the float32 [1] ``scales``
-    multiply; ``weight`` is [rows, inputs], both contiguous. ``activation`` is "none" or as in
-    ``activate``; a gated one halves the rows.
-    """
-    rows, inputs = weight.shape
-    outputs = rows // 2 if activation in _GATED else rows
-    out = torch.empty((*x.shape[:-1], outputs), dtype=dtype, device=x.device)
-    x_scale, weight_scale = scales or (x, x)
-    kernels.matvec_kernel[(triton.cdiv(outputs, _MATVEC_ROWS),)](
-        x, weight, weight if bias is None else bias, x_scale, weight_scale, out, outputs,
-        math.inf if limit is None else limit,
-        INPUTS=inputs, BIAS=bias is not None, SCALED=scales is not None, KIND=activation,
-        ROWS=_MATVEC_ROWS, BLOCK=min(_MATVEC_BLOCK, triton.next_power_of_2(inputs)),
-        **_launch(x.device, 4),
+        x, *Rounding.pointers(rounding, x), out, width, **Rounding.constants(rounding),
+        STORED=dtype is not None, BLOCK=block, **launch_options(x.device, 4),
     )  # fmt: skip
     return out
 
 
 def activate(kind: str, z: Tensor, limit: float | None) -> Tensor:
     """Return ``blocks.activate`` of contiguous ``z``; ``limit`` is gegelu's clamp, or None."""
-    width, block = z.shape[-1] // (2 if kind in _GATED else 1), 1024
+    width, block = z.shape[-1] // (2 if kind in GATED else 1), 1024
     out = torch.empty((*z.shape[:-1], width), dtype=z.dtype, device=z.device)
     kernels.activation_kernel[(out.numel() // width, triton.cdiv(width, block))](
         z, out, width, math.inf if limit is None else limit, KIND=kind, BLOCK=block,
-        **_launch(z.device, 4),
+        **launch_options(z.device, 4),
     )  # fmt: skip
     return out
 
@@ -114,9 +118,9 @@ def rotate_into(
 ) -> Tensor:
     """Rotate queries and keys; put keys and values into the cache, through its grid if it has one.
 
-    ``qkv`` is contiguous [B, T, (H + 2 G) * D]; the first of the T tokens goes to ``slot``, int64
-    [1]; ``kv_scale`` is float32 [1]. Returns the queries, [B, H, T, D] with the heads of a token
-    side by side in memory.
+    A cache of another dtype than ``qkv`` holds levels. ``qkv`` is contiguous [B, T, (H + 2 G) * D];
+    the first of the T tokens goes to ``slot``, int64 [1]; ``kv_scale`` is float32 [1]. Returns the
+    queries, [B, H, T, D] with the heads of a token side by side in memory.
     """
     batch, tokens, _ = qkv.shape
     heads, kv_heads, size = spec.rank_heads, spec.rank_kv_heads, spec.head_size
@@ -129,7 +133,8 @@ def rotate_into(
         tokens, keys.shape[2], cos.shape[0],
         HEADS=heads, KV_HEADS=kv_heads, SIZE=size, HALF=cos.shape[-1],
         GRID="none" if kv_scale is None else spec.quantization.kv_cache,
-        ROWS=rows, BLOCK=triton.next_power_of_2(size), **_launch(qkv.device, 4),
+        STORED=keys.dtype != qkv.dtype,
+        ROWS=rows, BLOCK=triton.next_power_of_2(size), **launch_options(qkv.device, 4),
     )  # fmt: skip
     return query.transpose(1, 2)
 
@@ -142,13 +147,17 @@ def attend_cache(
     scale: float,
     pattern: BlockSparse | None,
     first_head: int,
+    kv_scale: Tensor | None = None,
+    rounding: Rounding | None = None,
 ) -> Tensor:
     """Return the attention of one new token per row over the cache, [B, 1, H * D].
 
     ``query`` is [B, H, 1, D] from ``rotate_into``; the new token is in ``slot``, int64 [1], each
     row's first token in ``pads``, int64 [B]. ``first_head`` is the global number of the first head.
+    ``kv_scale`` is that of a cache of levels. With ``rounding`` the result has levels.
     """
     keys, values = cache
+    stored = keys.dtype != query.dtype
     batch, kv_heads, capacity, size = keys.shape
     heads = query.shape[1]
     group = heads // kv_heads
@@ -162,9 +171,10 @@ def attend_cache(
     )
     stats = torch.empty((batch * heads * splits, 2), dtype=torch.float32, device=device)
     half = query.dtype != torch.float32
-    launch = _launch(device, 4)
+    launch = launch_options(device, 4)
     kernels.attend_kernel[(batch * kv_heads, splits)](
-        query, keys, values, slot, pads, out, parts, stats, scale * _LOG2_E, capacity, first_head,
+        query, keys, values, query if kv_scale is None else kv_scale, slot, pads, out, parts,
+        stats, *Rounding.pointers(rounding, query), scale * _LOG2_E, capacity, first_head,
         KV_HEADS=kv_heads, GROUP=group, SIZE=size, SPLITS=splits, SPARSE=pattern is not None,
         BLOCK_SIZE=pattern.block_size if pattern else 1,
         LOCAL=pattern.num_local_blocks if pattern else 1,
@@ -172,11 +182,13 @@ def attend_cache(
         STEP=pattern.head_step if pattern else 0,
         # The matrix units take sixteen rows at least.
         PADDED=max(16, triton.next_power_of_2(group)), TILE=64 if half else 32,
-        BLOCK=max(16, triton.next_power_of_2(size)), num_stages=3 if half else 2, **launch,
+        BLOCK=max(16, triton.next_power_of_2(size)), STORED=stored,
+        **Rounding.constants(rounding), num_stages=3 if half else 2, **launch,
     )  # fmt: skip
     if splits > 1:
         kernels.merge_kernel[(batch * heads,)](
-            parts, stats, out, SIZE=size, SPLITS=splits, BLOCK=triton.next_power_of_2(size),
+            parts, stats, out, *Rounding.pointers(rounding, query), HEADS=heads, SIZE=size,
+            SPLITS=splits, BLOCK=triton.next_power_of_2(size), **Rounding.constants(rounding),
             **launch,
         )  # fmt: skip
     return out
@@ -212,12 +224,12 @@ def sparse_attention(
         GROUP=heads // key.shape[1], SIZE=size, BLOCK_SIZE=pattern.block_size,
         LOCAL=pattern.num_local_blocks, STRIDE=pattern.vertical_stride, STEP=pattern.head_step,
         PADDED=pads is not None, TILE=tile, BLOCK=max(16, triton.next_power_of_2(size)),
-        num_stages=3 if half else 1, **_launch(device, 4),
+        num_stages=3 if half else 1, **launch_options(device, 4),
     )  # fmt: skip
     return out.transpose(1, 2)
 
 
-def _launch(device: torch.device, num_warps: int) -> dict[str, Any]:
+def launch_options(device: torch.device, num_warps: int) -> dict[str, Any]:
     """Return a launch's options: threads, and an early start on GPUs that can."""
     early = _can_start_early(device)
     options: dict[str, Any] = {"num_warps": num_warps, "EARLY": early}

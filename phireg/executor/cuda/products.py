@@ -1,0 +1,323 @@
+"""Triton kernels of a linear over weights as ``levels`` packs them, for one token and for a few.
+
+Each ends with what follows a linear: scales, the bias, the MLP's nonlinearity, and the rounding of
+the next linear's inputs to its grid. Constants: ``GRID`` is that of the weight, or "none" for
+values; ``GROUP`` the inputs to a scale, 0 for none; ``SCALES`` the number of ``scale``'s entries,
+0, 1 or 2 for one a row; ``X_SCALE`` says that inputs are levels, ``OUT`` the grid of outputs.
+"""
+
+import triton
+import triton.language as tl
+
+from phireg.executor.cuda.kernels import _activate, _decode, _rounded, _wait
+
+
+@triton.jit
+def _finish(
+    y, z, first, second, inside, row, out_ptr, scale_ptr, x_scale_ptr, bias_ptr, smoothing_ptr,
+    out_scale_ptr, limit,
+    SCALES: tl.constexpr, X_SCALE: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr,
+    SMOOTH: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """Return the outputs of float32 sums ``y`` and ``z``, of the weight's rows first and second."""
+    if SCALES == 2:
+        y = y * tl.load(scale_ptr + first, mask=inside, other=0.0)
+        z = z * tl.load(scale_ptr + second, mask=inside, other=0.0)
+    if SCALES == 1:
+        y, z = y * tl.load(scale_ptr), z * tl.load(scale_ptr)
+    if X_SCALE:
+        y, z = y * tl.load(x_scale_ptr), z * tl.load(x_scale_ptr)
+    if BIAS:
+        y += tl.load(bias_ptr + first, mask=inside, other=0.0).to(tl.float32)
+        z += tl.load(bias_ptr + second, mask=inside, other=0.0).to(tl.float32)
+    dtype = out_ptr.dtype.element_ty
+    if KIND != "none":
+        y = _activate(y.to(dtype).to(tl.float32), z.to(dtype).to(tl.float32), limit, KIND)
+    return _rounded(y, row, inside, smoothing_ptr, out_scale_ptr, dtype, SMOOTH, OUT).to(dtype)
+
+
+@triton.jit
+def _float(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+# Inputs are multiplied by this power of two where levels are taken as subnormal numbers.
+_UP: tl.constexpr = tl.constexpr(2.0**100)
+
+
+@triton.jit
+def _four_bits(
+    words, x_ptr, scale_ptr, mask, columns,
+    INPUTS: tl.constexpr, GRID: tl.constexpr, GROUP: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Return the sum of each word's eight levels times scales and inputs, [rows, columns].
+
+    An integer in the lowest 24 bits of a float32 is that many times 2^-149, wherever its bits lie.
+    An e2m1 level there, its lowest bit in bit 22, is itself times 2^-126. Products with inputs that
+    have been multiplied by enough are exact again.
+    """
+    UNIT: tl.constexpr = 2.0**49 if GRID == "int4" else 2.0**26
+    start = columns // 4 * 32 + columns % 4
+    total = tl.zeros(words.shape, tl.float32)
+    part = total
+    excess = tl.zeros([1, columns.shape[0]], tl.float32)
+    for n in tl.static_range(8):
+        at = start + 4 * n
+        x = tl.load(x_ptr + at) if FULL else tl.load(x_ptr + at, mask=at < INPUTS, other=0.0)
+        x = x.to(tl.float32)[None, :]
+        if GRID == "int4":
+            excess += x * (_UP / 2.0**146)
+            if n < 6:
+                level, x = _float(words & (15 << 4 * n)), x * (_UP / 16.0**n)
+            else:
+                level, x = _float((words >> 8) & (15 << 4 * n - 8)), x * (_UP / 16.0 ** (n - 2))
+        else:
+            high = words << (22 - 4 * n) if n < 6 else words >> (4 * n - 22)
+            level = _float((high & 0x01C00000) | ((high << 6) & -2147483648))
+            x = x * _UP
+        part += level * x
+        # A word's inputs, 32 apart at most, have one scale, or two.
+        if GROUP == 16 and (n == 3 or n == 7):
+            scale = tl.load(scale_ptr + (start // 16 + n // 4)[None, :], mask=mask, other=0.0)
+            total += part * scale.to(tl.float32)
+            part = tl.zeros(words.shape, tl.float32)
+    if GRID == "int4":
+        part -= excess  # int4 levels are stored with 8 added
+    if GROUP > 16:
+        scale = tl.load(scale_ptr + (start // GROUP)[None, :], mask=mask, other=0.0)
+        part = part * scale.to(tl.float32)
+    return (total + part) * UNIT
+
+
+@triton.jit
+def _partial(
+    weight, x_ptr, scale_ptr, mask, columns,
+    INPUTS: tl.constexpr, GRID: tl.constexpr, GROUP: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Return the products of a tile of weights [rows, columns] and inputs."""
+    if GRID == "int4" or GRID == "e2m1":
+        return _four_bits(weight, x_ptr, scale_ptr, mask, columns, INPUTS, GRID, GROUP, FULL)
+    x = tl.load(x_ptr + columns, mask=columns < INPUTS, other=0.0).to(tl.float32)
+    return weight.to(tl.float32) * x[None, :]
+
+
+@triton.jit
+def matvec_kernel(
+    x_ptr, weight_ptr, scale_ptr, group_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr,
+    expert_ptr, out_ptr, outputs, limit, first_expert, experts,
+    INPUTS: tl.constexpr, GRID: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr,
+    X_SCALE: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr,
+    OUT: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    GATED: tl.constexpr = KIND == "swiglu" or KIND == "gegelu"
+    FOUR: tl.constexpr = GRID == "int4" or GRID == "e2m1"
+    # Columns of a row of the weight: inputs, or words of eight levels.
+    WIDTH: tl.constexpr = (INPUTS + 31) // 32 * 4 if FOUR else INPUTS
+    FULL: tl.constexpr = INPUTS % 32 == 0 and WIDTH % BLOCK == 0
+    STEPS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    GROUPS: tl.constexpr = INPUTS // GROUP if GROUP > 0 else 0
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < outputs
+    if PER_TOKEN > 0:
+        # The pairs of a token and one of its experts, which is this rank's or leaves zeros.
+        _wait(EARLY)
+        pair = tl.program_id(1).to(tl.int64)
+        expert = tl.load(expert_ptr + pair) - first_expert
+        mine = (expert >= 0) & (expert < experts)
+        inside = rows < tl.where(mine, outputs, 0)
+        expert = tl.where(mine, expert, 0)
+        x_ptr += pair // PER_TOKEN * INPUTS
+        out_ptr += pair * outputs
+        rank_rows = expert * outputs * (2 if GATED else 1)
+        weight_ptr += rank_rows * WIDTH
+        group_ptr += rank_rows * GROUPS
+        scale_ptr += rank_rows if SCALES == 2 else expert
+    first, second = rows, rows
+    if KIND == "swiglu":
+        second = rows + outputs
+    if KIND == "gegelu":
+        first = 2 * rows
+        second = first + 1
+    columns = tl.arange(0, BLOCK)
+    left = weight_ptr + first.to(tl.int64)[:, None] * WIDTH
+    right = weight_ptr + second.to(tl.int64)[:, None] * WIDTH
+    mask = inside[:, None] & (columns < WIDTH)[None, :]
+    # Weights are on their way while the kernel before this one ends: of DEPTH steps at a time.
+    a, b = (), ()
+    for step in tl.static_range(min(DEPTH, STEPS)):
+        mask = inside[:, None] & (step * BLOCK + columns < WIDTH)[None, :]
+        a += (tl.load(left + step * BLOCK + columns[None, :], mask=mask, other=0.0),)
+        if GATED:
+            b += (tl.load(right + step * BLOCK + columns[None, :], mask=mask, other=0.0),)
+    if PER_TOKEN == 0:
+        _wait(EARLY)
+    a_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    b_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for step in tl.static_range(STEPS):
+        at = step * BLOCK + columns
+        mask = inside[:, None] & (at < WIDTH)[None, :]
+        groups = group_ptr + first[:, None] * GROUPS
+        a_sum += _partial(a[step], x_ptr, groups, mask, at, INPUTS, GRID, GROUP, FULL)
+        if GATED:
+            groups = group_ptr + second[:, None] * GROUPS
+            b_sum += _partial(b[step], x_ptr, groups, mask, at, INPUTS, GRID, GROUP, FULL)
+        if step + DEPTH < STEPS:
+            at += DEPTH * BLOCK
+            mask = inside[:, None] & (at < WIDTH)[None, :]
+            a += (tl.load(left + at[None, :], mask=mask, other=0.0),)
+            if GATED:
+                b += (tl.load(right + at[None, :], mask=mask, other=0.0),)
+    y = _finish(
+        tl.sum(a_sum, 1), tl.sum(b_sum, 1), first, second, inside, rows, out_ptr, scale_ptr,
+        x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr, limit,
+        SCALES, X_SCALE, BIAS, KIND, SMOOTH, OUT,
+    )  # fmt: skip
+    tl.store(out_ptr + rows, y, mask=rows < outputs)
+
+
+@triton.jit
+def _decode_half(codes, dtype: tl.constexpr, GRID: tl.constexpr):
+    """Return levels of four bits, int16 0 to 15, as numbers of a half-precision dtype, exactly."""
+    if GRID == "int4":
+        if dtype == tl.bfloat16:
+            return (codes | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
+        if dtype == tl.float16:
+            return (codes | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+        return codes.to(dtype) - 8.0
+    sign = (codes & 8) << 12
+    if dtype == tl.float16:
+        return (sign | ((codes & 7) << 9)).to(tl.float16, bitcast=True) * 16384.0
+    # A float16 subnormal or nearly, whose values float32 and bfloat16 have too.
+    value = (sign | ((codes & 7) << 9)).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
+    return value.to(dtype)
+
+
+@triton.jit
+def product_kernel(
+    x_ptr, weight_ptr, scale_ptr, group_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr,
+    out_ptr, part_ptr, count_ptr, tokens, outputs, limit,
+    INPUTS: tl.constexpr, GRID: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr,
+    X_SCALE: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr,
+    OUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    SPLITS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    FOUR: tl.constexpr = GRID == "int4" or GRID == "e2m1"
+    WIDTH: tl.constexpr = (INPUTS + 31) // 32 * 4 if FOUR else INPUTS
+    STEPS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    FULL: tl.constexpr = WIDTH % BLOCK == 0
+    GROUPS: tl.constexpr = INPUTS // GROUP if GROUP > 0 else 0
+    SHARE: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    split = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    inside = row < outputs
+    columns = tl.arange(0, BLOCK)
+    x_dtype = x_ptr.dtype.element_ty
+    _wait(EARLY)
+    acc = tl.zeros([ROWS, TOKENS], tl.float32)
+    weights = weight_ptr + row.to(tl.int64)[:, None] * WIDTH
+    # Rows of inputs for levels of four bits are filled up to whole steps and sorted as these are.
+    inputs = x_ptr + token.to(tl.int64)[None, :] * (STEPS * BLOCK * 8 if FOUR else INPUTS)
+    real = (token < tokens)[None, :]
+    for step in range(split * SHARE, min(split * SHARE + SHARE, STEPS)):
+        at = step * BLOCK + columns
+        mask = inside[:, None]
+        if not FULL:
+            mask = mask & (at < WIDTH)[None, :]
+        weight = tl.load(weights + at[None, :], mask=mask, other=0.0)
+        if FOUR:
+            part = tl.zeros([ROWS, TOKENS], tl.float32) if GROUP > 0 else acc
+            for n in tl.static_range(8):
+                level = _decode_half((weight >> (4 * n)).to(tl.int16) & 15, x_dtype, GRID)
+                place = (step * 8 + n) * BLOCK + columns
+                x = tl.load(inputs + place[:, None], mask=real, other=0.0)
+                part = tl.dot(level, x, part, input_precision="ieee")
+            if GROUP > 0:  # a multiple of the inputs of a step
+                scales = group_ptr + row[:, None] * GROUPS + step * BLOCK * 8 // GROUP
+                part = acc + part * tl.load(scales, mask=inside[:, None], other=0.0).to(tl.float32)
+            acc = part
+        else:
+            x = tl.load(inputs + at[:, None], mask=real & (at < INPUTS)[:, None], other=0.0)
+            acc = tl.dot(_decode(weight, x_dtype), x, acc, input_precision="ieee")
+    place = token[None, :].to(tl.int64) * outputs + row[:, None]
+    real = real & inside[:, None]
+    if SPLITS == 1:
+        y = _finish(
+            acc, acc, row[:, None], row[:, None], inside[:, None], row[:, None], out_ptr,
+            scale_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr, limit,
+            SCALES, X_SCALE, BIAS, KIND, SMOOTH, OUT,
+        )  # fmt: skip
+        tl.store(out_ptr + place, y, mask=real)
+    else:
+        # The last of a tile's splits to arrive adds all of them, in order.
+        size = tokens.to(tl.int64) * outputs
+        tl.store(part_ptr + split * size + place, acc, mask=real)
+        tl.debug_barrier()
+        tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(count_ptr + tile, 1) == SPLITS - 1:
+            tl.store(count_ptr + tile, 0)
+            total = tl.zeros([ROWS, TOKENS], tl.float32)
+            for other in tl.static_range(SPLITS):
+                total += tl.load(
+                    part_ptr + other * size + place, mask=real, other=0.0, cache_modifier=".cg"
+                )
+            y = _finish(
+                total, total, row[:, None], row[:, None], inside[:, None], row[:, None], out_ptr,
+                scale_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr, limit,
+                SCALES, X_SCALE, BIAS, KIND, SMOOTH, OUT,
+            )  # fmt: skip
+            tl.store(out_ptr + place, y, mask=real)
+
+
+@triton.jit
+def expand_kernel(
+    weight_ptr, scale_ptr, group_ptr, out_ptr, width, inputs,
+    GRID: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Write a weight's values, level by level, as ``Levels.values`` rounds them."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    _wait(EARLY)
+    weight = tl.load(weight_ptr + row * width + columns, mask=columns < width, other=0.0)
+    scale = 1.0
+    if SCALES > 0:
+        scale = tl.load(scale_ptr + row) if SCALES == 2 else tl.load(scale_ptr)
+    dtype = out_ptr.dtype.element_ty
+    out_ptr += row * inputs
+    if GRID == "int4" or GRID == "e2m1":
+        for n in tl.static_range(8):
+            at = columns // 4 * 32 + columns % 4 + 4 * n
+            inside = at < inputs
+            level = _decode_half((weight >> (4 * n)).to(tl.int16) & 15, tl.float32, GRID)
+            if GROUP > 0:
+                groups = group_ptr + row * (inputs // GROUP) + at // GROUP
+                level = level * tl.load(groups, mask=inside, other=0.0).to(tl.float32)
+            tl.store(out_ptr + at, (level * scale).to(dtype), mask=inside)
+    else:
+        value = (weight.to(tl.float32) * scale).to(dtype)
+        tl.store(out_ptr + columns, value, mask=columns < width)
+
+
+@triton.jit
+def route_kernel(
+    scores_ptr, chosen_ptr, share_ptr, experts, epsilon, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
+    """Choose a token's two experts and their weights as ``blocks.route`` does."""
+    token = tl.program_id(0)
+    number = tl.arange(0, BLOCK)
+    _wait(EARLY)
+    scores = tl.load(scores_ptr + token * experts + number, mask=number < experts, other=-1.0e38)
+    left = scores
+    for place in tl.static_range(2):
+        best = tl.max(left, 0)
+        # The first of the largest; a score that is no number is none, and its share neither.
+        chosen = tl.min(tl.where(left == best, number, BLOCK - 1), 0)
+        chosen = tl.minimum(chosen, experts - 1)
+        far = (best - scores) / tl.maximum(tl.abs(scores), best) > 2 * epsilon
+        near = tl.where(far | (number >= experts), 0.0, tl.exp(left - best))
+        own = tl.sum(tl.where(number == chosen, near, 0.0), 0)
+        tl.store(chosen_ptr + 2 * token + place, chosen.to(tl.int64))
+        tl.store(share_ptr + 2 * token + place, own / tl.sum(near, 0))
+        left = tl.where(number == chosen, float("-inf"), left)
