@@ -174,6 +174,24 @@ def load_target(name: str, candidates: Index | None = None) -> Target:
     return _pick(name, installed, "target").load_target()
 
 
+@dataclass(frozen=True, slots=True)
+class TargetInfo:
+    """A candidate with its loaded target, or with the problem why that is broken."""
+
+    candidate: Candidate
+    target: Target | None = None
+    problem: str | None = None
+
+
+def targets(candidates: Index | None = None) -> Iterator[TargetInfo]:
+    """Load every target."""
+    for candidate in _flat(index(group=TARGETS) if candidates is None else candidates):
+        try:
+            yield TargetInfo(candidate, candidate.load_target())
+        except PluginError as error:
+            yield TargetInfo(candidate, problem=error.message)
+
+
 def _pick(name: str, installed: Index, noun: str) -> Candidate:
     distribution, _, plain = name.rpartition(":")
     offers = [

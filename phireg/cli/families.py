@@ -20,7 +20,7 @@ from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import PluginError
 
 if TYPE_CHECKING:
-    from phireg.registry import FamilyInfo, Index
+    from phireg.registry import FamilyInfo, Index, TargetInfo
 
 
 @documented("phireg families", "phireg families --check", waits="loading the families")
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 def command(check: bool, as_json: bool) -> None:
     """List families, published models and the TP sizes that work.
 
-    Families are found through the entry points of all installed distributions. A broken one is
-    listed with its problem.
+    Then targets, with the readers of each format. Both are found through the entry points of all
+    installed distributions. A broken one is listed with its problem.
     """
     from phireg import registry
     from phireg.hookspecs import API
@@ -40,15 +40,23 @@ def command(check: bool, as_json: bool) -> None:
     infos = registry.families(candidates)
     select = _select_names(candidates)
     notes = dict(_alias_notes(infos, select))
+    targets = tuple(registry.targets())
+    broken = [info.problem for info in targets if info.problem]
     if as_json:
         entries = [_entry(info, select, notes) for info in infos]
-        emit_json({"api": API, "families": entries, "unreadable": unreadable})
+        document = {"api": API, "families": entries, "unreadable": unreadable}
+        emit_json(document | {"targets": [_target_entry(info) for info in targets]})
     elif check and infos:
-        emit("\n".join([table(map(_row, infos)), *_remarks(infos, select, notes), *unreadable]))
+        emit(
+            "\n".join(
+                [table(map(_row, infos)), *_remarks(infos, select, notes), *broken, *unreadable]
+            )
+        )
     else:
         texts = list(map(_text, infos)) or ["no families are installed"]
+        texts += map(_target_text, targets)
         emit("\n\n".join([*texts, *unreadable]))
-    if check and any(info.problem for info in infos):
+    if check and (broken or any(info.problem for info in infos)):
         raise click.exceptions.Exit(PluginError.exit_code)
 
 
@@ -73,6 +81,48 @@ def _entry(info: FamilyInfo, select: dict[str, str], notes: dict[str, str]) -> d
             for model, sizes in info.tp_sizes.items()
         ],
     }
+
+
+def _target_entry(info: TargetInfo) -> dict[str, Any]:
+    from phireg.targets.readers import FP8_CACHE, UNQUANTIZED, as_json
+
+    target, name = info.target, info.candidate.name
+    layouts = target.layouts if target else {}
+    return {
+        "name": name,
+        "distribution": info.candidate.distribution,
+        "version": info.candidate.version,
+        "problem": info.problem,
+        "summary": target.summary if target else None,
+        "kv_caches": list(target.kv_caches) if target else [],
+        "cache_readers": as_json(name, FP8_CACHE),
+        "unquantized_readers": as_json(name, UNQUANTIZED),
+        "formats": [
+            {
+                "qformat": qformat,
+                "quant_algo": layouts[qformat].algorithm,
+                "readers": as_json(name, qformat),
+            }
+            for qformat in (target.formats if target else ())
+        ],
+    }
+
+
+def _target_text(info: TargetInfo) -> str:
+    from phireg.targets.readers import READERS, UNQUANTIZED
+
+    candidate, target = info.candidate, info.target
+    title = f"--target {candidate.name}  ({candidate.distribution} {candidate.version})"
+    if target is None:
+        return f"{title}  cannot be loaded\n    {info.problem}"
+    known = READERS.get(target.name, {})
+    rows = [("", target.summary)]
+    for name in (UNQUANTIZED, *target.formats):
+        if name in known or name != UNQUANTIZED:
+            readers = ", ".join(reader.text for reader in known.get(name, ()))
+            rows.append((name, readers or "no reader known"))
+    rows.append(("KV caches", ", ".join(target.kv_caches) or "as the model's dtype"))
+    return f"{title}\n{columns(rows, indent=2)}"
 
 
 def _text(info: FamilyInfo) -> str:

@@ -21,6 +21,7 @@ from phireg.registry import AUTO, FamilyChoice, load_target
 from phireg.source.hub import resolve_model_dir
 from phireg.source.model import Source
 from phireg.source.readings import Readings, open_source
+from phireg.targets.readers import elsewhere
 from phireg.targets.target import Target
 
 MODALITIES = ("vision_config", "img_processor", "embd_layer", "audio_config", "audio_processor")
@@ -233,8 +234,10 @@ def _qformat(
         )
     if qformat is not None and qformat not in target.layouts:
         nearest = near_format(FORMATS[qformat], target)
+        others = elsewhere(qformat, target.name)
         raise UsageError(
-            f"no reader of --target {target.name} takes {qformat}",
+            f"no reader of --target {target.name} takes {qformat}"
+            + (f"; those of {others} do" if others else ""),
             hint=(f"the nearest format that works is {nearest}." if nearest else "")
             or "choose another --target: phireg families lists what each takes.",
         )

@@ -1,0 +1,72 @@
+"""The table of readers: against the targets, the documentation and the refusals of plans."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import tiny_models
+from helpers.command_line import run_phireg as run
+
+import phireg
+from phireg import registry
+from phireg.errors import UsageError
+from phireg.formats import FORMATS
+from phireg.targets.readers import FP8_CACHE, READERS, UNQUANTIZED, table
+
+PAGE = Path(__file__).parents[2] / "docs" / "targets.md"
+
+
+def test_every_format_of_every_target_has_a_row():
+    for info in registry.targets():
+        rows = READERS[info.target.name]
+        assert set(info.target.formats) <= rows.keys()
+        assert ("fp8" in info.target.kv_caches) <= (FP8_CACHE in rows)
+        assert rows.keys() <= {*FORMATS, FP8_CACHE, UNQUANTIZED}
+
+
+def test_the_page_has_the_table():
+    assert table() in PAGE.read_text()
+
+
+def test_families_tells_the_readers():
+    document = json.loads(run("families", "--json").output)
+    targets = {target["name"]: target for target in document["targets"]}
+    assert {"trtllm", "hf", "hf-modelopt"} <= targets.keys()
+    formats = {entry["qformat"]: entry for entry in targets["hf-modelopt"]["formats"]}
+    # vLLM 0.33 has no W8A8_SQ_PER_CHANNEL among its algorithms; Edge-LLM 0.11 ran it.
+    assert [reader["reader"] for reader in formats["int8_sq"]["readers"]] == ["TensorRT-Edge-LLM"]
+    assert "vLLM" in {reader["reader"] for reader in formats["fp8"]["readers"]}
+    assert targets["hf"]["formats"] == []
+
+
+def test_a_refusal_names_readers_elsewhere_and_the_nearest_format(tmp_path):
+    tiny_models.write("phi2", tmp_path)
+    with pytest.raises(UsageError) as caught:
+        phireg.plan(tmp_path, target="hf-modelopt", qformat="int4_wo")
+    assert "--target trtllm" in caught.value.message and "1.2.1" in caught.value.message
+    assert "int4_awq" in caught.value.hint
+
+
+def test_targets_of_another_distribution(tmp_path, monkeypatch):
+    info = tmp_path / "site" / "acme_files-0.3.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-files\nVersion: 0.3\n")
+    (info / "entry_points.txt").write_text(
+        "[phireg.targets]\nacme = acme_files:TARGET\nacme-broken = acme_broken:TARGET\n"
+    )
+    (info.parent / "acme_files.py").write_text(
+        "from dataclasses import replace\nfrom phireg.targets.huggingface import TARGET as HF\n"
+        "TARGET = replace(HF, name='acme', summary='of acme')\n"
+    )
+    (info.parent / "acme_broken.py").write_text("raise ModuleNotFoundError('no acme')\n")
+    monkeypatch.syspath_prepend(str(info.parent))
+    targets = {t["name"]: t for t in json.loads(run("families", "--json").output)["targets"]}
+    assert targets["acme"]["summary"] == "of acme" and targets["acme"]["problem"] is None
+    assert "no acme" in targets["acme-broken"]["problem"]
+    checked = run("families", "--check")
+    assert checked.exit_code == 5 and "no acme" in checked.output
+    source = tiny_models.write("phi2", tmp_path / "model")
+    phireg.convert(phireg.plan(source, target="acme"), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    sys.modules.pop("acme_files")
