@@ -324,12 +324,12 @@ def _group(group: Config, whole: Any) -> Storage | None:
         return None
     if group.has("output_activations"):
         raise group.error("output_activations is set, which has no meaning here")
-    weights, name = group.block("weights"), group.values.get("format") or whole
+    weights, name = group.block("weights"), str(group.values.get("format") or whole)
     if name not in _PACKINGS:
         raise group.error(f"the format is {name!r}", f"known are {', '.join(_PACKINGS)}")
-    packing, grid = _PACKINGS[str(name)], _grid(weights)
+    packing, grid = _PACKINGS[name], _grid(weights)
     default = "group" if weights.has("group_size") else "tensor"
-    strategy = weights.values.get("strategy") or default
+    strategy = str(weights.values.get("strategy") or default)
     if grid == "e2m1" and strategy == "tensor_group":
         strategy = "group"
     strategies: Mapping[Any, Literal["tensor", "channel", "group"]]
@@ -378,7 +378,7 @@ def _grid(block: Config) -> Grid:
 
 def _inputs(block: Config) -> Inputs:
     grid, dynamic = _grid(block), block.values.get("dynamic", False)
-    strategy = block.values.get("strategy") or ("token" if dynamic else "tensor")
+    strategy = str(block.values.get("strategy") or ("token" if dynamic else "tensor"))
     known: Mapping[tuple[Any, Any], Literal["tensor", "token", "group"]] = {
         ("tensor", False): "tensor", ("token", True): "token", ("tensor_group", "local"): "group",
     }  # fmt: skip
