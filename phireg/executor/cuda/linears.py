@@ -113,8 +113,7 @@ def product(
     width, rows, block = stored.data.shape[-1], 64, 128
     if stored.grid in ("int4", "e2m1"):
         # Words of eight levels. Twice as many gave wrong float32 sums on an H100 (Triton 3.6).
-        wide = stored.group_scale is None and x.dtype != torch.float32
-        block = 32 if wide else _GROUP // 8
+        block = _GROUP // 8
         x = functional.pad(x, (0, -stored.inputs % (8 * block)))
         x = x.unflatten(-1, (-1, block // 4, 8, 4)).transpose(-2, -3).contiguous()
     tiles, splits = triton.cdiv(stored.rows, rows), 1
