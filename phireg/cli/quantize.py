@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -295,6 +295,14 @@ def _measure(result: _Result, settings: Settings, measure: bool | None, bars: Pr
         place = f"{result.converted.output_dir} is complete, but measuring it failed"
         raise type(error)(f"{place}: {error.message}", hint=error.hint) from None
     result.seconds["measurement"] = time.monotonic() - started
+    if not result.plan.target.by_rank:
+        from phireg.conversion.card import add_quality
+        from phireg.files.kinds import file_sizes
+
+        text = f"{result.quality.summary}. Text: {result.quality.text.description}."
+        directory, record = result.converted.output_dir, result.converted.quantization
+        add_quality(directory, result.plan, record, text)
+        result.converted = replace(result.converted, files=file_sizes(directory))
 
 
 def _text(result: _Result) -> str:

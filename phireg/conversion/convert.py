@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phireg.checkpoint.manifest import file_record, rank_file_record, write_manifest
+from phireg.conversion.card import card_of, check_card
 from phireg.conversion.cast import Loss
 from phireg.conversion.stream import Progress, Streamed, stream
 from phireg.errors import PlanError, UsageError
@@ -19,6 +20,7 @@ from phireg.files.writing import copy_file
 from phireg.findings import Finding
 from phireg.planning.model import Plan
 from phireg.planning.report import problems
+from phireg.targets.card import CARD
 
 if TYPE_CHECKING:
     from phireg.calibration.calibrate import Calibrated
@@ -35,6 +37,7 @@ class Converted:
         losses: values that became infinite or zero in a cast, were cut off when quantized, or were
             NaN or infinite in the source, by source tensor.
         calibrated: statistics that were taken or read for it.
+        quantization: the manifest's record of the scales.
         findings: warnings about the scales.
     """
 
@@ -42,6 +45,7 @@ class Converted:
     files: Mapping[str, int]
     losses: Mapping[str, Loss]
     calibrated: Calibrated | None = None
+    quantization: Mapping[str, Any] | None = None
     findings: tuple[Finding, ...] = ()
 
 
@@ -112,6 +116,8 @@ def write_checkpoint(
     carried = tokenizer_files(plan.source.directory)
     size = plan.bytes_out + sum(file.stat().st_size for file in carried)
     kind = CHECKPOINT if plan.target.by_rank else QUANTIZED_MODEL
+    if overwrite and not plan.target.by_rank:
+        check_card(target)
     with OutputDirectory(target, overwrite=overwrite, required_bytes=size, kind=kind) as directory:
         scales = quantizer() if quantizer else None
         streamed = stream(plan, directory, progress=progress, quantizer=scales)
@@ -126,8 +132,14 @@ def write_checkpoint(
         if quantization is not None:
             manifest["quantization"] = quantization
         write_manifest(directory, manifest)
+        if not plan.target.by_rank:
+            # Not in the manifest: it is its owner's to extend.
+            card = card_of(plan, quantization).encode("utf-8", "surrogateescape")
+            (directory / CARD).write_bytes(card)
         files = file_sizes(directory)
-    return Converted(target, files, streamed.losses, findings=scales.findings if scales else ())
+    findings = scales.findings if scales else ()
+    losses = streamed.losses
+    return Converted(target, files, losses, quantization=quantization, findings=findings)
 
 
 def _check_overflow(streamed: Streamed, plan: Plan) -> None:

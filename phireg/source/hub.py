@@ -11,7 +11,8 @@ from phireg.files.kinds import TOKENIZER_FILES
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _PATH_LIKE = ("/", "./", "../", "~")
-_DATA = ["config.json", "adapter_config.json", *TOKENIZER_FILES]
+# The model card has the license.
+_DATA = ["config.json", "adapter_config.json", "README.md", *TOKENIZER_FILES]
 _SAFETENSORS = ["*.safetensors", "model.safetensors.index.json"]
 _BIN = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 

@@ -134,6 +134,22 @@ def test_a_model_that_would_take_long_is_measured_when_asked(quantize, monkeypat
     assert summary["quality"]["tokens"] == measuring.FEWEST
 
 
+def test_the_model_card_has_what_was_measured(quantize, tmp_path):
+    card = tmp_path / "out" / "README.md"
+    options = ("--target", "hf-modelopt", "--overwrite", "--json")
+    summary = document(quantize(*options, "--no-measure"))
+    assert summary["files"]["README.md"] == card.stat().st_size
+    assert "Not measured" in card.read_text()
+    summary = document(quantize(*options, "--measure"))
+    assert summary["files"]["README.md"] == card.stat().st_size
+    text = card.read_text()
+    assert "Not measured" not in text and "8 samples" in text
+    # Random weights: the unquantized model's own perplexity, and that the text tells nothing.
+    assert f"{summary['quality']['unquantized_perplexity']:.4g}" in text
+    card.write_text(text.replace("phireg", "mine"))
+    assert quantize(*options, "--no-measure").exit_code == 6
+
+
 def test_without_text_weights_are_not_measured(quantize, tmp_path):
     summary = document(quantize("--json", qformat="int8_wo", calib_size=None, calib_file=None))
     assert "tokenizer" in summary["unmeasured"]

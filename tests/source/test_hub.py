@@ -19,9 +19,9 @@ COMMIT = "0a67737cc96d2554230f90338b163bc6380a2a85"
 FILES = [
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "cl100k_base.tiktoken", "chat_template.jinja",
+    "cl100k_base.tiktoken", "chat_template.jinja", "README.md",
 ]  # fmt: skip
-OTHER = ["README.md", "modeling_phi3.py", "configuration_phi3.py", "NOTICE.md", "a.gguf"]
+OTHER = ["modeling_phi3.py", "configuration_phi3.py", "NOTICE.md", "a.gguf"]
 
 
 class FakeHub:
