@@ -60,7 +60,7 @@ def _answer(plan: Plan) -> str:
     if plan.errors:
         found = f"no: {counted(len(plan.errors), 'problem')}, listed below"
         return found if plan.advice is None else f"{plan.advice}; {plan.options.tp_size} does not"
-    command = "quantize" if plan.options.scheme else "convert"
+    command = "quantize" if plan.options.qformat else "convert"
     sizes = ", ".join(map(str, plan.tp_sizes))
     return f"yes, phireg {command} can do this; tp sizes that work: {sizes}"
 
@@ -90,7 +90,7 @@ def warnings_text(plan: Plan) -> str:
 def values_text(plan: Plan) -> str:
     """The dtype or format, and the change of values."""
     cast = f"{counted(plan.casts, 'tensor')} cast" if plan.casts else "no value changes"
-    if plan.options.scheme is None:
+    if plan.options.qformat is None:
         return f"{plan.options.dtype}, {cast}"
     if not plan.linears:
         return f"{format_text(plan)}; {cast}"
@@ -99,16 +99,13 @@ def values_text(plan: Plan) -> str:
 
 def format_text(plan: Plan) -> str:
     """``FP8, 128 linears, the rest bfloat16; FP8 KV cache``."""
-    from phireg.reader.schemes import KV_CACHES
-
-    scheme, cache = plan.options.scheme, plan.options.kv_cache_dtype
-    assert scheme is not None
-    if scheme.weight is None:
+    layout, cache = plan.target.layouts[plan.options.qformat or ""], plan.options.kv_cache_dtype
+    if layout.weight is None:
         linears = f"{plan.options.dtype} weights, which TensorRT-LLM's builder quantizes"
     else:
         linears = f"{counted(len(plan.linears), 'linear')}, the rest {plan.options.dtype}"
-    text = f"{scheme.quant_algo}, {linears}"
-    return f"{text}; {KV_CACHES[cache]} KV cache" if cache else text
+    text = f"{layout.algorithm}, {linears}"
+    return f"{text}; {cache.upper()} KV cache" if cache else text
 
 
 def _source_rows(plan: Plan) -> list[tuple[str, str]]:
