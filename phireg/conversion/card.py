@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def _scales(quantization: Mapping[str, Any]) -> list[tuple[str, str | None]]:
     if statistics and statistics["provenance"]:
         from phireg.calibration.calibrate import describe
 
-        rows.append(("calibration", describe(statistics["provenance"])))
+        with suppress(KeyError):  # statistics that were not taken by calibrate() tell less
+            rows.append(("calibration", describe(statistics["provenance"])))
     return rows
 
 
