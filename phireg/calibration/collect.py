@@ -1,6 +1,7 @@
 """Maxima of activations: the source model's layers one after the other, each over all samples.
 
-Each layer's weights are read once and one layer is in memory at a time. lm_head is not computed.
+Each layer's weights are read once and one layer is in memory at a time. lm_head is not computed,
+but its inputs are, unless it is the embedding.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def collect(
     progress: Progress | None = None,
     search: bool = False,
 ) -> Statistics:
-    """Collect maxima of the inputs of every linear of every layer, and of keys and values.
+    """Collect maxima of the inputs of every linear, and of keys and values.
 
     With ``search`` also AWQ's factors: every layer runs a second time, on the same inputs, when the
     mean magnitudes of its linears' inputs are known.
@@ -91,6 +92,11 @@ def collect(
                             awq.compare()
                             report(batches[number].numel() * PASSES, total)
                     smoothers |= awq.best()
+        if not model.config.tie_word_embeddings:
+            with _norm(reference) as norm:
+                for hidden in states:
+                    largest.record("lm_head", norm(hidden))
+            largest.settle(len(layers) - 1, len(rows))
     inputs, factors = (
         {
             source: values
@@ -246,6 +252,19 @@ def _embedding(reference: Reference) -> Iterator[None]:
         reference.parameters.release(names)
 
 
+@contextmanager
+def _norm(reference: Reference) -> Iterator[nn.Module]:
+    """Yield the norm before lm_head, with its weights in memory."""
+    decoder = reference.model.model
+    name = "norm" if hasattr(decoder, "norm") else "final_layernorm"
+    names = reference.parameters.names(f"model.{name}.")
+    reference.parameters.fill(names)
+    try:
+        yield getattr(decoder, name)
+    finally:
+        reference.parameters.release(names)
+
+
 def _recording_cache(record: Callable[[int, Tensor, Tensor], None]) -> Any:
     """A cache for transformers' attention classes that records its inputs and keeps nothing."""
     from transformers import DynamicCache
@@ -280,6 +299,16 @@ class _Largest:
             amax = states.abs().amax()
             before = self._cached.get((what, layer), amax)
             self._cached[what, layer] = torch.maximum(before, amax)
+
+    def record(self, name: str, inputs: Tensor) -> None:
+        """Record the inputs of a linear."""
+        magnitudes = inputs.detach().abs()
+        amax = magnitudes.flatten(0, -2).amax(0)
+        before = self._running.get(name, amax)
+        self._running[name] = torch.maximum(before, amax)
+        if self._averaged:
+            means = magnitudes.mean(-2).float()  # rounded row by row: batches do not show
+            self._sums[name] = self._sums.get(name, 0) + means.sum(0)
 
     @contextmanager
     def watching(self, layer: nn.Module, prefix: str) -> Iterator[None]:
@@ -329,13 +358,4 @@ class _Largest:
         return tuple(maxima[layer] for layer in range(len(maxima)))
 
     def _hook(self, name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
-        def hook(_: Any, arguments: tuple[Tensor, ...]) -> None:
-            magnitudes = arguments[0].detach().abs()
-            amax = magnitudes.flatten(0, -2).amax(0)
-            before = self._running.get(name, amax)
-            self._running[name] = torch.maximum(before, amax)
-            if self._averaged:
-                means = magnitudes.mean(-2).float()  # rounded row by row: batches do not show
-                self._sums[name] = self._sums.get(name, 0) + means.sum(0)
-
-        return hook
+        return lambda _, arguments: self.record(name, arguments[0])

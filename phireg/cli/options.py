@@ -329,6 +329,13 @@ exclude_option = QUANTIZATION.option(
     rare=True,
 )
 
+head_option = QUANTIZATION.option(
+    "--quantize-lm-head",
+    is_flag=True,
+    help="Quantize lm_head as well, for Hugging Face targets.",
+    rare=True,
+)
+
 form_option = OUTPUT.option(
     *("--as", "form"),
     type=click.Choice(("llama",)),
@@ -337,7 +344,12 @@ form_option = OUTPUT.option(
 )
 
 planning_options = compose(
-    source_options, form_option, qformat_option(required=False), kv_cache_option, exclude_option
+    source_options,
+    form_option,
+    qformat_option(required=False),
+    kv_cache_option,
+    exclude_option,
+    head_option,
 )
 """What decides the plan of a conversion or a quantization."""
 

@@ -20,6 +20,7 @@ from phireg.cli.options import (
     compose,
     device_option,
     exclude_option,
+    head_option,
     json_option,
     kv_cache_option,
     model_dir_option,
@@ -114,6 +115,7 @@ calibration_options = compose(
 @qformat_option(required=True)
 @kv_cache_option
 @exclude_option
+@head_option
 @QUANTIZATION.option(
     "--alpha",
     type=click.FloatRange(0, 1),

@@ -48,6 +48,7 @@ class Options:
     target: str = DEFAULT_TARGET
     max_shard_size: int = SHARD_BYTES
     exclude: tuple[str, ...] = ()  # patterns of modules that stay unquantized
+    quantize_lm_head: bool = False  # lm_head as well as the layers' linears
     form: str | None = None  # the class of models to write it as; None for its own
 
     @property

@@ -56,6 +56,7 @@ def plan(
     target: str = DEFAULT_TARGET,
     max_shard_size: int = SHARD_BYTES,
     exclude: Sequence[str] = (),
+    quantize_lm_head: bool = False,
     form: str | None = None,
 ) -> Plan:
     """Plan a conversion or quantization from config.json and file headers alone.
@@ -82,6 +83,7 @@ def plan(
         form: ``llama`` to write a model of Phi-3's architecture as one of transformers' Llama class
             (``--as``), with target ``hf``.
         exclude: patterns of modules that stay unquantized, for targets whose readers know lists.
+        quantize_lm_head: quantize lm_head as well, for such targets.
 
     Raises:
         UsageError: an option has a value that makes no sense.
@@ -105,8 +107,11 @@ def plan(
         target,
         max_shard_size,
         tuple(exclude),
+        quantize_lm_head,
         form,
     )
+    if quantize_lm_head:
+        _check_head(written, options.format)
     directory, commit = resolve_model_dir(str(model_dir), revision)
     if directory.is_dir() and not os.path.lexists(directory / "config.json"):
         open_source(directory)  # refuses other kinds of directories by name
@@ -255,6 +260,19 @@ def _qformat(
         why = "nothing is quantized" if qformat is None else "engines quantize every layer alike"
         raise UsageError(f"--exclude has no effect: {why}", hint="leave it out.")
     return qformat
+
+
+def _check_head(target: Target, form: Format | None) -> None:
+    """Raise a UsageError if lm_head cannot be quantized so."""
+    why = None
+    if form is None:
+        why = "nothing is quantized"
+    elif target.by_rank:
+        why = f"not every reader of --target {target.name} takes a quantized lm_head"
+    elif form.smoothing == "awq":
+        why = f"the factors of {form.name} are searched for the layers alone"
+    if why is not None:
+        raise UsageError(f"--quantize-lm-head is not possible: {why}", hint="leave it out.")
 
 
 def near_format(wanted: Format, target: Target) -> str | None:

@@ -29,6 +29,7 @@ from phireg.targets.target import (
 FP8_ALIGNMENT = 16
 """TensorRT's FP8 matrix products want both sides of a rank's weight to be multiples of this."""
 
+HEAD = "lm_head"
 
 FOLLOWS: dict[str, tuple[str, ...]] = {
     "weight": ("rows", "cols"),
@@ -71,6 +72,7 @@ class Quantization:
         self.layout = None if self.format is None else target.layouts.get(self.format.name)
         self.target = target
         self.exclude = options.exclude
+        self.quantize_lm_head = options.quantize_lm_head
         self.kv_cache = options.kv_cache_dtype
         self.code = code
         self.rules = QuantRules(())
@@ -95,6 +97,8 @@ class Quantization:
         """
         chosen = self.target.quantized_modules(quant, family)
         if not self.target.by_rank:
+            if self.quantize_lm_head and HEAD in rules:
+                chosen = replace(chosen, linears=(*chosen.linears, HEAD))
             left = [
                 name
                 for name, rule in rules.items()
@@ -107,8 +111,8 @@ class Quantization:
             ]
             chosen = replace(
                 chosen,
-                linears=tuple(name for name in chosen.linears if name not in out),
-                exclude_modules=tuple(sorted({*left, *out, "lm_head"})),
+                linears=(linears := tuple(x for x in chosen.linears if x not in out)),
+                exclude_modules=tuple(sorted({*left, *out, HEAD}.difference(linears))),
                 notes=(),
             )
         self.rules = chosen
@@ -224,6 +228,8 @@ class Quantization:
         if not self.rules.linears:
             none = "the family's quantization rules name no linears for it"
             yield self.format.name, "; ".join((none, *self.rules.notes)), ""
+        if self.quantize_lm_head and HEAD not in rules:
+            yield HEAD, "is the embedding, which stays unquantized (--quantize-lm-head)", ""
         names = {*self.rules.linears, *self.rules.exclude_modules}
         for pattern in self.exclude:
             if not any(fnmatchcase(name, pattern) for name in names):

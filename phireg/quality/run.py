@@ -109,7 +109,12 @@ def measure(
         )
     hf = HFConfig(read_json_object(plan.source.directory / "config.json"))
     options = dataclasses.replace(
-        plan.options, qformat=None, kv_cache_dtype=None, exclude=(), target=DEFAULT_TARGET
+        plan.options,
+        qformat=None,
+        kv_cache_dtype=None,
+        exclude=(),
+        quantize_lm_head=False,
+        target=DEFAULT_TARGET,
     )
     unquantized = build_plan(plan.chosen, hf, plan.source, options, plan.model_dir)
     report = progress or (lambda more, total: None)

@@ -172,9 +172,12 @@ def compare_logits(
     prompts: Prompts,
     progress: Callable[[int], None],
     observe_inputs: ObserveInputs,
+    *,
+    quantized_head: bool = False,
 ) -> LogitsResult:
     """Run both on all prompts; both are on the same device and compute in the same dtype."""
     spec = executor.spec
+    quantized = quantized_parts(spec.quantization) + (("lm_head",) if quantized_head else ())
     errors: dict[Place, float] = {}
     hidden = [0.0] * spec.num_layers
     results = []
@@ -182,7 +185,7 @@ def compare_logits(
     slack = logits_tolerance(executor.dtype, spec.num_layers)
     for prompt in prompts.prompts:
         ids = prompt_ids(spec.vocab_size, prompt.tokens).to(executor.device)
-        comparer = _LayerComparer(executor, ids, errors, progress)
+        comparer = _LayerComparer(executor, ids, errors, progress, quantized)
         expected = reference.logits(ids, comparer)[0]
         seen = ~(expected <= torch.finfo(torch.float32).min / 2).any(dim=0)
         masked = int((~seen).sum())
@@ -190,7 +193,6 @@ def compare_logits(
         actual = executor(ids, comparer.own_run, observe_inputs)[0]
         hidden = list(map(max, hidden, comparer.own_errors))
         results.append(_prompt_result(actual[:, seen], expected[:, seen], prompt, slack))
-    quantized = quantized_parts(spec.quantization)
     inside: list[Place] = [(n, p) for n in range(spec.num_layers) for p in ("attention", "mlp")]
     places = [(None, "embedding"), *inside, (None, "final norm"), (None, "lm_head")]
     return LogitsResult(
@@ -243,12 +245,13 @@ class _LayerComparer:
         ids: Tensor,
         errors: dict[Place, float],
         progress: Callable[[int], None],
+        quantized: tuple[str, ...],
     ) -> None:
         self.executor = executor
         self.ids = ids
         self.errors = errors
         self.progress = progress
-        self.quantized = quantized_parts(executor.spec.quantization)
+        self.quantized = quantized
         self.states: list[Tensor] = []  # on the CPU: the largest thing kept
         self.ends = executor.end_weights()
         self.own_errors: list[float] = []

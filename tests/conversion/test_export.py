@@ -221,6 +221,7 @@ def test_the_checkpoint_is_complete_and_says_where_it_comes_from(tmp_path, qform
         "target": "trtllm",
         "max_shard_size": 5 * 10**9,
         "exclude": [],
+        "quantize_lm_head": False,
         "form": None,
     }
     recorded = manifest["quantization"]
