@@ -79,7 +79,7 @@ def _scales(quantization: Mapping[str, Any]) -> list[tuple[str, str | None]]:
     rows: list[tuple[str, str | None]] = [
         ("SmoothQuant's alpha", None if alpha is None else f"{alpha:g}")
     ]
-    if statistics and statistics["provenance"]:
+    if statistics and "samples" in statistics["provenance"]:
         from phireg.calibration.calibrate import describe
 
         with suppress(KeyError):  # statistics that were not taken by calibrate() tell less
