@@ -8,6 +8,7 @@ import torch
 from helpers import tiny_models as sources
 from helpers.tiny_models import from_pretrained, opened
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import phireg
 from phireg.calibration.collect import collect
@@ -120,3 +121,37 @@ def test_patterns_that_match_nothing_are_errors_all_at_once(tmp_path):
     directory = sources.write("phi2", tmp_path)
     plan = planned("phi2", directory, qformat="fp8", exclude=["*.fc3", "*.fc1", "layers.0"])
     assert {finding.subject for finding in plan.errors} == {"*.fc3", "layers.0"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("qformat", ["fp8", "w8a8"])
+def test_transformers_takes_a_quantized_head_and_excluded_linears(tmp_path, qformat):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is missing")
+    directory, out = sources.write("phi2", tmp_path / "source", torch.float32), tmp_path / "out"
+    plan = phireg.plan(
+        directory,
+        family="phi2",
+        target="hf-compressed-tensors",
+        qformat=qformat,
+        dtype="float32",
+        quantize_lm_head=True,
+        exclude=["model.layers.1.mlp.*"],
+    )
+    phireg.quantize(plan, out, statistics("phi2", directory) if qformat == "fp8" else None)
+    left = ["model.layers.1.mlp.fc1", "model.layers.1.mlp.fc2"]
+    block = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert block["ignore"] == left
+    read, info = AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    schemes = {n for n, m in read.named_modules() if getattr(m, "quantization_scheme", None)}
+    assert "lm_head" in schemes
+    assert schemes.isdisjoint(left)
+    with torch.no_grad():
+        logits, plain = (
+            model(ROWS[1][None]).logits[0]
+            for model in (read.eval(), from_pretrained("phi2", directory, torch.float32))
+        )
+    assert 0 < (logits - plain).norm() < 0.4 * plain.norm()
+    assert phireg.verify(out, directory, device="cpu").verdict == "verified"
