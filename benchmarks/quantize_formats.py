@@ -2,10 +2,10 @@
 
     python benchmarks/quantize_formats.py [--families phi2 ...] [--rows 48]
 
-Each model is calibrated on its last 16 held-back texts in its own dtype, quantized, and run by the
-executor on the CPU in float32 over the first held-back texts. Linears whose inputs are no whole
-groups are left out of both. ModelOpt's numbers are its fake-quantized model's in float32; its NVFP4
-needs a GPU. Intervals are of 95 %.
+Each model is calibrated on its last 16 held-back texts (in bfloat16 or float32), quantized, and run
+by the executor on the CPU in float32 over the first held-back texts. Linears whose inputs are no
+whole groups are left out of both. ModelOpt's numbers are its fake-quantized model's in float32; its
+NVFP4 needs a GPU. Intervals are of 95 %.
 """
 
 from __future__ import annotations

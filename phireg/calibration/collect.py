@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from phireg.calibration.awq import GROUP, PASSES, Search
+from phireg.calibration.awq import PASSES, Search
 from phireg.calibration.statistics import Statistics, of_any_expert
 from phireg.device import measure_memory, peak_memory
 from phireg.errors import SourceError
@@ -85,7 +85,7 @@ def collect(
                         report(batches[number].numel(), total)
                 means = largest.settle(index, len(rows))  # which also waits for the GPU
                 if search:
-                    awq = Search(_in_groups(linears_of(layer, prefix)), means)
+                    awq = Search(linears_of(layer, prefix), means)
                     with awq.watching():
                         for number, front in enumerate(_fronts(model, batches, None)):
                             states[number] = front.run(layer, states[number])
@@ -113,11 +113,6 @@ def linears_of(layer: nn.Module, prefix: str) -> dict[str, nn.Linear]:
     """The linears of a layer by their names in the model."""
     modules = layer.named_modules()
     return {prefix + name: module for name, module in modules if isinstance(module, nn.Linear)}
-
-
-def _in_groups(linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
-    """The linears that int4 can store."""
-    return {name: x for name, x in linears.items() if x.in_features % GROUP == 0}
 
 
 def _fronts(model: Any, batches: Sequence[Tensor], cache: Any) -> Iterator[_Front]:
