@@ -63,8 +63,10 @@ def test_prompts_of_unequal_lengths(name, device, tmp_path):
     check(actual, query, key, value, pads, PATTERNS[name], range(4, 8), spec.attention_scale)
 
 
-@pytest.mark.parametrize("name", ["64-homo", "64-step-3", "128"])
-@pytest.mark.parametrize(("length", "pads"), [(130, ()), (450, (0, 37)), (200, (199, 3))])
+@pytest.mark.parametrize(
+    ("name", "length", "pads"),
+    [("64-homo", 130, ()), ("64-step-3", 450, (0, 37)), ("128", 200, (199, 3))],
+)
 def test_the_kernel_of_a_gpu(name, length, pads):
     query, key, value = random_rows(2, 4, 2, length, 12)
     starts = torch.tensor(pads, device=DEVICE) if pads else None
