@@ -67,6 +67,8 @@ from phireg.layout.rules import (
     one_of,
 )
 from phireg.layout.spans import Axis, LayoutError
+from phireg.targets.huggingface import HuggingFace
+from phireg.targets.target import Layout, Quantized, Stored, Target
 
 COLUMN = Policy.COLUMN
 ROW = Policy.ROW
@@ -75,6 +77,8 @@ COPY = Policy.COPY
 __all__ = [
     # families and hooks
     "Family", "PublishedModel", "hookimpl", "HFConfig", "SourceError",
+    # targets
+    "Target", "HuggingFace", "Layout", "Stored", "Quantized",
     # config tables
     "FieldTable", "Entry", "Fields", "field", "const", "derive", "when", "check", "refuse",
     "ignore", "ConfigError", "Severity", "integer", "number", "positive", "boolean", "text",

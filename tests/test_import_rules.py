@@ -68,7 +68,7 @@ RULES = {
     "phireg.registry": Rule(
         (*DESCRIBE, "phireg.hookspecs", "phireg.family", f"{TARGETS}.target", "phireg.children")
     ),
-    "phireg.api": Rule((*DESCRIBE, "phireg.hookspecs", "phireg.family")),
+    "phireg.api": Rule((*DESCRIBE, TARGETS, "phireg.hookspecs", "phireg.family")),
     "phireg.device": Rule((ERRORS, "torch")),
     PLANNING: Rule(
         (*DESCRIBE, SOURCE, FILES, RANGES, DTYPES, "phireg.registry", FORMATS, TARGETS),
