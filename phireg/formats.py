@@ -90,9 +90,8 @@ FORMATS: Mapping[str, Format] = {
         Format("int8_wo", "int8", "channel", None, "INT8 weights"),
         Format("int4_wo", "int4", "channel", None, "INT4 weights"),
         Format(
-            *("w4a16", "int4", "group", None, "INT4 weights in groups of 128, AWQ"),
+            *("w4a16", "int4", "group", None, "INT4 weights in groups of 128, rounded to nearest"),
             group_size=128,
-            smoothing="awq",
         ),
         Format(
             *("int4_awq", "int4", "group", None, "INT4 weights in groups of 128, AWQ"),
@@ -115,5 +114,4 @@ FORMATS: Mapping[str, Format] = {
     )
 }
 """By ``--qformat``. ``fp8_pc_pt`` and ``fp8_dynamic`` are ModelOpt's and compressed-tensors' names
-of one arithmetic; so are ``int4_awq`` and ``w4a16``, whose factors compressed-tensors must find
-folded into other weights."""
+of one arithmetic."""

@@ -75,7 +75,7 @@ class WeightQuantizer:
         Takes them in the checkpoint's dtype, [rows, columns]; returns them on the quantized grid,
         and the number of elements beyond its ends.
         """
-        linear, module = target.removesuffix(".weight"), source.removesuffix(".weight")
+        linear, module = target.rpartition(".")[0], source.removesuffix(".weight")
         if self._form is not None and self._form.per == "group":
             return self._grouped(linear, module, row, block)
         if self._form is not None and self._form.per == "channel":
@@ -119,9 +119,11 @@ class WeightQuantizer:
                 weight = as_torch(block[piece], self._code).to(self.device)
                 levels, beyond = to_e2m1(weight, scales, second.to(self.device))
             else:
-                scales = torch.from_numpy(part.view(np.float32).copy()).reshape(-1, groups)
-                inverse = self._scales.inverse[linear]
-                weight = smooth(block[piece], self._code, inverse, self.device)
+                scales = as_torch(part, self._codes[name].dtype).float().reshape(-1, groups)
+                inverse = self._scales.inverse.get(linear)
+                weight = as_torch(block[piece], self._code).to(self.device)
+                if inverse is not None:
+                    weight = smooth(block[piece], self._code, inverse, self.device)
                 levels, beyond = to_int4(weight, scales.to(self.device))
             saturated += beyond
             stored.append(_PACKED[self._layout.packing or ""](levels).cpu().numpy())

@@ -35,6 +35,7 @@ from phireg.targets.target import (
     KV_SCALE,
     PRE_SCALE,
     SECOND_SCALE,
+    SHAPE,
     VALUE_SCALE,
     WEIGHT_SCALE,
 )
@@ -151,6 +152,8 @@ def check_scales(
         if name not in values:
             defects.append(_finding(name, "is missing"))
             continue
+        if scale.dtype == "I64":
+            continue  # a shape
         count = len(values[name])
         for detail, number in _defects(values[name], scale.dtype):
             times = f" ({number} of {count} values)" if count > 1 else ""
@@ -286,6 +289,8 @@ class _Worker:
             form = self.plan.options.format
             if self.plan.smoothed:
                 self.smoothquant(linear, inputs, scales)
+            elif form is not None and form.weight == "int4" and form.smoothing is None:
+                self.int4(linear, scales, form)
             elif form is not None and form.weight == "int4":
                 self.awq(linear, inputs, scales, form)
             elif form is not None and form.weight == "e2m1":
@@ -347,6 +352,20 @@ class _Worker:
                 amax[row : row + len(block)] = smoothed.abs().amax(1).cpu().numpy()
             per_row = np.where(amax == 0, np.float32(1), amax / np.float32(INT8_MAX))
             scales.put(f"{module}.weights_scaling_factor", per_row)
+
+    def int4(self, linear: QuantizedLinear, scales: _LinearScales, form: Format) -> None:
+        """A scale for each group of the weight as it is, and the weight's shape."""
+        rows = 0
+        for module in linear.sources:
+            found = [
+                int4_scales(as_torch(block, self.code).to(self.device), form.group_size or 1)
+                for _, block in self.blocks(module, scales)
+            ]
+            values = np.concatenate([x.cpu().numpy() for x in found])
+            rows += len(values)
+            self.put(scales, f"{module}.{WEIGHT_SCALE}", values)
+        if (name := f"{linear.target}.{SHAPE}") in self.plan.scales:
+            scales.values[name] = np.array([rows, linear.columns], BITS["I64"])
 
     def awq(
         self, linear: QuantizedLinear, inputs: Float32, scales: _LinearScales, form: Format

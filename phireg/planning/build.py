@@ -27,7 +27,7 @@ from phireg.planning.ties import TIES, settle_ties
 from phireg.reader.tensors import required_tensors
 from phireg.registry import load_target
 from phireg.source.model import Source
-from phireg.targets.target import PRE_SCALE, WEIGHT_SCALE
+from phireg.targets.target import PRE_SCALE, SHAPE, WEIGHT_SCALE
 
 if TYPE_CHECKING:
     from phireg.registry import FamilyChoice
@@ -237,6 +237,9 @@ class _Builder:
     def scales(self, rule: Rule, rows: Axis, code: str) -> Iterator[Output]:
         """The scales of a quantized linear, cut over ranks as its weight is."""
         for companion, stored in self.quantization.add(rule, rows).items():
+            if companion == SHAPE:
+                yield self.quantization.shape_output(rule)
+                continue
             kind = stored.code or code
             follows = self.quantization.declare(rule, companion, rows, kind)
             if companion == PRE_SCALE and self.quantization.linears[-1].folded:

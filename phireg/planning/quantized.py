@@ -20,6 +20,7 @@ from phireg.targets.target import (
     PACKINGS,
     PRE_SCALE,
     SECOND_SCALE,
+    SHAPE,
     WEIGHT_SCALE,
     Quantized,
     Stored,
@@ -152,7 +153,16 @@ class Quantization:
         rows, columns = PACKINGS[packing]
         *others, height, width = output.shape
         shape = (*others, height // rows, width // columns)
-        return replace(output, shape=shape, packed_rows=rows)
+        name = output.name
+        if self.layout is not None:
+            name = f"{name.removesuffix('weight')}{self.layout.weight_name}"
+        return replace(output, name=name, shape=shape, packed_rows=rows)
+
+    def shape_output(self, rule: Rule) -> Output:
+        """Rows and columns of a packed weight, which the run states among the scales."""
+        name = f"{rule.target}.{SHAPE}"
+        self.scales[name] = ScaleTensor("I64", 2, (Basis.WEIGHTS,))
+        return Output(0, name, "I64", (2,), 0, Scale((Span(name, 0, 2),)))
 
     def targets(self) -> tuple[str, ...]:
         """The linears whose weights this run quantizes."""

@@ -13,6 +13,7 @@ from phireg.targets.huggingface import HuggingFace
 from phireg.targets.target import (
     INPUT_SCALE,
     KEY_SCALE,
+    SHAPE,
     VALUE_SCALE,
     WEIGHT_SCALE,
     Layout,
@@ -29,6 +30,13 @@ _LAYOUTS = {
     ),
     "fp8_dynamic": Layout("float-quantized", "F8_E4M3", _CHANNELS),
     "w8a8": Layout("int-quantized", "I8", _CHANNELS),
+    "w4a16": Layout(
+        "pack-quantized",
+        "I32",
+        {WEIGHT_SCALE: Stored("weight_scale", None), SHAPE: Stored("weight_shape", "I64")},
+        "words",
+        "weight_packed",
+    ),
 }
 _KV_CACHES = {
     "fp8": {KEY_SCALE: Stored("k_scale", None), VALUE_SCALE: Stored("v_scale", None)},

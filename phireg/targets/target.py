@@ -32,6 +32,9 @@ KV_SCALE, KEY_SCALE, VALUE_SCALE = (
 """What a scale is, by TensorRT-LLM's names. KV_SCALE serves keys and values alike; SECOND_SCALE
 multiplies those of groups."""
 
+SHAPE = "weight_shape"
+"""Rows and columns of a packed weight, two whole numbers among its scales."""
+
 PACKINGS = {None: (1, 1), "rows": (2, 1), "columns": (1, 2), "words": (1, 8)}
 """Rows and columns of levels that one stored element has: two rows or columns in a byte, or eight
 columns in a 32-bit word (``phireg.conversion.groups``)."""
@@ -68,12 +71,14 @@ class Layout:
             reader quantizes.
         scales: by what they are.
         packing: a key of PACKINGS, of levels of four bits.
+        weight_name: what the weight is called, after the module's name.
     """
 
     algorithm: str
     weight: str | None
     scales: Mapping[str, Stored]
     packing: str | None = None
+    weight_name: str = "weight"
 
 
 @dataclass(frozen=True, slots=True)

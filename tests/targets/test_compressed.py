@@ -14,7 +14,7 @@ from phireg.calibration.collect import collect
 from phireg.reference.load import open_reference
 
 pytest.importorskip("compressed_tensors")
-LARGEST = {"fp8": 448.0, "fp8_dynamic": 448.0, "w8a8": 127.0}
+LARGEST = {"fp8": 448.0, "fp8_dynamic": 448.0, "w8a8": 127.0, "w4a16": 7.0}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,11 @@ def by_hand(source, statistics, qformat):
         if not isinstance(module, torch.nn.Linear) or name == "lm_head":
             continue
         weight = module.weight.data
+        if qformat == "w4a16":
+            groups = weight.unflatten(1, (-1, 128))
+            scale = (groups.abs().amax(2, keepdim=True) / top).bfloat16().float()
+            module.weight.data = on_grid(groups, scale, top).flatten(1)
+            continue
         amax = weight.abs().max() if qformat == "fp8" else weight.abs().amax(1, keepdim=True)
         scale = (amax / top).bfloat16().float()
         module.weight.data = on_grid(weight, scale, top)
@@ -92,4 +97,5 @@ def test_the_settings_are_those_of_compressed_tensors(tmp_path, source, qformat)
         for name, tensor in load_file(tmp_path / "model.safetensors").items()
     }
     codes = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
+    codes |= {"I32": torch.int32, "I64": torch.int64}
     assert {o.name: (codes[o.dtype], o.shape) for o in plan.outputs} == kinds
