@@ -17,10 +17,10 @@ from phireg.dtypes import E4M3_BEYOND
 from phireg.executor import Executor
 from phireg.executor.blocks import Weights
 from phireg.executor.finite import check_logits, rows_named
-from phireg.executor.quantized import fake_quantize, weight_values
+from phireg.executor.quantized import fake_quantize, rounded_inputs, weight_values
 from phireg.quality.estimates import mean, share
 from phireg.quality.result import LinearQuality
-from phireg.reader.schemes import LINEARS, ROW_LINEARS
+from phireg.reader.schemes import LINEARS, ROW_LINEARS, Grid
 from phireg.verification.logits import Layer, divergences
 
 _ROWS = 1024
@@ -49,7 +49,10 @@ def compare_layers(
         hidden = []
         for index in range(plain.spec.num_layers):
             before, after = Layer(plain, index), Layer(quantized, index)
-            meters = {name: LinearMeter(name, before.weights, after.weights) for name in LINEARS}
+            meters = {
+                name: LinearMeter(name, before.weights, after.weights, _folded(name, before, after))
+                for name in LINEARS
+            }
 
             def observe(
                 linear: str, parts: list[Tensor], meters: dict[str, LinearMeter] = meters
@@ -66,6 +69,17 @@ def compare_layers(
             progress(1)
         logits = _compare_logits(plain, quantized, ids, states, quantized_states)
         return tuple(linears), tuple(hidden), logits
+
+
+def _folded(linear: str, plain: Layer, quantized: Layer) -> Tensor | None:
+    """Return the factors of a linear's inputs that the quantized model's norm has taken over."""
+    norm = "input_layernorm.weight"
+    if linear == "mlp.fc" and "post_layernorm.weight" in plain.weights[0]:
+        norm = "post_layernorm.weight"
+    before, after = plain.weights[0][norm].float(), quantized.weights[0][norm].float()
+    if linear in ROW_LINEARS or torch.equal(before, after):
+        return None
+    return after / before
 
 
 def _token_errors(actual: Tensor, expected: Tensor) -> Tensor:
@@ -121,13 +135,42 @@ class LinearMeter:
     Weights are those that the executor prepares in float32, multiplied by their scales.
     """
 
-    def __init__(self, linear: str, plain: list[Weights], quantized: list[Weights]) -> None:
+    def __init__(
+        self,
+        linear: str,
+        plain: list[Weights],
+        quantized: list[Weights],
+        folded: Tensor | None = None,
+    ) -> None:
+        """Measure ``linear``; ``folded`` are factors of its inputs that the norm before has."""
         self._linear = linear
         self._plain = plain
         self._quantized = quantized
-        self._scale = quantized[0].get(f"{linear}.activation_scaling_factor")
-        smoothing = [ws.get(f"{linear}.prequant_scaling_factor") for ws in quantized]
-        self._smoothing = [vector for vector in smoothing if vector is not None]
+        self._smoothing = [
+            vector
+            for ws in quantized
+            for part in ("prequant_scaling_factor", "smoothing")
+            if (vector := ws.get(f"{linear}.{part}")) is not None
+        ]
+        self._own = bool(self._smoothing)
+        if folded is not None:
+            self._smoothing = [folded] * len(quantized)
+        usual: Grid = "int8" if f"{linear}.prequant_scaling_factor" in quantized[0] else "fp8"
+        static: dict[str, Grid] = {
+            "activation_scaling_factor": usual,
+            "inputs_e4m3_tensor": "fp8",
+            "inputs_int8_tensor": "int8",
+        }
+        self._scale: Tensor | None
+        self._scale, self._grid = next(
+            (
+                (quantized[0][f"{linear}.{part}"], grid)
+                for part, grid in static.items()
+                if f"{linear}.{part}" in quantized[0]
+            ),
+            (None, usual),
+        )
+        self._dynamic = any(name.startswith(f"{linear}.inputs_") for name in quantized[0])
         self._noise = self._power = 0.0
         self._beyond = self._values = 0
         self._amax = torch.zeros(())
@@ -136,25 +179,30 @@ class LinearMeter:
         """Take an unquantized input [..., in_features]; of a row linear each rank's part."""
         x = torch.cat(parts, dim=-1).flatten(0, -2)
         self._amax = torch.maximum(self._amax.to(x.device), x.abs().amax(0))
-        if self._scale is None:
-            return
+        unsmoothed = x
         if self._smoothing:
             by_rank = self._linear in ROW_LINEARS
             x = x * torch.cat(self._smoothing if by_rank else self._smoothing[:1])
-        steps = x / self._scale
-        if self._smoothing:
-            beyond = (steps.round() > 127) | (steps.round() < -128)
+        if self._scale is not None:
+            steps = x / self._scale
+            if self._grid == "int8":
+                beyond = (steps.round() > 127) | (steps.round() < -128)
+            else:
+                beyond = steps.abs() >= E4M3_BEYOND
+            self._beyond += int(beyond.sum())
+            self._values += x.numel()
+            rounded = fake_quantize(x, self._scale, self._grid)
+        elif self._dynamic:
+            own = unsmoothed if self._own else x  # what has a factor of its own is smoothed there
+            rounded = rounded_inputs(self._quantized[0], self._linear, own)
         else:
-            beyond = steps.abs() >= E4M3_BEYOND
-        self._beyond += int(beyond.sum())
-        self._values += x.numel()
-        rounded = fake_quantize(x, self._scale, "int8" if self._smoothing else "fp8")
+            return
         self._noise += _squares(rounded - x)
         self._power += _squares(x)
 
     def result(self, layer: int) -> LinearQuality:
         """Return the numbers of all inputs so far, and of the weight."""
-        inputs = self._scale is not None
+        inputs = self._scale is not None or self._dynamic
         channels = self._amax.cpu().numpy()
         median = float(np.median(channels))
         return LinearQuality(
@@ -162,7 +210,7 @@ class LinearMeter:
             self._linear,
             self._weight_error(),
             _relative(self._noise, self._power) if inputs else None,
-            self._beyond / self._values if inputs else None,
+            self._beyond / self._values if self._values else None,
             float(channels.max()) / median if median > 0 else math.inf,
         )
 

@@ -98,7 +98,9 @@ MEASURES = (
 def render_quality(quality: Quality, facts: Facts = ()) -> str:
     """Return the page as text."""
     layers = len(quality.hidden)
-    measures = [m for m in MEASURES if getattr(quality.linears[0], m.attribute) is not None]
+    measures = [
+        m for m in MEASURES if any(getattr(x, m.attribute) is not None for x in quality.linears)
+    ]
     state, mark = _STATES[quality.verdict]
     written = quality.continuation
     return render_template(
@@ -132,6 +134,8 @@ def _heat_map(quality: Quality, measure: Measure) -> dict[str, Any]:
     values = []
     for linear in quality.linears:
         value = getattr(linear, measure.attribute)
+        if value is None:  # a linear that was left out
+            value = 0.0
         values.append(value)
         rows.setdefault(linear.linear, []).append(
             {
