@@ -119,9 +119,21 @@ def _idle_experts(plan: Plan, idle: Collection[str]) -> Iterator[Finding]:
 
 def bytes_read(plan: Plan, alpha: float = 1.0) -> int:
     """Source bytes that :func:`compute_scales` reads."""
-    twice = plan.smoothed and alpha < 1
-    names = [f"{module}.weight" for linear in plan.linears for module in linear.sources]
-    return (1 + twice) * sum(plan.source.tensors[name].nbytes for name in names)
+    sizes = {
+        linear.target: sum(plan.source.tensors[f"{m}.weight"].nbytes for m in linear.sources)
+        for linear in plan.linears
+    }
+    form = plan.options.format
+    total = (1 + (plan.smoothed and alpha < 1)) * sum(sizes.values())
+    if form is None or form.levels == 1:
+        return total
+    # The scale of a whole weight comes first, of all weights that have the same.
+    alike = sum(sizes[name] for x in plan.linears for name in x.alike or (x.target,))
+    if form.weight == "e2m1":
+        return total + alike
+    return sum(
+        sum(sizes[name] for name in x.alike) if x.folded else sizes[x.target] for x in plan.linears
+    )
 
 
 def statistics_digest(statistics: Statistics) -> str:

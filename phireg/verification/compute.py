@@ -265,8 +265,8 @@ class ComputedChecks:
             summary = (
                 f"quantized ({_algorithms(self.spec)}); prompts of {tokens} tokens; quantized "
                 f"parts given the source's own input: relative error up to {error_text(parts)} "
-                f"(limit {tolerance_text(result.quantized_tolerance)}; wrong ones are off by 0.5 "
-                f"and more); the model on its own: {relative}, KL {error_text(kl)}, {top1}"
+                f"(limit {tolerance_text(result.quantized_tolerance)}); the model on its own: "
+                f"{relative}, KL {error_text(kl)}, {top1}"
             )
         notes = [*self.prompts.notes, *notes]
         if result.masked:

@@ -40,8 +40,9 @@ Sound checkpoints have shown up to 0.18 (trained models) and 0.24 (random ones w
 attention); parts that are permuted, exchanged or rotated wrongly are off by 0.5 to 1.5.
 """
 
-FOUR_BITS_TOLERANCE = 0.5
-"""The same where weights have four bits; sound ones (random, sharp attention) have shown 0.38."""
+FOUR_BITS_TOLERANCE = 0.6
+"""The same where weights have four bits; sound ones (random, sharp attention) have shown 0.51. It
+cannot tell all that is wrong from that: the weights are compared value by value for it."""
 
 QUANTIZED_LOGITS_TOLERANCE = 1.0
 """Relative error of logits and hidden states of a quantized checkpoint that runs on its own: not
