@@ -22,7 +22,7 @@ from phireg.planning.model import Options, Output, Plan, Rows, Scale
 from phireg.planning.quantized import FOLLOWS, Quantization
 from phireg.planning.recognition import unwrapped
 from phireg.planning.schedule import schedule
-from phireg.planning.shards import INDEX_FILE, in_shards, shard_index
+from phireg.planning.shards import INDEX_FILE, MOST_FILES, in_shards, shard_index
 from phireg.planning.ties import TIES, settle_ties
 from phireg.reader.tensors import required_tensors
 from phireg.registry import load_target
@@ -114,15 +114,19 @@ class _Builder:
             )
         headers: tuple[bytes, ...] = ()
         files: tuple[str, ...] = ()
+        if not self.target.by_rank:
+            outputs, files = in_shards(outputs, self.options.max_shard_size)
+            if len(files) > MOST_FILES:
+                detail = f"makes {len(files)} files; {MOST_FILES} are the most"
+                self.error("target", "--max-shard-size", detail)
         quantization = self.quantization
         if any(finding.severity is Severity.ERROR for finding in self.findings):
-            outputs = ()
+            outputs, files = (), ()
             quantization = Quantization(self.options, self.target, code)
         elif self.target.by_rank:
             files = tuple(f"rank{rank}.safetensors" for rank in range(self.options.tp_size))
             headers, outputs = _place(outputs, len(files))
         else:
-            outputs, files = in_shards(outputs, self.options.max_shard_size)
             headers, outputs = _place(outputs, len(files), _PT)
             if len(files) > 1:
                 documents[INDEX_FILE] = shard_index(outputs, files)

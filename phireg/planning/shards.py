@@ -8,6 +8,9 @@ from typing import Any
 
 from phireg.planning.model import Output
 
+MOST_FILES = 500
+"""Files are written side by side, and a process may have about a thousand open."""
+
 _WHOLE = "model.safetensors"
 INDEX_FILE = f"{_WHOLE}.index.json"
 
