@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 
 import pytest
@@ -41,7 +40,6 @@ def test_the_undamaged_checkpoint_has_no_findings(model: Path):
 @pytest.mark.parametrize("damage", params("source"))
 def test_source_damage_is_one_clear_error(damage: Damage, model: Path):
     damage.apply(model)
-    gc.collect()  # files of earlier tests, closed only now
     descriptors = open_files()
     with pytest.raises(SourceError) as caught:
         open_source(model)
@@ -54,7 +52,7 @@ def test_source_damage_is_one_clear_error(damage: Damage, model: Path):
     assert len(message) < 6000
     message.encode()  # it can be printed
     assert not (model / "executed").exists()
-    assert open_files() == descriptors
+    assert open_files() <= descriptors  # those of earlier tests may be closed meanwhile
 
 
 @pytest.mark.parametrize("damage", params("plan"))
