@@ -42,7 +42,7 @@ def test_executor_and_hf_are_alike(family, checkpoint, document):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["phi2", "phi3-small"])
+@pytest.mark.parametrize("family", ["phi3-small"])
 def test_two_processes_are_alike(family, checkpoint):
     command = [sys.executable, "-m", "phireg", "summarize", str(checkpoint(family, 2)), "--tp", "2"]
     command += [*hf(family), *CHECK, "--eval-ppl", "--max-ite", "3", "--json"]
