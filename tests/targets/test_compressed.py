@@ -91,7 +91,9 @@ def test_the_settings_are_those_of_compressed_tensors(tmp_path, source, qformat)
     exports.compressed("phi3", source, qformat, tmp_path, dtype=torch.bfloat16)
     theirs = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     plan = phireg.plan(source, family="phi3-mini", target="hf-compressed-tensors", qformat=qformat)
-    assert plan.config["quantization_config"] == theirs
+    ours = dict(plan.config["quantization_config"])
+    assert ours.pop("version").rpartition(".")[0] == theirs.pop("version").rpartition(".")[0]
+    assert ours == theirs
     kinds = {
         name: (tensor.dtype, tuple(tensor.shape))
         for name, tensor in load_file(tmp_path / "model.safetensors").items()
