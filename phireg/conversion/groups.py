@@ -2,7 +2,8 @@
 
 The arithmetic is ModelOpt 0.47's, as its unified Hugging Face export writes it: int4 divides by
 amax / 7 of the group in float32 and rounds to nearest, ties to even; NVFP4 has a float32 scale of
-the whole weight, amax / (6 * 448), and e4m3 ones of groups of 16.
+the whole weight, amax / (6 * 448), and e4m3 ones of groups of 16. compressed-tensors 0.20 has the
+reciprocal of the former and computes with that (``divides``).
 """
 
 from __future__ import annotations
@@ -57,24 +58,25 @@ def words(levels: Any) -> Any:
     return (packed - (packed >> 31 << 32)).to(torch.int32)
 
 
-def nvfp4_second_scale(amax: float) -> Any:
+def nvfp4_second_scale(amax: float, *, divides: bool) -> Any:
     """Return the scale of a whole weight, or of inputs: amax / (6 * 448) in float32."""
     import torch
 
-    return torch.tensor(amax) / (LARGEST["e2m1"] * E4M3_MAX)
+    largest, top = torch.tensor(amax), LARGEST["e2m1"] * E4M3_MAX
+    return top / largest if divides else largest / top
 
 
-def nvfp4_scales(weight: Any, second: Any, size: int) -> Any:
+def nvfp4_scales(weight: Any, second: Any, size: int, *, divides: bool) -> Any:
     """Return the e4m3 scale of each group [rows, groups]; 1 for a group of zeros."""
     import torch
 
-    amax = group_maxima(weight, size)
-    scales = amax / (LARGEST["e2m1"] * second)
+    amax, top = group_maxima(weight, size), LARGEST["e2m1"]
+    scales = amax / top * second if divides else amax / (top * second)
     scales = scales.masked_fill(scales == 0, 1)
     return scales.clamp(_SMALLEST_E4M3, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def to_e2m1(weight: Any, scales: Any, second: Any) -> tuple[Any, int]:
+def to_e2m1(weight: Any, scales: Any, second: Any, *, divides: bool) -> tuple[Any, int]:
     """Return four-bit codes, uint8 [rows, inputs], and the number of elements beyond 6.
 
     A code is the sign and the place among 0, 0.5, 1, 1.5, 2, 3, 4, 6; ties go to even places.
@@ -82,7 +84,7 @@ def to_e2m1(weight: Any, scales: Any, second: Any) -> tuple[Any, int]:
     import torch
 
     size = weight.shape[1] // scales.shape[1]
-    scale = scales.float() * second
+    scale = scales.float() / second if divides else scales.float() * second
     values = (weight.float().unflatten(1, (-1, size)) / scale[:, :, None]).flatten(1)
     magnitudes = values.abs()
     middles = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=weight.device)

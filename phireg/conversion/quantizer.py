@@ -117,7 +117,8 @@ class WeightQuantizer:
                 scales = as_torch(part, "F8_E4M3").to(self.device).reshape(-1, groups)
                 second = torch.from_numpy(self._scales.float32(f"{linear}.{SECOND_SCALE}"))
                 weight = as_torch(block[piece], self._code).to(self.device)
-                levels, beyond = to_e2m1(weight, scales, second.to(self.device))
+                divides = self._layout.scales[SECOND_SCALE].divides
+                levels, beyond = to_e2m1(weight, scales, second.to(self.device), divides=divides)
             else:
                 scales = as_torch(part, self._codes[name].dtype).float().reshape(-1, groups)
                 inverse = self._scales.inverse.get(linear)

@@ -431,6 +431,7 @@ class _Worker:
         """A scale for the whole weight, one for each group of it, and one for the input."""
         import torch
 
+        divides = self.plan.target.layouts[form.name].scales[SECOND_SCALE].divides
         largest = max(
             as_torch(block, self.code).abs().max().item()
             for other in self.plan.linears
@@ -438,16 +439,18 @@ class _Worker:
             for module in other.sources
             for _, block in self.blocks(module, scales)
         )
-        second = nvfp4_second_scale(largest or 1.0)
+        second = nvfp4_second_scale(largest or 1.0, divides=divides)
         scales.put(f"{linear.target}.{SECOND_SCALE}", second.numpy())
         for module in linear.sources:
             found = [
-                nvfp4_scales(as_torch(block, self.code), second, form.group_size or 1)
+                nvfp4_scales(
+                    as_torch(block, self.code), second, form.group_size or 1, divides=divides
+                )
                 for _, block in self.blocks(module, scales)
             ]
             bits = [x.view(torch.uint8).numpy() for x in found]
             scales.values[f"{module}.{WEIGHT_SCALE}"] = np.concatenate(bits).reshape(-1)
-        scale = nvfp4_second_scale(float(inputs.max()) or 1.0)
+        scale = nvfp4_second_scale(float(inputs.max()) or 1.0, divides=divides)
         scales.put(f"{linear.target}.{INPUT_SCALE}", scale.numpy())
 
     def smoother(self, linear: QuantizedLinear, inputs: Float32, scales: _LinearScales) -> Float32:

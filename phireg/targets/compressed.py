@@ -13,6 +13,7 @@ from phireg.targets.huggingface import HuggingFace
 from phireg.targets.target import (
     INPUT_SCALE,
     KEY_SCALE,
+    SECOND_SCALE,
     SHAPE,
     VALUE_SCALE,
     WEIGHT_SCALE,
@@ -37,6 +38,17 @@ _LAYOUTS = {
         "words",
         "weight_packed",
     ),
+    "nvfp4": Layout(
+        "nvfp4-pack-quantized",
+        "U8",
+        {
+            WEIGHT_SCALE: Stored("weight_scale", "F8_E4M3"),
+            SECOND_SCALE: Stored("weight_global_scale", divides=True),
+            INPUT_SCALE: Stored("input_global_scale", divides=True),
+        },
+        "columns",
+        "weight_packed",
+    ),
 }
 _KV_CACHES = {
     "fp8": {KEY_SCALE: Stored("k_scale", None), VALUE_SCALE: Stored("v_scale", None)},
@@ -45,8 +57,10 @@ _VERSION = "0.20.1"
 """The release of compressed-tensors whose layout this is."""
 
 
-def _levels(grid: Grid, strategy: str, *, dynamic: bool, group_size: int | None) -> dict[str, Any]:
-    return {
+def _levels(
+    grid: Grid, strategy: str, *, dynamic: bool | str = False, group_size: int | None = None
+) -> dict[str, Any]:
+    levels = {
         "dynamic": dynamic,
         "group_size": group_size,
         "num_bits": WEIGHT_BITS[grid],
@@ -54,22 +68,27 @@ def _levels(grid: Grid, strategy: str, *, dynamic: bool, group_size: int | None)
         "symmetric": True,
         "type": "float" if grid in ("e4m3", "e2m1") else "int",
     }
+    if grid == "e2m1":
+        levels |= {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
+    return levels
 
 
 def _group(form: Format, layout: Layout) -> dict[str, Any]:
     """Return the settings of the linears, as ``config_groups`` has them."""
     inputs = None
     if form.inputs is not None:
-        dynamic = form.inputs.scale == "token"
-        inputs = _levels(form.inputs.grid, form.inputs.scale, dynamic=dynamic, group_size=None)
-        if not dynamic:
+        by = form.inputs.scale
+        dynamic = "local" if by == "group" else by == "token"
+        size = form.group_size if by == "group" else None
+        inputs = _levels(form.inputs.grid, by, dynamic=dynamic, group_size=size)
+        if form.inputs.scale != "token":
             inputs["observer"] = "static_minmax"
     return {
         "format": layout.algorithm,
         "input_activations": inputs,
         "output_activations": None,
         "targets": ["Linear"],
-        "weights": _levels(form.weight, form.per, dynamic=False, group_size=form.group_size),
+        "weights": _levels(form.weight, form.per, group_size=form.group_size),
     }
 
 
@@ -91,7 +110,7 @@ class CompressedTensors(HuggingFace):
             return files
         # The embedding is no linear.
         ignored = [name for name in quantized.excluded if not name.endswith("embed_tokens")]
-        cache = _levels("e4m3", "tensor", dynamic=False, group_size=None)
+        cache = _levels("e4m3", "tensor")
         files["config.json"]["quantization_config"] = {
             "config_groups": {"group_0": _group(quantized.format, quantized.layout)},
             "format": quantized.layout.algorithm,

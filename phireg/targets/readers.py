@@ -62,6 +62,7 @@ READERS: Mapping[str, Mapping[str, tuple[Reader, ...]]] = {
         "fp8_dynamic": (_COMPRESSED, _VLLM, _SGLANG, _SINCE_JANUARY),
         "w8a8": (_COMPRESSED, _VLLM, _SGLANG),
         "w4a16": (_COMPRESSED, _VLLM, _SGLANG),
+        "nvfp4": (_COMPRESSED, _VLLM),
         FP8_CACHE: (),
     },
 }

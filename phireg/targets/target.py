@@ -48,11 +48,13 @@ class Stored:
         name: path below its module, e.g. ``weight_scale`` or ``k_proj.k_scale``.
         code: safetensors code, or None for the model's dtype.
         shape: ``vector`` [n] ([1] for a single number), ``scalar`` [] or ``column`` [n, 1].
+        divides: whether the reader divides by it, where others multiply: its reciprocal is stored.
     """
 
     name: str
     code: str | None = "F32"
     shape: str = "vector"
+    divides: bool = False
 
     def sizes(self, planned: tuple[int, ...]) -> tuple[int, ...]:
         """Return the stored shape of a scale of the planned one."""

@@ -86,7 +86,26 @@ def test_transformers_loads_and_computes_the_same(tmp_path, source, statistics, 
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("qformat", LARGEST)
+def test_nvfp4_is_compressed_tensors_own_byte_for_byte(tmp_path, source, statistics):
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    exports.compressed("phi3", source, "nvfp4", theirs, dtype=torch.bfloat16)
+    plan = phireg.plan(source, family="phi3-mini", target="hf-compressed-tensors", qformat="nvfp4")
+    phireg.quantize(plan, ours, statistics)
+    expected, actual = (load_file(d / "model.safetensors") for d in (theirs, ours))
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].shape == tensor.shape
+        assert torch.equal(actual[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    model, found = AutoModelForCausalLM.from_pretrained(
+        ours, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = exports.rows()[:1]
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, ids.shape[1] + 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("qformat", (*LARGEST, "nvfp4"))
 def test_the_settings_are_those_of_compressed_tensors(tmp_path, source, qformat):
     exports.compressed("phi3", source, qformat, tmp_path, dtype=torch.bfloat16)
     theirs = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
@@ -99,5 +118,6 @@ def test_the_settings_are_those_of_compressed_tensors(tmp_path, source, qformat)
         for name, tensor in load_file(tmp_path / "model.safetensors").items()
     }
     codes = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
+    codes |= {"U8": torch.uint8, "F32": torch.float32}
     codes |= {"I32": torch.int32, "I64": torch.int64}
     assert {o.name: (codes[o.dtype], o.shape) for o in plan.outputs} == kinds
