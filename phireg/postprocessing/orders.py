@@ -160,11 +160,8 @@ def _sizes(config: Mapping[str, Any], file: RankFile) -> dict[str, int]:
     keys = Config(config, str(path))
     sizes = {key: keys.integer(key) for key in SIZES[:3]}
     sizes["num_key_value_heads"] = keys.integer("num_key_value_heads", "num_kv_heads")
-    sizes["head_size"] = (
-        keys.integer("head_size")
-        if keys.has("head_size")
-        else sizes["hidden_size"] // sizes["num_attention_heads"]
-    )
+    whole = sizes["hidden_size"] // sizes["num_attention_heads"]
+    sizes["head_size"] = keys.integer("head_size", default=whole)
     layers = {match[1] for name in file.header.entries if (match := _LAYER.search(name))}
     if len(layers) != sizes["num_hidden_layers"]:
         raise CheckError(

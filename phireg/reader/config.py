@@ -25,11 +25,16 @@ class Config:
         """Return whether a key is there and not null."""
         return self.values.get(key) is not None
 
-    def get(self, key: str, *older: str) -> Any:
-        """Return the value of a required key, or of the name an older version gave it."""
+    def get(self, key: str, *older: str, default: Any = None) -> Any:
+        """Return the value of a key, or of the name an older version gave it.
+
+        It is required unless there is a default.
+        """
         for name in (key, *older):
             if self.has(name):
                 return self.values[name]
+        if default is not None:
+            return default
         names = f" (or {', '.join(older)})" if older else ""
         raise self.error(f"the key {key}{names} is missing")
 
@@ -40,9 +45,9 @@ class Config:
             raise self.error(f"{name} is {block!r}, not an object")
         return Config(block or {}, f"{self.where}: {name}")
 
-    def integer(self, key: str, *older: str) -> int:
-        """Return a whole number from 1 to its largest value."""
-        value = self.get(key, *older)
+    def integer(self, key: str, *older: str, default: int | None = None) -> int:
+        """Return a whole number from 1 to its largest value; ``default`` where it is absent."""
+        value = self.get(key, *older, default=default)
         if type(value) is not int or not 1 <= value <= largest(key):
             raise self.error(f"{key} is {value!r}, not a whole number from 1 to {largest(key)}")
         return value
@@ -54,23 +59,23 @@ class Config:
             raise self.error(f"{key} is {value!r}, not a text")
         return value
 
-    def number(self, key: str, *older: str) -> float:
+    def number(self, key: str, *older: str, default: float | None = None) -> float:
         """Return a number."""
-        value = self.get(key, *older)
+        value = self.get(key, *older, default=default)
         if type(value) not in (int, float):
             raise self.error(f"{key} is {value!r}, not a number")
         return float(value)
 
-    def positive(self, key: str, *older: str) -> float:
+    def positive(self, key: str, *older: str, default: float | None = None) -> float:
         """Return a finite number above 0."""
-        value = self.number(key, *older)
+        value = self.number(key, *older, default=default)
         if not 0 < value < math.inf:
             raise self.error(f"{key} is {value!r}, not a positive number")
         return value
 
-    def flag(self, key: str) -> bool:
+    def flag(self, key: str, *, default: bool | None = None) -> bool:
         """Return true or false."""
-        value = self.get(key)
+        value = self.get(key, default=default)
         if not isinstance(value, bool):
             raise self.error(f"{key} is {value!r}, not true or false")
         return value

@@ -155,8 +155,7 @@ def find_model(config: Config) -> Model:
 
 def is_tied(config: Config, row: Model) -> bool:
     """Return whether lm_head is the embedding."""
-    key = "tie_word_embeddings"
-    return config.flag(key) if config.has(key) else row.tied
+    return config.flag("tie_word_embeddings", default=row.tied)
 
 
 def parse_model(values: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
@@ -168,23 +167,22 @@ def parse_model(values: Mapping[str, Any], where: str = "config.json") -> ModelS
             raise config.error(f"{key} is {config.values[key]!r}, which has no meaning here")
     architecture = ARCHITECTURES[row.architecture]
     heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
-    head_size = config.integer("head_dim") if config.has("head_dim") else hidden // heads
+    head_size = config.integer("head_dim", default=hidden // heads)
     small = architecture.block_sparse
     positions = config.integer("max_position_embeddings")
-    rope = _rope(config, row, head_size, positions)
     window = (
         config.integer("sliding_window") if config.has("sliding_window") and not small else None
     )
-    kv_heads = config.integer("num_key_value_heads") if config.has("num_key_value_heads") else heads
+    multiplier = config.number("mup_embedding_multiplier", default=10.0) if small else 1.0
     spec = ModelSpec(
         architecture=architecture,
         dtype=_dtype(config),
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=_intermediate(config, row, hidden),
+        intermediate_size=config.integer(row.intermediate),
         num_layers=config.integer("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=kv_heads,
+        num_kv_heads=config.integer("num_key_value_heads", default=heads),
         head_size=head_size,
         tp_size=1,
         activation=_activation(config, row),
@@ -192,14 +190,14 @@ def parse_model(values: Mapping[str, Any], where: str = "config.json") -> ModelS
         experts=Experts(config.integer("num_local_experts"), 1) if row.experts else None,
         embedding_split=None,
         max_position_embeddings=positions,
-        norm_epsilon=config.positive(row.epsilon) if config.has(row.epsilon) else 1e-5,
+        norm_epsilon=config.positive(row.epsilon, default=1e-5),
         gegelu_limit=config.positive("gegelu_limit") if config.has("gegelu_limit") else None,
-        rope=rope,
+        rope=_rope(config, row, head_size, positions),
         attention_scale=_attention_scale(config, head_size) if small else head_size**-0.5,
-        embedding_multiplier=_multiplier(config) if small else 1.0,
-        logits_divisor=_width(config) if small else 1.0,
+        embedding_multiplier=multiplier if multiplier > 0 else 1.0,
+        logits_divisor=config.positive("mup_width_multiplier", default=8.0) if small else 1.0,
         sparse=_sparse(config, heads) if small else None,
-        mixer_epsilon=_mixer(config) if row.experts else 0.0,
+        mixer_epsilon=config.positive("router_jitter_noise", default=0.01) if row.experts else 0.0,
         sliding_window=window if window is not None and window < positions else None,
     )
     if architecture.experts:
@@ -223,24 +221,14 @@ def _activation(config: Config, row: Model) -> Activation:
     return row.activations[name]
 
 
-def _intermediate(config: Config, row: Model, hidden: int) -> int:
-    return config.integer(row.intermediate)
-
-
-def _settings(config: Config) -> Config:
-    """Return the block of rope settings of transformers 5 or 4; empty for plain rope."""
-    key = "rope_parameters" if config.has("rope_parameters") else "rope_scaling"
-    return config.block(key)
-
-
 def _rope(config: Config, row: Model, head_size: int, positions: int) -> Rope:
-    block = _settings(config)
+    # Of transformers 5 or 4; empty for plain rope.
+    block = config.block("rope_parameters" if config.has("rope_parameters") else "rope_scaling")
 
     def number(key: str, *more: str, default: float) -> float:
         if block.has(key):
             return block.positive(key)
-        given = [name for name in (key, *more) if config.has(name)]
-        return config.positive(given[0]) if given else default
+        return config.positive(key, *more, default=default)
 
     small = row.architecture == "Phi3SmallForCausalLM"
     base = number("rope_theta", "rope_embedding_base", default=1e6 if small else 10000.0)
@@ -256,7 +244,7 @@ def _rope(config: Config, row: Model, head_size: int, positions: int) -> Rope:
         raise block.error("long rope has no meaning in PhiForCausalLM")
     inside, key = block.has("original_max_position_embeddings"), "original_max_position_embeddings"
     holder = block if inside and (small or not config.has(key)) else config
-    original = holder.integer(key) if holder.has(key) else positions
+    original = holder.integer(key, default=positions)
     short_mscale, long_mscale = _mscales(config, block, row, original, positions)
     return Rope(
         dim,
@@ -284,54 +272,30 @@ def _mscales(
         return root, root
     if row.architecture == "PhiMoEForCausalLM":
         return block.positive("short_mscale"), block.positive("long_mscale")
-    short, long = (
-        block.number(key) if block.has(key) else -1.0 for key in ("short_mscale", "long_mscale")
-    )
+    short, long = (block.number(key, default=-1.0) for key in ("short_mscale", "long_mscale"))
     return short if short > 0 else 1.0, long if long > 0 else root
 
 
 def _attention_scale(config: Config, head_size: int) -> float:
-    if config.has("mup_use_scaling") and not config.flag("mup_use_scaling"):
+    if not config.flag("mup_use_scaling", default=True):
         return float(head_size**-0.5)
-    multiplier = (
-        config.positive("mup_attn_multiplier") if config.has("mup_attn_multiplier") else 1.0
-    )
-    return multiplier / head_size
-
-
-def _multiplier(config: Config) -> float:
-    key = "mup_embedding_multiplier"
-    value = config.number(key) if config.has(key) else 10.0
-    return value if value > 0 else 1.0
-
-
-def _width(config: Config) -> float:
-    key = "mup_width_multiplier"
-    return config.positive(key) if config.has(key) else 8.0
+    return config.positive("mup_attn_multiplier", default=1.0) / head_size
 
 
 def _sparse(config: Config, heads: int) -> BlockSparse:
-    def integer(key: str, default: int) -> int:
-        return config.integer(key) if config.has(key) else default
-
-    stride, key = integer("blocksparse_vert_stride", 8), "blocksparse_homo_head_pattern"
-    homogeneous = config.flag(key) if config.has(key) else False
+    stride = config.integer("blocksparse_vert_stride", default=8)
+    homogeneous = config.flag("blocksparse_homo_head_pattern", default=False)
     return BlockSparse(
-        block_size=integer("blocksparse_block_size", 64),
-        num_local_blocks=integer("blocksparse_num_local_blocks", 16),
+        block_size=config.integer("blocksparse_block_size", default=64),
+        num_local_blocks=config.integer("blocksparse_num_local_blocks", default=16),
         vertical_stride=stride,
         head_step=0 if homogeneous else max(1, stride // heads),
-        dense_every=integer("dense_attention_every_n_layers", 2),
+        dense_every=config.integer("dense_attention_every_n_layers", default=2),
     )
-
-
-def _mixer(config: Config) -> float:
-    key = "router_jitter_noise"
-    return config.positive(key) if config.has(key) else 0.01
 
 
 def _check_biases(config: Config) -> None:
     """Refuse a mixture whose attention or head has no biases: the blueprint's has them."""
     for key in ("attention_bias", "lm_head_bias"):
-        if not config.has(key) or not config.flag(key):
+        if not config.flag(key, default=False):
             raise config.error(f"{key} is not true, which has no meaning here")

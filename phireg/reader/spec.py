@@ -171,12 +171,12 @@ def parse_dimensions(config: Config, tp_size: int) -> Dimensions:
     row = ARCHITECTURES[config.get("architecture")]
     heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
     older = row.older_names.get("num_key_value_heads")
-    kv_heads = heads
-    if older or config.has("num_key_value_heads"):
-        kv_heads = config.integer("num_key_value_heads", *filter(None, [older]))
+    kv_heads = config.integer(
+        "num_key_value_heads", *filter(None, [older]), default=None if older else heads
+    )
     experts, mapping = None, config.block("mapping")
     if row.experts:
-        ep_size = mapping.integer("moe_ep_size") if mapping.has("moe_ep_size") else 1
+        ep_size = mapping.integer("moe_ep_size", default=1)
         experts = Experts(config.block("moe").integer("num_experts"), ep_size)
     split = None
     if config.values.get("use_parallel_embedding"):
@@ -190,7 +190,7 @@ def parse_dimensions(config: Config, tp_size: int) -> Dimensions:
         num_layers=config.integer("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_size=config.integer("head_size") if config.has("head_size") else hidden // heads,
+        head_size=config.integer("head_size", default=hidden // heads),
         tp_size=tp_size,
         activation=ACTIVATIONS.get(str(config.values.get("hidden_act")), row.activation),
         quantization=parse_quantization(config),
@@ -206,13 +206,10 @@ def parse_spec(values: Mapping[str, Any], where: str = "config.json") -> ModelSp
     mapping = config.block("mapping")
     for problem in mapping_problems(mapping.values):
         raise mapping.error(problem)
-    dimensions = parse_dimensions(
-        config, mapping.integer("tp_size") if mapping.has("tp_size") else 1
-    )
+    dimensions = parse_dimensions(config, mapping.integer("tp_size", default=1))
     row, head_size = dimensions.architecture, dimensions.head_size
-    epsilon = config.positive("norm_epsilon") if config.has("norm_epsilon") else 1e-5
+    epsilon = config.positive("norm_epsilon", default=1e-5)
     multiplier = config.number("mup_embedding_multiplier") if row.block_sparse else 0
-    divisor = "mup_width_multiplier"
     spec = ModelSpec(
         **{f.name: getattr(dimensions, f.name) for f in dataclasses.fields(Dimensions)},
         max_position_embeddings=config.integer("max_position_embeddings"),
@@ -222,7 +219,7 @@ def parse_spec(values: Mapping[str, Any], where: str = "config.json") -> ModelSp
         # Phi-3-small is built with q_scaling = sqrt(d), whatever mup_attn_multiplier says.
         attention_scale=1 / head_size if row.block_sparse else head_size**-0.5,
         embedding_multiplier=multiplier if multiplier > 0 else 1.0,
-        logits_divisor=config.positive(divisor) if config.has(divisor) else 1.0,
+        logits_divisor=config.positive("mup_width_multiplier", default=1.0),
         sparse=_sparse(config, dimensions.num_heads) if row.block_sparse else None,
         mixer_epsilon=_mixer_epsilon(config) if row.experts else 0.0,
     )
@@ -260,7 +257,7 @@ def _rope(config: Config, row: Architecture, head_size: int) -> Rope:
     def positive(key: str, default: float) -> float:
         if key in row.older_names:
             return config.positive(key, row.older_names[key])
-        return config.positive(key) if config.has(key) else default
+        return config.positive(key, default=default)
 
     dim = int(head_size * min(positive("rotary_pct", 1.0), 2.0))  # more than 1 is refused below
     if dim % 2 or not 0 < dim <= head_size:

@@ -59,7 +59,7 @@ def read_engine(directory: str | Path) -> Engine:
     config = read_json_object(path)
     engine = Config(config, str(path))
     pretrained, build = engine.block("pretrained_config"), engine.block("build_config")
-    mapping, ranks = pretrained.block("mapping"), world_size(pretrained.values)
+    ranks = world_size(pretrained.values)
     for rank in range(ranks):
         if not (directory / f"rank{rank}.engine").is_file():
             raise CheckError(f"{directory} has no rank{rank}.engine; it is made for {ranks}")
@@ -74,12 +74,12 @@ def read_engine(directory: str | Path) -> Engine:
         architecture=pretrained.text("architecture"),
         dtype=pretrained.text("dtype"),
         vocab_size=pretrained.integer("vocab_size"),
-        tp_size=mapping.integer("tp_size") if mapping.has("tp_size") else 1,
+        tp_size=pretrained.block("mapping").integer("tp_size", default=1),
         world_size=ranks,
         max_batch_size=build.integer("max_batch_size"),
         max_input_len=max_input_len,
         max_seq_len=max_seq_len,
-        max_beam_width=build.integer("max_beam_width") if build.has("max_beam_width") else 1,
+        max_beam_width=build.integer("max_beam_width", default=1),
         gathers_logits=build.values.get("gather_context_logits") is True,
         max_num_tokens=build.integer("max_num_tokens") if build.has("max_num_tokens") else None,
         long_rope_switch=pretrained.integer("original_max_position_embeddings")
