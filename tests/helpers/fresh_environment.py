@@ -7,7 +7,6 @@ phireg itself and plugins are only what is installed there. Nothing is downloade
 import base64
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -15,31 +14,24 @@ import venv
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-
 
 class FreshEnvironment:
     """A virtual environment; commands in it find their programs there first."""
 
     def __init__(self, directory):
         self.directory = directory
-        venv.create(directory, with_pip=True, symlinks=True)
-        code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        done = subprocess.run(
-            [directory / "bin" / "python", "-c", code], capture_output=True, text=True, check=True
-        )
-        self.site_packages = Path(done.stdout.strip())
-        # Up to Python 3.11 it has a setuptools of its own, too old to build with.
-        for own in self.site_packages.glob("setuptools*"):
-            shutil.rmtree(own)
+        venv.create(directory, symlinks=True)
+        base = {"base": directory, "platbase": directory}
+        self.site_packages = Path(sysconfig.get_path("purelib", "posix_prefix", base))
         # A path in a .pth file is searched, but .pth files that lie there are not read: an editable
         # phireg of the running environment stays unknown.
         lent = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
         (self.site_packages / "lent.pth").write_text("\n".join(lent) + "\n")
         programs = directory / "bin"
-        pytest = programs / "pytest"
-        pytest.write_text(f"#!{programs}/python\nimport pytest, sys\nsys.exit(pytest.main())\n")
-        pytest.chmod(0o755)
+        for name in ("pip", "pytest"):
+            run = f"import runpy\nrunpy.run_module({name!r}, run_name='__main__', alter_sys=True)\n"
+            (programs / name).write_text(f"#!{programs}/python\n{run}")
+            (programs / name).chmod(0o755)
         self.variables = {
             "PATH": f"{programs}:{os.environ['PATH']}",
             "VIRTUAL_ENV": str(directory),
@@ -86,15 +78,6 @@ def build_wheel(source, into):
     assert done.returncode == 0, done.stderr
     (wheel,) = set(into.glob("*.whl")) - before
     return wheel
-
-
-def copy_of_the_checkout(into):
-    """What is needed to build phireg: a build writes into the directory it builds."""
-    for name in ("phireg", "plugins"):
-        shutil.copytree(ROOT / name, into / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, into / name)
-    return into
 
 
 def write_wheel(into, name, files, entry_points, version="1.0"):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from helpers.fresh_environment import FreshEnvironment, build_wheel, copy_of_the_checkout
+from helpers.fresh_environment import FreshEnvironment
 
 pytestmark = pytest.mark.slow
 
@@ -23,12 +23,10 @@ class Block:
 BLOCKS = [Block(kind, text, bool(fails)) for fails, kind, text in FENCE.findall(GUIDE)]
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
+@pytest.fixture
+def environment(tmp_path_factory, phireg_wheel):
     environment = FreshEnvironment(tmp_path_factory.mktemp("environment"))
-    wheels = tmp_path_factory.mktemp("wheels")
-    build_wheel(copy_of_the_checkout(tmp_path_factory.mktemp("checkout")), wheels)
-    environment.variables["PIP_FIND_LINKS"] = str(wheels)
+    environment.variables["PIP_FIND_LINKS"] = str(phireg_wheel.parent)
     return environment
 
 
