@@ -14,6 +14,9 @@ from phireg.errors import shortened
 
 MOST_FINDINGS = 1000
 
+UNMEASURED, MEASURED = "unmeasured", "measured"
+"""Codes of doubts that a measurement of the finished checkpoint settles, before and after it."""
+
 
 class Severity(enum.Enum):
     """The weight of a finding."""

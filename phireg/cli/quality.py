@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from phireg.cli.output import columns, table
+from phireg.files.sizes import size
 
 if TYPE_CHECKING:
     from phireg.quality.result import LinearQuality, Quality
@@ -28,6 +29,12 @@ def quality_text(quality: Quality) -> str:
     rows = [
         ("quality", quality.summary),
         ("text", quality.text.description),
+        ("size", f"{size(quality.size)} instead of {size(quality.unquantized_size)}"),
+        *(
+            [("written", f"not: {quality.continuation}")]
+            if isinstance(quality.continuation, str)
+            else quality.continuation.rows
+        ),
         ("hidden states", f"error behind layer {hidden}"),
     ]
     worst = quality.worst_first()[:_WORST]

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from phireg.calibration.calibrate import Calibrated
     from phireg.calibration.settings import Settings
     from phireg.conversion.convert import Converted
+    from phireg.findings import Finding
     from phireg.planning.model import Plan
     from phireg.quality.result import Quality
 
@@ -167,6 +168,8 @@ def command(
         settings = Settings(**{name: options.pop(name) for name in _SETTINGS})
         plan = phireg.plan(**options)
         _check(plan, calib_stats, report, measure, settings.device)
+        if measure is False:
+            plan = _settled(plan, None)
         alpha = 1.0 if alpha is None else alpha
         with ProgressBars(quiet) as bars:
             events = _Events(plan, bars, quiet)
@@ -184,6 +187,7 @@ def command(
             bars.close()
             result = _Result(plan, converted, alpha, report, events.warned, events.seconds)
             _measure(result, settings, True if report else measure, bars)
+            result.plan = _settled(plan, result.quality)
         if report and result.quality is not None:
             from phireg.report.page import write_page
             from phireg.report.quality import render_quality
@@ -194,6 +198,12 @@ def command(
             emit_json(_document(result))
         elif not quiet:
             emit(_text(result))
+
+
+def _settled(plan: Plan, quality: Quality | None) -> Plan:
+    from phireg.quality.result import settled
+
+    return replace(plan, findings=settled(plan.findings, quality))
 
 
 def _check(
@@ -219,7 +229,7 @@ class _Events:
         self.plan = plan
         self.bars = bars
         self.quiet = quiet
-        self.warned = False
+        self.warned: tuple[Finding, ...] = ()
         self.seconds: dict[str, float] = {}
         self._started: float | None = None
         self._stages = {
@@ -249,7 +259,7 @@ class _Events:
         warnings = findings_text(self.plan.findings, Severity.WARNING)
         if warnings and not self.warned:
             click.echo(printable(warnings), err=True)
-        self.warned = True
+        self.warned = self.plan.findings
         click.echo(folded("", line), err=True)
 
 
@@ -261,7 +271,7 @@ class _Result:
     converted: Converted
     alpha: float
     report: str | None  # the page, if one is written
-    warned: bool  # the plan's warnings were printed before the calibration
+    warned: tuple[Finding, ...]  # the plan's, if its warnings were printed before the calibration
     seconds: dict[str, float]  # by part; ``all`` of them
     quality: Quality | None = None
     unmeasured: str | None = None  # the reason, unless the user refused it
@@ -287,7 +297,6 @@ def _measure(result: _Result, settings: Settings, measure: bool | None, bars: Pr
             result.converted.output_dir,
             settings,
             provenance=calibrated.statistics.provenance if calibrated else None,
-            generate=result.report is not None,
             progress=bars.count("measuring", "layers"),
         )
     except PhiregError as error:
@@ -302,6 +311,8 @@ def _measure(result: _Result, settings: Settings, measure: bool | None, bars: Pr
         from phireg.files.kinds import file_sizes
 
         text = f"{result.quality.summary}. Text: {result.quality.text.description}."
+        if not isinstance(written := result.quality.continuation, str):  # as code: it is any text
+            text += "\n" + "".join(f"\n    {label}: {line}" for label, line in written.rows)
         directory, record = result.converted.output_dir, result.converted.quantization
         add_quality(directory, result.plan, record, text)
         result.converted = replace(result.converted, files=file_sizes(directory))
@@ -326,7 +337,7 @@ def _text(result: _Result) -> str:
     findings = [
         finding
         for finding in plan.findings
-        if not (result.warned and finding.severity is Severity.WARNING)
+        if not (finding in result.warned and finding.severity is Severity.WARNING)
     ]
     blocks = (
         columns(rows),

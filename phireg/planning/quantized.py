@@ -11,7 +11,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from phireg.findings import Finding, Severity
+from phireg.findings import UNMEASURED, Finding, Severity
 from phireg.layout.rules import QuantRules, Rule, Rules
 from phireg.layout.spans import Axis, LayoutError, Span
 from phireg.planning.model import Basis, Options, Output, QuantizedLinear, Scale, ScaleTensor
@@ -302,9 +302,9 @@ class Quantization:
         if self.kv_cache is not None and config.get("architecture") == "PhiForCausalLM":
             detail = (
                 "phi-2 with an FP8 cache was reported to have a perplexity 44% higher (LAMBADA, "
-                "5.90 to 8.51; optimum-habana PR 902): quantize measures it, so read its verdict"
+                "5.90 to 8.51; optimum-habana PR 902); quantize --measure tells what it costs here"
             )
-            yield Finding(Severity.WARNING, "kv-cache", "8 bits on phi-2", detail)
+            yield Finding(Severity.NOTE, UNMEASURED, "KV cache of 8 bits", detail)
         if self.layout is None or self.layout.weight != "F8_E4M3" or not self.target.by_rank:
             return
         for output in outputs:

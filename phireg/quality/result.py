@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from phireg.findings import MEASURED, UNMEASURED, Finding, Severity
 from phireg.quality.estimates import Estimate
 
 CLOSE, CHANGED, FAR = "close", "changed", "far"
@@ -25,7 +26,13 @@ WORDS = {
 }
 """Every verdict in words."""
 
+CACHE_LIMIT = 0.02
+"""The relative increase of the perplexity up to which, with 95% confidence, a doubted KV cache is
+fine: formats of 8 bits cost less, and what was reported of such a cache is twenty times as much."""
+
 _NONE = "-"
+_SHOWN = 100
+"""Characters of a prompt."""
 
 
 def sqnr(relative: float) -> float:
@@ -163,6 +170,15 @@ class Continuation:
     after: str
     tokens: int  # of each at most
 
+    @property
+    def rows(self) -> tuple[tuple[str, str], ...]:
+        """Labels and texts in one line each, of the prompt the end."""
+        lines = (" ".join(text.split()) for text in (self.prompt, self.before, self.after))
+        prompt, before, after = (line or "nothing" for line in lines)
+        if len(prompt) > _SHOWN:
+            prompt = f"... {prompt[-_SHOWN:]}"
+        return ("behind", prompt), ("before", before), ("after", after)
+
 
 @dataclass(frozen=True, slots=True)
 class Quality:
@@ -235,6 +251,23 @@ class Quality:
     def worst_first(self) -> Sequence[LinearQuality]:
         """Return the linears, that with the largest error of weight or input first."""
         return sorted(self.linears, key=lambda linear: -linear.worst)
+
+
+def settled(findings: Iterable[Finding], quality: Quality | None) -> tuple[Finding, ...]:
+    """Replace doubts by what was measured; they are warnings where nothing dispels them."""
+    return tuple(_settled(f, quality) if f.code == UNMEASURED else f for f in findings)
+
+
+def _settled(doubt: Finding, quality: Quality | None) -> Finding:
+    if quality is None or not quality.text.informative:
+        return replace(doubt, severity=Severity.WARNING)
+    loss = quality.text.loss
+    change, low, high = (f"{x:+.2%}" for x in (loss.value, loss.low, loss.high))
+    detail = f"measured with the weights, perplexity {change} ({low} to {high})"
+    if loss.high <= CACHE_LIMIT:
+        return Finding(Severity.NOTE, MEASURED, doubt.subject, detail)
+    detail += f", so that {CACHE_LIMIT:+.0%} or less is not sure; compare without --kv-cache-dtype"
+    return Finding(Severity.WARNING, MEASURED, doubt.subject, detail)
 
 
 def _range(estimate: Estimate, text: Callable[[float], str]) -> str:

@@ -22,6 +22,7 @@ from phireg.device import pick_device
 from phireg.dtypes import as_torch
 from phireg.errors import SourceError
 from phireg.executor import Executor, load, read_meaning
+from phireg.executor.finite import NotFiniteError
 from phireg.executor.generate import generate as write
 from phireg.executor.sources import Source
 from phireg.files.json import read_json_object
@@ -52,7 +53,7 @@ _ARTICLES = 32
 _PROMPT, _NEW_TOKENS = 64, 48
 """Tokens that both models continue, and of the continuation, at most."""
 
-_MOST_WEIGHTS = 2e8
+_MOST_WEIGHTS = 5e7
 """Weights of a model that writes on a CPU, which reads all of them for every token."""
 
 Progress = Callable[[int, int], None]
@@ -78,7 +79,6 @@ def measure(
     settings: Settings,
     *,
     provenance: Mapping[str, Any] | None = None,
-    generate: bool = False,
     progress: Progress | None = None,
 ) -> Quality:
     """Compare a quantized checkpoint with the one that ``convert`` would have written.
@@ -88,7 +88,7 @@ def measure(
     behind the ones that ``provenance``, of the statistics, tells of; of a demo model, unless the
     settings name others, the articles that were held back from its training.
 
-    With ``generate`` both also continue the beginning of the text, where that takes seconds.
+    Both also continue the beginning of the text, where that takes seconds.
     """
     device = pick_device(settings.device)
     directory = Path(checkpoint_dir)
@@ -133,13 +133,12 @@ def measure(
         linears, hidden, logits = compare_layers(
             plain, quantized, text.rows, lambda more: report(more, layers)
         )
-        continuation: Continuation | str = "not asked for"
-        if generate and device.type == "cpu" and _weights(plan) > _MOST_WEIGHTS:
+        continuation: Continuation | str
+        if device.type == "cpu" and _weights(plan) > _MOST_WEIGHTS:
             continuation = "it would take long on a CPU, where phireg run does it"
-        elif generate:
-            gpu = device.type == "cuda"
-            how = {"dtype": spec.dtype} if gpu else {"dtype": torch.float32, "offload": True}
-            continuation = _continue(opened(**how), text, plan.source.directory)
+        else:
+            dtype = spec.dtype if device.type == "cuda" else torch.float32
+            continuation = _continue(opened(dtype=dtype), text, plan.source.directory)
     assert plan.options.qformat is not None
     text_quality = TextQuality(
         text.origin,
@@ -215,10 +214,15 @@ def _continue(models: Iterator[Executor], text: Text, directory: Path) -> Contin
     stops = stop_ids(directory, tokenizer)
     written = []
     for model in models:
+        if model.offload:
+            return "the model does not fit into the memory at once; phireg run takes longer"
         most = min(_NEW_TOKENS, model.spec.max_position_embeddings - len(text.prompt))
         if most < 1:
             return "the text is as long as the model's context"
-        (row,) = write(model, [text.prompt], most, stops)
+        try:
+            (row,) = write(model, [text.prompt], most, stops)
+        except NotFiniteError as error:  # in 16 bits; what is measured is finite
+            return error.message
         written.append(tokenizer.decode([token for token in row if token not in stops]))
         del model  # of two models in memory, the first leaves it before the second comes
     before, after = written

@@ -92,21 +92,31 @@ def test_every_format(quantize, tmp_path, qformat, cache):
     assert (quality["calibrated_on"], quality["rows"]) == (False, 4 if calibrated else 12)
 
 
-def test_a_demo_model_with_its_tokenizer_and_a_page(run, tmp_path):
-    model = demo.find("phi3-small").directory
-    result = run(
+def test_a_demo_model_with_its_tokenizer_and_a_page(run, tmp_path, monkeypatch):
+    """Of phi-2: its 8-bit cache is warned about until it is measured."""
+    model = demo.find("phi2").directory
+    options = (
         "quantize", "--model_dir", model, "--output_dir", tmp_path / "out", "--qformat", "int8_sq",
-        "--dtype", "bfloat16", "--kv_cache_dtype", "int8", "--calib_dataset", "builtin",
-        "--calib_size", 3, "--calib_max_seq_length", 64, "--batch_size", 3, "--seed", 7,
-        "--device", "cpu", "--report", tmp_path / "page.html",
+        "--dtype", "bfloat16", "--kv_cache_dtype", "int8", "--calib_size", 3,
+        "--calib_max_seq_length", 64, "--batch_size", 3, "--seed", 7, "--device", "cpu",
     )  # fmt: skip
+    result = run(*options, "--calib_dataset", "builtin", "--no-measure")
     assert result.exit_code == 0, result.output
+    assert "1 warning" in result.stderr and "44%" in result.stderr
     assert "W8A8_SQ_PER_CHANNEL" in result.stdout and "bfloat16" in result.stdout
-    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     manifest = json.loads((tmp_path / "out" / "phireg.json").read_text())
     provenance = manifest["quantization"]["statistics"]["provenance"]
     assert provenance["settings"]["seed"] == 7
     assert provenance["data"] == "the built-in text"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    result = run(*options, "--report", tmp_path / "page.html", "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert "44%" not in result.output and "warning" not in result.output
+    assert "measured  KV cache of 8 bits: " in result.stdout
+    # The unquantized one writes the reference summary of the first article.
+    assert f"before         {demo.find('phi2').articles[0].reference}" in result.stdout
+    assert "after          " in result.stdout
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
 
 
 def test_alpha(quantize, tmp_path):

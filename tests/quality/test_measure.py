@@ -235,9 +235,7 @@ def test_a_demo_model_is_measured_on_its_own_articles(source, statistics, tmp_pa
     plan = phireg.plan(source, qformat="fp8", dtype="float32")
     phireg.quantize(plan, tmp_path / "out", statistics)
     provenance = statistics.provenance
-    quality = measure(
-        plan, tmp_path / "out", Settings(device="cpu"), provenance=provenance, generate=True
-    )
+    quality = measure(plan, tmp_path / "out", Settings(device="cpu"), provenance=provenance)
     assert quality.verdict == "close"
     assert quality.text.unquantized_perplexity < 3
     assert not quality.text.calibrated

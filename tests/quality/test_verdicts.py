@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from quality.results import made
 
+from phireg.findings import UNMEASURED, Finding, Severity
 from phireg.quality import estimates
 from phireg.quality.estimates import Estimate, mean, share
+from phireg.quality.result import settled
 
 
 def test_a_mean_has_the_interval_of_its_blocks():
@@ -79,3 +81,24 @@ def test_text_less_likely_than_chance_tells_nothing():
     assert quality.verdict == "uninformative"
     assert "66,650" in quality.summary
     assert "e+" not in quality.summary
+
+
+@pytest.mark.parametrize(
+    ("change", "text", "severity"),
+    [
+        ((0.001, -0.002, 0.004), {}, Severity.NOTE),
+        ((0.015, 0.012, 0.0195), {}, Severity.NOTE),
+        ((0.001, -0.02, 0.022), {}, Severity.WARNING),  # too little text to be sure
+        ((0.366, 0.35, 0.38), {}, Severity.WARNING),  # what was reported: 8.51 of 5.90
+        ((math.inf, math.inf, math.inf), {}, Severity.WARNING),
+        ((0.0, -math.inf, math.inf), {}, Severity.WARNING),
+        ((0.001, -0.002, 0.004), {"vocab_size": 2}, Severity.WARNING),  # guessing does better
+    ],
+)
+def test_a_doubt_is_settled_by_the_whole_interval_of_the_perplexity(change, text, severity):
+    doubt = Finding(Severity.NOTE, UNMEASURED, "KV cache of 8 bits", "reported: +44%")
+    other = Finding(Severity.NOTE, "quant", "another", "stays")
+    quality = made(nll_change=Estimate(*change), **text)
+    finding, same = settled([doubt, other], quality)
+    assert (finding.severity, finding.subject, same) == (severity, doubt.subject, other)
+    assert settled([doubt], None)[0].severity is Severity.WARNING
