@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime, timezone
-from importlib import metadata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from phireg.checkpoint.manifest import read_manifest
 from phireg.checkpoint.rankfiles import Bits
 from phireg.checkpoint.shards import Shards, read_directory
 from phireg.conversion.stream import assemble
@@ -27,83 +25,50 @@ from phireg.executor.directories import DirectorySource, content_problems
 from phireg.files.json import read_json_object
 from phireg.files.sizes import size
 from phireg.planning.model import Plan
-from phireg.planning.plan import plan as plan_source
-from phireg.planning.report import fold_layers
 from phireg.planning.schedule import restrict
 from phireg.reader.models import parse_model
 from phireg.reader.spec import ModelSpec, parse_spec
 from phireg.reader.tensors import ROUTER, Kind
-from phireg.source.readings import Readings
 from phireg.verification.comparison import Difference, compare, is_comparable
-from phireg.verification.compute import ComputedChecks
 from phireg.verification.linears import compare_linears
 from phireg.verification.mistakes import explain
 from phireg.verification.result import (
-    NotNeeded,
     Outcome,
     Problem,
     Progress,
     Skipped,
-    place_of,
+    own_place,
     shown,
 )
+from phireg.verification.verifier import Verifier, folded
 
 _NORMS = ("input_layernorm", "post_layernorm")
 _TORCH_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-class DirectoryVerifier:
-    """Makes the checks of a directory, which share its tensors and the source's plan."""
+class DirectoryVerifier(Verifier):
+    """Makes the checks of a directory."""
 
-    plan: Plan
+    label = "directory"
 
     def __init__(self, path: Path, progress: Progress) -> None:
-        self.path = path
-        self.progress = progress
-        self.config = read_json_object(path / "config.json")
-        self.manifest = read_manifest(path)
-        self.shards = Shards(path)
-        self.computed: ComputedChecks | None = None
+        super().__init__(path, read_json_object(path / "config.json"), progress)
+        self.files = Shards(path)
         self.refusal: CheckError | None = None
         try:
             self.directory = read_directory(path)
         except CheckError as error:
             self.refusal = error
-        self.checks: dict[str, Callable[[], Outcome]] = {
-            "structure": self.structure,
-            "config": self.config_json,
-            "weights": self.weights,
-            "reading": lambda: self.compute("reading"),
-            "logits": lambda: self.compute("logits"),
-            "ranks": lambda: self.compute("ranks"),
-        }
-
-    def open_computed(self, device: str, dtype: str, max_tokens: int | None) -> None:
-        """Prepare the checks that run the directory; an unknown device is an error here."""
-        self.computed = ComputedChecks(
-            self.path, self.config, device, dtype, max_tokens, self.progress
-        )
 
     @functools.cached_property
     def source(self) -> DirectorySource:
         """The directory's tensors under the blueprint's names."""
         self._check_meaning()
-        return DirectorySource(self.directory, self.shards)
+        return DirectorySource(self.directory, self.files)
 
-    def plan_source(
-        self, model_dir: str, family: str, revision: str | None, chosen: Readings
-    ) -> None:
-        """Plan what the blueprint's tensors of the source are."""
-        readings = chosen.over(Readings.recorded(self.manifest))
-        self.plan = plan_source(
-            model_dir,
-            family=family,
-            revision=revision,
-            dtype="auto" if self.refusal else self.directory.spec.dtype,
-            weights=readings.weights,
-            adapter=readings.adapter,
-            tie=readings.tie,
-        )
+    def options(self) -> dict[str, Any]:
+        """Return the options of a conversion that leaves the dtype."""
+        return {"dtype": "auto" if self.refusal else self.directory.spec.dtype}
 
     def structure(self) -> Outcome:
         """Check names, shapes, dtypes, scales and the blocks of the two config files."""
@@ -114,13 +79,13 @@ class DirectoryVerifier:
                 [Problem(where, text, self.refusal.hint, part="config")],
                 [],
             )
-        deviations = list(self.directory.deviations(self.shards.kinds()))
+        deviations = list(self.directory.deviations(self.files.kinds()))
         problems = [self._problem(d.name, d.text) for d in deviations if not d.harmless]
         if not problems:
             problems = [self._problem(*found) for found in content_problems(self.source)]
         notes = [f"{d.name} {d.text}" for d in deviations if d.harmless]
         layout = self.directory.layout
-        count = f"{len(self.shards.kinds())} tensors in {len(self.shards.files)} files"
+        count = f"{len(self.files.kinds())} tensors in {len(self.files.files)} files"
         algorithm = f", {layout.algorithm}" if layout.algorithm else ""
         return Outcome(f"{layout.name}{algorithm}: {count}", folded(problems), notes)
 
@@ -144,22 +109,22 @@ class DirectoryVerifier:
         if self.plan.errors:
             error = self.plan.errors[0]
             raise Skipped(f"the source has no plan: {error.subject} {error.detail}")
-        if any(not d.harmless for d in self.directory.deviations(self.shards.kinds())):
+        if any(not d.harmless for d in self.directory.deviations(self.files.kinds())):
             raise Skipped("the tensors are not what config.json says")
         quantized = set(self._quantized())
         plain = restrict(self.plan, lambda output: output.name not in quantized)
         total = sum(output.nbytes for output in self.plan.outputs)
-        files = Blueprint(self.source)
-        absent = [output for output in plain.outputs if not is_comparable(files, output)]  # type: ignore[arg-type]
-        differences = compare(plain, files, lambda more: self.progress("weights", more, total))  # type: ignore[arg-type]
-        norms = self._folded_norms(plain, files, differences)
+        tensors = Blueprint(self.source)
+        absent = [output for output in plain.outputs if not is_comparable(tensors, output)]  # type: ignore[arg-type]
+        differences = compare(plain, tensors, lambda more: self.progress("weights", more, total))  # type: ignore[arg-type]
+        norms = self._folded_norms(plain, tensors, differences)
         names = [name.removesuffix(".weight") for name in quantized]
         found = compare_linears(self.plan, self.source, norms, names)
         folded_in = norms.keys() - found.unfolded
         left = [d for d in differences if d.output.name.rpartition(".")[0] not in folded_in]
         problems = [
             dataclasses.replace(p, where=self._own_name(p.where.rpartition(" ")[2]))
-            for p in explain(plain, files, left)  # type: ignore[arg-type]
+            for p in explain(plain, tensors, left)  # type: ignore[arg-type]
         ]
         problems += [
             self._problem(self._own_name(o.name), "is of another shape or dtype than the source's")
@@ -185,35 +150,15 @@ class DirectoryVerifier:
 
     def compute(self, check: str) -> Outcome:
         """Make a check that runs the directory."""
-        if check == "ranks":
-            raise NotNeeded("there is one rank: nothing to merge")
-        self._check_meaning()
-        assert self.computed is not None
-        return self.computed.run(check, self.plan)
+        if check != "ranks":
+            self._check_meaning()
+        return super().compute(check)
 
-    def provenance(self) -> Iterator[tuple[str, str]]:
-        """Yield label and value pairs about files, versions and settings."""
-        source = self.plan.source
-        yield "directory", str(self.path)
-        yield "source", self.plan.model_dir + (f" at {source.revision}" if source.revision else "")
-        candidate = self.plan.chosen.candidate
-        yield "family", f"{candidate.name} ({candidate.distribution} {candidate.version})"
-        yield "made by", self._producer()
-        before = sum(file.size for file in source.files)
-        after = sum(file.path.stat().st_size for file in self.shards.files.values())
+    def written(self) -> Iterator[tuple[str, str]]:
+        """Yield the sizes."""
+        before = sum(file.size for file in self.plan.source.files)
+        after = sum(file.path.stat().st_size for file in self.files.files.values())
         yield "size", f"{size(before)} before; after: {size(after)}"
-        yield "verified by", f"phireg {metadata.version('phireg')}"
-        if self.computed is not None:
-            yield "computed", self.computed.description
-        yield "date", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-
-    def _producer(self) -> str:
-        block = self.config.get("quantization_config")
-        given = (self.manifest or {}).get("producer")
-        given = given or (block.get("producer") if isinstance(block, dict) else None)
-        if isinstance(given, dict):
-            return f"{given.get('name')} {given.get('version')}"
-        return "not known: no file names a producer"
 
     def _check_meaning(self) -> None:
         if self.refusal is not None:
@@ -288,9 +233,9 @@ class DirectoryVerifier:
     def _of_one_shard(self, problems: list[Problem]) -> list[Problem]:
         """Say so where all that is wrong lies in one file of several."""
         names = [p.where.partition(", ")[0] for p in problems]
-        shards = {self.shards.shard(name) for name in names if name in self.shards}
-        held = [name in self.shards for name in names]
-        if len(self.shards.files) < 2 or len(problems) < 2 or len(shards) > 1 or not all(held):
+        shards = {self.files.shard(name) for name in names if name in self.files}
+        held = [name in self.files for name in names]
+        if len(self.files.files) < 2 or len(problems) < 2 or len(shards) > 1 or not all(held):
             return problems
         hint = f"all of it lies in {shards.pop()}: that file may be of another export"
         return [dataclasses.replace(p, hint=hint) for p in problems]
@@ -346,21 +291,3 @@ def _setting(name: str, ours: object, theirs: object) -> Problem:
     ours, theirs = (list(v) if isinstance(v, tuple) else v for v in (ours, theirs))
     text = f"is {shown(ours, theirs)}; the source calls for {shown(theirs, None)}"
     return Problem(f"config.json: {name}", text, part="config")
-
-
-def own_place(name: str) -> tuple[int | None, str]:
-    """Return the layer and part of a tensor by its Hugging Face name."""
-    parts = name.split(".")
-    if parts[:2] != ["model", "layers"] or len(parts) < 4 or not parts[2].isdigit():
-        return place_of(name)
-    inside = parts[3] in ("self_attn", "input_layernorm")
-    return int(parts[2]), "attention" if inside else "mlp"
-
-
-def folded(problems: Iterable[Problem]) -> list[Problem]:
-    """Fold problems that differ in their layer only; the first of each group is kept."""
-    problems = list(problems)
-    return [
-        dataclasses.replace(problems[indices[0]], where=where)
-        for (where, _), indices in fold_layers((p.where, p.text) for p in problems)
-    ]

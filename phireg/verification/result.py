@@ -64,6 +64,15 @@ def place_of(name: str) -> Place:
     return None, "embedding" if "embedding" in name else "final norm"
 
 
+def own_place(name: str) -> tuple[int | None, str]:
+    """Return the layer and part of a tensor by its Hugging Face name."""
+    parts = name.split(".")
+    if parts[:2] != ["model", "layers"] or len(parts) < 4 or not parts[2].isdigit():
+        return place_of(name)
+    inside = parts[3] in ("self_attn", "input_layernorm")
+    return int(parts[2]), "attention" if inside else "mlp"
+
+
 def place_text(place: Place) -> str:
     """Write a place as ``layer 3 attention``, or as the part alone."""
     layer, part = place

@@ -5,21 +5,18 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
-from importlib import metadata
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phireg.checkpoint.inspect import checkpoint_config
-from phireg.checkpoint.manifest import read_manifest
 from phireg.checkpoint.rankfiles import RankFiles, world_size
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import UsageError
-from phireg.files.kinds import HF_MODEL, MANIFEST, kind_of
+from phireg.files.kinds import HF_MODEL, kind_of
 from phireg.files.sizes import size
 from phireg.planning.model import Output, Plan, Scale
-from phireg.planning.plan import plan as plan_source
-from phireg.planning.report import fold_layers, ranges
+from phireg.planning.report import ranges
 from phireg.planning.schedule import restrict
 from phireg.reader.schemes import KNOWN, KV_CACHES, SCHEMES
 from phireg.reader.structure import structure_findings
@@ -39,8 +36,6 @@ from phireg.verification.quantized import (
 from phireg.verification.result import (
     CHECKS,
     QUICK,
-    Check,
-    NotNeeded,
     Outcome,
     Problem,
     Progress,
@@ -49,9 +44,9 @@ from phireg.verification.result import (
     make_check,
     place_of,
 )
+from phireg.verification.verifier import Verifier, folded
 
 if TYPE_CHECKING:
-    from phireg.verification.compute import ComputedChecks
     from phireg.verification.directories import DirectoryVerifier
 
 
@@ -101,38 +96,18 @@ def verify(
         raise UsageError(f"prompts of {max_tokens} tokens are not possible", hint="use 1 or more.")
     directory = Path(checkpoint_dir)
     advance = progress or (lambda check, more, total: None)
-    computes = bool(set(checks) - set(QUICK))
+    verifier: CheckpointVerifier | DirectoryVerifier
     if kind_of(directory) is HF_MODEL:
         from phireg.verification.directories import DirectoryVerifier
 
-        own = DirectoryVerifier(directory, advance)
-        with own.shards:
-            if computes:
-                own.open_computed(device, dtype, max_tokens)
-            own.plan_source(str(model_dir), family, revision, Readings(weights, adapter, tie))
-            results = [make_check(n, own.checks[n]) for n in CHECKS if n in checks]
-            return _verification(checkpoint_dir, model_dir, own, results)
-    config = checkpoint_config(directory)
-    with RankFiles(directory, world_size(config)) as files:
-        verifier = _Verifier(directory, config, files, advance)
-        if computes:
-            from phireg.verification.compute import ComputedChecks
-
-            # An unknown device is an error before any byte is compared.
-            verifier.computed = ComputedChecks(
-                directory, config, device, dtype, max_tokens, verifier.progress
-            )
+        verifier = DirectoryVerifier(directory, advance)
+    else:
+        verifier = CheckpointVerifier(directory, advance)
+    with verifier.files:
+        if set(checks) - set(QUICK):  # an unknown device is an error before any byte is compared
+            verifier.open_computed(device, dtype, max_tokens)
         verifier.plan_source(str(model_dir), family, revision, Readings(weights, adapter, tie))
-        results = [make_check(n, verifier.checks[n]) for n in CHECKS if n in checks]
-        return _verification(checkpoint_dir, model_dir, verifier, results)
-
-
-def _verification(
-    checkpoint_dir: str | Path,
-    model_dir: str | Path,
-    verifier: _Verifier | DirectoryVerifier,
-    results: Iterable[Check],
-) -> Verification:
+        results = [make_check(n, partial(verifier.make, n)) for n in CHECKS if n in checks]
     return Verification(
         str(checkpoint_dir),
         str(model_dir),
@@ -140,44 +115,25 @@ def _verification(
         verifier.config,
         tuple(results),
         verifier.computed.result if verifier.computed else None,
-        tuple(verifier.provenance()),
+        ((verifier.label, str(directory)), *verifier.provenance()),
     )
 
 
-class _Verifier:
-    """Makes the checks, which share config.json, manifest, rank files and the source's plan."""
+class CheckpointVerifier(Verifier):
+    """Makes the checks of a checkpoint."""
 
-    plan: Plan
+    label = "checkpoint"
     postprocess: list[str]
 
-    def __init__(
-        self, directory: Path, config: Mapping[str, Any], files: RankFiles, progress: Progress
-    ) -> None:
-        self.directory = directory
-        self.config = config
-        self.files = files
-        self.progress = progress
-        self.computed: ComputedChecks | None = None
-        block = config.get("quantization")
+    def __init__(self, path: Path, progress: Progress) -> None:
+        super().__init__(path, checkpoint_config(path), progress)
+        self.tp_size = world_size(self.config)
+        self.files = RankFiles(path, self.tp_size)
+        block = self.config.get("quantization")
         self.quantization: Mapping[str, Any] = block if isinstance(block, Mapping) else {}
-        self.manifest = read_manifest(directory)
-        self.checks: dict[str, Callable[[], Outcome]] = {
-            "structure": self.structure,
-            "config": self.config_json,
-            "weights": self.weights,
-            "reading": lambda: self.compute("reading"),
-            "logits": lambda: self.compute("logits"),
-            "ranks": lambda: self.compute("ranks"),
-        }
 
-    @property
-    def tp_size(self) -> int:
-        return len(self.files.paths)
-
-    def plan_source(
-        self, model_dir: str, family: str, revision: str | None, chosen: Readings
-    ) -> None:
-        """Plan the conversion of the source that the checkpoint's config.json tells of."""
+    def options(self) -> dict[str, Any]:
+        """Return the options of a conversion that config.json tells of."""
         dtype = self.config.get("dtype")
         qformats = {scheme.quant_algo: name for name, scheme in SCHEMES.items()}
         caches = {algorithm: name for name, algorithm in KV_CACHES.items()}
@@ -186,22 +142,21 @@ class _Verifier:
         cache = caches.get(str(self.quantization.get("kv_cache_quant_algo")))
         mapping = self.config.get("mapping")
         ep_size = mapping.get("moe_ep_size") if isinstance(mapping, Mapping) else None
-        readings = chosen.over(Readings.recorded(self.manifest))
         possible = isinstance(ep_size, int) and ep_size > 1 and self.tp_size % ep_size == 0
-        self.plan = plan_source(
-            model_dir,
-            family=family,
-            revision=revision,
-            dtype=dtype if isinstance(dtype, str) and dtype in WEIGHT_DTYPES else "auto",
-            tp_size=self.tp_size,
-            qformat=qformat,
-            kv_cache_dtype=cache if qformat is not None else None,
-            moe_ep_size=ep_size if possible else None,
-            weights=readings.weights,
-            adapter=readings.adapter,
-            tie=readings.tie,
-        )
-        self.postprocess = ["phireg", "postprocess", str(self.directory), "--model-dir", model_dir]
+        return {
+            "dtype": dtype if isinstance(dtype, str) and dtype in WEIGHT_DTYPES else "auto",
+            "tp_size": self.tp_size,
+            "qformat": qformat,
+            "kv_cache_dtype": cache if qformat is not None else None,
+            "moe_ep_size": ep_size if possible else None,
+        }
+
+    def plan_source(
+        self, model_dir: str, family: str, revision: str | None, chosen: Readings
+    ) -> None:
+        """Plan the conversion of the source."""
+        super().plan_source(model_dir, family, revision, chosen)
+        self.postprocess = ["phireg", "postprocess", str(self.path), "--model-dir", model_dir]
         self.postprocess += ["--family", family] if family != AUTO else []
         self.postprocess += ["--revision", revision] if revision is not None else []
 
@@ -219,7 +174,7 @@ class _Verifier:
         known = {path.name for path in self.files.paths.values()}
         problems += [
             Problem(path.name, f"config.json has only {self.tp_size} ranks")
-            for path in sorted(self.directory.glob("rank*.safetensors"))
+            for path in sorted(self.path.glob("rank*.safetensors"))
             if path.name not in known
         ]
         count = sum(map(len, tensors))
@@ -261,35 +216,13 @@ class _Verifier:
             problems = regroup_hint(problems, self.plan, command)
         return Outcome(summary, _folded(problems), notes)
 
-    def compute(self, check: str) -> Outcome:
-        """Make a check that runs the checkpoint."""
-        if check == "ranks" and self.tp_size == 1:
-            raise NotNeeded("there is one rank: nothing to merge")
-        assert self.computed is not None
-        return self.computed.run(check, self.plan)
-
-    def provenance(self) -> Iterator[tuple[str, str]]:
-        """Yield label and value pairs about files, versions and settings."""
-        candidate, source = self.plan.chosen.candidate, self.plan.source
-        revision = f" at {source.revision}" if source.revision else ""
-        yield "checkpoint", str(self.directory)
-        yield "source", self.plan.model_dir + revision
-        yield "family", f"{candidate.name} ({candidate.distribution} {candidate.version})"
-        producer = (self.manifest or {}).get("producer")
-        if isinstance(producer, Mapping):
-            yield "made by", f"{producer.get('name')} {producer.get('version')}"
-        else:
-            reason = f"{MANIFEST} names no producer" if self.manifest else f"there is no {MANIFEST}"
-            yield "made by", f"not known: {reason}"
+    def written(self) -> Iterator[tuple[str, str]]:
+        """Yield sizes and settings."""
         sizes = [path.stat().st_size for path in self.files.paths.values() if path.is_file()]
-        before, after = size(sum(file.size for file in source.files)), size(sum(sizes))
+        before, after = size(sum(file.size for file in self.plan.source.files)), size(sum(sizes))
         ranks = f"{len(sizes)} rank files, {after} together" if len(sizes) > 1 else after
         yield "size", f"{before} before; after: {ranks}"
         yield "weights", f"{self.config.get('dtype')}, TP {self.tp_size}"
-        yield "verified by", f"phireg {metadata.version('phireg')}"
-        if self.computed is not None:
-            yield "computed", self.computed.description
-        yield "date", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _folded(problems: Iterable[Problem]) -> list[Problem]:
@@ -303,10 +236,7 @@ def _folded(problems: Iterable[Problem]) -> list[Problem]:
         numbers = [int(match[0]) for p in same if (match := re.search(r"(?<=^rank)\d+", p.where))]
         where = "rank" + ranges(numbers) + generic.removeprefix("rank") if numbers else generic
         ranked.append(dataclasses.replace(same[0], where=where))
-    return [
-        dataclasses.replace(ranked[indices[0]], where=where)
-        for (where, _), indices in fold_layers((p.where, p.text) for p in ranked)
-    ]
+    return folded(ranked)
 
 
 # The tensors: bit for bit, or by the grid where they are quantized
