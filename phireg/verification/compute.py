@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from phireg.checkpoint.shards import read_directory
 from phireg.device import pick_device
-from phireg.dtypes import E4M3_MAX, INT8_MAX
 from phireg.errors import CheckError, SourceError
-from phireg.executor import Executor, ModelSpec, blocks, read_meaning
+from phireg.executor import Executor, ModelSpec, read_meaning
 from phireg.executor.directories import DirectorySource, open_directory
 from phireg.executor.model import free_memory, is_directory
 from phireg.executor.sources import Source, open_ranks
-from phireg.formats import LARGEST
 from phireg.planning.model import Plan
 from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY, Quantization
 from phireg.reader.spec import parse_spec
-from phireg.reader.tensors import layer_prefix
 from phireg.reference.load import Reference, open_reference
+from phireg.verification.activations import ActivationRanges
 from phireg.verification.logits import (
-    Prompts,
     ReferenceNotFiniteError,
-    choose_prompts,
     compare_logits,
 )
-from phireg.verification.ranks import compare_ranks, dequantized, merge
+from phireg.verification.prompts import Prompts, choose_prompts
+from phireg.verification.ranks import compare_ranks, dequantized
 from phireg.verification.reading import compare_reading
 from phireg.verification.result import (
     LogitsResult,
@@ -52,107 +47,7 @@ _WITHOUT_ROUNDING = (
     "weights are dequantized here and inputs and the cache not rounded: sums in another order "
     "would turn a rounding now and then, which is no difference between the ranks"
 )
-_MOST_RANGE, _LEAST_RANGE = 2.0, 1 / 16
-"""Inputs differ from those of the calibration, so only ranges far from it are noted."""
-
-_LARGEST = {"fp8": E4M3_MAX, "int8_sq": INT8_MAX}
-
 _TENSOR = re.compile(r"(transformer|lm_head)[\w.]+")
-
-
-class ActivationRanges:
-    """Observes the inputs of quantized linears."""
-
-    def __init__(self, executor: Executor, sources: Sequence[Source]) -> None:
-        self.spec = executor.spec
-        self.executor = executor
-        self.sources = sources
-        self.used: dict[tuple[int, str], float] = {}
-        self.cached: dict[int, tuple[float, float]] = {}  # largest key and value by layer
-
-    def observe(self, layer: int, linear: str, x: Tensor) -> None:
-        """Take a linear's input, before smoothing; see ``Executor.forward``."""
-        scheme = self.spec.quantization.weights
-        (source, *_) = self.sources
-        if isinstance(source, DirectorySource):
-            self._observe_directory(source, layer, linear, x)
-            if linear == "attention.qkv" and self.spec.quantization.kv_cache is not None:
-                self._observe_cache(layer, x)
-            return
-        if scheme not in _LARGEST:
-            return
-        if scheme == "int8_sq":
-            x = x.float() * self._read(layer, f"{linear}.prequant_scaling_factor").to(x.device)
-        scale = float(self._read(layer, f"{linear}.activation_scaling_factor"))
-        used = float(x.abs().amax()) / (scale * _LARGEST[scheme])
-        self.used[layer, linear] = max(used, self.used.get((layer, linear), 0.0))
-
-    def notes(self) -> Iterator[str]:
-        """Yield notes on inputs that are cut off, or that use next to nothing of the range."""
-        beyond = {place: used for place, used in self.used.items() if used > _MOST_RANGE}
-        below = {place: used for place, used in self.used.items() if used < _LEAST_RANGE}
-        for linears, pick, text in (
-            (beyond, max, "are cut off: they reach {:.2g} times what its activation scale covers"),
-            (below, min, "reach only {:.2g} of what its activation scale covers"),
-        ):
-            if linears:
-                layer, linear = pick(linears, key=lambda place: linears[place])
-                more = f", and {len(linears) - 1} more linears" if len(linears) > 1 else ""
-                text = text.format(linears[layer, linear])
-                yield f"inputs of layer {layer} {linear} {text}{more}"
-
-    def _observe_directory(
-        self, source: DirectorySource, layer: int, linear: str, x: Tensor
-    ) -> None:
-        """Take the inputs of a directory's linears, which have calibrated scales or none."""
-        for same in zip(*source.stored(layer, linear), strict=True):
-            scales = [part.scale for part in same if part.scale is not None]
-            (part, *_) = same
-            if part.inputs is None or not scales:
-                continue
-            smoothed = x.float() if part.smoothing is None else x * part.smoothing.float().to(x)
-            largest = LARGEST[part.inputs.grid]
-            if part.inputs.scale == "group":
-                largest *= LARGEST["e4m3"]
-            # An expert's own inputs are not told apart here: none exceeds the widest range.
-            used = float(smoothed.abs().amax()) / (max(map(float, scales)) * largest)
-            self.used[layer, linear] = max(used, self.used.get((layer, linear), 0.0))
-
-    def _observe_cache(self, layer: int, x: Tensor) -> None:
-        spec, size = self.spec, self.spec.head_size
-        (weights,) = self.executor.layer_weights(layer)
-        parts = blocks.linear(weights, "attention.qkv", x).split(
-            [heads * size for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)], -1
-        )
-        before = self.cached.get(layer, (0.0, 0.0))
-        key, value = (float(part.abs().amax()) for part in parts[1:])
-        self.cached[layer] = max(before[0], key), max(before[1], value)
-
-    def exchanged(self) -> Iterator[Problem]:
-        """Yield layers whose scales of keys and values fit each other's range, not their own."""
-        (source, *_) = self.sources
-        if not isinstance(source, DirectorySource):
-            return
-        for layer, largest in self.cached.items():
-            names = source.directory.cache_scales(layer)
-            ends = [float(source.shards.tensor(names[what])) * E4M3_MAX for what in "kv"]
-            own, other = (
-                max(abs(math.log2(max(used, 1e-30) / end)) for used, end in pairs)
-                for pairs in (
-                    list(zip(largest, ends, strict=True)),
-                    list(zip(largest, reversed(ends), strict=True)),
-                )
-            )
-            if own > other + 1:
-                text = (
-                    f"covers keys up to {ends[0]:.4g} and values up to {ends[1]:.4g}; they reach "
-                    f"{largest[0]:.4g} and {largest[1]:.4g}: the two scales are exchanged"
-                )
-                yield Problem(names["k"], text, None, layer, "attention")
-
-    def _read(self, layer: int, name: str) -> Tensor:
-        whole = layer_prefix(layer) + name
-        return merge(self.spec, whole, [source(whole).float() for source in self.sources])
 
 
 class ComputedChecks:
@@ -229,7 +124,13 @@ class ComputedChecks:
         except CheckError as error:
             return _refused(error)
         except ReferenceNotFiniteError as error:
-            return _not_finite(error, "the source" if check == "logits" else "merged", self.dtype)
+            who = "the source" if check == "logits" else "merged"
+            return error.outcome(
+                f"its output in {self.dtype} ({who})",
+                "verify with --dtype float32 or bfloat16, whose range is wider."
+                if self.dtype == "float16"
+                else "a weight may be NaN or infinite: phireg convert counts such values.",
+            )
         except torch.OutOfMemoryError as error:
             advice = "use --max-input-len or --dtype"
             raise Skipped(f"out of memory on {self.device}: {advice}") from error
@@ -392,22 +293,6 @@ def _refused(error: CheckError) -> Outcome:
         where, _, text = line.partition(": ")
         problems.append(Problem(where, text or line, None, layer, part))
     return Outcome("the executor refuses the checkpoint", problems, [])
-
-
-def _not_finite(error: ReferenceNotFiniteError, who: str, dtype: str) -> Outcome:
-    hint = (
-        "verify with --dtype float32 or bfloat16, whose range is wider."
-        if dtype == "float16"
-        else "a weight may be NaN or infinite: phireg convert counts such values."
-    )
-    problem = Problem(
-        place_text(error.place),
-        f"its output is not finite in {dtype} ({who}, a prompt of {error.tokens} tokens, position "
-        f"{error.position}): nothing can be compared from here on",
-        hint,
-        *error.place,
-    )
-    return Outcome("the values are not finite", [problem], [])
 
 
 def _logits_problems(result: LogitsResult) -> Iterator[Problem]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -32,15 +32,13 @@ from phireg.tensorrt.runtime import engine_device, prompt_logits
 from phireg.tensorrt.session import Session
 from phireg.verification import networks
 from phireg.verification.logits import (
-    Prompts,
     ReferenceNotFiniteError,
     check_reference,
-    choose_prompts,
     overall,
-    prompt_ids,
     token_errors,
 )
 from phireg.verification.networks import PlaceError, compare_network
+from phireg.verification.prompts import Prompts, choose_prompts, prompt_ids
 from phireg.verification.result import (
     ENGINE_CHECKS,
     Outcome,
@@ -50,7 +48,6 @@ from phireg.verification.result import (
     Verification,
     error_text,
     make_check,
-    place_text,
 )
 
 _MEMORY_SHARE = 0.6
@@ -144,15 +141,11 @@ def _compared(make: Callable[[], Outcome]) -> Outcome:
     try:
         return make()
     except ReferenceNotFiniteError as error:
-        problem = Problem(
-            place_text(error.place),
-            f"the executor's own output is not finite (a prompt of {error.tokens} tokens, position "
-            f"{error.position}): nothing can be compared from here on",
+        return error.outcome(
+            "the executor's own output",
             "a weight may be NaN or infinite, or float16 too narrow: phireg convert --dtype "
             "bfloat16, or phireg verify of the checkpoint, which says more.",
-            *error.place,
         )
-        return Outcome("the values are not finite", [problem], [])
 
 
 class _Verifier:
@@ -251,7 +244,7 @@ class _Verifier:
         return Outcome(
             f"prompts of {', '.join(map(str, self.lengths))} tokens and {networks.STEPS} more, in "
             f"{' and '.join(dtypes)}; relative error {' and '.join(largest)}",
-            list(_network_problems(errors)),
+            [result.problem(dtype) for dtype, result in errors if result.wrong],
             [
                 "this is what TensorRT was told to compute, not what its kernels compute",
                 *self.prompts.notes,
@@ -385,19 +378,6 @@ def _float32_bytes(spec: ModelSpec) -> int:
     """Return the memory of the constants of all ranks' networks in float32."""
     stored = rank_tensors(spec).values()
     return sum(math.prod(shape) * max(4, ITEMSIZE[code]) for code, shape in stored) * spec.tp_size
-
-
-def _network_problems(errors: Sequence[tuple[str, PlaceError]]) -> Iterator[Problem]:
-    for dtype, result in errors:
-        if result.wrong:
-            phase = "the steps behind it" if result.steps else "the prompt"
-            yield Problem(
-                place_text(result.place),
-                f"in {dtype}, with {result.prompt} tokens, {phase}: off by "
-                f"{error_text(result.error)}; rounding explains {error_text(result.allowed)}",
-                "this is a defect in phireg's network; report it with the checkpoint's config.json",
-                *result.place,
-            )
 
 
 def _record(engine: NativeEngine, verification: Verification) -> None:

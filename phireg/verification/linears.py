@@ -24,12 +24,20 @@ from phireg.reader.modules import Module
 from phireg.reader.schemes import LINEARS
 from phireg.reader.tensors import layer_prefix
 from phireg.source.model import Reader
-from phireg.verification.mistakes import Heads, named_mistake
-from phireg.verification.result import Problem, place_of
-
-_ALIKE = 0.35
-"""Relative error of a weight of four bits, and less of eight, that is the source's; of another
-one it is 1.4."""
+from phireg.verification.grids import (
+    ALIKE,
+    explaining_factors,
+    fit,
+    has_exchanged_nibbles,
+    is_alike,
+    is_scaled,
+    relative_error,
+    scale_of,
+    steps,
+    stored_values,
+)
+from phireg.verification.orders import Heads, named_mistake
+from phireg.verification.result import Problem, own_place, place_of
 
 _FOLDED = 0.1
 """Inferred factors of sound weights that nothing was folded into differ from 1 by a third of it."""
@@ -40,10 +48,15 @@ _SEARCHED = 4.0
 
 @dataclass(slots=True)
 class Comparison:
-    """What was found in all linears."""
+    """The two sides, and what was found in all linears.
 
+    ``norms`` has what norms were multiplied by, by the blueprint's names.
+    """
+
+    plan: Plan
+    source: DirectorySource
+    norms: Mapping[str, Tensor]
     problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     compared: int = 0
     searched: int = 0  # modules whose values are farther than a step, evenly
     folded: int = 0  # linears whose rows have factors of smoothing
@@ -58,57 +71,46 @@ def compare_linears(
     norms: Mapping[str, Tensor],
     names: Sequence[str],
 ) -> Comparison:
-    """Compare linears of layers (``names``, whole), and lm_head if it is among them.
-
-    ``norms`` has what norms were multiplied by, by the blueprint's names.
-    """
-    result = Comparison()
+    """Compare linears of layers (``names``, whole), and lm_head if it is among them."""
+    result = Comparison(plan, source, norms)
     outputs = {o.name: o for o in plan.outputs if o.name.endswith(".weight")}
     with plan.source.open() as reader:
         if "lm_head" in names:
             head = source.directory.head()
             assert head is not None
             rows = _rows(plan, outputs["lm_head.weight"], reader)
-            _Linear(result, source, plan, "lm_head", (head,), None).compare(rows)
+            _Linear(result, "lm_head", (head,), None).compare(rows)
         for layer in range(source.directory.spec.num_layers):
             present = [n for n in LINEARS if layer_prefix(layer) + n in names]
             if present:
-                _Layer(result, source, plan, norms, layer).compare(present, outputs, reader)
+                _Layer(result, layer).compare(present, outputs, reader)
     for module, stored, factor in result.wrong_scales:
-        result.problems.append(_scale_problem(result, source, module, stored, factor))
+        result.problems.append(_scale_problem(result, module, stored, factor))
     return result
 
 
 class _Layer:
     """The linears of one layer, whose rows and columns may have factors that cancel."""
 
-    def __init__(
-        self,
-        result: Comparison,
-        source: DirectorySource,
-        plan: Plan,
-        norms: Mapping[str, Tensor],
-        layer: int,
-    ) -> None:
+    def __init__(self, result: Comparison, layer: int) -> None:
         self.result = result
-        self.source = source
-        self.plan = plan
-        self.norms = norms
         self.layer = layer
-        self.directory = source.directory
+        self.directory = result.source.directory
 
     def compare(self, names: Sequence[str], outputs: Mapping[str, Output], reader: Reader) -> None:
         prefix = layer_prefix(self.layer)
         for name in ("attention.qkv", "mlp.fc"):
-            if name in names and (norm := self._norm_name(name)) in self.norms:
+            if name in names and (norm := self._norm_name(name)) in self.result.norms:
                 (modules, *_) = self.directory.linear(self.layer, name)
-                rows = _rows(self.plan, outputs[f"{prefix}{name}.weight"], reader)
+                rows = _rows(self.result.plan, outputs[f"{prefix}{name}.weight"], reader)
                 linear = self._linear(name, modules, None)
-                if not linear.is_divided_by(self.norms[norm], rows[0] if rows.ndim == 3 else rows):
+                if not linear.is_divided_by(
+                    self.result.norms[norm], rows[0] if rows.ndim == 3 else rows
+                ):
                     self.result.unfolded.add(norm)
         for first, second in (("attention.qkv", "attention.dense"), ("mlp.fc", "mlp.proj")):
             rows = {
-                name: _rows(self.plan, outputs[f"{prefix}{name}.weight"], reader)
+                name: _rows(self.result.plan, outputs[f"{prefix}{name}.weight"], reader)
                 for name in (first, second)
                 if name in names
             }
@@ -130,7 +132,7 @@ class _Layer:
 
     def _linear(self, name: str, modules: tuple[Module, ...], norm: Tensor | None) -> _Linear:
         whole = layer_prefix(self.layer) + name
-        return _Linear(self.result, self.source, self.plan, whole, modules, norm)
+        return _Linear(self.result, whole, modules, norm)
 
     def _norm_name(self, name: str) -> str:
         """Return the norm that feeds a linear."""
@@ -141,7 +143,7 @@ class _Layer:
     def _norm(self, name: str) -> Tensor | None:
         fed = name in ("attention.qkv", "mlp.fc")
         norm = self._norm_name(name)
-        return self.norms.get(norm) if fed and norm not in self.result.unfolded else None
+        return self.result.norms.get(norm) if fed and norm not in self.result.unfolded else None
 
     def _carried(
         self, first: _Linear, second: _Linear, rows: Mapping[str, Tensor], name: str
@@ -173,43 +175,37 @@ class _Linear:
     """One linear of the blueprint (of one expert) and its modules."""
 
     def __init__(
-        self,
-        result: Comparison,
-        source: DirectorySource,
-        plan: Plan,
-        name: str,
-        modules: tuple[Module, ...],
-        norm: Tensor | None,
+        self, result: Comparison, name: str, modules: tuple[Module, ...], norm: Tensor | None
     ) -> None:
         self.result = result
-        self.plan = plan
         self.name = name
         self.modules = modules
         self.norm = norm
+        source = result.source
         linear = name.partition(".layers.")[2].partition(".")[2]
         self.order = source.directory.order(linear) if linear else "plain"
         parts = [source.read(module) for module in modules]
         self.parts = ordered(source.directory, linear, parts) if linear else parts
-        self.code = WEIGHT_DTYPES[plan.options.dtype]
+        self.code = WEIGHT_DTYPES[result.plan.options.dtype]
 
     def inferred_columns(self, rows: Tensor) -> Tensor | None:
         """Return what each column is multiplied by after its stored smoothing, by least squares."""
         (part, *more) = self.parts
         if more:
             return None
-        factors = _fit(_values(part), rows, 0)
+        factors = fit(stored_values(part), rows, 0)
         return factors if part.smoothing is None else factors * part.smoothing.float()
 
     def is_divided_by(self, norm: Tensor, rows: Tensor) -> bool:
         """Return whether the weight is nearer to the source's without a norm's factors."""
-        values = torch.cat([_values(part) for part in self.parts])
+        values = torch.cat([stored_values(part) for part in self.parts])
         expected = self._expected(rows, self.parts[0])
-        return _relative(values, expected / norm) <= _relative(values, expected)
+        return relative_error(values, expected / norm) <= relative_error(values, expected)
 
     def inferred_rows(self, rows: Tensor) -> Tensor:
         """Return what each row is multiplied by."""
-        values = torch.cat([_values(part) for part in self.parts])
-        return _fit(values, self._expected(rows, self.parts[0]), 1)
+        values = torch.cat([stored_values(part) for part in self.parts])
+        return fit(values, self._expected(rows, self.parts[0]), 1)
 
     def compare(
         self,
@@ -230,15 +226,15 @@ class _Linear:
             if row_factors is not None:
                 expected = expected * row_factors[at, None]
             inferred = row_factors is not None or column_factors is not None
-            values = _values(part)
+            values = stored_values(part)
             whole.append((values, expected))
             self.result.compared += 1
             slack = _FOLDED / 3 if inferred else 4 * UNIT_ROUNDOFF[self.code]
             distance = (values - expected).abs()
-            step = _steps(part, module, expected)
+            step = steps(part, module, expected)
             off = ~(distance <= step + slack * expected.abs() + 1e-30)
             self._look_at_scale(module, part, expected)
-            scaled = not inferred and _is_scaled(module, values, expected)
+            scaled = not inferred and is_scaled(module, values, expected)
             if (off.any() or scaled) and not self._is_searched(
                 module, part, values, expected, step
             ):
@@ -265,8 +261,8 @@ class _Linear:
             return False
         within = ((values - expected).abs() <= _SEARCHED * step).all()
         error = (values - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-30)
-        even = bool(within) and bool((error <= _ALIKE).all())
-        even = even and _explaining(values, expected) is None
+        even = bool(within) and bool((error <= ALIKE).all())
+        even = even and explaining_factors(values, expected) is None
         self.result.searched += even
         return even
 
@@ -283,7 +279,7 @@ class _Linear:
     ) -> Iterator[Problem]:
         values, expected = (torch.cat(list(side)) for side in zip(*whole, strict=True))
         mistake = named_mistake(
-            self.name, [expected.numpy()], [values.numpy()], Heads.of(self.plan), _alike
+            self.name, [expected.numpy()], [values.numpy()], Heads.of(self.result.plan), is_alike
         )
         if mistake is not None:
             names = ", ".join(f"{module.name}.weight" for module in self.modules)
@@ -298,14 +294,13 @@ class _Linear:
     def _of_module(
         self, module: Module, part: Stored, values: Tensor, expected: Tensor, off: Tensor
     ) -> Iterator[Problem]:
-        place = place_of(self.name)
-        if _exchanged_nibbles(module, part, expected):
+        if has_exchanged_nibbles(module, part, expected):
             text = "the four-bit values of each pair lie in the other order"
-            yield Problem(f"{module.name}.{_weight_name(module)}", text, None, *place)
+            yield self._problem(module, _weight_name(module), text)
             return
-        factors = _explaining(values, expected)
+        factors = explaining_factors(values, expected)
         if factors is not None and factors.dim() == 1:
-            self.result.wrong_scales.append((module, _scale_of(part), float(factors)))
+            self.result.wrong_scales.append((module, scale_of(part), float(factors)))
             return
         if factors is not None:
             what, name, text = (
@@ -326,7 +321,7 @@ class _Linear:
             smoothing = part.smoothing
             forgotten = what == "inputs" and (smoothing is None or bool((smoothing == 1).all()))
             hint = "the factors of smoothing were forgotten" if forgotten else None
-            yield Problem(f"{module.name}.{name}", text, hint, *place)
+            yield self._problem(module, name, text, hint)
             return
         if not off.any():
             return
@@ -336,12 +331,13 @@ class _Linear:
             f"the source, first at row {row}, column {column}: {float(values[row, column]):.5g} "
             f"instead of {float(expected[row, column]):.5g}"
         )
-        yield Problem(f"{module.name}.{_weight_name(module)}", text, None, *place)
+        yield self._problem(module, _weight_name(module), text)
+
+    def _problem(self, module: Module, part: str, text: str, hint: str | None = None) -> Problem:
+        return Problem(f"{module.name}.{part}", text, hint, *place_of(self.name))
 
 
-def _scale_problem(
-    result: Comparison, source: DirectorySource, module: Module, stored: Tensor, factor: float
-) -> Problem:
+def _scale_problem(result: Comparison, module: Module, stored: Tensor, factor: float) -> Problem:
     """Say whose scale a wrong one of a whole tensor is, if it is another module's."""
     text = f"is {factor:.5g} times what the source's largest value gives"
     largest = result.expected_scales
@@ -350,119 +346,13 @@ def _scale_problem(
         if stored.numel() == 1 and abs(float(stored / others) - 1) < 0.01:
             text += f": it is that of {name}"
             break
-    index = int(module.name.split(".")[2]) if ".layers." in module.name else None
-    part = None
-    if index is not None:
-        part = "attention" if ".self_attn." in module.name else "mlp"
-    return Problem(f"{module.name}.weight_scale", text, None, index, part or "lm_head")
+    return Problem(f"{module.name}.weight_scale", text, None, *own_place(module.name))
 
 
 def _rows(plan: Plan, output: Output, reader: Reader) -> Tensor:
     """Return the source's rows of an output, float32 [rows, columns], of experts with theirs."""
     bits = assemble(plan, output, reader)
     return as_torch(np.ascontiguousarray(bits), output.dtype).float().reshape(output.shape)
-
-
-def _values(part: Stored) -> Tensor:
-    weight = part.weight
-    return weight.values(torch.float32) if isinstance(weight, Levels) else weight.float()
-
-
-def _steps(part: Stored, module: Module, expected: Tensor) -> Tensor:
-    """Return the step of the grid at every value."""
-    if module.storage is None:
-        return torch.zeros(())
-    if not isinstance(part.weight, Levels):  # int4 products that were rounded to e4m3
-        groups = part.weight.abs().unflatten(-1, (-1, module.storage.form.group_size or 1))
-        return (groups.amax(-1) / 5).repeat_interleave(groups.shape[-1], dim=-1)
-    levels = part.weight
-    scale = torch.ones(())
-    if levels.group_scale is not None:
-        size = expected.shape[-1] // levels.group_scale.shape[-1]
-        scale = levels.group_scale.float().repeat_interleave(size, dim=-1)
-    if levels.scale is not None:
-        scale = scale * levels.scale[..., None]
-    if levels.grid in ("int8", "int4"):
-        return scale.expand_as(expected)
-    levels_apart = (expected / scale).abs()
-    if levels.grid == "e2m1":
-        gaps = torch.where(levels_apart < 2, 0.5, torch.where(levels_apart < 4, 1.0, 2.0))
-        return gaps * scale
-    return torch.exp2(levels_apart.clamp_min(2.0**-6).log2().floor() - 3) * scale
-
-
-def _fit(values: Tensor, expected: Tensor, dim: int) -> Tensor:
-    """Return the factor of each column (0) or row (1) that makes ``expected`` nearest."""
-    power = expected.square().sum(dim)
-    return torch.where(power > 0, (values * expected).sum(dim) / power.clamp_min(1e-30), 1.0)
-
-
-def _explaining(values: Tensor, expected: Tensor) -> Tensor | None:
-    """Return factors of all, of rows [n, 1] or of columns [1, n] that explain a difference.
-
-    They leave much less of it than none do.
-    """
-    least, best = 0.9 * _relative(values, expected), None
-    for factors in (
-        _whole_fit(values, expected).reshape(1),
-        _fit(values, expected, 1)[:, None],
-        _fit(values, expected, 0)[None],
-    ):
-        left = _relative(values, factors * expected)
-        if left < min(least, _ALIKE / 2):
-            least, best = 0.9 * left, factors
-    return best
-
-
-def _is_scaled(module: Module, values: Tensor, expected: Tensor) -> bool:
-    """Return whether scales of eight-bit weights are off by less than a step."""
-    storage = module.storage
-    if storage is None or storage.form.weight not in ("e4m3", "int8"):
-        return False
-    if storage.form.per == "tensor":
-        return bool((_whole_fit(values, expected) - 1).abs() > 0.005)
-    return bool(((_fit(values, expected, 1) - 1).abs() > 0.02).any())
-
-
-def _whole_fit(values: Tensor, expected: Tensor) -> Tensor:
-    return (values * expected).sum() / expected.square().sum().clamp_min(1e-30)
-
-
-def _scale_of(part: Stored) -> Tensor:
-    scale = part.weight.scale if isinstance(part.weight, Levels) else None
-    return torch.ones(1) if scale is None else scale
-
-
-def _relative(values: Tensor, expected: Tensor) -> float:
-    return float((values - expected).norm() / expected.norm().clamp_min(1e-30))
-
-
-def _alike(stored: np.ndarray, expected: np.ndarray) -> bool:
-    error = np.linalg.norm(stored - expected) / max(float(np.linalg.norm(expected)), 1e-30)
-    return bool(error < _ALIKE)
-
-
-def _exchanged_nibbles(module: Module, part: Stored, expected: Tensor) -> bool:
-    """Return whether exchanging the four-bit values of each pair gives the source's."""
-    storage, weight = module.storage, part.weight
-    if storage is None or storage.packing is None or not isinstance(weight, Levels):
-        return False
-    levels = weight.levels.view(torch.uint8)
-    if storage.packing == "rows":
-        swapped = levels.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    elif levels.shape[1] % 8 == 0:
-        size = 2 if storage.packing == "columns" else 8 if storage.form.weight == "int4" else 4
-        orders = [levels.unflatten(1, (-1, size)).flip(2).flatten(1)]
-        orders.append(levels.unflatten(1, (-1, 2)).flip(2).flatten(1))
-        return any(_swapped_alike(weight, order, expected) for order in orders)
-    else:
-        return False
-    return _swapped_alike(weight, swapped, expected)
-
-
-def _swapped_alike(weight: Levels, levels: Tensor, expected: Tensor) -> bool:
-    other = Levels(weight.grid, levels.view(weight.levels.dtype), weight.scale, weight.group_scale)
-    return _relative(other.values(torch.float32), expected) < _ALIKE
 
 
 def _weight_name(module: Module) -> str:

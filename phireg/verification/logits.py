@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from phireg.executor import Executor, ModelSpec, blocks
+from phireg.executor import Executor, blocks
 from phireg.executor.attention import prompt_attention
 from phireg.executor.blocks import Attend, Weights
 from phireg.executor.model import ObserveInputs
 from phireg.reader.schemes import Quantization
 from phireg.reference.load import Reference
-from phireg.verification.result import LogitsResult, Place, PromptResult
+from phireg.verification.prompts import Prompt, Prompts, prompt_ids
+from phireg.verification.result import (
+    LogitsResult,
+    Outcome,
+    Place,
+    Problem,
+    PromptResult,
+    place_text,
+)
 
 _ROWS = 256
 
@@ -55,18 +62,6 @@ QUANTIZED_KL = 1.0
 FOUR_BITS_KL = 2.0
 """The same where weights have four bits; sound ones have shown up to 1.13 (NVFP4, a demo model)."""
 
-CPU_BUDGET = 2e13
-"""Multiply-adds a logits check may take on a CPU: some minutes on a few cores."""
-
-GPU_BUDGET = 4e16
-"""The same on a GPU."""
-
-_PASSES = 4
-"""Forward passes over a prompt: the reference, the executor on its own, and its two halves of every
-layer on the reference's states."""
-
-_SHORT = 48
-
 
 class ReferenceNotFiniteError(Exception):
     """The model to compare with gives NaN or infinite values, so that there is no verdict."""
@@ -75,93 +70,21 @@ class ReferenceNotFiniteError(Exception):
         super().__init__(place, position, tokens)
         self.place, self.position, self.tokens = place, position, tokens
 
+    def outcome(self, what: str, hint: str) -> Outcome:
+        """Return what a check found that meets such values."""
+        text = (
+            f"{what} is not finite (a prompt of {self.tokens} tokens, position {self.position}): "
+            "nothing can be compared from here on"
+        )
+        problem = Problem(place_text(self.place), text, hint, *self.place)
+        return Outcome("the values are not finite", [problem], [])
+
 
 def check_reference(place: Place, values: Tensor) -> None:
     """Refuse the output [1, tokens, ...] of a part of the reference that is not finite."""
     wrong = ~values.flatten(0, -2).isfinite().all(dim=-1)
     if bool(wrong.any()):
         raise ReferenceNotFiniteError(place, int(wrong.nonzero()[0]), len(wrong))
-
-
-# Prompts
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt length, and its purpose."""
-
-    tokens: int
-    purpose: str
-
-
-@dataclass(frozen=True, slots=True)
-class Prompts:
-    """The prompt lengths of a check."""
-
-    prompts: tuple[Prompt, ...]  # by length
-    thresholds: tuple[tuple[int, str], ...]  # tokens above which the behavior changes; the change
-    notes: tuple[str, ...] = ()  # on lengths that the user left out
-    undone: tuple[str, ...] = ()  # lengths beyond the budget
-
-
-def choose_prompts(spec: ModelSpec, most: int | None, *, gpu: bool) -> Prompts:
-    """Choose prompts long enough to cross every length at which the model's behavior changes.
-
-    One short prompt, and for each threshold one just behind it: far enough for block-sparse layers
-    to drop blocks and keep stripes. With long rope also the longest prompt that still takes the
-    short factors.
-    """
-    limit = spec.max_position_embeddings - 1
-    candidates = [Prompt(min(_SHORT, limit), "short")]
-    thresholds = []
-    if (sparse := spec.sparse) is not None:
-        window = sparse.block_size * sparse.num_local_blocks
-        stripes = window + (sparse.vertical_stride + 1) * sparse.block_size + 3
-        if window < limit:
-            thresholds.append((window, "block-sparse layers drop blocks"))
-            candidates.append(Prompt(min(stripes, limit), f"past {window}: block-sparse"))
-    original = spec.rope.original
-    if spec.rope.short is not None and original < limit:
-        thresholds.append((original, "long rope takes the long factors"))
-        candidates.append(Prompt(original, f"{original}: last with short factors"))
-        beyond = min(original + 5, limit)
-        candidates.append(Prompt(beyond, f"past {original}: long factors"))
-    if (sliding := spec.sliding_window) is not None and sliding < limit:
-        thresholds.append((sliding, "the sliding window hides tokens"))
-        candidates.append(Prompt(min(sliding + 5, limit), f"past {sliding}: sliding window"))
-    budget = GPU_BUDGET if gpu else CPU_BUDGET
-    allowed = int(budget / (_PASSES * _weights(spec))) if most is None else most
-    reason = f"the budget of {budget:.0e} multiply-adds" if most is None else "--max-input-len"
-    chosen = {p.tokens: p for p in reversed(candidates) if p.tokens <= allowed}
-    absent = tuple(
-        f"not run, because {reason} allows {allowed} tokens: {p.tokens} tokens ({p.purpose})"
-        for p in candidates
-        if p.tokens > allowed
-    )
-    if absent and allowed not in chosen:
-        chosen[allowed] = Prompt(allowed, "as long as allowed")
-    ordered = tuple(prompt for _, prompt in sorted(chosen.items()))
-    notes, undone = (absent, ()) if most is not None else ((), absent)
-    return Prompts(ordered, tuple(sorted(thresholds)), notes, undone)
-
-
-def _weights(spec: ModelSpec) -> int:
-    """Return the number of multiply-adds for each token, without attention's scores."""
-    hidden, size = spec.hidden_size, spec.head_size
-    attention = 2 * hidden * size * (spec.num_heads + spec.num_kv_heads)
-    mlp = (2 if spec.activation == "gelu_tanh" else 3) * hidden * spec.intermediate_size
-    return spec.num_layers * (attention + mlp) + spec.vocab_size * hidden
-
-
-def prompt_ids(vocab_size: int, tokens: int) -> Tensor:
-    """Return token ids, int64 [1, tokens]: the vocabulary in a fixed random order, over and over.
-
-    A prompt then uses as many rows of the embedding as it has tokens.
-    """
-    generator = torch.Generator().manual_seed(tokens)
-    rounds = -(-tokens // vocab_size)
-    order = [torch.randperm(vocab_size, generator=generator) for _ in range(rounds)]
-    return torch.cat(order)[None, :tokens]
 
 
 # The comparison
@@ -195,6 +118,9 @@ def compare_logits(
         hidden = list(map(max, hidden, comparer.own_errors))
         results.append(_prompt_result(actual[:, seen], expected[:, seen], prompt, slack))
     inside: list[Place] = [(n, p) for n in range(spec.num_layers) for p in ("attention", "mlp")]
+    four_bits = spec.quantization.bits == 4
+    tolerance = FOUR_BITS_TOLERANCE if four_bits else QUANTIZED_TOLERANCE
+    kl = FOUR_BITS_KL if four_bits else QUANTIZED_KL
     places = [(None, "embedding"), *inside, (None, "final norm"), (None, "lm_head")]
     return LogitsResult(
         tuple(results),
@@ -207,17 +133,9 @@ def compare_logits(
         str(executor.device),
         str(executor.dtype).removeprefix("torch."),
         quantized,
-        max(_quantized_tolerance(spec), TOLERANCES[executor.dtype]) if quantized else None,
-        _quantized_kl(spec) if quantized else None,
+        max(tolerance, TOLERANCES[executor.dtype]) if quantized else None,
+        kl if quantized else None,
     )
-
-
-def _quantized_tolerance(spec: ModelSpec) -> float:
-    return FOUR_BITS_TOLERANCE if spec.quantization.bits == 4 else QUANTIZED_TOLERANCE
-
-
-def _quantized_kl(spec: ModelSpec) -> float:
-    return FOUR_BITS_KL if spec.quantization.bits == 4 else QUANTIZED_KL
 
 
 def _prompt_result(actual: Tensor, expected: Tensor, prompt: Prompt, slack: float) -> PromptResult:

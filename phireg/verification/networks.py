@@ -27,7 +27,7 @@ from phireg.verification.logits import (
     quantized_parts,
     token_errors,
 )
-from phireg.verification.result import Place
+from phireg.verification.result import Place, Problem, error_text, place_text
 
 STEPS = 8
 """Tokens that follow each prompt one by one, through the caches."""
@@ -63,6 +63,17 @@ class PlaceError:
     def wrong(self) -> bool:
         """The error is larger than rounding explains."""
         return not self.error <= self.allowed
+
+    def problem(self, dtype: str) -> Problem:
+        """Return the problem that it is in a network of that dtype."""
+        phase = "the steps behind it" if self.steps else "the prompt"
+        return Problem(
+            place_text(self.place),
+            f"in {dtype}, with {self.prompt} tokens, {phase}: off by {error_text(self.error)}; "
+            f"rounding explains {error_text(self.allowed)}",
+            "this is a defect in phireg's network; report it with the checkpoint's config.json",
+            *self.place,
+        )
 
 
 @dataclass(frozen=True, slots=True)

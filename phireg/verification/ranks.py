@@ -16,9 +16,9 @@ from phireg.verification.logits import (
     check_reference,
     logits_tolerance,
     overall,
-    prompt_ids,
     token_errors,
 )
+from phireg.verification.prompts import prompt_ids
 from phireg.verification.result import Place
 
 _OF_EXPERTS = tuple(

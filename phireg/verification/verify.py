@@ -24,7 +24,8 @@ from phireg.registry import AUTO
 from phireg.source.readings import Readings
 from phireg.verification.comparison import compare, is_comparable
 from phireg.verification.config import compare_configs
-from phireg.verification.mistakes import REGROUP, explain, explain_quantized, regroup_hint
+from phireg.verification.mistakes import explain, explain_quantized, regroup_hint
+from phireg.verification.orders import REGROUP
 from phireg.verification.quantized import (
     LinearComparison,
     activation_problems,

@@ -16,12 +16,11 @@ from phireg.executor import attention as attend
 from phireg.reader.spec import read_spec
 from phireg.report.verification import render_verification as render
 from phireg.verification.logits import (
-    choose_prompts,
     divergences,
-    prompt_ids,
     token_errors,
     top1,
 )
+from phireg.verification.prompts import choose_prompts, prompt_ids
 from phireg.verification.ranks import merge
 from phireg.verification.result import CHECKS, QUICK
 
@@ -260,7 +259,7 @@ def test_a_length_beyond_the_budget_leaves_the_check_incomplete(monkeypatch):
     asked = phireg.verify(*pair, checks=("logits",), max_tokens=50)
     assert asked.check("logits").verdict == "passed" and asked.check("logits").notes
     assert asked.passed and "logits" in asked.unasked
-    monkeypatch.setattr("phireg.verification.logits.CPU_BUDGET", 2e7)
+    monkeypatch.setattr("phireg.verification.prompts.CPU_BUDGET", 2e7)
     verification = phireg.verify(*pair, checks=("logits",), device="cpu")
     assert verification.check("logits").verdict == "incomplete"
     assert "57 tokens" in "\n".join(verification.check("logits").undone)

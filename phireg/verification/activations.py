@@ -1,0 +1,117 @@
+"""Observe the inputs of quantized linears and caches, against what their scales cover."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from phireg.dtypes import E4M3_MAX, INT8_MAX
+from phireg.executor import Executor, blocks
+from phireg.executor.directories import DirectorySource
+from phireg.executor.sources import Source
+from phireg.formats import LARGEST
+from phireg.reader.tensors import layer_prefix
+from phireg.verification.ranks import merge
+from phireg.verification.result import Problem
+
+_MOST_RANGE, _LEAST_RANGE = 2.0, 1 / 16
+"""Inputs differ from those of the calibration, so only ranges far from it are noted."""
+
+_LARGEST = {"fp8": E4M3_MAX, "int8_sq": INT8_MAX}
+
+
+class ActivationRanges:
+    """Observes the inputs of quantized linears."""
+
+    def __init__(self, executor: Executor, sources: Sequence[Source]) -> None:
+        self.spec = executor.spec
+        self.executor = executor
+        self.sources = sources
+        self.used: dict[tuple[int, str], float] = {}
+        self.cached: dict[int, tuple[float, float]] = {}  # largest key and value by layer
+
+    def observe(self, layer: int, linear: str, x: Tensor) -> None:
+        """Take a linear's input, before smoothing; see ``Executor.forward``."""
+        scheme = self.spec.quantization.weights
+        (source, *_) = self.sources
+        if isinstance(source, DirectorySource):
+            self._observe_directory(source, layer, linear, x)
+            if linear == "attention.qkv" and self.spec.quantization.kv_cache is not None:
+                self._observe_cache(layer, x)
+            return
+        if scheme not in _LARGEST:
+            return
+        if scheme == "int8_sq":
+            x = x.float() * self._read(layer, f"{linear}.prequant_scaling_factor").to(x.device)
+        scale = float(self._read(layer, f"{linear}.activation_scaling_factor"))
+        used = float(x.abs().amax()) / (scale * _LARGEST[scheme])
+        self.used[layer, linear] = max(used, self.used.get((layer, linear), 0.0))
+
+    def notes(self) -> Iterator[str]:
+        """Yield notes on inputs that are cut off, or that use next to nothing of the range."""
+        beyond = {place: used for place, used in self.used.items() if used > _MOST_RANGE}
+        below = {place: used for place, used in self.used.items() if used < _LEAST_RANGE}
+        for linears, pick, text in (
+            (beyond, max, "are cut off: they reach {:.2g} times what its activation scale covers"),
+            (below, min, "reach only {:.2g} of what its activation scale covers"),
+        ):
+            if linears:
+                layer, linear = pick(linears, key=lambda place: linears[place])
+                more = f", and {len(linears) - 1} more linears" if len(linears) > 1 else ""
+                text = text.format(linears[layer, linear])
+                yield f"inputs of layer {layer} {linear} {text}{more}"
+
+    def _observe_directory(
+        self, source: DirectorySource, layer: int, linear: str, x: Tensor
+    ) -> None:
+        """Take the inputs of a directory's linears, which have calibrated scales or none."""
+        for same in zip(*source.stored(layer, linear), strict=True):
+            scales = [part.scale for part in same if part.scale is not None]
+            (part, *_) = same
+            if part.inputs is None or not scales:
+                continue
+            smoothed = x.float() if part.smoothing is None else x * part.smoothing.float().to(x)
+            largest = LARGEST[part.inputs.grid]
+            if part.inputs.scale == "group":
+                largest *= LARGEST["e4m3"]
+            # An expert's own inputs are not told apart here: none exceeds the widest range.
+            used = float(smoothed.abs().amax()) / (max(map(float, scales)) * largest)
+            self.used[layer, linear] = max(used, self.used.get((layer, linear), 0.0))
+
+    def _observe_cache(self, layer: int, x: Tensor) -> None:
+        spec, size = self.spec, self.spec.head_size
+        (weights,) = self.executor.layer_weights(layer)
+        parts = blocks.linear(weights, "attention.qkv", x).split(
+            [heads * size for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)], -1
+        )
+        before = self.cached.get(layer, (0.0, 0.0))
+        key, value = (float(part.abs().amax()) for part in parts[1:])
+        self.cached[layer] = max(before[0], key), max(before[1], value)
+
+    def exchanged(self) -> Iterator[Problem]:
+        """Yield layers whose scales of keys and values fit each other's range, not their own."""
+        (source, *_) = self.sources
+        if not isinstance(source, DirectorySource):
+            return
+        for layer, largest in self.cached.items():
+            names = source.directory.cache_scales(layer)
+            ends = [float(source.shards.tensor(names[what])) * E4M3_MAX for what in "kv"]
+            own, other = (
+                max(abs(math.log2(max(used, 1e-30) / end)) for used, end in pairs)
+                for pairs in (
+                    list(zip(largest, ends, strict=True)),
+                    list(zip(largest, reversed(ends), strict=True)),
+                )
+            )
+            if own > other + 1:
+                text = (
+                    f"covers keys up to {ends[0]:.4g} and values up to {ends[1]:.4g}; they reach "
+                    f"{largest[0]:.4g} and {largest[1]:.4g}: the two scales are exchanged"
+                )
+                yield Problem(names["k"], text, None, layer, "attention")
+
+    def _read(self, layer: int, name: str) -> Tensor:
+        whole = layer_prefix(layer) + name
+        return merge(self.spec, whole, [source(whole).float() for source in self.sources])
