@@ -18,7 +18,7 @@ from phireg.checkpoint.manifest import file_record, read_manifest
 from phireg.checkpoint.rankfiles import RankFiles
 from phireg.errors import EngineError
 from phireg.files.json import encode_object
-from phireg.files.kinds import BUILD_FILE, ENGINE, MANIFEST, tokenizer_files
+from phireg.files.kinds import BUILD_FILE, ENGINE, MANIFEST, file_sizes, tokenizer_files
 from phireg.files.output import OutputDirectory
 from phireg.files.writing import copy_file, new_log
 from phireg.tensorrt.engine import NativeEngine, read_native, write_config
@@ -44,19 +44,7 @@ class BuiltEngine:
 def build_engine(
     plan: EnginePlan, *, overwrite: bool = False, progress: Progress | None = None
 ) -> BuiltEngine:
-    """Carry out a plan. The engine appears under its name complete, or not at all.
-
-    Whatever ends this early, a signal included, ends the builder and its workers too.
-
-    Args:
-        plan: what to build.
-        overwrite: replace an existing engine once the new one is complete.
-        progress: called as the builder goes on.
-
-    Raises:
-        EngineError: the build failed.
-        OutputError: the output exists, or cannot be written.
-    """
+    """Carry out a plan; the arguments are :func:`phireg.build`'s."""
     started = time.monotonic()
     needed = plan.estimate.engine_bytes * plan.spec.tp_size
     output = OutputDirectory(
@@ -71,7 +59,7 @@ def build_engine(
         for file in tokenizer_files(plan.source):
             copy_file(file, directory)
         (directory / BUILD_FILE).write_bytes(encode_object(_manifest(plan, records)))
-        files = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
+        files = file_sizes(directory)
     seconds = time.monotonic() - started
     return BuiltEngine(read_native(plan.output_dir), files, tuple(records), plan.log, seconds)
 

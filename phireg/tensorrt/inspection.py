@@ -14,6 +14,7 @@ from phireg.checkpoint.manifest import file_digest
 from phireg.children import python_command, query
 from phireg.errors import PhiregError
 from phireg.files.json import read_json_object
+from phireg.files.kinds import file_sizes
 from phireg.tensorrt.engine import NativeEngine, read_native
 from phireg.tensorrt.package import Backend, load_engine, load_package
 from phireg.tensorrt.plan import here
@@ -46,11 +47,10 @@ class EngineInspection:
 def inspect_engine(directory: str | Path, *, check: bool = False) -> EngineInspection:
     """Read what a native engine holds; ``check`` compares its files' digests with the manifest."""
     engine = read_native(directory)
-    manifest = engine.manifest
-    sizes = {file.name: file.stat().st_size for file in sorted(engine.directory.iterdir())}
+    sizes = file_sizes(engine.directory)
     layers, unloaded = _layers(engine)
     problems = tuple(f"{name} {text}" for name, text in file_problems(engine, check=check))
-    return EngineInspection(engine, sizes, manifest, layers, unloaded, problems)
+    return EngineInspection(engine, sizes, engine.manifest, layers, unloaded, problems)
 
 
 def file_problems(engine: NativeEngine, *, check: bool) -> Iterator[tuple[str, str]]:

@@ -28,7 +28,7 @@ from phireg.tensorrt.requirements import (
     size_problems,
 )
 from phireg.trtllm.build import checked_checkpoint
-from phireg.trtllm.command import BuildOptions, check_lengths
+from phireg.trtllm.command import BuildOptions, check_lengths, check_ranks, check_stages
 
 _DEFAULT_BATCH = 8
 # Of one step: the mask of a dense layer takes chunk x capacity bytes per row, that of a
@@ -176,17 +176,8 @@ def _check_options(options: BuildOptions, spec: ModelSpec) -> None:
             f"{options.extra[0]}: arguments after '--' are trtllm-build's",
             hint="leave them out, or add --backend tensorrt-llm.",
         )
-    if options.pp_size not in (None, 1):
-        raise UsageError(
-            f"--pp-size {options.pp_size}: the checkpoint has 1 pipeline stage",
-            hint="Phi models have no pipeline stages; use --tp-size when converting.",
-        )
-    if options.tp_size not in (None, spec.tp_size):
-        raise UsageError(
-            f"--tp-size {options.tp_size}: the checkpoint is split for {spec.tp_size}",
-            hint="the number of ranks is decided when converting: phireg convert --tp-size "
-            f"{options.tp_size}.",
-        )
+    check_stages(options, 1)
+    check_ranks(options, spec.tp_size)
 
 
 def _limits(spec: ModelSpec, options: BuildOptions) -> Limits:

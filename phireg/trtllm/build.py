@@ -88,25 +88,7 @@ def plan_build(
     dtype: str = "auto",
     version: str | None = None,
 ) -> BuildPlan:
-    """Check a checkpoint and decide the builder's command.
-
-    Args:
-        source_dir: the checkpoint.
-        output_dir: where the engine will go.
-        options: what is asked for.
-        dummy_weights: plan an engine without weights: ``source_dir`` is then a model's directory,
-            of which config.json is read, and ``options.tp_size`` the number of ranks.
-        family: for ``dummy_weights``, as for :func:`phireg.plan`.
-        dtype: for ``dummy_weights``, as for :func:`phireg.plan`.
-        version: the TensorRT-LLM release to plan for; None is the installed one.
-
-    Raises:
-        SourceError: the directory is not a checkpoint.
-        CheckError: TensorRT-LLM's reader would reject it, or read it wrongly.
-        PlanError: the model's config has errors.
-        UsageError: the options contradict each other or the checkpoint.
-        EngineError: no builder is installed, or this release cannot build it.
-    """
+    """Check a checkpoint and decide the command; the arguments are :func:`phireg.plan_build`'s."""
     source, options = Path(source_dir), options or BuildOptions()
     config: Mapping[str, Any]
     if dummy_weights:
@@ -139,20 +121,7 @@ def checked_checkpoint(directory: Path) -> tuple[Mapping[str, Any], int]:
 
 
 def build(plan: BuildPlan, *, overwrite: bool = False, listen: Listener | None = None) -> Built:
-    """Carry out a plan. The engine appears under its name complete, or not at all.
-
-    Whatever ends this early, a signal included, ends the builder and its workers too.
-
-    Args:
-        plan: for the installed release.
-        overwrite: replace an existing engine once the new one is complete.
-        listen: called with each line of the builder's output.
-
-    Raises:
-        EngineError: the build failed.
-        OutputError: the output exists, or cannot be written.
-        SourceError: a tokenizer file of the source cannot be read.
-    """
+    """Carry out a plan; the arguments are :func:`phireg.build`'s."""
     if plan.builder is None:
         raise EngineError(f"the plan is for TensorRT-LLM {plan.version}, not the installed one")
     started = time.monotonic()

@@ -145,11 +145,7 @@ class _Translation:
         options = self.options
         mapping = self.config.get("mapping") or {}
         tp_size, pp_size = mapping.get("tp_size") or 1, mapping.get("pp_size") or 1
-        if options.pp_size not in (None, pp_size):
-            raise UsageError(
-                f"--pp-size {options.pp_size}: the checkpoint has {pp_size} pipeline stage",
-                hint="Phi models have no pipeline stages; use --tp-size when converting.",
-            )
+        check_stages(options, pp_size)
         split_until = self.architecture.split_until if self.architecture else None
         if split_until and self.release.first < Version(split_until):
             if weights and tp_size > 1:
@@ -164,12 +160,7 @@ class _Translation:
                 self.add("tp_size", ranks)
                 self.add("pp_size", 1)
             return ranks
-        if options.tp_size not in (None, tp_size):
-            raise UsageError(
-                f"--tp-size {options.tp_size}: the checkpoint is split for {tp_size}",
-                hint="the number of ranks is decided when converting: phireg convert --tp-size "
-                f"{options.tp_size}.",
-            )
+        check_ranks(options, tp_size)
         return int(tp_size)
 
     def plugin(self, name: str) -> None:
@@ -265,6 +256,25 @@ class _Translation:
                 f"{option} needs an FP8 checkpoint",
                 hint="phireg quantize --qformat fp8 makes one.",
             )
+
+
+def check_stages(options: BuildOptions, pp_size: int) -> None:
+    """Refuse another number of pipeline stages than the checkpoint's."""
+    if options.pp_size not in (None, pp_size):
+        raise UsageError(
+            f"--pp-size {options.pp_size}: the checkpoint has {pp_size} pipeline stage",
+            hint="Phi models have no pipeline stages; use --tp-size when converting.",
+        )
+
+
+def check_ranks(options: BuildOptions, tp_size: int) -> None:
+    """Refuse another number of ranks than the checkpoint's."""
+    if options.tp_size not in (None, tp_size):
+        raise UsageError(
+            f"--tp-size {options.tp_size}: the checkpoint is split for {tp_size}",
+            hint="the number of ranks is decided when converting: phireg convert --tp-size "
+            f"{options.tp_size}.",
+        )
 
 
 def total_length(options: BuildOptions) -> int | None:
