@@ -16,10 +16,10 @@ from phireg.cli import engines
 from phireg.cli.errors import interruptible, warn
 from phireg.cli.help import ENGINE, MODEL, OUTPUT, RANKS, RUNNING, Command, documented
 from phireg.cli.options import (
+    COUNT,
     Directory,
     Dtype,
-    FamilyName,
-    Whole,
+    PluginName,
     checkpoint_argument,
     json_option,
     output_dir_option,
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from phireg.trtllm.build import BuildPlan, Built
 
 _SWITCH = click.Choice(("enable", "disable"))
-_COUNT = Whole(1)
 _EXTRA = "phireg.build.extra"
 
 
@@ -84,16 +83,15 @@ _BACKENDS = ("auto", "tensorrt-llm", "tensorrt", "tensorrt-rtx")
     type=click.Choice(("embedded", "separate")),
     help="Without TensorRT-LLM: in the engine (the default), or fed to it when it runs.",
 )
-@ENGINE.option("--max-batch-size", type=_COUNT, metavar="N", help="Rows of a batch at most.")
-@ENGINE.option("--max-input-len", type=_COUNT, metavar="N", help="Tokens of a prompt at most.")
+@ENGINE.option("--max-batch-size", type=COUNT, help="Rows of a batch at most.")
+@ENGINE.option("--max-input-len", type=COUNT, help="Tokens of a prompt at most.")
 @ENGINE.option(
     *("--max-new-tokens", "max_output_len"),
     aliases=("--max-output-len",),
-    type=_COUNT,
-    metavar="N",
+    type=COUNT,
     help="New tokens at most.",
 )
-@ENGINE.option("--max-seq-len", type=_COUNT, metavar="N", help="Tokens of both together at most.")
+@ENGINE.option("--max-seq-len", type=COUNT, help="Tokens of both together at most.")
 @ENGINE.option(
     "--gemm-plugin",
     type=click.Choice(("auto", *WEIGHT_DTYPES, "fp8", "disable")),
@@ -107,21 +105,18 @@ _BACKENDS = ("auto", "tensorrt-llm", "tensorrt", "tensorrt-rtx")
 @ENGINE.option("--context-fmha", type=_SWITCH, help="Fused attention for prompts.")
 @ENGINE.option("--context-fmha-fp32-acc", type=_SWITCH, help="float32 accumulation in it.")
 @ENGINE.option("--use-fp8-context-fmha", type=_SWITCH, help="FP8 arithmetic in it.")
-@RUNNING.option("--workers", type=_COUNT, metavar="N", help="Ranks built side by side, a GPU each.")
-@RANKS.option("--tp-size", type=_COUNT, metavar="N", help="Ranks, with --dummy-weights.")
-@RANKS.option(
-    "--pp-size", type=_COUNT, metavar="N", help="Pipeline stages; only 1 is possible.", rare=True
-)
+@RUNNING.option("--workers", type=COUNT, help="Ranks built side by side, a GPU each.")
+@RANKS.option("--tp-size", type=COUNT, help="Ranks, with --dummy-weights.")
+@RANKS.option("--pp-size", type=COUNT, help="Pipeline stages; only 1 is possible.", rare=True)
 @MODEL.option(
     "--dummy-weights", is_flag=True, help="Build without weights, from a config.json alone."
 )
 @MODEL.option(
-    "--model-dir",
-    type=Directory(),
-    metavar="DIR",
-    help="With --dummy-weights: where the model's config.json is.",
+    "--model-dir", type=Directory(), help="With --dummy-weights: where the model's config.json is."
 )
-@MODEL.option("--family", type=FamilyName("auto"), help="With --dummy-weights: as for convert.")
+@MODEL.option(
+    "--family", type=PluginName("families", "auto"), help="With --dummy-weights: as for convert."
+)
 @MODEL.option("--dtype", type=Dtype("auto"), help="With --dummy-weights.")
 @overwrite_option("engine")
 @OUTPUT.option("--print-command", is_flag=True, help="Show what would run, and do not run it.")

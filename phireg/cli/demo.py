@@ -17,7 +17,7 @@ import phireg
 from phireg.cli import engines
 from phireg.cli.errors import stopped, warn
 from phireg.cli.help import ENGINE, OUTPUT, RANKS, TEXT, documented
-from phireg.cli.options import Directory, FamilyName, json_option, quiet_option
+from phireg.cli.options import Directory, PluginName, json_option, quiet_option
 from phireg.cli.output import counted, emit, emit_json, next_steps, printable, spinner
 from phireg.cli.streams import results
 from phireg.cli.verify import exit_code, show_verification, verification_document
@@ -40,11 +40,10 @@ _WIDTH = 80
     page="demo-models.md",
     waits="converting the demo model",
 )
-@click.argument("family", type=FamilyName(_ALL), default="phi3-small")
+@click.argument("family", type=PluginName("families", _ALL), default="phi3-small")
 @OUTPUT.option(
     "--output-dir",
     type=Directory(),
-    metavar="DIR",
     help="The checkpoint to make; with all, a directory of them.  [default: phireg-demo/FAMILY]",
 )
 @TEXT.option(

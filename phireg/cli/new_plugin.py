@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from phireg.cli.help import MODEL, OUTPUT, documented
-from phireg.cli.options import Directory, FamilyName, json_option
+from phireg.cli.options import Directory, PluginName, json_option
 from phireg.cli.output import columns, emit, emit_json, next_steps
 
 
@@ -23,10 +23,10 @@ from phireg.cli.output import columns, emit, emit_json, next_steps
     "base",
     required=True,
     metavar="FAMILY",
-    type=FamilyName(),
+    type=PluginName("families"),
     help="Installed family to derive from, or DISTRIBUTION:FAMILY.",
 )
-@OUTPUT.option("--directory", type=Directory(), metavar="DIR", help="To create.  [default: NAME]")
+@OUTPUT.option("--directory", type=Directory(), help="To create.  [default: NAME]")
 @json_option
 def command(name: str, base: str, directory: str | None, as_json: bool) -> None:
     """Write an installable package with a family of your own.

@@ -42,7 +42,7 @@ class Dtype(click.Choice[str]):
 class Directory(click.types.StringParamType):
     """A directory, checked by the command itself."""
 
-    name = "directory"
+    name = "dir"
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
@@ -57,40 +57,33 @@ class Whole(click.IntRange):
     def __init__(self, minimum: int | None = None) -> None:
         super().__init__(minimum, largest(""))
 
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """Return what stands for the number in help."""
+        return "N"
+
     def _describe_range(self) -> str:
         return "" if self.min is None else f"x>={self.min}"
 
 
-class FamilyName(click.types.StringParamType):
-    """The name of a family or one of the words ``besides``, checked by the registry."""
+COUNT = Whole(1)
+
+
+class PluginName(click.types.StringParamType):
+    """The name of a plugin of a ``kind``, or one of the words ``besides``."""
 
     name = "name"
 
-    def __init__(self, *besides: str) -> None:
+    def __init__(self, kind: str, *besides: str) -> None:
+        self.kind = kind
         self.besides = besides
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Complete the families that are installed."""
+        """Complete what is installed."""
         from phireg import registry
 
-        names = [*self.besides, *registry.index()]
-        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
-
-
-class TargetName(click.types.StringParamType):
-    """The name of a target, checked by the registry."""
-
-    name = "name"
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        """Complete the targets that are installed."""
-        from phireg import registry
-
-        names = registry.index(group=registry.TARGETS)
+        names = [*self.besides, *registry.index(group=f"phireg.{self.kind}")]
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
@@ -113,7 +106,7 @@ class QFormat(click.types.StringParamType):
     ``click.Choice`` would show hyphens, since option names are normalized so.
     """
 
-    name = "qformat"
+    name = "format"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the name with underscores."""
@@ -137,7 +130,7 @@ class QFormat(click.types.StringParamType):
 def _ranks(
     name: str, text: str, default: int | None = None, *, rare: bool = False
 ) -> Callable[[_Function], _Function]:
-    return RANKS.option(name, type=Whole(), default=default, metavar="N", help=text, rare=rare)
+    return RANKS.option(name, type=Whole(), default=default, help=text, rare=rare)
 
 
 def compose(*decorators: Callable[[_Function], _Function]) -> Callable[[_Function], _Function]:
@@ -157,7 +150,6 @@ def output_dir_option(noun: str) -> Callable[[_Function], _Function]:
         "--output-dir",
         type=Directory(),
         required=True,
-        metavar="DIR",
         help=f"The {noun} to make. It appears complete, or not at all.",
     )
 
@@ -175,7 +167,7 @@ def target_option(default: str) -> Callable[[_Function], _Function]:
     """``--target``."""
     return OUTPUT.option(
         "--target",
-        type=TargetName(),
+        type=PluginName("targets"),
         default=default,
         help="What to write: trtllm, or a Hugging Face directory: hf, hf-modelopt, "
         "hf-compressed-tensors.",
@@ -192,7 +184,6 @@ def qformat_option(*, required: bool) -> Callable[[_Function], _Function]:
     return QUANTIZATION.option(
         "--qformat",
         type=QFormat(),
-        metavar="FORMAT",
         required=required,
         help="How linears are quantized; phireg families says which --target takes what.",
     )
@@ -234,7 +225,6 @@ def checkpoint_argument(
         CHECKPOINT.option(
             *("--checkpoint-dir", "checkpoint_option"),
             type=Directory(),
-            metavar="DIR",
             help="Another way to give the argument.",
             is_eager=True,
             expose_value=False,
@@ -246,7 +236,7 @@ def checkpoint_argument(
 
 family_option = MODEL.option(
     "--family",
-    type=FamilyName("auto"),
+    type=PluginName("families", "auto"),
     default="auto",
     help="Family, or DISTRIBUTION:FAMILY; auto decides by config.json.",
 )
@@ -255,6 +245,17 @@ revision_option = MODEL.option(
 )
 device_option = RUNNING.option(
     "--device", default="auto", help="auto (a GPU, if any), cpu, cuda, cuda:N."
+)
+offload_option = RUNNING.option(
+    "--offload/--no-offload",
+    default=None,
+    help="Executor: read each layer when it is needed.  [default: if the weights exceed memory]",
+)
+processes_option = RUNNING.option(
+    "--tp-size",
+    aliases=("--tp",),
+    type=COUNT,
+    help="Executor: start N processes through torchrun, one for each rank.",
 )
 report_option = OUTPUT.option(
     "--report", type=click.Path(), metavar="HTML", help="Also write a page about it."

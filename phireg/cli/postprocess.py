@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 @OUTPUT.option(
     "--output-dir",
     type=Directory(),
-    metavar="DIR",
     help="Write a new checkpoint.  [default: CKPT is replaced once the new one is complete]",
 )
 @OUTPUT.option("--overwrite", is_flag=True, help="Replace a checkpoint that --output-dir names.")

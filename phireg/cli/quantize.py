@@ -14,7 +14,7 @@ from phireg.cli.convert import conversion_document, file_rows, loss_findings, st
 from phireg.cli.errors import findings_text, identity, interruptible
 from phireg.cli.help import CALIBRATION, OUTPUT, QUANTIZATION, documented
 from phireg.cli.options import (
-    Whole,
+    COUNT,
     allow_overflow_option,
     check_file,
     compose,
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from phireg.planning.model import Plan
     from phireg.quality.result import Quality
 
-_COUNT = Whole(1)
 _SETTINGS = ("dataset", "file", "size", "max_length", "batch_size", "seed", "device")
 
 calibration_options = compose(
@@ -71,25 +70,17 @@ calibration_options = compose(
         help="Text of your own: .txt, .jsonl, .csv or .parquet; rows may have input_ids.",
     ),
     CALIBRATION.option(
-        "--calib-size",
-        "size",
-        type=_COUNT,
-        metavar="N",
-        help="Samples.  [default: 512; on a CPU what ends]",
+        "--calib-size", "size", type=COUNT, help="Samples.  [default: 512; on a CPU what ends]"
     ),
     CALIBRATION.option(
         "--calib-max-seq-length",
         "max_length",
-        type=_COUNT,
+        type=COUNT,
         default=512,
-        metavar="N",
         help="Tokens of a sample at most.",
     ),
     CALIBRATION.option(
-        "--batch-size",
-        type=_COUNT,
-        metavar="N",
-        help="Of calibration.  [default: what a GPU takes; 1 on a CPU]",
+        "--batch-size", type=COUNT, help="Of calibration.  [default: what a GPU takes; 1 on a CPU]"
     ),
     CALIBRATION.option(
         "--seed", type=int, default=1234, metavar="N", help="Recorded; nothing is drawn.", rare=True

@@ -17,6 +17,7 @@ from phireg.cli.completions import completions_document, emit_numbered, stream_t
 from phireg.cli.errors import stopped
 from phireg.cli.help import MODEL, PROMPTS, RUNNING, TEXT, documented
 from phireg.cli.options import (
+    COUNT,
     Directory,
     Dtype,
     Whole,
@@ -25,6 +26,8 @@ from phireg.cli.options import (
     device_option,
     json_option,
     model_dir_option,
+    offload_option,
+    processes_option,
 )
 from phireg.cli.output import emit_generated, emit_json, end_waiting, note, spinner
 from phireg.cli.streams import give_back
@@ -36,7 +39,6 @@ if TYPE_CHECKING:
     from phireg.generation.generate import Generator
     from phireg.generation.prompts import Prompt
 
-_COUNT = Whole(1)
 _LOADING = "loading the model"
 _EXCLUSIVE = (
     ("--prompt", "--chat"),
@@ -60,9 +62,7 @@ _EXCLUSIVE = (
     metavar="NAME",
     help="executor, tensorrt, tensorrt-llm or hf.  [default: what runs the directory]",
 )
-@MODEL.option(
-    "--engine-dir", type=Directory(), metavar="DIR", help="Another way to give ENGINE.", rare=True
-)
+@MODEL.option("--engine-dir", type=Directory(), help="Another way to give ENGINE.", rare=True)
 @model_dir_option("Another way to give MODEL, which may be owner/name on the hub here.")
 @MODEL.option(
     "--weights-dir",
@@ -88,8 +88,7 @@ _EXCLUSIVE = (
 @TEXT.option(
     "--max-new-tokens",
     aliases=("--max-output-len",),
-    type=_COUNT,
-    metavar="N",
+    type=COUNT,
     help="New tokens at most.  [default: 128, with --chat 1024, or as many as fit]",
 )
 @TEXT.option(
@@ -97,30 +96,23 @@ _EXCLUSIVE = (
     type=float,
     help="Divides the logits; 0 takes the most likely token.  [default: 0; 1 with top-k or top-p]",
 )
-@TEXT.option("--top-k", type=Whole(), metavar="N", help="Draw among the N most likely tokens.")
+@TEXT.option("--top-k", type=Whole(), help="Draw among the N most likely tokens.")
 @TEXT.option("--top-p", type=float, metavar="P", help="Draw among the tokens that hold P.")
 @TEXT.option(
     "--seed", aliases=("--random-seed",), type=int, default=0, metavar="N", help="Of drawing."
 )
 @TEXT.option(
-    "--num-beams",
-    type=_COUNT,
-    default=1,
-    metavar="N",
-    help="The best of N beams; not with the executor.",
+    "--num-beams", type=COUNT, default=1, help="The best of N beams; not with the executor."
 )
 @TEXT.option(
     "--streaming", is_flag=True, help="Insist on text as it comes, which one prompt always gets."
 )
 @RUNNING.option(
     "--batch-size",
-    type=_COUNT,
-    metavar="N",
+    type=COUNT,
     help="Prompts continued side by side.  [default: 8, or as many as an engine takes]",
 )
-@MODEL.option(
-    "--tokenizer-dir", type=Directory(), metavar="DIR", help="[default: where the model is]"
-)
+@MODEL.option("--tokenizer-dir", type=Directory(), help="[default: where the model is]")
 @device_option
 @MODEL.option(
     "--dtype",
@@ -129,18 +121,8 @@ _EXCLUSIVE = (
     default="auto",
     help="To compute in; auto is the model's own.",
 )
-@RUNNING.option(
-    "--offload/--no-offload",
-    default=None,
-    help="Read each layer when it is needed.  [default: if a checkpoint exceeds the memory]",
-)
-@RUNNING.option(
-    "--tp-size",
-    aliases=("--tp",),
-    type=_COUNT,
-    metavar="N",
-    help="Start N processes through torchrun, one for each rank of a checkpoint.",
-)
+@offload_option
+@processes_option
 @json_option
 def command(
     place: str | None,

@@ -16,6 +16,7 @@ import phireg
 from phireg.cli.errors import stopped
 from phireg.cli.help import ACCURACY, MODEL, PROMPTS, RUNNING, TEXT, documented
 from phireg.cli.options import (
+    COUNT,
     Directory,
     Dtype,
     Whole,
@@ -25,6 +26,8 @@ from phireg.cli.options import (
     device_option,
     json_option,
     model_dir_option,
+    offload_option,
+    processes_option,
     quiet_option,
     report_option,
 )
@@ -49,8 +52,6 @@ if TYPE_CHECKING:
 THRESHOLD = 15.0
 """The default of both thresholds in TensorRT-LLM's summarize.py."""
 
-_COUNT = Whole(1)
-
 
 @documented(
     "phireg summarize ckpt",
@@ -59,12 +60,11 @@ _COUNT = Whole(1)
     waits="loading the models",
 )
 @checkpoint_argument("place", "[CKPT|ENGINE]", required=False)
-@MODEL.option("--engine-dir", type=Directory(), metavar="DIR", help="The engine (or checkpoint).")
+@MODEL.option("--engine-dir", type=Directory(), help="The engine (or checkpoint).")
 @model_dir_option("The source model, for backend hf; may be owner/name on the hub.")
 @MODEL.option(
     "--tokenizer-dir",
     type=Directory(),
-    metavar="DIR",
     help="Where the tokenizer is.  [default: CKPT, or the source model]",
 )
 @RUNNING.option(
@@ -82,9 +82,7 @@ _COUNT = Whole(1)
     metavar="FILE|NAME",
     help="JSONL, CSV or parquet with article, highlights; or cnn_dailymail, or demo.",
 )
-@PROMPTS.option(
-    "--dataset-dir", type=Directory(), metavar="DIR", help="cnn_dailymail on this disk."
-)
+@PROMPTS.option("--dataset-dir", type=Directory(), help="cnn_dailymail on this disk.")
 @PROMPTS.option(
     "--eval-task",
     type=click.Choice(("summarize",)),
@@ -93,14 +91,13 @@ _COUNT = Whole(1)
     help="There is no other.",
     rare=True,
 )
-@RUNNING.option("--batch-size", type=_COUNT, default=1, metavar="N", help="Articles side by side.")
-@PROMPTS.option("--max-ite", type=_COUNT, default=20, metavar="N", help="Batches at most.")
+@RUNNING.option("--batch-size", type=COUNT, default=1, help="Articles side by side.")
+@PROMPTS.option("--max-ite", type=COUNT, default=20, help="Batches at most.")
 @PROMPTS.option(
     *("--max-input-len", "max_input_length"),
     aliases=("--max-input-length",),
     type=Whole(2),
     default=923,
-    metavar="N",
     help="Tokens of a prompt at most; its beginning is cut off.",
 )
 @PROMPTS.option(
@@ -108,18 +105,16 @@ _COUNT = Whole(1)
     aliases=("--min-input-length",),
     type=Whole(0),
     default=0,
-    metavar="N",
     help="Leave out articles whose prompt has no more tokens.",
 )
 @TEXT.option(
     *("--max-new-tokens", "output_len"),
     aliases=("--output-len", "--max-output-len"),
-    type=_COUNT,
+    type=COUNT,
     default=100,
-    metavar="N",
     help="New tokens at most.",
 )
-@TEXT.option("--num-beams", type=_COUNT, default=1, metavar="N", help="The best of N beams.")
+@TEXT.option("--num-beams", type=COUNT, default=1, help="The best of N beams.")
 @ACCURACY.option("--eval-ppl", is_flag=True, help="Also compute perplexity.")
 @ACCURACY.option("--check-accuracy", is_flag=True, help="End with 4 if a threshold is missed.")
 @ACCURACY.option(
@@ -157,18 +152,8 @@ _COUNT = Whole(1)
     help="What the source model computes in; auto is its own.",
 )
 @device_option
-@RUNNING.option(
-    "--offload/--no-offload",
-    default=None,
-    help="Executor: read each layer when it is needed.  [default: if the weights exceed memory]",
-)
-@RUNNING.option(
-    "--tp-size",
-    aliases=("--tp",),
-    type=_COUNT,
-    metavar="N",
-    help="Executor: start N processes through torchrun, one for each rank.",
-)
+@offload_option
+@processes_option
 @report_option
 @quiet_option("No progress bar.")
 @json_option

@@ -66,7 +66,6 @@ _MOST_PROBLEMS = 12
     *("--max-input-len", "max_tokens"),
     aliases=("--max-tokens",),
     type=Whole(),
-    metavar="N",
     help="Longest prompt.  [default: what crosses the model's thresholds, within a budget]",
 )
 @SERVER.option("--endpoint", metavar="URL", help="Verify a server that serves MODEL instead.")
