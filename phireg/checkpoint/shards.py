@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from phireg.checkpoint.rankfiles import Bits, RankFile
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
-from phireg.files.kinds import HF_MODEL, check_kind
+from phireg.files.kinds import HF_MODEL, MANIFEST, check_kind, kind_of
 from phireg.reader.layouts import SIDECAR, is_quantized
 from phireg.reader.modules import Directory, parse_directory
 from phireg.reader.tensors import Kind
@@ -34,8 +34,16 @@ def read_directory(directory: Path) -> Directory:
 
 
 def has_quantized_layout(directory: Path) -> bool:
-    """Return whether a Hugging Face directory is quantized in a layout that the executor runs."""
+    """Return whether this is a Hugging Face directory, quantized in a layout that is known."""
+    if kind_of(directory) is not HF_MODEL:
+        return False
     return is_quantized(read_json_object(directory / "config.json"), _sidecar(directory))
+
+
+def is_executed(directory: Path) -> bool:
+    """Return whether the executor runs a Hugging Face directory: a quantized one, or phireg's."""
+    written = kind_of(directory) is HF_MODEL and (directory / MANIFEST).exists()
+    return written or has_quantized_layout(directory)
 
 
 def _sidecar(directory: Path) -> dict[str, Any] | None:

@@ -183,8 +183,10 @@ def open_directory(path: Path, directory: Directory) -> DirectorySource:
     if not problems:
         problems += [f"{name} {text}" for name, text in content_problems(source)]
     if problems:
+        more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
         raise CheckError(
-            f"{path}: the tensors are not what config.json says:\n  " + "\n  ".join(problems),
+            f"{path}: the tensors are not what config.json says:\n  "
+            + "\n  ".join(problems[:20] + more),
             hint="export or download the model again",
         )
     return source

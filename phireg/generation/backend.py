@@ -12,10 +12,10 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Protocol
 
-from phireg.checkpoint.shards import has_quantized_layout
+from phireg.checkpoint.shards import has_quantized_layout, is_executed
 from phireg.errors import SourceError, UsageError
 from phireg.files.json import read_json_object
-from phireg.files.kinds import CHECKPOINT, ENGINE, HF_MODEL, check_kind, kind_of
+from phireg.files.kinds import CHECKPOINT, ENGINE, HF_MODEL, check_kind
 
 if TYPE_CHECKING:
     from phireg.executor import Sampling
@@ -191,7 +191,7 @@ def default_backend(directory: Path) -> str:
     kind = check_kind(directory, CHECKPOINT, ENGINE, HF_MODEL)
     if kind is ENGINE:
         return engine_backend(directory)
-    return EXECUTOR if kind is CHECKPOINT or _is_quantized(directory) else HF
+    return EXECUTOR if kind is CHECKPOINT or is_executed(directory) else HF
 
 
 def engine_backend(engine_dir: Path) -> str:
@@ -205,25 +205,19 @@ def check_directory(backend: str, directory: Path) -> None:
     runs = _RUNS.get(backend)
     if runs is None or (runs is HF_MODEL and not directory.is_dir()):
         return  # a third-party backend, or a model on the hub
-    if runs in (CHECKPOINT, HF_MODEL) and _is_quantized(directory):
-        if runs is HF_MODEL:
-            raise SourceError(
-                f"{directory} is a quantized Hugging Face model, which backend {backend} does not "
-                "compute",
-                hint=f"use --backend {EXECUTOR}.",
-            )
-        return
-    check_kind(directory, runs)
+    if runs is HF_MODEL and has_quantized_layout(directory):
+        raise SourceError(
+            f"{directory} is a quantized Hugging Face model, which backend {backend} does not "
+            "compute",
+            hint=f"use --backend {EXECUTOR}.",
+        )
+    if runs is not CHECKPOINT or not is_executed(directory):
+        check_kind(directory, runs)
     if runs is ENGINE and (other := engine_backend(directory)) != backend:
         raise SourceError(
             f"{directory} is an engine for backend {other}, not {backend}",
             hint=f"use --backend {other}.",
         )
-
-
-def _is_quantized(directory: Path) -> bool:
-    """Return whether a directory is a Hugging Face one that the executor runs."""
-    return kind_of(directory) is HF_MODEL and has_quantized_layout(directory)
 
 
 def check_engine_options(options: Options) -> None:

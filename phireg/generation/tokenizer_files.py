@@ -17,7 +17,12 @@ FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 _PROBE = "The tokens of a text, 1 to 20"
 _LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
-_LLAMA_MODELS = ("Phi3ForCausalLM", "PhiMoEForCausalLM", "PhimoeForCausalLM")
+_LLAMA_MODELS = (
+    "LlamaForCausalLM",
+    "Phi3ForCausalLM",
+    "PhiMoEForCausalLM",
+    "PhimoeForCausalLM",
+)
 
 
 def load_files(directory: Path) -> Any:
@@ -28,7 +33,7 @@ def load_files(directory: Path) -> Any:
     whole, pieces = (directory / "tokenizer.json").is_file(), directory / "tokenizer.model"
     if not whole and pieces.is_file():
         _check_sentencepiece(pieces)
-    elif not whole and _architecture(directory) == "Phi3ForCausalLM":
+    elif not whole and _architecture(directory) in ("Phi3ForCausalLM", "LlamaForCausalLM"):
         raise SourceError(
             f"{directory} has vocab.json and no tokenizer.json, which alone says where Phi-4's "
             "tokenizers split a text: the class would split it as GPT-2's does",

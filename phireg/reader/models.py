@@ -43,6 +43,7 @@ class Model:
         partial: the part of a head that is rotated, where no key says so.
         tied: whether lm_head is the embedding, where no key says so.
         intermediate: key of the inner size.
+        default_epsilon: of the norms, where no key says so.
         router: module that scores the experts.
         experts: what stands before an expert's modules, with its number.
     """
@@ -55,6 +56,7 @@ class Model:
     partial: float = 1.0
     tied: bool = False
     intermediate: str = "intermediate_size"
+    default_epsilon: float = 1e-5
     router: str = ""
     experts: str = ""
 
@@ -92,6 +94,19 @@ MODELS: Mapping[str, Model] = {
         _NORMS,
         "rms_norm_eps",
         {"silu": "swiglu"},
+    ),
+    "LlamaForCausalLM": Model(
+        "Phi3ForCausalLM",
+        {
+            "attention.qkv": _SEPARATE,
+            "attention.dense": Linear(("self_attn.o_proj",)),
+            "mlp.fc": Linear(("mlp.up_proj", "mlp.gate_proj")),
+            "mlp.proj": Linear(("mlp.down_proj",)),
+        },
+        _NORMS,
+        "rms_norm_eps",
+        {"silu": "swiglu"},
+        default_epsilon=1e-6,
     ),
     "Phi3SmallForCausalLM": Model(
         "Phi3SmallForCausalLM",
@@ -190,7 +205,7 @@ def parse_model(values: Mapping[str, Any], where: str = "config.json") -> ModelS
         experts=Experts(config.integer("num_local_experts"), 1) if row.experts else None,
         embedding_split=None,
         max_position_embeddings=positions,
-        norm_epsilon=config.positive(row.epsilon, default=1e-5),
+        norm_epsilon=config.positive(row.epsilon, default=row.default_epsilon),
         gegelu_limit=config.positive("gegelu_limit") if config.has("gegelu_limit") else None,
         rope=_rope(config, row, head_size, positions),
         attention_scale=_attention_scale(config, head_size) if small else head_size**-0.5,

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from phireg.checkpoint.shards import has_quantized_layout
+from phireg.checkpoint.shards import is_executed
 from phireg.errors import UsageError
-from phireg.files.kinds import CHECKPOINT, ENGINE, HF_MODEL, check_kind, kind_of
+from phireg.files.kinds import CHECKPOINT, ENGINE, check_kind
 from phireg.generation.backend import (
     DEFAULTS,
     EXECUTOR,
@@ -97,8 +97,8 @@ def _by_kind(directories: Sequence[Path]) -> tuple[Path | None, Path | None]:
     """Return the engine and the checkpoint among the directories."""
     by_kind: dict[str, Path] = {}
     for directory in directories:
-        quantized = kind_of(directory) is HF_MODEL and has_quantized_layout(directory)
-        kind = CHECKPOINT if quantized else check_kind(directory, CHECKPOINT, ENGINE)
+        runs = is_executed(directory)
+        kind = CHECKPOINT if runs else check_kind(directory, CHECKPOINT, ENGINE)
         name = "engine" if kind is ENGINE else "checkpoint"
         if name in by_kind:
             raise UsageError(

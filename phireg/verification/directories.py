@@ -85,7 +85,8 @@ class DirectoryVerifier(Verifier):
             problems = [self._problem(*found) for found in content_problems(self.source)]
         notes = [f"{d.name} {d.text}" for d in deviations if d.harmless]
         layout = self.directory.layout
-        count = f"{len(self.files.kinds())} tensors in {len(self.files.files)} files"
+        number = len(self.files.files)
+        count = f"{len(self.files.kinds())} tensors in {number} file{'s' * (number > 1)}"
         algorithm = f", {layout.algorithm}" if layout.algorithm else ""
         return Outcome(f"{layout.name}{algorithm}: {count}", folded(problems), notes)
 

@@ -171,7 +171,7 @@ def test_a_sliding_window_binds_as_in_transformers(tmp_path):
         ("hf_quant_config.json", ("quantization", "quant_algo"), "FP6", "FP6"),
         ("config.json", ("hidden_act",), "relu", "hidden_act"),
         ("config.json", ("num_key_value_heads",), 3, "heads"),
-        ("config.json", ("architectures",), ["LlamaForCausalLM"], "architectures"),
+        ("config.json", ("architectures",), ["MistralForCausalLM"], "architectures"),
     ],
 )
 def test_what_has_no_meaning_is_refused(file, keys, value, names, sources, tmp_path):

@@ -3,9 +3,13 @@
 import pytest
 import torch
 from helpers import tiny_models
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import phireg
+from phireg.executor import load
+from phireg.generation.backend import default_backend
+from phireg.verification.result import QUICK
 
 MODELS = {
     "heads": {},
@@ -36,6 +40,27 @@ def test_the_logits_are_those_of_phi3(tmp_path, name):
         assert torch.equal(actual, expected)
     expected, actual = (logits(tmp_path / d, torch.float32, 40)[1] for d in ("phi3", "llama"))
     assert torch.allclose(actual, expected, rtol=0, atol=1e-4)
+    ids = torch.randint(0, 103, (2, 40), generator=torch.Generator().manual_seed(40))
+    assert default_backend(tmp_path / "llama") == "executor"
+    assert torch.allclose(
+        load(tmp_path / "llama", dtype=torch.float32)(ids), actual, rtol=0, atol=1e-4
+    )
+
+
+def test_verify_finds_exchanged_projections(tmp_path):
+    tiny_models.phi3().to(torch.bfloat16).save_pretrained(tmp_path / "phi3")
+    phireg.convert(phireg.plan(tmp_path / "phi3", target="hf", form="llama"), tmp_path / "llama")
+    path, layer = tmp_path / "llama" / "model.safetensors", "model.layers.1.mlp"
+    result = phireg.verify(tmp_path / "llama", model_dir=tmp_path / "phi3")
+    assert result.verdict == "verified"
+    tensors = load_file(path)
+    gate, up = f"{layer}.gate_proj.weight", f"{layer}.up_proj.weight"
+    tensors[gate], tensors[up] = tensors[up].clone(), tensors[gate].clone()
+    save_file(tensors, path)
+    result = phireg.verify(tmp_path / "llama", model_dir=tmp_path / "phi3", checks=QUICK)
+    (problem,) = [p for check in result.checks for p in check.problems]
+    assert gate in problem.where
+    assert problem.layer == 1
 
 
 @pytest.mark.parametrize(
