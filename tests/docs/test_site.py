@@ -53,15 +53,21 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def visit(tmp_path_factory):
-    """What the browser saw of every page, and the errors on its console."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip(f"no browser is installed: none of {', '.join(BROWSERS)}")
+def site(tmp_path_factory):
+    """The site, built as it is published; a warning is an error."""
     site = tmp_path_factory.mktemp("site")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", site]
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return site
+
+
+@pytest.fixture(scope="module")
+def visit(site, tmp_path_factory):
+    """What the browser saw of every page, and the errors on its console."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser is installed: none of {', '.join(BROWSERS)}")
     (site / "planted.html").write_text("<h1>x</h1><script>nothing.at.all()</script>")
     names = json.dumps([*PAGES, "planted"])
     (site / "frames.html").write_text(FRAMES.replace("PAGES", names))
@@ -80,6 +86,11 @@ def visit(tmp_path_factory):
     assert seen, done.stderr
     console = re.findall(r':CONSOLE[:(]\d+\)?\] "(.*?)", source: (\S+)', done.stderr)
     return json.loads(seen[1]), console
+
+
+def test_the_site_is_built(site):
+    assert (site / "index.html").is_file()
+    assert {path.parent.name for path in site.glob("*/index.html")} == {*PAGES} - {"index"}
 
 
 def test_only_the_planted_error_is_on_the_console(visit):

@@ -46,7 +46,9 @@ class FreshEnvironment:
 
     def run(self, *command, cwd=None, shell=False, **variables):
         """Run a command; stdout and stderr are text."""
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_"))}
+        environment = {
+            k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST_", "PIP_"))
+        }
         environment |= self.variables | variables
         words = ["bash", "-euo", "pipefail", "-c", command[0]] if shell else map(str, command)
         return subprocess.run(
