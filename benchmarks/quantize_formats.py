@@ -1,11 +1,12 @@
-"""What every format of hf-modelopt costs the demo models, and ModelOpt's own numbers beside it.
+"""What every format of a Hugging Face target costs the demo models, ModelOpt's numbers beside it.
 
     python benchmarks/quantize_formats.py [--families phi2 ...] [--rows 48]
 
 Each model is calibrated on its last 16 held-back texts (in bfloat16 or float32), quantized, and run
 by the executor on the CPU in float32 over the first held-back texts. Linears whose inputs are no
-whole groups are left out of both. ModelOpt's numbers are its fake-quantized model's in float32; its
-NVFP4 needs a GPU. Intervals are of 95 %.
+whole groups are left out of both. ModelOpt's numbers are its fake-quantized model's in float32,
+against transformers' unquantized one; its NVFP4 needs a GPU, it has no ``w8a8``, and transformers
+has no Phi-3-small. Intervals are of 95 %.
 """
 
 from __future__ import annotations
@@ -32,11 +33,15 @@ from phireg.quality.estimates import Estimate, mean, share
 from phireg.reference.load import open_reference
 from phireg.registry import load_target
 
-TARGET = "hf-modelopt"
-FAMILIES = ("phi2", "phi3-mini", "phi3-small", "phi3-medium", "phi4", "phi4-mini")
+TARGETS = ("hf-modelopt", "hf-compressed-tensors")
+FAMILIES = ("phi2", "phi3-mini", "phi3-small", "phi3-medium", "phi4", "phi4-mini", "phi3.5-moe")
 MODELOPT = {
     "fp8": "FP8_DEFAULT_CFG",
+    "fp8_pc_pt": "FP8_PER_CHANNEL_PER_TOKEN_CFG",
+    "fp8_dynamic": "FP8_PER_CHANNEL_PER_TOKEN_CFG",
     "int8_sq": "INT8_SMOOTHQUANT_CFG",
+    "int8_wo": "INT8_WEIGHT_ONLY_CFG",
+    "w4a16": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
     "int4_awq": "INT4_AWQ_CFG",
     "w4a8_awq": "W4A8_AWQ_BETA_CFG",
 }
@@ -46,11 +51,14 @@ CALIBRATED = 16
 
 Rows = Sequence[Sequence[int]]
 Logits = Callable[[Tensor], Tensor]
+Found = tuple[Estimate, Estimate, Estimate]
 
 
-def planned(model: demo.DemoModel, qformat: str, cache: str | None) -> tuple[Plan, list[str]]:
+def planned(
+    model: demo.DemoModel, target: str, qformat: str, cache: str | None
+) -> tuple[Plan, list[str]]:
     """A plan without the linears that the format cannot take, and these."""
-    chosen = {"target": TARGET, "qformat": qformat, "kv_cache_dtype": cache}
+    chosen = {"target": target, "qformat": qformat, "kv_cache_dtype": cache}
     plan = phireg.plan(model.directory, family=model.family, **chosen)
     out = [finding.subject for finding in plan.errors if finding.code == "quant"]
     if not out:
@@ -58,35 +66,45 @@ def planned(model: demo.DemoModel, qformat: str, cache: str | None) -> tuple[Pla
     return phireg.plan(model.directory, family=model.family, exclude=out, **chosen), out
 
 
-def modelopt(directory: Path, rows: Rows, qformat: str, cache: str | None, out: list[str]) -> Any:
+def opened(directory: Path) -> Any:
+    """Transformers' model, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def modelopt(directory: Path, rows: Rows, name: str, cache: str | None, out: list[str]) -> Any:
     """ModelOpt's fake-quantized model; inputs of norms, which no reader quantizes, are left."""
     import modelopt.torch.quantization as mtq
     from modelopt.torch.quantization.utils import update_quant_cfg_with_kv_cache_quant
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    config = copy.deepcopy(getattr(mtq, MODELOPT[qformat]))
-    for name in ("layernorm", *out):
-        config["quant_cfg"].append({"quantizer_name": f"*{name}*", "enable": False})
+    model = opened(directory)
+    config = copy.deepcopy(getattr(mtq, name))
+    for part in ("norm", *out):
+        config["quant_cfg"].append({"quantizer_name": f"*{part}*", "enable": False})
     if cache is not None:
         config = update_quant_cfg_with_kv_cache_quant(config, mtq.FP8_KV_CFG["quant_cfg"])
     with torch.no_grad():
         return mtq.quantize(model, config, lambda m: [m(torch.tensor([row])) for row in rows])
 
 
-def compared(before: Logits, after: Logits, rows: Rows) -> tuple[Estimate, Estimate, Estimate]:
+def compared(before: Sequence[Tensor], model: Logits, rows: Rows) -> Found:
     """KL, the relative change of the perplexity, and the share of equal most likely tokens."""
     kl, change, same = [], [], []
-    with torch.no_grad():
-        for row in rows:
-            ids = torch.tensor([row])
-            p, q = (model(ids).double()[:-1].log_softmax(-1) for model in (before, after))
-            kl.append((p.exp() * (p - q)).sum(-1).numpy())
-            change.append((p - q).gather(1, ids[0, 1:, None])[:, 0].numpy())
-            same.append((p.argmax(-1) == q.argmax(-1)).numpy())
+    for p, row in zip(before, rows, strict=True):
+        q = logarithms(model, row)
+        kl.append((p.exp() * (p - q)).sum(-1).numpy())
+        change.append((p - q).gather(1, torch.tensor(row[1:])[:, None])[:, 0].numpy())
+        same.append((p.argmax(-1) == q.argmax(-1)).numpy())
     nll = mean(change)
     loss = Estimate(*(float(np.expm1(x)) for x in (nll.value, nll.low, nll.high)))
     return mean(kl), loss, share(same)
+
+
+def logarithms(model: Logits, row: Sequence[int]) -> Tensor:
+    """Of the probabilities of the next tokens, float64 [tokens - 1, vocabulary]."""
+    with torch.no_grad():
+        return model(torch.tensor([row])).double()[:-1].log_softmax(-1)
 
 
 def measure(family: str, rows: int, place: Path) -> Iterator[str]:
@@ -108,40 +126,39 @@ def measure(family: str, rows: int, place: Path) -> Iterator[str]:
         device=torch.device("cpu"),
     )
     statistics = collect(reference, calibration, device=torch.device("cpu"), search=True)
-    for qformat in load_target(TARGET).formats:
-        for cache in CACHES.get(qformat, (None,)):
-            plan, out = planned(model, qformat, cache)
+    before = [logarithms(lambda x: source(x)[0], row) for row in read]
+    theirs_too = find_spec("modelopt") is not None and family != "phi3-small"
+    if theirs_too:
+        plain_hf = opened(model.directory)
+        before_hf = [logarithms(lambda x: plain_hf(x, use_cache=False).logits[0], r) for r in read]
+    theirs: dict[tuple[str, str | None, tuple[str, ...]], Found] = {}
+    for target in TARGETS:
+        chosen = [(q, c) for q in load_target(target).formats for c in CACHES.get(q, (None,))]
+        for qformat, cache in chosen:
+            plan, out = planned(model, target, qformat, cache)
             if plan.errors or not plan.linears:
                 continue
-            directory = place / f"{family}-{qformat}-{cache}"
+            directory = place / f"{family}-{target}-{qformat}-{cache}"
             phireg.quantize(plan, directory, statistics)
             ours = load(directory, dtype="float32")
-            found = compared(lambda x: source(x)[0], lambda x, own=ours: own(x)[0], read)
-            theirs = None
-            if qformat in MODELOPT and family != "phi3-small" and find_spec("modelopt"):
-                fake = modelopt(model.directory, calibration, qformat, cache, out)
-                theirs = compared(
-                    lambda x: source(x)[0],
-                    lambda x, own=fake: own(x, use_cache=False).logits[0],
-                    read,
+            found = compared(before, lambda x, own=ours: own(x)[0], read)
+            config = MODELOPT.get(qformat, "")
+            key = config, cache, tuple(out)
+            if config and key not in theirs and theirs_too:
+                fake = modelopt(model.directory, calibration, config, cache, out)
+                theirs[key] = compared(
+                    before_hf, lambda x, own=fake: own(x, use_cache=False).logits[0], read
                 )
             left = ", ".join(sorted({name.rpartition(".")[2] for name in out}))
-            yield line(family, qformat, cache, left, found, theirs)
+            cells = [family, target.removeprefix("hf-"), qformat, cache or "", left]
+            yield line(cells, found, theirs.get(key))
 
 
-def line(
-    family: str,
-    qformat: str,
-    cache: str | None,
-    left: str,
-    found: tuple[Estimate, Estimate, Estimate],
-    theirs: tuple[Estimate, Estimate, Estimate] | None,
-) -> str:
+def line(cells: list[str], found: Found, theirs: Found | None) -> str:
     """One row of the table."""
     kl, loss, top1 = found
-    cells = [family, qformat, cache or "", left, f"{kl.value:.4f} ({kl.low:.4f} to {kl.high:.4f})"]
-    cells.append(f"{loss.value:+.2%} ({loss.low:+.2%} to {loss.high:+.2%})")
-    cells.append(f"{top1.value:.1%}")
+    cells += [f"{kl.value:.4f} ({kl.low:.4f} to {kl.high:.4f})"]
+    cells += [f"{loss.value:+.2%} ({loss.low:+.2%} to {loss.high:+.2%})", f"{top1.value:.1%}"]
     if theirs is None:
         cells += ["", "", ""]
     else:
@@ -150,8 +167,8 @@ def line(
 
 
 HEADER = (
-    "| model | format | KV cache | left out | KL | perplexity | same top-1 | ModelOpt: KL "
-    "| perplexity | same top-1 |\n" + "|---" * 10 + "|"
+    "| model | layout | format | KV cache | left out | KL (95 %) | perplexity (95 %) | same top-1 "
+    "| ModelOpt: KL | perplexity | same top-1 |\n" + "|---" * 11 + "|"
 )
 
 

@@ -31,7 +31,7 @@ def quality_text(quality: Quality) -> str:
         ("text", quality.text.description),
         ("size", f"{size(quality.size)} instead of {size(quality.unquantized_size)}"),
         *(
-            [("written", f"not: {quality.continuation}")]
+            [("written", f"nothing: {quality.continuation}")]
             if isinstance(quality.continuation, str)
             else quality.continuation.rows
         ),

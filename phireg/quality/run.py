@@ -20,9 +20,8 @@ from phireg.data.rows import AUTO
 from phireg.data.samples import DEFAULT_SIZE, Encode, read_samples
 from phireg.device import pick_device
 from phireg.dtypes import as_torch
-from phireg.errors import SourceError
+from phireg.errors import PhiregError, SourceError
 from phireg.executor import Executor, load, read_meaning
-from phireg.executor.finite import NotFiniteError
 from phireg.executor.generate import generate as write
 from phireg.executor.sources import Source
 from phireg.files.json import read_json_object
@@ -138,7 +137,10 @@ def measure(
             continuation = "it would take long on a CPU, where phireg run does it"
         else:
             dtype = spec.dtype if device.type == "cuda" else torch.float32
-            continuation = _continue(opened(dtype=dtype), text, plan.source.directory)
+            try:
+                continuation = _continue(opened(dtype=dtype), text, plan.source.directory)
+            except PhiregError as error:  # a tokenizer, or a range of 16 bits: the numbers stand
+                continuation = error.message
     assert plan.options.qformat is not None
     text_quality = TextQuality(
         text.origin,
@@ -219,10 +221,7 @@ def _continue(models: Iterator[Executor], text: Text, directory: Path) -> Contin
         most = min(_NEW_TOKENS, model.spec.max_position_embeddings - len(text.prompt))
         if most < 1:
             return "the text is as long as the model's context"
-        try:
-            (row,) = write(model, [text.prompt], most, stops)
-        except NotFiniteError as error:  # in 16 bits; what is measured is finite
-            return error.message
+        (row,) = write(model, [text.prompt], most, stops)
         written.append(tokenizer.decode([token for token in row if token not in stops]))
         del model  # of two models in memory, the first leaves it before the second comes
     before, after = written

@@ -160,6 +160,16 @@ def test_the_model_card_has_what_was_measured(quantize, tmp_path):
     assert quantize(*options, "--no-measure").exit_code == 6
 
 
+def test_a_tokenizer_that_cannot_be_read_keeps_the_numbers(quantize, tiny):
+    result = quantize()
+    assert "written        nothing: the model has no tokenizer\n" in result.stdout
+    (tiny / "tokenizer.json").write_text("{")
+    result = quantize("--overwrite")
+    assert result.exit_code == 0, result.output
+    assert "written        nothing: " in result.stdout and "tokenizer.json" in result.stdout
+    assert "perplexity" in result.stdout
+
+
 def test_without_text_weights_are_not_measured(quantize, tmp_path):
     summary = document(quantize("--json", qformat="int8_wo", calib_size=None, calib_file=None))
     assert "tokenizer" in summary["unmeasured"]
