@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -82,9 +84,9 @@ def modelopt(directory: Path, rows: Rows, name: str, cache: str | None, out: lis
     config = copy.deepcopy(getattr(mtq, name))
     for part in ("norm", *out):
         config["quant_cfg"].append({"quantizer_name": f"*{part}*", "enable": False})
-    if cache is not None:
-        config = update_quant_cfg_with_kv_cache_quant(config, mtq.FP8_KV_CFG["quant_cfg"])
-    with torch.no_grad():
+    with torch.no_grad(), redirect_stdout(sys.stderr):
+        if cache is not None:
+            config = update_quant_cfg_with_kv_cache_quant(config, mtq.FP8_KV_CFG["quant_cfg"])
         return mtq.quantize(model, config, lambda m: [m(torch.tensor([row])) for row in rows])
 
 

@@ -12,10 +12,8 @@ from phireg.files.sizes import size
 if TYPE_CHECKING:
     from phireg.quality.result import LinearQuality, Quality
 
-_WORST = 8
-"""Linears that are shown."""
-_LAYERS = 8
-"""Layers that are shown."""
+_MOST = 8
+"""Linears, and layers, that are shown."""
 
 
 def quality_text(quality: Quality) -> str:
@@ -23,7 +21,7 @@ def quality_text(quality: Quality) -> str:
     from phireg.quality.result import percent
 
     layers = len(quality.hidden)
-    step = max(1, -(-layers // _LAYERS))
+    step = max(1, -(-layers // _MOST))
     shown = sorted({*range(layers - 1, -1, -step), layers - 1})
     hidden = ", ".join(f"{layer}: {percent(quality.hidden[layer])}" for layer in shown)
     rows = [
@@ -37,7 +35,7 @@ def quality_text(quality: Quality) -> str:
         ),
         ("hidden states", f"error behind layer {hidden}"),
     ]
-    worst = quality.worst_first()[:_WORST]
+    worst = quality.worst_first()[:_MOST]
     heading = f"the worst {len(worst)} of {len(quality.linears)} linears: errors, and SQNR in dB"
     cells = _rows(worst)
     shown_linears = table(cells, indent=2, right=range(1, len(cells[0]) - 1))

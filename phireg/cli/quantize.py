@@ -194,7 +194,7 @@ def command(
 def _settled(plan: Plan, quality: Quality | None) -> Plan:
     from phireg.quality.result import settled
 
-    return replace(plan, findings=settled(plan.findings, quality))
+    return replace(plan, findings=tuple(settled(f, quality) for f in plan.findings))
 
 
 def _check(

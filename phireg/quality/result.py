@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -253,12 +253,10 @@ class Quality:
         return sorted(self.linears, key=lambda linear: -linear.worst)
 
 
-def settled(findings: Iterable[Finding], quality: Quality | None) -> tuple[Finding, ...]:
-    """Replace doubts by what was measured; they are warnings where nothing dispels them."""
-    return tuple(_settled(f, quality) if f.code == UNMEASURED else f for f in findings)
-
-
-def _settled(doubt: Finding, quality: Quality | None) -> Finding:
+def settled(doubt: Finding, quality: Quality | None) -> Finding:
+    """Return what was measured of a doubt; it becomes a warning where nothing dispels it."""
+    if doubt.code != UNMEASURED:
+        return doubt
     if quality is None or not quality.text.informative:
         return replace(doubt, severity=Severity.WARNING)
     loss = quality.text.loss

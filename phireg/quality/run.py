@@ -55,9 +55,6 @@ _PROMPT, _NEW_TOKENS = 64, 48
 _MOST_WEIGHTS = 5e7
 """Weights of a model that writes on a CPU, which reads all of them for every token."""
 
-Progress = Callable[[int, int], None]
-"""Takes the number of further layers, and of all layers."""
-
 
 def affordable(plan: Plan, device: torch.device) -> int:
     """Return how many tokens both models can run in time."""
@@ -78,7 +75,7 @@ def measure(
     settings: Settings,
     *,
     provenance: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Quality:
     """Compare a quantized checkpoint with the one that ``convert`` would have written.
 
@@ -87,7 +84,8 @@ def measure(
     behind the ones that ``provenance``, of the statistics, tells of; of a demo model, unless the
     settings name others, the articles that were held back from its training.
 
-    Both also continue the beginning of the text, where that takes seconds.
+    Both also continue the beginning of the text, where that takes seconds. ``progress`` takes the
+    number of further layers, and of all.
     """
     device = pick_device(settings.device)
     directory = Path(checkpoint_dir)

@@ -58,23 +58,12 @@ _RELATIVE = tuple(10 ** (-ratio / 20) for ratio in (40, 35, 30, 25, 20, 15))
 _DECIBELS = ("40 dB or more", "35 to 40", "30 to 35", "25 to 30", "20 to 25", "15 to 20", "less")
 
 MEASURES = (
-    Measure(
-        "Weight",
-        "weight",
-        "Signal-to-noise ratio of the quantized weight.",
-        _RELATIVE,
-        _DECIBELS,
-        decibels,
-        " dB",
-    ),
-    Measure(
-        "Input",
-        "activation",
-        "Signal-to-noise ratio of the quantized input on the report's text.",
-        _RELATIVE,
-        _DECIBELS,
-        decibels,
-        " dB",
+    *(
+        Measure(name, attribute, meaning, _RELATIVE, _DECIBELS, decibels, " dB")
+        for name, attribute, meaning in (
+            ("Weight", "weight", "Signal-to-noise ratio of the quantized weight."),
+            ("Input", "activation", "The same of the quantized input on the report's text."),
+        )
     ),
     Measure(
         "Saturation",

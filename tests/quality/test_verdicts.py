@@ -99,6 +99,7 @@ def test_a_doubt_is_settled_by_the_whole_interval_of_the_perplexity(change, text
     doubt = Finding(Severity.NOTE, UNMEASURED, "KV cache of 8 bits", "reported: +44%")
     other = Finding(Severity.NOTE, "quant", "another", "stays")
     quality = made(nll_change=Estimate(*change), **text)
-    finding, same = settled([doubt, other], quality)
-    assert (finding.severity, finding.subject, same) == (severity, doubt.subject, other)
-    assert settled([doubt], None)[0].severity is Severity.WARNING
+    finding = settled(doubt, quality)
+    assert (finding.severity, finding.subject) == (severity, doubt.subject)
+    assert settled(doubt, None).severity is Severity.WARNING
+    assert settled(other, None) is other
