@@ -12,15 +12,14 @@ import phireg
 from phireg.cli.help import RANKS, documented
 from phireg.cli.options import Directory, json_option, model_dir_option, planning_options
 from phireg.cli.output import columns, counted, dtype_name, emit, emit_json
-from phireg.dtypes import E4M3_MAX, INT8_MAX
+from phireg.dtypes import E4M3_MAX
 from phireg.errors import UsageError
+from phireg.formats import LARGEST
 
 if TYPE_CHECKING:
     from phireg.planning.model import Output, Plan
     from phireg.source.tensors import SourceTensor
-
-_LARGEST = {"fp8": f"{E4M3_MAX:g}", "int8": f"{INT8_MAX:g}", "int8_sq": f"{INT8_MAX:g}"}
-"""The largest quantized value, by ``--qformat`` and ``--kv-cache-dtype``."""
+    from phireg.targets.target import Stored
 
 
 @documented(
@@ -98,7 +97,9 @@ def _origin(plan: Plan, output: Output, source: str) -> str:
         place = f"in {tensor.file}" + _added(tensor)
     else:
         scale = plan.scales[source]
-        kind = f"[{scale.size}] {dtype_name(scale.dtype)}"
+        cut = ", ".join(f"{span.start}:{span.stop}" for span in output.origin.columns or ())
+        kept = f", of each row groups {cut}" if cut else ""
+        kind = f"[{scale.size}] {dtype_name(scale.dtype)}{kept}"
         place = f"computed {_formula(plan, source)}"
     return "\n".join((f"  {source}  {kind}", columns([(place,)], indent=2)))
 
@@ -114,52 +115,89 @@ def _added(tensor: SourceTensor) -> str:
 
 def _formula(plan: Plan, name: str) -> str:
     """The computation of a scale, in words."""
-    from phireg.reader.schemes import KV_SCALE
+    from phireg.targets import target as names
 
     owner, _, companion = name.rpartition(".")
-    options = plan.options
-    if companion == KV_SCALE:
-        ends = _LARGEST[options.kv_cache_dtype or ""]
-        ends += ", but at least 1" if options.kv_cache_dtype == "fp8" else ""
-        return f"from calibration: the largest absolute key or value of the layer / {ends}"
-    largest = _LARGEST[options.qformat or ""]
-    linear = next((x for x in plan.linears if x.target == owner), None)
+    options, form = plan.options, plan.options.format
+    cached = {
+        names.KV_SCALE: "key or value", names.KEY_SCALE: "key", names.VALUE_SCALE: "value"
+    }  # fmt: skip
+    if companion in cached:
+        ends = f"{LARGEST['int8' if options.kv_cache_dtype == 'int8' else 'e4m3']:g}"
+        if companion == names.KV_SCALE and options.kv_cache_dtype == "fp8":
+            ends += ", but at least 1"
+        what = cached[companion]
+        return f"from calibration: the largest absolute {what} of the layer / {ends}"
+    if companion == names.SHAPE:
+        return "from the weight: its rows and columns"
+    assert form is not None and options.qformat is not None
+    stored = plan.target.layouts[options.qformat].scales
+    linear = next((x for x in plan.linears if owner in (x.target, *x.sources)), None)
     modules = linear.groups[0] if linear else (owner,)
+    smoothed = f", after division by {_smoothing(plan)}," if form.smoothing else ""
     each, others = "", ""
     if linear and linear.experts:
         each, others = f"; so for each of {linear.experts} experts", ", or of any other expert,"
-    if companion == "prequant_scaling_factor":
+    end = f"{LARGEST[form.weight]:g}"
+    if companion == names.PRE_SCALE and form.smoothing == "awq":
+        return (
+            f"from calibration, for each input channel of {_listed(modules)}: the factor of AWQ's "
+            "search, with which int4 weights change the output least"
+        )
+    if companion == names.PRE_SCALE:
         return (
             f"from calibration, for each input channel of {_listed(modules)}: 1 / its largest "
             "absolute value; with --alpha below 1 from the weights as well"
         )
-    if companion == "activation_scaling_factor":
-        smoothed = ", after prequant_scaling_factor," if plan.smoothed else ""
-        text = (
-            f"from calibration: the largest absolute input of {_listed(modules)}{others}{smoothed}"
-        )
-        return f"{text} / {largest}"
+    if companion == names.INPUT_SCALE:
+        assert form.inputs is not None
+        end = f"{LARGEST[form.inputs.grid]:g}"
+        end = f"({end} * {E4M3_MAX:g})" if form.inputs.scale == "group" else end
+        after = f", after {_smoothing(plan)}," if form.smoothing else ""
+        text = f"from calibration: the largest absolute input of {_listed(modules)}{others}{after}"
+        return f"{text} / {end}{_reciprocal(stored[companion])}"
     weights = _listed([f"{module}.weight" for module in modules])
-    if plan.smoothed:
-        return (
-            f"for each row of {weights}: its largest absolute value, after division by "
-            f"prequant_scaling_factor, / {largest}"
-        )
-    return f"from the weights: the largest absolute value in {weights} / {largest}{each}"
+    if companion == names.SECOND_SCALE:
+        end = f"({end} * {E4M3_MAX:g})" if form.weight == "e2m1" else f"{E4M3_MAX:g}"
+        largest = f"the largest absolute value in {weights}{smoothed}"
+        return f"from the weights: {largest} / {end}{_reciprocal(stored[companion])}"
+    if form.levels == 2 and form.weight == "e2m1":
+        end = f"{end} / the scale of the whole weight, rounded to e4m3"
+    if form.per == "tensor":
+        return f"from the weights: the largest absolute value in {weights} / {end}{each}"
+    of = f"{form.group_size} inputs of each row" if form.per == "group" else "row"
+    return f"for each {of} of {weights}: its largest absolute value{smoothed} / {end}"
+
+
+def _smoothing(plan: Plan) -> str:
+    """What the target calls the factors of inputs."""
+    from phireg.targets.target import PRE_SCALE
+
+    return plan.target.layouts[plan.options.qformat or ""].scales[PRE_SCALE].name
+
+
+def _reciprocal(scale: Stored) -> str:
+    return "; its reciprocal is stored" if scale.divides else ""
 
 
 def _quantized(plan: Plan, output: Output) -> str:
     """The computation of a quantized weight, in words; empty for any other tensor."""
-    target, _, companion = output.name.rpartition(".")
-    if companion != "weight" or target not in {linear.target for linear in plan.linears}:
+    from phireg.targets.target import WEIGHT_SCALE
+
+    form = plan.options.format
+    target = output.name.rpartition(".")[0]
+    if form is None or target not in {linear.target for linear in plan.linears}:
         return ""
-    divided = "divided by weights_scaling_factor"
-    if plan.smoothed:
-        divided = (
-            "each column divided by its prequant_scaling_factor and each row by its "
-            "weights_scaling_factor"
-        )
-    rounded = f"rounded to {dtype_name(output.dtype)}"
+    layout = plan.target.layouts[form.name]
+    if output.name != f"{target}.{layout.weight_name}":
+        return ""
+    scale = layout.scales[WEIGHT_SCALE].name
+    divided = f"divided by {scale}"
+    if form.smoothing:
+        of = f"{form.group_size} inputs of a row" if form.per == "group" else "row"
+        divided = f"each column divided by its {_smoothing(plan)} and each {of} by its {scale}"
+    packed = output.packing != (1, 1)
+    rounded = f"rounded to {f'{form.weight} and packed' if packed else dtype_name(output.dtype)}"
     return f"quantized: cast to {plan.options.dtype}, {divided}, {rounded}"
 
 

@@ -416,8 +416,7 @@ class _Worker:
     def factors(self, linear: QuantizedLinear) -> Float32:
         """AWQ's factors of a linear's inputs; of several source modules their mean."""
         found = [self.statistics.awq[module] for module in linear.sources]
-        mean: Float32 = np.mean(found, axis=0, dtype=np.float32)
-        return mean
+        return found[0] if len(found) == 1 else self.mean(found)
 
     def mean(self, factors: Sequence[Float32]) -> Float32:
         """The mean of factors as they would be stored, as it is stored."""

@@ -237,14 +237,12 @@ def assemble(plan: Plan, output: Output, reader: Reader) -> Bits:
     return result
 
 
-def kept_columns(block: Bits, rows: Rows) -> Bits:
-    """The columns of ``block`` that an output keeps, contiguous."""
-    if rows.columns is None:
+def kept_columns(block: Bits, origin: Rows | Scale, packed: int = 1) -> Bits:
+    """The columns of ``block`` that an output keeps, contiguous; ``packed`` are in an element."""
+    if origin.columns is None:
         return block
-    if len(rows.columns) == 1:
-        only = rows.columns[0]
-        return np.ascontiguousarray(block[:, only.start : only.stop])
-    return np.concatenate([block[:, span.start : span.stop] for span in rows.columns], axis=1)
+    kept = [block[:, s.start // packed : s.stop // packed] for s in origin.columns]
+    return np.ascontiguousarray(kept[0]) if len(kept) == 1 else np.concatenate(kept, axis=1)
 
 
 def collect(running: list[Future[_Result]]) -> list[_Result]:
@@ -286,7 +284,8 @@ class _Carrier:
                     for span in output.origin.spans
                     if span.source is not None
                 ]
-                self.sink.put(index, 0, np.concatenate(parts)[:, None])
+                values = np.concatenate(parts).reshape(-1, output.origin.groups)
+                self.sink.put(index, 0, kept_columns(values, output.origin).reshape(-1, 1))
 
     def carry(self, task: Task) -> dict[str, Loss]:
         """Do one task; a failure stops the other workers."""
@@ -351,8 +350,9 @@ class _Carrier:
                     assert self.quantizer is not None
                     rows = self.quantizer.folded(output.factor, write.row + done, block)
                 assert isinstance(output.origin, Rows)
-                row = (write.row + done) // output.packed_rows
-                self.sink.put(write.output, row, kept_columns(rows, output.origin))
+                row = (write.row + done) // output.packing[0]
+                kept = kept_columns(rows, output.origin, output.packing[1])
+                self.sink.put(write.output, row, kept)
         return loss
 
     def fill(self, step: Step) -> None:

@@ -7,7 +7,7 @@ numbers: ``attention.qkv.0``. Nothing but ``reader`` says which tensor is what.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +18,12 @@ from phireg.checkpoint.shards import Shards
 from phireg.errors import CheckError
 from phireg.executor.levels import E2M1, Levels
 from phireg.executor.quantized import inputs_name, keeps_weight, round_to_e4m3
+from phireg.executor.quantized import prepare as prepare_layer
 from phireg.formats import Inputs
 from phireg.reader.layouts import Storage
 from phireg.reader.models import Order
 from phireg.reader.modules import Directory, Module
+from phireg.reader.schemes import LINEARS, SCHEMES
 from phireg.reader.spec import ModelSpec
 from phireg.reader.tensors import EMBEDDING, KEY_SCALE, ROUTER, VALUE_SCALE
 
@@ -41,6 +43,12 @@ class Stored:
     scale: Tensor | None  # of inputs, float32 [1]
     smoothing: Tensor | None  # that multiplies inputs, [columns]
     bias: Tensor | None
+
+    @property
+    def values(self) -> Tensor:
+        """The weight in float32."""
+        weight = self.weight
+        return weight.values(torch.float32) if isinstance(weight, Levels) else weight.float()
 
     def alike(self, other: Stored) -> bool:
         """Return whether both do the same to their inputs and lie on one kind of grid."""
@@ -127,26 +135,9 @@ class DirectorySource:
             if f"{module.name}.{part.name}" in self.shards
         }
         bias = tensor(f"{module.name}.bias") if module.bias else None
-        storage = module.storage
-        if storage is None:
+        if module.storage is None:
             return Stored(parts["weight"], None, None, None, bias)
-        scale = parts.get("input")
-        if scale is not None:
-            scale = scale.float().reshape(1)
-            grouped = storage.form.inputs is not None and storage.form.inputs.scale == "group"
-            scale = 1 / scale if grouped and storage.reciprocal else scale
-        levels = Levels(
-            storage.form.weight,
-            unpack(storage, parts["weight"], module.columns),
-            *_scales(storage, parts, module.rows),
-        )
-        weight: Levels | Tensor = levels
-        if storage.form.weight == "int4" and storage.form.levels == 2:
-            assert levels.group_scale is not None and levels.scale is not None
-            group = levels.group_scale.repeat_interleave(storage.form.group_size or 1, dim=-1)
-            products = levels.levels.float() * group / levels.scale
-            weight = round_to_e4m3(products) * levels.scale
-        return Stored(weight, storage.form.inputs, scale, parts.get("smoothing"), bias)
+        return stored_linear(module.storage, parts, module.columns, bias)
 
     def _head(self) -> Stored:
         head = self.directory.head()
@@ -166,9 +157,59 @@ class DirectorySource:
         if part == "bias" and stored.bias is not None:
             return stored.bias
         if part == "weight":
-            weight = stored.weight
-            return weight.values(torch.float32) if isinstance(weight, Levels) else weight
+            return stored.values if isinstance(stored.weight, Levels) else stored.weight
         raise KeyError(name)
+
+
+def stored_linear(
+    storage: Storage, parts: Mapping[str, Tensor], columns: int, bias: Tensor | None
+) -> Stored:
+    """Return a quantized linear of its tensors by what they are (see ``Storage.parts``)."""
+    scale = parts.get("input")
+    if scale is not None:
+        scale = scale.float().reshape(1)
+        grouped = storage.form.inputs is not None and storage.form.inputs.scale == "group"
+        scale = 1 / scale if grouped and storage.reciprocal else scale
+    levels = Levels(
+        storage.form.weight, unpack(storage, parts["weight"], columns), *_scales(storage, parts)
+    )
+    weight: Levels | Tensor = levels
+    if storage.form.weight == "int4" and storage.form.levels == 2:
+        assert levels.group_scale is not None and levels.scale is not None
+        group = levels.group_scale.repeat_interleave(storage.form.group_size or 1, dim=-1)
+        products = levels.levels.float() * group / levels.scale
+        weight = round_to_e4m3(products) * levels.scale
+    return Stored(weight, storage.form.inputs, scale, parts.get("smoothing"), bias)
+
+
+def rank_layer(
+    spec: ModelSpec, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return a layer of one rank as ``blocks`` needs it; names are those after its prefix."""
+    rest = dict(tensors)
+    grouped: dict[str, Tensor] = {}
+    for linear in LINEARS:
+        bias = tensors.get(f"{linear}.bias")
+        stored = stored_in_rank(spec, linear, tensors.__getitem__, bias)
+        if stored is not None:
+            rest = {name: x for name, x in rest.items() if name.rpartition(".")[0] != linear}
+            grouped |= prepare(linear, [[stored]], False, device, dtype)
+    return prepare_layer(spec.quantization, rest, device, dtype) | grouped
+
+
+def stored_in_rank(
+    spec: ModelSpec, linear: str, read: Callable[[str], Tensor], bias: Tensor | None = None
+) -> Stored | None:
+    """Return a linear of a rank whose weights are in groups; None for other formats."""
+    form = spec.quantization.weights
+    storage = None if form is None or form not in SCHEMES else SCHEMES[form].storage
+    if storage is None:
+        return None
+    names = storage.parts(0, 0, "").items()
+    parts = {what: read(f"{linear}.{part.name}") for what, part in names}
+    parts["weight"] = parts["weight"].view(torch.uint8)
+    columns = parts["weight"].shape[-1] * (2 if storage.packing == "columns" else 1)
+    return stored_linear(storage, parts, columns, bias)
 
 
 def open_directory(path: Path, directory: Directory) -> DirectorySource:
@@ -241,9 +282,7 @@ def unpack(storage: Storage, stored: Tensor, columns: int) -> Tensor:
     return (unsigned - 2 ** (bits - 1)).to(torch.int8).flatten(-2)[:, :columns]
 
 
-def _scales(
-    storage: Storage, parts: dict[str, Tensor], rows: int
-) -> tuple[Tensor | None, Tensor | None]:
+def _scales(storage: Storage, parts: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
     """Return the scale of rows and that of groups."""
     scale = parts["scale"].float()
     if storage.form.per != "group":

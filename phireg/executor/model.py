@@ -21,7 +21,7 @@ from phireg.errors import UsageError
 from phireg.executor import blocks, quantized
 from phireg.executor.attention import current_device, prompt_attention
 from phireg.executor.blocks import Attend, Rotary, Weights
-from phireg.executor.directories import DirectorySource, open_directory
+from phireg.executor.directories import DirectorySource, open_directory, rank_layer
 from phireg.executor.levels import packed_bytes
 from phireg.executor.sources import Source, open_ranks
 from phireg.files.kinds import HF_MODEL, kind_of
@@ -335,8 +335,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
             return [first.layer(index, self.device, self.dtype)]
         names, prefix = layer_tensors(self.spec, index), layer_prefix(index)
         shards = [{name: source(prefix + name) for name in names} for source in self._sources]
-        scheme = self.spec.quantization
-        return [quantized.prepare(scheme, shard, self.device, self.dtype) for shard in shards]
+        return [rank_layer(self.spec, shard, self.device, self.dtype) for shard in shards]
 
     def _read_ends(self) -> list[Weights]:
         def read(source: Source, name: str) -> Tensor:
@@ -365,7 +364,8 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
                 size = packed_bytes(grid, shape)
             else:
                 size = math.prod(shape) * self.dtype.itemsize
-            needed += size * len(self.ranks)
+            in_pairs = scheme is not None and scheme.storage is not None
+            needed += size * len(self.ranks) * (2 if in_pairs else 1)
         return bool(needed > _MEMORY_SHARE * free)
 
 

@@ -19,14 +19,17 @@ from phireg.dtypes import BITS, ITEMSIZE
 from phireg.errors import SourceError
 from phireg.layout.rules import Rules
 from phireg.layout.spans import Span
-from phireg.planning.model import Output, Plan
+from phireg.planning.model import Output, Plan, Scale
 from phireg.source.model import Reader, Source
 from phireg.source.tensors import SourceTensor
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows and columns of a source tensor that lie in a tensor of a rank."""
+    """Rows and columns of a source tensor that lie in a tensor of a rank.
+
+    Those of packed weights are counted as they are stored, and those of scales of groups by group.
+    """
 
     row: int
     count: int
@@ -67,16 +70,19 @@ def invert(plan: Plan) -> dict[str, list[Piece]]:
     for output in plan.outputs:
         row = 0
         length = output.matrix[1]
-        columns = getattr(output.origin, "columns", None) or (Span("", 0, length),)
+        height, width = output.packing
+        if isinstance(output.origin, Scale):
+            height = output.origin.groups
+        columns = output.origin.columns or (Span("", 0, length * width),)
         for span in output.origin.spans:
+            start, count = span.start // height, span.count // height
             if span.source is not None:
                 at = 0
                 for kept in columns:
-                    pieces[span.source].append(
-                        Piece(span.start, span.count, kept.start, kept.count, output, row, at)
-                    )
-                    at += kept.count
-            row += span.count
+                    first, many = kept.start // width, kept.count // width
+                    pieces[span.source].append(Piece(start, count, first, many, output, row, at))
+                    at += many
+            row += count
     return dict(pieces)
 
 

@@ -22,7 +22,7 @@ from phireg.files.kinds import CHECKPOINT, check_kind
 from phireg.layout.rules import Rules
 from phireg.migration.inverse import Piece, RankSource, invert, read_rows, stated_source
 from phireg.planning.build import build_plan
-from phireg.planning.model import SHARD_BYTES, Options, Plan
+from phireg.planning.model import SHARD_BYTES, Options, Output, Plan, Rows, Scale
 from phireg.planning.plan import choose_family
 from phireg.planning.schedule import schedule
 from phireg.reader.schemes import KV_CACHES, SCHEMES
@@ -159,6 +159,18 @@ def _options(config: Mapping[str, Any], target: str, max_shard_size: int) -> Opt
     )
 
 
+def _as_stored(output: Output) -> Output:
+    """Return an output whose rows are those of a source that is packed like it."""
+    if output.packing == (1, 1) or not isinstance(output.origin, Rows):
+        return output
+    height = output.packing[0]
+    spans = tuple(
+        dataclasses.replace(span, start=span.start // height, count=span.count // height)
+        for span in output.origin.spans
+    )
+    return dataclasses.replace(output, origin=Rows(spans), packing=(1, 1))
+
+
 class _Migration:
     """The plan that makes such a checkpoint, and the one that makes the directory."""
 
@@ -185,6 +197,12 @@ class _Migration:
 
         self.forward = planned(dataclasses.replace(options, target="trtllm"))
         self.backward = planned(dataclasses.replace(options, tp_size=1, moe_ep_size=None))
+        if any(linear.folded for linear in self.backward.linears):
+            raise UsageError(
+                f"--target {options.target} has AWQ's factors in norms that several linears see, "
+                "and the checkpoint has others beside each of them",
+                hint="quantize the model anew: phireg quantize.",
+            )
         self.pieces = invert(self.forward)
 
     def check_config(self, config: Mapping[str, Any]) -> None:
@@ -197,10 +215,16 @@ class _Migration:
     def plan(self, files: RankFiles) -> Plan:
         """Return the directory's plan with the rank files as its source."""
         plan = self.backward
-        tensors = {
-            name: dataclasses.replace(tensor, dtype=self.pieces[name][0].output.dtype)
-            for name, tensor in plan.source.tensors.items()
-        }
+        tensors = dict(plan.source.tensors)
+        outputs = tuple(map(_as_stored, plan.outputs))
+        for planned, output in zip(plan.outputs, outputs, strict=True):
+            for span in output.origin.spans if isinstance(output.origin, Rows) else ():
+                if span.source is not None:
+                    tensor, (rows, columns) = plan.source.tensors[span.source], planned.packing
+                    shape = (tensor.shape[0] // rows, *(n // columns for n in tensor.shape[1:]))
+                    tensors[span.source] = dataclasses.replace(
+                        tensor, dtype=output.dtype, shape=shape
+                    )
         listed = tuple(
             WeightsFile(file.path.name, file.header.digest, file.header.stamp)
             for file in files.values()
@@ -213,15 +237,24 @@ class _Migration:
             rank_files=files,
             pieces=self.pieces,
         )
-        tasks = schedule(plan.outputs, tensors)
-        return dataclasses.replace(plan, source=source, linears=(), tasks=tasks)
+        tasks = schedule(outputs, tensors)
+        return dataclasses.replace(plan, source=source, outputs=outputs, linears=(), tasks=tasks)
 
     def scales(self, files: RankFiles) -> dict[str, Bits]:
         """Return the directory's scales, by their names in its plan."""
         places = self._places(files)
+        groups = {
+            span.source: output.origin.groups
+            for output in self.backward.outputs
+            if isinstance(output.origin, Scale)
+            for span in output.origin.spans
+        }
         return {
-            name: read_rows(files, places[name], name, scale.dtype, 0, scale.size, 1)[:, 0]
+            name: read_rows(
+                files, places[name], name, scale.dtype, 0, scale.size // width, width
+            ).reshape(-1)
             for name, scale in self.backward.scales.items()
+            for width in (groups.get(name, 1),)
         }
 
     def _places(self, files: RankFiles) -> dict[str, list[Piece]]:

@@ -251,7 +251,7 @@ class _Builder:
             groups = self.quantization.groups(rule) if companion == WEIGHT_SCALE else None
             for output in self.shards(rule, companion, rows, kind, follows):
                 if groups is not None:
-                    output = _by_group(output, groups)
+                    output = _by_group(output, groups, self.kept_columns(rule, rows, output.rank))
                 name, shape = f"{rule.target}.{stored.name}", stored.sizes(output.shape)
                 yield dataclasses.replace(output, name=name, shape=shape)
 
@@ -322,6 +322,17 @@ class _Builder:
             origin = Scale(spans) if computed else Rows(spans, _kept(rank_cols))
             yield Output(rank, own, code, sizes, 0, origin)
 
+    def kept_columns(self, rule: Rule, rows: Axis, rank: int) -> tuple[Span, ...] | None:
+        """The groups of a rank's inputs; None for all."""
+        columns = _kept(held(rule, rows, rule.cols, self.options.ranks, rank)[1])
+        size = self.quantization.format.group_size if self.quantization.format else None
+        if columns is None or size is None:
+            return None
+        return tuple(
+            dataclasses.replace(span, start=span.start // size, count=span.count // size)
+            for span in columns
+        )
+
     def check_ranks(self, rules: Rules) -> None:
         """Every part must be divisible."""
         ranks = self.options.ranks
@@ -380,13 +391,15 @@ class _Builder:
             self.error("schema", name, "is made by a rule, and the reader does not know it")
 
 
-def _by_group(output: Output, groups: int) -> Output:
+def _by_group(output: Output, groups: int, columns: tuple[Span, ...] | None) -> Output:
     """The scales of groups of inputs in place of the scales of rows."""
     spans = tuple(
         dataclasses.replace(span, start=span.start * groups, count=span.count * groups)
         for span in output.origin.spans
     )
-    return dataclasses.replace(output, shape=(*output.shape, groups), origin=Scale(spans))
+    kept = groups if columns is None else sum(span.count for span in columns)
+    origin = Scale(spans, groups, columns)
+    return dataclasses.replace(output, shape=(*output.shape, kept), origin=origin)
 
 
 def _kept(cols: Axis | None) -> tuple[Span, ...] | None:

@@ -106,6 +106,8 @@ class Scale:
     """Elements of scales that the run computes, as the origin of an output."""
 
     spans: tuple[Span, ...]  # over the plan's ``scales``, in order
+    groups: int = 1  # elements of a row
+    columns: tuple[Span, ...] | None = None  # the groups that are kept, None for all
 
 
 class Basis(Enum):
@@ -142,7 +144,7 @@ class Output:
     ]  # [] of a scalar; [experts, rows, columns] for the stacked linears of experts
     offset: int  # in the file, in bytes
     origin: Rows | Scale
-    packed_rows: int = 1  # source rows in one of its rows
+    packing: tuple[int, int] = (1, 1)  # source rows and columns in one of its elements
     factor: str | None = None  # one of the plan's scales, which its rows are multiplied by
 
     @property

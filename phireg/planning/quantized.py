@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from phireg.findings import UNMEASURED, Finding, Severity
+from phireg.layout.ranks import held
 from phireg.layout.rules import QuantRules, Rule, Rules
 from phireg.layout.spans import Axis, LayoutError, Span
 from phireg.planning.model import Basis, Options, Output, QuantizedLinear, Scale, ScaleTensor
@@ -72,6 +73,7 @@ class Quantization:
         self.format = options.format
         self.layout = None if self.format is None else target.layouts.get(self.format.name)
         self.target = target
+        self.ranks = options.ranks
         self.exclude = options.exclude
         self.quantize_lm_head = options.quantize_lm_head
         self.kv_cache = options.kv_cache_dtype
@@ -156,7 +158,7 @@ class Quantization:
         name = output.name
         if self.layout is not None:
             name = f"{name.removesuffix('weight')}{self.layout.weight_name}"
-        return replace(output, name=name, shape=shape, packed_rows=rows)
+        return replace(output, name=name, shape=shape, packing=(rows, columns))
 
     def shape_output(self, rule: Rule) -> Output:
         """Rows and columns of a packed weight, which the run states among the scales."""
@@ -258,7 +260,7 @@ class Quantization:
                 yield target, "experts can be quantized to fp8 alone", rule.where
             elif self.layout.weight is None:
                 continue
-            elif unfit := self.unfit(rules[target]):
+            elif unfit := self.unfit(rule, axes[target]):
                 yield target, unfit, rule.where
             elif any(part.padded for part in axes[target].parts) or any(
                 span.source is None for span in axes[target].spans
@@ -273,17 +275,27 @@ class Quantization:
                         detail = f"is made of {module}, which {', '.join(others)} reads as well"
                         yield target, f"{detail}: its scale would not be its own", rule.where
 
-    def unfit(self, rule: Rule) -> str | None:
-        """Why the sizes of a linear do not fit the format."""
-        assert self.format is not None and self.layout is not None and rule.cols is not None
-        size, rows = self.format.group_size, PACKINGS[self.layout.packing][0]
-        if size is not None and rule.cols.length % size:
-            return (
-                f"has {rule.cols.length} inputs, which are no groups of {size}: take a format "
-                "without groups (fp8, int8_sq), or leave it out (--exclude)"
-            )
-        if rule.weight[0].length % rows:
-            return f"has {rule.weight[0].length} rows, which are no pairs"
+    def unfit(self, rule: Rule, rows: Axis) -> str | None:
+        """Why the sizes of a linear do not fit the format on every rank."""
+        assert self.format is not None and self.layout is not None
+        size, pair = self.format.group_size or 1, PACKINGS[self.layout.packing][0]
+        if size == 1:
+            return None
+        for rank in range(self.ranks.tp_size):
+            try:
+                rank_rows, rank_cols = held(rule, rows, rule.cols, self.ranks, rank)
+            except LayoutError:
+                return None  # the plan has an error that says so
+            on_rank = f" on rank {rank} of {self.ranks.tp_size}" if self.ranks.tp_size > 1 else ""
+            if rank_cols and any(s.start % size or s.count % size for s in rank_cols.spans):
+                instead = "fewer ranks or " if on_rank else ""
+                out = "" if self.target.by_rank else ", or leave it out (--exclude)"
+                return (
+                    f"has {rank_cols.length} inputs{on_rank}, which are no groups of {size}: take "
+                    f"{instead}a format without groups (fp8, int8_sq){out}"
+                )
+            if any(span.start % pair or span.count % pair for span in rank_rows.spans):
+                return f"has {rank_rows.length} rows{on_rank} that make no pairs of neighbors"
         return None
 
     def findings(self, config: Mapping[str, Any], outputs: tuple[Output, ...]) -> Iterator[Finding]:

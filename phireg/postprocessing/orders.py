@@ -21,7 +21,7 @@ from phireg.layout.rules import Policy, Rule
 from phireg.layout.spans import Axis, LayoutError, Part, Span, coalesce, shard, take
 from phireg.planning.quantized import axes_of
 from phireg.reader.config import Config
-from phireg.reader.schemes import KNOWN
+from phireg.reader.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from phireg.family import Family
@@ -125,10 +125,11 @@ def quantization_of(config: Mapping[str, Any]) -> str | None:
     """Return the quantization algorithm; refuse one whose tensors have other axes (AWQ)."""
     block = config.get("quantization")
     algorithm = block.get("quant_algo") if isinstance(block, Mapping) else None
-    if algorithm not in KNOWN:
+    known = [None, *(s.quant_algo for s in SCHEMES.values() if s.storage is None)]
+    if algorithm not in known:
         raise CheckError(
-            f"the checkpoint is quantized as {algorithm!r}, whose tensors phireg does not know",
-            hint=f"known: {', '.join(str(name) for name in KNOWN if name)}.",
+            f"the checkpoint is quantized as {algorithm!r}, whose rows phireg does not reorder",
+            hint=f"it does for {', '.join(str(name) for name in known if name)}.",
         )
     return None if algorithm is None else str(algorithm)
 

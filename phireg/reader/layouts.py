@@ -1,4 +1,4 @@
-"""The two layouts of quantized Hugging Face directories: ModelOpt's and compressed-tensors'.
+"""The layouts of quantized linears in Hugging Face directories, and of groups in rank files.
 
 They say of each module how its linear is stored and what it computes, as a format of
 ``phireg.formats``. Facts are from the packages that write them (nvidia-modelopt 0.47,
@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 from phireg.formats import FORMATS, Format, Grid, Inputs
 from phireg.reader.config import Config
 
-LayoutName: TypeAlias = Literal["hf", "hf-modelopt", "hf-compressed-tensors"]
+LayoutName: TypeAlias = Literal["hf", "hf-modelopt", "hf-compressed-tensors", "trtllm"]
 Packing: TypeAlias = Literal["rows", "columns", "words"]
 """Two rows of int4 in a byte, the even one in its lower half; two columns of e2m1, likewise; or
 columns of int4 or int8 plus half their range in 32-bit words, the first in the lowest bits."""
@@ -57,8 +57,7 @@ class Storage:
 
         ``code`` is the model's dtype.
         """
-        make = _modelopt_parts if self.layout == "hf-modelopt" else _compressed_parts
-        return make(self, rows, columns, code)
+        return _PARTS[self.layout](self, rows, columns, code)
 
     def problem(self, rows: int, columns: int) -> str | None:
         """Return why a linear of that size cannot be stored so."""
@@ -238,6 +237,30 @@ def _names(pattern: str, module: str) -> bool:
     return module == pattern or module.startswith(f"{pattern}.")
 
 
+# TensorRT-LLM's checkpoints, as ModelOpt 0.47 writes them
+
+_RANK_NAMES = {
+    "scale": "weights_scaling_factor",
+    "second": "weights_scaling_factor_2",
+    "input": "activation_scaling_factor",
+    "smoothing": "prequant_scaling_factor",
+}
+
+
+def _rank_parts(storage: Storage, rows: int, columns: int, code: str) -> dict[str, Part]:
+    """ModelOpt's parts under other names; pairs of int4 are int8, and their scales have an axis."""
+    parts = _modelopt_parts(storage, rows, columns, code)
+    for what, name in _RANK_NAMES.items():
+        if what in parts:
+            parts[what] = replace(parts[what], name=name, required=True)
+    if storage.form.weight == "int4":
+        parts["weight"] = replace(parts["weight"], code="I8")
+        for what in ("second", "input"):
+            if what in parts:
+                parts[what] = replace(parts[what], shape=(1,))
+    return parts
+
+
 # compressed-tensors
 
 _GRIDS: Mapping[tuple[int, str], Grid] = {
@@ -279,6 +302,13 @@ def _compressed_parts(storage: Storage, rows: int, columns: int, code: str) -> d
             else Part("input_scale", ANY_FLOAT, (1,))
         )
     return parts
+
+
+_PARTS: Mapping[str, Callable[[Storage, int, int, str], dict[str, Part]]] = {
+    "hf-modelopt": _modelopt_parts,
+    "hf-compressed-tensors": _compressed_parts,
+    "trtllm": _rank_parts,
+}
 
 
 def _compressed(block: Config) -> Layout:

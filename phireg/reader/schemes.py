@@ -14,8 +14,11 @@ from typing import Any, Literal, TypeAlias
 from phireg.formats import FORMATS
 from phireg.reader.architectures import NESTED
 from phireg.reader.config import Config
+from phireg.reader.layouts import Packing, Storage
 
-WeightScheme: TypeAlias = Literal["fp8", "int8_sq", "int8_wo", "int4_wo"]
+WeightScheme: TypeAlias = Literal[
+    "fp8", "int8_sq", "int8_wo", "int4_wo", "int4_awq", "w4a8_awq", "nvfp4"
+]
 Grid: TypeAlias = Literal["fp8", "int8"]
 
 ROW_LINEARS = ("attention.dense", "mlp.proj")
@@ -29,13 +32,15 @@ class Scheme:
     """The storage of a quantized checkpoint's linears.
 
     Codes are safetensors' and None is the checkpoint's dtype, in which TensorRT-LLM's builder
-    quantizes weights. Every quantized linear must have the scales in ``companions``.
+    quantizes weights. Every quantized linear must have the scales in ``companions``. ``storage`` is
+    that of groups of inputs.
     """
 
     qformat: WeightScheme  # the name users type
     quant_algo: str  # in config.json's ``quantization``
     weight: str | None  # code of quantized weights
     companions: Mapping[str, str | None]  # codes of scales
+    storage: Storage | None = None
 
     @property
     def per_channel(self) -> bool:
@@ -46,6 +51,16 @@ class Scheme:
     def calibrated(self) -> bool:
         """True if scales need the maxima of the linears' inputs."""
         return FORMATS[self.qformat].calibrated
+
+
+def _grouped(qformat: WeightScheme, quant_algo: str, packing: Packing) -> Scheme:
+    """Return the scheme of weights in groups, by the parts of any linear."""
+    form = FORMATS[qformat]
+    storage = Storage("trtllm", form, packing)
+    parts = storage.parts(2, form.group_size or 0, "")
+    weight = parts.pop("weight")
+    companions = {part.name: part.code or None for part in parts.values()}
+    return Scheme(qformat, quant_algo, weight.code, companions, storage)
 
 
 _SCALES = {"weights_scaling_factor": "F32", "activation_scaling_factor": "F32"}
@@ -59,6 +74,9 @@ SCHEMES: Mapping[str, Scheme] = {
         Scheme("int8_sq", "W8A8_SQ_PER_CHANNEL", "I8", _SMOOTHED),
         Scheme("int8_wo", "W8A16", None, {}),
         Scheme("int4_wo", "W4A16", None, {}),
+        _grouped("int4_awq", "W4A16_AWQ", "rows"),
+        _grouped("w4a8_awq", "W4A8_AWQ", "rows"),
+        _grouped("nvfp4", "NVFP4", "columns"),
     )
 }
 """By ``--qformat``.
@@ -90,10 +108,10 @@ KNOWN = (None, *_ALGORITHMS)
 
 _MOST_PATTERNS = 100
 
-# Settings that change nothing under the algorithms above, with the values that say so. The
-# reader's default of group_size is 128; only its grouped algorithms look at it.
-_INERT = {
-    "group_size": (None, 0, 128),
+_DEFAULT_GROUP = 128
+# Settings that change nothing under the algorithms without groups, with the values that say so.
+_INERT: Mapping[str, tuple[Any, ...]] = {
+    "group_size": (None, 0, _DEFAULT_GROUP),
     "has_zero_point": (None, False),
     "pre_quant_scale": (None, False),
     "clamp_val": (None,),
@@ -128,8 +146,7 @@ class Excluded:
 class Quantization:
     """The quantized parts of a checkpoint; lm_head, the embedding and norms never are.
 
-    Linears have e4m3 weights and inputs ("fp8"), int8 weights and inputs by SmoothQuant
-    ("int8_sq"), or quantized weights alone ("int8_wo", "int4_wo").
+    Linears are stored as ``weights`` says, a key of SCHEMES.
     """
 
     weights: str | None = None  # a WeightScheme; of other layouts, what people call it
@@ -155,11 +172,10 @@ def parse_quantization(config: Config) -> Quantization:
         excluded = Excluded(patterns)
     except ValueError as error:
         raise block.error(f"exclude_modules has {error}") from None
-    return Quantization(
-        _algorithm(block, "quant_algo", _ALGORITHMS),
-        _algorithm(block, "kv_cache_quant_algo", caches),
-        excluded,
-    )
+    weights = _algorithm(block, "quant_algo", _ALGORITHMS)
+    grouped = weights is not None and SCHEMES[weights].storage is not None
+    cache = _algorithm(block, "kv_cache_quant_algo", caches)
+    return Quantization(weights, cache, excluded, 4 if grouped else 8)
 
 
 def check_quantization(config: Config, num_layers: int) -> None:
@@ -167,10 +183,16 @@ def check_quantization(config: Config, num_layers: int) -> None:
     block, quantization = config.block("quantization"), parse_quantization(config)
     if quantization.weights is None:
         return
+    inert = dict(_INERT)
+    if (storage := SCHEMES[quantization.weights].storage) is not None:
+        size = storage.form.group_size
+        inert["group_size"] = (size, None) if size == _DEFAULT_GROUP else (size,)
+        if storage.form.smoothing is not None:
+            inert["pre_quant_scale"] = (True,)
     for key, value in block.values.items():
         if key not in NESTED["quantization"]:
             raise block.error(f"{key} is unknown to the executor")
-        if key in _INERT and value not in _INERT[key]:
+        if key in inert and value not in inert[key]:
             raise block.error(f"{key} is {value!r}: {block.get('quant_algo')} has no such feature")
     for layer in range(num_layers):
         for linear in LINEARS:

@@ -16,7 +16,7 @@ from phireg.dtypes import WEIGHT_DTYPES
 from phireg.reader.architectures import ARCHITECTURES
 from phireg.reader.config import Config
 from phireg.reader.schemes import KV_SCALE as _KV_SCALE
-from phireg.reader.schemes import ROW_LINEARS, Scheme
+from phireg.reader.schemes import ROW_LINEARS, SCHEMES, Scheme
 from phireg.reader.spec import Dimensions, parse_dimensions
 
 Kind = tuple[str, tuple[int, ...]]
@@ -29,6 +29,7 @@ KEY_SCALE, VALUE_SCALE = "attention.k_cache_scaling_factor", "attention.v_cache_
 """Exporters write them beside KV_SCALE, which is the larger of the two."""
 
 _SCALE: Kind = ("F32", (1,))
+_GROUPED = [name for name, scheme in SCHEMES.items() if scheme.storage is not None]
 
 
 def required_tensors(config: Mapping[str, Any], tp_size: int) -> dict[str, Kind] | None:
@@ -115,7 +116,7 @@ def layer_prefix(layer: int) -> str:
 
 def is_scale(name: str) -> bool:
     """Return whether a tensor holds scaling factors of quantization."""
-    return name.endswith("scaling_factor")
+    return name.endswith(("scaling_factor", "scaling_factor_2"))
 
 
 def replicated(dims: Dimensions, name: str) -> bool:
@@ -127,6 +128,9 @@ def replicated(dims: Dimensions, name: str) -> bool:
     """
     module, _, part = name.rpartition(".")
     row = module.endswith(ROW_LINEARS)
+    grouped = (dims.quantization.weights or "") in _GROUPED
+    if part == "weights_scaling_factor" and grouped:
+        return False
     if part == "weights_scaling_factor":
         shared_out = dims.experts is not None and dims.experts.ep_size > 1 and ".mlp." in module
         return not shared_out and (row or dims.quantization.weights == "fp8")
@@ -141,6 +145,9 @@ def _linear(name: str, code: str, shape: tuple[int, int], scheme: Scheme | None)
     """Return weight and scales; raw weights of a weight-only scheme are like unquantized ones."""
     if scheme is None:
         return {f"{name}.weight": (code, shape)}
+    if scheme.storage is not None:
+        parts = scheme.storage.parts(*shape, code)
+        return {f"{name}.{part.name}": (part.code, part.shape) for part in parts.values()}
     shapes = {
         "weights_scaling_factor": shape[:1] if scheme.per_channel else (1,),
         "activation_scaling_factor": (1,),

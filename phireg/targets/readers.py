@@ -43,7 +43,9 @@ FP8_CACHE, UNQUANTIZED = "FP8 KV cache", "unquantized"
 READERS: Mapping[str, Mapping[str, tuple[Reader, ...]]] = {
     "trtllm": {
         UNQUANTIZED: (_ENGINES,),
-        **dict.fromkeys(("fp8", "int8_sq", "int8_wo", "int4_wo"), (_ENGINES,)),
+        **dict.fromkeys(("fp8", "int8_sq", "int8_wo", "int4_wo", "int4_awq"), (_ENGINES,)),
+        "w4a8_awq": (Reader(_ENGINES.name, _ENGINES.release, "Ada, Hopper"),),
+        "nvfp4": (Reader(_ENGINES.name, "0.17 to 1.2.1", "Blackwell"),),
         FP8_CACHE: (Reader(_ENGINES.name, _ENGINES.release, "0.12 takes 1 for the scale"),),
     },
     "hf": {UNQUANTIZED: (_TRANSFORMERS, _VLLM, _SGLANG, _MODELOPT, _EDGE)},

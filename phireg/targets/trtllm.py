@@ -16,7 +16,12 @@ _LAYOUTS = {
     name: Layout(
         scheme.quant_algo,
         scheme.weight,
-        {scale: Stored(scale, code) for scale, code in scheme.companions.items()},
+        {
+            # ModelOpt writes numbers of nvfp4 without an axis.
+            scale: Stored(scale, code, "scalar" if name == "nvfp4" and code == "F32" else "vector")
+            for scale, code in scheme.companions.items()
+        },
+        None if scheme.storage is None else scheme.storage.packing,
     )
     for name, scheme in SCHEMES.items()
 }
@@ -59,6 +64,10 @@ class TensorRTLLM(Target):
                 "kv_cache_quant_algo": cache,
                 "exclude_modules": list(quantized.excluded),
             }
+            if quantized.format.group_size is not None:
+                block["group_size"] = quantized.format.group_size
+            if quantized.format.smoothing == "awq":
+                block |= {"has_zero_point": False, "pre_quant_scale": True}
         return {
             "config.json": {
                 "architecture": fields.get("architecture"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from phireg.dtypes import ITEMSIZE
-from phireg.reader.schemes import LINEARS
+from phireg.reader.schemes import LINEARS, SCHEMES
 from phireg.reader.spec import ModelSpec
 from phireg.reader.tensors import layer_tensors, rank_tensors
 
@@ -73,7 +73,13 @@ def size_problems(spec: ModelSpec) -> Iterator[str]:
     """Yield which weights have a size or a form that no compiler takes."""
     if spec.experts is not None and spec.quantization.weights is not None:
         yield "its experts are quantized, which TensorRT-LLM alone builds"
-    if spec.quantization.weights == "int4_wo":
+    weights = spec.quantization.weights
+    if weights is not None and SCHEMES[weights].storage is not None:
+        yield (
+            f"its weights are quantized in groups ({SCHEMES[weights].quant_algo}), which "
+            "TensorRT-LLM alone builds"
+        )
+    if weights == "int4_wo":
         for name, (_, shape) in layer_tensors(spec, 0).items():
             if name.endswith(".weight") and len(shape) == 2 and math.prod(shape) % 2:
                 yield f"{name} of every layer is {list(shape)}: INT4 needs an even number of values"

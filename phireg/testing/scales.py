@@ -35,10 +35,13 @@ Maxima = Mapping[str, npt.NDArray[np.float32]]
 
 
 def schemes_of(model: TinyModel) -> Iterator[Scheme]:
-    """Yield the schemes for which the family names linears."""
+    """Yield the schemes for which the family names linears; a tiny model's make no groups."""
     translation, _ = model.translate()
     for scheme in SCHEMES.values():
-        if model.family.quant_rules(translation.fields, scheme.quant_algo).linears:
+        if (
+            scheme.storage is None
+            and model.family.quant_rules(translation.fields, scheme.quant_algo).linears
+        ):
             yield scheme
 
 

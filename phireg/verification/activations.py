@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from phireg.dtypes import E4M3_MAX, INT8_MAX
+from phireg.dtypes import E4M3_MAX
 from phireg.executor import Executor, blocks
 from phireg.executor.directories import DirectorySource
 from phireg.executor.sources import Source
-from phireg.formats import LARGEST
+from phireg.formats import FORMATS, LARGEST, Inputs
+from phireg.reader.schemes import SCHEMES
 from phireg.reader.tensors import layer_prefix
 from phireg.verification.ranks import merge
 from phireg.verification.result import Problem
@@ -19,7 +20,10 @@ from phireg.verification.result import Problem
 _MOST_RANGE, _LEAST_RANGE = 2.0, 1 / 16
 """Inputs differ from those of the calibration, so only ranges far from it are noted."""
 
-_LARGEST = {"fp8": E4M3_MAX, "int8_sq": INT8_MAX}
+
+def _largest(inputs: Inputs) -> float:
+    """Return the largest input over its calibrated scale that the format has."""
+    return LARGEST[inputs.grid] * (LARGEST["e4m3"] if inputs.scale == "group" else 1)
 
 
 class ActivationRanges:
@@ -34,19 +38,21 @@ class ActivationRanges:
 
     def observe(self, layer: int, linear: str, x: Tensor) -> None:
         """Take a linear's input, before smoothing; see ``Executor.forward``."""
-        scheme = self.spec.quantization.weights
         (source, *_) = self.sources
         if isinstance(source, DirectorySource):
             self._observe_directory(source, layer, linear, x)
             if linear == "attention.qkv" and self.spec.quantization.kv_cache is not None:
                 self._observe_cache(layer, x)
             return
-        if scheme not in _LARGEST:
+        scheme = SCHEMES.get(self.spec.quantization.weights or "")
+        if scheme is None or "activation_scaling_factor" not in scheme.companions:
             return
-        if scheme == "int8_sq":
+        if "prequant_scaling_factor" in scheme.companions:
             x = x.float() * self._read(layer, f"{linear}.prequant_scaling_factor").to(x.device)
         scale = float(self._read(layer, f"{linear}.activation_scaling_factor"))
-        used = float(x.abs().amax()) / (scale * _LARGEST[scheme])
+        inputs = FORMATS[scheme.qformat].inputs
+        assert inputs is not None
+        used = float(x.abs().amax()) / (scale * _largest(inputs))
         self.used[layer, linear] = max(used, self.used.get((layer, linear), 0.0))
 
     def notes(self) -> Iterator[str]:
@@ -73,11 +79,8 @@ class ActivationRanges:
             if part.inputs is None or not scales:
                 continue
             smoothed = x.float() if part.smoothing is None else x * part.smoothing.float().to(x)
-            largest = LARGEST[part.inputs.grid]
-            if part.inputs.scale == "group":
-                largest *= LARGEST["e4m3"]
             # An expert's own inputs are not told apart here: none exceeds the widest range.
-            used = float(smoothed.abs().amax()) / (max(map(float, scales)) * largest)
+            used = float(smoothed.abs().amax()) / (max(map(float, scales)) * _largest(part.inputs))
             self.used[layer, linear] = max(used, self.used.get((layer, linear), 0.0))
 
     def _observe_cache(self, layer: int, x: Tensor) -> None:

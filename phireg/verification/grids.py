@@ -15,12 +15,6 @@ ALIKE = 0.35
 one it is 1.4."""
 
 
-def stored_values(part: Stored) -> Tensor:
-    """Return what a module's weight stands for before its smoothing, in float32."""
-    weight = part.weight
-    return weight.values(torch.float32) if isinstance(weight, Levels) else weight.float()
-
-
 def steps(part: Stored, module: Module, expected: Tensor) -> Tensor:
     """Return the step of the grid at every value."""
     if module.storage is None:

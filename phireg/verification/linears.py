@@ -9,21 +9,24 @@ both linears and must cancel.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from phireg.checkpoint.rankfiles import RankFiles
 from phireg.conversion.stream import assemble
 from phireg.dtypes import UNIT_ROUNDOFF, WEIGHT_DTYPES, as_torch
-from phireg.executor.directories import DirectorySource, Stored, ordered
+from phireg.executor.directories import DirectorySource, Stored, ordered, stored_linear
 from phireg.executor.levels import Levels
-from phireg.planning.model import Output, Plan
+from phireg.planning.model import Output, Plan, QuantizedLinear
+from phireg.reader.models import Order
 from phireg.reader.modules import Module
 from phireg.reader.schemes import LINEARS
 from phireg.reader.tensors import layer_prefix
 from phireg.source.model import Reader
+from phireg.verification.comparison import Progress
 from phireg.verification.grids import (
     ALIKE,
     explaining_factors,
@@ -34,7 +37,6 @@ from phireg.verification.grids import (
     relative_error,
     scale_of,
     steps,
-    stored_values,
 )
 from phireg.verification.orders import Heads, named_mistake
 from phireg.verification.result import Problem, own_place, place_of
@@ -48,14 +50,13 @@ _SEARCHED = 4.0
 
 @dataclass(slots=True)
 class Comparison:
-    """The two sides, and what was found in all linears.
+    """The source's side, and what was found in all linears.
 
     ``norms`` has what norms were multiplied by, by the blueprint's names.
     """
 
     plan: Plan
-    source: DirectorySource
-    norms: Mapping[str, Tensor]
+    norms: Mapping[str, Tensor] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     compared: int = 0
     searched: int = 0  # modules whose values are farther than a step, evenly
@@ -72,30 +73,56 @@ def compare_linears(
     names: Sequence[str],
 ) -> Comparison:
     """Compare linears of layers (``names``, whole), and lm_head if it is among them."""
-    result = Comparison(plan, source, norms)
+    result = Comparison(plan, norms)
     outputs = {o.name: o for o in plan.outputs if o.name.endswith(".weight")}
     with plan.source.open() as reader:
         if "lm_head" in names:
             head = source.directory.head()
             assert head is not None
             rows = _rows(plan, outputs["lm_head.weight"], reader)
-            _Linear(result, "lm_head", (head,), None).compare(rows)
+            _Linear(result, "lm_head", (head,), [source.read(head)]).compare(rows)
         for layer in range(source.directory.spec.num_layers):
             present = [n for n in LINEARS if layer_prefix(layer) + n in names]
             if present:
-                _Layer(result, layer).compare(present, outputs, reader)
-    for module, stored, factor in result.wrong_scales:
-        result.problems.append(_scale_problem(result, module, stored, factor))
+                _Layer(result, source, layer).compare(present, outputs, reader)
+    result.problems += _scale_problems(result)
+    return result
+
+
+def compare_ranks(
+    plan: Plan, files: RankFiles, linears: Sequence[QuantizedLinear], progress: Progress
+) -> Comparison:
+    """Compare linears of rank files whose weights are in groups, rank by rank."""
+    result, code = Comparison(plan), WEIGHT_DTYPES[plan.options.dtype]
+    assert plan.options.scheme is not None and plan.options.scheme.storage is not None
+    storage = plan.options.scheme.storage
+    targets = {linear.target for linear in linears}
+    with plan.source.open() as reader:
+        for output in plan.outputs:
+            target, _, part = output.name.rpartition(".")
+            if part != "weight" or target not in targets:
+                continue
+            height, width = (n * k for n, k in zip(output.shape, output.packing, strict=True))
+            rows = _rows(plan, replace(output, dtype=code, shape=(height, width)), reader)
+            module = Module(f"rank{output.rank} {target}", height, width, False, storage)
+            read = files[output.rank].mapped()
+            parts = {what: read(f"{target}.{x.name}") for what, x in module.parts(code).items()}
+            parts["weight"] = parts["weight"].view(torch.uint8)
+            stored = stored_linear(storage, parts, width, None)
+            _Linear(result, target, (module,), [stored]).compare(rows)
+            progress(output.nbytes)
+    result.problems += _scale_problems(result)
     return result
 
 
 class _Layer:
     """The linears of one layer, whose rows and columns may have factors that cancel."""
 
-    def __init__(self, result: Comparison, layer: int) -> None:
+    def __init__(self, result: Comparison, source: DirectorySource, layer: int) -> None:
         self.result = result
+        self.source = source
         self.layer = layer
-        self.directory = result.source.directory
+        self.directory = source.directory
 
     def compare(self, names: Sequence[str], outputs: Mapping[str, Output], reader: Reader) -> None:
         prefix = layer_prefix(self.layer)
@@ -132,7 +159,8 @@ class _Layer:
 
     def _linear(self, name: str, modules: tuple[Module, ...], norm: Tensor | None) -> _Linear:
         whole = layer_prefix(self.layer) + name
-        return _Linear(self.result, whole, modules, norm)
+        parts = ordered(self.directory, name, [self.source.read(module) for module in modules])
+        return _Linear(self.result, whole, modules, parts, norm, self.directory.order(name))
 
     def _norm_name(self, name: str) -> str:
         """Return the norm that feeds a linear."""
@@ -175,17 +203,20 @@ class _Linear:
     """One linear of the blueprint (of one expert) and its modules."""
 
     def __init__(
-        self, result: Comparison, name: str, modules: tuple[Module, ...], norm: Tensor | None
+        self,
+        result: Comparison,
+        name: str,
+        modules: tuple[Module, ...],
+        parts: list[Stored],
+        norm: Tensor | None = None,
+        order: Order = "plain",
     ) -> None:
         self.result = result
         self.name = name
         self.modules = modules
+        self.parts = parts
         self.norm = norm
-        source = result.source
-        linear = name.partition(".layers.")[2].partition(".")[2]
-        self.order = source.directory.order(linear) if linear else "plain"
-        parts = [source.read(module) for module in modules]
-        self.parts = ordered(source.directory, linear, parts) if linear else parts
+        self.order = order
         self.code = WEIGHT_DTYPES[result.plan.options.dtype]
 
     def inferred_columns(self, rows: Tensor) -> Tensor | None:
@@ -193,18 +224,18 @@ class _Linear:
         (part, *more) = self.parts
         if more:
             return None
-        factors = fit(stored_values(part), rows, 0)
+        factors = fit(part.values, rows, 0)
         return factors if part.smoothing is None else factors * part.smoothing.float()
 
     def is_divided_by(self, norm: Tensor, rows: Tensor) -> bool:
         """Return whether the weight is nearer to the source's without a norm's factors."""
-        values = torch.cat([stored_values(part) for part in self.parts])
+        values = torch.cat([part.values for part in self.parts])
         expected = self._expected(rows, self.parts[0])
         return relative_error(values, expected / norm) <= relative_error(values, expected)
 
     def inferred_rows(self, rows: Tensor) -> Tensor:
         """Return what each row is multiplied by."""
-        values = torch.cat([stored_values(part) for part in self.parts])
+        values = torch.cat([part.values for part in self.parts])
         return fit(values, self._expected(rows, self.parts[0]), 1)
 
     def compare(
@@ -226,7 +257,7 @@ class _Linear:
             if row_factors is not None:
                 expected = expected * row_factors[at, None]
             inferred = row_factors is not None or column_factors is not None
-            values = stored_values(part)
+            values = part.values
             whole.append((values, expected))
             self.result.compared += 1
             slack = _FOLDED / 3 if inferred else 4 * UNIT_ROUNDOFF[self.code]
@@ -296,7 +327,7 @@ class _Linear:
     ) -> Iterator[Problem]:
         if has_exchanged_nibbles(module, part, expected):
             text = "the four-bit values of each pair lie in the other order"
-            yield self._problem(module, _weight_name(module), text)
+            yield self._problem(module, "weight", text)
             return
         factors = explaining_factors(values, expected)
         if factors is not None and factors.dim() == 1:
@@ -304,11 +335,11 @@ class _Linear:
             return
         if factors is not None:
             what, name, text = (
-                ("rows", "weight_scale", "is not scaled as the source's")
+                ("rows", "scale", "is not scaled as the source's")
                 if len(factors) > 1
                 else (
                     "inputs",
-                    "pre_quant_scale",
+                    "smoothing",
                     "is multiplied by something else than the weight was divided by",
                 )
             )
@@ -331,22 +362,25 @@ class _Linear:
             f"the source, first at row {row}, column {column}: {float(values[row, column]):.5g} "
             f"instead of {float(expected[row, column]):.5g}"
         )
-        yield self._problem(module, _weight_name(module), text)
+        yield self._problem(module, "weight", text)
 
     def _problem(self, module: Module, part: str, text: str, hint: str | None = None) -> Problem:
-        return Problem(f"{module.name}.{part}", text, hint, *place_of(self.name))
+        return Problem(_part_name(module, part), text, hint, *place_of(self.name))
 
 
-def _scale_problem(result: Comparison, module: Module, stored: Tensor, factor: float) -> Problem:
-    """Say whose scale a wrong one of a whole tensor is, if it is another module's."""
-    text = f"is {factor:.5g} times what the source's largest value gives"
+def _scale_problems(result: Comparison) -> Iterator[Problem]:
+    """Say whose scale each wrong one of a whole tensor is, if it is another module's."""
     largest = result.expected_scales
-    for name in largest.keys() - {module.name} if module.name in largest else ():
-        others = stored / factor * largest[name] / largest[module.name]
-        if stored.numel() == 1 and abs(float(stored / others) - 1) < 0.01:
-            text += f": it is that of {name}"
-            break
-    return Problem(f"{module.name}.weight_scale", text, None, *own_place(module.name))
+    for module, stored, factor in result.wrong_scales:
+        text = f"is {factor:.5g} times what the source's largest value gives"
+        for name in largest.keys() - {module.name} if module.name in largest else ():
+            others = stored / factor * largest[name] / largest[module.name]
+            if stored.numel() == 1 and abs(float(stored / others) - 1) < 0.01:
+                text += f": it is that of {name}"
+                break
+        rank, _, name = module.name.rpartition(" ")
+        place = place_of(name) if rank else own_place(name)
+        yield Problem(_part_name(module, "scale"), text, None, *place)
 
 
 def _rows(plan: Plan, output: Output, reader: Reader) -> Tensor:
@@ -355,5 +389,6 @@ def _rows(plan: Plan, output: Output, reader: Reader) -> Tensor:
     return as_torch(np.ascontiguousarray(bits), output.dtype).float().reshape(output.shape)
 
 
-def _weight_name(module: Module) -> str:
-    return "weight" if module.storage is None else module.parts("")["weight"].name
+def _part_name(module: Module, what: str) -> str:
+    part = module.parts("").get(what)
+    return f"{module.name}.{what if part is None else part.name}"

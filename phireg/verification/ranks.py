@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from phireg.executor import Executor, ModelSpec
+from phireg.executor.directories import stored_in_rank
 from phireg.executor.sources import Source
 from phireg.reader.schemes import LINEARS, ROW_LINEARS, Quantization
 from phireg.reader.tensors import is_scale, replicated
@@ -119,14 +120,18 @@ def dequantized(spec: ModelSpec, sources: Sequence[Source]) -> tuple[ModelSpec, 
     plain = dataclasses.replace(spec, quantization=Quantization())
     if spec.quantization.weights is None:
         return plain, list(sources)
-    return plain, [_dequantized(source) for source in sources]
+    return plain, [_dequantized(spec, source) for source in sources]
 
 
-def _dequantized(source: Source) -> Source:
+def _dequantized(spec: ModelSpec, source: Source) -> Source:
     def read(name: str) -> Tensor:
-        tensor, (linear, _, part) = source(name), name.rpartition(".")
+        linear, _, part = name.rpartition(".")
         if part != "weight" or not linear.endswith(LINEARS):
-            return tensor
+            return source(name)
+        stored = stored_in_rank(spec, linear, source)
+        if stored is not None:
+            return stored.values if stored.smoothing is None else stored.values * stored.smoothing
+        tensor = source(name)
         values = tensor.float() * source(f"{linear}.weights_scaling_factor")[:, None]
         if tensor.is_floating_point():
             return values  # FP8 has no smoothing

@@ -15,7 +15,7 @@ from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import UsageError
 from phireg.files.kinds import HF_MODEL, kind_of
 from phireg.files.sizes import size
-from phireg.planning.model import Output, Plan, Scale
+from phireg.planning.model import Output, Plan, QuantizedLinear, Scale
 from phireg.planning.report import ranges
 from phireg.planning.schedule import restrict
 from phireg.reader.schemes import KNOWN, KV_CACHES, SCHEMES
@@ -262,20 +262,27 @@ def _check_weights(
     problems = explain(plain, files, compare(plain, files, report))
     notes: list[str] = []
     comparisons: list[LinearComparison] = []
+    linears: list[QuantizedLinear] = []
     if plan.scales:
         quantized = [output for output in plan.outputs if is_quantized(output)]
         missing = [output for output in quantized if not _is_readable(files, output)]
         absent += missing
         incomplete = {output.name.rpartition(".")[0] for output in missing}
         linears = [linear for linear in plan.linears if linear.target not in incomplete]
-        comparisons = compare_quantized(plan, files, linears, report)
+        in_groups = plan.options.scheme is not None and plan.options.scheme.storage is not None
+        if in_groups:
+            from phireg.verification.linears import compare_ranks
+
+            found = compare_ranks(plan, files, linears, report)
+            problems, notes = problems + found.problems, notes + found.notes
+        comparisons = [] if in_groups else compare_quantized(plan, files, linears, report)
         scales = [output for output in quantized if isinstance(output.origin, Scale)]
         report(sum(output.nbytes for output in scales))
         scales = [output for output in scales if _is_readable(files, output)]
         problems += explain_quantized(plan, files, comparisons)
         problems += rank_problems(files, scales)
         problems += cache_problems(files, scales)
-        deviating = list(activation_problems(plan, files, scales))
+        deviating = list(activation_problems(plan, files, scales)) if plan.smoothed else []
         if alpha == 1:
             problems += deviating
         elif alpha is None:
@@ -290,7 +297,7 @@ def _check_weights(
         )
         for output in absent
     ]
-    return Outcome(_summary(plan, plain, len(absent), comparisons), problems, notes)
+    return Outcome(_summary(plan, plain, len(absent), len(linears)), problems, notes)
 
 
 def _is_readable(files: RankFiles, output: Output) -> bool:
@@ -312,15 +319,15 @@ def _rounding_notes(comparisons: Sequence[LinearComparison]) -> list[str]:
     ]
 
 
-def _summary(plan: Plan, plain: Plan, absent: int, comparisons: Sequence[LinearComparison]) -> str:
+def _summary(plan: Plan, plain: Plan, absent: int, linears: int) -> str:
     casts = f"{plan.casts} source tensors cast" if plan.casts else "nothing was cast"
     if not plan.scales:
         count = len(plan.outputs)
         return f"{count - absent} of {count} tensors compared bit for bit; {casts}"
     scheme = plan.options.scheme
     quantized = (
-        f"{len(comparisons)} linears within a step of the {scheme.quant_algo} grid and scales "
-        "recomputed"
+        f"{linears} linears within a step of the {scheme.quant_algo} grid"
+        + ("" if scheme.storage is not None else " and scales recomputed")
         if scheme is not None and plan.linears
         else "scales of the KV cache looked at"
     )

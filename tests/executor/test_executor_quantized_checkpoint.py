@@ -24,7 +24,10 @@ def problems(directory):
 @pytest.mark.parametrize(
     ("block", "said"),
     [
-        ({"quant_algo": "W4A16_AWQ", "group_size": 128}, "quant_algo 'W4A16_AWQ'"),
+        ({"quant_algo": "W4A16_GPTQ", "group_size": 128}, "quant_algo 'W4A16_GPTQ'"),
+        ({"quant_algo": "W4A16_AWQ", "group_size": 64, "pre_quant_scale": True}, "group_size"),
+        ({"quant_algo": "W4A16_AWQ", "pre_quant_scale": False}, "pre_quant_scale"),
+        ({"quant_algo": "NVFP4", "group_size": 128}, "group_size"),
         ({"quant_algo": ["FP8"]}, "quant_algo"),
         ({"kv_cache_quant_algo": "NVFP4"}, "kv_cache_quant_algo 'NVFP4'"),
         ({"quant_algo": "FP8", "group_size": 64}, "group_size"),

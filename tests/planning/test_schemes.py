@@ -62,6 +62,10 @@ def test_the_plan_knows_every_tensor(tmp_path, key, qformat, tp):
     assert plan.bytes_in == plain.bytes_in and plan.casts == plain.casts
 
 
+_AWQ = {"group_size": 128, "has_zero_point": False, "pre_quant_scale": True}
+GROUPS = {"int4_awq": _AWQ, "w4a8_awq": _AWQ, "nvfp4": {"group_size": 16}}
+
+
 @pytest.mark.parametrize("cache", [None, "fp8", "int8"])
 @pytest.mark.parametrize("qformat", list(SCHEMES))
 def test_the_quantization_block_has_no_key_that_an_old_reader_refuses(tmp_path, qformat, cache):
@@ -71,9 +75,10 @@ def test_the_quantization_block_has_no_key_that_an_old_reader_refuses(tmp_path, 
         "quant_algo": SCHEMES[qformat].quant_algo,
         "kv_cache_quant_algo": cache and cache.upper(),
         "exclude_modules": ["lm_head", "*vocab_embedding"],
+        **GROUPS.get(qformat, {}),
     }
     assert plan.options.weight_only == {"int8_wo": "int8", "int4_wo": "int4"}.get(qformat)
-    assert plan.options.calibrated == (qformat in ("fp8", "int8_sq") or cache is not None)
+    assert plan.options.calibrated == (not qformat.endswith("_wo") or cache is not None)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,12 @@ from phireg.reader.spec import parse_spec
 
 DEMOS = Path(__file__).parents[2] / "plugins"
 FAMILIES = ("phi2", "phi3-mini", "phi3-small", "phi3-medium")
-FORMATS = ("float16", "bfloat16", "float32", *SCHEMES, *(f"kv_{grid}" for grid in KV_CACHES))
+GROUPED = tuple(name for name, scheme in SCHEMES.items() if scheme.storage is not None)
+FORMATS = (
+    *("float16", "bfloat16", "float32"),
+    *(name for name in SCHEMES if name not in GROUPED),
+    *(f"kv_{grid}" for grid in KV_CACHES),
+)
 EXPERTS = {
     "architecture": "PhiMoEForCausalLM", "hidden_size": 48, "num_attention_heads": 8,
     "vocab_size": 97, "max_position_embeddings": 128, "num_key_value_heads": 4,

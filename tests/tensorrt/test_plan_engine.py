@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.command_line import run_phireg
-from specs import DEMOS, config_of, spec_of
+from specs import DEMOS, GROUPED, config_of, spec_of
 
 import phireg
 from phireg.errors import EngineError, UsageError
@@ -81,6 +81,12 @@ def test_quantized_experts():
     (problem,) = requirements.size_problems(spec_of("phi3.5-moe", "fp8"))
     assert "TensorRT-LLM" in problem
     assert not list(requirements.size_problems(spec_of("phi3.5-moe")))
+
+
+@pytest.mark.parametrize("form", GROUPED)
+def test_weights_in_groups(form):
+    (problem,) = requirements.size_problems(spec_of("phi3-mini", form))
+    assert "TensorRT-LLM" in problem
 
 
 def test_a_gpu_that_cannot_run_the_model(checkpoint):

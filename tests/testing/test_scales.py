@@ -65,4 +65,5 @@ def test_an_undamaged_checkpoint_passes(monkeypatch, tmp_path, source):
 
 def test_every_scheme_is_tried(directory, source):
     model = TinyModel(BASES["small"], TINY["small"], directory)
-    assert [scheme.qformat for scheme in schemes_of(model)] == list(SCHEMES)
+    without_groups = [name for name, scheme in SCHEMES.items() if scheme.storage is None]
+    assert [scheme.qformat for scheme in schemes_of(model)] == without_groups

@@ -155,7 +155,7 @@ def test_how_exporters_write_it_is_noted(tmp_path):
         ({"exclude_modules": ["*vocab_embedding"]}, "does not leave out lm_head"),
         ({"exclude_modules": "lm_head"}, "exclude_modules: is 'lm_head'"),
         ({"kv_cache_quant_algo": "FP4"}, "kv_cache_quant_algo: is 'FP4'"),
-        ({"quant_algo": "W4A16_AWQ"}, "quant_algo: is 'W4A16_AWQ'"),
+        ({"quant_algo": "FP8_BLOCK_SCALES"}, "quant_algo: is 'FP8_BLOCK_SCALES'"),
         ({"kv_cache_quant_algo": None}, "kv_cache_scaling_factor"),
     ],
 )
@@ -169,10 +169,10 @@ def test_the_quantization_section(change, says, tmp_path):
 
 def test_an_unknown_algorithm_is_not_called_damage(tmp_path):
     directory = copied(tmp_path / "c", "phi3-mini", "fp8", None, 1)
-    edit_config(directory, lambda c: c["quantization"].update(quant_algo="W4A16_AWQ"))
+    edit_config(directory, lambda c: c["quantization"].update(quant_algo="FP8_BLOCK_SCALES"))
     verification = verify(directory, "phi3-mini")
     assert verification.check("weights").verdict == "skipped"
-    assert "W4A16_AWQ" in verification.check("weights").summary
+    assert "FP8_BLOCK_SCALES" in verification.check("weights").summary
 
 
 def test_a_quantized_kv_cache_alone(tmp_path):

@@ -130,5 +130,8 @@ def test_exporters_that_cut_the_embedding(written, dim, shape):
 
 def test_an_unknown_algorithm_is_not_judged(written):
     config, ranks = written["fp8", None]
-    other = {**config, "quantization": {"quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": None}}
+    other = {
+        **config,
+        "quantization": {"quant_algo": "FP8_BLOCK_SCALES", "kv_cache_quant_algo": None},
+    }
     assert structure_findings(other, ranks) == []
