@@ -274,7 +274,7 @@ def _check_weights(
             from phireg.verification.linears import compare_ranks
 
             found = compare_ranks(plan, files, linears, report)
-            problems, notes = problems + found.problems, notes + found.notes
+            problems += found.problems
         comparisons = [] if in_groups else compare_quantized(plan, files, linears, report)
         scales = [output for output in quantized if isinstance(output.origin, Scale)]
         report(sum(output.nbytes for output in scales))
