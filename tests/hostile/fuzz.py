@@ -1,10 +1,11 @@
 """Fuzz the readers of ``helpers.hostile_readers`` with atheris, guided by coverage.
 
-    python tests/hostile/fuzz.py READER SECONDS    one reader, here
-    python tests/hostile/fuzz.py all SECONDS       all of them at once, a process each
+    python tests/hostile/fuzz.py SECONDS READER...    these readers
+    python tests/hostile/fuzz.py SECONDS              all of them
 
-Prints how many inputs were tried. What breaks a reader is kept in ``--keep`` (default: beside the
-corpus), and the exit code is then not 0. The corpus is in ``corpus/READER``.
+Each reader has a process, and all run at the same time. Prints how many inputs were tried. What
+breaks a reader is kept in ``--keep`` (default: beside the corpus), and the exit code is then not 0.
+The corpus is in ``corpus/READER``.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import json
 import os
 import random
 import re
-import subprocess
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -81,24 +82,18 @@ def mutate(data, most, seed):
     return atheris.Mutate(data, most)
 
 
-def fuzz(name, seconds, keep):
+def fuzz(name, seconds, keep, root):
     """Fuzz one reader in this process, which ends."""
     import atheris
+    from helpers.hostile_readers import PLANTED, READERS, check
 
-    with atheris.instrument_imports(include=["phireg", "helpers.hostile_readers"]):
-        from helpers.hostile_readers import PLANTED, READERS, check, models
-
-    root = models(Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-")))
     reader = {**READERS, "planted": PLANTED}[name]
-    good = (root / reader.file).read_bytes()
+    good = (root / "work" / reader.file).read_bytes()
     new = root / "new"
     new.mkdir()
     (new / "good").write_bytes(reader.part(good))
     (CORPUS / name).mkdir(exist_ok=True)
     work = root / "work"  # apart from the corpus, whose files come and go
-    work.mkdir()
-    for part in ("model", "ckpt", "engine", "bin", "small", "statistics.safetensors", "rows.jsonl"):
-        (root / part).rename(work / part)
     options = [
         *("-print_final_stats=1", "-verbosity=0", "-max_len=200000", "-len_control=0"),
         *(f"-max_total_time={seconds}", f"-timeout={INPUT_SECONDS}"),
@@ -114,13 +109,15 @@ def fuzz(name, seconds, keep):
     atheris.Fuzz()
 
 
-def start(name, seconds, keep):
-    """Start a process that fuzzes one reader."""
-    command = [sys.executable, str(Path(__file__)), name, str(seconds), "--keep", str(keep)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def started(name, seconds, keep, root):
+    """Start a process that fuzzes one reader; give its id. It has what is imported already."""
+    if process := os.fork():
+        return process
+    output = os.open(root / "output", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    fuzz(name, seconds, keep, root)
+    sys.exit("the fuzzer has not ended the process")
 
 
 def tried(output):
@@ -131,23 +128,29 @@ def tried(output):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("reader")
     parser.add_argument("seconds", type=int)
+    parser.add_argument("readers", nargs="*")
     parser.add_argument("--keep", type=Path, default=CORPUS / "new")
     asked = parser.parse_args()
     asked.keep.mkdir(parents=True, exist_ok=True)
-    if asked.reader != "all":
-        fuzz(asked.reader, asked.seconds, asked.keep)
-        return
-    from helpers.hostile_readers import READERS
+    import atheris
 
-    running = {name: start(name, asked.seconds, asked.keep) for name in READERS}
+    with atheris.instrument_imports(include=["phireg", "helpers.hostile_readers"]):
+        from helpers.hostile_readers import READERS, models
+
+    made = models(Path(tempfile.mkdtemp(prefix="fuzz-")))
+    running = {}
+    for name in asked.readers or READERS:
+        root = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
+        shutil.copytree(made, root / "work")
+        running[name] = root, started(name, asked.seconds, asked.keep.absolute(), root)
     failed = False
-    for name, process in running.items():
-        output = process.communicate()[0]
-        failed |= process.returncode != 0
-        print(f"{name:20} {tried(output):10,} inputs, exit code {process.returncode}")
-        if process.returncode:
+    for name, (root, process) in running.items():
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        failed |= code != 0
+        output = (root / "output").read_text(errors="replace")
+        print(f"{name:20} {tried(output):10,} inputs, exit code {code}")
+        if code:
             print(output[-3000:])
     sys.exit(failed)
 
