@@ -3,6 +3,9 @@
 At the NUMBER-th moment at which a conversion changes the disk (mkdir, creating a file, half of a
 pwrite, fsync, rename, remove) the ACCIDENT happens: a signal, or "full", which fills the disk with
 BASE/filler. With NUMBER 0 nothing happens, and the moments are counted: BASE/moments lists them.
+
+Several NUMBERs, with a comma between them, have a process each, and {} in BASE and the ARGUMENTS is
+the number; their exit codes are printed.
 """
 
 import errno
@@ -13,7 +16,8 @@ import threading
 from pathlib import Path
 
 # Imported before anything is counted.
-import phireg  # noqa: F401
+import phireg.cli.convert
+import phireg.conversion.convert  # noqa: F401
 from phireg.cli import main
 
 WATCHED = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
@@ -61,12 +65,24 @@ def prepare(accident, number, base):
     os.fsync = lambda fd: (moment("os.fsync"), fsync(fd))[1]
 
 
-if __name__ == "__main__":
-    accident, number, base = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    sys.argv = ["phireg", *sys.argv[4:]]
+def run(accident, number, base, arguments):
+    sys.argv = ["phireg", *arguments]
+    base.mkdir(exist_ok=True)
     prepare(accident, number, base)
     try:
         main()
     finally:
         if number == 0:
             (base / "moments").write_text("\n".join(moments))
+
+
+if __name__ == "__main__":
+    accident, numbers, base, *arguments = sys.argv[1:]
+    if "," not in numbers:
+        run(accident, int(numbers), Path(base), arguments)
+    for number in numbers.split(","):
+        if child := os.fork():
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        else:
+            filled = [text.replace("{}", number) for text in (base, *arguments)]
+            run(accident, int(number), Path(filled[0]), filled[1:])

@@ -38,7 +38,6 @@ def convert(model, base, *more):
 
 
 def run_victim(accident, number, base, *arguments, **options):
-    base.mkdir(exist_ok=True)
     command = [sys.executable, VICTIM, accident, number, base, *arguments]
     options |= {"timeout": 60, "cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
@@ -80,16 +79,19 @@ def test_kill_9_at_many_points(overwrite, model, uninterrupted, tmp_path, run):
     assert len(set(points)) == POINTS
     assert {moments[point - 1] for point in points} >= {"os.pwrite", "os.fsync", "os.rename"}
     old = {"config.json": b'{"architecture": "Old"}', "rank0.safetensors": b"old"}
-    absent = 0
     for point in points:
         base = tmp_path / str(point)
         if overwrite:
             (base / "out").mkdir(parents=True)
             for name, data in old.items():
                 (base / "out" / name).write_bytes(data)
-        arguments = convert(model, base, *(["--overwrite"] if overwrite else []))
-        killed = run_victim("SIGKILL", point, base, *arguments)
-        assert killed.returncode == -signal.SIGKILL, (point, killed.stderr)
+    arguments = convert(model, tmp_path / "{}", *(["--overwrite"] if overwrite else []))
+    killed = run_victim("SIGKILL", ",".join(map(str, points)), tmp_path / "{}", *arguments)
+    codes = [int(line) for line in killed.stdout.splitlines()]
+    assert codes == [-signal.SIGKILL] * POINTS, killed.stderr
+    absent = 0
+    for point in points:
+        base = tmp_path / str(point)
         # Nothing but the complete output and an unfinished one, which its name tells.
         assert set(listing(base)) <= {"out", "out.phireg-partial"}
         if not (base / "out").exists():
