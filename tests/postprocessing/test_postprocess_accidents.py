@@ -32,7 +32,7 @@ def test_kill_9_everywhere(grouped, tmp_path):
     )  # fmt: skip
     assert victim.returncode == 0, victim.stderr
     kills = int(victim.stdout)
-    assert kills > 60
+    assert kills > 35
     missing = complete = 0
     for number in range(1, kills + 1):
         base = tmp_path / "runs" / str(number)
