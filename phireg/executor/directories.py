@@ -90,7 +90,7 @@ class DirectorySource:
             if rest == ours:
                 return self.shards.tensor(theirs)
         if rest in (KEY_SCALE, VALUE_SCALE):
-            return self._cache_scales(int(index))[rest]
+            return self.cache_scales(int(index))[rest]
         linear = rest.rpartition(".")[0]
         experts = self.stored(int(index), linear)
         values = [
@@ -110,7 +110,7 @@ class DirectorySource:
             experts = [ordered(self.directory, name, parts) for parts in self.stored(index, name)]
             stacked = self.directory.spec.experts is not None and name.startswith("mlp.")
             prepared |= prepare(name, experts, stacked, device, dtype)
-        scales = self._cache_scales(index)
+        scales = self.cache_scales(index)
         return prepared | {name: scale.to(device) for name, scale in scales.items()}
 
     def ends(self, device: torch.device, dtype: torch.dtype, mapped: bool) -> dict[str, Tensor]:
@@ -145,7 +145,8 @@ class DirectorySource:
             return Stored(self(EMBEDDING), None, None, None, None)
         return self.read(head)
 
-    def _cache_scales(self, index: int) -> dict[str, Tensor]:
+    def cache_scales(self, index: int) -> dict[str, Tensor]:
+        """Return a layer's scales of keys and values."""
         names = {"k": KEY_SCALE, "v": VALUE_SCALE}
         return {
             names[what]: self.shards.tensor(name).float().reshape(1)

@@ -72,16 +72,7 @@ def load(
         UsageError: the number of processes is not the checkpoint's number of ranks.
     """
     directory = Path(checkpoint_dir)
-    if is_directory(directory):
-        whole = read_directory(directory)
-        if distributed:
-            raise UsageError(
-                f"{directory} is a Hugging Face directory, which has one rank",
-                hint="start one process.",
-            )
-        source = open_directory(directory, whole)
-        return Executor(whole.spec, [source], (0,), device=device, dtype=dtype, offload=offload)
-    spec = read_spec(directory)
+    spec = read_meaning(directory)
     ranks = range(spec.tp_size)
     if distributed:
         if dist.get_world_size() != spec.tp_size:
@@ -91,7 +82,7 @@ def load(
                 hint=f"start it with torchrun --nproc-per-node {spec.tp_size}",
             )
         ranks = range(dist.get_rank(), dist.get_rank() + 1)
-    sources = open_ranks(directory, spec, ranks)
+    sources = open_sources(directory, spec, ranks)
     return Executor(spec, sources, ranks, device=device, dtype=dtype, offload=offload)
 
 
@@ -103,6 +94,13 @@ def is_directory(path: Path) -> bool:
 def read_meaning(path: Path) -> ModelSpec:
     """Return the meaning of a checkpoint, or of a Hugging Face directory; see ``load``."""
     return read_directory(path).spec if is_directory(path) else read_spec(path)
+
+
+def open_sources(path: Path, spec: ModelSpec, ranks: Sequence[int]) -> list[Source]:
+    """Open the tensors of a checkpoint's ranks, or of a Hugging Face directory, which is one."""
+    if is_directory(path):
+        return [open_directory(path, read_directory(path))]
+    return open_ranks(path, spec, ranks)
 
 
 class Executor(torch.nn.Module):  # type: ignore[misc]

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from phireg.checkpoint.shards import read_directory
 from phireg.device import pick_device
 from phireg.errors import CheckError, SourceError
 from phireg.executor import Executor, ModelSpec, read_meaning
-from phireg.executor.directories import DirectorySource, open_directory
-from phireg.executor.model import free_memory, is_directory
-from phireg.executor.sources import Source, open_ranks
+from phireg.executor.directories import DirectorySource
+from phireg.executor.model import free_memory, is_directory, open_sources
+from phireg.executor.sources import Source
 from phireg.planning.model import Plan
 from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY, Quantization
 from phireg.reader.spec import parse_spec
@@ -103,11 +102,7 @@ class ComputedChecks:
     def opened(self) -> tuple[Executor, list[Source]]:
         """The executor and its ranks' tensors."""
         ranks = range(self.spec.tp_size)
-        if is_directory(self.directory):
-            source = open_directory(self.directory, read_directory(self.directory))
-            model = Executor(self.spec, [source], ranks, device=self.device, dtype=self.dtype)
-            return model, [source]
-        sources = open_ranks(self.directory, self.spec, ranks)
+        sources = open_sources(self.directory, self.spec, ranks)
         return Executor(self.spec, sources, ranks, device=self.device, dtype=self.dtype), sources
 
     @cached_property

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from phireg.checkpoint.shards import is_executed
 from phireg.data.samples import builtin_text
 from phireg.device import pick_device
 from phireg.errors import UsageError
@@ -62,7 +63,8 @@ def verify_endpoint(
 
     Args:
         url: the endpoint, such as http://localhost:8000/v1.
-        model_dir: the source model, a directory or a hub repository, or a checkpoint of it.
+        model_dir: the source model, a directory or a hub repository; or a checkpoint or a
+            quantized directory, which the executor computes.
         model: the name by which the server serves it; None is the first it lists.
         form: in which form the server computes, a key of ``TOLERANCES``.
         device: where the model is computed for comparison.
@@ -77,7 +79,8 @@ def verify_endpoint(
         raise UsageError(f"unknown format {form!r}", hint=f"known: {', '.join(TOLERANCES)}.")
     directory, _ = resolve_model_dir(str(model_dir), None)
     kind = check_kind(directory, HF_MODEL, CHECKPOINT)
-    open_subject = open_checkpoint if kind is CHECKPOINT else open_source
+    by_executor = kind is CHECKPOINT or is_executed(directory)
+    open_subject = open_checkpoint if by_executor else open_source
     subject = open_subject(directory, pick_device(device))
     server = Server(url, model)
     checker = _Checker(server, subject, TOLERANCES[form], max_tokens, progress)

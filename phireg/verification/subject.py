@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phireg.executor import Executor, ModelSpec, read_spec
-from phireg.executor.sources import Source, open_ranks
+from phireg.executor import Executor, ModelSpec, read_meaning
+from phireg.executor.directories import DirectorySource
+from phireg.executor.model import open_sources
+from phireg.executor.sources import Source
 from phireg.files.json import read_json_object
 from phireg.generation.tokenizer import Tokenizer, find_tokenizer, stop_ids
 from phireg.planning.plan import plan_config
@@ -54,9 +56,9 @@ class Subject:
 
 
 def open_checkpoint(directory: Path, device: torch.device) -> Subject:
-    """Open a checkpoint, to be computed by the executor."""
-    spec = read_spec(directory)
-    sources = open_ranks(directory, spec, range(spec.tp_size))
+    """Open a checkpoint or a quantized directory, to be computed by the executor."""
+    spec = read_meaning(directory)
+    sources = open_sources(directory, spec, range(spec.tp_size))
 
     def logits(fault: str | None) -> Logits:
         changed = _changed_spec(spec, fault)
@@ -65,7 +67,7 @@ def open_checkpoint(directory: Path, device: torch.device) -> Subject:
         return lambda ids: executor(torch.tensor([list(ids)], device=device))[0].cpu()
 
     tokenizer = find_tokenizer(directory)
-    return Subject(logits, spec, None, tokenizer, stop_ids(directory, tokenizer))
+    return Subject(logits, spec, spec.sliding_window, tokenizer, stop_ids(directory, tokenizer))
 
 
 def open_source(directory: Path, device: torch.device) -> Subject:
@@ -102,10 +104,21 @@ def _changed_spec(spec: ModelSpec, fault: str | None) -> ModelSpec:
         rope = dataclasses.replace(rope, short=rope.long, short_mscale=rope.long_mscale)
     elif fault == "short":
         rope = dataclasses.replace(rope, long=rope.short, long_mscale=rope.short_mscale)
-    return dataclasses.replace(spec, rope=rope, sparse=None if fault == "dense" else spec.sparse)
+    sparse = None if fault == "dense" else spec.sparse
+    window = None if fault == "window" else spec.sliding_window
+    return dataclasses.replace(spec, rope=rope, sparse=sparse, sliding_window=window)
+
+
+class _WithoutScales(DirectorySource):
+    def cache_scales(self, index: int) -> dict[str, Tensor]:
+        scales = super().cache_scales(index)
+        return {name: torch.ones_like(scale) for name, scale in scales.items()}
 
 
 def _without_scale(source: Source) -> Source:
+    if isinstance(source, DirectorySource):
+        return _WithoutScales(source.directory, source.shards)
+
     def read(name: str) -> Tensor:
         tensor = source(name)
         return torch.ones_like(tensor) if name.endswith(KV_SCALE) else tensor

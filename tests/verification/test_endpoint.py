@@ -5,14 +5,18 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from unittest.mock import patch
 
 import pytest
 import torch
 from helpers.command_line import run_phireg
-from helpers.tiny_models import phi3, phi3_small, randomize
+from helpers.tiny_models import opened, phi3, phi3_small, randomize
+from safetensors.torch import load_file
 from stub_server import Stub, serving
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import phireg
+from phireg.calibration.collect import collect
 from phireg.errors import PhiregError, SourceError
 from phireg.verification import server
 from phireg.verification.server import Server
@@ -141,6 +145,67 @@ def test_a_checkpoint_says_the_same_as_its_source(tmp_path):
     assert verdicts(sound)["block-sparse"] == verdicts(sound)["long rope"] == "passed"
     faulty = verified(Stub(dense(sparse())), tmp_path / "checkpoint")
     assert any("attend to all" in p.text for p in faulty.check("block-sparse").problems)
+
+
+def test_a_quantized_directory_is_its_own_model(tmp_path):
+    """The server is transformers, which reads the directory with compressed-tensors."""
+    pytest.importorskip("compressed_tensors")
+    form = {"dtype": "float32", "target": "hf-compressed-tensors", "qformat": "fp8_dynamic"}
+    directory = tmp_path / "fp8"
+    phireg.quantize(phireg.plan(source(sliding, tmp_path / "source"), **form), directory)
+    served = AutoModelForCausalLM.from_pretrained(directory)
+    sound = verified(Stub(plain(served)), directory)
+    for name in ("prompts", "sliding window", "generation"):
+        assert verdicts(sound)[name] == "passed", sound.checks
+    served.config.sliding_window = None
+    faulty = verified(Stub(plain(served)), directory)
+    assert any("window is ignored" in p.text for p in faulty.check("sliding window").problems)
+
+
+def test_a_directorys_cache_whose_scales_are_dropped(tmp_path):
+    """Values are past e4m3's largest number, so that a scale of 1 cuts them."""
+
+    def large():
+        model = sliding()
+        for layer in model.model.layers:
+            layer.self_attn.qkv_proj.weight.data[-values:] *= 4000
+            layer.self_attn.o_proj.weight.data /= 4000
+        return model
+
+    def served(scales):
+        def update(cache, keys, values, layer, *more, **options):
+            def rounded(states, scale):
+                return (states / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+            pair = (rounded(*each) for each in zip((keys, values), scales[layer], strict=True))
+            return own(cache, *pair, layer, *more, **options)
+
+        def logits(ids, lengths):
+            with torch.no_grad(), patch.object(DynamicCache, "update", update):
+                return model(torch.tensor([ids]), use_cache=True).logits[0]
+
+        return Stub(logits)
+
+    own = DynamicCache.update
+    attention = sliding().model.layers[0].self_attn
+    values = attention.config.num_key_value_heads * attention.head_dim
+    model = large()
+    form = {"target": "hf-modelopt", "qformat": "int8_wo", "kv_cache_dtype": "fp8"}
+    plan = phireg.plan(source(large, tmp_path / "source"), dtype="float32", **form)
+    rows = [torch.randint(1, 100, (60,)).tolist() for _ in range(4)]
+    reference = opened("phi3-gqa", tmp_path / "source")
+    phireg.quantize(plan, tmp_path / "int8", collect(reference, rows, device=torch.device("cpu")))
+    stored = load_file(tmp_path / "int8" / "model.safetensors")
+    for name, module in model.named_modules():
+        if f"{name}.weight_scale" in stored:
+            levels = stored[f"{name}.weight"].float()
+            module.weight.data = levels * stored[f"{name}.weight_scale"][:, None]
+    prefix = "model.layers.{}.self_attn.{}_proj.{}_scale"
+    scales = [[stored[prefix.format(n, x, x)] for x in "kv"] for n in range(3)]
+    sound = verified(served(scales), tmp_path / "int8").check("generation")
+    assert sound.verdict == "passed", sound
+    dropped = verified(served([(1.0, 1.0)] * 3), tmp_path / "int8").check("generation")
+    assert any("scales of the quantized KV cache" in p.text for p in dropped.problems)
 
 
 def test_prompts_longer_than_allowed_are_not_asked(tmp_path):
