@@ -256,7 +256,7 @@ def content_problems(source: DirectorySource) -> list[tuple[str, str]]:
             problems.append(
                 (name, f"is no scale: {bad} of {values.numel()} values are not positive")
             )
-    table, head = f"{'model.embed_tokens'}.weight", "lm_head.weight"
+    table, head = "model.embed_tokens.weight", "lm_head.weight"
     if (
         directory.tied
         and head in shards
@@ -359,34 +359,30 @@ def _merged(parts: Sequence[Stored]) -> list[Stored]:
     if len(parts) == 1 or not all(first.alike(part) for part in parts[1:]):
         return list(parts)
     if isinstance(first.weight, Tensor):
-        weight: Levels | Tensor = torch.cat([_tensor(part.weight) for part in parts])
+        values = [part.weight for part in parts if isinstance(part.weight, Tensor)]
+        weight: Levels | Tensor = torch.cat(values)
     else:
-        weight = _joined([part.weight for part in parts if isinstance(part.weight, Levels)])
+        levels = [part.weight for part in parts if isinstance(part.weight, Levels)]
+        weight = _joined(levels, torch.cat)
     return [Stored(weight, first.inputs, first.scale, first.smoothing, None)]
 
 
-def _tensor(weight: Levels | Tensor) -> Tensor:
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _joined(parts: Sequence[Levels]) -> Levels:
-    levels = torch.cat([part.levels.view(torch.uint8) for part in parts]).view(
-        parts[0].levels.dtype
-    )
-    groups = [part.group_scale for part in parts if part.group_scale is not None]
-    group_scale = torch.cat(groups) if groups else None
+def _joined(parts: Sequence[Levels], join: Callable[..., Tensor]) -> Levels:
+    """Put weights together: their rows by ``torch.cat``, those of experts by ``torch.stack``."""
+    levels = join([part.levels.view(torch.uint8) for part in parts])
     scales = [part.scale for part in parts if part.scale is not None]
-    scale = None
-    if scales:
-        same = all(torch.equal(scales[0], other) and len(other) == 1 for other in scales)
-        scale = scales[0] if same else torch.cat([_by_row(part) for part in parts])
-    return Levels(parts[0].grid, levels, scale, group_scale)
-
-
-def _by_row(levels: Levels) -> Tensor:
-    assert levels.scale is not None
-    return levels.scale.expand(len(levels.levels))
+    groups = [part.group_scale for part in parts if part.group_scale is not None]
+    by_row = any(len(scale) > 1 for scale in scales)
+    if join is torch.cat and not by_row and all(torch.equal(scales[0], other) for other in scales):
+        scales = scales[:1]  # of all rows
+    elif join is torch.cat or by_row:
+        scales = [scale.expand(len(p.levels)) for scale, p in zip(scales, parts, strict=True)]
+    return Levels(
+        parts[0].grid,
+        levels.view(parts[0].levels.dtype),
+        join(scales) if scales else None,
+        join(groups) if groups else None,
+    )
 
 
 def _part(
@@ -407,7 +403,10 @@ def _part(
     if len(levels) != len(experts):
         put("weight", [part.weight for part in experts if isinstance(part.weight, Tensor)], dtype)
     elif keeps_weight(device, levels[0]):
-        prepared |= _stacked(levels, stacked, device).packed(name)
+        weight = _joined(levels, torch.stack) if stacked else levels[0]
+        tensors = (weight.levels, weight.scale, weight.group_scale)
+        moved = (None if tensor is None else tensor.to(device) for tensor in tensors)
+        prepared |= Levels(weight.grid, *moved).packed(name)
     else:
         put("weight", [part.values(dtype) for part in levels], dtype)
     if first.smoothing is not None:
@@ -417,22 +416,3 @@ def _part(
         scales = [torch.empty(0) if part.scale is None else part.scale for part in experts]
         put(key, scales, torch.float32)
     return prepared
-
-
-def _stacked(experts: Sequence[Levels], stacked: bool, device: torch.device) -> Levels:
-    """Return one weight, or a stack of all, on the device."""
-
-    def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
-        given = [tensor for tensor in tensors if tensor is not None]
-        if not given:
-            return None
-        return (torch.stack(given) if stacked else given[0]).to(device)
-
-    scales = [part.scale for part in experts]
-    if any(scale is not None and len(scale) > 1 for scale in scales):
-        scales = [_by_row(part) for part in experts]
-    raw = joined([part.levels.view(torch.uint8) for part in experts])
-    assert raw is not None
-    levels = raw.view(experts[0].levels.dtype)
-    groups = joined([part.group_scale for part in experts])
-    return Levels(experts[0].grid, levels, joined(scales), groups)

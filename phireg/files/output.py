@@ -28,6 +28,7 @@ from types import TracebackType
 
 from phireg.errors import OutputError, PhiregError, UsageError
 from phireg.files.kinds import CHECKPOINT, Kind, objection
+from phireg.files.sizes import size
 from phireg.files.writing import PARTIAL_SUFFIX, REASONS, reason
 
 MARKER = ".phireg-partial"
@@ -244,8 +245,8 @@ class OutputDirectory:
         if free >= self._required_bytes + SPACE_MARGIN:
             return
         message = (
-            f"too little disk space for {self._target}: {_human(self._required_bytes)} "
-            f"(and {_human(SPACE_MARGIN)} to spare) are needed, {_human(free)} are free"
+            f"too little disk space for {self._target}: {size(self._required_bytes)} "
+            f"(and {size(SPACE_MARGIN)} to spare) are needed, {size(free)} are free"
         )
         if self._is_replacing():
             message += "; the existing output is kept until the new one is complete"
@@ -345,15 +346,6 @@ class OutputDirectory:
         else:
             rest = "nothing of it is left"
         return OutputError(f"cannot write {self._target}: {reason(error)}; {rest}")
-
-
-def _human(size: int) -> str:
-    value = float(size)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.4g} {unit}"
-        value /= 1024
-    return f"{value:.4g} TiB"
 
 
 def _names(directory: Path) -> list[str]:

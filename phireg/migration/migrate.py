@@ -96,9 +96,7 @@ def migrate(
             overwrite=overwrite,
             allow_overflow=False,
             progress=None if progress is None else lambda more: progress(more, total),
-            quantizer=(lambda: WeightQuantizer(plan, Scales(migration.scales(files), {})))
-            if plan.scales
-            else None,
+            quantizer=carried if plan.scales else None,
             quantization={"migrated_from": str(checkpoint)} if plan.scales else None,
         )
 
@@ -183,12 +181,9 @@ class _Migration:
         self.checkpoint = checkpoint
         self.rules = Rules()
         code = WEIGHT_DTYPES.get(options.dtype, "")
-        source = stated_source(directory, self.rules, code)
         if translation.ok:
             self.rules = choice.family.weight_rules(translation.fields, hf)
-            source = dataclasses.replace(
-                stated_source(directory, self.rules, code), revision=commit
-            )
+        source = dataclasses.replace(stated_source(directory, self.rules, code), revision=commit)
 
         def planned(wanted: Options) -> Plan:
             plan = build_plan(choice, hf, source, wanted, checkpoint)

@@ -47,20 +47,6 @@ class Reference:
     notes: tuple[str, ...]  # settings that differ from the source's config.json, with the reason
     parameters: Parameters
 
-    @property
-    def weights(self) -> Weights:
-        """The files that the model's tensors come from."""
-        return self.parameters.weights
-
-    @property
-    def tied(self) -> bool:
-        """Return whether lm_head is the embedding."""
-        return self.parameters.tied
-
-    def ends_are_equal(self) -> bool:
-        """Return whether the files hold both lm_head and the embedding, with the same values."""
-        return self.parameters.ends_are_equal()
-
     def keep_all(self) -> None:
         """Read all weights and keep them."""
         self.parameters.fill(self.parameters.names())
@@ -290,7 +276,7 @@ class Parameters:
         return tie
 
     def ends_are_equal(self) -> bool:
-        """See :meth:`Reference.ends_are_equal`."""
+        """Return whether the files hold both lm_head and the embedding, with the same values."""
         return len(self._ends) == 2 and self.weights.equal(*self._ends)
 
     def _misshapen(self) -> Iterator[str]:

@@ -14,7 +14,7 @@ from phireg.files.regular import listed
 from phireg.planning.model import Plan, Rows
 from phireg.reader.architectures import LONG_FACTORS, SHORT_FACTORS
 from phireg.reader.spec import ModelSpec
-from phireg.reference.load import Reference
+from phireg.reference.load import Parameters, Reference
 from phireg.verification.result import Outcome, Problem, shown
 
 _ROPE = ("rope_parameters", "rope_scaling")
@@ -26,7 +26,8 @@ def compare_reading(
 ) -> Outcome:
     """Compare files, head and settings; ``spec`` is the meaning of the checkpoint's ``config``."""
     rows = list(_rows(config, spec, reference))
-    problems = [*_files(plan, reference), *_head(plan, reference)]
+    parameters = reference.parameters
+    problems = [*_files(plan, parameters), *_head(plan, parameters)]
     problems += [
         Problem(
             f"config.json: {key}",
@@ -37,33 +38,33 @@ def compare_reading(
         for key, value, source, expected in rows
         if not _equal(value, expected)
     ]
-    head = "the embedding" if reference.tied else "of its own"
+    head = "the embedding" if parameters.tied else "of its own"
     summary = (
-        f"{reference.weights.name}; lm_head is {head}; {len(rows)} settings of the model class"
+        f"{parameters.weights.name}; lm_head is {head}; {len(rows)} settings of the model class"
     )
-    return Outcome(summary, problems, reference.parameters.notes)
+    return Outcome(summary, problems, parameters.notes)
 
 
-def _files(plan: Plan, reference: Reference) -> Iterator[Problem]:
+def _files(plan: Plan, parameters: Parameters) -> Iterator[Problem]:
     planned = {file.name for file in plan.source.files}
-    loaded = {file.name for file in reference.weights.files}
+    loaded = {file.name for file in parameters.weights.files}
     if planned != loaded:
         yield Problem(
-            reference.weights.name,
+            parameters.weights.name,
             f"is what transformers loads ({listed(sorted(loaded))}); the checkpoint was compared "
             f"with {listed(sorted(planned))}",
         )
 
 
-def _head(plan: Plan, reference: Reference) -> Iterator[Problem]:
+def _head(plan: Plan, parameters: Parameters) -> Iterator[Problem]:
     """Compare which source tensors became the embedding and the head."""
     embedding, head = (
         _sources(plan, f"{n}.weight") for n in ("transformer.vocab_embedding", "lm_head")
     )
-    if not head or (embedding == head) == reference.tied or reference.ends_are_equal():
+    if not head or (embedding == head) == parameters.tied or parameters.ends_are_equal():
         return
     taken = "the embedding" if embedding == head else "a head of its own"
-    read = "the embedding" if reference.tied else "a head of its own"
+    read = "the embedding" if parameters.tied else "a head of its own"
     yield Problem(
         "lm_head.weight",
         f"is {taken} in the plan; transformers reads {read} (tie_word_embeddings and the files)",

@@ -64,7 +64,7 @@ def several(tmp_path):
 def test_the_set_of_weights_that_transformers_loads(several):
     directory, names = several
     for name in names:
-        assert check_same("phi3-gqa", directory).weights.name == name
+        assert check_same("phi3-gqa", directory).parameters.weights.name == name
         (directory / name).unlink()
     with pytest.raises(SourceError):
         opened("phi3-gqa", directory)
@@ -74,7 +74,7 @@ def test_a_chosen_set(several):
     directory, names = several
     for shift, name in enumerate(names):
         reference = opened("phi3-gqa", directory, file=name)
-        assert reference.weights.name == name
+        assert reference.parameters.weights.name == name
         reference.keep_all()
         norm = reference.model.state_dict()["model.norm.weight"]
         original = load_file(directory / "model.safetensors")["model.norm.weight"]
@@ -85,7 +85,7 @@ def test_an_index_without_any_of_its_shards_is_passed_over(several):
     directory, names = several
     (directory / names[0]).unlink()
     (directory / "shard-1.safetensors").unlink()
-    assert opened("phi3-gqa", directory).weights.name == names[2]
+    assert opened("phi3-gqa", directory).parameters.weights.name == names[2]
     with pytest.raises(SourceError, match=r"shard-1\.safetensors"):
         opened("phi3-gqa", directory, file=names[1])
 
@@ -118,7 +118,7 @@ def test_the_head_is_tied_by_value(tmp_path, head, tie):
             opened("phi3-gqa", directory)
         return
     reference = check_same("phi3-gqa", directory)
-    assert reference.tied == (tie and head != "other")
+    assert reference.parameters.tied == (tie and head != "other")
     assert bool(reference.parameters.notes) == (tie and head == "other")
 
 
@@ -128,7 +128,7 @@ def test_a_head_that_is_neither_stored_nor_stated(tmp_path):
     del tensors["lm_head.weight"]
     put(tensors, directory)
     reference = opened("phi3-gqa", directory)
-    assert reference.tied and reference.parameters.notes
+    assert reference.parameters.tied and reference.parameters.notes
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -138,7 +138,9 @@ def test_a_chosen_tie(tmp_path, tie):
     reference.keep_all()
     model = reference.model
     assert (
-        torch.equal(model.lm_head.weight, model.model.embed_tokens.weight) == tie == reference.tied
+        torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+        == tie
+        == reference.parameters.tied
     )
 
 
