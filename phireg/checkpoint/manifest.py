@@ -128,7 +128,7 @@ def _check_rank_file(
         return
     with file:
         if file.header.digest != record["header"]:
-            yield f"{path.name}: the header differs from what was written"
+            yield f"{path.name}: header differs from what was written"
             return
         for name in file.header.entries:
             digest = xxhash.xxh3_128()

@@ -10,13 +10,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phireg.checkpoint.manifest import read_manifest
+from phireg.checkpoint.manifest import check_files, read_manifest
 from phireg.files.kinds import MANIFEST
 from phireg.planning.model import Plan
 from phireg.planning.plan import plan
 from phireg.planning.report import fold_layers
 from phireg.source.readings import Readings
-from phireg.verification.result import NotNeeded, Outcome, Problem, Progress
+from phireg.verification.result import NotNeeded, Outcome, Problem, Progress, own_place
 
 if TYPE_CHECKING:
     from phireg.verification.compute import ComputedChecks
@@ -54,7 +54,24 @@ class Verifier(ABC):
     def make(self, check: str) -> Outcome:
         """Make one of ``CHECKS``."""
         quick = {"structure": self.structure, "config": self.config_json, "weights": self.weights}
-        return quick[check]() if check in quick else self.compute(check)
+        outcome = quick[check]() if check in quick else self.compute(check)
+        if check == "weights" and not outcome.problems:
+            outcome = outcome._replace(problems=list(self._digest_problems()))
+        return outcome
+
+    def _digest_problems(self) -> Iterator[Problem]:
+        """Yield tensors that are not those that phireg wrote, where something is quantized.
+
+        The source leaves a quantized value a step of its grid, and says nothing of some scales.
+        """
+        if not self.manifest or not self.manifest.get("quantization"):
+            return
+        files = {n: record for n, record in self.manifest["files"].items() if "tensors" in record}
+        for defect in check_files(self.path, {"files": files}):
+            file, colon, rest = defect.partition(": ")
+            name, _, text = (rest if colon else defect).partition(" ")
+            hint = f"{MANIFEST} has its digest: quantize the model again"
+            yield Problem(f"{file} {name}" if colon else name, text, hint, *own_place(name))
 
     @abstractmethod
     def options(self) -> dict[str, Any]:

@@ -119,6 +119,7 @@ def test_scales_that_are_none_are_structure(name, qformat, value, says, tmp_path
 def test_how_exporters_write_it_is_noted(tmp_path):
     """e4m3 as int8, scalars, scales of keys and values, other lists of excluded modules."""
     directory = copied(tmp_path / "c", "phi3-mini", "fp8", "fp8", 1)
+    (directory / "phireg.json").unlink()
 
     def rewrite(loaded, family):
         (tensors,) = loaded
@@ -196,6 +197,7 @@ def test_a_quantized_kv_cache_alone(tmp_path):
 def test_legacy_noise_of_qkv_passes(dtype, tmp_path):
     """Exporters up to modelopt 0.21 average q's, k's and v's smoothing vectors in 16 bits."""
     directory = copied(tmp_path / "c", "phi3-medium", "int8_sq", None, 1, dtype)
+    (directory / "phireg.json").unlink()
     weights = load_file(source("phi3-medium") / "model.safetensors")
 
     def rewrite(loaded, family):

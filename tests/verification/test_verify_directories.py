@@ -62,9 +62,32 @@ def test_a_plain_directory_is_compared_bit_for_bit(sources, tmp_path):
     assert problem.where == "model.norm.weight"
 
 
+def test_what_the_source_leaves_open_is_held_against_the_manifest(sources, tmp_path):
+    """A level that is the source's other neighbor, and a scale one per cent off."""
+    directory = tmp_path / "q"
+    plan = phireg.plan(sources["phi3"], qformat="fp8_pc_pt", target="hf-modelopt")
+    phireg.quantize(plan, directory)
+    name = "model.layers.1.self_attn.o_proj."
+    written = load_file(directory / "model.safetensors")
+    weight = load_file(sources["phi3"] / "model.safetensors")[name + "weight"].float()
+    levels = written[name + "weight"]
+    beyond = weight / written[name + "weight_scale"][:, None] > levels.float()
+    other = levels.view(torch.uint8) + torch.where(beyond, 1, 255).byte()
+    inner = (levels.float() > 1) & (levels.float() < 400)
+    other = torch.where(inner, other, levels.view(torch.uint8)).view(levels.dtype)
+    for part, edit in (("weight", lambda t: other), ("weight_scale", lambda t: t * 1.01)):
+        changed = copied(directory, tmp_path / part)
+        change(changed, name + part, edit)
+        (problem,) = phireg.verify(changed, sources["phi3"], checks=QUICK).check("weights").problems
+        assert name + part in problem.where
+        assert (problem.layer, problem.part) == (1, "attention")
+        (changed / "phireg.json").unlink()
+        assert phireg.verify(changed, sources["phi3"], checks=QUICK).passed
+
+
 def copied(directory, tmp_path):
     target = tmp_path / "copy"
-    target.mkdir()
+    target.mkdir(parents=True)
     for file in directory.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
     return target
