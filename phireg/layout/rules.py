@@ -183,6 +183,16 @@ class Rules(Mapping[str, Rule]):
     def __len__(self) -> int:
         return len(self._rules)
 
+    def published_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the source tensors of the published layout, the first alternative, by name."""
+        shapes = {}
+        for rule in self.values():
+            for companion, alternatives in rule.tensors.items():
+                columns = (rule.cols.length,) if rule.cols and companion == "weight" else ()
+                for module, rows in alternatives[0].sources:
+                    shapes[f"{module}.{companion}"] = (rows, *columns)
+        return shapes
+
     def replace(self, *rules: Rule) -> Rules:
         """Return the rules with those of the same targets replaced, for derived families.
 

@@ -49,18 +49,9 @@ class Piece:
 
 
 def stated_source(directory: Path, rules: Rules, code: str) -> Source:
-    """Return a source without data: the tensors of the published layout, as the config sizes them.
-
-    Where rules declare alternatives, the first is the published one.
-    """
-    tensors: dict[str, SourceTensor] = {}
-    for rule in rules.values():
-        for companion, alternatives in rule.tensors.items():
-            for module, count in alternatives[0].sources:
-                has_columns = companion == "weight" and rule.cols is not None
-                shape = (count, rule.cols.length) if has_columns and rule.cols else (count,)
-                name = f"{module}.{companion}"
-                tensors[name] = SourceTensor(name, code, shape, "", 0)
+    """Return a source without data: the published layout's tensors, as the config sizes them."""
+    shapes = rules.published_shapes()
+    tensors = {name: SourceTensor(name, code, shape, "", 0) for name, shape in shapes.items()}
     return Source(directory, tensors, ())
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from phireg.config.hf import HFConfig
 from phireg.dtypes import WEIGHT_DTYPES
-from phireg.files.safetensors import encode_header
 from phireg.findings import Finding, Severity, limited
 from phireg.layout.axes import OWN_COLUMNS
 from phireg.layout.ranks import held, tp_sizes, undivided
@@ -19,10 +18,10 @@ from phireg.layout.rules import Rule, Rules
 from phireg.layout.spans import Axis, LayoutError, Span, check_partition
 from phireg.planning.merging import merge_adapter
 from phireg.planning.model import Options, Output, Plan, Rows, Scale
-from phireg.planning.quantized import FOLLOWS, Quantization
+from phireg.planning.quantized import FOLLOWS, Quantization, by_group
 from phireg.planning.recognition import unwrapped
 from phireg.planning.schedule import schedule
-from phireg.planning.shards import INDEX_FILE, MOST_FILES, in_shards, shard_index
+from phireg.planning.shards import INDEX_FILE, MOST_FILES, PT, in_shards, placed, shard_index
 from phireg.planning.ties import TIES, settle_ties
 from phireg.reader.tensors import required_tensors
 from phireg.registry import load_target
@@ -41,9 +40,6 @@ CONSTANT_BUFFERS = tuple(
     )
 )
 """Ends of the names of buffers that releases of the sources' code saved with the weights."""
-
-_PT = {"format": "pt"}
-"""What readers of Hugging Face directories want to find in a file's header."""
 
 _CONSTANT = "a constant the reader computes itself"
 _LISTED_CODES = ", ".join(WEIGHT_DTYPES.values())
@@ -113,8 +109,9 @@ class _Builder:
                 Finding(Severity.NOTE, "weights", "", "not checked, because the config has errors")
             )
         headers: tuple[bytes, ...] = ()
-        files: tuple[str, ...] = ()
-        if not self.target.by_rank:
+        if self.target.by_rank:
+            files = tuple(f"rank{rank}.safetensors" for rank in range(self.options.tp_size))
+        else:
             outputs, files = in_shards(outputs, self.options.max_shard_size)
             if len(files) > MOST_FILES:
                 detail = f"makes {len(files)} files; {MOST_FILES} are the most"
@@ -123,12 +120,9 @@ class _Builder:
         if any(finding.severity is Severity.ERROR for finding in self.findings):
             outputs, files = (), ()
             quantization = Quantization(self.options, self.target, code)
-        elif self.target.by_rank:
-            files = tuple(f"rank{rank}.safetensors" for rank in range(self.options.tp_size))
-            headers, outputs = _place(outputs, len(files))
         else:
-            headers, outputs = _place(outputs, len(files), _PT)
-            if len(files) > 1:
+            headers, outputs = placed(outputs, len(files), None if self.target.by_rank else PT)
+            if not self.target.by_rank and len(files) > 1:
                 documents[INDEX_FILE] = shard_index(outputs, files)
         return Plan(
             chosen=self.chosen,
@@ -251,7 +245,7 @@ class _Builder:
             groups = self.quantization.groups(rule) if companion == WEIGHT_SCALE else None
             for output in self.shards(rule, companion, rows, kind, follows):
                 if groups is not None:
-                    output = _by_group(output, groups, self.kept_columns(rule, rows, output.rank))
+                    output = by_group(output, groups, self.kept_columns(rule, rows, output.rank))
                 name, shape = f"{rule.target}.{stored.name}", stored.sizes(output.shape)
                 yield dataclasses.replace(output, name=name, shape=shape)
 
@@ -391,33 +385,8 @@ class _Builder:
             self.error("schema", name, "is made by a rule, and the reader does not know it")
 
 
-def _by_group(output: Output, groups: int, columns: tuple[Span, ...] | None) -> Output:
-    """The scales of groups of inputs in place of the scales of rows."""
-    spans = tuple(
-        dataclasses.replace(span, start=span.start * groups, count=span.count * groups)
-        for span in output.origin.spans
-    )
-    kept = groups if columns is None else sum(span.count for span in columns)
-    origin = Scale(spans, groups, columns)
-    return dataclasses.replace(output, shape=(*output.shape, kept), origin=origin)
-
-
 def _kept(cols: Axis | None) -> tuple[Span, ...] | None:
     if cols is None:
         return None
     whole = (Span(OWN_COLUMNS, 0, dict(cols.sources)[OWN_COLUMNS]),)
     return None if cols.spans == whole else cols.spans
-
-
-def _place(
-    outputs: tuple[Output, ...], count: int, metadata: Mapping[str, str] | None = None
-) -> tuple[tuple[bytes, ...], tuple[Output, ...]]:
-    """Lay the outputs out in their files."""
-    headers = []
-    placed: list[Output] = []
-    for rank in range(count):
-        own = [output for output in outputs if output.rank == rank]
-        header, entries = encode_header([(o.name, o.dtype, o.shape) for o in own], metadata)
-        headers.append(header)
-        placed += [dataclasses.replace(o, offset=entries[o.name].start) for o in own]
-    return tuple(headers), tuple(placed)

@@ -48,16 +48,14 @@ has one entry per output row; a per-tensor one (shape [1]) follows nothing.
 """
 
 
-def axes_of(companion: str, shape: Sequence[int] | None, rows: int) -> tuple[str, ...]:
+def axes_of(companion: str, shape: Sequence[int], rows: int) -> tuple[str, ...]:
     """The axes of a tensor of a linear: names out of ``rows`` and ``cols``, in tensor order.
 
-    ``shape`` is that of a scale read from a checkpoint, else None; ``rows`` the number of output
-    rows of its module, for a scale that was read of the source module: a target fused from single
-    rows has more.
+    ``rows`` is the number of output rows of its module: the scale of a single one has its axis.
     """
     if companion not in FOLLOWS:
         raise LayoutError(f"'{companion}' is not a companion of a linear")
-    if companion == "weights_scaling_factor" and shape is not None:
+    if companion == "weights_scaling_factor":
         per_tensor = len(shape) == 0 or (tuple(shape) == (1,) and rows > 1)
         return () if per_tensor else ("rows",)
     return FOLLOWS[companion]
@@ -337,3 +335,14 @@ def _separate(experts: int, rows: Axis) -> bool:
         for start in range(0, len(rows.parts), share)
     ]
     return len(set(map(len, owners))) == 1 and sum(map(len, owners)) == len(rows.sources)
+
+
+def by_group(output: Output, groups: int, columns: tuple[Span, ...] | None) -> Output:
+    """The scales of groups of inputs in place of the scales of rows."""
+    spans = tuple(
+        replace(span, start=span.start * groups, count=span.count * groups)
+        for span in output.origin.spans
+    )
+    kept = groups if columns is None else sum(span.count for span in columns)
+    origin = Scale(spans, groups, columns)
+    return replace(output, shape=(*output.shape, kept), origin=origin)

@@ -1,15 +1,19 @@
-"""Files of bounded size and their index, named as transformers names them."""
+"""Files: of bounded size with an index, named as transformers names them, and their headers."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from phireg.files.safetensors import encode_header
 from phireg.planning.model import Output
 
 MOST_FILES = 500
 """Files are written side by side, and a process may have about a thousand open."""
+
+PT = {"format": "pt"}
+"""What readers of Hugging Face directories want to find in a file's header."""
 
 _WHOLE = "model.safetensors"
 INDEX_FILE = f"{_WHOLE}.index.json"
@@ -42,3 +46,17 @@ def shard_index(outputs: Sequence[Output], files: Sequence[str]) -> dict[str, An
         "metadata": {"total_size": sum(output.nbytes for output in outputs)},
         "weight_map": {output.name: files[output.rank] for output in outputs},
     }
+
+
+def placed(
+    outputs: Sequence[Output], count: int, metadata: Mapping[str, str] | None
+) -> tuple[tuple[bytes, ...], tuple[Output, ...]]:
+    """Return the headers of the files, and the outputs with their places in them."""
+    headers = []
+    laid: list[Output] = []
+    for rank in range(count):
+        own = [output for output in outputs if output.rank == rank]
+        header, entries = encode_header([(o.name, o.dtype, o.shape) for o in own], metadata)
+        headers.append(header)
+        laid += [dataclasses.replace(o, offset=entries[o.name].start) for o in own]
+    return tuple(headers), tuple(laid)

@@ -24,7 +24,6 @@ from phireg.files.kinds import tokenizer_files
 from phireg.files.output import OutputDirectory
 from phireg.files.safetensors import TensorEntry, encode_header
 from phireg.files.writing import copy_file
-from phireg.planning.quantized import axes_of
 from phireg.source.hub import resolve_model_dir
 from phireg.source.readings import open_source
 from phireg.source.tensors import SourceTensor
@@ -170,14 +169,7 @@ def source_shapes(family: Family, config: Mapping[str, Any]) -> dict[str, Shape]
     translation = family.config_fields().translate(hf)
     if not translation.ok:
         raise UsageError(f"{family.name}: " + "; ".join(f.detail for f in translation.findings))
-    shapes: dict[str, Shape] = {}
-    for rule in family.weight_rules(translation.fields, hf).values():
-        for companion, alternatives in rule.tensors.items():
-            axes = axes_of(companion, None, alternatives[0].length)
-            cols = (rule.cols.length,) if rule.cols and "cols" in axes else ()
-            for module, rows in alternatives[0].sources:
-                shapes[f"{module}.{companion}"] = (rows, *cols)
-    return shapes
+    return family.weight_rules(translation.fields, hf).published_shapes()
 
 
 def _write_shards(

@@ -138,7 +138,7 @@ def test_ranks_together_compute_the_source_linear(linear, seed):
 
 def test_axes_of_a_scale_depend_on_its_shape():
     name = "weights_scaling_factor"
-    assert axes_of(name, (6,), 6) == axes_of(name, None, 6) == ("rows",)
+    assert axes_of(name, (6,), 6) == ("rows",)
     assert axes_of(name, (1,), 6) == axes_of(name, (), 6) == ()
     assert (axes_of(name, (1,), 1), axes_of(name, (), 1)) == (("rows",), ())
     with pytest.raises(LayoutError, match="zeros"):
