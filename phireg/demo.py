@@ -159,10 +159,7 @@ def convert(model: DemoModel, output_dir: Path, tp_size: int = 1) -> Converted:
     plan = phireg.plan(model.directory, family=model.family, tp_size=tp_size)
     is_replacing = output_dir.is_dir() and any(output_dir.iterdir())
     if is_replacing and (problem := _objection(plan, output_dir)):
-        raise OutputError(
-            f"{output_dir} exists, and phireg demo did not make it: {problem}",
-            hint="choose another --output-dir.",
-        )
+        raise _not_a_demo(output_dir, problem)
     return phireg.convert(plan, output_dir, overwrite=is_replacing)
 
 
@@ -180,10 +177,14 @@ def check_engine_dir(engine_dir: Path, checkpoint_dir: Path) -> None:
         if inspection.engine.checkpoint_dir != checkpoint_dir.resolve():
             problem = f"it was not built from {checkpoint_dir}"
     if problem is not None:
-        raise OutputError(
-            f"{engine_dir} exists, and phireg demo did not make it: {problem}",
-            hint="choose another --output-dir.",
-        )
+        raise _not_a_demo(engine_dir, problem)
+
+
+def _not_a_demo(directory: Path, problem: str) -> OutputError:
+    return OutputError(
+        f"{directory} exists, and phireg demo did not make it: {problem}",
+        hint="choose another --output-dir.",
+    )
 
 
 def _objection(plan: Plan, directory: Path) -> str | None:

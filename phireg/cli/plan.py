@@ -120,7 +120,7 @@ def _work_rows(plan: Plan, workers: int) -> list[tuple[str, str]]:
     used = plan.sources
     once = sum(plan.source.tensors[name].nbytes for name in used)
     again = f"{size(plan.bytes_in - once)} of it twice" if plan.bytes_in > once else "each once"
-    ranks = plan.options.tp_size
+    ranks, outlook = plan.options.tp_size, engines.outlook(plan.config)
     per_rank = len(plan.outputs) // ranks
     dropped = len(plan.source.tensors) - len(used)
     files = counted(len({plan.source.tensors[name].file for name in used}), "file")
@@ -133,7 +133,7 @@ def _work_rows(plan: Plan, workers: int) -> list[tuple[str, str]]:
             f"{values_text(plan)}",
         ),
         *_scale_rows(plan),
-        *_engine_rows(plan),
+        *([("engine", engines.outlook_text(outlook, ranks))] if outlook else []),
         (
             "peak",
             f"{memory(plan.buffer_bytes(workers))} of buffers, {counted(workers, 'worker')}, "
@@ -148,12 +148,6 @@ def _work_rows(plan: Plan, workers: int) -> list[tuple[str, str]]:
             + (f", every part divides over {ranks} ranks" if ranks > 1 else ""),
         ),
     ]
-
-
-def _engine_rows(plan: Plan) -> list[tuple[str, str]]:
-    outlook = engines.outlook(plan.config)
-    ranks = plan.options.tp_size
-    return [("engine", engines.outlook_text(outlook, ranks))] if outlook is not None else []
 
 
 def _pass_text(plan: Plan) -> str:

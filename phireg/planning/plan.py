@@ -150,7 +150,8 @@ def plan_config(
 
 def choose_family(hf: HFConfig, family: str) -> FamilyChoice:
     """Return the family that claims a config, or the named one if it fits."""
-    check_model(hf)
+    if reasons := list(_refusals(hf)):
+        raise _refused("config.json does not describe a model phireg converts", reasons)
     try:
         choice = registry.choose(hf) if family == AUTO else registry.load(family)
     except SourceError as error:
@@ -168,12 +169,6 @@ def _advice(hf: HFConfig) -> str | None:
     return next((_ADVICE[name] for name in hf.architectures if name in _ADVICE), None)
 
 
-def check_model(hf: HFConfig) -> None:
-    """Refuse quantized, multimodal and encoder-decoder models, and configs of no model at all."""
-    if reasons := list(_refusals(hf)):
-        raise _refused("config.json does not describe a model phireg converts", reasons)
-
-
 def _refused(message: str, reasons: Sequence[Refusal]) -> SourceError:
     """Return the error that lists all reasons, each with what to do."""
     if len(reasons) == 1:
@@ -183,6 +178,7 @@ def _refused(message: str, reasons: Sequence[Refusal]) -> SourceError:
 
 
 def _refusals(hf: HFConfig) -> Iterator[Refusal]:
+    """Yield what speaks of a quantized, multimodal or encoder-decoder model, or of none at all."""
     if hf.has("quantization_config"):
         method = hf.get("quantization_config.quant_method") or "unnamed method"
         yield f"it is already quantized (quantization_config, {method})", UNQUANTIZED
