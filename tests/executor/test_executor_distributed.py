@@ -51,7 +51,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
             own.mkdir()
             for file in ("config.json", f"rank{rank}.safetensors"):
                 shutil.copy(tmp_path / name / file, own)
-    mp.spawn(_rank, (tmp_path, names, ids), nprocs=2)
+    mp.start_processes(_rank, (tmp_path, names, ids), nprocs=2, start_method="fork")
     for name in names:
         logits, inputs, tokens = results(load(tmp_path / name), ids)
         for rank in range(2):

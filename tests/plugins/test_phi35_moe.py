@@ -304,10 +304,9 @@ def _rank(rank, directory, tokens):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_a_process_for_each_share_of_the_experts(model, checkpoint):
     place = checkpoint(2, 2)
-    mp.spawn(_rank, (place, ids(20)), nprocs=2)
+    mp.start_processes(_rank, (place, ids(20)), nprocs=2, start_method="fork")
     together = executor.load(place, dtype="float32")
     with torch.no_grad():
         expected = model(ids(20)).logits

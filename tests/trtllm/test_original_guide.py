@@ -1,6 +1,6 @@
 """The original guide's own lines, and docs/guide.md's, in a shell, with stand-ins for TensorRT-LLM.
 
-The guide's programs are functions of the shell that call phireg with the arguments as typed;
+The guide's programs are functions of the shell that give phireg the arguments as typed;
 `trtllm-build`, the runtime and `mpirun` are stand-ins. The stand-in for an engine recites the
 reference summaries, so that the guide's own check of the accuracy decides.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import fake_trtllm
 import pytest
+from helpers.forks import Fork
 
 from phireg import demo
 from phireg.generation.tokenizer import find_tokenizer, stop_ids
@@ -68,33 +69,40 @@ python3 postprocess_quant_checkpoint.py --checkpoint_dir ./phi3-checkpoint
 """
 INT8 = FP8.replace("fp8 --kv_cache_dtype fp8", "int8_sq --kv_cache_dtype int8")
 
-SHELL = """
+PROGRAMS = {
+    "./convert_checkpoint.py": "convert",
+    "../run.py": "run",
+    "../summarize.py": "summarize",
+    "../quantization/quantize.py": "quantize",
+    "postprocess_quant_checkpoint.py": "postprocess",
+}
+SHELL = r"""
 set -euo pipefail
-PYTHON=%s
-phireg() { "$PYTHON" -P -m phireg "$@"; }
-python() {
-    local program=$1
-    shift
-    case $program in
-        ./convert_checkpoint.py) phireg convert "$@" ;;
-        ../run.py) phireg run "$@" ;;
-        ../summarize.py) phireg summarize "$@" ;;
-        ../quantization/quantize.py) phireg quantize "$@" ;;
-        postprocess_quant_checkpoint.py) phireg postprocess "$@" ;;
-        *) echo "$program?"; return 127 ;;
-    esac
-}
-python3() { python "$@"; }
-trtllm-build() { phireg build "$@"; }
-mpirun() {
-    [ "$1 $2 $3" = "-n 2 --allow-run-as-root" ]
-    shift 3
-    OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2 "$@" &
-    local other=$!
-    OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=2 "$@"
-    wait $other
-}
+said() { printf '%s\0' "$@"; printf '\036'; }
+for program in phireg python python3 trtllm-build mpirun; do
+    eval "$program() { said $program \"\$@\"; }"
+done
 """
+
+
+def commands(lines):
+    """What a shell makes of lines: the number of processes and phireg's arguments of each."""
+    done = subprocess.run(
+        ["bash", "-c", SHELL + lines], capture_output=True, text=True, check=True, cwd="/"
+    )
+    for command in done.stdout.split("\x1e")[:-1]:
+        words = command.split("\0")[:-1]
+        processes = 1
+        if words[0] == "mpirun":
+            assert words[1:4] == ["-n", "2", "--allow-run-as-root"]
+            words, processes = words[4:], 2
+        program, *arguments = words
+        if program == "trtllm-build":
+            yield processes, ["build", *arguments]
+        elif program == "phireg":
+            yield processes, arguments
+        else:
+            yield processes, [PROGRAMS[arguments[0]], *arguments[1:]]
 
 
 def recite(ids):
@@ -134,7 +142,6 @@ def follow(tmp_path_factory):
     environment = {
         "PATH": f"{programs}:/usr/bin:/bin",
         "HOME": str(base),
-        "PYTHONPATH": f"{site}:{ROOT}",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "FAKE_RECORD": str(base),
@@ -145,18 +152,20 @@ def follow(tmp_path_factory):
     def run(lines):
         place = base / "lines"
         place.mkdir(exist_ok=True)
-        talk = Path(tempfile.mkdtemp(dir=base))
-        script = SHELL % sys.executable + lines.replace("/path/to/", f"{base}/")
-        done = subprocess.run(
-            ["bash", "-c", script],
-            cwd=place,
-            env=environment | {"FAKE_COMM": str(talk)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, f"{lines}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
+        printed = ""
+        for processes, words in commands(lines.replace("/path/to/", f"{base}/")):
+            variables = environment | {"FAKE_COMM": tempfile.mkdtemp(dir=base)}
+            if processes > 1:
+                variables["OMPI_COMM_WORLD_SIZE"] = str(processes)
+            started = []
+            for rank in range(processes):
+                if processes > 1:
+                    variables["OMPI_COMM_WORLD_RANK"] = str(rank)
+                started.append(Fork(words, place, variables, [site]))
+            for done in [process.wait() for process in started]:
+                assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+                printed += done.stdout
+        return printed
 
     return run
 
