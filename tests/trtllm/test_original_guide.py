@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 import fake_trtllm
@@ -116,6 +117,8 @@ def recite(ids):
 @pytest.fixture(scope="module")
 def follow(tmp_path_factory):
     """Follow lines in a directory that keeps what they make; return what they print."""
+    for module in ("rouge_score.rouge_scorer", "transformers.models.phi.modeling_phi"):
+        import_module(module)  # once, and not in every fork
     base = tmp_path_factory.mktemp("guide")
     trained = demo.find("phi2")
     model = shutil.copytree(trained.directory, base / "phi-model")
