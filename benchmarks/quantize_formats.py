@@ -5,8 +5,7 @@
 Each model is calibrated on its last 16 held-back texts (in bfloat16 or float32), quantized, and run
 by the executor on the CPU in float32 over the first held-back texts. Linears whose inputs are no
 whole groups are left out of both. ModelOpt's numbers are its fake-quantized model's in float32,
-against transformers' unquantized one; its NVFP4 needs a GPU, it has no ``w8a8``, and transformers
-has no Phi-3-small. Intervals are of 95 %.
+against the unquantized one; its NVFP4 needs a GPU, and it has no ``w8a8``. Intervals are of 95 %.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from phireg_plugins.phi3_small.reference import Phi3SmallForCausalLM
+from phireg_plugins.phi35_moe.reference import PhiMoEForCausalLM
 from torch import Tensor
 
 import phireg
@@ -68,19 +69,20 @@ def planned(
     return phireg.plan(model.directory, family=model.family, exclude=out, **chosen), out
 
 
-def opened(directory: Path) -> Any:
-    """Transformers' model, in float32."""
+def opened(model: demo.DemoModel) -> Any:
+    """Transformers' model in float32, or the family's own where transformers has none that fits."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    own = {"phi3-small": Phi3SmallForCausalLM, "phi3.5-moe": PhiMoEForCausalLM}
+    cls: Any = own.get(model.family, AutoModelForCausalLM)
+    return cls.from_pretrained(model.directory, dtype=torch.float32).eval()
 
 
-def modelopt(directory: Path, rows: Rows, name: str, cache: str | None, out: list[str]) -> Any:
+def modelopt(model: Any, rows: Rows, name: str, cache: str | None, out: list[str]) -> Any:
     """ModelOpt's fake-quantized model; inputs of norms, which no reader quantizes, are left."""
     import modelopt.torch.quantization as mtq
     from modelopt.torch.quantization.utils import update_quant_cfg_with_kv_cache_quant
 
-    model = opened(directory)
     config = copy.deepcopy(getattr(mtq, name))
     for part in ("norm", *out):
         config["quant_cfg"].append({"quantizer_name": f"*{part}*", "enable": False})
@@ -129,9 +131,9 @@ def measure(family: str, rows: int, place: Path) -> Iterator[str]:
     )
     statistics = collect(reference, calibration, device=torch.device("cpu"), search=True)
     before = [logarithms(lambda x: source(x)[0], row) for row in read]
-    theirs_too = find_spec("modelopt") is not None and family != "phi3-small"
+    theirs_too = find_spec("modelopt") is not None
     if theirs_too:
-        plain_hf = opened(model.directory)
+        plain_hf = opened(model)
         before_hf = [logarithms(lambda x: plain_hf(x, use_cache=False).logits[0], r) for r in read]
     theirs: dict[tuple[str, str | None, tuple[str, ...]], Found] = {}
     for target in TARGETS:
@@ -147,7 +149,7 @@ def measure(family: str, rows: int, place: Path) -> Iterator[str]:
             config = MODELOPT.get(qformat, "")
             key = config, cache, tuple(out)
             if config and key not in theirs and theirs_too:
-                fake = modelopt(model.directory, calibration, config, cache, out)
+                fake = modelopt(opened(model), calibration, config, cache, out)
                 theirs[key] = compared(
                     before_hf, lambda x, own=fake: own(x, use_cache=False).logits[0], read
                 )
