@@ -21,9 +21,10 @@ from phireg.errors import UsageError
 from phireg.executor import blocks, quantized
 from phireg.executor.attention import current_device, prompt_attention
 from phireg.executor.blocks import Attend, Rotary, Weights
-from phireg.executor.directories import DirectorySource, open_directory, rank_layer
+from phireg.executor.directories import DirectorySource, open_directory
 from phireg.executor.levels import packed_bytes
 from phireg.executor.sources import Source, open_ranks
+from phireg.executor.stored import rank_layer
 from phireg.files.kinds import HF_MODEL, kind_of
 from phireg.formats import FORMATS
 from phireg.reader.schemes import ROW_LINEARS, Quantization

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phireg.executor.directories import Stored
 from phireg.executor.levels import Levels
+from phireg.executor.stored import Stored
 from phireg.reader.modules import Module
 
 ALIKE = 0.35

@@ -18,8 +18,9 @@ from torch import Tensor
 from phireg.checkpoint.rankfiles import RankFiles
 from phireg.conversion.stream import assemble
 from phireg.dtypes import UNIT_ROUNDOFF, WEIGHT_DTYPES, as_torch
-from phireg.executor.directories import DirectorySource, Stored, ordered, stored_linear
+from phireg.executor.directories import DirectorySource
 from phireg.executor.levels import Levels
+from phireg.executor.stored import Stored, ordered, stored_linear
 from phireg.planning.model import Output, Plan, QuantizedLinear
 from phireg.reader.models import Order
 from phireg.reader.modules import Module

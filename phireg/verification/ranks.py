@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from phireg.executor import Executor, ModelSpec
-from phireg.executor.directories import stored_in_rank
 from phireg.executor.sources import Source
+from phireg.executor.stored import stored_in_rank
 from phireg.reader.schemes import LINEARS, ROW_LINEARS, Quantization
 from phireg.reader.tensors import is_scale, replicated
 from phireg.verification.logits import (
