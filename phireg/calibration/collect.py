@@ -30,6 +30,8 @@ Progress = Callable[[int, int], None]
 
 Rows = Sequence[Sequence[int]]
 
+_EMBEDDING = "model.embed_tokens."
+
 GPU_TOKENS = 16384
 """Tokens that run at once on a GPU, if its memory takes them: more make it no faster."""
 
@@ -67,7 +69,7 @@ def collect(
     total = sum(map(len, rows)) * len(layers) * (1 + PASSES if search else 1)
     largest = _Largest(averaged=search)
     smoothers: dict[str, NDArray[np.float32]] = {}
-    with torch.no_grad(), _embedding(reference):
+    with torch.no_grad(), reference.parameters.held(_EMBEDDING):
         tokens = 0 if batch_size else _tokens_at_once(reference, rows, device)
         groups = _groups(rows, batch_size, tokens)
         cache = _recording_cache(largest.cached)
@@ -93,9 +95,10 @@ def collect(
                             report(batches[number].numel() * PASSES, total)
                     smoothers |= awq.best()
         if not model.config.tie_word_embeddings:
-            with _norm(reference) as norm:
-                for hidden in states:
-                    largest.record("lm_head", norm(hidden))
+            name = "norm" if hasattr(model.model, "norm") else "final_layernorm"
+            with reference.parameters.held(f"model.{name}."):
+                for hidden in states:  # the norm before lm_head
+                    largest.record("lm_head", getattr(model.model, name)(hidden))
             largest.settle(len(layers) - 1, len(rows))
     inputs, factors = (
         {
@@ -158,7 +161,7 @@ def measure(reference: Reference, rows: Rows, *, device: torch.device, batch_siz
     layers = len(reference.model.model.layers)
     typical = sorted(rows, key=len)[len(rows) // 2]
     ids = torch.tensor([typical] * min(batch_size, len(rows)), device=device)
-    with torch.no_grad(), _embedding(reference):
+    with torch.no_grad(), reference.parameters.held(_EMBEDDING):
         front = _front(reference.model, ids, None)
         started = time.perf_counter()
         with reference.layer(0) as layer:
@@ -234,30 +237,6 @@ def _front(model: Any, ids: Tensor, cache: Any) -> _Front:
 def _cache_name(model: Any) -> str:
     """The name of the cache in the model's ``forward``: transformers has used two."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-@contextmanager
-def _embedding(reference: Reference) -> Iterator[None]:
-    """Hold the embedding's weights in memory."""
-    names = reference.parameters.names("model.embed_tokens.")
-    reference.parameters.fill(names)
-    try:
-        yield
-    finally:
-        reference.parameters.release(names)
-
-
-@contextmanager
-def _norm(reference: Reference) -> Iterator[nn.Module]:
-    """Yield the norm before lm_head, with its weights in memory."""
-    decoder = reference.model.model
-    name = "norm" if hasattr(decoder, "norm") else "final_layernorm"
-    names = reference.parameters.names(f"model.{name}.")
-    reference.parameters.fill(names)
-    try:
-        yield getattr(decoder, name)
-    finally:
-        reference.parameters.release(names)
 
 
 def _recording_cache(record: Callable[[int, Tensor, Tensor], None]) -> Any:

@@ -70,14 +70,10 @@ class Reference:
         With ``ahead``, on a GPU, a thread reads the next layer's meanwhile; then whatever uses this
         layer's must have finished at the end of the statement.
         """
-        names = self._layer(index)
-        self.parameters.fill(names)
-        if ahead and (following := self._layer(index + 1)):
-            self.parameters.read_ahead(following)
-        try:
+        with self.parameters.held(f"{_LAYERS}{index}."):
+            if ahead and (following := self._layer(index + 1)):
+                self.parameters.read_ahead(following)
             yield self.model.model.layers[index]
-        finally:
-            self.parameters.release(names)
 
     @property
     def nbytes(self) -> int:
@@ -198,11 +194,8 @@ def _parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-# Parameters, read from the files on demand
-
-
 class Parameters:
-    """Fills and empties the parameters of a model that was built without them.
+    """Fills the parameters of a model that was built without them from files, and empties them.
 
     Values are rounded to ``rounded`` on their way to the parameters' dtype, except those of the
     source tensors named in ``exact``.
@@ -375,6 +368,16 @@ class Parameters:
         for name in names:
             module, leaf, empty = self._places[name]
             setattr(module, leaf, empty)
+
+    @contextmanager
+    def held(self, prefix: str) -> Iterator[None]:
+        """Hold the parameters that begin with a prefix inside the ``with`` statement only."""
+        names = self.names(prefix)
+        self.fill(names)
+        try:
+            yield
+        finally:
+            self.release(names)
 
     def _read(self, reader: Reader, parts: Parts) -> Tensor:
         """Read a parameter's values to the device, rounded unless they are exact."""
