@@ -99,10 +99,7 @@ def _members(fd: int, path: Path) -> dict[int, int]:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise SourceError(
-            f"{path}: a damaged or incomplete PyTorch file: {error}",
-            hint="download the file again",
-        ) from None
+        raise _damaged(path, error) from None
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
         raise SourceError(
             f"{path}: the archive is compressed; PyTorch writes its archives uncompressed",
@@ -136,10 +133,12 @@ def _check_pickle(path: Path) -> None:
             except TooMuch as error:
                 raise SourceError(f"{path}: {error}", hint=_RESAVE) from None
             except (ValueError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
-                raise SourceError(
-                    f"{path}: a damaged or incomplete PyTorch file: {error}",
-                    hint="download the file again",
-                ) from None
+                raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> SourceError:
+    message = f"{path}: a damaged or incomplete PyTorch file: {error}"
+    return SourceError(message, hint="download the file again")
 
 
 def _runs_code(path: Path, wants: str) -> SourceError:
