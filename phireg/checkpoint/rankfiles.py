@@ -6,6 +6,7 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def world_size(config: Mapping[str, Any]) -> int:
     return world
 
 
-class RankFile:
+class RankFile(AbstractContextManager["RankFile"]):
     """One rank file, held open: its header, and its tensors as bytes, numpy arrays or in torch.
 
     What is read later belongs to the header that was read first, even if another checkpoint takes
@@ -55,9 +56,6 @@ class RankFile:
         except SourceError:
             os.close(self._descriptor)
             raise
-
-    def __enter__(self) -> RankFile:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -131,7 +129,7 @@ class RankFile:
         return tensor
 
 
-class RankFiles(Mapping[int, RankFile]):
+class RankFiles(Mapping[int, RankFile], AbstractContextManager["RankFiles"]):
     """The readable rank files of a checkpoint by rank; a context manager that closes them.
 
     ``ranks`` is how many there should be, or the ranks to open; ``errors`` has those that cannot
@@ -148,9 +146,6 @@ class RankFiles(Mapping[int, RankFile]):
                 self._files[rank] = RankFile(path)
             except SourceError as error:
                 self.errors[rank] = error
-
-    def __enter__(self) -> RankFiles:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def _sidecar(directory: Path) -> dict[str, Any] | None:
     return read_json_object(path) if path.exists() else None
 
 
-class Shards:
+class Shards(AbstractContextManager["Shards"]):
     """The open safetensors files of a directory; a context manager that closes them.
 
     Raises a SourceError for an index that its shards do not agree with.
@@ -85,9 +86,6 @@ class Shards:
             )
         self._of = {name: file for file in self.files.values() for name in file.header.entries}
         self._mapped: dict[Path, Callable[[str], Tensor]] = {}
-
-    def __enter__(self) -> Shards:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

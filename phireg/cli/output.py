@@ -13,7 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -270,7 +270,7 @@ def spinner(doing: str, *, quiet: bool = False) -> Iterator[None]:
         yield
 
 
-class ProgressBars:
+class ProgressBars(AbstractContextManager["ProgressBars"]):
     """One bar or spinner after the other on stderr, opened by the first report of its stage.
 
     A context manager; its reports may come from any thread. Nothing is shown where ``quiet`` is
@@ -283,9 +283,6 @@ class ProgressBars:
         self._open = ExitStack()
         self._stage = ""
         self._bar: Progress | None = None
-
-    def __enter__(self) -> ProgressBars:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

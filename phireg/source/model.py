@@ -6,6 +6,7 @@ import os
 import posixpath
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -29,7 +30,7 @@ INDEX = ".index.json"
 """End of the name of an index, after the name that a single file would have."""
 
 
-class Reader:
+class Reader(AbstractContextManager["Reader"]):
     """Reads tensors of an open source; several threads may use one reader at once.
 
     Files are opened when they are first needed and closed with the reader, which is a context
@@ -71,9 +72,6 @@ class Reader:
         with self._lock:
             while self._descriptors:
                 os.close(self._descriptors.popitem()[1])
-
-    def __enter__(self) -> Reader:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
