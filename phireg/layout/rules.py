@@ -183,16 +183,6 @@ class Rules(Mapping[str, Rule]):
     def __len__(self) -> int:
         return len(self._rules)
 
-    def published_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the source tensors of the published layout, the first alternative, by name."""
-        shapes = {}
-        for rule in self.values():
-            for companion, alternatives in rule.tensors.items():
-                columns = (rule.cols.length,) if rule.cols and companion == "weight" else ()
-                for module, rows in alternatives[0].sources:
-                    shapes[f"{module}.{companion}"] = (rows, *columns)
-        return shapes
-
     def replace(self, *rules: Rule) -> Rules:
         """Return the rules with those of the same targets replaced, for derived families.
 
@@ -205,6 +195,17 @@ class Rules(Mapping[str, Rule]):
             raise LayoutError(f"nothing to replace: no rule makes {', '.join(unknown)}")
         merged = {**self._rules, **new}
         return Rules(*merged.values(), drop=self.drop)
+
+
+def published_shapes(rules: Rules) -> dict[str, tuple[int, ...]]:
+    """Return the source tensors of the published layout, the first alternative, by name."""
+    shapes = {}
+    for rule in rules.values():
+        for companion, alternatives in rule.tensors.items():
+            columns = (rule.cols.length,) if rule.cols and companion == "weight" else ()
+            for module, rows in alternatives[0].sources:
+                shapes[f"{module}.{companion}"] = (rows, *columns)
+    return shapes
 
 
 @dataclass(frozen=True, slots=True)

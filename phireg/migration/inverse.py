@@ -17,7 +17,7 @@ import numpy as np
 from phireg.checkpoint.rankfiles import Bits, RankFiles
 from phireg.dtypes import BITS, ITEMSIZE
 from phireg.errors import SourceError
-from phireg.layout.rules import Rules
+from phireg.layout.rules import Rules, published_shapes
 from phireg.layout.spans import Span
 from phireg.planning.model import Output, Plan, Scale
 from phireg.source.model import Reader, Source
@@ -50,7 +50,7 @@ class Piece:
 
 def stated_source(directory: Path, rules: Rules, code: str) -> Source:
     """Return a source without data: the published layout's tensors, as the config sizes them."""
-    shapes = rules.published_shapes()
+    shapes = published_shapes(rules)
     tensors = {name: SourceTensor(name, code, shape, "", 0) for name, shape in shapes.items()}
     return Source(directory, tensors, ())
 

@@ -24,6 +24,7 @@ from phireg.files.kinds import tokenizer_files
 from phireg.files.output import OutputDirectory
 from phireg.files.safetensors import TensorEntry, encode_header
 from phireg.files.writing import copy_file
+from phireg.layout.rules import published_shapes
 from phireg.source.hub import resolve_model_dir
 from phireg.source.readings import open_source
 from phireg.source.tensors import SourceTensor
@@ -169,7 +170,7 @@ def source_shapes(family: Family, config: Mapping[str, Any]) -> dict[str, Shape]
     translation = family.config_fields().translate(hf)
     if not translation.ok:
         raise UsageError(f"{family.name}: " + "; ".join(f.detail for f in translation.findings))
-    return family.weight_rules(translation.fields, hf).published_shapes()
+    return published_shapes(family.weight_rules(translation.fields, hf))
 
 
 def _write_shards(
