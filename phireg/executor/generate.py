@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -42,10 +42,17 @@ def generate(
     Raises:
         UsageError: see ``stream``.
     """
-    rows: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream(model, prompts, max_new_tokens, stop_ids, sampling):
+    return rows_of(stream(model, prompts, max_new_tokens, stop_ids, sampling), len(prompts))
+
+
+def rows_of(
+    steps: Iterable[list[int | None]], count: int, without: Collection[int] = ()
+) -> list[list[int]]:
+    """Return the tokens of ``count`` rows of a stream, ``without`` some of them."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    for tokens in steps:
         for row, token in zip(rows, tokens, strict=True):
-            if token is not None:
+            if token is not None and token not in without:
                 row.append(token)
     return rows
 

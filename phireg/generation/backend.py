@@ -5,7 +5,7 @@ A backend is a module with the four functions of :class:`Opener` and an entry in
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,18 +128,6 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the memory and end the worker processes."""
-
-
-def rows_of(
-    steps: Iterable[list[int | None]], count: int, stop_ids: Collection[int]
-) -> list[list[int]]:
-    """Return the tokens of ``count`` rows of :meth:`Backend.stream`, without the stop ids."""
-    rows: list[list[int]] = [[] for _ in range(count)]
-    for tokens in steps:
-        for row, token in zip(rows, tokens, strict=True):
-            if token is not None and token not in stop_ids:
-                row.append(token)
-    return rows
 
 
 class Opener(Protocol):

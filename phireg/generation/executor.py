@@ -17,7 +17,8 @@ from phireg.errors import PhiregError
 from phireg.executor import Executor, ModelSpec, read_meaning, stream
 from phireg.executor import load as load_checkpoint
 from phireg.executor.finite import NotFiniteError, check_logits, dtype_name
-from phireg.generation.backend import KEYS_STAY, Description, LongRope, Options, Request, rows_of
+from phireg.executor.generate import rows_of
+from phireg.generation.backend import KEYS_STAY, Description, LongRope, Options, Request
 from phireg.generation.limits import check_continuations, check_request
 from phireg.generation.processes import process_rank
 

@@ -13,7 +13,7 @@ from phireg import device as devices
 from phireg.errors import UsageError
 from phireg.executor.decoder import Sampling, choose
 from phireg.executor.finite import check_logits
-from phireg.executor.generate import tokens_of
+from phireg.executor.generate import rows_of, tokens_of
 from phireg.generation.backend import (
     KEYS_STAY,
     Description,
@@ -21,7 +21,6 @@ from phireg.generation.backend import (
     Options,
     Request,
     check_engine_options,
-    rows_of,
 )
 from phireg.generation.limits import check_continuations, check_request
 from phireg.generation.processes import process_rank
