@@ -11,6 +11,7 @@ from phireg.checkpoint.rankfiles import Bits, RankFile
 from phireg.errors import SourceError
 from phireg.files.json import read_json_object
 from phireg.files.kinds import HF_MODEL, MANIFEST, check_kind, kind_of
+from phireg.files.regular import bullets
 from phireg.reader.layouts import SIDECAR, is_quantized
 from phireg.reader.modules import Directory, parse_directory
 from phireg.reader.tensors import Kind
@@ -81,7 +82,7 @@ class Shards(AbstractContextManager["Shards"]):
         if defects:
             self.close()
             raise SourceError(
-                f"{directory}: the weight files cannot be used:\n  " + "\n  ".join(defects[:20]),
+                f"{directory}: the weight files cannot be used:{bullets(defects, 20)}",
                 hint="download or export the model again; all files must be of one export",
             )
         self._of = {name: file for file in self.files.values() for name in file.header.entries}

@@ -19,6 +19,7 @@ from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import CheckError, UsageError
 from phireg.files.json import read_json_object
 from phireg.files.kinds import CHECKPOINT, check_kind
+from phireg.files.regular import bullets
 from phireg.layout.rules import Rules
 from phireg.migration.inverse import Piece, RankSource, invert, read_rows, stated_source
 from phireg.planning.build import build_plan
@@ -113,10 +114,8 @@ def _check_structure(checkpoint: Path, config: Mapping[str, Any], files: RankFil
 
 
 def _unfit(checkpoint: Path, defects: list[str]) -> CheckError:
-    lines = "".join(f"\n    {defect}" for defect in defects[:20])
-    more = f"\n    and {len(defects) - 20} more" if len(defects) > 20 else ""
     return CheckError(
-        f"{checkpoint} cannot be migrated; nothing was written{lines}{more}",
+        f"{checkpoint} cannot be migrated; nothing was written{bullets(defects, 20)}",
         hint="phireg verify tells what a checkpoint is and where it differs from its model.",
     )
 

@@ -26,6 +26,7 @@ from phireg.files.kinds import (
     tokenizer_files,
 )
 from phireg.files.output import OutputDirectory
+from phireg.files.regular import bullets
 from phireg.files.writing import copy_file, new_log
 from phireg.planning.plan import plan_config
 from phireg.reader.schemes import WEIGHT_ONLY
@@ -33,8 +34,6 @@ from phireg.registry import AUTO
 from phireg.trtllm.builder import Builder, Listener, find_builder, run_builder
 from phireg.trtllm.command import PROGRAM, BuildOptions, Command, translate
 from phireg.trtllm.engine import Engine, read_engine
-
-_SHOWN_PROBLEMS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +108,9 @@ def checked_checkpoint(directory: Path) -> tuple[Mapping[str, Any], int]:
     check_kind(directory, CHECKPOINT)
     inspection = inspect(directory)
     if inspection.problems:
-        shown = "\n".join(f"  {problem}" for problem in inspection.problems[:_SHOWN_PROBLEMS])
-        more = len(inspection.problems) - _SHOWN_PROBLEMS
+        shown = bullets([*inspection.problems], 10)
         raise CheckError(
-            f"{directory} is not what TensorRT-LLM's reader requires\n{shown}"
-            + (f"\n  and {more} more" if more > 0 else ""),
+            f"{directory} is not what TensorRT-LLM's reader requires{shown}",
             hint=f"phireg inspect {directory} shows all; convert again to put them right.",
         )
     sizes = inspection.sizes.items()
