@@ -65,7 +65,7 @@ READERS: Mapping[str, Mapping[str, tuple[Reader, ...]]] = {
         "w8a8": (_COMPRESSED, _VLLM, _SGLANG),
         "w4a16": (_COMPRESSED, _VLLM, _SGLANG),
         "nvfp4": (_COMPRESSED, _VLLM),
-        FP8_CACHE: (),
+        FP8_CACHE: (Reader("vLLM", "0.32.0"),),
     },
 }
 """By target and format. TensorRT-LLM's PyTorch backend takes ModelOpt's AWQ for separate
