@@ -4,12 +4,14 @@ import json
 from functools import partial
 
 import pytest
+from helpers import exports
 from helpers.damage import config
 from helpers.tiny_phi3 import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS
 from safetensors import safe_open
 
-from phireg import demo
+from phireg import demo, registry
 from phireg.family import Family
+from phireg.formats import FORMATS
 from phireg.layout.rules import QuantRules
 
 Q, KV = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
@@ -201,3 +203,21 @@ def test_families_that_quantize_some_formats(run, monkeypatch):
     assert families["phi2"]["quantization"] == []
     assert families["phi3-mini"]["quantization"] == ["fp8"]
     assert [m["qformats"] for m in families["phi3-mini"]["published"]] == [["fp8"], []]
+
+
+@pytest.mark.parametrize("target", ["trtllm", "hf-modelopt", "hf-compressed-tensors"])
+def test_every_scale_of_every_format_is_explained(tmp_path, show, target):
+    """The name that the file has, the formula's end, and the weight's rounding."""
+    model = exports.source("phi2", tmp_path / "model")
+    layouts = registry.load_target(target).layouts
+    own = "transformer.layers.0.mlp.proj" if target == "trtllm" else "model.layers.0.mlp.fc2"
+    ends = {"e4m3": "448", "int8": "127", "int4": "7", "e2m1": "6"}
+    for qformat, layout in layouts.items():
+        text = show("explain", model, own, "--target", target, "--qformat", qformat)
+        for scale in layout.scales.values():
+            assert f"{own}.{scale.name}  [" in text
+        if layout.weight is None:
+            assert "quantized" not in text
+            continue
+        assert "quantized: cast to" in text
+        assert f"/ {ends[FORMATS[qformat].weight]}" in text
