@@ -9,7 +9,7 @@ from typing import Any
 
 from phireg.checkpoint.manifest import Progress, check_files, read_manifest
 from phireg.checkpoint.rankfiles import RankFiles, world_size
-from phireg.checkpoint.shards import Shards, read_directory
+from phireg.checkpoint.shards import SURPLUS, Shards, read_directory
 from phireg.errors import CheckError, SourceError
 from phireg.files.json import read_json_object
 from phireg.files.kinds import CHECKPOINT, HF_MODEL, check_kind, file_sizes, kind_of
@@ -93,11 +93,12 @@ def _read_shards(
             name: file.kinds() for name, file in shards.files.items()
         }
         kinds = shards.kinds()
+        problems = [f"{name}: {SURPLUS}" for name in shards.surplus()]
     try:
         whole = read_directory(directory)
     except CheckError as error:
-        return config, weights, [error.message], None
-    problems = [f"{d.name}: {d.text}" for d in whole.deviations(kinds) if not d.harmless]
+        return config, weights, [*problems, error.message], None
+    problems += [f"{d.name}: {d.text}" for d in whole.deviations(kinds) if not d.harmless]
     return config, weights, problems, whole.layout
 
 

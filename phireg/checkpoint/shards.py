@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _WHOLE = "model.safetensors"
+SURPLUS = "does not belong to the model, and some readers would take it"
 
 
 def read_directory(directory: Path) -> Directory:
@@ -67,6 +68,7 @@ class Shards(AbstractContextManager["Shards"]):
                 f"{directory} has no {_WHOLE} and no {index_path.name}",
                 hint="download or export the model again",
             )
+        self._directory, self._indexed = directory, index is not None
         names = (_WHOLE,) if index is None else index.shards
         self.files = {}
         defects = [] if index is None else [f"{name} is missing" for name in index.missing]
@@ -95,6 +97,16 @@ class Shards(AbstractContextManager["Shards"]):
         """Close all files; mapped tensors stay valid."""
         for file in self.files.values():
             file.close()
+
+    def surplus(self) -> list[str]:
+        """Return files that some readers would take besides or instead of these.
+
+        Without an index vLLM and SGLang read every safetensors file; transformers prefers
+        model.safetensors to an index.
+        """
+        pattern = _WHOLE if self._indexed else "*.safetensors"
+        found = {path.name for path in self._directory.glob(pattern)}
+        return sorted(found - self.files.keys())
 
     def kinds(self) -> dict[str, Kind]:
         """Return dtype code and shape of every tensor."""

@@ -132,12 +132,12 @@ _BY_ENTRIES = (
     Kind("an ONNX model", _ORIGINAL, r".*\.onnx(\.data)?|onnx|cpu_and_mobile|directml"),
     Kind("a model quantized with GPTQ", _ORIGINAL, r"quantize_config\.json|gptq_model.*"),
     Kind("a model quantized with AWQ", _ORIGINAL, r"quant_config\.json|awq_model.*"),
-    Kind("a model quantized with ModelOpt", _ORIGINAL, r"hf_quant_config\.json"),
     Kind(
         "a sharded checkpoint without its index",
         "download model.safetensors.index.json (or pytorch_model.bin.index.json) as well",
         r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)",
     ),
+    Kind("a model quantized with ModelOpt", _ORIGINAL, r"hf_quant_config\.json"),
     Kind(
         "a checkpoint in the original authors' consolidated layout",
         "give the Hugging Face layout of the same model (model.safetensors and config.json)",

@@ -58,7 +58,7 @@ class Tokenizer:
 
     def _ids(self, text: str, **options: Any) -> list[int]:
         try:
-            return list(self._inner(text, **options)["input_ids"])
+            return list(self._inner(text, verbose=False, **options)["input_ids"])
         except Exception as error:  # a vocabulary without its unknown token, a length that is text
             raise SourceError(
                 f"the tokenizer cannot encode a text: {type(error).__name__}: {error}",

@@ -97,6 +97,11 @@ def plan(
             f"--target {written.name} has no ranks: its readers divide the model themselves",
             hint="leave out --tp-size, --moe-tp-size and --moe-ep-size.",
         )
+    if written.by_rank and max_shard_size != SHARD_BYTES:
+        raise UsageError(
+            f"--max-shard-size has no effect: --target {written.name} has a file for every rank",
+            hint="leave it out.",
+        )
     options = Options(
         dtype,
         tp_size,

@@ -235,15 +235,19 @@ class Quantization:
             yield "KV cache", "the family's quantization rules name no attention module", ""
         if self.format is None or self.layout is None:
             return
-        if not self.rules.linears:
+        names = {*self.rules.linears, *self.rules.exclude_modules}
+        for pattern in self.exclude:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                yield pattern or "''", "is the pattern of no module (--exclude)", ""
+        if not self.rules.linears and self.exclude:
+            yield self.format.name, "nothing is left that is quantized to it (--exclude)", ""
+        elif not self.rules.linears:
             none = "the family's quantization rules name no linears for it"
             yield self.format.name, "; ".join((none, *self.rules.notes)), ""
         if self.quantize_lm_head and HEAD not in rules:
             yield HEAD, "is the embedding, which stays unquantized (--quantize-lm-head)", ""
-        names = {*self.rules.linears, *self.rules.exclude_modules}
-        for pattern in self.exclude:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                yield pattern, "is the pattern of no module (--exclude)", ""
+        elif self.quantize_lm_head and HEAD not in self.rules.linears:
+            yield HEAD, "is to be quantized (--quantize-lm-head) and left out (--exclude)", ""
         readers: dict[str, list[str]] = {}
         for target, axis in axes.items():
             for module, _ in axis.sources:
@@ -306,8 +310,8 @@ class Quantization:
         ):
             detail = (
                 "three bits of mantissa hold keys whose angles differ little far apart, and "
-                "calibration texts are short: compare long prompts first, or use int8"
-            )
+                "calibration texts are short: compare long prompts first"
+            ) + (", or use int8" if "int8" in self.target.kv_caches else "")
             yield Finding(Severity.WARNING, "kv-cache", "FP8 on a long-rope model", detail)
         if self.kv_cache is not None and config.get("architecture") == "PhiForCausalLM":
             detail = (

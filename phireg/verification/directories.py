@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from phireg.checkpoint.rankfiles import Bits
-from phireg.checkpoint.shards import Shards, read_directory
+from phireg.checkpoint.shards import SURPLUS, Shards, read_directory
 from phireg.conversion.stream import assemble
 from phireg.dtypes import BITS, UNIT_ROUNDOFF, as_torch
 from phireg.errors import CheckError
@@ -81,6 +81,7 @@ class DirectoryVerifier(Verifier):
             )
         deviations = list(self.directory.deviations(self.files.kinds()))
         problems = [self._problem(d.name, d.text) for d in deviations if not d.harmless]
+        problems += [Problem(name, SURPLUS) for name in self.files.surplus()]
         if not problems:
             problems = [self._problem(*found) for found in content_problems(self.source)]
         notes = [f"{d.name} {d.text}" for d in deviations if d.harmless]

@@ -15,6 +15,7 @@ from phireg.files.kinds import MANIFEST
 from phireg.planning.model import Plan
 from phireg.planning.plan import plan
 from phireg.planning.report import fold_layers
+from phireg.reader.layouts import SIDECAR
 from phireg.source.readings import Readings
 from phireg.verification.result import NotNeeded, Outcome, Problem, Progress, own_place
 
@@ -66,7 +67,11 @@ class Verifier(ABC):
         """
         if not self.manifest or not self.manifest.get("quantization"):
             return
-        files = {n: record for n, record in self.manifest["files"].items() if "tensors" in record}
+        files = {
+            name: record
+            for name, record in self.manifest["files"].items()
+            if "tensors" in record or name == SIDECAR
+        }
         for defect in check_files(self.path, {"files": files}):
             file, colon, rest = defect.partition(": ")
             name, _, text = (rest if colon else defect).partition(" ")

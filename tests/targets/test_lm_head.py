@@ -121,6 +121,11 @@ def test_patterns_that_match_nothing_are_errors_all_at_once(tmp_path):
     directory = sources.write("phi2", tmp_path)
     plan = planned("phi2", directory, qformat="fp8", exclude=["*.fc3", "*.fc1", "layers.0"])
     assert {finding.subject for finding in plan.errors} == {"*.fc3", "layers.0"}
+    (error,) = planned("phi2", directory, qformat="fp8", exclude=["*"]).errors
+    assert "--exclude" in error.detail
+    both = {"exclude": ["lm_head"], "quantize_lm_head": True}
+    (error,) = planned("phi2", directory, qformat="fp8", **both).errors
+    assert error.subject == "lm_head"
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,10 +1,12 @@
 """Files of bounded size."""
 
+import pytest
 from helpers import tiny_models
 from transformers import AutoModelForCausalLM
 
 import phireg
 from phireg.planning import shards
+from phireg.verification.result import QUICK
 
 
 def test_transformers_reads_the_shards(tmp_path):
@@ -28,3 +30,22 @@ def test_more_files_than_a_process_may_open_are_refused(tmp_path, monkeypatch):
     assert {finding.subject for finding in plan.errors} == {"--max-shard-size"}
     assert plan.files == plan.outputs == ()
     assert shards.MOST_FILES < 1000
+
+
+@pytest.mark.parametrize(
+    ("size", "name"), [("60KB", "model.safetensors"), ("5GB", "old.safetensors")]
+)
+def test_files_that_some_readers_would_take_are_found(size, name, tmp_path):
+    """transformers prefers model.safetensors to an index; without one, vLLM reads every file."""
+    directory = tiny_models.write("phi3-gqa", tmp_path / "model", shard=size)
+    shard = next(directory.glob("model*.safetensors"))
+    (directory / name).write_bytes(shard.read_bytes())
+    assert [p.partition(": ")[0] for p in phireg.inspect(directory).problems] == [name]
+    result = phireg.verify(directory, directory, checks=QUICK)
+    assert [p.where for p in result.check("structure").problems] == [name]
+
+
+def test_files_of_ranks_have_no_bound(tmp_path):
+    tiny_models.write("phi3-gqa", tmp_path)
+    with pytest.raises(phireg.errors.UsageError):
+        phireg.plan(tmp_path, max_shard_size=60_000)
