@@ -96,9 +96,9 @@ def _is_blob(real: Path, root: Path) -> bool:
     return real.parent.name == "blobs" and own
 
 
-def open_file(path: Path, *, inside: Path | None = None, limit: int | None = None) -> BinaryIO:
+def open_file(path: Path, *, inside: Path | None = None) -> BinaryIO:
     """Open a file as :func:`open_regular` does, as a file object."""
-    return os.fdopen(open_regular(path, inside=inside, limit=limit), "rb")
+    return os.fdopen(open_regular(path, inside=inside), "rb")
 
 
 def read_file(path: Path, limit: int, *, inside: Path | None = None) -> bytes:
@@ -110,10 +110,10 @@ def read_file(path: Path, limit: int, *, inside: Path | None = None) -> bytes:
         os.close(fd)
 
 
-def read_named(path: Path, limit: int = Limit.ROWS) -> bytes:
+def read_named(path: Path) -> bytes:
     """Read a whole file that the user named; raise UsageError if that is impossible."""
     try:
-        return read_file(path, limit, inside=ANYWHERE)
+        return read_file(path, Limit.ROWS, inside=ANYWHERE)
     except SourceError as error:
         is_missing = isinstance(error.__context__, FileNotFoundError) and not path.is_symlink()
         hint = "give a file that is there" if is_missing else error.hint

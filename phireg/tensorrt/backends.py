@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from phireg.errors import EngineError, UsageError
 from phireg.registry import AUTO
@@ -15,7 +15,6 @@ from phireg.trtllm.build import BuildPlan, Built
 from phireg.trtllm.command import BuildOptions
 from phireg.trtllm.releases import INSTALL as INSTALL_TRTLLM
 
-BuilderName: TypeAlias = Literal["auto", "tensorrt-llm", "tensorrt", "tensorrt-rtx"]
 TENSORRT_LLM = "tensorrt-llm"
 BUILDERS = (AUTO, TENSORRT_LLM, *NAMES)
 

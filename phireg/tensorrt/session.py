@@ -21,7 +21,7 @@ from phireg.reader.tensors import rank_tensors
 from phireg.tensorrt import network as contract
 from phireg.tensorrt.engine import NativeEngine
 from phireg.tensorrt.job import PROFILES
-from phireg.tensorrt.package import Package, load_engine, load_package
+from phireg.tensorrt.package import load_engine, load_package
 
 
 class Session:
@@ -31,7 +31,6 @@ class Session:
         engine: the engine.
         device: where to run; its buffers are torch's.
         weights: the checkpoint whose tensors an engine with separate weights takes.
-        package: the TensorRT that runs it; None loads the one that built it.
 
     Raises:
         EngineError: the package is missing, of another version, or refuses the engine.
@@ -39,11 +38,7 @@ class Session:
     """
 
     def __init__(
-        self,
-        engine: NativeEngine,
-        device: torch.device,
-        weights: Path | None = None,
-        package: Package | None = None,
+        self, engine: NativeEngine, device: torch.device, weights: Path | None = None
     ) -> None:
         if engine.spec.tp_size > 1:
             raise EngineError(
@@ -56,7 +51,7 @@ class Session:
         self.spec, self.limits = engine.spec, engine.limits
         self.device = device
         self.dtype: torch.dtype = getattr(torch, self.spec.dtype)
-        self.package = load_package(engine.backend) if package is None else package
+        self.package = load_package(engine.backend)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         source = _source(engine, weights)  # before the engine, which takes long
         self._contexts, shapes = self._load()
