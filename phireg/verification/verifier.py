@@ -16,6 +16,7 @@ from phireg.planning.model import Plan
 from phireg.planning.plan import plan
 from phireg.planning.report import fold_layers
 from phireg.reader.layouts import SIDECAR
+from phireg.registry import AUTO
 from phireg.source.readings import Readings
 from phireg.verification.result import NotNeeded, Outcome, Problem, Progress, own_place
 
@@ -51,6 +52,9 @@ class Verifier(ABC):
         readings = dataclasses.asdict(chosen.over(Readings.recorded(self.manifest)))
         options = {**self.options(), **readings}
         self.plan = plan(model_dir, family=family, revision=revision, **options)
+        self.source_arguments = ["--model-dir", model_dir]
+        self.source_arguments += ["--family", family] if family != AUTO else []
+        self.source_arguments += ["--revision", revision] if revision is not None else []
 
     def make(self, check: str) -> Outcome:
         """Make one of ``CHECKS``."""

@@ -25,7 +25,6 @@ from phireg.source.readings import Readings
 from phireg.verification.comparison import compare, is_comparable
 from phireg.verification.config import compare_configs
 from phireg.verification.mistakes import explain, explain_quantized, regroup_hint
-from phireg.verification.orders import REGROUP
 from phireg.verification.quantized import (
     LinearComparison,
     activation_problems,
@@ -124,7 +123,6 @@ class CheckpointVerifier(Verifier):
     """Makes the checks of a checkpoint."""
 
     label = "checkpoint"
-    postprocess: list[str]
 
     def __init__(self, path: Path, progress: Progress) -> None:
         super().__init__(path, checkpoint_config(path), progress)
@@ -151,15 +149,6 @@ class CheckpointVerifier(Verifier):
             "kv_cache_dtype": cache if qformat is not None else None,
             "moe_ep_size": ep_size if possible else None,
         }
-
-    def plan_source(
-        self, model_dir: str, family: str, revision: str | None, chosen: Readings
-    ) -> None:
-        """Plan the conversion of the source."""
-        super().plan_source(model_dir, family, revision, chosen)
-        self.postprocess = ["phireg", "postprocess", str(self.path), "--model-dir", model_dir]
-        self.postprocess += ["--family", family] if family != AUTO else []
-        self.postprocess += ["--revision", revision] if revision is not None else []
 
     def structure(self) -> Outcome:
         """Check names, shapes, dtypes and keys against the reader's rules."""
@@ -212,9 +201,8 @@ class CheckpointVerifier(Verifier):
             float(alpha) if isinstance(alpha, int | float) else None,
             lambda more, total: self.progress("weights", more, total),
         )
-        if any(problem.hint == REGROUP for problem in problems):
-            command = None if self.manifest else self.postprocess
-            problems = regroup_hint(problems, self.plan, command)
+        command = ["phireg", "postprocess", str(self.path), *self.source_arguments]
+        problems = regroup_hint(problems, self.plan, None if self.manifest else command)
         return Outcome(summary, _folded(problems), notes)
 
     def written(self) -> Iterator[tuple[str, str]]:
