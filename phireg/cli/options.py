@@ -258,7 +258,11 @@ processes_option = RUNNING.option(
     help="Executor: start N processes through torchrun, one for each rank.",
 )
 report_option = OUTPUT.option(
-    "--report", type=click.Path(), metavar="HTML", help="Also write a page about it."
+    "--report",
+    type=click.Path(path_type=Path),
+    callback=lambda _, __, path: path and check_file(path, "--report"),
+    metavar="HTML",
+    help="Also write a page about it.",
 )
 allow_overflow_option = OUTPUT.option(
     "--allow-overflow",

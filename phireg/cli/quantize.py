@@ -132,7 +132,7 @@ def command(
     overwrite: bool,
     allow_overflow: bool,
     measure: bool | None,
-    report: str | None,
+    report: Path | None,
     quiet: bool,
     as_json: bool,
     **options: Any,
@@ -183,7 +183,7 @@ def command(
             from phireg.report.page import write_page
             from phireg.report.quality import render_quality
 
-            write_page(render_quality(result.quality, page_facts(started)), Path(report))
+            write_page(render_quality(result.quality, page_facts(started)), report)
         result.seconds["all"] = time.monotonic() - started
         if as_json:
             emit_json(_document(result))
@@ -198,15 +198,13 @@ def _settled(plan: Plan, quality: Quality | None) -> Plan:
 
 
 def _check(
-    plan: Plan, calib_stats: str | None, report: str | None, measure: bool | None, device: str
+    plan: Plan, calib_stats: str | None, report: Path | None, measure: bool | None, device: str
 ) -> None:
     """Check what phireg.quantize does not check, or only after the checkpoint is written."""
     if calib_stats and plan.options.calibrated and not Path(calib_stats).is_file():
         check_file(Path(calib_stats), "--calib-stats")
-    if report:
-        if measure is False:
-            raise UsageError("--report has no effect with --no-measure", hint="leave one out.")
-        check_file(Path(report), "--report")
+    if report and measure is False:
+        raise UsageError("--report has no effect with --no-measure", hint="leave one out.")
     if plan.options.calibrated or measure is not False:
         from phireg.device import pick_device
 
@@ -261,7 +259,7 @@ class _Result:
     plan: Plan
     converted: Converted
     alpha: float
-    report: str | None  # the page, if one is written
+    report: Path | None  # the page, if one is written
     warned: tuple[Finding, ...]  # the plan's, if its warnings were printed before the calibration
     seconds: dict[str, float]  # by part; ``all`` of them
     quality: Quality | None = None
@@ -322,7 +320,7 @@ def _text(result: _Result) -> str:
         ("time", f"{result.seconds['all']:.1f} s" + (f" ({parts})" if parts else "")),
     ]
     if result.report is not None:
-        rows.append(("report", result.report))
+        rows.append(("report", str(result.report)))
     if result.unmeasured is not None:
         rows.append(("quality", f"not measured: {result.unmeasured}"))
     findings = [

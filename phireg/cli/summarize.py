@@ -20,7 +20,6 @@ from phireg.cli.options import (
     Directory,
     Dtype,
     Whole,
-    check_file,
     checkpoint_argument,
     compute_dtype,
     device_option,
@@ -176,7 +175,7 @@ def command(
     checked: Sequence[str],
     rouge1_threshold: float | None,
     ppl_threshold: float | None,
-    report: str | None,
+    report: Path | None,
     as_json: bool,
     quiet: bool,
     **settings: Any,
@@ -196,7 +195,6 @@ def command(
     from phireg.summarization.task import Settings
 
     started = time.monotonic()
-    report_path = None if report is None else check_file(Path(report), "--report")
     hf_dir = None if model_dir is None else Path(model_dir)
     models = choose_models(
         [Path(directory) for directory in (place, engine_dir) if directory is not None],
@@ -233,15 +231,15 @@ def command(
             )
     except KeyboardInterrupt as interrupt:
         raise stopped(interrupt, "nothing was kept") from None
-    if report_path is not None:
+    if report is not None:
         from phireg.report.page import write_page
         from phireg.report.summary import render_summarization
 
-        write_page(render_summarization(summarization, page_facts(started)), report_path)
+        write_page(render_summarization(summarization, page_facts(started)), report)
     if as_json:
         emit_json(_document(summarization))
     else:
-        _emit_scores(summarization, report_path)
+        _emit_scores(summarization, report)
     if summarization.passed is False:
         raise click.exceptions.Exit(CheckError.exit_code)
 

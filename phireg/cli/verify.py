@@ -14,7 +14,6 @@ from phireg.cli.help import MODEL, RUNNING, SERVER, documented
 from phireg.cli.options import (
     Dtype,
     Whole,
-    check_file,
     checkpoint_argument,
     device_option,
     family_option,
@@ -86,7 +85,7 @@ def command(
     model_dir: str | None,
     endpoint: str | None,
     quick: bool,
-    report: str | None,
+    report: Path | None,
     quiet: bool,
     as_json: bool,
     **options: Any,
@@ -103,7 +102,6 @@ def command(
     started = time.monotonic()
     from phireg.verification.result import ENDPOINT_CHECKS
 
-    page = None if report is None else check_file(Path(report), "--report")
     with ProgressBars(quiet) as bars:
         advance = {
             "weights": bars.bytes("comparing bytes", "comparing"),
@@ -126,11 +124,11 @@ def command(
                 options,
             )
         )
-    if page is not None:
+    if report is not None:
         from phireg.report.page import write_page
         from phireg.report.verification import render_verification
 
-        write_page(render_verification(verifications[-1], page_facts(started)), page)
+        write_page(render_verification(verifications[-1], page_facts(started)), report)
     if as_json:
         document = verification_document(verifications[-1])
         if len(verifications) > 1:
