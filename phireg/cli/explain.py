@@ -170,10 +170,11 @@ def _formula(plan: Plan, name: str) -> str:
 
 
 def _smoothing(plan: Plan) -> str:
-    """What the target calls the factors of inputs."""
+    """What the target calls the factors of inputs, or what it has in norms and rows before."""
     from phireg.targets.target import PRE_SCALE
 
-    return plan.target.layouts[plan.options.qformat or ""].scales[PRE_SCALE].name
+    scale = plan.target.layouts[plan.options.qformat or ""].scales.get(PRE_SCALE)
+    return "factor of AWQ's" if scale is None else scale.name
 
 
 def _reciprocal(scale: Stored) -> str:

@@ -9,7 +9,7 @@ nearest integer, ties to even.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ class Scales:
     inverse: Mapping[str, Float32]
     """By target of a SmoothQuant linear: 1 / s per source column, the factor of its weight. The
     float32 s itself is not in the checkpoint, only rounded."""
+    rows: Mapping[str, Float32] = field(default_factory=dict)
+    """By source module: factors of its rows, where they have those of the next linear's inputs."""
     findings: tuple[Finding, ...] = ()
     """Warnings about scales."""
 
@@ -124,7 +126,9 @@ class WeightQuantizer:
                 inverse = self._scales.inverse.get(linear)
                 weight = as_torch(block[piece], self._code).to(self.device)
                 if inverse is not None:
-                    weight = smooth(block[piece], self._code, inverse, self.device)
+                    rows = self._scales.rows.get(module)
+                    own_rows = None if rows is None else rows[row + piece.start :][: len(weight)]
+                    weight = smooth(block[piece], self._code, inverse, self.device, own_rows)
                 levels, beyond = to_int4(weight, scales.to(self.device))
             saturated += beyond
             stored.append(_PACKED[self._layout.packing or ""](levels).cpu().numpy())
@@ -193,9 +197,14 @@ def to_int8(
     return quantized, saturated
 
 
-def smooth(block: Bits, code: str, inverse: Float32, device: str = CPU) -> Any:
-    """W * (1 / s) per column, rounded to W's dtype: a torch tensor of it."""
+def smooth(
+    block: Bits, code: str, inverse: Float32, device: str = CPU, rows: Float32 | None = None
+) -> Any:
+    """W * (1 / s) per column, times factors of rows, rounded to W's dtype: a torch tensor of it."""
     import torch
 
     weight = as_torch(block, code).to(device)
-    return (weight.float() * torch.from_numpy(inverse).to(device)).to(weight.dtype)
+    smoothed = weight.float() * torch.from_numpy(inverse).to(device)
+    if rows is not None:
+        smoothed *= torch.from_numpy(rows)[:, None].to(device)
+    return smoothed.to(weight.dtype)

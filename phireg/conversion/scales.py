@@ -90,6 +90,7 @@ def compute_scales(
     return Scales(
         values,
         {x.target: x.inverse for x in results if x.inverse is not None},
+        {module: rows for x in results for module, rows in x.rows.items()},
         (*_unseen(maxima, statistics, plan), *_idle_experts(plan, idle)),
     )
 
@@ -264,6 +265,7 @@ class _LinearScales:
     target: str
     values: dict[str, Bits] = field(default_factory=dict)  # by name
     inverse: Float32 | None = None  # 1 / s, for SmoothQuant
+    rows: dict[str, Float32] = field(default_factory=dict)  # factors of rows, by source module
     overflowed: dict[str, int] = field(default_factory=dict)  # lost in the cast, by source tensor
 
     def put(self, name: str, scale: npt.ArrayLike) -> None:
@@ -367,17 +369,14 @@ class _Worker:
 
     def int4(self, linear: QuantizedLinear, scales: _LinearScales, form: Format) -> None:
         """A scale for each group of the weight as it is, and the weight's shape."""
-        rows = 0
         for module in linear.sources:
             found = [
                 int4_scales(as_torch(block, self.code).to(self.device), form.group_size or 1)
                 for _, block in self.blocks(module, scales)
             ]
             values = np.concatenate([x.cpu().numpy() for x in found])
-            rows += len(values)
             self.put(scales, f"{module}.{WEIGHT_SCALE}", values)
-        if (name := f"{linear.target}.{SHAPE}") in self.plan.scales:
-            scales.values[name] = np.array([rows, linear.columns], BITS["I64"])
+        self.put_shape(linear, scales)
 
     def awq(
         self, linear: QuantizedLinear, inputs: Float32, scales: _LinearScales, form: Format
@@ -387,24 +386,32 @@ class _Worker:
         Where a norm has the factors of several linears, they are the mean of what was found for
         each; the range of the inputs is the largest that any of these would give them.
         """
-        group = [linear]
-        if linear.folded:
-            group = [other for other in self.plan.linears if other.target in linear.alike]
+        group = self.sharing(linear)
         own = [self.factors(other) for other in group]
-        smoother = own[0] if len(own) == 1 else self.mean(own)
+        smoother = self.smoother_of(linear)
         scales.inverse = np.float32(1) / smoother
-        scales.values[f"{linear.target}.{PRE_SCALE}"] = self.rounded(smoother)
+        for fed, spans in linear.feeds:
+            following = self.smoother_of(next(x for x in self.plan.linears if x.target == fed))
+            for span in spans:
+                module = span.source or ""
+                rows = scales.rows.setdefault(module, np.ones(self.height(module), np.float32))
+                rows[span.start : span.stop], following = np.split(following, [span.count])
+        if (name := f"{linear.target}.{PRE_SCALE}") in self.plan.scales:
+            scales.values[name] = self.rounded(smoother)
         largest = np.float32(0)
         for other in group if form.levels == 2 else (linear,):
             for module in other.sources:
                 found = []
-                for _, block in self.blocks(module, scales):
-                    smoothed = smooth(block, self.code, scales.inverse, self.device)
+                for row, block in self.blocks(module, scales):
+                    of_rows = scales.rows.get(module)
+                    own_rows = None if of_rows is None else of_rows[row : row + len(block)]
+                    smoothed = smooth(block, self.code, scales.inverse, self.device, own_rows)
                     largest = np.maximum(largest, np.float32(smoothed.abs().max().item()))
                     if other is linear:
                         found.append(int4_scales(smoothed, form.group_size or 1).cpu().numpy())
                 if found:
-                    scales.put(f"{module}.{WEIGHT_SCALE}", np.concatenate(found))
+                    self.put(scales, f"{module}.{WEIGHT_SCALE}", np.concatenate(found))
+        self.put_shape(linear, scales)
         if form.levels == 2:
             scales.put(f"{linear.target}.{SECOND_SCALE}", largest / np.float32(E4M3_MAX))
         if form.inputs is not None:
@@ -412,6 +419,29 @@ class _Worker:
             amax = as_torch(self.rounded(beyond), self.code)
             scale = amax.float().numpy() / np.float32(E4M3_MAX) if inputs.any() else np.float32(1)
             scales.put(f"{linear.target}.{INPUT_SCALE}", scale)
+
+    def sharing(self, linear: QuantizedLinear) -> list[QuantizedLinear]:
+        """The linears that have their factors in one norm with this one, or this one alone."""
+        if not linear.folded or not linear.alike:
+            return [linear]
+        return [other for other in self.plan.linears if other.target in linear.alike]
+
+    def smoother_of(self, linear: QuantizedLinear) -> Float32:
+        """What a linear's inputs are multiplied by: 1 where its target has no place for factors."""
+        if self.plan.target.folds == "all" and not linear.folded:
+            return np.ones(linear.columns, np.float32)
+        own = [self.factors(other) for other in self.sharing(linear)]
+        return self.mean(own) if linear.folded else own[0]
+
+    def height(self, module: str) -> int:
+        """The rows of a module's weight."""
+        return self.plan.source.tensors[f"{module}.weight"].shape[0]
+
+    def put_shape(self, linear: QuantizedLinear, scales: _LinearScales) -> None:
+        """Add the size of a weight where its scales have that."""
+        if (name := f"{linear.target}.{SHAPE}") in self.plan.scales:
+            rows = sum(map(self.height, linear.sources))
+            scales.values[name] = np.array([rows, linear.columns], BITS["I64"])
 
     def factors(self, linear: QuantizedLinear) -> Float32:
         """AWQ's factors of a linear's inputs; of several source modules their mean."""

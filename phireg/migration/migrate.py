@@ -193,8 +193,8 @@ class _Migration:
         self.backward = planned(dataclasses.replace(options, tp_size=1, moe_ep_size=None))
         if any(linear.folded for linear in self.backward.linears):
             raise UsageError(
-                f"--target {options.target} has AWQ's factors in norms that several linears see, "
-                "and the checkpoint has others beside each of them",
+                f"--target {options.target} has AWQ's factors in norms and rows, and the "
+                "checkpoint has them beside each linear",
                 hint="quantize the model anew: phireg quantize.",
             )
         self.pieces = invert(self.forward)

@@ -97,7 +97,7 @@ class _Builder:
             else:
                 if self.quantization.format is not None:
                     quant = self.family.quant_rules(fields, self.quantization.algorithm)
-                    self.quantization.choose(quant, family, rules)
+                    self.quantization.choose(quant, family, rules, fields)
                 documents = self.documents(fields, dtype)
                 outputs = self.outputs(rules, code)
                 config = documents["config.json"]

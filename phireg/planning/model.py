@@ -197,7 +197,9 @@ class QuantizedLinear:
     columns: int  # input features in the source
     experts: int = 0  # that are stacked in it
     alike: tuple[str, ...] = ()  # targets with the same second scale, this one among them
-    folded: bool = False  # a norm has the factors, which those alike have in common
+    folded: bool = False  # a norm, or the rows before, have the factors of all alike
+    feeds: tuple[tuple[str, tuple[Span, ...]], ...] = ()
+    """The folded linears whose inputs are outputs of rows here, with these rows of the sources."""
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:

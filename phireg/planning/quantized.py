@@ -14,7 +14,7 @@ from typing import Any
 from phireg.findings import UNMEASURED, Finding, Severity
 from phireg.layout.ranks import held
 from phireg.layout.rules import QuantRules, Rule, Rules
-from phireg.layout.spans import Axis, LayoutError, Span
+from phireg.layout.spans import Axis, LayoutError, Span, take
 from phireg.planning.model import Basis, Options, Output, QuantizedLinear, Scale, ScaleTensor
 from phireg.reader.schemes import SCHEMES
 from phireg.targets.target import (
@@ -81,6 +81,7 @@ class Quantization:
         self.folded: dict[
             str, str
         ] = {}  # by norm the linear whose factors it has, and theirs alike
+        self.feeds: dict[str, tuple[str, tuple[Span, ...]]] = {}  # a linear, by what feeds it
         self.linears: list[QuantizedLinear] = []
         self.scales: dict[str, ScaleTensor] = {}
 
@@ -91,7 +92,9 @@ class Quantization:
         scheme = SCHEMES.get(self.format.name)
         return self.format.name if scheme is None else scheme.quant_algo
 
-    def choose(self, quant: QuantRules, family: Rules, rules: Rules) -> None:
+    def choose(
+        self, quant: QuantRules, family: Rules, rules: Rules, fields: Mapping[str, Any]
+    ) -> None:
         """Choose what is quantized: what the family's rules name, by its names in the target.
 
         ``family`` are the family's rules for weights, ``rules`` the target's.
@@ -121,8 +124,13 @@ class Quantization:
         for norm, modules in self.target.shared_inputs(family).items():
             alike = tuple(name for name in modules if name in chosen.linears)
             self.alike |= dict.fromkeys(modules, alike)
-            if awq and self.target.folds and alike == modules and len(modules) > 1:
+            least = {"shared": 2, "all": 1}.get(self.target.folds or "", len(modules) + 1)
+            if awq and alike == modules and len(modules) >= least:
                 self.folded[norm] = modules[0]
+        if awq and self.target.folds == "all":
+            for linear, (module, spans) in self.target.fed_rows(family, fields).items():
+                if {linear, module} <= set(chosen.linears):
+                    self.feeds[module] = (linear, spans)
 
     def facts(self) -> Quantized | None:
         """What config files tell of it."""
@@ -175,11 +183,22 @@ class Quantization:
         assert rule.cols is not None  # problems() has checked it
         sources = tuple(module for module, _ in rows.sources)
         alike = self.alike.get(rule.target, ())
-        folded = bool(alike) and alike[0] in self.folded.values()
-        self.linears.append(
-            QuantizedLinear(rule.target, sources, rule.cols.length, rule.experts, alike, folded)
+        in_norm = bool(alike) and alike[0] in self.folded.values()
+        in_rows = any(rule.target == fed for fed, _ in self.feeds.values())
+        feeds = tuple(
+            (fed, tuple(s for own in spans for s in take(rows.spans, own.start, own.stop)))
+            for module, (fed, spans) in self.feeds.items()
+            if module == rule.target
         )
-        return self.layout.scales
+        self.linears.append(
+            QuantizedLinear(
+                *(rule.target, sources, rule.cols.length, rule.experts, alike),
+                in_norm or in_rows,
+                feeds,
+            )
+        )
+        scales = self.layout.scales
+        return {**scales, PRE_SCALE: Stored("", None)} if in_norm else scales
 
     def factor(self, norm: str) -> str | None:
         """The scale that a norm's weight and bias are multiplied by."""

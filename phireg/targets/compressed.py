@@ -23,6 +23,13 @@ from phireg.targets.target import (
 )
 
 _CHANNELS = {WEIGHT_SCALE: Stored("weight_scale", None, "column")}
+_WORDS = Layout(
+    "pack-quantized",
+    "I32",
+    {WEIGHT_SCALE: Stored("weight_scale", None), SHAPE: Stored("weight_shape", "I64")},
+    "words",
+    "weight_packed",
+)
 _LAYOUTS = {
     "fp8": Layout(
         "float-quantized",
@@ -31,13 +38,8 @@ _LAYOUTS = {
     ),
     "fp8_dynamic": Layout("float-quantized", "F8_E4M3", _CHANNELS),
     "w8a8": Layout("int-quantized", "I8", _CHANNELS),
-    "w4a16": Layout(
-        "pack-quantized",
-        "I32",
-        {WEIGHT_SCALE: Stored("weight_scale", None), SHAPE: Stored("weight_shape", "I64")},
-        "words",
-        "weight_packed",
-    ),
+    "w4a16": _WORDS,
+    "int4_awq": _WORDS,
     "nvfp4": Layout(
         "nvfp4-pack-quantized",
         "U8",
@@ -133,4 +135,5 @@ TARGET = CompressedTensors(
     api=1,
     layouts=_LAYOUTS,
     kv_caches=_KV_CACHES,
+    folds="all",
 )

@@ -131,7 +131,7 @@ class HuggingFace(Target):
         return replace(quant, linears=tuple(linears), kv_caches=tuple(attention))
 
     def shared_inputs(self, rules: Rules) -> Mapping[str, tuple[str, ...]]:
-        """Return the projections that see one norm: q, k, v, and fc1 of a parallel layer."""
+        """Return the projections that see a norm: q, k, v, and fc1, of which both may see one."""
         modules, groups = modules_of(rules), {}
         for target in rules:
             layer, dot, name = target.partition(".attention.qkv")
@@ -139,8 +139,35 @@ class HuggingFace(Target):
                 continue
             parallel = f"{layer}.post_layernorm" not in rules
             (norm,) = modules[f"{layer}.input_layernorm"]
-            groups[norm] = modules[target] + (modules[f"{layer}.mlp.fc"] if parallel else ())
+            first = rules[f"{layer}.mlp.fc"]
+            groups[norm] = modules[target] + (modules[first.target] if parallel else ())
+            if not parallel and not first.experts:
+                (norm,) = modules[f"{layer}.post_layernorm"]
+                groups[norm] = modules[first.target]
         return groups
+
+    def fed_rows(
+        self, rules: Rules, fields: Mapping[str, Any]
+    ) -> Mapping[str, tuple[str, tuple[Span, ...]]]:
+        """Return v's rows if each feeds one head, and up's behind SiLU's gate; without biases."""
+        modules, fed = modules_of(rules), {}
+        for target, rule in rules.items():
+            rest = target.rpartition(".layers.")[2].partition(".")[2]
+            after = {"attention.qkv": "v", "mlp.fc": "up"}.get(rest)
+            if after is None or rule.bias or rule.experts:
+                continue
+            if rest == "mlp.fc" and fields.get("hidden_act") != "swiglu":
+                continue
+            prefix = target.removesuffix(rest)
+            following = rules[prefix + {"attention.qkv": "attention.dense"}.get(rest, "mlp.proj")]
+            spans = [s for part in rule.weight[0].parts if part.name == after for s in part.spans]
+            sources = {span.source for span in spans}
+            if following.cols is None or len(sources) != 1:
+                continue
+            if sum(span.count for span in spans) == following.cols.length:
+                (linear,), (source,) = modules[following.target], sources
+                fed[linear] = str(source), tuple(spans)
+        return fed
 
     def config_files(
         self,

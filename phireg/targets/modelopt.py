@@ -131,5 +131,5 @@ TARGET = ModelOpt(
     api=1,
     layouts=_LAYOUTS,
     kv_caches=_KV_CACHES,
-    folds=True,
+    folds="shared",
 )

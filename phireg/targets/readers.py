@@ -63,7 +63,7 @@ READERS: Mapping[str, Mapping[str, tuple[Reader, ...]]] = {
         "fp8": (_COMPRESSED, _VLLM, _SGLANG, _SINCE_JANUARY),
         "fp8_dynamic": (_COMPRESSED, _VLLM, _SGLANG, _SINCE_JANUARY),
         "w8a8": (_COMPRESSED, _VLLM, _SGLANG),
-        "w4a16": (_COMPRESSED, _VLLM, _SGLANG),
+        **dict.fromkeys(("w4a16", "int4_awq"), (_COMPRESSED, _VLLM, _SGLANG)),
         "nvfp4": (_COMPRESSED, _VLLM),
         FP8_CACHE: (Reader("vLLM", "0.32.0"),),
     },

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from phireg.config.hf import HFConfig
 from phireg.errors import UsageError
 from phireg.formats import FORMATS, Format
 from phireg.layout.ranks import Ranks
 from phireg.layout.rules import QuantRules, Rules
+from phireg.layout.spans import Span
 
 API = 1
 """The number of this interface; a target states the one that it was written against."""
@@ -112,8 +113,9 @@ class Target:
         api: :data:`API`, as a literal.
         layouts: the formats that its readers take, by ``--qformat``.
         kv_caches: by ``--kv-cache-dtype``, the scales of an attention module's cache.
-        folds: whether AWQ's factors stand in a norm where several linears see its output, and not
-            beside each of them.
+        folds: where AWQ's factors stand, if not beside a linear: ``shared``, in a norm whose
+            output several linears see; ``all``, in every norm, and in the rows whose outputs are a
+            linear's inputs (:meth:`fed_rows`), so that the linears that neither feeds have none.
         by_rank: whether files are those of tensor-parallel ranks; else they are shards of bounded
             size.
     """
@@ -123,7 +125,7 @@ class Target:
     api: int
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     kv_caches: Mapping[str, Mapping[str, Stored]] = field(default_factory=dict)
-    folds: bool = False
+    folds: Literal["shared", "all"] | None = None
     by_rank: bool = False
 
     @property
@@ -161,6 +163,15 @@ class Target:
 
         ``rules`` are the family's. Where a format has a scale of a whole weight beside those of
         its groups, the linears of such a group have the same.
+        """
+        return {}
+
+    def fed_rows(
+        self, rules: Rules, fields: Mapping[str, Any]
+    ) -> Mapping[str, tuple[str, tuple[Span, ...]]]:
+        """Return the rows whose outputs are a linear's inputs, in order, by the linear.
+
+        They are the module's that has them, and its rows. ``rules`` are the family's.
         """
         return {}
 

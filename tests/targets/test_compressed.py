@@ -1,11 +1,13 @@
 """transformers with compressed-tensors runs what phireg writes in its layout."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import exports
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import phireg
@@ -121,3 +123,95 @@ def test_the_settings_are_those_of_compressed_tensors(tmp_path, source, qformat)
     codes |= {"U8": torch.uint8, "F32": torch.float32}
     codes |= {"I32": torch.int32, "I64": torch.int64}
     assert {o.name: (codes[o.dtype], o.shape) for o in plan.outputs} == kinds
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory):
+    """A model whose v feeds o_proj head by head, and statistics with AWQ's factors."""
+    directory = tmp_path_factory.mktemp("heads") / "model"
+    model = exports.tiny_models.phi3(**exports.SIZES).to(torch.bfloat16)
+    model.save_pretrained(directory)
+    reference = open_reference(
+        registry.load("phi3-mini").family,
+        directory,
+        weights=None,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )
+    rows = [row.tolist() for row in exports.rows()]
+    return directory, collect(reference, rows, device=torch.device("cpu"), search=True)
+
+
+def unpacked(tensors, module):
+    """A weight's values by hand: eight levels + 8 in a word, a scale for each group of 128."""
+    words = tensors[f"{module}.weight_packed"].long() & 0xFFFFFFFF
+    levels = torch.stack([(words >> 4 * n & 15) - 8 for n in range(8)], dim=2).flatten(1)
+    scale = tensors[f"{module}.weight_scale"].float().repeat_interleave(128, dim=1)
+    return levels * scale, scale
+
+
+def test_factors_of_awq_cancel(tmp_path, heads):
+    """The norms and rows that have them undo what the linears behind were divided by."""
+    source, statistics = heads
+    plan = phireg.plan(source, target="hf-compressed-tensors", qformat="int4_awq")
+    phireg.quantize(plan, tmp_path / "out", statistics)
+    ours, theirs = (load_file(d / "model.safetensors") for d in (tmp_path / "out", source))
+    hidden, inner = exports.SIZES["hidden_size"], exports.SIZES["intermediate_size"]
+    for layer in (f"model.layers.{i}" for i in range(3)):
+        factors = {}
+        for norm, linear in (
+            ("input_layernorm", "self_attn.qkv_proj"),
+            ("post_attention_layernorm", "mlp.gate_up_proj"),
+        ):
+            ratio = (
+                ours[f"{layer}.{norm}.weight"].float() / theirs[f"{layer}.{norm}.weight"].float()
+            )
+            factors[linear] = (torch.ones(1), ratio)
+            assert (ratio - 1).abs().max() > 0.1
+        rows = {name: torch.ones(n) for name, n in (("qkv", 3 * hidden), ("gate_up", 2 * inner))}
+        for linear, before, start in (
+            ("self_attn.o_proj", "qkv", 2 * hidden),
+            ("mlp.down_proj", "gate_up", inner),
+        ):
+            found = torch.from_numpy(statistics.awq[f"{layer}.{linear}"].copy())
+            factors[linear] = (torch.ones(1), found)
+            rows[before][start:] = found
+        for linear, (_, columns) in factors.items():
+            own = {"self_attn.qkv_proj": rows["qkv"], "mlp.gate_up_proj": rows["gate_up"]}
+            values, step = unpacked(ours, f"{layer}.{linear}")
+            expected = theirs[f"{layer}.{linear}.weight"].float() / columns
+            expected *= own.get(linear, torch.ones(1))[:, None]
+            assert ((values - expected).abs() <= 0.52 * step + 0.02 * expected.abs()).all()
+
+
+def test_projections_that_the_source_has_apart_have_the_same_factors(tmp_path, heads):
+    source, statistics = heads
+    apart = shutil.copytree(source, tmp_path / "apart")
+    hidden, inner = exports.SIZES["hidden_size"], exports.SIZES["intermediate_size"]
+    sizes = {
+        "qkv_proj": dict.fromkeys(("q_proj", "k_proj", "v_proj"), hidden),
+        "gate_up_proj": dict.fromkeys(("gate_proj", "up_proj"), inner),
+    }
+    tensors = load_file(source / "model.safetensors")
+    inputs, awq = dict(statistics.inputs), dict(statistics.awq)
+    for name in list(tensors):
+        path, _, last = name.removesuffix(".weight").rpartition(".")
+        if last in sizes:
+            parts = tensors.pop(name).split(list(sizes[last].values()))
+            for part, rows in zip(sizes[last], parts, strict=True):
+                tensors[f"{path}.{part}.weight"] = rows.contiguous()
+                for kept in (inputs, awq):
+                    kept[f"{path}.{part}"] = kept[f"{path}.{last}"]
+    save_file(tensors, apart / "model.safetensors")
+    for directory, known in (
+        (source, statistics),
+        (apart, replace(statistics, inputs=inputs, awq=awq)),
+    ):
+        plan = phireg.plan(directory, target="hf-compressed-tensors", qformat="int4_awq")
+        phireg.quantize(plan, tmp_path / f"out-{directory.name}", known)
+    left, right = (
+        load_file(tmp_path / f"out-{n}" / "model.safetensors") for n in ("model", "apart")
+    )
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
