@@ -118,6 +118,14 @@ def check_files(
             yield f"{path.name} is not in the manifest"
 
 
+def check_weights(
+    directory: Path, manifest: Mapping[str, Any], progress: Progress | None = None
+) -> Iterator[str]:
+    """Read the weight files that the manifest lists, and yield what differs from it."""
+    files = {name: record for name, record in manifest["files"].items() if "tensors" in record}
+    return check_files(directory, {"files": files}, progress)
+
+
 def _check_rank_file(
     path: Path, record: Mapping[str, Any], progress: Progress | None
 ) -> Iterator[str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from phireg.checkpoint.manifest import check_weights, read_manifest
 from phireg.checkpoint.rankfiles import Bits, RankFiles, world_size
 from phireg.config.hf import HFConfig
 from phireg.conversion.convert import Converted, check_plan, write_checkpoint
@@ -63,7 +64,7 @@ def migrate(
         revision: branch, tag or commit of a hub repository.
         max_shard_size: bytes of a file at most.
         overwrite: replace the output if phireg wrote it, once the new one is complete.
-        progress: takes (further bytes written, all of them).
+        progress: takes (further bytes read or written, all of them).
 
     Raises:
         UsageError: the target has ranks, or its readers do not take the checkpoint's format.
@@ -86,7 +87,15 @@ def migrate(
         migration = _Migration(directory, commit, family, options, str(checkpoint))
         migration.check_config(config)
         plan = migration.plan(files)
-        total = plan.tensor_bytes
+        manifest = read_manifest(checkpoint)
+        read = sum(file.path.stat().st_size for file in files.values()) if manifest else 0
+
+        def report(more: int) -> None:
+            if progress is not None:
+                progress(more, plan.tensor_bytes + read)
+
+        if manifest and (defects := list(check_weights(checkpoint, manifest, report))):
+            raise _unfit(checkpoint, defects)
 
         def carried() -> WeightQuantizer:
             return WeightQuantizer(plan, Scales(migration.scales(files), {}))
@@ -96,7 +105,7 @@ def migrate(
             Path(output_dir),
             overwrite=overwrite,
             allow_overflow=False,
-            progress=None if progress is None else lambda more: progress(more, total),
+            progress=report,
             quantizer=carried if plan.scales else None,
             quantization={"migrated_from": str(checkpoint)} if plan.scales else None,
         )
@@ -104,6 +113,8 @@ def migrate(
 
 def _check_structure(checkpoint: Path, config: Mapping[str, Any], files: RankFiles) -> None:
     defects = [error.message for error in files.errors.values()]
+    extra = set(checkpoint.glob("rank*.safetensors")) - set(files.paths.values())
+    defects += [f"{path.name}: config.json has only {len(files.paths)} ranks" for path in extra]
     defects += [
         f"{where}: {text}"
         for where, text, harmless in structure_findings(config, files.kinds())
@@ -124,7 +135,13 @@ def _options(config: Mapping[str, Any], target: str, max_shard_size: int) -> Opt
     """Return the options that the checkpoint was made with, and the target."""
     quantization, mapping = config.get("quantization") or {}, config.get("mapping") or {}
     formats = {scheme.quant_algo: name for name, scheme in SCHEMES.items()}
-    qformat = formats.get(str(quantization.get("quant_algo")))
+    algorithm = quantization.get("quant_algo")
+    qformat = formats.get(str(algorithm))
+    if qformat is None and algorithm is not None:
+        raise UsageError(
+            f"the checkpoint is quantized as {algorithm!r}, whose tensors phireg does not know",
+            hint="quantize the model anew: phireg quantize.",
+        )
     caches = {algorithm: name for name, algorithm in KV_CACHES.items()}
     cache = caches.get(str(quantization.get("kv_cache_quant_algo")))
     written = load_target(target)
@@ -140,6 +157,15 @@ def _options(config: Mapping[str, Any], target: str, max_shard_size: int) -> Opt
             f"no reader of --target {target} takes {qformat}, the checkpoint's format",
             hint="phireg families lists what each target takes.",
         )
+    held = load_target("trtllm").layouts[qformat].scales if qformat is not None else {}
+    for what, stored in written.layouts[qformat].scales.items() if qformat is not None else ():
+        ours = held.get(what)
+        if ours is not None and (ours.code, ours.divides) != (stored.code, stored.divides):
+            raise UsageError(
+                f"--target {target} has {stored.name} in another dtype, or its reciprocal, which "
+                "would be rounded",
+                hint="choose another --target, or quantize the model anew: phireg quantize.",
+            )
     if cache is not None and cache not in written.kv_caches:
         raise UsageError(
             f"no reader of --target {target} takes the checkpoint's {cache} KV cache",
@@ -201,6 +227,8 @@ class _Migration:
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         """Raise a CheckError if the checkpoint is of another model."""
+        if self.forward.options.qformat is None:  # what the builder is to do does not matter
+            config = {**config, "quantization": self.forward.config["quantization"]}
         problems, _ = compare_configs(config, self.forward.config)
         if problems:
             texts = [f"{problem.where}: {problem.text}" for problem in problems]
@@ -215,10 +243,10 @@ class _Migration:
             for span in output.origin.spans if isinstance(output.origin, Rows) else ():
                 if span.source is not None:
                     tensor, (rows, columns) = plan.source.tensors[span.source], planned.packing
+                    stored = self.pieces[span.source][0].output.dtype
+                    code = stored if planned.packing == (1, 1) else output.dtype
                     shape = (tensor.shape[0] // rows, *(n // columns for n in tensor.shape[1:]))
-                    tensors[span.source] = dataclasses.replace(
-                        tensor, dtype=output.dtype, shape=shape
-                    )
+                    tensors[span.source] = dataclasses.replace(tensor, dtype=code, shape=shape)
         listed = tuple(
             WeightsFile(file.path.name, file.header.digest, file.header.stamp)
             for file in files.values()

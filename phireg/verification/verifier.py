@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phireg.checkpoint.manifest import check_files, read_manifest
+from phireg.checkpoint.manifest import check_weights, read_manifest
 from phireg.files.kinds import MANIFEST
 from phireg.planning.model import Plan
 from phireg.planning.plan import plan
@@ -71,12 +71,10 @@ class Verifier(ABC):
         """
         if not self.manifest or not self.manifest.get("quantization"):
             return
-        files = {
-            name: record
-            for name, record in self.manifest["files"].items()
-            if "tensors" in record or name == SIDECAR
-        }
-        for defect in check_files(self.path, {"files": files}):
+        defects = list(check_weights(self.path, self.manifest))
+        if SIDECAR in self.manifest["files"] and not (self.path / SIDECAR).exists():
+            defects.append(f"{SIDECAR} is missing")
+        for defect in defects:
             file, colon, rest = defect.partition(": ")
             name, _, text = (rest if colon else defect).partition(" ")
             hint = f"{MANIFEST} has its digest: quantize the model again"

@@ -5,12 +5,17 @@ import shutil
 
 import pytest
 import torch
-from helpers import by_hand, tiny_models
+from helpers import by_hand, exports, tiny_models
 from helpers.command_line import run_phireg
 from safetensors.torch import load_file, save_file
 
 import phireg
+from phireg import demo, registry
+from phireg.calibration.collect import collect
 from phireg.errors import CheckError, SourceError, UsageError
+from phireg.reference.load import open_reference
+
+CPU = torch.device("cpu")
 
 
 def tensors(directory):
@@ -110,6 +115,7 @@ def test_what_is_refused(tmp_path):
     norm = rank["transformer.layers.1.input_layernorm.weight"]
     norm[3] += 1
     save_file(rank, checkpoint / "rank1.safetensors")
+    (checkpoint / "phireg.json").unlink()
     with pytest.raises(SourceError) as caught:
         phireg.migrate(checkpoint, source, tmp_path / "out", target="hf")
     assert "layers.1.input_layernorm" in str(caught.value)
@@ -119,6 +125,47 @@ def test_what_is_refused(tmp_path):
         phireg.migrate(checkpoint, source, tmp_path / "out", target="hf")
     assert "layers.0.mlp.proj.weight" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("qformat", ["fp8", "nvfp4"])
+def test_scales_that_would_be_rounded_are_refused(tmp_path, qformat):
+    """compressed-tensors has them in the model's dtype, or their reciprocals."""
+    source = exports.source("phi3", tmp_path / "model")
+    reference = open_reference(
+        registry.load("phi3-mini").family, source, weights=None, dtype=torch.bfloat16, device=CPU
+    )
+    statistics = collect(reference, [row.tolist() for row in exports.rows()], device=CPU)
+    plan = phireg.plan(source, family="phi3-mini", qformat=qformat)
+    phireg.quantize(plan, tmp_path / "ckpt", statistics)
+    with pytest.raises(UsageError):
+        phireg.migrate(tmp_path / "ckpt", source, tmp_path / "out", target="hf-compressed-tensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mixture_on_several_ranks(tmp_path):
+    """Ranks share experts out and repeat the router, which stays float32 there."""
+    source = demo.find("phi3.5-moe").directory
+    phireg.convert(phireg.plan(source, tp_size=4, moe_ep_size=2), tmp_path / "ckpt")
+    phireg.migrate(tmp_path / "ckpt", source, tmp_path / "out", target="hf")
+    same(tensors(tmp_path / "out"), tensors(source))
+
+
+def test_a_weight_only_checkpoint_becomes_unquantized(tmp_path):
+    source = tiny_models.write("phi3-gqa", tmp_path / "model", torch.bfloat16)
+    phireg.quantize(phireg.plan(source, qformat="int4_wo"), tmp_path / "ckpt")
+    phireg.migrate(tmp_path / "ckpt", source, tmp_path / "out", target="hf")
+    same(tensors(tmp_path / "out"), tensors(source))
+
+
+def test_a_rank_of_another_checkpoint_is_found(tmp_path):
+    """Nothing but the manifest tells that a rank has another's rows."""
+    source, checkpoint = tmp_path / "model", tmp_path / "ckpt"
+    tiny_models.write("phi3-gqa", source, torch.bfloat16)
+    phireg.convert(phireg.plan(source, tp_size=2), checkpoint)
+    shutil.copy(checkpoint / "rank0.safetensors", checkpoint / "rank1.safetensors")
+    with pytest.raises(CheckError) as caught:
+        phireg.migrate(checkpoint, source, tmp_path / "out", target="hf")
+    assert "rank1.safetensors" in str(caught.value)
 
 
 def test_the_command(tmp_path):
