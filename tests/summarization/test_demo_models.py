@@ -53,8 +53,9 @@ def test_two_processes_are_alike(family, checkpoint):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "qformat"), [*zip(FAMILIES, ("fp8", "int8_sq") * 2, strict=True)]
+)
 def test_a_quantized_checkpoint_passes(family, qformat, document, tmp_path):
     out = tmp_path / "quantized"
     options = ["--qformat", qformat, "--kv-cache-dtype", qformat.partition("_")[0]]
