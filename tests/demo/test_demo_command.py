@@ -1,15 +1,13 @@
 """``phireg demo``: its output, its checkpoints and its exit codes."""
 
 import json
-import os
-import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from helpers.command_line import run_phireg
+from helpers.program import shell_words
 from helpers.tiny_phi3 import make_tiny_phi3
 from safetensors.torch import load_file, save_file
 
@@ -92,30 +90,22 @@ def test_without_tensorrt_nothing_is_begun(run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_commands_it_prints_do_the_same(run, tmp_path):
-    """Typed into a shell, they make the checkpoint anew, verify it and write the same summary."""
+def test_the_commands_it_prints_do_the_same(run):
+    """Read by a shell, they make the checkpoint anew, verify it and write the same summary."""
     printed = run("demo", "phi3-mini", "--tp-size", 2).output
     commands = "\n".join(block[2:] for block in _blocks(printed) if block.startswith("$ phireg"))
     assert commands.count("phireg ") == 3
     checkpoint = Path("phireg-demo/phi3-mini")
     before = checkpoint.stat().st_ino
-    bin_dir = tmp_path / "bin"
-    bin_dir.mkdir()
-    script = bin_dir / "phireg"
-    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m phireg "$@"\n')
-    script.chmod(0o755)
-    variables = {
-        "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-    }
-    command = ["bash", "-euo", "pipefail", "-c", commands]
-    done = subprocess.run(
-        command, env=os.environ | variables, capture_output=True, text=True, check=True
-    )
+    text = ""
+    for _, *words in shell_words(commands, "phireg"):
+        done = run(*words)
+        assert done.exit_code == 0, done.output
+        text += done.stdout
     assert checkpoint.stat().st_ino != before
     assert (checkpoint / "rank1.safetensors").is_file()
-    assert f"{checkpoint}: verified" in done.stdout
-    assert done.stdout.splitlines()[-1] == demo.find("phi3-mini").articles[31].reference
+    assert f"{checkpoint}: verified" in text
+    assert text.splitlines()[-1] == demo.find("phi3-mini").articles[31].reference
 
 
 def _blocks(text):

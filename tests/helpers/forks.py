@@ -13,59 +13,63 @@ class Ran:
     """As :class:`subprocess.CompletedProcess`."""
 
     returncode: int
-    stdout: str
-    stderr: str
+    stdout: bytes
+    stderr: bytes
+
+
+def become_phireg(words, environment=None, path=()):
+    """Run ``phireg WORDS...`` in this process, a fork, and end it; its descriptors are its own."""
+    code = 1
+    try:
+        if environment is not None:
+            os.environ.clear()
+            os.environ.update(environment)
+        sys.stdin, sys.stdout, sys.stderr = (
+            os.fdopen(descriptor, mode, closefd=False)
+            for descriptor, mode in enumerate(("r", "w", "w"))
+        )
+        sys.path[:0] = map(str, path)
+        sys.argv = ["phireg", *map(str, words)]
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        from phireg.__main__ import main
+
+        main()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Fork:
     """``phireg WORDS...`` with the given environment; ``path`` is searched for modules first."""
 
-    def __init__(self, words, cwd, environment, path=()):
-        self.output = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
+    def __init__(self, words, cwd=".", environment=None, path=(), stdin=b""):
+        self.files = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115
+        self.files[0].write(stdin)
+        self.files[0].seek(0)
         sys.stdout.flush()
         sys.stderr.flush()
         self.process = os.fork()
-        if self.process:
-            return
-        try:
+        if self.process == 0:
             os.chdir(cwd)
-            os.environ.clear()
-            os.environ.update(environment)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            for descriptor, file in enumerate(self.output, 1):
+            for descriptor, file in enumerate(self.files):
                 os.dup2(file.fileno(), descriptor)
-            sys.stdin, sys.stdout, sys.stderr = (
-                os.fdopen(descriptor, mode, closefd=False)
-                for descriptor, mode in enumerate(("r", "w", "w"))
-            )
-            sys.path[:0] = map(str, path)
-            sys.argv = ["phireg", *words]
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            from phireg.__main__ import main
-
-            main()
-        except SystemExit as ended:
-            self._leave(ended.code)
-        except BaseException:
-            traceback.print_exc()
-            self._leave(1)
-        self._leave(0)
-
-    def _leave(self, code):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code or 0)
+            become_phireg(words, environment, path)
 
     def wait(self):
         code = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
-        texts = []
-        for file in self.output:
+        outputs = []
+        for file in self.files:
             file.seek(0)
-            texts.append(file.read())
+            outputs.append(file.read())
             file.close()
-        return Ran(code, *texts)
+        return Ran(code, *outputs[1:])
 
 
-def run_forked(*words, cwd, environment, path=()):
+def run_forked(words, **options):
     """Run it to its end."""
-    return Fork([str(word) for word in words], cwd, environment, path).wait()
+    return Fork(words, **options).wait()

@@ -27,6 +27,15 @@ def offer(directory, family, code):
     (info / "entry_points.txt").write_text(f"[phireg.families]\n{family} = {module}:FAMILY\n")
 
 
+def shell_words(lines, *programs):
+    """What a shell makes of lines: the words of each call of one of the programs."""
+    says = "\n".join(f'{name}() {{ said {name} "$@"; }}' for name in programs)
+    said = "set -euo pipefail; said() { printf '%s\\0' \"$@\"; printf '\\036'; }"
+    command = ["bash", "-c", "\n".join((said, says, lines))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return [call.split("\0")[:-1] for call in done.stdout.split("\x1e")[:-1]]
+
+
 def run_shell(line, **variables):
     """Run a line of a shell, in which $PHIREG is the program."""
     env = os.environ | {key: str(value) for key, value in variables.items()}

@@ -1,18 +1,14 @@
 """The demo models end to end: executor beside hf, in one process and in two, whole and broken."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from helpers.command_line import run_phireg
+from helpers.forks import run_forked
 from safetensors.torch import load_file, save_file
 
 from phireg import demo
 
-ROOT = Path(__file__).parents[2]
 FAMILIES = ("phi2", "phi3-mini", "phi3-small", "phi3-medium")
 FLOAT32 = ("--data-type", "float32", "--hf-data-type", "float32", "--device", "cpu")
 CHECK = ("--check-accuracy", "--tensorrt-llm-rouge1-threshold", "85")
@@ -44,10 +40,8 @@ def test_executor_and_hf_are_alike(family, checkpoint, document):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["phi3-small"])
 def test_two_processes_are_alike(family, checkpoint):
-    command = [sys.executable, "-m", "phireg", "summarize", str(checkpoint(family, 2)), "--tp", "2"]
-    command += [*hf(family), *CHECK, "--eval-ppl", "--max-ite", "3", "--json"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
+    words = ["summarize", checkpoint(family, 2), "--tp", 2, *hf(family), *CHECK, "--eval-ppl"]
+    ran = run_forked([*words, "--max-ite", 3, "--json"])
     assert ran.returncode == 0, ran.stderr
     assert_alike(json.loads(ran.stdout), 3)
 

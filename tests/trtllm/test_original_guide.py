@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from importlib import import_module
@@ -19,6 +18,7 @@ from pathlib import Path
 import fake_trtllm
 import pytest
 from helpers.forks import Fork
+from helpers.program import shell_words
 
 from phireg import demo
 from phireg.generation.tokenizer import find_tokenizer, stop_ids
@@ -77,22 +77,11 @@ PROGRAMS = {
     "../quantization/quantize.py": "quantize",
     "postprocess_quant_checkpoint.py": "postprocess",
 }
-SHELL = r"""
-set -euo pipefail
-said() { printf '%s\0' "$@"; printf '\036'; }
-for program in phireg python python3 trtllm-build mpirun; do
-    eval "$program() { said $program \"\$@\"; }"
-done
-"""
 
 
 def commands(lines):
     """What a shell makes of lines: the number of processes and phireg's arguments of each."""
-    done = subprocess.run(
-        ["bash", "-c", SHELL + lines], capture_output=True, text=True, check=True, cwd="/"
-    )
-    for command in done.stdout.split("\x1e")[:-1]:
-        words = command.split("\0")[:-1]
+    for words in shell_words(lines, "phireg", "python", "python3", "trtllm-build", "mpirun"):
         processes = 1
         if words[0] == "mpirun":
             assert words[1:4] == ["-n", "2", "--allow-run-as-root"]
@@ -166,8 +155,10 @@ def follow(tmp_path_factory):
                     variables["OMPI_COMM_WORLD_RANK"] = str(rank)
                 started.append(Fork(words, place, variables, [site]))
             for done in [process.wait() for process in started]:
-                assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
-                printed += done.stdout
+                assert done.returncode == 0, (
+                    f"{words}\n{done.stdout.decode()}\n{done.stderr.decode()}"
+                )
+                printed += done.stdout.decode()
         return printed
 
     return run
