@@ -1,5 +1,6 @@
 """phireg as a process of its own that has imported what it needs: a fork of the tests' process."""
 
+import atexit
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ class Ran:
 def become_phireg(words, environment=None, path=()):
     """Run ``phireg WORDS...`` in this process, a fork, and end it; its descriptors are its own."""
     code = 1
+    atexit._clear()  # what the tests' process registered
     try:
         if environment is not None:
             os.environ.clear()
@@ -39,6 +41,7 @@ def become_phireg(words, environment=None, path=()):
         code = ended.code or 0
     except BaseException:
         traceback.print_exc()
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

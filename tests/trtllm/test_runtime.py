@@ -4,13 +4,13 @@ import importlib
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from fake_trtllm import VOCAB, continued, engine, install, next_token
 from helpers.command_line import run_phireg
+from helpers.forks import Fork
 
 from phireg.errors import CheckError, PhiregError, UsageError
 from phireg.executor import Sampling
@@ -289,27 +289,19 @@ def test_run_says_what_starts_an_engine_of_two_ranks(fake, tmp_path, monkeypatch
 
 def mpirun(tmp_path, *args, stdin=b"", **more):
     """Run phireg in two processes as mpirun does; rank 0 alone gets the input."""
-    env = {k: v for k, v in os.environ.items() if k not in VARIABLES}
-    path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
-    env |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OMPI_COMM_WORLD_SIZE": "2", **more}
-    words = [sys.executable, "-m", "phireg", "run", *map(str, args)]
-    processes = [
-        subprocess.Popen(
-            words,
-            env=env | {"OMPI_COMM_WORLD_RANK": str(rank)},
-            stdin=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+    env = os.environ | {"OMPI_COMM_WORLD_SIZE": "2", **more}
+    forks = [
+        Fork(
+            ("run", *args),
+            environment=env | {"OMPI_COMM_WORLD_RANK": str(rank)},
+            path=[tmp_path / "site"],
+            stdin=b"" if rank else stdin,
         )
         for rank in range(2)
     ]
-    return [
-        (*process.communicate(stdin if rank == 0 else None, timeout=120), process.returncode)
-        for rank, process in enumerate(processes)
-    ]
+    return [(ran.stdout, ran.stderr, ran.returncode) for ran in [fork.wait() for fork in forks]]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("paged", ["PAGED", "CONTINUOUS"])
 def test_two_processes(paged, tmp_path):
     install(tmp_path / "site")
@@ -329,7 +321,6 @@ def test_two_processes(paged, tmp_path):
         assert [call | {"rank": 0} for call in calls[1]] == calls[0]
 
 
-@pytest.mark.slow
 def test_two_processes_that_fail_together(tmp_path):
     install(tmp_path / "site")
     file = ids_file(tmp_path)
@@ -348,7 +339,6 @@ def test_two_processes_that_fail_together(tmp_path):
     assert other != 0  # it does not wait for ever
 
 
-@pytest.mark.slow
 def test_mpirun_is_not_for_the_executor(tmp_path):
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt" / "config.json").write_text('{"architecture": "PhiForCausalLM"}')
