@@ -33,6 +33,7 @@ _EDGE = Reader("TensorRT-Edge-LLM", "0.11.0")
 _ENGINES = Reader("TensorRT-LLM engines", "0.12 to 1.2.1")
 _TRANSFORMERS = Reader("transformers", "5.24")
 _COMPRESSED = Reader("transformers", "5.24", "with compressed-tensors 0.20")
+_IN_BFLOAT16 = Reader("transformers", "5.24", "with compressed-tensors 0.20; bfloat16 models")
 _BACKEND = "TensorRT-LLM PyTorch backend"
 _MODELOPT = Reader(_BACKEND, "of 2026")
 _SINCE_JANUARY = Reader(_BACKEND, "of January 2026 on")
@@ -64,7 +65,7 @@ READERS: Mapping[str, Mapping[str, tuple[Reader, ...]]] = {
         "fp8_dynamic": (_COMPRESSED, _VLLM, _SGLANG, _SINCE_JANUARY),
         "w8a8": (_COMPRESSED, _VLLM, _SGLANG),
         **dict.fromkeys(("w4a16", "int4_awq"), (_COMPRESSED, _VLLM, _SGLANG)),
-        "nvfp4": (_COMPRESSED, _VLLM),
+        "nvfp4": (_IN_BFLOAT16, _VLLM),
         FP8_CACHE: (Reader("vLLM", "0.32.0"),),
     },
 }
