@@ -18,11 +18,11 @@ from phireg.executor.levels import E2M1, Levels
 from phireg.executor.quantized import inputs_name, keeps_weight, round_to_e4m3
 from phireg.executor.quantized import prepare as prepare_layer
 from phireg.formats import Inputs
-from phireg.reader.layouts import Storage
 from phireg.reader.models import Order
 from phireg.reader.modules import Directory
 from phireg.reader.schemes import LINEARS, SCHEMES
 from phireg.reader.spec import ModelSpec
+from phireg.reader.storage import Storage
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,11 @@ from typing import Any
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.formats import WEIGHT_BITS
 from phireg.reader.config import Config
-from phireg.reader.layouts import ANY_FLOAT, Layout, Part, Storage, parse_layout
+from phireg.reader.layouts import Layout, parse_layout
 from phireg.reader.models import EMBEDDING, HEAD, Model, Order, find_model, is_tied, parse_model
 from phireg.reader.schemes import Quantization
 from phireg.reader.spec import ModelSpec
+from phireg.reader.storage import ANY_FLOAT, Part, Storage
 from phireg.reader.structure import Deviation
 from phireg.reader.tensors import EMBEDDING as TABLE
 from phireg.reader.tensors import ROUTER, Kind

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 from phireg.formats import FORMATS
 from phireg.reader.architectures import NESTED
 from phireg.reader.config import Config
-from phireg.reader.layouts import Packing, Storage
+from phireg.reader.storage import Packing, Storage
 
 WeightScheme: TypeAlias = Literal[
     "fp8", "int8_sq", "int8_wo", "int4_wo", "int4_awq", "w4a8_awq", "nvfp4"
