@@ -97,8 +97,10 @@ def verdicts(verification):
     return {name: verdict for name, verdict in made.items() if verdict not in ("not needed",)}
 
 
-@pytest.mark.parametrize("scoring", ("echo", "prompt_logprobs"))
-@pytest.mark.parametrize("make", (long_rope, sparse, sliding))
+@pytest.mark.parametrize(
+    ("make", "scoring"),
+    ((long_rope, "echo"), (sparse, "prompt_logprobs"), (sliding, "echo")),
+)
 def test_a_sound_server(make, scoring, tmp_path):
     verification = verified(Stub(plain(make()), scoring=scoring), source(make, tmp_path))
     failed = {name for name, verdict in verdicts(verification).items() if verdict == "failed"}
