@@ -26,7 +26,7 @@ from phireg.planning.ties import TIES, settle_ties
 from phireg.reader.tensors import required_tensors
 from phireg.registry import load_target
 from phireg.source.model import Source
-from phireg.targets.target import PRE_SCALE, SHAPE, WEIGHT_SCALE
+from phireg.targets.target import PRE_SCALE, SHAPE, WEIGHT_SCALE, ask
 
 if TYPE_CHECKING:
     from phireg.registry import FamilyChoice
@@ -90,7 +90,7 @@ class _Builder:
         if translation.ok and not unfit:
             try:
                 family = self.settle(fields)
-                rules = self.target.rules(family, fields)
+                rules = ask(self.target, self.target.rules, family, fields)
             except LayoutError as problem:
                 self.error("layout", self.family.name, f"the config's sizes do not fit: {problem}")
                 documents = self.documents(fields, dtype)
@@ -192,7 +192,8 @@ class _Builder:
     def documents(self, fields: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
         """The JSON files of the directory."""
         quantized = self.quantization.facts()
-        return self.target.config_files(fields, self.hf, dtype, quantized, self.options.ranks)
+        files = self.target.config_files
+        return ask(self.target, files, fields, self.hf, dtype, quantized, self.options.ranks)
 
     def outputs(self, rules: Rules, code: str) -> tuple[Output, ...]:
         """Every tensor of every rank, not placed in files yet; findings on the way."""

@@ -26,6 +26,7 @@ from phireg.targets.target import (
     Quantized,
     Stored,
     Target,
+    ask,
 )
 
 FP8_ALIGNMENT = 16
@@ -99,7 +100,7 @@ class Quantization:
 
         ``family`` are the family's rules for weights, ``rules`` the target's.
         """
-        chosen = self.target.quantized_modules(quant, family)
+        chosen = ask(self.target, self.target.quantized_modules, quant, family)
         if not self.target.by_rank:
             if self.quantize_lm_head and HEAD in rules:
                 chosen = replace(chosen, linears=(*chosen.linears, HEAD))

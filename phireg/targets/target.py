@@ -7,16 +7,18 @@ offer more in the entry-point group ``phireg.targets``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from phireg.config.hf import HFConfig
-from phireg.errors import UsageError
+from phireg.errors import PhiregError, PluginError, UsageError, described
 from phireg.formats import FORMATS, Format
 from phireg.layout.ranks import Ranks
 from phireg.layout.rules import QuantRules, Rules
-from phireg.layout.spans import Span
+from phireg.layout.spans import LayoutError, Span
+
+_Result = TypeVar("_Result")
 
 API = 1
 """The number of this interface; a target states the one that it was written against."""
@@ -39,6 +41,19 @@ SHAPE = "weight_shape"
 PACKINGS = {None: (1, 1), "rows": (2, 1), "columns": (1, 2), "words": (1, 8)}
 """Rows and columns of levels that one stored element has: two rows or columns in a byte, or eight
 columns in a 32-bit word (``phireg.conversion.groups``)."""
+
+
+def ask(target: Target, method: Callable[..., _Result], *arguments: Any) -> _Result:
+    """Call a method of a target, whose defects are its authors'."""
+    try:
+        return method(*arguments)
+    except (LayoutError, PhiregError):
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"target '{target.name}': {method.__name__} failed with {described(error)}",
+            hint="this is a defect of the target; report it to its authors.",
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from helpers.command_line import run_phireg as run
 
 import phireg
 from phireg import registry
-from phireg.errors import UsageError
+from phireg.errors import PluginError, UsageError
 from phireg.formats import FORMATS
 from phireg.targets.readers import FP8_CACHE, READERS, UNQUANTIZED, table
 
@@ -54,10 +54,13 @@ def test_targets_of_another_distribution(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-files\nVersion: 0.3\n")
     (info / "entry_points.txt").write_text(
         "[phireg.targets]\nacme = acme_files:TARGET\nacme-broken = acme_broken:TARGET\n"
+        "acme-failing = acme_files:FAILING\n"
     )
     (info.parent / "acme_files.py").write_text(
         "from dataclasses import replace\nfrom phireg.targets.huggingface import TARGET as HF\n"
         "TARGET = replace(HF, name='acme', summary='of acme')\n"
+        "class Failing(type(HF)):\n    def rules(self, *_): raise ValueError('of acme')\n"
+        "FAILING = Failing(name='acme-failing', summary='', api=1)\n"
     )
     (info.parent / "acme_broken.py").write_text("raise ModuleNotFoundError('no acme')\n")
     monkeypatch.syspath_prepend(str(info.parent))
@@ -69,4 +72,6 @@ def test_targets_of_another_distribution(tmp_path, monkeypatch):
     source = tiny_models.write("phi2", tmp_path / "model")
     phireg.convert(phireg.plan(source, target="acme"), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").is_file()
+    with pytest.raises(PluginError):
+        phireg.plan(source, target="acme-failing")
     sys.modules.pop("acme_files")
