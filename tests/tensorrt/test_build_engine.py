@@ -104,7 +104,7 @@ def test_from_a_checkpoint_to_a_directory(checkpoint, tmp_path):
 def test_two_ranks_side_by_side_and_weights_as_inputs(checkpoint, tmp_path):
     options = phireg.BuildOptions(workers=2, gpus=("sm89",), weights="separate")
     plan = phireg.plan_build(
-        checkpoint("phi3-small", 2), tmp_path / "engine", options, backend="tensorrt-rtx"
+        checkpoint("phi2", 2), tmp_path / "engine", options, backend="tensorrt-rtx"
     )
     stages = []
     built = phireg.build(plan, listen=stages.append)
