@@ -139,11 +139,11 @@ class HuggingFace(Target):
                 continue
             parallel = f"{layer}.post_layernorm" not in rules
             (norm,) = modules[f"{layer}.input_layernorm"]
-            first = rules[f"{layer}.mlp.fc"]
-            groups[norm] = modules[target] + (modules[first.target] if parallel else ())
-            if not parallel and not first.experts:
+            first = modules.get(f"{layer}.mlp.fc", ())
+            groups[norm] = modules[target] + (first if parallel else ())
+            if first and not parallel and not rules[f"{layer}.mlp.fc"].experts:
                 (norm,) = modules[f"{layer}.post_layernorm"]
-                groups[norm] = modules[first.target]
+                groups[norm] = first
         return groups
 
     def fed_rows(
