@@ -4,9 +4,9 @@
     python benchmarks/convert.py --layers 4      # the same widths, fewer layers
     python benchmarks/convert.py --json
 
-Makes a random checkpoint of a published shape, then runs every contender in turn, several rounds,
-each as a process of its own, with the page cache written back before it starts. Needs about four
-times the model's size on disk. The source is read from the page cache where it fits, by all alike.
+Makes a random checkpoint of a published shape, then runs every contender, several rounds in another
+order each, as a process of its own, with the page cache written back before it starts. Needs about
+four times the model's size on disk. The source is read from the page cache where it fits, by all.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -151,8 +152,9 @@ def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, "-c", LOAD_EVERYTHING, str(source), "{out}"]
         contenders.append(Contender("load everything", command, copy))
     out = work / "out"
-    for _ in range(options.rounds):
-        for contender in contenders:
+    for number in range(options.rounds):
+        # What ran before changes what the disk is busy with.
+        for contender in random.Random(number).sample(contenders, len(contenders)):
             command = [part.replace("{out}", str(out)) for part in contender.command]
             seconds, peak = measured(command)
             contender.seconds.append(seconds)
