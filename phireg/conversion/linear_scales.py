@@ -35,10 +35,6 @@ class LinearScales:
     rows: dict[str, Float32] = field(default_factory=dict)  # factors of rows, by source module
     overflowed: dict[str, int] = field(default_factory=dict)  # lost in the cast, by source tensor
 
-    def put(self, name: str, scale: npt.ArrayLike) -> None:
-        """Add a scale that is stored in float32."""
-        self.values[name] = np.asarray(scale, np.float32).reshape(-1).view(BITS["F32"])
-
 
 class LinearScaler:
     """Reads weights; its methods are called by all threads."""
@@ -122,7 +118,8 @@ class LinearScaler:
         scales.values[f"{linear.target}.prequant_scaling_factor"] = self.rounded(smoother)
         with np.errstate(over="ignore"):  # an infinite scale is refused by name
             largest = as_torch(self.rounded((inputs * smoother).max(keepdims=True)), self.code)
-        scales.put(
+        self.put(
+            scales,
             f"{linear.target}.activation_scaling_factor",
             largest.float().numpy() / np.float32(INT8_MAX) if inputs.any() else np.float32(1),
         )
@@ -132,7 +129,7 @@ class LinearScaler:
                 smoothed = smooth(block, self.code, scales.inverse, self.device).float()
                 amax[row : row + len(block)] = smoothed.abs().amax(1).cpu().numpy()
             per_row = np.where(amax == 0, np.float32(1), amax / np.float32(INT8_MAX))
-            scales.put(f"{module}.weights_scaling_factor", per_row)
+            self.put(scales, f"{module}.weights_scaling_factor", per_row)
 
     def int4(self, linear: QuantizedLinear, scales: LinearScales, form: Format) -> None:
         """A scale for each group of the weight as it is, and the weight's shape."""
@@ -180,12 +177,12 @@ class LinearScaler:
                     self.put(scales, f"{module}.{WEIGHT_SCALE}", np.concatenate(found))
         self.put_shape(linear, scales)
         if form.levels == 2:
-            scales.put(f"{linear.target}.{SECOND_SCALE}", largest / np.float32(E4M3_MAX))
+            self.put(scales, f"{linear.target}.{SECOND_SCALE}", largest / np.float32(E4M3_MAX))
         if form.inputs is not None:
             beyond = max((inputs * factors).max(keepdims=True) for factors in own)
             amax = as_torch(self.rounded(beyond), self.code)
             scale = amax.float().numpy() / np.float32(E4M3_MAX) if inputs.any() else np.float32(1)
-            scales.put(f"{linear.target}.{INPUT_SCALE}", scale)
+            self.put(scales, f"{linear.target}.{INPUT_SCALE}", scale)
 
     def sharing(self, linear: QuantizedLinear) -> list[QuantizedLinear]:
         """The linears that have their factors in one norm with this one, or this one alone."""
@@ -236,7 +233,7 @@ class LinearScaler:
             for _, block in self.blocks(module, scales)
         )
         second = nvfp4_second_scale(largest or 1.0, divides=divides)
-        scales.put(f"{linear.target}.{SECOND_SCALE}", second.numpy())
+        self.put(scales, f"{linear.target}.{SECOND_SCALE}", second.numpy())
         for module in linear.sources:
             found = [
                 nvfp4_scales(
@@ -247,7 +244,7 @@ class LinearScaler:
             bits = [x.view(torch.uint8).numpy() for x in found]
             scales.values[f"{module}.{WEIGHT_SCALE}"] = np.concatenate(bits).reshape(-1)
         scale = nvfp4_second_scale(float(inputs.max()) or 1.0, divides=divides)
-        scales.put(f"{linear.target}.{INPUT_SCALE}", scale.numpy())
+        self.put(scales, f"{linear.target}.{INPUT_SCALE}", scale.numpy())
 
     def smoother(self, linear: QuantizedLinear, inputs: Float32, scales: LinearScales) -> Float32:
         """Per column wmax^(1 - alpha) / amax^alpha: the factor of the input."""

@@ -1,6 +1,7 @@
 """The growth of a process's resident memory, for scripts that tests run."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -17,6 +18,8 @@ def resident(line):
 def measure(script, *args):
     """Run a script that may call resident("VmRSS") and ("VmHWM"); the JSON that it prints."""
     command = [sys.executable, "-c", RESIDENT + script, *map(str, args)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Threads that happen to meet in the allocator make it keep an arena each.
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout.splitlines()[-1])

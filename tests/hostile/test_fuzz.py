@@ -14,8 +14,8 @@ pytestmark = pytest.mark.hostile("fuzzing: corpus")
 
 HERE = Path(__file__).parent
 CORPUS = sorted(path for name in READERS for path in (HERE / "corpus" / name).glob("*"))
-SECONDS = 8
-FEWEST = 5  # inputs of a reader on a busy machine
+SECONDS = 20
+FEWEST = 20  # inputs of a reader on a busy machine
 
 
 @pytest.fixture(scope="module")
