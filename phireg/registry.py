@@ -24,7 +24,7 @@ from phireg.layout.ranks import tp_sizes
 from phireg.layout.spans import LayoutError
 from phireg.reader.schemes import SCHEMES
 from phireg.targets.target import API as TARGET_API
-from phireg.targets.target import Target
+from phireg.targets.target import Target, ask
 
 GROUP, TARGETS = "phireg.families", "phireg.targets"
 """The entry-point groups in which any distribution offers families and targets."""
@@ -168,10 +168,10 @@ def load(name: str, candidates: Index | None = None) -> FamilyChoice:
     return FamilyChoice(candidate.load(), candidate)
 
 
-def load_target(name: str, candidates: Index | None = None) -> Target:
-    """Load the target called ``name`` (or ``distribution:name``), importing nothing else."""
-    installed = index(group=TARGETS) if candidates is None else candidates
-    return _pick(name, installed, "target").load_target()
+def load_target(name: str, form: str | None = None) -> Target:
+    """Load the target ``name`` (or ``distribution:name``), for a ``form`` of ``--as``."""
+    target = _pick(name, index(group=TARGETS), "target").load_target()
+    return ask(target, Target.written_as, form)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from phireg.planning.ties import TIES, settle_ties
 from phireg.reader.tensors import required_tensors
 from phireg.registry import load_target
 from phireg.source.model import Source
-from phireg.targets.target import PRE_SCALE, SHAPE, WEIGHT_SCALE, ask
+from phireg.targets.target import PRE_SCALE, SHAPE, WEIGHT_SCALE, Target, ask
 
 if TYPE_CHECKING:
     from phireg.registry import FamilyChoice
@@ -65,7 +65,7 @@ class _Builder:
         self.hf = hf
         self.source = source
         self.options = options
-        self.target = load_target(options.target).written_as(options.form)
+        self.target = load_target(options.target, options.form)
         self.failed = False
         self.findings: list[Finding] = [*source.findings]
         self.tp_sizes: tuple[int, ...] = ()
@@ -84,20 +84,20 @@ class _Builder:
         outputs: tuple[Output, ...] = ()
         documents: dict[str, dict[str, Any]] = {"config.json": {}}
         fields = dict(translation.fields)
-        unfit = list(self.target.problems(fields, self.hf)) if translation.ok else []
+        unfit = [*ask(self.target, Target.problems, fields, self.hf)] if translation.ok else []
         for key, detail in unfit:
             self.error("target", key, detail)
         if translation.ok and not unfit:
             try:
                 family = self.settle(fields)
-                rules = ask(self.target, self.target.rules, family, fields)
+                rules = ask(self.target, Target.rules, family, fields)
+                if self.quantization.format is not None:
+                    quant = self.family.quant_rules(fields, self.quantization.algorithm)
+                    self.quantization.choose(quant, family, rules, fields)
             except LayoutError as problem:
                 self.error("layout", self.family.name, f"the config's sizes do not fit: {problem}")
                 documents = self.documents(fields, dtype)
             else:
-                if self.quantization.format is not None:
-                    quant = self.family.quant_rules(fields, self.quantization.algorithm)
-                    self.quantization.choose(quant, family, rules, fields)
                 documents = self.documents(fields, dtype)
                 outputs = self.outputs(rules, code)
                 config = documents["config.json"]
@@ -192,7 +192,7 @@ class _Builder:
     def documents(self, fields: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
         """The JSON files of the directory."""
         quantized = self.quantization.facts()
-        files = self.target.config_files
+        files = Target.config_files
         return ask(self.target, files, fields, self.hf, dtype, quantized, self.options.ranks)
 
     def outputs(self, rules: Rules, code: str) -> tuple[Output, ...]:

@@ -91,7 +91,7 @@ def plan(
         PluginError: the family cannot be found or loaded.
     """
     _check_sizes(dtype, tp_size, pp_size)
-    written = load_target(target).written_as(form)
+    written = load_target(target, form)
     if not written.by_rank and (tp_size > 1 or moe_tp_size or moe_ep_size):
         raise UsageError(
             f"--target {written.name} has no ranks: its readers divide the model themselves",

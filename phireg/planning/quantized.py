@@ -100,7 +100,7 @@ class Quantization:
 
         ``family`` are the family's rules for weights, ``rules`` the target's.
         """
-        chosen = ask(self.target, self.target.quantized_modules, quant, family)
+        chosen = ask(self.target, Target.quantized_modules, quant, family)
         if not self.target.by_rank:
             if self.quantize_lm_head and HEAD in rules:
                 chosen = replace(chosen, linears=(*chosen.linears, HEAD))
@@ -122,14 +122,15 @@ class Quantization:
             )
         self.rules = chosen
         awq = self.format is not None and self.format.smoothing == "awq"
-        for norm, modules in self.target.shared_inputs(family).items():
+        for norm, modules in ask(self.target, Target.shared_inputs, family).items():
             alike = tuple(name for name in modules if name in chosen.linears)
             self.alike |= dict.fromkeys(modules, alike)
             least = {"shared": 2, "all": 1}.get(self.target.folds or "", len(modules) + 1)
             if awq and alike == modules and len(modules) >= least:
                 self.folded[norm] = modules[0]
         if awq and self.target.folds == "all":
-            for linear, (module, spans) in self.target.fed_rows(family, fields).items():
+            fed = ask(self.target, Target.fed_rows, family, fields)
+            for linear, (module, spans) in fed.items():
                 if {linear, module} <= set(chosen.linears):
                     self.feeds[module] = (linear, spans)
 

@@ -7,12 +7,12 @@ offer more in the entry-point group ``phireg.targets``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from phireg.config.hf import HFConfig
-from phireg.errors import PhiregError, PluginError, UsageError, described
+from phireg.errors import PhiregError, PluginError, UsageError, described, shortened
 from phireg.formats import FORMATS, Format
 from phireg.layout.ranks import Ranks
 from phireg.layout.rules import QuantRules, Rules
@@ -44,16 +44,40 @@ columns in a 32-bit word (``phireg.conversion.groups``)."""
 
 
 def ask(target: Target, method: Callable[..., _Result], *arguments: Any) -> _Result:
-    """Call a method of a target, whose defects are its authors'."""
+    """Call the target's own version of a method of :class:`Target`; its defects are its authors'.
+
+    The result must be of the type stated here. A method that is given rules may raise LayoutError:
+    sizes do not fit each other.
+    """
+    name, kind = method.__name__, get_type_hints(method)["return"]
     try:
-        return method(*arguments)
-    except (LayoutError, PhiregError):
+        result: Any = getattr(target, name)(*arguments)
+        if isinstance(result, Iterator):
+            result = list(result)
+        if not _fits(result, kind):
+            raise TypeError(f"it returned {shortened(repr(result), 200)}, not {kind}")
+    except (PhiregError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if isinstance(error, LayoutError) and any(isinstance(one, Rules) for one in arguments):
+            raise
         raise PluginError(
-            f"target '{target.name}': {method.__name__} failed with {described(error)}",
+            f"target '{target.name}': {name} failed with {described(error)}",
             hint="this is a defect of the target; report it to its authors.",
         ) from error
+    return cast(_Result, result)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Return whether a value is of a type, down to what its collections hold."""
+    origin, parts = get_origin(kind) or kind, get_args(kind)
+    if origin is Any or not isinstance(value, origin) or not parts:
+        return origin is Any or isinstance(value, origin)
+    if issubclass(origin, Mapping):
+        return all(_fits(key, parts[0]) and _fits(one, parts[1]) for key, one in value.items())
+    if origin is tuple and parts[-1] is not Ellipsis:
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    return all(_fits(one, parts[0]) for one in value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +185,9 @@ class Target:
             )
         return self
 
-    def problems(self, fields: Mapping[str, Any], hf: HFConfig) -> Iterator[tuple[str, str]]:
-        """Yield why a model cannot be written so: the config's key, and what is wrong with it."""
-        yield from ()
+    def problems(self, fields: Mapping[str, Any], hf: HFConfig) -> Iterable[tuple[str, str]]:
+        """Return why a model cannot be written so: the config's key, and what is wrong with it."""
+        return ()
 
     def rules(self, rules: Rules, fields: Mapping[str, Any]) -> Rules:
         """Return the rules of this target's modules, from the family's for TensorRT-LLM."""

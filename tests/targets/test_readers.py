@@ -1,6 +1,7 @@
 """The table of readers: against the targets, the documentation and the refusals of plans."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,22 @@ from phireg.formats import FORMATS
 from phireg.targets.readers import FP8_CACHE, READERS, UNQUANTIZED, table
 
 PAGE = Path(__file__).parents[2] / "docs" / "targets.md"
+
+DEFECTS = {
+    "written_as": "lambda self, form: form / 2",
+    "written_as__type": "lambda self, form: None",
+    "problems": "lambda self, *_: (1 / 0 for _ in 'a')",
+    "problems__type": "lambda self, *_: ['a problem']",
+    "rules": "lambda self, *_: exit(0)",
+    "rules__type": "lambda self, *_: {}",
+    "quantized_modules__type": "None",
+    "shared_inputs": "lambda self, rules: rules['none']",
+    "shared_inputs__type": "lambda self, rules: {name: list(rules) for name in rules}",
+    "fed_rows": "lambda self, rules: {}",
+    "fed_rows__type": "lambda self, *_: {'linear': ('module', ['rows'])}",
+    "config_files__type": "lambda self, *_: {'config.json': '{}'}",
+}
+"""Methods of a target, each with code that fails or makes another type."""
 
 
 def test_every_format_of_every_target_has_a_row():
@@ -54,13 +71,19 @@ def test_targets_of_another_distribution(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-files\nVersion: 0.3\n")
     (info / "entry_points.txt").write_text(
         "[phireg.targets]\nacme = acme_files:TARGET\nacme-broken = acme_broken:TARGET\n"
-        "acme-failing = acme_files:FAILING\n"
+        + "".join(f"acme-{name} = acme_files:{name}\n" for name in DEFECTS)
     )
     (info.parent / "acme_files.py").write_text(
-        "from dataclasses import replace\nfrom phireg.targets.huggingface import TARGET as HF\n"
-        "TARGET = replace(HF, name='acme', summary='of acme')\n"
-        "class Failing(type(HF)):\n    def rules(self, *_): raise ValueError('of acme')\n"
-        "FAILING = Failing(name='acme-failing', summary='', api=1)\n"
+        "from dataclasses import replace\nfrom phireg.targets.modelopt import TARGET as BASE\n"
+        "TARGET = replace(BASE, name='acme', summary='of acme')\n"
+        "def defective(name, **methods):\n"
+        "    kind = type(name, (type(BASE),), methods)\n"
+        "    facts = {key: getattr(BASE, key) for key in ('layouts', 'kv_caches')}\n"
+        "    return kind(name='acme-' + name, summary='', api=1, folds='all', **facts)\n"
+        + "".join(
+            f"{name} = defective({name!r}, {name.partition('__')[0]}={code})\n"
+            for name, code in DEFECTS.items()
+        )
     )
     (info.parent / "acme_broken.py").write_text("raise ModuleNotFoundError('no acme')\n")
     monkeypatch.syspath_prepend(str(info.parent))
@@ -72,6 +95,10 @@ def test_targets_of_another_distribution(tmp_path, monkeypatch):
     source = tiny_models.write("phi2", tmp_path / "model")
     phireg.convert(phireg.plan(source, target="acme"), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    with pytest.raises(PluginError):
-        phireg.plan(source, target="acme-failing")
+    for name in DEFECTS:
+        with pytest.raises(PluginError) as caught:
+            phireg.plan(source, target=f"acme-{name}", qformat="int4_awq")
+        method = name.partition("__")[0]
+        said = set(re.findall(r"[\w-]+", str(caught.value)))
+        assert {f"acme-{name}", method, "authors"} <= said
     sys.modules.pop("acme_files")
