@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phireg.checkpoint.rankfiles import Bits, RankFile
-from phireg.errors import SourceError
+from phireg.errors import CheckError, SourceError
 from phireg.files.json import read_json_object
 from phireg.files.kinds import HF_MODEL, MANIFEST, check_kind, kind_of
 from phireg.files.regular import bullets
@@ -57,14 +57,16 @@ def _sidecar(directory: Path) -> dict[str, Any] | None:
 class Shards(AbstractContextManager["Shards"]):
     """The open safetensors files of a directory; a context manager that closes them.
 
-    Raises a SourceError for an index that its shards do not agree with.
+    Raises a CheckError for shards that are damaged, missing or not what their index says; a
+    SourceError where there are none.
     """
 
     def __init__(self, directory: Path) -> None:
         index_path = directory / f"{_WHOLE}{INDEX}"
         index = read_index(index_path) if index_path.exists() else None
         if index is None and not (directory / _WHOLE).exists():
-            raise SourceError(
+            lacks = CheckError if (directory / MANIFEST).exists() else SourceError
+            raise lacks(
                 f"{directory} has no {_WHOLE} and no {index_path.name}",
                 hint="download or export the model again",
             )
@@ -83,7 +85,7 @@ class Shards(AbstractContextManager["Shards"]):
             defects += shard_defects(index, held)
         if defects:
             self.close()
-            raise SourceError(
+            raise CheckError(
                 f"{directory}: the weight files cannot be used:{bullets(defects, 20)}",
                 hint="download or export the model again; all files must be of one export",
             )

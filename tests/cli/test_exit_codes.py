@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,8 @@ def places(tmp_path_factory):
     run_phireg("convert", "--model-dir", model, "--output-dir", base / "textless", *ranks)
     trained = demo.find("phi3-mini").directory
     run_phireg("convert", "--model-dir", trained, "--output-dir", checkpoint, *ranks)
+    shards = ("--target", "hf", "--max-shard-size", "1MB", "--quiet")
+    run_phireg("convert", "--model-dir", trained, "--output-dir", base / "directory", *shards)
     (base / "empty").mkdir()
     (base / "file").write_text("x")
     (base / "ids").write_text('{"input_ids": [1]}\n')
@@ -69,6 +72,11 @@ def places(tmp_path_factory):
         ("less a rank", lambda file: file.unlink()),
     ):
         damage(shutil.copytree(checkpoint, base / name) / "rank1.safetensors")
+        shards = shutil.copytree(base / "directory", base / f"directory {name}")
+        damage(sorted(shards.glob("model-*.safetensors"))[1])
+    whole = shutil.copytree(base / "directory", base / "directory without weights")
+    for file in whole.glob("model*"):
+        file.unlink()
     paths = {path.name: path for path in base.iterdir()}
     return paths | {"missing": base / "missing", "out": base / "out"}
 
@@ -107,10 +115,20 @@ def test_what_is_no_such_thing(kind, command, wrong, places):
     assert exit_code(ALL[kind][command], places, places[wrong]) == expected
 
 
-@pytest.mark.parametrize("command", ALL["checkpoint"])
-@pytest.mark.parametrize("wrong", ["truncated", "less a rank"])
-def test_a_checkpoint_with_a_damaged_or_missing_rank_file(command, wrong, places):
-    expected = int(ROWS["a rank file that is damaged or missing"])
+@pytest.mark.parametrize(
+    ("command", "wrong"),
+    [
+        *product(ALL["checkpoint"], ("truncated", "less a rank")),
+        *product(
+            ("inspect", "verify", "run", "summarize"),
+            ("directory truncated", "directory less a rank", "directory without weights"),
+        ),
+    ],
+)
+def test_a_checkpoint_with_a_damaged_or_missing_file(command, wrong, places):
+    expected = int(
+        ROWS["a rank file, or a weight file that phireg wrote, that is damaged or missing"]
+    )
     assert exit_code(ALL["checkpoint"][command], places, places[wrong]) == expected
 
 

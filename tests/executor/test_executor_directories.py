@@ -12,7 +12,7 @@ from helpers import exports, tiny_models
 from safetensors.torch import load_file, save_file
 
 import phireg
-from phireg.errors import CheckError, SourceError
+from phireg.errors import CheckError
 from phireg.executor import load, read_meaning
 
 pytestmark = [
@@ -210,7 +210,7 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(sources, tmp_path):
     directory = exports.source("phi3", tmp_path / "s", shard="300KB")
     first = sorted(directory.glob("model-*.safetensors"))[0]
     first.unlink()
-    with pytest.raises(SourceError, match=first.name):
+    with pytest.raises(CheckError, match=first.name):
         load(directory)
 
 
