@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import phireg
+from phireg.cli import engines
 from phireg.cli.errors import findings_text, interruptible
 from phireg.cli.help import QUANTIZATION, documented
 from phireg.cli.options import (
@@ -148,7 +149,7 @@ def steps_after(plan: Plan, converted: Converted) -> str:
     return next_steps(
         ["phireg", "verify", checkpoint, *model],
         ["phireg", "run", checkpoint, "--prompt", "The capital of France is"],
-        *([build] if plan.target.by_rank else []),
+        *([build] if plan.target.by_rank and engines.has_builder(plan.config) else []),
     )
 
 

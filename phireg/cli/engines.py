@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, get_args
 
+from phireg.children import find_program
 from phireg.cli.output import ProgressBars, columns, counted
 from phireg.files.sizes import size
 
@@ -89,6 +90,12 @@ def outlook(config: Mapping[str, Any]) -> dict[str, Any] | None:
             for form in get_args(requirements.WeightsForm)
         },
     }
+
+
+def has_builder(config: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint's format is one that a builder takes: TensorRT-LLM, if here."""
+    needs = outlook(config)
+    return bool(needs and not needs["problems"]) or find_program("trtllm-build") is not None
 
 
 def outlook_text(outlook: Mapping[str, Any], ranks: int) -> str:

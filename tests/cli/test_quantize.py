@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import time
 
@@ -90,6 +91,21 @@ def test_every_format(quantize, tmp_path, qformat, cache):
     inputs = qformat in ("fp8", "int8_sq")
     assert all((linear["activation_error"] is not None) == inputs for linear in quality["linears"])
     assert (quality["calibrated_on"], quality["rows"]) == (False, 4 if calibrated else 12)
+
+
+@pytest.mark.parametrize(("qformat", "builds"), [("int4_wo", True), ("nvfp4", False)])
+def test_the_steps_proposed_next_are_possible(run, tmp_path, monkeypatch, qformat, builds):
+    """TensorRT-LLM alone builds engines of four-bit groups, and it is not here."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'phireg[rtx]'")
+    monkeypatch.setenv("PATH", "/usr/bin")
+    options = ("--model-dir", demo.find("phi3-mini").directory, "--output-dir", tmp_path / "out")
+    more = ("--calib-dataset", "builtin", "--calib-size", 1, "--no-measure", "--device", "cpu")
+    result = run("quantize", *options, "--qformat", qformat, *more)
+    steps = [shlex.split(x) for x in result.stdout.partition("\nnext\n")[2].splitlines()]
+    assert [words[1] for words in steps] == ["verify", "run", *(["build"] if builds else [])]
+    assert all(run(*words[1:]).exit_code == 0 for words in steps if words[1] != "build")
+    build = run("build", tmp_path / "out", "--output-dir", tmp_path / "engine", "--print-command")
+    assert build.exit_code == (0 if builds else 7)
 
 
 def test_a_demo_model_with_its_tokenizer_and_a_page(run, tmp_path, monkeypatch):
