@@ -147,7 +147,7 @@ def _options(config: Mapping[str, Any], target: str, max_shard_size: int) -> Opt
     written = load_target(target)
     if qformat is not None and SCHEMES[qformat].weight is None:
         qformat = None  # files hold the raw weights, which the builder quantizes
-    if qformat is None and written.layouts:
+    if qformat is None and written.only_quantized:
         raise UsageError(
             f"the checkpoint's weights are not quantized, and --target {target} is for such",
             hint="write them with --target hf, or quantize the model anew: phireg quantize.",

@@ -247,10 +247,12 @@ def _qformat(
             hint=(f"the nearest format that works is {nearest}." if nearest else "")
             or "choose another --target: phireg families lists what each takes.",
         )
-    if cache is not None and qformat is None:
+    if qformat is None and (cache is not None or target.only_quantized):
+        what = f"--target {target.name}" if cache is None else f"KV cache dtype '{cache}'"
         raise UsageError(
-            f"KV cache dtype '{cache}' needs a quantization format",
-            hint=f"choose one of {', '.join(target.formats) or 'another target'}.",
+            f"{what} needs a quantization format",
+            hint=f"phireg quantize --qformat makes {', '.join(target.formats) or 'none for it'}"
+            + ("; --target hf writes 16 bits." if target.only_quantized else "."),
         )
     if cache is not None and cache not in target.kv_caches:
         known = ", ".join(target.kv_caches) or "none"

@@ -172,6 +172,11 @@ class Target:
         """The formats that its readers take, in the order of FORMATS."""
         return tuple(name for name in FORMATS if name in self.layouts)
 
+    @property
+    def only_quantized(self) -> bool:
+        """Whether it is a layout of quantized models: any with formats but TensorRT-LLM's."""
+        return bool(self.layouts) and not self.by_rank
+
     def written_as(self, form: str | None) -> Target:
         """Return the target that writes models as another class, such as ``llama``.
 

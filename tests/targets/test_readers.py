@@ -65,17 +65,30 @@ def test_a_refusal_names_readers_elsewhere_and_the_nearest_format(tmp_path):
     assert "int4_awq" in caught.value.hint
 
 
+@pytest.mark.parametrize("target", ["hf-modelopt", "hf-compressed-tensors"])
+def test_layouts_of_quantized_models_need_a_format(tmp_path, target):
+    source = tiny_models.write("phi2", tmp_path / "model")
+    options = ("--model-dir", source, "--target", target)
+    for command in (("plan",), ("convert", "--output-dir", tmp_path / "out")):
+        refused = run(*command, *options)
+        assert refused.exit_code == 2 and "--qformat" in refused.output
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert run("plan", *options, "--qformat", "fp8").exit_code == 0
+
+
 def test_targets_of_another_distribution(tmp_path, monkeypatch):
     info = tmp_path / "site" / "acme_files-0.3.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-files\nVersion: 0.3\n")
     (info / "entry_points.txt").write_text(
-        "[phireg.targets]\nacme = acme_files:TARGET\nacme-broken = acme_broken:TARGET\n"
+        "[phireg.targets]\nacme = acme_files:TARGET\nacme-plain = acme_files:PLAIN\n"
+        "acme-broken = acme_broken:TARGET\n"
         + "".join(f"acme-{name} = acme_files:{name}\n" for name in DEFECTS)
     )
     (info.parent / "acme_files.py").write_text(
         "from dataclasses import replace\nfrom phireg.targets.modelopt import TARGET as BASE\n"
         "TARGET = replace(BASE, name='acme', summary='of acme')\n"
+        "PLAIN = replace(BASE, name='acme-plain', layouts={})\n"
         "def defective(name, **methods):\n"
         "    kind = type(name, (type(BASE),), methods)\n"
         "    facts = {key: getattr(BASE, key) for key in ('layouts', 'kv_caches')}\n"
@@ -93,7 +106,7 @@ def test_targets_of_another_distribution(tmp_path, monkeypatch):
     checked = run("families", "--check")
     assert checked.exit_code == 5 and "no acme" in checked.output
     source = tiny_models.write("phi2", tmp_path / "model")
-    phireg.convert(phireg.plan(source, target="acme"), tmp_path / "out")
+    phireg.convert(phireg.plan(source, target="acme-plain"), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").is_file()
     for name in DEFECTS:
         with pytest.raises(PluginError) as caught:
