@@ -64,7 +64,7 @@ RULES = {
     ),
     "phireg.hookspecs": Rule(DESCRIBE),
     "phireg.family": Rule((*DESCRIBE, "phireg.hookspecs")),
-    TARGETS: Rule((LAYOUT, CONFIG, READER, FORMATS, ERRORS)),
+    TARGETS: Rule((LAYOUT, CONFIG, READER, FILES, FORMATS, ERRORS)),
     "phireg.registry": Rule(
         (*DESCRIBE, "phireg.hookspecs", "phireg.family", f"{TARGETS}.target", "phireg.children")
     ),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from phireg.conversion.card import card_of, check_card
 from phireg.conversion.cast import Loss
 from phireg.conversion.stream import Progress, Streamed, stream
 from phireg.errors import PlanError, UsageError
-from phireg.files.kinds import CHECKPOINT, QUANTIZED_MODEL, file_sizes, tokenizer_files
+from phireg.files.kinds import CHECKPOINT, QUANTIZED_MODEL, file_sizes, producer, tokenizer_files
 from phireg.files.output import OutputDirectory
 from phireg.files.writing import copy_file
 from phireg.findings import Finding
@@ -167,7 +166,7 @@ def manifest_of(plan: Plan, directory: Path, streamed: Streamed) -> dict[str, An
         if file.name not in ranks
     }
     return {
-        "producer": {"name": "phireg", "version": metadata.version("phireg")},
+        "producer": producer(),
         "family": {
             "name": plan.family,
             "distribution": candidate.distribution,

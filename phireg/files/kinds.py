@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,11 @@ _BY_ENTRIES = (
         "snapshots",
     ),
 )
+
+
+def producer() -> dict[str, str]:
+    """Return what phireg says of itself in the files that describe a directory."""
+    return {"name": "phireg", "version": metadata.version("phireg")}
 
 
 def kind_of(directory: Path) -> Kind:

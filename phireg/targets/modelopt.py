@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 from phireg.config.hf import HFConfig
+from phireg.files.kinds import producer
 from phireg.layout.ranks import Ranks
 from phireg.targets.huggingface import HuggingFace
 from phireg.targets.target import (
@@ -93,11 +93,10 @@ class ModelOpt(HuggingFace):
         files = super().config_files(fields, hf, dtype, quantized, ranks)
         if quantized is None:
             return files
-        producer = {"name": "phireg", "version": metadata.version("phireg")}
         excluded, form = list(quantized.excluded), quantized.format
         cache = "FP8" if quantized.kv_cache else None
         files["hf_quant_config.json"] = {
-            "producer": producer,
+            "producer": producer(),
             "quantization": {
                 "quant_algo": quantized.layout.algorithm,
                 "kv_cache_quant_algo": cache,
@@ -120,7 +119,7 @@ class ModelOpt(HuggingFace):
             block = {"config_groups": {"group_0": group}, **block}
         if cache:
             block["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
-        block |= {"producer": producer, "quant_method": "modelopt"}
+        block |= {"producer": producer(), "quant_method": "modelopt"}
         files["config.json"]["quantization_config"] = block
         return files
 

@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from phireg.checkpoint.manifest import file_record, read_manifest
 from phireg.checkpoint.rankfiles import RankFiles
 from phireg.errors import EngineError
 from phireg.files.json import encode_object
-from phireg.files.kinds import BUILD_FILE, ENGINE, MANIFEST, file_sizes, tokenizer_files
+from phireg.files.kinds import BUILD_FILE, ENGINE, MANIFEST, file_sizes, producer, tokenizer_files
 from phireg.files.output import OutputDirectory
 from phireg.files.writing import copy_file, new_log
 from phireg.tensorrt.engine import NativeEngine, read_native, write_config
@@ -121,7 +120,7 @@ def _advice(plan: EnginePlan, exit_code: int) -> str:
 
 def _manifest(plan: EnginePlan, records: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "producer": {"name": "phireg", "version": metadata.version("phireg")},
+        "producer": producer(),
         "backend": plan.backend,
         "version": plan.package.version,
         "gpus": list(plan.gpus),

@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from phireg.files.kinds import (
     ENGINE,
     check_kind,
     file_sizes,
+    producer,
     tokenizer_files,
 )
 from phireg.files.output import OutputDirectory
@@ -141,7 +141,7 @@ def build(plan: BuildPlan, *, overwrite: bool = False, listen: Listener | None =
         for file in tokenizer_files(plan.source):
             copy_file(file, directory)
         record = {
-            "producer": {"name": "phireg", "version": metadata.version("phireg")},
+            "producer": producer(),
             "trtllm_version": plan.version,
             "source": str(plan.source),
             "weights": plan.weights,
