@@ -166,7 +166,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
         with interruptible(plan.output_dir, lambda: unwritten), display as listen:
             built = phireg.build(plan, overwrite=overwrite, listen=listen)
     if as_json:
-        emit_json((_document if with_trtllm else engines.plan_document)(plan, built))
+        emit_json(engines.plan_document(plan, built))
     elif print_command:
         emit(shlex.join(plan.line) if with_trtllm else engines.plan_text(plan))
     elif not quiet:
@@ -237,23 +237,6 @@ def _display(ranks: int, *, quiet: bool) -> Iterator[Callable[[str], None] | Non
                 bars.spinner(f"writing rank engine {int(match[1]) + 1} of {ranks}")
 
         yield listen
-
-
-def _document(plan: BuildPlan, built: Built | None) -> dict[str, Any]:
-    return {
-        "command": list(plan.line),
-        "trtllm_version": plan.version,
-        "checkpoint_dir": str(plan.source) if plan.weights else None,
-        "model_dir": None if plan.weights else str(plan.source),
-        "config": dict(plan.config),
-        "output_dir": str(plan.output_dir),
-        "tp_size": plan.command.tp_size,
-        "notes": list(plan.command.notes),
-        "run_options": dict(plan.command.run_options),
-        "files": dict(built.files) if built else None,
-        "log": str(built.log) if built else None,
-        "seconds": round(built.seconds, 3) if built else None,
-    }
 
 
 def _text(plan: BuildPlan, built: Built) -> str:

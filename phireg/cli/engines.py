@@ -19,27 +19,43 @@ if TYPE_CHECKING:
     from phireg.tensorrt.inspection import EngineInspection
     from phireg.tensorrt.plan import EnginePlan
     from phireg.tensorrt.requirements import Estimate
+    from phireg.trtllm.build import BuildPlan
 
 _FORMS = {"embedded": "in the engine", "separate": "inputs, fed when it runs"}
 _LAYER = re.compile(r"(?<=_)\d+$|(?<=layers\.)\d+")
 
 
-def plan_document(plan: EnginePlan, built: BuiltEngine | None) -> dict[str, Any]:
+def plan_document(plan: BuildPlan | EnginePlan, built: Any) -> dict[str, Any]:
     """Return a plan, and what was built of it, as ``--json`` has it."""
+    from phireg.trtllm.build import BuildPlan
+
+    own: dict[str, Any]
+    if isinstance(plan, BuildPlan):
+        tp_size, notes = plan.command.tp_size, plan.command.notes
+        own = {
+            "command": list(plan.line),
+            "trtllm_version": plan.version,
+            "run_options": dict(plan.command.run_options),
+        }
+    else:
+        tp_size, notes = plan.spec.tp_size, plan.notes
+        own = {
+            "backend": plan.backend,
+            "version": plan.package.version,
+            "gpus": list(plan.gpus),
+            "weights": plan.weights,
+            "limits": asdict(plan.limits),
+            "estimate": asdict(plan.estimate),
+            "ranks": [dict(record) for record in built.ranks] if built else None,
+        }
     return {
-        "backend": plan.backend,
-        "version": plan.package.version,
+        **own,
         "checkpoint_dir": str(plan.source) if plan.checkpoint else None,
         "model_dir": None if plan.checkpoint else str(plan.source),
         "config": dict(plan.config),
         "output_dir": str(plan.output_dir),
-        "gpus": list(plan.gpus),
-        "weights": plan.weights,
-        "limits": asdict(plan.limits),
-        "tp_size": plan.spec.tp_size,
-        "notes": list(plan.notes),
-        "estimate": asdict(plan.estimate),
-        "ranks": [dict(record) for record in built.ranks] if built else None,
+        "tp_size": tp_size,
+        "notes": list(notes),
         "files": dict(built.files) if built else None,
         "log": str(built.log) if built else None,
         "seconds": round(built.seconds, 3) if built else None,

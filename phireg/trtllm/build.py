@@ -50,15 +50,15 @@ class BuildPlan:
     command: Command
 
     @property
-    def weights(self) -> bool:
-        """Return whether the engine gets weights."""
+    def checkpoint(self) -> bool:
+        """Return whether the source is a checkpoint; else the engine gets no weights."""
         return self.weight_bytes is not None
 
     @property
     def line(self) -> tuple[str, ...]:
         """Return the command to show; ``config.json`` stands for the config of an empty engine."""
         program = self.builder.program if self.builder else PROGRAM
-        source = self.source if self.weights else Path("config.json")
+        source = self.source if self.checkpoint else Path("config.json")
         return self.command.line(program, source, self.output_dir)
 
     @property
@@ -133,7 +133,7 @@ def build(plan: BuildPlan, *, overwrite: bool = False, listen: Listener | None =
         # The builder starts in an empty directory: what lies in ours may be a stranger's.
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         source = plan.source.absolute()
-        if not plan.weights:
+        if not plan.checkpoint:
             source = scratch / "config.json"
             source.write_text(json.dumps(plan.config, indent=4) + "\n", encoding="utf-8")
         line = plan.command.line(plan.builder.program, source, directory)
@@ -144,7 +144,7 @@ def build(plan: BuildPlan, *, overwrite: bool = False, listen: Listener | None =
             "producer": producer(),
             "trtllm_version": plan.version,
             "source": str(plan.source),
-            "weights": plan.weights,
+            "weights": plan.checkpoint,
             "options": asdict(plan.options),
             "command": list(line),
             "notes": list(plan.command.notes),
