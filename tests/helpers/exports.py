@@ -54,10 +54,13 @@ def source(name, directory, shard="5GB", dtype=torch.bfloat16, **changes):
     return directory
 
 
-def modelopt(name, directory, qformat, out, shard=None, dtype=torch.float32, cache=True, run=True):
+def modelopt(
+    name, directory, qformat, out, shard=None, dtype=torch.float32, cache=True, run=True, texts=()
+):
     """Write ModelOpt's export; return the logits of its fake-quantized model for ``rows()[:1]``.
 
-    Its NVFP4 computes on a GPU alone: with ``run`` unset there are none.
+    Its NVFP4 computes on a GPU alone: with ``run`` unset there are none. It calibrates on
+    ``texts`` one by one, or on all ``rows()`` at once.
     """
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
@@ -69,7 +72,8 @@ def modelopt(name, directory, qformat, out, shard=None, dtype=torch.float32, cac
         config = update_quant_cfg_with_kv_cache_quant(config, mtq.FP8_KV_CFG["quant_cfg"])
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = mtq.quantize(model, config, lambda inner: inner(rows()))
+        batches = [torch.tensor([text]) for text in texts] or [rows()]
+        model = mtq.quantize(model, config, lambda inner: [inner(ids) for ids in batches])
         mtq.disable_quantizer(model, "*norm*")  # readers of the export round no norm's input
         logits = model(rows()[:1]).logits[0].float() if run else None
         export_hf_checkpoint(model, export_dir=out, **({"max_shard_size": shard} if shard else {}))
