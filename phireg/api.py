@@ -68,7 +68,7 @@ from phireg.layout.rules import (
 )
 from phireg.layout.spans import Axis, LayoutError
 from phireg.targets.huggingface import HuggingFace
-from phireg.targets.target import Layout, Quantized, Stored, Target
+from phireg.targets.target import Layout, Quantized, Stored, Target, WrittenModel
 
 COLUMN = Policy.COLUMN
 ROW = Policy.ROW
@@ -78,7 +78,7 @@ __all__ = [
     # families and hooks
     "Family", "PublishedModel", "hookimpl", "HFConfig", "SourceError",
     # targets
-    "Target", "HuggingFace", "Layout", "Stored", "Quantized",
+    "Target", "HuggingFace", "Layout", "Stored", "Quantized", "WrittenModel",
     # config tables
     "FieldTable", "Entry", "Fields", "field", "const", "derive", "when", "check", "refuse",
     "ignore", "ConfigError", "Severity", "integer", "number", "positive", "boolean", "text",

@@ -25,7 +25,7 @@ from phireg.layout.rules import Rules
 from phireg.migration.inverse import Piece, RankSource, invert, read_rows, stated_source
 from phireg.planning.build import build_plan
 from phireg.planning.model import SHARD_BYTES, Options, Output, Plan, Rows, Scale
-from phireg.planning.plan import choose_family
+from phireg.planning.plan import check_format, choose_family
 from phireg.planning.schedule import schedule
 from phireg.reader.schemes import KV_CACHES, SCHEMES
 from phireg.reader.structure import structure_findings
@@ -147,16 +147,7 @@ def _options(config: Mapping[str, Any], target: str, max_shard_size: int) -> Opt
     written = load_target(target)
     if qformat is not None and SCHEMES[qformat].weight is None:
         qformat = None  # files hold the raw weights, which the builder quantizes
-    if qformat is None and written.only_quantized:
-        raise UsageError(
-            f"the checkpoint's weights are not quantized, and --target {target} is for such",
-            hint="write them with --target hf, or quantize the model anew: phireg quantize.",
-        )
-    if qformat is not None and qformat not in written.layouts:
-        raise UsageError(
-            f"no reader of --target {target} takes {qformat}, the checkpoint's format",
-            hint="phireg families lists what each target takes.",
-        )
+    check_format(written, qformat, cache)
     held = load_target("trtllm").layouts[qformat].scales if qformat is not None else {}
     for what, stored in written.layouts[qformat].scales.items() if qformat is not None else ():
         ours = held.get(what)
@@ -166,11 +157,6 @@ def _options(config: Mapping[str, Any], target: str, max_shard_size: int) -> Opt
                 "would be rounded",
                 hint="choose another --target, or quantize the model anew: phireg quantize.",
             )
-    if cache is not None and cache not in written.kv_caches:
-        raise UsageError(
-            f"no reader of --target {target} takes the checkpoint's {cache} KV cache",
-            hint="quantize the model anew without one, or with fp8.",
-        )
     return Options(
         str(config.get("dtype")),
         int(mapping.get("tp_size", 1)),

@@ -26,7 +26,7 @@ from phireg.planning.ties import TIES, settle_ties
 from phireg.reader.tensors import required_tensors
 from phireg.registry import load_target
 from phireg.source.model import Source
-from phireg.targets.target import PRE_SCALE, SHAPE, WEIGHT_SCALE, Target, ask
+from phireg.targets.target import PRE_SCALE, SHAPE, WEIGHT_SCALE, Target, WrittenModel, ask
 
 if TYPE_CHECKING:
     from phireg.registry import FamilyChoice
@@ -191,9 +191,8 @@ class _Builder:
 
     def documents(self, fields: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
         """The JSON files of the directory."""
-        quantized = self.quantization.facts()
-        files = Target.config_files
-        return ask(self.target, files, fields, self.hf, dtype, quantized, self.options.ranks)
+        model = WrittenModel(fields, self.hf, dtype, self.quantization.facts(), self.options.ranks)
+        return ask(self.target, Target.config_files, model)
 
     def outputs(self, rules: Rules, code: str) -> tuple[Output, ...]:
         """Every tensor of every rank, not placed in files yet; findings on the way."""

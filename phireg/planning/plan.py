@@ -102,10 +102,11 @@ def plan(
             f"--max-shard-size has no effect: --target {written.name} has a file for every rank",
             hint="leave it out.",
         )
+    check_format(written, qformat, kv_cache_dtype, exclude)
     options = Options(
         dtype,
         tp_size,
-        _qformat(written, qformat, kv_cache_dtype, exclude),
+        qformat,
         kv_cache_dtype,
         _moe_ep_size(tp_size, moe_tp_size, moe_ep_size),
         Readings(weights, adapter, tie),
@@ -230,10 +231,10 @@ def _check_sizes(dtype: str, tp_size: int, pp_size: int = 1) -> None:
         )
 
 
-def _qformat(
-    target: Target, qformat: str | None, cache: str | None, exclude: Sequence[str]
-) -> str | None:
-    """Return the format if it, the cache and the exclusions fit the target."""
+def check_format(
+    target: Target, qformat: str | None, cache: str | None, exclude: Sequence[str] = ()
+) -> None:
+    """Raise a UsageError if a format, a cache or exclusions do not fit the target."""
     if qformat is not None and qformat not in FORMATS:
         raise UsageError(
             f"unknown quantization format '{qformat}'", hint=f"known: {', '.join(FORMATS)}."
@@ -244,7 +245,11 @@ def _qformat(
         raise UsageError(
             f"no reader of --target {target.name} takes {qformat}"
             + (f"; those of {others} do" if others else ""),
-            hint=(f"the nearest format that works is {nearest}." if nearest else "")
+            hint=(
+                f"the nearest format that phireg quantize makes for them is {nearest}."
+                if nearest
+                else ""
+            )
             or "choose another --target: phireg families lists what each takes.",
         )
     if qformat is None and (cache is not None or target.only_quantized):
@@ -262,7 +267,6 @@ def _qformat(
     if exclude and (qformat is None or target.by_rank):
         why = "nothing is quantized" if qformat is None else "engines quantize every layer alike"
         raise UsageError(f"--exclude has no effect: {why}", hint="leave it out.")
-    return qformat
 
 
 def _check_head(target: Target, form: Format | None) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from phireg.config.hf import HFConfig
 from phireg.formats import WEIGHT_BITS, Format, Grid
-from phireg.layout.ranks import Ranks
 from phireg.targets.huggingface import HuggingFace
 from phireg.targets.target import (
     INPUT_SCALE,
@@ -18,8 +15,8 @@ from phireg.targets.target import (
     VALUE_SCALE,
     WEIGHT_SCALE,
     Layout,
-    Quantized,
     Stored,
+    WrittenModel,
 )
 
 _CHANNELS = {WEIGHT_SCALE: Stored("weight_scale", None, "column")}
@@ -98,17 +95,10 @@ def _group(form: Format, layout: Layout) -> dict[str, Any]:
 class CompressedTensors(HuggingFace):
     """Directories with ``quant_method`` "compressed-tensors"."""
 
-    def config_files(
-        self,
-        fields: Mapping[str, Any],
-        hf: HFConfig,
-        dtype: str,
-        quantized: Quantized | None,
-        ranks: Ranks,
-    ) -> dict[str, dict[str, Any]]:
+    def config_files(self, model: WrittenModel) -> dict[str, dict[str, Any]]:
         """Return config.json with its quantization block."""
-        files = super().config_files(fields, hf, dtype, quantized, ranks)
-        if quantized is None:
+        files = super().config_files(model)
+        if (quantized := model.quantized) is None:
             return files
         # The embedding is no linear.
         ignored = [name for name in quantized.excluded if not name.endswith("embed_tokens")]

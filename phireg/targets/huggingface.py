@@ -13,11 +13,10 @@ from typing import Any
 
 from phireg.config.hf import HFConfig
 from phireg.layout.axes import columns, src
-from phireg.layout.ranks import Ranks
 from phireg.layout.rules import Policy, QuantRules, Rule, Rules
 from phireg.layout.spans import Axis, Part, Span, coalesce
 from phireg.targets.llama import llama_config, llama_problems, llama_rules
-from phireg.targets.target import Quantized, Target
+from phireg.targets.target import Target, WrittenModel
 
 FORMS = ("llama",)
 """Values of ``--as``."""
@@ -169,22 +168,15 @@ class HuggingFace(Target):
                 fed[linear] = str(source), tuple(spans)
         return fed
 
-    def config_files(
-        self,
-        fields: Mapping[str, Any],
-        hf: HFConfig,
-        dtype: str,
-        quantized: Quantized | None,
-        ranks: Ranks,
-    ) -> dict[str, dict[str, Any]]:
+    def config_files(self, model: WrittenModel) -> dict[str, dict[str, Any]]:
         """Return config.json: the source's, without code, and with the final dtype and ties."""
         if self.form == "llama":
-            return {"config.json": llama_config(fields, hf) | {"torch_dtype": dtype}}
-        config = {key: value for key, value in hf.plain().items() if key not in _CODE_KEYS}
-        key = "dtype" if "dtype" in config else "torch_dtype"
-        config[key] = dtype
-        if "tie_word_embeddings" in fields:
-            config["tie_word_embeddings"] = fields["tie_word_embeddings"]
+            config = llama_config(model.fields, model.hf)
+            return {"config.json": config | {"torch_dtype": model.dtype}}
+        config = {key: value for key, value in model.hf.plain().items() if key not in _CODE_KEYS}
+        config["dtype" if "dtype" in config else "torch_dtype"] = model.dtype
+        if "tie_word_embeddings" in model.fields:
+            config["tie_word_embeddings"] = model.fields["tie_word_embeddings"]
         return {"config.json": config}
 
 

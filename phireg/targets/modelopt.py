@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from phireg.config.hf import HFConfig
 from phireg.files.kinds import producer
-from phireg.layout.ranks import Ranks
 from phireg.targets.huggingface import HuggingFace
 from phireg.targets.target import (
     INPUT_SCALE,
@@ -18,8 +15,8 @@ from phireg.targets.target import (
     VALUE_SCALE,
     WEIGHT_SCALE,
     Layout,
-    Quantized,
     Stored,
+    WrittenModel,
 )
 
 _SCALAR = Stored("input_scale", shape="scalar")
@@ -81,17 +78,10 @@ _KV_CACHES = {
 class ModelOpt(HuggingFace):
     """Directories with ``hf_quant_config.json`` and ``quant_method`` "modelopt"."""
 
-    def config_files(
-        self,
-        fields: Mapping[str, Any],
-        hf: HFConfig,
-        dtype: str,
-        quantized: Quantized | None,
-        ranks: Ranks,
-    ) -> dict[str, dict[str, Any]]:
+    def config_files(self, model: WrittenModel) -> dict[str, dict[str, Any]]:
         """Return config.json with its quantization block, and the sidecar with the same facts."""
-        files = super().config_files(fields, hf, dtype, quantized, ranks)
-        if quantized is None:
+        files = super().config_files(model)
+        if (quantized := model.quantized) is None:
             return files
         excluded, form = list(quantized.excluded), quantized.format
         cache = "FP8" if quantized.kv_cache else None

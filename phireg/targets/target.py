@@ -142,6 +142,25 @@ class Quantized:
     excluded: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class WrittenModel:
+    """The model of one directory, as its config files tell it.
+
+    Attributes:
+        fields: the translated config, by TensorRT-LLM's names.
+        hf: the source's config.json.
+        dtype: of what is not quantized.
+        quantized: what is.
+        ranks: that the model is divided over.
+    """
+
+    fields: Mapping[str, Any]
+    hf: HFConfig
+    dtype: str
+    quantized: Quantized | None
+    ranks: Ranks
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """A value of ``--target``.
@@ -219,13 +238,6 @@ class Target:
         """
         return {}
 
-    def config_files(
-        self,
-        fields: Mapping[str, Any],
-        hf: HFConfig,
-        dtype: str,
-        quantized: Quantized | None,
-        ranks: Ranks,
-    ) -> dict[str, dict[str, Any]]:
+    def config_files(self, model: WrittenModel) -> dict[str, dict[str, Any]]:
         """Return the JSON files of the directory by name; config.json among them."""
         raise NotImplementedError

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from phireg.config.hf import HFConfig
-from phireg.layout.ranks import Ranks
 from phireg.layout.rules import QuantRules, Rules
 from phireg.reader.schemes import KV_CACHES, KV_SCALE, SCHEMES
-from phireg.targets.target import Layout, Quantized, Stored, Target
+from phireg.targets.target import Layout, Stored, Target, WrittenModel
 
 _LAYOUTS = {
     name: Layout(
@@ -39,19 +37,13 @@ class TensorRTLLM(Target):
         """Return the family's quantization rules."""
         return quant
 
-    def config_files(
-        self,
-        fields: Mapping[str, Any],
-        hf: HFConfig,
-        dtype: str,
-        quantized: Quantized | None,
-        ranks: Ranks,
-    ) -> dict[str, dict[str, Any]]:
+    def config_files(self, model: WrittenModel) -> dict[str, dict[str, Any]]:
         """Return config.json: the family's fields, the mapping and the quantization.
 
         Readers refuse keys they do not know inside ``mapping`` and ``quantization``, so both hold
         only what every release knows.
         """
+        fields, ranks, quantized = model.fields, model.ranks, model.quantized
         mapping = {"world_size": ranks.tp_size, "tp_size": ranks.tp_size, "pp_size": 1}
         if ranks.moe_ep_size > 1:
             # Every reader that knows experts knows these; without them it divides each expert.
@@ -71,7 +63,7 @@ class TensorRTLLM(Target):
         return {
             "config.json": {
                 "architecture": fields.get("architecture"),
-                "dtype": dtype,
+                "dtype": model.dtype,
                 **{key: value for key, value in fields.items() if key != "architecture"},
                 "mapping": mapping,
                 "quantization": block,
