@@ -200,18 +200,16 @@ class _Builder:
         outputs: list[Output] = []
         mapped: set[str] = set()
         owners: dict[str, dict[str, Axis]] = {"weight": {}, "bias": {}}
+        quantized = self.quantization.targets()
         for rule in rules.values():
             for companion, alternatives in rule.tensors.items():
                 rows = self.choose(alternatives, companion)
                 owners[companion][rule.target] = rows
                 self.check_sources(rule, companion, rows, mapped)
-                weight = companion == "weight"
-                kind = self.quantization.weight_code(rule) if weight else code
-                kind = rule.dtype or kind
-                made = self.shards(rule, companion, rows, kind, FOLLOWS[companion])
-                if weight and rule.cols and rule.target in self.quantization.targets():
+                made = self.shards(rule, companion, rows, rule.dtype or code, FOLLOWS[companion])
+                if companion == "weight" and rule.cols and rule.target in quantized:
                     made = map(self.quantization.packed, made)
-                elif factor := self.quantization.factor(rule.target):
+                elif factor := self.quantization.folding.factor(rule.target):
                     made = (dataclasses.replace(output, factor=factor) for output in made)
                 outputs += made
             if rule.cols is not None:
@@ -227,7 +225,7 @@ class _Builder:
         for subject, detail, where in problems:
             self.error("quant", subject, detail, where)
         if not problems:
-            for target in self.quantization.targets():
+            for target in quantized:
                 outputs += self.scales(rules[target], owners["weight"][target], code)
             outputs += self.quantization.kv_outputs(self.options.tp_size)
         return tuple(outputs)

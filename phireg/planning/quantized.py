@@ -14,7 +14,8 @@ from typing import Any
 from phireg.findings import UNMEASURED, Finding, Severity
 from phireg.layout.ranks import held
 from phireg.layout.rules import QuantRules, Rule, Rules
-from phireg.layout.spans import Axis, LayoutError, Span, take
+from phireg.layout.spans import Axis, LayoutError, Span
+from phireg.planning.folding import Folding, fold
 from phireg.planning.model import Basis, Options, Output, QuantizedLinear, Scale, ScaleTensor
 from phireg.reader.schemes import SCHEMES
 from phireg.targets.target import (
@@ -69,20 +70,11 @@ class Quantization:
     """
 
     def __init__(self, options: Options, target: Target, code: str) -> None:
-        self.format = options.format
+        self.options, self.target, self.code = options, target, code
+        self.format, self.kv_cache = options.format, options.kv_cache_dtype
         self.layout = None if self.format is None else target.layouts.get(self.format.name)
-        self.target = target
-        self.ranks = options.ranks
-        self.exclude = options.exclude
-        self.quantize_lm_head = options.quantize_lm_head
-        self.kv_cache = options.kv_cache_dtype
-        self.code = code
         self.rules = QuantRules(())
-        self.alike: dict[str, tuple[str, ...]] = {}  # modules that share an input, by each of them
-        self.folded: dict[
-            str, str
-        ] = {}  # by norm the linear whose factors it has, and theirs alike
-        self.feeds: dict[str, tuple[str, tuple[Span, ...]]] = {}  # a linear, by what feeds it
+        self.folding = Folding({}, {}, {})
         self.linears: list[QuantizedLinear] = []
         self.scales: dict[str, ScaleTensor] = {}
 
@@ -102,55 +94,26 @@ class Quantization:
         """
         chosen = ask(self.target, Target.quantized_modules, quant, family)
         if not self.target.by_rank:
-            if self.quantize_lm_head and HEAD in rules:
-                chosen = replace(chosen, linears=(*chosen.linears, HEAD))
-            left = [
-                name
-                for name, rule in rules.items()
-                if rule.cols is not None and name not in chosen.linears
-            ]
-            out = [
-                name
-                for name in chosen.linears
-                if any(fnmatchcase(name, pattern) for pattern in self.exclude)
-            ]
-            chosen = replace(
-                chosen,
-                linears=(linears := tuple(x for x in chosen.linears if x not in out)),
-                exclude_modules=tuple(sorted({*left, *out, HEAD}.difference(linears))),
-                notes=(),
-            )
+            head = (HEAD,) if self.options.quantize_lm_head and HEAD in rules else ()
+            linears = (*chosen.linears, *head)
+            kept = tuple(name for name in linears if not self.is_excluded(name))
+            others = {name for name, rule in rules.items() if rule.cols is not None}
+            left = sorted(others.union(linears, (HEAD,)).difference(kept))
+            chosen = replace(chosen, linears=kept, exclude_modules=tuple(left), notes=())
         self.rules = chosen
         awq = self.format is not None and self.format.smoothing == "awq"
-        for norm, modules in ask(self.target, Target.shared_inputs, family).items():
-            alike = tuple(name for name in modules if name in chosen.linears)
-            self.alike |= dict.fromkeys(modules, alike)
-            least = {"shared": 2, "all": 1}.get(self.target.folds or "", len(modules) + 1)
-            if awq and alike == modules and len(modules) >= least:
-                self.folded[norm] = modules[0]
-        if awq and self.target.folds == "all":
-            fed = ask(self.target, Target.fed_rows, family, fields)
-            for linear, (module, spans) in fed.items():
-                if {linear, module} <= set(chosen.linears):
-                    self.feeds[module] = (linear, spans)
+        self.folding = fold(self.target, family, fields, chosen.linears, awq=awq)
+
+    def is_excluded(self, name: str) -> bool:
+        """Whether a pattern of ``--exclude`` is a module's."""
+        return any(fnmatchcase(name, pattern) for pattern in self.options.exclude)
 
     def facts(self) -> Quantized | None:
         """What config files tell of it."""
         if self.format is None or self.layout is None:
             return None
-        return Quantized(
-            self.format,
-            self.layout,
-            self.kv_cache,
-            self.rules.linears,
-            self.rules.exclude_modules,
-        )
-
-    def weight_code(self, rule: Rule) -> str:
-        """Safetensors code of a target's weight."""
-        if self.layout is None or rule.target not in self.rules.linears:
-            return self.code
-        return self.layout.weight or self.code
+        linears, excluded = self.rules.linears, self.rules.exclude_modules
+        return Quantized(self.format, self.layout, self.kv_cache, linears, excluded)
 
     def groups(self, rule: Rule) -> int | None:
         """The number of groups in a row of a quantized linear's weight; None without groups."""
@@ -159,14 +122,14 @@ class Quantization:
 
     def packed(self, output: Output) -> Output:
         """A quantized weight as it is stored: fewer rows or columns where levels are packed."""
-        packing = None if self.layout is None else self.layout.packing
-        rows, columns = PACKINGS[packing]
+        layout = self.layout
+        assert layout is not None
+        assert layout.weight is not None  # as in targets()
+        rows, columns = packing = PACKINGS[layout.packing]
         *others, height, width = output.shape
         shape = (*others, height // rows, width // columns)
-        name = output.name
-        if self.layout is not None:
-            name = f"{name.removesuffix('weight')}{self.layout.weight_name}"
-        return replace(output, name=name, shape=shape, packing=(rows, columns))
+        name = output.name.removesuffix("weight") + layout.weight_name
+        return replace(output, name=name, dtype=layout.weight, shape=shape, packing=packing)
 
     def shape_output(self, rule: Rule) -> Output:
         """Rows and columns of a packed weight, which the run states among the scales."""
@@ -184,27 +147,16 @@ class Quantization:
         assert self.layout is not None
         assert rule.cols is not None  # problems() has checked it
         sources = tuple(module for module, _ in rows.sources)
-        alike = self.alike.get(rule.target, ())
-        in_norm = bool(alike) and alike[0] in self.folded.values()
-        in_rows = any(rule.target == fed for fed, _ in self.feeds.values())
-        feeds = tuple(
-            (fed, tuple(s for own in spans for s in take(rows.spans, own.start, own.stop)))
-            for module, (fed, spans) in self.feeds.items()
-            if module == rule.target
+        in_norm = self.folding.in_norm(rule.target)
+        linear = QuantizedLinear(
+            *(rule.target, sources, rule.cols.length, rule.experts),
+            alike=self.folding.alike.get(rule.target, ()),
+            folded=in_norm or rule.target in self.folding.feeds,
+            feeds=self.folding.fed_by(rule.target, rows.spans),
         )
-        self.linears.append(
-            QuantizedLinear(
-                *(rule.target, sources, rule.cols.length, rule.experts, alike),
-                in_norm or in_rows,
-                feeds,
-            )
-        )
+        self.linears.append(linear)
         scales = self.layout.scales
         return {**scales, PRE_SCALE: Stored("", None)} if in_norm else scales
-
-    def factor(self, norm: str) -> str | None:
-        """The scale that a norm's weight and bias are multiplied by."""
-        return f"{self.folded[norm]}.{PRE_SCALE}" if norm in self.folded else None
 
     def declare(self, rule: Rule, companion: str, rows: Axis, code: str) -> tuple[str, ...]:
         """Declare a scale that the run computes, and return the axes that it follows.
@@ -213,28 +165,22 @@ class Quantization:
         target. Stacked experts have each a scale of their weight, and one of all their inputs.
         """
         assert self.format is not None
-        per_tensor = companion == WEIGHT_SCALE and self.format.per == "tensor"
+        by_weight = companion == WEIGHT_SCALE
         follows = FOLLOWS[companion]
-        if per_tensor:
+        if by_weight and self.format.per == "tensor":
             follows = ("experts",) if rule.experts else ()
         if "rows" in follows:
-            groups = (self.groups(rule) if companion == WEIGHT_SCALE else None) or 1
+            groups = self.groups(rule) or 1
             sizes = {module: count * groups for module, count in rows.sources}
         elif "experts" in follows:
             sizes = {rule.target: rule.experts}
         else:
             sizes = {rule.target: rule.cols.length if rule.cols and "cols" in follows else 1}
+        calibrated = not by_weight or self.format.smoothing is not None
+        basis = (Basis.CALIBRATION,) * calibrated + (Basis.WEIGHTS,) * by_weight
         for module, size in sizes.items():
-            name = f"{module}.{companion}"
-            self.scales[name] = ScaleTensor(code, size, self.computed_from(companion))
+            self.scales[f"{module}.{companion}"] = ScaleTensor(code, size, basis)
         return follows
-
-    def computed_from(self, companion: str) -> tuple[Basis, ...]:
-        """See :class:`phireg.planning.model.ScaleTensor`."""
-        if companion != WEIGHT_SCALE:
-            return (Basis.CALIBRATION,)
-        smoothed = self.format is not None and self.format.smoothing is not None
-        return (Basis.CALIBRATION, Basis.WEIGHTS) if smoothed else (Basis.WEIGHTS,)
 
     def kv_outputs(self, tp_size: int) -> Iterator[Output]:
         """The scales of the KV caches, the same on every rank."""
@@ -257,17 +203,17 @@ class Quantization:
         if self.format is None or self.layout is None:
             return
         names = {*self.rules.linears, *self.rules.exclude_modules}
-        for pattern in self.exclude:
+        for pattern in self.options.exclude:
             if not any(fnmatchcase(name, pattern) for name in names):
                 yield pattern or "''", "is the pattern of no module (--exclude)", ""
-        if not self.rules.linears and self.exclude:
+        if not self.rules.linears and self.options.exclude:
             yield self.format.name, "nothing is left that is quantized to it (--exclude)", ""
         elif not self.rules.linears:
             none = "the family's quantization rules name no linears for it"
             yield self.format.name, "; ".join((none, *self.rules.notes)), ""
-        if self.quantize_lm_head and HEAD not in rules:
+        if self.options.quantize_lm_head and HEAD not in rules:
             yield HEAD, "is the embedding, which stays unquantized (--quantize-lm-head)", ""
-        elif self.quantize_lm_head and HEAD not in self.rules.linears:
+        elif self.options.quantize_lm_head and HEAD not in self.rules.linears:
             yield HEAD, "is to be quantized (--quantize-lm-head) and left out (--exclude)", ""
         readers: dict[str, list[str]] = {}
         for target, axis in axes.items():
@@ -302,14 +248,15 @@ class Quantization:
         """Why the sizes of a linear do not fit the format on every rank."""
         assert self.format is not None and self.layout is not None
         size, pair = self.format.group_size or 1, PACKINGS[self.layout.packing][0]
+        ranks = self.options.ranks
         if size == 1:
             return None
-        for rank in range(self.ranks.tp_size):
+        for rank in range(ranks.tp_size):
             try:
-                rank_rows, rank_cols = held(rule, rows, rule.cols, self.ranks, rank)
+                rank_rows, rank_cols = held(rule, rows, rule.cols, ranks, rank)
             except LayoutError:
                 return None  # the plan has an error that says so
-            on_rank = f" on rank {rank} of {self.ranks.tp_size}" if self.ranks.tp_size > 1 else ""
+            on_rank = f" on rank {rank} of {ranks.tp_size}" if ranks.tp_size > 1 else ""
             if rank_cols and any(s.start % size or s.count % size for s in rank_cols.spans):
                 instead = "fewer ranks or " if on_rank else ""
                 out = "" if self.target.by_rank else ", or leave it out (--exclude)"
