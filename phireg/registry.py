@@ -183,9 +183,9 @@ class TargetInfo:
     problem: str | None = None
 
 
-def targets(candidates: Index | None = None) -> Iterator[TargetInfo]:
+def targets() -> Iterator[TargetInfo]:
     """Load every target."""
-    for candidate in _flat(index(group=TARGETS) if candidates is None else candidates):
+    for candidate in _flat(index(group=TARGETS)):
         try:
             yield TargetInfo(candidate, candidate.load_target())
         except PluginError as error:

@@ -31,9 +31,9 @@ _PIECE = 1024  # rows that are quantized at once
 _TOKENS = 4096  # at least, that a weight is quantized for
 
 
-def weight_shares(weight: Tensor, group: int = GROUP) -> Tensor:
+def weight_shares(weight: Tensor) -> Tensor:
     """Per column the mean of |W| / the maximum of its group, computed in the weight's dtype."""
-    magnitudes = weight.abs().unflatten(1, (-1, group))
+    magnitudes = weight.abs().unflatten(1, (-1, GROUP))
     largest = magnitudes.amax(2, keepdim=True) + torch.finfo(weight.dtype).tiny
     return (magnitudes / largest).flatten(1).mean(0).float()
 
@@ -44,12 +44,12 @@ def factors(inputs: Tensor, weights: Tensor, exponent: float) -> Tensor:
     return found / (found.max() * found.min()).sqrt()
 
 
-def rounded_weight(weight: Tensor, factor: Tensor, group: int = GROUP) -> Tensor:
+def rounded_weight(weight: Tensor, factor: Tensor) -> Tensor:
     """What int4 makes of ``weight * factor``, in the weight's dtype."""
     result = torch.empty_like(weight)
     top = torch.tensor(LARGEST["int4"], device=weight.device)  # a number / x is number * (1 / x)
     for start in range(0, len(weight), _PIECE):
-        rows = (weight[start : start + _PIECE] * factor).unflatten(1, (-1, group)).float()
+        rows = (weight[start : start + _PIECE] * factor).unflatten(1, (-1, GROUP)).float()
         largest = rows.abs().amax(2, keepdim=True)
         nothing = largest <= _NOTHING
         steps = (top / largest).masked_fill(nothing, 0)

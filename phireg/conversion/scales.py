@@ -39,7 +39,6 @@ def compute_scales(
     statistics: Statistics,
     *,
     alpha: float = 1.0,
-    workers: int = WORKERS,
     device: str = CPU,
     progress: Progress | None = None,
 ) -> Scales:
@@ -50,7 +49,7 @@ def compute_scales(
     """
     inputs, idle = statistics.of_experts()
     maxima = _input_maxima(plan, statistics, inputs) if plan.options.calibrated else {}
-    workers, block_bytes = share(device, workers)
+    workers, block_bytes = share(device, WORKERS)
     with plan.source.open() as reader, one_thread_each(workers):
         worker = LinearScaler(
             plan, reader, statistics, alpha, device, block_bytes, progress or (lambda count: None)

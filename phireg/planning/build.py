@@ -243,7 +243,8 @@ class _Builder:
             groups = self.quantization.groups(rule) if companion == WEIGHT_SCALE else None
             for output in self.shards(rule, companion, rows, kind, follows):
                 if groups is not None:
-                    output = by_group(output, groups, self.kept_columns(rule, rows, output.rank))
+                    _, cols = held(rule, rows, rule.cols, self.options.ranks, output.rank)
+                    output = by_group(output, groups, rule, _kept(cols))
                 name, shape = f"{rule.target}.{stored.name}", stored.sizes(output.shape)
                 yield dataclasses.replace(output, name=name, shape=shape)
 
@@ -313,17 +314,6 @@ class _Builder:
             computed = companion not in ("weight", "bias")
             origin = Scale(spans) if computed else Rows(spans, _kept(rank_cols))
             yield Output(rank, own, code, sizes, 0, origin)
-
-    def kept_columns(self, rule: Rule, rows: Axis, rank: int) -> tuple[Span, ...] | None:
-        """The groups of a rank's inputs; None for all."""
-        columns = _kept(held(rule, rows, rule.cols, self.options.ranks, rank)[1])
-        size = self.quantization.format.group_size if self.quantization.format else None
-        if columns is None or size is None:
-            return None
-        return tuple(
-            dataclasses.replace(span, start=span.start // size, count=span.count // size)
-            for span in columns
-        )
 
     def check_ranks(self, rules: Rules) -> None:
         """Every part must be divisible."""

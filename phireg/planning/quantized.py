@@ -309,12 +309,16 @@ def _separate(experts: int, rows: Axis) -> bool:
     return len(set(map(len, owners))) == 1 and sum(map(len, owners)) == len(rows.sources)
 
 
-def by_group(output: Output, groups: int, columns: tuple[Span, ...] | None) -> Output:
-    """The scales of groups of inputs in place of the scales of rows."""
+def by_group(output: Output, groups: int, rule: Rule, inputs: tuple[Span, ...] | None) -> Output:
+    """The scales of groups of a rank's inputs in place of the scales of rows."""
     spans = tuple(
         replace(span, start=span.start * groups, count=span.count * groups)
         for span in output.origin.spans
     )
-    kept = groups if columns is None else sum(span.count for span in columns)
+    columns, kept = None, groups
+    if inputs is not None and rule.cols is not None:
+        size = rule.cols.length // groups
+        columns = tuple(replace(s, start=s.start // size, count=s.count // size) for s in inputs)
+        kept = sum(span.count for span in columns)
     origin = Scale(spans, groups, columns)
     return replace(output, shape=(*output.shape, kept), origin=origin)

@@ -18,6 +18,7 @@ from phireg.targets.target import (
     Stored,
     WrittenModel,
 )
+from phireg.targets.trtllm import quantization_block
 
 _SCALAR = Stored("input_scale", shape="scalar")
 _PRE_SCALE = Stored("pre_quant_scale", None)
@@ -83,34 +84,21 @@ class ModelOpt(HuggingFace):
         files = super().config_files(model)
         if (quantized := model.quantized) is None:
             return files
-        excluded, form = list(quantized.excluded), quantized.format
-        cache = "FP8" if quantized.kv_cache else None
-        files["hf_quant_config.json"] = {
-            "producer": producer(),
-            "quantization": {
-                "quant_algo": quantized.layout.algorithm,
-                "kv_cache_quant_algo": cache,
-                "exclude_modules": excluded,
-            },
+        facts, by = quantization_block(quantized), {"producer": producer()}
+        files["hf_quant_config.json"] = {**by, "quantization": facts}
+        settings: dict[str, Any] = {
+            "ignore": facts["exclude_modules"],
+            "quant_algo": facts["quant_algo"],
         }
-        if form.group_size is not None:
-            grouped: dict[str, Any] = {"group_size": form.group_size}
-            if form.smoothing == "awq":
-                grouped |= {"has_zero_point": False, "pre_quant_scale": True}
-            files["hf_quant_config.json"]["quantization"] |= grouped
-        block: dict[str, Any] = {"ignore": excluded, "quant_algo": quantized.layout.algorithm}
-        if form.name == "nvfp4":
-            four = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": form.group_size}
-            group = {"input_activations": four, "weights": four, "targets": ["Linear"]}
-            block = {"config_groups": {"group_0": group}, **block}
-        if quantized.layout.algorithm == "FP8":
-            eight = {"dynamic": False, "num_bits": 8, "type": "float"}
-            group = {"input_activations": eight, "weights": eight, "targets": ["Linear"]}
-            block = {"config_groups": {"group_0": group}, **block}
-        if cache:
-            block["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
-        block |= {"producer": producer(), "quant_method": "modelopt"}
-        files["config.json"]["quantization_config"] = block
+        eight: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
+        four = {**eight, "num_bits": 4, "group_size": quantized.format.group_size}
+        if levels := {"fp8": eight, "nvfp4": four}.get(quantized.format.name):
+            group = {"input_activations": levels, "weights": levels, "targets": ["Linear"]}
+            settings = {"config_groups": {"group_0": group}, **settings}
+        if quantized.kv_cache:
+            settings["kv_cache_scheme"] = eight
+        settings |= {**by, "quant_method": "modelopt"}
+        files["config.json"]["quantization_config"] = settings
         return files
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from phireg.layout.rules import QuantRules, Rules
 from phireg.reader.schemes import KV_CACHES, KV_SCALE, SCHEMES
-from phireg.targets.target import Layout, Stored, Target, WrittenModel
+from phireg.targets.target import Layout, Quantized, Stored, Target, WrittenModel
 
 _LAYOUTS = {
     name: Layout(
@@ -23,6 +23,18 @@ _LAYOUTS = {
     )
     for name, scheme in SCHEMES.items()
 }
+
+
+def quantization_block(quantized: Quantized) -> dict[str, Any]:
+    """Return what TensorRT-LLM's and ModelOpt's files say of a quantization."""
+    form = quantized.format
+    return {
+        "quant_algo": quantized.layout.algorithm,
+        "kv_cache_quant_algo": KV_CACHES[quantized.kv_cache] if quantized.kv_cache else None,
+        "exclude_modules": list(quantized.excluded),
+        **({} if form.group_size is None else {"group_size": form.group_size}),
+        **({"has_zero_point": False, "pre_quant_scale": True} if form.smoothing == "awq" else {}),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,25 +60,14 @@ class TensorRTLLM(Target):
         if ranks.moe_ep_size > 1:
             # Every reader that knows experts knows these; without them it divides each expert.
             mapping |= {"moe_tp_size": ranks.moe_tp_size, "moe_ep_size": ranks.moe_ep_size}
-        block: dict[str, Any] = {"quant_algo": None, "kv_cache_quant_algo": None}
-        if quantized is not None:
-            cache = KV_CACHES[quantized.kv_cache] if quantized.kv_cache else None
-            block = {
-                "quant_algo": quantized.layout.algorithm,
-                "kv_cache_quant_algo": cache,
-                "exclude_modules": list(quantized.excluded),
-            }
-            if quantized.format.group_size is not None:
-                block["group_size"] = quantized.format.group_size
-            if quantized.format.smoothing == "awq":
-                block |= {"has_zero_point": False, "pre_quant_scale": True}
+        plain = {"quant_algo": None, "kv_cache_quant_algo": None}
         return {
             "config.json": {
                 "architecture": fields.get("architecture"),
                 "dtype": model.dtype,
                 **{key: value for key, value in fields.items() if key != "architecture"},
                 "mapping": mapping,
-                "quantization": block,
+                "quantization": plain if quantized is None else quantization_block(quantized),
             }
         }
 
