@@ -20,8 +20,12 @@ Float32 = npt.NDArray[np.float32]
 
 _FRACTION_BITS = {"F16": 10, "BF16": 7, "F32": 23}
 
-# Elements cast at a time: copies of them stay in the cache, and the allocator keeps their memory.
-PIECE = 64 * 1024
+# Elements cast at a time: they and a copy of them stay in the cache. Fewer would mean more calls,
+# after each of which a worker waits for the interpreter.
+PIECE = 256 * 1024
+
+_GROUP = 4
+"""Elements that are cast again together if one of them needs it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,26 +80,24 @@ def cast(block: Bits, source: str, target: str, out: Bits | None = None) -> tupl
     """
     result: Bits = np.empty(block.shape, BITS[target]) if out is None else out
     before, after = block.reshape(-1), result.reshape(-1)
-    pieces = [slice(start, start + PIECE) for start in range(0, block.size, PIECE)]
-    if (source, target) == ("BF16", "F32"):
-        np.left_shift(before, 16, out=after, dtype=after.dtype)
+    if source == target or (source, target) == ("BF16", "F32"):  # whose zeros are at the end
+        added = 8 * (ITEMSIZE[target] - ITEMSIZE[source])
+        np.left_shift(before, added, out=after, dtype=after.dtype)
         return result, NO_LOSS
-    if source == "F16":  # its values are all in the range of the others
-        for piece in pieces:
-            np.take(_of_float16(target), before[piece], out=after[piece], mode="clip")
-        return result, NO_LOSS
-    odd = np.empty(block.size, bool)
-    for piece in pieces:
-        odd[piece] = _round_normal(before[piece], after[piece], source, target)
-    places, loss = np.flatnonzero(odd), NO_LOSS
-    for start in range(0, places.size, PIECE):
-        some = places[start : start + PIECE]
-        values = before[some]
-        after[some] = rounded = _round(values, source, target)
-        values, rounded = _magnitude(values, source), _magnitude(rounded, target)
-        overflowed = (rounded == INFINITY_BITS[target]) & (values < INFINITY_BITS[source])
-        flushed = (rounded == 0) & (values > 0)
-        loss += Loss(int(np.count_nonzero(overflowed)), int(np.count_nonzero(flushed)))
+    loss = NO_LOSS
+    for start in range(0, block.size, PIECE):
+        some, rounded = before[start : start + PIECE], after[start : start + PIECE]
+        if source == "F16":  # its values are all in the range of the others
+            _look_up(some, source, target, rounded)
+            continue
+        grouped = some.size - some.size % _GROUP
+        groups = some[:grouped].reshape(_GROUP, -1), rounded[:grouped].reshape(_GROUP, -1)
+        odd = np.flatnonzero(_round_normal(*groups, source, target))
+        groups[1][:, odd], lost = _round_any(groups[0].take(odd, axis=1), source, target)
+        loss += lost
+        if grouped < some.size:
+            rounded[grouped:], lost = _round_any(some[grouped:], source, target)
+            loss += lost
     return result, loss
 
 
@@ -105,31 +107,49 @@ def _magnitude(bits: Bits, code: str) -> Bits:
 
 
 def _round_normal(before: Bits, after: Bits, source: str, target: str) -> Any:
-    """Round F32 or BF16 in integers; return where that is not right, as booleans.
+    """Round F32 or BF16 in integers; return the columns where that is not right, as booleans.
 
-    It is between the target's smallest normal number and what rounds to infinity. There the
-    exponent moves by a constant, and a carry out of the fraction gives the right exponent.
+    It is between the target's smallest normal number and what rounds to infinity. There a carry out
+    of the fraction gives the right exponent, of which BF16 and F16 have the highest bit in common.
     """
     kept, wanted = _FRACTION_BITS[source], _FRACTION_BITS[target]
     moved = 127 - 15 if target == "F16" else 0
     smallest, infinity = 1 + moved << kept, (INFINITY_BITS[target] >> wanted) + moved << kept
-    magnitude = _magnitude(before, source)
-    sign = before ^ magnitude
-    if kept > wanted:
-        half = 1 << kept - wanted - 1
-        infinity -= half
-        bits = magnitude >> kept - wanted
-        bits &= 1  # a tie goes to the even one
-        bits += magnitude
-        bits += half - 1
-        bits >>= kept - wanted
-        sign >>= 16
+    shift = kept - wanted
+    if source == "F32":
+        infinity -= 1 << shift - 1
+    work = np.empty_like(before) if source == "F32" else after
+    np.multiply(before, 2, out=work)  # without the sign
+    work -= 2 * smallest
+    odd = np.maximum.reduce(work, axis=0) >= 2 * (infinity - smallest)
+    upper = before
+    if source == "F32":
+        np.right_shift(before, shift, out=work)
+        work &= 1  # a tie goes to the even one
+        work += before
+        work += (1 << shift - 1) - 1
+        np.right_shift(work, shift, out=after, casting="unsafe")
+        if target == "F16":
+            upper = np.right_shift(work, 16, out=np.empty_like(after), casting="unsafe")
     else:
-        bits = magnitude << wanted - kept
-    bits -= moved << wanted & 0xFFFF
-    np.bitwise_or(bits, sign, out=after, casting="unsafe")
-    magnitude -= smallest
-    return magnitude >= infinity - smallest
+        np.multiply(before, 8, out=after)
+    if target == "F16":  # the sign and the highest bit of the exponent, and all others
+        after ^= upper
+        after &= 0x3FFF
+        after ^= upper
+    return odd
+
+
+def _round_any(bits: Bits, source: str, target: str) -> tuple[Bits, Loss]:
+    """Round few values, whatever they are, and count the losses."""
+    rounded = _look_up(bits, source, target) if source == "BF16" else _round(bits, source, target)
+    after, infinity = _magnitude(rounded, target), INFINITY_BITS[target]
+    if after.min(initial=1) > 0 and after.max(initial=0) < infinity:  # nearly always
+        return rounded, NO_LOSS
+    before = _magnitude(bits, source)
+    overflowed = (after == infinity) & (before < INFINITY_BITS[source])
+    flushed = (after == 0) & (before > 0)
+    return rounded, Loss(int(np.count_nonzero(overflowed)), int(np.count_nonzero(flushed)))
 
 
 def _round(bits: Bits, source: str, target: str) -> Bits:
@@ -146,16 +166,27 @@ def _round(bits: Bits, source: str, target: str) -> Bits:
         rounded: Bits = (wide + 0x7FFF + (wide >> 16 & 1) >> 16).astype(np.uint16)
         rounded[nan] = 0xFFFF if source == "F32" else 0x7FC0
         return rounded
-    with np.errstate(all="ignore"):
-        rounded = wide.view(np.float32).astype(np.float16).view(np.uint16)
-    rounded[nan] = (wide[nan] >> 16 & 0x8000) | 0x7E00 | (wide[nan] >> 13 & 0x3FF)
+    magnitude, sign = _magnitude(wide, "F32"), (wide >> 16 & 0x8000).astype(np.uint16)
+    normal = (magnitude + 0xFFF + (magnitude >> 13 & 1) >> 13) - (127 - 15 << 10)
+    with np.errstate(invalid="ignore"):  # the sum has a float16's smallest denormal as last digit
+        denormal = (magnitude.view(np.float32) + np.float32(0.5)).view(np.uint32) - 0x3F000000
+    finite = np.where(magnitude < 127 - 14 << 23, denormal, np.minimum(normal, 0x7C00))
+    rounded = finite.astype(np.uint16) | sign
+    rounded[nan] = sign[nan] | 0x7E00 | (wide[nan] >> 13 & 0x3FF).astype(np.uint16)
+    return rounded
+
+
+def _look_up(bits: Bits, source: str, target: str, out: Bits | None = None) -> Bits:
+    """Round values of 16 bits by a table."""
+    # Every pattern is in it; this mode checks for others fastest.
+    rounded: Bits = np.take(_table(source, target), bits, out=out, mode="wrap")
     return rounded
 
 
 @cache
-def _of_float16(target: str) -> Bits:
-    """Return what each pattern of a float16 becomes."""
-    return _round(np.arange(2**16, dtype=np.uint16), "F16", target)
+def _table(source: str, target: str) -> Bits:
+    """Return what each pattern of 16 bits becomes."""
+    return _round(np.arange(2**16, dtype=np.uint16), source, target)
 
 
 @contextmanager

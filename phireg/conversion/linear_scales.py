@@ -109,7 +109,7 @@ class LinearScaler:
         """Add a scale in the dtype that it is stored in."""
         code = self.plan.scales[name].dtype
         bits = np.asarray(values, np.float32).reshape(-1).view(BITS["F32"])
-        scales.values[name] = bits if code == "F32" else cast(bits, "F32", code)[0]
+        scales.values[name] = cast(bits, "F32", code)[0]
 
     def smoothquant(self, linear: QuantizedLinear, inputs: Float32, scales: LinearScales) -> None:
         """A smoothing vector for the input, then a scale for each row of the smoothed weight."""

@@ -239,5 +239,5 @@ def _kv_scales(plan: Plan, statistics: Statistics) -> dict[str, Bits]:
             elif not largest:
                 scale = np.ones(1, np.float32)
             code, bits = plan.scales[name].dtype, scale.view(BITS["F32"])
-            scales[name] = bits if code == "F32" else cast(bits, "F32", code)[0]
+            scales[name] = cast(bits, "F32", code)[0]
     return scales

@@ -31,8 +31,9 @@ Small enough that a block is still in the processor's cache when it is hashed an
 4 MiB take half as long again.
 """
 
-# Times BLOCK_BYTES at most where ranks take columns of the rows, and so parts of a block.
-_CUT_BLOCKS = 4
+# Times BLOCK_BYTES at most where ranks take columns of the rows, and so parts of a block; and where
+# values are cast, after each step of which a worker may have to wait for the interpreter.
+_CUT_BLOCKS, _CAST_BLOCKS = 4, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,13 +333,14 @@ class Plan:
         return WEIGHT_DTYPES[self.options.dtype] if quantizes else output.dtype
 
     def blocks(self, step: Step) -> int:
-        """Return how many times BLOCK_BYTES a worker holds of a step's rows.
-
-        Where ranks take columns of them, more, so that each still has much to write at once.
-        """
-        origins = [self.outputs[write.output].origin for write in step.writes]
-        cut = any(isinstance(origin, Rows) and origin.columns for origin in origins)
-        return min(len(origins), _CUT_BLOCKS) if cut and not self.linears else 1
+        """Return how many times BLOCK_BYTES a worker holds of a step's rows."""
+        outputs = [self.outputs[write.output] for write in step.writes]
+        if self.linears or step.source is None:
+            return 1
+        if any(isinstance(output.origin, Rows) and output.origin.columns for output in outputs):
+            return min(len(outputs), _CUT_BLOCKS)
+        casts = any(self.carried_code(output) != step.source.dtype for output in outputs)
+        return _CAST_BLOCKS if casts else 1
 
     def buffer_bytes(self, workers: int) -> int:
         """Upper bound of the memory a run holds in buffers.

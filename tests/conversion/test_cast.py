@@ -94,6 +94,22 @@ def test_pieces_do_not_matter(source, target, monkeypatch):
     assert np.array_equal(out, expected)
 
 
+@pytest.mark.parametrize("source, target", [("BF16", "F16"), ("F32", "F16"), ("F32", "BF16")])
+@pytest.mark.parametrize("size", [1, 4, 11])
+def test_one_value_out_of_range_is_rounded_and_counted_wherever_it_is(source, target, size):
+    numbers = np.linspace(0.5, -1.5, size, dtype=np.float32)
+    for place in range(size):
+        for odd in (0.0, -0.0, 1e-7, -3e-6, 1e-45, 3.3e38, 7e4, -np.inf):
+            numbers[place] = odd
+            bits = narrowed(numbers.view(np.uint32), source)
+            rounded, loss = cast(bits, source, target)
+            assert np.array_equal(rounded, narrowed(widened(bits, source), target))
+            before, after = values(bits, source), values(rounded, target)
+            overflowed = int((np.isfinite(before) & np.isinf(after)).sum())
+            assert loss == Loss(overflowed, int(((before != 0) & (after == 0)).sum()))
+        numbers[place] = 0.5
+
+
 def test_losses_happen_where_they_must():
     """The counts above are not all zero."""
     lost = {pair: cast(SOURCES[pair[0]].copy(), *pair)[1] for pair in PAIRS}
