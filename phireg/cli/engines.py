@@ -31,15 +31,17 @@ def plan_document(plan: BuildPlan | EnginePlan, built: Any) -> dict[str, Any]:
 
     own: dict[str, Any]
     if isinstance(plan, BuildPlan):
-        tp_size, notes = plan.command.tp_size, plan.command.notes
         own = {
+            "tp_size": plan.command.tp_size,
+            "notes": list(plan.command.notes),
             "command": list(plan.line),
             "trtllm_version": plan.version,
             "run_options": dict(plan.command.run_options),
         }
     else:
-        tp_size, notes = plan.spec.tp_size, plan.notes
         own = {
+            "tp_size": plan.spec.tp_size,
+            "notes": list(plan.notes),
             "backend": plan.backend,
             "version": plan.package.version,
             "gpus": list(plan.gpus),
@@ -54,8 +56,6 @@ def plan_document(plan: BuildPlan | EnginePlan, built: Any) -> dict[str, Any]:
         "model_dir": None if plan.checkpoint else str(plan.source),
         "config": dict(plan.config),
         "output_dir": str(plan.output_dir),
-        "tp_size": tp_size,
-        "notes": list(notes),
         "files": dict(built.files) if built else None,
         "log": str(built.log) if built else None,
         "seconds": round(built.seconds, 3) if built else None,

@@ -27,7 +27,7 @@ from phireg.planning.build import build_plan
 from phireg.planning.model import SHARD_BYTES, Options, Output, Plan, Rows, Scale
 from phireg.planning.plan import check_format, choose_family
 from phireg.planning.schedule import schedule
-from phireg.reader.schemes import KV_CACHES, SCHEMES
+from phireg.reader.schemes import CACHE_DTYPES, QFORMATS, SCHEMES
 from phireg.reader.structure import structure_findings
 from phireg.registry import AUTO, load_target
 from phireg.source.hub import resolve_model_dir
@@ -134,16 +134,14 @@ def _unfit(checkpoint: Path, defects: list[str]) -> CheckError:
 def _options(config: Mapping[str, Any], target: str, max_shard_size: int) -> Options:
     """Return the options that the checkpoint was made with, and the target."""
     quantization, mapping = config.get("quantization") or {}, config.get("mapping") or {}
-    formats = {scheme.quant_algo: name for name, scheme in SCHEMES.items()}
     algorithm = quantization.get("quant_algo")
-    qformat = formats.get(str(algorithm))
+    qformat = QFORMATS.get(str(algorithm))
     if qformat is None and algorithm is not None:
         raise UsageError(
             f"the checkpoint is quantized as {algorithm!r}, whose tensors phireg does not know",
             hint="quantize the model anew: phireg quantize.",
         )
-    caches = {algorithm: name for name, algorithm in KV_CACHES.items()}
-    cache = caches.get(str(quantization.get("kv_cache_quant_algo")))
+    cache = CACHE_DTYPES.get(str(quantization.get("kv_cache_quant_algo")))
     written = load_target(target)
     if qformat is not None and SCHEMES[qformat].weight is None:
         qformat = None  # files hold the raw weights, which the builder quantizes

@@ -16,6 +16,7 @@ from phireg.layout.axes import OWN_COLUMNS
 from phireg.layout.ranks import held, tp_sizes, undivided
 from phireg.layout.rules import Rule, Rules
 from phireg.layout.spans import Axis, LayoutError, Span, check_partition
+from phireg.planning.fitness import obstacles, remarks
 from phireg.planning.merging import merge_adapter
 from phireg.planning.model import Options, Output, Plan, Rows, Scale
 from phireg.planning.quantized import FOLLOWS, Quantization, by_group
@@ -103,7 +104,7 @@ class _Builder:
                 config = documents["config.json"]
                 if self.target.by_rank:
                     self.check_schema(config, outputs)
-                self.findings += self.quantization.findings(fields, outputs)
+                self.findings += remarks(self.quantization, fields, outputs)
         else:
             self.findings.append(
                 Finding(Severity.NOTE, "weights", "", "not checked, because the config has errors")
@@ -221,7 +222,7 @@ class _Builder:
             for problem in check_partition(axes, sources):
                 self.error("partition", f"rows of every {companion}", problem)
         self.check_unmapped(mapped, rules)
-        problems = list(self.quantization.problems(rules, owners["weight"]))
+        problems = list(obstacles(self.quantization, rules, owners["weight"]))
         for subject, detail, where in problems:
             self.error("quant", subject, detail, where)
         if not problems:

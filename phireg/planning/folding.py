@@ -41,21 +41,17 @@ class Folding:
 def fold(
     target: Target, family: Rules, fields: Mapping[str, Any], linears: Collection[str], *, awq: bool
 ) -> Folding:
-    """Return the folding of quantized linears: of formats without AWQ, which are alike."""
+    """Return which quantized linears share an input, and for AWQ where their factors stand."""
     shared = ask(target, Target.shared_inputs, family)
     fed = ask(target, Target.fed_rows, family, fields) if awq and target.folds == "all" else {}
-    alike = {
-        name: tuple(x for x in modules if x in linears)
-        for modules in shared.values()
-        for name in modules
-    }
-    least = {"shared": 2, "all": 1}.get(target.folds or "")
+    chosen, least = set(linears), {"shared": 2, "all": 1}.get(target.folds or "", 0)
+    alike = {x: tuple(n for n in group if n in chosen) for group in shared.values() for x in group}
     return Folding(
         alike,
         {
             norm: modules[0]
             for norm, modules in shared.items()
-            if awq and least is not None and len(modules) >= least and alike[modules[0]] == modules
+            if awq and 0 < least <= len(modules) and alike[modules[0]] == modules
         },
-        {linear: rows for linear, rows in fed.items() if {linear, rows[0]} <= set(linears)},
+        {linear: rows for linear, rows in fed.items() if {linear, rows[0]} <= chosen},
     )

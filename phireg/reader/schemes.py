@@ -100,10 +100,12 @@ KV_SCALE = "kv_cache_scaling_factor"
 """The scale of an attention module's KV cache, float32 [1]: what is stored is key (or value)
 divided by it."""
 
-_ALGORITHMS = {scheme.quant_algo: scheme.qformat for scheme in SCHEMES.values()}
+QFORMATS = {scheme.quant_algo: scheme.qformat for scheme in SCHEMES.values()}
+CACHE_DTYPES = {algorithm: name for name, algorithm in KV_CACHES.items()}
+"""``--qformat`` and ``--kv-cache-dtype`` by what a checkpoint's ``quantization`` has."""
 RAW = (None, *WEIGHT_ONLY.values())
 """Values of ``quant_algo`` whose weights are in the checkpoint's dtype."""
-KNOWN = (None, *_ALGORITHMS)
+KNOWN = (None, *QFORMATS)
 """Values of ``quant_algo`` whose tensors are known."""
 
 _MOST_PATTERNS = 100
@@ -164,7 +166,6 @@ class Quantization:
 def parse_quantization(config: Config) -> Quantization:
     """Read the ``quantization`` block of config.json."""
     block = config.block("quantization")
-    caches = {algorithm: grid for grid, algorithm in KV_CACHES.items()}
     patterns = block.values.get("exclude_modules") or []
     if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
         raise block.error(f"exclude_modules is {patterns!r}, not a list of module names")
@@ -172,9 +173,9 @@ def parse_quantization(config: Config) -> Quantization:
         excluded = Excluded(patterns)
     except ValueError as error:
         raise block.error(f"exclude_modules has {error}") from None
-    weights = _algorithm(block, "quant_algo", _ALGORITHMS)
+    weights = _algorithm(block, "quant_algo", QFORMATS)
     grouped = weights is not None and SCHEMES[weights].storage is not None
-    cache = _algorithm(block, "kv_cache_quant_algo", caches)
+    cache = _algorithm(block, "kv_cache_quant_algo", CACHE_DTYPES)
     return Quantization(weights, cache, excluded, 4 if grouped else 8)
 
 

@@ -86,19 +86,18 @@ class ModelOpt(HuggingFace):
             return files
         facts, by = quantization_block(quantized), {"producer": producer()}
         files["hf_quant_config.json"] = {**by, "quantization": facts}
-        settings: dict[str, Any] = {
-            "ignore": facts["exclude_modules"],
-            "quant_algo": facts["quant_algo"],
-        }
         eight: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
         four = {**eight, "num_bits": 4, "group_size": quantized.format.group_size}
-        if levels := {"fp8": eight, "nvfp4": four}.get(quantized.format.name):
-            group = {"input_activations": levels, "weights": levels, "targets": ["Linear"]}
-            settings = {"config_groups": {"group_0": group}, **settings}
-        if quantized.kv_cache:
-            settings["kv_cache_scheme"] = eight
-        settings |= {**by, "quant_method": "modelopt"}
-        files["config.json"]["quantization_config"] = settings
+        levels = {"fp8": eight, "nvfp4": four}.get(quantized.format.name)
+        group = {"input_activations": levels, "weights": levels, "targets": ["Linear"]}
+        files["config.json"]["quantization_config"] = {
+            **({"config_groups": {"group_0": group}} if levels else {}),
+            "ignore": facts["exclude_modules"],
+            "quant_algo": facts["quant_algo"],
+            **({"kv_cache_scheme": eight} if quantized.kv_cache else {}),
+            **by,
+            "quant_method": "modelopt",
+        }
         return files
 
 

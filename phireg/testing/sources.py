@@ -115,17 +115,10 @@ def _random_values(name: str, parameter: Tensor, generator: Any) -> Tensor:
 
 # --- random models of any size -------------------------------------------------------------------
 
-_POOL = 2**22
+_POOL, _SHARD = 2**22, 5 * 10**9
 
 
-def write_random_model(
-    family: Family,
-    config: Mapping[str, Any],
-    directory: Path,
-    *,
-    shard_bytes: int = 5 * 10**9,
-    seed: int = 0,
-) -> None:
+def write_random_model(family: Family, config: Mapping[str, Any], directory: Path) -> None:
     """Write config.json and bfloat16 weights (normal, deviation 0.02) of a model of any size.
 
     Names and shapes are the first alternatives of the family's rules. Tensors repeat a pool of four
@@ -136,11 +129,9 @@ def write_random_model(
         family: whose rules to use.
         config: the source config.json.
         directory: created if missing.
-        shard_bytes: size at which a new shard begins.
-        seed: of the random values.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     values = rng.standard_normal(_POOL, np.float32) * np.float32(0.02)
     pool = (values.view(np.uint32) >> 16).astype(np.uint16)
 
@@ -155,7 +146,7 @@ def write_random_model(
     size = 0
     for name, shape in source_shapes(family, config).items():
         nbytes = 2 * math.prod(shape)
-        if shards[-1] and size + nbytes > shard_bytes:
+        if shards[-1] and size + nbytes > _SHARD:
             shards.append([])
             size = 0
         shards[-1].append((name, "BF16", shape))

@@ -18,7 +18,7 @@ from phireg.files.sizes import size
 from phireg.planning.model import Output, Plan, QuantizedLinear, Scale
 from phireg.planning.report import ranges
 from phireg.planning.schedule import restrict
-from phireg.reader.schemes import KNOWN, KV_CACHES, SCHEMES
+from phireg.reader.schemes import CACHE_DTYPES, KNOWN, QFORMATS
 from phireg.reader.structure import structure_findings
 from phireg.registry import AUTO
 from phireg.source.readings import Readings
@@ -134,11 +134,9 @@ class CheckpointVerifier(Verifier):
     def options(self) -> dict[str, Any]:
         """Return the options of a conversion that config.json tells of."""
         dtype = self.config.get("dtype")
-        qformats = {scheme.quant_algo: name for name, scheme in SCHEMES.items()}
-        caches = {algorithm: name for name, algorithm in KV_CACHES.items()}
         # None for algorithms that phireg does not write.
-        qformat = qformats.get(str(self.quantization.get("quant_algo")))
-        cache = caches.get(str(self.quantization.get("kv_cache_quant_algo")))
+        qformat = QFORMATS.get(str(self.quantization.get("quant_algo")))
+        cache = CACHE_DTYPES.get(str(self.quantization.get("kv_cache_quant_algo")))
         mapping = self.config.get("mapping")
         ep_size = mapping.get("moe_ep_size") if isinstance(mapping, Mapping) else None
         possible = isinstance(ep_size, int) and ep_size > 1 and self.tp_size % ep_size == 0
@@ -177,7 +175,7 @@ class CheckpointVerifier(Verifier):
             raise Skipped(f"the source cannot be planned: {self.plan.errors[0].detail}")
         expected = dict(self.plan.config)
         cache, alone = self.quantization.get("kv_cache_quant_algo"), []
-        if cache in KV_CACHES.values() and self.quantization.get("quant_algo") is None:
+        if cache in CACHE_DTYPES and self.quantization.get("quant_algo") is None:
             expected["quantization"] = {**expected["quantization"], "kv_cache_quant_algo": cache}
             alone = ["only the KV cache is quantized; phireg writes no such checkpoints"]
         problems, notes = compare_configs(self.config, expected)
