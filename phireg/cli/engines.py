@@ -29,9 +29,8 @@ def plan_document(plan: BuildPlan | EnginePlan, built: Any) -> dict[str, Any]:
     """Return a plan, and what was built of it, as ``--json`` has it."""
     from phireg.trtllm.build import BuildPlan
 
-    own: dict[str, Any]
     if isinstance(plan, BuildPlan):
-        own = {
+        own: dict[str, Any] = {
             "tp_size": plan.command.tp_size,
             "notes": list(plan.command.notes),
             "command": list(plan.line),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from phireg.config.hf import HFConfig
 from phireg.dtypes import WEIGHT_DTYPES
+from phireg.errors import PluginError
 from phireg.findings import Finding, Severity, limited
 from phireg.layout.axes import OWN_COLUMNS
 from phireg.layout.ranks import held, tp_sizes, undivided
@@ -27,7 +28,7 @@ from phireg.planning.ties import TIES, settle_ties
 from phireg.reader.tensors import required_tensors
 from phireg.registry import load_target
 from phireg.source.model import Source
-from phireg.targets.target import PRE_SCALE, SHAPE, WEIGHT_SCALE, Target, WrittenModel, ask
+from phireg.targets.target import DEFECT, PRE_SCALE, SHAPE, WEIGHT_SCALE, Target, WrittenModel, ask
 
 if TYPE_CHECKING:
     from phireg.registry import FamilyChoice
@@ -101,9 +102,8 @@ class _Builder:
             else:
                 documents = self.documents(fields, dtype)
                 outputs = self.outputs(rules, code)
-                config = documents["config.json"]
                 if self.target.by_rank:
-                    self.check_schema(config, outputs)
+                    self.check_schema(documents["config.json"], outputs)
                 self.findings += remarks(self.quantization, fields, outputs)
         else:
             self.findings.append(
@@ -117,10 +117,9 @@ class _Builder:
             if len(files) > MOST_FILES:
                 detail = f"makes {len(files)} files; {MOST_FILES} are the most"
                 self.error("target", "--max-shard-size", detail)
-        quantization = self.quantization
         if any(finding.severity is Severity.ERROR for finding in self.findings):
             outputs, files = (), ()
-            quantization = Quantization(self.options, self.target, code)
+            self.quantization = Quantization(self.options, self.target, code)
         else:
             headers, outputs = placed(outputs, len(files), None if self.target.by_rank else PT)
             if not self.target.by_rank and len(files) > 1:
@@ -137,9 +136,9 @@ class _Builder:
             headers=headers,
             tasks=schedule(outputs, self.source.tensors),
             findings=limited(self.findings),
-            linears=tuple(quantization.linears),
-            kv_caches=quantization.rules.kv_caches if quantization.kv_cache else (),
-            scales=quantization.scales,
+            linears=tuple(self.quantization.linears),
+            kv_caches=self.quantization.rules.kv_caches if self.options.kv_cache_dtype else (),
+            scales=self.quantization.scales,
             tp_sizes=self.tp_sizes,
         )
 
@@ -193,7 +192,11 @@ class _Builder:
     def documents(self, fields: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
         """The JSON files of the directory."""
         model = WrittenModel(fields, self.hf, dtype, self.quantization.facts(), self.options.ranks)
-        return ask(self.target, Target.config_files, model)
+        files = ask(self.target, Target.config_files, model)
+        if "config.json" in files:
+            return files
+        who = f"target '{self.target.name}'"
+        raise PluginError(f"{who}: config_files returned no config.json", hint=DEFECT)
 
     def outputs(self, rules: Rules, code: str) -> tuple[Output, ...]:
         """Every tensor of every rank, not placed in files yet; findings on the way."""

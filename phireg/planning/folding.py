@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phireg.layout.rules import Rules
-from phireg.layout.spans import Span, take
+from phireg.layout.spans import Span
 from phireg.targets.target import PRE_SCALE, Target, ask
 
 
@@ -26,16 +26,6 @@ class Folding:
     def in_norm(self, linear: str) -> bool:
         """Whether a norm has the factors of a linear."""
         return any(linear in self.alike[first] for first in self.norms.values())
-
-    def fed_by(
-        self, module: str, rows: tuple[Span, ...]
-    ) -> tuple[tuple[str, tuple[Span, ...]], ...]:
-        """The linears that a module feeds, each with the spans of their rows in its sources."""
-        return tuple(
-            (linear, tuple(span for s in spans for span in take(rows, s.start, s.stop)))
-            for linear, (source, spans) in self.feeds.items()
-            if source == module
-        )
 
 
 def fold(

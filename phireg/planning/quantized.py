@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from phireg.layout.rules import QuantRules, Rule, Rules
-from phireg.layout.spans import Axis, LayoutError, Span
+from phireg.layout.spans import Axis, LayoutError, Span, take
 from phireg.planning.folding import Folding, fold
 from phireg.planning.model import Basis, Options, Output, QuantizedLinear, Scale, ScaleTensor
 from phireg.reader.schemes import SCHEMES
@@ -147,7 +147,11 @@ class Quantization:
             *(rule.target, sources, rule.cols.length, rule.experts),
             alike=self.folding.alike.get(rule.target, ()),
             folded=in_norm or rule.target in self.folding.feeds,
-            feeds=self.folding.fed_by(rule.target, rows.spans),
+            feeds=tuple(
+                (fed, tuple(s for own in spans for s in take(rows.spans, own.start, own.stop)))
+                for fed, (module, spans) in self.folding.feeds.items()
+                if module == rule.target
+            ),
         )
         self.linears.append(linear)
         scales = self.layout.scales

@@ -43,11 +43,13 @@ PACKINGS = {None: (1, 1), "rows": (2, 1), "columns": (1, 2), "words": (1, 8)}
 columns in a 32-bit word (``phireg.conversion.groups``)."""
 
 
+DEFECT = "this is a defect of the target; report it to its authors."
+
+
 def ask(target: Target, method: Callable[..., _Result], *arguments: Any) -> _Result:
     """Call the target's own version of a method of :class:`Target`; its defects are its authors'.
 
-    The result must be of the type stated here. A method that is given rules may raise LayoutError:
-    sizes do not fit each other.
+    Results must be of the types stated here. Methods that are given rules may raise LayoutError.
     """
     name, kind = method.__name__, get_type_hints(method)["return"]
     try:
@@ -63,7 +65,7 @@ def ask(target: Target, method: Callable[..., _Result], *arguments: Any) -> _Res
             raise
         raise PluginError(
             f"target '{target.name}': {name} failed with {described(error)}",
-            hint="this is a defect of the target; report it to its authors.",
+            hint=DEFECT,
         ) from error
     return cast(_Result, result)
 

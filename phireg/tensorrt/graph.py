@@ -132,10 +132,10 @@ class Graph:
             "reduce", value, getattr(self.trt.ReduceOperation, operation), 1 << axis, True
         )
 
-    def product(self, left: Value, right: Value, *, transposed: bool = True) -> Value:
-        """Multiply matrices; the right one is [out, in] if it is ``transposed``."""
+    def product(self, left: Value, right: Value) -> Value:
+        """Multiply matrices, the right one [out, in]."""
         none, transpose = self.trt.MatrixOperation.NONE, self.trt.MatrixOperation.TRANSPOSE
-        return self.add("matrix_multiply", left, none, right, transpose if transposed else none)
+        return self.add("matrix_multiply", left, none, right, transpose)
 
     def cast(self, value: Value, dtype: torch.dtype) -> Value:
         """Convert a tensor, unless it has the dtype."""

@@ -29,7 +29,8 @@ DEFECTS = {
     "shared_inputs__type": "lambda self, rules: {name: list(rules) for name in rules}",
     "fed_rows": "lambda self, rules: {}",
     "fed_rows__type": "lambda self, *_: {'linear': ('module', ['rows'])}",
-    "config_files__type": "lambda self, *_: {'config.json': '{}'}",
+    "config_files": "lambda self, model: {'quant_config.json': {}}",
+    "config_files__type": "lambda self, model: {'config.json': '{}'}",
 }
 """Methods of a target, each with code that fails or makes another type."""
 
@@ -82,17 +83,20 @@ def test_targets_of_another_distribution(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-files\nVersion: 0.3\n")
     (info / "entry_points.txt").write_text(
         "[phireg.targets]\nacme = acme_files:TARGET\nacme-plain = acme_files:PLAIN\n"
-        "acme-broken = acme_broken:TARGET\n"
+        "acme-broken = acme_broken:TARGET\nacme-unfit = acme_files:unfit\n"
         + "".join(f"acme-{name} = acme_files:{name}\n" for name in DEFECTS)
     )
     (info.parent / "acme_files.py").write_text(
-        "from dataclasses import replace\nfrom phireg.targets.modelopt import TARGET as BASE\n"
+        "from dataclasses import replace\nfrom phireg.api import LayoutError\n"
+        "from phireg.targets.modelopt import TARGET as BASE\n"
         "TARGET = replace(BASE, name='acme', summary='of acme')\n"
         "PLAIN = replace(BASE, name='acme-plain', layouts={})\n"
         "def defective(name, **methods):\n"
         "    kind = type(name, (type(BASE),), methods)\n"
         "    facts = {key: getattr(BASE, key) for key in ('layouts', 'kv_caches')}\n"
         "    return kind(name='acme-' + name, summary='', api=1, folds='all', **facts)\n"
+        "def no_layout(*_): raise LayoutError('sizes of acme')\n"
+        "unfit = defective('unfit', shared_inputs=no_layout)\n"
         + "".join(
             f"{name} = defective({name!r}, {name.partition('__')[0]}={code})\n"
             for name, code in DEFECTS.items()
@@ -108,6 +112,8 @@ def test_targets_of_another_distribution(tmp_path, monkeypatch):
     source = tiny_models.write("phi2", tmp_path / "model")
     phireg.convert(phireg.plan(source, target="acme-plain"), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").is_file()
+    unfit = phireg.plan(source, target="acme-unfit", qformat="fp8")
+    assert [finding.code for finding in unfit.errors] == ["layout"]
     for name in DEFECTS:
         with pytest.raises(PluginError) as caught:
             phireg.plan(source, target=f"acme-{name}", qformat="int4_awq")
