@@ -14,7 +14,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
@@ -165,6 +165,8 @@ class _Writer:
         self.progress = progress
         self.hashes = [xxhash.xxh3_128() for _ in plan.outputs]
         self.syncs: list[Future[None]] = []
+        # The kernel lets one write to a file at a time, and the others spin.
+        self._writing = [Lock() for _ in files]
         self._syncing = syncing
         self._unsynced = [0] * len(files)
 
@@ -173,7 +175,8 @@ class _Writer:
         output = self.outputs[index]
         view = rows.reshape(-1).view(np.uint8).data
         per_row = len(view) // len(rows)
-        _write(self.files[output.rank], view, output.offset + row * per_row)
+        with self._writing[output.rank]:
+            _write(self.files[output.rank], view, output.offset + row * per_row)
         self.hashes[index].update(view)
         self._unsynced[output.rank] += len(view)
         if self._unsynced[output.rank] >= SYNC_BYTES:
