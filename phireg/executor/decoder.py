@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from phireg.executor import attention, blocks, quantized
 from phireg.executor.blocks import Attend, AttendCache, Cache, Rotary
 from phireg.executor.finite import NO_TOKEN, finite
 from phireg.executor.model import Executor
+from phireg.reader.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,8 @@ class Decoder:
 
         if self._fused:
             logits = self._fused_forward(
-                ids, (cos, sin), lambda layer, rank: _of_prompt(attend(layer, rank), length)
+                *(ids, (cos, sin)),
+                lambda layer, rank: _of_prompt(spec, self._slot, attend(layer, rank), length),
             )
         else:
             logits = self._plain_forward(
@@ -234,7 +237,7 @@ class Decoder:
         executor = self.executor
         layers = range(executor.spec.num_layers)
         attends = [[attend(layer, rank) for rank in executor.ranks] for layer in layers]
-        return fused.forward(executor, ids, rotary, self._caches, self._slot, attends)
+        return fused.forward(executor, ids, rotary, self._caches, attends)
 
     def _attending(self, layer: int, rank: int) -> AttendCache:
         """Return the kernel's attention of a new token over a cache that has it."""
@@ -242,16 +245,8 @@ class Decoder:
 
         spec = self.executor.spec
         pattern = spec.sparse if spec.is_sparse(layer) else None
-        first_head = rank * spec.rank_heads
-
-        def attend(query: Tensor, cache: Cache, kv_scale: Tensor | None, rounding: Any) -> Tensor:
-            slots = (self._slot, self._pads)
-            scale = spec.attention_scale
-            return launch.attend_cache(
-                query, cache, *slots, scale, pattern, first_head, kv_scale, rounding
-            )
-
-        return attend
+        slots = (self._slot, self._pads)
+        return partial(launch.attend_step, spec, *slots, pattern, rank * spec.rank_heads)
 
     def _extending(self, layer: int, rank: int, cache: Cache) -> Attend:
         """Return the attention of a new token, stored in the next slot, over the slots up to it."""
@@ -279,14 +274,15 @@ def _filling(cache: Cache, inner: Attend) -> Attend:
     return attend_prompt
 
 
-def _of_prompt(inner: Attend, length: int) -> AttendCache:
+def _of_prompt(spec: ModelSpec, slot: Tensor, inner: Attend, length: int) -> AttendCache:
     """Return ``inner`` over the first slots, which hold the prompt's keys and values."""
 
     def attend_prompt(
-        query: Tensor, cache: Cache, kv_scale: Tensor | None, rounding: Any
+        qkv: Tensor, rotary: Rotary, cache: Cache, kv_scale: Tensor | None, rounding: Any
     ) -> Tensor:
         from phireg.executor.cuda import launch, linears
 
+        query = launch.rotate_into(spec, qkv, rotary, cache, slot, kv_scale)
         keys, values = cache
         if kv_scale is not None and keys.dtype != query.dtype:
             keys, values = (linears.cache_values(kept, kv_scale, query.dtype) for kept in cache)

@@ -1,10 +1,10 @@
 """Weights as levels of a grid and scales: what they stand for, and how a GPU's memory holds them.
 
-A weight is ``level * group_scale * scale``, of which every format has one or both scales. Levels
-of four bits lie eight in a little-endian word: of each run of 32 inputs, which are four words, word
-c holds input 4 n + c in its bits 4 n to 4 n + 3, so that four words at once go with four inputs at
-once. A last run is filled up. An int4 level is stored with 8 added, an e2m1 one as its sign and its
-place among ``E2M1``. The kernels of ``cuda`` read the same.
+A weight is ``level * group_scale * scale``, of which every format has one or both scales. Integers
+and e2m1 lie in little-endian words of 32 bits: of each run of four words, word c holds input
+4 n + c in its n-th bits from below, four or eight of them, so that four words at once go with four
+inputs at once. A last run is filled up. Integers are stored with half of their range added, e2m1 as
+its sign and its place among ``E2M1``. The kernels of ``cuda`` read the same.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch.nn import functional
 
 from phireg.formats import Grid
 
-RUN = 32
-"""Inputs that are packed together."""
-
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of e2m1 by the lower three bits of a level; the fourth is the sign."""
+
+BITS: dict[Grid, int] = {"int8": 8, "int4": 4, "e2m1": 4}
+"""Bits of a level of the grids that lie in words."""
 
 _GRIDS: tuple[Grid, ...] = ("e4m3", "int8", "int4", "e2m1")
 _SCALE, _GROUP_SCALE = "weights_scaling_factor", "group_scaling_factor"
@@ -59,8 +59,8 @@ class Levels:
     def packed(self, linear: str) -> dict[str, Tensor]:
         """Return the tensors a GPU keeps, by names of which one says the grid."""
         levels = self.levels
-        if self.grid in ("int4", "e2m1"):
-            levels = _pack(_codes(levels) if self.grid == "e2m1" else (levels + 8).to(torch.uint8))
+        if self.grid in BITS:
+            levels = _pack(_codes(self.grid, levels), run_of(self.grid))
         kept = {f"{linear}.{self.grid}": levels.contiguous()}
         if self.scale is not None:
             kept[f"{linear}.{_SCALE}"] = self.scale.contiguous()
@@ -81,11 +81,13 @@ class Packed:
     def levels(self, inputs: int) -> Levels:
         """Return the weight with its levels apart; ``inputs`` are those of a row."""
         data = self.data
-        if self.grid in ("int4", "e2m1"):
-            runs = data.unflatten(-1, (-1, 4, 4)).transpose(-1, -2)
-            codes = torch.stack((runs & 15, runs >> 4), dim=-2).flatten(-4)[..., :inputs]
-            if self.grid == "int4":
-                data = codes.to(torch.int8) - 8
+        if self.grid in BITS:
+            codes = data.unflatten(-1, (-1, 4, 4)).transpose(-1, -2)
+            if BITS[self.grid] == 4:
+                codes = torch.stack((codes & 15, codes >> 4), dim=-2).flatten(-3, -2)
+            codes = codes.flatten(-3)[..., :inputs]
+            if self.grid != "e2m1":
+                data = (codes - 2 ** (BITS[self.grid] - 1)).view(torch.int8)
             else:
                 table = torch.tensor(E2M1, device=data.device).to(torch.float8_e4m3fn)
                 data = torch.cat((table, (-table.float()).to(table.dtype)))[codes.long()]
@@ -109,23 +111,32 @@ def is_per_expert(name: str) -> bool:
     return part in stacked or part.startswith("inputs_")
 
 
+def run_of(grid: Grid) -> int:
+    """Return the inputs that are packed together."""
+    return 4 * 32 // BITS[grid]
+
+
 def packed_bytes(grid: Grid, shape: tuple[int, ...]) -> int:
     """Return the bytes that packed levels take."""
     *rows, inputs = shape
-    if grid in ("int4", "e2m1"):
-        inputs = -(-inputs // RUN) * (RUN // 2)
+    if grid in BITS:
+        inputs = -(-inputs // run_of(grid)) * 16
     return math.prod(rows) * inputs
 
 
-def _pack(codes: Tensor) -> Tensor:
-    """Return four-bit codes, uint8 [..., inputs], two in a byte."""
-    runs = functional.pad(codes, (0, -codes.shape[-1] % RUN)).unflatten(-1, (-1, 4, 2, 4))
-    low, high = runs.unbind(-2)
-    return (low | (high << 4)).transpose(-1, -2).flatten(-3)
+def _pack(codes: Tensor, run: int) -> Tensor:
+    """Return unsigned codes, uint8 [..., inputs], in words: bytes [..., 16 for a run]."""
+    runs = functional.pad(codes, (0, -codes.shape[-1] % run)).unflatten(-1, (-1, 4, run // 16, 4))
+    stored = runs[..., 0, :]
+    if run == 32:
+        stored = stored | (runs[..., 1, :] << 4)
+    return stored.transpose(-1, -2).flatten(-3)
 
 
-def _codes(levels: Tensor) -> Tensor:
-    """Return the four bits of e2m1 values."""
+def _codes(grid: Grid, levels: Tensor) -> Tensor:
+    """Return the bits that stand for levels, uint8."""
+    if grid != "e2m1":
+        return levels.view(torch.uint8) + 2 ** (BITS[grid] - 1)
     values = levels.float()
     table = torch.tensor(E2M1, device=levels.device)
     place = torch.bucketize(values.abs(), table).to(torch.uint8)

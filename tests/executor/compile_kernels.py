@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from phireg.executor.cuda import kernels, products
+from phireg.executor.levels import BITS
 
 HALF, FLOAT, LONG, INT, NUMBER = "*bf16", "*fp32", "*i64", "i32", "fp32"
 # Arguments by their names; what is left over is a half-precision pointer.
@@ -30,12 +31,14 @@ TYPES = {
 ATTEND = {
     "KV_HEADS": 8, "GROUP": 4, "SIZE": 128, "SPLITS": 8, "BLOCK_SIZE": 64, "LOCAL": 16, "STRIDE": 8,
     "STEP": 1, "PADDED": 16, "TILE": 64, "BLOCK": 128, "SMOOTH": False, "GRID": "none",
+    "HALF": 48, "KV_GRID": "none",
 }  # fmt: skip
 # Dtypes of a weight's elements, and of its groups' scales.
 GRIDS = {
-    "none": ("*bf16", "*bf16"), "e4m3": ("*fp8e4nv", "*bf16"), "int8": ("*i8", "*bf16"),
+    "none": ("*bf16", "*bf16"), "e4m3": ("*fp8e4nv", "*bf16"), "int8": ("*i32", "*bf16"),
     "int4": ("*i32", "*bf16"), "e2m1": ("*i32", "*fp8e4nv"),
 }  # fmt: skip
+HALF_TYPE = triton.language.bfloat16
 LINEAR = {
     "INPUTS": 3072, "X_SCALE": True, "BIAS": True, "KIND": "none", "SMOOTH": False, "OUT": "none",
 }  # fmt: skip
@@ -44,12 +47,16 @@ LINEAR = {
 def weight(grid, group=0, scales=2):
     data, groups = GRIDS[grid]
     types = {"weight_ptr": data, "group_ptr": groups}
-    return {"GRID": grid, "GROUP": group, "SCALES": scales, "types": types}
+    bits = BITS.get(grid, 0)
+    width = LINEAR["INPUTS"] * bits // 32 or LINEAR["INPUTS"]
+    return {
+        "GRID": grid, "BITS": bits, "WIDTH": width, "GROUP": group, "SCALES": scales, "types": types
+    }  # fmt: skip
 
 
 E4M3 = {"types": {"key_ptr": "*fp8e4nv", "value_ptr": "*fp8e4nv"}}
 INT8 = {"types": {"key_ptr": "*i8", "value_ptr": "*i8"}}
-MATVEC = {**LINEAR, "PER_TOKEN": 0, "ROWS": 4, "BLOCK": 1024, "DEPTH": 2}
+MATVEC = {**LINEAR, "TYPE": HALF_TYPE, "PER_TOKEN": 0, "ROWS": 4, "BLOCK": 1024, "DEPTH": 2}
 PRODUCT = {**LINEAR, "ROWS": 64, "BLOCK": 128, "TOKENS": 32, "SPLITS": 4}
 CASES = [
     ("norm", {"DELTA": True, "RMS": True, "SMOOTH": True, "GRID": "int8", "BLOCK": 4096}),
@@ -64,7 +71,8 @@ CASES = [
     ("matvec", {**MATVEC, **weight("int8"), "KIND": "gelu_tanh", "OUT": "int8", "SMOOTH": True}),
     ("matvec", {**MATVEC, **weight("int4"), "KIND": "swiglu", "BLOCK": 128, "PER_TOKEN": 2}),
     ("matvec", {**MATVEC, **weight("e2m1", 16, 1), "BLOCK": 512}),
-    ("product", {**PRODUCT, **weight("int8")}),
+    ("product", {**PRODUCT, **weight("e4m3")}),
+    ("product", {**PRODUCT, **weight("int8"), "BLOCK": 16}),
     ("product", {**PRODUCT, **weight("int4", 128, 0), "BLOCK": 16, "SPLITS": 1}),
     ("expand", {**weight("int4", 128, 0), "BLOCK": 1024}),
     ("route", {"BLOCK": 16}),
@@ -72,19 +80,20 @@ CASES = [
     *(
         ("rotate", {
             "HEADS": 32, "KV_HEADS": 8, "SIZE": 80, "HALF": 16, "GRID": grid, "ROWS": 16,
-            "BLOCK": 128, "STORED": "types" in kept, **kept,
+            "BLOCK": 128, **kept,
         })
         for grid, kept in (("none", {}), ("fp8", E4M3), ("int8", INT8))
     ),
-    ("attend", {**ATTEND, "SPARSE": False, "STORED": True, **E4M3}),
-    ("attend", {**ATTEND, "SPARSE": True, "STORED": True, **INT8, "SPLITS": 1, "GRID": "fp8"}),
-    ("attend", {**ATTEND, "SPARSE": True, "STORED": False}),
+    ("attend", {**ATTEND, "SPARSE": False, "KV_GRID": "fp8", **E4M3}),
+    ("attend", {**ATTEND, "SPARSE": True, "KV_GRID": "int8", **INT8, "SPLITS": 1, "GRID": "fp8"}),
+    ("attend", {**ATTEND, "SPARSE": True}),
     ("sparse", {
         "GROUP": 4, "SIZE": 128, "BLOCK_SIZE": 64, "LOCAL": 16, "STRIDE": 8, "STEP": 1,
         "PADDED": False, "TILE": 64, "BLOCK": 128,
     }),
     ("merge", {
-        "HEADS": 32, "SIZE": 96, "SPLITS": 8, "BLOCK": 128, "SMOOTH": True, "GRID": "int8",
+        "HEADS": 32, "SIZE": 96, "SPLITS": 8, "BLOCK": 128, "TYPE": HALF_TYPE, "SMOOTH": True,
+        "GRID": "int8",
     }),
 ]  # fmt: skip
 

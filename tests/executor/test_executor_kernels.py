@@ -100,12 +100,12 @@ def test_matvec(kind, limit, bias, inputs):
         expected = blocks.activate(spec(activation=kind, gegelu_limit=limit), expected)
     weights = {"mlp.fc.weight": weight}
     act = {"activation": kind, "limit": limit}
-    actual = linears.matvec(weights, "mlp.fc", x, added, **act)
+    actual = linears.matvec(weights, "mlp.fc", x, added, x.dtype, **act)
     assert actual.shape == expected.shape
     assert relative_error(actual, expected) < 1e-6
     smoothing = 2.0 ** torch.arange(expected.shape[-1], device=DEVICE).remainder(3)
     rounding = launch.Rounding(torch.tensor([0.02], device=DEVICE), smoothing, "int8")
-    levels = linears.matvec(weights, "mlp.fc", x, added, **act, rounding=rounding)
+    levels = linears.matvec(weights, "mlp.fc", x, added, x.dtype, **act, rounding=rounding)
     assert torch.equal(levels, launch.quantize(actual, rounding, actual.dtype))
 
 
@@ -149,7 +149,11 @@ def test_packed_weights(grid, inputs, group):
     assert relative_error(expanded, value) < 1e-6
     few = randn(2, 9, inputs)
     assert linears.is_for_few(weights, "mlp.fc", few) == (grid != "e2m1")
-    products = {linears.matvec: randn(1, inputs), linears.product: few}
+
+    def matvec(weights, name, x, bias, **scale):
+        return linears.matvec(weights, name, x, bias, x.dtype, **scale)
+
+    products = {matvec: randn(1, inputs), linears.product: few}
     for multiply, x in list(products.items())[: 1 if grid == "e2m1" else 2]:
         expected = x.double() @ value.T * 0.5 + bias
         actual = multiply(weights, "mlp.fc", x, bias, x_scale=x_scale)
@@ -257,43 +261,70 @@ SPARSE = BlockSparse(
 )
 
 
+def step_of(model, batch, slot, pads):
+    """A new token's product of qkv, its angles, and the tables of every earlier position's."""
+    width = (model.rank_heads + 2 * model.rank_kv_heads) * model.head_size
+    table = blocks.rotary_tables(model.rope, slot + 1, False, torch.device(DEVICE))
+    rotary = tuple(t[slot - pads][:, None, None] for t in table)
+    return randn(batch, 1, width), rotary
+
+
 @pytest.mark.parametrize(("batch", "kv_heads"), [(1, 1), (1, 2), (3, 2)])  # 8, 4 and 1 splits
 @pytest.mark.parametrize("pattern", [None, SPARSE], ids=["dense", "sparse"])
-@pytest.mark.parametrize("slot", [3, 37, 90])
-def test_one_token_attends_to_the_cache(batch, kv_heads, pattern, slot, monkeypatch):
+@pytest.mark.parametrize("slot", [3, 64, 90])
+def test_one_token_enters_the_cache_and_attends_to_it(batch, kv_heads, pattern, slot, monkeypatch):
     monkeypatch.setattr(launch, "_processors", lambda device: 4)
     heads, size, capacity, rank = 3 * kv_heads, 12, 96, 1
-    query = randn(batch, 1, heads, size).transpose(1, 2)
+    pads = torch.tensor([0, 2, 1][:batch], device=DEVICE)
+    model = spec(
+        num_heads=2 * heads, num_kv_heads=2 * kv_heads, tp_size=2, sparse=pattern,
+        rope=Rope(8, 100.0),
+    )  # fmt: skip
+    qkv, rotary = step_of(model, batch, slot, pads)
     cache = (
         3 * randn(batch, kv_heads, capacity, size, seed=1),
         randn(batch, kv_heads, capacity, size, seed=2),
     )
-    pads = torch.tensor([0, 2, 1][:batch], device=DEVICE)
-    model = spec(num_heads=2 * heads, num_kv_heads=2 * kv_heads, tp_size=2, sparse=pattern)
-    mask = attend.slot_mask(model, pattern is not None, rank, pads)
-    keys, values = (kept[:, :, : slot + 1] for kept in cache)
-    expected = blocks.masked_attention(query, keys, values, 0.4, mask).transpose(1, 2).flatten(2)
-    for kept in cache:
-        kept[:, :, slot + 1 :] = torch.nan  # nothing may look there
-    actual = launch.attend_cache(
-        query, cache, torch.tensor([slot], device=DEVICE), pads, 0.4, pattern, rank * heads
+    rows = qkv.view(batch, 1, heads + 2 * kv_heads, size).transpose(1, 2)
+    query, key, value = rows.split([heads, kv_heads, kv_heads], dim=1)
+    new = blocks.rotate(key, rotary), value
+    keys, values = (
+        torch.cat((kept[:, :, :slot], x), 2) for kept, x in zip(cache, new, strict=True)
     )
+    mask = attend.slot_mask(model, pattern is not None, rank, pads)
+    expected = blocks.masked_attention(
+        blocks.rotate(query, rotary), keys, values, model.attention_scale, mask
+    )
+    expected = expected.transpose(1, 2).flatten(2)
+    for kept in cache:
+        kept[:, :, slot:] = torch.nan  # nothing may look there
+    place = (model, torch.tensor([slot], device=DEVICE), pads, pattern, rank * heads)
+    actual = launch.attend_step(*place, qkv, rotary, cache)
     assert relative_error(actual, expected) < 1e-5
+    for kept, x in zip(cache, new, strict=True):
+        assert relative_error(kept[:, :, slot : slot + 1], x) < 1e-6
+        assert kept[:, :, slot + 1 :].isnan().all()
     rounding = launch.Rounding(torch.tensor([0.02], device=DEVICE), None, "fp8")
-    place = (torch.tensor([slot], device=DEVICE), pads, 0.4, pattern, rank * heads)
-    levels = launch.attend_cache(query, cache, *place, None, rounding)
+    levels = launch.attend_step(*place, qkv, rotary, cache, None, rounding)
     assert torch.equal(levels, launch.quantize(actual, rounding, actual.dtype))
+    stored = replace(rounding, dtype=torch.float8_e4m3fn)
+    kept = launch.attend_step(*place, qkv, rotary, cache, None, stored)
+    assert torch.equal(kept.float(), levels)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_one_token_attends_to_a_cache_of_levels(dtype):
-    query, slot, pads = randn(1, 1, 4, 12).transpose(1, 2), 20, torch.zeros(1, dtype=torch.int64)
+@pytest.mark.parametrize("grid", ["int8", "fp8"])
+def test_one_token_attends_to_a_cache_of_levels(grid):
+    """As to one of the values that the levels stand for."""
+    slot, pads = 20, torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    model = spec(quantization=Quantization(weights=None, kv_cache=grid))
+    qkv, rotary = step_of(model, 1, slot, pads)
+    dtype = torch.int8 if grid == "int8" else torch.float8_e4m3fn
     levels = tuple((40 * randn(1, 2, 32, 12, seed=n)).to(dtype) for n in (1, 2))
     values = tuple(kept.float() * 0.05 for kept in levels)
-    place = (torch.tensor([slot], device=DEVICE), pads.to(DEVICE), 0.4, None, 0)
-    expected = launch.attend_cache(query, values, *place)
+    place = (model, torch.tensor([slot], device=DEVICE), pads, None, 0, qkv, rotary)
     scale = torch.tensor([0.05], device=DEVICE)
-    actual = launch.attend_cache(query, levels, *place, scale)
+    expected = launch.attend_step(*place, values, scale)
+    actual = launch.attend_step(*place, levels, scale)
     assert relative_error(actual, expected) < 1e-6
     assert torch.equal(linears.cache_values(levels[0], scale, torch.float32), values[0])
 

@@ -162,7 +162,7 @@ def test_weights_kept_as_stored(scheme, tmp_path, monkeypatch):
     executor = load(tmp_path)
     kept = {name.rpartition(".")[2]: w for name, w in executor.layer_weights(0)[0].items()}
     grid, size = {
-        "fp8": ("e4m3", 136), "int8_sq": ("int8", 136), "int8_wo": ("int8", 136),
+        "fp8": ("e4m3", 136), "int8_sq": ("int8", 144), "int8_wo": ("int8", 144),
         "int4_wo": ("int4", 80),
     }[scheme]  # fmt: skip
     assert (kept[grid].element_size(), kept[grid].shape[-1]) == (1, size)  # mlp.proj's, 136 inputs

@@ -29,13 +29,12 @@ def forward(
     ids: Tensor,
     rotary: Rotary,
     caches: list[list[Cache]],
-    slot: Tensor,
     attends: list[list[AttendCache]],
 ) -> Tensor:
     """Return logits of each row's last token, float32 [B, vocab_size]; fill the caches.
 
-    ``ids`` are int64 [B, T]; the first of the T tokens goes to ``slot``, int64 [1]. ``caches`` and
-    ``attends`` are lists of layers, and within these of ranks.
+    ``ids`` are int64 [B, T]. ``caches`` and ``attends`` are lists of layers, and within these of
+    ranks.
     """
     spec, ends = executor.spec, executor.end_weights()
     sequential = spec.architecture.residual == "sequential"
@@ -47,6 +46,9 @@ def forward(
         # One token's inputs become levels where they are computed; no other linear reads them.
         return rounding_of(weights, linear) if one else None
 
+    def levels_of(rounding: Rounding | None) -> torch.dtype | None:
+        return None if rounding is None else executor.dtype
+
     for index in range(spec.num_layers):
         shards = executor.layer_weights(index)
         rounded = rounding(shards[0], "attention.qkv") if sequential else None
@@ -54,11 +56,11 @@ def forward(
         heads = []
         for weights, cache, attend in zip(shards, caches[index], attends[index], strict=True):
             bias = weights.get("attention.qkv.bias")
-            qkv = _linear(weights, "attention.qkv", u, bias, levels=rounded is not None)
+            qkv = _linear(weights, "attention.qkv", u, bias, levels=levels_of(rounded))
             kv_scale = weights.get(KV_SCALE)
-            query = launch.rotate_into(spec, qkv, rotary, cache, slot, kv_scale)
-            heads.append(attend(query, cache, kv_scale, rounding(weights, "attention.dense")))
-        dense_levels = rounding(shards[0], "attention.dense") is not None
+            into = rounding(weights, "attention.dense")
+            heads.append(attend(qkv, rotary, cache, kv_scale, into))
+        dense_levels = levels_of(rounding(shards[0], "attention.dense"))
         attended = _row_linear(
             spec, shards, "attention.dense", heads, executor.reduce, levels=dense_levels
         )
@@ -73,11 +75,11 @@ def forward(
                 _linear(
                     *(weights, "mlp.fc", u, weights.get("mlp.fc.bias")),
                     activation=spec.activation, limit=spec.gegelu_limit,
-                    levels=rounded is not None, rounding=rounding(weights, "mlp.proj"),
+                    levels=levels_of(rounded), rounding=rounding(weights, "mlp.proj"),
                 )
                 for weights in shards
             ]  # fmt: skip
-            proj_levels = rounding(shards[0], "mlp.proj") is not None
+            proj_levels = levels_of(rounding(shards[0], "mlp.proj"))
             mlp = _row_linear(spec, shards, "mlp.proj", gated, executor.reduce, levels=proj_levels)
         pending = mlp if sequential else attended + mlp
     last = x[:, -1:].contiguous()
@@ -93,7 +95,11 @@ def rounding_of(weights: Weights, linear: str) -> Rounding | None:
     if scale is None:
         return None
     smoothing = weights.get(f"{linear}.prequant_scaling_factor")
-    return Rounding(scale, smoothing, "fp8" if smoothing is None else "int8")
+    if smoothing is not None:
+        return Rounding(scale, smoothing, "int8")
+    packed = find_packed(weights, linear)
+    alike = packed is not None and packed.grid == "e4m3"
+    return Rounding(scale, None, "fp8", torch.float8_e4m3fn if alike else None)
 
 
 def _norm(
@@ -117,7 +123,7 @@ def _row_linear(
     xs: list[Tensor],
     reduce: Reduce,
     *,
-    levels: bool,
+    levels: torch.dtype | None,
 ) -> Tensor:
     bias = shards[0].get(f"{name}.bias")
     if spec.tp_size == 1:
@@ -135,12 +141,13 @@ def _linear(
     *,
     activation: str = "none",
     limit: float | None = None,
-    levels: bool = False,
+    levels: torch.dtype | None = None,
     rounding: Rounding | None = None,
 ) -> Tensor:
     """Return ``quantized.linear``, and the MLP's nonlinearity on it.
 
-    One token's ``x`` may be ``levels`` already; its result becomes levels by ``rounding``.
+    One token's ``x`` may have levels already, of the compute dtype ``levels``; its result becomes
+    levels by ``rounding``.
     """
     if quantized.is_divided(weights, name):
         outputs: list[Tensor] = []
@@ -149,15 +156,20 @@ def _linear(
         y = torch.cat(outputs, dim=-1)
         y = y if bias is None else y + bias
         y = y if activation == "none" else launch.activate(activation, y, limit)
-        return y if rounding is None else launch.quantize(y, rounding, y.dtype)
+        return (
+            y
+            if rounding is None
+            else launch.quantize(y, rounding, Rounding.kept_in(rounding, y.dtype))
+        )
     x = quantized.rounded_inputs(weights, name, x)
     own = rounding_of(weights, name)
     x_scale = None if own is None else own.scale
     if x.numel() == x.shape[-1]:
-        if own is not None and not levels:
-            x = launch.quantize(x, own, x.dtype)
+        dtype = levels or x.dtype
+        if own is not None and levels is None:
+            x = launch.quantize(x, own, Rounding.kept_in(own, dtype))
         return linears.matvec(
-            *(weights, name, x, bias), x_scale=x_scale, activation=activation, limit=limit,
+            *(weights, name, x, bias, dtype), x_scale=x_scale, activation=activation, limit=limit,
             rounding=rounding,
         )  # fmt: skip
     packed = find_packed(weights, name)
@@ -197,13 +209,13 @@ def _mixture(executor: Executor, shards: list[Weights], u: Tensor) -> Tensor:
 def rank_experts(weights: Weights, x: Tensor, chosen: Tensor, shares: Tensor, first: int) -> Tensor:
     """Return ``blocks.rank_mixture``, pair by pair of a token and an expert."""
     fc, proj = rounding_of(weights, "mlp.fc"), rounding_of(weights, "mlp.proj")
-    levels = x if fc is None else launch.quantize(x, fc, x.dtype)
+    levels = x if fc is None else launch.quantize(x, fc, Rounding.kept_in(fc, x.dtype))
     gated = linears.matvec(
-        *(weights, "mlp.fc", levels, None), x_scale=None if fc is None else fc.scale,
+        *(weights, "mlp.fc", levels, None, x.dtype), x_scale=None if fc is None else fc.scale,
         activation="swiglu", rounding=proj, experts=Experts(chosen, first, chosen.shape[-1]),
     )  # fmt: skip
     outputs = linears.matvec(
-        *(weights, "mlp.proj", gated, None), x_scale=None if proj is None else proj.scale,
+        *(weights, "mlp.proj", gated, None, x.dtype), x_scale=None if proj is None else proj.scale,
         experts=Experts(chosen, first, 1),
     )  # fmt: skip
     return (outputs.view(*chosen.shape, -1) * shares[..., None]).to(x.dtype).sum(1)

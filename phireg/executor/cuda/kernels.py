@@ -29,7 +29,11 @@ def _wait(EARLY: tl.constexpr):
 @triton.jit
 def _on_grid(x, scale, GRID: tl.constexpr):
     """Round float32 x / scale to e4m3's values or to integers, ties to even, ends clamped."""
-    x = tl.div_rn(x, scale)
+    # The quotient is rounded as a division's, which would branch for every value: its remainder is
+    # exact (Markstein). What is beyond every grid's end stays so.
+    inverse = tl.minimum(tl.div_rn(1.0, scale), 3.0e38)
+    near = tl.clamp(x * inverse, -1.0e4, 1.0e4, propagate_nan=_KEEP)
+    x = tl.fma(tl.fma(-near, scale, x), inverse, near)
     if GRID == "int8":
         shift = 12582912.0  # 1.5 * 2^23: its ulp is 1
         return tl.clamp((x + shift) - shift, -128.0, 127.0, propagate_nan=_KEEP)
@@ -58,17 +62,25 @@ def _decode(levels, dtype: tl.constexpr):
 
 
 @triton.jit
-def _rounded(
-    y, columns, inside, smoothing_ptr, scale_ptr, dtype: tl.constexpr, SMOOTH: tl.constexpr,
-    GRID: tl.constexpr,
-):  # fmt: skip
+def _rounding(columns, inside, smoothing_ptr, scale_ptr, SMOOTH: tl.constexpr, GRID: tl.constexpr):
+    """Load what ``_rounded`` rounds by; as constants, these are not waited for."""
+    smoothing = 1.0
+    scale = 1.0
+    if GRID != "none":
+        scale = tl.load(scale_ptr)
+        if SMOOTH:
+            smoothing = tl.load(smoothing_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    return smoothing, scale
+
+
+@triton.jit
+def _rounded(y, smoothing, scale, dtype: tl.constexpr, SMOOTH: tl.constexpr, GRID: tl.constexpr):
     """Return a linear's inputs as levels of their grid, or as they are if that is "none"."""
     if GRID != "none":
         y = y.to(dtype).to(tl.float32)
         if SMOOTH:
-            smoothing = tl.load(smoothing_ptr + columns, mask=inside, other=0.0).to(tl.float32)
             y = (y * smoothing).to(dtype).to(tl.float32)
-        y = _on_grid(y, tl.load(scale_ptr), GRID)
+        y = _on_grid(y, scale, GRID)
     return y
 
 
@@ -94,9 +106,12 @@ def norm_kernel(
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if not RMS:
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    smoothing, grid_scale = _rounding(columns, inside, smoothing_ptr, scale_ptr, SMOOTH, GRID)
     _wait(EARLY)
     place = tl.program_id(0).to(tl.int64) * width + columns
-    dtype = out_ptr.dtype.element_ty
+    dtype = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if DELTA:
         total = (x + tl.load(delta_ptr + place, mask=inside, other=0.0).to(tl.float32)).to(dtype)
@@ -106,11 +121,10 @@ def norm_kernel(
         scale = tl.rsqrt(tl.sum(x * x, 0) / width + epsilon)
         u = (x * scale).to(dtype).to(tl.float32) * weight
     else:
-        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         x = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
         u = x * tl.rsqrt(tl.sum(x * x, 0) / width + epsilon) * weight + bias
-    u = _rounded(u, columns, inside, smoothing_ptr, scale_ptr, dtype, SMOOTH, GRID)
-    tl.store(out_ptr + place, u.to(dtype), mask=inside)
+    u = _rounded(u, smoothing, grid_scale, dtype, SMOOTH, GRID)
+    tl.store(out_ptr + place, u.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -121,13 +135,13 @@ def quantize_kernel(
 ):  # fmt: skip
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
+    smoothing, scale = _rounding(columns, inside, smoothing_ptr, scale_ptr, SMOOTH, GRID)
     _wait(EARLY)
     place = tl.program_id(0).to(tl.int64) * width + columns
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    dtype = x_ptr.dtype.element_ty
-    stored = _rounded(x, columns, inside, smoothing_ptr, scale_ptr, dtype, SMOOTH, GRID)
+    stored = _rounded(x, smoothing, scale, x_ptr.dtype.element_ty, SMOOTH, GRID)
     if not STORED:
-        stored = stored * tl.load(scale_ptr)
+        stored = stored * scale
     tl.store(out_ptr + place, stored.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -154,12 +168,40 @@ def activation_kernel(
 
 
 @triton.jit
+def _angles(cos_ptr, sin_ptr, dim, HALF: tl.constexpr):
+    """Return the cosine of each dimension, and the sine with the sign that ``_turn`` wants."""
+    cos = tl.load(cos_ptr + dim % HALF, mask=dim < 2 * HALF, other=0.0)
+    sin = tl.load(sin_ptr + dim % HALF, mask=dim < 2 * HALF, other=0.0)
+    return cos, tl.where(dim < HALF, -sin, sin)
+
+
+@triton.jit
+def _turn(start, dim, inside, turned, cos, sin, HALF: tl.constexpr):
+    """Return heads of queries or keys, rotated where ``turned``, in their dtype."""
+    x = tl.load(start + dim, mask=inside, other=0.0)
+    partner = tl.where(dim < HALF, dim + HALF, dim - HALF)
+    other = tl.load(start + partner, mask=turned, other=0.0).to(tl.float32)
+    y = tl.where(turned, x.to(tl.float32) * cos + other * sin, x.to(tl.float32))
+    return y.to(x.dtype)
+
+
+@triton.jit
+def _kept(x, scale, like_ptr, GRID: tl.constexpr):
+    """Return keys or values as a cache keeps them: as they are, on a grid, or as its levels."""
+    if GRID == "none":
+        return x
+    level = _on_grid(x.to(tl.float32), scale, GRID)
+    if like_ptr.dtype.element_ty == x.dtype:
+        return (level * scale).to(x.dtype)
+    return level.to(like_ptr.dtype.element_ty)
+
+
+@triton.jit
 def rotate_kernel(
     qkv_ptr, cos_ptr, sin_ptr, slot_ptr, scale_ptr, query_ptr, key_ptr, value_ptr,
     tokens, capacity, rotary_rows,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
-    GRID: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    GRID: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     TOTAL: tl.constexpr = HEADS + 2 * KV_HEADS
     token = tl.program_id(0).to(tl.int64)  # of the batch
@@ -168,24 +210,14 @@ def rotate_kernel(
     dim = tl.arange(0, BLOCK)[None, :]
     inside = (head < TOTAL) & (dim < SIZE)
     _wait(EARLY)
-    start = qkv_ptr + token * TOTAL * SIZE + head * SIZE
-    x = tl.load(start + dim, mask=inside, other=0.0)
     # Dimension j < HALF is paired with j + HALF; the ones from 2 * HALF on pass through.
     turned = inside & (dim < 2 * HALF) & (head < HEADS + KV_HEADS)
-    partner = tl.where(dim < HALF, dim + HALF, dim - HALF)
-    other = tl.load(start + partner, mask=turned, other=0.0).to(tl.float32)
-    angle = (row % rotary_rows * tokens + position) * HALF + dim % HALF
-    cos = tl.load(cos_ptr + angle, mask=dim < 2 * HALF, other=0.0)
-    sin = tl.load(sin_ptr + angle, mask=dim < 2 * HALF, other=0.0)
-    sin = tl.where(dim < HALF, -sin, sin)
-    dtype = query_ptr.dtype.element_ty
-    x = tl.where(turned, x.to(tl.float32) * cos + other * sin, x.to(tl.float32)).to(dtype)
+    angle = (row % rotary_rows * tokens + position) * HALF
+    cos, sin = _angles(cos_ptr + angle, sin_ptr + angle, dim, HALF)
+    start = qkv_ptr + token * TOTAL * SIZE + head * SIZE
+    x = _turn(start, dim, inside, turned, cos, sin, HALF)
     tl.store(query_ptr + token * HEADS * SIZE + head * SIZE + dim, x, mask=inside & (head < HEADS))
-    if GRID != "none":
-        scale = tl.load(scale_ptr)
-        level = _on_grid(x.to(tl.float32), scale, GRID)
-        kept_dtype: tl.constexpr = key_ptr.dtype.element_ty
-        x = level.to(kept_dtype) if STORED else (level * scale).to(dtype)
+    x = _kept(x, tl.load(scale_ptr), key_ptr, GRID)
     slot = tl.load(slot_ptr) + position
     kept = head - HEADS
     place = ((row * KV_HEADS + kept) * capacity + slot) * SIZE + dim
@@ -206,65 +238,121 @@ def _fold(scores, value, best, total, acc, scale):
 
 
 @triton.jit
-def attend_kernel(
-    query_ptr, key_ptr, value_ptr, kv_scale_ptr, slot_ptr, pads_ptr, out_ptr, part_ptr, stats_ptr,
-    smoothing_ptr, scale_ptr, scale, capacity, first_head,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr,
+def _tile(
+    tile, bound, slot, pad, number, member, dim, TILE: tl.constexpr, SIZE: tl.constexpr,
     SPARSE: tl.constexpr, BLOCK_SIZE: tl.constexpr, LOCAL: tl.constexpr, STRIDE: tl.constexpr,
-    STEP: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    STORED: tl.constexpr, SMOOTH: tl.constexpr, GRID: tl.constexpr, EARLY: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
+    """Return what the heads see of a tile of keys, and where these lie and are to be read."""
+    key_slot = tile * TILE + tl.arange(0, TILE)
+    needed = key_slot < bound
+    seen = (needed & (key_slot >= pad))[None, :] & member[:, None]
+    if SPARSE:
+        key_block = (key_slot - pad) // BLOCK_SIZE
+        local = (slot - pad) // BLOCK_SIZE - key_block < LOCAL
+        stripe = (key_block[None, :] + number[:, None] * STEP + 1) % STRIDE == 0
+        seen = seen & (local[None, :] | stripe)
+        # A key that no head of the group sees is not read.
+        needed = tl.max(seen.to(tl.int32), 0) > 0
+    place = key_slot[:, None] * SIZE + dim[None, :]
+    return seen, place, needed[:, None] & (dim < SIZE)[None, :]
+
+
+@triton.jit
+def _see(query, key, value, seen, best, total, acc, scale):
+    """Add a tile of a cache to ``_fold``'s sums."""
+    scores = tl.dot(query, tl.trans(_decode(key, query.dtype)), input_precision="ieee")
+    scores = tl.where(seen, scores, float("-inf"))
+    return _fold(scores, _decode(value, query.dtype), best, total, acc, scale)
+
+
+@triton.jit
+def attend_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, key_ptr, value_ptr, kv_scale_ptr, slot_ptr, pads_ptr, out_ptr,
+    part_ptr, stats_ptr, smoothing_ptr, scale_ptr, scale, capacity, rotary_rows, first_head,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
+    KV_GRID: tl.constexpr, SPLITS: tl.constexpr, SPARSE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    LOCAL: tl.constexpr, STRIDE: tl.constexpr, STEP: tl.constexpr, PADDED: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, SMOOTH: tl.constexpr, GRID: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    HEADS: tl.constexpr = KV_HEADS * GROUP
     row, group, split = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
-    _wait(EARLY)
-    slot = tl.load(slot_ptr).to(tl.int32)
-    pad = tl.load(pads_ptr + row).to(tl.int32)
     member = tl.arange(0, PADDED)
     dim = tl.arange(0, BLOCK)
-    head = row * KV_HEADS * GROUP + group * GROUP + member
-    query_place = head[:, None] * SIZE + dim[None, :]
+    own = group * GROUP + member  # heads of this rank
+    query_place = (row * HEADS + own)[:, None] * SIZE + dim[None, :]
     query_mask = (member < GROUP)[:, None] & (dim < SIZE)[None, :]
-    query = tl.load(query_ptr + query_place, mask=query_mask, other=0.0)
-    # Every split gets its share of the tiles between the padding and the new token.
+    # What the step's own kernels do not write is not waited for: the first of its tiles, too. Every
+    # split gets its share of the tiles between the padding and the new token.
+    slot = tl.load(slot_ptr).to(tl.int32)
+    pad = tl.load(pads_ptr + row).to(tl.int32)
     first = pad // TILE
-    share = tl.cdiv(slot // TILE + 1 - first, SPLITS)
+    last = tl.cdiv(slot, TILE)
+    share = tl.cdiv(last - first, SPLITS)
     begin = first + split * share
-    end = tl.minimum(begin + share, slot // TILE + 1)
+    end = tl.minimum(begin + share, last)
+    bound = tl.minimum(end * TILE, slot)
+    cache = (row * KV_HEADS + group).to(tl.int64) * capacity * SIZE
+    seen, place, mask = _tile(
+        begin, bound, slot, pad, first_head + own, member < GROUP, dim, TILE, SIZE, SPARSE,
+        BLOCK_SIZE, LOCAL, STRIDE, STEP,
+    )  # fmt: skip
+    key = tl.load(key_ptr + cache + place, mask=mask, other=0.0)
+    value = tl.load(value_ptr + cache + place, mask=mask, other=0.0)
+    angle = row % rotary_rows * HALF
+    cos, sin = _angles(cos_ptr + angle, sin_ptr + angle, dim, HALF)
+    STORED: tl.constexpr = key_ptr.dtype.element_ty != qkv_ptr.dtype.element_ty
+    kv_scale = tl.load(kv_scale_ptr) if KV_GRID != "none" else 1.0
+    columns = own[:, None] * SIZE + dim[None, :]
+    SINGLE: tl.constexpr = GRID if SPLITS == 1 else "none"
+    smoothing, grid_scale = _rounding(columns, query_mask, smoothing_ptr, scale_ptr, SMOOTH, SINGLE)
+    _wait(EARLY)
+    qkv_ptr += row.to(tl.int64) * (HEADS + 2 * KV_HEADS) * SIZE
+    wide = dim < SIZE
+    turned = wide & (dim < 2 * HALF)
+    query = _turn(
+        qkv_ptr + own[:, None] * SIZE, dim[None, :], query_mask,
+        (member < GROUP)[:, None] & turned[None, :], cos[None, :], sin[None, :], HALF,
+    )  # fmt: skip
+    # The new token's key and value are kept by one split, which also sees them.
+    start = qkv_ptr + (HEADS + group) * SIZE
+    new_key = _kept(_turn(start, dim, wide, turned, cos, sin, HALF), kv_scale, key_ptr, KV_GRID)
+    new_value = tl.load(start + KV_HEADS * SIZE + dim, mask=wide, other=0.0)
+    new_value = _kept(new_value, kv_scale, key_ptr, KV_GRID)
+    if split == SPLITS - 1:
+        tl.store(key_ptr + cache + slot * SIZE + dim, new_key, mask=wide)
+        tl.store(value_ptr + cache + slot * SIZE + dim, new_value, mask=wide)
     # The scale of a cache of levels goes with the scores, and with the sum of values at the end.
-    kv_scale = tl.load(kv_scale_ptr) if STORED else 1.0
+    if STORED:
+        scale *= kv_scale
     best = tl.full([PADDED], _NONE, tl.float32)
     total = tl.zeros([PADDED], tl.float32)
     acc = tl.zeros([PADDED, BLOCK], tl.float32)
-    cache = (row * KV_HEADS + group).to(tl.int64) * capacity * SIZE
-    for tile in range(begin, end):
-        key_slot = tile * TILE + tl.arange(0, TILE)
-        seen = ((key_slot >= pad) & (key_slot <= slot))[None, :] & (member < GROUP)[:, None]
-        if SPARSE:
-            key_block = (key_slot - pad) // BLOCK_SIZE
-            local = (slot - pad) // BLOCK_SIZE - key_block < LOCAL
-            number = first_head + group * GROUP + member
-            stripe = (key_block[None, :] + number[:, None] * STEP + 1) % STRIDE == 0
-            seen = seen & (local[None, :] | stripe)
-            # A key that no head of the group sees is not read.
-            needed = tl.max(seen.to(tl.int32), 0) > 0
-        else:
-            needed = key_slot <= slot
-        place = cache + key_slot[:, None] * SIZE + dim[None, :]
-        mask = needed[:, None] & (dim < SIZE)[None, :]
-        key = _decode(tl.load(key_ptr + place, mask=mask, other=0.0), query.dtype)
-        value = _decode(tl.load(value_ptr + place, mask=mask, other=0.0), query.dtype)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        scores = tl.where(seen, scores, float("-inf"))
-        best, total, acc = _fold(scores, value, best, total, acc, scale * kv_scale)
+    best, total, acc = _see(query, key, value, seen, best, total, acc, scale)
+    for tile in range(begin + 1, end):
+        seen, place, mask = _tile(
+            tile, bound, slot, pad, first_head + own, member < GROUP, dim, TILE, SIZE, SPARSE,
+            BLOCK_SIZE, LOCAL, STRIDE, STEP,
+        )  # fmt: skip
+        key = tl.load(key_ptr + cache + place, mask=mask, other=0.0)
+        value = tl.load(value_ptr + cache + place, mask=mask, other=0.0)
+        best, total, acc = _see(query, key, value, seen, best, total, acc, scale)
+    if split == SPLITS - 1:
+        score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
+        new_best = tl.maximum(best, score, propagate_nan=_KEEP)
+        weight, fade = tl.exp2(score - new_best), tl.exp2(best - new_best)
+        total = total * fade + weight
+        acc = acc * fade[:, None] + weight[:, None] * new_value.to(tl.float32)[None, :]
+        best = new_best
     if STORED:
         acc *= kv_scale
     if SPLITS == 1:
-        y = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-        columns = (head % (KV_HEADS * GROUP))[:, None] * SIZE + dim[None, :]
-        dtype = out_ptr.dtype.element_ty
-        y = _rounded(y, columns, query_mask, smoothing_ptr, scale_ptr, dtype, SMOOTH, GRID)
+        y = acc / total[:, None]
+        y = _rounded(y, smoothing, grid_scale, query.dtype, SMOOTH, GRID)
         tl.store(out_ptr + query_place, y.to(out_ptr.dtype.element_ty), mask=query_mask)
     else:
-        part = head * SPLITS + split
+        part = (row * HEADS + own) * SPLITS + split
         tl.store(part_ptr + part[:, None] * SIZE + dim[None, :], acc, mask=query_mask)
         tl.store(stats_ptr + 2 * part, best, mask=member < GROUP)
         tl.store(stats_ptr + 2 * part + 1, total, mask=member < GROUP)
@@ -274,11 +362,13 @@ def attend_kernel(
 def merge_kernel(
     part_ptr, stats_ptr, out_ptr, smoothing_ptr, scale_ptr,
     HEADS: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    SMOOTH: tl.constexpr, GRID: tl.constexpr, EARLY: tl.constexpr,
+    TYPE: tl.constexpr, SMOOTH: tl.constexpr, GRID: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     part = head * SPLITS + tl.arange(0, SPLITS)
     dim = tl.arange(0, BLOCK)
+    columns = head % HEADS * SIZE + dim
+    smoothing, scale = _rounding(columns, dim < SIZE, smoothing_ptr, scale_ptr, SMOOTH, GRID)
     _wait(EARLY)
     best = tl.load(stats_ptr + 2 * part)
     fade = tl.exp2(best - tl.max(best, 0))
@@ -286,9 +376,7 @@ def merge_kernel(
     place = part[:, None] * SIZE + dim[None, :]
     acc = tl.load(part_ptr + place, mask=(dim < SIZE)[None, :], other=0.0)
     y = tl.sum(acc * fade[:, None], 0) / total
-    columns = head % HEADS * SIZE + dim
-    dtype = out_ptr.dtype.element_ty
-    y = _rounded(y, columns, dim < SIZE, smoothing_ptr, scale_ptr, dtype, SMOOTH, GRID)
+    y = _rounded(y, smoothing, scale, TYPE, SMOOTH, GRID)
     tl.store(out_ptr + head * SIZE + dim, y.to(out_ptr.dtype.element_ty), mask=dim < SIZE)
 
 

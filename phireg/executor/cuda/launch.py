@@ -23,7 +23,11 @@ from phireg.reader.spec import BlockSparse, ModelSpec
 
 # Block sizes that the kernel of prompts takes are multiples of this.
 SPARSE_TILE = 64
+KNOBS = {"norm": 8, "stages": 2, "per": 2, "merge": 4, "tile": 64, "awarps": 4}
 GATED = ("swiglu", "gegelu")
+TYPES = {
+    torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16
+}  # fmt: skip
 _LOG2_E = math.log2(math.e)
 # Of one token's attention; twice as many or half as many are no faster on an H200.
 _PROGRAMS_PER_PROCESSOR = 2
@@ -37,11 +41,13 @@ class Rounding:
         scale: float32 [1].
         smoothing: in the compute dtype, or None.
         grid: of the levels.
+        dtype: that the levels are kept in; None is the compute dtype.
     """
 
     scale: Tensor
     smoothing: Tensor | None
     grid: Grid
+    dtype: torch.dtype | None = None
 
     @staticmethod
     def constants(rounding: Rounding | None, grid: str = "GRID") -> dict[str, Any]:
@@ -49,6 +55,11 @@ class Rounding:
         if rounding is None:
             return {"SMOOTH": False, grid: "none"}
         return {"SMOOTH": rounding.smoothing is not None, grid: rounding.grid}
+
+    @staticmethod
+    def kept_in(rounding: Rounding | None, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of a result, whose compute dtype is ``dtype``."""
+        return dtype if rounding is None or rounding.dtype is None else rounding.dtype
 
     @staticmethod
     def pointers(rounding: Rounding | None, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,15 +81,15 @@ def norm(
 ) -> Tensor:
     """Return LayerNorm or RMSNorm of contiguous ``x`` + ``delta``; ``x`` becomes that sum.
 
-    With ``rounding`` these are levels, in the dtype of ``x``.
+    With ``rounding`` these are levels.
     """
     width = x.shape[-1]
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=Rounding.kept_in(rounding, x.dtype))
     kernels.norm_kernel[(x.numel() // width,)](
         x, x if delta is None else delta, weight, weight if bias is None else bias,
         *Rounding.pointers(rounding, weight), out, width, epsilon, DELTA=delta is not None,
         RMS=kind == "rms_norm", **Rounding.constants(rounding),
-        BLOCK=triton.next_power_of_2(width), **launch_options(x.device, 4 if width <= 4096 else 8),
+        BLOCK=triton.next_power_of_2(width), **launch_options(x.device, KNOBS["norm"]),
     )  # fmt: skip
     return out
 
@@ -132,64 +143,68 @@ def rotate_into(
         qkv, cos, sin, slot, cos if kv_scale is None else kv_scale, query, keys, values,
         tokens, keys.shape[2], cos.shape[0],
         HEADS=heads, KV_HEADS=kv_heads, SIZE=size, HALF=cos.shape[-1],
-        GRID="none" if kv_scale is None else spec.quantization.kv_cache,
-        STORED=keys.dtype != qkv.dtype,
-        ROWS=rows, BLOCK=triton.next_power_of_2(size), **launch_options(qkv.device, 4),
+        GRID="none" if kv_scale is None else spec.quantization.kv_cache, ROWS=rows, BLOCK=triton.next_power_of_2(size), **launch_options(qkv.device, 4),
     )  # fmt: skip
     return query.transpose(1, 2)
 
 
-def attend_cache(
-    query: Tensor,
-    cache: Cache,
+def attend_step(
+    spec: ModelSpec,
     slot: Tensor,
     pads: Tensor,
-    scale: float,
     pattern: BlockSparse | None,
     first_head: int,
+    qkv: Tensor,
+    rotary: Rotary,
+    cache: Cache,
     kv_scale: Tensor | None = None,
     rounding: Rounding | None = None,
 ) -> Tensor:
-    """Return the attention of one new token per row over the cache, [B, 1, H * D].
+    """Return the attention of one new token per row, which enters the cache: [B, 1, H * D].
 
-    ``query`` is [B, H, 1, D] from ``rotate_into``; the new token is in ``slot``, int64 [1], each
-    row's first token in ``pads``, int64 [B]. ``first_head`` is the global number of the first head.
-    ``kv_scale`` is that of a cache of levels. With ``rounding`` the result has levels.
+    ``qkv``, ``rotary``, ``cache`` and ``kv_scale`` are as for ``rotate_into``, with T = 1. The
+    token goes to ``slot``, int64 [1]; each row's first token is in ``pads``, int64 [B].
+    ``first_head`` is the global number of the first head. With ``rounding`` the result has levels.
     """
     keys, values = cache
-    stored = keys.dtype != query.dtype
     batch, kv_heads, capacity, size = keys.shape
-    heads = query.shape[1]
+    heads = spec.rank_heads
     group = heads // kv_heads
-    device = query.device
-    out = torch.empty((batch, 1, heads * size), dtype=query.dtype, device=device)
+    device, dtype = qkv.device, qkv.dtype
+    cos, sin = (table.contiguous() for table in rotary)
+    kept = Rounding.kept_in(rounding, dtype)
+    out = torch.empty((batch, 1, heads * size), dtype=kept, device=device)
     # Enough programs to fill the GPU, whatever the batch; a split without tiles costs nothing.
-    programs = _PROGRAMS_PER_PROCESSOR * _processors(device) // (batch * kv_heads)
+    programs = int(KNOBS["per"] * _processors(device)) // (batch * kv_heads)
     splits = 1 << max(0, programs.bit_length() - 1)
     parts = torch.empty(
         (batch * heads * splits, size) if splits > 1 else (1,), dtype=torch.float32, device=device
     )
     stats = torch.empty((batch * heads * splits, 2), dtype=torch.float32, device=device)
-    half = query.dtype != torch.float32
+    half = dtype != torch.float32
     launch = launch_options(device, 4)
     kernels.attend_kernel[(batch * kv_heads, splits)](
-        query, keys, values, query if kv_scale is None else kv_scale, slot, pads, out, parts,
-        stats, *Rounding.pointers(rounding, query), scale * _LOG2_E, capacity, first_head,
-        KV_HEADS=kv_heads, GROUP=group, SIZE=size, SPLITS=splits, SPARSE=pattern is not None,
+        qkv, cos, sin, keys, values, cos if kv_scale is None else kv_scale, slot, pads, out, parts,
+        stats, *Rounding.pointers(rounding, qkv), spec.attention_scale * _LOG2_E, capacity,
+        cos.shape[0], first_head,
+        KV_HEADS=kv_heads, GROUP=group, SIZE=size, HALF=cos.shape[-1],
+        KV_GRID="none" if kv_scale is None else spec.quantization.kv_cache,
+        SPLITS=splits, SPARSE=pattern is not None,
         BLOCK_SIZE=pattern.block_size if pattern else 1,
         LOCAL=pattern.num_local_blocks if pattern else 1,
         STRIDE=pattern.vertical_stride if pattern else 1,
         STEP=pattern.head_step if pattern else 0,
         # The matrix units take sixteen rows at least.
-        PADDED=max(16, triton.next_power_of_2(group)), TILE=64 if half else 32,
-        BLOCK=max(16, triton.next_power_of_2(size)), STORED=stored,
-        **Rounding.constants(rounding), num_stages=3 if half else 2, **launch,
+        PADDED=max(16, triton.next_power_of_2(group)), TILE=KNOBS["tile"] if half else 32,
+        BLOCK=max(16, triton.next_power_of_2(size)),
+        **Rounding.constants(rounding), num_stages=KNOBS["stages"] if half else 2, **launch_options(device, KNOBS["awarps"]),
     )  # fmt: skip
     if splits > 1:
         kernels.merge_kernel[(batch * heads,)](
-            parts, stats, out, *Rounding.pointers(rounding, query), HEADS=heads, SIZE=size,
-            SPLITS=splits, BLOCK=triton.next_power_of_2(size), **Rounding.constants(rounding),
-            **launch,
+            parts, stats, out, *Rounding.pointers(rounding, qkv), HEADS=heads, SIZE=size,
+            SPLITS=splits, BLOCK=triton.next_power_of_2(size), TYPE=TYPES[dtype],
+            **Rounding.constants(rounding),
+            **launch_options(device, KNOBS["merge"]),
         )  # fmt: skip
     return out
 

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from phireg.executor.blocks import Weights
 from phireg.executor.cuda import products
-from phireg.executor.cuda.launch import GATED, Rounding, launch_options
-from phireg.executor.levels import find_packed
+from phireg.executor.cuda.launch import GATED, TYPES, Rounding, launch_options
+from phireg.executor.levels import BITS, find_packed
 
 # Tokens up to which reading the packed weight once more for every so many is the fastest.
 FEW_TOKENS = 64
@@ -27,6 +27,17 @@ FEW_TOKENS = 64
 _PROGRAMS = 400
 # Inputs that have one scale in a step of a product.
 _GROUP = 128
+
+
+# Of one token's product: the fastest of some thirty tried on an H100 for each linear of Phi-3-mini.
+# Many rows, few rows, two rows for an output, and many inputs.
+_TILES = {
+    "none": ((4, 1024, 1, 4), (4, 1024, 1, 4), (4, 1024, 1, 4), (4, 1024, 2, 4)),
+    "e4m3": ((4, 1024, 2, 2), (4, 1024, 2, 2), (2, 512, 2, 1), (4, 1024, 2, 2)),
+    "int8": ((4, 128, 1, 1), (8, 512, 1, 4), (4, 256, 1, 2), (4, 512, 1, 4)),
+    "int4": ((4, 128, 2, 1), (8, 256, 1, 2), (4, 128, 1, 1), (8, 512, 1, 4)),
+    "e2m1": ((4, 128, 1, 1), (8, 256, 1, 2), (4, 128, 1, 1), (4, 256, 2, 2)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +73,10 @@ class _Stored:
             scales = 1 if self.scale.shape[-1] == 1 else 2
         groups = self.group_scale
         group = 0 if groups is None else self.inputs // groups.shape[-1]
-        return {"INPUTS": self.inputs, "GRID": self.grid, "SCALES": scales, "GROUP": group}
+        return {
+            "INPUTS": self.inputs, "WIDTH": self.data.shape[-1], "GRID": self.grid,
+            "BITS": BITS.get(self.grid, 0), "SCALES": scales, "GROUP": group,
+        }  # fmt: skip
 
 
 def matvec(
@@ -70,18 +84,18 @@ def matvec(
     name: str,
     x: Tensor,
     bias: Tensor | None,
+    dtype: torch.dtype,
     *,
     x_scale: Tensor | None = None,
     activation: str = "none",
     limit: float | None = None,
     rounding: Rounding | None = None,
     experts: Experts | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return one token's X W^T + b, and the MLP's nonlinearity on it.
 
     ``x`` is one row, contiguous, in the compute dtype; with ``x_scale`` it has levels, as another
-    kernel's ``rounding`` leaves them. ``activation`` is "none" or as in ``launch.activate``; gated
+    kernel's ``rounding`` leaves them. ``dtype`` is the compute dtype. ``activation`` is "none" or as in ``launch.activate``; gated
     ones halve the rows. With ``experts`` the weight is a stack, and x and the result have a row for
     each token and each pair.
     """
@@ -89,14 +103,14 @@ def matvec(
     outputs = stored.rows // 2 if activation in GATED else stored.rows
     pairs = 1 if experts is None else experts.chosen.numel()
     shape = (*x.shape[:-1], outputs) if experts is None else (pairs, outputs)
-    out = torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
-    rows, block, depth, warps = _tile(stored)
+    out = torch.empty(shape, dtype=Rounding.kept_in(rounding, dtype), device=x.device)
+    rows, block, depth, warps = _tile(stored, activation in GATED)
     products.matvec_kernel[(triton.cdiv(outputs, rows), pairs)](
         *_pointers(x, stored, x_scale, bias, rounding), x if experts is None else experts.chosen,
         out, outputs, math.inf if limit is None else limit, experts.first if experts else 0,
         stored.data.shape[0], **stored.constants, X_SCALE=x_scale is not None,
         BIAS=bias is not None, KIND=activation, **Rounding.constants(rounding, "OUT"),
-        PER_TOKEN=experts.per_token if experts else 0, ROWS=rows, DEPTH=depth,
+        TYPE=TYPES[dtype], PER_TOKEN=experts.per_token if experts else 0, ROWS=rows, DEPTH=depth,
         BLOCK=min(block, triton.next_power_of_2(stored.data.shape[-1])),
         **launch_options(x.device, warps),
     )  # fmt: skip
@@ -111,11 +125,11 @@ def product(
     tokens = x.numel() // stored.inputs
     out = torch.empty((*x.shape[:-1], stored.rows), dtype=x.dtype, device=x.device)
     width, rows, block = stored.data.shape[-1], 64, 128
-    if stored.grid in ("int4", "e2m1"):
-        # Words of eight levels. Twice as many gave wrong float32 sums on an H100 (Triton 3.6).
-        block = _GROUP // 8
-        x = functional.pad(x, (0, -stored.inputs % (8 * block)))
-        x = x.unflatten(-1, (-1, block // 4, 8, 4)).transpose(-2, -3).contiguous()
+    if stored.grid in BITS:
+        # Words. Twice as many gave wrong float32 sums on an H100 (Triton 3.6).
+        block, levels = 16, 32 // BITS[stored.grid]
+        x = functional.pad(x, (0, -stored.inputs % (levels * block)))
+        x = x.unflatten(-1, (-1, block // 4, levels, 4)).transpose(-2, -3).contiguous()
     tiles, splits = triton.cdiv(stored.rows, rows), 1
     while tiles * splits < _PROGRAMS and splits < 16 and 2 * splits * block <= width:
         splits *= 2
@@ -141,7 +155,7 @@ def expanded(weights: Weights, name: str, inputs: int, dtype: torch.dtype) -> Te
 def cache_values(levels: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the keys or values of a cache [B, G, C, D] of levels, in the compute dtype."""
     rows = levels.flatten(0, 1).flatten(1)
-    stored = _Stored("int8", rows, scale, None, *rows.shape)
+    stored = _Stored("none", rows, scale, None, *rows.shape)
     return _values(stored, dtype).view_as(levels)
 
 
@@ -151,7 +165,7 @@ def _values(stored: _Stored, dtype: torch.dtype) -> Tensor:
     constants = {name: value for name, value in stored.constants.items() if name != "INPUTS"}
     scales = (out if scale is None else scale for scale in (stored.scale, stored.group_scale))
     products.expand_kernel[(stored.rows, triton.cdiv(width, block))](
-        stored.data, *scales, out, width, stored.inputs, **constants,
+        stored.data, *scales, out, stored.inputs, **constants,
         BLOCK=min(block, triton.next_power_of_2(width)), **launch_options(out.device, 4),
     )  # fmt: skip
     return out
@@ -191,23 +205,14 @@ def _pointers(
     return (x, stored.data, *found, *Rounding.pointers(rounding, x))
 
 
-def _tile(stored: _Stored) -> tuple[int, int, int, int]:
-    """Return rows, columns (inputs, or words of eight), steps in flight and warps of one program.
-
-    They are the fastest of those tried on an H100 for the linears of Phi-3-mini.
-    """
-    long = stored.inputs > 4096
-    if stored.grid == "e4m3":
-        return (4, 512, 6, 2) if long else (8, 1024, 2, 4)
-    if stored.grid == "int8":
-        return 4, 1024, 1, 4
-    if stored.grid == "e2m1":
-        return 4, 512, 1, 4
-    if stored.grid == "int4":
-        if long:
-            return 8, 512, 1, 4
-        return (8, 128, 1, 1) if stored.rows > 6000 else (4, 128, 3, 1)
-    return 4, 1024, 2, 4
+def _tile(stored: _Stored, gated: bool) -> tuple[int, int, int, int]:
+    """Return rows, columns (inputs or words), steps in flight and warps of one program."""
+    plain, short, paired, long = _TILES[stored.grid]
+    if stored.inputs > 4096:
+        return long
+    if gated:
+        return paired
+    return short if stored.rows <= 4096 else plain
 
 
 def _stored(weights: Weights, name: str, inputs: int) -> _Stored:
@@ -216,7 +221,7 @@ def _stored(weights: Weights, name: str, inputs: int) -> _Stored:
         data = weights[f"{name}.weight"]
         return _Stored("none", data, None, None, data.shape[-2], inputs)
     data = packed.data
-    if packed.grid in ("int4", "e2m1"):
+    if packed.grid in BITS:
         data = data.view(torch.int32)
     return _Stored(packed.grid, data, packed.scale, packed.group_scale, data.shape[-2], inputs)
 

@@ -9,31 +9,49 @@ values; ``GROUP`` the inputs to a scale, 0 for none; ``SCALES`` the number of ``
 import triton
 import triton.language as tl
 
-from phireg.executor.cuda.kernels import _activate, _decode, _rounded, _wait
+from phireg.executor.cuda.kernels import _activate, _decode, _rounded, _rounding, _wait
+
+
+@triton.jit
+def _ending(
+    first, second, inside, row, scale_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr,
+    SCALES: tl.constexpr, X_SCALE: tl.constexpr, BIAS: tl.constexpr, SMOOTH: tl.constexpr,
+    OUT: tl.constexpr,
+):  # fmt: skip
+    """Load what ``_finish`` needs for the weight's rows first and second."""
+    y_scale = 1.0
+    z_scale = 1.0
+    if SCALES == 2:
+        y_scale = tl.load(scale_ptr + first, mask=inside, other=0.0)
+        z_scale = tl.load(scale_ptr + second, mask=inside, other=0.0)
+    if SCALES == 1:
+        y_scale = tl.load(scale_ptr)
+        z_scale = y_scale
+    if X_SCALE:
+        x_scale = tl.load(x_scale_ptr)
+        y_scale = y_scale * x_scale
+        z_scale = z_scale * x_scale
+    y_bias = 0.0
+    z_bias = 0.0
+    if BIAS:
+        y_bias = tl.load(bias_ptr + first, mask=inside, other=0.0).to(tl.float32)
+        z_bias = tl.load(bias_ptr + second, mask=inside, other=0.0).to(tl.float32)
+    smoothing, out_scale = _rounding(row, inside, smoothing_ptr, out_scale_ptr, SMOOTH, OUT)
+    return y_scale, z_scale, y_bias, z_bias, smoothing, out_scale
 
 
 @triton.jit
 def _finish(
-    y, z, first, second, inside, row, out_ptr, scale_ptr, x_scale_ptr, bias_ptr, smoothing_ptr,
-    out_scale_ptr, limit,
-    SCALES: tl.constexpr, X_SCALE: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr,
-    SMOOTH: tl.constexpr, OUT: tl.constexpr,
+    y, z, ending, limit, dtype: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr,
+    OUT: tl.constexpr,
 ):  # fmt: skip
-    """Return the outputs of float32 sums ``y`` and ``z``, of the weight's rows first and second."""
-    if SCALES == 2:
-        y = y * tl.load(scale_ptr + first, mask=inside, other=0.0)
-        z = z * tl.load(scale_ptr + second, mask=inside, other=0.0)
-    if SCALES == 1:
-        y, z = y * tl.load(scale_ptr), z * tl.load(scale_ptr)
-    if X_SCALE:
-        y, z = y * tl.load(x_scale_ptr), z * tl.load(x_scale_ptr)
-    if BIAS:
-        y += tl.load(bias_ptr + first, mask=inside, other=0.0).to(tl.float32)
-        z += tl.load(bias_ptr + second, mask=inside, other=0.0).to(tl.float32)
-    dtype = out_ptr.dtype.element_ty
+    """Return the outputs of float32 sums ``y`` and ``z``; only gated ones use the second."""
+    y_scale, z_scale, y_bias, z_bias, smoothing, out_scale = ending
+    y = y * y_scale + y_bias
     if KIND != "none":
+        z = z * z_scale + z_bias
         y = _activate(y.to(dtype).to(tl.float32), z.to(dtype).to(tl.float32), limit, KIND)
-    return _rounded(y, row, inside, smoothing_ptr, out_scale_ptr, dtype, SMOOTH, OUT).to(dtype)
+    return _rounded(y, smoothing, out_scale, dtype, SMOOTH, OUT)
 
 
 @triton.jit
@@ -46,74 +64,80 @@ _UP: tl.constexpr = tl.constexpr(2.0**100)
 
 
 @triton.jit
-def _four_bits(
-    words, x_ptr, scale_ptr, mask, columns,
-    INPUTS: tl.constexpr, GRID: tl.constexpr, GROUP: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """Return the sum of each word's eight levels times scales and inputs, [rows, columns].
+def _inputs(x_ptr, at, INPUTS: tl.constexpr, FULL: tl.constexpr):
+    """Load inputs as float32."""
+    if FULL:
+        return tl.load(x_ptr + at).to(tl.float32)
+    return tl.load(x_ptr + at, mask=at < INPUTS, other=0.0).to(tl.float32)
 
-    An integer in the lowest 24 bits of a float32 is that many times 2^-149, wherever its bits lie.
+
+@triton.jit
+def _fetch(start, at, inside, WIDTH: tl.constexpr):
+    """Load a tile of a weight [rows, columns]."""
+    return tl.load(start + at[None, :], mask=inside[:, None] & (at < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _of_words(
+    words, x_ptr, scale_ptr, mask, columns,
+    INPUTS: tl.constexpr, GRID: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """Return sums of products of words of levels [rows, columns] and inputs, and an excess [columns].
+
+    The excess is that of integers, which are stored with half of their range added. An integer in the lowest 24 bits of a float32 is that many times 2^-149, wherever its bits lie.
     An e2m1 level there, its lowest bit in bit 22, is itself times 2^-126. Products with inputs that
-    have been multiplied by enough are exact again.
+    have been multiplied by enough are exact again but
+    for a power of two, ``matvec_kernel``'s UNIT.
     """
-    UNIT: tl.constexpr = 2.0**49 if GRID == "int4" else 2.0**26
-    start = columns // 4 * 32 + columns % 4
+    LEVELS: tl.constexpr = 32 // BITS
+    start = columns // 4 * (4 * LEVELS) + columns % 4
+    excess = tl.zeros([columns.shape[0]], tl.float32)
     total = tl.zeros(words.shape, tl.float32)
-    part = total
-    excess = tl.zeros([1, columns.shape[0]], tl.float32)
-    for n in tl.static_range(8):
-        at = start + 4 * n
-        x = tl.load(x_ptr + at) if FULL else tl.load(x_ptr + at, mask=at < INPUTS, other=0.0)
-        x = x.to(tl.float32)[None, :]
-        if GRID == "int4":
-            excess += x * (_UP / 2.0**146)
-            if n < 6:
-                level, x = _float(words & (15 << 4 * n)), x * (_UP / 16.0**n)
-            else:
-                level, x = _float((words >> 8) & (15 << 4 * n - 8)), x * (_UP / 16.0 ** (n - 2))
-        else:
+    part = tl.zeros(words.shape, tl.float32)
+    shifted = words >> 8
+    for n in tl.static_range(LEVELS):
+        x = _inputs(x_ptr, start + 4 * n, INPUTS, FULL)
+        if GRID == "e2m1":
             high = words << (22 - 4 * n) if n < 6 else words >> (4 * n - 22)
             level = _float((high & 0x01C00000) | ((high << 6) & -2147483648))
             x = x * _UP
-        part += level * x
+        else:
+            # In the lowest 24 bits; the last ones are brought there.
+            if BITS * (n + 1) <= 24:
+                level, factor = _float(words & (2**BITS - 1 << BITS * n)), _UP / 2.0 ** (BITS * n)
+            else:
+                level = _float(shifted & (2**BITS - 1 << BITS * n - 8))
+                factor = _UP / 2.0 ** (BITS * n - 8)
+            excess += x * (_UP / 2.0 ** (150 - BITS))
+            x = x * factor
+        part += level * x[None, :]
         # A word's inputs, 32 apart at most, have one scale, or two.
         if GROUP == 16 and (n == 3 or n == 7):
             scale = tl.load(scale_ptr + (start // 16 + n // 4)[None, :], mask=mask, other=0.0)
             total += part * scale.to(tl.float32)
             part = tl.zeros(words.shape, tl.float32)
-    if GRID == "int4":
-        part -= excess  # int4 levels are stored with 8 added
     if GROUP > 16:
         scale = tl.load(scale_ptr + (start // GROUP)[None, :], mask=mask, other=0.0)
-        part = part * scale.to(tl.float32)
-    return (total + part) * UNIT
-
-
-@triton.jit
-def _partial(
-    weight, x_ptr, scale_ptr, mask, columns,
-    INPUTS: tl.constexpr, GRID: tl.constexpr, GROUP: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """Return the products of a tile of weights [rows, columns] and inputs."""
-    if GRID == "int4" or GRID == "e2m1":
-        return _four_bits(weight, x_ptr, scale_ptr, mask, columns, INPUTS, GRID, GROUP, FULL)
-    x = tl.load(x_ptr + columns, mask=columns < INPUTS, other=0.0).to(tl.float32)
-    return weight.to(tl.float32) * x[None, :]
+        part = (part - excess[None, :]) * scale.to(tl.float32)
+        excess = tl.zeros([columns.shape[0]], tl.float32)
+    if GROUP == 16:
+        part = total
+    return part, excess
 
 
 @triton.jit
 def matvec_kernel(
     x_ptr, weight_ptr, scale_ptr, group_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr,
     expert_ptr, out_ptr, outputs, limit, first_expert, experts,
-    INPUTS: tl.constexpr, GRID: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr,
+    INPUTS: tl.constexpr, WIDTH: tl.constexpr, GRID: tl.constexpr, BITS: tl.constexpr,
+    SCALES: tl.constexpr, GROUP: tl.constexpr,
     X_SCALE: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr,
-    OUT: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    DEPTH: tl.constexpr, EARLY: tl.constexpr,
+    OUT: tl.constexpr, TYPE: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, DEPTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     GATED: tl.constexpr = KIND == "swiglu" or KIND == "gegelu"
-    FOUR: tl.constexpr = GRID == "int4" or GRID == "e2m1"
-    # Columns of a row of the weight: inputs, or words of eight levels.
-    WIDTH: tl.constexpr = (INPUTS + 31) // 32 * 4 if FOUR else INPUTS
+    UNIT: tl.constexpr = 1.0 if BITS == 0 else 2.0**26 if GRID == "e2m1" else 2.0**49
     FULL: tl.constexpr = INPUTS % 32 == 0 and WIDTH % BLOCK == 0
     STEPS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     GROUPS: tl.constexpr = INPUTS // GROUP if GROUP > 0 else 0
@@ -142,43 +166,67 @@ def matvec_kernel(
     columns = tl.arange(0, BLOCK)
     left = weight_ptr + first.to(tl.int64)[:, None] * WIDTH
     right = weight_ptr + second.to(tl.int64)[:, None] * WIDTH
-    mask = inside[:, None] & (columns < WIDTH)[None, :]
     # Weights are on their way while the kernel before this one ends: of DEPTH steps at a time.
     a, b = (), ()
     for step in tl.static_range(min(DEPTH, STEPS)):
-        mask = inside[:, None] & (step * BLOCK + columns < WIDTH)[None, :]
-        a += (tl.load(left + step * BLOCK + columns[None, :], mask=mask, other=0.0),)
+        a += (_fetch(left, step * BLOCK + columns, inside, WIDTH),)
         if GATED:
-            b += (tl.load(right + step * BLOCK + columns[None, :], mask=mask, other=0.0),)
+            b += (_fetch(right, step * BLOCK + columns, inside, WIDTH),)
+    ending = _ending(
+        first, second, inside, rows, scale_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr,
+        SCALES, X_SCALE, BIAS, SMOOTH, OUT,
+    )  # fmt: skip
     if PER_TOKEN == 0:
         _wait(EARLY)
+    a_groups = group_ptr + first[:, None] * GROUPS
+    b_groups = group_ptr + second[:, None] * GROUPS
     a_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     b_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-    for step in tl.static_range(STEPS):
-        at = step * BLOCK + columns
-        mask = inside[:, None] & (at < WIDTH)[None, :]
-        groups = group_ptr + first[:, None] * GROUPS
-        a_sum += _partial(a[step], x_ptr, groups, mask, at, INPUTS, GRID, GROUP, FULL)
-        if GATED:
-            groups = group_ptr + second[:, None] * GROUPS
-            b_sum += _partial(b[step], x_ptr, groups, mask, at, INPUTS, GRID, GROUP, FULL)
-        if step + DEPTH < STEPS:
-            at += DEPTH * BLOCK
+    excess = tl.zeros([BLOCK], tl.float32)
+    if BITS > 0:
+        # Unrolled, it would take so many registers that few programs fit a multiprocessor.
+        for step in range(STEPS):
+            at = step * BLOCK + columns
             mask = inside[:, None] & (at < WIDTH)[None, :]
-            a += (tl.load(left + at[None, :], mask=mask, other=0.0),)
+            a += (_fetch(left, at + DEPTH * BLOCK, inside, WIDTH),)
+            part, more = _of_words(a[0], x_ptr, a_groups, mask, at, INPUTS, GRID, BITS, GROUP, FULL)
+            a_sum += part
+            excess += more
+            a = a[1:]
             if GATED:
-                b += (tl.load(right + at[None, :], mask=mask, other=0.0),)
-    y = _finish(
-        tl.sum(a_sum, 1), tl.sum(b_sum, 1), first, second, inside, rows, out_ptr, scale_ptr,
-        x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr, limit,
-        SCALES, X_SCALE, BIAS, KIND, SMOOTH, OUT,
-    )  # fmt: skip
-    tl.store(out_ptr + rows, y, mask=rows < outputs)
+                b += (_fetch(right, at + DEPTH * BLOCK, inside, WIDTH),)
+                b_sum += _of_words(
+                    b[0], x_ptr, b_groups, mask, at, INPUTS, GRID, BITS, GROUP, FULL
+                )[0]
+                b = b[1:]
+    else:
+        for step in tl.static_range(STEPS):
+            at = step * BLOCK + columns
+            x = _inputs(x_ptr, at, INPUTS, FULL)[None, :]
+            a_sum += a[step].to(tl.float32) * x
+            if GATED:
+                b_sum += b[step].to(tl.float32) * x
+            if step + DEPTH < STEPS:
+                a += (_fetch(left, at + DEPTH * BLOCK, inside, WIDTH),)
+                if GATED:
+                    b += (_fetch(right, at + DEPTH * BLOCK, inside, WIDTH),)
+    y = tl.sum(a_sum - excess[None, :], 1) * UNIT
+    z = tl.sum(b_sum - excess[None, :], 1) * UNIT if GATED else y
+    y = _finish(y, z, ending, limit, TYPE, KIND, SMOOTH, OUT)
+    tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), mask=rows < outputs)
 
 
 @triton.jit
-def _decode_half(codes, dtype: tl.constexpr, GRID: tl.constexpr):
-    """Return levels of four bits, int16 0 to 15, as numbers of a half-precision dtype, exactly."""
+def _decode_code(codes, dtype: tl.constexpr, GRID: tl.constexpr):
+    """Return a word's codes, int16, as the numbers of a dtype that they stand for, exactly."""
+    if GRID == "int8":
+        if dtype == tl.bfloat16:
+            # 128 or 256, by the highest bit, taken from 128 plus the others.
+            low = ((codes & 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True)
+            return low - (((codes & 0x80) ^ 0x80) | 0x4300).to(tl.bfloat16, bitcast=True)
+        if dtype == tl.float16:
+            return (codes | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+        return codes.to(dtype) - 128.0
     if GRID == "int4":
         if dtype == tl.bfloat16:
             return (codes | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
@@ -197,13 +245,13 @@ def _decode_half(codes, dtype: tl.constexpr, GRID: tl.constexpr):
 def product_kernel(
     x_ptr, weight_ptr, scale_ptr, group_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr,
     out_ptr, part_ptr, count_ptr, tokens, outputs, limit,
-    INPUTS: tl.constexpr, GRID: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr,
+    INPUTS: tl.constexpr, WIDTH: tl.constexpr, GRID: tl.constexpr, BITS: tl.constexpr,
+    SCALES: tl.constexpr, GROUP: tl.constexpr,
     X_SCALE: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr,
     OUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
     SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    FOUR: tl.constexpr = GRID == "int4" or GRID == "e2m1"
-    WIDTH: tl.constexpr = (INPUTS + 31) // 32 * 4 if FOUR else INPUTS
+    LEVELS: tl.constexpr = 32 // BITS if BITS > 0 else 1
     STEPS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     FULL: tl.constexpr = WIDTH % BLOCK == 0
     GROUPS: tl.constexpr = INPUTS // GROUP if GROUP > 0 else 0
@@ -214,11 +262,15 @@ def product_kernel(
     inside = row < outputs
     columns = tl.arange(0, BLOCK)
     x_dtype = x_ptr.dtype.element_ty
+    ending = _ending(
+        row[:, None], row[:, None], inside[:, None], row[:, None], scale_ptr, x_scale_ptr, bias_ptr,
+        smoothing_ptr, out_scale_ptr, SCALES, X_SCALE, BIAS, SMOOTH, OUT,
+    )  # fmt: skip
     _wait(EARLY)
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
     weights = weight_ptr + row.to(tl.int64)[:, None] * WIDTH
-    # Rows of inputs for levels of four bits are filled up to whole steps and sorted as these are.
-    inputs = x_ptr + token.to(tl.int64)[None, :] * (STEPS * BLOCK * 8 if FOUR else INPUTS)
+    # Rows of inputs for words of levels are filled up to whole steps and sorted as these are.
+    inputs = x_ptr + token.to(tl.int64)[None, :] * (STEPS * BLOCK * LEVELS if BITS > 0 else INPUTS)
     real = (token < tokens)[None, :]
     for step in range(split * SHARE, min(split * SHARE + SHARE, STEPS)):
         at = step * BLOCK + columns
@@ -226,15 +278,16 @@ def product_kernel(
         if not FULL:
             mask = mask & (at < WIDTH)[None, :]
         weight = tl.load(weights + at[None, :], mask=mask, other=0.0)
-        if FOUR:
+        if BITS > 0:
             part = tl.zeros([ROWS, TOKENS], tl.float32) if GROUP > 0 else acc
-            for n in tl.static_range(8):
-                level = _decode_half((weight >> (4 * n)).to(tl.int16) & 15, x_dtype, GRID)
-                place = (step * 8 + n) * BLOCK + columns
+            for n in tl.static_range(LEVELS):
+                code = (weight >> (BITS * n)).to(tl.int16) & (2**BITS - 1)
+                level = _decode_code(code, x_dtype, GRID)
+                place = (step * LEVELS + n) * BLOCK + columns
                 x = tl.load(inputs + place[:, None], mask=real, other=0.0)
                 part = tl.dot(level, x, part, input_precision="ieee")
             if GROUP > 0:  # a multiple of the inputs of a step
-                scales = group_ptr + row[:, None] * GROUPS + step * BLOCK * 8 // GROUP
+                scales = group_ptr + row[:, None] * GROUPS + step * BLOCK * LEVELS // GROUP
                 part = acc + part * tl.load(scales, mask=inside[:, None], other=0.0).to(tl.float32)
             acc = part
         else:
@@ -243,12 +296,8 @@ def product_kernel(
     place = token[None, :].to(tl.int64) * outputs + row[:, None]
     real = real & inside[:, None]
     if SPLITS == 1:
-        y = _finish(
-            acc, acc, row[:, None], row[:, None], inside[:, None], row[:, None], out_ptr,
-            scale_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr, limit,
-            SCALES, X_SCALE, BIAS, KIND, SMOOTH, OUT,
-        )  # fmt: skip
-        tl.store(out_ptr + place, y, mask=real)
+        y = _finish(acc, acc, ending, limit, out_ptr.dtype.element_ty, KIND, SMOOTH, OUT)
+        tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=real)
     else:
         # The last of a tile's splits to arrive adds all of them, in order.
         size = tokens.to(tl.int64) * outputs
@@ -262,42 +311,39 @@ def product_kernel(
                 total += tl.load(
                     part_ptr + other * size + place, mask=real, other=0.0, cache_modifier=".cg"
                 )
-            y = _finish(
-                total, total, row[:, None], row[:, None], inside[:, None], row[:, None], out_ptr,
-                scale_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr, limit,
-                SCALES, X_SCALE, BIAS, KIND, SMOOTH, OUT,
-            )  # fmt: skip
-            tl.store(out_ptr + place, y, mask=real)
+            y = _finish(total, total, ending, limit, out_ptr.dtype.element_ty, KIND, SMOOTH, OUT)
+            tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=real)
 
 
 @triton.jit
 def expand_kernel(
-    weight_ptr, scale_ptr, group_ptr, out_ptr, width, inputs,
-    GRID: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    weight_ptr, scale_ptr, group_ptr, out_ptr, inputs,
+    WIDTH: tl.constexpr, GRID: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Write a weight's values, level by level, as ``Levels.values`` rounds them."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     _wait(EARLY)
-    weight = tl.load(weight_ptr + row * width + columns, mask=columns < width, other=0.0)
+    weight = tl.load(weight_ptr + row * WIDTH + columns, mask=columns < WIDTH, other=0.0)
     scale = 1.0
     if SCALES > 0:
         scale = tl.load(scale_ptr + row) if SCALES == 2 else tl.load(scale_ptr)
     dtype = out_ptr.dtype.element_ty
     out_ptr += row * inputs
-    if GRID == "int4" or GRID == "e2m1":
-        for n in tl.static_range(8):
-            at = columns // 4 * 32 + columns % 4 + 4 * n
+    if BITS > 0:
+        for n in tl.static_range(32 // BITS):
+            at = columns // 4 * (4 * 32 // BITS) + columns % 4 + 4 * n
             inside = at < inputs
-            level = _decode_half((weight >> (4 * n)).to(tl.int16) & 15, tl.float32, GRID)
+            code = (weight >> (BITS * n)).to(tl.int16) & (2**BITS - 1)
+            level = _decode_code(code, tl.float32, GRID)
             if GROUP > 0:
                 groups = group_ptr + row * (inputs // GROUP) + at // GROUP
                 level = level * tl.load(groups, mask=inside, other=0.0).to(tl.float32)
             tl.store(out_ptr + at, (level * scale).to(dtype), mask=inside)
     else:
         value = (weight.to(tl.float32) * scale).to(dtype)
-        tl.store(out_ptr + columns, value, mask=columns < width)
+        tl.store(out_ptr + columns, value, mask=columns < WIDTH)
 
 
 @triton.jit
