@@ -56,6 +56,11 @@ PHI3_SMALL_SHORT = {
     "blocksparse_vertical_stride": 8, "blocksparse_homo_head_pattern": False,
     "dense_attention_every_n_layers": 2,
 }  # fmt: skip
+PHI3_SMALL = {
+    **PHI3_SMALL_SHORT, "dtype": "bfloat16", "vocab_size": 100352, "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "blocksparse_num_local_blocks": 16,
+}  # fmt: skip
 # The attention of one rank of the published Phi-3-small at TP 1.
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
 PHI3_SMALL_PATTERN = {
@@ -251,13 +256,18 @@ def of_format(algorithm: str, cache: str | int | None, shape: dict[str, Any]) ->
 
 def formats(results: dict[str, Any]) -> None:
     """Every format's decode step against its floor, its memory, a batch, and prompts."""
-    for name, (algorithm, cache) in {"bfloat16": (None, None), **FORMATS}.items():
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        of_model(name, of_format(algorithm, cache, PHI3_MINI), before, results)
+    for model, shape in (("Phi-3-mini", PHI3_MINI), ("Phi-3-small", PHI3_SMALL)):
+        print(model)
+        for name, (algorithm, cache) in {"bfloat16": (None, None), **FORMATS}.items():
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_allocated()
+            executor = of_format(algorithm, cache, shape)
+            of_model(name, executor, before, results.setdefault(model, {}), results)
 
 
-def of_model(name: str, executor: Executor, before: int, results: dict[str, Any]) -> None:
+def of_model(
+    name: str, executor: Executor, before: int, found: dict[str, Any], results: dict[str, Any]
+) -> None:
     rows, long = prompts(32, 512, 32064), prompts(1, 4000, 32064)
     spec, copies = executor.spec, results["copy_bytes_per_second"]
     read = weight_bytes(executor)
@@ -271,7 +281,7 @@ def of_model(name: str, executor: Executor, before: int, results: dict[str, Any]
     kept = 32 * (512 + 32) * 2 * spec.num_layers * spec.rank_kv_heads * spec.head_size
     keys = kept * (1 if spec.quantization.kv_cache else 2) / copies * 1e3
     prompt = seconds(lambda: generate(executor, long, 1), runs=3) * 1e3
-    results[f"format {name}"] = [step, floor, batch, floor + keys, taken, stored, prompt, first]
+    found[name] = [step, floor, batch, floor + keys, taken, stored, prompt, first]
     print(
         f"{name:<28} {step:6.3f} ms a token, {step / floor:.2f} x its floor; batch of 32: "
         f"{batch:6.3f} ms, {batch / (floor + keys):.2f} x; {taken / 1e9:.2f} GB in memory, "

@@ -25,9 +25,9 @@ Rotary: TypeAlias = "tuple[Tensor, Tensor]"
 Cache: TypeAlias = "tuple[Tensor, Tensor]"
 # (query [B, H, T, D], key and value [B, G, T, D]) -> [B, H, T, D]
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-# (the product of qkv [B, T, (H + 2 G) * D], the tokens' angles, the cache that they enter, the
-# scale of its levels, and a rounding of the result as in ``cuda.launch``) -> [B, T, H * D]
-AttendCache: TypeAlias = Callable[[Tensor, Rotary, Cache, "Tensor | None", Any], Tensor]
+# (the product of qkv [B, T, (H + 2 G) * D], the cache that the T tokens enter, the scale of its
+# levels, and a rounding of the result as in ``cuda.launch``) -> [B, T, H * D]
+AttendCache: TypeAlias = Callable[[Tensor, Cache, "Tensor | None", Any], Tensor]
 # partial sums of the ranks in this process -> their sum over all ranks
 Reduce: TypeAlias = Callable[[list[Tensor]], Tensor]
 

@@ -178,9 +178,10 @@ class Decoder:
             return attention.prompt_attention(spec, layer, rank, length, pads, executor.device)
 
         if self._fused:
+            slot, rotary = self._slot, (cos, sin)
             logits = self._fused_forward(
-                *(ids, (cos, sin)),
-                lambda layer, rank: _of_prompt(spec, self._slot, attend(layer, rank), length),
+                ids,
+                lambda layer, rank: _of_prompt(spec, rotary, slot, attend(layer, rank), length),
             )
         else:
             logits = self._plain_forward(
@@ -188,19 +189,27 @@ class Decoder:
             )
         self._slot.fill_(length)
         self._draw()
-        self.token.copy_(choose(logits, self.sampling, self._noise))
+        self._choose(logits)
 
     def _step(self) -> None:
-        position = self._slot - self._pads
-        long = (position + 1 > self.executor.spec.rope.original).long()
-        cos, sin = (table[long, position][:, None, None] for table in self._tables)
         ids = self.token.clamp(min=0)[:, None]  # NO_TOKEN is no row of the embedding
         if self._fused:
-            logits = self._fused_forward(ids, (cos, sin), self._attending)
+            logits = self._fused_forward(ids, self._attending)
         else:
+            position = self._slot - self._pads
+            long = (position + 1 > self.executor.spec.rope.original).long()
+            cos, sin = (table[long, position][:, None, None] for table in self._tables)
             logits = self._plain_forward(ids, (cos, sin), self._extending)
-        self.token.copy_(choose(logits, self.sampling, self._noise))
+        self._choose(logits)
         self._slot += 1
+
+    def _choose(self, logits: Tensor) -> None:
+        if self._fused and self.sampling.greedy:
+            from phireg.executor.cuda import launch
+
+            launch.choose(logits, self.token)
+        else:
+            self.token.copy_(choose(logits, self.sampling, self._noise))
 
     def _captured(self) -> Any:
         from phireg.executor.cuda.fused import capture
@@ -229,15 +238,13 @@ class Decoder:
             x = executor.run_layer(executor.layer_weights(layer), x, rotary, attends)
         return executor.logits(ends, x[:, -1])
 
-    def _fused_forward(
-        self, ids: Tensor, rotary: Rotary, attend: Callable[[int, int], AttendCache]
-    ) -> Tensor:
+    def _fused_forward(self, ids: Tensor, attend: Callable[[int, int], AttendCache]) -> Tensor:
         from phireg.executor.cuda import fused
 
         executor = self.executor
         layers = range(executor.spec.num_layers)
         attends = [[attend(layer, rank) for rank in executor.ranks] for layer in layers]
-        return fused.forward(executor, ids, rotary, self._caches, attends)
+        return fused.forward(executor, ids, self._caches, attends)
 
     def _attending(self, layer: int, rank: int) -> AttendCache:
         """Return the kernel's attention of a new token over a cache that has it."""
@@ -245,8 +252,8 @@ class Decoder:
 
         spec = self.executor.spec
         pattern = spec.sparse if spec.is_sparse(layer) else None
-        slots = (self._slot, self._pads)
-        return partial(launch.attend_step, spec, *slots, pattern, rank * spec.rank_heads)
+        place = (self._tables, self._slot, self._pads)
+        return partial(launch.attend_step, spec, *place, pattern, rank * spec.rank_heads)
 
     def _extending(self, layer: int, rank: int, cache: Cache) -> Attend:
         """Return the attention of a new token, stored in the next slot, over the slots up to it."""
@@ -274,12 +281,12 @@ def _filling(cache: Cache, inner: Attend) -> Attend:
     return attend_prompt
 
 
-def _of_prompt(spec: ModelSpec, slot: Tensor, inner: Attend, length: int) -> AttendCache:
+def _of_prompt(
+    spec: ModelSpec, rotary: Rotary, slot: Tensor, inner: Attend, length: int
+) -> AttendCache:
     """Return ``inner`` over the first slots, which hold the prompt's keys and values."""
 
-    def attend_prompt(
-        qkv: Tensor, rotary: Rotary, cache: Cache, kv_scale: Tensor | None, rounding: Any
-    ) -> Tensor:
+    def attend_prompt(qkv: Tensor, cache: Cache, kv_scale: Tensor | None, rounding: Any) -> Tensor:
         from phireg.executor.cuda import launch, linears
 
         query = launch.rotate_into(spec, qkv, rotary, cache, slot, kv_scale)

@@ -22,7 +22,7 @@ from phireg.formats import Grid
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of e2m1 by the lower three bits of a level; the fourth is the sign."""
 
-BITS: dict[Grid, int] = {"int8": 8, "int4": 4, "e2m1": 4}
+BITS: dict[str, int] = {"int8": 8, "int4": 4, "e2m1": 4}
 """Bits of a level of the grids that lie in words."""
 
 _GRIDS: tuple[Grid, ...] = ("e4m3", "int8", "int4", "e2m1")

@@ -311,7 +311,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
             own = parts[0].contiguous()
             parts = [torch.empty_like(own) for _ in range(self.spec.tp_size)]
             dist.all_gather(parts, own)
-        return torch.cat(parts, dim=-1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _check_files(self) -> None:
         """Refuse mapped files that became shorter, where tensors may still lie in them."""

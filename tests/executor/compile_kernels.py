@@ -20,12 +20,14 @@ STRIDES = [
     f"{rows}_{axis}" for rows in ("query", "key", "value") for axis in ("row", "head", "token")
 ]
 TYPES = {
-    "width": INT, "inputs": INT, "outputs": INT, "tokens": INT, "capacity": INT, "rotary_rows": INT,
-    "first_head": INT, "length": INT, "epsilon": NUMBER, "limit": NUMBER, "scale": NUMBER,
-    "scale_ptr": FLOAT, "x_scale_ptr": FLOAT, "out_scale_ptr": FLOAT, "kv_scale_ptr": FLOAT,
-    "cos_ptr": FLOAT, "scores_ptr": FLOAT, "share_ptr": FLOAT, "expert_ptr": LONG,
-    "chosen_ptr": LONG, "count_ptr": "*i32", "first_expert": INT, "experts": INT,
-    "sin_ptr": FLOAT, "part_ptr": FLOAT, "stats_ptr": FLOAT, "slot_ptr": LONG, "pads_ptr": LONG,
+    "width": INT, "outputs": INT, "tokens": INT, "capacity": INT, "rotary_rows": INT,
+    "first_head": INT, "original": INT, "vocab_size": INT, "logits_row": INT, "length": INT,
+    "epsilon": NUMBER, "limit": NUMBER, "scale": NUMBER, "scale_ptr": FLOAT, "x_scale_ptr": FLOAT,
+    "out_scale_ptr": FLOAT, "kv_scale_ptr": FLOAT, "cos_ptr": FLOAT, "scores_ptr": FLOAT,
+    "share_ptr": FLOAT, "expert_ptr": LONG, "chosen_ptr": LONG, "count_ptr": "*i32",
+    "first_expert": INT, "experts": INT, "sin_ptr": FLOAT, "part_ptr": FLOAT, "stats_ptr": FLOAT,
+    "slot_ptr": LONG, "pads_ptr": LONG, "best_ptr": FLOAT, "place_ptr": "*i32",
+    "logits_ptr": FLOAT, "token_ptr": LONG,
     **dict.fromkeys(STRIDES, INT),
 }  # fmt: skip
 ATTEND = {
@@ -74,7 +76,8 @@ CASES = [
     ("product", {**PRODUCT, **weight("e4m3")}),
     ("product", {**PRODUCT, **weight("int8"), "BLOCK": 16}),
     ("product", {**PRODUCT, **weight("int4", 128, 0), "BLOCK": 16, "SPLITS": 1}),
-    ("expand", {**weight("int4", 128, 0), "BLOCK": 1024}),
+    ("product", {**PRODUCT, **weight("e2m1", 16, 1), "BLOCK": 32}),
+    ("expand", {"INPUTS": 3072, **weight("int4", 128, 0), "BLOCK": 1024}),
     ("route", {"BLOCK": 16}),
     *(("activation", {"KIND": kind, "BLOCK": 1024}) for kind in ("swiglu", "gegelu", "gelu_tanh")),
     *(
@@ -91,6 +94,8 @@ CASES = [
         "GROUP": 4, "SIZE": 128, "BLOCK_SIZE": 64, "LOCAL": 16, "STRIDE": 8, "STEP": 1,
         "PADDED": False, "TILE": 64, "BLOCK": 128,
     }),
+    ("choose", {"NO_TOKEN": -1, "SPLITS": 99, "PADDED": 128, "BLOCK": 1024}),
+    ("combine", {"PER_TOKEN": 2, "BLOCK": 256}),
     ("merge", {
         "HEADS": 32, "SIZE": 96, "SPLITS": 8, "BLOCK": 128, "TYPE": HALF_TYPE, "SMOOTH": True,
         "GRID": "int8",

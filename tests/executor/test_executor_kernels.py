@@ -17,6 +17,7 @@ from torch.nn import functional
 from phireg.executor import attention as attend
 from phireg.executor import blocks, quantized
 from phireg.executor.cuda import fused, kernels, launch, linears, products
+from phireg.executor.finite import NO_TOKEN
 from phireg.executor.levels import Levels
 from phireg.reader.schemes import Quantization
 from phireg.reader.spec import BlockSparse, Rope, parse_spec
@@ -136,7 +137,8 @@ def packed_weight(grid, rows, inputs, group, stack=()):
 
 
 PACKED = [
-    ("e4m3", 48, 0), ("int8", 48, 0), ("int4", 40, 0), ("int4", 256, 128), ("e2m1", 288, 16)
+    ("e4m3", 48, 0), ("int8", 48, 0), ("int4", 40, 0), ("int4", 256, 128), ("int4", 192, 32),
+    ("e2m1", 288, 16),
 ]  # fmt: skip
 
 
@@ -147,14 +149,13 @@ def test_packed_weights(grid, inputs, group):
     bias, x_scale = randn(18, seed=2), torch.tensor([0.5], device=DEVICE)
     expanded = linears.expanded(weights, "mlp.fc", inputs, torch.float32)
     assert relative_error(expanded, value) < 1e-6
-    few = randn(2, 9, inputs)
-    assert linears.is_for_few(weights, "mlp.fc", few) == (grid != "e2m1")
 
     def matvec(weights, name, x, bias, **scale):
         return linears.matvec(weights, name, x, bias, x.dtype, **scale)
 
-    products = {matvec: randn(1, inputs), linears.product: few}
-    for multiply, x in list(products.items())[: 1 if grid == "e2m1" else 2]:
+    few = randn(2, 9, inputs)
+    assert linears.is_for_few(weights, "mlp.fc", few)
+    for multiply, x in ((matvec, randn(1, inputs)), (linears.product, few)):
         expected = x.double() @ value.T * 0.5 + bias
         actual = multiply(weights, "mlp.fc", x, bias, x_scale=x_scale)
         assert relative_error(actual, expected) < 2e-6
@@ -183,6 +184,22 @@ def test_linears_as_directories_have_them(tokens):
         bias = randn(rows, seed=5)
         expected = quantized.linear(each, "mlp.fc", x, bias)
         assert relative_error(fused._linear(each, "mlp.fc", x, bias), expected) < 2e-6
+
+
+@pytest.mark.parametrize("vocab_size", [7, 2051])
+def test_the_best_token(vocab_size):
+    logits = randn(5, vocab_size + 1)[:, :-1]  # rows of padding's vocabulary
+    logits[0, [3, 5]] = 9.0  # the first of equal ones
+    logits[1, -1], logits[1, 0] = 9.0, -torch.inf
+    logits[2, 4], logits[3, 0], logits[4] = torch.nan, torch.inf, -torch.inf
+    token = torch.full((5,), 77, device=DEVICE)
+    for _ in range(2):  # its counters are as before
+        launch.choose(logits, token)
+        assert token.tolist() == [3, vocab_size - 1, NO_TOKEN, NO_TOKEN, NO_TOKEN]
+    chosen = randn(40, vocab_size, seed=1)
+    token = torch.empty(40, dtype=torch.int64, device=DEVICE)
+    launch.choose(chosen, token)
+    assert torch.equal(token, chosen.argmax(-1))
 
 
 def test_tokens_choose_their_experts():
@@ -262,11 +279,20 @@ SPARSE = BlockSparse(
 
 
 def step_of(model, batch, slot, pads):
-    """A new token's product of qkv, its angles, and the tables of every earlier position's."""
+    """A new token's product of qkv, the tables of every slot's angles, and the token's own."""
     width = (model.rank_heads + 2 * model.rank_kv_heads) * model.head_size
-    table = blocks.rotary_tables(model.rope, slot + 1, False, torch.device(DEVICE))
-    rotary = tuple(t[slot - pads][:, None, None] for t in table)
-    return randn(batch, 1, width), rotary
+    short, long = (
+        blocks.rotary_tables(model.rope, 96, long, torch.device(DEVICE)) for long in (False, True)
+    )
+    positions = (slot - pads).tolist()
+    own = [
+        (cos[p], sin[p])
+        for p in positions
+        for cos, sin in [long if p + 1 > model.rope.original else short]
+    ]
+    rotary = tuple(torch.stack(angles)[:, None, None] for angles in zip(*own, strict=True))
+    tables = tuple(torch.stack(pair) for pair in zip(short, long, strict=True))
+    return randn(batch, 1, width), tables, rotary
 
 
 @pytest.mark.parametrize(("batch", "kv_heads"), [(1, 1), (1, 2), (3, 2)])  # 8, 4 and 1 splits
@@ -278,9 +304,9 @@ def test_one_token_enters_the_cache_and_attends_to_it(batch, kv_heads, pattern, 
     pads = torch.tensor([0, 2, 1][:batch], device=DEVICE)
     model = spec(
         num_heads=2 * heads, num_kv_heads=2 * kv_heads, tp_size=2, sparse=pattern,
-        rope=Rope(8, 100.0),
+        rope=Rope(8, 100.0, (1.0, 1.1, 1.2, 1.3), (2.0, 3.0, 4.0, 5.0), 1.1, 1.3, 64),
     )  # fmt: skip
-    qkv, rotary = step_of(model, batch, slot, pads)
+    qkv, tables, rotary = step_of(model, batch, slot, pads)
     cache = (
         3 * randn(batch, kv_heads, capacity, size, seed=1),
         randn(batch, kv_heads, capacity, size, seed=2),
@@ -298,17 +324,17 @@ def test_one_token_enters_the_cache_and_attends_to_it(batch, kv_heads, pattern, 
     expected = expected.transpose(1, 2).flatten(2)
     for kept in cache:
         kept[:, :, slot:] = torch.nan  # nothing may look there
-    place = (model, torch.tensor([slot], device=DEVICE), pads, pattern, rank * heads)
-    actual = launch.attend_step(*place, qkv, rotary, cache)
+    place = (model, tables, torch.tensor([slot], device=DEVICE), pads, pattern, rank * heads)
+    actual = launch.attend_step(*place, qkv, cache)
     assert relative_error(actual, expected) < 1e-5
     for kept, x in zip(cache, new, strict=True):
         assert relative_error(kept[:, :, slot : slot + 1], x) < 1e-6
         assert kept[:, :, slot + 1 :].isnan().all()
     rounding = launch.Rounding(torch.tensor([0.02], device=DEVICE), None, "fp8")
-    levels = launch.attend_step(*place, qkv, rotary, cache, None, rounding)
+    levels = launch.attend_step(*place, qkv, cache, None, rounding)
     assert torch.equal(levels, launch.quantize(actual, rounding, actual.dtype))
     stored = replace(rounding, dtype=torch.float8_e4m3fn)
-    kept = launch.attend_step(*place, qkv, rotary, cache, None, stored)
+    kept = launch.attend_step(*place, qkv, cache, None, stored)
     assert torch.equal(kept.float(), levels)
 
 
@@ -317,11 +343,11 @@ def test_one_token_attends_to_a_cache_of_levels(grid):
     """As to one of the values that the levels stand for."""
     slot, pads = 20, torch.zeros(1, dtype=torch.int64, device=DEVICE)
     model = spec(quantization=Quantization(weights=None, kv_cache=grid))
-    qkv, rotary = step_of(model, 1, slot, pads)
+    qkv, tables, _ = step_of(model, 1, slot, pads)
     dtype = torch.int8 if grid == "int8" else torch.float8_e4m3fn
     levels = tuple((40 * randn(1, 2, 32, 12, seed=n)).to(dtype) for n in (1, 2))
     values = tuple(kept.float() * 0.05 for kept in levels)
-    place = (model, torch.tensor([slot], device=DEVICE), pads, None, 0, qkv, rotary)
+    place = (model, tables, torch.tensor([slot], device=DEVICE), pads, None, 0, qkv)
     scale = torch.tensor([0.05], device=DEVICE)
     expected = launch.attend_step(*place, values, scale)
     actual = launch.attend_step(*place, levels, scale)

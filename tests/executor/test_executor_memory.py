@@ -98,10 +98,11 @@ USES = {
 @pytest.mark.parametrize("use", USES)
 def test_nothing_is_left_of_a_deleted_model(use, device, directory, no_collection):
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        first = load(directory, device, offload=use == "offloaded")
-        USES[use](first)  # kernels are compiled, and libraries keep their workspaces
-        del first
+    if use == "fused" and not on_gpu and torch.cuda.is_available():
+        pytest.skip("the kernels are those of the GPU here, not the interpreter's")
+    first = load(directory, device, offload=use == "offloaded")
+    USES[use](first)  # kernels are compiled, and they and libraries keep their workspaces
+    del first
     allocated = torch.cuda.memory_allocated() if on_gpu else 0
     before = tensors()
     model = load(directory, device, offload=use == "offloaded")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from phireg.executor import blocks, quantized
-from phireg.executor.blocks import AttendCache, Cache, Reduce, Rotary, Weights
+from phireg.executor.blocks import AttendCache, Cache, Reduce, Weights
 from phireg.executor.cuda import launch, linears
 from phireg.executor.cuda.launch import Rounding
 from phireg.executor.cuda.linears import Experts
@@ -27,7 +27,6 @@ from phireg.reader.tensors import KV_SCALE, ROUTER
 def forward(
     executor: Executor,
     ids: Tensor,
-    rotary: Rotary,
     caches: list[list[Cache]],
     attends: list[list[AttendCache]],
 ) -> Tensor:
@@ -59,7 +58,7 @@ def forward(
             qkv = _linear(weights, "attention.qkv", u, bias, levels=levels_of(rounded))
             kv_scale = weights.get(KV_SCALE)
             into = rounding(weights, "attention.dense")
-            heads.append(attend(qkv, rotary, cache, kv_scale, into))
+            heads.append(attend(qkv, cache, kv_scale, into))
         dense_levels = levels_of(rounding(shards[0], "attention.dense"))
         attended = _row_linear(
             spec, shards, "attention.dense", heads, executor.reduce, levels=dense_levels
@@ -197,7 +196,11 @@ def _mixture(executor: Executor, shards: list[Weights], u: Tensor) -> Tensor:
         return blocks.mixture(spec, shards, executor.ranks, u, executor.reduce)
     assert spec.experts is not None
     tokens = u.flatten(0, -2)
-    scores = functional.linear(tokens.float(), shards[0][ROUTER])
+    if len(tokens) == 1:
+        router = ROUTER.removesuffix(".weight")
+        scores = linears.matvec(shards[0], router, tokens, None, torch.float32)
+    else:
+        scores = functional.linear(tokens.float(), shards[0][ROUTER])
     chosen, shares = linears.route(scores, spec.mixer_epsilon)
     partial = [
         rank_experts(weights, tokens, chosen, shares, spec.experts.first(rank))
@@ -218,7 +221,7 @@ def rank_experts(weights: Weights, x: Tensor, chosen: Tensor, shares: Tensor, fi
         *(weights, "mlp.proj", gated, None, x.dtype), x_scale=None if proj is None else proj.scale,
         experts=Experts(chosen, first, 1),
     )  # fmt: skip
-    return (outputs.view(*chosen.shape, -1) * shares[..., None]).to(x.dtype).sum(1)
+    return linears.combine(outputs, shares)
 
 
 def capture(step: Callable[[], None], restore: Callable[[], None]) -> Any:

@@ -260,7 +260,7 @@ def _tile(
 
 @triton.jit
 def _see(query, key, value, seen, best, total, acc, scale):
-    """Add a tile of a cache to ``_fold``'s sums."""
+    """Add a tile of a cache to ``_fold``'s sums; its levels become numbers of the query's dtype."""
     scores = tl.dot(query, tl.trans(_decode(key, query.dtype)), input_precision="ieee")
     scores = tl.where(seen, scores, float("-inf"))
     return _fold(scores, _decode(value, query.dtype), best, total, acc, scale)
@@ -269,7 +269,7 @@ def _see(query, key, value, seen, best, total, acc, scale):
 @triton.jit
 def attend_kernel(
     qkv_ptr, cos_ptr, sin_ptr, key_ptr, value_ptr, kv_scale_ptr, slot_ptr, pads_ptr, out_ptr,
-    part_ptr, stats_ptr, smoothing_ptr, scale_ptr, scale, capacity, rotary_rows, first_head,
+    part_ptr, stats_ptr, smoothing_ptr, scale_ptr, scale, capacity, original, first_head,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
     KV_GRID: tl.constexpr, SPLITS: tl.constexpr, SPARSE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     LOCAL: tl.constexpr, STRIDE: tl.constexpr, STEP: tl.constexpr, PADDED: tl.constexpr,
@@ -300,7 +300,9 @@ def attend_kernel(
     )  # fmt: skip
     key = tl.load(key_ptr + cache + place, mask=mask, other=0.0)
     value = tl.load(value_ptr + cache + place, mask=mask, other=0.0)
-    angle = row % rotary_rows * HALF
+    # The second half of the tables is for sequences that are longer than the original context.
+    position = slot - pad
+    angle = (tl.where(position < original, 0, capacity) + position).to(tl.int64) * HALF
     cos, sin = _angles(cos_ptr + angle, sin_ptr + angle, dim, HALF)
     STORED: tl.constexpr = key_ptr.dtype.element_ty != qkv_ptr.dtype.element_ty
     kv_scale = tl.load(kv_scale_ptr) if KV_GRID != "none" else 1.0
@@ -326,6 +328,8 @@ def attend_kernel(
     # The scale of a cache of levels goes with the scores, and with the sum of values at the end.
     if STORED:
         scale *= kv_scale
+        # Levels are float16's numbers, too, and become these in fewer steps.
+        query = query.to(tl.float32 if query.dtype == tl.float32 else tl.float16)
     best = tl.full([PADDED], _NONE, tl.float32)
     total = tl.zeros([PADDED], tl.float32)
     acc = tl.zeros([PADDED, BLOCK], tl.float32)
@@ -349,7 +353,7 @@ def attend_kernel(
         acc *= kv_scale
     if SPLITS == 1:
         y = acc / total[:, None]
-        y = _rounded(y, smoothing, grid_scale, query.dtype, SMOOTH, GRID)
+        y = _rounded(y, smoothing, grid_scale, qkv_ptr.dtype.element_ty, SMOOTH, GRID)
         tl.store(out_ptr + query_place, y.to(out_ptr.dtype.element_ty), mask=query_mask)
     else:
         part = (row * HEADS + own) * SPLITS + split
@@ -378,6 +382,58 @@ def merge_kernel(
     y = tl.sum(acc * fade[:, None], 0) / total
     y = _rounded(y, smoothing, scale, TYPE, SMOOTH, GRID)
     tl.store(out_ptr + head * SIZE + dim, y.to(out_ptr.dtype.element_ty), mask=dim < SIZE)
+
+
+@triton.jit
+def choose_kernel(
+    logits_ptr, token_ptr, best_ptr, place_ptr, count_ptr, vocab_size, logits_row,
+    NO_TOKEN: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    place = split * BLOCK + tl.arange(0, BLOCK)
+    _wait(EARLY)
+    inside = place < vocab_size
+    logits = tl.load(logits_ptr + row * logits_row + place, mask=inside, other=float("-inf"))
+    # Infinity stands for all that is no number.
+    logits = tl.where(logits == logits, logits, float("inf"))
+    best = tl.max(logits, 0)
+    tl.store(best_ptr + row * SPLITS + split, best)
+    tl.store(
+        place_ptr + row * SPLITS + split, tl.min(tl.where(logits == best, place, vocab_size), 0)
+    )
+    tl.debug_barrier()
+    # The last of a row's splits to arrive compares all of them.
+    if tl.atomic_add(count_ptr + row, 1) == SPLITS - 1:
+        tl.store(count_ptr + row, 0)
+        other = tl.arange(0, PADDED)
+        known = row * SPLITS + other
+        there = other < SPLITS
+        tops = tl.load(best_ptr + known, mask=there, other=float("-inf"), cache_modifier=".cg")
+        places = tl.load(place_ptr + known, mask=there, other=0, cache_modifier=".cg")
+        best = tl.max(tops, 0)
+        chosen = tl.min(tl.where(there & (tops == best), places, vocab_size), 0)
+        finite = (best < float("inf")) & (best > float("-inf"))
+        tl.store(token_ptr + row, tl.where(finite, chosen, NO_TOKEN).to(tl.int64))
+
+
+@triton.jit
+def combine_kernel(
+    output_ptr, share_ptr, out_ptr, width,
+    PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Add the outputs of a token's experts, each times its share and rounded."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    _wait(EARLY)
+    total = tl.zeros([BLOCK], tl.float32)
+    for pair in tl.static_range(PER_TOKEN):
+        place = token * PER_TOKEN + pair
+        y = tl.load(output_ptr + place * width + columns, mask=inside, other=0.0).to(tl.float32)
+        y = y * tl.load(share_ptr + place)
+        total += y.to(out_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out_ptr + token * width + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

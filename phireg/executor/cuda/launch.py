@@ -18,12 +18,12 @@ from torch import Tensor
 
 from phireg.executor.blocks import Cache, Rotary
 from phireg.executor.cuda import kernels
+from phireg.executor.finite import NO_TOKEN
 from phireg.reader.schemes import Grid
 from phireg.reader.spec import BlockSparse, ModelSpec
 
 # Block sizes that the kernel of prompts takes are multiples of this.
 SPARSE_TILE = 64
-KNOBS = {"norm": 8, "stages": 2, "per": 2, "merge": 4, "tile": 64, "awarps": 4}
 GATED = ("swiglu", "gegelu")
 TYPES = {
     torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16
@@ -89,7 +89,7 @@ def norm(
         x, x if delta is None else delta, weight, weight if bias is None else bias,
         *Rounding.pointers(rounding, weight), out, width, epsilon, DELTA=delta is not None,
         RMS=kind == "rms_norm", **Rounding.constants(rounding),
-        BLOCK=triton.next_power_of_2(width), **launch_options(x.device, KNOBS["norm"]),
+        BLOCK=triton.next_power_of_2(width), **launch_options(x.device, 8),
     )  # fmt: skip
     return out
 
@@ -143,26 +143,28 @@ def rotate_into(
         qkv, cos, sin, slot, cos if kv_scale is None else kv_scale, query, keys, values,
         tokens, keys.shape[2], cos.shape[0],
         HEADS=heads, KV_HEADS=kv_heads, SIZE=size, HALF=cos.shape[-1],
-        GRID="none" if kv_scale is None else spec.quantization.kv_cache, ROWS=rows, BLOCK=triton.next_power_of_2(size), **launch_options(qkv.device, 4),
+        GRID="none" if kv_scale is None else spec.quantization.kv_cache, ROWS=rows,
+        BLOCK=triton.next_power_of_2(size), **launch_options(qkv.device, 4),
     )  # fmt: skip
     return query.transpose(1, 2)
 
 
 def attend_step(
     spec: ModelSpec,
+    tables: Rotary,
     slot: Tensor,
     pads: Tensor,
     pattern: BlockSparse | None,
     first_head: int,
     qkv: Tensor,
-    rotary: Rotary,
     cache: Cache,
     kv_scale: Tensor | None = None,
     rounding: Rounding | None = None,
 ) -> Tensor:
     """Return the attention of one new token per row, which enters the cache: [B, 1, H * D].
 
-    ``qkv``, ``rotary``, ``cache`` and ``kv_scale`` are as for ``rotate_into``, with T = 1. The
+    ``qkv``, ``cache`` and ``kv_scale`` are as for ``rotate_into``, with T = 1. ``tables`` are
+    ``blocks.rotary_tables`` of the cache's slots, the short and the long ones: [2, C, R/2]. The
     token goes to ``slot``, int64 [1]; each row's first token is in ``pads``, int64 [B].
     ``first_head`` is the global number of the first head. With ``rounding`` the result has levels.
     """
@@ -171,22 +173,21 @@ def attend_step(
     heads = spec.rank_heads
     group = heads // kv_heads
     device, dtype = qkv.device, qkv.dtype
-    cos, sin = (table.contiguous() for table in rotary)
+    cos, sin = tables
     kept = Rounding.kept_in(rounding, dtype)
     out = torch.empty((batch, 1, heads * size), dtype=kept, device=device)
     # Enough programs to fill the GPU, whatever the batch; a split without tiles costs nothing.
-    programs = int(KNOBS["per"] * _processors(device)) // (batch * kv_heads)
+    programs = _PROGRAMS_PER_PROCESSOR * _processors(device) // (batch * kv_heads)
     splits = 1 << max(0, programs.bit_length() - 1)
     parts = torch.empty(
         (batch * heads * splits, size) if splits > 1 else (1,), dtype=torch.float32, device=device
     )
     stats = torch.empty((batch * heads * splits, 2), dtype=torch.float32, device=device)
     half = dtype != torch.float32
-    launch = launch_options(device, 4)
     kernels.attend_kernel[(batch * kv_heads, splits)](
         qkv, cos, sin, keys, values, cos if kv_scale is None else kv_scale, slot, pads, out, parts,
         stats, *Rounding.pointers(rounding, qkv), spec.attention_scale * _LOG2_E, capacity,
-        cos.shape[0], first_head,
+        min(spec.rope.original, capacity), first_head,
         KV_HEADS=kv_heads, GROUP=group, SIZE=size, HALF=cos.shape[-1],
         KV_GRID="none" if kv_scale is None else spec.quantization.kv_cache,
         SPLITS=splits, SPARSE=pattern is not None,
@@ -195,16 +196,16 @@ def attend_step(
         STRIDE=pattern.vertical_stride if pattern else 1,
         STEP=pattern.head_step if pattern else 0,
         # The matrix units take sixteen rows at least.
-        PADDED=max(16, triton.next_power_of_2(group)), TILE=KNOBS["tile"] if half else 32,
-        BLOCK=max(16, triton.next_power_of_2(size)),
-        **Rounding.constants(rounding), num_stages=KNOBS["stages"] if half else 2, **launch_options(device, KNOBS["awarps"]),
+        PADDED=max(16, triton.next_power_of_2(group)), TILE=64 if half else 32,
+        BLOCK=max(16, triton.next_power_of_2(size)), **Rounding.constants(rounding), num_stages=2,
+        **launch_options(device, 4),
     )  # fmt: skip
     if splits > 1:
         kernels.merge_kernel[(batch * heads,)](
             parts, stats, out, *Rounding.pointers(rounding, qkv), HEADS=heads, SIZE=size,
             SPLITS=splits, BLOCK=triton.next_power_of_2(size), TYPE=TYPES[dtype],
             **Rounding.constants(rounding),
-            **launch_options(device, KNOBS["merge"]),
+            **launch_options(device, max(1, min(4, splits // 8))),
         )  # fmt: skip
     return out
 
@@ -242,6 +243,30 @@ def sparse_attention(
         num_stages=3 if half else 1, **launch_options(device, 4),
     )  # fmt: skip
     return out.transpose(1, 2)
+
+
+def choose(logits: Tensor, token: Tensor) -> None:
+    """Put the best of float32 logits [B, vocab_size] into int64 ``token`` [B].
+
+    It is the first of equal ones, and ``NO_TOKEN`` in rows whose largest logit is not finite. Rows
+    of logits have any stride.
+    """
+    batch, vocab_size = logits.shape
+    block = 1024
+    splits = triton.cdiv(vocab_size, block)
+    best = torch.empty((batch, splits), dtype=torch.float32, device=logits.device)
+    place = torch.empty((batch, splits), dtype=torch.int32, device=logits.device)
+    kernels.choose_kernel[(batch, splits)](
+        logits, token, best, place, counters(logits.device), vocab_size, logits.stride(0),
+        NO_TOKEN=NO_TOKEN, SPLITS=splits, PADDED=triton.next_power_of_2(splits), BLOCK=block,
+        **launch_options(logits.device, 4),
+    )  # fmt: skip
+
+
+@functools.cache
+def counters(device: torch.device) -> Tensor:
+    """Return zeros that every kernel leaves as zeros, to count the programs that have arrived."""
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
 def launch_options(device: torch.device, num_warps: int) -> dict[str, Any]:

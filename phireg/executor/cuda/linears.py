@@ -6,7 +6,6 @@ the matrix units, level by level. More tokens take the ordinary product of an ex
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +13,16 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.nn import functional
 
 from phireg.executor.blocks import Weights
-from phireg.executor.cuda import products
-from phireg.executor.cuda.launch import GATED, TYPES, Rounding, launch_options
+from phireg.executor.cuda import kernels, products
+from phireg.executor.cuda.launch import GATED, TYPES, Rounding, counters, launch_options
 from phireg.executor.levels import BITS, find_packed
 
 # Tokens up to which reading the packed weight once more for every so many is the fastest.
 FEW_TOKENS = 64
 # A product of a few tokens is split until so many programs share it, which fill a GPU.
-_PROGRAMS = 400
-# Inputs that have one scale in a step of a product.
-_GROUP = 128
+_PROGRAMS = 160
 
 
 # Of one token's product: the fastest of some thirty tried on an H100 for each linear of Phi-3-mini.
@@ -34,9 +30,9 @@ _GROUP = 128
 _TILES = {
     "none": ((4, 1024, 1, 4), (4, 1024, 1, 4), (4, 1024, 1, 4), (4, 1024, 2, 4)),
     "e4m3": ((4, 1024, 2, 2), (4, 1024, 2, 2), (2, 512, 2, 1), (4, 1024, 2, 2)),
-    "int8": ((4, 128, 1, 1), (8, 512, 1, 4), (4, 256, 1, 2), (4, 512, 1, 4)),
-    "int4": ((4, 128, 2, 1), (8, 256, 1, 2), (4, 128, 1, 1), (8, 512, 1, 4)),
-    "e2m1": ((4, 128, 1, 1), (8, 256, 1, 2), (4, 128, 1, 1), (4, 256, 2, 2)),
+    "int8": ((4, 128, 1, 1), (4, 256, 3, 2), (4, 256, 1, 2), (4, 512, 1, 4)),
+    "int4": ((4, 128, 1, 1), (8, 512, 1, 4), (4, 128, 1, 1), (8, 512, 1, 4)),
+    "e2m1": ((4, 128, 1, 1), (8, 512, 1, 4), (2, 128, 1, 1), (4, 256, 2, 2)),
 }
 
 
@@ -95,9 +91,9 @@ def matvec(
     """Return one token's X W^T + b, and the MLP's nonlinearity on it.
 
     ``x`` is one row, contiguous, in the compute dtype; with ``x_scale`` it has levels, as another
-    kernel's ``rounding`` leaves them. ``dtype`` is the compute dtype. ``activation`` is "none" or as in ``launch.activate``; gated
-    ones halve the rows. With ``experts`` the weight is a stack, and x and the result have a row for
-    each token and each pair.
+    kernel's ``rounding`` leaves them. ``dtype`` is the compute dtype. ``activation`` is "none" or
+    as in ``launch.activate``; gated ones halve the rows. With ``experts`` the weight is a stack,
+    and x and the result have a row for each token and each pair.
     """
     stored = _stored(weights, name, x.shape[-1])
     outputs = stored.rows // 2 if activation in GATED else stored.rows
@@ -126,10 +122,12 @@ def product(
     out = torch.empty((*x.shape[:-1], stored.rows), dtype=x.dtype, device=x.device)
     width, rows, block = stored.data.shape[-1], 64, 128
     if stored.grid in BITS:
-        # Words. Twice as many gave wrong float32 sums on an H100 (Triton 3.6).
-        block, levels = 16, 32 // BITS[stored.grid]
-        x = functional.pad(x, (0, -stored.inputs % (levels * block)))
-        x = x.unflatten(-1, (-1, block // 4, levels, 4)).transpose(-2, -3).contiguous()
+        # Words; in float32 more of them gave wrong sums on an H100 (Triton 3.6).
+        levels = 32 // BITS[stored.grid]
+        block = 16 if x.dtype == torch.float32 else 64 if stored.grid == "int8" else 32
+        groups = stored.group_scale
+        if groups is not None and stored.inputs // groups.shape[-1] >= 16 * levels:
+            block = 16  # of one scale
     tiles, splits = triton.cdiv(stored.rows, rows), 1
     while tiles * splits < _PROGRAMS and splits < 16 and 2 * splits * block <= width:
         splits *= 2
@@ -137,7 +135,7 @@ def product(
     columns = triton.cdiv(tokens, tile)
     parts = out if splits == 1 else x.new_empty(splits * out.numel(), dtype=torch.float32)
     products.product_kernel[(tiles, splits, columns)](
-        *_pointers(x, stored, x_scale, bias, None), out, parts, _counters(x.device), tokens,
+        *_pointers(x, stored, x_scale, bias, None), out, parts, counters(x.device), tokens,
         stored.rows, math.inf, **stored.constants, X_SCALE=x_scale is not None,
         BIAS=bias is not None, KIND="none", **Rounding.constants(None, "OUT"), ROWS=rows,
         BLOCK=block, TOKENS=tile, SPLITS=splits, num_stages=3, **launch_options(x.device, 4),
@@ -161,23 +159,18 @@ def cache_values(levels: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _values(stored: _Stored, dtype: torch.dtype) -> Tensor:
     out = torch.empty((stored.rows, stored.inputs), dtype=dtype, device=stored.data.device)
-    width, block = stored.data.shape[-1], 1024
-    constants = {name: value for name, value in stored.constants.items() if name != "INPUTS"}
+    block = min(1024, triton.next_power_of_2(stored.inputs))
     scales = (out if scale is None else scale for scale in (stored.scale, stored.group_scale))
-    products.expand_kernel[(stored.rows, triton.cdiv(width, block))](
-        stored.data, *scales, out, stored.inputs, **constants,
-        BLOCK=min(block, triton.next_power_of_2(width)), **launch_options(out.device, 4),
-    )  # fmt: skip
+    products.expand_kernel[(stored.rows, triton.cdiv(stored.inputs, block))](
+        stored.data, *scales, out, **stored.constants, BLOCK=block, **launch_options(out.device, 4)
+    )
     return out
 
 
 def is_for_few(weights: Weights, name: str, x: Tensor) -> bool:
-    """Return whether ``product`` serves: few tokens, and no scales of small groups of inputs."""
+    """Return whether ``product`` serves: a packed weight and few tokens."""
     packed, inputs = find_packed(weights, name), x.shape[-1]
-    if packed is None or x.numel() > FEW_TOKENS * inputs:
-        return False
-    groups = packed.group_scale
-    return groups is None or inputs // groups.shape[-1] % _GROUP == 0
+    return packed is not None and x.numel() <= FEW_TOKENS * inputs
 
 
 def route(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -190,6 +183,18 @@ def route(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         **launch_options(scores.device, 1),
     )  # fmt: skip
     return chosen, shares
+
+
+def combine(outputs: Tensor, shares: Tensor) -> Tensor:
+    """Return the sums [tokens, width] of each token's ``outputs`` [pairs, width] by ``shares``."""
+    tokens, per_token = shares.shape
+    width, block = outputs.shape[-1], 256
+    out = torch.empty((tokens, width), dtype=outputs.dtype, device=outputs.device)
+    kernels.combine_kernel[(tokens, triton.cdiv(width, block))](
+        outputs, shares, out, width, PER_TOKEN=per_token, BLOCK=block,
+        **launch_options(out.device, 1),
+    )  # fmt: skip
+    return out
 
 
 def _pointers(
@@ -224,9 +229,3 @@ def _stored(weights: Weights, name: str, inputs: int) -> _Stored:
     if packed.grid in BITS:
         data = data.view(torch.int32)
     return _Stored(packed.grid, data, packed.scale, packed.group_scale, data.shape[-2], inputs)
-
-
-@functools.cache
-def _counters(device: torch.device) -> Tensor:
-    """Return zeros that every product leaves as zeros: one for each tile of its results."""
-    return torch.zeros(1 << 16, dtype=torch.int32, device=device)

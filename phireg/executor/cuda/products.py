@@ -83,12 +83,12 @@ def _of_words(
     INPUTS: tl.constexpr, GRID: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
-    """Return sums of products of words of levels [rows, columns] and inputs, and an excess [columns].
+    """Return sums of products of words [rows, columns] and inputs, and an excess [columns].
 
-    The excess is that of integers, which are stored with half of their range added. An integer in the lowest 24 bits of a float32 is that many times 2^-149, wherever its bits lie.
-    An e2m1 level there, its lowest bit in bit 22, is itself times 2^-126. Products with inputs that
-    have been multiplied by enough are exact again but
-    for a power of two, ``matvec_kernel``'s UNIT.
+    The excess is that of integers, which are stored with half of their range added. An integer in
+    the lowest 24 bits of a float32 is that many times 2^-149, wherever its bits lie. An e2m1 level
+    there, its lowest bit in bit 22, is itself times 2^-126. Products with inputs that have been
+    multiplied by enough are exact again but for a power of two, ``matvec_kernel``'s UNIT.
     """
     LEVELS: tl.constexpr = 32 // BITS
     start = columns // 4 * (4 * LEVELS) + columns % 4
@@ -189,15 +189,18 @@ def matvec_kernel(
             at = step * BLOCK + columns
             mask = inside[:, None] & (at < WIDTH)[None, :]
             a += (_fetch(left, at + DEPTH * BLOCK, inside, WIDTH),)
-            part, more = _of_words(a[0], x_ptr, a_groups, mask, at, INPUTS, GRID, BITS, GROUP, FULL)
+            words = a[0]  # type: ignore[misc]  # mypy does not see what is added
+            part, more = _of_words(
+                words, x_ptr, a_groups, mask, at, INPUTS, GRID, BITS, GROUP, FULL
+            )
             a_sum += part
             excess += more
             a = a[1:]
             if GATED:
                 b += (_fetch(right, at + DEPTH * BLOCK, inside, WIDTH),)
-                b_sum += _of_words(
-                    b[0], x_ptr, b_groups, mask, at, INPUTS, GRID, BITS, GROUP, FULL
-                )[0]
+                words = b[0]  # type: ignore[misc]
+                part = _of_words(words, x_ptr, b_groups, mask, at, INPUTS, GRID, BITS, GROUP, FULL)
+                b_sum += part[0]
                 b = b[1:]
     else:
         for step in tl.static_range(STEPS):
@@ -256,6 +259,7 @@ def product_kernel(
     FULL: tl.constexpr = WIDTH % BLOCK == 0
     GROUPS: tl.constexpr = INPUTS // GROUP if GROUP > 0 else 0
     SHARE: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    WIDE: tl.constexpr = GROUP > 0 and GROUP % (BLOCK * LEVELS) == 0  # a step has one scale
     split = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
@@ -269,8 +273,7 @@ def product_kernel(
     _wait(EARLY)
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
     weights = weight_ptr + row.to(tl.int64)[:, None] * WIDTH
-    # Rows of inputs for words of levels are filled up to whole steps and sorted as these are.
-    inputs = x_ptr + token.to(tl.int64)[None, :] * (STEPS * BLOCK * LEVELS if BITS > 0 else INPUTS)
+    inputs = x_ptr + token.to(tl.int64)[None, :] * INPUTS
     real = (token < tokens)[None, :]
     for step in range(split * SHARE, min(split * SHARE + SHARE, STEPS)):
         at = step * BLOCK + columns
@@ -279,14 +282,20 @@ def product_kernel(
             mask = mask & (at < WIDTH)[None, :]
         weight = tl.load(weights + at[None, :], mask=mask, other=0.0)
         if BITS > 0:
-            part = tl.zeros([ROWS, TOKENS], tl.float32) if GROUP > 0 else acc
+            part = tl.zeros([ROWS, TOKENS], tl.float32) if WIDE else acc
+            start = at // 4 * (4 * LEVELS) + at % 4
             for n in tl.static_range(LEVELS):
                 code = (weight >> (BITS * n)).to(tl.int16) & (2**BITS - 1)
                 level = _decode_code(code, x_dtype, GRID)
-                place = (step * LEVELS + n) * BLOCK + columns
-                x = tl.load(inputs + place[:, None], mask=real, other=0.0)
+                place = start + 4 * n
+                if GROUP > 0 and not WIDE:
+                    groups = group_ptr + row[:, None] * GROUPS + (place // GROUP)[None, :]
+                    scale = tl.load(groups, mask=mask & (place < INPUTS)[None, :], other=0.0)
+                    level = (level.to(tl.float32) * scale.to(tl.float32)).to(x_dtype)
+                there = real & (place < INPUTS)[:, None]
+                x = tl.load(inputs + place[:, None], mask=there, other=0.0)
                 part = tl.dot(level, x, part, input_precision="ieee")
-            if GROUP > 0:  # a multiple of the inputs of a step
+            if WIDE:
                 scales = group_ptr + row[:, None] * GROUPS + step * BLOCK * LEVELS // GROUP
                 part = acc + part * tl.load(scales, mask=inside[:, None], other=0.0).to(tl.float32)
             acc = part
@@ -317,33 +326,30 @@ def product_kernel(
 
 @triton.jit
 def expand_kernel(
-    weight_ptr, scale_ptr, group_ptr, out_ptr, inputs,
-    WIDTH: tl.constexpr, GRID: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    weight_ptr, scale_ptr, group_ptr, out_ptr,
+    INPUTS: tl.constexpr, WIDTH: tl.constexpr, GRID: tl.constexpr, BITS: tl.constexpr,
+    SCALES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Write a weight's values, level by level, as ``Levels.values`` rounds them."""
+    """Write a weight's values, as ``Levels.values`` rounds them."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < INPUTS
     _wait(EARLY)
-    weight = tl.load(weight_ptr + row * WIDTH + columns, mask=columns < WIDTH, other=0.0)
     scale = 1.0
     if SCALES > 0:
         scale = tl.load(scale_ptr + row) if SCALES == 2 else tl.load(scale_ptr)
-    dtype = out_ptr.dtype.element_ty
-    out_ptr += row * inputs
+    weight_ptr += row * WIDTH
     if BITS > 0:
-        for n in tl.static_range(32 // BITS):
-            at = columns // 4 * (4 * 32 // BITS) + columns % 4 + 4 * n
-            inside = at < inputs
-            code = (weight >> (BITS * n)).to(tl.int16) & (2**BITS - 1)
-            level = _decode_code(code, tl.float32, GRID)
-            if GROUP > 0:
-                groups = group_ptr + row * (inputs // GROUP) + at // GROUP
-                level = level * tl.load(groups, mask=inside, other=0.0).to(tl.float32)
-            tl.store(out_ptr + at, (level * scale).to(dtype), mask=inside)
+        RUN: tl.constexpr = 128 // BITS
+        word = tl.load(weight_ptr + at // RUN * 4 + at % 4, mask=inside, other=0)
+        code = (word >> (at % RUN // 4 * BITS)).to(tl.int16) & (2**BITS - 1)
+        value = _decode_code(code, tl.float32, GRID)
     else:
-        value = (weight.to(tl.float32) * scale).to(dtype)
-        tl.store(out_ptr + columns, value, mask=columns < WIDTH)
+        value = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if GROUP > 0:
+        groups = group_ptr + row * (INPUTS // GROUP) + at // GROUP
+        value = value * tl.load(groups, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * INPUTS + at, (value * scale).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
