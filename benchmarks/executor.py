@@ -261,8 +261,8 @@ def formats(results: dict[str, Any]) -> None:
         for name, (algorithm, cache) in {"bfloat16": (None, None), **FORMATS}.items():
             torch.cuda.empty_cache()
             before = torch.cuda.memory_allocated()
-            executor = of_format(algorithm, cache, shape)
-            of_model(name, executor, before, results.setdefault(model, {}), results)
+            found = results.setdefault(model, {})
+            of_model(name, of_format(algorithm, cache, shape), before, found, results)
 
 
 def of_model(
