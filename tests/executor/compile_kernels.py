@@ -79,7 +79,12 @@ CASES = [
     ("product", {**PRODUCT, **weight("e2m1", 16, 1), "BLOCK": 32}),
     ("expand", {"INPUTS": 3072, **weight("int4", 128, 0), "BLOCK": 1024}),
     ("route", {"BLOCK": 16}),
-    *(("activation", {"KIND": kind, "BLOCK": 1024}) for kind in ("swiglu", "gegelu", "gelu_tanh")),
+    *(
+        ("activation", {"KIND": kind, "SMOOTH": smooth, "GRID": grid, "BLOCK": 1024})
+        for kind, smooth, grid in (
+            ("swiglu", False, "none"), ("gegelu", True, "int8"), ("gelu_tanh", False, "fp8")
+        )
+    ),
     *(
         ("rotate", {
             "HEADS": 32, "KV_HEADS": 8, "SIZE": 80, "HALF": 16, "GRID": grid, "ROWS": 16,

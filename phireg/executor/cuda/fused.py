@@ -7,6 +7,7 @@ states to the next norm, which adds it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,12 +39,12 @@ def forward(
     spec, ends = executor.spec, executor.end_weights()
     sequential = spec.architecture.residual == "sequential"
     x = executor.embed(ends, ids)
-    one = ids.numel() == 1
+    tokens = ids.numel()
     pending: Tensor | None = None
 
     def rounding(weights: Weights, linear: str) -> Rounding | None:
-        # One token's inputs become levels where they are computed; no other linear reads them.
-        return rounding_of(weights, linear) if one else None
+        # Inputs become levels where they are computed, if the linear takes them.
+        return rounding_before(weights, linear, tokens, executor.dtype)
 
     def levels_of(rounding: Rounding | None) -> torch.dtype | None:
         return None if rounding is None else executor.dtype
@@ -94,11 +95,19 @@ def rounding_of(weights: Weights, linear: str) -> Rounding | None:
     if scale is None:
         return None
     smoothing = weights.get(f"{linear}.prequant_scaling_factor")
-    if smoothing is not None:
-        return Rounding(scale, smoothing, "int8")
-    packed = find_packed(weights, linear)
-    alike = packed is not None and packed.grid == "e4m3"
-    return Rounding(scale, None, "fp8", torch.float8_e4m3fn if alike else None)
+    return Rounding(scale, smoothing, "fp8" if smoothing is None else "int8")
+
+
+def rounding_before(
+    weights: Weights, linear: str, tokens: int, dtype: torch.dtype
+) -> Rounding | None:
+    """Return how inputs of so many tokens become levels before ``_linear``, if it takes these."""
+    found, packed = rounding_of(weights, linear), find_packed(weights, linear)
+    if found is None or packed is None:
+        return found if tokens == 1 else None
+    if packed.grid == "e4m3" and (tokens == 1 or quantized.multiplies_e4m3(packed, dtype)):
+        return replace(found, dtype=torch.float8_e4m3fn)
+    return found if tokens <= linears.FEW_TOKENS else None
 
 
 def _norm(
@@ -145,8 +154,8 @@ def _linear(
 ) -> Tensor:
     """Return ``quantized.linear``, and the MLP's nonlinearity on it.
 
-    One token's ``x`` may have levels already, of the compute dtype ``levels``; its result becomes
-    levels by ``rounding``.
+    ``x`` may have levels already, as ``rounding_before`` says, of the compute dtype ``levels``; the
+    result of the nonlinearity becomes levels by ``rounding``.
     """
     if quantized.is_divided(weights, name):
         outputs: list[Tensor] = []
@@ -154,36 +163,32 @@ def _linear(
             outputs.append(_linear(weights, f"{name}.{len(outputs)}", x, None))
         y = torch.cat(outputs, dim=-1)
         y = y if bias is None else y + bias
-        y = y if activation == "none" else launch.activate(activation, y, limit)
-        return (
-            y
-            if rounding is None
-            else launch.quantize(y, rounding, Rounding.kept_in(rounding, y.dtype))
-        )
+        return y if activation == "none" else launch.activate(activation, y, limit, rounding)
     x = quantized.rounded_inputs(weights, name, x)
-    own = rounding_of(weights, name)
+    own, dtype = rounding_of(weights, name), levels or x.dtype
     x_scale = None if own is None else own.scale
-    if x.numel() == x.shape[-1]:
-        dtype = levels or x.dtype
-        if own is not None and levels is None:
-            x = launch.quantize(x, own, Rounding.kept_in(own, dtype))
+    tokens = x.numel() // x.shape[-1]
+    before = rounding_before(weights, name, tokens, dtype)
+    if before is not None and levels is None:
+        x = launch.quantize(x, before, Rounding.kept_in(before, dtype))
+    if tokens == 1:
         return linears.matvec(
             *(weights, name, x, bias, dtype), x_scale=x_scale, activation=activation, limit=limit,
             rounding=rounding,
         )  # fmt: skip
     packed = find_packed(weights, name)
-    if own is not None and packed is not None and quantized.multiplies_e4m3(packed, x.dtype):
-        stored = launch.quantize(x, own, torch.float8_e4m3fn)
-        y = quantized.stored_product(stored, packed, own.scale, x.dtype)
+    if own is not None and packed is not None and quantized.multiplies_e4m3(packed, dtype):
+        y = quantized.stored_product(x, packed, own.scale, dtype)
         y = y if bias is None else y + bias
-    elif linears.is_for_few(weights, name, x):
-        x = x if own is None else launch.quantize(x, own, x.dtype)
+    elif packed is not None and tokens <= linears.FEW_TOKENS:
         y = linears.product(weights, name, x, bias, x_scale)
     else:
         x = x if own is None else launch.quantize(x, own)
-        weight = linears.expanded(weights, name, x.shape[-1], x.dtype)
+        weight = linears.expanded(weights, name, x.shape[-1], dtype)
         y = functional.linear(x, weight, bias)
-    return y if activation == "none" else launch.activate(activation, y, limit)
+    if activation != "none":
+        return launch.activate(activation, y, limit, rounding)
+    return y
 
 
 def _mixture(executor: Executor, shards: list[Weights], u: Tensor) -> Tensor:
@@ -211,7 +216,7 @@ def _mixture(executor: Executor, shards: list[Weights], u: Tensor) -> Tensor:
 
 def rank_experts(weights: Weights, x: Tensor, chosen: Tensor, shares: Tensor, first: int) -> Tensor:
     """Return ``blocks.rank_mixture``, pair by pair of a token and an expert."""
-    fc, proj = rounding_of(weights, "mlp.fc"), rounding_of(weights, "mlp.proj")
+    fc, proj = (rounding_before(weights, name, 1, x.dtype) for name in ("mlp.fc", "mlp.proj"))
     levels = x if fc is None else launch.quantize(x, fc, Rounding.kept_in(fc, x.dtype))
     gated = linears.matvec(
         *(weights, "mlp.fc", levels, None, x.dtype), x_scale=None if fc is None else fc.scale,

@@ -147,11 +147,14 @@ def quantize_kernel(
 
 @triton.jit
 def activation_kernel(
-    z_ptr, out_ptr, width, limit, KIND: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
-):
+    z_ptr, smoothing_ptr, scale_ptr, out_ptr, width, limit,
+    KIND: tl.constexpr, SMOOTH: tl.constexpr, GRID: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
+    smoothing, scale = _rounding(columns, inside, smoothing_ptr, scale_ptr, SMOOTH, GRID)
     _wait(EARLY)
     if KIND == "gegelu":
         both = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
@@ -164,6 +167,7 @@ def activation_kernel(
         first = tl.load(z_ptr + row * width + columns, mask=inside, other=0.0)
         second = first
     y = _activate(first.to(tl.float32), second.to(tl.float32), limit, KIND)
+    y = _rounded(y, smoothing, scale, z_ptr.dtype.element_ty, SMOOTH, GRID)
     tl.store(out_ptr + row * width + columns, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -294,12 +298,13 @@ def attend_kernel(
     end = tl.minimum(begin + share, last)
     bound = tl.minimum(end * TILE, slot)
     cache = (row * KV_HEADS + group).to(tl.int64) * capacity * SIZE
-    seen, place, mask = _tile(
-        begin, bound, slot, pad, first_head + own, member < GROUP, dim, TILE, SIZE, SPARSE,
-        BLOCK_SIZE, LOCAL, STRIDE, STEP,
-    )  # fmt: skip
-    key = tl.load(key_ptr + cache + place, mask=mask, other=0.0)
-    value = tl.load(value_ptr + cache + place, mask=mask, other=0.0)
+    if SPLITS > 1:  # otherwise there are programs enough to hide what each waits for
+        seen, place, mask = _tile(
+            begin, bound, slot, pad, first_head + own, member < GROUP, dim, TILE, SIZE, SPARSE,
+            BLOCK_SIZE, LOCAL, STRIDE, STEP,
+        )  # fmt: skip
+        key = tl.load(key_ptr + cache + place, mask=mask, other=0.0)
+        value = tl.load(value_ptr + cache + place, mask=mask, other=0.0)
     # The second half of the tables is for sequences that are longer than the original context.
     position = slot - pad
     angle = (tl.where(position < original, 0, capacity) + position).to(tl.int64) * HALF
@@ -333,8 +338,10 @@ def attend_kernel(
     best = tl.full([PADDED], _NONE, tl.float32)
     total = tl.zeros([PADDED], tl.float32)
     acc = tl.zeros([PADDED, BLOCK], tl.float32)
-    best, total, acc = _see(query, key, value, seen, best, total, acc, scale)
-    for tile in range(begin + 1, end):
+    if SPLITS > 1:
+        best, total, acc = _see(query, key, value, seen, best, total, acc, scale)
+        begin += 1
+    for tile in range(begin, end):
         seen, place, mask = _tile(
             tile, bound, slot, pad, first_head + own, member < GROUP, dim, TILE, SIZE, SPARSE,
             BLOCK_SIZE, LOCAL, STRIDE, STEP,

@@ -108,13 +108,17 @@ def quantize(x: Tensor, rounding: Rounding, dtype: torch.dtype | None = None) ->
     return out
 
 
-def activate(kind: str, z: Tensor, limit: float | None) -> Tensor:
-    """Return ``blocks.activate`` of contiguous ``z``; ``limit`` is gegelu's clamp, or None."""
+def activate(kind: str, z: Tensor, limit: float | None, rounding: Rounding | None = None) -> Tensor:
+    """Return ``blocks.activate`` of contiguous ``z``, or its levels.
+
+    ``limit`` is gegelu's clamp, or None.
+    """
     width, block = z.shape[-1] // (2 if kind in GATED else 1), 1024
-    out = torch.empty((*z.shape[:-1], width), dtype=z.dtype, device=z.device)
+    kept = Rounding.kept_in(rounding, z.dtype)
+    out = torch.empty((*z.shape[:-1], width), dtype=kept, device=z.device)
     kernels.activation_kernel[(out.numel() // width, triton.cdiv(width, block))](
-        z, out, width, math.inf if limit is None else limit, KIND=kind, BLOCK=block,
-        **launch_options(z.device, 4),
+        z, *Rounding.pointers(rounding, z), out, width, math.inf if limit is None else limit,
+        KIND=kind, **Rounding.constants(rounding), BLOCK=block, **launch_options(z.device, 4),
     )  # fmt: skip
     return out
 
@@ -197,7 +201,8 @@ def attend_step(
         STEP=pattern.head_step if pattern else 0,
         # The matrix units take sixteen rows at least.
         PADDED=max(16, triton.next_power_of_2(group)), TILE=64 if half else 32,
-        BLOCK=max(16, triton.next_power_of_2(size)), **Rounding.constants(rounding), num_stages=2,
+        BLOCK=max(16, triton.next_power_of_2(size)), **Rounding.constants(rounding),
+        num_stages=3 if splits == 1 and keys.element_size() == 1 else 2,
         **launch_options(device, 4),
     )  # fmt: skip
     if splits > 1:

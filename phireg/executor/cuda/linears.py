@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional
 
 from phireg.executor.blocks import Weights
 from phireg.executor.cuda import kernels, products
@@ -128,6 +129,8 @@ def product(
         groups = stored.group_scale
         if groups is not None and stored.inputs // groups.shape[-1] >= 16 * levels:
             block = 16  # of one scale
+        x = functional.pad(x, (0, missing)) if (missing := -stored.inputs % (levels * block)) else x
+        x = x.unflatten(-1, (-1, block // 4, levels, 4)).transpose(-2, -3).contiguous()
     tiles, splits = triton.cdiv(stored.rows, rows), 1
     while tiles * splits < _PROGRAMS and splits < 16 and 2 * splits * block <= width:
         splits *= 2
@@ -165,12 +168,6 @@ def _values(stored: _Stored, dtype: torch.dtype) -> Tensor:
         stored.data, *scales, out, **stored.constants, BLOCK=block, **launch_options(out.device, 4)
     )
     return out
-
-
-def is_for_few(weights: Weights, name: str, x: Tensor) -> bool:
-    """Return whether ``product`` serves: a packed weight and few tokens."""
-    packed, inputs = find_packed(weights, name), x.shape[-1]
-    return packed is not None and x.numel() <= FEW_TOKENS * inputs
 
 
 def route(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

@@ -273,8 +273,10 @@ def product_kernel(
     _wait(EARLY)
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
     weights = weight_ptr + row.to(tl.int64)[:, None] * WIDTH
-    inputs = x_ptr + token.to(tl.int64)[None, :] * INPUTS
+    # Rows of inputs for words of levels are filled up to whole steps and sorted as these are.
+    inputs = x_ptr + token.to(tl.int64)[None, :] * (STEPS * BLOCK * LEVELS if BITS > 0 else INPUTS)
     real = (token < tokens)[None, :]
+    groups = group_ptr + row[:, None] * GROUPS
     for step in range(split * SHARE, min(split * SHARE + SHARE, STEPS)):
         at = step * BLOCK + columns
         mask = inside[:, None]
@@ -283,20 +285,19 @@ def product_kernel(
         weight = tl.load(weights + at[None, :], mask=mask, other=0.0)
         if BITS > 0:
             part = tl.zeros([ROWS, TOKENS], tl.float32) if WIDE else acc
-            start = at // 4 * (4 * LEVELS) + at % 4
             for n in tl.static_range(LEVELS):
                 code = (weight >> (BITS * n)).to(tl.int16) & (2**BITS - 1)
                 level = _decode_code(code, x_dtype, GRID)
-                place = start + 4 * n
                 if GROUP > 0 and not WIDE:
-                    groups = group_ptr + row[:, None] * GROUPS + (place // GROUP)[None, :]
-                    scale = tl.load(groups, mask=mask & (place < INPUTS)[None, :], other=0.0)
-                    level = (level.to(tl.float32) * scale.to(tl.float32)).to(x_dtype)
-                there = real & (place < INPUTS)[:, None]
-                x = tl.load(inputs + place[:, None], mask=there, other=0.0)
+                    if 4 * n % GROUP == 0:
+                        group = (at // 4 * (4 * LEVELS) + 4 * n) // GROUP
+                        scale = tl.load(groups + group[None, :], mask=mask, other=0.0).to(x_dtype)
+                    level = level * scale
+                place = (step * LEVELS + n) * BLOCK + columns
+                x = tl.load(inputs + place[:, None], mask=real, other=0.0)
                 part = tl.dot(level, x, part, input_precision="ieee")
             if WIDE:
-                scales = group_ptr + row[:, None] * GROUPS + step * BLOCK * LEVELS // GROUP
+                scales = groups + step * BLOCK * LEVELS // GROUP
                 part = acc + part * tl.load(scales, mask=inside[:, None], other=0.0).to(tl.float32)
             acc = part
         else:
