@@ -3,12 +3,12 @@
     python benchmarks/quantize.py --directory /big/disk [--layers N] [--samples 512] [--json FILE]
 
 Writes a random bfloat16 model of the published shape and as many samples of as many random tokens
-as asked for. Then, for FP8 and INT8 SmoothQuant in turn and in processes of their own, phireg
-calibrates and quantizes it to a checkpoint with FP8 KV scales, and nvidia-modelopt, where it is
-installed, loads it in transformers, quantizes it on the same tokens and writes its unified
-checkpoint, without KV scales, which would take it longer. Each process reports the seconds of its
-parts, imports apart; ``all`` is from the beginning of the process. Memory is what is resident at
-most, with and without mapped files.
+as asked for. Then, for FP8 and INT8 SmoothQuant (or the ``--formats`` asked for) in turn and in
+processes of their own, phireg calibrates and quantizes it to a checkpoint with FP8 KV scales, and
+nvidia-modelopt, where it is installed, loads it in transformers, quantizes it on the same tokens
+and writes its unified checkpoint, without KV scales, which would take it longer. Each process
+reports the seconds of its parts, imports apart; ``all`` is from the beginning of the process.
+Memory is what is resident at most, with and without mapped files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CONFIG = {
     "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1,
     "eos_token_id": 32000, "pad_token_id": 32000,
 }  # fmt: skip
-FORMATS = ("fp8", "int8_sq")
+FORMATS = ("fp8", "int8_sq", "int4_awq", "nvfp4")
 
 
 def write_model(work: Path, options: argparse.Namespace) -> None:
@@ -110,7 +110,10 @@ def modelopt(work: Path, options: argparse.Namespace) -> Figures:
             for batch in batches:
                 calibrated(batch, use_cache=False)
 
-    config = mtq.FP8_DEFAULT_CFG if options.format == "fp8" else mtq.INT8_SMOOTHQUANT_CFG
+    config = {
+        "fp8": mtq.FP8_DEFAULT_CFG, "int8_sq": mtq.INT8_SMOOTHQUANT_CFG,
+        "int4_awq": mtq.INT4_AWQ_CFG, "nvfp4": mtq.NVFP4_DEFAULT_CFG,
+    }[options.format]  # fmt: skip
     start = time.perf_counter()
     model = mtq.quantize(model, config, forward)
     yield "calibrating", time.perf_counter() - start
@@ -159,6 +162,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="ModelOpt's; phireg chooses")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS[:2])
     parser.add_argument("--format", choices=FORMATS, help=argparse.SUPPRESS)
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -175,7 +179,7 @@ def main() -> None:
         size = sum(file.stat().st_size for file in (work / "model").iterdir())
         print(f"random Phi-3-mini, {options.layers} layers, {size / 1e9:.2f} GB; ", end="")
         print(f"{options.samples} samples of {options.tokens} tokens", flush=True)
-        for form in FORMATS:
+        for form in options.formats:
             for step in STEPS:
                 results[f"{step} {form}"] = in_process(work, step, form)
     if options.json:

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from phireg.executor.cuda import kernels, products
+from phireg.executor.cuda import attention, kernels, products
 from phireg.executor.levels import BITS
 
 HALF, FLOAT, LONG, INT, NUMBER = "*bf16", "*fp32", "*i64", "i32", "fp32"
@@ -110,8 +110,8 @@ CASES = [
 
 def main():
     for name, constants in CASES:
-        module = kernels if hasattr(kernels, f"{name}_kernel") else products
-        kernel = getattr(module, f"{name}_kernel")
+        modules = (attention, kernels, products)
+        kernel = next(filter(None, (getattr(m, f"{name}_kernel", None) for m in modules)))
         types = {**TYPES, **constants.get("types", {})}
         # Ampere has no e4m3; Ada is the first that has, and otherwise runs what Ampere does.
         first = 89 if "*fp8e4nv" in types.values() else 80

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phireg.executor.blocks import Cache, Rotary
-from phireg.executor.cuda import kernels
+from phireg.executor.cuda import attention, kernels
 from phireg.executor.finite import NO_TOKEN
 from phireg.reader.schemes import Grid
 from phireg.reader.spec import BlockSparse, ModelSpec
@@ -143,7 +143,7 @@ def rotate_into(
     query = torch.empty((batch, tokens, heads, size), dtype=qkv.dtype, device=qkv.device)
     keys, values = cache
     rows = 16
-    kernels.rotate_kernel[(batch * tokens, triton.cdiv(heads + 2 * kv_heads, rows))](
+    attention.rotate_kernel[(batch * tokens, triton.cdiv(heads + 2 * kv_heads, rows))](
         qkv, cos, sin, slot, cos if kv_scale is None else kv_scale, query, keys, values,
         tokens, keys.shape[2], cos.shape[0],
         HEADS=heads, KV_HEADS=kv_heads, SIZE=size, HALF=cos.shape[-1],
@@ -188,7 +188,7 @@ def attend_step(
     )
     stats = torch.empty((batch * heads * splits, 2), dtype=torch.float32, device=device)
     half = dtype != torch.float32
-    kernels.attend_kernel[(batch * kv_heads, splits)](
+    attention.attend_kernel[(batch * kv_heads, splits)](
         qkv, cos, sin, keys, values, cos if kv_scale is None else kv_scale, slot, pads, out, parts,
         stats, *Rounding.pointers(rounding, qkv), spec.attention_scale * _LOG2_E, capacity,
         min(spec.rope.original, capacity), first_head,
@@ -206,7 +206,7 @@ def attend_step(
         **launch_options(device, 4),
     )  # fmt: skip
     if splits > 1:
-        kernels.merge_kernel[(batch * heads,)](
+        attention.merge_kernel[(batch * heads,)](
             parts, stats, out, *Rounding.pointers(rounding, qkv), HEADS=heads, SIZE=size,
             SPLITS=splits, BLOCK=triton.next_power_of_2(size), TYPE=TYPES[dtype],
             **Rounding.constants(rounding),
@@ -238,7 +238,7 @@ def sparse_attention(
     out = new(shape, dtype=query.dtype, device=device)
     half = query.dtype != torch.float32
     tile = SPARSE_TILE if half else SPARSE_TILE // 2
-    kernels.sparse_kernel[(triton.cdiv(length, tile), heads, batch)](
+    attention.sparse_kernel[(triton.cdiv(length, tile), heads, batch)](
         query, key, value, out, query if pads is None else pads,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         length, first_head, scale * _LOG2_E,
