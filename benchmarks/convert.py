@@ -2,6 +2,7 @@
 
     python benchmarks/convert.py                 # Phi-3-mini, 7.6 GB
     python benchmarks/convert.py --layers 4      # the same widths, fewer layers
+    python benchmarks/convert.py --casts-from float32  # its casts alone
     python benchmarks/convert.py --json
 
 Makes a random checkpoint of a published shape, then runs every contender, several rounds in another
@@ -28,6 +29,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 LOAD_EVERYTHING = """
 import os, sys, torch
@@ -134,6 +137,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the published model")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="where to work (default: a temporary one)")
+    parser.add_argument(
+        "--casts-from", choices=DTYPES, help="a source in this dtype, and its casts alone"
+    )
     parser.add_argument("--skip-load-everything", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -159,6 +165,13 @@ def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         config["num_hidden_layers"] = options.layers
     source = work / "source"
     write_random_model(family, config, source)
+    dtype = options.casts_from or "bfloat16"
+    if dtype != "bfloat16":
+        cast = [sys.executable, "-m", "phireg", "convert", "--target", "hf", "--dtype", dtype]
+        cast += ["--model-dir", str(source), "--output-dir", str(work / dtype), "--quiet"]
+        subprocess.run(cast, check=True, stdout=subprocess.DEVNULL)
+        shutil.rmtree(source)
+        source = work / dtype
     size = sum(file.stat().st_size for file in source.iterdir())
 
     phireg = [sys.executable, "-m", "phireg", "convert", "--model-dir", str(source), "--quiet"]
@@ -171,7 +184,14 @@ def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         Contender("phireg, TP 8", [*phireg, "--tp-size", "8"], copy),
         Contender("phireg, to float16", [*phireg, "--dtype", "float16"], copy),
     ]
-    if not options.skip_load_everything:
+    if options.casts_from:
+        casts = [
+            Contender(f"{dtype} to {other}", [*phireg, "--dtype", other], copy)
+            for other in DTYPES
+            if other != dtype
+        ]
+        contenders = [contenders[0], *casts]
+    elif not options.skip_load_everything:
         command = [sys.executable, "-c", LOAD_EVERYTHING, str(source), "{out}"]
         contenders.append(Contender("load everything", command, copy))
     out = work / "out"
