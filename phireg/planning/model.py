@@ -31,9 +31,9 @@ Small enough that a block is still in the processor's cache when it is hashed an
 4 MiB take half as long again.
 """
 
-# Times BLOCK_BYTES at most where ranks take columns of the rows, and so parts of a block; and where
-# values are cast, after each step of which a worker may have to wait for the interpreter.
-_CUT_BLOCKS, _CAST_BLOCKS = 4, 2
+# Times BLOCK_BYTES at most where ranks take columns of the rows, and so parts of a block, and where
+# values are cast, in steps after each of which a worker may have to wait for the interpreter.
+_MANY_BLOCKS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,10 +337,10 @@ class Plan:
         outputs = [self.outputs[write.output] for write in step.writes]
         if self.linears or step.source is None:
             return 1
-        if any(isinstance(output.origin, Rows) and output.origin.columns for output in outputs):
-            return min(len(outputs), _CUT_BLOCKS)
-        casts = any(self.carried_code(output) != step.source.dtype for output in outputs)
-        return _CAST_BLOCKS if casts else 1
+        if any(self.carried_code(output) != step.source.dtype for output in outputs):
+            return _MANY_BLOCKS
+        cut = any(isinstance(output.origin, Rows) and output.origin.columns for output in outputs)
+        return min(len(outputs), _MANY_BLOCKS) if cut else 1
 
     def buffer_bytes(self, workers: int) -> int:
         """Upper bound of the memory a run holds in buffers.
