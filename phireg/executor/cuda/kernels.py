@@ -5,8 +5,8 @@ in float32, and values are rounded to the compute dtype where ``blocks`` has the
 in capitals are constants of a compilation.
 
 On GPUs that can (compute capability 9 and more) a kernel is launched while the one before it ends
-(programmatic dependent launch): it may load weights at once, and calls ``_wait`` before it reads
-or writes anything else.
+(programmatic dependent launch). It may read at once what no kernel of the same step writes, weights
+and the cache of earlier tokens, and calls ``_wait`` before it reads or writes anything else.
 """
 
 import triton
@@ -44,15 +44,10 @@ def _on_grid(x, scale, GRID: tl.constexpr):
 
 @triton.jit
 def _decode(levels, dtype: tl.constexpr):
-    """Return levels of one byte as numbers of the compute dtype, exactly; those are themselves."""
-    if levels.dtype == tl.int8:
+    """Return levels of one byte as numbers of a dtype, exactly; such numbers are themselves."""
+    if levels.dtype == tl.int8 and dtype == tl.float16:
         bits = levels.to(tl.int16)
-        if dtype == tl.bfloat16:
-            # 128 or 256, by the sign, taken from 128 plus the lower seven bits.
-            low = ((bits & 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True)
-            return low - ((bits & 0x80) | 0x4300).to(tl.bfloat16, bitcast=True)
-        if dtype == tl.float16:
-            return (((bits & 0xFF) ^ 0x80) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+        return (((bits & 0xFF) ^ 0x80) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
     if levels.dtype == tl.float8e4nv and dtype == tl.bfloat16:
         # Two conversions that GPUs have instead of one that they do not.
         return levels.to(tl.float16).to(tl.float32).to(tl.bfloat16)

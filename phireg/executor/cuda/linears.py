@@ -54,7 +54,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A weight as the kernels take it; ``width`` counts its elements in a row."""
+    """A weight as the kernels take it: words of levels, or levels of one byte, or values."""
 
     grid: str
     data: Tensor

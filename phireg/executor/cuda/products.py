@@ -2,8 +2,10 @@
 
 Each ends with what follows a linear: scales, the bias, the MLP's nonlinearity, and the rounding of
 the next linear's inputs to its grid. Constants: ``GRID`` is that of the weight, or "none" for
-values; ``GROUP`` the inputs to a scale, 0 for none; ``SCALES`` the number of ``scale``'s entries,
-0, 1 or 2 for one a row; ``X_SCALE`` says that inputs are levels, ``OUT`` the grid of outputs.
+values; ``BITS`` those of a level where levels lie in words, or 0; ``WIDTH`` the columns of a row,
+which are inputs or such words; ``GROUP`` the inputs to a scale, 0 for none; ``SCALES`` the number
+of ``scale``'s entries, 0, 1 or 2 for one a row; ``X_SCALE`` says that inputs are levels, ``OUT``
+the grid of outputs, ``TYPE`` the compute dtype.
 """
 
 import triton
