@@ -77,8 +77,11 @@ def keeps_weight(device: torch.device, weight: Levels) -> bool:
     """Return whether ``keeps_levels`` holds of a weight, and kernels read its groups' scales."""
     groups = weight.group_scale
     if groups is not None:
-        size = weight.levels.shape[-1] // groups.shape[-1]
-        known = size == 16 if weight.grid == "e2m1" else weight.grid == "int4" and size % 32 == 0
+        inputs = weight.levels.shape[-1]
+        size = inputs // groups.shape[-1]
+        # The kernels read the scales of two groups of 16 at once.
+        pairs = weight.grid == "e2m1" and size == 16 and inputs % 32 == 0
+        known = pairs or (weight.grid == "int4" and size % 32 == 0)
         if not known or (groups.dtype.itemsize == 1 and not keeps_levels(device, "e4m3")):
             return False
     return keeps_levels(device, weight.grid)

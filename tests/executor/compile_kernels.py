@@ -56,6 +56,11 @@ def weight(grid, group=0, scales=2):
     }  # fmt: skip
 
 
+def in_float32(case):
+    pointers = ("x_ptr", "out_ptr", "bias_ptr", "smoothing_ptr")
+    return {**case, "types": {**case["types"], **dict.fromkeys(pointers, FLOAT)}}
+
+
 E4M3 = {"types": {"key_ptr": "*fp8e4nv", "value_ptr": "*fp8e4nv"}}
 INT8 = {"types": {"key_ptr": "*i8", "value_ptr": "*i8"}}
 MATVEC = {**LINEAR, "TYPE": HALF_TYPE, "PER_TOKEN": 0, "ROWS": 4, "BLOCK": 1024, "DEPTH": 2}
@@ -74,7 +79,8 @@ CASES = [
     ("matvec", {**MATVEC, **weight("int4"), "KIND": "swiglu", "BLOCK": 128, "PER_TOKEN": 2}),
     ("matvec", {**MATVEC, **weight("e2m1", 16, 1), "BLOCK": 512}),
     ("product", {**PRODUCT, **weight("e4m3")}),
-    ("product", {**PRODUCT, **weight("int8"), "BLOCK": 16}),
+    ("product", {**PRODUCT, **in_float32(weight("e4m3"))}),
+    ("product", {**PRODUCT, **weight("int8"), "BLOCK": 64, "TOKENS": 64}),
     ("product", {**PRODUCT, **weight("int4", 128, 0), "BLOCK": 16, "SPLITS": 1}),
     ("product", {**PRODUCT, **weight("e2m1", 16, 1), "BLOCK": 32}),
     ("expand", {"INPUTS": 3072, **weight("int4", 128, 0), "BLOCK": 1024}),

@@ -20,6 +20,7 @@ from helpers.tiny_models import phi2, phi3, phi3_small
 from safetensors.torch import load_file
 
 from phireg.executor import generate, load, quantized
+from phireg.executor.levels import Levels
 
 MODELS = {
     "phi2": (phi2, {"num_hidden_layers": 2}),
@@ -170,3 +171,13 @@ def test_weights_kept_as_stored(scheme, tmp_path, monkeypatch):
     tolerance = 0.2 if scheme == "fp8" else 0.0  # the same values, except for sums of products
     assert relative_error(actual[0], expected) <= tolerance
     assert relative_error(actual[1], expected) <= tolerance
+
+
+@pytest.mark.parametrize(("inputs", "kept"), [(64, True), (48, False), (16, False)])
+def test_weights_of_an_odd_number_of_small_groups_are_expanded(inputs, kept, monkeypatch):
+    """The kernels read the scales of two groups of 16 at once."""
+    monkeypatch.setattr(quantized, "keeps_levels", lambda device, grid: True)
+    levels = torch.zeros(3, inputs).to(torch.float8_e4m3fn)
+    groups = torch.ones(3, inputs // 16).to(torch.float8_e4m3fn)
+    weight = Levels("e2m1", levels, torch.ones(1), groups)
+    assert quantized.keeps_weight(torch.device("cpu"), weight) == kept

@@ -174,7 +174,8 @@ def attend_kernel(
     # The scale of a cache of levels goes with the scores, and with the sum of values at the end.
     if STORED:
         scale *= kv_scale
-        # Levels are float16's numbers, too, and become these in fewer steps.
+        # Levels are float16's numbers, too, and become these in fewer steps. A query that float16
+        # does not hold gives no finite logits, which is reported.
         query = query.to(tl.float32 if query.dtype == tl.float32 else tl.float16)
     best = tl.full([PADDED], _NONE, tl.float32)
     total = tl.zeros([PADDED], tl.float32)

@@ -28,7 +28,8 @@ def _wait(EARLY: tl.constexpr):
 def _on_grid(x, scale, GRID: tl.constexpr):
     """Round float32 x / scale to e4m3's values or to integers, ties to even, ends clamped."""
     # The quotient is rounded as a division's, which would branch for every value: its remainder is
-    # exact (Markstein). What is beyond every grid's end stays so.
+    # exact (Markstein; but where all bits of the scale's fraction are set). What is beyond every
+    # grid's end stays so.
     inverse = tl.minimum(tl.div_rn(1.0, scale), 3.0e38)
     near = tl.clamp(x * inverse, -1.0e4, 1.0e4, propagate_nan=_KEEP)
     x = tl.fma(tl.fma(-near, scale, x), inverse, near)

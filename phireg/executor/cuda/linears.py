@@ -134,7 +134,9 @@ def product(
     tiles, splits = triton.cdiv(stored.rows, rows), 1
     while tiles * splits < _PROGRAMS and splits < 16 and 2 * splits * block <= width:
         splits *= 2
-    tile = min(64, max(16, triton.next_power_of_2(tokens)))
+    # Inputs in float32 would take more shared memory than Ada's multiprocessors have.
+    widest = 32 if x.dtype == torch.float32 else 64
+    tile = min(widest, max(16, triton.next_power_of_2(tokens)))
     columns = triton.cdiv(tokens, tile)
     parts = out if splits == 1 else x.new_empty(splits * out.numel(), dtype=torch.float32)
     products.product_kernel[(tiles, splits, columns)](

@@ -90,7 +90,8 @@ def _of_words(
     The excess is that of integers, which are stored with half of their range added. An integer in
     the lowest 24 bits of a float32 is that many times 2^-149, wherever its bits lie. An e2m1 level
     there, its lowest bit in bit 22, is itself times 2^-126. Products with inputs that have been
-    multiplied by enough are exact again but for a power of two, ``matvec_kernel``'s UNIT.
+    multiplied by enough are exact again but for a power of two, ``matvec_kernel``'s UNIT. Inputs
+    of 2^28 and more become infinite.
     """
     LEVELS: tl.constexpr = 32 // BITS
     start = columns // 4 * (4 * LEVELS) + columns % 4
