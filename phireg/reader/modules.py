@@ -17,7 +17,7 @@ from phireg.reader.spec import ModelSpec
 from phireg.reader.storage import ANY_FLOAT, Part, Storage
 from phireg.reader.structure import Deviation
 from phireg.reader.tensors import EMBEDDING as TABLE
-from phireg.reader.tensors import ROUTER, Kind
+from phireg.reader.tensors import ROUTER, Kind, layer_prefix
 
 _ROTARY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """A constant that Phi-3-small's class saves, rounded to its dtype, and computes again."""
@@ -169,6 +169,27 @@ class Directory:
         if self.tied:
             add(f"{HEAD}.weight", code, (spec.vocab_size, spec.hidden_size), required=False)
         return tensors
+
+    def blueprint_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the blueprint's tensors, none of them quantized, by whole names."""
+        known = self.tensors()
+        shapes = {}
+        for index in (None, *range(self.spec.num_layers)):
+            prefix = "" if index is None else layer_prefix(index)
+            for ours, theirs in self.renamed(index):
+                shapes[prefix + ours] = known[theirs].shape
+            for name in () if index is None else self.row.linears:
+                experts = self.linear(index or 0, name)
+                rows = sum(module.rows for module in experts[0])
+                stacked = self.spec.experts is not None and name.startswith("mlp.")
+                count = (len(experts),) if stacked else ()
+                shapes[f"{prefix}{name}.weight"] = (*count, rows, experts[0][0].columns)
+                if experts[0][0].bias:
+                    shapes[f"{prefix}{name}.bias"] = (*count, rows)
+        shapes["lm_head.weight"] = shapes[TABLE]
+        if (head := self.head()) is not None and head.bias:
+            shapes["lm_head.bias"] = (head.rows,)
+        return shapes
 
     def deviations(self, tensors: Mapping[str, Kind]) -> Iterator[Deviation]:
         """Compare the tensors of all shards with what must be there."""

@@ -29,7 +29,7 @@ from phireg.planning.schedule import restrict
 from phireg.reader.models import parse_model
 from phireg.reader.spec import ModelSpec, parse_spec
 from phireg.reader.tensors import ROUTER, Kind
-from phireg.verification.comparison import Difference, compare, is_comparable
+from phireg.verification.comparison import Difference, compare
 from phireg.verification.linears import compare_linears
 from phireg.verification.mistakes import explain
 from phireg.verification.result import (
@@ -38,6 +38,7 @@ from phireg.verification.result import (
     Progress,
     Skipped,
     own_place,
+    place_of,
     shown,
 )
 from phireg.verification.verifier import Verifier, folded
@@ -113,11 +114,12 @@ class DirectoryVerifier(Verifier):
             raise Skipped(f"the source has no plan: {error.subject} {error.detail}")
         if any(not d.harmless for d in self.directory.deviations(self.files.kinds())):
             raise Skipped("the tensors are not what config.json says")
+        if other := self._other_model():
+            return Outcome("no values compared: the source is another model", folded(other), [])
         quantized = set(self._quantized())
         plain = restrict(self.plan, lambda output: output.name not in quantized)
         total = sum(output.nbytes for output in self.plan.outputs)
         tensors = Blueprint(self.source)
-        absent = [output for output in plain.outputs if not is_comparable(tensors, output)]  # type: ignore[arg-type]
         differences = compare(plain, tensors, lambda more: self.progress("weights", more, total))  # type: ignore[arg-type]
         norms = self._folded_norms(plain, tensors, differences)
         names = [name.removesuffix(".weight") for name in quantized]
@@ -127,10 +129,6 @@ class DirectoryVerifier(Verifier):
         problems = [
             dataclasses.replace(p, where=self._own_name(p.where.rpartition(" ")[2]))
             for p in explain(plain, tensors, left)  # type: ignore[arg-type]
-        ]
-        problems += [
-            self._problem(self._own_name(o.name), "is of another shape or dtype than the source's")
-            for o in absent
         ]
         problems += found.problems
         notes = []
@@ -144,8 +142,7 @@ class DirectoryVerifier(Verifier):
                 f"{found.searched} weights are not rounded to the nearest level, evenly: clipped, "
                 "or quantized by a method that corrects one value by others (GPTQ)"
             )
-        count = len(plain.outputs) - len(absent)
-        summary = f"{count} tensors compared bit for bit"
+        summary = f"{len(plain.outputs)} tensors compared bit for bit"
         if found.compared:
             summary += f"; {found.compared} quantized linears within a step of their grid"
         return Outcome(summary, self._of_one_shard(folded(problems)), notes)
@@ -154,6 +151,8 @@ class DirectoryVerifier(Verifier):
         """Make a check that runs the directory."""
         if check != "ranks":
             self._check_meaning()
+        if check == "logits" and (other := folded(self._other_model())):
+            return Outcome("not run: the source is another model; see weights", other[:1], [])
         return super().compute(check)
 
     def written(self) -> Iterator[tuple[str, str]]:
@@ -165,6 +164,26 @@ class DirectoryVerifier(Verifier):
     def _check_meaning(self) -> None:
         if self.refusal is not None:
             raise Skipped(self.refusal.message)
+
+    def _other_model(self) -> list[Problem]:
+        """Return where layers, names or shapes are not the source's: values have no counterpart."""
+        if self.plan.errors:
+            return []
+        expected = {output.name: output.shape for output in self.plan.outputs}
+        layers = 1 + max(place_of(name)[0] or 0 for name in expected)
+        own, problems = self.directory.spec.num_layers, []
+        if own != layers:
+            problems.append(Problem("layers", f"are {own}; the source has {layers}"))
+        shapes = self.directory.blueprint_shapes()
+        for name in dict.fromkeys([*expected, *shapes]):
+            ours, theirs = shapes.get(name), expected.get(name)
+            if ours == theirs or (place_of(name)[0] or 0) >= min(own, layers):
+                continue
+            text = f"is {list(ours or ())}; the source's is {list(theirs or ())}"
+            if ours is None or theirs is None:
+                text = "is missing" if ours is None else "is not in the source"
+            problems.append(self._problem(self._own_name(name), text))
+        return problems
 
     def _quantized(self) -> Iterator[str]:
         """Yield the blueprint's weights of which a part is quantized."""
@@ -215,10 +234,10 @@ class DirectoryVerifier(Verifier):
         """Return the directory's names of a tensor of the blueprint."""
         layer, _, rest = name.removeprefix("transformer.layers.").partition(".")
         index = int(layer) if name.startswith("transformer.layers.") else None
-        for ours, theirs in self.directory.renamed(index):
-            if ours == (name if index is None else rest):
-                return theirs
         linear, _, part = rest.rpartition(".")
+        for ours, theirs in self.directory.renamed(index):
+            if ours.rpartition(".")[0] == (name if index is None else rest).rpartition(".")[0]:
+                return f"{theirs.rpartition('.')[0]}.{part}"
         if index is None or linear not in self.directory.row.linears:
             return name
         modules = self.directory.linear(index, linear)
@@ -252,13 +271,9 @@ class Blueprint:
     def __getitem__(self, rank: int) -> Blueprint:
         return self
 
-    def kind(self, rank: int, name: str) -> Kind | None:
-        """Return dtype code and shape of a tensor, or None if there is no such tensor."""
-        try:
-            code, shape, _ = self._bits(name)
-        except (KeyError, RuntimeError):
-            return None
-        return code, shape
+    def kind(self, rank: int, name: str) -> Kind:
+        """Return dtype code and shape of a tensor."""
+        return self._bits(name)[:2]
 
     def read(self, name: str, start: int = 0, count: int | None = None) -> Bits:
         """Read ``count`` elements of a tensor, or all that follow element ``start``, as bits."""
@@ -280,7 +295,9 @@ def _differing(spec: ModelSpec, expected: ModelSpec) -> Iterator[Problem]:
         ours, theirs = getattr(spec, entry.name), getattr(expected, entry.name)
         if entry.name in ("quantization", "dtype") or ours == theirs:
             continue
-        if entry.name == "rope":
+        if entry.name == "architecture":
+            yield _setting(entry.name, ours.name, theirs.name)
+        elif entry.name == "rope":
             for part in dataclasses.fields(ours):
                 a, b = getattr(ours, part.name), getattr(theirs, part.name)
                 if a != b:

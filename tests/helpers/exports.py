@@ -32,7 +32,7 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 131}
 
 
 def phi3(**changes):
-    return tiny_models.phi3(num_key_value_heads=2, **SIZES, **changes)
+    return tiny_models.phi3(**{"num_key_value_heads": 2, **SIZES, **changes})
 
 
 def phi2(**changes):

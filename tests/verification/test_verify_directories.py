@@ -62,6 +62,42 @@ def test_a_plain_directory_is_compared_bit_for_bit(sources, tmp_path):
     assert problem.where == "model.norm.weight"
 
 
+WRONG = {
+    "architecture": ("phi2", {}, "architecture", "post_attention_layernorm.weight"),
+    "sizes": ("phi3", {"intermediate_size": 96}, "intermediate_size", "mlp.down_proj.weight"),
+    "fewer layers": ("phi3", {"num_hidden_layers": 2}, "num_layers", "layers"),
+    "more layers": ("phi3", {"num_hidden_layers": 4}, "num_layers", "layers"),
+}
+
+
+@pytest.fixture(scope="session")
+def wrong(tmp_path_factory):
+    root = tmp_path_factory.mktemp("wrong")
+    return {
+        kind: exports.source(name, root / kind, **changes)
+        for kind, (name, changes, *_) in WRONG.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("target", "qformat"),
+    [("hf", None), ("hf-modelopt", "fp8_pc_pt"), ("hf-compressed-tensors", "fp8_dynamic")],
+)
+def test_another_model_is_named_and_no_value_compared(target, qformat, sources, wrong, tmp_path):
+    directory = sources["phi3"]
+    if qformat:
+        directory = tmp_path / "q"
+        plan = phireg.plan(sources["phi3"], qformat=qformat, target=target)
+        phireg.quantize(plan, directory)
+    for kind, (_, _, setting, tensor) in WRONG.items():
+        result = phireg.verify(directory, wrong[kind], checks=(*QUICK, "logits"))
+        found = {c.name: [p.where for p in c.problems] for c in result.checks}
+        assert f"config.json: {setting}" in found["config"], kind
+        assert any(where.endswith(tensor) for where in found["weights"]), (kind, found)
+        assert len(found["logits"]) == 1, kind
+        assert not any("Architecture(" in p.text for p in result.check("config").problems)
+
+
 def test_what_the_source_leaves_open_is_held_against_the_manifest(sources, tmp_path):
     """A level that is the source's other neighbor, and a scale one per cent off."""
     directory = tmp_path / "q"
