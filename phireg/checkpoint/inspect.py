@@ -78,7 +78,8 @@ def inspect(
                 f"{directory} has no phireg.json to check against",
                 hint="only checkpoints written by phireg carry digests.",
             )
-        problems += check_files(directory, manifest, progress)
+        found = check_files(directory, manifest, progress)
+        problems = list(dict.fromkeys([*problems, *found]))
     sizes = file_sizes(directory)
     return Inspection(config, weights, sizes, manifest, tuple(problems), layout)
 

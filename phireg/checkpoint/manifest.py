@@ -132,7 +132,7 @@ def _check_rank_file(
     try:
         file = RankFile(path)
     except SourceError as error:
-        yield str(error)
+        yield error.message
         return
     with file:
         if file.header.digest != record["header"]:

@@ -74,20 +74,24 @@ class Shards(AbstractContextManager["Shards"]):
         names = (_WHOLE,) if index is None else index.shards
         self.files = {}
         defects = [] if index is None else [f"{name} is missing" for name in index.missing]
+        errors: list[SourceError] = []
         for name in names:
             if index is None or name not in index.missing:
                 try:
                     self.files[name] = RankFile(directory / name)
                 except SourceError as error:
-                    defects.append(error.message)
+                    errors.append(error)
         if index is not None:
             held = {name: file.header.entries.keys() for name, file in self.files.items()}
             defects += shard_defects(index, held)
-        if defects:
+        if errors or defects:
             self.close()
+            hints = {error.hint for error in errors}
+            hint = hints.pop() if len(hints) == 1 and not defects else None
+            defects = [*(error.message for error in errors), *defects]
             raise CheckError(
                 f"{directory}: the weight files cannot be used:{bullets(defects, 20)}",
-                hint="download or export the model again; all files must be of one export",
+                hint=hint or "download or export the model again; all files must be of one export",
             )
         self._of = {name: file for file in self.files.values() for name in file.header.entries}
         self._mapped: dict[Path, Callable[[str], Tensor]] = {}

@@ -74,7 +74,11 @@ def open_regular(path: Path, *, inside: Path | None = None, limit: int | None = 
     except ValueError:  # a NUL in the name
         raise SourceError(f"{str(path)!r}: not a possible file name") from None
     except OSError as error:
-        raise SourceError(f"{path}: cannot be opened: {error.strerror}") from None
+        hint = "check the permissions of the file and its directories"
+        raise SourceError(
+            f"{path}: cannot be opened: {error.strerror}",
+            hint=hint if isinstance(error, PermissionError) else None,
+        ) from None
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)

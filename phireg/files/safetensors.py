@@ -26,7 +26,6 @@ from phireg.errors import SourceError
 from phireg.files.json import parse_object
 from phireg.files.regular import (
     Stamp,
-    bullets,
     check_unchanged,
     disguise,
     open_regular,
@@ -165,7 +164,8 @@ def encode_header(
 
 
 def _invalid(path: Path, defects: list[str]) -> SourceError:
+    more = f"; and {len(defects) - 5} more" if len(defects) > 5 else ""
     return SourceError(
-        f"{path}: not a valid safetensors file:{bullets(defects)}",
+        f"{path}: not a valid safetensors file: {'; '.join(defects[:5])}{more}",
         hint="the file is damaged or incomplete; download it again",
     )

@@ -151,10 +151,7 @@ class CheckpointVerifier(Verifier):
     def structure(self) -> Outcome:
         """Check names, shapes, dtypes and keys against the reader's rules."""
         tensors = self.files.kinds()
-        problems = [
-            Problem(self.files.paths[rank].name, "is missing or damaged")
-            for rank in self.files.errors
-        ]
+        problems = _unreadable(self.files)
         harmless: list[Problem] = []
         for where, text, is_harmless in structure_findings(self.config, tensors):
             (harmless if is_harmless else problems).append(Problem(where, text))
@@ -245,6 +242,7 @@ def _check_weights(
 
     plain = restrict(plan, lambda output: not is_quantized(output)) if plan.scales else plan
     absent = [output for output in plain.outputs if not is_comparable(files, output)]
+    compared = len(plain.outputs) - len(absent)
     problems = explain(plain, files, compare(plain, files, report))
     notes: list[str] = []
     comparisons: list[LinearComparison] = []
@@ -282,8 +280,18 @@ def _check_weights(
             *place_of(output.name),
         )
         for output in absent
+        if output.rank not in files.errors
     ]
-    return Outcome(_summary(plan, plain, len(absent), len(linears)), problems, notes)
+    problems += _unreadable(files)
+    return Outcome(_summary(plan, compared, len(linears)), problems, notes)
+
+
+def _unreadable(files: RankFiles) -> list[Problem]:
+    """Return why rank files cannot be read."""
+    return [
+        Problem(files.paths[rank].name, error.message.removeprefix(f"{files.paths[rank]}: "))
+        for rank, error in files.errors.items()
+    ]
 
 
 def _is_readable(files: RankFiles, output: Output) -> bool:
@@ -305,11 +313,10 @@ def _rounding_notes(comparisons: Sequence[LinearComparison]) -> list[str]:
     ]
 
 
-def _summary(plan: Plan, plain: Plan, absent: int, linears: int) -> str:
+def _summary(plan: Plan, compared: int, linears: int) -> str:
     casts = f"{plan.casts} source tensors cast" if plan.casts else "nothing was cast"
     if not plan.scales:
-        count = len(plan.outputs)
-        return f"{count - absent} of {count} tensors compared bit for bit; {casts}"
+        return f"{compared} of {len(plan.outputs)} tensors compared bit for bit; {casts}"
     scheme = plan.options.scheme
     quantized = (
         f"{linears} linears within a step of the {scheme.quant_algo} grid"
@@ -317,4 +324,4 @@ def _summary(plan: Plan, plain: Plan, absent: int, linears: int) -> str:
         if scheme is not None and plan.linears
         else "scales of the KV cache looked at"
     )
-    return f"{len(plain.outputs)} tensors compared bit for bit; {casts}; {quantized}"
+    return f"{compared} tensors compared bit for bit; {casts}; {quantized}"

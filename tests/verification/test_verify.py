@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from planted import L1, each
 from verify_sources import FAMILIES, converted, copied, edit_config, source
 
 import phireg
-from phireg.errors import SourceError, UsageError
+from phireg.errors import CheckError, SourceError, UsageError
 from phireg.executor import Executor, load
 from phireg.executor import attention as attend
 from phireg.reader.spec import read_spec
@@ -189,10 +190,24 @@ def test_a_truncated_rank_file_is_one_problem_of_each_check(tmp_path):
     path = directory / "rank0.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
     verification = phireg.verify(directory, source("phi2"))
-    for check in ("logits", "ranks"):
+    for check in ("structure", "weights", "logits", "ranks"):
         (problem,) = verification.check(check).problems
         assert problem.where.endswith("rank0.safetensors")
         assert "the file is truncated: 5 bytes are missing" in problem.text
+
+
+def test_what_may_not_be_read_is_said_once(tmp_path):
+    checkpoint = copied("phi2", 1, tmp_path / "c")
+    model = shutil.copytree(source("phi2"), tmp_path / "m")
+    for path in (checkpoint / "rank0.safetensors", model / "model.safetensors"):
+        path.chmod(0)
+        if os.access(path, os.R_OK):
+            pytest.skip("root may read everything")
+    (problem,) = phireg.inspect(checkpoint, check=True).problems
+    assert "Permission denied" in problem
+    with pytest.raises(CheckError, match="Permission denied") as caught:
+        phireg.inspect(model)
+    assert "permissions" in caught.value.hint
 
 
 def test_who_made_it_is_not_known_without_a_manifest(tmp_path):
