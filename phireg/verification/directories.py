@@ -166,20 +166,23 @@ class DirectoryVerifier(Verifier):
             raise Skipped(self.refusal.message)
 
     def _other_model(self) -> list[Problem]:
-        """Return where layers, names or shapes are not the source's: values have no counterpart."""
+        """Return layers, names, dtypes and shapes that are not the source's: no value compares."""
         if self.plan.errors:
             return []
-        expected = {output.name: output.shape for output in self.plan.outputs}
+        expected = {o.name: f"{o.dtype} {list(o.shape)}" for o in self.plan.outputs}
         layers = 1 + max(place_of(name)[0] or 0 for name in expected)
         own, problems = self.directory.spec.num_layers, []
         if own != layers:
             problems.append(Problem("layers", f"are {own}; the source has {layers}"))
-        shapes = self.directory.blueprint_shapes()
-        for name in dict.fromkeys([*expected, *shapes]):
-            ours, theirs = shapes.get(name), expected.get(name)
+        held = {
+            name: f"{'F32' if name.endswith(ROUTER) else self.directory.code} {list(shape)}"
+            for name, shape in self.directory.blueprint_shapes().items()
+        }
+        for name in dict.fromkeys([*expected, *held]):
+            ours, theirs = held.get(name), expected.get(name)
             if ours == theirs or (place_of(name)[0] or 0) >= min(own, layers):
                 continue
-            text = f"is {list(ours or ())}; the source's is {list(theirs or ())}"
+            text = f"is {ours}; the source's is {theirs}"
             if ours is None or theirs is None:
                 text = "is missing" if ours is None else "is not in the source"
             problems.append(self._problem(self._own_name(name), text))
