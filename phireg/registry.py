@@ -24,7 +24,7 @@ from phireg.layout.ranks import tp_sizes
 from phireg.layout.spans import LayoutError
 from phireg.reader.schemes import SCHEMES
 from phireg.targets.target import API as TARGET_API
-from phireg.targets.target import Target, ask
+from phireg.targets.target import Target, ask, check_fields
 
 GROUP, TARGETS = "phireg.families", "phireg.targets"
 """The entry-point groups in which any distribution offers families and targets."""
@@ -69,6 +69,7 @@ class Candidate:
                 hint=f"upgrade {'phireg' if target.api > TARGET_API else 'the plugin'}, "
                 "or install versions that fit together.",
             )
+        check_fields(target)
         return target
 
     def _load(self, kind: type[_Offered], noun: str, nouns: str) -> _Offered:

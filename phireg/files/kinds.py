@@ -96,7 +96,7 @@ _INSTEAD = {
     "phireg build {directory} --output-dir ENGINE",
     ENGINE: "to run it: phireg run {directory} (--backend tensorrt-llm); it cannot be converted "
     "back, so elsewhere give the checkpoint that it was built from.",
-    HF_MODEL: "to run it: phireg run {directory} (--backend hf); to convert it: "
+    HF_MODEL: "to run it: phireg run {directory}; to convert it, if it is not quantized: "
     "phireg convert --model-dir {directory} --output-dir CKPT",
 }
 """What to do with a directory of a kind that is not wanted."""

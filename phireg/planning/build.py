@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from phireg.config.hf import HFConfig
 from phireg.dtypes import WEIGHT_DTYPES
-from phireg.errors import PluginError
 from phireg.findings import Finding, Severity, limited
 from phireg.layout.axes import OWN_COLUMNS
 from phireg.layout.ranks import held, tp_sizes, undivided
@@ -28,7 +27,15 @@ from phireg.planning.ties import TIES, settle_ties
 from phireg.reader.tensors import required_tensors
 from phireg.registry import load_target
 from phireg.source.model import Source
-from phireg.targets.target import DEFECT, PRE_SCALE, SHAPE, WEIGHT_SCALE, Target, WrittenModel, ask
+from phireg.targets.target import (
+    PRE_SCALE,
+    SHAPE,
+    WEIGHT_SCALE,
+    Target,
+    WrittenModel,
+    ask,
+    check_files,
+)
 
 if TYPE_CHECKING:
     from phireg.registry import FamilyChoice
@@ -193,10 +200,8 @@ class _Builder:
         """The JSON files of the directory."""
         model = WrittenModel(fields, self.hf, dtype, self.quantization.facts(), self.options.ranks)
         files = ask(self.target, Target.config_files, model)
-        if "config.json" in files:
-            return files
-        who = f"target '{self.target.name}'"
-        raise PluginError(f"{who}: config_files returned no config.json", hint=DEFECT)
+        check_files(self.target, files)
+        return files
 
     def outputs(self, rules: Rules, code: str) -> tuple[Output, ...]:
         """Every tensor of every rank, not placed in files yet; findings on the way."""

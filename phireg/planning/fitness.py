@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from phireg.findings import UNMEASURED, Finding, Severity
+from phireg.formats import FORMATS
 from phireg.layout.ranks import held
 from phireg.layout.rules import Rule, Rules
 from phireg.layout.spans import Axis, LayoutError
@@ -85,10 +86,12 @@ def _unfit(quant: Quantization, rule: Rule, rows: Axis) -> str | None:
         on_rank = f" on rank {rank} of {ranks.tp_size}" if ranks.tp_size > 1 else ""
         if rank_cols and any(s.start % size or s.count % size for s in rank_cols.spans):
             instead = "fewer ranks or " if on_rank else ""
-            out = "" if quant.target.by_rank else ", or leave it out (--exclude)"
+            plain = [name for name in quant.target.formats if FORMATS[name].group_size is None]
+            pattern = f"'*.{rule.target.rpartition('.')[2]}'"
+            out = "" if quant.target.by_rank else f", or leave it out (--exclude {pattern})"
             return (
                 f"has {rank_cols.length} inputs{on_rank}, which are no groups of {size}: take "
-                f"{instead}a format without groups (fp8, int8_sq){out}"
+                f"{instead}a format without groups ({', '.join(plain)}){out}"
             )
         if any(span.start % pair or span.count % pair for span in rank_rows.spans):
             return f"has {rank_rows.length} rows{on_rank} that make no pairs of neighbors"

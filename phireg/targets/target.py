@@ -7,12 +7,16 @@ offer more in the entry-point group ``phireg.targets``.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from phireg.config.hf import HFConfig
 from phireg.errors import PhiregError, PluginError, UsageError, described, shortened
+from phireg.files.kinds import BUILD_FILE, MANIFEST, TOKENIZER_FILES, WEIGHTS
 from phireg.formats import FORMATS, Format
 from phireg.layout.ranks import Ranks
 from phireg.layout.rules import QuantRules, Rules
@@ -43,6 +47,11 @@ PACKINGS = {None: (1, 1), "rows": (2, 1), "columns": (1, 2), "words": (1, 8)}
 columns in a 32-bit word (``phireg.conversion.groups``)."""
 
 
+_NOT_ITS = (
+    *TOKENIZER_FILES, "tokenizer.*.json", "chat_template.json", MANIFEST, BUILD_FILE,
+    *(f"{weights}.index.json" for weights in WEIGHTS),
+)  # fmt: skip
+
 DEFECT = "this is a defect of the target; report it to its authors."
 
 
@@ -68,6 +77,40 @@ def ask(target: Target, method: Callable[..., _Result], *arguments: Any) -> _Res
             hint=DEFECT,
         ) from error
     return cast(_Result, result)
+
+
+def check_fields(target: Target) -> None:
+    """Raise a PluginError if what a target says of itself is not of the types stated here."""
+    kinds: dict[str, Any] = {
+        "summary": str, "layouts": Mapping[str, Layout], "formats": tuple[str, ...],
+        "kv_caches": Mapping[str, Mapping[str, Stored]],
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        try:
+            problem = "" if _fits(getattr(target, name), kind) else f"is not {kind}"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            problem = f"failed with {described(error)}"
+        if problem:
+            raise PluginError(f"target '{target.name}': {name} {problem}", hint=DEFECT)
+
+
+def check_files(target: Target, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise a PluginError if config files could not be written, or would replace others."""
+    problems = [] if "config.json" in files else ["returned no config.json"]
+    for name, document in files.items():
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.json", name, re.ASCII):
+            problems.append(f"returned {name!r}, which is no plain name that ends in .json")
+        elif any(fnmatchcase(name, pattern) for pattern in _NOT_ITS):
+            problems.append(f"returned {name!r}, a file that has other contents")
+        try:
+            json.dumps(document, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            problems.append(f"returned for {name!r} what JSON cannot hold: {described(error)}")
+    if problems:
+        said = f"target '{target.name}': config_files "
+        raise PluginError(said + f"\n{said}".join(problems), hint=DEFECT)
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -241,5 +284,8 @@ class Target:
         return {}
 
     def config_files(self, model: WrittenModel) -> dict[str, dict[str, Any]]:
-        """Return the JSON files of the directory by name; config.json among them."""
+        """Return the JSON files of the directory by name; config.json among them.
+
+        Names are plain and end in .json; weights, tokenizers and phireg have names of their own.
+        """
         raise NotImplementedError

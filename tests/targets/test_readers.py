@@ -31,6 +31,17 @@ DEFECTS = {
     "fed_rows__type": "lambda self, *_: {'linear': ('module', ['rows'])}",
     "config_files": "lambda self, model: {'quant_config.json': {}}",
     "config_files__type": "lambda self, model: {'config.json': '{}'}",
+    "config_files__outside": "lambda self, model: {'config.json': {}, '../evil.json': {}}",
+    "config_files__below": "lambda self, model: {'config.json': {}, 'sub/x.json': {}}",
+    "config_files__weights": "lambda self, model: {'config.json': {}, 'model.safetensors': {}}",
+    "config_files__index": (
+        "lambda self, model: {'config.json': {}, 'model.safetensors.index.json': {}}"
+    ),
+    "config_files__tokenizer": "lambda self, model: {'config.json': {}, 'tokenizer.json': {}}",
+    "config_files__object": "lambda self, model: {'config.json': {'x': {1}}}",
+    "config_files__nan": "lambda self, model: {'config.json': {'x': float('nan')}}",
+    "layouts": "{'fp8': 3}",
+    "formats": "property(lambda self: 1 / 0)",
 }
 """Methods of a target, each with code that fails or makes another type."""
 
@@ -92,8 +103,9 @@ def test_targets_of_another_distribution(tmp_path, monkeypatch):
         "TARGET = replace(BASE, name='acme', summary='of acme')\n"
         "PLAIN = replace(BASE, name='acme-plain', layouts={})\n"
         "def defective(name, **methods):\n"
+        "    fields = ('layouts', 'kv_caches')\n"
+        "    facts = {key: methods.pop(key, getattr(BASE, key)) for key in fields}\n"
         "    kind = type(name, (type(BASE),), methods)\n"
-        "    facts = {key: getattr(BASE, key) for key in ('layouts', 'kv_caches')}\n"
         "    return kind(name='acme-' + name, summary='', api=1, folds='all', **facts)\n"
         "def no_layout(*_): raise LayoutError('sizes of acme')\n"
         "unfit = defective('unfit', shared_inputs=no_layout)\n"
@@ -107,6 +119,7 @@ def test_targets_of_another_distribution(tmp_path, monkeypatch):
     targets = {t["name"]: t for t in json.loads(run("families", "--json").output)["targets"]}
     assert targets["acme"]["summary"] == "of acme" and targets["acme"]["problem"] is None
     assert "no acme" in targets["acme-broken"]["problem"]
+    assert "layouts" in targets["acme-layouts"]["problem"]
     checked = run("families", "--check")
     assert checked.exit_code == 5 and "no acme" in checked.output
     source = tiny_models.write("phi2", tmp_path / "model")
@@ -120,4 +133,5 @@ def test_targets_of_another_distribution(tmp_path, monkeypatch):
         method = name.partition("__")[0]
         said = set(re.findall(r"[\w-]+", str(caught.value)))
         assert {f"acme-{name}", method, "authors"} <= said
+    assert not (tmp_path / "evil.json").exists()
     sys.modules.pop("acme_files")
