@@ -88,7 +88,7 @@ _ADVICE = {
         "apt-get install openmpi-bin libopenmpi-dev",
     ),
     "tensorrt": (
-        "engines for data-centre GPUs without TensorRT-LLM, and TensorRT-LLM itself",
+        "engines for data-center GPUs without TensorRT-LLM, and TensorRT-LLM itself",
         PACKAGES["tensorrt"],
     ),
     "tensorrt-rtx": (

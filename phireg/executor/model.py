@@ -64,7 +64,7 @@ def load(
             are kept dequantized in it, and on a GPU as they are stored.
         offload: True reads every layer from the mapped file when it is needed and keeps none of
             them; None does so only when the weights do not fit into free memory.
-        distributed: torch.distributed is initialised with one process per rank: this process
+        distributed: torch.distributed is initialized with one process per rank: this process
             opens its own rank file only. Otherwise all ranks run here, in lockstep. Call the
             model's ``release`` before torch.distributed ends.
 

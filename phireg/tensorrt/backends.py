@@ -99,7 +99,7 @@ def plan_build(
         f"nothing here builds this engine: {'; '.join(reasons)}"
         + ("" if candidates else "; TensorRT and TensorRT for RTX are not installed"),
         hint=f"{INSTALL['tensorrt-rtx']} builds without a GPU, for RTX cards; "
-        f"{INSTALL['tensorrt']} is for data-centre GPUs; {INSTALL_TRTLLM}",
+        f"{INSTALL['tensorrt']} is for data-center GPUs; {INSTALL_TRTLLM}",
     )
 
 

@@ -36,7 +36,7 @@ _ELEMENTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "MIN": torch.minimum,
     "SUB": torch.sub,
     "FLOOR_DIV": lambda a, b: torch.div(a, b, rounding_mode="floor"),
-    # Integers are divided towards zero, as in C.
+    # Integers are divided toward zero, as in C.
     "DIV": lambda a, b: torch.div(a, b, rounding_mode=None if a.is_floating_point() else "trunc"),
     "AND": torch.logical_and,
     "OR": torch.logical_or,

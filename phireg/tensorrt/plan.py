@@ -216,7 +216,7 @@ def _gpus(
         raise EngineError(
             f"{package.name} does not compile for {', '.join(unknown)}, only for "
             f"{', '.join(known)}",
-            hint="for data-centre GPUs such as sm90 and sm100 take --backend tensorrt, on a "
+            hint="for data-center GPUs such as sm90 and sm100 take --backend tensorrt, on a "
             "machine with such a GPU.",
         )
     if chosen:

@@ -107,7 +107,7 @@ class PhiMoEAttention(nn.Module):  # type: ignore[misc]
         self.o_proj = nn.Linear(width, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
-        """Attention output [B, T, hidden] of normalised hidden states of that shape."""
+        """Attention output [B, T, hidden] of normalized hidden states of that shape."""
         projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         query, key, value = (
             part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in projected
@@ -154,7 +154,7 @@ def share(scores: Tensor, candidates: Tensor, threshold: float) -> tuple[Tensor,
 
 
 class PhiMoESparseBlock(nn.Module):  # type: ignore[misc]
-    """Each token's two experts, weighted as sparse mixer does at inference; not renormalised."""
+    """Each token's two experts, weighted as sparse mixer does at inference; not renormalized."""
 
     def __init__(self, config: PhiMoEConfig) -> None:
         super().__init__()

@@ -137,7 +137,7 @@ class Phi3SmallAttention(nn.Module):  # type: ignore[misc]
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
-        """Attention output [B, T, hidden] of normalised hidden states of that shape."""
+        """Attention output [B, T, hidden] of normalized hidden states of that shape."""
         cos, sin, dense_mask, sparse_mask, cache = shared
         group_shape = (self.num_groups, self.queries_per_group + 2, self.head_dim)
         grouped = self.query_key_value(x).unflatten(-1, group_shape)
@@ -168,7 +168,7 @@ class Phi3SmallMLP(nn.Module):  # type: ignore[misc]
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """MLP output [B, T, hidden] of normalised hidden states of that shape."""
+        """MLP output [B, T, hidden] of normalized hidden states of that shape."""
         return self.down_proj(gegelu(self.up_proj(x), self.limit))
 
 

@@ -74,7 +74,15 @@ def line_of(needle):
         ("phireg_weight_rules", hookimpl(lambda self, **config: Rules()), "'config'", "config, hf"),
         ("phireg_weight_rules", hookimpl(lambda self, hf=None: Rules()), "'hf'", "default"),
     ],
-    ids=["misspelt", "misspelt-marked", "unknown", "unmarked", "argument", "catch-all", "default"],
+    ids=[
+        "misspelled",
+        "misspelled-marked",
+        "unknown",
+        "unmarked",
+        "argument",
+        "catch-all",
+        "default",
+    ],
 )
 def test_a_wrong_hook_is_named_with_its_line(hook, function, named, hint):
     error = refused(type("Step", (Base,), {hook: function})())

@@ -95,7 +95,7 @@ def test_grouped_qkv_shards_as_attention_needs_it(tp, kv, q, head):
 @EXAMPLES
 @given(tp=st.sampled_from([2, 4, 8]), kv=st.sampled_from([1, 2, 3, 4, 5]), head=UNIT)
 def test_replicated_kv_heads(tp, kv, head):
-    """With fewer KV heads than ranks, tp / kv neighbouring ranks hold the same one."""
+    """With fewer KV heads than ranks, tp / kv neighboring ranks hold the same one."""
     data = numbered(k=kv * head)
     axis = replicable(fuse(unit=head, k=src("k", kv * head)), "k")
     if kv % tp and tp % kv:

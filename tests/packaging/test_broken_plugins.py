@@ -29,14 +29,14 @@ PLUGINS = {
         """,
     ),
     "acme-raises": (["acme-raises"], "import einops_of_acme"),
-    "acme-misspelt": (
-        ["acme-misspelt"],
+    "acme-misspelled": (
+        ["acme-misspelled"],
         """
         class Weights:
             @hookimpl
             def phireg_weigth_rules(self):
                 return Rules()
-        FAMILY = BASE.derive("acme-misspelt", Weights())
+        FAMILY = BASE.derive("acme-misspelled", Weights())
         """,
     ),
     "acme-api": (
@@ -75,7 +75,7 @@ PLUGINS = {
     ),
 }
 
-BROKEN = {"acme-raises", "acme-misspelt", "acme-api", "acme-nothing"}
+BROKEN = {"acme-raises", "acme-misspelled", "acme-api", "acme-nothing"}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_every_offer_is_listed(environment):
     ("name", "named"),
     [
         ("acme-raises", ("acme-raises 1.0", "acme_raises:FAMILY", "einops_of_acme")),
-        ("acme-misspelt", ("acme_misspelt.py:9", "phireg_weigth_rules", "phireg_weight_rules")),
+        ("acme-misspelled", ("acme_misspelled.py:9", "phireg_weigth_rules", "phireg_weight_rules")),
         ("acme-api", ("acme-api 1.0", "API 2", "upgrade phireg")),
         ("acme-nothing", ("the step Weights", "@hookimpl")),
     ],

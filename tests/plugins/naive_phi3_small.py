@@ -54,8 +54,8 @@ class Naive:
 
     def norm(self, x, name):
         eps = 1e-5 if self.wrong == "eps 1e-5" else self.c["layer_norm_epsilon"]
-        centred = x - x.mean()
-        y = centred / math.sqrt((centred**2).mean() + eps) * self.t[f"{name}.weight"]
+        centered = x - x.mean()
+        y = centered / math.sqrt((centered**2).mean() + eps) * self.t[f"{name}.weight"]
         return y if self.wrong == "norm bias dropped" else y + self.t[f"{name}.bias"]
 
     def linear(self, x, name, mistake):
@@ -143,7 +143,7 @@ class Naive:
         return (j // block + head * step + (wrong != "stripe without + 1")) % stride == 0
 
     def attention(self, layer, inputs, first):
-        """``inputs``: the normalised states of the stored tokens; ``first``: first real one."""
+        """``inputs``: the normalized states of the stored tokens; ``first``: first real one."""
         c, d, name = self.c, self.head_dim, f"model.layers.{layer}.self_attn"
         heads, total = c["num_attention_heads"], len(inputs)
         per_group = heads // c["num_key_value_heads"]

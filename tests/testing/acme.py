@@ -372,7 +372,7 @@ def required_key_not_made(table):
 
 
 @wrong_quantization("mini", "quant     transformer.layers.0.attention.qvk")
-def linear_misspelt(rules):
+def linear_misspelled(rules):
     return replace(rules, linears=(*rules.linears, "transformer.layers.0.attention.qvk"))
 
 

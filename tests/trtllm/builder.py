@@ -1,7 +1,7 @@
 #!PYTHON
 """A stand-in for trtllm-build: records its arguments and behaves as FAKE_MODE says.
 
-Written from the builder's documented behaviour: the banner with the version comes first, an engine
+Written from the builder's documented behavior: the banner with the version comes first, an engine
 directory gets config.json and one rankN.engine per rank of the checkpoint's mapping.
 """
 

@@ -99,7 +99,7 @@ def test_another_model_is_named_and_no_value_compared(target, qformat, sources, 
 
 
 def test_what_the_source_leaves_open_is_held_against_the_manifest(sources, tmp_path):
-    """A level that is the source's other neighbor, and a scale one per cent off."""
+    """A level that is the source's other neighbor, and a scale one percent off."""
     directory = tmp_path / "q"
     plan = phireg.plan(sources["phi3"], qformat="fp8_pc_pt", target="hf-modelopt")
     phireg.quantize(plan, directory)
