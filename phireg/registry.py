@@ -23,7 +23,6 @@ from phireg.family import Family
 from phireg.layout.ranks import tp_sizes
 from phireg.layout.spans import LayoutError
 from phireg.reader.schemes import SCHEMES
-from phireg.targets.target import API as TARGET_API
 from phireg.targets.target import Target, ask, check_fields
 
 GROUP, TARGETS = "phireg.families", "phireg.targets"
@@ -61,22 +60,15 @@ class Candidate:
 
     def load_target(self) -> Target:
         """Import the plugin, which must be a Target of the entry point's name."""
-        target = self._load(Target, "target", "targets")
-        if target.api != TARGET_API:
-            raise PluginError(
-                f"target '{self.name}' was written for API {target.api}; this phireg has API "
-                f"{TARGET_API}",
-                hint=f"upgrade {'phireg' if target.api > TARGET_API else 'the plugin'}, "
-                "or install versions that fit together.",
-            )
-        check_fields(target)
-        return target
+        return self._load(Target, "target", "targets")
 
     def _load(self, kind: type[_Offered], noun: str, nouns: str) -> _Offered:
         offer = f"{self.distribution} {self.version}"
         try:
             self._probe()
             plugin = self._entry.load()
+            if isinstance(plugin, Target):
+                check_fields(plugin)
         except PluginError as error:
             raise PluginError(f"{offer}: {error.message}", hint=error.hint) from error
         except KeyboardInterrupt:  # the user's: the probe has met the plugin's own
@@ -190,7 +182,7 @@ def targets() -> Iterator[TargetInfo]:
         try:
             yield TargetInfo(candidate, candidate.load_target())
         except PluginError as error:
-            yield TargetInfo(candidate, problem=error.message)
+            yield TargetInfo(candidate, problem=str(error))
 
 
 def _pick(name: str, installed: Index, noun: str) -> Candidate:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from phireg.config.hf import HFConfig
 from phireg.errors import PhiregError, PluginError, UsageError, described, shortened
@@ -80,42 +82,66 @@ def ask(target: Target, method: Callable[..., _Result], *arguments: Any) -> _Res
 
 
 def check_fields(target: Target) -> None:
-    """Raise a PluginError if what a target says of itself is not of the types stated here."""
-    kinds: dict[str, Any] = {
-        "summary": str, "layouts": Mapping[str, Layout], "formats": tuple[str, ...],
-        "kv_caches": Mapping[str, Mapping[str, Stored]],
-    }  # fmt: skip
-    for name, kind in kinds.items():
+    """Raise a PluginError if what a target says of itself cannot be so."""
+    problems = []
+    for name, kind in (get_type_hints(Target) | {"formats": tuple[str, ...]}).items():
         try:
-            problem = "" if _fits(getattr(target, name), kind) else f"is not {kind}"
-        except KeyboardInterrupt:
+            if not _fits(value := getattr(target, name), kind):
+                problems.append(f"{name} is {shortened(repr(value), 200)}, not {kind}")
+            elif name == "api" and value != API:
+                raise PluginError(
+                    f"target '{target.name}' was written for API {value}; this phireg has API "
+                    f"{API}",
+                    hint=f"upgrade {'phireg' if value > API else 'the plugin'}, "
+                    "or install versions that fit together.",
+                )
+            elif name in ("layouts", "formats") and (unknown := set(value) - FORMATS.keys()):
+                known = ", ".join(FORMATS)
+                problems.append(f"{name} has {', '.join(sorted(unknown))}; known are {known}")
+            elif name == "formats" and (unstored := set(value) - target.layouts.keys()):
+                problems.append(f"formats has {', '.join(sorted(unstored))}, which layouts has not")
+        except (PluginError, KeyboardInterrupt):
             raise
         except BaseException as error:
-            problem = f"failed with {described(error)}"
-        if problem:
-            raise PluginError(f"target '{target.name}': {name} {problem}", hint=DEFECT)
+            problems.append(f"{name} failed with {described(error)}")
+    _refuse(target, problems)
 
 
 def check_files(target: Target, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise a PluginError if config files could not be written, or would replace others."""
-    problems = [] if "config.json" in files else ["returned no config.json"]
+    problems = [] if "config.json" in files else ["config_files returned no config.json"]
+    lower = Counter(name.lower() for name in files)  # some file systems tell no case
     for name, document in files.items():
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.json", name, re.ASCII):
-            problems.append(f"returned {name!r}, which is no plain name that ends in .json")
-        elif any(fnmatchcase(name, pattern) for pattern in _NOT_ITS):
-            problems.append(f"returned {name!r}, a file that has other contents")
+        said = f"config_files returned {shortened(repr(name), 200)}"
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{,249}\.json", name, re.ASCII):
+            problems.append(f"{said}, which is no plain name of up to 255 characters and .json")
+        elif any(fnmatchcase(name.lower(), pattern.lower()) for pattern in _NOT_ITS):
+            problems.append(f"{said}, a file that has other contents")
+        elif lower[name.lower()] > 1:
+            problems.append(f"{said} in upper and lower case")
         try:
             json.dumps(document, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
-            problems.append(f"returned for {name!r} what JSON cannot hold: {described(error)}")
+            problems.append(f"{said} with what JSON cannot hold: {described(error)}")
+    _refuse(target, problems)
+
+
+def _refuse(target: Target, problems: list[str]) -> None:
     if problems:
-        said = f"target '{target.name}': config_files "
-        raise PluginError(said + f"\n{said}".join(problems), hint=DEFECT)
+        lines = "\n".join(f"target '{target.name}': {problem}" for problem in problems)
+        raise PluginError(lines, hint=DEFECT)
 
 
 def _fits(value: Any, kind: Any) -> bool:
     """Return whether a value is of a type, down to what its collections hold."""
     origin, parts = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin in (Layout, Stored):
+        fields = get_type_hints(origin).items()
+        return isinstance(value, origin) and all(_fits(getattr(value, n), k) for n, k in fields)
     if origin is Any or not isinstance(value, origin) or not parts:
         return origin is Any or isinstance(value, origin)
     if issubclass(origin, Mapping):
@@ -138,7 +164,7 @@ class Stored:
 
     name: str
     code: str | None = "F32"
-    shape: str = "vector"
+    shape: Literal["vector", "scalar", "column"] = "vector"
     divides: bool = False
 
     def sizes(self, planned: tuple[int, ...]) -> tuple[int, ...]:
@@ -164,7 +190,7 @@ class Layout:
     algorithm: str
     weight: str | None
     scales: Mapping[str, Stored]
-    packing: str | None = None
+    packing: Literal["rows", "columns", "words"] | None = None
     weight_name: str = "weight"
 
 
@@ -286,6 +312,7 @@ class Target:
     def config_files(self, model: WrittenModel) -> dict[str, dict[str, Any]]:
         """Return the JSON files of the directory by name; config.json among them.
 
-        Names are plain and end in .json; weights, tokenizers and phireg have names of their own.
+        Names are plain and end in .json. Those of weights, tokenizers and phireg's own are not
+        free, in upper case neither.
         """
         raise NotImplementedError

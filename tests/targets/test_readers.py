@@ -11,7 +11,7 @@ from helpers.command_line import run_phireg as run
 
 import phireg
 from phireg import registry
-from phireg.errors import PluginError, UsageError
+from phireg.errors import UsageError
 from phireg.formats import FORMATS
 from phireg.targets.readers import FP8_CACHE, READERS, UNQUANTIZED, table
 
@@ -31,19 +31,34 @@ DEFECTS = {
     "fed_rows__type": "lambda self, *_: {'linear': ('module', ['rows'])}",
     "config_files": "lambda self, model: {'quant_config.json': {}}",
     "config_files__type": "lambda self, model: {'config.json': '{}'}",
-    "config_files__outside": "lambda self, model: {'config.json': {}, '../evil.json': {}}",
+    "config_files__outside": "lambda self, model: {'config.json': {}, '../../evil.json': {}}",
+    "config_files__cycle": "lambda self, model: {'config.json': {}, '../unfinished/evil.json': {}}",
+    "config_files__absolute": "lambda self, model: {'config.json': {}, HERE + '/evil.json': {}}",
     "config_files__below": "lambda self, model: {'config.json': {}, 'sub/x.json': {}}",
+    "config_files__long": "lambda self, model: {'config.json': {}, 'x' * 300 + '.json': {}}",
     "config_files__weights": "lambda self, model: {'config.json': {}, 'model.safetensors': {}}",
     "config_files__index": (
         "lambda self, model: {'config.json': {}, 'model.safetensors.index.json': {}}"
     ),
     "config_files__tokenizer": "lambda self, model: {'config.json': {}, 'tokenizer.json': {}}",
+    "config_files__case": "lambda self, model: {'config.json': {}, 'Tokenizer.json': {}}",
+    "config_files__twice": "lambda self, model: {'config.json': {}, 'Config.json': {}}",
     "config_files__object": "lambda self, model: {'config.json': {'x': {1}}}",
     "config_files__nan": "lambda self, model: {'config.json': {'x': float('nan')}}",
+    "api": "'x'",
+    "folds": "'some'",
+    "by_rank": "'no'",
     "layouts": "{'fp8': 3}",
+    "layouts__unknown": "{'nope': BASE.layouts['fp8']}",
+    "layouts__algorithm": "{'fp8': replace(BASE.layouts['fp8'], algorithm={1})}",
     "formats": "property(lambda self: 1 / 0)",
+    "formats__unknown": "('fp8', 'nope')",
+    "formats__unstored": "('fp8', 'w4a16')",
 }
-"""Methods of a target, each with code that fails or makes another type."""
+"""Facts and methods of a target, each with code that fails or makes what cannot be."""
+
+FACTS = {"api", "layouts", "folds", "by_rank", "formats"}
+"""What is known to be wrong as soon as a target is loaded."""
 
 
 def test_every_format_of_every_target_has_a_row():
@@ -95,18 +110,23 @@ def test_targets_of_another_distribution(tmp_path, monkeypatch):
     (info / "entry_points.txt").write_text(
         "[phireg.targets]\nacme = acme_files:TARGET\nacme-plain = acme_files:PLAIN\n"
         "acme-broken = acme_broken:TARGET\nacme-unfit = acme_files:unfit\n"
+        "acme-later = acme_files:LATER\n"
         + "".join(f"acme-{name} = acme_files:{name}\n" for name in DEFECTS)
     )
     (info.parent / "acme_files.py").write_text(
         "from dataclasses import replace\nfrom phireg.api import LayoutError\n"
         "from phireg.targets.modelopt import TARGET as BASE\n"
+        f"HERE = {str(tmp_path)!r}\n"
         "TARGET = replace(BASE, name='acme', summary='of acme')\n"
         "PLAIN = replace(BASE, name='acme-plain', layouts={})\n"
+        "LATER = replace(BASE, name='acme-later', api=2)\n"
+        "FACTS = {name: getattr(BASE, name) for name in ('layouts', 'kv_caches', 'by_rank')}\n"
+        "FACTS |= {'api': 1, 'folds': 'all'}\n"
         "def defective(name, **methods):\n"
-        "    fields = ('layouts', 'kv_caches')\n"
-        "    facts = {key: methods.pop(key, getattr(BASE, key)) for key in fields}\n"
+        "    facts = {key: methods.pop(key, FACTS[key]) for key in FACTS}\n"
+        "    if 'config_files' in methods: facts['layouts'] = {}\n"
         "    kind = type(name, (type(BASE),), methods)\n"
-        "    return kind(name='acme-' + name, summary='', api=1, folds='all', **facts)\n"
+        "    return kind(name='acme-' + name, summary='', **facts)\n"
         "def no_layout(*_): raise LayoutError('sizes of acme')\n"
         "unfit = defective('unfit', shared_inputs=no_layout)\n"
         + "".join(
@@ -119,19 +139,31 @@ def test_targets_of_another_distribution(tmp_path, monkeypatch):
     targets = {t["name"]: t for t in json.loads(run("families", "--json").output)["targets"]}
     assert targets["acme"]["summary"] == "of acme" and targets["acme"]["problem"] is None
     assert "no acme" in targets["acme-broken"]["problem"]
-    assert "layouts" in targets["acme-layouts"]["problem"]
-    checked = run("families", "--check")
-    assert checked.exit_code == 5 and "no acme" in checked.output
+    assert "upgrade phireg" in targets["acme-later"]["problem"]
+    facts = {name for name in DEFECTS if name.partition("__")[0] in FACTS}
+    broken = {f"acme-{name}" for name in ("broken", "later", *facts)}
+    assert {name for name, target in targets.items() if target["problem"]} == broken
+    listed, checked = run("families"), run("families", "--check")
+    assert (listed.exit_code, checked.exit_code) == (0, 5)
+    for name in facts:
+        said = {"acme-files", "0.3", f"acme-{name}", name.partition("__")[0], "authors"}
+        assert said <= set(re.findall(r"[\w.-]*\w", targets[f"acme-{name}"]["problem"]))
+        problem = targets[f"acme-{name}"]["problem"]
+        assert problem in listed.output and problem in checked.output
     source = tiny_models.write("phi2", tmp_path / "model")
     phireg.convert(phireg.plan(source, target="acme-plain"), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").is_file()
     unfit = phireg.plan(source, target="acme-unfit", qformat="fp8")
     assert [finding.code for finding in unfit.errors] == ["layout"]
+    before = set(tmp_path.rglob("*"))
     for name in DEFECTS:
-        with pytest.raises(PluginError) as caught:
-            phireg.plan(source, target=f"acme-{name}", qformat="int4_awq")
         method = name.partition("__")[0]
-        said = set(re.findall(r"[\w-]+", str(caught.value)))
+        command = ("plan", "--qformat", "int4_awq")
+        if method == "config_files":
+            command = ("convert", "--output-dir", tmp_path / name)
+        refused = run(*command, "--model-dir", source, "--target", f"acme-{name}")
+        assert refused.exit_code == 5, name
+        said = set(re.findall(r"[\w-]+", refused.output))
         assert {f"acme-{name}", method, "authors"} <= said
-    assert not (tmp_path / "evil.json").exists()
+    assert set(tmp_path.rglob("*")) == before
     sys.modules.pop("acme_files")
