@@ -140,15 +140,18 @@ def _text(plan: Plan, converted: Converted, seconds: float) -> str:
 
 
 def steps_after(plan: Plan, converted: Converted) -> str:
-    """What to do with a new checkpoint."""
+    """What to do with a new checkpoint; a prompt needs a tokenizer."""
+    from phireg.generation.tokenizer_files import has_tokenizer
+
     checkpoint = str(converted.output_dir)
     model = ["--model-dir", plan.model_dir]
     if plan.source.revision is not None:
         model += ["--revision", plan.source.revision]
+    run = ["phireg", "run", checkpoint, "--prompt", "The capital of France is"]
     build = ["phireg", "build", checkpoint, "--output-dir", f"{checkpoint}-engine"]
     return next_steps(
         ["phireg", "verify", checkpoint, *model],
-        ["phireg", "run", checkpoint, "--prompt", "The capital of France is"],
+        *([run] if has_tokenizer(converted.output_dir) else []),
         *([build] if plan.target.by_rank and engines.has_builder(plan.config) else []),
     )
 

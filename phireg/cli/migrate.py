@@ -26,13 +26,13 @@ from phireg.files.sizes import size
 
 @documented(
     "phireg migrate ckpt --model-dir ./Phi-3-mini-4k-instruct --output-dir phi3-fp8",
-    "phireg migrate ckpt --model-dir microsoft/phi-2 --output-dir phi2 --target hf",
+    "phireg migrate ckpt --model-dir microsoft/phi-2 --output-dir phi2",
     waits="reading the checkpoint",
 )
 @checkpoint_argument("checkpoint_dir", "CKPT")
 @model_dir_option("The model it was made from: its config.json and tokenizer.", required=True)
 @output_dir_option("directory")
-@target_option("hf-modelopt")
+@target_option(None, "hf-modelopt for a quantized checkpoint, else hf")
 @shard_option
 @family_option
 @revision_option
@@ -52,6 +52,8 @@ def command(
 
     Quantized values and scales are carried over bit for bit, from any number of ranks.
     """
+    from phireg.checkpoint.manifest import read_manifest
+
     started = time.monotonic()
     with interruptible(output_dir), ProgressBars(quiet) as bars:
         result = phireg.migrate(
@@ -62,11 +64,12 @@ def command(
             **options,
         )
     seconds = time.monotonic() - started
+    target = (read_manifest(result.output_dir) or {})["options"]["target"]
     if as_json:
         document = {
             "checkpoint_dir": checkpoint_dir,
             "output_dir": str(result.output_dir),
-            "target": options["target"],
+            "target": target,
             "files": dict(result.files),
             "seconds": round(seconds, 3),
         }
@@ -74,7 +77,7 @@ def command(
     elif not quiet:
         total = size(sum(result.files.values()))
         rows = [
-            ("wrote", f"{total} to {result.output_dir}"),
+            ("wrote", f"{total} to {result.output_dir} (--target {target})"),
             ("files", ", ".join(result.files)),
             ("time", f"{seconds:.1f} s"),
         ]

@@ -15,10 +15,11 @@ from phireg.conversion.stream import Progress, Streamed, stream
 from phireg.errors import PlanError, UsageError
 from phireg.files.kinds import CHECKPOINT, QUANTIZED_MODEL, file_sizes, producer, tokenizer_files
 from phireg.files.output import OutputDirectory
+from phireg.files.regular import bullets
 from phireg.files.writing import copy_file
 from phireg.findings import Finding
 from phireg.planning.model import Plan
-from phireg.planning.report import problems
+from phireg.planning.report import fold_layers, problems
 from phireg.targets.card import CARD
 
 if TYPE_CHECKING:
@@ -144,10 +145,12 @@ def write_checkpoint(
 def _check_overflow(streamed: Streamed, plan: Plan) -> None:
     lost = {name: loss.overflowed for name, loss in streamed.losses.items() if loss.overflowed}
     if lost:
+        counts = list(lost.values())
+        folded = fold_layers((name,) for name in lost)
+        lines = [f"{name}: {sum(counts[i] for i in own)} values" for (name,), own in folded]
         raise PlanError(
-            f"{sum(lost.values())} finite values do not fit into {plan.options.dtype}; "
-            "nothing was written\n"
-            + "\n".join(f"  overflow  {name}: {count} values" for name, count in lost.items()),
+            f"{sum(counts)} finite values do not fit into {plan.options.dtype}; "
+            f"nothing was written{bullets(lines, 50)}",
             hint="choose another --dtype, or --allow-overflow to write them as infinite.",
         )
 

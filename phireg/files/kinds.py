@@ -96,8 +96,9 @@ _INSTEAD = {
     "phireg build {directory} --output-dir ENGINE",
     ENGINE: "to run it: phireg run {directory} (--backend tensorrt-llm); it cannot be converted "
     "back, so elsewhere give the checkpoint that it was built from.",
-    HF_MODEL: "to run it: phireg run {directory} (--backend hf if it is not quantized); to convert "
-    "one that is not: phireg convert --model-dir {directory} --output-dir CKPT",
+    HF_MODEL: "to run it: phireg run {directory} (--backend hf if it is not quantized); to compare "
+    "a quantized one with its model: phireg verify {directory} --model-dir MODEL; to convert one "
+    "that is not: phireg convert --model-dir {directory} --output-dir CKPT",
 }
 """What to do with a directory of a kind that is not wanted."""
 

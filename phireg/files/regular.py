@@ -133,13 +133,13 @@ def read_into(fd: int, path: Path, offset: int, view: memoryview) -> None:
         except (OSError, OverflowError) as error:  # an offset beyond what the system can express
             raise SourceError(
                 f"{path}: reading at byte {offset + done} failed: {error}",
-                hint="check the disk, or download the file again",
+                hint="check the disk; else make or download the file again",
             ) from error
         if count == 0:
             raise SourceError(
                 f"{path}: the file ends at byte {offset + done}, "
                 f"{len(view) - done} bytes too early",
-                hint="the file is damaged or incomplete; download it again",
+                hint="the file is damaged or incomplete; make or download it again",
             )
         done += count
 

@@ -167,5 +167,5 @@ def _invalid(path: Path, defects: list[str]) -> SourceError:
     more = f"; and {len(defects) - 5} more" if len(defects) > 5 else ""
     return SourceError(
         f"{path}: not a valid safetensors file: {'; '.join(defects[:5])}{more}",
-        hint="the file is damaged or incomplete; download it again",
+        hint="the file is damaged or incomplete; make or download it again",
     )

@@ -17,9 +17,14 @@ from phireg.errors import PhiregError, PluginError, SourceError, UsageError
 from phireg.files.json import read_json_object
 from phireg.files.kinds import check_loadable
 from phireg.files.regular import listed
-from phireg.generation.tokenizer_files import FILES, architecture_of, load_files, not_loaded
+from phireg.generation.tokenizer_files import (
+    FILES,
+    RANKS_FILES,
+    architecture_of,
+    load_files,
+    not_loaded,
+)
 
-RANKS_FILES = "*.tiktoken"
 # These end a turn of a Phi chat, whatever generation_config.json lists.
 _END_OF_TURN = ("<|end|>", "<|im_end|>")
 _REPLACEMENT = "\ufffd"

@@ -36,15 +36,13 @@ from phireg.targets.huggingface import modules_of
 from phireg.targets.target import KEY_SCALE, KV_SCALE, VALUE_SCALE
 from phireg.verification.config import compare_configs
 
-DEFAULT = "hf-modelopt"
-
 
 def migrate(
     checkpoint_dir: str | Path,
     model_dir: str | Path,
     output_dir: str | Path,
     *,
-    target: str = DEFAULT,
+    target: str | None = None,
     family: str = AUTO,
     revision: str | None = None,
     max_shard_size: int = SHARD_BYTES,
@@ -59,7 +57,7 @@ def migrate(
         checkpoint_dir: with config.json and rank files.
         model_dir: config.json and tokenizer of the model it was made from; no weights are needed.
         output_dir: the directory to make; must not exist, or be empty.
-        target: a Hugging Face target.
+        target: a Hugging Face target. None is ``hf-modelopt`` for quantized files, else ``hf``.
         family: a family name, ``distribution:name``, or ``auto`` to decide by config.json.
         revision: branch, tag or commit of a hub repository.
         max_shard_size: bytes of a file at most.
@@ -72,7 +70,7 @@ def migrate(
         SourceError: a file cannot be read.
         OutputError: the output exists, or cannot be written.
     """
-    if load_target(target).by_rank:
+    if target is not None and load_target(target).by_rank:
         raise UsageError(
             f"--target {target} is what phireg migrates from",
             hint="choose a Hugging Face target, such as hf-modelopt or hf.",
@@ -131,7 +129,7 @@ def _unfit(checkpoint: Path, defects: list[str]) -> CheckError:
     )
 
 
-def _options(config: Mapping[str, Any], target: str, max_shard_size: int) -> Options:
+def _options(config: Mapping[str, Any], target: str | None, max_shard_size: int) -> Options:
     """Return the options that the checkpoint was made with, and the target."""
     quantization, mapping = config.get("quantization") or {}, config.get("mapping") or {}
     algorithm = quantization.get("quant_algo")
@@ -142,19 +140,22 @@ def _options(config: Mapping[str, Any], target: str, max_shard_size: int) -> Opt
             hint="quantize the model anew: phireg quantize.",
         )
     cache = CACHE_DTYPES.get(str(quantization.get("kv_cache_quant_algo")))
-    written = load_target(target)
     if qformat is not None and SCHEMES[qformat].weight is None:
         qformat = None  # files hold the raw weights, which the builder quantizes
-    check_format(written, qformat, cache)
+    target = target or ("hf" if qformat is None else "hf-modelopt")
+    written = load_target(target)
+    check_format(written, qformat, None)
+    unfit = None if cache in (None, *written.kv_caches) else f"takes no {cache} KV cache"
     held = load_target("trtllm").layouts[qformat].scales if qformat is not None else {}
     for what, stored in written.layouts[qformat].scales.items() if qformat is not None else ():
         ours = held.get(what)
         if ours is not None and (ours.code, ours.divides) != (stored.code, stored.divides):
-            raise UsageError(
-                f"--target {target} has {stored.name} in another dtype, or its reciprocal, which "
-                "would be rounded",
-                hint="choose another --target, or quantize the model anew: phireg quantize.",
-            )
+            unfit = f"has {stored.name} in another dtype, or its reciprocal: it would be rounded"
+    if unfit is not None:
+        raise UsageError(
+            f"--target {target} {unfit}",
+            hint="choose another --target, or quantize the model anew: phireg quantize.",
+        )
     return Options(
         str(config.get("dtype")),
         int(mapping.get("tp_size", 1)),

@@ -85,13 +85,16 @@ def _unfit(quant: Quantization, rule: Rule, rows: Axis) -> str | None:
             return None  # the plan has an error that says so
         on_rank = f" on rank {rank} of {ranks.tp_size}" if ranks.tp_size > 1 else ""
         if rank_cols and any(s.start % size or s.count % size for s in rank_cols.spans):
-            instead = "fewer ranks or " if on_rank else ""
             plain = [name for name in quant.target.formats if FORMATS[name].group_size is None]
-            pattern = f"'*.{rule.target.rpartition('.')[2]}'"
-            out = "" if quant.target.by_rank else f", or leave it out (--exclude {pattern})"
+            ways = [
+                *(["take fewer ranks"] if on_rank else []),
+                *([f"take a format without groups ({', '.join(plain)})"] if plain else []),
+            ]
+            if not quant.target.by_rank:
+                ways.append(f"leave it out (--exclude '*.{rule.target.rpartition('.')[2]}')")
             return (
-                f"has {rank_cols.length} inputs{on_rank}, which are no groups of {size}: take "
-                f"{instead}a format without groups ({', '.join(plain)}){out}"
+                f"has {rank_cols.length} inputs{on_rank}, which are no groups of {size}: "
+                f"{', or '.join(ways)}"
             )
         if any(span.start % pair or span.count % pair for span in rank_rows.spans):
             return f"has {rank_rows.length} rows{on_rank} that make no pairs of neighbors"

@@ -128,8 +128,9 @@ def test_damaged_files(tmp_path):
     whole = path.read_bytes()
     for content in (b"", b"x" * 100, whole[:-1], whole[: len(whole) // 2], whole + b"\0"):
         path.write_bytes(content)
-        with pytest.raises(SourceError, match=str(path)):
+        with pytest.raises(SourceError, match=str(path)) as caught:
             load(path)
+        assert "make" in caught.value.hint  # nobody can download it
     for other in (tmp_path / "nothing", tmp_path):
         with pytest.raises(SourceError, match=str(other)):
             load(other)

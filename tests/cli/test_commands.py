@@ -30,6 +30,14 @@ def ckpt(tiny, run):
     return out
 
 
+def test_a_prompt_is_proposed_where_there_is_a_tokenizer(tiny, run):
+    command = ("convert", "--model-dir", tiny, "--output-dir", tiny.parent / "out")
+    proposed = run(*command).output
+    assert "phireg verify" in proposed and "phireg run" not in proposed
+    (tiny / "tokenizer.json").write_text("{}")
+    assert "phireg run" in run(*command, "--overwrite").output
+
+
 # Options
 
 
@@ -195,18 +203,19 @@ def test_values_that_overflow_are_refused_unless_allowed(tiny, run):
         path.unlink()
     held = {n: torch.from_numpy(t).to(torch.bfloat16) for n, t in tiny_tensors().items()}
     held["model.layers.1.mlp.down_proj.weight"][0, :3] = 1e9
+    held["model.layers.0.mlp.down_proj.weight"][0, :2] = 1e9
     save_file(held, tiny / "model.safetensors", {"format": "pt"})
     config(torch_dtype="bfloat16")(tiny)
     out = tiny.parent / "out"
     args = ("convert", "--model-dir", tiny, "--output-dir", out, "--dtype", "float16")
     result = run(*args)
     assert result.exit_code == 3
-    assert "model.layers.1.mlp.down_proj.weight: 3 " in result.output
+    assert "model.layers.{0..1}.mlp.down_proj.weight: 5 " in result.output
     assert "--allow-overflow" in result.output
     assert [path.name for path in tiny.parent.iterdir()] == ["model"]
     result = run(*args, "--allow-overflow")
     assert result.exit_code == 0
-    assert "overflowed  3 values in 1 tensor" in result.output
+    assert "overflowed  5 values in 2 tensors" in result.output
     proj = load_file(out / "rank0.safetensors")["transformer.layers.1.mlp.proj.weight"]
     assert np.isinf(proj).sum() == 3
 

@@ -43,7 +43,7 @@ def test_an_unquantized_checkpoint_gives_the_source_back(tmp_path, name, tp_size
     weights = tensors(source)
     for file in source.glob("model*"):
         file.unlink()  # none are needed
-    phireg.migrate(checkpoint, source, tmp_path / "out", target="hf", max_shard_size=50_000)
+    phireg.migrate(checkpoint, source, tmp_path / "out", max_shard_size=50_000)
     same(tensors(tmp_path / "out"), weights)
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == weights.keys()
@@ -103,8 +103,6 @@ def test_what_is_refused(tmp_path):
     tiny_models.write("phi3-gqa", source, torch.bfloat16)
     phireg.convert(phireg.plan(source, tp_size=2), checkpoint)
     with pytest.raises(UsageError):
-        phireg.migrate(checkpoint, source, tmp_path / "out")  # unquantized
-    with pytest.raises(UsageError):
         phireg.migrate(checkpoint, source, tmp_path / "out", target="trtllm")
     other = tmp_path / "other"
     shutil.copytree(source, other)
@@ -153,7 +151,7 @@ def test_a_mixture_on_several_ranks(tmp_path):
 def test_a_weight_only_checkpoint_becomes_unquantized(tmp_path):
     source = tiny_models.write("phi3-gqa", tmp_path / "model", torch.bfloat16)
     phireg.quantize(phireg.plan(source, qformat="int4_wo"), tmp_path / "ckpt")
-    phireg.migrate(tmp_path / "ckpt", source, tmp_path / "out", target="hf")
+    phireg.migrate(tmp_path / "ckpt", source, tmp_path / "out")
     same(tensors(tmp_path / "out"), tensors(source))
 
 
@@ -181,5 +179,9 @@ def test_the_command(tmp_path):
     done = run_phireg(*command, "--json")
     assert done.exit_code == 0, done.output
     document = json.loads(done.output)
-    assert "model.safetensors" in document["files"]
+    assert "model.safetensors" in document["files"] and document["target"] == "hf-modelopt"
     assert run_phireg(*command).exit_code == 6
+    config = tmp_path / "ckpt" / "config.json"
+    config.write_text(config.read_text().replace('"FP8"', '"INT8"'))  # the cache's
+    refused = run_phireg(*command, "--overwrite")
+    assert refused.exit_code == 2 and "int8 KV cache" in refused.output

@@ -10,7 +10,7 @@ from helpers import tiny_models
 from helpers.command_line import run_phireg as run
 
 import phireg
-from phireg import registry
+from phireg import demo, registry
 from phireg.errors import UsageError
 from phireg.formats import FORMATS
 from phireg.targets.readers import FP8_CACHE, READERS, UNQUANTIZED, table
@@ -92,6 +92,18 @@ def test_a_refusal_names_readers_elsewhere_and_the_nearest_format(tmp_path):
     assert "int4_awq" in caught.value.hint
 
 
+def test_what_a_plan_proposes_instead_works():
+    source = demo.find("phi3-mini").directory
+    command = ("plan", "--model-dir", source, "--target", "hf-modelopt", "--qformat")
+    refused = run(*command, "int4_awq")
+    assert refused.exit_code == 3
+    formats = re.findall(r"without groups \((.*?)\)", refused.output)[0].split(", ")
+    patterns = set(re.findall(r"--exclude '(.*?)'", refused.output))
+    options = [word for pattern in patterns for word in ("--exclude", pattern)]
+    for works in (["int4_awq", *options], *([qformat] for qformat in formats)):
+        assert run(*command, *works).exit_code == 0, works
+
+
 @pytest.mark.parametrize("target", ["hf-modelopt", "hf-compressed-tensors"])
 def test_layouts_of_quantized_models_need_a_format(tmp_path, target):
     source = tiny_models.write("phi2", tmp_path / "model")
@@ -110,7 +122,7 @@ def test_targets_of_another_distribution(tmp_path, monkeypatch):
     (info / "entry_points.txt").write_text(
         "[phireg.targets]\nacme = acme_files:TARGET\nacme-plain = acme_files:PLAIN\n"
         "acme-broken = acme_broken:TARGET\nacme-unfit = acme_files:unfit\n"
-        "acme-later = acme_files:LATER\n"
+        "acme-later = acme_files:LATER\nacme-groups = acme_files:GROUPS\n"
         + "".join(f"acme-{name} = acme_files:{name}\n" for name in DEFECTS)
     )
     (info.parent / "acme_files.py").write_text(
@@ -120,6 +132,8 @@ def test_targets_of_another_distribution(tmp_path, monkeypatch):
         "TARGET = replace(BASE, name='acme', summary='of acme')\n"
         "PLAIN = replace(BASE, name='acme-plain', layouts={})\n"
         "LATER = replace(BASE, name='acme-later', api=2)\n"
+        "layouts = {'int4_awq': BASE.layouts['int4_awq']}\n"
+        "GROUPS = replace(BASE, name='acme-groups', layouts=layouts)\n"
         "FACTS = {name: getattr(BASE, name) for name in ('layouts', 'kv_caches', 'by_rank')}\n"
         "FACTS |= {'api': 1, 'folds': 'all'}\n"
         "def defective(name, **methods):\n"
@@ -155,6 +169,8 @@ def test_targets_of_another_distribution(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "model.safetensors").is_file()
     unfit = phireg.plan(source, target="acme-unfit", qformat="fp8")
     assert [finding.code for finding in unfit.errors] == ["layout"]
+    for finding in phireg.plan(source, target="acme-groups", qformat="int4_awq").errors:
+        assert "--exclude" in finding.detail and "a format" not in finding.detail
     before = set(tmp_path.rglob("*"))
     for name in DEFECTS:
         method = name.partition("__")[0]
