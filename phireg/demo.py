@@ -15,10 +15,10 @@ from typing import Any
 import phireg
 from phireg import registry
 from phireg.checkpoint.manifest import check_files, read_manifest
-from phireg.conversion.convert import Converted
+from phireg.conversion.convert import Converted, write_checkpoint
 from phireg.errors import OutputError, PluginError, SourceError, UsageError
 from phireg.files.json import read_json_object
-from phireg.files.kinds import MANIFEST
+from phireg.files.kinds import BUILD_FILE, MANIFEST
 from phireg.files.regular import Limit, read_file
 from phireg.planning.model import Plan
 
@@ -160,11 +160,13 @@ def convert(model: DemoModel, output_dir: Path, tp_size: int = 1) -> Converted:
     is_replacing = output_dir.is_dir() and any(output_dir.iterdir())
     if is_replacing and (problem := _objection(plan, output_dir)):
         raise _not_a_demo(output_dir, problem)
-    return phireg.convert(plan, output_dir, overwrite=is_replacing)
+    return write_checkpoint(
+        plan, output_dir, overwrite=is_replacing, allow_overflow=False, progress=None, demo=True
+    )
 
 
-def check_engine_dir(engine_dir: Path, checkpoint_dir: Path) -> None:
-    """Refuse a directory that is neither free nor an engine of a demo checkpoint."""
+def check_engine_dir(engine_dir: Path) -> None:
+    """Refuse a directory that is neither free nor an engine that a demo built."""
     from phireg.tensorrt.engine import is_native
     from phireg.tensorrt.inspection import inspect_engine
 
@@ -174,8 +176,8 @@ def check_engine_dir(engine_dir: Path, checkpoint_dir: Path) -> None:
     if is_native(engine_dir):
         inspection = inspect_engine(engine_dir, check=True)
         problem = "; ".join(inspection.problems) or None
-        if inspection.engine.checkpoint_dir != checkpoint_dir.resolve():
-            problem = f"it was not built from {checkpoint_dir}"
+        if inspection.engine.manifest.get("demo") is not True:
+            problem = f"its {BUILD_FILE} does not say so"
     if problem is not None:
         raise _not_a_demo(engine_dir, problem)
 
@@ -192,14 +194,12 @@ def _objection(plan: Plan, directory: Path) -> str | None:
     manifest = read_manifest(directory)
     if manifest is None:
         return f"there is no {MANIFEST}"
-    options, expected = manifest.get("options"), plan.options.as_json()
-    source = manifest.get("source")
-    if not isinstance(source, dict) or source.get("model_dir") != plan.model_dir:
+    if manifest.get("demo") is not True:
+        return f"its {MANIFEST} does not say so"
+    if _written_by(directory) != plan.family:
         return "it was made from another model"
-    # A demo may have had another number of ranks.
-    decisive = [name for name in expected if not name.endswith("_size")]
-    if not isinstance(options, dict) or any(options.get(key) != expected[key] for key in decisive):
-        return "it was made with other options"
+    if more := {path.name for path in directory.iterdir()} - {MANIFEST, *manifest["files"]}:
+        return f"{MANIFEST} does not list {min(more)}"
     return next(check_files(directory, manifest), None)
 
 

@@ -105,7 +105,7 @@ def command(
             emit("")
         try:
             if engine:
-                demo.check_engine_dir(_engine_dir(target), target)
+                demo.check_engine_dir(_engine_dir(target))
             verification, document = _run(
                 model, article, target, tp_size, verbose=verbose, quiet=quiet
             )
@@ -213,7 +213,7 @@ def _engine(
         for text in plan.notes:
             emit(f"note: {text}")
     with engines.build_progress(plan.spec.tp_size, quiet=not verbose) as progress:
-        built = build_engine(plan, overwrite=True, progress=progress)
+        built = build_engine(plan, overwrite=True, progress=progress, demo=True)
     if verbose:
         emit(engines.built_text(plan, built))
         emit(f"\n$ {_folded(commands['verify'])}")

@@ -106,11 +106,12 @@ def write_checkpoint(
     progress: Progress | None,
     quantizer: Callable[[], WeightQuantizer] | None = None,
     quantization: Mapping[str, Any] | None = None,
+    demo: bool = False,
 ) -> Converted:
     """Write all files of a checkpoint; see :func:`convert`.
 
     ``quantizer`` is called when the output is known to be usable, before anything is written;
-    ``quantization`` is the manifest's record of the scales.
+    ``quantization`` is the manifest's record of the scales; ``demo`` is recorded, too.
     """
     check_plan(plan)
     carried = tokenizer_files(plan.source.directory)
@@ -131,7 +132,7 @@ def write_checkpoint(
         manifest = manifest_of(plan, directory, streamed)
         if quantization is not None:
             manifest["quantization"] = quantization
-        write_manifest(directory, manifest)
+        write_manifest(directory, manifest | ({"demo": True} if demo else {}))
         if not plan.target.by_rank:
             # Not in the manifest: it is its owner's to extend.
             card = card_of(plan, quantization).encode("utf-8", "surrogateescape")

@@ -78,6 +78,9 @@ def test_an_engine_is_built_and_its_network_proven(run):
     again = run("demo", "phi3-medium", "--engine", "--quiet")  # both are replaced
     assert again.exit_code == 0, again.output
     assert not Path("phireg-demo/phi3-medium-engine/rank1.engine").exists()
+    built = Path("phireg-demo/phi3-medium-engine/phireg-build.json")
+    built.write_text(built.read_text().replace('"demo": true', '"demo": null'))
+    assert run("demo", "phi3-medium", "--engine", "--quiet").exit_code == 6, "build made it"
 
 
 def test_without_tensorrt_nothing_is_begun(run, monkeypatch):
@@ -156,8 +159,8 @@ def quantized(target, model):
     phireg.convert(phireg.plan(model.directory, qformat="int8_wo"), target)
 
 
-def in_another_dtype(target, model):
-    phireg.convert(phireg.plan(model.directory, dtype="float32"), target)
+def by_convert(target, model):
+    phireg.convert(phireg.plan(model.directory, family=model.family), target)
 
 
 def edited(target, model):
@@ -171,6 +174,11 @@ def with_a_file_of_the_users(target, model):
     (target / "thesis.tex").write_text("years")
 
 
+def with_a_tokenizer_of_the_users(target, model):
+    demo.convert(model, target)
+    (target / "vocab.json").write_text("{}")
+
+
 def without_its_manifest(target, model):
     demo.convert(model, target)
     (target / "phireg.json").unlink()
@@ -178,8 +186,8 @@ def without_its_manifest(target, model):
 
 @pytest.mark.parametrize(
     "make",
-    [of_another_model, quantized, in_another_dtype, edited, with_a_file_of_the_users,
-     without_its_manifest],
+    [of_another_model, quantized, by_convert, edited, with_a_file_of_the_users,
+     with_a_tokenizer_of_the_users, without_its_manifest],
     ids=lambda make: make.__name__,
 )  # fmt: skip
 def test_a_demo_replaces_nothing_else(make, run):
@@ -270,7 +278,7 @@ def test_without_a_card_there_are_no_scores(run, changed):
 
 def test_a_wrong_checkpoint_ends_with_4(run, monkeypatch):
     """A conversion that zeroes one block of one tensor."""
-    convert = phireg.convert
+    convert = demo.write_checkpoint
 
     def wrong(plan, output_dir, **options):
         converted = convert(plan, output_dir, **options)
@@ -280,7 +288,7 @@ def test_a_wrong_checkpoint_ends_with_4(run, monkeypatch):
         save_file(tensors, path)
         return converted
 
-    monkeypatch.setattr(phireg, "convert", wrong)
+    monkeypatch.setattr(demo, "write_checkpoint", wrong)
     done = run("demo", "--json")
     assert done.exit_code == 4
     (entry,) = json.loads(done.output)["demos"]
