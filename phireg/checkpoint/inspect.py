@@ -59,7 +59,7 @@ def inspect(
         SourceError: it is not a checkpoint.
     """
     directory = Path(checkpoint_dir)
-    layout = None
+    layout, unreadable = None, tuple[str, ...]()
     if kind_of(directory) is HF_MODEL:
         config, weights, problems, layout = _read_shards(directory)
     else:
@@ -68,6 +68,7 @@ def inspect(
             ranks = files.kinds()
             weights = {files.paths[n].name: kinds for n, kinds in enumerate(ranks)}
             problems = [error.message for error in files.errors.values()]
+            unreadable = tuple(files.paths[rank].name for rank in files.errors)
         for where, text, harmless in structure_findings(config, ranks):
             if not harmless:
                 problems.append(f"{where}: {text}")
@@ -79,7 +80,8 @@ def inspect(
                 hint="only checkpoints written by phireg carry digests.",
             )
         found = check_files(directory, manifest, progress)
-        problems = list(dict.fromkeys([*problems, *found]))
+        more = (text for text in found if not text.startswith(unreadable))
+        problems = list(dict.fromkeys([*problems, *more]))
     sizes = file_sizes(directory)
     return Inspection(config, weights, sizes, manifest, tuple(problems), layout)
 

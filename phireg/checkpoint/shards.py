@@ -57,16 +57,16 @@ def _sidecar(directory: Path) -> dict[str, Any] | None:
 class Shards(AbstractContextManager["Shards"]):
     """The open safetensors files of a directory; a context manager that closes them.
 
-    Raises a CheckError for shards that are damaged, missing or not what their index says; a
-    SourceError where there are none.
+    ``refusal`` is a CheckError for shards that are damaged, missing or not what their index says;
+    it is raised if ``strict``. Raises a SourceError where there are none.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, strict: bool = True) -> None:
         index_path = directory / f"{_WHOLE}{INDEX}"
         index = read_index(index_path) if index_path.exists() else None
-        if index is None and not (directory / _WHOLE).exists():
-            lacks = CheckError if (directory / MANIFEST).exists() else SourceError
-            raise lacks(
+        lacks = index is None and not (directory / _WHOLE).exists()
+        if lacks and not (directory / MANIFEST).exists():
+            raise SourceError(
                 f"{directory} has no {_WHOLE} and no {index_path.name}",
                 hint="download or export the model again",
             )
@@ -84,15 +84,18 @@ class Shards(AbstractContextManager["Shards"]):
         if index is not None:
             held = {name: file.header.entries.keys() for name, file in self.files.items()}
             defects += shard_defects(index, held)
+        self.refusal: CheckError | None = None
         if errors or defects:
-            self.close()
             hints = {error.hint for error in errors}
             hint = hints.pop() if len(hints) == 1 and not defects else None
             defects = [*(error.message for error in errors), *defects]
-            raise CheckError(
+            self.refusal = CheckError(
                 f"{directory}: the weight files cannot be used:{bullets(defects, 20)}",
                 hint=hint or "download or export the model again; all files must be of one export",
             )
+            if strict:
+                self.close()
+                raise self.refusal
         self._of = {name: file for file in self.files.values() for name in file.header.entries}
         self._mapped: dict[Path, Callable[[str], Tensor]] = {}
 

@@ -122,6 +122,7 @@ class OutputDirectory:
     def _acquire(self) -> None:
         """Hold the partial directory: create it or take over a stale one, and lock its marker."""
         # A run that ends removes the marker and the directories under our feet: start over then.
+        cause = ""
         for _ in range(100):
             try:
                 self._make_parents()
@@ -129,7 +130,8 @@ class OutputDirectory:
                 # Only an empty directory may become ours; a marker is never added to another.
                 create = 0 if _names(self._partial) else os.O_CREAT
                 lock = os.open(self._marker, os.O_RDWR | os.O_NOFOLLOW | create, 0o666)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                cause = f"{reason(error)}: "
                 names = _names(self._partial)
                 if names and MARKER not in names:
                     raise self._not_ours("was not created by phireg") from None
@@ -144,7 +146,8 @@ class OutputDirectory:
                     os.close(lock)
         else:
             raise OutputError(
-                f"{self._partial} cannot be created, or other phireg runs keep removing it",
+                f"cannot write {self._target}: {cause}nothing can be created there, or other "
+                "phireg runs keep removing it",
                 hint=_ELSEWHERE,
             )
         os.ftruncate(lock, 0)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from phireg.errors import UsageError
+from phireg.errors import PhiregWarning, UsageError
 from phireg.executor import Sampling
 from phireg.executor.finite import rows_named
+from phireg.files.json import read_json_object
 from phireg.generation.backend import Backend, Request, open_backend
 from phireg.generation.batches import batches, warn_of_switch
 from phireg.generation.limits import check_batch, check_prompts
 from phireg.generation.tokenizer import Tokenizer, find_tokenizer, stop_ids
+from phireg.source.hub import resolve_model_dir
 from phireg.summarization.models import ModelRun, check_model_processes
 from phireg.summarization.result import (
     BackendResult,
@@ -29,6 +32,7 @@ from phireg.summarization.task import Sample, Settings, load_articles, make_samp
 Progress = Callable[[str, int, int], None]
 """Called with a backend's name, how many more articles it has done, and how many there are."""
 
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 _PACKAGES = ("phireg", "torch", "transformers", "rouge-score")
 
 
@@ -94,6 +98,10 @@ def summarize(
     task = _Task(make_samples(articles.rows, tokenizer, settings), settings, tokenizer, stops)
     for model in models:
         _check_model(model, task)
+    other = _differing(models)
+    if other:
+        text = f"the scores are of different models: {other}; the prompts are of one tokenizer"
+        warnings.warn(text, PhiregWarning, stacklevel=2)
     report = progress or (lambda _backend, _more, _total: None)
     results = tuple(_run(model, task, report) for model in models)
     return Summarization(
@@ -103,7 +111,8 @@ def summarize(
         tuple(task.samples),
         results,
         thresholds.check(results) if thresholds else (),
-        _provenance(models, task, articles.name),
+        _provenance(models, task, articles.name)
+        + ((("different models", other),) if other else ()),
     )
 
 
@@ -118,6 +127,20 @@ def _find_tokenizer(directories: Sequence[Path], tokenizer_dir: str | Path | Non
             hint="give --tokenizer-dir (or --model-dir) the directory of the source model.",
         )
     return tokenizer
+
+
+def _differing(models: Sequence[ModelRun]) -> str:
+    """Name the sizes in which models differ, by their config.json."""
+    configs = []
+    for model in models if len(models) > 1 else ():
+        config = read_json_object(resolve_model_dir(str(model.directory), None)[0] / "config.json")
+        configs.append(config.get("pretrained_config", config))  # that of an engine's checkpoint
+    values = {key: [config.get(key) for config in configs] for key in _SIZES}
+    return ", ".join(
+        f"{key} is {' and '.join(map(str, found))}"
+        for key, found in values.items()
+        if len({size for size in found if isinstance(size, int)}) > 1
+    )
 
 
 def _check_model(model: ModelRun, task: _Task) -> None:

@@ -113,9 +113,14 @@ class ComputedChecks:
     def run(self, check: str, plan: Plan) -> Outcome:
         """Make the check ``reading``, ``logits`` or ``ranks``."""
         try:
+            if check == "ranks":
+                return self._ranks()
+            reference = self._opened_reference(plan)
+            if problems := list(_size_problems(self.spec, reference)):
+                return Outcome("the source's model has other sizes", problems, [])
             if check == "reading":
-                return compare_reading(self.config, self.spec, plan, self._opened_reference(plan))
-            return self._logits(plan) if check == "logits" else self._ranks()
+                return compare_reading(self.config, self.spec, plan, reference)
+            return self._logits(plan)
         except CheckError as error:
             return _refused(error)
         except ReferenceNotFiniteError as error:
@@ -133,8 +138,6 @@ class ComputedChecks:
     def _logits(self, plan: Plan) -> Outcome:
         """Compare with the source's own model."""
         reference, notes = self._filled_reference(plan)
-        if problems := list(_size_problems(self.spec, reference)):
-            return Outcome("the source's model has other sizes", problems, [])
         executor, sources = self.opened
         ranges = ActivationRanges(executor, sources)
         # Each layer is compared alone, and once more when the executor runs on its own.

@@ -54,7 +54,7 @@ class DirectoryVerifier(Verifier):
 
     def __init__(self, path: Path, progress: Progress) -> None:
         super().__init__(path, read_json_object(path / "config.json"), progress)
-        self.files = Shards(path)
+        self.files = Shards(path, strict=False)
         self.refusal: CheckError | None = None
         try:
             self.directory = read_directory(path)
@@ -80,6 +80,14 @@ class DirectoryVerifier(Verifier):
                 [Problem(where, text, self.refusal.hint, part="config")],
                 [],
             )
+        if self.files.refusal is not None:
+            lines = self.files.refusal.message.splitlines()[1:]
+            parts = (line.removeprefix("  - ").partition(".safetensors") for line in lines)
+            hint = self.files.refusal.hint
+            problems = [
+                Problem(a + b, text.removeprefix(":").strip(), hint) for a, b, text in parts
+            ]
+            return Outcome("the weight files cannot be used", problems, [])
         deviations = list(self.directory.deviations(self.files.kinds()))
         problems = [self._problem(d.name, d.text) for d in deviations if not d.harmless]
         problems += [Problem(name, SURPLUS) for name in self.files.surplus()]
@@ -112,6 +120,7 @@ class DirectoryVerifier(Verifier):
         if self.plan.errors:
             error = self.plan.errors[0]
             raise Skipped(f"the source has no plan: {error.subject} {error.detail}")
+        self._check_files()
         if any(not d.harmless for d in self.directory.deviations(self.files.kinds())):
             raise Skipped("the tensors are not what config.json says")
         if other := self._other_model():
@@ -151,7 +160,9 @@ class DirectoryVerifier(Verifier):
         """Make a check that runs the directory."""
         if check != "ranks":
             self._check_meaning()
-        if check == "logits" and (other := folded(self._other_model())):
+        if check == "logits":
+            self._check_files()
+        if check in ("reading", "logits") and (other := folded(self._other_model())):
             return Outcome("not run: the source is another model; see weights", other[:1], [])
         return super().compute(check)
 
@@ -164,6 +175,10 @@ class DirectoryVerifier(Verifier):
     def _check_meaning(self) -> None:
         if self.refusal is not None:
             raise Skipped(self.refusal.message)
+
+    def _check_files(self) -> None:
+        if self.files.refusal is not None:
+            raise Skipped("the weight files cannot be used; see structure")
 
     def _other_model(self) -> list[Problem]:
         """Return layers, names, dtypes and shapes that are not the source's: no value compares."""

@@ -291,7 +291,7 @@ def test_inspect_check_finds_what_differs(spoil, file, ckpt, run):
     result = run("inspect", ckpt, "--check", "--json")
     assert result.exit_code == 4
     problems = json.loads(result.output)["problems"]
-    assert any(file in problem for problem in problems)
+    assert sum(file in problem for problem in problems) == 1, problems
 
 
 def test_inspect_without_a_manifest(ckpt, run):

@@ -165,6 +165,16 @@ def test_file_as_target_or_parent_is_refused(tmp_path, below, overwrite):
     assert content(tmp_path) == {"file": "mine"}
 
 
+def test_where_nothing_can_be_created_the_reason_is_given(tmp_path, monkeypatch):
+    """As in /proc, whose directories are there and take nothing."""
+
+    def absent(path, *more, **options):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", absent)
+    assert os.strerror(errno.ENOENT) in refused(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     "name",
     ["", ".", "/", "..", "a/..", "../..", "x.phireg-partial", "x.phireg-partial/out"],

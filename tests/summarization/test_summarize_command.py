@@ -151,6 +151,17 @@ def test_models_that_are_refused(options, code, names, checkpoint, run):
     assert names.format(**paths) in " ".join(result.stderr.split())
 
 
+def test_another_model_is_named(args, document, recwarn):
+    """Its scores are of text that the first model's tokenizer made."""
+    both = (*args, "--backend", "fake", "--test-hf", "--max-ite", 1, "--dataset", "demo")
+    for family, warned in (("phi3-medium", True), ("phi3-mini", False)):
+        output = document(*both, "--model-dir", demo.find(family).directory)
+        texts = [str(warning.message) for warning in recwarn]
+        assert any("hidden_size is 128 and 192" in text for text in texts) == warned
+        assert ("different models" in output["provenance"]) == warned
+        recwarn.clear()
+
+
 def test_the_page_is_whole_and_harmless(args, run, tmp_path):
     path = tmp_path / "a.jsonl"
     texts = ["The <script>alert(1)</script> mill", "A theater opened"]

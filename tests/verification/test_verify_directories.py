@@ -1,6 +1,7 @@
 """verify on Hugging Face directories: sound exports pass, planted errors are found and located."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -90,11 +91,14 @@ def test_another_model_is_named_and_no_value_compared(target, qformat, sources, 
         plan = phireg.plan(sources["phi3"], qformat=qformat, target=target)
         phireg.quantize(plan, directory)
     for kind, (_, _, setting, tensor) in WRONG.items():
-        result = phireg.verify(directory, wrong[kind], checks=(*QUICK, "logits"))
+        result = phireg.verify(directory, wrong[kind], checks=(*QUICK, "reading", "logits"))
         found = {c.name: [p.where for p in c.problems] for c in result.checks}
         assert f"config.json: {setting}" in found["config"], kind
         assert any(where.endswith(tensor) for where in found["weights"]), (kind, found)
-        assert len(found["logits"]) == 1, kind
+        assert len(found["reading"]) == len(found["logits"]) == 1, kind
+        assert len(found["config"]) <= 4, found["config"]
+        named = " ".join(map(str, result.check("config").problems))
+        assert kind != "architecture" or "activation" in named
         assert not any("Architecture(" in p.text for p in result.check("config").problems)
 
 
@@ -189,6 +193,25 @@ def test_planted_errors_are_named_with_their_place(package, mistake, exported, s
     assert [problem.where for problem in problems] == [LAYER + name]
     assert words in problems[0].text
     assert (problems[0].layer, result.verdict) == (1, "failed")
+
+
+def test_what_is_sound_beside_a_damaged_shard_is_checked(sources, tmp_path):
+    phireg.convert(
+        phireg.plan(sources["phi3"], target="hf", max_shard_size=150_000), tmp_path / "x"
+    )
+    shards = sorted((tmp_path / "x").glob("model-*.safetensors"))
+    os.truncate(shards[1], 3000)
+    shards[2].unlink()
+    result = phireg.verify(tmp_path / "x", sources["phi3"])
+    problems = result.check("structure").problems
+    assert [problem.where.rpartition("/")[2] for problem in problems] == [
+        shard.name for shard in shards[1:3]
+    ]
+    assert all(problem.text and problem.hint for problem in problems)
+    verdicts = {check.name: check.verdict for check in result.checks}
+    assert (verdicts["config"], verdicts["reading"]) == ("passed", "passed")
+    assert (verdicts["weights"], verdicts["logits"]) == ("skipped", "skipped")
+    assert result.verdict == "failed"
 
 
 @pytest.mark.parametrize("package", ["modelopt", "compressed"])
