@@ -141,7 +141,7 @@ def _text(plan: Plan, converted: Converted, seconds: float) -> str:
 
 def steps_after(plan: Plan, converted: Converted) -> str:
     """What to do with a new checkpoint; a prompt needs a tokenizer."""
-    from phireg.generation.tokenizer_files import has_tokenizer
+    from phireg.generation.tokenizer import has_tokenizer
 
     checkpoint = str(converted.output_dir)
     model = ["--model-dir", plan.model_dir]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from phireg.verification.result import Verification
 
 DEFAULT_ARTICLE = 31
-"""A long one that all four models summarize well."""
+"""A long one that the first four models summarize well."""
 _ALL = "all"
 _BACKEND: Literal["tensorrt-rtx"] = "tensorrt-rtx"
 _WIDTH = 80
@@ -122,7 +122,9 @@ def command(
     if as_json:
         emit_json({"article_number": number, "demos": documents})
     elif verbose and not exit_code(verifications):
-        emit("\n" + _next_steps(documents[-1]["checkpoint_dir"]))
+        summarize = ["phireg", "summarize", documents[-1]["checkpoint_dir"], "--max-ite", "5"]
+        plan = ["phireg", "plan", "--model-dir", "microsoft/Phi-3-mini-4k-instruct"]
+        emit("\n" + next_steps(summarize, plan))
     if code := exit_code(verifications):
         raise click.exceptions.Exit(code)
 
@@ -191,6 +193,7 @@ def _engine(
 
     Returns its verification and JSON document.
     """
+    from phireg.demo import NOTE
     from phireg.tensorrt.build import build_engine
     from phireg.tensorrt.plan import plan_engine
     from phireg.verification.engine import verify_engine
@@ -208,12 +211,12 @@ def _engine(
     }
     if verbose:
         emit(f"\n$ {_folded(commands['build'])}")
-    plan = plan_engine(_BACKEND, checkpoint, target, phireg.BuildOptions())
+    plan = plan_engine(_BACKEND, checkpoint, target, phireg.BuildOptions(), notes=[NOTE])
     if verbose:
         for text in plan.notes:
             emit(f"note: {text}")
     with engines.build_progress(plan.spec.tp_size, quiet=not verbose) as progress:
-        built = build_engine(plan, overwrite=True, progress=progress, demo=True)
+        built = build_engine(plan, overwrite=True, progress=progress)
     if verbose:
         emit(engines.built_text(plan, built))
         emit(f"\n$ {_folded(commands['verify'])}")
@@ -231,13 +234,6 @@ def _engine(
         "gpu_commands": {name: shlex.join(words) for name, words in with_gpu.items()},
         "verification": verification_document(proof),
     }
-
-
-def _next_steps(checkpoint: str) -> str:
-    return next_steps(
-        ["phireg", "summarize", checkpoint, "--max-ite", "5"],
-        ["phireg", "plan", "--model-dir", "microsoft/Phi-3-mini-4k-instruct"],
-    )
 
 
 def _folded(words: list[str]) -> str:

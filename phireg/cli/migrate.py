@@ -32,7 +32,7 @@ from phireg.files.sizes import size
 @checkpoint_argument("checkpoint_dir", "CKPT")
 @model_dir_option("The model it was made from: its config.json and tokenizer.", required=True)
 @output_dir_option("directory")
-@target_option(None, "hf-modelopt for a quantized checkpoint, else hf")
+@target_option("auto")
 @shard_option
 @family_option
 @revision_option

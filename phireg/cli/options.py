@@ -163,15 +163,12 @@ def overwrite_option(noun: str) -> Callable[[_Function], _Function]:
     )
 
 
-def target_option(
-    default: str | None, shown: str | bool = True
-) -> Callable[[_Function], _Function]:
+def target_option(default: str) -> Callable[[_Function], _Function]:
     """``--target``."""
     return OUTPUT.option(
         "--target",
         type=PluginName("targets"),
         default=default,
-        show_default=shown,
         help="What to write: trtllm, or a Hugging Face directory: hf, hf-modelopt, "
         "hf-compressed-tensors.",
     )

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from phireg.verification.result import Check, Verification
 
 _MOST_PROBLEMS = 12
+_SIZES = ("architecture", "hidden_size", "num_layers", "num_hidden_layers", "vocab_size")
+"""Settings that tell another model; where they differ, the others need no lines."""
 
 
 @documented(
@@ -271,13 +273,15 @@ def _rows(check: Check) -> Iterator[tuple[str, str, str]]:
         "not needed": {},
     }
     yield check.name, Styled(check.verdict, **styles[check.verdict]), printable(check.summary)
-    for problem in check.problems[:_MOST_PROBLEMS]:
+    sizes = [problem for problem in check.problems if problem.where.endswith(_SIZES)]
+    problems = (sizes or check.problems)[:_MOST_PROBLEMS]
+    for problem in problems:
         yield "", "", Styled(printable(problem.where), fg="red")
         yield "", "", f"  {printable(problem.text)}"
         if problem.hint:
             yield "", "", Styled(f"  {printable(problem.hint)}", dim=True)
-    if len(check.problems) > _MOST_PROBLEMS:
-        yield "", "", f"and {len(check.problems) - _MOST_PROBLEMS} more; --json has all"
+    if more := len(check.problems) - len(problems):
+        yield "", "", f"and {more} more; --json has all"
     for part in check.undone:
         yield "", "", Styled(printable(part), fg="yellow")
     for note in check.notes:

@@ -17,14 +17,9 @@ from phireg.errors import PhiregError, PluginError, SourceError, UsageError
 from phireg.files.json import read_json_object
 from phireg.files.kinds import check_loadable
 from phireg.files.regular import listed
-from phireg.generation.tokenizer_files import (
-    FILES,
-    RANKS_FILES,
-    architecture_of,
-    load_files,
-    not_loaded,
-)
+from phireg.generation.tokenizer_files import FILES, architecture_of, load_files, not_loaded
 
+RANKS_FILES = "*.tiktoken"
 # These end a turn of a Phi chat, whatever generation_config.json lists.
 _END_OF_TURN = ("<|end|>", "<|im_end|>")
 _REPLACEMENT = "\ufffd"
@@ -221,6 +216,11 @@ class Tokenizer:
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the ids of :meth:`chat_text`; the template writes the first special tokens."""
         return self.encode(self.chat_text(messages), chat=True)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Return whether there are files of a tokenizer in a directory."""
+    return any(any(directory.glob(name)) for name in (*FILES, RANKS_FILES))
 
 
 def find_tokenizer(checkpoint_dir: Path, tokenizer_dir: Path | None = None) -> Tokenizer | None:

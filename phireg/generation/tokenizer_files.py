@@ -15,9 +15,6 @@ from phireg.reference.quiet import quiet
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files that transformers builds a tokenizer from, in order of preference."""
 
-RANKS_FILES = "*.tiktoken"
-"""Files that a family builds a tokenizer from."""
-
 _PROBE = "The tokens of a text, 1 to 20"
 _LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
 _LLAMA_MODELS = (
@@ -26,11 +23,6 @@ _LLAMA_MODELS = (
     "PhiMoEForCausalLM",
     "PhimoeForCausalLM",
 )
-
-
-def has_tokenizer(directory: Path) -> bool:
-    """Return whether a directory has files of a tokenizer."""
-    return any(any(directory.glob(name)) for name in (*FILES, RANKS_FILES))
 
 
 def load_files(directory: Path) -> Any:

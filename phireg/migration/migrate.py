@@ -42,7 +42,7 @@ def migrate(
     model_dir: str | Path,
     output_dir: str | Path,
     *,
-    target: str | None = None,
+    target: str = AUTO,
     family: str = AUTO,
     revision: str | None = None,
     max_shard_size: int = SHARD_BYTES,
@@ -57,7 +57,7 @@ def migrate(
         checkpoint_dir: with config.json and rank files.
         model_dir: config.json and tokenizer of the model it was made from; no weights are needed.
         output_dir: the directory to make; must not exist, or be empty.
-        target: a Hugging Face target. None is ``hf-modelopt`` for quantized files, else ``hf``.
+        target: a Hugging Face target; ``auto`` is hf-modelopt for quantized files, else hf.
         family: a family name, ``distribution:name``, or ``auto`` to decide by config.json.
         revision: branch, tag or commit of a hub repository.
         max_shard_size: bytes of a file at most.
@@ -70,7 +70,7 @@ def migrate(
         SourceError: a file cannot be read.
         OutputError: the output exists, or cannot be written.
     """
-    if target is not None and load_target(target).by_rank:
+    if target != AUTO and load_target(target).by_rank:
         raise UsageError(
             f"--target {target} is what phireg migrates from",
             hint="choose a Hugging Face target, such as hf-modelopt or hf.",
@@ -129,7 +129,7 @@ def _unfit(checkpoint: Path, defects: list[str]) -> CheckError:
     )
 
 
-def _options(config: Mapping[str, Any], target: str | None, max_shard_size: int) -> Options:
+def _options(config: Mapping[str, Any], target: str, max_shard_size: int) -> Options:
     """Return the options that the checkpoint was made with, and the target."""
     quantization, mapping = config.get("quantization") or {}, config.get("mapping") or {}
     algorithm = quantization.get("quant_algo")
@@ -142,7 +142,8 @@ def _options(config: Mapping[str, Any], target: str | None, max_shard_size: int)
     cache = CACHE_DTYPES.get(str(quantization.get("kv_cache_quant_algo")))
     if qformat is not None and SCHEMES[qformat].weight is None:
         qformat = None  # files hold the raw weights, which the builder quantizes
-    target = target or ("hf" if qformat is None else "hf-modelopt")
+    if target == AUTO:
+        target = "hf" if qformat is None else "hf-modelopt"
     written = load_target(target)
     check_format(written, qformat, None)
     unfit = None if cache in (None, *written.kv_caches) else f"takes no {cache} KV cache"

@@ -41,13 +41,9 @@ class BuiltEngine:
 
 
 def build_engine(
-    plan: EnginePlan,
-    *,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-    demo: bool = False,
+    plan: EnginePlan, *, overwrite: bool = False, progress: Progress | None = None
 ) -> BuiltEngine:
-    """Carry out a plan; ``demo`` is recorded, the other arguments are :func:`phireg.build`'s."""
+    """Carry out a plan; the arguments are :func:`phireg.build`'s."""
     started = time.monotonic()
     needed = plan.estimate.engine_bytes * plan.spec.tp_size
     output = OutputDirectory(
@@ -61,8 +57,7 @@ def build_engine(
         )  # fmt: skip
         for file in tokenizer_files(plan.source):
             copy_file(file, directory)
-        manifest = _manifest(plan, records) | ({"demo": True} if demo else {})
-        (directory / BUILD_FILE).write_bytes(encode_object(manifest))
+        (directory / BUILD_FILE).write_bytes(encode_object(_manifest(plan, records)))
         files = file_sizes(directory)
     seconds = time.monotonic() - started
     return BuiltEngine(read_native(plan.output_dir), files, tuple(records), plan.log, seconds)

@@ -113,14 +113,9 @@ class ComputedChecks:
     def run(self, check: str, plan: Plan) -> Outcome:
         """Make the check ``reading``, ``logits`` or ``ranks``."""
         try:
-            if check == "ranks":
-                return self._ranks()
-            reference = self._opened_reference(plan)
-            if problems := list(_size_problems(self.spec, reference)):
-                return Outcome("the source's model has other sizes", problems, [])
             if check == "reading":
-                return compare_reading(self.config, self.spec, plan, reference)
-            return self._logits(plan)
+                return compare_reading(self.config, self.spec, plan, self._opened_reference(plan))
+            return self._logits(plan) if check == "logits" else self._ranks()
         except CheckError as error:
             return _refused(error)
         except ReferenceNotFiniteError as error:
@@ -138,6 +133,8 @@ class ComputedChecks:
     def _logits(self, plan: Plan) -> Outcome:
         """Compare with the source's own model."""
         reference, notes = self._filled_reference(plan)
+        if problems := list(_size_problems(self.spec, reference)):
+            return Outcome("the source's model has other sizes", problems, [])
         executor, sources = self.opened
         ranges = ActivationRanges(executor, sources)
         # Each layer is compared alone, and once more when the executor runs on its own.
@@ -288,7 +285,7 @@ def _refused(error: CheckError) -> Outcome:
             continue
         match = _TENSOR.search(line)
         layer, part = place_of(match[0]) if match else (None, "config")
-        where, _, text = line.partition(": ")
+        where, _, text = line.removeprefix("- ").partition(": ")
         problems.append(Problem(where, text or line, None, layer, part))
     return Outcome("the executor refuses the checkpoint", problems, [])
 

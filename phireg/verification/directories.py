@@ -73,21 +73,10 @@ class DirectoryVerifier(Verifier):
 
     def structure(self) -> Outcome:
         """Check names, shapes, dtypes, scales and the blocks of the two config files."""
-        if self.refusal is not None:
-            where, _, text = self.refusal.message.partition(": ")
-            return Outcome(
-                "the directory has no exact meaning",
-                [Problem(where, text, self.refusal.hint, part="config")],
-                [],
-            )
-        if self.files.refusal is not None:
-            lines = self.files.refusal.message.splitlines()[1:]
-            parts = (line.removeprefix("  - ").partition(".safetensors") for line in lines)
-            hint = self.files.refusal.hint
-            problems = [
-                Problem(a + b, text.removeprefix(":").strip(), hint) for a, b, text in parts
-            ]
-            return Outcome("the weight files cannot be used", problems, [])
+        if (refusal := self.refusal or self.files.refusal) is not None:
+            where, _, text = " ".join(refusal.message.split()).partition(": ")
+            problem = Problem(where, text, refusal.hint, part="config" if self.refusal else None)
+            return Outcome("the directory is damaged or has no exact meaning", [problem], [])
         deviations = list(self.directory.deviations(self.files.kinds()))
         problems = [self._problem(d.name, d.text) for d in deviations if not d.harmless]
         problems += [Problem(name, SURPLUS) for name in self.files.surplus()]
@@ -120,9 +109,9 @@ class DirectoryVerifier(Verifier):
         if self.plan.errors:
             error = self.plan.errors[0]
             raise Skipped(f"the source has no plan: {error.subject} {error.detail}")
-        self._check_files()
-        if any(not d.harmless for d in self.directory.deviations(self.files.kinds())):
-            raise Skipped("the tensors are not what config.json says")
+        deviations = self.directory.deviations(self.files.kinds())
+        if self.files.refusal or any(not d.harmless for d in deviations):
+            raise Skipped("the tensors are damaged, or not what config.json says")
         if other := self._other_model():
             return Outcome("no values compared: the source is another model", folded(other), [])
         quantized = set(self._quantized())
@@ -160,8 +149,6 @@ class DirectoryVerifier(Verifier):
         """Make a check that runs the directory."""
         if check != "ranks":
             self._check_meaning()
-        if check == "logits":
-            self._check_files()
         if check in ("reading", "logits") and (other := folded(self._other_model())):
             return Outcome("not run: the source is another model; see weights", other[:1], [])
         return super().compute(check)
@@ -175,10 +162,6 @@ class DirectoryVerifier(Verifier):
     def _check_meaning(self) -> None:
         if self.refusal is not None:
             raise Skipped(self.refusal.message)
-
-    def _check_files(self) -> None:
-        if self.files.refusal is not None:
-            raise Skipped("the weight files cannot be used; see structure")
 
     def _other_model(self) -> list[Problem]:
         """Return layers, names, dtypes and shapes that are not the source's: no value compares."""

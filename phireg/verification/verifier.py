@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     from phireg.verification.compute import ComputedChecks
 
 
-_SIZES = ("architecture", "hidden_size", "num_layers", "num_hidden_layers", "vocab_size")
-"""Settings that no two models differ in by mistake."""
-
-
 class Verifier(ABC):
     """Makes the checks of one directory, which share its files and the source's plan."""
 
@@ -64,8 +60,6 @@ class Verifier(ABC):
         """Make one of ``CHECKS``."""
         quick = {"structure": self.structure, "config": self.config_json, "weights": self.weights}
         outcome = quick[check]() if check in quick else self.compute(check)
-        if check == "config":
-            outcome = outcome._replace(problems=_leading(outcome.problems))
         if check == "weights" and not outcome.problems:
             outcome = outcome._replace(problems=list(self._digest_problems()))
         return outcome
@@ -131,16 +125,6 @@ class Verifier(ABC):
         if self.computed is not None:
             yield "computed", self.computed.description
         yield "date", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _leading(problems: list[Problem]) -> list[Problem]:
-    """Where sizes tell another model, keep those, and only name the other settings."""
-    names = [problem.where.removeprefix("config.json: ") for problem in problems]
-    sizes = [p for name, p in zip(names, problems, strict=True) if name in _SIZES]
-    others = [name for name in names if name not in _SIZES]
-    if not sizes or len(others) < 2:
-        return problems
-    return [*sizes, Problem("config.json", f"differs in {'; '.join(others)}, too", part="config")]
 
 
 def folded(problems: Iterable[Problem]) -> list[Problem]:
