@@ -27,9 +27,7 @@ SURPLUS = "does not belong to the model, and some readers would take it"
 def read_directory(directory: Path) -> Directory:
     """Read what config.json and ``hf_quant_config.json`` of a Hugging Face directory say.
 
-    Raises:
-        SourceError: it is none.
-        CheckError: something in it has no exact meaning.
+    Raise a CheckError if something in it has no exact meaning.
     """
     check_kind(directory, HF_MODEL)
     path = directory / "config.json"

@@ -61,24 +61,21 @@ def command(checkpoint_dir: str, check: bool, quiet: bool, as_json: bool) -> Non
     if is_native(checkpoint_dir):
         with spinner("reading the engine", quiet=quiet):
             problems, text, document = engines.inspected(checkpoint_dir, check)
-        if as_json:
-            emit_json(bounded(document))
-        else:
-            emit(text)
-        if problems:
-            raise click.exceptions.Exit(CheckError.exit_code)
-        return
-    total = sum(file.stat().st_size for file in Path(checkpoint_dir).glob("*") if file.is_file())
-    with ProgressBars(quiet) as bars:
-        advance = bars.bytes("checking", "checked")
-        inspection = phireg.inspect(
-            checkpoint_dir, check=check, progress=lambda more: advance(more, total)
-        )
-    if as_json:
-        emit_json(bounded(_document(checkpoint_dir, inspection, check)))
     else:
-        emit(_text(checkpoint_dir, inspection, check))
-    if inspection.problems:
+        files = [file for file in Path(checkpoint_dir).glob("*") if file.is_file()]
+        total = sum(file.stat().st_size for file in files)
+        with ProgressBars(quiet) as bars:
+            advance = bars.bytes("checking", "checked")
+            inspection = phireg.inspect(
+                checkpoint_dir, check=check, progress=lambda more: advance(more, total)
+            )
+        problems, text = inspection.problems, _text(checkpoint_dir, inspection, check)
+        document = _document(checkpoint_dir, inspection, check)
+    if as_json:
+        emit_json(bounded(document))
+    else:
+        emit(text)
+    if problems:
         raise click.exceptions.Exit(CheckError.exit_code)
 
 

@@ -122,8 +122,7 @@ def read_rows(
 ) -> Bits:
     """Return rows of a source tensor, or elements of a scale, as bits [count, width].
 
-    Raises:
-        SourceError: two ranks hold different values for the same rows.
+    Raise a SourceError if two ranks hold different values for the same rows.
     """
     block: Bits = np.empty((count, width), BITS[code])
     known = np.zeros((count, width), bool)

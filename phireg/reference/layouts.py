@@ -34,11 +34,7 @@ def locate(
 ) -> dict[str, Parts | None]:
     """Find the parts of parameters in files, all in the layout that lacks the fewest of them.
 
-    Args:
-        names: parameters of the model.
-        present: tensors of the files.
-        heads: attention heads, by which transformers 4.36 grouped the rows of Phi.
-        layers: layers of the model.
+    ``names`` are the model's, ``present`` the files'; transformers 4.36 grouped Phi's rows by head.
     """
 
     def parts_of(layout: Callable[[str], Iterator[Parts]]) -> dict[str, Parts | None]:

@@ -95,11 +95,10 @@ def check_fields(target: Target) -> None:
                     hint=f"upgrade {'phireg' if value > API else 'the plugin'}, "
                     "or install versions that fit together.",
                 )
-            elif name in ("layouts", "formats") and (unknown := set(value) - FORMATS.keys()):
-                known = ", ".join(FORMATS)
-                problems.append(f"{name} has {', '.join(sorted(unknown))}; known are {known}")
-            elif name == "formats" and (unstored := set(value) - target.layouts.keys()):
-                problems.append(f"formats has {', '.join(sorted(unstored))}, which layouts has not")
+            elif name in ("layouts", "formats"):
+                known = FORMATS if name == "layouts" else target.layouts
+                if unknown := sorted(set(value) - known.keys()):
+                    problems.append(f"{name} has {', '.join(unknown)}; known: {', '.join(known)}")
         except (PluginError, KeyboardInterrupt):
             raise
         except BaseException as error:

@@ -85,12 +85,7 @@ def is_native(directory: str | Path) -> bool:
 
 
 def read_native(directory: str | Path) -> NativeEngine:
-    """Read such an engine's config and look for its rank files.
-
-    Raises:
-        SourceError: it is no complete engine.
-        CheckError: a value of its config is missing or of a wrong type.
-    """
+    """Read such an engine's config and look for its rank files; raise what is wrong with them."""
     directory = Path(directory)
     path = directory / "config.json"
     config = Config(read_json_object(path), str(path))

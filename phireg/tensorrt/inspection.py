@@ -25,23 +25,14 @@ _SCRIPT = "from phireg.tensorrt.inspection import main; main()"
 
 @dataclass(frozen=True, slots=True)
 class EngineInspection:
-    """The content of an engine's directory.
-
-    Attributes:
-        engine: its config.
-        sizes: bytes of every file.
-        manifest: its ``phireg-build.json``.
-        layers: what TensorRT's inspector says of the first rank's layers; None if it was not asked.
-        unloaded: why it was not asked.
-        problems: what differs from the manifest.
-    """
+    """The content of an engine's directory."""
 
     engine: NativeEngine
-    sizes: Mapping[str, int]
-    manifest: Mapping[str, Any]
-    layers: tuple[Any, ...] | None
-    unloaded: str
-    problems: tuple[str, ...]
+    sizes: Mapping[str, int]  # bytes of every file
+    manifest: Mapping[str, Any]  # its phireg-build.json
+    layers: tuple[Any, ...] | None  # of the first rank, as TensorRT's inspector tells them
+    unloaded: str  # why it was not asked
+    problems: tuple[str, ...]  # what differs from the manifest
 
 
 def inspect_engine(directory: str | Path, *, check: bool = False) -> EngineInspection:

@@ -319,9 +319,6 @@ def evaluate(
     """Return the outputs of each rank's network, evaluated in lockstep.
 
     A collective adds the ranks' parts up, or joins them in the first dimension.
-
-    Raises:
-        CheckError: the ranks do not meet in the same collectives.
     """
     pairs = zip(ranks, inputs, strict=True)
     runs = [network.run(given, rank, observe) for rank, (network, given) in enumerate(pairs)]

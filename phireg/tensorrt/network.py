@@ -105,16 +105,8 @@ def build_network(
 ) -> Network:
     """Describe one rank's decoder to TensorRT.
 
-    Args:
-        package: the TensorRT to describe it to.
-        spec: the meaning of the checkpoint.
-        source: reads a tensor of the rank file, e.g. one of ``executor.sources.open_ranks``; None
-            makes the tensors inputs.
-        rank: the number of the rank.
-        capacity: slots of the caches: the most tokens of a row, prompt and continuation.
-
-    Raises:
-        EngineError: the package refuses a layer or a setting.
+    ``source`` reads a tensor of the rank file; None makes the tensors inputs. ``capacity`` is the
+    slots of the caches: the most tokens of a row, prompt and continuation.
     """
     graph = Graph(package)
     _Decoder(graph, spec, Parameters(graph, rank_tensors(spec), source), rank, capacity).build()

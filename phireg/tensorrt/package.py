@@ -109,11 +109,7 @@ def installed() -> dict[Backend, str]:
 
 @functools.cache
 def load_package(backend: Backend) -> Package:
-    """Import a backend; it has one logger per process, whatever asks for it.
-
-    Raises:
-        EngineError: it is not installed, cannot be imported or is too old.
-    """
+    """Import a backend, or raise an EngineError; it has one logger per process."""
     trt = _import(backend)
     missing = [name for name in _LAYERS if not hasattr(trt.INetworkDefinition, name)]
     if missing:
@@ -135,12 +131,7 @@ def load_package(backend: Backend) -> Package:
 
 
 def load_engine(package: Package, path: Path) -> tuple[Any, Any]:
-    """Return a package's runtime and the engine that it reads from a file; both must be kept.
-
-    Raises:
-        SourceError: there is no such file, or nothing in it.
-        EngineError: it does not load here; the reason is the package's.
-    """
+    """Return a package's runtime and the engine that it reads from a file; both must be kept."""
     trt = package.trt
     runtime = trt.Runtime(package.logger)
     problems: list[str] = []

@@ -16,10 +16,7 @@ from phireg.tensorrt.graph import Graph, Value
 class Parameters:
     """Makes each tensor a part of the network when it is first asked for.
 
-    Args:
-        graph: the network.
-        kinds: dtype code and shape of every tensor, by its name in the file.
-        source: reads a tensor of one rank; None makes every one an input.
+    ``source`` reads a tensor of one rank; None makes every one an input.
     """
 
     def __init__(

@@ -84,13 +84,7 @@ def plan_engine(
 ) -> EnginePlan:
     """Check a checkpoint and the options, and decide everything about the engine.
 
-    The arguments are those of :func:`phireg.plan_build`; ``notes`` come before the plan's own.
-
-    Raises:
-        SourceError: the directory is not a checkpoint.
-        CheckError: the reader would reject it, or its config means nothing known.
-        UsageError: the options contradict each other or the checkpoint.
-        EngineError: the package is missing, or refuses this engine; all reasons are given.
+    Arguments and errors are those of :func:`phireg.plan_build`; ``notes`` come before its own.
     """
     source = Path(source_dir)
     config: Mapping[str, Any]

@@ -25,16 +25,9 @@ from phireg.tensorrt.package import load_engine, load_package
 
 
 class Session:
-    """A one-rank engine on a GPU, with the caches of the batch at hand.
+    """A one-rank engine on a GPU, with the caches of the batch at hand; buffers are torch's.
 
-    Args:
-        engine: the engine.
-        device: where to run; its buffers are torch's.
-        weights: the checkpoint whose tensors an engine with separate weights takes.
-
-    Raises:
-        EngineError: the package is missing, of another version, or refuses the engine.
-        CheckError: the engine's parts do not fit together.
+    ``weights`` is the checkpoint whose tensors an engine with separate weights takes.
     """
 
     def __init__(
@@ -91,13 +84,9 @@ class Session:
         return ask is None or bool(ask(self._stream.cuda_stream))
 
     def bind(self, profile: str, inputs: Mapping[str, Tensor], logits: Tensor) -> None:
-        """Give a profile its buffers; they must stay until others take their place.
+        """Give the profile "prompt" or "generation" buffers, which stay until others replace them.
 
-        Args:
-            profile: "prompt" or "generation".
-            inputs: by name, as ``phireg.tensorrt.network`` describes them, without caches and
-                weights.
-            logits: float32 [R, vocab_size], to be filled.
+        Caches and weights are not among the ``inputs``; ``logits`` is float32 [R, vocab_size].
         """
         context = self._contexts[profile]
         log = self.package.log
@@ -130,17 +119,11 @@ class Session:
         last: Tensor,
         profile: str = "prompt",
     ) -> Tensor:
-        """Run new tokens of every row, padded on the right.
+        """Run new tokens of every row, padded on the right; return float32 [R, vocab_size].
 
-        Args:
-            rows: token ids, behind the ``starts`` tokens that are in the cache already.
-            starts: of each row.
-            long: the rows that take the long factors of long rope.
-            last: int32 [R], the tokens to give logits of (row * longest + token).
-            profile: "generation" for one token of each row.
-
-        Returns:
-            float32 [R, vocab_size].
+        The cache has the ``starts`` tokens before them; ``long`` rows take the long factors of long
+        rope. ``last``, int32 [R], are the tokens to give logits of (row * longest + token). With
+        one token of each row the ``profile`` may be "generation".
         """
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int32)
         for row, tokens in zip(ids, rows, strict=True):

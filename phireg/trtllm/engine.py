@@ -47,12 +47,7 @@ class Engine:
 
 
 def read_engine(directory: str | Path) -> Engine:
-    """Read an engine's config and look for its rank files.
-
-    Raises:
-        SourceError: it is not an engine.
-        CheckError: a rank file is missing, or a value of its config is missing or of a wrong type.
-    """
+    """Read an engine's config and look for its rank files; raise what is wrong with them."""
     directory = Path(directory)
     check_kind(directory, ENGINE)
     path = directory / "config.json"

@@ -325,8 +325,7 @@ def compare_running(
 ) -> list[tuple[str, float, float]]:
     """Compare a running engine's logits with the executor's, of a prompt and of steps behind it.
 
-    Returns:
-        For each of the two: its name, the relative error, and what is allowed.
+    Return the name of each, its relative error, and what is allowed.
     """
     spec, total = session.spec, length + networks.STEPS
     ids = prompt_ids(spec.vocab_size, total)[0]

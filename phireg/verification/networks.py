@@ -120,18 +120,10 @@ def compare_network(
 ) -> list[PlaceError]:
     """Evaluate the networks of all ranks on one batch of prompts, and ``STEPS`` tokens more.
 
-    Args:
-        package: the module whose network classes these are.
-        networks: one for each rank.
-        sources: for each rank, what reads its tensors, for networks that have them as inputs.
-        exact: the checkpoint in float32.
-        rounded: the checkpoint in the networks' dtype.
-        lengths: tokens of each prompt; with the tokens that follow, one must not cross the length
-            at which long rope changes its factors.
-        progress: takes the number of further prompts and steps done.
-
-    Returns:
-        The sub-modules' errors in the order of the computation.
+    ``exact`` is the checkpoint in float32, ``rounded`` in the networks' dtype; ``sources`` read the
+    tensors that networks have as inputs. No prompt of ``lengths`` tokens may cross, with those that
+    follow, the length at which long rope changes its factors. Return the sub-modules' errors in the
+    order of the computation.
     """
     rows = []
     for length in lengths:

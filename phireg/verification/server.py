@@ -39,12 +39,7 @@ class Answer:
 
 
 class Server:
-    """An endpoint such as ``http://localhost:8000/v1``.
-
-    Raises:
-        UsageError: the URL is none.
-        SourceError: there is no such server at it.
-    """
+    """An endpoint such as ``http://localhost:8000/v1``; a SourceError if no server is there."""
 
     def __init__(self, url: str, model: str | None = None) -> None:
         try:
@@ -78,8 +73,7 @@ class Server:
     def score(self, prompts: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
         """Return the log probabilities of each prompt's tokens but the first, of one request.
 
-        Raises:
-            NotOffered: the server gives none, or not for token ids.
+        Raise NotOffered if the server gives none, or not for token ids.
         """
         ways = {"echo": {"echo": True, "logprobs": 1}, "prompt_logprobs": {"prompt_logprobs": 1}}
         reasons = []

@@ -1,6 +1,7 @@
 """A checkpoint of any number of ranks becomes the directory that its values say it is."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -181,6 +182,10 @@ def test_the_command(tmp_path):
     document = json.loads(done.output)
     assert "model.safetensors" in document["files"] and document["target"] == "hf-modelopt"
     assert run_phireg(*command).exit_code == 6
+    refused = run_phireg("migrate", tmp_path / "out", "--model-dir", source, "--output-dir", "x")
+    assert refused.exit_code == 3
+    proposed = re.search(r"phireg (verify \S+ --model-dir) MODEL", refused.output)[1].split()
+    assert run_phireg(*proposed, source, "--quick").exit_code == 0
     config = tmp_path / "ckpt" / "config.json"
     config.write_text(config.read_text().replace('"FP8"', '"INT8"'))  # the cache's
     refused = run_phireg(*command, "--overwrite")
