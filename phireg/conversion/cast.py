@@ -18,7 +18,7 @@ Bits = npt.NDArray[np.unsignedinteger[Any]]
 
 Float32 = npt.NDArray[np.float32]
 
-_FRACTION_BITS = {"F16": 10, "BF16": 7, "F32": 23}
+_NOWHERE = np.empty(0, np.intp)
 
 # Elements cast at a time: they and a copy of them stay in the cache. Fewer would mean more calls,
 # after each of which a worker waits for the interpreter.
@@ -83,21 +83,20 @@ def cast(block: Bits, source: str, target: str, out: Bits | None = None) -> tupl
     if source == target or (source, target) == ("BF16", "F32"):  # whose zeros are at the end
         added = 8 * (ITEMSIZE[target] - ITEMSIZE[source])
         np.left_shift(before, added, out=after, dtype=after.dtype)
-        return result, NO_LOSS
+        return result, count_not_finite(before, source)
     loss = NO_LOSS
     for start in range(0, block.size, PIECE):
         some, rounded = before[start : start + PIECE], after[start : start + PIECE]
         if source == "F16":  # its values are all in the range of the others
             _look_up(some, source, target, rounded)
-            continue
-        grouped = some.size - some.size % _GROUP
-        groups = some[:grouped].reshape(_GROUP, -1), rounded[:grouped].reshape(_GROUP, -1)
-        odd = np.flatnonzero(_round_normal(*groups, source, target))
-        groups[1][:, odd], lost = _round_any(groups[0].take(odd, axis=1), source, target)
-        loss += lost
-        if grouped < some.size:
-            rounded[grouped:], lost = _round_any(some[grouped:], source, target)
-            loss += lost
+            loss += count_not_finite(some, source)
+        elif source == "BF16":
+            loss += _round_bf16_to_f16(some, rounded)
+        else:
+            odd = (_round_f32_to_f16 if target == "F16" else _round_f32_to_bf16)(some, rounded)
+            if len(odd):
+                rounded[odd], lost = _round_any(some[odd], source, target)
+                loss += lost
     return result, loss
 
 
@@ -106,38 +105,71 @@ def _magnitude(bits: Bits, code: str) -> Bits:
     return bits & np.array((1 << 8 * ITEMSIZE[code] - 1) - 1, bits.dtype)
 
 
-def _round_normal(before: Bits, after: Bits, source: str, target: str) -> Any:
-    """Round F32 or BF16 in integers; return the columns where that is not right, as booleans.
+def _round_f32_to_f16(before: Bits, after: Bits) -> Any:
+    """Round F32 to F16; return the places where that is not right, or something may be lost.
 
-    It is between the target's smallest normal number and what rounds to infinity. There a carry out
-    of the fraction gives the right exponent, of which BF16 and F16 have the highest bit in common.
+    A number plus 1.5 times the power of two 13 above its own has as last digit the one that is the
+    last in F16; of subnormal numbers too, if no power is taken that is below the smallest normal
+    number's. Of the sum's bits, the fraction with its sign is in the lower half.
     """
-    kept, wanted = _FRACTION_BITS[source], _FRACTION_BITS[target]
-    moved = 127 - 15 if target == "F16" else 0
-    smallest, infinity = 1 + moved << kept, (INFINITY_BITS[target] >> wanted) + moved << kept
-    shift = kept - wanted
-    if source == "F32":
-        infinity -= 1 << shift - 1
-    work = np.empty_like(before) if source == "F32" else after
-    np.multiply(before, 2, out=work)  # without the sign
-    work -= 2 * smallest
-    odd = np.maximum.reduce(work, axis=0) >= 2 * (infinity - smallest)
-    upper = before
-    if source == "F32":
-        np.right_shift(before, shift, out=work)
-        work &= 1  # a tie goes to the even one
-        work += before
-        work += (1 << shift - 1) - 1
-        np.right_shift(work, shift, out=after, casting="unsafe")
-        if target == "F16":
-            upper = np.right_shift(work, 16, out=np.empty_like(after), casting="unsafe")
-    else:
-        np.multiply(before, 8, out=after)
-    if target == "F16":  # the sign and the highest bit of the exponent, and all others
-        after ^= upper
-        after &= 0x3FFF
-        after ^= upper
-    return odd
+    power = np.bitwise_and(before, 0x7F800000)  # without sign and fraction
+    np.maximum(power, _smallest_normals(PIECE)[: before.size], out=power)
+    odd = power.max(initial=0) >= 142 << 23  # its upper part rounds to infinity
+    power += (13 << 23) + 0x400000
+    with np.errstate(all="ignore"):  # NaN
+        total = np.add(before.view(np.float32), power.view(np.float32)).view(np.uint32)
+    np.copyto(after, total, casting="unsafe")
+    sign, exponent = total.view(np.uint16).reshape(2, -1)  # in the place of the sum
+    np.bitwise_and(after, 0x8000, out=sign)
+    np.abs(after.view(np.int16), out=after.view(np.int16))
+    odd |= after.min(initial=1) == 0
+    np.right_shift(power, 13, out=exponent, casting="unsafe")
+    exponent += 0x10000 - (113 + 13 << 10) - 0x200 & 0xFFFF
+    after += exponent
+    after |= sign
+    return np.flatnonzero((power >= 155 << 23) | (after & 0x7FFF == 0)) if odd else _NOWHERE
+
+
+def _round_f32_to_bf16(before: Bits, after: Bits) -> Any:
+    """Round F32 to BF16; return the places where that is not right, or something may be lost."""
+    work = np.right_shift(before, 16)
+    work &= 1  # a tie goes to the even one
+    work += before
+    work += 0x7FFF
+    np.right_shift(work, 16, out=after, casting="unsafe")
+    doubled = after * 2  # without the sign
+    if doubled.min(initial=1) > 0 and doubled.max(initial=0) < 2 * INFINITY_BITS["BF16"]:
+        return _NOWHERE
+    return np.flatnonzero((doubled == 0) | (doubled >= 2 * INFINITY_BITS["BF16"]))
+
+
+@cache
+def _smallest_normals(count: int) -> Bits:
+    """Return F16's smallest normal number in F32, so often: numpy compares arrays fastest."""
+    return np.full(count, 113 << 23, np.uint32)
+
+
+def _round_bf16_to_f16(before: Bits, after: Bits) -> Loss:
+    """Round BF16 to F16 and count the losses.
+
+    Integers do between F16's smallest normal number and infinity: of either exponent the highest
+    bit is the same one. The others are looked up, in groups.
+    """
+    grouped = before.size - before.size % _GROUP
+    groups = before[:grouped].reshape(_GROUP, -1)
+    smallest, infinity = 113 << 7, 143 << 7
+    doubled = groups * 2  # without the sign
+    doubled -= 2 * smallest
+    odd = np.flatnonzero(np.maximum.reduce(doubled, axis=0) >= 2 * (infinity - smallest))
+    np.multiply(before, 8, out=after)
+    after ^= before  # the sign and the highest bit of the exponent, and all others
+    after &= 0x3FFF
+    after ^= before
+    after[:grouped].reshape(_GROUP, -1)[:, odd], loss = _round_any(
+        groups.take(odd, axis=1), "BF16", "F16"
+    )
+    after[grouped:], lost = _round_any(before[grouped:], "BF16", "F16")
+    return loss + lost
 
 
 def _round_any(bits: Bits, source: str, target: str) -> tuple[Bits, Loss]:
@@ -146,10 +178,14 @@ def _round_any(bits: Bits, source: str, target: str) -> tuple[Bits, Loss]:
     after, infinity = _magnitude(rounded, target), INFINITY_BITS[target]
     if after.min(initial=1) > 0 and after.max(initial=0) < infinity:  # nearly always
         return rounded, NO_LOSS
-    before = _magnitude(bits, source)
-    overflowed = (after == infinity) & (before < INFINITY_BITS[source])
-    flushed = (after == 0) & (before > 0)
-    return rounded, Loss(int(np.count_nonzero(overflowed)), int(np.count_nonzero(flushed)))
+    before, infinite = _magnitude(bits, source), INFINITY_BITS[source]
+    found = {
+        "overflowed": (after == infinity) & (before < infinite),
+        "flushed": (after == 0) & (before > 0),
+        "nan": before > infinite,
+        "infinite": before == infinite,
+    }
+    return rounded, Loss(**{name: int(np.count_nonzero(here)) for name, here in found.items()})
 
 
 def _round(bits: Bits, source: str, target: str) -> Bits:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -194,14 +194,12 @@ def read_blocks(
     code: str,
     stop: Event,
     *,
-    count_source: bool = False,
     block_bytes: int | None = None,
 ) -> Iterator[tuple[int, Bits, Loss]]:
     """Read ``count`` rows of a tensor from ``row`` on and cast them to ``code``, block by block.
 
     Yields the number of rows before the block, the block [rows, columns], valid until the next one
-    is read, and the losses of the cast; with ``count_source`` also the source's NaN and infinite
-    values. Raises Cancelled once ``stop`` is set.
+    is read, and the losses of the cast. Raises Cancelled once ``stop`` is set.
     """
     per_row = row_bytes(source)
     per_block = max(1, (block_bytes or BLOCK_BYTES) // per_row)
@@ -216,10 +214,10 @@ def read_blocks(
         raw = buffer[: rows * per_row]
         reader.read_into(source, (row + done) * per_row, raw.data)
         block: Bits = raw.view(BITS[source.dtype])
-        loss = count_not_finite(block, source.dtype) if count_source else NO_LOSS
         if casts:
-            block, lost = cast(block, source.dtype, code, rounded[: block.size])
-            loss += lost
+            block, loss = cast(block, source.dtype, code, rounded[: block.size])
+        else:
+            loss = count_not_finite(block, source.dtype)
         yield done, block.reshape(rows, -1), loss
 
 
@@ -309,21 +307,13 @@ class _Carrier:
         by_code: dict[str, list[Write]] = defaultdict(list)
         for write in step.writes:
             by_code[self.plan.carried_code(self.plan.outputs[write.output])].append(write)
-        losses = [
-            self.copy_as(code, step, source, writes, count_source=number == 0)
-            for number, (code, writes) in enumerate(by_code.items())
+        first, *others = [
+            self.copy_as(code, step, source, writes) for code, writes in by_code.items()
         ]
-        return sum(losses, NO_LOSS)
+        # What is no finite number in the source counts once.
+        return sum((replace(loss, nan=0, infinite=0) for loss in others), first)
 
-    def copy_as(
-        self,
-        code: str,
-        step: Step,
-        source: SourceTensor,
-        writes: list[Write],
-        *,
-        count_source: bool,
-    ) -> Loss:
+    def copy_as(self, code: str, step: Step, source: SourceTensor, writes: list[Write]) -> Loss:
         """Read the step's rows block by block and pass each block to all of ``writes``."""
         loss, stop = NO_LOSS, self.stop
         blocks = read_blocks(
@@ -333,7 +323,6 @@ class _Carrier:
             step.count,
             code,
             stop,
-            count_source=count_source,
             block_bytes=self.block_bytes * self.plan.blocks(step),
         )
         for done, block, lost in blocks:
