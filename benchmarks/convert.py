@@ -74,7 +74,7 @@ class Contender:
 
     name: str
     command: list[str]
-    floor: str
+    source: Path
     seconds: list[float] = field(default_factory=list)
     peak_mb: list[float] = field(default_factory=list)
     written: int = 0  # bytes
@@ -170,40 +170,43 @@ def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         cast = [sys.executable, "-m", "phireg", "convert", "--target", "hf", "--dtype", dtype]
         cast += ["--model-dir", str(source), "--output-dir", str(work / dtype), "--quiet"]
         subprocess.run(cast, check=True, stdout=subprocess.DEVNULL)
-        shutil.rmtree(source)
         source = work / dtype
-    size = sum(file.stat().st_size for file in source.iterdir())
+    size = size_of(source)
 
     phireg = [sys.executable, "-m", "phireg", "convert", "--model-dir", str(source), "--quiet"]
     phireg += ["--output-dir", "{out}"]
-    copy = "cp + fsync"
+    copy = [sys.executable, "-c", COPY]
     contenders = [
-        Contender(copy, [sys.executable, "-c", COPY, str(source), "{out}"], copy),
-        Contender("phireg, TP 1", phireg, copy),
-        Contender("phireg, TP 2", [*phireg, "--tp-size", "2"], copy),
-        Contender("phireg, TP 8", [*phireg, "--tp-size", "8"], copy),
-        Contender("phireg, to float16", [*phireg, "--dtype", "float16"], copy),
+        Contender("cp + fsync", [*copy, str(source), "{out}"], source),
+        Contender("phireg, TP 1", phireg, source),
+        Contender("phireg, TP 2", [*phireg, "--tp-size", "2"], source),
+        Contender("phireg, TP 8", [*phireg, "--tp-size", "8"], source),
+        Contender("phireg, to float16", [*phireg, "--dtype", "float16"], source),
     ]
     if options.casts_from:
         casts = [
-            Contender(f"{dtype} to {other}", [*phireg, "--dtype", other], copy)
+            Contender(f"{dtype} to {other}", [*phireg, "--dtype", other], source)
             for other in DTYPES
             if other != dtype
         ]
         contenders = [contenders[0], *casts]
+        if dtype == "float32":  # of what its casts write
+            of_16_bits = work / "source"
+            command = [*copy, str(of_16_bits), "{out}"]
+            contenders.append(Contender("cp + fsync, 16 bits", command, of_16_bits))
     elif not options.skip_load_everything:
         command = [sys.executable, "-c", LOAD_EVERYTHING, str(source), "{out}"]
-        contenders.append(Contender("load everything", command, copy))
+        contenders.append(Contender("load everything", command, source))
     out = work / "out"
     for number in range(options.rounds):
         # What ran before changes what the disk is busy with.
         for contender in random.Random(number).sample(contenders, len(contenders)):
             command = [part.replace("{out}", str(out)) for part in contender.command]
-            settle(source, size)
+            settle(contender.source, size_of(contender.source))
             seconds, peak = measured(command)
             contender.seconds.append(seconds)
             contender.peak_mb.append(peak)
-            contender.written = sum(file.stat().st_size for file in out.iterdir())
+            contender.written = size_of(out)
             shutil.rmtree(out)
     small = {
         "phireg --help": [sys.executable, "-m", "phireg", "--help"],
@@ -230,6 +233,11 @@ def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         },
         "commands": {name: median_of(command, 5) for name, command in small.items()},
     }
+
+
+def size_of(directory: Path) -> int:
+    """Bytes of its files."""
+    return sum(file.stat().st_size for file in directory.iterdir())
 
 
 def median_of(command: list[str], times: int) -> dict[str, float]:
