@@ -99,10 +99,7 @@ def started(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen
 
 
 def read_output(pid: int, pipe: int, seconds: float = math.inf) -> Iterator[bytes]:
-    """Yield what a child writes until it ends; TimeoutError if it does not end in time.
-
-    Other processes that hold the pipe's other end are not waited for.
-    """
+    """Yield what a child writes until it ends; TimeoutError if it does not end in time."""
     deadline = time.monotonic() + seconds
     os.set_blocking(pipe, False)
     poll = select.poll()
@@ -232,10 +229,7 @@ def _signals_deferred() -> Iterator[None]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End every process of the group; some may outlive the program.
-
-    The program is reaped last: until then its number, which is the group's, is not given again.
-    """
+    """End every process of the group; the program is reaped last, to keep its number taken."""
     try:
         if not _has_ended(process.pid):
             _signal_group(process.pid, signal.SIGTERM)

@@ -44,10 +44,7 @@ def pick_device(name: str) -> torch.device:
 
 @contextmanager
 def within_memory(device: torch.device, advice: str) -> Iterator[None]:
-    """Explain that what runs inside does not fit into the memory of a GPU.
-
-    CUDA raises an error of its own where not even its context does.
-    """
+    """Explain that what runs inside, or CUDA itself, does not fit into the memory of a GPU."""
     try:
         yield
     except RuntimeError as error:
@@ -75,10 +72,7 @@ def return_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak in bytes since ``measure_memory``.
-
-    On a GPU this is what torch allocated; on the CPU the resident set, mapped files included.
-    """
+    """Return the peak in bytes since ``measure_memory``: torch's on a GPU, else all of it."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if _STATUS.exists():

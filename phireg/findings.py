@@ -73,10 +73,7 @@ def source_line(filename: str, line: int) -> str:
 
 
 def calling_line(package: Path) -> str:
-    """Return the place of the code that called into the package in this folder.
-
-    Frames inside the package are skipped, except its modules' own top-level code.
-    """
+    """Return the place that called into the package in this folder, or its modules' own code."""
     inside = f"{package}{os.sep}"
     frame = sys._getframe(1)
     while (

@@ -154,10 +154,7 @@ def _neighbors(path: Path) -> list[Path]:
 
 
 def _other_samples(statistics: Statistics, plan: Plan, settings: Settings) -> str | None:
-    """Return the reason why a calibration now would see other samples; None if it would not.
-
-    The same settings may mean others: public data that can be had by now, another tokenizer.
-    """
+    """Return why a calibration now would see other samples, with the same settings; or None."""
     count = statistics.provenance.get("samples")
     with quiet():
         samples = read_samples(
@@ -323,10 +320,7 @@ def _adapter(source: Source) -> str | None:
 
 
 def _values(source: Source) -> str:
-    """xxh3_128 of up to 4 KiB out of the middle of every tensor.
-
-    Headers are the same for all trained versions of a model; their values are not.
-    """
+    """xxh3_128 of up to 4 KiB of the middle of every tensor; all versions have the same headers."""
     hashed = xxhash.xxh3_128()
     with source.open() as reader:
         for name, tensor in sorted(source.tensors.items()):

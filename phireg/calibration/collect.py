@@ -254,10 +254,7 @@ def _recording_cache(record: Callable[[int, Tensor, Tensor], None]) -> Any:
 
 
 class _Largest:
-    """Running maxima; on the device while a layer runs, then float32 in main memory.
-
-    If they are ``averaged``, also sums over rows of the rows' mean magnitudes.
-    """
+    """Running maxima; if ``averaged``, also sums over rows of the rows' mean magnitudes."""
 
     def __init__(self, *, averaged: bool) -> None:
         self.inputs: dict[str, NDArray[np.float32]] = {}
@@ -295,10 +292,7 @@ class _Largest:
             yield
 
     def settle(self, layer: int, rows: int) -> dict[str, Tensor]:
-        """Move a layer's maxima to main memory; refuse those that are missing or not finite.
-
-        Returns the mean magnitudes of inputs, over ``rows`` rows.
-        """
+        """Check a layer's maxima and move them to main memory; return means over ``rows`` rows."""
         seen = set(map(of_any_expert, self._running)) - {None}
         unseen = {name: size for name, size in self._sizes.items() if name not in self._running}
         if dead := [name for name in unseen if of_any_expert(name) not in seen]:

@@ -70,10 +70,7 @@ class Statistics:
                 _check(f"the {what} of layer {layer}", np.array([largest], dtype=np.float32))
 
     def of_experts(self) -> tuple[Mapping[str, NDArray[np.float32]], tuple[str, ...]]:
-        """Return ``inputs`` without gaps, and the linears of experts that no token was sent to.
-
-        These get the maxima of the same layer's other experts, taken together.
-        """
+        """Give experts without tokens their layer's maxima; return all maxima and those experts."""
         together: dict[str, NDArray[np.float32]] = {}
         for name, amax in self.inputs.items():
             if (key := of_any_expert(name)) is not None:
@@ -91,10 +88,7 @@ NO_STATISTICS = Statistics({}, (), (), {})
 
 
 def of_any_expert(module: str) -> str | None:
-    """Return the name that a linear of an expert shares with the layer's other experts.
-
-    It has "*" for the expert's number, the last of two. None is for a module with one number.
-    """
+    """Return a name with "*" for its expert's number; None if it is not an expert's."""
     parts = module.split(".")
     numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
     if len(numbers) < 2:

@@ -36,10 +36,7 @@ def file_digest(path: Path, progress: Progress | None = None, *, inside: Path | 
 
 
 def rank_file_record(header: bytes, size: int, tensors: Mapping[str, str]) -> dict[str, Any]:
-    """Return the record of a rank file: its header and each tensor have a digest of their own.
-
-    Tensors are hashed one by one because a conversion fills them side by side.
-    """
+    """Return the record of a rank file; header and tensors have a digest of their own each."""
     return {
         "size": size,
         "header": xxhash.xxh3_128(header).hexdigest(),

@@ -130,11 +130,7 @@ class RankFile(AbstractContextManager["RankFile"]):
 
 
 class RankFiles(Mapping[int, RankFile], AbstractContextManager["RankFiles"]):
-    """The readable rank files of a checkpoint by rank; a context manager that closes them.
-
-    ``ranks`` is how many there should be, or the ranks to open; ``errors`` has those that cannot
-    be read.
-    """
+    """The readable files of so many ranks, or of these; ``errors`` has those that are not."""
 
     def __init__(self, directory: Path, ranks: int | Iterable[int]) -> None:
         numbers = range(ranks) if isinstance(ranks, int) else ranks

@@ -25,10 +25,7 @@ SURPLUS = "does not belong to the model, and some readers would take it"
 
 
 def read_directory(directory: Path) -> Directory:
-    """Read what config.json and ``hf_quant_config.json`` of a Hugging Face directory say.
-
-    Raise a CheckError if something in it has no exact meaning.
-    """
+    """Read config.json and the sidecar of a directory; CheckError for what has no exact meaning."""
     check_kind(directory, HF_MODEL)
     path = directory / "config.json"
     return parse_directory(read_json_object(path), _sidecar(directory), str(path))

@@ -199,10 +199,7 @@ def _config(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _tensors(inspection: Inspection) -> Iterator[str]:
-    """List tensors once for all ranks that hold the same names, shapes and dtypes.
-
-    Those of shards are listed together.
-    """
+    """List tensors once for all ranks that hold the same ones, and those of shards together."""
     from phireg.planning.report import fold_names, ranges
 
     together = {name: kind for part in inspection.weights.values() for name, kind in part.items()}

@@ -360,10 +360,7 @@ planning_options = compose(
 
 
 def check_file(path: Path, option: str) -> Path:
-    """Return the path that ``option`` names if a file can be written there.
-
-    Raises UsageError if its directory does not exist, OutputError if it is one or is read-only.
-    """
+    """Return the path that ``option`` names if a file can be written there; raise what is wrong."""
     from phireg.files.writing import REPORT, STATISTICS, check_writable
 
     if not path.absolute().parent.is_dir():

@@ -325,10 +325,7 @@ class ProgressBars(AbstractContextManager["ProgressBars"]):
         return self._reporter(doing, doing, noun)
 
     def bytes(self, doing: str, then: str) -> Callable[[int, int], None]:
-        """Return a reporter of (bytes done since the last report, all bytes).
-
-        The bar says ``then`` instead of ``doing`` once all bytes are done.
-        """
+        """Return a reporter of (more bytes, all bytes); the bar says ``then`` once all are done."""
         return self._reporter(doing, then, None)
 
     def _reporter(self, doing: str, then: str, noun: str | None) -> Callable[[int, int], None]:

@@ -28,10 +28,7 @@ def int4_scales(weight: Any, size: int) -> Any:
 
 
 def to_int4(weight: Any, scales: Any) -> tuple[Any, int]:
-    """Return levels -8 to 7, int8 [rows, inputs], and the number of elements beyond the ends.
-
-    ``scales`` are float32 [rows, groups].
-    """
+    """Return levels -8 to 7, int8 [rows, inputs], and how many values were beyond the ends."""
     import torch
 
     size = weight.shape[1] // scales.shape[1]

@@ -151,10 +151,7 @@ def pieces(block: Bits, device: str = CPU, multiple: int = 1) -> Iterator[slice]
 
 
 def to_e4m3(block: Bits, code: str, scale: Float32, device: str = CPU) -> tuple[Bits, int]:
-    """W / scale as e4m3, rounded to nearest, ties to even; the ends are +-448, never NaN.
-
-    ``scale`` is [1, 1] or [rows, 1]. Returns the bits, and the number of elements beyond the ends.
-    """
+    """W / scale as the nearest e4m3, +-448 at the ends, and the number beyond them."""
     import torch
 
     quantized = np.empty(block.shape, BITS["F8_E4M3"])

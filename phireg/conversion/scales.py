@@ -137,11 +137,7 @@ def statistics_digest(statistics: Statistics) -> str:
 def check_scales(
     plan: Plan, values: Mapping[str, Bits], overflowed: Mapping[str, int] = _NOTHING
 ) -> None:
-    """Raise a PlanError with all scales that are missing, or that no engine could work with.
-
-    ``overflowed`` is the number of finite values that the checkpoint's dtype cannot hold, by source
-    tensor: the reason why their scales are infinite.
-    """
+    """Raise a PlanError with all scales that are missing, or that no engine could work with."""
     defects = [
         _finding(name, f"{count} finite values do not fit into {plan.options.dtype}")
         for name, count in overflowed.items()

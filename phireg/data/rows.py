@@ -87,11 +87,7 @@ def _unavailable() -> str | None:
 
 
 def cnn_dailymail(split: str, count: int, directory: str | None = None) -> Data:
-    """Load the first rows of a split of cnn_dailymail 3.0.0, with ``article`` and ``highlights``.
-
-    They come from the hub, or from a directory with a copy of its ccdv/cnn_dailymail, of which no
-    more rows are read than asked for.
-    """
+    """Load rows of cnn_dailymail 3.0.0 from the hub, or from a directory with a copy."""
     try:
         import datasets
     except ImportError:

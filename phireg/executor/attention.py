@@ -28,10 +28,7 @@ Mask: TypeAlias = Callable[[int, int, int], Tensor]
 def prompt_attention(
     spec: ModelSpec, layer: int, rank: int, length: int, pads: Sequence[int], device: torch.device
 ) -> Attend:
-    """Return the attention among the ``length`` slots of a batch of prompts, for one rank's heads.
-
-    ``pads`` may be empty when no row is padded.
-    """
+    """Return one rank's attention among a batch's ``length`` slots; ``pads`` may be empty."""
     scale, pattern, sparse = spec.attention_scale, spec.sparse, spec.is_sparse(layer)
     if pattern is None or not sparse or always_dense(pattern, length):
         if not any(pads) and (spec.sliding_window is None or length <= spec.sliding_window):

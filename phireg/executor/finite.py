@@ -49,10 +49,7 @@ def rows_named(names: Sequence[str]) -> Iterator[None]:
 
 
 def finite(logits: Tensor) -> Tensor:
-    """Return for each row whether its largest logit is a number: bool [...], on the device.
-
-    Logits of minus infinity are suppressed tokens.
-    """
+    """Return for each row whether its largest logit is a number; minus infinity is suppressed."""
     return logits.amax(dim=-1).isfinite()
 
 

@@ -99,10 +99,7 @@ class Steps(Protocol):
 def tokens_of(
     decoder: Steps, lengths: Sequence[int], max_new_tokens: int, stops: frozenset[int]
 ) -> Iterator[list[int | None]]:
-    """Yield each row's tokens until all have ended; the first is chosen already.
-
-    ``lengths`` are those of the prompts. Raises NotFiniteError.
-    """
+    """Yield each row's tokens until all have ended; the first one is chosen already."""
     ended = [False] * decoder.batch
     on_gpu = decoder.token.is_cuda
     host = torch.empty(decoder.batch, dtype=torch.int64, pin_memory=on_gpu)

@@ -159,11 +159,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
 
     @property
     def fusable(self) -> bool:
-        """Whether the kernels of ``cuda.fused`` compute all of it.
-
-        Of a directory they know neither experts, nor scales apart for keys and values, nor a
-        sliding window.
-        """
+        """Whether the kernels of ``cuda.fused`` compute all of it."""
         spec = self.spec
         if not self._is_directory:
             return True

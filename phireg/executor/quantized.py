@@ -130,20 +130,14 @@ def weight_only(weight: Tensor, bits: Literal[4, 8]) -> Levels:
 
 
 def fake_quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """Return the nearest values on a grid, ties to even: ``x`` / scale, rounded, times scale.
-
-    ``x`` has any shape and ``scale`` is float32 [1]; values beyond the grid's end become the end.
-    """
+    """Return the nearest values on a grid, ties to even, its ends included."""
     scaled = x.float() / scale
     stored = scaled.round().clamp(-128, 127) if grid == "int8" else round_to_e4m3(scaled)
     return (stored * scale).to(x.dtype)
 
 
 def round_to_e4m3(x: Tensor) -> Tensor:
-    """Round float32 values to e4m3's, ties to even; those beyond 448 become it.
-
-    Not by a cast, which not every device has; the kernels do the same.
-    """
+    """Round float32 values to e4m3's, ties to even, without the cast that some devices lack."""
     x = x.clamp(-E4M3_MAX, E4M3_MAX)
     power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^exponent
     # Three bits after the leading one are kept, fewer below the smallest normal number. The ulp of

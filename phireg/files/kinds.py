@@ -247,21 +247,14 @@ def file_sizes(directory: Path) -> dict[str, int]:
 
 
 def check_loadable(directory: Path) -> None:
-    """Refuse a directory of which a library would open a file that is none, or lies elsewhere.
-
-    transformers opens what it finds under these names, and would wait for a named pipe.
-    """
+    """Refuse what transformers would open by these names: no file, or one that lies elsewhere."""
     tokenizer_files(directory, "config.json", "tokenizer.*.json", "chat_template.json")
     if (templates := directory / "chat_templates").is_dir():
         tokenizer_files(templates, "*")
 
 
 def tokenizer_files(directory: Path, *more: str) -> list[Path]:
-    """Return the files of a model directory that its tokenizer and generation need.
-
-    Each can be opened and is of bounded size; raise SourceError otherwise. ``more`` are further
-    patterns.
-    """
+    """Return the files for tokenizer and generation, checked; ``more`` are further patterns."""
     patterns = (*TOKENIZER_FILES, *more)
     files = [
         directory / name

@@ -138,10 +138,7 @@ def new_log(path: Path) -> Iterator[IO[bytes]]:
 
 
 def copy_file(file: Path, directory: Path) -> Path:
-    """Copy a file's content into an output directory and return the copy.
-
-    An OSError says that the copy cannot be written; ``OutputDirectory`` explains it.
-    """
+    """Copy a file's content into an output directory; an OSError is about the copy."""
     copy = directory / file.name
     with open_file(file) as content, copy.open("wb") as out:
         shutil.copyfileobj(content, out)

@@ -45,10 +45,7 @@ def describe(directory: Path, options: Options) -> Description:
 
 
 def _read_model(model: Path) -> tuple[Path, HFConfig, registry.FamilyChoice, Description]:
-    """Return a source model's directory (of the hub, if it is not local), config and limits.
-
-    The family's table has the limits, with the defaults of the source's class for absent keys.
-    """
+    """Return a source model's directory, config, family and the limits of its table."""
     directory, _ = resolve_model_dir(str(model), None)
     check_kind(directory, HF_MODEL)
     path = directory / "config.json"
@@ -214,10 +211,7 @@ class HFBackend:
 
 
 class _Logits:
-    """A logits processor of transformers' ``generate``, before temperature and the like.
-
-    It refuses scores that are not finite, and shifts those that a temperature will divide.
-    """
+    """Refuses scores that are not finite, and shifts those that a temperature will divide."""
 
     def __init__(self, request: Request, dtype: str) -> None:
         self._lengths = list(map(len, request.prompts))
@@ -241,10 +235,7 @@ class _ConsumerStopped(Exception):  # noqa: N818  (not an error)
 
 
 class _Steps:
-    """A streamer of transformers' ``generate``, which gives it the prompt and then each step.
-
-    Its own streamers take one row only, and text instead of tokens.
-    """
+    """A streamer of transformers' ``generate`` for several rows; its own take only one."""
 
     def __init__(self) -> None:
         # Token ids of each row; None at the end.

@@ -66,10 +66,7 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
 
 
 def check_launcher(backend: str) -> bool:
-    """Refuse the launcher of another backend, with which each process would believe it is alone.
-
-    Only rank 0 raises the UsageError; others return False, and have to end silently.
-    """
+    """Refuse another backend's launcher on rank 0; return False on others, which must end."""
     torchrun = os.environ.get("WORLD_SIZE", "1") != "1"
     rank, size = mpi_rank()
     if backend == TENSORRT_LLM and torchrun and size == 1:

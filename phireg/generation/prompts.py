@@ -28,10 +28,7 @@ class Prompt:
 def encode_prompts(
     prompts: Sequence[Prompt], tokenizer: Tokenizer | None, most: int
 ) -> list[Prompt]:
-    """Return the prompts with their token ids, no more than ``most``.
-
-    Raise UsageError if one is empty, or there is no tokenizer where one is needed.
-    """
+    """Return the prompts with ``most`` token ids at most; UsageError where that is impossible."""
     open_ones = [prompt for prompt in prompts if not prompt.ids]
     if open_ones and tokenizer is None:
         padded = any(isinstance(prompt.content, PaddedIds) for prompt in open_ones)

@@ -160,10 +160,7 @@ class Tokenizer:
         *,
         answer: bool = True,
     ) -> list[str]:
-        """Render conversations, up to where the model's answer begins, or without ``answer`` whole.
-
-        Raise UsageError if there is no chat template, or it refuses one, with its name if it has.
-        """
+        """Render conversations, with ``answer`` up to where the model's begins; or UsageError."""
         if not conversations:
             return []
         templates, where = self._inner.chat_template, f"{names[0]}: " if names else ""
@@ -284,11 +281,7 @@ def _family_loader(checkpoint_dir: Path) -> str:
 
 
 def stop_ids(directory: Path, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """Return the ids that end a text, from the first source that has any.
-
-    The sources are generation_config.json (which lists the end of a turn as well as of a text),
-    the tokenizer, and config.json.
-    """
+    """Return the ids of generation_config.json, the tokenizer or config.json that end a text."""
     eos_id = tokenizer.eos_id if tokenizer else None
     return (
         _eos_ids(directory / "generation_config.json")

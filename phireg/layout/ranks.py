@@ -42,11 +42,7 @@ class Ranks:
 def held(
     rule: Rule, rows: Axis, cols: Axis | None, ranks: Ranks, rank: int
 ) -> tuple[Axis, Axis | None]:
-    """Return the share of one rank of a module's rows and columns.
-
-    ``rows`` maps the rows of the weight or of a companion that follows them; ``cols`` is None for a
-    companion without columns. A LayoutError says that the module cannot be divided this way.
-    """
+    """Return one rank's share of rows and columns; a LayoutError if they cannot be divided so."""
     size = ranks.tp_size
     if rule.experts:
         rows = _own_experts(rule, rows, ranks, rank % ranks.moe_ep_size)

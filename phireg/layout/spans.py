@@ -165,10 +165,7 @@ def _amount(part: Part) -> str:
 
 
 def check_partition(targets: Mapping[str, Axis], sources: Mapping[str, int]) -> list[str]:
-    """Check that every source row is owned by exactly one target row.
-
-    Returns a sentence per range of rows that is used nowhere, used twice or not in its source.
-    """
+    """Return a sentence for each range of source rows not owned by exactly one target row."""
     used: dict[str, list[tuple[int, int, str]]] = {name: [] for name in sources}
     problems = []
     for target, span in ((name, span) for name, axis in targets.items() for span in axis.spans):

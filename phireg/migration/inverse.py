@@ -120,10 +120,7 @@ def read_rows(
     count: int,
     width: int,
 ) -> Bits:
-    """Return rows of a source tensor, or elements of a scale, as bits [count, width].
-
-    Raise a SourceError if two ranks hold different values for the same rows.
-    """
+    """Return rows of a tensor, or elements of a scale, as bits; SourceError where ranks differ."""
     block: Bits = np.empty((count, width), BITS[code])
     known = np.zeros((count, width), bool)
     for piece in pieces:

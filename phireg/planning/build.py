@@ -258,10 +258,7 @@ class _Builder:
                 yield dataclasses.replace(output, name=name, shape=shape)
 
     def choose(self, alternatives: tuple[Axis, ...], companion: str) -> Axis:
-        """The first alternative whose sources all exist; else one of which some do; else the first.
-
-        Sources of the others are then reported as unmapped, so nothing is passed over.
-        """
+        """The first alternative whose sources all exist, else some of them, else the first."""
 
         def present(axis: Axis) -> list[bool]:
             return [f"{name}.{companion}" in self.source.tensors for name, _ in axis.sources]

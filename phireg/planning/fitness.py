@@ -22,10 +22,7 @@ FP8_ALIGNMENT = 16
 def obstacles(
     quant: Quantization, rules: Rules, axes: Mapping[str, Axis]
 ) -> Iterator[tuple[str, str, str]]:
-    """Errors of the family's quantization rules (subject, detail, place).
-
-    ``axes`` has the row map chosen for the weight of each target.
-    """
+    """Errors of the family's quantization rules (subject, detail, place); ``axes`` are row maps."""
     if quant.kv_cache and not quant.rules.kv_caches:
         yield "KV cache", "the family's quantization rules name no attention module", ""
     if quant.format is None or quant.layout is None:

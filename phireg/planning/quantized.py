@@ -46,10 +46,7 @@ has one entry per output row; a per-tensor one (shape [1]) follows nothing.
 
 
 def axes_of(companion: str, shape: Sequence[int], rows: int) -> tuple[str, ...]:
-    """The axes of a tensor of a linear: names out of ``rows`` and ``cols``, in tensor order.
-
-    ``rows`` is the number of output rows of its module: the scale of a single one has its axis.
-    """
+    """Name the axes of a linear's tensor, out of ``rows`` (the module's count) and ``cols``."""
     if companion not in FOLLOWS:
         raise LayoutError(f"'{companion}' is not a companion of a linear")
     if companion == "weights_scaling_factor":
@@ -59,10 +56,7 @@ def axes_of(companion: str, shape: Sequence[int], rows: int) -> tuple[str, ...]:
 
 
 class Quantization:
-    """The quantized part of one plan, filled while its outputs are made.
-
-    ``code`` is the checkpoint's dtype.
-    """
+    """The quantized part of one plan in dtype ``code``, filled while its outputs are made."""
 
     def __init__(self, options: Options, target: Target, code: str) -> None:
         self.options, self.target, self.code = options, target, code
@@ -83,10 +77,7 @@ class Quantization:
     def choose(
         self, quant: QuantRules, family: Rules, rules: Rules, fields: Mapping[str, Any]
     ) -> None:
-        """Choose what is quantized: what the family's rules name, by its names in the target.
-
-        ``family`` are the family's rules for weights, ``rules`` the target's.
-        """
+        """Choose what ``rules`` name, by its names in the target; ``family`` makes weights."""
         chosen = ask(self.target, Target.quantized_modules, quant, family)
         if not self.target.by_rank:
             head = (HEAD,) if self.options.quantize_lm_head and HEAD in rules else ()

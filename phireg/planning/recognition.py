@@ -88,11 +88,7 @@ def without_blocks(hf: HFConfig) -> HFConfig:
 
 
 def recognize(hf: HFConfig, source: Source) -> tuple[Source, tuple[Refusal, ...]]:
-    """Look at tensor names, dtypes and shapes.
-
-    Returns the source, with a note on a block of quantization over plain weights, and the reasons
-    why it cannot be converted.
-    """
+    """Return the source that names, dtypes and shapes tell, and what forbids its conversion."""
     tensors = source.tensors
     quantized = list(_quantized(hf, tensors))
     refusals = (*_adapted(tensors), *_placeholders(tensors), *_experts(hf, tensors), *quantized)

@@ -22,11 +22,7 @@ INDEX_FILE = f"{_WHOLE}.index.json"
 def in_shards(
     outputs: Sequence[Output], max_size: int
 ) -> tuple[tuple[Output, ...], tuple[str, ...]]:
-    """Return the outputs with the numbers of their files, and the names of the files.
-
-    A file takes outputs, in order, until the next one would exceed ``max_size`` bytes; a larger
-    one has a file of its own.
-    """
+    """Fill files with outputs up to ``max_size`` bytes; return the outputs and the files' names."""
     numbered: list[Output] = []
     number = size = 0
     for output in outputs:

@@ -148,10 +148,7 @@ def check_source(config: Mapping[str, Any], plan: Plan) -> None:
 def _from_manifest(
     directory: Path, files: RankFiles, linears: Iterable[LinearOrders]
 ) -> Evidence | None:
-    """Read the statement of phireg.json: phireg itself never leaves the source's order.
-
-    It counts only for the files that it has digests of.
-    """
+    """Read phireg.json, of the files it has digests of: phireg never leaves the source's order."""
     manifest = read_manifest(directory)
     if manifest is None:
         return None
@@ -199,10 +196,7 @@ def _from_producer(config: Mapping[str, Any]) -> Evidence | None:
 def _compare_rows(
     files: RankFiles, linears: Iterable[LinearOrders], plan: Plan, config: Mapping[str, Any]
 ) -> tuple[str | None, Evidence]:
-    """Compare a sample of rows with the source's; the order is None if they do not tell.
-
-    ``plan`` is of the source at TP 1; its outputs say which source row each row comes from.
-    """
+    """Compare some rows with the source's at TP 1; the order is None if they do not tell."""
     fp8 = quantization_of(config) == "FP8"
     tensors: dict[str, list[str]] = {}  # by the order that their rows vote for
     compared = 0

@@ -184,10 +184,7 @@ class _Recovered(Exception):  # noqa: N818 - not an error
 
 
 def _recover(target: Path) -> None:
-    """Clean up after a killed run, which may hold the only copy of the original.
-
-    Entering the output directory does so; leaving with an exception changes nothing more.
-    """
+    """Clean up after a killed run, which may hold the only copy of the original."""
     resolved = Path(os.path.realpath(target))
     if Path(f"{resolved}{PARTIAL_SUFFIX}").is_dir():
         output = OutputDirectory(target, overwrite=True, required_bytes=0, kind=None)

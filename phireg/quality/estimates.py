@@ -44,10 +44,7 @@ def mean(rows: Sequence[NDArray[Any]]) -> Estimate:
 
 
 def share(rows: Sequence[NDArray[Any]]) -> Estimate:
-    """Estimate a share of positions from true or false for each.
-
-    The interval of ``mean`` and Wilson's together: the former has no width where all are the same.
-    """
+    """Estimate a share of positions; Wilson's interval is added for where all are the same."""
     of_blocks, count = mean(rows), sum(map(len, rows))
     p, z = of_blocks.value, _NORMAL**2 / count
     center, half = (p + z / 2) / (1 + z), math.sqrt(z * (p * (1 - p) + z / 4)) / (1 + z)

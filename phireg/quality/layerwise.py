@@ -130,10 +130,7 @@ def _nll(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 class LinearMeter:
-    """Measures one linear of one layer: ``observe`` inputs, then ``result``.
-
-    Weights are those that the executor prepares in float32, multiplied by their scales.
-    """
+    """Measures one linear of one layer, by the weights that the executor prepares in float32."""
 
     def __init__(
         self,

@@ -26,10 +26,7 @@ class Config:
         return self.values.get(key) is not None
 
     def get(self, key: str, *older: str, default: Any = None) -> Any:
-        """Return the value of a key, or of the name an older version gave it.
-
-        It is required unless there is a default.
-        """
+        """Return the value of a key or of its older name; it is required without a default."""
         for name in (key, *older):
             if self.has(name):
                 return self.values[name]

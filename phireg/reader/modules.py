@@ -67,10 +67,7 @@ class Directory:
         return f"model.layers.{index}."
 
     def linear(self, index: int, name: str) -> list[tuple[Module, ...]]:
-        """Return the modules of a linear of the blueprint: of each expert, or those of the layer.
-
-        Rows of the modules of one expert lie one behind the other; see also ``order``.
-        """
+        """Return the modules of a blueprint's linear: of each expert, or those of the layer."""
         linear, spec = self.row.linears[name], self.spec
         size, inner = spec.head_size, spec.intermediate_size
         queries, keys = spec.num_heads * size, spec.num_kv_heads * size

@@ -146,10 +146,7 @@ class Excluded:
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """The quantized parts of a checkpoint; lm_head, the embedding and norms never are.
-
-    Linears are stored as ``weights`` says, a key of SCHEMES.
-    """
+    """The quantized parts of a checkpoint; ``weights`` is a key of SCHEMES."""
 
     weights: str | None = None  # a WeightScheme; of other layouts, what people call it
     kv_cache: Grid | None = None

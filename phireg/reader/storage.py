@@ -33,10 +33,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """How a quantized linear is stored.
-
-    ``reciprocal`` scales of a second level divide, where others multiply.
-    """
+    """How a quantized linear is stored; ``reciprocal`` scales of a second level divide."""
 
     layout: LayoutName
     form: Format
@@ -44,10 +41,7 @@ class Storage:
     reciprocal: bool = False
 
     def parts(self, rows: int, columns: int, code: str) -> dict[str, Part]:
-        """Return the tensors by what they are: weight, scale, second, input, smoothing, shape.
-
-        ``code`` is the model's dtype.
-        """
+        """Return the tensors by what they are; ``code`` is the model's dtype."""
         return _PARTS[self.layout](self, rows, columns, code)
 
     def problem(self, rows: int, columns: int) -> str | None:

@@ -55,10 +55,7 @@ def check_sizes(values: Mapping[str, Any], tensors: Collection[SourceTensor]) ->
 
 
 def adapt(values: dict[str, Any]) -> list[str]:
-    """Make keys those of current transformers; return a note on each change of meaning.
-
-    Absent keys stay absent: the class of the model has their defaults.
-    """
+    """Make keys those of current transformers; return a note on each change of meaning."""
     if values.get("model_type") in _OLDER_TYPES:
         _rename_older(values)
     for key in ("rope_scaling", "rope_parameters"):

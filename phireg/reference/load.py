@@ -52,10 +52,7 @@ class Reference:
         self.parameters.fill(self.parameters.names())
 
     def keep_ends(self) -> None:
-        """Read embedding, final norm and lm_head; every forward pass reads each layer anew.
-
-        The model's hooks do, while this object exists.
-        """
+        """Read embedding, final norm and lm_head; hooks read each layer when it is run."""
         self.parameters.fill(self._ends())
         parameters = weakref.proxy(self.parameters)  # which has the model's modules
         for index, layer in enumerate(self.model.model.layers):
@@ -175,10 +172,7 @@ def _build(
 
 @contextmanager
 def _parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
-    """Put the parameters of modules built inside on the meta device; buffers keep their values.
-
-    Building the whole model on the meta device would lose its rotary tables, which no file holds.
-    """
+    """Put parameters made inside on the meta device, but not buffers: no file has rotary tables."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

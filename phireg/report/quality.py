@@ -40,10 +40,7 @@ _STATES = {
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """An attribute of every linear, the worse the larger.
-
-    ``ends`` divide the values into classes of colors, which have ``labels``.
-    """
+    """An attribute of every linear, the worse the larger; its ``ends`` divide it into colors."""
 
     name: str
     attribute: str
@@ -115,10 +112,7 @@ def render_quality(quality: Quality, facts: Facts = ()) -> str:
 
 
 def _heat_map(quality: Quality, measure: Measure) -> dict[str, Any]:
-    """Return a row of cells for each linear, by layer.
-
-    Cells of one color say nothing that a sentence does not say.
-    """
+    """Return a row of cells for each linear, by layer, or a sentence if all are alike."""
     rows: dict[str, list[dict[str, Any]]] = {}
     values = []
     for linear in quality.linears:

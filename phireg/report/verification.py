@@ -172,10 +172,7 @@ def _position_chart(logits: LogitsResult) -> dict[str, Any]:
 
 
 def _attention_chart(config: Mapping[str, Any], tp_size: int) -> dict[str, Any] | None:
-    """Draw the key blocks that each head's query blocks see; None without block-sparse layers.
-
-    Heads that see the same blocks are drawn once.
-    """
+    """Draw the key blocks that heads' query blocks see, if block-sparse; like heads once."""
     keys = ("block_size", "num_local_blocks", "vertical_stride")
     numbers = [config.get("num_attention_heads"), *(config.get(f"blocksparse_{k}") for k in keys)]
     if not all(isinstance(number, int) and number > 0 for number in numbers):

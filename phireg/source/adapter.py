@@ -152,10 +152,7 @@ def _unsupported(config: Mapping[str, Any]) -> Iterable[str]:
 def _by_pattern(
     tables: Sequence[Mapping[str, Any]], modules: Sequence[str], defaults: tuple[Any, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """Return each module's values of both tables: of the first pattern that its name ends with.
-
-    Patterns are regular expressions of the adapter's author, and some would match for years.
-    """
+    """Return values of the first pattern that each name ends with; some would match for years."""
 
     def match() -> str:
         compiled = [

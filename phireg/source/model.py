@@ -248,10 +248,7 @@ def _map_defects(weight_map: dict[str, Any], suffix: str) -> Iterator[str]:
 
 
 def _name_defect(name: str, suffix: str) -> str | None:
-    """Return what is wrong with the text of a shard name.
-
-    Links are not resolved: the Hugging Face cache keeps snapshots as links to blobs elsewhere.
-    """
+    """Return what is wrong with a shard's name; links are left alone: the hub's cache has them."""
     if not name:
         return "is empty"
     if len(name) > 255:

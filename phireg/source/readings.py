@@ -94,11 +94,7 @@ class WeightSet:
 
     @property
     def aliases(self) -> dict[str, SourceTensor]:
-        """Other names of tensors.
-
-        safetensors' save_model writes tensors that share their memory once, and the other names
-        into the metadata.
-        """
+        """Other names of tensors, which safetensors' save_model writes into the metadata."""
         tensors = self.tensors
         return {
             name: replace(tensors[kept], name=name)

@@ -51,11 +51,7 @@ _RESAVE = (
 
 
 def list_bin(directory: Path, name: str) -> WeightsFile:
-    """List the tensors of a .bin file without running any code it may contain.
-
-    It must be a dict of plain tensors written by ``torch.save`` in the zip format (PyTorch 1.6 or
-    later).
-    """
+    """List the plain tensors of a dict in torch.save's zip format, without running its code."""
     path = directory / name
     fd = open_regular(path, inside=directory)
     try:

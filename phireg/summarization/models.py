@@ -110,10 +110,7 @@ def _by_kind(directories: Sequence[Path]) -> tuple[Path | None, Path | None]:
 
 
 def check_model_processes(models: Sequence[ModelRun], tp: int | None = None) -> bool:
-    """Refuse a number of processes that the models cannot use; hf may run in rank 0 alone.
-
-    Return whether the ``tp`` processes for the executor are still to be started.
-    """
+    """Refuse unusable numbers of processes; return whether ``tp`` are still to be started."""
     backends = [model.backend for model in models]
     if tp and EXECUTOR not in backends:
         raise UsageError("--tp-size is for the executor, which is not run", hint="leave it out.")

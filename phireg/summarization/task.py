@@ -109,11 +109,7 @@ def _held_back(family: str) -> Data:
 
 
 def prompt_text(article: str) -> str:
-    """Return the text of a prompt, before it is cut to length.
-
-    As TensorRT-LLM's script, join the words that cnn_dailymail splits ("did n't"), and strip the
-    blank after the colon.
-    """
+    """Return a prompt's text before it is cut, cleaned as TensorRT-LLM's script does it."""
     return (article + PROMPT_END).strip().replace(" n't", "n't")
 
 

@@ -36,10 +36,7 @@ _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype",
 
 
 def llama_problems(fields: Mapping[str, Any], hf: HFConfig) -> Iterator[tuple[str, str]]:
-    """Yield the settings that Llama's class has no equal of: the key, and what is wrong with it.
-
-    ``fields`` is the translated config.
-    """
+    """Yield the keys of ``fields`` that Llama's class has no equal of, and what is wrong."""
     if fields["architecture"] != "Phi3ForCausalLM":
         yield "architectures", "only models of Phi-3's architecture have Llama's arithmetic"
         return

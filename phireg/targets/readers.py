@@ -13,10 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """A release, or a range of them, that takes a format.
-
-    ``limit`` tells what it does not do with it.
-    """
+    """Releases that take a format; ``limit`` tells what they do not do with it."""
 
     name: str
     release: str

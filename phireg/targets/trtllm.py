@@ -50,11 +50,7 @@ class TensorRTLLM(Target):
         return quant
 
     def config_files(self, model: WrittenModel) -> dict[str, dict[str, Any]]:
-        """Return config.json: the family's fields, the mapping and the quantization.
-
-        Readers refuse keys they do not know inside ``mapping`` and ``quantization``, so both hold
-        only what every release knows.
-        """
+        """Return config.json with what every release knows of mapping and quantization."""
         fields, ranks, quantized = model.fields, model.ranks, model.quantized
         mapping = {"world_size": ranks.tp_size, "tp_size": ranks.tp_size, "pp_size": 1}
         if ranks.moe_ep_size > 1:

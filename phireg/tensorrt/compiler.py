@@ -28,10 +28,7 @@ from phireg.tensorrt.package import Package, load_package
 
 
 def main() -> None:
-    """Compile the job in the file that is named first; of a rank, if one is named, too.
-
-    What the manifest says of a rank, or its error, goes into a file beside the job.
-    """
+    """Compile the job in the file named first, or a rank of it; the outcome goes beside the job."""
     path = Path(sys.argv[1])
     values = json.loads(path.read_text(encoding="utf-8"))
     job = Job(**values | {"gpus": tuple(values["gpus"]), "limits": Limits(**values["limits"])})

@@ -316,10 +316,7 @@ def evaluate(
     inputs: Sequence[Mapping[str, Tensor]],
     observe: Observe | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Return the outputs of each rank's network, evaluated in lockstep.
-
-    A collective adds the ranks' parts up, or joins them in the first dimension.
-    """
+    """Return the outputs of all ranks' networks, in lockstep; collectives add or join parts."""
     pairs = zip(ranks, inputs, strict=True)
     runs = [network.run(given, rank, observe) for rank, (network, given) in enumerate(pairs)]
     result: Tensor | None = None

@@ -40,10 +40,7 @@ _LAYERS = ("add_attention_v2", "add_kv_cache_update", "add_rotary_embedding")
 
 
 class Log:
-    """Everything a package said in this process; ``check`` raises the first error since the last.
-
-    ``listen`` is called with each line, e.g. to keep it in a file.
-    """
+    """Everything a package said in this process, to ``listen``, too; ``check`` raises errors."""
 
     def __init__(self, name: str) -> None:
         self.name = name

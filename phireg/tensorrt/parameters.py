@@ -14,10 +14,7 @@ from phireg.tensorrt.graph import Graph, Value
 
 
 class Parameters:
-    """Makes each tensor a part of the network when it is first asked for.
-
-    ``source`` reads a tensor of one rank; None makes every one an input.
-    """
+    """Makes each tensor, or an input for it, a part of the network when it is asked for."""
 
     def __init__(
         self, graph: Graph, kinds: Mapping[str, Kind], source: Callable[[str], Tensor] | None

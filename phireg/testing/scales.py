@@ -46,10 +46,7 @@ def schemes_of(model: TinyModel) -> Iterator[Scheme]:
 
 
 def scale_problems(model: TinyModel, tp_size: int, scheme: Scheme) -> str | None:
-    """Describe the first difference from the quantized source; None if there is none.
-
-    The model's unquantized plan at this size must have no errors.
-    """
+    """Describe the first difference from the quantized source; None if there is none."""
     if problems := model.plan_problems(tp_size, scheme.qformat):
         return problems
     plan = model.plan(tp_size, scheme.qformat)

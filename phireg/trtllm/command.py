@@ -225,10 +225,7 @@ class _Translation:
         self.add("use_fp8_context_fmha", fp8)
 
     def longest_prompt(self) -> int:
-        """Return the tokens of the longest prompt that the engine takes.
-
-        Since 0.11, ``max_input_len`` does not limit packed prompts with fused attention.
-        """
+        """Return the longest prompt; since 0.11 ``max_input_len`` does not limit packed ones."""
         if not self.release.max_seq_len:
             return self.options.max_input_len or _MAX_INPUT_LEN
         return (total_length(self.options) or self.positions()) - 1
@@ -285,10 +282,7 @@ def total_length(options: BuildOptions) -> int | None:
 
 
 def check_lengths(options: BuildOptions, positions: int, by_default: int) -> int | None:
-    """Return ``total_length``; refuse limits that contradict each other or the model.
-
-    ``positions`` are the model's, ``by_default`` the limit of a prompt where none is given, or 0.
-    """
+    """Return ``total_length``; refuse limits that contradict each other or the model."""
     if options.max_output_len and options.max_seq_len:
         raise UsageError(
             "--max-new-tokens and --max-seq-len are two ways to say the same",

@@ -169,11 +169,7 @@ class TrtllmBackend:
     def mean_nll(
         self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
     ) -> list[float] | None:
-        """Return the mean of -ln p over each continuation's tokens.
-
-        None unless the engine was built with ``--gather_context_logits`` (or
-        ``--gather_all_token_logits``).
-        """
+        """Return each continuation's mean of -ln p; None without ``--gather_context_logits``."""
         if not self.engine.gathers_logits:
             return None
         means = []
@@ -190,10 +186,7 @@ class TrtllmBackend:
         return means
 
     def peak_memory(self) -> int | None:
-        """Return the most bytes in use on the GPU after a batch, of all programs.
-
-        The runtime keeps a KV cache, which by default takes most of what was free.
-        """
+        """Return the most bytes in use on the GPU after a batch, with the KV cache."""
         return self._peak or None
 
     def close(self) -> None:

@@ -50,10 +50,7 @@ _TENSOR = re.compile(r"(transformer|lm_head)[\w.]+")
 
 
 class ComputedChecks:
-    """The computed checks of one checkpoint, which is opened when the first of them needs it.
-
-    ``result`` has the numbers of the logits check, once it ran.
-    """
+    """The checks of one checkpoint that compute; ``result`` has the numbers of the logits."""
 
     def __init__(
         self,

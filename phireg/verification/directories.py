@@ -200,10 +200,7 @@ class DirectoryVerifier(Verifier):
     def _folded_norms(
         self, plan: Plan, files: Blueprint, differences: Iterable[Difference]
     ) -> dict[str, Tensor]:
-        """Return what norms are multiplied by where linears behind them are divided by it.
-
-        Weight and bias of such a norm have the same positive factors.
-        """
+        """Return the factors of norms by which the linears behind them are divided."""
         if self.directory.layout.name == "hf":
             return {}
         found = {}

@@ -45,10 +45,7 @@ def fit(values: Tensor, expected: Tensor, dim: int) -> Tensor:
 
 
 def explaining_factors(values: Tensor, expected: Tensor) -> Tensor | None:
-    """Return factors of all, of rows [n, 1] or of columns [1, n] that explain a difference.
-
-    They leave much less of it than none do.
-    """
+    """Return factors of all, of rows [n, 1] or columns [1, n] that explain a difference."""
     least, best = 0.9 * relative_error(values, expected), None
     for factors in (
         _whole_fit(values, expected).reshape(1),

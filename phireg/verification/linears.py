@@ -51,10 +51,7 @@ _SEARCHED = 4.0
 
 @dataclass(slots=True)
 class Comparison:
-    """The source's side, and what was found in all linears.
-
-    ``norms`` has what norms were multiplied by, by the blueprint's names.
-    """
+    """The source's side, with what norms were multiplied by, and what was found in all linears."""
 
     plan: Plan
     norms: Mapping[str, Tensor] = field(default_factory=dict)

@@ -48,10 +48,7 @@ either side; a mistake moves all of them."""
 
 @dataclass(frozen=True, slots=True)
 class PlaceError:
-    """The error of a sub-module's output where it exceeds what is allowed most, or comes nearest.
-
-    It is that of the worst token; where values are quantized, of all tokens together.
-    """
+    """A sub-module's error where it exceeds most what is allowed, or comes nearest."""
 
     place: Place  # part: embedding, attention, mlp, residual or logits
     error: float

@@ -90,10 +90,7 @@ def _weights(spec: ModelSpec) -> int:
 
 
 def prompt_ids(vocab_size: int, tokens: int) -> Tensor:
-    """Return token ids, int64 [1, tokens]: the vocabulary in a fixed random order, over and over.
-
-    A prompt then uses as many rows of the embedding as it has tokens.
-    """
+    """Return int64 [1, tokens]: the vocabulary in a fixed random order, over and over."""
     generator = torch.Generator().manual_seed(tokens)
     rounds = -(-tokens // vocab_size)
     order = [torch.randperm(vocab_size, generator=generator) for _ in range(rounds)]

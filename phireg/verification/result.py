@@ -227,10 +227,7 @@ class LogitsResult:
         return self.tolerance
 
     def is_wrong(self, prompt: PromptResult) -> bool:
-        """Return True if a prompt's logits are too far off.
-
-        Where something is quantized, the most likely token may be another one.
-        """
+        """Return whether logits are too far off; where quantized, the top token may differ."""
         if not prompt.relative <= self.logits_tolerance:
             return True
         if self.kl_tolerance is not None:

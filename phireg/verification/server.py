@@ -71,10 +71,7 @@ class Server:
         self._scoring: str | None = None  # how the server gives log probabilities of a prompt
 
     def score(self, prompts: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-        """Return the log probabilities of each prompt's tokens but the first, of one request.
-
-        Raise NotOffered if the server gives none, or not for token ids.
-        """
+        """Return the log probabilities of prompts' tokens but the first, or raise NotOffered."""
         ways = {"echo": {"echo": True, "logprobs": 1}, "prompt_logprobs": {"prompt_logprobs": 1}}
         reasons = []
         for way, options in ways.items():

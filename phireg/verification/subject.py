@@ -38,10 +38,7 @@ Logits = Callable[[Sequence[int]], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model that a server should serve, and how to compute it right or with a fault.
-
-    ``logits`` takes the name of a fault, or None.
-    """
+    """A model that a server should serve; ``logits`` takes the name of a fault, or None."""
 
     logits: Callable[[str | None], Logits]
     spec: ModelSpec

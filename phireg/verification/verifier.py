@@ -65,10 +65,7 @@ class Verifier(ABC):
         return outcome
 
     def _digest_problems(self) -> Iterator[Problem]:
-        """Yield tensors that are not those that phireg wrote, where something is quantized.
-
-        The source leaves a quantized value a step of its grid, and says nothing of some scales.
-        """
+        """Yield tensors that are not as phireg wrote them, where something is quantized."""
         if not self.manifest or not self.manifest.get("quantization"):
             return
         defects = list(check_weights(self.path, self.manifest))
