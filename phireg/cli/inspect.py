@@ -200,7 +200,7 @@ def _config(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _tensors(inspection: Inspection) -> Iterator[str]:
     """List tensors once for all ranks that hold the same ones, and those of shards together."""
-    from phireg.planning.report import fold_names, ranges
+    from phireg.planning.report import fold_layers, ranges
 
     together = {name: kind for part in inspection.weights.values() for name, kind in part.items()}
     ranks: dict[frozenset[tuple[str, Kind]], list[int]] = {}
@@ -217,9 +217,9 @@ def _tensors(inspection: Inspection) -> Iterator[str]:
         same = f", all {dtype_name(*dtypes)}," if len(dtypes) == 1 else ""
         yield f"{counted(len(alike), 'tensor')}{same} in {where}"
         rows = sorted(
-            (name, str(list(shape)), dtype_name(dtype), f"x {count}" if count > 1 else "")
+            (name, str(list(shape)), dtype_name(dtype), f"x {len(at)}" if len(at) > 1 else "")
             for (dtype, shape), names in groups.items()
-            for name, count in fold_names(names)
+            for (name,), at in fold_layers((name,) for name in names)
         )
         yield table(
             [(n, s, times) if same else (n, s, d, times) for n, s, d, times in rows], indent=2

@@ -45,9 +45,10 @@ def card_of(plan: Plan, quantization: Mapping[str, Any] | None, quality: str | N
             ("KV cache", options.kv_cache_dtype),
             *_scales(quantization or {}),
         ]
+    before = sum(tensor.nbytes for tensor in plan.source.tensors.values())
     rows += [
         ("other tensors", options.dtype),
-        ("weights", f"{size(plan.tensor_bytes)}; of the source {size(_source_bytes(plan))}"),
+        ("weights", f"{size(plan.tensor_bytes)}; of the source {size(before)}"),
         ("readers", ", ".join(reader.text for reader in readers)),
         ("written by", f"phireg {metadata.version('phireg')}, family {plan.family}"),
     ]
@@ -92,10 +93,6 @@ def _license(card: Path) -> dict[str, str]:
         return license_of(_read(card))
     except SourceError:  # there is none, or none that is safe to read
         return {}
-
-
-def _source_bytes(plan: Plan) -> int:
-    return sum(tensor.nbytes for tensor in plan.source.tensors.values())
 
 
 def _read(path: Path) -> str:

@@ -56,7 +56,6 @@ class WeightQuantizer:
         self._code = WEIGHT_DTYPES[plan.options.dtype]
         self._scales = scales
         self._codes = plan.scales
-        self._smoothed = plan.smoothed
         self._form = plan.options.format
         self._layout = plan.target.layouts.get(plan.options.qformat or "")
         self._group = {  # of a source module, in its target's scales

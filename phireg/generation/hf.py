@@ -21,14 +21,14 @@ from phireg import registry
 from phireg.config.common import is_long_rope
 from phireg.config.hf import HFConfig
 from phireg.dtypes import WEIGHT_DTYPES
-from phireg.errors import SourceError, UsageError
+from phireg.errors import SourceError
 from phireg.executor import Sampling
 from phireg.executor.finite import NotFiniteError, check_logits, finite
 from phireg.files.json import read_json_object
 from phireg.files.kinds import HF_MODEL, check_kind
 from phireg.generation.backend import Description, LongRope, Options, Request
 from phireg.generation.limits import check_continuations, check_request
-from phireg.generation.processes import process_rank
+from phireg.generation.processes import process_rank, run_worker
 from phireg.reference.load import Reference, open_reference
 from phireg.source.hub import resolve_model_dir
 from phireg.source.readings import open_source
@@ -89,11 +89,6 @@ def load(directory: Path, options: Options) -> HFBackend:
     else:
         reference.keep_all()
     return HFBackend(reference, description, device, dtype)
-
-
-def run_worker(directory: Path, options: Options) -> None:
-    """Raise UsageError: the source model runs in one process."""
-    raise UsageError("the hf backend runs in one process", hint="start it without torchrun.")
 
 
 class HFBackend:

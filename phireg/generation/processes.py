@@ -10,7 +10,7 @@ from pathlib import Path
 
 from phireg.children import python_command
 from phireg.errors import UsageError
-from phireg.generation.backend import EXECUTOR, TENSORRT_LLM, Description
+from phireg.generation.backend import EXECUTOR, TENSORRT_LLM, Description, Options
 from phireg.generation.mpi import process_rank as mpi_rank
 
 
@@ -26,6 +26,11 @@ def process_rank() -> tuple[int, int]:
             hint="unset them, or start with torchrun.",
         )
     return rank, world_size
+
+
+def run_worker(directory: Path, options: Options) -> None:
+    """Refuse to be another rank of a backend that runs in one process."""
+    raise UsageError(f"{directory} is run by one process", hint="start it without torchrun.")
 
 
 def run_processes(count: int, arguments: Sequence[str]) -> int:

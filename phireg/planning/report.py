@@ -50,11 +50,6 @@ def fold(findings: Iterable[Finding]) -> list[tuple[Finding, int]]:
     ]
 
 
-def fold_names(names: Iterable[str]) -> list[tuple[str, int]]:
-    """Fold names that differ in their layer only; with the number of each group."""
-    return [(name, len(indices)) for (name,), indices in fold_layers((name,) for name in names)]
-
-
 def ranges(numbers: Iterable[int]) -> str:
     """Write numbers as ``{0..3,5}``; a single one as itself."""
     runs: list[list[int]] = []

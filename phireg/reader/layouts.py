@@ -186,7 +186,9 @@ _QUANTIFIERS = 4
 def _compressed(block: Config) -> Layout:
     """Read ``quantization_config`` of compressed-tensors."""
     for key in ("sparsity_config", "transform_config"):
-        if block.values.get(key) not in (None, {}) and not _is_dense(block.values[key]):
+        value = block.values.get(key)
+        is_dense = isinstance(value, Mapping) and value.get("format") in (None, "dense")
+        if value is not None and not is_dense:
             raise block.error(f"{key} is set, which has no meaning here")
     if block.values.get("quantization_status", "compressed") != "compressed":
         raise block.error(f"quantization_status is {block.values['quantization_status']!r}")
@@ -212,10 +214,6 @@ def _compressed(block: Config) -> Layout:
     cache = _cache(block) if block.has("kv_cache_scheme") else None
     algorithm = " and ".join(dict.fromkeys(names))
     return Layout("hf-compressed-tensors", algorithm, of, ignored, cache)
-
-
-def _is_dense(value: Any) -> bool:
-    return isinstance(value, Mapping) and value.get("format") in (None, "dense")
 
 
 def _group(group: Config, whole: Any) -> Storage | None:

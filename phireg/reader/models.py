@@ -168,11 +168,6 @@ def find_model(config: Config) -> Model:
     return row
 
 
-def is_tied(config: Config, row: Model) -> bool:
-    """Return whether lm_head is the embedding."""
-    return config.flag("tie_word_embeddings", default=row.tied)
-
-
 def parse_model(values: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
     """Turn the config.json of a Hugging Face directory into a spec, without its quantization."""
     config = Config(values, where)

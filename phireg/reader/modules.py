@@ -11,7 +11,7 @@ from phireg.dtypes import WEIGHT_DTYPES
 from phireg.formats import WEIGHT_BITS
 from phireg.reader.config import Config
 from phireg.reader.layouts import Layout, parse_layout
-from phireg.reader.models import EMBEDDING, HEAD, Model, Order, find_model, is_tied, parse_model
+from phireg.reader.models import EMBEDDING, HEAD, Model, Order, find_model, parse_model
 from phireg.reader.schemes import Quantization
 from phireg.reader.spec import ModelSpec
 from phireg.reader.storage import ANY_FLOAT, Part, Storage
@@ -227,7 +227,8 @@ def parse_directory(
     layout = parse_layout(values, sidecar, where)
     config = Config(values, where)
     row = find_model(config)
-    whole = Directory(spec, layout, row, is_tied(config, row))
+    tied = config.flag("tie_word_embeddings", default=row.tied)
+    whole = Directory(spec, layout, row, tied)
     bits = [WEIGHT_BITS[m.storage.form.weight] for m in whole.modules() if m.storage is not None]
     quantization = Quantization(
         layout.algorithm if bits else None, layout.cache, bits=min(bits, default=8)

@@ -47,11 +47,6 @@ class Scheme:
         """True if weights_scaling_factor has one entry per output row; [1] if not."""
         return self.weight is not None and FORMATS[self.qformat].per == "channel"
 
-    @property
-    def calibrated(self) -> bool:
-        """True if scales need the maxima of the linears' inputs."""
-        return FORMATS[self.qformat].calibrated
-
 
 def _grouped(qformat: WeightScheme, quant_algo: str, packing: Packing) -> Scheme:
     """Return the scheme of weights in groups, by the parts of any linear."""

@@ -96,8 +96,11 @@ def summarize(
     eos_id = tokenizer.eos_id
     stops = stop_ids(directories[0], tokenizer) if eos_id is None else frozenset({eos_id})
     task = _Task(make_samples(articles.rows, tokenizer, settings), settings, tokenizer, stops)
+    prompts = [sample.prompt for sample in task.samples]
     for model in models:
-        _check_model(model, task)
+        check_batch(model.description, settings.batch_size, settings.num_beams, Sampling())
+        names = [f"{model.backend}: {sample.where}" for sample in task.samples]
+        check_prompts(model.description, prompts, settings.output_len, names)
     other = _differing(models)
     if other:
         text = f"the scores are of different models: {other}; the prompts are of one tokenizer"
@@ -141,13 +144,6 @@ def _differing(models: Sequence[ModelRun]) -> str:
         for key, found in values.items()
         if len({size for size in found if isinstance(size, int)}) > 1
     )
-
-
-def _check_model(model: ModelRun, task: _Task) -> None:
-    settings, limits = task.settings, model.description
-    check_batch(limits, settings.batch_size, settings.num_beams, Sampling())
-    names = [f"{model.backend}: {sample.where}" for sample in task.samples]
-    check_prompts(limits, [sample.prompt for sample in task.samples], settings.output_len, names)
 
 
 def _run(model: ModelRun, task: _Task, progress: Progress) -> BackendResult:

@@ -22,8 +22,8 @@ from phireg.tensorrt.requirements import (
     capability_problems,
     estimate,
     form_problems,
-    least_capability,
     remarks,
+    required_capabilities,
     shown,
     size_problems,
 )
@@ -215,7 +215,7 @@ def _gpus(
         )
     if chosen:
         return tuple(chosen), []
-    least = least_capability(spec)
+    least = max(required_capabilities(spec).values(), default=0)
     able = tuple(gpu for gpu in known if int(gpu[2:]) >= least)
     usable = tuple(gpu for gpu in present if gpu in known)
     if usable:

@@ -56,11 +56,6 @@ def required_capabilities(spec: ModelSpec) -> dict[str, int]:
     return needs
 
 
-def least_capability(spec: ModelSpec) -> int:
-    """Return the least compute capability that all of a model needs; 0 is any."""
-    return max(required_capabilities(spec).values(), default=0)
-
-
 def capability_problems(spec: ModelSpec, gpus: Sequence[str]) -> Iterator[str]:
     """Yield why a model cannot be compiled for some of the GPUs ("sm75")."""
     for gpu in gpus:

@@ -23,7 +23,7 @@ from phireg.generation.backend import (
     check_engine_options,
 )
 from phireg.generation.limits import check_continuations, check_request
-from phireg.generation.processes import process_rank
+from phireg.generation.processes import process_rank, run_worker
 from phireg.tensorrt import network as contract
 from phireg.tensorrt.engine import NativeEngine, read_native
 from phireg.tensorrt.session import Session
@@ -69,11 +69,6 @@ def engine_device(name: str) -> torch.device:
             hint="run the checkpoint that it was built from: it needs none.",
         )
     return devices.pick_device(name)
-
-
-def run_worker(directory: Path, options: Options) -> None:
-    """Never called: an engine runs in one process."""
-    raise AssertionError
 
 
 class TensorRTBackend:
