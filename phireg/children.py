@@ -45,11 +45,7 @@ def python_command(script: str, interpreter: str = sys.executable) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Return this environment without ways into the current directory, for a child and its own.
-
-    Programs are looked for in the absolute entries of PATH alone; those of PYTHONPATH become
-    absolute, but for empty ones.
-    """
+    """Return this environment without ways into the current directory, for a child and its own."""
     programs, modules = (
         filter(None, os.environ.get(name, default).split(os.pathsep))
         for name, default in (("PATH", os.defpath), ("PYTHONPATH", ""))

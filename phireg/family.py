@@ -255,10 +255,7 @@ def _check_hook(name: str, hook: str, function: Any, known: list[str], *, marked
 
 
 def _plugin_line(error: BaseException) -> str:
-    """Return the innermost line of the plugin in a traceback, skipping phireg and libraries.
-
-    The frame after pluggy's last one is the hook; code in its folder belongs to the plugin.
-    """
+    """Return the innermost line of the plugin in a traceback, skipping phireg and libraries."""
     library = Path(pluggy.__file__).parent
     frames = traceback.extract_tb(error.__traceback__)
     inside = [i for i, frame in enumerate(frames) if Path(frame.filename).parent == library]

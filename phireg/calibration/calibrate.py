@@ -267,10 +267,7 @@ def describe(provenance: Mapping[str, Any]) -> str:
 def misfit(
     statistics: Statistics, source: Source, settings: Settings | None, *, search: bool = False
 ) -> str | None:
-    """The reason why statistics do not belong to a model, or to settings; None if they do.
-
-    The directory may have another name, and the outcome of a setting of None does not matter.
-    """
+    """The reason why statistics do not belong to a model, or to settings; None if they do."""
     provenance = statistics.provenance
     if provenance.get("source") != _headers(source):
         return f"it was made from other weights files, those of {provenance.get('model_dir')}"

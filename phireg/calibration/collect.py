@@ -213,11 +213,7 @@ class _ReachedError(Exception):
 
 
 def _front(model: Any, ids: Tensor, cache: Any) -> _Front:
-    """Run the model up to its first layer: everything but the hidden states depends on shapes only.
-
-    It is called again for every layer, since block-sparse masks of long rows of many lengths would
-    take more memory than all else.
-    """
+    """Run the model up to its first layer, anew for every layer: all rows' masks take memory."""
 
     def stop(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         named = dict(named)

@@ -189,10 +189,7 @@ def _engine_dir(checkpoint: Path) -> Path:
 def _engine(
     model: DemoModel, article: Article, checkpoint: Path, *, verbose: bool, quiet: bool
 ) -> tuple[Verification, dict[str, Any]]:
-    """Build an engine of a demo checkpoint and prove its network; say what a GPU's owner would do.
-
-    Returns its verification and JSON document.
-    """
+    """Build an engine of a demo checkpoint and prove it; return verification and document."""
     from phireg.demo import NOTE
     from phireg.tensorrt.build import build_engine
     from phireg.tensorrt.plan import plan_engine

@@ -85,11 +85,7 @@ def stopped(interrupt: KeyboardInterrupt, outcome: str) -> click.exceptions.Exit
 def interruptible(
     output_dir: str | Path, unwritten: Callable[[], str] = lambda: "nothing was written"
 ) -> Iterator[None]:
-    """On Ctrl-C report whether the output directory was already complete.
-
-    The directory appears, or is replaced, at the very end of what runs inside; ``unwritten``
-    returns the message where it was not.
-    """
+    """On Ctrl-C report that the output directory was complete already, or ``unwritten()``."""
     before = identity(output_dir)
     try:
         yield

@@ -62,14 +62,7 @@ class Group(str):
     def option(
         self, *names: str, rare: bool = False, aliases: Sequence[str] = (), **settings: Any
     ) -> Callable[[_Function], _Function]:
-        """Add an option of this group to a command.
-
-        Args:
-            names: as for ``click.option``.
-            rare: leave it out of ``--help``.
-            aliases: other spellings that are accepted, as TensorRT-LLM's scripts have them.
-            settings: as for ``click.option``.
-        """
+        """Add an option of this group; ``aliases`` are further spellings, ``rare`` hides it."""
         settings = {"show_default": True, "rare": rare, "aliases": aliases} | settings
         return click.option(*names, cls=Option, group=self, **settings)
 
@@ -201,15 +194,7 @@ def documented(
     cls: type[Command] = Command,
     **settings: Any,
 ) -> Callable[[Callable[..., Any]], click.Command]:
-    """Make a function a command of phireg.
-
-    Args:
-        examples: command lines that help ends with.
-        page: of the docs; by default the command's section of command-line.md.
-        waits: what a spinner says until the command shows something itself; empty if that is soon.
-        cls: the kind of command.
-        settings: as for ``click.command``.
-    """
+    """Make a function a command; ``waits`` is what a spinner says until it shows something."""
 
     def decorate(function: Callable[..., Any]) -> click.Command:
         name = function.__module__.rpartition(".")[2].replace("_", "-")

@@ -101,10 +101,7 @@ class ByteSize(click.ParamType[int]):
 
 
 class QFormat(click.types.StringParamType):
-    """A format of quantized weights, spelled with underscores; hyphens are accepted.
-
-    ``click.Choice`` would show hyphens, since option names are normalized so.
-    """
+    """A format of weights; ``click.Choice`` would show hyphens, which are only accepted."""
 
     name = "format"
 

@@ -30,10 +30,7 @@ def check_card(directory: Path) -> None:
 
 
 def card_of(plan: Plan, quantization: Mapping[str, Any] | None, quality: str | None = None) -> str:
-    """Return the model card of what a plan writes.
-
-    ``quantization`` is the manifest's record of the scales; ``quality`` what was measured.
-    """
+    """Return the model card of a plan's output; ``quantization`` is the manifest's record."""
     source, options = plan.source.directory, plan.options
     block = plan.documents["config.json"].get("quantization_config") or {}
     tags = ["phireg", *filter(None, (options.qformat, options.form, block.get("quant_method")))]

@@ -139,10 +139,7 @@ _PACKED = {"rows": row_pairs, "columns": column_pairs, "words": words}
 
 
 def pieces(block: Bits, device: str = CPU, multiple: int = 1) -> Iterator[slice]:
-    """Whole rows of a block, on a CPU few enough that float32 copies of them stay small.
-
-    Each has a multiple of ``multiple`` rows, if the block has.
-    """
+    """Whole rows of a block, on a CPU few; each piece has a multiple of ``multiple`` if it can."""
     step = max(1, PIECE // block.shape[1] if device == CPU else len(block))
     step += -step % multiple
     for start in range(0, len(block), step):

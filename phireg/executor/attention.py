@@ -68,11 +68,7 @@ def slot_mask(spec: ModelSpec, sparse: bool, rank: int, pads: Tensor) -> Mask:
 
 
 def visible(pattern: BlockSparse, query: Tensor, key: Tensor, head: Tensor) -> Tensor:
-    """Return whether a query sees a key under Phi-3-small's block-sparse mask.
-
-    ``query`` and ``key`` are int64 positions and ``head`` global head numbers; the three broadcast
-    against each other.
-    """
+    """Return whether a query sees a key (positions) in a head's mask; the three broadcast."""
     query_block = query // pattern.block_size
     key_block = key // pattern.block_size
     local = query_block - key_block < pattern.num_local_blocks

@@ -21,10 +21,7 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class DirectorySource:
-    """Reads the tensors of a directory by the blueprint's names, layer by layer.
-
-    As a function it returns a tensor's values, float32 for those that are quantized.
-    """
+    """Reads a directory's tensors by the blueprint's names; as a function, their values."""
 
     def __init__(self, directory: Directory, shards: Shards) -> None:
         self.directory = directory

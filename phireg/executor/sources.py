@@ -128,11 +128,7 @@ def _rank_problems(
 
 
 def _differences(sources: Mapping[int, Source], names: Sequence[str]) -> Iterator[str]:
-    """Yield the replicated tensors that some rank has other values of.
-
-    The ranks run in lockstep on one copy of the hidden states, which is right only while what
-    every rank repeats is the same everywhere.
-    """
+    """Yield replicated tensors that differ: ranks in lockstep share one copy of hidden states."""
     (_, first), *others = sources.items()
     for rank, source in others:
         for name in names:

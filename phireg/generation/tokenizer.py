@@ -66,11 +66,7 @@ class Tokenizer:
             ) from None
 
     def _needed(self, text: str, tokens: int, keep: str) -> str:
-        """Return the start or the end of a long text, with more tokens than are wanted.
-
-        A cut changes how the characters beside it are joined to tokens, not those behind many
-        others: a book need not be encoded for its first page.
-        """
+        """Return the start or the end of a long text, with more tokens than are wanted."""
         size = _CHARACTERS * (tokens + _SPARE)
         while size < len(text):
             part = text[-size:] if keep == "end" else text[:size]
@@ -119,11 +115,7 @@ class Tokenizer:
         *,
         answer: bool = False,
     ) -> list[tuple[str | None, list[int]]]:
-        """Return text (of ids: None) and token ids, the first ``most``, of what rows hold.
-
-        Conversations go through the chat template: whole, or with ``answer`` up to where the
-        model's next one begins. Raise UsageError with the row's name.
-        """
+        """Return text (of ids: None) and token ids, the first ``most``, of what rows hold."""
         chats = {n: c for n, c in enumerate(contents) if isinstance(c, list)}
         texts = self.chat_texts(list(chats.values()), [names[n] for n in chats], answer=answer)
         rendered = dict(zip(chats, texts, strict=True))

@@ -26,10 +26,7 @@ from phireg.source.tensors import SourceTensor
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows and columns of a source tensor that lie in a tensor of a rank.
-
-    Those of packed weights are counted as they are stored, and those of scales of groups by group.
-    """
+    """Rows and columns of a source tensor, as they are stored, that lie in a tensor of a rank."""
 
     row: int
     count: int

@@ -171,10 +171,7 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Consecutive source rows, read once and written to every place that needs them.
-
-    Every output receives its rows in order over the steps of a task.
-    """
+    """Consecutive source rows, read once and written in order to every place that needs them."""
 
     source: SourceTensor | None  # None for zero rows
     row: int  # an element, for a tensor with one axis

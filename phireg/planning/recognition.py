@@ -106,10 +106,7 @@ def recognize(hf: HFConfig, source: Source) -> tuple[Source, tuple[Refusal, ...]
 
 
 def unwrapped(source: Source, rules: Rules) -> tuple[Source, list[Finding]]:
-    """Leave out what wrappers add to tensor names, unless the family itself knows such names.
-
-    Other names of a tensor, which its file has, are added where the family knows them.
-    """
+    """Leave out what wrappers add to names unknown to the family; add names that it knows."""
     axes = [axis for rule in rules.values() for axis in rule.weight]
     needed = {f"{module}.weight" for axis in axes for module, _ in axis.sources}
     if known := {name: x for name, x in source.aliases.items() if name in needed}:

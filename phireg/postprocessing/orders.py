@@ -61,11 +61,7 @@ class LinearOrders:
 
 
 def orders_of(rule: Rule, ranks: int) -> LinearOrders:
-    """Find the orders of a rule's target over ``ranks`` files.
-
-    A LayoutError: the rule does not permute the rows of its own target, or the right order cannot
-    be divided over the ranks.
-    """
+    """Find the orders of a rule's target over ``ranks`` files; LayoutError without a right one."""
     axis = rule.weight[0]
     if rule.policy is not Policy.COLUMN or [name for name, _ in axis.sources] != [rule.target]:
         raise LayoutError(f"{rule.target}: the rule must order this linear's own rows, by column")

@@ -71,10 +71,7 @@ class BlockSparse:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The experts of every layer, ``count`` on all ranks together.
-
-    Rank r has the experts of share r mod ``ep_size``; ranks with the same experts divide each.
-    """
+    """Experts of a layer, ``count`` in all; rank r has those of share r mod ``ep_size``."""
 
     count: int
     ep_size: int

@@ -32,10 +32,7 @@ class Parts:
 def locate(
     names: Sequence[str], present: Collection[str], *, heads: int, layers: int
 ) -> dict[str, Parts | None]:
-    """Find the parts of parameters in files, all in the layout that lacks the fewest of them.
-
-    ``names`` are the model's, ``present`` the files'; transformers 4.36 grouped Phi's rows by head.
-    """
+    """Find the parts of parameters in files, all in the layout that lacks the fewest of them."""
 
     def parts_of(layout: Callable[[str], Iterator[Parts]]) -> dict[str, Parts | None]:
         return {

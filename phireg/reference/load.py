@@ -38,10 +38,7 @@ _FLOATS = {*WEIGHT_DTYPES.values(), "F64"}
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A reference whose weights are not read yet: call ``keep_all`` or ``keep_ends``, or ``layer``.
-
-    ``model`` is a transformers causal language model; its layers are ``model.model.layers``.
-    """
+    """A transformers model whose weights ``keep_all``, ``keep_ends`` or ``layer`` reads."""
 
     model: Any
     notes: tuple[str, ...]  # settings that differ from the source's config.json, with the reason
@@ -189,11 +186,7 @@ def _parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
 
 
 class Parameters:
-    """Fills the parameters of a model that was built without them from files, and empties them.
-
-    Values are rounded to ``rounded`` on their way to the parameters' dtype, except those of the
-    source tensors named in ``exact``.
-    """
+    """Fills parameters from files, ``rounded`` to a dtype unless ``exact``, and empties them."""
 
     def __init__(
         self,

@@ -149,11 +149,7 @@ def _values(name: str, choice: FamilyChoice) -> dict[str, str]:
 
 
 def _tiny_config(family: Family) -> dict[str, Any]:
-    """Shrink the config of a published model to small, awkward sizes.
-
-    The vocabulary is odd, the intermediate size is no multiple of the hidden size, and heads share
-    KV heads if the published model's do. The model is the family's first one, or its base's.
-    """
+    """Shrink the first published config, the family's or its base's, to small, awkward sizes."""
     while not family.published and family.base is not None:
         family = family.base
     config = dict(family.published[0].config) if family.published else {}

@@ -31,11 +31,7 @@ INDEX = ".index.json"
 
 
 class Reader(AbstractContextManager["Reader"]):
-    """Reads tensors of an open source; several threads may use one reader at once.
-
-    Files are opened when they are first needed and closed with the reader, which is a context
-    manager.
-    """
+    """Reads tensors of an open source, in several threads; files are opened when needed."""
 
     def __init__(self, directory: Path, files: Iterable[WeightsFile]) -> None:
         self._directory = directory

@@ -34,11 +34,7 @@ def activate(graph: Graph, spec: ModelSpec, z: Value) -> Value:
 def mixture(
     graph: Graph, spec: ModelSpec, parameters: Parameters, prefix: str, rank: int, u: Value
 ) -> Value:
-    """Return one rank's part of the experts' output, [tokens, hidden].
-
-    Every expert computes every token, and its share of it may be 0: the compilers have no layer of
-    experts for the GPUs they are asked to build for (docs/engines.md).
-    """
+    """Return one rank's part of the experts' output; every expert computes every token."""
     assert spec.experts is not None
     dtype, size = getattr(torch, spec.dtype), spec.rank_intermediate_size
     scores = graph.product(graph.cast(u, torch.float32), parameters.value(prefix + ROUTER))

@@ -83,11 +83,7 @@ def chunks(lengths: Sequence[int], size: int) -> Iterator[tuple[list[int], list[
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A finished network of one rank.
-
-    ``graph.network`` is the package's INetworkDefinition, ``graph.constants`` has the tensors it
-    refers to, which must live until the engine is built.
-    """
+    """A finished network of one rank, and its ``graph`` with the constants it refers to."""
 
     graph: Graph
     spec: ModelSpec
@@ -339,10 +335,7 @@ class _Decoder:
 
 
 def rotary_tables(rope: Rope, capacity: int) -> tuple[Tensor, Tensor]:
-    """Return cos and sin times mscale, float32 [positions, R/2].
-
-    With long rope, ``capacity`` rows of the short factors are followed by as many of the long ones.
-    """
+    """Return cos and sin times mscale, float32: the rows of short factors, then of long ones."""
     exponent = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
     position = torch.arange(capacity, dtype=torch.float32)[:, None]
     cos, sin = [], []

@@ -120,10 +120,7 @@ class TensorRTBackend:
 
 
 def prompt_logits(session: Session, ids: Sequence[int], total: int = 0) -> torch.Tensor:
-    """Return the logits of every token of one text, float32 [tokens, vocab_size].
-
-    ``total`` is the length that chooses the factors of long rope, if not that of the text.
-    """
+    """Return one text's logits, float32 [tokens, vocabulary]; ``total`` chooses its factors."""
     session.begin(1)
     chunk, parts = session.limits.max_chunk_len, []
     long = [(total or len(ids)) > session.spec.rope.original]
@@ -135,11 +132,7 @@ def prompt_logits(session: Session, ids: Sequence[int], total: int = 0) -> torch
 
 
 class EngineDecoder:
-    """Generates for one batch, as ``executor.decoder.Decoder`` does: a prompt, then steps.
-
-    With long rope each row takes the short or the long factors by its tokens so far; keys in the
-    cache stay as they were rotated.
-    """
+    """Generates for one batch as ``Decoder`` does; a row's factors go by its own tokens."""
 
     def __init__(self, session: Session, batch: int, sampling: Sampling) -> None:
         spec, device = session.spec, session.device

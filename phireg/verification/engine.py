@@ -350,10 +350,7 @@ def compare_running(
 
 
 def _prompt_lengths(engine: NativeEngine, prompts: Prompts) -> tuple[list[int], list[str]]:
-    """Return the prompts that fit with the steps behind them, and which changes none is past.
-
-    With long rope, a prompt and its steps are on one side of the switch.
-    """
+    """Return prompts that, with their steps, stay on one side of changes, and what none is past."""
     rope, capacity = engine.spec.rope, engine.limits.max_seq_len
     limit = capacity - networks.STEPS
 

@@ -310,10 +310,7 @@ def divergences(actual: Tensor, expected: Tensor) -> Tensor:
 
 
 def top1(actual: Tensor, expected: Tensor, slack: float) -> tuple[float, int]:
-    """Return the share of positions with the same most likely token, and the number of others.
-
-    A token that the reference finds no more than twice ``slack`` worse than its best is the same.
-    """
+    """Return the share of positions with a top token that is as good, and how many have none."""
     chosen = expected.gather(-1, actual.argmax(-1, keepdim=True))[:, 0]
     wrong = int((expected.amax(-1) - chosen > 2 * slack).sum())
     return 1.0 - wrong / len(expected), wrong

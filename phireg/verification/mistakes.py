@@ -64,11 +64,7 @@ def explain_quantized(
 def regroup_hint(
     problems: Iterable[Problem], plan: Plan, command: Sequence[str] | None
 ) -> list[Problem]:
-    """Complete the hint for rows grouped by KV head.
-
-    ``command`` calls ``phireg postprocess``, which works where the rows of every layer are grouped;
-    it is None if phireg itself wrote the checkpoint.
-    """
+    """Complete the hint for rows grouped by KV head, by a ``command`` where all layers' are."""
     problems = list(problems)
     qkv = {o.name for o in plan.outputs if o.name.endswith("attention.qkv.weight")}
     wrong = {problem.where.rpartition(" ")[2] for problem in problems}
