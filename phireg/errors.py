@@ -6,6 +6,7 @@ traceback for bad input. Exit codes are part of the interface (docs/command-line
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 _LONGEST = 2000
@@ -59,6 +60,13 @@ class UsageError(PhiregError):
     """The request itself makes no sense (an option, a name, a combination)."""
 
     exit_code = 2
+
+
+def check_known(what: str, name: object, known: Iterable[str]) -> None:
+    """Refuse a name that is none of those known."""
+    known = tuple(known)
+    if name not in known:
+        raise UsageError(f"unknown {what} {name!r}", hint=f"known: {', '.join(known) or 'none'}.")
 
 
 class SourceError(PhiregError):

@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Protocol
 
 from phireg.checkpoint.shards import has_quantized_layout, is_executed
-from phireg.errors import SourceError, UsageError
+from phireg.errors import SourceError, UsageError, check_known
 from phireg.files.json import read_json_object
 from phireg.files.kinds import CHECKPOINT, ENGINE, HF_MODEL, check_kind
 
@@ -151,8 +151,7 @@ class Opener(Protocol):
 
 def opener(name: str) -> Opener:
     """Import the module of a backend; raise UsageError if there is none."""
-    if name not in BACKENDS:
-        raise UsageError(f"unknown backend '{name}'", hint=f"known: {', '.join(BACKENDS)}.")
+    check_known("backend", name, BACKENDS)
     module: Opener = resolve_name(BACKENDS[name])
     return module
 

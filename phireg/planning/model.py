@@ -140,9 +140,7 @@ class Output:
     rank: int  # the number of its file: of its rank, or of its shard
     name: str
     dtype: str  # safetensors code
-    shape: tuple[
-        int, ...
-    ]  # [] of a scalar; [experts, rows, columns] for the stacked linears of experts
+    shape: tuple[int, ...]  # [] of a scalar; [experts, rows, columns] of experts' linears
     offset: int  # in the file, in bytes
     origin: Rows | Scale
     packing: tuple[int, int] = (1, 1)  # source rows and columns in one of its elements
@@ -159,6 +157,12 @@ class Output:
     def nbytes(self) -> int:
         """Size in bytes."""
         return math.prod(self.shape) * ITEMSIZE[self.dtype]
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """Names of the source tensors that its rows are of."""
+        spans = self.origin.spans if isinstance(self.origin, Rows) else ()
+        return frozenset(span.source for span in spans if span.source is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,13 +284,7 @@ class Plan:
     @property
     def sources(self) -> frozenset[str]:
         """Names of the source tensors that outputs are made of."""
-        return frozenset(
-            span.source
-            for output in self.outputs
-            if isinstance(output.origin, Rows)
-            for span in output.origin.spans
-            if span.source is not None
-        )
+        return frozenset(name for output in self.outputs for name in output.sources)
 
     @property
     def smoothed(self) -> bool:
@@ -316,11 +314,7 @@ class Plan:
     def casts(self) -> int:
         """Source tensors whose values change dtype."""
         read = {
-            (span.source, self.carried_code(output))
-            for output in self.outputs
-            if isinstance(output.origin, Rows)
-            for span in output.origin.spans
-            if span.source is not None
+            (name, self.carried_code(output)) for output in self.outputs for name in output.sources
         }
         return len({name for name, code in read if self.source.tensors[name].dtype != code})
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from phireg import registry
 from phireg.config.hf import HFConfig
 from phireg.dtypes import WEIGHT_DTYPES
-from phireg.errors import PlanError, SourceError, UsageError
+from phireg.errors import PlanError, SourceError, UsageError, check_known
 from phireg.files.json import read_json_object
 from phireg.formats import FORMATS, WEIGHT_BITS, Format
 from phireg.planning.build import build_plan
@@ -215,9 +215,7 @@ def _refusals(hf: HFConfig) -> Iterator[Refusal]:
 
 
 def _check_sizes(dtype: str, tp_size: int, pp_size: int = 1) -> None:
-    if dtype != "auto" and dtype not in WEIGHT_DTYPES:
-        known = ", ".join(WEIGHT_DTYPES)
-        raise UsageError(f"unknown dtype '{dtype}'", hint=f"known: auto, {known}.")
+    check_known("dtype", dtype, ("auto", *WEIGHT_DTYPES))
     if not 1 <= tp_size <= largest("tp_size"):
         raise UsageError(
             f"tp size {tp_size} is not a number of ranks", hint=f"use 1 to {largest('tp_size')}."
@@ -235,10 +233,8 @@ def check_format(
     target: Target, qformat: str | None, cache: str | None, exclude: Sequence[str] = ()
 ) -> None:
     """Raise a UsageError if a format, a cache or exclusions do not fit the target."""
-    if qformat is not None and qformat not in FORMATS:
-        raise UsageError(
-            f"unknown quantization format '{qformat}'", hint=f"known: {', '.join(FORMATS)}."
-        )
+    if qformat is not None:
+        check_known("quantization format", qformat, FORMATS)
     if qformat is not None and qformat not in target.layouts:
         nearest = near_format(FORMATS[qformat], target)
         others = elsewhere(qformat, target.name)
@@ -259,11 +255,8 @@ def check_format(
             hint=f"phireg quantize --qformat makes {', '.join(target.formats) or 'none for it'}"
             + ("; --target hf writes 16 bits." if target.only_quantized else "."),
         )
-    if cache is not None and cache not in target.kv_caches:
-        known = ", ".join(target.kv_caches) or "none"
-        raise UsageError(
-            f"unknown KV cache dtype '{cache}' for --target {target.name}", hint=f"known: {known}."
-        )
+    if cache is not None:
+        check_known(f"KV cache dtype of --target {target.name}:", cache, target.kv_caches)
     if exclude and (qformat is None or target.by_rank):
         why = "nothing is quantized" if qformat is None else "engines quantize every layer alike"
         raise UsageError(f"--exclude has no effect: {why}", hint="leave it out.")

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from phireg.errors import SourceError, UsageError
+from phireg.errors import SourceError, UsageError, check_known
 from phireg.files.kinds import WEIGHTS, kind_of_entries
 from phireg.files.regular import listed
 from phireg.findings import Finding, Severity
@@ -47,11 +47,8 @@ class Readings:
     tie: bool | None = None  # whether lm_head is the embedding
 
     def __post_init__(self) -> None:
-        if self.adapter not in (None, *ADAPTER):
-            raise UsageError(
-                f"unknown reading of an adapter {self.adapter!r}",
-                hint=f"known: {', '.join(ADAPTER)}.",
-            )
+        if self.adapter is not None:
+            check_known("reading of an adapter", self.adapter, ADAPTER)
 
     @classmethod
     def recorded(cls, manifest: Mapping[str, Any] | None) -> Readings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from phireg.errors import EngineError, UsageError
+from phireg.errors import EngineError, UsageError, check_known
 from phireg.registry import AUTO
 from phireg.tensorrt.build import BuiltEngine, build_engine
 from phireg.tensorrt.package import INSTALL, NAMES, Backend, installed, load_package
@@ -57,10 +57,7 @@ def plan_build(
     """
     options = options or BuildOptions()
     model: dict[str, Any] = {"dummy_weights": dummy_weights, "family": family, "dtype": dtype}
-    if backend not in BUILDERS:
-        raise UsageError(
-            f"there is no backend {backend!r}", hint=f"there are {', '.join(BUILDERS)}."
-        )
+    check_known("backend", backend, BUILDERS)
 
     def with_trtllm() -> BuildPlan:
         return trtllm_build.plan_build(source_dir, output_dir, options, version=version, **model)

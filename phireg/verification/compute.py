@@ -206,13 +206,7 @@ class ComputedChecks:
     def _opened_reference(self, plan: Plan) -> Reference:
         """Open the source's model, once; no weights are read."""
         if self._reference is None:
-            exact = {
-                span.source
-                for output in plan.outputs
-                if output.dtype == "F32"
-                for span in output.origin.spans
-                if span.source is not None
-            }
+            exact = {name for o in plan.outputs if o.dtype == "F32" for name in o.sources}
             try:
                 self._reference = open_reference(
                     plan.chosen.family,

@@ -16,7 +16,7 @@ import torch
 from phireg.checkpoint.shards import is_executed
 from phireg.data.samples import builtin_text
 from phireg.device import pick_device
-from phireg.errors import UsageError
+from phireg.errors import UsageError, check_known
 from phireg.files.json import read_json_object
 from phireg.files.kinds import CHECKPOINT, HF_MODEL, check_kind
 from phireg.source.hub import resolve_model_dir
@@ -75,8 +75,7 @@ def verify_endpoint(
         UsageError: an unknown format or device, or a URL that is none.
         SourceError: the model cannot be read, or the server does not answer.
     """
-    if form not in TOLERANCES:
-        raise UsageError(f"unknown format {form!r}", hint=f"known: {', '.join(TOLERANCES)}.")
+    check_known("format", form, TOLERANCES)
     directory, _ = resolve_model_dir(str(model_dir), None)
     kind = check_kind(directory, HF_MODEL, CHECKPOINT)
     by_executor = kind is CHECKPOINT or is_executed(directory)

@@ -14,7 +14,7 @@ import torch
 from phireg.checkpoint.manifest import check_files, read_manifest
 from phireg.device import pick_device
 from phireg.dtypes import ITEMSIZE
-from phireg.errors import CheckError, EngineError, SourceError, UsageError
+from phireg.errors import CheckError, EngineError, SourceError, UsageError, check_known
 from phireg.executor import Executor
 from phireg.executor.model import free_memory
 from phireg.executor.sources import open_ranks
@@ -87,9 +87,8 @@ def verify_engine(
     engine = read_native(engine_dir)
     directory = _checkpoint(engine, checkpoint_dir)
     names = tuple(ENGINE_CHECKS) if checks is None else tuple(checks)
-    if unknown := sorted(set(names) - set(ENGINE_CHECKS)):
-        hint = f"known: {', '.join(ENGINE_CHECKS)}."
-        raise UsageError(f"unknown check {unknown[0]!r}", hint=hint)
+    for name in names:
+        check_known("check", name, ENGINE_CHECKS)
     if checks is None and device == "cpu":
         names = tuple(name for name in names if name != "running")
     if device != "auto":

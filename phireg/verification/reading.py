@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from phireg.files.regular import listed
-from phireg.planning.model import Plan, Rows
+from phireg.planning.model import Plan
 from phireg.reader.architectures import LONG_FACTORS, SHORT_FACTORS
 from phireg.reader.spec import ModelSpec
 from phireg.reference.load import Parameters, Reference
@@ -73,13 +73,7 @@ def _head(plan: Plan, parameters: Parameters) -> Iterator[Problem]:
 
 
 def _sources(plan: Plan, name: str) -> set[str]:
-    return {
-        span.source
-        for output in plan.outputs
-        if output.name == name and isinstance(output.origin, Rows)
-        for span in output.origin.spans
-        if span.source is not None
-    }
+    return {source for output in plan.outputs if output.name == name for source in output.sources}
 
 
 Row = tuple[str, Any, str, Any]

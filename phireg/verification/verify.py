@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from phireg.checkpoint.inspect import checkpoint_config
 from phireg.checkpoint.rankfiles import RankFiles, world_size
 from phireg.dtypes import WEIGHT_DTYPES
-from phireg.errors import UsageError
+from phireg.errors import UsageError, check_known
 from phireg.files.kinds import HF_MODEL, kind_of
 from phireg.files.sizes import size
 from phireg.planning.model import Output, Plan, QuantizedLinear, Scale
@@ -88,10 +88,9 @@ def verify(
         SourceError: the directory is not a checkpoint, or the source cannot be read.
         PluginError: the family cannot be found or loaded.
     """
-    if unknown := sorted(set(checks) - set(CHECKS)):
-        raise UsageError(f"unknown check {unknown[0]!r}", hint=f"known: {', '.join(CHECKS)}.")
-    if dtype not in WEIGHT_DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}", hint=f"known: {', '.join(WEIGHT_DTYPES)}.")
+    for name in checks:
+        check_known("check", name, CHECKS)
+    check_known("dtype", dtype, WEIGHT_DTYPES)
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"prompts of {max_tokens} tokens are not possible", hint="use 1 or more.")
     directory = Path(checkpoint_dir)
