@@ -193,6 +193,7 @@ def _engine(
     from phireg.demo import NOTE
     from phireg.tensorrt.build import build_engine
     from phireg.tensorrt.plan import plan_engine
+    from phireg.trtllm.build import checkpoint_origin
     from phireg.verification.engine import verify_engine
 
     target = _engine_dir(checkpoint)
@@ -208,7 +209,8 @@ def _engine(
     }
     if verbose:
         emit(f"\n$ {_folded(commands['build'])}")
-    plan = plan_engine(_BACKEND, checkpoint, target, phireg.BuildOptions(), notes=[NOTE])
+    origin = checkpoint_origin(checkpoint)
+    plan = plan_engine(_BACKEND, origin, target, phireg.BuildOptions(), [NOTE])
     if verbose:
         for text in plan.notes:
             emit(f"note: {text}")

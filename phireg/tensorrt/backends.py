@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from phireg.errors import EngineError, UsageError, check_known
+from phireg.planning.plan import plan_config
 from phireg.registry import AUTO
 from phireg.tensorrt.build import BuiltEngine, build_engine
 from phireg.tensorrt.package import INSTALL, NAMES, Backend, installed, load_package
@@ -56,30 +57,29 @@ def plan_build(
         EngineError: no builder is installed, or it cannot build this engine.
     """
     options = options or BuildOptions()
-    model: dict[str, Any] = {"dummy_weights": dummy_weights, "family": family, "dtype": dtype}
     check_known("backend", backend, BUILDERS)
-
-    def with_trtllm() -> BuildPlan:
-        return trtllm_build.plan_build(source_dir, output_dir, options, version=version, **model)
-
-    def natively(name: Backend, *notes: str) -> EnginePlan:
-        return plan_engine(name, source_dir, output_dir, options, notes=notes, **model)
-
     if version is not None and backend not in (AUTO, TENSORRT_LLM):
         raise UsageError(
             f"a release of TensorRT-LLM says nothing about {backend}",
             hint="leave out --trtllm-version, or take --backend tensorrt-llm.",
         )
+    source = Path(source_dir)
+    if dummy_weights:
+        tp_size = options.tp_size or 1
+        config = plan_config(source, family=family, dtype=dtype, tp_size=tp_size).config
+        origin = trtllm_build.Origin(source, config, None)
+    else:
+        origin = trtllm_build.checkpoint_origin(source)
     if backend == TENSORRT_LLM or version is not None:
-        return with_trtllm()
+        return trtllm_build.plan_build(origin, output_dir, options, version)
     if backend in NAMES:
-        return natively(backend)
+        return plan_engine(backend, origin, output_dir, options)
     reasons = []
     if options.gpus or options.weights == "separate":
         reasons.append("TensorRT-LLM has no such options")
     else:
         try:
-            return with_trtllm()
+            return trtllm_build.plan_build(origin, output_dir, options, None)
         except EngineError as error:
             reasons.append(error.message)
     candidates: list[Backend] = [name for name in NAMES if name in installed()]
@@ -91,7 +91,8 @@ def plan_build(
         except EngineError as error:  # another CUDA's, or too old
             reasons.append(error.message)
         else:
-            return natively(name, f"{NAMES[name]} builds it: {'; '.join(reasons)}")
+            note = f"{NAMES[name]} builds it: {'; '.join(reasons)}"
+            return plan_engine(name, origin, output_dir, options, [note])
     raise EngineError(
         f"nothing here builds this engine: {'; '.join(reasons)}"
         + ("" if candidates else "; TensorRT and TensorRT for RTX are not installed"),

@@ -10,9 +10,7 @@ from typing import Any
 
 from phireg.children import find_program, query
 from phireg.errors import EngineError, UsageError
-from phireg.planning.plan import plan_config
 from phireg.reader.spec import ModelSpec, parse_spec
-from phireg.registry import AUTO
 from phireg.tensorrt.engine import Limits
 from phireg.tensorrt.package import NAMES, Backend, Package, load_package
 from phireg.tensorrt.requirements import (
@@ -27,7 +25,7 @@ from phireg.tensorrt.requirements import (
     shown,
     size_problems,
 )
-from phireg.trtllm.build import checked_checkpoint
+from phireg.trtllm.build import Origin
 from phireg.trtllm.command import BuildOptions, check_lengths, check_ranks, check_stages
 
 _DEFAULT_BATCH = 8
@@ -73,30 +71,16 @@ class EnginePlan:
 
 def plan_engine(
     backend: Backend,
-    source_dir: str | Path,
+    origin: Origin,
     output_dir: str | Path,
     options: BuildOptions,
-    *,
-    dummy_weights: bool = False,
-    family: str = AUTO,
-    dtype: str = "auto",
     notes: Sequence[str] = (),
 ) -> EnginePlan:
-    """Check a checkpoint and the options, and decide everything about the engine.
-
-    Arguments and errors are those of :func:`phireg.plan_build`; ``notes`` come before its own.
-    """
-    source = Path(source_dir)
-    config: Mapping[str, Any]
-    if dummy_weights:
-        config = plan_config(
-            source, family=family, dtype=dtype, tp_size=options.tp_size or 1
-        ).config
-    else:
-        config, _ = checked_checkpoint(source)
-    spec = parse_spec(config, str(source / "config.json"))
+    """Decide everything about the engine; ``notes`` come before the plan's own."""
+    spec = parse_spec(origin.config, str(origin.source / "config.json"))
     _check_options(options, spec)
-    form: WeightsForm = "separate" if dummy_weights else options.weights
+    has_weights = origin.weight_bytes is not None
+    form: WeightsForm = options.weights if has_weights else "separate"
     limits = _limits(spec, options)
     package = load_package(backend)
     gpus, gpu_notes = _gpus(package, spec, options.gpus)
@@ -113,10 +97,10 @@ def plan_engine(
             hint="docs/engines.md has the table of what builds.",
         )
     return EnginePlan(
-        source=source,
-        config=config,
+        source=origin.source,
+        config=origin.config,
         spec=spec,
-        checkpoint=not dummy_weights,
+        checkpoint=has_weights,
         output_dir=Path(output_dir),
         package=package,
         gpus=gpus,

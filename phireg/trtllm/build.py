@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from phireg.checkpoint.inspect import inspect
 from phireg.errors import CheckError, EngineError, SourceError
@@ -28,21 +28,27 @@ from phireg.files.kinds import (
 from phireg.files.output import OutputDirectory
 from phireg.files.regular import bullets
 from phireg.files.writing import copy_file, new_log
-from phireg.planning.plan import plan_config
 from phireg.reader.schemes import WEIGHT_ONLY
-from phireg.registry import AUTO
 from phireg.trtllm.builder import Builder, Listener, find_builder, run_builder
 from phireg.trtllm.command import PROGRAM, BuildOptions, Command, translate
 from phireg.trtllm.engine import Engine, read_engine
 
 
-@dataclass(frozen=True, slots=True)
-class BuildPlan:
-    """The command that builds an engine, and what it was derived from."""
+class Origin(NamedTuple):
+    """What an engine is built from."""
 
     source: Path  # the checkpoint; for an engine without weights, the model's directory
     config: Mapping[str, Any]  # the checkpoint's config.json
     weight_bytes: int | None  # of the rank files; None for an engine without weights
+
+
+@dataclass(frozen=True, slots=True)
+class BuildPlan:
+    """The command that builds an engine, and what it was derived from: an ``Origin``."""
+
+    source: Path
+    config: Mapping[str, Any]
+    weight_bytes: int | None
     output_dir: Path
     version: str  # of TensorRT-LLM
     builder: Builder | None  # None if the plan is for another release than the installed one
@@ -78,33 +84,18 @@ class Built:
 
 
 def plan_build(
-    source_dir: str | Path,
-    output_dir: str | Path,
-    options: BuildOptions | None = None,
-    *,
-    dummy_weights: bool = False,
-    family: str = AUTO,
-    dtype: str = "auto",
-    version: str | None = None,
+    origin: Origin, output_dir: str | Path, options: BuildOptions, version: str | None
 ) -> BuildPlan:
-    """Check a checkpoint and decide the command; the arguments are :func:`phireg.plan_build`'s."""
-    source, options = Path(source_dir), options or BuildOptions()
-    config: Mapping[str, Any]
-    if dummy_weights:
-        plan = plan_config(source, family=family, dtype=dtype, tp_size=options.tp_size or 1)
-        config, weight_bytes = plan.config, None
-    else:
-        config, weight_bytes = checked_checkpoint(source)
+    """Decide the command; see :func:`phireg.plan_build`."""
     builder = find_builder() if version is None else None
     version = builder.version if builder else str(version)
-    command = translate(config, options, version, weights=not dummy_weights)
-    return BuildPlan(
-        source, config, weight_bytes, Path(output_dir), version, builder, options, command
-    )
+    weights = origin.weight_bytes is not None
+    command = translate(origin.config, options, version, weights=weights)
+    return BuildPlan(*origin, Path(output_dir), version, builder, options, command)
 
 
-def checked_checkpoint(directory: Path) -> tuple[Mapping[str, Any], int]:
-    """Check a checkpoint; return its config and the bytes of its rank files."""
+def checkpoint_origin(directory: Path) -> Origin:
+    """Check a checkpoint that an engine is to be built from."""
     check_kind(directory, CHECKPOINT)
     inspection = inspect(directory)
     if inspection.problems:
@@ -114,7 +105,8 @@ def checked_checkpoint(directory: Path) -> tuple[Mapping[str, Any], int]:
             hint=f"phireg inspect {directory} shows all; convert again to put them right.",
         )
     sizes = inspection.sizes.items()
-    return inspection.config, sum(n for name, n in sizes if name.endswith(".safetensors"))
+    weight_bytes = sum(n for name, n in sizes if name.endswith(".safetensors"))
+    return Origin(directory, inspection.config, weight_bytes)
 
 
 def build(plan: BuildPlan, *, overwrite: bool = False, listen: Listener | None = None) -> Built:

@@ -12,7 +12,7 @@ import phireg
 from phireg.errors import EngineError, UsageError
 from phireg.reader.spec import parse_spec
 from phireg.tensorrt import backends, plan, requirements
-from phireg.tensorrt.plan import parse_gpus, plan_engine
+from phireg.tensorrt.plan import parse_gpus
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,8 @@ def no_gpu(monkeypatch):
 
 
 def planned(checkpoint, **options):
-    return plan_engine("tensorrt-rtx", checkpoint, "engine", phireg.BuildOptions(**options))
+    options = phireg.BuildOptions(**options)
+    return phireg.plan_build(checkpoint, "engine", options, backend="tensorrt-rtx")
 
 
 def test_the_gpus_are_all_that_can_run_the_model(checkpoint):
