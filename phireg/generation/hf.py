@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from packaging.version import Version
 from torch import Tensor
-from torch.nn import functional
 
 from phireg import device as devices
 from phireg import registry
@@ -23,11 +22,11 @@ from phireg.config.hf import HFConfig
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import SourceError
 from phireg.executor import Sampling
-from phireg.executor.finite import NotFiniteError, check_logits, finite
+from phireg.executor.finite import NotFiniteError, finite
 from phireg.files.json import read_json_object
 from phireg.files.kinds import HF_MODEL, check_kind
 from phireg.generation.backend import Description, LongRope, Options, Request
-from phireg.generation.limits import check_continuations, check_request
+from phireg.generation.limits import check_request, mean_nll
 from phireg.generation.processes import process_rank, run_worker
 from phireg.reference.load import Reference, open_reference
 from phireg.source.hub import resolve_model_dir
@@ -148,16 +147,14 @@ class HFBackend:
         self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
     ) -> list[float]:
         """Score continuations, in nats."""
-        means = []
-        rows = check_continuations(self.description, prompts, continuations)
-        for row, (prompt, continuation) in enumerate(rows):
-            ids = torch.tensor([prompt + continuation], device=self._device)
+
+        def logits_of(ids: list[int]) -> Tensor:
+            row = torch.tensor([ids], device=self._device)
             with torch.no_grad():
-                logits = self.model(input_ids=ids[:, :-1], use_cache=False).logits[0].float()
-            check_logits(logits[len(prompt) - 1 :], row, len(prompt), self.dtype)
-            loss = functional.cross_entropy(logits[len(prompt) - 1 :], ids[0, len(prompt) :])
-            means.append(float(loss))
-        return means
+                logits: Tensor = self.model(input_ids=row, use_cache=False).logits
+            return logits[0]
+
+        return mean_nll(self, prompts, continuations, logits_of)
 
     def peak_memory(self) -> int:
         """Return the peak in bytes of the GPU or of this process's main memory."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from phireg.data.row import unknown_id
 from phireg.errors import UsageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from phireg.executor import Sampling
-    from phireg.generation.backend import Description, Request
+    from phireg.generation.backend import Backend, Description, Request
 
 
 def check_prompts(
@@ -102,3 +104,24 @@ def check_continuations(
         raise UsageError("a prompt or its continuation has no tokens")
     check_prompts(model, [prompt + continuation for prompt, continuation in rows], 0)
     return rows
+
+
+def mean_nll(
+    backend: Backend,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    logits_of: Callable[[list[int]], Tensor],
+) -> list[float]:
+    """Score continuations, in nats, by the logits of every token of a text."""
+    import torch
+
+    from phireg.executor.finite import check_logits
+
+    means = []
+    rows = check_continuations(backend.description, prompts, continuations)
+    for row, (prompt, continuation) in enumerate(rows):
+        logits = logits_of(prompt + continuation[:-1])[len(prompt) - 1 :].float()
+        check_logits(logits, row, len(prompt), backend.dtype)
+        expected = torch.tensor(continuation, device=logits.device)
+        means.append(float(torch.nn.functional.cross_entropy(logits, expected)))
+    return means

@@ -28,11 +28,7 @@ class Ties:
 
 
 def settle_ties(stated: bool, choice: bool | None, source: Source, untied: Rules) -> Ties:
-    """Decide whether the head is the embedding.
-
-    ``stated`` is what config.json says, or the source class's default; ``untied`` are the rules of
-    a model that does not tie, which name the head.
-    """
+    """Decide whether the head, which ``untied`` rules name, is the embedding, as ``stated``."""
     tied = stated if choice is None else choice
     if HEAD not in untied or TABLE not in untied:
         return Ties(tied, source)

@@ -83,11 +83,7 @@ def _folded(linear: str, plain: Layer, quantized: Layer) -> Tensor | None:
 
 
 def _token_errors(actual: Tensor, expected: Tensor) -> Tensor:
-    """Compute every token's error relative to itself, float32 [tokens].
-
-    Unlike those of ``phireg.verification.logits``: some models have a few tokens whose states are a
-    thousand times as large as all others; taken together with them the others would not count.
-    """
+    """Compute tokens' own relative errors: some models have tokens of a thousand times the size."""
     norm = expected[0].norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
     return (actual - expected)[0].norm(dim=-1) / norm
 

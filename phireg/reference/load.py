@@ -99,33 +99,16 @@ def open_reference(
     family: Family,
     directory: Path,
     *,
-    weights: torch.dtype | None,
-    dtype: torch.dtype,
+    weights: torch.dtype | None,  # that values are rounded to first, as a conversion rounds them
+    dtype: torch.dtype,  # of the computation
     device: torch.device,
-    exact: Collection[str] = (),
-    file: str | None = None,
-    adapter: str | None = None,
-    tie: bool | None = None,
-    change: Change | None = None,
+    exact: Collection[str] = (),  # source tensors that are not rounded
+    file: str | None = None,  # of weights, or an index, instead of what transformers loads
+    adapter: str | None = None,  # "merge" adds the LoRA adapter beside the weights
+    tie: bool | None = None,  # lm_head is the embedding, instead of what transformers decides
+    change: Change | None = None,  # of config.json's values, before the class takes them
 ) -> Reference:
-    """Build the source's model without reading its weights; no code of the source is run.
-
-    Args:
-        family: names the class where transformers has none.
-        directory: the source.
-        weights: values are rounded to this dtype first, as a conversion rounds them, so that
-            differences from a checkpoint are arithmetic and not rounding.
-        dtype: of the computation.
-        device: of the computation.
-        exact: names of source tensors that are not rounded.
-        file: the weights file or index to take instead of the one that transformers loads.
-        adapter: ``merge`` adds the LoRA adapter beside the weights.
-        tie: whether lm_head is the embedding, instead of what transformers decides.
-        change: changes the values of config.json, in place, before the class takes them.
-
-    Raises:
-        SourceError: no model class here reads the source.
-    """
+    """Build the source's model without weights and its code; SourceError if no class reads it."""
     loaded = find_weights(directory, file, adapter=adapter == "merge")
     model, notes, stated = _build(family, loaded, dtype, change)
     parameters = Parameters(model, loaded, tie, stated, weights, device, exact)

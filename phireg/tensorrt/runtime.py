@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from phireg import device as devices
 from phireg.errors import UsageError
 from phireg.executor.decoder import Sampling, choose
-from phireg.executor.finite import check_logits
 from phireg.executor.generate import rows_of, tokens_of
 from phireg.generation.backend import (
     KEYS_STAY,
@@ -22,7 +21,7 @@ from phireg.generation.backend import (
     Request,
     check_engine_options,
 )
-from phireg.generation.limits import check_continuations, check_request
+from phireg.generation.limits import check_request, mean_nll
 from phireg.generation.processes import process_rank, run_worker
 from phireg.tensorrt import network as contract
 from phireg.tensorrt.engine import NativeEngine, read_native
@@ -100,15 +99,7 @@ class TensorRTBackend:
         self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
     ) -> list[float]:
         """Score continuations, in nats."""
-        means = []
-        rows = check_continuations(self.description, prompts, continuations)
-        for row, (prompt, continuation) in enumerate(rows):
-            logits = prompt_logits(self.session, prompt + continuation[:-1])
-            picked = logits[len(prompt) - 1 :]
-            check_logits(picked, row, len(prompt), self.dtype)
-            expected = torch.tensor(continuation, device=picked.device)
-            means.append(float(functional.cross_entropy(picked, expected)))
-        return means
+        return mean_nll(self, prompts, continuations, partial(prompt_logits, self.session))
 
     def peak_memory(self) -> int:
         """Return the peak in bytes of what torch allocated: caches and buffers, not the engine."""

@@ -22,11 +22,9 @@ from typing import Any
 
 import torch
 from packaging.version import Version
-from torch.nn import functional
 
 from phireg.errors import CheckError, PhiregError, UsageError
 from phireg.executor import Sampling
-from phireg.executor.finite import check_logits
 from phireg.generation.backend import (
     KEYS_STAY,
     Description,
@@ -35,7 +33,7 @@ from phireg.generation.backend import (
     Request,
     check_engine_options,
 )
-from phireg.generation.limits import check_continuations, check_request
+from phireg.generation.limits import check_request, mean_nll
 from phireg.generation.mpi import Communicator, communicator, process_rank
 from phireg.trtllm.builder import DISTRIBUTION, installed_version
 from phireg.trtllm.engine import Engine, read_engine
@@ -172,18 +170,15 @@ class TrtllmBackend:
         """Return each continuation's mean of -ln p; None without ``--gather_context_logits``."""
         if not self.engine.gathers_logits:
             return None
-        means = []
-        texts = check_continuations(self.description, prompts, continuations)
-        for row, (prompt, continuation) in enumerate(texts):
+
+        def logits_of(text: list[int]) -> torch.Tensor:
             # One token is generated because the runtime wants one; the input's logits count.
-            text = prompt + continuation[:-1]
             arguments = self._arguments(Request([text], 1, (), Sampling()))
             with self._on_all_ranks(arguments):
-                logits = self._call(arguments)["context_logits"][0]
-            picked = logits[len(prompt) - 1 :, : self.engine.vocab_size].float().cpu()
-            check_logits(picked, row, len(prompt), self.dtype)
-            means.append(float(functional.cross_entropy(picked, torch.tensor(continuation))))
-        return means
+                logits: torch.Tensor = self._call(arguments)["context_logits"][0]
+            return logits[:, : self.engine.vocab_size]
+
+        return mean_nll(self, prompts, continuations, logits_of)
 
     def peak_memory(self) -> int | None:
         """Return the most bytes in use on the GPU after a batch, with the KV cache."""

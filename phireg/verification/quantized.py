@@ -43,10 +43,7 @@ _CACHE, _KEY, _VALUE = (f"{what}_cache{_SUFFIX}" for what in ("kv", "k", "v"))
 
 
 class Tolerance:
-    """Bounds on the distance of quantized tensors from the values that the source gives.
-
-    ``dtype`` is the code of the checkpoint's dtype; INT8 SmoothQuant is per channel, FP8 is not.
-    """
+    """Bounds on the distance of quantized tensors from the values that the source gives."""
 
     def __init__(self, plan: Plan) -> None:
         assert plan.options.scheme is not None
