@@ -202,14 +202,9 @@ def _round(bits: Bits, source: str, target: str) -> Bits:
         rounded: Bits = (wide + 0x7FFF + (wide >> 16 & 1) >> 16).astype(np.uint16)
         rounded[nan] = 0xFFFF if source == "F32" else 0x7FC0
         return rounded
-    magnitude = _magnitude(wide, "F32")
-    normal = (magnitude + 0xFFF + (magnitude >> 13 & 1) >> 13) - (127 - 15 << 10)
-    with np.errstate(invalid="ignore"):  # the sum has a float16's smallest denormal as last digit
-        denormal = (magnitude.view(np.float32) + np.float32(0.5)).view(np.uint32) - 0x3F000000
-    finite = np.where(magnitude < 127 - 14 << 23, denormal, np.minimum(normal, 0x7C00))
-    rounded = (finite | wide >> 16 & 0x8000).astype(np.uint16)
-    if nan.any():
-        rounded[nan] = (wide[nan] >> 16 & 0x8000) | 0x7E00 | (wide[nan] >> 13 & 0x3FF)
+    with np.errstate(all="ignore"):
+        rounded = wide.view(np.float32).astype(np.float16).view(np.uint16)
+    rounded[nan] = (wide[nan] >> 16 & 0x8000) | 0x7E00 | (wide[nan] >> 13 & 0x3FF)
     return rounded
 
 
