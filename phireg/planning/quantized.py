@@ -6,14 +6,13 @@ through one table (:data:`FOLLOWS`), and no family has code for scales.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from phireg.layout.rules import QuantRules, Rule, Rules
 from phireg.layout.spans import Axis, LayoutError, Span, take
-from phireg.planning.folding import Folding, fold
 from phireg.planning.model import Basis, Options, Output, QuantizedLinear, Scale, ScaleTensor
 from phireg.reader.schemes import SCHEMES
 from phireg.targets.target import (
@@ -53,6 +52,42 @@ def axes_of(companion: str, shape: Sequence[int], rows: int) -> tuple[str, ...]:
         per_tensor = len(shape) == 0 or (tuple(shape) == (1,) and rows > 1)
         return () if per_tensor else ("rows",)
     return FOLLOWS[companion]
+
+
+@dataclass(frozen=True, slots=True)
+class Folding:
+    """The linears that share an input, and whose AWQ factors stand in norms or rows before it."""
+
+    alike: Mapping[str, tuple[str, ...]]  # that share one with a linear, by each of them
+    norms: Mapping[str, str]  # by norm the first of the linears behind, which have one factor
+    feeds: Mapping[str, tuple[str, tuple[Span, ...]]]  # by linear a module and its rows, in order
+
+    def factor(self, norm: str) -> str | None:
+        """The scale that a norm's weight and bias are multiplied by."""
+        return f"{self.norms[norm]}.{PRE_SCALE}" if norm in self.norms else None
+
+    def in_norm(self, linear: str) -> bool:
+        """Whether a norm has the factors of a linear."""
+        return any(linear in self.alike[first] for first in self.norms.values())
+
+
+def fold(
+    target: Target, family: Rules, fields: Mapping[str, Any], linears: Collection[str], *, awq: bool
+) -> Folding:
+    """Return which quantized linears share an input, and for AWQ where their factors stand."""
+    shared = ask(target, Target.shared_inputs, family)
+    fed = ask(target, Target.fed_rows, family, fields) if awq and target.folds == "all" else {}
+    chosen, least = set(linears), {"shared": 2, "all": 1}.get(target.folds or "", 0)
+    alike = {x: tuple(n for n in group if n in chosen) for group in shared.values() for x in group}
+    return Folding(
+        alike,
+        {
+            norm: modules[0]
+            for norm, modules in shared.items()
+            if awq and 0 < least <= len(modules) and alike[modules[0]] == modules
+        },
+        {linear: rows for linear, rows in fed.items() if {linear, rows[0]} <= chosen},
+    )
 
 
 class Quantization:
