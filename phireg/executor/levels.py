@@ -1,10 +1,18 @@
 """Weights as levels of a grid and scales: what they stand for, and how a GPU's memory holds them.
 
-A weight is ``level * group_scale * scale``, of which every format has one or both scales. Integers
-and e2m1 lie in little-endian words of 32 bits: of each run of four words, word c holds input
-4 n + c in its n-th bits from below, four or eight of them, so that four words at once go with four
-inputs at once. A last run is filled up. Integers are stored with half of their range added, e2m1 as
-its sign and its place among ``E2M1``. The kernels of ``cuda`` read the same.
+A weight is ``level * group_scale * scale``, of which every format has one or both scales. All but
+e4m3 lies in little-endian words of 32 bits, integers with half of their range added, e2m1 as its
+sign and its place among ``E2M1``. The kernels of ``cuda`` read the same.
+
+int8: of each run of four words, word c holds input 4 n + c in its n-th byte, so that four words at
+once go with four inputs at once. A last run is filled up.
+
+Four bits: tiles of 16 rows and 64 inputs are 128 words, as the matrix units of a GPU want a
+tile's operands. Word 16 g + 4 t + j has of rows g and g + 8 (g < 8) the inputs 16 j + 2 t + {0, 1}
+and 16 j + 8 + 2 t + {0, 1} (t, j < 4). Its halves are the two of a pair of inputs; in each, the
+lowest bits are of the first pair, row g before row g + 8. A row's tiles are filled up to an even
+number. The e4m3 scales of e2m1's groups of 16 are likewise, for two tiles 128: scale
+16 g + 4 t + 2 r + c is that of row g + 8 r and group 2 t + c.
 """
 
 from __future__ import annotations
@@ -22,8 +30,8 @@ from phireg.formats import Grid
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of e2m1 by the lower three bits of a level; the fourth is the sign."""
 
-BITS: dict[str, int] = {"int8": 8, "int4": 4, "e2m1": 4}
-"""Bits of a level of the grids that lie in words."""
+TILED = ("int4", "e2m1")
+"""Grids of four bits."""
 
 _GRIDS: tuple[Grid, ...] = ("e4m3", "int8", "int4", "e2m1")
 _SCALE, _GROUP_SCALE = "weights_scaling_factor", "group_scaling_factor"
@@ -58,20 +66,27 @@ class Levels:
 
     def packed(self, linear: str) -> dict[str, Tensor]:
         """Return the tensors a GPU keeps, by names of which one says the grid."""
-        levels = self.levels
-        if self.grid in BITS:
-            levels = _pack(_codes(self.grid, levels), run_of(self.grid))
-        kept = {f"{linear}.{self.grid}": levels.contiguous()}
+        data, groups = self.levels, self.group_scale
+        if self.grid in TILED:
+            data = _tiles(_codes(self.grid, data))
+        elif self.grid == "int8":
+            data = _runs(_codes(self.grid, data))
+        if self.grid == "e2m1" and groups is not None:
+            groups = _scale_tiles(groups)
+        kept = {f"{linear}.{self.grid}": data.contiguous()}
         if self.scale is not None:
             kept[f"{linear}.{_SCALE}"] = self.scale.contiguous()
-        if self.group_scale is not None:
-            kept[f"{linear}.{_GROUP_SCALE}"] = self.group_scale.contiguous()
+        if groups is not None:
+            kept[f"{linear}.{_GROUP_SCALE}"] = groups.contiguous()
         return kept
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A weight as ``Levels.packed`` keeps it; ``data`` is [..., rows, inputs or half of them]."""
+    """A weight as ``Levels.packed`` keeps it.
+
+    ``data`` is [..., rows, inputs], in bytes of levels, or [..., rows / 16, tiles, 512].
+    """
 
     grid: Grid
     data: Tensor
@@ -80,18 +95,25 @@ class Packed:
 
     def levels(self, inputs: int) -> Levels:
         """Return the weight with its levels apart; ``inputs`` are those of a row."""
-        data = self.data
-        if self.grid in BITS:
-            codes = data.unflatten(-1, (-1, 4, 4)).transpose(-1, -2)
-            if BITS[self.grid] == 4:
-                codes = torch.stack((codes & 15, codes >> 4), dim=-2).flatten(-3, -2)
-            codes = codes.flatten(-3)[..., :inputs]
-            if self.grid != "e2m1":
-                data = (codes - 2 ** (BITS[self.grid] - 1)).view(torch.int8)
+        data, groups = self.data, self.group_scale
+        if self.grid == "int8":
+            data = data.unflatten(-1, (-1, 4, 4)).transpose(-1, -2).flatten(-3)[..., :inputs]
+            data = (data - 128).view(torch.int8)
+        elif self.grid in TILED:
+            *stack, tiles, _, _ = data.shape
+            lanes = data.reshape(-1, tiles, data.shape[-2], 8, 4, 4, 2, 2)
+            codes = torch.stack((lanes & 15, lanes >> 4), dim=2).permute(0, 1, 2, 4, 3, 6, 8, 5, 7)
+            data = codes.reshape(*stack, 16 * tiles, -1)[..., :inputs]
+            if groups is not None and self.grid == "e2m1":
+                lanes = groups.view(torch.uint8).reshape(-1, tiles, groups.shape[-2], 8, 4, 2, 2)
+                lanes = lanes.permute(0, 1, 5, 3, 2, 4, 6).reshape(*stack, 16 * tiles, -1)
+                groups = lanes[..., : inputs // 16].view(groups.dtype)
+            if self.grid == "int4":
+                data = (data - 8).view(torch.int8)
             else:
                 table = torch.tensor(E2M1, device=data.device).to(torch.float8_e4m3fn)
-                data = torch.cat((table, (-table.float()).to(table.dtype)))[codes.long()]
-        return Levels(self.grid, data, self.scale, self.group_scale)
+                data = torch.cat((table, (-table.float()).to(table.dtype)))[data.long()]
+        return Levels(self.grid, data, self.scale, groups)
 
 
 def find_packed(weights: Mapping[str, Tensor], linear: str) -> Packed | None:
@@ -111,32 +133,46 @@ def is_per_expert(name: str) -> bool:
     return part in stacked or part.startswith("inputs_")
 
 
-def run_of(grid: Grid) -> int:
-    """Return the inputs that are packed together."""
-    return 4 * 32 // BITS[grid]
-
-
 def packed_bytes(grid: Grid, shape: tuple[int, ...]) -> int:
     """Return the bytes that packed levels take."""
     *rows, inputs = shape
-    if grid in BITS:
-        inputs = -(-inputs // run_of(grid)) * 16
+    if grid in TILED:
+        inputs = -(-inputs // 128) * 64
+    elif grid == "int8":
+        inputs = -(-inputs // 16) * 16
     return math.prod(rows) * inputs
 
 
-def _pack(codes: Tensor, run: int) -> Tensor:
-    """Return unsigned codes, uint8 [..., inputs], in words: bytes [..., 16 for a run]."""
-    runs = functional.pad(codes, (0, -codes.shape[-1] % run)).unflatten(-1, (-1, 4, run // 16, 4))
-    stored = runs[..., 0, :]
-    if run == 32:
-        stored = stored | (runs[..., 1, :] << 4)
-    return stored.transpose(-1, -2).flatten(-3)
+def _runs(codes: Tensor) -> Tensor:
+    """Return bytes [..., rows, inputs] in the words of int8."""
+    runs = functional.pad(codes, (0, -codes.shape[-1] % 16)).unflatten(-1, (-1, 4, 4))
+    return runs.transpose(-1, -2).flatten(-3)
+
+
+def _tiles(codes: Tensor) -> Tensor:
+    """Return codes [..., rows, inputs] in tiles: bytes [..., rows / 16, tiles, 512]."""
+    *stack, rows, inputs = codes.shape
+    tiles = -(-inputs // 128) * 2
+    filled = functional.pad(codes, (0, 64 * tiles - inputs))
+    # Of rows: tiles, which eight, g. Of inputs: tiles, j, which eight, t, which of a pair.
+    low, high = filled.reshape(-1, rows // 16, 2, 8, tiles, 4, 2, 4, 2).unbind(2)
+    lanes = (low | (high << 4)).permute(0, 1, 3, 2, 6, 4, 7, 5)
+    return lanes.reshape(*stack, rows // 16, tiles, 512)
+
+
+def _scale_tiles(scales: Tensor) -> Tensor:
+    """Return scales of e2m1 [..., rows, groups] in tiles: [..., rows / 16, pairs of tiles, 128]."""
+    *stack, rows, groups = scales.shape
+    filled = functional.pad(scales.view(torch.uint8), (0, -groups % 8))
+    lanes = filled.reshape(-1, rows // 16, 2, 8, filled.shape[-1] // 8, 4, 2)
+    lanes = lanes.permute(0, 1, 4, 3, 5, 2, 6)
+    return lanes.reshape(*stack, rows // 16, -1, 128).view(scales.dtype)
 
 
 def _codes(grid: Grid, levels: Tensor) -> Tensor:
     """Return the bits that stand for levels, uint8."""
     if grid != "e2m1":
-        return levels.view(torch.uint8) + 2 ** (BITS[grid] - 1)
+        return levels.view(torch.uint8) + (8 if grid == "int4" else 128)
     values = levels.float()
     table = torch.tensor(E2M1, device=levels.device)
     place = torch.bucketize(values.abs(), table).to(torch.uint8)

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from phireg import formats
 from phireg.dtypes import E4M3_MAX, E4M3_SMALLEST_NORMAL
-from phireg.executor.levels import E2M1, Levels, Packed, find_packed, is_per_expert
+from phireg.executor.levels import E2M1, TILED, Levels, Packed, find_packed, is_per_expert
 from phireg.formats import FORMATS, LARGEST, Inputs
 from phireg.reader.schemes import LINEARS, Grid, Quantization
 from phireg.reader.tensors import ROUTER
@@ -74,15 +74,16 @@ def keeps_levels(device: torch.device, grid: str) -> bool:
 
 
 def keeps_weight(device: torch.device, weight: Levels) -> bool:
-    """Return whether ``keeps_levels`` holds of a weight, and kernels read its groups' scales."""
-    groups = weight.group_scale
+    """Return whether ``keeps_levels`` holds of a weight, and kernels know its sizes."""
+    groups, rows = weight.group_scale, weight.levels.shape[-2]
+    if weight.grid in TILED and rows % 32:  # a tile's, twice if a nonlinearity joins two
+        return False
     if groups is not None:
-        inputs = weight.levels.shape[-1]
-        size = inputs // groups.shape[-1]
-        # The kernels read the scales of two groups of 16 at once.
-        pairs = weight.grid == "e2m1" and size == 16 and inputs % 32 == 0
-        known = pairs or (weight.grid == "int4" and size % 32 == 0)
-        if not known or (groups.dtype.itemsize == 1 and not keeps_levels(device, "e4m3")):
+        size = weight.levels.shape[-1] // groups.shape[-1]
+        known = size == 16 if weight.grid == "e2m1" else size == 32 or size % 64 == 0
+        if not known or weight.grid not in TILED:
+            return False
+        if groups.dtype.itemsize == 1 and not keeps_levels(device, "e4m3"):
             return False
     return keeps_levels(device, weight.grid)
 

@@ -11,8 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from phireg.executor.cuda import attention, kernels, products
-from phireg.executor.levels import BITS
+from phireg.executor.cuda import attention, kernels, products, tiles
 
 HALF, FLOAT, LONG, INT, NUMBER = "*bf16", "*fp32", "*i64", "i32", "fp32"
 # Arguments by their names; what is left over is a half-precision pointer.
@@ -40,20 +39,18 @@ GRIDS = {
     "none": ("*bf16", "*bf16"), "e4m3": ("*fp8e4nv", "*bf16"), "int8": ("*i32", "*bf16"),
     "int4": ("*i32", "*bf16"), "e2m1": ("*i32", "*fp8e4nv"),
 }  # fmt: skip
-HALF_TYPE = triton.language.bfloat16
-LINEAR = {
-    "INPUTS": 3072, "X_SCALE": True, "BIAS": True, "KIND": "none", "SMOOTH": False, "OUT": "none",
-}  # fmt: skip
+HALF_TYPE, FLOAT_TYPE = triton.language.bfloat16, triton.language.float32
+LINEAR = {"INPUTS": 3072, "X_SCALE": True, "BIAS": True}
 
 
 def weight(grid, group=0, scales=2):
     data, groups = GRIDS[grid]
     types = {"weight_ptr": data, "group_ptr": groups}
-    bits = BITS.get(grid, 0)
-    width = LINEAR["INPUTS"] * bits // 32 or LINEAR["INPUTS"]
-    return {
-        "GRID": grid, "BITS": bits, "WIDTH": width, "GROUP": group, "SCALES": scales, "types": types
-    }  # fmt: skip
+    if grid in ("int4", "e2m1"):
+        return {"GRID": grid, "GROUP": group, "SCALES": scales, "types": types}
+    words = grid == "int8"
+    width = LINEAR["INPUTS"] // (4 if words else 1)
+    return {"WORDS": words, "WIDTH": width, "SCALES": scales, "types": types}
 
 
 def in_float32(case):
@@ -63,8 +60,15 @@ def in_float32(case):
 
 E4M3 = {"types": {"key_ptr": "*fp8e4nv", "value_ptr": "*fp8e4nv"}}
 INT8 = {"types": {"key_ptr": "*i8", "value_ptr": "*i8"}}
-MATVEC = {**LINEAR, "TYPE": HALF_TYPE, "PER_TOKEN": 0, "ROWS": 4, "BLOCK": 1024, "DEPTH": 2}
-PRODUCT = {**LINEAR, "ROWS": 64, "BLOCK": 128, "TOKENS": 32, "SPLITS": 4}
+VECTOR = {
+    **LINEAR, "KIND": "none", "SMOOTH": False, "OUT": "none", "TYPE": HALF_TYPE, "PER_TOKEN": 0,
+    "DEPTH": 2,
+}  # fmt: skip
+MATVEC = {**VECTOR, "ROWS": 4, "BLOCK": 1024}
+TILES = {**VECTOR, "WARPS": 4, "TOGETHER": 2}
+FEW = {**LINEAR, "TOKENS": 32, "SPLITS": 4}
+PRODUCT = {**FEW, "ROWS": 64, "BLOCK": 128}
+TILE_PRODUCT = {**FEW, "TILES": 4, "TOGETHER": 4}
 CASES = [
     ("norm", {"DELTA": True, "RMS": True, "SMOOTH": True, "GRID": "int8", "BLOCK": 4096}),
     ("norm", {"DELTA": False, "RMS": False, "SMOOTH": False, "GRID": "none", "BLOCK": 8192}),
@@ -76,14 +80,19 @@ CASES = [
     ("matvec", {**MATVEC, **weight("none", scales=0), "KIND": "gegelu"}),
     ("matvec", {**MATVEC, **weight("e4m3", scales=1), "KIND": "swiglu", "OUT": "fp8"}),
     ("matvec", {**MATVEC, **weight("int8"), "KIND": "gelu_tanh", "OUT": "int8", "SMOOTH": True}),
-    ("matvec", {**MATVEC, **weight("int4"), "KIND": "swiglu", "BLOCK": 128, "PER_TOKEN": 2}),
-    ("matvec", {**MATVEC, **weight("e2m1", 16, 1), "BLOCK": 512}),
+    ("tile_matvec", {**TILES, **weight("int4"), "KIND": "swiglu", "PER_TOKEN": 2}),
+    ("tile_matvec", {**TILES, **weight("int4", 128, 0), "KIND": "gegelu"}),
+    ("tile_matvec", {**TILES, **weight("int4", 32, 0)}),
+    ("tile_matvec", {**TILES, **weight("e2m1", 16, 1), "OUT": "int8", "SMOOTH": True}),
+    ("tile_matvec", {**TILES, **in_float32(weight("e2m1", 16, 1)), "TYPE": FLOAT_TYPE}),
     ("product", {**PRODUCT, **weight("e4m3")}),
     ("product", {**PRODUCT, **in_float32(weight("e4m3"))}),
     ("product", {**PRODUCT, **weight("int8"), "BLOCK": 64, "TOKENS": 64}),
-    ("product", {**PRODUCT, **weight("int4", 128, 0), "BLOCK": 16, "SPLITS": 1}),
-    ("product", {**PRODUCT, **weight("e2m1", 16, 1), "BLOCK": 32}),
-    ("expand", {"INPUTS": 3072, **weight("int4", 128, 0), "BLOCK": 1024}),
+    ("tile_product", {**TILE_PRODUCT, **weight("int4", 128, 0), "SPLITS": 1}),
+    ("tile_product", {**TILE_PRODUCT, **in_float32(weight("int4", 32, 0))}),
+    ("tile_product", {**TILE_PRODUCT, **weight("e2m1", 16, 1), "TOKENS": 64}),
+    ("expand", {"INPUTS": 3072, **weight("int8"), "BLOCK": 1024}),
+    ("tile_expand", {"INPUTS": 3072, **weight("e2m1", 16, 1), "TILES": 4}),
     ("route", {"BLOCK": 16}),
     *(
         ("activation", {"KIND": kind, "SMOOTH": smooth, "GRID": grid, "BLOCK": 1024})
@@ -116,7 +125,7 @@ CASES = [
 
 def main():
     for name, constants in CASES:
-        modules = (attention, kernels, products)
+        modules = (attention, kernels, products, tiles)
         kernel = next(filter(None, (getattr(m, f"{name}_kernel", None) for m in modules)))
         types = {**TYPES, **constants.get("types", {})}
         # Ampere has no e4m3; Ada is the first that has, and otherwise runs what Ampere does.

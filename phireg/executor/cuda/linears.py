@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -16,24 +16,30 @@ from torch import Tensor
 from torch.nn import functional
 
 from phireg.executor.blocks import Weights
-from phireg.executor.cuda import kernels, products
+from phireg.executor.cuda import kernels, products, tiles
 from phireg.executor.cuda.launch import GATED, TYPES, Rounding, counters, launch_options
-from phireg.executor.levels import BITS, find_packed
+from phireg.executor.levels import TILED, find_packed
 
 # Tokens up to which reading the packed weight once more for every so many is the fastest.
 FEW_TOKENS = 64
 # A product of a few tokens is split until so many programs share it, which fill a GPU.
 _PROGRAMS = 160
+# Tiles of inputs that a program of it takes in one step.
+_TOGETHER = 4
 
 
 # Of one token's product: the fastest of some thirty tried on an H100 for each linear of Phi-3-mini.
 # Many rows, few rows, two rows for an output, and many inputs.
-_TILES = {
+_BLOCKS = {
     "none": ((4, 1024, 1, 4), (4, 1024, 1, 4), (4, 1024, 1, 4), (4, 1024, 2, 4)),
     "e4m3": ((4, 1024, 2, 2), (4, 1024, 2, 2), (2, 512, 2, 1), (4, 1024, 2, 2)),
     "int8": ((4, 128, 1, 1), (4, 256, 3, 2), (4, 256, 1, 2), (4, 512, 1, 4)),
-    "int4": ((4, 128, 1, 1), (8, 512, 1, 4), (4, 128, 1, 1), (8, 512, 1, 4)),
-    "e2m1": ((4, 128, 1, 1), (8, 512, 1, 4), (2, 128, 1, 1), (4, 256, 2, 2)),
+}
+# Warps, steps asked for in advance, and steps whose inputs are read at once; groups of 64 and more.
+_STEPS = {
+    "int4": ((4, 8, 8), (4, 12, 12), (4, 2, 6), (8, 8, 8)),
+    "groups": ((8, 2, 2), (8, 6, 3), (4, 4, 2), (8, 6, 3)),
+    "e2m1": ((4, 2, 2), (4, 6, 6), (4, 2, 1), (8, 2, 2)),
 }
 
 
@@ -54,7 +60,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A weight as the kernels take it: words of levels, or levels of one byte, or values."""
+    """A weight as the kernels take it: tiles or words of levels, levels of one byte, or values."""
 
     grid: str
     data: Tensor
@@ -68,12 +74,30 @@ class _Stored:
         scales = 0
         if self.scale is not None:
             scales = 1 if self.scale.shape[-1] == 1 else 2
-        groups = self.group_scale
-        group = 0 if groups is None else self.inputs // groups.shape[-1]
+        if self.grid in TILED:
+            return {
+                "INPUTS": self.inputs, "GRID": self.grid, "SCALES": scales, "GROUP": self.group,
+            }  # fmt: skip
         return {
-            "INPUTS": self.inputs, "WIDTH": self.data.shape[-1], "GRID": self.grid,
-            "BITS": BITS.get(self.grid, 0), "SCALES": scales, "GROUP": group,
+            "INPUTS": self.inputs, "WIDTH": self.data.shape[-1], "WORDS": self.grid == "int8",
+            "SCALES": scales,
         }  # fmt: skip
+
+    @property
+    def group(self) -> int:
+        """The inputs to a scale, or 0."""
+        if self.grid == "e2m1":
+            return 16
+        return 0 if self.group_scale is None else self.inputs // self.group_scale.shape[-1]
+
+    def pointers(
+        self, x: Tensor, x_scale: Tensor | None, bias: Tensor | None, rounding: Rounding | None
+    ) -> tuple[Tensor, ...]:
+        """Return the kernels' first arguments; what there is none of is never read."""
+        tiled = (self.group_scale,) if self.grid in TILED else ()
+        optional = (self.scale, *tiled, x_scale, bias)
+        found = (x if tensor is None else tensor for tensor in optional)
+        return (x, self.data, *found, *Rounding.pointers(rounding, x))
 
 
 def matvec(
@@ -101,13 +125,25 @@ def matvec(
     pairs = 1 if experts is None else experts.chosen.numel()
     shape = (*x.shape[:-1], outputs) if experts is None else (pairs, outputs)
     out = torch.empty(shape, dtype=Rounding.kept_in(rounding, dtype), device=x.device)
-    rows, block, depth, warps = _tile(stored, activation in GATED)
+    arguments = (
+        *stored.pointers(x, x_scale, bias, rounding), x if experts is None else experts.chosen, out,
+        outputs, math.inf if limit is None else limit, experts.first if experts else 0,
+        stored.data.shape[0],
+    )  # fmt: skip
+    constants = stored.constants | Rounding.constants(rounding, "OUT") | {
+        "X_SCALE": x_scale is not None, "BIAS": bias is not None, "KIND": activation,
+        "TYPE": TYPES[dtype], "PER_TOKEN": experts.per_token if experts else 0,
+    }  # fmt: skip
+    if stored.grid in TILED:
+        warps, depth, together = _chosen(_STEPS, stored, activation in GATED)
+        tiles.tile_matvec_kernel[(outputs // 16, pairs)](
+            *arguments, **constants, WARPS=warps, DEPTH=depth, TOGETHER=together, num_stages=1,
+            **launch_options(x.device, warps),
+        )  # fmt: skip
+        return out
+    rows, block, depth, warps = _chosen(_BLOCKS, stored, activation in GATED)
     products.matvec_kernel[(triton.cdiv(outputs, rows), pairs)](
-        *_pointers(x, stored, x_scale, bias, rounding), x if experts is None else experts.chosen,
-        out, outputs, math.inf if limit is None else limit, experts.first if experts else 0,
-        stored.data.shape[0], **stored.constants, X_SCALE=x_scale is not None,
-        BIAS=bias is not None, KIND=activation, **Rounding.constants(rounding, "OUT"),
-        TYPE=TYPES[dtype], PER_TOKEN=experts.per_token if experts else 0, ROWS=rows, DEPTH=depth,
+        *arguments, **constants, ROWS=rows, DEPTH=depth,
         BLOCK=min(block, triton.next_power_of_2(stored.data.shape[-1])),
         **launch_options(x.device, warps),
     )  # fmt: skip
@@ -121,30 +157,41 @@ def product(
     stored = _stored(weights, name, x.shape[-1])
     tokens = x.numel() // stored.inputs
     out = torch.empty((*x.shape[:-1], stored.rows), dtype=x.dtype, device=x.device)
-    width, rows, block = stored.data.shape[-1], 64, 128
-    if stored.grid in BITS:
+    width, rows, block, least = stored.data.shape[-1], 64, 128, _PROGRAMS
+    if stored.grid == "int8":
         # Words; in float32 more of them gave wrong sums on an H100 (Triton 3.6).
-        levels = 32 // BITS[stored.grid]
-        block = 16 if x.dtype == torch.float32 else 64 if stored.grid == "int8" else 32
-        groups = stored.group_scale
-        if groups is not None and stored.inputs // groups.shape[-1] >= 16 * levels:
-            block = 16  # of one scale
-        x = functional.pad(x, (0, missing)) if (missing := -stored.inputs % (levels * block)) else x
-        x = x.unflatten(-1, (-1, block // 4, levels, 4)).transpose(-2, -3).contiguous()
-    tiles, splits = triton.cdiv(stored.rows, rows), 1
-    while tiles * splits < _PROGRAMS and splits < 16 and 2 * splits * block <= width:
+        block = 16 if x.dtype == torch.float32 else 64
+        x = functional.pad(x, (0, missing)) if (missing := -stored.inputs % (4 * block)) else x
+        x = x.unflatten(-1, (-1, block // 4, 4, 4)).transpose(-2, -3).contiguous()
+    if stored.grid in TILED:
+        width, block = stored.inputs, 64 * _TOGETHER
+        least = 4 * _PROGRAMS if stored.grid == "e2m1" else 2 * _PROGRAMS
+    row_tiles, splits = triton.cdiv(stored.rows, rows), 1
+    while row_tiles * splits < least and splits < 16 and 2 * splits * block <= width:
         splits *= 2
     # Inputs in float32 would take more shared memory than Ada's multiprocessors have.
     widest = 32 if x.dtype == torch.float32 else 64
     tile = min(widest, max(16, triton.next_power_of_2(tokens)))
     columns = triton.cdiv(tokens, tile)
     parts = out if splits == 1 else x.new_empty(splits * out.numel(), dtype=torch.float32)
-    products.product_kernel[(tiles, splits, columns)](
-        *_pointers(x, stored, x_scale, bias, None), out, parts, counters(x.device), tokens,
-        stored.rows, math.inf, **stored.constants, X_SCALE=x_scale is not None,
-        BIAS=bias is not None, KIND="none", **Rounding.constants(None, "OUT"), ROWS=rows,
-        BLOCK=block, TOKENS=tile, SPLITS=splits, num_stages=3, **launch_options(x.device, 4),
+    grid = (row_tiles, splits, columns)
+    arguments = (
+        *stored.pointers(x, x_scale, bias, None), out, parts, counters(x.device), tokens,
+        stored.rows, math.inf,
     )  # fmt: skip
+    constants = stored.constants | {
+        "X_SCALE": x_scale is not None, "BIAS": bias is not None, "TOKENS": tile, "SPLITS": splits,
+    }  # fmt: skip
+    if stored.grid in TILED:
+        tiles.tile_product_kernel[grid](
+            *arguments, **constants, TILES=rows // 16, TOGETHER=_TOGETHER,
+            num_stages=2 if stored.grid == "e2m1" else 3, **launch_options(x.device, 4),
+        )  # fmt: skip
+    else:
+        products.product_kernel[grid](
+            *arguments, **constants, ROWS=rows, BLOCK=block, num_stages=3,
+            **launch_options(x.device, 4),
+        )  # fmt: skip
     return out
 
 
@@ -164,10 +211,17 @@ def cache_values(levels: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _values(stored: _Stored, dtype: torch.dtype) -> Tensor:
     out = torch.empty((stored.rows, stored.inputs), dtype=dtype, device=stored.data.device)
+    scales = out if stored.scale is None else stored.scale
+    if stored.grid in TILED:
+        groups = out if stored.group_scale is None else stored.group_scale
+        tiles.tile_expand_kernel[(stored.rows // 16, triton.cdiv(stored.inputs, 256))](
+            stored.data, scales, groups, out, **stored.constants, TILES=4,
+            **launch_options(out.device, 4),
+        )  # fmt: skip
+        return out
     block = min(1024, triton.next_power_of_2(stored.inputs))
-    scales = (out if scale is None else scale for scale in (stored.scale, stored.group_scale))
     products.expand_kernel[(stored.rows, triton.cdiv(stored.inputs, block))](
-        stored.data, *scales, out, **stored.constants, BLOCK=block, **launch_options(out.device, 4)
+        stored.data, scales, out, **stored.constants, BLOCK=block, **launch_options(out.device, 4)
     )
     return out
 
@@ -196,22 +250,12 @@ def combine(outputs: Tensor, shares: Tensor) -> Tensor:
     return out
 
 
-def _pointers(
-    x: Tensor,
-    stored: _Stored,
-    x_scale: Tensor | None,
-    bias: Tensor | None,
-    rounding: Rounding | None,
-) -> tuple[Tensor, ...]:
-    """Return the kernels' first arguments; what there is none of is never read."""
-    optional = (stored.scale, stored.group_scale, x_scale, bias)
-    found = (x if tensor is None else tensor for tensor in optional)
-    return (x, stored.data, *found, *Rounding.pointers(rounding, x))
+_Choice = TypeVar("_Choice")
 
 
-def _tile(stored: _Stored, gated: bool) -> tuple[int, int, int, int]:
-    """Return rows, columns (inputs or words), steps in flight and warps of one program."""
-    plain, short, paired, long = _TILES[stored.grid]
+def _chosen(table: dict[str, tuple[_Choice, ...]], stored: _Stored, gated: bool) -> _Choice:
+    """Return what a table has for a weight."""
+    plain, short, paired, long = table["groups" if stored.group >= 32 else stored.grid]
     if stored.inputs > 4096:
         return long
     if gated:
@@ -224,7 +268,9 @@ def _stored(weights: Weights, name: str, inputs: int) -> _Stored:
     if packed is None:
         data = weights[f"{name}.weight"]
         return _Stored("none", data, None, None, data.shape[-2], inputs)
-    data = packed.data
-    if packed.grid in BITS:
+    data, rows = packed.data, packed.data.shape[-2]
+    if packed.grid in TILED:
+        data, rows = data.view(torch.int32), 16 * data.shape[-3]
+    elif packed.grid == "int8":
         data = data.view(torch.int32)
-    return _Stored(packed.grid, data, packed.scale, packed.group_scale, data.shape[-2], inputs)
+    return _Stored(packed.grid, data, packed.scale, packed.group_scale, rows, inputs)

@@ -1,11 +1,10 @@
-"""Triton kernels of a linear over weights as ``levels`` packs them, for one token and for a few.
+"""Triton kernels of a linear over weights of more than four bits, for one token and for a few.
 
 Each ends with what follows a linear: scales, the bias, the MLP's nonlinearity, and the rounding of
 the next linear's inputs to its grid. Constants: ``GRID`` is that of the weight, or "none" for
-values; ``BITS`` those of a level where levels lie in words, or 0; ``WIDTH`` the columns of a row,
-which are inputs or such words; ``GROUP`` the inputs to a scale, 0 for none; ``SCALES`` the number
-of ``scale``'s entries, 0, 1 or 2 for one a row; ``X_SCALE`` says that inputs are levels, ``OUT``
-the grid of outputs, ``TYPE`` the compute dtype.
+values; ``WORDS`` says that levels lie in words, which are int8's; ``WIDTH`` is the columns of a
+row, inputs or such words; ``SCALES`` the number of ``scale``'s entries, 0, 1 or 2 for one a row;
+``X_SCALE`` says that inputs are levels, ``OUT`` the grid of outputs, ``TYPE`` the compute dtype.
 """
 
 import triton
@@ -61,7 +60,7 @@ def _float(bits):
     return bits.to(tl.float32, bitcast=True)
 
 
-# Inputs are multiplied by this power of two where levels are taken as subnormal numbers.
+# Inputs are multiplied by it where levels are taken as subnormal numbers.
 _UP: tl.constexpr = tl.constexpr(2.0**100)
 
 
@@ -80,70 +79,42 @@ def _fetch(start, at, inside, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _of_words(
-    words, x_ptr, scale_ptr, mask, columns,
-    INPUTS: tl.constexpr, GRID: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    FULL: tl.constexpr,
-):  # fmt: skip
+def _of_words(words, x_ptr, columns, INPUTS: tl.constexpr, FULL: tl.constexpr):
     """Return sums of products of words [rows, columns] and inputs, and an excess [columns].
 
-    The excess is that of integers, which are stored with half of their range added. An integer in
-    the lowest 24 bits of a float32 is that many times 2^-149, wherever its bits lie. An e2m1 level
-    there, its lowest bit in bit 22, is itself times 2^-126. Products with inputs that have been
-    multiplied by enough are exact again but for a power of two, ``matvec_kernel``'s UNIT. Inputs
-    of 2^28 and more become infinite.
+    The excess is that of integers stored with half of their range added. An integer in the lowest
+    24 bits of a float32 is that many times 2^-149, wherever its bits lie. Products with inputs that
+    have been multiplied by enough are exact again but for a power of two, ``matvec_kernel``'s UNIT.
+    Inputs of 2^28 and more become infinite.
     """
-    LEVELS: tl.constexpr = 32 // BITS
-    start = columns // 4 * (4 * LEVELS) + columns % 4
+    start = columns // 4 * 16 + columns % 4
     excess = tl.zeros([columns.shape[0]], tl.float32)
     total = tl.zeros(words.shape, tl.float32)
-    part = tl.zeros(words.shape, tl.float32)
-    shifted = words >> 8
-    for n in tl.static_range(LEVELS):
+    for n in tl.static_range(4):
         x = _inputs(x_ptr, start + 4 * n, INPUTS, FULL)
-        if GRID == "e2m1":
-            high = words << (22 - 4 * n) if n < 6 else words >> (4 * n - 22)
-            level = _float((high & 0x01C00000) | ((high << 6) & -2147483648))
-            x = x * _UP
+        # In the lowest 24 bits; the last ones are brought there.
+        if n < 3:
+            level, factor = _float(words & (255 << 8 * n)), _UP / 2.0 ** (8 * n)
         else:
-            # In the lowest 24 bits; the last ones are brought there.
-            if BITS * (n + 1) <= 24:
-                level, factor = _float(words & (2**BITS - 1 << BITS * n)), _UP / 2.0 ** (BITS * n)
-            else:
-                level = _float(shifted & (2**BITS - 1 << BITS * n - 8))
-                factor = _UP / 2.0 ** (BITS * n - 8)
-            excess += x * (_UP / 2.0 ** (150 - BITS))
-            x = x * factor
-        part += level * x[None, :]
-        # A word's inputs, 32 apart at most, have one scale, or two.
-        if GROUP == 16 and (n == 3 or n == 7):
-            scale = tl.load(scale_ptr + (start // 16 + n // 4)[None, :], mask=mask, other=0.0)
-            total += part * scale.to(tl.float32)
-            part = tl.zeros(words.shape, tl.float32)
-    if GROUP > 16:
-        scale = tl.load(scale_ptr + (start // GROUP)[None, :], mask=mask, other=0.0)
-        part = (part - excess[None, :]) * scale.to(tl.float32)
-        excess = tl.zeros([columns.shape[0]], tl.float32)
-    if GROUP == 16:
-        part = total
-    return part, excess
+            level, factor = _float((words >> 8) & (255 << 16)), _UP / 2.0**16
+        excess += x * (_UP / 2.0**142)
+        total += level * (x * factor)[None, :]
+    return total, excess
 
 
 @triton.jit
 def matvec_kernel(
-    x_ptr, weight_ptr, scale_ptr, group_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr,
-    expert_ptr, out_ptr, outputs, limit, first_expert, experts,
-    INPUTS: tl.constexpr, WIDTH: tl.constexpr, GRID: tl.constexpr, BITS: tl.constexpr,
-    SCALES: tl.constexpr, GROUP: tl.constexpr,
+    x_ptr, weight_ptr, scale_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr, expert_ptr,
+    out_ptr, outputs, limit, first_expert, experts,
+    INPUTS: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr, SCALES: tl.constexpr,
     X_SCALE: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr,
     OUT: tl.constexpr, TYPE: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     GATED: tl.constexpr = KIND == "swiglu" or KIND == "gegelu"
-    UNIT: tl.constexpr = 1.0 if BITS == 0 else 2.0**26 if GRID == "e2m1" else 2.0**49
-    FULL: tl.constexpr = INPUTS % 32 == 0 and WIDTH % BLOCK == 0
+    UNIT: tl.constexpr = 2.0**49 if WORDS else 1.0
+    FULL: tl.constexpr = INPUTS % 16 == 0 and WIDTH % BLOCK == 0
     STEPS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
-    GROUPS: tl.constexpr = INPUTS // GROUP if GROUP > 0 else 0
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < outputs
     if PER_TOKEN > 0:
@@ -158,7 +129,6 @@ def matvec_kernel(
         out_ptr += pair * outputs
         rank_rows = expert * outputs * (2 if GATED else 1)
         weight_ptr += rank_rows * WIDTH
-        group_ptr += rank_rows * GROUPS
         scale_ptr += rank_rows if SCALES == 2 else expert
     first, second = rows, rows
     if KIND == "swiglu":
@@ -181,28 +151,23 @@ def matvec_kernel(
     )  # fmt: skip
     if PER_TOKEN == 0:
         _wait(EARLY)
-    a_groups = group_ptr + first[:, None] * GROUPS
-    b_groups = group_ptr + second[:, None] * GROUPS
     a_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     b_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     excess = tl.zeros([BLOCK], tl.float32)
-    if BITS > 0:
+    if WORDS:
         # Unrolled, it would take so many registers that few programs fit a multiprocessor.
         for step in range(STEPS):
             at = step * BLOCK + columns
-            mask = inside[:, None] & (at < WIDTH)[None, :]
             a += (_fetch(left, at + DEPTH * BLOCK, inside, WIDTH),)
             words = a[0]  # type: ignore[misc]  # mypy does not see what is added
-            part, more = _of_words(
-                words, x_ptr, a_groups, mask, at, INPUTS, GRID, BITS, GROUP, FULL
-            )
+            part, more = _of_words(words, x_ptr, at, INPUTS, FULL)
             a_sum += part
             excess += more
             a = a[1:]
             if GATED:
                 b += (_fetch(right, at + DEPTH * BLOCK, inside, WIDTH),)
                 words = b[0]  # type: ignore[misc]
-                part = _of_words(words, x_ptr, b_groups, mask, at, INPUTS, GRID, BITS, GROUP, FULL)
+                part = _of_words(words, x_ptr, at, INPUTS, FULL)
                 b_sum += part[0]
                 b = b[1:]
     else:
@@ -223,46 +188,29 @@ def matvec_kernel(
 
 
 @triton.jit
-def _decode_code(codes, dtype: tl.constexpr, GRID: tl.constexpr):
+def _decode_code(codes, dtype: tl.constexpr):
     """Return a word's codes, int16, as the numbers of a dtype that they stand for, exactly."""
-    if GRID == "int8":
-        if dtype == tl.bfloat16:
-            # 128 or 256, by the highest bit, taken from 128 plus the others.
-            low = ((codes & 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True)
-            return low - (((codes & 0x80) ^ 0x80) | 0x4300).to(tl.bfloat16, bitcast=True)
-        if dtype == tl.float16:
-            return (codes | 0x6400).to(tl.float16, bitcast=True) - 1152.0
-        return codes.to(dtype) - 128.0
-    if GRID == "int4":
-        if dtype == tl.bfloat16:
-            return (codes | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
-        if dtype == tl.float16:
-            return (codes | 0x6400).to(tl.float16, bitcast=True) - 1032.0
-        return codes.to(dtype) - 8.0
-    sign = (codes & 8) << 12
+    if dtype == tl.bfloat16:
+        # 128 or 256, by the highest bit, taken from 128 plus the others.
+        low = ((codes & 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True)
+        return low - (((codes & 0x80) ^ 0x80) | 0x4300).to(tl.bfloat16, bitcast=True)
     if dtype == tl.float16:
-        return (sign | ((codes & 7) << 9)).to(tl.float16, bitcast=True) * 16384.0
-    # A float16 subnormal or nearly, whose values float32 and bfloat16 have too.
-    value = (sign | ((codes & 7) << 9)).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
-    return value.to(dtype)
+        return (codes | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+    return codes.to(dtype) - 128.0
 
 
 @triton.jit
 def product_kernel(
-    x_ptr, weight_ptr, scale_ptr, group_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr,
+    x_ptr, weight_ptr, scale_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr,
     out_ptr, part_ptr, count_ptr, tokens, outputs, limit,
-    INPUTS: tl.constexpr, WIDTH: tl.constexpr, GRID: tl.constexpr, BITS: tl.constexpr,
-    SCALES: tl.constexpr, GROUP: tl.constexpr,
-    X_SCALE: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr,
-    OUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
-    SPLITS: tl.constexpr, EARLY: tl.constexpr,
+    INPUTS: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr, SCALES: tl.constexpr,
+    X_SCALE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    LEVELS: tl.constexpr = 32 // BITS if BITS > 0 else 1
+    LEVELS: tl.constexpr = 4 if WORDS else 1
     STEPS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     FULL: tl.constexpr = WIDTH % BLOCK == 0
-    GROUPS: tl.constexpr = INPUTS // GROUP if GROUP > 0 else 0
     SHARE: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
-    WIDE: tl.constexpr = GROUP > 0 and GROUP % (BLOCK * LEVELS) == 0  # a step has one scale
     split = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
@@ -271,68 +219,66 @@ def product_kernel(
     x_dtype = x_ptr.dtype.element_ty
     ending = _ending(
         row[:, None], row[:, None], inside[:, None], row[:, None], scale_ptr, x_scale_ptr, bias_ptr,
-        smoothing_ptr, out_scale_ptr, SCALES, X_SCALE, BIAS, SMOOTH, OUT,
+        smoothing_ptr, out_scale_ptr, SCALES, X_SCALE, BIAS, False, "none",
     )  # fmt: skip
     _wait(EARLY)
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
     weights = weight_ptr + row.to(tl.int64)[:, None] * WIDTH
     # Rows of inputs for words of levels are filled up to whole steps and sorted as these are.
-    inputs = x_ptr + token.to(tl.int64)[None, :] * (STEPS * BLOCK * LEVELS if BITS > 0 else INPUTS)
+    inputs = x_ptr + token.to(tl.int64)[None, :] * (STEPS * BLOCK * LEVELS if WORDS else INPUTS)
     real = (token < tokens)[None, :]
-    groups = group_ptr + row[:, None] * GROUPS
     for step in range(split * SHARE, min(split * SHARE + SHARE, STEPS)):
         at = step * BLOCK + columns
         mask = inside[:, None]
         if not FULL:
             mask = mask & (at < WIDTH)[None, :]
         weight = tl.load(weights + at[None, :], mask=mask, other=0.0)
-        if BITS > 0:
-            part = tl.zeros([ROWS, TOKENS], tl.float32) if WIDE else acc
+        if WORDS:
             for n in tl.static_range(LEVELS):
-                code = (weight >> (BITS * n)).to(tl.int16) & (2**BITS - 1)
-                level = _decode_code(code, x_dtype, GRID)
-                if GROUP > 0 and not WIDE:
-                    if 4 * n % GROUP == 0:
-                        group = (at // 4 * (4 * LEVELS) + 4 * n) // GROUP
-                        scale = tl.load(groups + group[None, :], mask=mask, other=0.0).to(x_dtype)
-                    level = level * scale
+                level = _decode_code((weight >> (8 * n)).to(tl.int16) & 255, x_dtype)
                 place = (step * LEVELS + n) * BLOCK + columns
                 x = tl.load(inputs + place[:, None], mask=real, other=0.0)
-                part = tl.dot(level, x, part, input_precision="ieee")
-            if WIDE:
-                scales = groups + step * BLOCK * LEVELS // GROUP
-                part = acc + part * tl.load(scales, mask=inside[:, None], other=0.0).to(tl.float32)
-            acc = part
+                acc = tl.dot(level, x, acc, input_precision="ieee")
         else:
             x = tl.load(inputs + at[:, None], mask=real & (at < INPUTS)[:, None], other=0.0)
             acc = tl.dot(_decode(weight, x_dtype), x, acc, input_precision="ieee")
     place = token[None, :].to(tl.int64) * outputs + row[:, None]
-    real = real & inside[:, None]
+    _store(
+        acc, ending, limit, out_ptr, part_ptr, count_ptr, split, tokens.to(tl.int64) * outputs,
+        place, real & inside[:, None], SPLITS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store(
+    sums, ending, limit, out_ptr, part_ptr, count_ptr, split, size, place, real,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Store a program's outputs; the last of a tile's splits to arrive adds all, in order."""
+    dtype = out_ptr.dtype.element_ty
     if SPLITS == 1:
-        y = _finish(acc, acc, ending, limit, out_ptr.dtype.element_ty, KIND, SMOOTH, OUT)
-        tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=real)
+        y = _finish(sums, sums, ending, limit, dtype, "none", False, "none")
+        tl.store(out_ptr + place, y.to(dtype), mask=real)
     else:
-        # The last of a tile's splits to arrive adds all of them, in order.
-        size = tokens.to(tl.int64) * outputs
-        tl.store(part_ptr + split * size + place, acc, mask=real)
+        tl.store(part_ptr + split * size + place, sums, mask=real)
         tl.debug_barrier()
         tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
         if tl.atomic_add(count_ptr + tile, 1) == SPLITS - 1:
             tl.store(count_ptr + tile, 0)
-            total = tl.zeros([ROWS, TOKENS], tl.float32)
+            total = tl.zeros(sums.shape, tl.float32)
             for other in tl.static_range(SPLITS):
                 total += tl.load(
                     part_ptr + other * size + place, mask=real, other=0.0, cache_modifier=".cg"
                 )
-            y = _finish(total, total, ending, limit, out_ptr.dtype.element_ty, KIND, SMOOTH, OUT)
-            tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=real)
+            y = _finish(total, total, ending, limit, dtype, "none", False, "none")
+            tl.store(out_ptr + place, y.to(dtype), mask=real)
 
 
 @triton.jit
 def expand_kernel(
-    weight_ptr, scale_ptr, group_ptr, out_ptr,
-    INPUTS: tl.constexpr, WIDTH: tl.constexpr, GRID: tl.constexpr, BITS: tl.constexpr,
-    SCALES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    weight_ptr, scale_ptr, out_ptr,
+    INPUTS: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr, SCALES: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Write a weight's values, as ``Levels.values`` rounds them."""
     row = tl.program_id(0).to(tl.int64)
@@ -343,16 +289,11 @@ def expand_kernel(
     if SCALES > 0:
         scale = tl.load(scale_ptr + row) if SCALES == 2 else tl.load(scale_ptr)
     weight_ptr += row * WIDTH
-    if BITS > 0:
-        RUN: tl.constexpr = 128 // BITS
-        word = tl.load(weight_ptr + at // RUN * 4 + at % 4, mask=inside, other=0)
-        code = (word >> (at % RUN // 4 * BITS)).to(tl.int16) & (2**BITS - 1)
-        value = _decode_code(code, tl.float32, GRID)
+    if WORDS:
+        word = tl.load(weight_ptr + at // 16 * 4 + at % 4, mask=inside, other=0)
+        value = _decode_code((word >> (at % 16 // 4 * 8)).to(tl.int16) & 255, tl.float32)
     else:
         value = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if GROUP > 0:
-        groups = group_ptr + row * (INPUTS // GROUP) + at // GROUP
-        value = value * tl.load(groups, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * INPUTS + at, (value * scale).to(out_ptr.dtype.element_ty), mask=inside)
 
 

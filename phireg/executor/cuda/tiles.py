@@ -1,0 +1,359 @@
+"""Triton kernels of a linear over weights of four bits, in tiles as ``levels`` packs them.
+
+What a lane reads of a tile is what the matrix units want from it: levels become their operand in
+the registers they were read to. Constants are as in ``products``; ``WARPS`` are those of a program
+that share the inputs of its rows, ``DEPTH`` the tiles that a warp has asked for in advance, and
+``TOGETHER`` those whose inputs it reads at once. Levels are computed with as numbers of the dtype
+of inputs, times the power of two that ``_unit`` takes back.
+"""
+
+import triton
+import triton.language as tl
+
+from phireg.executor.cuda.kernels import _wait
+from phireg.executor.cuda.products import _ending, _finish, _store
+
+# Successive inputs that a lane has of a row, as Triton's releases assign them to one token's
+# product. The other number is as right, but what a lane read goes to other lanes then.
+_RUN: tl.constexpr = tl.constexpr(
+    4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
+)
+# Inputs are multiplied by it where levels of e2m1 are subnormal numbers of bfloat16.
+_UP: tl.constexpr = tl.constexpr(2.0**64)
+
+
+@triton.jit
+def _numbers(bits, dtype: tl.constexpr):
+    """Return the two numbers of half precision in words [...]: [..., 2]; float32's from bfloat16.
+
+    A product of these can be subnormal, an operand, too: none is flushed to zero.
+    """
+    halves = tl.join(bits.to(tl.int16), (bits >> 16).to(tl.int16))
+    if dtype == tl.float32:
+        numbers = (halves.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        numbers = halves.to(dtype, bitcast=True)
+    return numbers
+
+
+@triton.jit
+def _integers(bits, up: tl.constexpr, dtype: tl.constexpr):
+    """Return 2^-13 (u - 8) of integers u that are the digits of a subnormal number."""
+    digits = _numbers(bits, dtype)
+    factor = tl.full(digits.shape, up, dtype)
+    return tl.fma(digits, factor, tl.full(digits.shape, -(2.0**-10), dtype))
+
+
+@triton.jit
+def _levels(words, dtype: tl.constexpr, GRID: tl.constexpr, TILES: tl.constexpr, RUN: tl.constexpr):
+    """Return levels of tiles of words [TILES, 128]: [TILES, 16 rows, 64 inputs].
+
+    With a ``RUN`` of four, the inputs of each eight that are two and three lie where four and five
+    should, and these there.
+    """
+    HALF: tl.constexpr = dtype == tl.float16
+    w = tl.reshape(words, [TILES, 8, 4, 4])
+    if GRID == "int4":
+        UP: tl.constexpr = 2.0**11 if HALF else 2.0**120
+        late = w >> 8
+        a = _integers(w & 0x000F000F, UP, dtype)
+        b = _integers(w & 0x00F000F0, UP / 16, dtype)
+        c = _integers(late & 0x000F000F, UP, dtype)
+        d = _integers(late & 0x00F000F0, UP / 16, dtype)
+    else:
+        # The sign, and two bits of the exponent and one of the mantissa.
+        SIGN: tl.constexpr = -0x7FFF8000
+        REST: tl.constexpr = 0x0E000E00 if HALF else 0x01C001C0
+        a = _numbers(((w << 12) & SIGN) | ((w << (9 if HALF else 6)) & REST), dtype)
+        b = _numbers(((w << 8) & SIGN) | ((w << (5 if HALF else 2)) & REST), dtype)
+        c = _numbers(((w << 4) & SIGN) | ((w << 1 if HALF else w >> 2) & REST), dtype)
+        d = _numbers((w & SIGN) | ((w >> (3 if HALF else 6)) & REST), dtype)
+    # Row, lane's pair of inputs, sixteen inputs, pair, which eight of sixteen, which eight rows.
+    q = tl.join(tl.join(a, c), tl.join(b, d))
+    q = tl.permute(q, [0, 6, 1, 3, 2, 5, 4] if RUN == 4 else [0, 6, 1, 3, 5, 2, 4])
+    return tl.reshape(q, [TILES, 16, 64])
+
+
+@triton.jit
+def _column(
+    x_ptr, first, inside, tile: tl.constexpr, dtype: tl.constexpr, INPUTS: tl.constexpr,
+    GROUP: tl.constexpr, FULL: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Return inputs from ``first`` [WARPS, 1] on as an operand [WARPS, 64, 8].
+
+    All columns are the same. With small groups each has one group's inputs and zeros, of those of
+    tile 0 or 1, so that it sums the products that have one scale.
+    """
+    SMALL: tl.constexpr = GROUP > 0 and GROUP < 64
+    lane = tl.arange(0, 64)[None, :]
+    place = first + lane % 8
+    x = ()
+    for eight in tl.static_range(8):
+        at = place + 8 * eight
+        if SMALL:
+            mine = lane // 8 == (64 * tile + 8 * eight) // GROUP
+            x += (tl.load(x_ptr + at, mask=inside & (at < INPUTS) & mine, other=0.0),)
+        elif FULL:
+            x += (tl.load(x_ptr + at),)
+        else:
+            x += (tl.load(x_ptr + at, mask=inside & (at < INPUTS), other=0.0),)
+    even = tl.join(tl.join(x[0], x[2]), tl.join(x[4], x[6]))
+    odd = tl.join(tl.join(x[1], x[3]), tl.join(x[5], x[7]))
+    y = tl.permute(tl.join(even, odd), [0, 1, 3, 2, 4]).to(dtype)
+    y = tl.reshape(y, [WARPS, 8, 4, 2, 4, 2])
+    y = tl.permute(y, [0, 4, 2, 5, 3, 1] if _RUN == 4 else [0, 4, 5, 2, 3, 1])
+    return tl.reshape(y, [WARPS, 64, 8])
+
+
+@triton.jit
+def _total(sums, SMALL: tl.constexpr):
+    """Return the sums of rows of [WARPS, 16, 8], of all columns or of one of eight equal ones."""
+    y = tl.sum(sums, 0)
+    if not SMALL:
+        y = tl.where(tl.arange(0, 8)[None, :] == 0, y, 0.0)
+    return tl.sum(y, 1)
+
+
+@triton.jit
+def tile_matvec_kernel(
+    x_ptr, weight_ptr, scale_ptr, group_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr,
+    expert_ptr, out_ptr, outputs, limit, first_expert, experts,
+    INPUTS: tl.constexpr, GRID: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr,
+    X_SCALE: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr,
+    OUT: tl.constexpr, TYPE: tl.constexpr, PER_TOKEN: tl.constexpr, WARPS: tl.constexpr,
+    DEPTH: tl.constexpr, TOGETHER: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One token's product: 16 outputs a program, of 32 rows where the nonlinearity joins two."""
+    PARTS: tl.constexpr = 2 if KIND == "swiglu" or KIND == "gegelu" else 1
+    HALF: tl.constexpr = TYPE == tl.float16
+    SMALL: tl.constexpr = GROUP > 0 and GROUP < 64
+    PAIR: tl.constexpr = 2 if SMALL else 1  # tiles of a step
+    STRIDE: tl.constexpr = (INPUTS + 127) // 128 * 2
+    WIDTH: tl.constexpr = (INPUTS + 64 * PAIR - 1) // (64 * PAIR)  # steps of all warps
+    STEPS: tl.constexpr = (WIDTH + WARPS - 1) // WARPS
+    ROUNDS: tl.constexpr = (STEPS + TOGETHER - 1) // TOGETHER
+    FULL: tl.constexpr = WIDTH % (WARPS * TOGETHER) == 0 and INPUTS % 64 == 0
+    GROUPS: tl.constexpr = INPUTS // GROUP if GROUP > 0 else 0
+    number = tl.program_id(0)
+    row = number * 16 + tl.arange(0, 16)
+    width, mine = WIDTH, outputs
+    if PER_TOKEN > 0:
+        # The pairs of a token and one of its experts, which is this rank's or leaves zeros.
+        _wait(EARLY)
+        pair = tl.program_id(1).to(tl.int64)
+        expert = tl.load(expert_ptr + pair) - first_expert
+        inside = (expert >= 0) & (expert < experts)
+        expert = tl.where(inside, expert, 0)
+        width, mine = tl.where(inside, WIDTH, 0), tl.where(inside, outputs, 0)
+        x_ptr += pair // PER_TOKEN * INPUTS
+        out_ptr += pair * outputs
+        stacked = expert * outputs * PARTS
+        weight_ptr += stacked // 16 * (STRIDE * 128)
+        group_ptr += stacked * (STRIDE * 4 if GRID == "e2m1" else GROUPS)
+        scale_ptr += stacked if SCALES == 2 else expert
+    first, second = row, row
+    tiles = (number.to(tl.int64),)
+    if KIND == "swiglu":
+        second = row + outputs
+        tiles += (number.to(tl.int64) + outputs // 16,)
+    if KIND == "gegelu":
+        first = 2 * row
+        second = first + 1
+        tiles = (2 * number.to(tl.int64), 2 * number.to(tl.int64) + 1)
+    warp = tl.arange(0, WARPS)[:, None]
+    lane = tl.arange(0, 128)[None, :]
+    # Weights are on their way while the kernel before this one ends.
+    words, scales = (), ()
+    for early in tl.static_range(min(DEPTH, STEPS)):
+        soon = warp + early * WARPS < width
+        for part in tl.static_range(PARTS):
+            start = (tiles[part] * (STRIDE // PAIR) + early * WARPS + warp) * 128
+            for tile in tl.static_range(PAIR):
+                source = weight_ptr + start * PAIR + tile * 128 + lane
+                words += (tl.load(source, mask=soon, other=0),)
+            if GRID == "e2m1":
+                scales += (tl.load(group_ptr + start + lane, mask=soon, other=0.0),)
+    ending = _ending(
+        first, second, row < mine, row, scale_ptr, x_scale_ptr, bias_ptr, smoothing_ptr,
+        out_scale_ptr, SCALES, X_SCALE, BIAS, SMOOTH, OUT,
+    )  # fmt: skip
+    if PER_TOKEN == 0:
+        _wait(EARLY)
+    sums = ()
+    for part in tl.static_range(PARTS):
+        sums += (tl.zeros([WARPS, 16, 8], tl.float32),)
+    for turn in range(ROUNDS):
+        inputs = ()
+        for ahead in tl.static_range(TOGETHER):
+            step = (turn * TOGETHER + ahead) * WARPS + warp
+            for tile in tl.static_range(PAIR):
+                x = _column(
+                    x_ptr, (step * PAIR + tile) * 64, step < width, tile, TYPE, INPUTS,
+                    GROUP, FULL, WARPS,
+                )  # fmt: skip
+                inputs += (x,)
+        for ahead in tl.static_range(TOGETHER):
+            step = (turn * TOGETHER + ahead) * WARPS + warp
+            later = step + DEPTH * WARPS
+            new = ()
+            for part in tl.static_range(PARTS):
+                at = (tiles[part] * (STRIDE // PAIR) + later) * 128
+                asked = later < width
+                total = tl.zeros([WARPS, 16, 8], tl.float32) if GROUP > 0 else sums[part]
+                for tile in tl.static_range(PAIR):
+                    place = weight_ptr + at * PAIR + tile * 128 + lane
+                    words += (tl.load(place, mask=asked, other=0),)
+                    x = inputs[ahead * PAIR + tile]
+                    if GRID == "e2m1" and not HALF:
+                        x = x * _UP
+                    level = _levels(words[0], TYPE, GRID, WARPS, _RUN)
+                    total = tl.dot(level, x, total, input_precision="ieee")
+                    words = words[1:]
+                if GRID == "e2m1":
+                    scales += (tl.load(group_ptr + at + lane, mask=asked, other=0.0),)
+                    scale = tl.permute(tl.reshape(scales[0], [WARPS, 8, 4, 2, 2]), [0, 3, 1, 2, 4])
+                    scale = tl.reshape(scale, [WARPS, 16, 8]).to(tl.float32)
+                    scales = scales[1:]
+                    total = sums[part] + total * scale
+                elif GROUP > 0:
+                    column = tl.arange(0, 8 if SMALL else 1)[None, None, :]
+                    group = (step * (64 * PAIR) // GROUP)[:, :, None] + column
+                    known = (group < GROUPS) & (column < max(1, 64 * PAIR // GROUP))
+                    known = known & (step < width)[:, :, None]
+                    group += (tiles[part] * 16 + tl.arange(0, 16))[None, :, None] * GROUPS
+                    scale = tl.load(group_ptr + group, mask=known, other=0.0).to(tl.float32)
+                    total = sums[part] + total * scale
+                new += (total,)
+            sums = new
+    UNIT: tl.constexpr = 2.0**13 if GRID == "int4" else 2.0**14 if HALF else 2.0**62
+    y = _total(sums[0], SMALL) * UNIT
+    z = _total(sums[PARTS - 1], SMALL) * UNIT
+    if KIND == "gegelu":
+        y, z = tl.split(tl.reshape(tl.permute(tl.join(y, z), [1, 0]), [16, 2]))
+    y = _finish(y, z, ending, limit, TYPE, KIND, SMOOTH, OUT)
+    tl.store(
+        out_ptr + row, tl.where(row < mine, y, 0.0).to(out_ptr.dtype.element_ty), mask=row < outputs
+    )
+
+
+@triton.jit
+def _scale_place(row, tile, sixteen, INPUTS: tl.constexpr):
+    """Return where the scale of a row's group of 16 inputs of a tile of e2m1 is."""
+    pair = row // 16 * ((INPUTS + 127) // 128) + tile // 2
+    return (
+        pair * 128 + row % 8 * 16 + tile % 2 * 8 + sixteen // 2 * 4 + row // 8 % 2 * 2 + sixteen % 2
+    )
+
+
+@triton.jit
+def tile_product_kernel(
+    x_ptr, weight_ptr, scale_ptr, group_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr,
+    out_ptr, part_ptr, count_ptr, tokens, outputs, limit,
+    INPUTS: tl.constexpr, GRID: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr,
+    X_SCALE: tl.constexpr, BIAS: tl.constexpr, TILES: tl.constexpr, TOGETHER: tl.constexpr,
+    TOKENS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """A few tokens' product: a program has ``TILES`` of rows and one of ``SPLITS`` of inputs."""
+    ROWS: tl.constexpr = 16 * TILES
+    SMALL: tl.constexpr = GROUP > 0 and GROUP < 64
+    # Tiles that have one scale.
+    SPAN: tl.constexpr = TOGETHER if GROUP % (64 * TOGETHER) == 0 else 2 if GROUP % 128 == 0 else 1
+    STRIDE: tl.constexpr = (INPUTS + 127) // 128 * 2
+    STEPS: tl.constexpr = (STRIDE + TOGETHER - 1) // TOGETHER
+    SHARE: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    FULL: tl.constexpr = INPUTS % (64 * TOGETHER) == 0
+    GROUPS: tl.constexpr = INPUTS // GROUP if GROUP > 0 else 0
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    # Products of levels and scales are as large as half precision wants them.
+    HALF: tl.constexpr = dtype == tl.float16
+    UP: tl.constexpr = (
+        (2.0**7 if HALF else 2.0**110) if GRID == "e2m1" else 2.0**10 if HALF else 1.0
+    )
+    UNIT: tl.constexpr = (
+        (2.0**7 if HALF else 2.0**16) if GRID == "e2m1" else 2.0**13 / UP if SMALL else 2.0**13
+    )
+    split = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < outputs
+    token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    real = token < tokens
+    ending = _ending(
+        row[:, None], row[:, None], inside[:, None], row[:, None], scale_ptr, x_scale_ptr, bias_ptr,
+        smoothing_ptr, out_scale_ptr, SCALES, X_SCALE, BIAS, False, "none",
+    )  # fmt: skip
+    _wait(EARLY)
+    number = (tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES))[:, None]
+    lane = tl.arange(0, 128)[None, :]
+    weights = weight_ptr + number * (STRIDE * 128) + lane
+    present = number * 16 < outputs
+    inputs = x_ptr + token.to(tl.int64)[None, :] * INPUTS
+    acc = tl.zeros([ROWS, TOKENS], tl.float32)
+    for step in range(split * SHARE, min(split * SHARE + SHARE, STEPS)):
+        total = acc
+        for ahead in tl.static_range(TOGETHER):
+            tile = step * TOGETHER + ahead
+            at = tile * 64 + tl.arange(0, 64)
+            if FULL:
+                words = tl.load(weights + tile * 128, mask=present, other=0)
+                x = tl.load(inputs + at[:, None], mask=real[None, :], other=0.0)
+            else:
+                words = tl.load(
+                    weights + tile * 128, mask=present & (tile * 128 + lane < STRIDE * 128), other=0
+                )
+                x = tl.load(
+                    inputs + at[:, None], mask=real[None, :] & (at < INPUTS)[:, None], other=0.0
+                )
+            level = tl.reshape(_levels(words, dtype, GRID, TILES, 2), [ROWS, 64])
+            if SMALL:
+                sixteen = tl.arange(0, 4)[None, :]
+                known = inside[:, None] & (tile * 64 + sixteen * 16 < INPUTS)
+                if GRID == "e2m1":
+                    place = _scale_place(row[:, None].to(tl.int64), tile, sixteen, INPUTS)
+                else:
+                    place = row[:, None].to(tl.int64) * GROUPS + (tile * 64 + sixteen * 16) // GROUP
+                scale = tl.load(group_ptr + place, mask=known, other=0.0).to(tl.float32) * UP
+                level = tl.reshape(level, [ROWS, 4, 16]) * scale.to(dtype)[:, :, None]
+                level = tl.reshape(level, [ROWS, 64])
+            elif GROUP > 0 and ahead % SPAN == 0:
+                total = tl.zeros([ROWS, TOKENS], tl.float32)
+            total = tl.dot(level, x, total, input_precision="ieee")
+            if GROUP > 0 and not SMALL and ahead % SPAN == SPAN - 1:
+                place = row.to(tl.int64) * GROUPS + tile * 64 // GROUP
+                known = inside & (place < (row + 1).to(tl.int64) * GROUPS)
+                scale = tl.load(group_ptr + place, mask=known, other=0.0).to(tl.float32)
+                acc += total * scale[:, None]
+        if GROUP == 0 or SMALL:
+            acc = total
+    place = token[None, :].to(tl.int64) * outputs + row[:, None]
+    _store(
+        acc * UNIT, ending, limit, out_ptr, part_ptr, count_ptr, split,
+        tokens.to(tl.int64) * outputs, place, real[None, :] & inside[:, None], SPLITS,
+    )  # fmt: skip
+
+
+@triton.jit
+def tile_expand_kernel(
+    weight_ptr, scale_ptr, group_ptr, out_ptr,
+    INPUTS: tl.constexpr, GRID: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr,
+    TILES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Write a weight's values, as ``Levels.values`` rounds them."""
+    STRIDE: tl.constexpr = (INPUTS + 127) // 128 * 2
+    number = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
+    row = (number * 16 + tl.arange(0, 16))[None, :, None]
+    at = tile[:, None, None] * 64 + tl.arange(0, 64)[None, None, :]
+    inside = at < INPUTS
+    _wait(EARLY)
+    place = (number * STRIDE + tile)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    words = tl.load(weight_ptr + place, mask=(tile < STRIDE)[:, None], other=0)
+    value = _levels(words, tl.float32, GRID, TILES, 2) * (2.0**13 if GRID == "int4" else 2.0**126)
+    if GRID == "e2m1":
+        group = _scale_place(row, tile[:, None, None], at % 64 // 16, INPUTS)
+        value *= tl.load(group_ptr + group, mask=inside, other=0.0).to(tl.float32)
+    elif GROUP > 0:
+        group = row * (INPUTS // GROUP) + at // GROUP
+        value *= tl.load(group_ptr + group, mask=inside, other=0.0).to(tl.float32)
+    if SCALES > 0:
+        value *= tl.load(scale_ptr + row) if SCALES == 2 else tl.load(scale_ptr)
+    tl.store(out_ptr + row * INPUTS + at, value.to(out_ptr.dtype.element_ty), mask=inside)
