@@ -37,10 +37,12 @@ _BLOCKS = {
 }
 # Warps, steps asked for in advance, and steps whose inputs are read at once; groups of 64 and more.
 _STEPS = {
-    "int4": ((4, 8, 8), (4, 12, 12), (4, 2, 6), (8, 8, 8)),
-    "groups": ((8, 2, 2), (8, 6, 3), (4, 4, 2), (8, 6, 3)),
+    "int4": ((4, 12, 12), (4, 12, 12), (4, 4, 12), (8, 12, 12)),
+    "groups": ((8, 2, 2), (8, 6, 3), (4, 2, 6), (8, 6, 3)),
     "e2m1": ((4, 2, 2), (4, 6, 6), (4, 2, 1), (8, 2, 2)),
 }
+# In float32 inputs take shared memory, of which there is so much.
+_STEPS_IN_FLOAT32 = (4, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,8 @@ def matvec(
         "TYPE": TYPES[dtype], "PER_TOKEN": experts.per_token if experts else 0,
     }  # fmt: skip
     if stored.grid in TILED:
-        warps, depth, together = _chosen(_STEPS, stored, activation in GATED)
+        chosen = _chosen(_STEPS, stored, activation in GATED)
+        warps, depth, together = _STEPS_IN_FLOAT32 if dtype == torch.float32 else chosen
         tiles.tile_matvec_kernel[(outputs // 16, pairs)](
             *arguments, **constants, WARPS=warps, DEPTH=depth, TOGETHER=together, num_stages=1,
             **launch_options(x.device, warps),
