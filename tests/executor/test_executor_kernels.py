@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from phireg.executor import attention as attend
 from phireg.executor import blocks, quantized
-from phireg.executor.cuda import attention, fused, kernels, launch, linears, products
+from phireg.executor.cuda import attention, fused, kernels, launch, linears, products, tiles
 from phireg.executor.finite import NO_TOKEN
 from phireg.executor.levels import Levels
 from phireg.reader.schemes import Quantization
@@ -149,7 +149,7 @@ PACKED = [
 @pytest.mark.parametrize(("grid", "inputs", "group"), PACKED)
 def test_packed_weights(grid, inputs, group):
     """One token's product, a few tokens', and the expanded weight."""
-    rows = 18 if grid in ("e4m3", "int8") else 96
+    rows = {"int4": 96, "e2m1": 32}.get(grid, 18)
     weights, value = packed_weight(grid, rows, inputs, group)
     bias, x_scale = randn(rows, seed=2), torch.tensor([0.5], device=DEVICE)
     expanded = linears.expanded(weights, "mlp.fc", inputs, torch.float32)
@@ -169,6 +169,21 @@ def test_packed_weights(grid, inputs, group):
         x[..., 0, 3] = torch.nan
         expected = (x.double() @ value.T).isnan()
         assert torch.equal(multiply(weights, "mlp.fc", x, None).isnan(), expected)
+
+
+@pytest.mark.parametrize(("kind", "limit"), ACTIVATIONS)
+@pytest.mark.parametrize(("grid", "group"), [("int4", 64), ("e2m1", 16)])
+def test_what_follows_a_product_of_tiles(kind, limit, grid, group):
+    weights, value = packed_weight(grid, 64, 192, group)
+    x, bias = randn(1, 192) / 50, randn(64, seed=2)
+    expected = x.double() @ value.T + bias
+    expected = blocks.activate(spec(activation=kind, gegelu_limit=limit), expected)
+    act = {"activation": kind, "limit": limit}
+    actual = linears.matvec(weights, "mlp.fc", x, bias, x.dtype, **act)
+    assert relative_error(actual, expected) < 2e-6
+    rounding = launch.Rounding(torch.tensor([0.02], device=DEVICE), None, "int8")
+    levels = linears.matvec(weights, "mlp.fc", x, bias, x.dtype, **act, rounding=rounding)
+    assert torch.equal(levels, launch.quantize(actual, rounding, actual.dtype))
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -370,7 +385,7 @@ def test_the_kernels_compile_for_real_gpus():
     built = [line.split() for line in done.stdout.splitlines()]
     assert {name for name, _, _ in built} == {
         name.removesuffix("_kernel")
-        for name in (*vars(attention), *vars(kernels), *vars(products))
+        for name in (*vars(attention), *vars(kernels), *vars(products), *vars(tiles))
         if name.endswith("_kernel")
     }
     # What one program may have at most: on GPUs of compute capability 8.6, which have least and run

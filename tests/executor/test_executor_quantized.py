@@ -164,20 +164,30 @@ def test_weights_kept_as_stored(scheme, tmp_path, monkeypatch):
     kept = {name.rpartition(".")[2]: w for name, w in executor.layer_weights(0)[0].items()}
     grid, size = {
         "fp8": ("e4m3", 136), "int8_sq": ("int8", 144), "int8_wo": ("int8", 144),
-        "int4_wo": ("int4", 80),
+        "int4_wo": ("int4", 512),
     }[scheme]  # fmt: skip
-    assert (kept[grid].element_size(), kept[grid].shape[-1]) == (1, size)  # mlp.proj's, 136 inputs
+    # Of mlp.proj with its 136 inputs, or of a tile.
+    assert (kept[grid].element_size(), kept[grid].shape[-1]) == (1, size)
     actual = executor(torch.stack([ids, ids]))
     tolerance = 0.2 if scheme == "fp8" else 0.0  # the same values, except for sums of products
     assert relative_error(actual[0], expected) <= tolerance
     assert relative_error(actual[1], expected) <= tolerance
 
 
-@pytest.mark.parametrize(("inputs", "kept"), [(64, True), (48, False), (16, False)])
-def test_weights_of_an_odd_number_of_small_groups_are_expanded(inputs, kept, monkeypatch):
-    """The kernels read the scales of two groups of 16 at once."""
+@pytest.mark.parametrize(
+    ("grid", "rows", "inputs", "group", "kept"),
+    [
+        ("e2m1", 32, 48, 16, True), ("e2m1", 48, 64, 16, False), ("e2m1", 32, 64, 32, False),
+        ("int4", 64, 64, 32, True), ("int4", 32, 384, 192, True), ("int4", 32, 192, 96, False),
+        ("int4", 32, 40, 0, True), ("int4", 40, 32, 0, False), ("int8", 3, 40, 0, True),
+        ("int8", 32, 64, 32, False),
+    ],
+)  # fmt: skip
+def test_weights_that_kernels_do_not_know_are_expanded(
+    grid, rows, inputs, group, kept, monkeypatch
+):
     monkeypatch.setattr(quantized, "keeps_levels", lambda device, grid: True)
-    levels = torch.zeros(3, inputs).to(torch.float8_e4m3fn)
-    groups = torch.ones(3, inputs // 16).to(torch.float8_e4m3fn)
-    weight = Levels("e2m1", levels, torch.ones(1), groups)
+    levels = torch.zeros(rows, inputs, dtype=torch.int8)
+    groups = torch.ones(rows, inputs // group) if group else None
+    weight = Levels(grid, levels, torch.ones(1), groups)
     assert quantized.keeps_weight(torch.device("cpu"), weight) == kept

@@ -7,6 +7,7 @@ the matrix units, level by level. More tokens take the ordinary product of an ex
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -256,7 +257,7 @@ def combine(outputs: Tensor, shares: Tensor) -> Tensor:
 _Choice = TypeVar("_Choice")
 
 
-def _chosen(table: dict[str, tuple[_Choice, ...]], stored: _Stored, gated: bool) -> _Choice:
+def _chosen(table: Mapping[str, tuple[_Choice, ...]], stored: _Stored, gated: bool) -> _Choice:
     """Return what a table has for a weight."""
     plain, short, paired, long = table["groups" if stored.group >= 32 else stored.grid]
     if stored.inputs > 4096:

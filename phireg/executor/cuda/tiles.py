@@ -1,10 +1,10 @@
 """Triton kernels of a linear over weights of four bits, in tiles as ``levels`` packs them.
 
 What a lane reads of a tile is what the matrix units want from it: levels become their operand in
-the registers they were read to. Constants are as in ``products``; ``WARPS`` are those of a program
-that share the inputs of its rows, ``DEPTH`` the tiles that a warp has asked for in advance, and
-``TOGETHER`` those whose inputs it reads at once. Levels are computed with as numbers of the dtype
-of inputs, times the power of two that ``_unit`` takes back.
+the registers they were read to, as numbers of the inputs' dtype times a power of two, by which sums
+are divided. Constants are as in ``products``; ``WARPS`` of a program share the inputs of its
+rows, ``DEPTH`` is the steps that a warp has asked for in advance, and ``TOGETHER`` those whose
+inputs it reads at once. Groups of fewer inputs than a tile are small; then a step is two tiles.
 """
 
 import triton
@@ -24,9 +24,9 @@ _UP: tl.constexpr = tl.constexpr(2.0**64)
 
 @triton.jit
 def _numbers(bits, dtype: tl.constexpr):
-    """Return the two numbers of half precision in words [...]: [..., 2]; float32's from bfloat16.
+    """Return the two numbers in each of the words [...]: [..., 2]; float32's are bfloat16's.
 
-    A product of these can be subnormal, an operand, too: none is flushed to zero.
+    Subnormal ones are among them, which neither products nor matrix units take for zero.
     """
     halves = tl.join(bits.to(tl.int16), (bits >> 16).to(tl.int16))
     if dtype == tl.float32:
@@ -48,8 +48,8 @@ def _integers(bits, up: tl.constexpr, dtype: tl.constexpr):
 def _levels(words, dtype: tl.constexpr, GRID: tl.constexpr, TILES: tl.constexpr, RUN: tl.constexpr):
     """Return levels of tiles of words [TILES, 128]: [TILES, 16 rows, 64 inputs].
 
-    With a ``RUN`` of four, the inputs of each eight that are two and three lie where four and five
-    should, and these there.
+    The inputs are in order with a ``RUN`` of two. With one of four a lane's two pairs of each
+    sixteen are side by side.
     """
     HALF: tl.constexpr = dtype == tl.float16
     w = tl.reshape(words, [TILES, 8, 4, 4])
@@ -68,7 +68,7 @@ def _levels(words, dtype: tl.constexpr, GRID: tl.constexpr, TILES: tl.constexpr,
         b = _numbers(((w << 8) & SIGN) | ((w << (5 if HALF else 2)) & REST), dtype)
         c = _numbers(((w << 4) & SIGN) | ((w << 1 if HALF else w >> 2) & REST), dtype)
         d = _numbers((w & SIGN) | ((w >> (3 if HALF else 6)) & REST), dtype)
-    # Row, lane's pair of inputs, sixteen inputs, pair, which eight of sixteen, which eight rows.
+    # Tile, row, lane's pair, sixteen inputs, of a pair, which eight inputs, which eight rows.
     q = tl.join(tl.join(a, c), tl.join(b, d))
     q = tl.permute(q, [0, 6, 1, 3, 2, 5, 4] if RUN == 4 else [0, 6, 1, 3, 5, 2, 4])
     return tl.reshape(q, [TILES, 16, 64])
@@ -79,10 +79,10 @@ def _column(
     x_ptr, first, inside, tile: tl.constexpr, dtype: tl.constexpr, INPUTS: tl.constexpr,
     GROUP: tl.constexpr, FULL: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Return inputs from ``first`` [WARPS, 1] on as an operand [WARPS, 64, 8].
+    """Return 64 inputs from ``first`` [WARPS, 1] on as an operand [WARPS, 64, 8], as ``_RUN`` says.
 
-    All columns are the same. With small groups each has one group's inputs and zeros, of those of
-    tile 0 or 1, so that it sums the products that have one scale.
+    All columns are the same. With small groups, of which a step's ``tile`` 0 or 1 has the inputs,
+    a column has those of one group and zeros: it sums the products that have one scale.
     """
     SMALL: tl.constexpr = GROUP > 0 and GROUP < 64
     lane = tl.arange(0, 64)[None, :]
@@ -97,8 +97,8 @@ def _column(
             x += (tl.load(x_ptr + at),)
         else:
             x += (tl.load(x_ptr + at, mask=inside & (at < INPUTS), other=0.0),)
-    even = tl.join(tl.join(x[0], x[2]), tl.join(x[4], x[6]))
-    odd = tl.join(tl.join(x[1], x[3]), tl.join(x[5], x[7]))
+    a, b, c, d, e, f, g, h = x  # type: ignore[misc]  # mypy does not see what is added
+    even, odd = tl.join(tl.join(a, c), tl.join(e, g)), tl.join(tl.join(b, d), tl.join(f, h))
     y = tl.permute(tl.join(even, odd), [0, 1, 3, 2, 4]).to(dtype)
     y = tl.reshape(y, [WARPS, 8, 4, 2, 4, 2])
     y = tl.permute(y, [0, 4, 2, 5, 3, 1] if _RUN == 4 else [0, 4, 5, 2, 3, 1])
@@ -125,7 +125,7 @@ def tile_matvec_kernel(
 ):  # fmt: skip
     """One token's product: 16 outputs a program, of 32 rows where the nonlinearity joins two."""
     PARTS: tl.constexpr = 2 if KIND == "swiglu" or KIND == "gegelu" else 1
-    HALF: tl.constexpr = TYPE == tl.float16
+    HALF: tl.constexpr = tl.float16 == TYPE
     SMALL: tl.constexpr = GROUP > 0 and GROUP < 64
     PAIR: tl.constexpr = 2 if SMALL else 1  # tiles of a step
     STRIDE: tl.constexpr = (INPUTS + 127) // 128 * 2
@@ -180,7 +180,7 @@ def tile_matvec_kernel(
     if PER_TOKEN == 0:
         _wait(EARLY)
     sums = ()
-    for part in tl.static_range(PARTS):
+    for _ in tl.static_range(PARTS):
         sums += (tl.zeros([WARPS, 16, 8], tl.float32),)
     for turn in range(ROUNDS):
         inputs = ()
@@ -206,13 +206,14 @@ def tile_matvec_kernel(
                     x = inputs[ahead * PAIR + tile]
                     if GRID == "e2m1" and not HALF:
                         x = x * _UP
-                    level = _levels(words[0], TYPE, GRID, WARPS, _RUN)
+                    level = _levels(words[0], TYPE, GRID, WARPS, _RUN)  # type: ignore[misc]
                     total = tl.dot(level, x, total, input_precision="ieee")
                     words = words[1:]
                 if GRID == "e2m1":
                     scales += (tl.load(group_ptr + at + lane, mask=asked, other=0.0),)
-                    scale = tl.permute(tl.reshape(scales[0], [WARPS, 8, 4, 2, 2]), [0, 3, 1, 2, 4])
-                    scale = tl.reshape(scale, [WARPS, 16, 8]).to(tl.float32)
+                    scale = tl.reshape(scales[0], [WARPS, 8, 4, 2, 2])  # type: ignore[misc]
+                    scale = tl.permute(scale, [0, 3, 1, 2, 4]).to(tl.float32)
+                    scale = tl.reshape(scale, [WARPS, 16, 8])
                     scales = scales[1:]
                     total = sums[part] + total * scale
                 elif GROUP > 0:
@@ -226,7 +227,7 @@ def tile_matvec_kernel(
                 new += (total,)
             sums = new
     UNIT: tl.constexpr = 2.0**13 if GRID == "int4" else 2.0**14 if HALF else 2.0**62
-    y = _total(sums[0], SMALL) * UNIT
+    y = _total(sums[0], SMALL) * UNIT  # type: ignore[misc]
     z = _total(sums[PARTS - 1], SMALL) * UNIT
     if KIND == "gegelu":
         y, z = tl.split(tl.reshape(tl.permute(tl.join(y, z), [1, 0]), [16, 2]))
