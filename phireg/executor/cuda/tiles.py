@@ -24,50 +24,74 @@ _UP: tl.constexpr = tl.constexpr(2.0**64)
 
 @triton.jit
 def _numbers(bits, dtype: tl.constexpr):
-    """Return the two numbers in each of the words [...]: [..., 2]; float32's are bfloat16's.
+    """Return the number in the lower half of each of the words; float32's are bfloat16's.
 
     Subnormal ones are among them, which neither products nor matrix units take for zero.
     """
-    halves = tl.join(bits.to(tl.int16), (bits >> 16).to(tl.int16))
     if dtype == tl.float32:
-        numbers = (halves.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        numbers = (bits << 16).to(tl.float32, bitcast=True)
     else:
-        numbers = halves.to(dtype, bitcast=True)
+        numbers = bits.to(tl.int16).to(dtype, bitcast=True)
     return numbers
 
 
 @triton.jit
-def _integers(bits, up: tl.constexpr, dtype: tl.constexpr):
-    """Return 2^-13 (u - 8) of integers u that are the digits of a subnormal number."""
-    digits = _numbers(bits, dtype)
-    factor = tl.full(digits.shape, up, dtype)
-    return tl.fma(digits, factor, tl.full(digits.shape, -(2.0**-10), dtype))
+def _pairs(
+    bits, scale, dtype: tl.constexpr, UP: tl.constexpr, LESS: tl.constexpr, SCALED: tl.constexpr
+):
+    """Return (n UP - LESS) scale of both numbers n in words [...]: [..., 2]."""
+    # The higher one first: so the compiler computes both at once, where they lie.
+    high, low = _numbers(bits >> 16, dtype), _numbers(bits, dtype)
+    if UP != 1.0:
+        up, less = tl.full(bits.shape, UP, dtype), tl.full(bits.shape, -LESS, dtype)
+        high = tl.fma(high, up, less)
+        low = tl.fma(low, up, less)
+    if SCALED:
+        zero = tl.zeros(bits.shape, dtype)
+        high = tl.fma(high, scale, zero)
+        low = tl.fma(low, scale, zero)
+    return tl.join(low, high)
 
 
 @triton.jit
-def _levels(words, dtype: tl.constexpr, GRID: tl.constexpr, TILES: tl.constexpr, RUN: tl.constexpr):
+def _levels(
+    words, scales, dtype: tl.constexpr, GRID: tl.constexpr, TILES: tl.constexpr, RUN: tl.constexpr,
+    SCALED: tl.constexpr,
+):  # fmt: skip
     """Return levels of tiles of words [TILES, 128]: [TILES, 16 rows, 64 inputs].
+
+    With ``SCALED`` they are multiplied by scales of groups of 16, [TILES, 256]: each lane's eight.
 
     The inputs are in order with a ``RUN`` of two. With one of four a lane's two pairs of each
     sixteen are side by side.
     """
     HALF: tl.constexpr = dtype == tl.float16
     w = tl.reshape(words, [TILES, 8, 4, 4])
+    low, high = w, w
+    if SCALED:
+        scale = tl.permute(tl.reshape(scales, [TILES, 8, 4, 2, 2, 2]), [0, 1, 2, 3, 5, 4])
+        low, high = tl.split(tl.reshape(scale, [TILES, 8, 4, 4, 2]))
     if GRID == "int4":
+        # An integer u is the digits of a subnormal number, and becomes 2^-13 (u - 8).
         UP: tl.constexpr = 2.0**11 if HALF else 2.0**120
-        late = w >> 8
-        a = _integers(w & 0x000F000F, UP, dtype)
-        b = _integers(w & 0x00F000F0, UP / 16, dtype)
-        c = _integers(late & 0x000F000F, UP, dtype)
-        d = _integers(late & 0x00F000F0, UP / 16, dtype)
+        LESS: tl.constexpr = 2.0**-10
+        a, c = w & 0x000F000F, (w >> 8) & 0x000F000F
+        b, d = w & 0x00F000F0, (w >> 8) & 0x00F000F0
     else:
         # The sign, and two bits of the exponent and one of the mantissa.
+        UP: tl.constexpr = 1.0
+        LESS: tl.constexpr = 0.0
         SIGN: tl.constexpr = -0x7FFF8000
         REST: tl.constexpr = 0x0E000E00 if HALF else 0x01C001C0
-        a = _numbers(((w << 12) & SIGN) | ((w << (9 if HALF else 6)) & REST), dtype)
-        b = _numbers(((w << 8) & SIGN) | ((w << (5 if HALF else 2)) & REST), dtype)
-        c = _numbers(((w << 4) & SIGN) | ((w << 1 if HALF else w >> 2) & REST), dtype)
-        d = _numbers((w & SIGN) | ((w >> (3 if HALF else 6)) & REST), dtype)
+        a = ((w << 12) & SIGN) | ((w << (9 if HALF else 6)) & REST)
+        b = ((w << 8) & SIGN) | ((w << (5 if HALF else 2)) & REST)
+        c = ((w << 4) & SIGN) | ((w << 1 if HALF else w >> 2) & REST)
+        d = (w & SIGN) | ((w >> (3 if HALF else 6)) & REST)
+    LATE: tl.constexpr = UP / 16 if GRID == "int4" else UP
+    a = _pairs(a, low, dtype, UP, LESS, SCALED)
+    b = _pairs(b, high, dtype, LATE, LESS, SCALED)
+    c = _pairs(c, low, dtype, UP, LESS, SCALED)
+    d = _pairs(d, high, dtype, LATE, LESS, SCALED)
     # Tile, row, lane's pair, sixteen inputs, of a pair, which eight inputs, which eight rows.
     q = tl.join(tl.join(a, c), tl.join(b, d))
     q = tl.permute(q, [0, 6, 1, 3, 2, 5, 4] if RUN == 4 else [0, 6, 1, 3, 5, 2, 4])
@@ -206,7 +230,7 @@ def tile_matvec_kernel(
                     x = inputs[ahead * PAIR + tile]
                     if GRID == "e2m1" and not HALF:
                         x = x * _UP
-                    level = _levels(words[0], TYPE, GRID, WARPS, _RUN)  # type: ignore[misc]
+                    level = _levels(words[0], x, TYPE, GRID, WARPS, _RUN, False)  # type: ignore[misc]
                     total = tl.dot(level, x, total, input_precision="ieee")
                     words = words[1:]
                 if GRID == "e2m1":
@@ -234,15 +258,6 @@ def tile_matvec_kernel(
     y = _finish(y, z, ending, limit, TYPE, KIND, SMOOTH, OUT)
     tl.store(
         out_ptr + row, tl.where(row < mine, y, 0.0).to(out_ptr.dtype.element_ty), mask=row < outputs
-    )
-
-
-@triton.jit
-def _scale_place(row, tile, sixteen, INPUTS: tl.constexpr):
-    """Return where the scale of a row's group of 16 inputs of a tile of e2m1 is."""
-    pair = row // 16 * ((INPUTS + 127) // 128) + tile // 2
-    return (
-        pair * 128 + row % 8 * 16 + tile % 2 * 8 + sixteen // 2 * 4 + row // 8 % 2 * 2 + sixteen % 2
     )
 
 
@@ -284,7 +299,7 @@ def tile_product_kernel(
     )  # fmt: skip
     _wait(EARLY)
     number = (tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES))[:, None]
-    lane = tl.arange(0, 128)[None, :]
+    lane, own = tl.arange(0, 128)[None, :], tl.arange(0, 256)[None, :]
     weights = weight_ptr + number * (STRIDE * 128) + lane
     present = number * 16 < outputs
     inputs = x_ptr + token.to(tl.int64)[None, :] * INPUTS
@@ -304,20 +319,23 @@ def tile_product_kernel(
                 x = tl.load(
                     inputs + at[:, None], mask=real[None, :] & (at < INPUTS)[:, None], other=0.0
                 )
-            level = tl.reshape(_levels(words, dtype, GRID, TILES, 2), [ROWS, 64])
+            scales = words
             if SMALL:
-                sixteen = tl.arange(0, 4)[None, :]
-                known = inside[:, None] & (tile * 64 + sixteen * 16 < INPUTS)
+                # In each lane's order: eight scales of a row and the one eight below it.
                 if GRID == "e2m1":
-                    place = _scale_place(row[:, None].to(tl.int64), tile, sixteen, INPUTS)
+                    place = number * (STRIDE * 64) + tile // 2 * 128 + tile % 2 * 8
+                    place += own // 32 * 16 + own % 8
+                    known = present & (own >= 0)
                 else:
-                    place = row[:, None].to(tl.int64) * GROUPS + (tile * 64 + sixteen * 16) // GROUP
-                scale = tl.load(group_ptr + place, mask=known, other=0.0).to(tl.float32) * UP
-                level = tl.reshape(level, [ROWS, 4, 16]) * scale.to(dtype)[:, :, None]
-                level = tl.reshape(level, [ROWS, 64])
+                    group = (tile * 64 + (own // 4 % 2 * 2 + own % 2) * 16) // GROUP
+                    known = present & (group < GROUPS)
+                    place = (number * 16 + own // 32 + own // 2 % 2 * 8) * GROUPS + group
+                scales = tl.load(group_ptr + place, mask=known, other=0.0).to(tl.float32) * UP
+                scales = scales.to(dtype)
             elif GROUP > 0 and ahead % SPAN == 0:
                 total = tl.zeros([ROWS, TOKENS], tl.float32)
-            total = tl.dot(level, x, total, input_precision="ieee")
+            level = _levels(words, scales, dtype, GRID, TILES, 2, SMALL)
+            total = tl.dot(tl.reshape(level, [ROWS, 64]), x, total, input_precision="ieee")
             if GROUP > 0 and not SMALL and ahead % SPAN == SPAN - 1:
                 place = row.to(tl.int64) * GROUPS + tile * 64 // GROUP
                 known = inside & (place < (row + 1).to(tl.int64) * GROUPS)
@@ -348,9 +366,12 @@ def tile_expand_kernel(
     _wait(EARLY)
     place = (number * STRIDE + tile)[:, None] * 128 + tl.arange(0, 128)[None, :]
     words = tl.load(weight_ptr + place, mask=(tile < STRIDE)[:, None], other=0)
-    value = _levels(words, tl.float32, GRID, TILES, 2) * (2.0**13 if GRID == "int4" else 2.0**126)
+    value = _levels(words, words, tl.float32, GRID, TILES, 2, False) * (
+        2.0**13 if GRID == "int4" else 2.0**126
+    )
     if GRID == "e2m1":
-        group = _scale_place(row, tile[:, None, None], at % 64 // 16, INPUTS)
+        pair, column = number * (STRIDE // 2) + at // 128, at % 128 // 16
+        group = pair * 128 + row % 8 * 16 + column // 2 * 4 + row % 16 // 8 * 2 + column % 2
         value *= tl.load(group_ptr + group, mask=inside, other=0.0).to(tl.float32)
     elif GROUP > 0:
         group = row * (INPUTS // GROUP) + at // GROUP
