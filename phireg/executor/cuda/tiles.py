@@ -36,14 +36,12 @@ def _numbers(bits, dtype: tl.constexpr):
 
 
 @triton.jit
-def _pairs(
-    bits, scale, dtype: tl.constexpr, UP: tl.constexpr, LESS: tl.constexpr, SCALED: tl.constexpr
-):
-    """Return (n UP - LESS) scale of both numbers n in words [...]: [..., 2]."""
+def _pairs(bits, scale, dtype: tl.constexpr, UP: tl.constexpr, SCALED: tl.constexpr):
+    """Return the two numbers in words [...], times UP and less 2^-10, and scaled: [..., 2]."""
     # The higher one first: so the compiler computes both at once, where they lie.
     high, low = _numbers(bits >> 16, dtype), _numbers(bits, dtype)
     if UP != 1.0:
-        up, less = tl.full(bits.shape, UP, dtype), tl.full(bits.shape, -LESS, dtype)
+        up, less = tl.full(bits.shape, UP, dtype), tl.full(bits.shape, -(2.0**-10), dtype)
         high = tl.fma(high, up, less)
         low = tl.fma(low, up, less)
     if SCALED:
@@ -71,27 +69,25 @@ def _levels(
     if SCALED:
         scale = tl.permute(tl.reshape(scales, [TILES, 8, 4, 2, 2, 2]), [0, 1, 2, 3, 5, 4])
         low, high = tl.split(tl.reshape(scale, [TILES, 8, 4, 4, 2]))
-    if GRID == "int4":
+    INTEGERS: tl.constexpr = GRID == "int4"
+    if INTEGERS:
         # An integer u is the digits of a subnormal number, and becomes 2^-13 (u - 8).
-        UP: tl.constexpr = 2.0**11 if HALF else 2.0**120
-        LESS: tl.constexpr = 2.0**-10
         a, c = w & 0x000F000F, (w >> 8) & 0x000F000F
         b, d = w & 0x00F000F0, (w >> 8) & 0x00F000F0
     else:
         # The sign, and two bits of the exponent and one of the mantissa.
-        UP: tl.constexpr = 1.0
-        LESS: tl.constexpr = 0.0
         SIGN: tl.constexpr = -0x7FFF8000
         REST: tl.constexpr = 0x0E000E00 if HALF else 0x01C001C0
         a = ((w << 12) & SIGN) | ((w << (9 if HALF else 6)) & REST)
         b = ((w << 8) & SIGN) | ((w << (5 if HALF else 2)) & REST)
         c = ((w << 4) & SIGN) | ((w << 1 if HALF else w >> 2) & REST)
         d = (w & SIGN) | ((w >> (3 if HALF else 6)) & REST)
-    LATE: tl.constexpr = UP / 16 if GRID == "int4" else UP
-    a = _pairs(a, low, dtype, UP, LESS, SCALED)
-    b = _pairs(b, high, dtype, LATE, LESS, SCALED)
-    c = _pairs(c, low, dtype, UP, LESS, SCALED)
-    d = _pairs(d, high, dtype, LATE, LESS, SCALED)
+    UP: tl.constexpr = 1.0 if not INTEGERS else 2.0**11 if HALF else 2.0**120
+    LATE: tl.constexpr = UP / 16 if INTEGERS else UP
+    a = _pairs(a, low, dtype, UP, SCALED)
+    b = _pairs(b, high, dtype, LATE, SCALED)
+    c = _pairs(c, low, dtype, UP, SCALED)
+    d = _pairs(d, high, dtype, LATE, SCALED)
     # Tile, row, lane's pair, sixteen inputs, of a pair, which eight inputs, which eight rows.
     q = tl.join(tl.join(a, c), tl.join(b, d))
     q = tl.permute(q, [0, 6, 1, 3, 2, 5, 4] if RUN == 4 else [0, 6, 1, 3, 5, 2, 4])
