@@ -20,9 +20,9 @@ Float32 = npt.NDArray[np.float32]
 
 _NOWHERE = np.empty(0, np.intp)
 
-# Elements cast at a time: they and a copy of them stay in the cache. Fewer would mean more calls,
+# Bytes cast at a time: they and two copies of them stay in the cache. Fewer would mean more calls,
 # after each of which a worker waits for the interpreter.
-PIECE = 256 * 1024
+PIECE = 512 * 1024
 
 _GROUP = 4
 """Elements that are cast again together if one of them needs it."""
@@ -84,16 +84,18 @@ def cast(block: Bits, source: str, target: str, out: Bits | None = None) -> tupl
         added = 8 * (ITEMSIZE[target] - ITEMSIZE[source])
         np.left_shift(before, added, out=after, dtype=after.dtype)
         return result, count_not_finite(before, source)
-    loss = NO_LOSS
-    for start in range(0, block.size, PIECE):
-        some, rounded = before[start : start + PIECE], after[start : start + PIECE]
+    loss, step = NO_LOSS, min(block.size, PIECE // ITEMSIZE[source])
+    work = np.empty((2, step if source == "F32" else 0), np.uint32)
+    for start in range(0, block.size, step or 1):
+        some, rounded = before[start : start + step], after[start : start + step]
         if source == "F16":  # its values are all in the range of the others
             _look_up(some, source, target, rounded)
             loss += count_not_finite(some, source)
         elif source == "BF16":
             loss += _round_bf16_to_f16(some, rounded)
         else:
-            odd = (_round_f32_to_f16 if target == "F16" else _round_f32_to_bf16)(some, rounded)
+            round_most = _round_f32_to_f16 if target == "F16" else _round_f32_to_bf16
+            odd = round_most(some, rounded, *work[:, : some.size])
             if len(odd):
                 rounded[odd], lost = _round_any(some[odd], source, target)
                 loss += lost
@@ -105,19 +107,19 @@ def _magnitude(bits: Bits, code: str) -> Bits:
     return bits & np.array((1 << 8 * ITEMSIZE[code] - 1) - 1, bits.dtype)
 
 
-def _round_f32_to_f16(before: Bits, after: Bits) -> Any:
+def _round_f32_to_f16(before: Bits, after: Bits, power: Bits, total: Bits) -> Any:
     """Round F32 to F16; return the places where that is not right, or something may be lost.
 
     A number plus 1.5 times the power of two 13 above its own has as last digit the one that is the
     last in F16; of subnormal numbers too, if no power is taken that is below the smallest normal
     number's. Of the sum's bits, the fraction with its sign is in the lower half.
     """
-    power = np.bitwise_and(before, 0x7F800000)  # without sign and fraction
-    np.maximum(power, _smallest_normals(PIECE)[: before.size], out=power)
+    np.bitwise_and(before, 0x7F800000, out=power)  # without sign and fraction
+    np.maximum(power, _smallest_normals(PIECE // 4)[: before.size], out=power)
     odd = power.max(initial=0) >= 142 << 23  # its upper part rounds to infinity
     power += (13 << 23) + 0x400000
     with np.errstate(all="ignore"):  # NaN
-        total = np.add(before.view(np.float32), power.view(np.float32)).view(np.uint32)
+        np.add(before.view(np.float32), power.view(np.float32), out=total.view(np.float32))
     np.copyto(after, total, casting="unsafe")
     sign, exponent = total.view(np.uint16).reshape(2, -1)  # in the place of the sum
     np.bitwise_and(after, 0x8000, out=sign)
@@ -130,9 +132,9 @@ def _round_f32_to_f16(before: Bits, after: Bits) -> Any:
     return np.flatnonzero((power >= 155 << 23) | (after & 0x7FFF == 0)) if odd else _NOWHERE
 
 
-def _round_f32_to_bf16(before: Bits, after: Bits) -> Any:
+def _round_f32_to_bf16(before: Bits, after: Bits, work: Bits, _: Bits) -> Any:
     """Round F32 to BF16; return the places where that is not right, or something may be lost."""
-    work = np.right_shift(before, 16)
+    np.right_shift(before, 16, out=work)
     work &= 1  # a tie goes to the even one
     work += before
     work += 0x7FFF
