@@ -179,3 +179,10 @@ def test_the_captured_step_goes_before_the_processes_part(monkeypatch):
     monkeypatch.setattr(executor, "_exchange", lambda: None)
     executor.run_worker("anywhere", FLOAT)
     assert order == ["release", "part"]
+
+
+@pytest.mark.parametrize("name", ["hf", "tensorrt"])
+def test_another_rank_of_a_backend_of_one_process_is_told_so(name, tmp_path):
+    with pytest.raises(UsageError) as refused:
+        backends.opener(name).run_worker(tmp_path, FLOAT)
+    assert refused.value.hint
