@@ -72,7 +72,7 @@ class Levels:
         elif self.grid == "int8":
             data = _runs(_codes(self.grid, data))
         if self.grid == "e2m1" and groups is not None:
-            groups = _scale_tiles(groups)
+            groups = _scale_tiles(groups.to(torch.float8_e4m3fn))
         kept = {f"{linear}.{self.grid}": data.contiguous()}
         if self.scale is not None:
             kept[f"{linear}.{_SCALE}"] = self.scale.contiguous()

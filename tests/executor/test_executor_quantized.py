@@ -19,8 +19,10 @@ from checkpoints_by_hand import (
 from helpers.tiny_models import phi2, phi3, phi3_small
 from safetensors.torch import load_file
 
-from phireg.executor import generate, load, quantized
+from phireg.executor import generate, load, quantized, stored
 from phireg.executor.levels import Levels
+from phireg.formats import FORMATS
+from phireg.reader.storage import Storage
 
 MODELS = {
     "phi2": (phi2, {"num_hidden_layers": 2}),
@@ -191,3 +193,32 @@ def test_weights_that_kernels_do_not_know_are_expanded(
     groups = torch.ones(rows, inputs // group) if group else None
     weight = Levels(grid, levels, torch.ones(1), groups)
     assert quantized.keeps_weight(torch.device("cpu"), weight) == kept
+
+
+@pytest.mark.parametrize("inputs", [64, 128])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_nvfp4_as_files_have_it_is_kept(inputs, stacked, monkeypatch):
+    """Two levels in a byte, a scale in e4m3 of each 16, and one of all, by the definition."""
+    monkeypatch.setattr(quantized, "keeps_levels", lambda device, grid: True)
+    generator = torch.Generator().manual_seed(0)
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    table = torch.cat((magnitudes, -magnitudes)).double()
+    experts, expected = [], []
+    for number in range(2):
+        codes = torch.randint(16, (32, inputs), generator=generator)
+        groups = torch.rand(32, inputs // 16, generator=generator).to(torch.float8_e4m3fn)
+        parts = {
+            "weight": (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8),
+            "scale": groups, "second": torch.tensor(0.25 + number),
+        }  # fmt: skip
+        storage = Storage("trtllm", FORMATS["nvfp4"], "columns")
+        experts.append([stored.stored_linear(storage, parts, inputs, None)])
+        scale = groups.double().repeat_interleave(16, -1) * (0.25 + number)
+        expected.append(table[codes] * scale)
+    device, count = torch.device("cpu"), 2 if stacked else 1
+    kept = stored.prepare("mlp.fc", experts[:count], stacked, device, torch.float32)
+    assert kept["mlp.fc.group_scaling_factor"].dtype == torch.float8_e4m3fn
+    for number, value in enumerate(expected[:count]):
+        weights = quantized.of_expert(kept, number) if stacked else kept
+        actual = quantized.weight_values(weights, "mlp.fc", inputs, torch.float32)
+        assert torch.equal(actual.double(), value)
