@@ -322,6 +322,8 @@ def tile_product_kernel(
                     place = number * (STRIDE * 64) + tile // 2 * 128 + tile % 2 * 8
                     place += own // 32 * 16 + own % 8
                     known = present & (own >= 0)
+                    if not FULL:
+                        known = known & (tile * 256 + own < STRIDE * 256)
                 else:
                     group = (tile * 64 + (own // 4 % 2 * 2 + own % 2) * 16) // GROUP
                     known = present & (group < GROUPS)
