@@ -69,6 +69,11 @@ class Format:
         static = self.inputs is not None and self.inputs.scale != "token"
         return static or self.smoothing is not None
 
+    @property
+    def rounds_products(self) -> bool:
+        """True if products of levels and scales are rounded once more, to integers of e4m3."""
+        return self.weight == "int4" and self.levels == 2
+
 
 _STATIC_E4M3, _TOKEN_E4M3 = Inputs("e4m3", "tensor"), Inputs("e4m3", "token")
 

@@ -11,8 +11,8 @@ Four bits: tiles of 16 rows and 64 inputs are 128 words, as the matrix units of 
 tile's operands. Word 16 g + 4 t + j has of rows g and g + 8 (g < 8) the inputs 16 j + 2 t + {0, 1}
 and 16 j + 8 + 2 t + {0, 1} (t, j < 4). Its halves are the two of a pair of inputs; in each, the
 lowest bits are of the first pair, row g before row g + 8. A row's tiles are filled up to an even
-number. The e4m3 scales of e2m1's groups of 16 are likewise, for two tiles 128: scale
-16 g + 4 t + 2 r + c is that of row g + 8 r and group 2 t + c.
+number, by bits of zero whose inputs are none. The e4m3 scales of e2m1's groups of 16 are likewise,
+for two tiles 128: scale 16 g + 4 t + 2 r + c is that of row g + 8 r and group 2 t + c.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Levels:
         levels: [..., rows, inputs], of a dtype that has the grid's values (e4m3 for e2m1, int8 for
             int4).
         scale: float32 [..., rows], or [..., 1] for all rows; None is 1.
-        group_scale: [..., rows, groups of consecutive inputs]; None is 1.
+        group_scale: [..., rows, groups of consecutive inputs], of e2m1 numbers of e4m3; None is 1.
     """
 
     grid: Grid
@@ -85,7 +85,8 @@ class Levels:
 class Packed:
     """A weight as ``Levels.packed`` keeps it.
 
-    ``data`` is [..., rows, inputs], in bytes of levels, or [..., rows / 16, tiles, 512].
+    ``data`` is [..., rows, inputs], in bytes of levels, or [..., rows / 16, tiles, 512]; of the
+    latter, ``group_scale`` of e2m1 is [..., rows / 16, tiles / 2, 128].
     """
 
     grid: Grid

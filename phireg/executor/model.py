@@ -354,9 +354,13 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
         for name, (_, shape) in rank_tensors(self._sized).items():
             module, _, part = name.rpartition(".")
             scheme = self._sized.quantization.scheme(module) if part == "weight" else None
-            grid = None if scheme is None else FORMATS[scheme.qformat].weight
-            if grid is not None and quantized.keeps_levels(self.device, grid):
-                size = packed_bytes(grid, shape)
+            form = None if scheme is None else FORMATS[scheme.qformat]
+            if (
+                form is not None
+                and not form.rounds_products
+                and quantized.keeps_levels(self.device, form.weight)
+            ):
+                size = packed_bytes(form.weight, shape)
             else:
                 size = math.prod(shape) * self.dtype.itemsize
             in_pairs = scheme is not None and scheme.storage is not None

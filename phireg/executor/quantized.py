@@ -78,14 +78,11 @@ def keeps_weight(device: torch.device, weight: Levels) -> bool:
     groups, rows = weight.group_scale, weight.levels.shape[-2]
     if weight.grid in TILED and rows % 32:  # a tile's, twice if a nonlinearity joins two
         return False
-    if groups is not None:
-        size = weight.levels.shape[-1] // groups.shape[-1]
-        known = size == 16 if weight.grid == "e2m1" else size == 32 or size % 64 == 0
-        if not known or weight.grid not in TILED:
-            return False
-        if groups.dtype.itemsize == 1 and not keeps_levels(device, "e4m3"):
-            return False
-    return keeps_levels(device, weight.grid)
+    if groups is None:
+        return weight.grid != "e2m1" and keeps_levels(device, weight.grid)
+    size = weight.levels.shape[-1] // groups.shape[-1]
+    known = {"e2m1": size == 16, "int4": size == 32 or size % 64 == 0}
+    return known.get(weight.grid, False) and keeps_levels(device, weight.grid)
 
 
 def stored_levels(form: str, weight: Tensor, scale: Tensor | None, device: torch.device) -> Levels:

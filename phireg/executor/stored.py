@@ -76,7 +76,7 @@ def stored_linear(
         storage.form.weight, unpack(storage, parts["weight"], columns), *_scales(storage, parts)
     )
     weight: Levels | Tensor = levels
-    if storage.form.weight == "int4" and storage.form.levels == 2:
+    if storage.form.rounds_products:
         assert levels.group_scale is not None and levels.scale is not None
         group = levels.group_scale.repeat_interleave(storage.form.group_size or 1, dim=-1)
         products = levels.levels.float() * group / levels.scale

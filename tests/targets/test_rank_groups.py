@@ -12,7 +12,7 @@ import phireg
 from phireg import registry
 from phireg.calibration.collect import collect
 from phireg.errors import UsageError
-from phireg.executor import load
+from phireg.executor import load, quantized
 from phireg.reference.load import open_reference
 
 CPU = torch.device("cpu")
@@ -183,3 +183,17 @@ def test_planted_errors_are_named_with_their_place(tmp_path, models, written, qf
     problems = result.check("weights").problems
     assert problems and all(p.where.startswith("rank1") and name in p.where for p in problems)
     assert {(p.layer, p.part) for p in problems} == {(1, "mlp")}
+
+
+@pytest.mark.parametrize("qformat", ["int4_awq", "w4a8_awq", "nvfp4"])
+def test_memory_is_planned_for_what_weights_are_kept_as(qformat, written, monkeypatch):
+    """Packed, as on a GPU, or as values where products are rounded once more."""
+    directory = written("phi3", qformat)
+    monkeypatch.setattr(quantized, "keeps_levels", lambda device, grid: True)
+    executor = load(directory)
+    layers = [executor.layer_weights(n)[0] for n in range(executor.spec.num_layers)]
+    tensors = [t for weights in (*layers, executor.end_weights()[0]) for t in weights.values()]
+    size = sum(tensor.nbytes for tensor in tensors)
+    for free, offload in ((size, True), (2 * size, False)):
+        monkeypatch.setattr("phireg.executor.model.free_memory", lambda free=free: free)
+        assert load(directory).offload == offload

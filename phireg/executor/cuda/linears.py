@@ -1,7 +1,7 @@
-"""Linears on a GPU, by weights as ``levels`` packs them: the kernels of ``products``.
+"""Linears on a GPU, by weights as ``levels`` packs them: the kernels of ``products`` and ``tiles``.
 
-One token's product reads the packed weight at its memory's speed; those of a few tokens go through
-the matrix units, level by level. More tokens take the ordinary product of an expanded weight.
+Products of one token and of a few read the packed weight, those of a few through the matrix units,
+as all of tiles do. More tokens take the ordinary product of an expanded weight.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _BLOCKS = {
     "e4m3": ((4, 1024, 2, 2), (4, 1024, 2, 2), (2, 512, 2, 1), (4, 1024, 2, 2)),
     "int8": ((4, 128, 1, 1), (4, 256, 3, 2), (4, 256, 1, 2), (4, 512, 1, 4)),
 }
-# Warps, steps asked for in advance, and steps whose inputs are read at once; groups of 64 and more.
+# Warps, steps asked for in advance, and steps whose inputs are read at once. Groups are int4's.
 _STEPS = {
     "int4": ((4, 12, 12), (4, 12, 12), (4, 4, 12), (8, 12, 12)),
     "groups": ((8, 2, 2), (8, 6, 3), (4, 2, 6), (8, 6, 3)),

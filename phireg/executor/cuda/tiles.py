@@ -2,9 +2,10 @@
 
 What a lane reads of a tile is what the matrix units want from it: levels become their operand in
 the registers they were read to, as numbers of the inputs' dtype times a power of two, by which sums
-are divided. Constants are as in ``products``; ``WARPS`` of a program share the inputs of its
-rows, ``DEPTH`` is the steps that a warp has asked for in advance, and ``TOGETHER`` those whose
-inputs it reads at once. Groups of fewer inputs than a tile are small; then a step is two tiles.
+are divided. Constants are as in ``products``, but ``WIDTH``, the steps of a row. ``WARPS`` of a
+program share the inputs of its rows, ``DEPTH`` is the steps that a warp has asked for in advance,
+and ``TOGETHER`` those whose inputs it reads at once. Groups of fewer inputs than a tile are small;
+then a step is two tiles.
 """
 
 import triton
@@ -18,7 +19,8 @@ from phireg.executor.cuda.products import _ending, _finish, _store
 _RUN: tl.constexpr = tl.constexpr(
     4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
 )
-# Inputs are multiplied by it where levels of e2m1 are subnormal numbers of bfloat16.
+# Inputs are multiplied by it where levels of e2m1 are subnormal numbers of bfloat16; those of 2^64
+# and more become infinite.
 _UP: tl.constexpr = tl.constexpr(2.0**64)
 
 
@@ -276,7 +278,8 @@ def tile_product_kernel(
     FULL: tl.constexpr = INPUTS % (64 * TOGETHER) == 0
     GROUPS: tl.constexpr = INPUTS // GROUP if GROUP > 0 else 0
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    # Products of levels and scales are as large as half precision wants them.
+    # Products of levels and scales become as large as their dtype wants them. In float16 scales of
+    # int4's groups from 64 on are infinite then.
     HALF: tl.constexpr = dtype == tl.float16
     UP: tl.constexpr = (
         (2.0**7 if HALF else 2.0**110) if GRID == "e2m1" else 2.0**10 if HALF else 1.0
