@@ -28,6 +28,8 @@ from phireg.errors import UsageError
 from phireg.files.sizes import size
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from phireg.conversion.convert import Converted
     from phireg.findings import Finding
     from phireg.planning.model import Plan
@@ -140,20 +142,25 @@ def _text(plan: Plan, converted: Converted, seconds: float) -> str:
 
 
 def steps_after(plan: Plan, converted: Converted) -> str:
-    """What to do with a new checkpoint; a prompt needs a tokenizer."""
-    from phireg.generation.tokenizer import has_tokenizer
-
+    """What to do with a new checkpoint."""
     checkpoint = str(converted.output_dir)
     model = ["--model-dir", plan.model_dir]
     if plan.source.revision is not None:
         model += ["--revision", plan.source.revision]
-    run = ["phireg", "run", checkpoint, "--prompt", "The capital of France is"]
     build = ["phireg", "build", checkpoint, "--output-dir", f"{checkpoint}-engine"]
     return next_steps(
         ["phireg", "verify", checkpoint, *model],
-        *([run] if has_tokenizer(converted.output_dir) else []),
+        *run_after(converted.output_dir),
         *([build] if plan.target.by_rank and engines.has_builder(plan.config) else []),
     )
+
+
+def run_after(directory: Path) -> list[list[str]]:
+    """Return the command that runs a model, if it has the tokenizer that a prompt needs."""
+    from phireg.generation.tokenizer import has_tokenizer
+
+    run = ["phireg", "run", str(directory), "--prompt", "The capital of France is"]
+    return [run] if has_tokenizer(directory) else []
 
 
 def loss_findings(converted: Converted) -> list[Finding]:

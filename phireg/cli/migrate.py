@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import phireg
+from phireg.cli.convert import run_after
 from phireg.cli.errors import interruptible
 from phireg.cli.help import documented
 from phireg.cli.options import (
@@ -82,4 +83,5 @@ def command(
             ("time", f"{seconds:.1f} s"),
         ]
         verify = ["phireg", "verify", str(result.output_dir), "--model-dir", model_dir]
-        emit("\n".join((columns(rows), next_steps(verify))))
+        following = next_steps(verify, *run_after(result.output_dir))
+        emit("\n".join((columns(rows), following)))
