@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 import time
 import traceback
 import warnings
@@ -25,6 +26,7 @@ DEBUG = "PHIREG_DEBUG"
 
 CLOSED_PIPE = 128 + signal.SIGPIPE
 _PATIENCE_S = 2.0
+_AGAIN_S = 0.01
 
 
 class Stopped(KeyboardInterrupt):
@@ -42,9 +44,15 @@ def stop(number: int, frame: FrameType | None) -> None:
     """Unwind the main thread; a second signal soon after must not cut the cleaning short."""
     global _last_stop
     now = time.monotonic()
-    if now - _last_stop >= _PATIENCE_S:
-        _last_stop = now
-        raise Stopped(number)
+    if now - _last_stop < _PATIENCE_S:
+        return
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":  # Python drops what is raised in it: once more, soon
+            threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number)).start()
+            return
+        frame = frame.f_back
+    _last_stop = now
+    raise Stopped(number)
 
 
 def warn(message: str, label: str = "warning: ") -> None:

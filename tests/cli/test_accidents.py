@@ -5,12 +5,15 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.tiny_phi3 import tiny_config, tiny_tensors, write_json
 from safetensors.numpy import save_file
+
+from phireg.cli import errors
 
 ROOT = Path(__file__).parents[2]
 
@@ -216,3 +219,20 @@ def test_an_output_never_replaces_a_file_of_the_users(command, tiny, tmp_path, r
     assert (tiny / "config.json").read_bytes() == before
     assert link.is_symlink() and not link.exists()
     assert not (tmp_path / "new").exists()
+
+
+def test_an_interrupt_during_a_finalizer_is_not_lost(monkeypatch):
+    """Python drops whatever ``__del__`` raises, and modules that are imported run many of these."""
+
+    class Finalized:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(errors, "_last_stop", -errors._PATIENCE_S)
+    before = signal.signal(signal.SIGINT, errors.stop)
+    try:
+        with pytest.raises(errors.Stopped):
+            Finalized()
+            time.sleep(2)
+    finally:
+        signal.signal(signal.SIGINT, before)
