@@ -46,6 +46,7 @@ def python_command(script: str, interpreter: str = sys.executable) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Return this environment without ways into the current directory, for a child and its own."""
+    # Relative and empty entries are left out of PATH; those of PYTHONPATH become absolute.
     programs, modules = (
         filter(None, os.environ.get(name, default).split(os.pathsep))
         for name, default in (("PATH", os.defpath), ("PYTHONPATH", ""))
@@ -96,6 +97,7 @@ def started(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen
 
 def read_output(pid: int, pipe: int, seconds: float = math.inf) -> Iterator[bytes]:
     """Yield what a child writes until it ends; TimeoutError if it does not end in time."""
+    # Until it ends, not until the pipe does: others may hold the other end.
     deadline = time.monotonic() + seconds
     os.set_blocking(pipe, False)
     poll = select.poll()

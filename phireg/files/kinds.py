@@ -247,7 +247,7 @@ def file_sizes(directory: Path) -> dict[str, int]:
 
 
 def check_loadable(directory: Path) -> None:
-    """Refuse what transformers would open by these names: no file, or one that lies elsewhere."""
+    """Refuse files of these names that are none (a pipe would be waited for) or lie elsewhere."""
     tokenizer_files(directory, "config.json", "tokenizer.*.json", "chat_template.json")
     if (templates := directory / "chat_templates").is_dir():
         tokenizer_files(templates, "*")

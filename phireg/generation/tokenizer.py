@@ -67,6 +67,7 @@ class Tokenizer:
 
     def _needed(self, text: str, tokens: int, keep: str) -> str:
         """Return the start or the end of a long text, with more tokens than are wanted."""
+        # A cut changes the tokens beside it, not those many tokens away.
         size = _CHARACTERS * (tokens + _SPARE)
         while size < len(text):
             part = text[-size:] if keep == "end" else text[:size]

@@ -83,7 +83,7 @@ def chunks(lengths: Sequence[int], size: int) -> Iterator[tuple[list[int], list[
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A finished network of one rank, and its ``graph`` with the constants it refers to."""
+    """A finished network of one rank, whose graph's constants must live until it is built."""
 
     graph: Graph
     spec: ModelSpec

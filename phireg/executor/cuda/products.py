@@ -1,10 +1,10 @@
 """Triton kernels of a linear over weights of more than four bits, for one token and for a few.
 
 Each ends with what follows a linear: scales, the bias, the MLP's nonlinearity, and the rounding of
-the next linear's inputs to its grid. Constants: ``GRID`` is that of the weight, or "none" for
-values; ``WORDS`` says that levels lie in words, which are int8's; ``WIDTH`` is the columns of a
-row, inputs or such words; ``SCALES`` the number of ``scale``'s entries, 0, 1 or 2 for one a row;
-``X_SCALE`` says that inputs are levels, ``OUT`` the grid of outputs, ``TYPE`` the compute dtype.
+the next linear's inputs to its grid. Constants: ``WORDS`` says that levels lie in words, which are
+int8's; ``WIDTH`` is the columns of a row, inputs or such words; ``SCALES`` the number of
+``scale``'s entries, 0, 1 or 2 for one a row; ``X_SCALE`` says that inputs are levels, ``OUT`` the
+grid of outputs, ``TYPE`` the compute dtype.
 """
 
 import triton

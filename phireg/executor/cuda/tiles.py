@@ -2,10 +2,10 @@
 
 What a lane reads of a tile is what the matrix units want from it: levels become their operand in
 the registers they were read to, as numbers of the inputs' dtype times a power of two, by which sums
-are divided. Constants are as in ``products``, but ``WIDTH``, the steps of a row. ``WARPS`` of a
-program share the inputs of its rows, ``DEPTH`` is the steps that a warp has asked for in advance,
-and ``TOGETHER`` those whose inputs it reads at once. Groups of fewer inputs than a tile are small;
-then a step is two tiles.
+are divided. Constants are as in ``products``, but ``WIDTH``, the steps of a row; ``GRID`` is the
+weight's, ``GROUP`` the inputs to a scale, 0 for none. ``WARPS`` of a program share the inputs of
+its rows, ``DEPTH`` is the steps that a warp has asked for in advance, and ``TOGETHER`` those whose
+inputs it reads at once. Groups of fewer inputs than a tile are small; then a step is two tiles.
 """
 
 import triton
