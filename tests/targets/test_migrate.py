@@ -182,7 +182,9 @@ def test_the_command(tmp_path):
     document = json.loads(done.output)
     assert "model.safetensors" in document["files"] and document["target"] == "hf-modelopt"
     assert run_phireg(*command).exit_code == 6
-    assert "phireg run" not in run_phireg(*command, "--overwrite").output  # without a tokenizer
+    assert "phireg run" not in run_phireg(*command, "--overwrite").output
+    (source / "tokenizer.json").write_text("{}")
+    assert "phireg run" in run_phireg(*command, "--overwrite").output  # it has what prompts need
     refused = run_phireg("migrate", tmp_path / "out", "--model-dir", source, "--output-dir", "x")
     assert refused.exit_code == 3
     proposed = re.search(r"phireg (verify \S+ --model-dir) MODEL", refused.output)[1].split()
