@@ -12,19 +12,23 @@ import pytest
 import torch
 
 import phireg
+from phireg.calibration.statistics import Statistics
+from phireg.checkpoint.rankfiles import RankFiles
 from phireg.errors import CheckError
 from phireg.family import Family
 from phireg.findings import Severity
+from phireg.formats import FORMATS
 from phireg.planning.model import Rows
 from phireg.reader.architectures import required_keys
+from phireg.reader.schemes import SCHEMES, Scheme
 from phireg.reader.spec import parse_spec
 from phireg.source.readings import open_source
 from phireg.source.tensors import SourceTensor
 from phireg.testing.model import Addresses, TinyModel
-from phireg.testing.scales import scale_problems, schemes_of
 from phireg.verification.compute import ComputedChecks
 from phireg.verification.ranks import merge
 from phireg.verification.result import Skipped, place_of
+from phireg.verification.verify import compare_weights
 
 SourceRow = tuple[str, int]
 """A source module and one of its rows."""
@@ -217,14 +221,15 @@ class FamilyConformance:
                 _fail(problems)
 
     def test_scales_commute_with_the_mapping(self, model: TinyModel) -> None:
-        """For every scheme, converting then dequantizing equals dequantizing then converting.
+        """Quantized weights and scales are those of the source's rows, in every scheme.
 
-        Input maxima are made up. The schemes are those for which ``phireg_quant_rules`` names
-        linears; weight-only schemes leave weights as they are.
+        Scales are computed in the source's order and moved with its rows; what is expected of them
+        here comes from rows that were moved before. Input maxima are made up. The schemes are those
+        for which ``phireg_quant_rules`` names linears, and which take the tiny model's sizes.
         """
-        for scheme in schemes_of(model):
-            for tp_size in self.tp_sizes:
-                _probes(model, tp_size)
+        for tp_size in self.tp_sizes:
+            _probes(model, tp_size)
+            for scheme in schemes_of(model, tp_size):
                 if problems := scale_problems(model, tp_size, scheme):
                     _fail(problems)
 
@@ -315,6 +320,40 @@ def logits_problems(model: TinyModel, tp_size: int) -> str | None:
         lines += ["made of:"]
         lines += [f"  {name}  [{model.place(name)}]" for name in tensors]
     return "\n".join(lines)
+
+
+def schemes_of(model: TinyModel, tp_size: int) -> Iterator[Scheme]:
+    """Yield the schemes for which the family names linears, if their inputs make whole groups."""
+    translation, _ = model.translate()
+    inputs = {output.name: output.matrix[1] for output in model.plan(tp_size).outputs}
+    for scheme in SCHEMES.values():
+        linears = model.family.quant_rules(translation.fields, scheme.quant_algo).linears
+        size = FORMATS[scheme.qformat].group_size or 1
+        if linears and not any(inputs.get(f"{name}.weight", 0) % size for name in linears):
+            yield scheme
+
+
+def scale_problems(model: TinyModel, tp_size: int, scheme: Scheme) -> str | None:
+    """Quantize with made-up maxima; list what is not the source's, None if all is."""
+    if problems := model.plan_problems(tp_size, scheme.qformat):
+        return problems
+    plan = model.plan(tp_size, scheme.qformat)
+    rng = np.random.default_rng(0)
+    maxima = {
+        module: rng.uniform(0.5, 8.0, linear.columns).astype(np.float32)
+        for linear in plan.linears
+        for module in linear.sources
+    }
+    output = model.directory / f"{scheme.qformat}-tp{tp_size}"
+    phireg.quantize(plan, output, Statistics(maxima, (), (), {}, maxima))
+    with RankFiles(output, tp_size) as files:
+        found = compare_weights(plan, files, 1.0).problems
+    lines = [
+        f"TP {tp_size}, {scheme.qformat}: {problem}  "
+        f"[{model.place(problem.where.rpartition(' ')[2])}]"
+        for problem in found
+    ]
+    return "\n".join(lines) or None
 
 
 def _check_refused(

@@ -189,7 +189,7 @@ class CheckpointVerifier(Verifier):
             )
         recorded = (self.manifest or {}).get("quantization")
         alpha = recorded.get("alpha") if isinstance(recorded, Mapping) else None
-        summary, problems, notes, *_ = _check_weights(
+        summary, problems, notes, *_ = compare_weights(
             self.plan,
             self.files,
             float(alpha) if isinstance(alpha, int | float) else None,
@@ -225,10 +225,13 @@ def _folded(problems: Iterable[Problem]) -> list[Problem]:
 # The tensors: bit for bit, or by the grid where they are quantized
 
 
-def _check_weights(
-    plan: Plan, files: RankFiles, alpha: float | None, progress: Callable[[int, int], None]
+def compare_weights(
+    plan: Plan,
+    files: RankFiles,
+    alpha: float | None,
+    progress: Callable[[int, int], None] = lambda more, total: None,
 ) -> Outcome:
-    """Compare every tensor of a plan without errors."""
+    """Compare every tensor of a plan without errors; ``alpha`` is SmoothQuant's, if it is known."""
     total = sum(output.nbytes for output in plan.outputs)
 
     def report(more: int) -> None:

@@ -229,7 +229,7 @@ class TestConformance(FamilyConformance):
     tp_sizes = (1, 2, 4)
     tiny = without(MINI_128K, "auto_map") | {
         "hidden_size": 96, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 103,
-        "num_hidden_layers": 3, "intermediate_size": 88, "rms_norm_eps": 1e-2,
+        "num_hidden_layers": 3, "intermediate_size": 64, "rms_norm_eps": 1e-2,
         "rope_theta": 5000.0, "original_max_position_embeddings": 52, "torch_dtype": "float32",
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
         "rope_scaling": {
@@ -242,7 +242,7 @@ class TestConformance(FamilyConformance):
         if not module.endswith("mlp.fc"):
             return None
         source = f"model.layers.{module.split('.')[2]}.mlp.gate_up_proj"
-        return [(source, row) for row in (*range(88, 176), *range(88))]
+        return [(source, row) for row in (*range(64, 128), *range(64))]
 
 
 # --- medium ----------------------------------------------------------------------------------

@@ -6,8 +6,11 @@ from testing.acme import BASES, TINY
 
 import phireg
 from phireg.reader.schemes import SCHEMES
+from phireg.testing.conformance import scale_problems, schemes_of
 from phireg.testing.model import TinyModel
-from phireg.testing.scales import scale_problems, schemes_of
+
+SIZES = TINY["small"] | {"hidden_size": 256, "ff_intermediate_size": 512}
+"""In which the inputs of every linear make groups, on each of two ranks too."""
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +20,12 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(directory):
-    return TinyModel(BASES["small"], TINY["small"], directory).source_dir
+    return TinyModel(BASES["small"], SIZES, directory).source_dir
 
 
 def planted(monkeypatch, tmp_path, source, qformat, tensor, damage):
     """The message about a quantized checkpoint at TP 2 with a damaged tensor."""
-    model = TinyModel(BASES["small"], TINY["small"], tmp_path)
+    model = TinyModel(BASES["small"], SIZES, tmp_path)
     model.source_dir = source
     original = phireg.quantize
 
@@ -50,20 +53,27 @@ LAYER = "transformer.layers.1"
         ("fp8", f"{LAYER}.mlp.fc.weight", lambda t: t.flip(0)),
         ("int8_wo", f"{LAYER}.mlp.fc.weight", lambda t: t * 1.01),
         ("int4_wo", f"{LAYER}.input_layernorm.weight", lambda t: t.flip(0)),
+        ("int4_awq", f"{LAYER}.mlp.fc.weights_scaling_factor", lambda t: t.roll(1, 0)),
+        ("w4a8_awq", f"{LAYER}.mlp.proj.prequant_scaling_factor", lambda t: t.flip(0)),
+        ("nvfp4", f"{LAYER}.attention.qkv.weight", lambda t: t.flip(0)),
     ],
 )
 def test_damage_is_located(monkeypatch, tmp_path, source, qformat, tensor, damage):
     message = planted(monkeypatch, tmp_path, source, qformat, tensor, damage)
-    assert message.startswith(f"TP 2, {qformat}: rank 1 {tensor.rpartition('.')[0]}.")
+    assert message.startswith(f"TP 2, {qformat}: rank")
+    assert f" {tensor.rpartition('.')[0]}." in message.splitlines()[0]
     assert "[phi3_small/weights.py:" in message
 
 
-def test_an_undamaged_checkpoint_passes(monkeypatch, tmp_path, source):
-    message = planted(monkeypatch, tmp_path, source, "fp8", f"{LAYER}.mlp.fc.weight", lambda t: t)
-    assert message is None
+@pytest.mark.parametrize("qformat", SCHEMES)
+def test_an_undamaged_checkpoint_passes(monkeypatch, tmp_path, source, qformat):
+    fc = f"{LAYER}.mlp.fc.weight"
+    assert planted(monkeypatch, tmp_path, source, qformat, fc, lambda t: t) is None
 
 
-def test_every_scheme_is_tried(directory, source):
-    model = TinyModel(BASES["small"], TINY["small"], directory)
+def test_every_scheme_is_tried_whose_groups_fit(directory, source, tmp_path):
+    model = TinyModel(BASES["small"], SIZES, directory)
+    assert [scheme.qformat for scheme in schemes_of(model, 2)] == list(SCHEMES)
+    tiny = TinyModel(BASES["small"], TINY["small"], tmp_path)
     without_groups = [name for name, scheme in SCHEMES.items() if scheme.storage is None]
-    assert [scheme.qformat for scheme in schemes_of(model)] == without_groups
+    assert [scheme.qformat for scheme in schemes_of(tiny, 2)] == without_groups
