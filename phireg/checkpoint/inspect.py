@@ -25,7 +25,7 @@ class Inspection:
     Attributes:
         config: its config.json.
         weights: dtype and shape by tensor name, by file name: every rank file in order, or the
-            shards of a Hugging Face directory.
+            shards of a Hugging Face directory; none of a file that cannot be read.
         sizes: bytes of every file.
         manifest: its ``phireg.json``, or None if it has none.
         problems: what the reader would reject, and (if asked for) what differs from the manifest.
@@ -59,7 +59,7 @@ def inspect(
         SourceError: it is not a checkpoint.
     """
     directory = Path(checkpoint_dir)
-    layout, unreadable = None, tuple[str, ...]()
+    layout = None
     if kind_of(directory) is HF_MODEL:
         config, weights, problems, layout = _read_shards(directory)
     else:
@@ -68,7 +68,6 @@ def inspect(
             ranks = files.kinds()
             weights = {files.paths[n].name: kinds for n, kinds in enumerate(ranks)}
             problems = [error.message for error in files.errors.values()]
-            unreadable = tuple(files.paths[rank].name for rank in files.errors)
         for where, text, harmless in structure_findings(config, ranks):
             if not harmless:
                 problems.append(f"{where}: {text}")
@@ -79,6 +78,7 @@ def inspect(
                 f"{directory} has no phireg.json to check against",
                 hint="only checkpoints written by phireg carry digests.",
             )
+        unreadable = tuple(name for name, tensors in weights.items() if not tensors)
         found = check_files(directory, manifest, progress)
         more = (text for text in found if not text.startswith(unreadable))
         problems = list(dict.fromkeys([*problems, *more]))
@@ -91,17 +91,19 @@ def _read_shards(
 ) -> tuple[dict[str, Any], dict[str, Mapping[str, Kind]], list[str], Layout | None]:
     """Return config.json, the tensors of each file, what is wrong, and the quantization."""
     config = read_json_object(directory / "config.json")
-    with Shards(directory) as shards:
+    with Shards(directory, strict=False) as shards:
         weights: dict[str, Mapping[str, Kind]] = {
-            name: file.kinds() for name, file in shards.files.items()
+            name: shards.files[name].kinds() if name in shards.files else {}
+            for name in shards.names
         }
         kinds = shards.kinds()
-        problems = [f"{name}: {SURPLUS}" for name in shards.surplus()]
+        problems = [*shards.defects, *(f"{name}: {SURPLUS}" for name in shards.surplus())]
     try:
         whole = read_directory(directory)
     except CheckError as error:
         return config, weights, [*problems, error.message], None
-    problems += [f"{d.name}: {d.text}" for d in whole.deviations(kinds) if not d.harmless]
+    if not shards.defects:  # what a damaged file should hold is not missing besides
+        problems += [f"{d.name}: {d.text}" for d in whole.deviations(kinds) if not d.harmless]
     return config, weights, problems, whole.layout
 
 

@@ -52,8 +52,8 @@ def _sidecar(directory: Path) -> dict[str, Any] | None:
 class Shards(AbstractContextManager["Shards"]):
     """The open safetensors files of a directory; a context manager that closes them.
 
-    ``refusal`` is a CheckError for shards that are damaged, missing or not what their index says;
-    it is raised if ``strict``. Raises a SourceError where there are none.
+    ``defects`` tell of shards that are damaged, missing or not what their index says; they make the
+    CheckError ``refusal``, raised if ``strict``. Raises a SourceError where there are none.
     """
 
     def __init__(self, directory: Path, *, strict: bool = True) -> None:
@@ -66,11 +66,11 @@ class Shards(AbstractContextManager["Shards"]):
                 hint="download or export the model again",
             )
         self._directory, self._indexed = directory, index is not None
-        names = (_WHOLE,) if index is None else index.shards
+        self.names = (_WHOLE,) if index is None else index.shards
         self.files = {}
         defects = [] if index is None else [f"{name} is missing" for name in index.missing]
         errors: list[SourceError] = []
-        for name in names:
+        for name in self.names:
             if index is None or name not in index.missing:
                 try:
                     self.files[name] = RankFile(directory / name)
@@ -79,13 +79,14 @@ class Shards(AbstractContextManager["Shards"]):
         if index is not None:
             held = {name: file.header.entries.keys() for name, file in self.files.items()}
             defects += shard_defects(index, held)
+        self.defects: list[str] = []
         self.refusal: CheckError | None = None
         if errors or defects:
             hints = {error.hint for error in errors}
             hint = hints.pop() if len(hints) == 1 and not defects else None
-            defects = [*(error.message for error in errors), *defects]
+            self.defects = [*(error.message for error in errors), *defects]
             self.refusal = CheckError(
-                f"{directory}: the weight files cannot be used:{bullets(defects, 20)}",
+                f"{directory}: the weight files cannot be used:{bullets(self.defects, 20)}",
                 hint=hint or "download or export the model again; all files must be of one export",
             )
             if strict:

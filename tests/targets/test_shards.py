@@ -1,10 +1,15 @@
 """Files of bounded size."""
 
+import json
+
 import pytest
+from click.testing import CliRunner
 from helpers import tiny_models
 from transformers import AutoModelForCausalLM
 
 import phireg
+from phireg.cli import app
+from phireg.errors import CheckError
 from phireg.planning import shards
 from phireg.verification.result import QUICK
 
@@ -43,6 +48,23 @@ def test_files_that_some_readers_would_take_are_found(size, name, tmp_path):
     assert [p.partition(": ")[0] for p in phireg.inspect(directory).problems] == [name]
     result = phireg.verify(directory, directory, checks=QUICK)
     assert [p.where for p in result.check("structure").problems] == [name]
+
+
+def test_inspect_tells_what_is_left_beside_a_damaged_shard(tmp_path):
+    directory = tiny_models.write("phi3-gqa", tmp_path / "model", shard="60KB")
+    first, *others = sorted(path.name for path in directory.glob("model-*.safetensors"))
+    with (directory / first).open("r+b") as file:
+        file.truncate(500)
+    ran = CliRunner().invoke(app, ["inspect", str(directory), "--json"])
+    document = json.loads(ran.stdout)
+    (problem,) = document["problems"]
+    assert ran.exit_code == CheckError.exit_code
+    assert first in problem
+    assert document["config"]["model_type"] == "phi3"
+    assert not document["shards"].pop(first)
+    assert set(document["shards"]) == set(others)
+    assert all(document["shards"].values())
+    assert first in CliRunner().invoke(app, ["inspect", str(directory)]).stdout
 
 
 def test_files_of_ranks_have_no_bound(tmp_path):
