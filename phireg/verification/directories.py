@@ -167,9 +167,13 @@ class DirectoryVerifier(Verifier):
         """Return layers, names, dtypes and shapes that are not the source's: no value compares."""
         if self.plan.errors:
             return []
+        spec = self.directory.spec
+        name, width = spec.architecture.name, spec.hidden_size
+        if other := self.other_model(architecture=name, hidden_size=width):
+            return other
         expected = {o.name: f"{o.dtype} {list(o.shape)}" for o in self.plan.outputs}
         layers = 1 + max(place_of(name)[0] or 0 for name in expected)
-        own, problems = self.directory.spec.num_layers, []
+        own, problems = spec.num_layers, []
         if own != layers:
             problems.append(Problem("layers", f"are {own}; the source has {layers}"))
         held = {

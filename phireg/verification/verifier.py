@@ -77,6 +77,23 @@ class Verifier(ABC):
             hint = f"{MANIFEST} has its digest: quantize the model again"
             yield Problem(f"{file} {name}" if colon else name, text, hint, *own_place(name))
 
+    def other_model(self, **settings: object) -> list[Problem]:
+        """Return one problem where these settings are not the source's: no value compares then."""
+        differing = [
+            f"{name} is {value} here and {self.plan.config[name]} there"
+            for name, value in settings.items()
+            if self.plan.config.get(name, value) != value
+        ]
+        if not differing:
+            return []
+        text = f"is not of the {self.plan.family} model in {self.plan.model_dir}: "
+        record = (self.manifest or {}).get("source")
+        made_from = record.get("model_dir") if isinstance(record, Mapping) else None
+        hint = f"did you mean {made_from}, which {MANIFEST} names?"
+        if made_from in (None, self.plan.model_dir):
+            hint = "give --model-dir the model that it was made from."
+        return [Problem("config.json", text + ", ".join(differing), hint, part="config")]
+
     @abstractmethod
     def options(self) -> dict[str, Any]:
         """Return the options of the conversion whose result the directory is compared with."""

@@ -187,6 +187,9 @@ class CheckpointVerifier(Verifier):
             raise Skipped(
                 f"the source has no plan at TP {self.tp_size}: {error.subject} {error.detail}"
             )
+        keys = ("architecture", "hidden_size")
+        if other := self.other_model(**{key: self.config.get(key) for key in keys}):
+            return Outcome("no values compared: the source is another model", other, [])
         recorded = (self.manifest or {}).get("quantization")
         alpha = recorded.get("alpha") if isinstance(recorded, Mapping) else None
         summary, problems, notes, *_ = compare_weights(

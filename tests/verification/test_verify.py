@@ -256,6 +256,13 @@ def test_a_checkpoint_of_another_model():
     assert "vocab_size is 103, the source has 105" in "\n".join(problems)
 
 
+def test_a_checkpoint_of_another_family_has_one_finding():
+    verification = phireg.verify(converted("phi3-mini"), source("phi2"), checks=QUICK)
+    (problem,) = verification.check("weights").problems
+    assert "Phi3ForCausalLM" in problem.text and "PhiForCausalLM" in problem.text
+    assert str(source("phi3-mini")) in problem.hint
+
+
 def test_what_no_class_can_load_is_skipped_and_said(tmp_path, monkeypatch):
     broken = shutil.copytree(source("phi2"), tmp_path / "source")
     directory = converted("phi2")

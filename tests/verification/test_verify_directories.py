@@ -65,7 +65,7 @@ def test_a_plain_directory_is_compared_bit_for_bit(sources, tmp_path):
 
 
 WRONG = {
-    "architecture": ("phi2", {}, "architecture", "post_attention_layernorm.weight"),
+    "architecture": ("phi2", {}, "architecture", "config.json"),
     "sizes": ("phi3", {"intermediate_size": 96}, "intermediate_size", "mlp.down_proj.weight"),
     "fewer layers": ("phi3", {"num_hidden_layers": 2}, "num_layers", "layers"),
     "more layers": ("phi3", {"num_hidden_layers": 4}, "num_layers", "layers"),
