@@ -32,6 +32,7 @@ _ROOT = "/"
 _MOST_OUTPUT = 2**20
 _PIPE = 2**20  # bytes of a pipe at most, unless root made it larger
 _WAIT_S = 0.05
+_GPUS_S = 20
 _PATIENCE_S = 5.0  # between SIGTERM and SIGKILL
 
 
@@ -76,6 +77,14 @@ def query(command: Sequence[str], seconds: float) -> tuple[int, str]:
     except OSError as error:
         return 126, f"it cannot be started: {error.strerror}"
     return process.returncode, output.decode(errors="replace")
+
+
+def query_gpus(fields: str) -> tuple[int | None, str]:
+    """Ask nvidia-smi, as ``query`` does, for a line of each GPU; None if there is no nvidia-smi."""
+    program = find_program("nvidia-smi")
+    if program is None:
+        return None, ""
+    return query([program, f"--query-gpu={fields}", "--format=csv,noheader"], _GPUS_S)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from phireg import registry
-from phireg.children import find_program, python_command, query
+from phireg.children import find_program, python_command, query, query_gpus
 from phireg.errors import EngineError, PluginError, described
 from phireg.tensorrt.package import INSTALL as PACKAGES
 from phireg.tensorrt.package import Backend, installed
@@ -215,10 +215,8 @@ def _torch() -> Iterator[Part]:
 
 def _gpu() -> Iterator[Part]:
     state, problem = MISSING, "there is no nvidia-smi"
-    program = find_program("nvidia-smi")
-    if program is not None:
-        fields = "--query-gpu=name,memory.total,compute_cap,driver_version"
-        code, output = query([program, fields, "--format=csv,noheader"], _PROGRAM_S)
+    code, output = query_gpus("name,memory.total,compute_cap,driver_version")
+    if code is not None:
         rows = [line.split(", ") for line in output.splitlines()]
         if code == 0 and rows and all(len(row) == 4 for row in rows):
             gpus = [f"{name} ({memory}, compute capability {cap})" for name, memory, cap, _ in rows]

@@ -7,9 +7,8 @@ inputs and weights, for 11 exponents a.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from phireg.formats import FORMATS, LARGEST
+from phireg.reference.observing import inputs_seen
 
 EXPONENTS = [exponent.item() for exponent in torch.arange(0, 1.1, 0.1)]
 PASSES = 2 + len(EXPONENTS)
@@ -79,10 +79,12 @@ class Search:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Take the inputs of the linears."""
-        with ExitStack() as stack:
-            for name, linear in self._linears.items():
-                handle = linear.register_forward_pre_hook(self._hook(name))
-                stack.callback(handle.remove)
+
+        def see(name: str, inputs: Tensor) -> None:
+            # Row by row, as if each ran alone: nothing depends on the batches.
+            self._rows[name] += inputs.detach().split(1)
+
+        with inputs_seen(self._linears, see):
             yield
 
     def compare(self, tokens: int = _TOKENS) -> None:
@@ -117,10 +119,3 @@ class Search:
                 error = functional.linear(row * smoother, weight, bias) - output
                 losses[number] += error.float().square().mean()
         return losses
-
-    def _hook(self, name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
-        def hook(_: Any, arguments: tuple[Tensor, ...]) -> None:
-            # Row by row, as if each ran alone: nothing depends on the batches.
-            self._rows[name] += arguments[0].detach().split(1)
-
-        return hook

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from phireg.calibration.statistics import Statistics, of_any_expert
 from phireg.device import measure_memory, peak_memory
 from phireg.errors import SourceError
 from phireg.reference.load import Reference
-from phireg.reference.observing import hidden_states
+from phireg.reference.observing import hidden_states, inputs_seen
 
 Progress = Callable[[int, int], None]
 """Takes (further tokens through one layer, all of them)."""
@@ -280,11 +280,9 @@ class _Largest:
     @contextmanager
     def watching(self, layer: nn.Module, prefix: str) -> Iterator[None]:
         """Record the inputs of all linears below a layer."""
-        with ExitStack() as stack:
-            for name, module in linears_of(layer, prefix).items():
-                self._sizes[name] = module.in_features
-                handle = module.register_forward_pre_hook(self._hook(name))
-                stack.callback(handle.remove)
+        linears = linears_of(layer, prefix)
+        self._sizes |= {name: linear.in_features for name, linear in linears.items()}
+        with inputs_seen(linears, self.record):
             yield
 
     def settle(self, layer: int, rows: int) -> dict[str, Tensor]:
@@ -320,6 +318,3 @@ class _Largest:
         """Maxima of keys or of values, by layer."""
         maxima = {layer: float(x) for (kind, layer), x in self._cached.items() if kind == what}
         return tuple(maxima[layer] for layer in range(len(maxima)))
-
-    def _hook(self, name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
-        return lambda _, arguments: self.record(name, arguments[0])

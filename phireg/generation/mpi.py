@@ -21,19 +21,24 @@ Communicator = Any
 
 def process_rank() -> tuple[int, int]:
     """Return the rank of this process and the number of processes; (0, 1) without mpirun."""
-    for name, count in _VARIABLES:
-        if name in os.environ and count in os.environ:
-            try:
-                rank, size = int(os.environ[name]), int(os.environ[count])
-            except ValueError:
-                rank, size = -1, 0
-            if not 0 <= rank < size:
-                raise UsageError(
-                    f"the environment variables {name} and {count} are not what mpirun sets",
-                    hint="unset them, or start with mpirun.",
-                )
-            return rank, size
+    for names in _VARIABLES:
+        if all(name in os.environ for name in names):
+            return stated_rank(names, "mpirun")
     return 0, 1
+
+
+def stated_rank(names: tuple[str, str], launcher: str) -> tuple[int, int]:
+    """Return the rank and the number of processes that two variables state; by default (0, 1)."""
+    try:
+        rank, size = (int(os.environ.get(name, n)) for n, name in enumerate(names))
+    except ValueError:
+        rank, size = -1, 0
+    if not 0 <= rank < size:
+        raise UsageError(
+            f"the environment variables {' and '.join(names)} are not what {launcher} sets",
+            hint=f"unset them, or start with {launcher}.",
+        )
+    return rank, size
 
 
 def communicator() -> Communicator:

@@ -12,20 +12,12 @@ from phireg.children import python_command
 from phireg.errors import UsageError
 from phireg.generation.backend import EXECUTOR, TENSORRT_LLM, Description, Options
 from phireg.generation.mpi import process_rank as mpi_rank
+from phireg.generation.mpi import stated_rank
 
 
 def process_rank() -> tuple[int, int]:
     """Return the rank of this process and the number of processes, as torchrun sets them."""
-    try:
-        rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    except ValueError:
-        rank, world_size = -1, 0
-    if not 0 <= rank < world_size:
-        raise UsageError(
-            "the environment variables RANK and WORLD_SIZE are not what torchrun sets",
-            hint="unset them, or start with torchrun.",
-        )
-    return rank, world_size
+    return stated_rank(("RANK", "WORLD_SIZE"), "torchrun")
 
 
 def run_worker(directory: Path, options: Options) -> None:

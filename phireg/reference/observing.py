@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Observer(Protocol):
@@ -64,6 +64,18 @@ def observed(model: Any, observer: Observer) -> Iterator[None]:
         head = model.get_output_embeddings()
         handles.append(head.register_forward_pre_hook(lambda _, inputs: observer.normed(inputs[0])))
         for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def inputs_seen(
+    modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Pass the name and the input of every call of the modules to ``see``."""
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            handle = module.register_forward_pre_hook(lambda _, x, name=name: see(name, x[0]))
             stack.callback(handle.remove)
         yield
 

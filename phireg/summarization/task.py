@@ -15,7 +15,6 @@ from phireg.errors import PhiregError, UsageError
 from phireg.generation.tokenizer import Tokenizer
 
 DEMO = "demo"
-PROMPT_END = " TL;DR: "
 _TEST_ROWS = 11_490  # of cnn_dailymail's test split
 _DEFAULT_FAMILY = "phi3-small"
 
@@ -110,7 +109,7 @@ def _held_back(family: str) -> Data:
 
 def prompt_text(article: str) -> str:
     """Return a prompt's text before it is cut, cleaned as TensorRT-LLM's script does it."""
-    return (article + PROMPT_END).strip().replace(" n't", "n't")
+    return (article + demo.PROMPT_END).strip().replace(" n't", "n't")
 
 
 def make_samples(rows: Iterable[Row], tokenizer: Tokenizer, settings: Settings) -> list[Sample]:

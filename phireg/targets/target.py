@@ -284,12 +284,12 @@ class Target:
         return ()
 
     def rules(self, rules: Rules, fields: Mapping[str, Any]) -> Rules:
-        """Return the rules of this target's modules, from the family's for TensorRT-LLM."""
-        raise NotImplementedError
+        """Return the rules of this target's modules, from the family's; here TensorRT-LLM's own."""
+        return rules
 
     def quantized_modules(self, quant: QuantRules, rules: Rules) -> QuantRules:
         """Return the linears and caches of the family's quantization rules by their names here."""
-        raise NotImplementedError
+        return quant
 
     def shared_inputs(self, rules: Rules) -> Mapping[str, tuple[str, ...]]:
         """Return the groups of linears that readers fuse or that see one norm's output, by norm.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from phireg.layout.rules import QuantRules, Rules
 from phireg.reader.schemes import KV_CACHES, KV_SCALE, SCHEMES
 from phireg.targets.target import Layout, Quantized, Stored, Target, WrittenModel
 
@@ -40,14 +38,6 @@ def quantization_block(quantized: Quantized) -> dict[str, Any]:
 @dataclass(frozen=True, kw_only=True)
 class TensorRTLLM(Target):
     """The family's rules as they are."""
-
-    def rules(self, rules: Rules, fields: Mapping[str, Any]) -> Rules:
-        """Return the family's rules."""
-        return rules
-
-    def quantized_modules(self, quant: QuantRules, rules: Rules) -> QuantRules:
-        """Return the family's quantization rules."""
-        return quant
 
     def config_files(self, model: WrittenModel) -> dict[str, dict[str, Any]]:
         """Return config.json with what every release knows of mapping and quantization."""

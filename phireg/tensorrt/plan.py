@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from phireg.children import find_program, query
+from phireg.children import query_gpus
 from phireg.errors import EngineError, UsageError
 from phireg.reader.spec import ModelSpec, parse_spec
 from phireg.tensorrt.engine import Limits
@@ -32,7 +32,6 @@ _DEFAULT_BATCH = 8
 # Of one step: the mask of a dense layer takes chunk x capacity bytes per row, that of a
 # block-sparse layer as many per head.
 _CHUNK, _SPARSE_CHUNK = 512, 256
-_PROGRAM_S = 20
 _MOST_TOKENS = 2**31 - 1  # of a step: ``last_tokens`` is int32
 
 _TRTLLM_ONLY = (
@@ -114,23 +113,14 @@ def plan_engine(
 
 def here() -> tuple[str, ...]:
     """Return the compute capabilities of this machine's GPUs, as NVIDIA's driver tells them."""
-    capabilities = re.findall(r"^(\d+)\.(\d)\s*$", _query_driver("compute_cap"), re.MULTILINE)
+    capabilities = re.findall(r"^(\d+)\.(\d)\s*$", query_gpus("compute_cap")[1], re.MULTILINE)
     return tuple(dict.fromkeys(f"sm{major}{minor}" for major, minor in capabilities))
 
 
 def driver_version() -> str:
     """Return the version of NVIDIA's driver; "" without one."""
-    return _query_driver("driver_version").partition("\n")[0].strip()
-
-
-def _query_driver(field: str) -> str:
-    """Return what nvidia-smi says of every GPU, a line each."""
-    program = find_program("nvidia-smi")
-    if program is None:
-        return ""
-    command = [program, f"--query-gpu={field}", "--format=csv,noheader"]
-    code, output = query(command, _PROGRAM_S)
-    return output if code == 0 else ""
+    code, output = query_gpus("driver_version")
+    return "" if code else output.partition("\n")[0].strip()
 
 
 def parse_gpus(text: str) -> tuple[str, ...]:

@@ -201,34 +201,26 @@ class _Checker:
         scores = [score for _, score, _ in expected]
         distance = _distance(answer.scores, scores)
         summary = f"{len(answer.scores)} tokens; mean difference {distance:.3f} nats"
+        dropped: list[float] = []  # what dropped cache scales would give
+        if self.has_cache_scales:
+            faulty = _greedy(self.subject.logits("cache"), ids, len(scores), frozenset())
+            dropped = [score for _, score, _ in faulty]
+        if distance <= self.tolerance:
+            apart = _distance(scores, dropped) if dropped else math.inf
+            untold = apart <= 2 * self.tolerance
+            undone = (_untold("generation", "cache", apart),) if untold else ()
+            return Outcome(summary, [], [], undone)
         # Behind two tokens that are nearly as likely as each other, the texts may part.
         close = next((n for n, (_, _, gap) in enumerate(expected) if gap <= self.tolerance), None)
-        if distance <= self.tolerance:
-            return self._told(summary, ids, expected)
         if close is not None and _distance(answer.scores[:close], scores[:close]) <= self.tolerance:
             note = f"after {close} tokens two are nearly as likely as each other: the texts part"
             if close < _ENOUGH:
                 return Outcome(summary, [], [], (f"{note}, too early to compare them",))
             return Outcome(summary, [], [note])
         text = f"differs by {distance:.2f} nats (tolerance {self.tolerance:g})"
-        if self.has_cache_scales:
-            faulty = _greedy(self.subject.logits("cache"), ids, len(answer.scores), frozenset())
-            if _distance(answer.scores, [score for _, score, _ in faulty]) < distance / 2:
-                text += f"; it looks like this: {FAULTS['cache']}"
+        if dropped and _distance(answer.scores, dropped) < distance / 2:
+            text += f"; it looks like this: {FAULTS['cache']}"
         return Outcome(summary, [Problem("generation", text)], [])
-
-    def _told(
-        self, summary: str, ids: Sequence[int], expected: Sequence[tuple[int, float, float]]
-    ) -> Outcome:
-        """Return a sound generation; say whether dropped cache scales would have shown."""
-        if not self.has_cache_scales:
-            return Outcome(summary, [], [])
-        faulty = _greedy(self.subject.logits("cache"), ids, len(expected), frozenset())
-        distance = _distance(*([score for _, score, _ in run] for run in (expected, faulty)))
-        undone = (
-            () if distance > 2 * self.tolerance else (_untold("generation", "cache", distance),)
-        )
-        return Outcome(summary, [], [], undone)
 
     def chat(self) -> Outcome:
         """Ask a question by the chat template, whose answer should end with a stop id."""

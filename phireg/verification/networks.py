@@ -27,6 +27,7 @@ from phireg.verification.logits import (
     quantized_parts,
     token_errors,
 )
+from phireg.verification.prompts import prompt_ids
 from phireg.verification.result import Place, Problem, error_text, place_text
 
 STEPS = 8
@@ -144,8 +145,7 @@ def steps(lengths: Sequence[int]) -> int:
 def _reference(exact: Executor, rounded: Executor, length: int) -> _Row:
     """Compute the states of a random prompt and what follows it, and the rounding of each."""
     spec = exact.spec
-    generator = torch.Generator().manual_seed(length)
-    ids = torch.randint(spec.vocab_size, (length + STEPS,), generator=generator)
+    ids = prompt_ids(spec.vocab_size, length + STEPS)[0]
     states: dict[Place, Tensor] = {}
 
     def observe(layer: int, what: str, value: Tensor) -> None:
