@@ -13,11 +13,10 @@ from torch import Tensor
 from phireg.checkpoint.shards import Shards
 from phireg.errors import CheckError
 from phireg.executor.levels import Levels
+from phireg.executor.sources import scale_defect
 from phireg.executor.stored import Stored, ordered, prepare, stored_linear
 from phireg.reader.modules import Directory, Module
 from phireg.reader.tensors import EMBEDDING, KEY_SCALE, ROUTER, VALUE_SCALE
-
-_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class DirectorySource:
@@ -146,14 +145,9 @@ def content_problems(source: DirectorySource) -> list[tuple[str, str]]:
                 scales.append(name)
             elif what == "shape" and shards.tensor(name).tolist() != [module.rows, module.columns]:
                 problems.append((name, f"is {shards.tensor(name).tolist()}"))
-    for name in scales:
-        values = shards.tensor(name).float()
-        # An e4m3 scale of a group of zeros is zero, and so may be a small one.
-        least = 0.0 if shards.tensor(name).dtype == torch.float8_e4m3fn else _SMALLEST
-        if bad := int((~(values.isfinite() & (values >= least))).sum()):
-            problems.append(
-                (name, f"is no scale: {bad} of {values.numel()} values are not positive")
-            )
+    least = torch.finfo(torch.float32).tiny
+    defects = ((name, scale_defect(shards.tensor(name), least)) for name in scales)
+    problems += [(name, defect) for name, defect in defects if defect]
     table, head = "model.embed_tokens.weight", "lm_head.weight"
     if (
         directory.tied

@@ -114,17 +114,24 @@ def _rank_problems(
         if not is_scale(name):
             continue
         stored = source(name)
-        # An e4m3 scale of a group of zeros may be zero.
-        small = 0.0 if stored.dtype == torch.float8_e4m3fn else torch.finfo(stored.dtype).tiny
-        values = stored.float().flatten()
-        bad = ~(values.isfinite() & (values >= small))
-        if bad.any():  # it cannot be divided by, on any device
-            first = int(bad.nonzero()[0])
-            place = f"{int(bad.sum())} of {len(values)} values, the first at {first}: "
-            yield (
-                f"{name} is no scale ({place if len(values) > 1 else ''}{float(values[first]):g} "
-                "is not a finite positive normal number)"
-            )
+        if defect := scale_defect(stored, torch.finfo(stored.dtype).tiny):
+            yield f"{name} {defect}"
+
+
+def scale_defect(stored: Tensor, least: float) -> str | None:
+    """Say why a scale cannot be divided by on every device; None if it is ``least`` or larger."""
+    # An e4m3 scale of a group of zeros is zero, and so may be a small one.
+    least = 0.0 if stored.dtype == torch.float8_e4m3fn else least
+    values = stored.float().flatten()
+    bad = ~(values.isfinite() & (values >= least))
+    if not bad.any():
+        return None
+    first = int(bad.nonzero()[0])
+    place = f"{int(bad.sum())} of {len(values)} values, the first at {first}: "
+    return (
+        f"is no scale ({place if len(values) > 1 else ''}{float(values[first]):g} is not a finite "
+        "positive normal number)"
+    )
 
 
 def _differences(sources: Mapping[int, Source], names: Sequence[str]) -> Iterator[str]:

@@ -28,6 +28,7 @@ from phireg.dtypes import (
 from phireg.planning.model import Output, Plan, QuantizedLinear, Rows
 from phireg.planning.report import ranges
 from phireg.planning.schedule import restrict
+from phireg.reader.tensors import is_scale
 from phireg.source.model import Reader
 from phireg.verification.comparison import Difference, Progress, add_difference
 from phireg.verification.result import Problem, place_of
@@ -266,23 +267,18 @@ def read_scale(files: RankFiles, rank: int, name: str) -> Float32:
 
 def scale_defects(files: RankFiles) -> Iterator[Problem]:
     """Yield scales that are zero, negative, infinite, not a number or denormal."""
+    codes = (*SMALLEST_NORMAL, "F8_E4M3")
     for rank, file in files.items():
-        for name, entry in file.header.entries.items():
-            if not name.endswith(_SUFFIX) or entry.dtype not in WEIGHT_DTYPES.values():
-                continue
-            values = read_scale(files, rank, name)
-            normal = SMALLEST_NORMAL[entry.dtype]
-            for text, defects in (
-                ("is not a number", np.isnan(values)),
-                ("is infinite", np.isinf(values)),
-                ("is zero", values == 0),
-                ("is negative", np.isfinite(values) & (values < 0)),
-                ("is denormal", (values > 0) & (values < normal)),
-            ):
-                if defects.any():
-                    many = f" ({defects.sum()} of {values.size} values)" if values.size > 1 else ""
-                    where = f"rank{rank}.safetensors: {name}"
-                    yield Problem(where, f"{text}{many}: no scale", None, *place_of(name))
+        entries = file.header.entries.items()
+        scales = {name: e.dtype for name, e in entries if is_scale(name) and e.dtype in codes}
+        if not scales:  # torch need not be loaded
+            continue
+        from phireg.executor.sources import scale_defect
+
+        read = file.mapped()
+        for name, code in scales.items():
+            if defect := scale_defect(read(name), SMALLEST_NORMAL.get(code, 0.0)):
+                yield Problem(f"rank{rank}.safetensors: {name}", defect, None, *place_of(name))
 
 
 def rank_problems(files: RankFiles, scales: Iterable[Output]) -> Iterator[Problem]:
