@@ -363,7 +363,7 @@ class Executor(torch.nn.Module):  # type: ignore[misc]
                 size = packed_bytes(form.weight, shape)
             else:
                 size = math.prod(shape) * self.dtype.itemsize
-            in_pairs = scheme is not None and scheme.storage is not None
+            in_pairs = scheme is not None and scheme.grouped
             needed += size * len(self.ranks) * (2 if in_pairs else 1)
         return bool(needed > _MEMORY_SHARE * free)
 

@@ -104,9 +104,10 @@ def stored_in_rank(
 ) -> Stored | None:
     """Return a linear of a rank whose weights are in groups; None for other formats."""
     form = spec.quantization.weights
-    storage = None if form is None or form not in SCHEMES else SCHEMES[form].storage
-    if storage is None:
+    scheme = SCHEMES.get(form or "")
+    if scheme is None or scheme.storage is None or not scheme.grouped:
         return None
+    storage = scheme.storage
     names = storage.parts(0, 0, "").items()
     parts = {what: read(f"{linear}.{part.name}") for what, part in names}
     parts["weight"] = parts["weight"].view(torch.uint8)

@@ -121,7 +121,7 @@ def quantization_of(config: Mapping[str, Any]) -> str | None:
     """Return the quantization algorithm; refuse one whose tensors have other axes (AWQ)."""
     block = config.get("quantization")
     algorithm = block.get("quant_algo") if isinstance(block, Mapping) else None
-    known = [None, *(s.quant_algo for s in SCHEMES.values() if s.storage is None)]
+    known = [None, *(s.quant_algo for s in SCHEMES.values() if not s.grouped)]
     if algorithm not in known:
         raise CheckError(
             f"the checkpoint is quantized as {algorithm!r}, whose rows phireg does not reorder",

@@ -32,15 +32,19 @@ class Scheme:
     """The storage of a quantized checkpoint's linears.
 
     Codes are safetensors' and None is the checkpoint's dtype, in which TensorRT-LLM's builder
-    quantizes weights. Every quantized linear must have the scales in ``companions``. ``storage`` is
-    that of groups of inputs.
+    quantizes weights. Every quantized linear must have the scales in ``companions``.
     """
 
     qformat: WeightScheme  # the name users type
     quant_algo: str  # in config.json's ``quantization``
     weight: str | None  # code of quantized weights
     companions: Mapping[str, str | None]  # codes of scales
-    storage: Storage | None = None
+    storage: Storage | None = None  # of quantized weights
+
+    @property
+    def grouped(self) -> bool:
+        """True if groups of a row's inputs have scales of their own."""
+        return self.storage is not None and self.storage.form.per == "group"
 
     @property
     def per_channel(self) -> bool:
@@ -48,30 +52,26 @@ class Scheme:
         return self.weight is not None and FORMATS[self.qformat].per == "channel"
 
 
-def _grouped(qformat: WeightScheme, quant_algo: str, packing: Packing) -> Scheme:
-    """Return the scheme of weights in groups, by the parts of any linear."""
+def _stored(qformat: WeightScheme, quant_algo: str, packing: Packing | None = None) -> Scheme:
+    """Return the scheme of quantized weights, by the parts of any linear."""
     form = FORMATS[qformat]
     storage = Storage("trtllm", form, packing)
-    parts = storage.parts(2, form.group_size or 0, "")
+    parts = storage.parts(2, form.group_size or 1, "")
     weight = parts.pop("weight")
     companions = {part.name: part.code or None for part in parts.values()}
     return Scheme(qformat, quant_algo, weight.code, companions, storage)
 
 
-_SCALES = {"weights_scaling_factor": "F32", "activation_scaling_factor": "F32"}
-
-_SMOOTHED = {"prequant_scaling_factor": None, **_SCALES}
-
 SCHEMES: Mapping[str, Scheme] = {
     scheme.qformat: scheme
     for scheme in (
-        Scheme("fp8", "FP8", "F8_E4M3", _SCALES),
-        Scheme("int8_sq", "W8A8_SQ_PER_CHANNEL", "I8", _SMOOTHED),
+        _stored("fp8", "FP8"),
+        _stored("int8_sq", "W8A8_SQ_PER_CHANNEL"),
         Scheme("int8_wo", "W8A16", None, {}),
         Scheme("int4_wo", "W4A16", None, {}),
-        _grouped("int4_awq", "W4A16_AWQ", "rows"),
-        _grouped("w4a8_awq", "W4A8_AWQ", "rows"),
-        _grouped("nvfp4", "NVFP4", "columns"),
+        _stored("int4_awq", "W4A16_AWQ", "rows"),
+        _stored("w4a8_awq", "W4A8_AWQ", "rows"),
+        _stored("nvfp4", "NVFP4", "columns"),
     )
 }
 """By ``--qformat``.
@@ -166,7 +166,7 @@ def parse_quantization(config: Config) -> Quantization:
     except ValueError as error:
         raise block.error(f"exclude_modules has {error}") from None
     weights = _algorithm(block, "quant_algo", QFORMATS)
-    grouped = weights is not None and SCHEMES[weights].storage is not None
+    grouped = weights is not None and SCHEMES[weights].grouped
     cache = _algorithm(block, "kv_cache_quant_algo", CACHE_DTYPES)
     return Quantization(weights, cache, excluded, 4 if grouped else 8)
 
@@ -177,10 +177,10 @@ def check_quantization(config: Config, num_layers: int) -> None:
     if quantization.weights is None:
         return
     inert = dict(_INERT)
-    if (storage := SCHEMES[quantization.weights].storage) is not None:
-        size = storage.form.group_size
+    form = FORMATS[quantization.weights]
+    if (size := form.group_size) is not None:
         inert["group_size"] = (size, None) if size == _DEFAULT_GROUP else (size,)
-        if storage.form.smoothing is not None:
+        if form.smoothing is not None:
             inert["pre_quant_scale"] = (True,)
     for key, value in block.values.items():
         if key not in NESTED["quantization"]:

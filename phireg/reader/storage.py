@@ -87,16 +87,15 @@ _RANK_NAMES = {
 
 
 def _rank_parts(storage: Storage, rows: int, columns: int, code: str) -> dict[str, Part]:
-    """ModelOpt's parts under other names; pairs of int4 are int8, and their scales have an axis."""
+    """ModelOpt's parts under other names; pairs of int4 are int8, and numbers have an axis."""
     parts = _modelopt_parts(storage, rows, columns, code)
     for what, name in _RANK_NAMES.items():
         if what in parts:
-            parts[what] = replace(parts[what], name=name, required=True)
+            # Those of NVFP4 have none.
+            shape = parts[what].shape or (() if storage.form.weight == "e2m1" else (1,))
+            parts[what] = replace(parts[what], name=name, required=True, shape=shape)
     if storage.form.weight == "int4":
         parts["weight"] = replace(parts["weight"], code="I8")
-        for what in ("second", "input"):
-            if what in parts:
-                parts[what] = replace(parts[what], shape=(1,))
     return parts
 
 

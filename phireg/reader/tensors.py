@@ -29,7 +29,7 @@ KEY_SCALE, VALUE_SCALE = "attention.k_cache_scaling_factor", "attention.v_cache_
 """Exporters write them beside KV_SCALE, which is the larger of the two."""
 
 _SCALE: Kind = ("F32", (1,))
-_GROUPED = [name for name, scheme in SCHEMES.items() if scheme.storage is not None]
+_GROUPED = [name for name, scheme in SCHEMES.items() if scheme.grouped]
 
 
 def required_tensors(config: Mapping[str, Any], tp_size: int) -> dict[str, Kind] | None:
@@ -143,21 +143,10 @@ def replicated(dims: Dimensions, name: str) -> bool:
 
 def _linear(name: str, code: str, shape: tuple[int, int], scheme: Scheme | None) -> dict[str, Kind]:
     """Return weight and scales; raw weights of a weight-only scheme are like unquantized ones."""
-    if scheme is None:
+    if scheme is None or scheme.storage is None:
         return {f"{name}.weight": (code, shape)}
-    if scheme.storage is not None:
-        parts = scheme.storage.parts(*shape, code)
-        return {f"{name}.{part.name}": (part.code, part.shape) for part in parts.values()}
-    shapes = {
-        "weights_scaling_factor": shape[:1] if scheme.per_channel else (1,),
-        "activation_scaling_factor": (1,),
-        "prequant_scaling_factor": shape[1:],
-    }
-    scales = {
-        f"{name}.{part}": (part_code or code, shapes[part])
-        for part, part_code in scheme.companions.items()
-    }
-    return {f"{name}.weight": (scheme.weight or code, shape), **scales}
+    parts = scheme.storage.parts(*shape, code)
+    return {f"{name}.{part.name}": (part.code, part.shape) for part in parts.values()}
 
 
 def _experts(

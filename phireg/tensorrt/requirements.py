@@ -69,7 +69,7 @@ def size_problems(spec: ModelSpec) -> Iterator[str]:
     if spec.experts is not None and spec.quantization.weights is not None:
         yield "its experts are quantized, which TensorRT-LLM alone builds"
     weights = spec.quantization.weights
-    if weights is not None and SCHEMES[weights].storage is not None:
+    if weights is not None and SCHEMES[weights].grouped:
         yield (
             f"its weights are quantized in groups ({SCHEMES[weights].quant_algo}), which "
             "TensorRT-LLM alone builds"

@@ -258,7 +258,7 @@ def compare_weights(
         absent += missing
         incomplete = {output.name.rpartition(".")[0] for output in missing}
         linears = [linear for linear in plan.linears if linear.target not in incomplete]
-        in_groups = plan.options.scheme is not None and plan.options.scheme.storage is not None
+        in_groups = plan.options.scheme is not None and plan.options.scheme.grouped
         if in_groups:
             from phireg.verification.linears import compare_ranks
 
@@ -325,7 +325,7 @@ def _summary(plan: Plan, compared: int, linears: int) -> str:
     scheme = plan.options.scheme
     quantized = (
         f"{linears} linears within a step of the {scheme.quant_algo} grid"
-        + ("" if scheme.storage is not None else " and scales recomputed")
+        + ("" if scheme.grouped else " and scales recomputed")
         if scheme is not None and plan.linears
         else "scales of the KV cache looked at"
     )

@@ -9,7 +9,7 @@ from phireg.reader.spec import parse_spec
 
 DEMOS = Path(__file__).parents[2] / "plugins"
 FAMILIES = ("phi2", "phi3-mini", "phi3-small", "phi3-medium")
-GROUPED = tuple(name for name, scheme in SCHEMES.items() if scheme.storage is not None)
+GROUPED = tuple(name for name, scheme in SCHEMES.items() if scheme.grouped)
 FORMATS = (
     *("float16", "bfloat16", "float32"),
     *(name for name in SCHEMES if name not in GROUPED),

@@ -75,5 +75,5 @@ def test_every_scheme_is_tried_whose_groups_fit(directory, source, tmp_path):
     model = TinyModel(BASES["small"], SIZES, directory)
     assert [scheme.qformat for scheme in schemes_of(model, 2)] == list(SCHEMES)
     tiny = TinyModel(BASES["small"], TINY["small"], tmp_path)
-    without_groups = [name for name, scheme in SCHEMES.items() if scheme.storage is None]
+    without_groups = [name for name, scheme in SCHEMES.items() if not scheme.grouped]
     assert [scheme.qformat for scheme in schemes_of(tiny, 2)] == without_groups
