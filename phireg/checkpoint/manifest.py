@@ -136,10 +136,6 @@ def _check_rank_file(
             yield f"{path.name}: header differs from what was written"
             return
         for name in file.header.entries:
-            digest = xxhash.xxh3_128()
-            for block in file.blocks(name):
-                digest.update(block)
-                if progress:
-                    progress(len(block))
-            if digest.hexdigest() != record["tensors"].get(name):
+            digest = file.digest(name, progress) if progress else file.digest(name)
+            if digest != record["tensors"].get(name):
                 yield f"{path.name}: {name} differs from what was written"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from phireg.dtypes import BITS, torch_dtype
 from phireg.errors import SourceError
@@ -83,11 +84,14 @@ class RankFile(AbstractContextManager["RankFile"]):
         check_unchanged(self._descriptor, self.path, self._stamp)
         return buffer
 
-    def blocks(self, name: str) -> Iterator[bytearray]:
-        """Read a tensor's bytes a block at a time."""
-        entry = self.header.entries[name]
+    def digest(self, name: str, progress: Callable[[int], None] = lambda more: None) -> str:
+        """Return xxh3_128 of a tensor's bytes, in hexadecimal, read a block at a time."""
+        entry, digest = self.header.entries[name], xxhash.xxh3_128()
         for offset in range(entry.start, entry.end, _BLOCK):
-            yield self.read_bytes(offset, min(_BLOCK, entry.end - offset))
+            block = self.read_bytes(offset, min(_BLOCK, entry.end - offset))
+            digest.update(block)
+            progress(len(block))
+        return digest.hexdigest()
 
     def read(self, name: str, start: int = 0, count: int | None = None) -> Bits:
         """Read ``count`` elements of a tensor, or all that follow element ``start``, as bits."""

@@ -10,16 +10,16 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.nn import functional
+from torch import Tensor
 
 from phireg import device as devices
 from phireg.errors import PhiregError
 from phireg.executor import Executor, ModelSpec, read_meaning, stream
 from phireg.executor import load as load_checkpoint
-from phireg.executor.finite import NotFiniteError, check_logits, dtype_name
+from phireg.executor.finite import NotFiniteError, dtype_name
 from phireg.executor.generate import rows_of
 from phireg.generation.backend import KEYS_STAY, Description, LongRope, Options, Request
-from phireg.generation.limits import check_continuations, check_request
+from phireg.generation.limits import check_request, mean_nll
 from phireg.generation.processes import process_rank
 
 __all__ = ["ExecutorBackend", "describe", "load", "process_rank", "run_worker"]
@@ -123,8 +123,12 @@ class ExecutorBackend:
         self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
     ) -> list[float]:
         """Score continuations, in nats."""
-        rows = check_continuations(self.description, prompts, continuations)
-        return list(self._on_all_ranks(_mean_nll, rows))
+
+        def logits_of(ids: list[int]) -> Tensor:
+            (logits,) = self._on_all_ranks(_logits, ids)
+            return logits
+
+        return mean_nll(self, prompts, continuations, logits_of)
 
     def peak_memory(self) -> int:
         """Return the peak in bytes of this process's GPU or main memory."""
@@ -159,12 +163,8 @@ class ExecutorBackend:
         self._busy = False
 
 
-def _mean_nll(model: Executor, rows: list[tuple[list[int], list[int]]]) -> Iterator[float]:
-    for row, (prompt, continuation) in enumerate(rows):
-        ids = torch.tensor([prompt + continuation], device=model.device)
-        logits = model(ids[:, :-1])[0, len(prompt) - 1 :]
-        check_logits(logits, row, len(prompt), dtype_name(model.dtype))
-        yield float(functional.cross_entropy(logits, ids[0, len(prompt) :]))
+def _logits(model: Executor, ids: list[int]) -> Iterator[Tensor]:
+    yield model(torch.tensor([ids], device=model.device))[0]
 
 
 def _join(device: torch.device) -> None:

@@ -95,30 +95,22 @@ def check_request(model: Description, request: Request) -> None:
     check_batch(model, len(request.prompts), request.num_beams, request.sampling)
 
 
-def check_continuations(
-    model: Description, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
-) -> list[tuple[list[int], list[int]]]:
-    """Pair prompts with continuations, and refuse those that the model cannot score."""
-    rows = [(list(p), list(c)) for p, c in zip(prompts, continuations, strict=True)]
-    if not all(prompt and continuation for prompt, continuation in rows):
-        raise UsageError("a prompt or its continuation has no tokens")
-    check_prompts(model, [prompt + continuation for prompt, continuation in rows], 0)
-    return rows
-
-
 def mean_nll(
     backend: Backend,
     prompts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     logits_of: Callable[[list[int]], Tensor],
 ) -> list[float]:
-    """Score continuations, in nats, by the logits of every token of a text."""
+    """Score continuations, in nats, by the logits of every token of a text that the model takes."""
     import torch
 
     from phireg.executor.finite import check_logits
 
     means = []
-    rows = check_continuations(backend.description, prompts, continuations)
+    rows = [(list(p), list(c)) for p, c in zip(prompts, continuations, strict=True)]
+    if not all(prompt and continuation for prompt, continuation in rows):
+        raise UsageError("a prompt or its continuation has no tokens")
+    check_prompts(backend.description, [prompt + new for prompt, new in rows], 0)
     for row, (prompt, continuation) in enumerate(rows):
         logits = logits_of(prompt + continuation[:-1])[len(prompt) - 1 :].float()
         check_logits(logits, row, len(prompt), backend.dtype)

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from phireg.checkpoint.manifest import read_manifest
 from phireg.checkpoint.rankfiles import RankFile, RankFiles
@@ -160,10 +159,7 @@ def _from_manifest(
         digests = record.get("tensors") if isinstance(record, Mapping) else None
         for linear in (orders.linear for orders in linears):
             for name in (f"{linear}.{companion}" for companion in file.module(linear)):
-                digest = xxhash.xxh3_128()
-                for block in file.blocks(name):
-                    digest.update(block)
-                if not isinstance(digests, Mapping) or digests.get(name) != digest.hexdigest():
+                if not isinstance(digests, Mapping) or digests.get(name) != file.digest(name):
                     raise CheckError(
                         f"{directory / MANIFEST} says that phireg wrote this checkpoint, but "
                         f"{file.path.name} holds another {name}",

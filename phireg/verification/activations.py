@@ -38,22 +38,29 @@ class ActivationRanges:
 
     def observe(self, layer: int, linear: str, x: Tensor) -> None:
         """Take a linear's input, before smoothing; see ``Executor.forward``."""
+        for inputs, scale, smoothing in self._calibrated(layer, linear):
+            factors = 1 if smoothing is None else smoothing.float().to(x.device)
+            used = float((x.float() * factors).abs().amax()) / (scale * _largest(inputs))
+            self.used[layer, linear] = max(used, self.used.get((layer, linear), 0.0))
+        cached = linear == "attention.qkv" and self.spec.quantization.kv_cache is not None
+        if cached and isinstance(self.sources[0], DirectorySource):
+            self._observe_cache(layer, x)
+
+    def _calibrated(self, layer: int, linear: str) -> Iterator[tuple[Inputs, float, Tensor | None]]:
+        """Yield what becomes of a linear's inputs, their scale and smoothing, if it has a scale."""
         (source, *_) = self.sources
         if isinstance(source, DirectorySource):
-            self._observe_directory(source, layer, linear, x)
-            if linear == "attention.qkv" and self.spec.quantization.kv_cache is not None:
-                self._observe_cache(layer, x)
+            for same in zip(*source.stored(layer, linear), strict=True):
+                scales = [float(part.scale) for part in same if part.scale is not None]
+                if same[0].inputs is not None and scales:
+                    # An expert's own inputs are not told apart here: none exceeds the widest range.
+                    yield same[0].inputs, max(scales), same[0].smoothing
             return
         scheme = SCHEMES.get(self.spec.quantization.weights or "")
-        if scheme is None or "activation_scaling_factor" not in scheme.companions:
-            return
-        if "prequant_scaling_factor" in scheme.companions:
-            x = x.float() * self._read(layer, f"{linear}.prequant_scaling_factor").to(x.device)
-        scale = float(self._read(layer, f"{linear}.activation_scaling_factor"))
-        inputs = FORMATS[scheme.qformat].inputs
-        assert inputs is not None
-        used = float(x.abs().amax()) / (scale * _largest(inputs))
-        self.used[layer, linear] = max(used, self.used.get((layer, linear), 0.0))
+        if scheme is not None and (form := FORMATS[scheme.qformat]).inputs is not None:
+            scale = float(self._read(layer, f"{linear}.activation_scaling_factor"))
+            name = f"{linear}.prequant_scaling_factor"
+            yield form.inputs, scale, None if form.smoothing is None else self._read(layer, name)
 
     def notes(self) -> Iterator[str]:
         """Yield notes on inputs that are cut off, or that use next to nothing of the range."""
@@ -68,20 +75,6 @@ class ActivationRanges:
                 more = f", and {len(linears) - 1} more linears" if len(linears) > 1 else ""
                 text = text.format(linears[layer, linear])
                 yield f"inputs of layer {layer} {linear} {text}{more}"
-
-    def _observe_directory(
-        self, source: DirectorySource, layer: int, linear: str, x: Tensor
-    ) -> None:
-        """Take the inputs of a directory's linears, which have calibrated scales or none."""
-        for same in zip(*source.stored(layer, linear), strict=True):
-            scales = [part.scale for part in same if part.scale is not None]
-            (part, *_) = same
-            if part.inputs is None or not scales:
-                continue
-            smoothed = x.float() if part.smoothing is None else x * part.smoothing.float().to(x)
-            # An expert's own inputs are not told apart here: none exceeds the widest range.
-            used = float(smoothed.abs().amax()) / (max(map(float, scales)) * _largest(part.inputs))
-            self.used[layer, linear] = max(used, self.used.get((layer, linear), 0.0))
 
     def _observe_cache(self, layer: int, x: Tensor) -> None:
         spec, size = self.spec, self.spec.head_size

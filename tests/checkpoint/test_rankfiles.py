@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import save_file
 
 from phireg.checkpoint.rankfiles import RankFile, RankFiles
@@ -59,7 +60,7 @@ def test_what_safetensors_wrote(dtype, tmp_path):
             raw = tensor.reshape(-1).view(torch.uint8).numpy()
             assert (same.reshape(-1).view(torch.uint8).numpy() == raw).all()
             assert (files[1].read(name).view("u1") == raw).all()
-            assert b"".join(files[1].blocks(name)) == raw.tobytes()
+            assert files[1].digest(name) == xxhash.xxh3_128_hexdigest(raw.tobytes())
             assert files.kind(1, name)[1] == tuple(tensor.shape)
         assert (files[1].read("m.a", 4, 2) == files[1].read("m.a")[4:6]).all()
 
