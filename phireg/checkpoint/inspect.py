@@ -68,6 +68,7 @@ def inspect(
             ranks = files.kinds()
             weights = {files.paths[n].name: kinds for n, kinds in enumerate(ranks)}
             problems = [error.message for error in files.errors.values()]
+            problems += [f"{name}: {text}" for name, text in files.surplus()]
         for where, text, harmless in structure_findings(config, ranks):
             if not harmless:
                 problems.append(f"{where}: {text}")

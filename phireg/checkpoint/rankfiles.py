@@ -137,6 +137,7 @@ class RankFiles(Mapping[int, RankFile], AbstractContextManager["RankFiles"]):
     """The readable files of so many ranks, or of these; ``errors`` has those that are not."""
 
     def __init__(self, directory: Path, ranks: int | Iterable[int]) -> None:
+        self._directory = directory
         numbers = range(ranks) if isinstance(ranks, int) else ranks
         self.paths = {rank: directory / f"rank{rank}.safetensors" for rank in numbers}
         self.errors: dict[int, SourceError] = {}
@@ -163,6 +164,11 @@ class RankFiles(Mapping[int, RankFile], AbstractContextManager["RankFiles"]):
         """Close all files; mapped tensors stay valid."""
         for file in self._files.values():
             file.close()
+
+    def surplus(self) -> list[tuple[str, str]]:
+        """Return names of rank files beside all of a checkpoint's, and what is wrong with them."""
+        found = set(self._directory.glob("rank*.safetensors")) - set(self.paths.values())
+        return [(x.name, f"config.json has only {len(self.paths)} rank(s)") for x in sorted(found)]
 
     def kind(self, rank: int, name: str) -> Kind | None:
         """Return dtype code and shape of a tensor, or None if there is no such tensor."""

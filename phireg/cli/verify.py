@@ -165,7 +165,20 @@ def _verifications(
                 "--quick has no effect with --endpoint: a server's answers are compared",
                 hint="leave one of them out.",
             )
-        yield _of_endpoint(place, endpoint, model_dir, progress, options | served)
+        if (place is None) == (model_dir is None):
+            raise UsageError(
+                "--endpoint needs the model that the server serves",
+                hint="give either --model-dir, the source model, or a checkpoint of it.",
+            )
+        yield phireg.verify_endpoint(
+            endpoint,
+            model_dir or place or "",
+            model=served["served_model"],
+            form=served["form"],
+            device=options["device"],
+            max_tokens=options["max_tokens"],
+            progress=progress,
+        )
         return
     if place is None:
         raise UsageError(
@@ -189,29 +202,6 @@ def _verifications(
         directory,
         checkpoint,
         checks=("files",) if quick else None,
-        device=options["device"],
-        max_tokens=options["max_tokens"],
-        progress=progress,
-    )
-
-
-def _of_endpoint(
-    place: str | None,
-    endpoint: str,
-    model_dir: str | None,
-    progress: Callable[[str, int, int], None],
-    options: dict[str, Any],
-) -> Verification:
-    if (place is None) == (model_dir is None):
-        raise UsageError(
-            "--endpoint needs the model that the server serves",
-            hint="give either --model-dir, the source model, or a checkpoint of it.",
-        )
-    return phireg.verify_endpoint(
-        endpoint,
-        model_dir or place or "",
-        model=options["served_model"],
-        form=options["form"],
         device=options["device"],
         max_tokens=options["max_tokens"],
         progress=progress,

@@ -45,9 +45,7 @@ def open_ranks(checkpoint_dir: Path, spec: ModelSpec, ranks: Sequence[int]) -> l
     with RankFiles(checkpoint_dir, ranks) as files:
         problems = [error.message for error in files.errors.values()]
         if len(ranks) == spec.tp_size:
-            extra = set(checkpoint_dir.glob("rank*.safetensors")) - set(files.paths.values())
-            surplus = f"config.json has only {spec.tp_size} rank(s)"
-            problems += [f"{path.name}: {surplus}" for path in sorted(extra)]
+            problems += [f"{name}: {text}" for name, text in files.surplus()]
         for rank, file in files.items():
             sources[rank] = _source(file, accepted)
             problems += [

@@ -7,10 +7,11 @@ files, where they are quantized already, and its scales are those of the checkpo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from phireg.checkpoint.inspect import inspect
 from phireg.checkpoint.manifest import check_weights, read_manifest
 from phireg.checkpoint.rankfiles import Bits, RankFiles, world_size
 from phireg.config.hf import HFConfig
@@ -28,7 +29,6 @@ from phireg.planning.model import SHARD_BYTES, Options, Output, Plan, Rows, Scal
 from phireg.planning.plan import check_format, choose_family
 from phireg.planning.schedule import schedule
 from phireg.reader.schemes import CACHE_DTYPES, QFORMATS, SCHEMES
-from phireg.reader.structure import structure_findings
 from phireg.registry import AUTO, load_target
 from phireg.source.hub import resolve_model_dir
 from phireg.source.tensors import WeightsFile
@@ -79,7 +79,8 @@ def migrate(
     check_kind(checkpoint, CHECKPOINT)
     config = read_json_object(checkpoint / "config.json")
     with RankFiles(checkpoint, world_size(config)) as files:
-        _check_structure(checkpoint, config, files)
+        if problems := inspect(checkpoint).problems:
+            raise _unfit(checkpoint, problems)
         options = _options(config, target, max_shard_size)
         directory, commit = resolve_model_dir(str(model_dir), revision)
         migration = _Migration(directory, commit, family, options, str(checkpoint))
@@ -109,22 +110,9 @@ def migrate(
         )
 
 
-def _check_structure(checkpoint: Path, config: Mapping[str, Any], files: RankFiles) -> None:
-    defects = [error.message for error in files.errors.values()]
-    extra = set(checkpoint.glob("rank*.safetensors")) - set(files.paths.values())
-    defects += [f"{path.name}: config.json has only {len(files.paths)} ranks" for path in extra]
-    defects += [
-        f"{where}: {text}"
-        for where, text, harmless in structure_findings(config, files.kinds())
-        if not harmless
-    ]
-    if defects:
-        raise _unfit(checkpoint, defects)
-
-
-def _unfit(checkpoint: Path, defects: list[str]) -> CheckError:
+def _unfit(checkpoint: Path, defects: Iterable[str]) -> CheckError:
     return CheckError(
-        f"{checkpoint} cannot be migrated; nothing was written{bullets(defects, 20)}",
+        f"{checkpoint} cannot be migrated; nothing was written{bullets([*defects], 20)}",
         hint="phireg verify tells what a checkpoint is and where it differs from its model.",
     )
 

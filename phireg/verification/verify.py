@@ -155,12 +155,7 @@ class CheckpointVerifier(Verifier):
         for where, text, is_harmless in structure_findings(self.config, tensors):
             (harmless if is_harmless else problems).append(Problem(where, text))
         problems += scale_defects(self.files)
-        known = {path.name for path in self.files.paths.values()}
-        problems += [
-            Problem(path.name, f"config.json has only {self.tp_size} ranks")
-            for path in sorted(self.path.glob("rank*.safetensors"))
-            if path.name not in known
-        ]
+        problems += [Problem(name, text) for name, text in self.files.surplus()]
         count = sum(map(len, tensors))
         summary = f"{count} tensors in {self.tp_size} rank file{'s'[: self.tp_size > 1]}"
         return Outcome(summary, _folded(problems), list(map(str, _folded(harmless))))

@@ -182,6 +182,7 @@ def test_a_rank_file_too_many_and_one_too_few(tmp_path):
     verification = phireg.verify(directory, source("phi2"))
     files = [problem.where for problem in verification.check("structure").problems]
     assert files == ["rank1.safetensors", "rank2.safetensors"]
+    assert any("rank2.safetensors" in problem for problem in phireg.inspect(directory).problems)
     assert not verification.passed
 
 
