@@ -90,27 +90,24 @@ def rank_layer(
     """Return a layer of one rank as ``blocks`` needs it; names are those after its prefix."""
     rest = dict(tensors)
     grouped: dict[str, Tensor] = {}
-    for linear in LINEARS:
-        bias = tensors.get(f"{linear}.bias")
-        stored = stored_in_rank(spec, linear, tensors.__getitem__, bias)
-        if stored is not None:
+    scheme = SCHEMES.get(spec.quantization.weights or "")
+    if scheme is not None and scheme.storage is not None and scheme.grouped:
+        for linear in LINEARS:
+            bias = tensors.get(f"{linear}.bias")
+            stored = stored_in_rank(scheme.storage, linear, tensors.__getitem__, bias)
             rest = {name: x for name, x in rest.items() if name.rpartition(".")[0] != linear}
             grouped |= prepare(linear, [[stored]], False, device, dtype)
     return prepare_layer(spec.quantization, rest, device, dtype) | grouped
 
 
 def stored_in_rank(
-    spec: ModelSpec, linear: str, read: Callable[[str], Tensor], bias: Tensor | None = None
-) -> Stored | None:
-    """Return a linear of a rank whose weights are in groups; None for other formats."""
-    form = spec.quantization.weights
-    scheme = SCHEMES.get(form or "")
-    if scheme is None or scheme.storage is None or not scheme.grouped:
-        return None
-    storage = scheme.storage
-    names = storage.parts(0, 0, "").items()
+    storage: Storage, linear: str, read: Callable[[str], Tensor], bias: Tensor | None = None
+) -> Stored:
+    """Return a quantized linear of a rank, or a stack of experts."""
+    names = storage.parts(1, 1, "").items()
     parts = {what: read(f"{linear}.{part.name}") for what, part in names}
-    parts["weight"] = parts["weight"].view(torch.uint8)
+    if storage.packing is not None:
+        parts["weight"] = parts["weight"].view(torch.uint8)
     columns = parts["weight"].shape[-1] * (2 if storage.packing == "columns" else 1)
     return stored_linear(storage, parts, columns, bias)
 
@@ -136,7 +133,7 @@ def _scales(storage: Storage, parts: Mapping[str, Tensor]) -> tuple[Tensor | Non
     """Return the scale of rows and that of groups."""
     scale = parts["scale"].float()
     if storage.form.per != "group":
-        return scale.reshape(-1), None
+        return scale if parts["weight"].dim() > 2 else scale.reshape(-1), None  # experts have each
     second = parts.get("second")
     if second is None:
         return None, scale

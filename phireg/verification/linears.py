@@ -20,7 +20,7 @@ from phireg.conversion.stream import assemble
 from phireg.dtypes import UNIT_ROUNDOFF, WEIGHT_DTYPES, as_torch
 from phireg.executor.directories import DirectorySource
 from phireg.executor.levels import Levels
-from phireg.executor.stored import Stored, ordered, stored_linear
+from phireg.executor.stored import Stored, ordered, stored_in_rank
 from phireg.planning.model import Output, Plan, QuantizedLinear
 from phireg.reader.models import Order
 from phireg.reader.modules import Module
@@ -103,10 +103,7 @@ def compare_ranks(
             height, width = (n * k for n, k in zip(output.shape, output.packing, strict=True))
             rows = _rows(plan, replace(output, dtype=code, shape=(height, width)), reader)
             module = Module(f"rank{output.rank} {target}", height, width, False, storage)
-            read = files[output.rank].mapped()
-            parts = {what: read(f"{target}.{x.name}") for what, x in module.parts(code).items()}
-            parts["weight"] = parts["weight"].view(torch.uint8)
-            stored = stored_linear(storage, parts, width, None)
+            stored = stored_in_rank(storage, target, files[output.rank].mapped())
             _Linear(result, target, (module,), [stored]).compare(rows)
             progress(output.nbytes)
     result.problems += _scale_problems(result)

@@ -11,7 +11,8 @@ from torch import Tensor
 from phireg.executor import Executor, ModelSpec
 from phireg.executor.sources import Source
 from phireg.executor.stored import stored_in_rank
-from phireg.reader.schemes import LINEARS, ROW_LINEARS, Quantization
+from phireg.reader.schemes import LINEARS, ROW_LINEARS, SCHEMES, Quantization
+from phireg.reader.storage import Storage
 from phireg.reader.tensors import is_scale, replicated
 from phireg.verification.logits import (
     check_reference,
@@ -118,23 +119,18 @@ def _merge_experts(name: str, shards: list[Tensor], ep_size: int) -> Tensor:
 def dequantized(spec: ModelSpec, sources: Sequence[Source]) -> tuple[ModelSpec, list[Source]]:
     """Return the same model with nothing quantized, neither inputs nor the KV cache."""
     plain = dataclasses.replace(spec, quantization=Quantization())
-    if spec.quantization.weights is None:
+    scheme = SCHEMES.get(spec.quantization.weights or "")
+    if scheme is None or scheme.storage is None:
         return plain, list(sources)
-    return plain, [_dequantized(spec, source) for source in sources]
+    return plain, [_dequantized(source, scheme.storage) for source in sources]
 
 
-def _dequantized(spec: ModelSpec, source: Source) -> Source:
+def _dequantized(source: Source, storage: Storage) -> Source:
     def read(name: str) -> Tensor:
         linear, _, part = name.rpartition(".")
         if part != "weight" or not linear.endswith(LINEARS):
             return source(name)
-        stored = stored_in_rank(spec, linear, source)
-        if stored is not None:
-            return stored.values if stored.smoothing is None else stored.values * stored.smoothing
-        tensor = source(name)
-        values = tensor.float() * source(f"{linear}.weights_scaling_factor")[:, None]
-        if tensor.is_floating_point():
-            return values  # FP8 has no smoothing
-        return values * source(f"{linear}.prequant_scaling_factor").float()
+        stored = stored_in_rank(storage, linear, source)
+        return stored.values * (1 if stored.smoothing is None else stored.smoothing.float())
 
     return read
