@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from phireg.calibration.awq import PASSES
 from phireg.calibration.collect import Cost, Progress, collect, measure
@@ -43,8 +42,6 @@ CPU_SECONDS = 300.0
 
 FEWEST = 8
 """Samples that are taken even so."""
-
-_SAMPLE = 4096
 
 _MOST, _LARGEST = 16, 2**28
 """Number and bytes of files that are looked at for statistics that serve."""
@@ -226,7 +223,7 @@ def run_calibration(
         "model_dir": str(source.directory),
         "revision": source.revision,
         "source": _headers(source),
-        "values": _values(source),
+        "values": source.digest(),
         "adapter": _adapter(source),
         "settings": _recorded(settings),
         "data": samples.origin,
@@ -271,7 +268,7 @@ def misfit(
     provenance = statistics.provenance
     if provenance.get("source") != _headers(source):
         return f"it was made from other weights files, those of {provenance.get('model_dir')}"
-    if provenance.get("values") != _values(source):
+    if provenance.get("values") != source.digest():
         return f"the weights have other values than those of {provenance.get('model_dir')} had"
     if provenance.get("adapter") != _adapter(source):
         return "it was made with another LoRA adapter merged, or with none"
@@ -314,18 +311,6 @@ def _adapter(source: Source) -> str | None:
         return None
     names = (source.adapter.file.name, ADAPTER_CONFIG)
     return " ".join(f"xxh3_128:{file_digest(source.directory / name)}" for name in names)
-
-
-def _values(source: Source) -> str:
-    """xxh3_128 of up to 4 KiB of the middle of every tensor; all versions have the same headers."""
-    hashed = xxhash.xxh3_128()
-    with source.open() as reader:
-        for name, tensor in sorted(source.tensors.items()):
-            part = bytearray(min(_SAMPLE, tensor.nbytes))
-            reader.read_into(tensor, (tensor.nbytes - len(part)) // 2, memoryview(part))
-            hashed.update(name.encode())
-            hashed.update(part)
-    return hashed.hexdigest()
 
 
 def _compute_dtype(source: Source, device: torch.device) -> torch.dtype:

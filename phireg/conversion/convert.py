@@ -130,6 +130,7 @@ def write_checkpoint(
             text = json.dumps(document, indent=4) + "\n"
             (directory / name).write_text(text, encoding="utf-8")
         manifest = manifest_of(plan, directory, streamed)
+        manifest["source"]["values"] = plan.source.digest()
         if quantization is not None:
             manifest["quantization"] = quantization
         write_manifest(directory, manifest | ({"demo": True} if demo else {}))

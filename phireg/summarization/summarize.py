@@ -5,19 +5,24 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import permutations
 from pathlib import Path
 
-from phireg.errors import PhiregWarning, UsageError
+from phireg.checkpoint.manifest import read_manifest
+from phireg.errors import PhiregError, PhiregWarning, UsageError
 from phireg.executor import Sampling
 from phireg.executor.finite import rows_named
 from phireg.files.json import read_json_object
-from phireg.generation.backend import Backend, Request, open_backend
+from phireg.generation.backend import HF, Backend, Request, open_backend
 from phireg.generation.batches import batches, warn_of_switch
 from phireg.generation.limits import check_batch, check_prompts
 from phireg.generation.tokenizer import Tokenizer, find_tokenizer, stop_ids
+from phireg.planning.plan import plan
 from phireg.source.hub import resolve_model_dir
+from phireg.source.readings import Readings
 from phireg.summarization.models import ModelRun, check_model_processes
 from phireg.summarization.result import (
     BackendResult,
@@ -101,7 +106,7 @@ def summarize(
         check_batch(model.description, settings.batch_size, settings.num_beams, Sampling())
         names = [f"{model.backend}: {sample.where}" for sample in task.samples]
         check_prompts(model.description, prompts, settings.output_len, names)
-    other = _differing(models)
+    other = _differing(models) or _other_weights(models)
     if other:
         text = f"the scores are of different models: {other}; the prompts are of one tokenizer"
         warnings.warn(text, PhiregWarning, stacklevel=2)
@@ -144,6 +149,18 @@ def _differing(models: Sequence[ModelRun]) -> str:
         for key, found in values.items()
         if len({size for size in found if isinstance(size, int)}) > 1
     )
+
+
+def _other_weights(models: Sequence[ModelRun]) -> str:
+    """Name a source model of which a checkpoint was not made, by the digest in its manifest."""
+    for source, model in permutations(models, 2):
+        manifest = (read_manifest(model.directory) or {}) if source.backend == HF else {}
+        recorded = manifest.get("source", {}).get("values")
+        readings = asdict(Readings.recorded(manifest))
+        with suppress(PhiregError):  # what cannot be planned is only run
+            if recorded and plan(source.directory, **readings).source.digest() != recorded:
+                return f"{model.directory} was not made from the weights in {source.directory}"
+    return ""
 
 
 def _run(model: ModelRun, task: _Task, progress: Progress) -> BackendResult:

@@ -3,9 +3,11 @@
 import json
 import math
 import re
+import shutil
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import phireg
 from phireg import demo
@@ -160,6 +162,18 @@ def test_another_model_is_named(args, document, recwarn):
         assert any("hidden_size is 128 and 192" in text for text in texts) == warned
         assert ("different models" in output["provenance"]) == warned
         recwarn.clear()
+
+
+def test_weights_of_another_fine_tuning_are_named(args, document, recwarn, tmp_path):
+    """Its sizes are the same, and so are the headers of its files."""
+    source = shutil.copytree(demo.find("phi3-mini").directory, tmp_path / "tuned")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"] *= 1.01
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    both = (*args, "--backend", "fake", "--test-hf", "--max-ite", 1, "--dataset", "demo")
+    output = document(*both, "--model-dir", source)
+    assert any(str(source) in str(warning.message) for warning in recwarn)
+    assert str(source) in output["provenance"]["different models"]
 
 
 def test_the_page_is_whole_and_harmless(args, run, tmp_path):
