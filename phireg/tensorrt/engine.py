@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from phireg.errors import SourceError
+from phireg.errors import CheckError, SourceError
 from phireg.files.json import read_json_object
-from phireg.files.kinds import BUILD_FILE, ENGINE, kind_of_config
+from phireg.files.kinds import BUILD_FILE, CHECKPOINT, ENGINE, kind_of, kind_of_config
 from phireg.reader.config import Config
-from phireg.reader.spec import ModelSpec, parse_spec
+from phireg.reader.spec import ModelSpec, parse_spec, read_spec
 from phireg.tensorrt.package import NAMES, Backend
 from phireg.tensorrt.requirements import WeightsForm
 
@@ -73,6 +73,28 @@ class NativeEngine:
         """Return where the checkpoint was when the engine was built; None for no checkpoint."""
         directory = Config(self.manifest, BUILD_FILE).block("checkpoint").values.get("directory")
         return Path(directory) if isinstance(directory, str) else None
+
+
+def checkpoint_of(engine: NativeEngine, named: Path | None, option: str) -> Path:
+    """Return the checkpoint that an engine was built from, or one of its shape that is named."""
+    directory = engine.checkpoint_dir if named is None else named
+    if directory is None:
+        raise SourceError(
+            f"{engine.directory} was built without a checkpoint",
+            hint=f"name one of the same shape: {option} CKPT.",
+        )
+    if kind_of(directory) is not CHECKPOINT:
+        raise SourceError(
+            f"{directory}, of which {engine.directory} was built, is not a checkpoint"
+            + ("" if named else " any more"),
+            hint=f"name it where it is now: {option} CKPT.",
+        )
+    if read_spec(directory) != engine.spec:
+        raise CheckError(
+            f"{directory} is not what {engine.directory} was built from: their config.json differ",
+            hint="build the engine again, or name its own checkpoint.",
+        )
+    return directory
 
 
 def is_native(directory: str | Path) -> bool:

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from phireg.errors import CheckError, EngineError
 from phireg.executor.sources import Source, open_ranks
-from phireg.reader.spec import read_spec
 from phireg.reader.tensors import rank_tensors
 from phireg.tensorrt import network as contract
-from phireg.tensorrt.engine import NativeEngine
+from phireg.tensorrt.engine import NativeEngine, checkpoint_of
 from phireg.tensorrt.job import PROFILES
 from phireg.tensorrt.package import load_engine, load_package
 
@@ -200,17 +199,5 @@ def _source(engine: NativeEngine, weights: Path | None) -> Source | None:
                 hint="leave out --weights-dir, or build with --weights separate.",
             )
         return None
-    directory = weights or engine.checkpoint_dir
-    if directory is None:
-        raise CheckError(
-            f"{engine.directory} was built without a checkpoint, and its weights are not inside",
-            hint="name a checkpoint of the same shape: --weights-dir CKPT.",
-        )
-    if read_spec(directory) != engine.spec:
-        raise CheckError(
-            f"{directory} is not of the shape that {engine.directory} was built for: their "
-            "config.json differ",
-            hint="build an engine from this checkpoint.",
-        )
-    (source,) = open_ranks(directory, engine.spec, [0])
+    (source,) = open_ranks(checkpoint_of(engine, weights, "--weights-dir"), engine.spec, [0])
     return source

@@ -14,16 +14,16 @@ import torch
 from phireg.checkpoint.manifest import check_files, read_manifest
 from phireg.device import pick_device
 from phireg.dtypes import ITEMSIZE
-from phireg.errors import CheckError, EngineError, SourceError, UsageError, check_known
+from phireg.errors import CheckError, EngineError, UsageError, check_known
 from phireg.executor import Executor
 from phireg.executor.model import free_memory
 from phireg.executor.sources import open_ranks
-from phireg.files.kinds import BUILD_FILE, CHECKPOINT, kind_of
+from phireg.files.kinds import BUILD_FILE
 from phireg.files.writing import BUILD_RECORD, write_file
-from phireg.reader.spec import ModelSpec, read_spec
+from phireg.reader.spec import ModelSpec
 from phireg.reader.tensors import rank_tensors
 from phireg.tensorrt.build import checkpoint_record
-from phireg.tensorrt.engine import NativeEngine, read_native
+from phireg.tensorrt.engine import NativeEngine, checkpoint_of, read_native
 from phireg.tensorrt.inspection import file_problems
 from phireg.tensorrt.network import build_network
 from phireg.tensorrt.package import load_package
@@ -85,7 +85,8 @@ def verify_engine(
         CheckError: engine and checkpoint do not fit together.
     """
     engine = read_native(engine_dir)
-    directory = _checkpoint(engine, checkpoint_dir)
+    named = None if checkpoint_dir is None else Path(checkpoint_dir)
+    directory = checkpoint_of(engine, named, "--model-dir")
     names = tuple(ENGINE_CHECKS) if checks is None else tuple(checks)
     for name in names:
         check_known("check", name, ENGINE_CHECKS)
@@ -111,28 +112,6 @@ def verify_engine(
     if "running" in names and verification.check("running").verdict != "skipped":
         _record(engine, verification)
     return verification
-
-
-def _checkpoint(engine: NativeEngine, named: str | Path | None) -> Path:
-    """Return the checkpoint's directory, which must be of the engine's shape."""
-    directory = engine.checkpoint_dir if named is None else Path(named)
-    if directory is None:
-        raise SourceError(
-            f"{engine.directory} was built without a checkpoint",
-            hint="name one of the same shape: --model-dir CKPT.",
-        )
-    if kind_of(directory) is not CHECKPOINT:
-        raise SourceError(
-            f"{directory}, of which {engine.directory} was built, is not a checkpoint"
-            + ("" if named else " any more"),
-            hint="name it where it is now: --model-dir CKPT.",
-        )
-    if read_spec(directory) != engine.spec:
-        raise CheckError(
-            f"{directory} is not what {engine.directory} was built from: their config.json differ",
-            hint="build the engine again, or name its own checkpoint.",
-        )
-    return directory
 
 
 def _compared(make: Callable[[], Outcome]) -> Outcome:
