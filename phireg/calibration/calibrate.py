@@ -215,7 +215,9 @@ def run_calibration(
             cost = dataclasses.replace(cost, token=cost.token * (1 + PASSES))
         available = len(samples.rows)
         if settings.size is None:
-            samples = samples.first(_affordable(cost, samples))
+            counts = accumulate(map(len, samples.rows))
+            in_time = sum(cost.of(tokens) <= CPU_SECONDS for tokens in counts)
+            samples = samples.first(max(FEWEST, in_time))
         price = _price(cost, samples, available - len(samples.rows))
     provenance = {
         "phireg": metadata.version("phireg"),
@@ -320,12 +322,6 @@ def _compute_dtype(source: Source, device: torch.device) -> torch.dtype:
     code = sizes.most_common(1)[0][0]
     dtype = torch_dtype(code) if code in WEIGHT_DTYPES.values() else torch.float32
     return torch.float32 if device.type == "cpu" and dtype == torch.float16 else dtype
-
-
-def _affordable(cost: Cost, samples: Samples) -> int:
-    """Number of the first samples that end in time."""
-    counts = accumulate(map(len, samples.rows))
-    return max(FEWEST, sum(cost.of(tokens) <= CPU_SECONDS for tokens in counts))
 
 
 def _price(cost: Cost, samples: Samples, left_out: int) -> str:

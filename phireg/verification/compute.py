@@ -134,6 +134,8 @@ class ComputedChecks:
             return Outcome("the source's model has other sizes", problems, [])
         executor, sources = self.opened
         ranges = ActivationRanges(executor, sources)
+        (first, *_) = sources
+        head = first.directory.head() if isinstance(first, DirectorySource) else None
         # Each layer is compared alone, and once more when the executor runs on its own.
         total = 2 * self.spec.num_layers * len(self.prompts.prompts)
         self.progress("logits", 0, total)
@@ -143,7 +145,7 @@ class ComputedChecks:
             self.prompts,
             lambda more: self.progress("logits", more, total),
             ranges.observe,
-            quantized_head=_quantized_head(sources[0]),
+            quantized_head=head is not None and head.storage is not None,
         )
         tokens = ", ".join(str(prompt.tokens) for prompt in result.prompts)
         relative = error_text(max(prompt.relative for prompt in result.prompts))
@@ -257,12 +259,6 @@ def _algorithms(spec: ModelSpec) -> str:
     weights, cache = spec.quantization.weights, spec.quantization.kv_cache
     names = [SCHEMES[weights].quant_algo if weights in SCHEMES else weights] if weights else []
     return ", ".join([*names, *([f"{KV_CACHES[cache]} KV cache"] if cache else [])])
-
-
-def _quantized_head(source: object) -> bool:
-    """Return whether a directory's lm_head is quantized; a checkpoint's never is."""
-    head = source.directory.head() if isinstance(source, DirectorySource) else None
-    return head is not None and head.storage is not None
 
 
 def _refused(error: CheckError) -> Outcome:

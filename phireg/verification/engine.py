@@ -20,7 +20,6 @@ from phireg.executor.model import free_memory
 from phireg.executor.sources import open_ranks
 from phireg.files.kinds import BUILD_FILE
 from phireg.files.writing import BUILD_RECORD, write_file
-from phireg.reader.spec import ModelSpec
 from phireg.reader.tensors import rank_tensors
 from phireg.tensorrt.build import checkpoint_record
 from phireg.tensorrt.engine import NativeEngine, checkpoint_of, read_native
@@ -178,7 +177,9 @@ class _Verifier:
             raise Skipped(error.message) from error
         dtypes = dict.fromkeys((self.spec.dtype, "float32"))
         undone = self.undone
-        needed, free = _float32_bytes(self.spec), free_memory()
+        stored, free = rank_tensors(self.spec).values(), free_memory()
+        constants = sum(math.prod(shape) * max(4, ITEMSIZE[code]) for code, shape in stored)
+        needed = constants * self.spec.tp_size
         if self.spec.dtype != "float32" and needed > _MEMORY_SHARE * free:
             del dtypes["float32"]
             undone = (
@@ -346,12 +347,6 @@ def _prompt_lengths(engine: NativeEngine, prompts: Prompts) -> tuple[list[int], 
         if longest + networks.STEPS <= tokens < min(capacity, prompts.prompts[-1].tokens)
     ]
     return sorted(tokens for tokens in lengths if tokens > 0), beyond
-
-
-def _float32_bytes(spec: ModelSpec) -> int:
-    """Return the memory of the constants of all ranks' networks in float32."""
-    stored = rank_tensors(spec).values()
-    return sum(math.prod(shape) * max(4, ITEMSIZE[code]) for code, shape in stored) * spec.tp_size
 
 
 def _record(engine: NativeEngine, verification: Verification) -> None:

@@ -72,12 +72,6 @@ def _whole_fit(values: Tensor, expected: Tensor) -> Tensor:
     return (values * expected).sum() / expected.square().sum().clamp_min(1e-30)
 
 
-def scale_of(part: Stored) -> Tensor:
-    """Return the scale of rows or of the whole; 1 where there is none."""
-    scale = part.weight.scale if isinstance(part.weight, Levels) else None
-    return torch.ones(1) if scale is None else scale
-
-
 def relative_error(values: Tensor, expected: Tensor) -> float:
     """Return the size of the difference over that of what is expected."""
     return float((values - expected).norm() / expected.norm().clamp_min(1e-30))

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,7 +35,6 @@ from phireg.verification.grids import (
     is_alike,
     is_scaled,
     relative_error,
-    scale_of,
     steps,
 )
 from phireg.verification.orders import Heads, named_mistake
@@ -259,7 +257,9 @@ class _Linear:
             distance = (values - expected).abs()
             step = steps(part, module, expected)
             off = ~(distance <= step + slack * expected.abs() + 1e-30)
-            self._look_at_scale(module, part, expected)
+            scale = part.weight.scale if isinstance(part.weight, Levels) else None
+            if scale is not None and scale.numel() == 1:  # which may be another module's
+                self.result.expected_scales[module.name] = expected.abs().amax()
             scaled = not inferred and is_scaled(module, values, expected)
             if (off.any() or scaled) and not self._is_searched(
                 module, part, values, expected, step
@@ -292,12 +292,6 @@ class _Linear:
         self.result.searched += even
         return even
 
-    def _look_at_scale(self, module: Module, part: Stored, expected: Tensor) -> None:
-        """Keep what the scale should be, for the mistake of another module's scale."""
-        scale = part.weight.scale if isinstance(part.weight, Levels) else None
-        if scale is not None and scale.numel() == 1:
-            self.result.expected_scales[module.name] = expected.abs().amax()
-
     def _explained(
         self,
         wrong: Sequence[tuple[Module, Stored, Tensor, Tensor, Tensor]],
@@ -326,7 +320,9 @@ class _Linear:
             return
         factors = explaining_factors(values, expected)
         if factors is not None and factors.dim() == 1:
-            self.result.wrong_scales.append((module, scale_of(part), float(factors)))
+            scale = part.weight.scale if isinstance(part.weight, Levels) else None
+            scale = torch.ones(1) if scale is None else scale
+            self.result.wrong_scales.append((module, scale, float(factors)))
             return
         if factors is not None:
             what, name, text = (
@@ -381,7 +377,7 @@ def _scale_problems(result: Comparison) -> Iterator[Problem]:
 def _rows(plan: Plan, output: Output, reader: Reader) -> Tensor:
     """Return the source's rows of an output, float32 [rows, columns], of experts with theirs."""
     bits = assemble(plan, output, reader)
-    return as_torch(np.ascontiguousarray(bits), output.dtype).float().reshape(output.shape)
+    return as_torch(bits, output.dtype).float().reshape(output.shape)
 
 
 def _part_name(module: Module, what: str) -> str:
