@@ -288,7 +288,6 @@ def _of_prompt(
 
     def attend_prompt(qkv: Tensor, cache: Cache, kv_scale: Tensor | None, rounding: Any) -> Tensor:
         from phireg.executor.cuda import launch, linears
-        from phireg.executor.cuda.launch import Rounding
 
         query = launch.rotate_into(spec, qkv, rotary, cache, slot, kv_scale)
         keys, values = cache
@@ -296,7 +295,6 @@ def _of_prompt(
             keys, values = (linears.cache_values(kept, kv_scale, query.dtype) for kept in cache)
         output = inner(query, keys[:, :, :length], values[:, :, :length])
         output = output.transpose(1, 2).flatten(2).contiguous()
-        kept = Rounding.kept_in(rounding, output.dtype)
-        return output if rounding is None else launch.quantize(output, rounding, kept)
+        return output if rounding is None else launch.quantize(output, rounding, levels=True)
 
     return attend_prompt

@@ -1,11 +1,9 @@
 """Weights as levels of a grid and scales: what they stand for, and how a GPU's memory holds them.
 
-A weight is ``level * group_scale * scale``, of which every format has one or both scales. All but
-e4m3 lies in little-endian words of 32 bits, integers with half of their range added, e2m1 as its
-sign and its place among ``E2M1``. The kernels of ``cuda`` read the same.
-
-int8: of each run of four words, word c holds input 4 n + c in its n-th byte, so that four words at
-once go with four inputs at once. A last run is filled up.
+A weight is ``level * group_scale * scale``, of which every format has one or both scales. Levels of
+e4m3 and int8 lie as they are. Those of four bits are in little-endian words of 32 bits, integers
+with half of their range added, e2m1 as its sign and its place among ``E2M1``. The kernels of
+``cuda`` read the same.
 
 Four bits: tiles of 16 rows and 64 inputs are 128 words, as the matrix units of a GPU want a
 tile's operands. Word 16 g + 4 t + j has of rows g and g + 8 (g < 8) the inputs 16 j + 2 t + {0, 1}
@@ -69,8 +67,6 @@ class Levels:
         data, groups = self.levels, self.group_scale
         if self.grid in TILED:
             data = _tiles(_codes(self.grid, data))
-        elif self.grid == "int8":
-            data = _runs(_codes(self.grid, data))
         if self.grid == "e2m1" and groups is not None:
             groups = _scale_tiles(groups.to(torch.float8_e4m3fn))
         kept = {f"{linear}.{self.grid}": data.contiguous()}
@@ -97,10 +93,7 @@ class Packed:
     def levels(self, inputs: int) -> Levels:
         """Return the weight with its levels apart; ``inputs`` are those of a row."""
         data, groups = self.data, self.group_scale
-        if self.grid == "int8":
-            data = data.unflatten(-1, (-1, 4, 4)).transpose(-1, -2).flatten(-3)[..., :inputs]
-            data = (data - 128).view(torch.int8)
-        elif self.grid in TILED:
+        if self.grid in TILED:
             *stack, tiles, _, _ = data.shape
             lanes = data.reshape(-1, tiles, data.shape[-2], 8, 4, 4, 2, 2)
             codes = torch.stack((lanes & 15, lanes >> 4), dim=2).permute(0, 1, 2, 4, 3, 6, 8, 5, 7)
@@ -139,15 +132,7 @@ def packed_bytes(grid: Grid, shape: tuple[int, ...]) -> int:
     *rows, inputs = shape
     if grid in TILED:
         inputs = -(-inputs // 128) * 64
-    elif grid == "int8":
-        inputs = -(-inputs // 16) * 16
     return math.prod(rows) * inputs
-
-
-def _runs(codes: Tensor) -> Tensor:
-    """Return bytes [..., rows, inputs] in the words of int8."""
-    runs = functional.pad(codes, (0, -codes.shape[-1] % 16)).unflatten(-1, (-1, 4, 4))
-    return runs.transpose(-1, -2).flatten(-3)
 
 
 def _tiles(codes: Tensor) -> Tensor:
@@ -171,9 +156,9 @@ def _scale_tiles(scales: Tensor) -> Tensor:
 
 
 def _codes(grid: Grid, levels: Tensor) -> Tensor:
-    """Return the bits that stand for levels, uint8."""
+    """Return the four bits that stand for levels, uint8."""
     if grid != "e2m1":
-        return levels.view(torch.uint8) + (8 if grid == "int4" else 128)
+        return levels.view(torch.uint8) + 8
     values = levels.float()
     table = torch.tensor(E2M1, device=levels.device)
     place = torch.bucketize(values.abs(), table).to(torch.uint8)

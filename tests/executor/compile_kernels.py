@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from phireg.executor.cuda import attention, kernels, products, tiles
+from phireg.executor.cuda import attention, integers, kernels, products, tiles
 
 HALF, FLOAT, LONG, INT, NUMBER = "*bf16", "*fp32", "*i64", "i32", "fp32"
 # Arguments by their names; what is left over is a half-precision pointer.
@@ -24,8 +24,8 @@ TYPES = {
     "epsilon": NUMBER, "limit": NUMBER, "scale": NUMBER, "scale_ptr": FLOAT, "x_scale_ptr": FLOAT,
     "out_scale_ptr": FLOAT, "kv_scale_ptr": FLOAT, "cos_ptr": FLOAT, "scores_ptr": FLOAT,
     "share_ptr": FLOAT, "expert_ptr": LONG, "chosen_ptr": LONG, "count_ptr": "*i32",
-    "first_expert": INT, "experts": INT, "sin_ptr": FLOAT, "part_ptr": FLOAT, "stats_ptr": FLOAT,
-    "slot_ptr": LONG, "pads_ptr": LONG, "best_ptr": FLOAT, "place_ptr": "*i32",
+    "first_expert": INT, "experts": INT, "lost_width": INT, "sin_ptr": FLOAT, "part_ptr": FLOAT,
+    "stats_ptr": FLOAT, "slot_ptr": LONG, "pads_ptr": LONG, "best_ptr": FLOAT, "place_ptr": "*i32",
     "logits_ptr": FLOAT, "token_ptr": LONG,
     **dict.fromkeys(STRIDES, INT),
 }  # fmt: skip
@@ -36,7 +36,7 @@ ATTEND = {
 }  # fmt: skip
 # Dtypes of a weight's elements, and of its groups' scales.
 GRIDS = {
-    "none": ("*bf16", "*bf16"), "e4m3": ("*fp8e4nv", "*bf16"), "int8": ("*i32", "*bf16"),
+    "none": ("*bf16", "*bf16"), "e4m3": ("*fp8e4nv", "*bf16"), "int8": ("*i8", "*bf16"),
     "int4": ("*i32", "*bf16"), "e2m1": ("*i32", "*fp8e4nv"),
 }  # fmt: skip
 HALF_TYPE, FLOAT_TYPE = triton.language.bfloat16, triton.language.float32
@@ -48,13 +48,15 @@ def weight(grid, group=0, scales=2):
     types = {"weight_ptr": data, "group_ptr": groups}
     if grid in ("int4", "e2m1"):
         return {"GRID": grid, "GROUP": group, "SCALES": scales, "types": types}
-    words = grid == "int8"
-    width = LINEAR["INPUTS"] // (4 if words else 1)
-    return {"WORDS": words, "WIDTH": width, "SCALES": scales, "types": types}
+    return {"SCALES": scales, "types": types}
+
+
+def of_levels(case):
+    return {**case, "types": {**case["types"], "x_ptr": "*i8", "out_ptr": "*bf16"}}
 
 
 def in_float32(case):
-    pointers = ("x_ptr", "out_ptr", "bias_ptr", "smoothing_ptr")
+    pointers = ("x_ptr", "out_ptr", "bias_ptr", "smoothing_ptr", "lost_ptr")
     return {**case, "types": {**case["types"], **dict.fromkeys(pointers, FLOAT)}}
 
 
@@ -65,7 +67,8 @@ VECTOR = {
     "DEPTH": 2,
 }  # fmt: skip
 MATVEC = {**VECTOR, "ROWS": 4, "BLOCK": 1024}
-TILES = {**VECTOR, "WARPS": 4, "TOGETHER": 1}
+INTEGERS = {**VECTOR, "WARPS": 4}
+TILES = {**INTEGERS, "TOGETHER": 1}
 FEW = {**LINEAR, "TOKENS": 32, "SPLITS": 4}
 PRODUCT = {**FEW, "ROWS": 64, "BLOCK": 128}
 TILE_PRODUCT = {**FEW, "TILES": 4, "TOGETHER": 4}
@@ -79,7 +82,15 @@ CASES = [
     }),
     ("matvec", {**MATVEC, **weight("none", scales=0), "KIND": "gegelu"}),
     ("matvec", {**MATVEC, **weight("e4m3", scales=1), "KIND": "swiglu", "OUT": "fp8"}),
-    ("matvec", {**MATVEC, **weight("int8"), "KIND": "gelu_tanh", "OUT": "int8", "SMOOTH": True}),
+    ("matvec", {**MATVEC, **in_float32(weight("int8")), "KIND": "gelu_tanh", "TYPE": FLOAT_TYPE}),
+    ("integer_matvec", {
+        **INTEGERS, **weight("int8"), "KIND": "swiglu", "PER_TOKEN": 2,
+        "types": {"weight_ptr": "*i32"},
+    }),
+    ("integer_matvec", {
+        **INTEGERS, **weight("int8"), "KIND": "gegelu", "OUT": "int8", "SMOOTH": True,
+        "types": {"weight_ptr": "*i8", "x_ptr": "*i8", "out_ptr": "*i8"},
+    }),
     ("tile_matvec", {**TILES, **weight("int4"), "KIND": "swiglu", "PER_TOKEN": 2}),
     ("tile_matvec", {**TILES, **weight("int4", 128, 0), "KIND": "gegelu"}),
     ("tile_matvec", {**TILES, **weight("int4", 32, 0)}),
@@ -87,7 +98,8 @@ CASES = [
     ("tile_matvec", {**TILES, **in_float32(weight("e2m1", 16, 1)), "TYPE": FLOAT_TYPE}),
     ("product", {**PRODUCT, **weight("e4m3")}),
     ("product", {**PRODUCT, **in_float32(weight("e4m3"))}),
-    ("product", {**PRODUCT, **weight("int8"), "BLOCK": 64, "TOKENS": 64}),
+    ("product", {**PRODUCT, **weight("int8"), "TOKENS": 64}),
+    ("product", {**PRODUCT, **of_levels(weight("int8")), "ROWS": 128, "TOKENS": 128, "SPLITS": 1}),
     ("tile_product", {**TILE_PRODUCT, **weight("int4", 128, 0), "SPLITS": 1}),
     ("tile_product", {**TILE_PRODUCT, **in_float32(weight("int4", 32, 0))}),
     ("tile_product", {**TILE_PRODUCT, **weight("e2m1", 16, 1), "TOKENS": 64}),
@@ -125,7 +137,7 @@ CASES = [
 
 def main():
     for name, constants in CASES:
-        modules = (attention, kernels, products, tiles)
+        modules = (attention, integers, kernels, products, tiles)
         kernel = next(filter(None, (getattr(m, f"{name}_kernel", None) for m in modules)))
         types = {**TYPES, **constants.get("types", {})}
         # Ampere has no e4m3; Ada is the first that has, and otherwise runs what Ampere does.

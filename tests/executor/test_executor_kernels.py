@@ -46,7 +46,7 @@ def test_norm_adds_what_is_pending(kind, residual):
     assert torch.equal(x, total)
     rounding = launch.Rounding(torch.tensor([0.03], device=DEVICE), None, "int8")
     levels = launch.norm(kind, x, None, weight, bias, 1e-2, rounding)
-    assert torch.equal(levels, launch.quantize(u, rounding, u.dtype))
+    assert torch.equal(levels, launch.quantize(u, rounding, levels=True))
 
 
 @pytest.mark.parametrize("grid", ["fp8", "int8"])
@@ -61,9 +61,9 @@ def test_quantize_hits_the_same_values_of_the_grid(grid, smooth):
     expected = quantized.fake_quantize(x if smoothing is None else x * smoothing, scale, grid)
     assert expected.isnan().sum() == 1
     rounding = launch.Rounding(scale, smoothing, grid)
-    actual = launch.quantize(x, rounding)
+    actual = launch.quantize(x, rounding, levels=False)
     assert torch.equal(actual.nan_to_num(7e6), expected.nan_to_num(7e6))
-    levels = launch.quantize(x, rounding, torch.float32)
+    levels = launch.quantize(x, rounding, levels=True)
     assert torch.equal((levels * scale).nan_to_num(7e6), expected.nan_to_num(7e6))
 
 
@@ -88,7 +88,7 @@ def test_activations(kind, limit):
     rounding = launch.Rounding(torch.tensor([0.02], device=DEVICE), None, "fp8")
     levels = launch.activate(kind, z, limit, rounding)
     actual = launch.activate(kind, z, limit)
-    assert torch.equal(levels, launch.quantize(actual, rounding, actual.dtype))
+    assert torch.equal(levels, launch.quantize(actual, rounding, levels=True))
     z[0, 0, ::5] = torch.nan
     expected = blocks.activate(spec(activation=kind, gegelu_limit=limit), z)
     assert torch.equal(launch.activate(kind, z, limit).isnan(), expected.isnan())
@@ -112,7 +112,7 @@ def test_matvec(kind, limit, bias, inputs):
     smoothing = 2.0 ** torch.arange(expected.shape[-1], device=DEVICE).remainder(3)
     rounding = launch.Rounding(torch.tensor([0.02], device=DEVICE), smoothing, "int8")
     levels = linears.matvec(weights, "mlp.fc", x, added, x.dtype, **act, rounding=rounding)
-    assert torch.equal(levels, launch.quantize(actual, rounding, actual.dtype))
+    assert torch.equal(levels, launch.quantize(actual, rounding, levels=True))
 
 
 E2M1 = torch.tensor([s * m for s in (1, -1) for m in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
@@ -142,8 +142,8 @@ def packed_weight(grid, rows, inputs, group, stack=()):
 
 
 PACKED = [
-    ("e4m3", 48, 0), ("int8", 48, 0), ("int4", 40, 0), ("int4", 384, 128), ("int4", 192, 32),
-    ("int4", 576, 192), ("e2m1", 272, 16), ("e2m1", 1152, 16),
+    ("e4m3", 48, 0), ("int8", 40, 0), ("int8", 336, 0), ("int4", 40, 0), ("int4", 384, 128),
+    ("int4", 192, 32), ("int4", 576, 192), ("e2m1", 272, 16), ("e2m1", 1152, 16),
 ]  # fmt: skip
 
 
@@ -156,11 +156,12 @@ def test_packed_weights(grid, inputs, group):
     expanded = linears.expanded(weights, "mlp.fc", inputs, torch.float32)
     assert relative_error(expanded, value) < 1e-6
 
-    def matvec(weights, name, x, bias, **scale):
-        return linears.matvec(weights, name, x, bias, x.dtype, **scale)
+    def with_dtype(multiply):
+        return lambda weights, name, x, bias, **s: multiply(weights, name, x, bias, x.dtype, **s)
 
     few = randn(2, 9, inputs)
-    for multiply, x in ((matvec, randn(1, inputs)), (linears.product, few)):
+    for product, x in ((linears.matvec, randn(1, inputs)), (linears.product, few)):
+        multiply = with_dtype(product)
         expected = x.double() @ value.T * 0.5 + bias
         actual = multiply(weights, "mlp.fc", x, bias, x_scale=x_scale)
         assert relative_error(actual, expected) < 2e-6
@@ -179,7 +180,7 @@ def test_a_product_reads_no_scale_beyond_the_last():
     groups = weights[name].float()
     longer = torch.cat((groups.flatten(), torch.full_like(groups, torch.nan).flatten()))
     weights[name] = longer[: groups.numel()].view_as(groups)
-    actual = linears.product(weights, "mlp.fc", x, None)
+    actual = linears.product(weights, "mlp.fc", x, None, x.dtype)
     assert relative_error(actual, x.double() @ value.T) < 2e-6
 
 
@@ -206,7 +207,76 @@ def test_what_follows_a_product_of_tiles(kind, limit, grid, group):
     assert relative_error(actual, expected) < 2e-6
     rounding = launch.Rounding(torch.tensor([0.02], device=DEVICE), None, "int8")
     levels = linears.matvec(weights, "mlp.fc", x, bias, x.dtype, **act, rounding=rounding)
-    assert torch.equal(levels, launch.quantize(actual, rounding, actual.dtype))
+    assert torch.equal(levels, launch.quantize(actual, rounding, levels=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 130])  # of one tile, and of two
+@pytest.mark.parametrize("inputs", [42, 592])
+def test_integers_are_multiplied_as_they_are(tokens, inputs):
+    """The sums of products are exact; only scale and bias round them."""
+    weights, _ = packed_weight("int8", 18, inputs, 0)
+    weights["mlp.fc.weights_scaling_factor"] = torch.full((18,), 0.25, device=DEVICE)
+    levels = randn(tokens, inputs).mul(70).clamp(-128, 127).to(torch.int8)
+    bias, x_scale = torch.arange(18.0, device=DEVICE), torch.tensor([0.5], device=DEVICE)
+    multiply = linears.matvec if tokens == 1 else linears.product
+    actual = multiply(weights, "mlp.fc", levels, bias, torch.float32, x_scale=x_scale)
+    expected = levels.long().cpu() @ weights["mlp.fc.int8"].long().cpu().T
+    assert torch.equal(actual.cpu(), expected.float() / 8 + bias.cpu())
+
+
+@pytest.mark.parametrize("kind", ["none", "swiglu", "gegelu"])
+def test_what_follows_a_product_of_integers(kind):
+    weights, _ = packed_weight("int8", 36, 80, 0)
+    levels, bias = randn(1, 80).mul(20).to(torch.int8), randn(36, seed=2).half()
+    x_scale, act = torch.tensor([1e-3], device=DEVICE), {"activation": kind}
+    exact = levels.double() @ weights["mlp.fc.int8"].double().T * 1e-3
+    expected = exact * weights["mlp.fc.weights_scaling_factor"] + bias
+    if kind != "none":
+        expected = blocks.activate(spec(activation=kind), expected)
+    half = (weights, "mlp.fc", levels, bias, torch.float16)
+    actual = linears.matvec(*half, x_scale=x_scale, **act)
+    assert relative_error(actual, expected) < 1e-3
+    rounding = launch.Rounding(torch.tensor([0.02], device=DEVICE), None, "int8")
+    levels = linears.matvec(*half, x_scale=x_scale, **act, rounding=rounding)
+    assert torch.equal(levels, launch.quantize(actual, rounding, levels=True))
+
+
+def in_int8(tokens, width):
+    hidden = torch.zeros(1, tokens, width, device=DEVICE)
+    scale = torch.tensor([0.1], device=DEVICE)
+    return launch.Rounding(scale, None, "int8", torch.int8, hidden)
+
+
+def lost_rows(rounding):
+    """The tokens whose hidden states have a NaN."""
+    return rounding.lost[0].isnan().any(-1).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("what", ["norm", "quantize", "activate", "matvec", "tiles", "integers"])
+def test_int8_loses_no_nan(what):
+    """It goes into the token's hidden states, whose other tokens keep theirs."""
+    tokens, rounding = (
+        (3, 2) if what in ("norm", "quantize", "activate") else (1, 0),
+        in_int8(3, 48),
+    )
+    x = randn(tokens[0], 64)
+    x[tokens[1], 5] = torch.nan
+    calls = {
+        "norm": lambda x: launch.norm("rms_norm", x, None, x.new_ones(64), None, 1e-5, rounding),
+        "quantize": lambda x: launch.quantize(x, rounding, levels=True),
+        "activate": lambda x: launch.activate("swiglu", x, None, rounding),
+        "matvec": lambda x: matvec({"mlp.fc.weight": randn(8, 64)}, x),
+        "tiles": lambda x: matvec(packed_weight("int4", 32, 64, 0)[0], x),
+        "integers": lambda x: matvec(packed_weight("int8", 16, 64, 0)[0], x.half()),
+    }
+
+    def matvec(weights, x):
+        return linears.matvec(weights, "mlp.fc", x, None, x.dtype, rounding=rounding)
+
+    assert calls[what](x.nan_to_num(1.0)).dtype == torch.int8
+    assert lost_rows(rounding) == []
+    calls[what](x)
+    assert lost_rows(rounding) == [tokens[1]]
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -225,7 +295,7 @@ def test_linears_as_directories_have_them(tokens):
     for each, rows in ((weights, 32), (other, 6), (both, 38)):
         bias = randn(rows, seed=5)
         expected = quantized.linear(each, "mlp.fc", x, bias)
-        assert relative_error(fused._linear(each, "mlp.fc", x, bias), expected) < 2e-6
+        assert relative_error(fused._linear(each, "mlp.fc", x, bias, x), expected) < 2e-6
 
 
 @pytest.mark.parametrize("vocab_size", [7, 2051])
@@ -257,7 +327,8 @@ def test_tokens_choose_their_experts():
 
 
 @pytest.mark.parametrize(
-    ("grid", "group"), [(None, 0), ("e4m3", 0), ("int4", 0), ("int4", 32), ("e2m1", 16)]
+    ("grid", "group"),
+    [(None, 0), ("e4m3", 0), ("int8", 0), ("int4", 0), ("int4", 32), ("e2m1", 16)],
 )
 def test_experts(grid, group):
     """Those of this rank alone; the others of a token leave it as it is."""
@@ -275,7 +346,7 @@ def test_experts(grid, group):
     expected = blocks.rank_mixture(
         range(first, first + experts), values, x.double(), chosen, shares.double()
     )
-    actual = fused.rank_experts(weights, x, chosen, shares, first)
+    actual = fused.rank_experts(weights, x, chosen, shares, first, x)
     assert relative_error(actual, expected) < 2e-6
     assert (actual[0] == 0).all()
 
@@ -376,7 +447,7 @@ def test_one_token_enters_the_cache_and_attends_to_it(batch, kv_heads, pattern, 
         assert kept[:, :, slot + 1 :].isnan().all()
     rounding = launch.Rounding(torch.tensor([0.02], device=DEVICE), None, "fp8")
     levels = launch.attend_step(*place, qkv, cache, None, rounding)
-    assert torch.equal(levels, launch.quantize(actual, rounding, actual.dtype))
+    assert torch.equal(levels, launch.quantize(actual, rounding, levels=True))
     stored = replace(rounding, dtype=torch.float8_e4m3fn)
     kept = launch.attend_step(*place, qkv, cache, None, stored)
     assert torch.equal(kept.float(), levels)

@@ -24,22 +24,15 @@ def levels_of(grid, *shape):
     return codes, table[codes].to(torch.float8_e4m3fn if grid == "e2m1" else torch.int8)
 
 
-@pytest.mark.parametrize("inputs", [64, 40])
 @pytest.mark.parametrize("stack", [(), (3,)])
-def test_words_of_int8(inputs, stack):
-    codes, levels = levels_of("int8", *stack, 2, inputs)
+def test_int8_lies_as_it_is(stack):
+    _, levels = levels_of("int8", *stack, 2, 40)
     scale = torch.rand(*stack, 2)
     kept = Levels("int8", levels, scale).packed("mlp.fc")
     data = kept["mlp.fc.int8"]
-    assert (data.dtype, data.numel()) == (torch.uint8, packed_bytes("int8", tuple(codes.shape)))
-    filled = torch.zeros(*stack, 2, -(-inputs // 16) * 16, dtype=torch.int64)
-    filled[..., :inputs] = codes
-    words = data.view(torch.int32).long()
-    for word in range(words.shape[-1]):
-        for n in range(4):
-            expected = filled[..., word // 4 * 16 + 4 * n + word % 4]
-            assert torch.equal((words[..., word] >> 8 * n) & 255, expected)
-    back = find_packed(kept, "mlp.fc").levels(inputs)
+    assert torch.equal(data, levels)
+    assert data.nbytes == packed_bytes("int8", tuple(levels.shape))
+    back = find_packed(kept, "mlp.fc").levels(40)
     assert torch.equal(back.levels, levels)
     assert torch.equal(back.values(torch.float32), levels * scale[..., None])
 

@@ -6,7 +6,15 @@ They are as ``kernels`` says.
 import triton
 import triton.language as tl
 
-from phireg.executor.cuda.kernels import _KEEP, _decode, _on_grid, _rounded, _rounding, _wait
+from phireg.executor.cuda.kernels import (
+    _KEEP,
+    _decode,
+    _on_grid,
+    _rounded,
+    _rounding,
+    _store_levels,
+    _wait,
+)
 
 # The largest score before there is one: finite, so that a masked score can be taken from it.
 _NONE: tl.constexpr = tl.constexpr(-1.0e30)
@@ -114,7 +122,8 @@ def _see(query, key, value, seen, best, total, acc, scale):
 @triton.jit
 def attend_kernel(
     qkv_ptr, cos_ptr, sin_ptr, key_ptr, value_ptr, kv_scale_ptr, slot_ptr, pads_ptr, out_ptr,
-    part_ptr, stats_ptr, smoothing_ptr, scale_ptr, scale, capacity, original, first_head,
+    part_ptr, stats_ptr, smoothing_ptr, scale_ptr, lost_ptr, lost_width, scale, capacity, original,
+    first_head,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
     KV_GRID: tl.constexpr, SPLITS: tl.constexpr, SPARSE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     LOCAL: tl.constexpr, STRIDE: tl.constexpr, STEP: tl.constexpr, PADDED: tl.constexpr,
@@ -203,7 +212,7 @@ def attend_kernel(
     if SPLITS == 1:
         y = acc / total[:, None]
         y = _rounded(y, smoothing, grid_scale, qkv_ptr.dtype.element_ty, SMOOTH, GRID)
-        tl.store(out_ptr + query_place, y.to(out_ptr.dtype.element_ty), mask=query_mask)
+        _store_levels(out_ptr, query_place, y, query_mask, lost_ptr + row * lost_width)
     else:
         part = (row * HEADS + own) * SPLITS + split
         tl.store(part_ptr + part[:, None] * SIZE + dim[None, :], acc, mask=query_mask)
@@ -213,7 +222,7 @@ def attend_kernel(
 
 @triton.jit
 def merge_kernel(
-    part_ptr, stats_ptr, out_ptr, smoothing_ptr, scale_ptr,
+    part_ptr, stats_ptr, out_ptr, smoothing_ptr, scale_ptr, lost_ptr, lost_width,
     HEADS: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
     TYPE: tl.constexpr, SMOOTH: tl.constexpr, GRID: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -230,7 +239,8 @@ def merge_kernel(
     acc = tl.load(part_ptr + place, mask=(dim < SIZE)[None, :], other=0.0)
     y = tl.sum(acc * fade[:, None], 0) / total
     y = _rounded(y, smoothing, scale, TYPE, SMOOTH, GRID)
-    tl.store(out_ptr + head * SIZE + dim, y.to(out_ptr.dtype.element_ty), mask=dim < SIZE)
+    lost_ptr += head // HEADS * lost_width
+    _store_levels(out_ptr, head * SIZE + dim, y, dim < SIZE, lost_ptr)
 
 
 @triton.jit

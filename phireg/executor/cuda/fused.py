@@ -44,7 +44,7 @@ def forward(
 
     def rounding(weights: Weights, linear: str) -> Rounding | None:
         # Inputs become levels where they are computed, if the linear takes them.
-        return rounding_before(weights, linear, tokens, executor.dtype)
+        return rounding_before(weights, linear, tokens, executor.dtype, x)
 
     def levels_of(rounding: Rounding | None) -> torch.dtype | None:
         return None if rounding is None else executor.dtype
@@ -56,36 +56,38 @@ def forward(
         heads = []
         for weights, cache, attend in zip(shards, caches[index], attends[index], strict=True):
             bias = weights.get("attention.qkv.bias")
-            qkv = _linear(weights, "attention.qkv", u, bias, levels=levels_of(rounded))
+            qkv = _linear(weights, "attention.qkv", u, bias, x, levels=levels_of(rounded))
             kv_scale = weights.get(KV_SCALE)
             into = rounding(weights, "attention.dense")
             heads.append(attend(qkv, cache, kv_scale, into))
         dense_levels = levels_of(rounding(shards[0], "attention.dense"))
         attended = _row_linear(
-            spec, shards, "attention.dense", heads, executor.reduce, levels=dense_levels
+            spec, shards, "attention.dense", heads, executor.reduce, x, levels=dense_levels
         )
         if spec.experts is not None:
             u = _norm(spec, shards[0], "post_layernorm", x, attended, None)
-            mlp = _mixture(executor, shards, u)
+            mlp = _mixture(executor, shards, u, x)
         else:
             rounded = rounding(shards[0], "mlp.fc") if sequential else None
             if sequential:
                 u = _norm(spec, shards[0], "post_layernorm", x, attended, rounded)
             gated = [
                 _linear(
-                    *(weights, "mlp.fc", u, weights.get("mlp.fc.bias")),
+                    *(weights, "mlp.fc", u, weights.get("mlp.fc.bias"), x),
                     activation=spec.activation, limit=spec.gegelu_limit,
                     levels=levels_of(rounded), rounding=rounding(weights, "mlp.proj"),
                 )
                 for weights in shards
             ]  # fmt: skip
             proj_levels = levels_of(rounding(shards[0], "mlp.proj"))
-            mlp = _row_linear(spec, shards, "mlp.proj", gated, executor.reduce, levels=proj_levels)
+            mlp = _row_linear(
+                spec, shards, "mlp.proj", gated, executor.reduce, x, levels=proj_levels
+            )
         pending = mlp if sequential else attended + mlp
     last = x[:, -1:].contiguous()
     delta = None if pending is None else pending[:, -1:].contiguous()
     u = _norm(spec, ends[0], "transformer.ln_f", last, delta, None)
-    parts = [_linear(weights, "lm_head", u, weights.get("lm_head.bias")) for weights in ends]
+    parts = [_linear(weights, "lm_head", u, weights.get("lm_head.bias"), last) for weights in ends]
     return executor.whole_logits(parts)[:, 0]
 
 
@@ -99,14 +101,19 @@ def rounding_of(weights: Weights, linear: str) -> Rounding | None:
 
 
 def rounding_before(
-    weights: Weights, linear: str, tokens: int, dtype: torch.dtype
+    weights: Weights, linear: str, tokens: int, dtype: torch.dtype, hidden: Tensor
 ) -> Rounding | None:
-    """Return how inputs of so many tokens become levels before ``_linear``, if it takes these."""
+    """Return how inputs of so many tokens become levels before ``_linear``, if it takes these.
+
+    ``hidden`` are the tokens' hidden states, to which the linear's output will be added.
+    """
     found, packed = rounding_of(weights, linear), find_packed(weights, linear)
     if found is None or packed is None:
         return found if tokens == 1 else None
     if packed.grid == "e4m3" and (tokens == 1 or quantized.multiplies_e4m3(packed, dtype)):
         return replace(found, dtype=torch.float8_e4m3fn)
+    if packed.grid == found.grid == "int8":
+        return replace(found, dtype=torch.int8, lost=hidden)
     return found if tokens <= linears.FEW_TOKENS else None
 
 
@@ -130,14 +137,15 @@ def _row_linear(
     name: str,
     xs: list[Tensor],
     reduce: Reduce,
+    hidden: Tensor,
     *,
     levels: torch.dtype | None,
 ) -> Tensor:
     bias = shards[0].get(f"{name}.bias")
     if spec.tp_size == 1:
-        return _linear(shards[0], name, xs[0], bias, levels=levels)
+        return _linear(shards[0], name, xs[0], bias, hidden, levels=levels)
     pairs = zip(shards, xs, strict=True)
-    total = reduce([_linear(w, name, x, None, levels=levels) for w, x in pairs])
+    total = reduce([_linear(w, name, x, None, hidden, levels=levels) for w, x in pairs])
     return total if bias is None else total + bias
 
 
@@ -146,6 +154,7 @@ def _linear(
     name: str,
     x: Tensor,
     bias: Tensor | None,
+    hidden: Tensor,
     *,
     activation: str = "none",
     limit: float | None = None,
@@ -154,13 +163,14 @@ def _linear(
 ) -> Tensor:
     """Return ``quantized.linear``, and the MLP's nonlinearity on it.
 
-    ``x`` may have levels already, as ``rounding_before`` says, of the compute dtype ``levels``; the
-    result of the nonlinearity becomes levels by ``rounding``.
+    ``x`` may have levels already, as ``rounding_before`` says, which also says what ``hidden`` is;
+    ``levels`` is the compute dtype then. The result of the nonlinearity becomes levels by
+    ``rounding``.
     """
     if quantized.is_divided(weights, name):
         outputs: list[Tensor] = []
         while quantized.is_divided(weights, name, len(outputs)):
-            outputs.append(_linear(weights, f"{name}.{len(outputs)}", x, None))
+            outputs.append(_linear(weights, f"{name}.{len(outputs)}", x, None, hidden))
         y = torch.cat(outputs, dim=-1)
         y = y if bias is None else y + bias
         return y if activation == "none" else launch.activate(activation, y, limit, rounding)
@@ -168,9 +178,9 @@ def _linear(
     own, dtype = rounding_of(weights, name), levels or x.dtype
     x_scale = None if own is None else own.scale
     tokens = x.numel() // x.shape[-1]
-    before = rounding_before(weights, name, tokens, dtype)
+    before = rounding_before(weights, name, tokens, dtype, hidden)
     if before is not None and levels is None:
-        x = launch.quantize(x, before, Rounding.kept_in(before, dtype))
+        x = launch.quantize(x, before, levels=True)
     if tokens == 1:
         return linears.matvec(
             *(weights, name, x, bias, dtype), x_scale=x_scale, activation=activation, limit=limit,
@@ -180,10 +190,10 @@ def _linear(
     if own is not None and packed is not None and quantized.multiplies_e4m3(packed, dtype):
         y = quantized.stored_product(x, packed, own.scale, dtype)
         y = y if bias is None else y + bias
-    elif packed is not None and tokens <= linears.FEW_TOKENS:
-        y = linears.product(weights, name, x, bias, x_scale)
+    elif packed is not None and (tokens <= linears.FEW_TOKENS or x.dtype == torch.int8):
+        y = linears.product(weights, name, x, bias, dtype, x_scale)
     else:
-        x = x if own is None else launch.quantize(x, own)
+        x = x if own is None else launch.quantize(x, own, levels=False)
         weight = linears.expanded(weights, name, x.shape[-1], dtype)
         y = functional.linear(x, weight, bias)
     if activation != "none":
@@ -191,10 +201,11 @@ def _linear(
     return y
 
 
-def _mixture(executor: Executor, shards: list[Weights], u: Tensor) -> Tensor:
+def _mixture(executor: Executor, shards: list[Weights], u: Tensor, hidden: Tensor) -> Tensor:
     """Return ``blocks.mixture`` of a step's tokens [B, 1, h], reading the experts they use only.
 
-    Prompts take ``blocks.mixture`` itself, expert by expert.
+    ``hidden`` is as for ``rounding_before``. Prompts take ``blocks.mixture`` itself, expert by
+    expert.
     """
     spec = executor.spec
     if u.shape[1] > 1:
@@ -208,16 +219,22 @@ def _mixture(executor: Executor, shards: list[Weights], u: Tensor) -> Tensor:
         scores = functional.linear(tokens.float(), shards[0][ROUTER])
     chosen, shares = linears.route(scores, spec.mixer_epsilon)
     partial = [
-        rank_experts(weights, tokens, chosen, shares, spec.experts.first(rank))
+        rank_experts(weights, tokens, chosen, shares, spec.experts.first(rank), hidden)
         for rank, weights in zip(executor.ranks, shards, strict=True)
     ]
     return executor.reduce(partial).view_as(u)
 
 
-def rank_experts(weights: Weights, x: Tensor, chosen: Tensor, shares: Tensor, first: int) -> Tensor:
-    """Return ``blocks.rank_mixture``, pair by pair of a token and an expert."""
-    fc, proj = (rounding_before(weights, name, 1, x.dtype) for name in ("mlp.fc", "mlp.proj"))
-    levels = x if fc is None else launch.quantize(x, fc, Rounding.kept_in(fc, x.dtype))
+def rank_experts(
+    weights: Weights, x: Tensor, chosen: Tensor, shares: Tensor, first: int, hidden: Tensor
+) -> Tensor:
+    """Return ``blocks.rank_mixture``, pair by pair of a token and an expert.
+
+    ``hidden`` is as for ``rounding_before``.
+    """
+    names = ("mlp.fc", "mlp.proj")
+    fc, proj = (rounding_before(weights, name, 1, x.dtype, hidden) for name in names)
+    levels = x if fc is None else launch.quantize(x, fc, levels=True)
     gated = linears.matvec(
         *(weights, "mlp.fc", levels, None, x.dtype), x_scale=None if fc is None else fc.scale,
         activation="swiglu", rounding=proj, experts=Experts(chosen, first, chosen.shape[-1]),

@@ -79,6 +79,15 @@ def _rounded(y, smoothing, scale, dtype: tl.constexpr, SMOOTH: tl.constexpr, GRI
 
 
 @triton.jit
+def _store_levels(out_ptr, place, y, mask, lost_ptr):
+    """Store a linear's inputs. A NaN, which int8 does not have, goes into the hidden states."""
+    kept: tl.constexpr = out_ptr.dtype.element_ty
+    tl.store(out_ptr + place, y.to(kept), mask=mask)
+    if kept == tl.int8:
+        tl.store(lost_ptr, float("nan"), mask=tl.max(((y != y) & mask).to(tl.int32)) > 0)
+
+
+@triton.jit
 def _activate(first, second, limit, KIND: tl.constexpr):
     """Apply the MLP's nonlinearity; ``second`` is unused by an ungated one."""
     if KIND == "swiglu":
@@ -93,7 +102,8 @@ def _activate(first, second, limit, KIND: tl.constexpr):
 
 @triton.jit
 def norm_kernel(
-    x_ptr, delta_ptr, weight_ptr, bias_ptr, smoothing_ptr, scale_ptr, out_ptr, width, epsilon,
+    x_ptr, delta_ptr, weight_ptr, bias_ptr, smoothing_ptr, scale_ptr, lost_ptr, lost_width, out_ptr,
+    width, epsilon,
     DELTA: tl.constexpr, RMS: tl.constexpr, SMOOTH: tl.constexpr, GRID: tl.constexpr,
     BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -118,12 +128,15 @@ def norm_kernel(
         x = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
         u = x * tl.rsqrt(tl.sum(x * x, 0) / width + epsilon) * weight + bias
     u = _rounded(u, smoothing, grid_scale, dtype, SMOOTH, GRID)
-    tl.store(out_ptr + place, u.to(out_ptr.dtype.element_ty), mask=inside)
+    if DELTA:
+        tl.debug_barrier()  # what is lost may be stored where the sum was
+    lost_ptr += tl.program_id(0).to(tl.int64) * lost_width
+    _store_levels(out_ptr, place, u, inside, lost_ptr)
 
 
 @triton.jit
 def quantize_kernel(
-    x_ptr, smoothing_ptr, scale_ptr, out_ptr, width,
+    x_ptr, smoothing_ptr, scale_ptr, lost_ptr, lost_width, out_ptr, width,
     SMOOTH: tl.constexpr, GRID: tl.constexpr, STORED: tl.constexpr, BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -136,12 +149,13 @@ def quantize_kernel(
     stored = _rounded(x, smoothing, scale, x_ptr.dtype.element_ty, SMOOTH, GRID)
     if not STORED:
         stored = stored * scale
-    tl.store(out_ptr + place, stored.to(out_ptr.dtype.element_ty), mask=inside)
+    lost_ptr += tl.program_id(0).to(tl.int64) * lost_width
+    _store_levels(out_ptr, place, stored, inside, lost_ptr)
 
 
 @triton.jit
 def activation_kernel(
-    z_ptr, smoothing_ptr, scale_ptr, out_ptr, width, limit,
+    z_ptr, smoothing_ptr, scale_ptr, lost_ptr, lost_width, out_ptr, width, limit,
     KIND: tl.constexpr, SMOOTH: tl.constexpr, GRID: tl.constexpr, BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +176,7 @@ def activation_kernel(
         second = first
     y = _activate(first.to(tl.float32), second.to(tl.float32), limit, KIND)
     y = _rounded(y, smoothing, scale, z_ptr.dtype.element_ty, SMOOTH, GRID)
-    tl.store(out_ptr + row * width + columns, y.to(out_ptr.dtype.element_ty), mask=inside)
+    _store_levels(out_ptr, row * width + columns, y, inside, lost_ptr + row * lost_width)
 
 
 @triton.jit

@@ -42,12 +42,16 @@ class Rounding:
         smoothing: in the compute dtype, or None.
         grid: of the levels.
         dtype: that the levels are kept in; None is the compute dtype.
+        lost: for int8, which has no NaN: hidden states of the same tokens, in which NaN is stored
+            for each token that would have one. They must be read again, and not be written to by
+            the same kernel's other programs.
     """
 
     scale: Tensor
     smoothing: Tensor | None
     grid: Grid
     dtype: torch.dtype | None = None
+    lost: Tensor | None = None
 
     @staticmethod
     def constants(rounding: Rounding | None, grid: str = "GRID") -> dict[str, Any]:
@@ -62,12 +66,16 @@ class Rounding:
         return dtype if rounding is None or rounding.dtype is None else rounding.dtype
 
     @staticmethod
-    def pointers(rounding: Rounding | None, other: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the smoothing and the scale, or ``other`` where there is none to read."""
+    def arguments(rounding: Rounding | None, other: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Return the smoothing, the scale, what is lost and its width, or ``other`` for none."""
         if rounding is None:
-            return other, other
-        smoothing = rounding.smoothing
-        return other if smoothing is None else smoothing, rounding.scale
+            return other, other, other, 0
+        smoothing = other if rounding.smoothing is None else rounding.smoothing
+        lost = rounding.lost
+        if lost is None:
+            assert rounding.dtype != torch.int8
+            return smoothing, rounding.scale, other, 0
+        return smoothing, rounding.scale, lost, lost.shape[-1]
 
 
 def norm(
@@ -87,23 +95,23 @@ def norm(
     out = torch.empty_like(x, dtype=Rounding.kept_in(rounding, x.dtype))
     kernels.norm_kernel[(x.numel() // width,)](
         x, x if delta is None else delta, weight, weight if bias is None else bias,
-        *Rounding.pointers(rounding, weight), out, width, epsilon, DELTA=delta is not None,
+        *Rounding.arguments(rounding, weight), out, width, epsilon, DELTA=delta is not None,
         RMS=kind == "rms_norm", **Rounding.constants(rounding),
         BLOCK=triton.next_power_of_2(width), **launch_options(x.device, 8),
     )  # fmt: skip
     return out
 
 
-def quantize(x: Tensor, rounding: Rounding, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the nearest values on a grid, ties to even; with ``dtype`` the levels, in that.
+def quantize(x: Tensor, rounding: Rounding, *, levels: bool) -> Tensor:
+    """Return the nearest values on a grid, ties to even, or their levels, in ``rounding.dtype``.
 
     ``x`` is contiguous [..., width].
     """
     width, block = x.shape[-1], 1024
-    out = torch.empty_like(x, dtype=dtype or x.dtype)
+    out = torch.empty_like(x, dtype=Rounding.kept_in(rounding, x.dtype) if levels else x.dtype)
     kernels.quantize_kernel[(x.numel() // width, triton.cdiv(width, block))](
-        x, *Rounding.pointers(rounding, x), out, width, **Rounding.constants(rounding),
-        STORED=dtype is not None, BLOCK=block, **launch_options(x.device, 4),
+        x, *Rounding.arguments(rounding, x), out, width, **Rounding.constants(rounding),
+        STORED=levels, BLOCK=block, **launch_options(x.device, 4),
     )  # fmt: skip
     return out
 
@@ -117,7 +125,7 @@ def activate(kind: str, z: Tensor, limit: float | None, rounding: Rounding | Non
     kept = Rounding.kept_in(rounding, z.dtype)
     out = torch.empty((*z.shape[:-1], width), dtype=kept, device=z.device)
     kernels.activation_kernel[(out.numel() // width, triton.cdiv(width, block))](
-        z, *Rounding.pointers(rounding, z), out, width, math.inf if limit is None else limit,
+        z, *Rounding.arguments(rounding, z), out, width, math.inf if limit is None else limit,
         KIND=kind, **Rounding.constants(rounding), BLOCK=block, **launch_options(z.device, 4),
     )  # fmt: skip
     return out
@@ -190,7 +198,7 @@ def attend_step(
     half = dtype != torch.float32
     attention.attend_kernel[(batch * kv_heads, splits)](
         qkv, cos, sin, keys, values, cos if kv_scale is None else kv_scale, slot, pads, out, parts,
-        stats, *Rounding.pointers(rounding, qkv), spec.attention_scale * _LOG2_E, capacity,
+        stats, *Rounding.arguments(rounding, qkv), spec.attention_scale * _LOG2_E, capacity,
         min(spec.rope.original, capacity), first_head,
         KV_HEADS=kv_heads, GROUP=group, SIZE=size, HALF=cos.shape[-1],
         KV_GRID="none" if kv_scale is None else spec.quantization.kv_cache,
@@ -207,7 +215,7 @@ def attend_step(
     )  # fmt: skip
     if splits > 1:
         attention.merge_kernel[(batch * heads,)](
-            parts, stats, out, *Rounding.pointers(rounding, qkv), HEADS=heads, SIZE=size,
+            parts, stats, out, *Rounding.arguments(rounding, qkv), HEADS=heads, SIZE=size,
             SPLITS=splits, BLOCK=triton.next_power_of_2(size), TYPE=TYPES[dtype],
             **Rounding.constants(rounding),
             **launch_options(device, max(1, min(4, splits // 8))),

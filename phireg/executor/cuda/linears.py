@@ -1,23 +1,22 @@
 """Linears on a GPU, by weights as ``levels`` packs them: the kernels of ``products`` and ``tiles``.
 
 Products of one token and of a few read the packed weight, those of a few through the matrix units,
-as all of tiles do. More tokens take the ordinary product of an expanded weight.
+as all of tiles do. More tokens take the ordinary product of an expanded weight, unless inputs and
+weight are int8, of which GPUs have products.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
-from torch.nn import functional
 
 from phireg.executor.blocks import Weights
-from phireg.executor.cuda import kernels, products, tiles
+from phireg.executor.cuda import integers, kernels, products, tiles
 from phireg.executor.cuda.launch import GATED, TYPES, Rounding, counters, launch_options
 from phireg.executor.levels import TILED, find_packed
 
@@ -34,9 +33,10 @@ _TOGETHER = 4
 _BLOCKS = {
     "none": ((4, 1024, 1, 4), (4, 1024, 1, 4), (4, 1024, 1, 4), (4, 1024, 2, 4)),
     "e4m3": ((4, 1024, 2, 2), (4, 1024, 2, 2), (2, 512, 2, 1), (4, 1024, 2, 2)),
-    "int8": ((4, 128, 1, 1), (4, 256, 3, 2), (4, 256, 1, 2), (4, 512, 1, 4)),
 }
-# Warps, steps asked for in advance, and steps whose inputs are read at once. Groups are int4's.
+# Warps, and steps asked for in advance, of int8.
+_WARPS = ((4, 6), (4, 12), (4, 4), (8, 8))
+# The same, and steps whose inputs are read at once. Groups are int4's.
 _STEPS = {
     "int4": ((4, 12, 12), (4, 12, 12), (4, 4, 12), (8, 12, 12)),
     "groups": ((8, 2, 2), (8, 6, 3), (4, 2, 6), (8, 6, 3)),
@@ -63,7 +63,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A weight as the kernels take it: tiles or words of levels, levels of one byte, or values."""
+    """A weight as the kernels take it: tiles of levels, levels of one byte, or values."""
 
     grid: str
     data: Tensor
@@ -77,14 +77,8 @@ class _Stored:
         scales = 0
         if self.scale is not None:
             scales = 1 if self.scale.shape[-1] == 1 else 2
-        if self.grid in TILED:
-            return {
-                "INPUTS": self.inputs, "GRID": self.grid, "SCALES": scales, "GROUP": self.group,
-            }  # fmt: skip
-        return {
-            "INPUTS": self.inputs, "WIDTH": self.data.shape[-1], "WORDS": self.grid == "int8",
-            "SCALES": scales,
-        }  # fmt: skip
+        tiled = {"GRID": self.grid, "GROUP": self.group} if self.grid in TILED else {}
+        return {"INPUTS": self.inputs, "SCALES": scales, **tiled}
 
     @property
     def group(self) -> int:
@@ -94,13 +88,13 @@ class _Stored:
         return 0 if self.group_scale is None else self.inputs // self.group_scale.shape[-1]
 
     def pointers(
-        self, x: Tensor, x_scale: Tensor | None, bias: Tensor | None, rounding: Rounding | None
+        self, x: Tensor, x_scale: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Return the kernels' first arguments; what there is none of is never read."""
         tiled = (self.group_scale,) if self.grid in TILED else ()
         optional = (self.scale, *tiled, x_scale, bias)
         found = (x if tensor is None else tensor for tensor in optional)
-        return (x, self.data, *found, *Rounding.pointers(rounding, x))
+        return (x, self.data, *found)
 
 
 def matvec(
@@ -119,81 +113,96 @@ def matvec(
     """Return one token's X W^T + b, and the MLP's nonlinearity on it.
 
     ``x`` is one row, contiguous, in the compute dtype; with ``x_scale`` it has levels, as another
-    kernel's ``rounding`` leaves them. ``dtype`` is the compute dtype. ``activation`` is "none" or
-    as in ``launch.activate``; gated ones halve the rows. With ``experts`` the weight is a stack,
-    and x and the result have a row for each token and each pair.
+    kernel's ``rounding`` leaves them, which are int8 for a weight of that. ``dtype`` is the compute
+    dtype. ``activation`` is "none" or as in ``launch.activate``; gated ones halve the rows. With
+    ``experts`` the weight is a stack, and x and the result have a row for each token and each pair.
     """
     stored = _stored(weights, name, x.shape[-1])
+    of_integers = stored.grid == "int8" and x.dtype != torch.float32 and stored.inputs % 16 == 0
+    if of_integers and x.dtype != torch.int8:
+        stored = replace(stored, data=stored.data.view(torch.int32))
     outputs = stored.rows // 2 if activation in GATED else stored.rows
     pairs = 1 if experts is None else experts.chosen.numel()
     shape = (*x.shape[:-1], outputs) if experts is None else (pairs, outputs)
     out = torch.empty(shape, dtype=Rounding.kept_in(rounding, dtype), device=x.device)
     arguments = (
-        *stored.pointers(x, x_scale, bias, rounding), x if experts is None else experts.chosen, out,
-        outputs, math.inf if limit is None else limit, experts.first if experts else 0,
-        stored.data.shape[0],
+        *stored.pointers(x, x_scale, bias), *Rounding.arguments(rounding, x),
+        x if experts is None else experts.chosen, out, outputs,
+        math.inf if limit is None else limit, experts.first if experts else 0, stored.data.shape[0],
     )  # fmt: skip
     constants = stored.constants | Rounding.constants(rounding, "OUT") | {
         "X_SCALE": x_scale is not None, "BIAS": bias is not None, "KIND": activation,
         "TYPE": TYPES[dtype], "PER_TOKEN": experts.per_token if experts else 0,
     }  # fmt: skip
     if stored.grid in TILED:
-        chosen = _chosen(_STEPS, stored, activation in GATED)
+        table = _STEPS["groups" if stored.group >= 32 else stored.grid]
+        chosen = _chosen(table, stored, activation in GATED)
         warps, depth, together = _STEPS_IN_FLOAT32 if dtype == torch.float32 else chosen
         tiles.tile_matvec_kernel[(outputs // 16, pairs)](
             *arguments, **constants, WARPS=warps, DEPTH=depth, TOGETHER=together, num_stages=1,
             **launch_options(x.device, warps),
         )  # fmt: skip
         return out
-    rows, block, depth, warps = _chosen(_BLOCKS, stored, activation in GATED)
+    if of_integers:
+        warps, depth = _chosen(_WARPS, stored, activation in GATED)
+        integers.integer_matvec_kernel[(triton.cdiv(outputs, 16), pairs)](
+            *arguments, **constants, WARPS=warps, DEPTH=depth, **launch_options(x.device, warps)
+        )
+        return out
+    rows, block, depth, warps = _chosen(
+        _BLOCKS["none" if stored.grid == "none" else "e4m3"], stored, activation in GATED
+    )
     products.matvec_kernel[(triton.cdiv(outputs, rows), pairs)](
         *arguments, **constants, ROWS=rows, DEPTH=depth,
-        BLOCK=min(block, triton.next_power_of_2(stored.data.shape[-1])),
+        BLOCK=min(block, triton.next_power_of_2(stored.inputs)),
         **launch_options(x.device, warps),
     )  # fmt: skip
     return out
 
 
 def product(
-    weights: Weights, name: str, x: Tensor, bias: Tensor | None, x_scale: Tensor | None = None
+    weights: Weights,
+    name: str,
+    x: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    x_scale: Tensor | None = None,
 ) -> Tensor:
-    """Return X W^T + b of a few tokens [..., inputs], like ``matvec``."""
+    """Return X W^T + b of a few tokens [..., inputs], or of any number of levels in int8.
+
+    Otherwise like ``matvec``.
+    """
     stored = _stored(weights, name, x.shape[-1])
     tokens = x.numel() // stored.inputs
-    out = torch.empty((*x.shape[:-1], stored.rows), dtype=x.dtype, device=x.device)
-    width, rows, block, least = stored.data.shape[-1], 64, 128, _PROGRAMS
-    if stored.grid == "int8":
-        # Words; in float32 more of them gave wrong sums on an H100 (Triton 3.6).
-        block = 16 if x.dtype == torch.float32 else 64
-        x = functional.pad(x, (0, missing)) if (missing := -stored.inputs % (4 * block)) else x
-        x = x.unflatten(-1, (-1, block // 4, 4, 4)).transpose(-2, -3).contiguous()
-    if stored.grid in TILED:
-        width, block = stored.inputs, 64 * _TOGETHER
-        least = 4 * _PROGRAMS if stored.grid == "e2m1" else 2 * _PROGRAMS
-    row_tiles, splits = triton.cdiv(stored.rows, rows), 1
-    while row_tiles * splits < least and splits < 16 and 2 * splits * block <= width:
-        splits *= 2
+    out = torch.empty((*x.shape[:-1], stored.rows), dtype=dtype, device=x.device)
+    rows, block, least = 64, 128, _PROGRAMS
     # Inputs in float32 would take more shared memory than Ada's multiprocessors have.
     widest = 32 if x.dtype == torch.float32 else 64
+    if stored.grid in TILED:
+        block = 64 * _TOGETHER
+        least = 4 * _PROGRAMS if stored.grid == "e2m1" else 2 * _PROGRAMS
+    elif tokens > FEW_TOKENS:
+        rows, widest = 128, 128
     tile = min(widest, max(16, triton.next_power_of_2(tokens)))
-    columns = triton.cdiv(tokens, tile)
-    parts = out if splits == 1 else x.new_empty(splits * out.numel(), dtype=torch.float32)
-    grid = (row_tiles, splits, columns)
+    programs, splits = triton.cdiv(stored.rows, rows) * triton.cdiv(tokens, tile), 1
+    while programs * splits < least and splits < 16 and 2 * splits * block <= stored.inputs:
+        splits *= 2
+    parts = out if splits == 1 else out.new_empty(splits * out.numel(), dtype=torch.float32)
     arguments = (
-        *stored.pointers(x, x_scale, bias, None), out, parts, counters(x.device), tokens,
-        stored.rows, math.inf,
+        *stored.pointers(x, x_scale, bias), out, parts, counters(x.device), tokens, stored.rows,
     )  # fmt: skip
     constants = stored.constants | {
         "X_SCALE": x_scale is not None, "BIAS": bias is not None, "TOKENS": tile, "SPLITS": splits,
     }  # fmt: skip
     if stored.grid in TILED:
-        tiles.tile_product_kernel[grid](
+        tiles.tile_product_kernel[(programs, splits)](
             *arguments, **constants, TILES=rows // 16, TOGETHER=_TOGETHER,
             num_stages=2 if stored.grid == "e2m1" else 3, **launch_options(x.device, 4),
         )  # fmt: skip
     else:
-        products.product_kernel[grid](
-            *arguments, **constants, ROWS=rows, BLOCK=block, num_stages=3,
+        products.product_kernel[(programs, splits)](
+            *arguments, **constants, ROWS=rows, BLOCK=block,
+            num_stages=5 if x.dtype == torch.int8 and tokens <= FEW_TOKENS else 3,
             **launch_options(x.device, 4),
         )  # fmt: skip
     return out
@@ -257,9 +266,9 @@ def combine(outputs: Tensor, shares: Tensor) -> Tensor:
 _Choice = TypeVar("_Choice")
 
 
-def _chosen(table: Mapping[str, tuple[_Choice, ...]], stored: _Stored, gated: bool) -> _Choice:
-    """Return what a table has for a weight."""
-    plain, short, paired, long = table["groups" if stored.group >= 32 else stored.grid]
+def _chosen(choices: tuple[_Choice, ...], stored: _Stored, gated: bool) -> _Choice:
+    """Return which of four is a weight's."""
+    plain, short, paired, long = choices
     if stored.inputs > 4096:
         return long
     if gated:
@@ -275,6 +284,4 @@ def _stored(weights: Weights, name: str, inputs: int) -> _Stored:
     data, rows = packed.data, packed.data.shape[-2]
     if packed.grid in TILED:
         data, rows = data.view(torch.int32), 16 * data.shape[-3]
-    elif packed.grid == "int8":
-        data = data.view(torch.int32)
     return _Stored(packed.grid, data, packed.scale, packed.group_scale, rows, inputs)

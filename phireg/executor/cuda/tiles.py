@@ -2,17 +2,17 @@
 
 What a lane reads of a tile is what the matrix units want from it: levels become their operand in
 the registers they were read to, as numbers of the inputs' dtype times a power of two, by which sums
-are divided. Constants are as in ``products``, but ``WIDTH``, the steps of a row; ``GRID`` is the
-weight's, ``GROUP`` the inputs to a scale, 0 for none. ``WARPS`` of a program share the inputs of
-its rows, ``DEPTH`` is the steps that a warp has asked for in advance, and ``TOGETHER`` those whose
-inputs it reads at once. Groups of fewer inputs than a tile are small; then a step is two tiles.
+are divided. Constants are as in ``products``; ``GRID`` is the weight's, ``GROUP`` the inputs to a
+scale, 0 for none. ``WARPS`` of a program share the inputs of its rows, ``DEPTH`` is the steps that
+a warp has asked for in advance, and ``TOGETHER`` those whose inputs it reads at once. Groups of
+fewer inputs than a tile are small; then a step is two tiles.
 """
 
 import triton
 import triton.language as tl
 
-from phireg.executor.cuda.kernels import _wait
-from phireg.executor.cuda.products import _ending, _finish, _store
+from phireg.executor.cuda.kernels import _rounding, _store_levels, _wait
+from phireg.executor.cuda.products import _ending, _finish, _own_expert, _place, _store
 
 # Successive inputs that a lane has of a row, as Triton's releases assign them to one token's
 # product. The other number is as right, but what a lane read goes to other lanes then.
@@ -139,7 +139,7 @@ def _total(sums, SMALL: tl.constexpr):
 @triton.jit
 def tile_matvec_kernel(
     x_ptr, weight_ptr, scale_ptr, group_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr,
-    expert_ptr, out_ptr, outputs, limit, first_expert, experts,
+    lost_ptr, lost_width, expert_ptr, out_ptr, outputs, limit, first_expert, experts,
     INPUTS: tl.constexpr, GRID: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr,
     X_SCALE: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr,
     OUT: tl.constexpr, TYPE: tl.constexpr, PER_TOKEN: tl.constexpr, WARPS: tl.constexpr,
@@ -160,14 +160,11 @@ def tile_matvec_kernel(
     row = number * 16 + tl.arange(0, 16)
     width, mine = WIDTH, outputs
     if PER_TOKEN > 0:
-        # The pairs of a token and one of its experts, which is this rank's or leaves zeros.
         _wait(EARLY)
-        pair = tl.program_id(1).to(tl.int64)
-        expert = tl.load(expert_ptr + pair) - first_expert
-        inside = (expert >= 0) & (expert < experts)
-        expert = tl.where(inside, expert, 0)
+        pair, expert, inside = _own_expert(expert_ptr, first_expert, experts)
         width, mine = tl.where(inside, WIDTH, 0), tl.where(inside, outputs, 0)
         x_ptr += pair // PER_TOKEN * INPUTS
+        lost_ptr += pair // PER_TOKEN * lost_width
         out_ptr += pair * outputs
         stacked = expert * outputs * PARTS
         weight_ptr += stacked // 16 * (STRIDE * 128)
@@ -196,9 +193,9 @@ def tile_matvec_kernel(
             if GRID == "e2m1":
                 scales += (tl.load(group_ptr + start + lane, mask=soon, other=0.0),)
     ending = _ending(
-        first, second, row < mine, row, scale_ptr, x_scale_ptr, bias_ptr, smoothing_ptr,
-        out_scale_ptr, SCALES, X_SCALE, BIAS, SMOOTH, OUT,
-    )  # fmt: skip
+        first, second, row < mine, scale_ptr, x_scale_ptr, bias_ptr, SCALES, X_SCALE, BIAS
+    )
+    rounding = _rounding(row, row < mine, smoothing_ptr, out_scale_ptr, SMOOTH, OUT)
     if PER_TOKEN == 0:
         _wait(EARLY)
     sums = ()
@@ -253,16 +250,14 @@ def tile_matvec_kernel(
     z = _total(sums[PARTS - 1], SMALL) * UNIT
     if KIND == "gegelu":
         y, z = tl.split(tl.reshape(tl.permute(tl.join(y, z), [1, 0]), [16, 2]))
-    y = _finish(y, z, ending, limit, TYPE, KIND, SMOOTH, OUT)
-    tl.store(
-        out_ptr + row, tl.where(row < mine, y, 0.0).to(out_ptr.dtype.element_ty), mask=row < outputs
-    )
+    y = _finish(y, z, ending, rounding, limit, TYPE, KIND, SMOOTH, OUT)
+    _store_levels(out_ptr, row, tl.where(row < mine, y, 0.0), row < outputs, lost_ptr)
 
 
 @triton.jit
 def tile_product_kernel(
-    x_ptr, weight_ptr, scale_ptr, group_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr,
-    out_ptr, part_ptr, count_ptr, tokens, outputs, limit,
+    x_ptr, weight_ptr, scale_ptr, group_ptr, x_scale_ptr, bias_ptr, out_ptr, part_ptr, count_ptr,
+    tokens, outputs,
     INPUTS: tl.constexpr, GRID: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr,
     X_SCALE: tl.constexpr, BIAS: tl.constexpr, TILES: tl.constexpr, TOGETHER: tl.constexpr,
     TOKENS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
@@ -288,16 +283,17 @@ def tile_product_kernel(
         (2.0**7 if HALF else 2.0**16) if GRID == "e2m1" else 2.0**13 / UP if SMALL else 2.0**13
     )
     split = tl.program_id(1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_tile, token_tile = _place(tokens, outputs, ROWS, TOKENS)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
     inside = row < outputs
-    token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    token = token_tile * TOKENS + tl.arange(0, TOKENS)
     real = token < tokens
     ending = _ending(
-        row[:, None], row[:, None], inside[:, None], row[:, None], scale_ptr, x_scale_ptr, bias_ptr,
-        smoothing_ptr, out_scale_ptr, SCALES, X_SCALE, BIAS, False, "none",
+        row[:, None], row[:, None], inside[:, None], scale_ptr, x_scale_ptr, bias_ptr, SCALES,
+        X_SCALE, BIAS,
     )  # fmt: skip
     _wait(EARLY)
-    number = (tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES))[:, None]
+    number = (row_tile.to(tl.int64) * TILES + tl.arange(0, TILES))[:, None]
     lane, own = tl.arange(0, 128)[None, :], tl.arange(0, 256)[None, :]
     weights = weight_ptr + number * (STRIDE * 128) + lane
     present = number * 16 < outputs
@@ -346,7 +342,7 @@ def tile_product_kernel(
             acc = total
     place = token[None, :].to(tl.int64) * outputs + row[:, None]
     _store(
-        acc * UNIT, ending, limit, out_ptr, part_ptr, count_ptr, split,
+        acc * UNIT, ending, out_ptr, part_ptr, count_ptr, tl.program_id(0), split,
         tokens.to(tl.int64) * outputs, place, real[None, :] & inside[:, None], SPLITS,
     )  # fmt: skip
 
