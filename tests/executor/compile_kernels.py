@@ -98,7 +98,10 @@ CASES = [
     ("tile_matvec", {**TILES, **in_float32(weight("e2m1", 16, 1)), "TYPE": FLOAT_TYPE}),
     ("product", {**PRODUCT, **weight("e4m3")}),
     ("product", {**PRODUCT, **in_float32(weight("e4m3"))}),
-    ("product", {**PRODUCT, **weight("int8"), "TOKENS": 64}),
+    ("product", {
+        **PRODUCT, **weight("int8"), "TOKENS": 64,
+        "types": {"weight_ptr": "*i32"},
+    }),
     ("product", {**PRODUCT, **of_levels(weight("int8")), "ROWS": 128, "TOKENS": 128, "SPLITS": 1}),
     ("tile_product", {**TILE_PRODUCT, **weight("int4", 128, 0), "SPLITS": 1}),
     ("tile_product", {**TILE_PRODUCT, **in_float32(weight("int4", 32, 0))}),

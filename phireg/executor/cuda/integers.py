@@ -1,32 +1,15 @@
 """The Triton kernel of one token's product with int8 weights, through the matrix units.
 
-A lane loads sixteen successive inputs of a row. The matrix units want them in another order, in
-which they are given those of the other side, too.
+A lane loads the weights of sixteen successive inputs of a row. The matrix units take them for other
+ones of 64, and get the inputs in that order, too.
 """
 
 import triton
 import triton.language as tl
 
 from phireg.executor.cuda.kernels import _rounding, _store_levels, _wait
-from phireg.executor.cuda.products import _ending, _finish, _less_128, _own_expert
+from phireg.executor.cuda.products import _ending, _finish, _of_words, _own_expert
 from phireg.executor.cuda.tiles import _RUN
-
-
-@triton.jit
-def _of_words(words, dtype: tl.constexpr):
-    """Return words [2, WARPS, 8, 4, 4] of four integers as an operand [WARPS, 16, 64].
-
-    It has 2^-13 of them. Bytes 0 and 2 of a word are a pair, and bytes 1 and 3.
-    """
-    even = (words & 0x00FF00FF) ^ 0x00800080  # 128 is added to each
-    odd = ((words >> 8) & 0x00FF00FF) ^ 0x00800080
-    # The higher one first: so the compiler computes both at once, where they lie.
-    high = _less_128((even >> 16).to(tl.int16), dtype), _less_128((odd >> 16).to(tl.int16), dtype)
-    low = _less_128(even.to(tl.int16), dtype), _less_128(odd.to(tl.int16), dtype)
-    # Which rows, warp, row, lane, word, of a pair, which pair.
-    q = tl.join(tl.join(low[0], high[0]), tl.join(low[1], high[1]))
-    q = tl.permute(q, [1, 0, 2, 4, 3, 6, 5] if _RUN == 4 else [1, 0, 2, 4, 6, 3, 5])
-    return tl.reshape(q, [words.shape[1], 16, 64])
 
 
 @triton.jit
@@ -107,13 +90,13 @@ def integer_matvec_kernel(
                 at = (step + DEPTH) * WARPS * (64 // EACH) + columns
                 source = weight_ptr + rows[part].to(tl.int64) * (INPUTS // EACH) + at
                 weights += (tl.load(source, mask=inside & (at < INPUTS // EACH), other=0),)
-            weight = tl.reshape(weights[0], [2, WARPS, 8, 4, 16 // EACH])  # type: ignore[misc]
             if LEVELS:
-                level = tl.reshape(weight, [2, WARPS, 8, 4, 4, 4])
+                level = tl.reshape(weights[0], [2, WARPS, 8, 4, 4, 4])  # type: ignore[misc]
                 level = tl.reshape(tl.permute(level, [1, 0, 2, 4, 3, 5]), [WARPS, 16, 64])
                 new += (tl.dot(level, x, sums[part], out_dtype=tl.int32),)
             else:
-                new += (tl.dot(_of_words(weight, TYPE), x, sums[part]),)
+                words = tl.reshape(weights[0], [1, 2, WARPS, 8, 4, 4])  # type: ignore[misc]
+                new += (tl.dot(_of_words(words, TYPE, _RUN), x, sums[part]),)
             weights = weights[1:]
         sums = new
     y = _column_sums(sums[0], LEVELS)  # type: ignore[misc]

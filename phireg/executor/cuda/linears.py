@@ -8,7 +8,7 @@ weight are int8, of which GPUs have products.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -35,7 +35,7 @@ _BLOCKS = {
     "e4m3": ((4, 1024, 2, 2), (4, 1024, 2, 2), (2, 512, 2, 1), (4, 1024, 2, 2)),
 }
 # Warps, and steps asked for in advance, of int8.
-_WARPS = ((4, 6), (4, 12), (4, 4), (8, 8))
+_WARPS = ((4, 6), (4, 6), (4, 3), (8, 8))
 # The same, and steps whose inputs are read at once. Groups are int4's.
 _STEPS = {
     "int4": ((4, 12, 12), (4, 12, 12), (4, 4, 12), (8, 12, 12)),
@@ -94,7 +94,12 @@ class _Stored:
         tiled = (self.group_scale,) if self.grid in TILED else ()
         optional = (self.scale, *tiled, x_scale, bias)
         found = (x if tensor is None else tensor for tensor in optional)
-        return (x, self.data, *found)
+        return (x, self.data.view(torch.int32) if self.in_words(x) else self.data, *found)
+
+    def in_words(self, x: Tensor) -> bool:
+        """Return whether the kernels read int8 in words, for inputs that are no levels."""
+        halves = x.element_size() == 2
+        return self.grid == "int8" and halves and self.inputs % 16 == 0
 
 
 def matvec(
@@ -118,9 +123,6 @@ def matvec(
     ``experts`` the weight is a stack, and x and the result have a row for each token and each pair.
     """
     stored = _stored(weights, name, x.shape[-1])
-    of_integers = stored.grid == "int8" and x.dtype != torch.float32 and stored.inputs % 16 == 0
-    if of_integers and x.dtype != torch.int8:
-        stored = replace(stored, data=stored.data.view(torch.int32))
     outputs = stored.rows // 2 if activation in GATED else stored.rows
     pairs = 1 if experts is None else experts.chosen.numel()
     shape = (*x.shape[:-1], outputs) if experts is None else (pairs, outputs)
@@ -143,7 +145,7 @@ def matvec(
             **launch_options(x.device, warps),
         )  # fmt: skip
         return out
-    if of_integers:
+    if stored.grid == "int8" and x.dtype != torch.float32 and stored.inputs % 16 == 0:
         warps, depth = _chosen(_WARPS, stored, activation in GATED)
         integers.integer_matvec_kernel[(triton.cdiv(outputs, 16), pairs)](
             *arguments, **constants, WARPS=warps, DEPTH=depth, **launch_options(x.device, warps)

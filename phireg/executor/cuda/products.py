@@ -147,6 +147,31 @@ def matvec_kernel(
 
 
 @triton.jit
+def _less_128(bits, dtype: tl.constexpr):
+    """Return 2^-13 (u - 128) of int16 u: up to 255 it is the digits of a subnormal number."""
+    up = tl.full(bits.shape, 2.0**11 if dtype == tl.float16 else 2.0**120, dtype)
+    return tl.fma(bits.to(dtype, bitcast=True), up, tl.full(bits.shape, -(2.0**-6), dtype))
+
+
+@triton.jit
+def _of_words(words, dtype: tl.constexpr, RUN: tl.constexpr):
+    """Return words of four int8, [blocks, 2, tiles, 8, 4, 4], as [tiles, 16, 64 inputs a block].
+
+    A lane has four words of a row, and of the row eight below it, and keeps them as an operand.
+    Bytes 0 and 2 of a word are a pair for the matrix units, and bytes 1 and 3. It is 2^-13 of them.
+    """
+    even = (words & 0x00FF00FF) ^ 0x00800080  # 128 is added to each
+    odd = ((words >> 8) & 0x00FF00FF) ^ 0x00800080
+    # The higher one first: so the compiler computes both at once, where they lie.
+    high = _less_128((even >> 16).to(tl.int16), dtype), _less_128((odd >> 16).to(tl.int16), dtype)
+    low = _less_128(even.to(tl.int16), dtype), _less_128(odd.to(tl.int16), dtype)
+    # Block, which eight rows, tile, row, lane, word, of a pair, which pair.
+    q = tl.join(tl.join(low[0], high[0]), tl.join(low[1], high[1]))
+    q = tl.permute(q, [2, 1, 3, 0, 5, 4, 7, 6] if RUN == 4 else [2, 1, 3, 0, 5, 7, 4, 6])
+    return tl.reshape(q, [words.shape[2], 16, 64 * words.shape[0]])
+
+
+@triton.jit
 def _place(tokens, outputs, ROWS: tl.constexpr, TOKENS: tl.constexpr):
     """Return a program's tiles of rows and of tokens: eight of rows at once share their inputs."""
     row_tiles = tl.cdiv(outputs, ROWS)
@@ -158,13 +183,6 @@ def _place(tokens, outputs, ROWS: tl.constexpr, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _less_128(bits, dtype: tl.constexpr):
-    """Return 2^-13 (u - 128) of int16 u: up to 255 it is the digits of a subnormal number."""
-    up = tl.full(bits.shape, 2.0**11 if dtype == tl.float16 else 2.0**120, dtype)
-    return tl.fma(bits.to(dtype, bitcast=True), up, tl.full(bits.shape, -(2.0**-6), dtype))
-
-
-@triton.jit
 def product_kernel(
     x_ptr, weight_ptr, scale_ptr, x_scale_ptr, bias_ptr, out_ptr, part_ptr, count_ptr, tokens,
     outputs,
@@ -172,47 +190,59 @@ def product_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
+    """``BLOCK`` inputs a step; int8 for half-precision inputs come as words of four."""
     STEPS: tl.constexpr = (INPUTS + BLOCK - 1) // BLOCK
     FULL: tl.constexpr = INPUTS % BLOCK == 0
     SHARE: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
     x_dtype: tl.constexpr = x_ptr.dtype.element_ty
     LEVELS: tl.constexpr = x_dtype == tl.int8
-    INTEGERS: tl.constexpr = weight_ptr.dtype.element_ty == tl.int8 and x_dtype != tl.float32
+    WORDS: tl.constexpr = weight_ptr.dtype.element_ty == tl.int32
+    WIDTH: tl.constexpr = INPUTS // 4 if WORDS else INPUTS
     split = tl.program_id(1)
     row_tile, token_tile = _place(tokens, outputs, ROWS, TOKENS)
     row = row_tile * ROWS + tl.arange(0, ROWS)
-    token = token_tile * TOKENS + tl.arange(0, TOKENS)
     inside = row < outputs
+    token = token_tile * TOKENS + tl.arange(0, TOKENS)
     real = (token < tokens)[None, :]
-    columns = tl.arange(0, BLOCK)
     ending = _ending(
         row[:, None], row[:, None], inside[:, None], scale_ptr, x_scale_ptr, bias_ptr, SCALES,
         X_SCALE, BIAS,
     )  # fmt: skip
+    inputs = tl.arange(0, BLOCK)
+    if WORDS:
+        # A lane's words of a block of 64 inputs, and of the next ones, are rows of a load.
+        place = tl.arange(0, ROWS * BLOCK // 64)
+        own = place % (ROWS // 2) // 8 * 16 + place % ROWS // (ROWS // 2) * 8 + place % 8
+        own += row_tile * ROWS
+        columns = (place // ROWS * 16)[:, None] + tl.arange(0, 16)[None, :]
+    else:
+        own, columns = row, inputs[None, :]
+    weights = weight_ptr + own.to(tl.int64)[:, None] * WIDTH + columns
+    xs = x_ptr + token.to(tl.int64)[None, :] * INPUTS + inputs[:, None]
     _wait(EARLY)
     acc = tl.zeros([ROWS, TOKENS], tl.int32 if LEVELS else tl.float32)
-    weights = weight_ptr + row.to(tl.int64)[:, None] * INPUTS
-    inputs = x_ptr + token.to(tl.int64)[None, :] * INPUTS
     for step in range(split * SHARE, min(split * SHARE + SHARE, STEPS)):
-        at = step * BLOCK + columns
-        mask, known = inside[:, None], real
+        start = step * (BLOCK * WIDTH // INPUTS)
+        mask, known = (own < outputs)[:, None], real
         if not FULL:
-            mask = mask & (at < INPUTS)[None, :]
-            known = known & (at < INPUTS)[:, None]
-        weight = tl.load(weights + at[None, :], mask=mask, other=0.0)
-        x = tl.load(inputs + at[:, None], mask=known, other=0.0)
+            mask = mask & (start + columns < WIDTH)
+            known = known & (step * BLOCK + inputs < INPUTS)[:, None]
+        weight = tl.load(weights + start, mask=mask, other=0.0)
+        x = tl.load(xs + step * BLOCK, mask=known, other=0.0)
         if LEVELS:
             acc = tl.dot(weight, x, acc, out_dtype=tl.int32)
-        elif INTEGERS:
-            bits = (weight.to(tl.int16) & 0xFF) ^ 0x80
-            acc = tl.dot(_less_128(bits, x_dtype), x, acc)
+        elif WORDS:
+            words = tl.reshape(weight, [BLOCK // 64, 2, ROWS // 16, 8, 4, 4])
+            x = tl.reshape(x, [BLOCK // 64, 4, 4, 2, 2, TOKENS])
+            x = tl.reshape(tl.permute(x, [0, 2, 4, 1, 3, 5]), [BLOCK, TOKENS])
+            acc = tl.dot(tl.reshape(_of_words(words, x_dtype, 2), [ROWS, BLOCK]), x, acc)
         else:
             acc = tl.dot(_decode(weight, x_dtype), x, acc, input_precision="ieee")
     place = token[None, :].to(tl.int64) * outputs + row[:, None]
-    unit = 2.0**13 if INTEGERS and not LEVELS else 1.0
     _store(
-        acc.to(tl.float32) * unit, ending, out_ptr, part_ptr, count_ptr, tl.program_id(0), split,
-        tokens.to(tl.int64) * outputs, place, real & inside[:, None], SPLITS,
+        acc.to(tl.float32) * (2.0**13 if WORDS else 1.0), ending, out_ptr, part_ptr, count_ptr,
+        tl.program_id(0), split, tokens.to(tl.int64) * outputs, place, real & inside[:, None],
+        SPLITS,
     )  # fmt: skip
 
 
