@@ -17,7 +17,16 @@ from torch.nn import functional
 
 from phireg.executor import attention as attend
 from phireg.executor import blocks, quantized
-from phireg.executor.cuda import attention, fused, kernels, launch, linears, products, tiles
+from phireg.executor.cuda import (
+    attention,
+    fused,
+    integers,
+    kernels,
+    launch,
+    linears,
+    products,
+    tiles,
+)
 from phireg.executor.finite import NO_TOKEN
 from phireg.executor.levels import Levels
 from phireg.reader.schemes import Quantization
@@ -481,7 +490,13 @@ def test_the_kernels_compile_for_real_gpus():
     built = [line.split() for line in done.stdout.splitlines()]
     assert {name for name, _, _ in built} == {
         name.removesuffix("_kernel")
-        for name in (*vars(attention), *vars(kernels), *vars(products), *vars(tiles))
+        for name in (
+            *vars(attention),
+            *vars(integers),
+            *vars(kernels),
+            *vars(products),
+            *vars(tiles),
+        )
         if name.endswith("_kernel")
     }
     # What one program may have at most: on GPUs of compute capability 8.6, which have least and run
