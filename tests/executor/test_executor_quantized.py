@@ -165,7 +165,7 @@ def test_weights_kept_as_stored(scheme, tmp_path, monkeypatch):
     executor = load(tmp_path)
     kept = {name.rpartition(".")[2]: w for name, w in executor.layer_weights(0)[0].items()}
     grid, size = {
-        "fp8": ("e4m3", 136), "int8_sq": ("int8", 144), "int8_wo": ("int8", 144),
+        "fp8": ("e4m3", 136), "int8_sq": ("int8", 136), "int8_wo": ("int8", 136),
         "int4_wo": ("int4", 512),
     }[scheme]  # fmt: skip
     # Of mlp.proj with its 136 inputs, or of a tile.
