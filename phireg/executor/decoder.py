@@ -287,12 +287,9 @@ def _of_prompt(
     """Return ``inner`` over the first slots, which hold the prompt's keys and values."""
 
     def attend_prompt(qkv: Tensor, cache: Cache, kv_scale: Tensor | None, rounding: Any) -> Tensor:
-        from phireg.executor.cuda import launch, linears
+        from phireg.executor.cuda import launch
 
-        query = launch.rotate_into(spec, qkv, rotary, cache, slot, kv_scale)
-        keys, values = cache
-        if kv_scale is not None and keys.dtype != query.dtype:
-            keys, values = (linears.cache_values(kept, kv_scale, query.dtype) for kept in cache)
+        query, keys, values = launch.rotate_into(spec, qkv, rotary, cache, slot, kv_scale)
         output = inner(query, keys[:, :, :length], values[:, :, :length])
         output = output.transpose(1, 2).flatten(2).contiguous()
         return output if rounding is None else launch.quantize(output, rounding, levels=True)

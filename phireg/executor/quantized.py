@@ -68,9 +68,12 @@ def keeps_levels(device: torch.device, grid: str) -> bool:
     A CPU has no use for that, and GPUs before compute capability 8.9 do not know e4m3, of which
     the scales of e2m1 are, too.
     """
-    if device.type != "cuda":
-        return False
-    return grid in ("int8", "int4") or torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cuda" and (grid in ("int8", "int4") or _knows_e4m3(device))
+
+
+@functools.cache
+def _knows_e4m3(device: torch.device) -> bool:
+    return device.type != "cuda" or bool(torch.cuda.get_device_capability(device) >= (8, 9))
 
 
 def keeps_weight(device: torch.device, weight: Levels) -> bool:
@@ -243,7 +246,7 @@ def multiplies_e4m3(weight: Packed, dtype: torch.dtype) -> bool:
         and scale.numel() == 1
         and dtype != torch.float32
         and not any(size % 16 for size in weight.data.shape)
-        and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9))
+        and _knows_e4m3(device)
     )
 
 

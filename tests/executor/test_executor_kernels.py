@@ -379,16 +379,21 @@ def test_rotation_into_the_cache(rotated, grid, per_row):
     if grid:
         key, value = (quantized.fake_quantize(x, scale, grid) for x in (key, value))
     slot = torch.tensor([first], device=DEVICE)
-    actual = launch.rotate_into(model, qkv, rotary, cache, slot, scale)
+    actual, *seen = launch.rotate_into(model, qkv, rotary, cache, slot, scale)
 
+    assert all(part is kept for part, kept in zip(seen, cache, strict=True))
     assert relative_error(actual, rotated_query) < 1e-6
     if grid:
         dtype = torch.int8 if grid == "int8" else torch.float8_e4m3fn
         levels = tuple(torch.zeros_like(kept, dtype=dtype) for kept in cache)
-        launch.rotate_into(model, qkv, rotary, levels, slot, scale)
-        for kept, level in zip(cache, levels, strict=True):
+        _, *seen = launch.rotate_into(model, qkv, rotary, levels, slot, scale)
+        for kept, level, values in zip(cache, levels, seen, strict=True):
             new = slice(first, first + tokens)
             assert torch.equal(level[:, :, new].float() * scale, kept[:, :, new])
+            assert torch.equal(values, kept[:, :, new])
+        qkv[0, 1, 4 * 12] = qkv[1, 2, -1] = torch.nan  # a key, and a value
+        _, *seen = launch.rotate_into(model, qkv, rotary, levels, slot, scale)
+        assert [x.isnan().any(-1).nonzero().tolist() for x in seen] == [[[0, 0, 1]], [[1, 1, 2]]]
     for kept, expected in zip(cache, (key, value), strict=True):
         # A last bit before the grid can be one step of it after.
         wrong = (kept[:, :, first : first + tokens] - expected).abs() > 1e-5
@@ -476,7 +481,11 @@ def test_one_token_attends_to_a_cache_of_levels(grid):
     expected = launch.attend_step(*place, values, scale)
     actual = launch.attend_step(*place, levels, scale)
     assert relative_error(actual, expected) < 1e-6
-    assert torch.equal(linears.cache_values(levels[0], scale, torch.float32), values[0])
+    for column in (4 * 12, 7 * 12):  # a key and a value of the token, which int8 has no NaN for
+        broken = qkv.clone()
+        broken[..., column] = torch.nan
+        actual = launch.attend_step(*place[:-1], broken, levels, scale)
+        assert actual.isnan().any()
 
 
 def test_the_kernels_compile_for_real_gpus():

@@ -40,19 +40,19 @@ def _turn(start, dim, inside, turned, cos, sin, HALF: tl.constexpr):
 
 @triton.jit
 def _kept(x, scale, like_ptr, GRID: tl.constexpr):
-    """Return keys or values as a cache keeps them: as they are, on a grid, or as its levels."""
-    if GRID == "none":
-        return x
-    level = _on_grid(x.to(tl.float32), scale, GRID)
-    if like_ptr.dtype.element_ty == x.dtype:
-        return (level * scale).to(x.dtype)
-    return level.to(like_ptr.dtype.element_ty)
+    """Return keys or values for a cache: as they are, on a grid, or as its levels in float32."""
+    kept = x
+    if GRID != "none":
+        kept = _on_grid(x.to(tl.float32), scale, GRID)
+        if like_ptr.dtype.element_ty == x.dtype:
+            kept = (kept * scale).to(x.dtype)
+    return kept
 
 
 @triton.jit
 def rotate_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, slot_ptr, scale_ptr, query_ptr, key_ptr, value_ptr,
-    tokens, capacity, rotary_rows,
+    qkv_ptr, cos_ptr, sin_ptr, slot_ptr, scale_ptr, query_ptr, key_ptr, value_ptr, seen_key_ptr,
+    seen_value_ptr, tokens, capacity, rotary_rows,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
     GRID: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -70,13 +70,20 @@ def rotate_kernel(
     start = qkv_ptr + token * TOTAL * SIZE + head * SIZE
     x = _turn(start, dim, inside, turned, cos, sin, HALF)
     tl.store(query_ptr + token * HEADS * SIZE + head * SIZE + dim, x, mask=inside & (head < HEADS))
-    x = _kept(x, tl.load(scale_ptr), key_ptr, GRID)
+    scale = tl.load(scale_ptr)
+    kept = _kept(x, scale, key_ptr, GRID)
     slot = tl.load(slot_ptr) + position
-    kept = head - HEADS
-    place = ((row * KV_HEADS + kept) * capacity + slot) * SIZE + dim
-    tl.store(key_ptr + place, x, mask=inside & (kept >= 0) & (kept < KV_HEADS))
-    place -= KV_HEADS * capacity * SIZE
-    tl.store(value_ptr + place, x, mask=inside & (kept >= KV_HEADS))
+    head -= HEADS
+    is_key, is_value = inside & (head >= 0) & (head < KV_HEADS), inside & (head >= KV_HEADS)
+    own = row * KV_HEADS + head % KV_HEADS
+    place = (own * capacity + slot) * SIZE + dim
+    tl.store(key_ptr + place, kept.to(key_ptr.dtype.element_ty), mask=is_key)
+    tl.store(value_ptr + place, kept.to(key_ptr.dtype.element_ty), mask=is_value)
+    if key_ptr.dtype.element_ty != x.dtype:
+        seen = (kept * scale).to(x.dtype)
+        place = (own * tokens + position) * SIZE + dim
+        tl.store(seen_key_ptr + place, seen, mask=is_key)
+        tl.store(seen_value_ptr + place, seen, mask=is_value)
 
 
 @triton.jit
@@ -178,8 +185,9 @@ def attend_kernel(
     new_value = tl.load(start + KV_HEADS * SIZE + dim, mask=wide, other=0.0)
     new_value = _kept(new_value, kv_scale, key_ptr, KV_GRID)
     if split == SPLITS - 1:
-        tl.store(key_ptr + cache + slot * SIZE + dim, new_key, mask=wide)
-        tl.store(value_ptr + cache + slot * SIZE + dim, new_value, mask=wide)
+        new_place = cache + slot * SIZE + dim
+        tl.store(key_ptr + new_place, new_key.to(key_ptr.dtype.element_ty), mask=wide)
+        tl.store(value_ptr + new_place, new_value.to(key_ptr.dtype.element_ty), mask=wide)
     # The scale of a cache of levels goes with the scores, and with the sum of values at the end.
     if STORED:
         scale *= kv_scale

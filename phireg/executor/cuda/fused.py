@@ -53,16 +53,15 @@ def forward(
         shards = executor.layer_weights(index)
         rounded = rounding(shards[0], "attention.qkv") if sequential else None
         u = _norm(spec, shards[0], "input_layernorm", x, pending, rounded)
+        into = [rounding(weights, "attention.dense") for weights in shards]
         heads = []
-        for weights, cache, attend in zip(shards, caches[index], attends[index], strict=True):
+        for rank, weights in enumerate(shards):
             bias = weights.get("attention.qkv.bias")
             qkv = _linear(weights, "attention.qkv", u, bias, x, levels=levels_of(rounded))
             kv_scale = weights.get(KV_SCALE)
-            into = rounding(weights, "attention.dense")
-            heads.append(attend(qkv, cache, kv_scale, into))
-        dense_levels = levels_of(rounding(shards[0], "attention.dense"))
+            heads.append(attends[index][rank](qkv, caches[index][rank], kv_scale, into[rank]))
         attended = _row_linear(
-            spec, shards, "attention.dense", heads, executor.reduce, x, levels=dense_levels
+            spec, shards, "attention.dense", heads, executor.reduce, x, levels=levels_of(into[0])
         )
         if spec.experts is not None:
             u = _norm(spec, shards[0], "post_layernorm", x, attended, None)
@@ -71,17 +70,17 @@ def forward(
             rounded = rounding(shards[0], "mlp.fc") if sequential else None
             if sequential:
                 u = _norm(spec, shards[0], "post_layernorm", x, attended, rounded)
+            into = [rounding(weights, "mlp.proj") for weights in shards]
             gated = [
                 _linear(
                     *(weights, "mlp.fc", u, weights.get("mlp.fc.bias"), x),
                     activation=spec.activation, limit=spec.gegelu_limit,
-                    levels=levels_of(rounded), rounding=rounding(weights, "mlp.proj"),
+                    levels=levels_of(rounded), rounding=into[rank],
                 )
-                for weights in shards
+                for rank, weights in enumerate(shards)
             ]  # fmt: skip
-            proj_levels = levels_of(rounding(shards[0], "mlp.proj"))
             mlp = _row_linear(
-                spec, shards, "mlp.proj", gated, executor.reduce, x, levels=proj_levels
+                spec, shards, "mlp.proj", gated, executor.reduce, x, levels=levels_of(into[0])
             )
         pending = mlp if sequential else attended + mlp
     last = x[:, -1:].contiguous()
@@ -178,9 +177,9 @@ def _linear(
     own, dtype = rounding_of(weights, name), levels or x.dtype
     x_scale = None if own is None else own.scale
     tokens = x.numel() // x.shape[-1]
-    before = rounding_before(weights, name, tokens, dtype, hidden)
-    if before is not None and levels is None:
-        x = launch.quantize(x, before, levels=True)
+    if levels is None:
+        before = rounding_before(weights, name, tokens, dtype, hidden)
+        x = x if before is None else launch.quantize(x, before, levels=True)
     if tokens == 1:
         return linears.matvec(
             *(weights, name, x, bias, dtype), x_scale=x_scale, activation=activation, limit=limit,

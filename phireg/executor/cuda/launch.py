@@ -138,27 +138,31 @@ def rotate_into(
     cache: Cache,
     slot: Tensor,
     kv_scale: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate queries and keys; put keys and values into the cache, through its grid if it has one.
 
     A cache of another dtype than ``qkv`` holds levels. ``qkv`` is contiguous [B, T, (H + 2 G) * D];
     the first of the T tokens goes to ``slot``, int64 [1]; ``kv_scale`` is float32 [1]. Returns the
-    queries, [B, H, T, D] with the heads of a token side by side in memory.
+    queries, [B, H, T, D] with the heads of a token side by side in memory, and the keys and values
+    that the tokens' attention sees: the cache, or of one of levels their values [B, G, T, D].
     """
     batch, tokens, _ = qkv.shape
     heads, kv_heads, size = spec.rank_heads, spec.rank_kv_heads, spec.head_size
     cos, sin = (table.contiguous() for table in rotary)
     query = torch.empty((batch, tokens, heads, size), dtype=qkv.dtype, device=qkv.device)
-    keys, values = cache
+    keys, values = seen = cache
+    if keys.dtype != qkv.dtype:
+        shape = (batch, kv_heads, tokens, size)
+        seen = (qkv.new_empty(shape), qkv.new_empty(shape))
     rows = 16
     attention.rotate_kernel[(batch * tokens, triton.cdiv(heads + 2 * kv_heads, rows))](
-        qkv, cos, sin, slot, cos if kv_scale is None else kv_scale, query, keys, values,
+        qkv, cos, sin, slot, cos if kv_scale is None else kv_scale, query, keys, values, *seen,
         tokens, keys.shape[2], cos.shape[0],
         HEADS=heads, KV_HEADS=kv_heads, SIZE=size, HALF=cos.shape[-1],
         GRID="none" if kv_scale is None else spec.quantization.kv_cache, ROWS=rows,
         BLOCK=triton.next_power_of_2(size), **launch_options(qkv.device, 4),
     )  # fmt: skip
-    return query.transpose(1, 2)
+    return query.transpose(1, 2), *seen
 
 
 def attend_step(

@@ -214,28 +214,18 @@ def expanded(weights: Weights, name: str, inputs: int, dtype: torch.dtype) -> Te
     """Return ``quantized.weight_values``, by one kernel."""
     if find_packed(weights, name) is None:
         return weights[f"{name}.weight"]
-    return _values(_stored(weights, name, inputs), dtype)
-
-
-def cache_values(levels: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the keys or values of a cache [B, G, C, D] of levels, in the compute dtype."""
-    rows = levels.flatten(0, 1).flatten(1)
-    stored = _Stored("none", rows, scale, None, *rows.shape)
-    return _values(stored, dtype).view_as(levels)
-
-
-def _values(stored: _Stored, dtype: torch.dtype) -> Tensor:
-    out = torch.empty((stored.rows, stored.inputs), dtype=dtype, device=stored.data.device)
+    stored = _stored(weights, name, inputs)
+    out = torch.empty((stored.rows, inputs), dtype=dtype, device=stored.data.device)
     scales = out if stored.scale is None else stored.scale
     if stored.grid in TILED:
         groups = out if stored.group_scale is None else stored.group_scale
-        tiles.tile_expand_kernel[(stored.rows // 16, triton.cdiv(stored.inputs, 256))](
+        tiles.tile_expand_kernel[(stored.rows // 16, triton.cdiv(inputs, 256))](
             stored.data, scales, groups, out, **stored.constants, TILES=4,
             **launch_options(out.device, 4),
         )  # fmt: skip
         return out
-    block = min(1024, triton.next_power_of_2(stored.inputs))
-    products.expand_kernel[(stored.rows, triton.cdiv(stored.inputs, block))](
+    block = min(1024, triton.next_power_of_2(inputs))
+    products.expand_kernel[(stored.rows, triton.cdiv(inputs, block))](
         stored.data, scales, out, **stored.constants, BLOCK=block, **launch_options(out.device, 4)
     )
     return out
