@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from phireg.checkpoint.rankfiles import RankFiles
-from phireg.conversion.cast import Bits, Float32
+from phireg.conversion.cast import Bits
 from phireg.conversion.stream import carry
 from phireg.dtypes import float32_values
 from phireg.planning.model import Output, Plan
@@ -39,19 +39,19 @@ def is_comparable(files: RankFiles, output: Output) -> bool:
 def compare(plan: Plan, files: RankFiles, progress: Progress) -> list[Difference]:
     """Compare all comparable outputs of a plan that quantizes nothing."""
     plan = restrict(plan, lambda output: is_comparable(files, output))
-    sink = _Comparison(plan, files, progress)
+    sink = RowComparison(plan, files, progress)
     carry(plan, sink)
     return [difference for _, difference in sorted(sink.differences.items())]
 
 
-@dataclass(slots=True)
-class _Comparison:
-    """The sink that compares rows with those of the rank files."""
+class RowComparison:
+    """The sink that compares rows with those of the rank files, here bit for bit."""
 
-    plan: Plan
-    files: RankFiles
-    progress: Progress
-    differences: dict[int, Difference] = field(default_factory=dict)
+    def __init__(self, plan: Plan, files: RankFiles, progress: Progress) -> None:
+        self.plan = plan
+        self.files = files
+        self.progress = progress
+        self.differences: dict[int, Difference] = {}  # by number of the output
 
     def put(self, index: int, row: int, rows: Bits) -> None:
         """Compare consecutive rows of an output."""
@@ -59,25 +59,20 @@ class _Comparison:
         start = row * output.matrix[1]
         stored = self.files[output.rank].read(output.name, start, rows.size).reshape(rows.shape)
         self.progress(stored.nbytes)
-        unequal = stored != rows
-        if unequal.any():
-            values = float32_values(stored, output.dtype), float32_values(rows, output.dtype)
-            add_difference(self.differences, index, output, row, unequal, values)
+        unequal, *values = self.judged(index, row, stored, rows)
+        if not unequal.any():
+            return
+        at, column = (int(axis[0]) for axis in np.nonzero(unequal))
+        ours, expected = (float(array[at, column]) for array in values)
+        first = Difference(output, 0, (row + at, column), ours, expected)
+        before = self.differences.get(index, first)
+        elements = before.elements + int(unequal.sum())
+        first = min(first, before, key=lambda difference: difference.first)
+        self.differences[index] = dataclasses.replace(first, elements=elements)
 
-
-def add_difference(
-    differences: dict[int, Difference],
-    index: int,
-    output: Output,
-    row: int,
-    unequal: Any,
-    values: tuple[Float32, Float32],
-) -> None:
-    """Add unequal elements among rows of an output; ``values`` are stored and expected."""
-    at, column = (int(axis[0]) for axis in np.nonzero(unequal))
-    stored, expected = (float(array[at, column]) for array in values)
-    first = Difference(output, 0, (row + at, column), stored, expected)
-    before = differences.get(index, first)
-    elements = before.elements + int(unequal.sum())
-    first = min(first, before, key=lambda difference: difference.first)
-    differences[index] = dataclasses.replace(first, elements=elements)
+    def judged(self, index: int, row: int, stored: Bits, rows: Bits) -> tuple[Any, ...]:
+        """Return which elements differ and, if any does, the values stored and expected."""
+        unequal, code = stored != rows, self.plan.outputs[index].dtype
+        if not unequal.any():
+            return (unequal,)
+        return unequal, float32_values(stored, code), float32_values(rows, code)

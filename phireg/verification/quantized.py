@@ -30,7 +30,7 @@ from phireg.planning.report import ranges
 from phireg.planning.schedule import restrict
 from phireg.reader.tensors import is_scale
 from phireg.source.model import Reader
-from phireg.verification.comparison import Difference, Progress, add_difference
+from phireg.verification.comparison import Difference, Progress, RowComparison
 from phireg.verification.result import Problem, place_of
 
 _FLOAT32_ROUNDING = 1e-6
@@ -108,7 +108,8 @@ class LinearComparison:
             rows = self.smoothed(output, float32_values(assemble(plan, unquantized, reader), code))
             with np.errstate(all="ignore"):
                 expected.append(rows / _by_row(self.scales[output.rank], output, 0, len(rows)))
-            stored.append(_stored_rows(files, output, 0, output.matrix[0]))
+            bits = files[output.rank].read(output.name).reshape(output.matrix)
+            stored.append(float32_values(bits, output.dtype))
         return expected, stored
 
 
@@ -170,7 +171,7 @@ def _open(plan: Plan, files: RankFiles, linear: QuantizedLinear) -> LinearCompar
     return LinearComparison(linear.target, weights, scales, smoother)
 
 
-class _GridComparison:
+class _GridComparison(RowComparison):
     """The sink that compares unquantized rows, on the grid of given scales, with stored ones."""
 
     def __init__(
@@ -181,36 +182,28 @@ class _GridComparison:
         scales: Mapping[str, Mapping[int, Float32]],
         progress: Progress,
     ) -> None:
-        self.plan = restrict(plan, lambda output: output.name in linears)
-        self.files = files
+        super().__init__(restrict(plan, lambda output: output.name in linears), files, progress)
         self.linears = linears
         self.scales = scales
-        self.progress = progress
         self.tolerance = Tolerance(plan)
         self.maxima = [np.zeros(output.matrix[0], np.float32) for output in self.plan.outputs]
-        self.differences: dict[int, Difference] = {}
 
     def run(self) -> None:
         """Read the source once; without a quantizer its rows come in the checkpoint's dtype."""
         with one_thread_each(WORKERS):
             carry(self.plan, self)
 
-    def put(self, index: int, row: int, rows: Bits) -> None:
-        """Compare consecutive rows of an output."""
+    def judged(self, index: int, row: int, stored: Bits, rows: Bits) -> tuple[Any, ...]:
+        """Return which elements are off the grid, and the levels stored and expected."""
         output = self.plan.outputs[index]
-        at = slice(row, row + len(rows))
         values = float32_values(rows, self.tolerance.dtype)
         values = self.linears[output.name].smoothed(output, values)
-        self.maxima[index][at] = np.abs(values).max(axis=1, initial=0)
-        stored = _stored_rows(self.files, output, row, len(rows))
-        self.progress(stored.size)
+        self.maxima[index][row : row + len(rows)] = np.abs(values).max(axis=1, initial=0)
+        levels = float32_values(stored, output.dtype)
         scale = _by_row(self.scales[output.name][output.rank], output, row, len(rows))
         with np.errstate(all="ignore"):
             unrounded: Float32 = values / scale
-        off_grid = ~self.tolerance.weights(stored, unrounded)
-        if off_grid.any():
-            pair = (stored, unrounded)
-            add_difference(self.differences, index, output, row, off_grid, pair)
+        return ~self.tolerance.weights(levels, unrounded), levels, unrounded
 
     def of(self, name: str) -> tuple[Difference, ...]:
         """Return the differences of a weight, by rank."""
@@ -248,12 +241,6 @@ def _by_row(scales: Float32, output: Output, row: int, count: int) -> Float32:
     rows = np.arange(row, row + count)
     of_rows: Float32 = scales[rows * len(scales) // output.matrix[0], None]
     return of_rows
-
-
-def _stored_rows(files: RankFiles, output: Output, row: int, count: int) -> Float32:
-    columns = output.matrix[1]
-    bits = files[output.rank].read(output.name, row * columns, count * columns)
-    return float32_values(bits, output.dtype).reshape(count, columns)
 
 
 # Scales
