@@ -246,7 +246,7 @@ def of_format(algorithm: str, cache: str | int | None, shape: dict[str, Any]) ->
             if algorithm == "e2m1":
                 table = torch.tensor(E2M1, device="cuda")
                 values = (levels.sign() * table[levels.abs().long()]).to(torch.float8_e4m3fn)
-                one, groups = torch.ones(1, device="cuda"), groups.to(torch.float8_e4m3fn)
+                one = torch.ones(1, device="cuda")
                 weights |= Levels("e2m1", values, one, groups).packed(linear)
             else:
                 weights |= Levels("int4", levels, None, groups.bfloat16()).packed(linear)

@@ -22,7 +22,7 @@ from phireg.executor import Sampling, generate, load, quantized, stream
 from phireg.executor.attention import has_kernels
 from phireg.executor.cuda import launch
 from phireg.executor.decoder import Decoder, choose
-from phireg.executor.finite import NotFiniteError
+from phireg.executor.finite import NO_TOKEN, NotFiniteError
 from phireg.reader.tensors import EMBEDDING
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -126,6 +126,27 @@ def test_the_kernels_of_a_gpu_continue_as_a_forward_pass_does(
     assert fused_tokens(executor, prompts, 3) == expected
     if scheme is None:
         assert fused_tokens(executor, prompts[1:], 2) == [expected[1][:2]]
+
+
+@pytest.mark.parametrize("linear", ["attention.qkv", "mlp.fc"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_int8_has_no_level_for_is_reported(linear, rows, tmp_path, monkeypatch):
+    """A key, whose attention becomes int8, or a number in the MLP."""
+    model = phi3(**SMALLER | {"num_hidden_layers": 1})
+    written(model, tmp_path, random_ids(model, 30), "int8_sq", "int8", 1)
+    monkeypatch.setattr(quantized, "keeps_levels", lambda device, grid: True)
+    executor = load(tmp_path, device=DEVICE)
+    # torch's attention on a CPU loses NaN of fewer tokens than a vector has numbers.
+    prompts = [random_ids(model, 20 + n, seed=n).tolist() for n in range(rows)]
+    decoder = Decoder(executor, rows, 32, Sampling(), fused=True)
+    decoder.prefill(prompts, seed=0)
+    assert (decoder.token >= 0).all()
+    row = executor.spec.rank_heads * executor.spec.head_size  # of the first key, and some other
+    executor.layer_weights(0)[0][f"{linear}.weights_scaling_factor"][row] = math.nan
+    decoder.step()
+    assert (decoder.token == NO_TOKEN).all()
+    decoder.prefill(prompts, seed=0)
+    assert (decoder.token == NO_TOKEN).all()
 
 
 GPU_SIZE = {"hidden_size": 128}  # sizes that FP8 products take
