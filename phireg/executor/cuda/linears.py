@@ -216,7 +216,7 @@ def _of_few(stored: _Stored, x: Tensor, tokens: int) -> tuple[int, int, int, int
         return (64, 256, 3, 256, 160) if tall else (64, 128, 3, 128, 320)
     if tokens > FEW_TOKENS:
         return 128, 128, 3, 128, 160
-    return 64, 128, 5 if x.dtype == torch.int8 else 3, 128, 160
+    return 64, 128, 4 if x.dtype == torch.int8 else 3, 128, 160
 
 
 def expanded(weights: Weights, name: str, inputs: int, dtype: torch.dtype) -> Tensor:
@@ -233,7 +233,7 @@ def expanded(weights: Weights, name: str, inputs: int, dtype: torch.dtype) -> Te
             **launch_options(out.device, 4),
         )  # fmt: skip
         return out
-    block = min(1024, triton.next_power_of_2(inputs))
+    block = min(4096, triton.next_power_of_2(inputs))
     products.expand_kernel[(stored.rows, triton.cdiv(inputs, block))](
         stored.data, scales, out, **stored.constants, BLOCK=block, **launch_options(out.device, 4)
     )
