@@ -11,7 +11,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from phireg.executor.cuda import attention, integers, kernels, products, tiles
+from phireg.executor.cuda import (
+    attention,
+    head_attention,
+    integers,
+    kernels,
+    products,
+    tiles,
+)
 
 HALF, FLOAT, LONG, INT, NUMBER = "*bf16", "*fp32", "*i64", "i32", "fp32"
 # Arguments by their names; what is left over is a half-precision pointer.
@@ -33,6 +40,10 @@ ATTEND = {
     "KV_HEADS": 8, "GROUP": 4, "SIZE": 128, "SPLITS": 8, "BLOCK_SIZE": 64, "LOCAL": 16, "STRIDE": 8,
     "STEP": 1, "PADDED": 16, "TILE": 64, "BLOCK": 128, "SMOOTH": False, "GRID": "none",
     "HALF": 48, "KV_GRID": "none",
+}  # fmt: skip
+HEAD_ATTEND = {
+    "HEADS": 32, "SIZE": 80, "SPLITS": 8, "SMOOTH": False, "GRID": "none", "HALF": 16,
+    "KV_GRID": "none",
 }  # fmt: skip
 # Dtypes of a weight's elements, and of its groups' scales.
 GRIDS = {
@@ -125,6 +136,9 @@ CASES = [
     ("attend", {**ATTEND, "SPARSE": False, "KV_GRID": "fp8", **E4M3}),
     ("attend", {**ATTEND, "SPARSE": True, "KV_GRID": "int8", **INT8, "SPLITS": 1, "GRID": "fp8"}),
     ("attend", {**ATTEND, "SPARSE": True}),
+    ("head_attend", {**HEAD_ATTEND, "KV_GRID": "fp8", **E4M3}),
+    ("head_attend", {**HEAD_ATTEND, "KV_GRID": "int8", **INT8, "SPLITS": 1, "GRID": "fp8"}),
+    ("head_attend", HEAD_ATTEND),
     ("sparse", {
         "GROUP": 4, "SIZE": 128, "BLOCK_SIZE": 64, "LOCAL": 16, "STRIDE": 8, "STEP": 1,
         "PADDED": False, "TILE": 64, "BLOCK": 128,
@@ -140,7 +154,7 @@ CASES = [
 
 def main():
     for name, constants in CASES:
-        modules = (attention, integers, kernels, products, tiles)
+        modules = (attention, head_attention, integers, kernels, products, tiles)
         kernel = next(filter(None, (getattr(m, f"{name}_kernel", None) for m in modules)))
         types = {**TYPES, **constants.get("types", {})}
         # Ampere has no e4m3; Ada is the first that has, and otherwise runs what Ampere does.
@@ -159,7 +173,7 @@ def main():
                 if argument.endswith("_ptr") or argument in ("capacity", *STRIDES)
             }
             source = ASTSource(kernel, signature, constexprs=fixed, attrs=aligned)
-            options = {"num_warps": 4, "num_stages": 3}
+            options = {"num_warps": 1 if name == "head_attend" else 4, "num_stages": 3}
             built = triton.compile(source, GPUTarget("cuda", capability, 32), options=options)
             print(name, capability, built.metadata.shared)
 

@@ -20,6 +20,7 @@ from phireg.executor import blocks, quantized
 from phireg.executor.cuda import (
     attention,
     fused,
+    head_attention,
     integers,
     kernels,
     launch,
@@ -424,12 +425,21 @@ def step_of(model, batch, slot, pads):
     return randn(batch, 1, width), tables, rotary
 
 
-@pytest.mark.parametrize(("batch", "kv_heads"), [(1, 1), (1, 2), (3, 2)])  # 8, 4 and 1 splits
-@pytest.mark.parametrize("pattern", [None, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "group", "pattern"),
+    [
+        # 8, 4 and 1 splits; 2 and 1
+        (1, 1, 3, SPARSE), (1, 2, 3, None), (3, 2, 3, None), (3, 2, 3, SPARSE), (3, 2, 1, SPARSE),
+        (1, 2, 1, None), (3, 2, 1, None),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("slot", [3, 64, 90])
-def test_one_token_enters_the_cache_and_attends_to_it(batch, kv_heads, pattern, slot, monkeypatch):
+def test_one_token_enters_the_cache_and_attends_to_it(
+    batch, kv_heads, group, pattern, slot, monkeypatch
+):
     monkeypatch.setattr(launch, "_processors", lambda device: 4)
-    heads, size, capacity, rank = 3 * kv_heads, 12, 96, 1
+    monkeypatch.setattr(launch, "_WARPS_PER_PROCESSOR", 1)
+    heads, size, capacity, rank = group * kv_heads, 12, 96, 1
     pads = torch.tensor([0, 2, 1][:batch], device=DEVICE)
     model = spec(
         num_heads=2 * heads, num_kv_heads=2 * kv_heads, tp_size=2, sparse=pattern,
@@ -467,21 +477,28 @@ def test_one_token_enters_the_cache_and_attends_to_it(batch, kv_heads, pattern, 
     assert torch.equal(kept.float(), levels)
 
 
+@pytest.mark.parametrize(("kv_heads", "size"), [(2, 12), (4, 12), (4, 40)])  # 40 in words
 @pytest.mark.parametrize("grid", ["int8", "fp8"])
-def test_one_token_attends_to_a_cache_of_levels(grid):
+def test_one_token_attends_to_a_cache_of_levels(grid, kv_heads, size):
     """As to one of the values that the levels stand for."""
-    slot, pads = 20, torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    model = spec(quantization=Quantization(weights=None, kv_cache=grid))
+    slot, pads = 36, torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    model = spec(
+        num_kv_heads=kv_heads, head_size=size, rope=Rope(size, 100.0, original=64),
+        quantization=Quantization(weights=None, kv_cache=grid),
+    )  # fmt: skip
     qkv, tables, _ = step_of(model, 1, slot, pads)
     dtype = torch.int8 if grid == "int8" else torch.float8_e4m3fn
-    levels = tuple((40 * randn(1, 2, 32, 12, seed=n)).to(dtype) for n in (1, 2))
+    levels = tuple((40 * randn(1, kv_heads, 64, size, seed=n)).to(dtype) for n in (1, 2))
     values = tuple(kept.float() * 0.05 for kept in levels)
     place = (model, tables, torch.tensor([slot], device=DEVICE), pads, None, 0, qkv)
     scale = torch.tensor([0.05], device=DEVICE)
     expected = launch.attend_step(*place, values, scale)
     actual = launch.attend_step(*place, levels, scale)
     assert relative_error(actual, expected) < 1e-6
-    for column in (4 * 12, 7 * 12):  # a key and a value of the token, which int8 has no NaN for
+    halves = tuple(kept.half() for kept in values)
+    actual = launch.attend_step(*place[:-1], qkv.half(), halves, scale)
+    assert relative_error(actual.float(), expected) < 2e-3
+    for column in (4 * size, -1):  # a key and a value of the token, which int8 has no NaN for
         broken = qkv.clone()
         broken[..., column] = torch.nan
         actual = launch.attend_step(*place[:-1], broken, levels, scale)
@@ -501,6 +518,7 @@ def test_the_kernels_compile_for_real_gpus():
         name.removesuffix("_kernel")
         for name in (
             *vars(attention),
+            *vars(head_attention),
             *vars(integers),
             *vars(kernels),
             *vars(products),
