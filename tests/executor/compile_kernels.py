@@ -42,8 +42,7 @@ ATTEND = {
     "HALF": 48, "KV_GRID": "none",
 }  # fmt: skip
 HEAD_ATTEND = {
-    "HEADS": 32, "SIZE": 80, "SPLITS": 8, "SMOOTH": False, "GRID": "none", "HALF": 16,
-    "KV_GRID": "none",
+    "HEADS": 32, "SIZE": 80, "SMOOTH": False, "GRID": "none", "HALF": 16, "KV_GRID": "none",
 }  # fmt: skip
 # Dtypes of a weight's elements, and of its groups' scales.
 GRIDS = {
@@ -137,7 +136,7 @@ CASES = [
     ("attend", {**ATTEND, "SPARSE": True, "KV_GRID": "int8", **INT8, "SPLITS": 1, "GRID": "fp8"}),
     ("attend", {**ATTEND, "SPARSE": True}),
     ("head_attend", {**HEAD_ATTEND, "KV_GRID": "fp8", **E4M3}),
-    ("head_attend", {**HEAD_ATTEND, "KV_GRID": "int8", **INT8, "SPLITS": 1, "GRID": "fp8"}),
+    ("head_attend", {**HEAD_ATTEND, "KV_GRID": "int8", **INT8, "GRID": "fp8"}),
     ("head_attend", HEAD_ATTEND),
     ("sparse", {
         "GROUP": 4, "SIZE": 128, "BLOCK_SIZE": 64, "LOCAL": 16, "STRIDE": 8, "STEP": 1,

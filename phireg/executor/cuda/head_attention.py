@@ -1,9 +1,9 @@
-"""A Triton kernel of one token's attention where each head has keys of its own.
+"""A Triton kernel of one token's attention where each head has keys of its own, of many rows.
 
-It is as ``kernels`` says. A program is one warp. What its lanes read of 32 keys and values is what
-the matrix units want of them: levels become their operand in the registers they were read to. The
-next keys are asked for before these are attended to. All of an operand's rows or columns are the
-one query.
+It is as ``kernels`` says; ``attention`` has one for fewer rows, and for keys of several heads. A
+program is one warp. What its lanes read of 32 keys and values is what the matrix units want of
+them: levels become their operand in the registers they were read to. The next keys are asked for
+before these are attended to. All of an operand's rows or columns are the one query.
 """
 
 import triton
@@ -128,9 +128,9 @@ def _add(values, weight, fade, accs, kept: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def head_attend_kernel(
     qkv_ptr, cos_ptr, sin_ptr, key_ptr, value_ptr, kv_scale_ptr, slot_ptr, pads_ptr, out_ptr,
-    part_ptr, stats_ptr, smoothing_ptr, scale_ptr, lost_ptr, lost_width, scale, capacity, original,
+    smoothing_ptr, scale_ptr, lost_ptr, lost_width, scale, capacity, original,
     HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, KV_GRID: tl.constexpr,
-    SPLITS: tl.constexpr, SMOOTH: tl.constexpr, GRID: tl.constexpr, EARLY: tl.constexpr,
+    SMOOTH: tl.constexpr, GRID: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = (SIZE + 31) // 32
     TYPE: tl.constexpr = qkv_ptr.dtype.element_ty
@@ -142,26 +142,21 @@ def head_attend_kernel(
     PER: tl.constexpr = 32 // KEPT.primitive_bitwidth if SIZE % 8 == 0 else 1
     UNIT: tl.constexpr = tl.int32 if PER > 1 else KEPT
     INTEGERS: tl.constexpr = PER > 1 and tl.int8 == KEPT
-    row, head, split = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS, tl.program_id(1)
-    # What the step's own kernels do not write is not waited for: the first of its keys, too. Every
-    # split gets its share of the keys between the padding and the new token.
+    row, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    # What the step's own kernels do not write is not waited for: the first of its keys, too.
     slot = tl.load(slot_ptr).to(tl.int32)
     pad = tl.load(pads_ptr + row).to(tl.int32)
     position = slot - pad
-    share = tl.cdiv(tl.cdiv(position, 32), SPLITS) * 32
-    begin = pad + split * share
-    end = tl.minimum(begin + share, slot)
     cache = tl.program_id(0).to(tl.int64) * capacity * SIZE
     keys_ptr = (key_ptr + cache).to(tl.pointer_type(UNIT))
     values_ptr = (value_ptr + cache).to(tl.pointer_type(UNIT))
     KEYS: tl.constexpr = (0, 8, 16, 24)
     VALUES: tl.constexpr = (0, 1, 8, 9, 16, 17, 24, 25)
-    keys = _read(keys_ptr, begin, end, KEYS, SIZE, PER)
-    values = _read(values_ptr, begin, end, VALUES, SIZE, PER)
+    keys = _read(keys_ptr, pad, slot, KEYS, SIZE, PER)
+    values = _read(values_ptr, pad, slot, VALUES, SIZE, PER)
     # The second half of the tables is for sequences that are longer than the original context.
     angle = (tl.where(position < original, 0, capacity) + position).to(tl.int64) * HALF
     kv_scale = tl.load(kv_scale_ptr) if KV_GRID != "none" else 1.0
-    SINGLE: tl.constexpr = GRID if SPLITS == 1 else "none"
     lane = tl.arange(0, 32)[:, None]
     lane_dim = lane % 4 * 8 + tl.arange(0, 8)[None, :]
     dim = tl.arange(0, 32)
@@ -172,15 +167,13 @@ def head_attend_kernel(
         lane_angles += (_angles(cos_ptr + angle, sin_ptr + angle, lane_dim + 32 * c, HALF),)
         at = (of_sum + 32 * c)[:, None]
         column = head * SIZE + at
-        roundings += (_rounding(column, at < SIZE, smoothing_ptr, scale_ptr, SMOOTH, SINGLE),)
+        roundings += (_rounding(column, at < SIZE, smoothing_ptr, scale_ptr, SMOOTH, GRID),)
     _wait(EARLY)
     query_ptr = qkv_ptr + row.to(tl.int64) * 3 * HEADS * SIZE + head * SIZE
     start = query_ptr + HEADS * SIZE
     # The scale of a cache of levels goes with the scores, and with the sum of values at the end.
     if KEPT != TYPE:
         scale *= kv_scale
-    # The new token's key and value are kept by one split, which also sees them.
-    written = tl.where(split == SPLITS - 1, SIZE, 0)
     new_place = cache + slot * SIZE
     score = tl.zeros([32], tl.float32)
     queries, new_values, accs = (), (), ()
@@ -190,8 +183,8 @@ def head_attend_kernel(
         new_key = _kept(new_key, kv_scale, key_ptr, KV_GRID)
         new_value = tl.load(start + HEADS * SIZE + at, mask=at < SIZE, other=0.0)
         new_value = _kept(new_value, kv_scale, key_ptr, KV_GRID)
-        tl.store(key_ptr + new_place + at, new_key.to(KEPT), mask=at < written)
-        tl.store(value_ptr + new_place + at, new_value.to(KEPT), mask=at < written)
+        tl.store(key_ptr + new_place + at, new_key.to(KEPT), mask=at < SIZE)
+        tl.store(value_ptr + new_place + at, new_value.to(KEPT), mask=at < SIZE)
         new_values += (_sorted(new_value.to(tl.float32), INTEGERS),)
         at = lane_dim + 32 * c
         query = _turn(query_ptr, at, at < SIZE, at < 2 * HALF, *lane_angles[c], HALF).to(DOT)
@@ -207,37 +200,29 @@ def head_attend_kernel(
         accs += (tl.zeros([32, 8], tl.float32),)
     best = tl.full([8], _NONE, tl.float32)
     total = tl.zeros([8], tl.float32)
-    for at in range(begin, end, 32):
+    for at in range(pad, slot, 32):
         scores = _scores(keys, queries, KEPT)
-        keys = _read(keys_ptr, at + 32, end, KEYS, SIZE, PER)
+        keys = _read(keys_ptr, at + 32, slot, KEYS, SIZE, PER)
         scores, _ = tl.split(tl.permute(tl.reshape(scores, [2, 8, 32]), [1, 2, 0]))
-        scores = tl.where((at + tl.arange(0, 32) < end)[None, :], scores, float("-inf"))
+        scores = tl.where((at + tl.arange(0, 32) < slot)[None, :], scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, 1) * scale)
         weight = tl.exp2(scores * scale - new_best[:, None])
         fade = tl.exp2(best - new_best)
         total = total * fade + tl.sum(weight, 1)
         best = new_best
         accs = _add(values, weight, fade, accs, KEPT, DOT)
-        values = _read(values_ptr, at + 32, end, VALUES, SIZE, PER)
+        values = _read(values_ptr, at + 32, slot, VALUES, SIZE, PER)
     score = tl.sum(tl.reshape(score, [8, 4]), 1) * scale
-    score = tl.where(split == SPLITS - 1, score, float("-inf"))
     top = tl.maximum(best, score, propagate_nan=_KEEP)
     fade, weight = tl.exp2(best - top), tl.exp2(score - top)
     total = total * fade + weight
     first = tl.arange(0, 8) == 0
-    part = tl.program_id(0) * SPLITS + split
     for c in tl.static_range(CHUNKS):
         at = (of_sum + 32 * c)[:, None]
         inside = (at < SIZE) & first[None, :]
         y = accs[c] * fade[None, :] + weight[None, :] * new_values[c][:, None]
         if KEPT != TYPE:
             y *= kv_scale
-        if SPLITS == 1:
-            y = _rounded(y / total[None, :], *roundings[c], TYPE, SMOOTH, GRID)
-            place = tl.program_id(0) * SIZE + tl.broadcast_to(at, [32, 8])
-            _store_levels(out_ptr, place, y, inside, lost_ptr + row * lost_width)
-        else:
-            tl.store(part_ptr + part * SIZE + tl.broadcast_to(at, [32, 8]), y, mask=inside)
-    if SPLITS > 1:
-        tl.store(stats_ptr + 2 * part + tl.arange(0, 8), top, mask=first)
-        tl.store(stats_ptr + 2 * part + 1 + tl.arange(0, 8), total, mask=first)
+        y = _rounded(y / total[None, :], *roundings[c], TYPE, SMOOTH, GRID)
+        place = tl.program_id(0) * SIZE + tl.broadcast_to(at, [32, 8])
+        _store_levels(out_ptr, place, y, inside, lost_ptr + row * lost_width)

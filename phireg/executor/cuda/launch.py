@@ -31,8 +31,6 @@ TYPES = {
 _LOG2_E = math.log2(math.e)
 # Of one token's attention; twice as many or half as many are no faster on an H200.
 _PROGRAMS_PER_PROCESSOR = 2
-# The same where a program is one warp, of an H100.
-_WARPS_PER_PROCESSOR = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,42 +193,41 @@ def attend_step(
     kept = Rounding.kept_in(rounding, dtype)
     out = torch.empty((batch, 1, heads * size), dtype=kept, device=device)
     # Enough programs to fill the GPU, whatever the batch; a split without tiles costs nothing.
-    alone = group == 1 and pattern is None
-    programs = (_WARPS_PER_PROCESSOR if alone else _PROGRAMS_PER_PROCESSOR) * _processors(device)
-    splits = 1 << max(0, (programs // (batch * kv_heads)).bit_length() - 1)
-    if alone:
-        splits = min(splits, triton.next_power_of_2(triton.cdiv(capacity, 32)))
+    programs = _PROGRAMS_PER_PROCESSOR * _processors(device) // (batch * kv_heads)
+    splits = 1 << max(0, programs.bit_length() - 1)
+    tables_and_cache = (qkv, cos, sin, keys, values, cos if kv_scale is None else kv_scale)
+    ending = (
+        *Rounding.arguments(rounding, qkv), spec.attention_scale * _LOG2_E, capacity,
+        min(spec.rope.original, capacity),
+    )  # fmt: skip
+    constants = Rounding.constants(rounding) | {
+        "SIZE": size, "HALF": cos.shape[-1],
+        "KV_GRID": "none" if kv_scale is None else spec.quantization.kv_cache,
+    }  # fmt: skip
+    if splits == group == 1 and pattern is None:
+        head_attention.head_attend_kernel[(batch * heads,)](
+            *tables_and_cache, slot, pads, out, *ending, **constants, HEADS=heads, num_stages=1,
+            **launch_options(device, 1),
+        )  # fmt: skip
+        return out
     parts = torch.empty(
         (batch * heads * splits, size) if splits > 1 else (1,), dtype=torch.float32, device=device
     )
     stats = torch.empty((batch * heads * splits, 2), dtype=torch.float32, device=device)
     half = dtype != torch.float32
-    arguments = (
-        qkv, cos, sin, keys, values, cos if kv_scale is None else kv_scale, slot, pads, out, parts,
-        stats, *Rounding.arguments(rounding, qkv), spec.attention_scale * _LOG2_E, capacity,
-        min(spec.rope.original, capacity),
+    attention.attend_kernel[(batch * kv_heads, splits)](
+        *tables_and_cache, slot, pads, out, parts, stats, *ending, first_head, **constants,
+        KV_HEADS=kv_heads, GROUP=group, SPLITS=splits, SPARSE=pattern is not None,
+        BLOCK_SIZE=pattern.block_size if pattern else 1,
+        LOCAL=pattern.num_local_blocks if pattern else 1,
+        STRIDE=pattern.vertical_stride if pattern else 1,
+        STEP=pattern.head_step if pattern else 0,
+        # The matrix units take sixteen rows at least.
+        PADDED=max(16, triton.next_power_of_2(group)), TILE=64 if half else 32,
+        BLOCK=max(16, triton.next_power_of_2(size)),
+        num_stages=3 if splits == 1 and keys.element_size() == 1 else 2,
+        **launch_options(device, 4),
     )  # fmt: skip
-    constants = Rounding.constants(rounding) | {
-        "SIZE": size, "HALF": cos.shape[-1], "SPLITS": splits,
-        "KV_GRID": "none" if kv_scale is None else spec.quantization.kv_cache,
-    }  # fmt: skip
-    if alone:
-        head_attention.head_attend_kernel[(batch * heads, splits)](
-            *arguments, **constants, HEADS=heads, num_stages=1, **launch_options(device, 1)
-        )
-    else:
-        attention.attend_kernel[(batch * kv_heads, splits)](
-            *arguments, first_head, **constants, KV_HEADS=kv_heads, GROUP=group,
-            SPARSE=pattern is not None, BLOCK_SIZE=pattern.block_size if pattern else 1,
-            LOCAL=pattern.num_local_blocks if pattern else 1,
-            STRIDE=pattern.vertical_stride if pattern else 1,
-            STEP=pattern.head_step if pattern else 0,
-            # The matrix units take sixteen rows at least.
-            PADDED=max(16, triton.next_power_of_2(group)), TILE=64 if half else 32,
-            BLOCK=max(16, triton.next_power_of_2(size)),
-            num_stages=3 if splits == 1 and keys.element_size() == 1 else 2,
-            **launch_options(device, 4),
-        )  # fmt: skip
     if splits > 1:
         attention.merge_kernel[(batch * heads,)](
             parts, stats, out, *Rounding.arguments(rounding, qkv), HEADS=heads, SIZE=size,

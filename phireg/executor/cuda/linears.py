@@ -209,9 +209,10 @@ def _of_few(stored: _Stored, x: Tensor, tokens: int) -> tuple[int, int, int, int
     programs up to which a product is split, which fill a GPU.
     """
     tall = stored.rows > 12_000
-    if stored.grid in TILED:
-        rows = 128 if tall or stored.inputs > 10_000 else 64
-        return rows, 64 * _TOGETHER, 2 if stored.grid == "e2m1" else 3, 768, 200
+    if stored.grid == "e2m1":
+        return 64, 64 * _TOGETHER, 2, 64 * _TOGETHER, 640
+    if stored.grid == "int4":
+        return 128 if tall or stored.inputs > 10_000 else 64, 64 * _TOGETHER, 3, 768, 200
     if stored.in_words(x):
         return (64, 256, 3, 256, 160) if tall else (64, 128, 3, 128, 320)
     if tokens > FEW_TOKENS:
