@@ -43,6 +43,7 @@ ATTEND = {
 }  # fmt: skip
 HEAD_ATTEND = {
     "HEADS": 32, "SIZE": 80, "SMOOTH": False, "GRID": "none", "HALF": 16, "KV_GRID": "none",
+    "num_warps": 1,
 }  # fmt: skip
 # Dtypes of a weight's elements, and of its groups' scales.
 GRIDS = {
@@ -82,6 +83,7 @@ TILES = {**INTEGERS, "TOGETHER": 1}
 FEW = {**LINEAR, "TOKENS": 32, "SPLITS": 4}
 PRODUCT = {**FEW, "ROWS": 64, "BLOCK": 128}
 TILE_PRODUCT = {**FEW, "TILES": 4, "TOGETHER": 4}
+TALL_PRODUCT = {**TILE_PRODUCT, "TILES": 8, "TOKENS": 64, "SPLITS": 1, "num_warps": 8}
 CASES = [
     ("norm", {"DELTA": True, "RMS": True, "SMOOTH": True, "GRID": "int8", "BLOCK": 4096}),
     ("norm", {"DELTA": False, "RMS": False, "SMOOTH": False, "GRID": "none", "BLOCK": 8192}),
@@ -114,8 +116,10 @@ CASES = [
     }),
     ("product", {**PRODUCT, **of_levels(weight("int8")), "ROWS": 128, "TOKENS": 128, "SPLITS": 1}),
     ("tile_product", {**TILE_PRODUCT, **weight("int4", 128, 0), "SPLITS": 1}),
-    ("tile_product", {**TILE_PRODUCT, **in_float32(weight("int4", 32, 0))}),
-    ("tile_product", {**TILE_PRODUCT, **weight("e2m1", 16, 1), "TOKENS": 64}),
+    ("tile_product", {**TILE_PRODUCT, **in_float32(weight("int4", 32, 0)), "num_stages": 2}),
+    ("tile_product", {**TALL_PRODUCT, **weight("int4")}),
+    ("tile_product", {**TALL_PRODUCT, **weight("int4", 32, 0), "num_stages": 2}),
+    ("tile_product", {**TILE_PRODUCT, **weight("e2m1", 16, 1), "TOKENS": 64, "num_stages": 2}),
     ("expand", {"INPUTS": 3072, **weight("int8"), "BLOCK": 1024}),
     ("tile_expand", {"INPUTS": 3072, **weight("e2m1", 16, 1), "TILES": 4}),
     ("route", {"BLOCK": 16}),
@@ -159,7 +163,7 @@ def main():
         # Ampere has no e4m3; Ada is the first that has, and otherwise runs what Ampere does.
         first = 89 if "*fp8e4nv" in types.values() else 80
         for capability in (first, 90):
-            fixed = {k: v for k, v in constants.items() if k != "types"}
+            fixed = {k: v for k, v in constants.items() if k == k.upper()}
             fixed["EARLY"] = capability >= 90
             signature = {
                 argument: "constexpr" if argument in fixed else types.get(argument, HALF)
@@ -172,7 +176,8 @@ def main():
                 if argument.endswith("_ptr") or argument in ("capacity", *STRIDES)
             }
             source = ASTSource(kernel, signature, constexprs=fixed, attrs=aligned)
-            options = {"num_warps": 1 if name == "head_attend" else 4, "num_stages": 3}
+            options = {"num_warps": 4, "num_stages": 3}
+            options |= {k: v for k, v in constants.items() if k in options}
             built = triton.compile(source, GPUTarget("cuda", capability, 32), options=options)
             print(name, capability, built.metadata.shared)
 

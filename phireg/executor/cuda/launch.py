@@ -42,8 +42,8 @@ class Rounding:
         smoothing: in the compute dtype, or None.
         grid: of the levels.
         dtype: that the levels are kept in; None is the compute dtype.
-        lost: for int8, which has no NaN: hidden states of the same tokens, in which NaN is stored
-            for each token that would have one. They must be read again, and not be written to by
+        lost: for int8, which has no NaN: contiguous hidden states of the same tokens, in which NaN
+            is stored for each token that would have one. They must be read again, and not be written to by
             the same kernel's other programs.
     """
 

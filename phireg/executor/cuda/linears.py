@@ -212,7 +212,10 @@ def _of_few(stored: _Stored, x: Tensor, tokens: int) -> tuple[int, int, int, int
     if stored.grid == "e2m1":
         return 64, 64 * _TOGETHER, 2, 64 * _TOGETHER, 640
     if stored.grid == "int4":
-        return 128 if tall or stored.inputs > 10_000 else 64, 64 * _TOGETHER, 3, 768, 200
+        # Fewer rows and steps where Ada's multiprocessors have no shared memory for more.
+        halves = x.element_size() == 2
+        rows = 128 if halves and (tall or stored.inputs > 10_000) else 64
+        return rows, 64 * _TOGETHER, 3 if halves and stored.group != 32 else 2, 768, 200
     if stored.in_words(x):
         return (64, 256, 3, 256, 160) if tall else (64, 128, 3, 128, 320)
     if tokens > FEW_TOKENS:
