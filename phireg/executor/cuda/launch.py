@@ -43,8 +43,8 @@ class Rounding:
         grid: of the levels.
         dtype: that the levels are kept in; None is the compute dtype.
         lost: for int8, which has no NaN: contiguous hidden states of the same tokens, in which NaN
-            is stored for each token that would have one. They must be read again, and not be written to by
-            the same kernel's other programs.
+            is stored for each token that would have one. They must be read again, and not be
+            written to by the same kernel's other programs.
     """
 
     scale: Tensor
