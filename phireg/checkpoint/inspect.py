@@ -79,9 +79,11 @@ def inspect(
                 f"{directory} has no phireg.json to check against",
                 hint="only checkpoints written by phireg carry digests.",
             )
-        unreadable = tuple(name for name, tensors in weights.items() if not tensors)
+        # What cannot be read, or is no file of the model, was said above.
+        known = [name for name, tensors in weights.items() if not tensors]
+        known += [x.name for x in directory.glob("*.safetensors") if x.name not in weights]
         found = check_files(directory, manifest, progress)
-        more = (text for text in found if not text.startswith(unreadable))
+        more = (text for text in found if not text.startswith(tuple(known)))
         problems = list(dict.fromkeys([*problems, *more]))
     sizes = file_sizes(directory)
     return Inspection(config, weights, sizes, manifest, tuple(problems), layout)

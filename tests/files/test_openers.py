@@ -53,7 +53,6 @@ ALLOWED = {
         "open": "writes a test's own directory",
         "copyfile": "a test's own directory",
         "read_bytes": "a test's own directory",
-        "load_file": "a test's own directory",
     },
     "phireg/trtllm/builder.py": {"open": "the program that it starts"},
     "phireg/verification/server.py": {"open": "a request over HTTP, bounded there"},
