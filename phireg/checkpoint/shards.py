@@ -111,7 +111,7 @@ class Shards(AbstractContextManager["Shards"]):
         """
         pattern = _WHOLE if self._indexed else "*.safetensors"
         found = {path.name for path in self._directory.glob(pattern)}
-        return sorted(found - self.files.keys())
+        return sorted(found - set(self.names))
 
     def kinds(self) -> dict[str, Kind]:
         """Return dtype code and shape of every tensor."""

@@ -67,6 +67,14 @@ def test_inspect_tells_what_is_left_beside_a_damaged_shard(tmp_path):
     assert first in CliRunner().invoke(app, ["inspect", str(directory)]).stdout
 
 
+def test_a_damaged_file_is_no_other_models(tmp_path):
+    directory = tiny_models.write("phi3-gqa", tmp_path / "model")
+    with (directory / "model.safetensors").open("r+b") as file:
+        file.truncate(500)
+    (problem,) = phireg.inspect(directory).problems
+    assert "not a valid safetensors file" in problem
+
+
 def test_files_of_ranks_have_no_bound(tmp_path):
     tiny_models.write("phi3-gqa", tmp_path)
     with pytest.raises(phireg.errors.UsageError):
