@@ -195,7 +195,7 @@ def attend_step(
     # Enough programs to fill the GPU, whatever the batch; a split without tiles costs nothing.
     programs = _PROGRAMS_PER_PROCESSOR * _processors(device) // (batch * kv_heads)
     splits = 1 << max(0, programs.bit_length() - 1)
-    tables_and_cache = (qkv, cos, sin, keys, values, cos if kv_scale is None else kv_scale)
+    inputs = (qkv, cos, sin, keys, values, cos if kv_scale is None else kv_scale)
     ending = (
         *Rounding.arguments(rounding, qkv), spec.attention_scale * _LOG2_E, capacity,
         min(spec.rope.original, capacity),
@@ -206,7 +206,7 @@ def attend_step(
     }  # fmt: skip
     if splits == group == 1 and pattern is None:
         head_attention.head_attend_kernel[(batch * heads,)](
-            *tables_and_cache, slot, pads, out, *ending, **constants, HEADS=heads, num_stages=1,
+            *inputs, slot, pads, out, *ending, **constants, HEADS=heads, num_stages=1,
             **launch_options(device, 1),
         )  # fmt: skip
         return out
@@ -216,7 +216,7 @@ def attend_step(
     stats = torch.empty((batch * heads * splits, 2), dtype=torch.float32, device=device)
     half = dtype != torch.float32
     attention.attend_kernel[(batch * kv_heads, splits)](
-        *tables_and_cache, slot, pads, out, parts, stats, *ending, first_head, **constants,
+        *inputs, slot, pads, out, parts, stats, *ending, first_head, **constants,
         KV_HEADS=kv_heads, GROUP=group, SPLITS=splits, SPARSE=pattern is not None,
         BLOCK_SIZE=pattern.block_size if pattern else 1,
         LOCAL=pattern.num_local_blocks if pattern else 1,
