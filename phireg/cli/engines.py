@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, get_args
 
 from phireg.children import find_program
-from phireg.cli.output import ProgressBars, columns, counted
+from phireg.cli.output import ProgressBars, columns, counted, problem_list
 from phireg.files.sizes import size
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _inspected_text(directory: str, inspection: EngineInspection, check: bool) -
 
     engine, first = inspection.engine, inspection.engine.records()[0]
     if inspection.problems:
-        verdict = f"{counted(len(inspection.problems), 'problem')}:"
+        verdict = f"{counted(len(inspection.problems), 'problem')}, listed at the end"
     elif check:
         verdict = "the engines are as they were written"
     else:
@@ -183,6 +183,7 @@ def _inspected_text(directory: str, inspection: EngineInspection, check: bool) -
         running = f"{verified.get('verdict')}: {verified.get('summary')}"
     rows = [
         ("engine", directory),
+        ("check", verdict),
         ("built by", f"{NAMES[engine.backend]} {engine.version}"),
         ("built from", str(engine.checkpoint_dir or "a config.json alone")),
         ("model", f"{engine.spec.architecture.name}, {engine.spec.dtype}"),
@@ -194,9 +195,8 @@ def _inspected_text(directory: str, inspection: EngineInspection, check: bool) -
             ("files" if not n else "", f"{name}  {size(count)}")
             for n, (name, count) in enumerate(inspection.sizes.items())
         ),
-        ("check", verdict),
     ]
-    parts = [columns(rows), *(f"  {problem}" for problem in inspection.problems)]
+    parts = [columns(rows)]
     parts += [
         f"{name} of a rank\n" + columns(_tensors(first[name]), indent=2)
         for name in ("inputs", "outputs")
@@ -212,6 +212,7 @@ def _inspected_text(directory: str, inspection: EngineInspection, check: bool) -
         )
         rows = [(str(kind), f"x {count}") for kind, count in kinds.most_common()]
         parts.append("layers of the engine\n" + columns(rows, indent=2))
+    parts += [problem_list(inspection.problems)] if inspection.problems else []
     return "\n".join(parts)
 
 

@@ -22,11 +22,12 @@ from phireg.cli.output import (
     dtype_name,
     emit,
     emit_json,
+    problem_list,
     spinner,
     table,
 )
 from phireg.dtypes import ITEMSIZE
-from phireg.errors import CheckError, shortened
+from phireg.errors import CheckError
 from phireg.files.sizes import size
 from phireg.findings import first
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from phireg.checkpoint.inspect import Inspection
     from phireg.reader.tensors import Kind
 
-_MOST_PROBLEMS = 50
 _LONG = 8
 """Lists in config.json with more items than this are shown by their ends."""
 
@@ -102,19 +102,20 @@ def _kinds(tensors: Mapping[str, Kind]) -> dict[str, Any]:
 def _text(directory: str, inspection: Inspection, checked: bool) -> str:
     rows = [
         ("checkpoint", directory),
+        ("check", _verdict(inspection, checked)),
         ("model", _model(inspection.config)),
         ("quantized", _quantization(inspection)),
         ("tensors", _sizes(inspection)),
         *_provenance(inspection.manifest),
         *_files(inspection.sizes),
-        ("check", _verdict(inspection, checked)),
     ]
     parts = [
         columns(rows),
-        "\n".join(f"  {shortened(text)}" for text in first(inspection.problems, _MOST_PROBLEMS)),
         "config\n" + columns(_config(inspection.config), indent=2),
         *_tensors(inspection),
     ]
+    if inspection.problems:
+        parts.append(problem_list(inspection.problems))
     return "\n".join(filter(None, parts))
 
 
@@ -131,7 +132,10 @@ def _sizes(inspection: Inspection) -> str:
         for code, shape in tensors.values():
             total[code] = total.get(code, 0) + ITEMSIZE[code] * math.prod(shape)
     ordered = sorted(total.items(), key=lambda item: -item[1])
-    return ", ".join(f"{dtype_name(code)} {size(count)}" for code, count in ordered)
+    return (
+        ", ".join(f"{dtype_name(code)} {size(count)}" for code, count in ordered)
+        or "none could be read"
+    )
 
 
 def _quantization(inspection: Inspection) -> str:
@@ -183,7 +187,7 @@ def _files(sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
 
 def _verdict(inspection: Inspection, checked: bool) -> str:
     if inspection.problems:
-        return f"{counted(len(inspection.problems), 'problem')}:"
+        return f"{counted(len(inspection.problems), 'problem')}, listed at the end"
     if checked:
         return "all files are as they were written"
     return "names and shapes are what the reader requires; --check compares the contents"
@@ -213,6 +217,9 @@ def _tensors(inspection: Inspection) -> Iterator[str]:
         where = f"{'each of ' if len(numbers) > 1 else ''}rank{ranges(numbers)}.safetensors"
         if not inspection.ranks:
             where = counted(len(inspection.weights), "file")
+        if not alike:
+            yield f"no tensors could be read from {where}"
+            continue
         dtypes = {dtype for dtype, _ in groups}
         same = f", all {dtype_name(*dtypes)}," if len(dtypes) == 1 else ""
         yield f"{counted(len(alike), 'tensor')}{same} in {where}"

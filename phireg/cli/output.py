@@ -23,6 +23,7 @@ import click
 from phireg.cli.streams import results
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import shortened
+from phireg.findings import first
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
@@ -33,6 +34,7 @@ _MOST = 5000
 """Items of a list or an object in ``bounded``: more than any model has tensors on a rank."""
 _LONGEST_TEXT = 2000
 _MOST_ROWS = 500
+_MOST_PROBLEMS = 50
 _WIDEST = 200
 
 
@@ -128,10 +130,10 @@ def columns(rows: Iterable[Sequence[str]], *, indent: int = 0, right: Sequence[i
         cells[_MOST_ROWS] = ["..."] + [""] * (len(cells[0]) - 1)
     widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in cells), strict=True)]
     lines = []
-    for *first, last in cells:
+    for *before, last in cells:
         padded = [
             _styled(cell, cell.rjust(width) if n in right else cell.ljust(width))
-            for n, (cell, width) in enumerate(zip(first, widths, strict=True))
+            for n, (cell, width) in enumerate(zip(before, widths, strict=True))
         ]
         head = " " * indent + "".join(f"{cell}  " for cell in padded)
         blank = " " * (indent + sum(width + 2 for width in widths))
@@ -144,8 +146,8 @@ def columns(rows: Iterable[Sequence[str]], *, indent: int = 0, right: Sequence[i
 
 def _cells(row: Sequence[str]) -> list[str]:
     """Bound the cells of a row; only the last one may be long."""
-    *first, last = (cell if isinstance(cell, Styled) else shortened(cell) for cell in row)
-    return [*(cell if len(cell) <= _WIDEST else f"{cell[:_WIDEST]}..." for cell in first), last]
+    *before, last = (cell if isinstance(cell, Styled) else shortened(cell) for cell in row)
+    return [*(cell if len(cell) <= _WIDEST else f"{cell[:_WIDEST]}..." for cell in before), last]
 
 
 def table(rows: Iterable[Sequence[str]], *, indent: int = 0, right: Sequence[int] = ()) -> str:
@@ -183,8 +185,8 @@ def _styled(cell: str, text: str) -> str:
 
 def folded(label: str, text: str) -> str:
     """An error message after its label; its lines are folded if stderr is a terminal."""
-    first, *others = printable(text).split("\n")
-    lines = [_fold(first, label, " " * len(label), sys.stderr)]
+    top, *others = printable(text).split("\n")
+    lines = [_fold(top, label, " " * len(label), sys.stderr)]
     for line in others:
         start = line[: len(line) - len(line.lstrip())]
         lines.append(_fold(line.lstrip(), start, f"{start}  ", sys.stderr))
@@ -210,6 +212,12 @@ def page_facts(started: float) -> tuple[tuple[str, str], ...]:
     """How a page came about; ``started`` is of ``time.monotonic()``."""
     command = shlex.join(["phireg", *sys.argv[1:]])
     return ("command", command), ("duration", f"{time.monotonic() - started:.1f} s")
+
+
+def problem_list(problems: Sequence[str]) -> str:
+    """List problems under their number: the end of a long text, where a terminal shows them."""
+    rows = [("-", problem) for problem in first(problems, _MOST_PROBLEMS)]
+    return f"{counted(len(problems), 'problem')}\n{columns(rows, indent=2)}"
 
 
 def next_steps(*commands: Sequence[str]) -> str:

@@ -292,6 +292,9 @@ def test_inspect_check_finds_what_differs(spoil, file, ckpt, run):
     assert result.exit_code == 4
     problems = json.loads(result.output)["problems"]
     assert sum(file in problem for problem in problems) == 1, problems
+    lines = run("inspect", ckpt, "--check").output.splitlines()
+    assert f"{len(problems)} problem" in lines[1]
+    assert sum(file in line for line in lines[-len(problems) :]) == 1, lines
 
 
 def test_inspect_without_a_manifest(ckpt, run):

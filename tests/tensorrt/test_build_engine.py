@@ -88,7 +88,9 @@ def test_from_a_checkpoint_to_a_directory(checkpoint, tmp_path):
     data[len(data) // 2] ^= 1
     found.path(0).write_bytes(data)
     assert run_phireg("inspect", engine).exit_code == 0
-    assert "rank0.engine" in run_phireg("inspect", engine, "--check").output
+    text = run_phireg("inspect", engine, "--check").stdout.splitlines()
+    assert "1 problem" in text[1]
+    assert "rank0.engine" in text[-1]
     again = run_phireg("build", source, "--output-dir", engine, *options, "--quiet")
     assert again.exit_code == 6  # it exists
     manifest = json.loads((engine / "phireg-build.json").read_text())
