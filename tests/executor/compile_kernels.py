@@ -38,7 +38,7 @@ TYPES = {
 }  # fmt: skip
 ATTEND = {
     "KV_HEADS": 8, "GROUP": 4, "SIZE": 128, "SPLITS": 8, "BLOCK_SIZE": 64, "LOCAL": 16, "STRIDE": 8,
-    "STEP": 1, "PADDED": 16, "TILE": 64, "BLOCK": 128, "SMOOTH": False, "GRID": "none",
+    "STEP": 1, "PADDED": 4, "TILE": 64, "BLOCK": 128, "SMOOTH": False, "GRID": "none",
     "HALF": 48, "KV_GRID": "none",
 }  # fmt: skip
 HEAD_ATTEND = {
@@ -138,7 +138,9 @@ CASES = [
     ),
     ("attend", {**ATTEND, "SPARSE": False, "KV_GRID": "fp8", **E4M3}),
     ("attend", {**ATTEND, "SPARSE": True, "KV_GRID": "int8", **INT8, "SPLITS": 1, "GRID": "fp8"}),
-    ("attend", {**ATTEND, "SPARSE": True}),
+    ("attend", {
+        **ATTEND, "SPARSE": True, "SMOOTH": True, "GRID": "int8", "types": {"out_ptr": "*i8"},
+    }),
     ("head_attend", {**HEAD_ATTEND, "KV_GRID": "fp8", **E4M3}),
     ("head_attend", {**HEAD_ATTEND, "KV_GRID": "int8", **INT8, "GRID": "fp8"}),
     ("head_attend", HEAD_ATTEND),
@@ -148,10 +150,6 @@ CASES = [
     }),
     ("choose", {"NO_TOKEN": -1, "SPLITS": 99, "PADDED": 128, "BLOCK": 1024}),
     ("combine", {"PER_TOKEN": 2, "BLOCK": 256}),
-    ("merge", {
-        "HEADS": 32, "SIZE": 96, "SPLITS": 8, "BLOCK": 128, "TYPE": HALF_TYPE, "SMOOTH": True,
-        "GRID": "int8",
-    }),
 ]  # fmt: skip
 
 

@@ -426,18 +426,17 @@ def step_of(model, batch, slot, pads):
 
 
 @pytest.mark.parametrize(
-    ("batch", "kv_heads", "group", "pattern"),
+    ("splits", "batch", "kv_heads", "group", "pattern"),
     [
-        # 8, 4 and 1 splits; a head with keys of its own
-        (1, 1, 3, SPARSE), (1, 2, 3, None), (3, 2, 3, None), (3, 2, 3, SPARSE), (3, 2, 1, SPARSE),
-        (3, 2, 1, None),
+        (16, 1, 1, 4, SPARSE), (8, 1, 2, 3, None), (2, 3, 2, 1, SPARSE),
+        (1, 3, 2, 3, None), (1, 3, 2, 3, SPARSE), (1, 3, 2, 1, None),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("slot", [3, 64, 90])
 def test_one_token_enters_the_cache_and_attends_to_it(
-    batch, kv_heads, group, pattern, slot, monkeypatch
+    splits, batch, kv_heads, group, pattern, slot, monkeypatch
 ):
-    monkeypatch.setattr(launch, "_processors", lambda device: 4)
+    monkeypatch.setattr(launch, "_processors", lambda device: splits * batch * kv_heads // 2)
     heads, size, capacity, rank = group * kv_heads, 12, 96, 1
     pads = torch.tensor([0, 2, 1][:batch], device=DEVICE)
     model = spec(
@@ -474,6 +473,30 @@ def test_one_token_enters_the_cache_and_attends_to_it(
     stored = replace(rounding, dtype=torch.float8_e4m3fn)
     kept = launch.attend_step(*place, qkv, cache, None, stored)
     assert torch.equal(kept.float(), levels)
+    assert not launch.counters(torch.empty(0, device=DEVICE).device).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_token_whose_attention_int8_does_not_hold_is_lost(dtype, monkeypatch):
+    """Of the splits of a row's heads, the last to arrive says so."""
+    monkeypatch.setattr(launch, "_processors", lambda device: 16)
+    slot, pads = 70, torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    model = spec(rope=Rope(12, 100.0, original=64))
+    qkv, tables, _ = step_of(model, 2, slot, pads)
+    qkv = qkv.to(dtype)
+    qkv[1, 0, 13] = torch.nan  # the second query
+    cache = tuple(randn(2, 2, 96, 12, seed=n, dtype=dtype) for n in (1, 2))
+    place = (model, tables, torch.tensor([slot], device=DEVICE), pads, None, 0, qkv, cache, None)
+    smoothing = torch.linspace(0.5, 2, 48).to(DEVICE, dtype)
+    scale, hidden = torch.tensor([0.02], device=DEVICE), torch.zeros(2, 1, 48, device=DEVICE)
+    rounding = launch.Rounding(scale, smoothing, "int8", torch.int8, hidden)
+    levels = launch.attend_step(*place, rounding)
+    assert hidden[1].isnan().any()
+    assert not hidden[0].any()
+    y = launch.attend_step(*place)
+    assert y.isnan().nonzero()[:, 2].tolist() == list(range(12, 24))
+    expected = quantized.fake_quantize(y * smoothing, scale, "int8") / scale
+    assert (levels - expected)[~y.isnan()].abs().max() <= (1e-3 if dtype == torch.float32 else 1)
 
 
 @pytest.mark.parametrize(("kv_heads", "size"), [(2, 12), (4, 12), (4, 40)])  # 40 in words

@@ -127,10 +127,33 @@ def _see(query, key, value, seen, best, total, acc, scale):
 
 
 @triton.jit
+def _merged(
+    part_ptr, stats_ptr, first, dim, mine, inside, SIZE: tl.constexpr, SPLITS: tl.constexpr
+):
+    """Return heads' output from what their splits stored, past the processor's own cache."""
+    SOME: tl.constexpr = max(1, min(SPLITS, 64 // inside.shape[0]))  # that are read at once
+    best = tl.full([inside.shape[0]], _NONE, tl.float32)
+    total = tl.zeros([inside.shape[0]], tl.float32)
+    acc = tl.zeros(inside.shape, tl.float32)
+    for split in range(0, SPLITS, SOME):
+        part = first + split + tl.arange(0, SOME)[None, :]
+        place = part[:, :, None] * SIZE + dim[None, None, :]
+        tops = tl.load(stats_ptr + 2 * part, mask=mine, other=0.0, cache_modifier=".cg")
+        sums = tl.load(stats_ptr + 2 * part + 1, mask=mine, other=1.0, cache_modifier=".cg")
+        values = tl.load(part_ptr + place, mask=inside[:, None, :], other=0.0, cache_modifier=".cg")
+        new_best = tl.maximum(best, tl.max(tops, 1))
+        weight, fade = tl.exp2(tops - new_best[:, None]), tl.exp2(best - new_best)
+        total = total * fade + tl.sum(sums * weight, 1)
+        acc = acc * fade[:, None] + tl.sum(values * weight[:, :, None], 1)
+        best = new_best
+    return acc / total[:, None]
+
+
+@triton.jit
 def attend_kernel(
     qkv_ptr, cos_ptr, sin_ptr, key_ptr, value_ptr, kv_scale_ptr, slot_ptr, pads_ptr, out_ptr,
-    part_ptr, stats_ptr, smoothing_ptr, scale_ptr, lost_ptr, lost_width, scale, capacity, original,
-    first_head,
+    part_ptr, stats_ptr, count_ptr, smoothing_ptr, scale_ptr, lost_ptr, lost_width, scale, capacity,
+    original, first_head,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
     KV_GRID: tl.constexpr, SPLITS: tl.constexpr, SPARSE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     LOCAL: tl.constexpr, STRIDE: tl.constexpr, STEP: tl.constexpr, PADDED: tl.constexpr,
@@ -138,11 +161,12 @@ def attend_kernel(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     HEADS: tl.constexpr = KV_HEADS * GROUP
-    row, group, split = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
-    member = tl.arange(0, PADDED)
+    ROWS: tl.constexpr = max(16, PADDED)  # the matrix units take sixteen at least
+    pair, split = tl.program_id(0), tl.program_id(1)
+    row, group = pair // KV_HEADS, pair % KV_HEADS
+    member = tl.arange(0, ROWS)
     dim = tl.arange(0, BLOCK)
     own = group * GROUP + member  # heads of this rank
-    query_place = (row * HEADS + own)[:, None] * SIZE + dim[None, :]
     query_mask = (member < GROUP)[:, None] & (dim < SIZE)[None, :]
     # What the step's own kernels do not write is not waited for: the first of its tiles, too. Every
     # split gets its share of the tiles between the padding and the new token.
@@ -168,9 +192,10 @@ def attend_kernel(
     cos, sin = _angles(cos_ptr + angle, sin_ptr + angle, dim, HALF)
     STORED: tl.constexpr = key_ptr.dtype.element_ty != qkv_ptr.dtype.element_ty
     kv_scale = tl.load(kv_scale_ptr) if KV_GRID != "none" else 1.0
-    columns = own[:, None] * SIZE + dim[None, :]
-    SINGLE: tl.constexpr = GRID if SPLITS == 1 else "none"
-    smoothing, grid_scale = _rounding(columns, query_mask, smoothing_ptr, scale_ptr, SMOOTH, SINGLE)
+    head = tl.arange(0, ROWS if SPLITS == 1 else PADDED)[:, None]
+    columns = (group * GROUP + head) * SIZE + dim[None, :]
+    inside = (head < GROUP) & (dim < SIZE)[None, :]
+    smoothing, grid_scale = _rounding(columns, inside, smoothing_ptr, scale_ptr, SMOOTH, GRID)
     _wait(EARLY)
     qkv_ptr += row.to(tl.int64) * (HEADS + 2 * KV_HEADS) * SIZE
     wide = dim < SIZE
@@ -194,9 +219,9 @@ def attend_kernel(
         # Levels are float16's numbers, too, and become these in fewer steps. A query that float16
         # does not hold gives no finite logits, which is reported.
         query = query.to(tl.float32 if query.dtype == tl.float32 else tl.float16)
-    best = tl.full([PADDED], _NONE, tl.float32)
-    total = tl.zeros([PADDED], tl.float32)
-    acc = tl.zeros([PADDED, BLOCK], tl.float32)
+    best = tl.full([ROWS], _NONE, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK], tl.float32)
     if SPLITS > 1:
         best, total, acc = _see(query, key, value, seen, best, total, acc, scale)
         begin += 1
@@ -217,38 +242,23 @@ def attend_kernel(
         best = new_best
     if STORED:
         acc *= kv_scale
-    if SPLITS == 1:
-        y = acc / total[:, None]
-        y = _rounded(y, smoothing, grid_scale, qkv_ptr.dtype.element_ty, SMOOTH, GRID)
-        _store_levels(out_ptr, query_place, y, query_mask, lost_ptr + row * lost_width)
-    else:
-        part = (row * HEADS + own) * SPLITS + split
+    last_arrived = True
+    if SPLITS > 1:
+        part = (pair * GROUP + member) * SPLITS + split
         tl.store(part_ptr + part[:, None] * SIZE + dim[None, :], acc, mask=query_mask)
         tl.store(stats_ptr + 2 * part, best, mask=member < GROUP)
         tl.store(stats_ptr + 2 * part + 1, total, mask=member < GROUP)
-
-
-@triton.jit
-def merge_kernel(
-    part_ptr, stats_ptr, out_ptr, smoothing_ptr, scale_ptr, lost_ptr, lost_width,
-    HEADS: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    TYPE: tl.constexpr, SMOOTH: tl.constexpr, GRID: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(0)
-    part = head * SPLITS + tl.arange(0, SPLITS)
-    dim = tl.arange(0, BLOCK)
-    columns = head % HEADS * SIZE + dim
-    smoothing, scale = _rounding(columns, dim < SIZE, smoothing_ptr, scale_ptr, SMOOTH, GRID)
-    _wait(EARLY)
-    best = tl.load(stats_ptr + 2 * part)
-    fade = tl.exp2(best - tl.max(best, 0))
-    total = tl.sum(tl.load(stats_ptr + 2 * part + 1) * fade, 0)
-    place = part[:, None] * SIZE + dim[None, :]
-    acc = tl.load(part_ptr + place, mask=(dim < SIZE)[None, :], other=0.0)
-    y = tl.sum(acc * fade[:, None], 0) / total
-    y = _rounded(y, smoothing, scale, TYPE, SMOOTH, GRID)
-    lost_ptr += head // HEADS * lost_width
-    _store_levels(out_ptr, head * SIZE + dim, y, dim < SIZE, lost_ptr)
+        tl.debug_barrier()
+        last_arrived = tl.atomic_add(count_ptr + pair, 1) == SPLITS - 1
+    if last_arrived:
+        if SPLITS == 1:
+            y = acc / total[:, None]
+        else:
+            tl.store(count_ptr + pair, 0)
+            parts = (pair * GROUP + head) * SPLITS
+            y = _merged(part_ptr, stats_ptr, parts, dim, head < GROUP, inside, SIZE, SPLITS)
+        y = _rounded(y, smoothing, grid_scale, qkv_ptr.dtype.element_ty, SMOOTH, GRID)
+        _store_levels(out_ptr + row * HEADS * SIZE, columns, y, inside, lost_ptr + row * lost_width)
 
 
 @triton.jit

@@ -210,31 +210,20 @@ def attend_step(
             **launch_options(device, 1),
         )  # fmt: skip
         return out
-    parts = torch.empty(
-        (batch * heads * splits, size) if splits > 1 else (1,), dtype=torch.float32, device=device
-    )
+    parts = torch.empty((batch * heads * splits, size), dtype=torch.float32, device=device)
     stats = torch.empty((batch * heads * splits, 2), dtype=torch.float32, device=device)
-    half = dtype != torch.float32
     attention.attend_kernel[(batch * kv_heads, splits)](
-        *inputs, slot, pads, out, parts, stats, *ending, first_head, **constants,
+        *inputs, slot, pads, out, parts, stats, counters(device), *ending, first_head, **constants,
         KV_HEADS=kv_heads, GROUP=group, SPLITS=splits, SPARSE=pattern is not None,
         BLOCK_SIZE=pattern.block_size if pattern else 1,
         LOCAL=pattern.num_local_blocks if pattern else 1,
         STRIDE=pattern.vertical_stride if pattern else 1,
         STEP=pattern.head_step if pattern else 0,
-        # The matrix units take sixteen rows at least.
-        PADDED=max(16, triton.next_power_of_2(group)), TILE=64 if half else 32,
+        PADDED=triton.next_power_of_2(group), TILE=32 if dtype == torch.float32 else 64,
         BLOCK=max(16, triton.next_power_of_2(size)),
         num_stages=3 if splits == 1 and keys.element_size() == 1 else 2,
         **launch_options(device, 4),
     )  # fmt: skip
-    if splits > 1:
-        attention.merge_kernel[(batch * heads,)](
-            parts, stats, out, *Rounding.arguments(rounding, qkv), HEADS=heads, SIZE=size,
-            SPLITS=splits, BLOCK=triton.next_power_of_2(size), TYPE=TYPES[dtype],
-            **Rounding.constants(rounding),
-            **launch_options(device, max(1, min(4, splits // 8))),
-        )  # fmt: skip
     return out
 
 
