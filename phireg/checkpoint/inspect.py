@@ -12,7 +12,7 @@ from phireg.checkpoint.rankfiles import RankFiles, world_size
 from phireg.checkpoint.shards import SURPLUS, Shards, read_directory
 from phireg.errors import CheckError, SourceError
 from phireg.files.json import read_json_object
-from phireg.files.kinds import CHECKPOINT, HF_MODEL, check_kind, file_sizes, kind_of
+from phireg.files.kinds import CHECKPOINT, HF_MODEL, check_kind, file_sizes
 from phireg.reader.layouts import Layout
 from phireg.reader.structure import structure_findings
 from phireg.reader.tensors import Kind
@@ -60,7 +60,7 @@ def inspect(
     """
     directory = Path(checkpoint_dir)
     layout = None
-    if kind_of(directory) is HF_MODEL:
+    if check_kind(directory, CHECKPOINT, HF_MODEL) is HF_MODEL:
         config, weights, problems, layout = _read_shards(directory)
     else:
         config = checkpoint_config(directory)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     "phireg explain ./phi-2 transformer.layers.0.attention.qkv --tp-size 2 --rank 1",
     waits="reading the model",
 )
-@click.argument("names", nargs=-1, required=True, type=Directory(), metavar="DIR TENSOR")
+@click.argument("names", nargs=-1, type=Directory(), metavar="DIR TENSOR")
 @model_dir_option("Another way to give DIR.")
 @planning_options
 @RANKS.option("--rank", type=int, metavar="R", help="Only this rank.  [default: all]")

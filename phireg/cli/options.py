@@ -166,8 +166,8 @@ def target_option(default: str) -> Callable[[_Function], _Function]:
         "--target",
         type=PluginName("targets"),
         default=default,
-        help="What to write: trtllm, or a Hugging Face directory: hf, hf-modelopt, "
-        "hf-compressed-tensors.",
+        help=f"What to write: {'trtllm, or ' if default == 'trtllm' else ''}a Hugging Face "
+        "directory: hf, hf-modelopt, hf-compressed-tensors.",
     )
 
 
@@ -241,7 +241,7 @@ revision_option = MODEL.option(
     "--revision", metavar="REV", help="Branch, tag or commit on the hub."
 )
 device_option = RUNNING.option(
-    "--device", default="auto", help="auto (a GPU, if any), cpu, cuda, cuda:N."
+    "--device", default="auto", metavar="NAME", help="auto (a GPU, if any), cpu, cuda, cuda:N."
 )
 offload_option = RUNNING.option(
     "--offload/--no-offload",

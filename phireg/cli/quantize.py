@@ -111,6 +111,7 @@ calibration_options = compose(
 @QUANTIZATION.option(
     "--alpha",
     type=click.FloatRange(0, 1),
+    metavar="X",
     help="int8_sq: how much of the inputs' range moves into the weights.  [default: 1]",
 )
 @source_options

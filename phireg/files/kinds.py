@@ -187,7 +187,8 @@ def kind_of(directory: Path) -> Kind:
 
 def check_kind(directory: Path, *kinds: Kind) -> Kind:
     """Return which of the kinds a directory is; a SourceError says what else it is."""
-    names = " or ".join(dict.fromkeys(kind.name for kind in kinds))
+    *others, last = dict.fromkeys(kind.name for kind in kinds)
+    names = f"{', '.join(others)} or {last}" if others else last
     if not directory.is_dir():
         problem = "this is a file, not a" if directory.is_file() else "no such"
         raise SourceError(f"{directory}: {problem} directory", hint=f"give {names}.")

@@ -240,6 +240,7 @@ def test_explain_columns_and_padding(tiny, run):
 @pytest.mark.parametrize(
     ("args", "code", "named"),
     [
+        ([], 2, "1 name"),
         (["transformer.layers.7.mlp.fc"], 2, "transformer.layers.1.mlp.fc"),
         (["lm_head", "--rank", "1"], 2, "rank 1"),
         (["lm_head", "--tp-size", "3"], 3, "1, 2, 4"),
@@ -310,6 +311,7 @@ def test_inspect_without_a_manifest(ckpt, run):
     [
         ({"model_type": "phi3"}, "no model.safetensors"),
         ({"pretrained_config": {}, "build_config": {}}, "engine"),
+        ({}, "a TensorRT-LLM checkpoint or a Hugging Face model"),
     ],
 )
 def test_inspect_what_is_no_checkpoint(content, named, tmp_path, run):

@@ -74,3 +74,8 @@ def test_a_word_like_nothing_is_no_command(run):
     result = run("xyzzy")
     assert result.exit_code == 2
     assert "mean" not in result.output
+
+
+def test_help_of_target_names_what_the_command_writes(run):
+    assert "trtllm" in run("convert", "--help").output
+    assert "trtllm" not in run("migrate", "--help").output
