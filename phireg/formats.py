@@ -22,46 +22,31 @@ WEIGHT_BITS: Mapping[Grid, int] = {"e4m3": 8, "int8": 8, "int4": 4, "e2m1": 4}
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """How the inputs of a linear are quantized.
-
-    Attributes:
-        grid: their levels.
-        scale: what has a scale: ``tensor``, one calibrated number; ``token``, every row by its own
-            amax, computed when it runs; ``group``, like a weight of two levels (see Format), with
-            the calibrated number as the second one.
-    """
+    """How the inputs of a linear are quantized."""
 
     grid: Grid
     scale: Literal["tensor", "token", "group"]
+    """What has one: the tensor, a calibrated number; every token, its own amax, computed when it
+    runs; or every group, as in a weight of two levels (see Format), the second one calibrated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A value of ``--qformat``.
-
-    Attributes:
-        name: what users type.
-        weight: levels of the weights.
-        per: what has a scale: the whole ``tensor``, every output ``channel`` (row), or every
-            ``group`` of consecutive inputs of a row.
-        inputs: how inputs are quantized, None for floating-point products.
-        group_size: inputs per group.
-        smoothing: how a factor of each input channel is found, by which inputs are multiplied and
-            weights divided: ``smoothquant`` from the maxima of inputs (and weights), ``awq`` by
-            searching the exponent with the least output error.
-        levels: 2 if the scales of groups are e4m3 numbers (or integers of a product in e4m3) times
-            one float32 scale of the tensor, else 1.
-        summary: one line for tables.
-    """
+    """A value of ``--qformat``."""
 
     name: str
-    weight: Grid
-    per: Literal["tensor", "channel", "group"]
-    inputs: Inputs | None
-    summary: str
-    group_size: int | None = None
+    weight: Grid  # levels of the weights
+    per: Literal["tensor", "channel", "group"]  # what has a scale: all, a row, a group in it
+    inputs: Inputs | None  # None for floating-point products
+    summary: str  # one line for tables
+    group_size: int | None = None  # inputs
     smoothing: Literal["smoothquant", "awq"] | None = None
+    """How a factor of each input channel is found, by which inputs are multiplied and weights
+    divided: from the maxima of inputs (and weights), or AWQ's, by searching the exponent with the
+    least output error."""
     levels: Literal[1, 2] = 1
+    """2 if the scales of groups are e4m3 numbers (or integers of a product in e4m3) times one
+    float32 scale of the tensor."""
 
     @property
     def calibrated(self) -> bool:

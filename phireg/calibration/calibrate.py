@@ -52,17 +52,11 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """Statistics and the file that keeps them.
-
-    Attributes:
-        statistics: the maxima.
-        file: the file.
-        reused: True if it existed already.
-    """
+    """Statistics and the file that keeps them."""
 
     statistics: Statistics
     file: Path
-    reused: bool
+    reused: bool  # the file existed already
 
 
 def calibrate(

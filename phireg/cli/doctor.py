@@ -14,12 +14,7 @@ if TYPE_CHECKING:
     from phireg.doctor import Ability, Part
 
 
-@documented(
-    "phireg doctor",
-    "phireg doctor --json",
-    page="gpu-host.md",
-    waits="looking around",
-)
+@documented("phireg doctor", "phireg doctor --json", page="gpu-host.md", waits="looking around")
 @json_option
 def command(as_json: bool) -> None:
     """Tell what works here, what a missing part prevents, and what installs it.

@@ -10,12 +10,7 @@ import click
 
 from phireg.cli.help import OUTPUT, documented
 from phireg.cli.options import json_option
-from phireg.cli.output import (
-    columns,
-    emit,
-    emit_json,
-    table,
-)
+from phireg.cli.output import columns, emit, emit_json, table
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import PluginError
 

@@ -188,11 +188,7 @@ def _show_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> No
 
 
 def documented(
-    *examples: str,
-    page: str = "",
-    waits: str = "",
-    cls: type[Command] = Command,
-    **settings: Any,
+    *examples: str, page: str = "", waits: str = "", cls: type[Command] = Command, **settings: Any
 ) -> Callable[[Callable[..., Any]], click.Command]:
     """Make a function a command; ``waits`` is what a spinner says until it shows something."""
 

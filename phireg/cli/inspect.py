@@ -39,11 +39,7 @@ _LONG = 8
 """Lists in config.json with more items than this are shown by their ends."""
 
 
-@documented(
-    "phireg inspect ckpt",
-    "phireg inspect ckpt --check",
-    waits="reading the checkpoint",
-)
+@documented("phireg inspect ckpt", "phireg inspect ckpt --check", waits="reading the checkpoint")
 @checkpoint_argument("checkpoint_dir", "CKPT")
 @OUTPUT.option("--check", is_flag=True, help="Read all files and compare them with phireg.json.")
 @quiet_option("No progress bar.")

@@ -111,9 +111,7 @@ def format_text(plan: Plan) -> str:
 def _source_rows(plan: Plan) -> list[tuple[str, str]]:
     total = sum(tensor.nbytes for tensor in plan.source.tensors.values())
     files, tensors = len(plan.source.files), len(plan.source.tensors)
-    return [
-        ("source", f"{size(total)} in {counted(files, 'file')}, {counted(tensors, 'tensor')}"),
-    ]
+    return [("source", f"{size(total)} in {counted(files, 'file')}, {counted(tensors, 'tensor')}")]
 
 
 def _work_rows(plan: Plan, workers: int) -> list[tuple[str, str]]:

@@ -31,15 +31,7 @@ from phireg.cli.options import (
     report_option,
     source_options,
 )
-from phireg.cli.output import (
-    ProgressBars,
-    columns,
-    emit,
-    emit_json,
-    folded,
-    page_facts,
-    printable,
-)
+from phireg.cli.output import ProgressBars, columns, emit, emit_json, folded, page_facts, printable
 from phireg.cli.plan import family_text, format_text, warnings_text
 from phireg.cli.quality import quality_document, quality_text
 from phireg.errors import PhiregError, UsageError

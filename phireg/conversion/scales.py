@@ -24,11 +24,7 @@ from phireg.errors import PlanError
 from phireg.findings import Finding, Severity
 from phireg.planning.model import Plan
 from phireg.planning.report import problems
-from phireg.targets.target import (
-    KEY_SCALE,
-    KV_SCALE,
-    VALUE_SCALE,
-)
+from phireg.targets.target import KEY_SCALE, KV_SCALE, VALUE_SCALE
 
 _NOTHING: Mapping[str, int] = {}
 _NO_INPUTS = np.zeros(0, np.float32)

@@ -20,14 +20,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import numpy as np
 import xxhash
 
-from phireg.conversion.cast import (
-    NO_LOSS,
-    Bits,
-    Loss,
-    cast,
-    count_not_finite,
-    one_thread_each,
-)
+from phireg.conversion.cast import NO_LOSS, Bits, Loss, cast, count_not_finite, one_thread_each
 from phireg.dtypes import BITS, ITEMSIZE
 from phireg.planning.model import (
     BLOCK_BYTES,

@@ -200,11 +200,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 
 
 def masked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    mask: Callable[[int, int, int], Tensor],
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Callable[[int, int, int], Tensor]
 ) -> Tensor:
     """Attend under any causal mask, a chunk of queries at a time.
 

@@ -29,13 +29,7 @@ from phireg.files.kinds import HF_MODEL, kind_of
 from phireg.formats import FORMATS
 from phireg.reader.schemes import ROW_LINEARS, Quantization
 from phireg.reader.spec import ModelSpec, read_spec
-from phireg.reader.tensors import (
-    EMBEDDING,
-    end_tensors,
-    layer_prefix,
-    layer_tensors,
-    rank_tensors,
-)
+from phireg.reader.tensors import EMBEDDING, end_tensors, layer_prefix, layer_tensors, rank_tensors
 
 # (layer, what, value): what is "embedding" (layer -1), "attention", "mlp" or "hidden".
 Observe = Callable[[int, str, Tensor], None]

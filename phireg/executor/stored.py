@@ -232,11 +232,7 @@ def _joined(parts: Sequence[Levels], join: Callable[..., Tensor]) -> Levels:
 
 
 def _part(
-    name: str,
-    experts: Sequence[Stored],
-    stacked: bool,
-    device: torch.device,
-    dtype: torch.dtype,
+    name: str, experts: Sequence[Stored], stacked: bool, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     first = experts[0]
     prepared: dict[str, Tensor] = {}

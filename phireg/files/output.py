@@ -52,12 +52,7 @@ class OutputDirectory:
     """
 
     def __init__(
-        self,
-        target: Path,
-        *,
-        overwrite: bool,
-        required_bytes: int,
-        kind: Kind | None = CHECKPOINT,
+        self, target: Path, *, overwrite: bool, required_bytes: int, kind: Kind | None = CHECKPOINT
     ) -> None:
         # realpath drops "..", so a symbolic link to "/" or to a parent is seen for what it is.
         resolved = Path(os.path.realpath(target))

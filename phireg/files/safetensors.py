@@ -132,8 +132,7 @@ def _defects(name: str, entry: Mapping[str, Any]) -> Iterator[str]:
 
 
 def encode_header(
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
-    metadata: Mapping[str, str] | None = None,
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, TensorEntry]]:
     """Build a header as the safetensors library writes it.
 

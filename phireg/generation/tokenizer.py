@@ -109,12 +109,7 @@ class Tokenizer:
         return frozenset(added[token] for token in _END_OF_TURN if token in added)
 
     def encode_contents(
-        self,
-        names: Sequence[str],
-        contents: Sequence[Content],
-        most: int,
-        *,
-        answer: bool = False,
+        self, names: Sequence[str], contents: Sequence[Content], most: int, *, answer: bool = False
     ) -> list[tuple[str | None, list[int]]]:
         """Return text (of ids: None) and token ids, the first ``most``, of what rows hold."""
         chats = {n: c for n, c in enumerate(contents) if isinstance(c, list)}

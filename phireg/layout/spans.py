@@ -65,15 +65,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of a target tensor as an index map.
+    """One axis of a target tensor as an index map."""
 
-    Attributes:
-        parts: the segments, in target order.
-        sources: every source the map reads, with the number of rows it must have.
-    """
-
-    parts: tuple[Part, ...]
-    sources: tuple[tuple[str, int], ...]
+    parts: tuple[Part, ...]  # the segments, in target order
+    sources: tuple[tuple[str, int], ...]  # every one, with the number of rows it must have
 
     @property
     def length(self) -> int:

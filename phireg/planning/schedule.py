@@ -63,9 +63,7 @@ def _connected(streams: Mapping[int, tuple[Span, ...]]) -> Iterable[list[int]]:
 
 
 def _merge(
-    group: Sequence[int],
-    spans: Mapping[int, tuple[Span, ...]],
-    tensors: Mapping[str, SourceTensor],
+    group: Sequence[int], spans: Mapping[int, tuple[Span, ...]], tensors: Mapping[str, SourceTensor]
 ) -> Iterable[Step]:
     streams = _atoms([spans[index] for index in group])
     heads = [0] * len(streams)

@@ -24,20 +24,12 @@ _MOST_PATTERNS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The quantization of a directory.
+    """The quantization of a directory."""
 
-    Attributes:
-        name: the layout; ``hf`` if nothing is quantized.
-        algorithm: what people call the format; empty if no weights are quantized.
-        storage: takes a module's name; returns how it is stored, None for the model's dtype.
-        excluded: the patterns of modules left alone, as the files have them.
-        cache: the grid of the KV cache.
-    """
-
-    name: LayoutName
-    algorithm: str
-    storage: Callable[[str], Storage | None]
-    excluded: tuple[str, ...] = ()
+    name: LayoutName  # "hf" if nothing is quantized
+    algorithm: str  # what people call it; empty if no weights are quantized
+    storage: Callable[[str], Storage | None]  # of a module, by its name; None: in the model's dtype
+    excluded: tuple[str, ...] = ()  # patterns of modules left alone, as the files have them
     cache: Literal["fp8"] | None = None
 
     def cache_parts(self, code: str) -> dict[str, Part]:

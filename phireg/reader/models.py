@@ -32,33 +32,20 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model class.
+    """A model class."""
 
-    Attributes:
-        architecture: the blueprint's, which has its norms, residual and biases.
-        linears: of a layer, by the blueprint's names; in a mixture ``mlp.`` is of each expert.
-        norms: by the blueprint's names: those of a layer and ``transformer.ln_f``.
-        epsilon: key of the norms' epsilon.
-        activations: by ``hidden_act``.
-        partial: the part of a head that is rotated, where no key says so.
-        tied: whether lm_head is the embedding, where no key says so.
-        intermediate: key of the inner size.
-        default_epsilon: of the norms, where no key says so.
-        router: module that scores the experts.
-        experts: what stands before an expert's modules, with its number.
-    """
-
-    architecture: str
+    architecture: str  # the blueprint's, which has its norms, residual and biases
     linears: Mapping[str, Linear]
-    norms: Mapping[str, str]
-    epsilon: str
-    activations: Mapping[str, Activation]
-    partial: float = 1.0
-    tied: bool = False
-    intermediate: str = "intermediate_size"
-    default_epsilon: float = 1e-5
-    router: str = ""
-    experts: str = ""
+    """Of a layer, by the blueprint's names; in a mixture mlp. is of each expert."""
+    norms: Mapping[str, str]  # by the blueprint's names: those of a layer and transformer.ln_f
+    epsilon: str  # key of the norms' epsilon
+    activations: Mapping[str, Activation]  # by hidden_act
+    partial: float = 1.0  # the part of a head that is rotated, where no key says so
+    tied: bool = False  # lm_head is the embedding, where no key says so
+    intermediate: str = "intermediate_size"  # key of the inner size
+    default_epsilon: float = 1e-5  # of the norms, where no key says so
+    router: str = ""  # module that scores the experts
+    experts: str = ""  # what stands before an expert's modules, with its number
 
 
 _NORMS = {

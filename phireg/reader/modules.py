@@ -44,18 +44,12 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """What config.json and ``hf_quant_config.json`` say of a directory.
+    """What config.json and ``hf_quant_config.json`` say of a directory."""
 
-    Attributes:
-        spec: the meaning of the blueprint's tensors; one rank.
-        layout: the quantization.
-        tied: lm_head is the embedding.
-    """
-
-    spec: ModelSpec
+    spec: ModelSpec  # the meaning of the blueprint's tensors; one rank
     layout: Layout
     row: Model
-    tied: bool
+    tied: bool  # lm_head is the embedding
 
     @property
     def code(self) -> str:

@@ -37,16 +37,10 @@ _HINTS = {
 
 @dataclass(frozen=True, slots=True)
 class ModelRun:
-    """A model and the backend that runs it.
-
-    Attributes:
-        backend: the backend's name.
-        directory: the checkpoint, engine or source model.
-        options: how to compute.
-    """
+    """A model and the backend that runs it."""
 
     backend: str
-    directory: Path
+    directory: Path  # the checkpoint, engine or source model
     options: Options = DEFAULTS
 
     @property

@@ -29,28 +29,16 @@ _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([\w.-]+)")
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What a model card tells.
+    """What a model card tells."""
 
-    Attributes:
-        source: the directory of the model that it was made of.
-        summary: what the directory is, e.g. the format in a few words.
-        tags: for the hub.
-        quantized: whether it is a quantization of the base model.
-        license: keys of the source's front matter.
-        recipe: label and value.
-        quality: how it compares with the unquantized model, or why that was not measured; None
-            where nothing is quantized.
-        left: modules that are not quantized.
-    """
-
-    source: Path
-    summary: str
-    tags: Sequence[str]
-    quantized: bool
-    license: Mapping[str, str]
-    recipe: Sequence[tuple[str, str]]
-    quality: str | None
-    left: Sequence[str] = ()
+    source: Path  # the directory of the model that it was made of
+    summary: str  # what the directory is, e.g. the format in a few words
+    tags: Sequence[str]  # for the hub
+    quantized: bool  # it is a quantization of the base model
+    license: Mapping[str, str]  # keys of the source's front matter
+    recipe: Sequence[tuple[str, str]]  # label and value
+    quality: str | None  # or why that was not measured; None where nothing is quantized
+    left: Sequence[str] = ()  # modules that are not quantized
 
     def render(self) -> str:
         """Return the text of README.md."""

@@ -32,11 +32,7 @@ _LAYOUTS = {
     "int8_sq": Layout(
         "W8A8_SQ_PER_CHANNEL",
         "I8",
-        {
-            WEIGHT_SCALE: Stored("weight_scale"),
-            INPUT_SCALE: _SCALAR,
-            PRE_SCALE: _PRE_SCALE,
-        },
+        {WEIGHT_SCALE: Stored("weight_scale"), INPUT_SCALE: _SCALAR, PRE_SCALE: _PRE_SCALE},
     ),
     "fp8_pc_pt": Layout(
         "FP8_PER_CHANNEL_PER_TOKEN", "F8_E4M3", {WEIGHT_SCALE: Stored("weight_scale")}

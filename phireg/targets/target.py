@@ -75,8 +75,7 @@ def ask(target: Target, method: Callable[..., _Result], *arguments: Any) -> _Res
         if isinstance(error, LayoutError) and any(isinstance(one, Rules) for one in arguments):
             raise
         raise PluginError(
-            f"target '{target.name}': {name} failed with {described(error)}",
-            hint=DEFECT,
+            f"target '{target.name}': {name} failed with {described(error)}", hint=DEFECT
         ) from error
     return cast(_Result, result)
 
@@ -195,40 +194,24 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """What is quantized in one directory.
-
-    Attributes:
-        format: of the linears.
-        layout: of the same.
-        kv_cache: ``fp8``, ``int8`` or None.
-        linears: the modules that are quantized.
-        excluded: linears of the same kinds that are not.
-    """
+    """What is quantized in one directory."""
 
     format: Format
     layout: Layout
-    kv_cache: str | None
-    linears: tuple[str, ...]
-    excluded: tuple[str, ...]
+    kv_cache: str | None  # "fp8" or "int8"
+    linears: tuple[str, ...]  # the modules that are quantized
+    excluded: tuple[str, ...]  # linears of the same kinds that are not
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenModel:
-    """The model of one directory, as its config files tell it.
+    """The model of one directory, as its config files tell it."""
 
-    Attributes:
-        fields: the translated config, by TensorRT-LLM's names.
-        hf: the source's config.json.
-        dtype: of what is not quantized.
-        quantized: what is.
-        ranks: that the model is divided over.
-    """
-
-    fields: Mapping[str, Any]
-    hf: HFConfig
-    dtype: str
+    fields: Mapping[str, Any]  # the translated config, by TensorRT-LLM's names
+    hf: HFConfig  # the source's config.json
+    dtype: str  # of what is not quantized
     quantized: Quantized | None
-    ranks: Ranks
+    ranks: Ranks  # that the model is divided over
 
 
 @dataclass(frozen=True, kw_only=True)

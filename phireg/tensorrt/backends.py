@@ -102,10 +102,7 @@ def plan_build(
 
 
 def build(
-    plan: BuildPlan | EnginePlan,
-    *,
-    overwrite: bool = False,
-    listen: Any = None,
+    plan: BuildPlan | EnginePlan, *, overwrite: bool = False, listen: Any = None
 ) -> Built | BuiltEngine:
     """Carry out a plan. The engine appears under its name complete, or not at all.
 

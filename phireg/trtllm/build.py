@@ -148,11 +148,7 @@ def build(plan: BuildPlan, *, overwrite: bool = False, listen: Listener | None =
 
 
 def _run(
-    plan: BuildPlan,
-    line: tuple[str, ...],
-    scratch: Path,
-    directory: Path,
-    listen: Listener | None,
+    plan: BuildPlan, line: tuple[str, ...], scratch: Path, directory: Path, listen: Listener | None
 ) -> None:
     """Run the builder; its directory holds a complete engine afterwards."""
     try:

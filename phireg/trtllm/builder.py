@@ -18,14 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO
 
-from phireg.children import (
-    environment,
-    find_program,
-    python_command,
-    query,
-    read_output,
-    started,
-)
+from phireg.children import environment, find_program, python_command, query, read_output, started
 from phireg.errors import EngineError
 from phireg.trtllm.command import PROGRAM
 from phireg.trtllm.releases import INSTALL, release_of

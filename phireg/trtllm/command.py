@@ -250,8 +250,7 @@ class _Translation:
         quantization = self.config.get("quantization") or {}
         if quantization.get("quant_algo") != "FP8":
             raise UsageError(
-                f"{option} needs an FP8 checkpoint",
-                hint="phireg quantize --qformat fp8 makes one.",
+                f"{option} needs an FP8 checkpoint", hint="phireg quantize --qformat fp8 makes one."
             )
 
 

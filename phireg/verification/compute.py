@@ -22,10 +22,7 @@ from phireg.reader.schemes import KV_CACHES, SCHEMES, WEIGHT_ONLY, Quantization
 from phireg.reader.spec import parse_spec
 from phireg.reference.load import Reference, open_reference
 from phireg.verification.activations import ActivationRanges
-from phireg.verification.logits import (
-    ReferenceNotFiniteError,
-    compare_logits,
-)
+from phireg.verification.logits import ReferenceNotFiniteError, compare_logits
 from phireg.verification.prompts import Prompts, choose_prompts
 from phireg.verification.ranks import compare_ranks, dequantized
 from phireg.verification.reading import compare_reading

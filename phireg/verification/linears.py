@@ -63,10 +63,7 @@ class Comparison:
 
 
 def compare_linears(
-    plan: Plan,
-    source: DirectorySource,
-    norms: Mapping[str, Tensor],
-    names: Sequence[str],
+    plan: Plan, source: DirectorySource, norms: Mapping[str, Tensor], names: Sequence[str]
 ) -> Comparison:
     """Compare linears of layers (``names``, whole), and lm_head if it is among them."""
     result = Comparison(plan, norms)
@@ -232,10 +229,7 @@ class _Linear:
         return fit(values, self._expected(rows, self.parts[0]), 1)
 
     def compare(
-        self,
-        rows: Tensor,
-        row_factors: Tensor | None = None,
-        column_factors: Tensor | None = None,
+        self, rows: Tensor, row_factors: Tensor | None = None, column_factors: Tensor | None = None
     ) -> None:
         """Compare the modules with rows of the source, in the blueprint's order."""
         start = 0

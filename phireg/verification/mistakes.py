@@ -17,12 +17,7 @@ from phireg.planning.report import ranges
 from phireg.source.model import Reader
 from phireg.verification.comparison import Difference, is_comparable
 from phireg.verification.orders import REGROUP, Array, Heads, Mistake, Ranks, named_mistake
-from phireg.verification.quantized import (
-    SMOOTHER,
-    WEIGHT_SCALE,
-    LinearComparison,
-    Tolerance,
-)
+from phireg.verification.quantized import SMOOTHER, WEIGHT_SCALE, LinearComparison, Tolerance
 from phireg.verification.result import Problem, place_of
 
 _MOST_EXPLAINED = 24

@@ -14,12 +14,7 @@ from phireg.executor.stored import stored_in_rank
 from phireg.reader.schemes import LINEARS, ROW_LINEARS, SCHEMES, Quantization
 from phireg.reader.storage import Storage
 from phireg.reader.tensors import is_scale, replicated
-from phireg.verification.logits import (
-    check_reference,
-    logits_tolerance,
-    overall,
-    token_errors,
-)
+from phireg.verification.logits import check_reference, logits_tolerance, overall, token_errors
 from phireg.verification.prompts import prompt_ids
 from phireg.verification.result import Place
 
@@ -69,9 +64,7 @@ def merged_executor(executor: Executor, sources: Sequence[Source]) -> Executor:
     """Return the same checkpoint at TP 1; tensors are merged when a layer asks for them."""
     experts = executor.spec.experts
     whole = dataclasses.replace(
-        executor.spec,
-        tp_size=1,
-        experts=experts and dataclasses.replace(experts, ep_size=1),
+        executor.spec, tp_size=1, experts=experts and dataclasses.replace(experts, ep_size=1)
     )
     return Executor(
         whole,
