@@ -25,12 +25,16 @@ _Result = TypeVar("_Result", FieldTable, Rules, QuantRules)
 
 @dataclass(frozen=True, slots=True)
 class PublishedModel:
-    """A model on the Hugging Face hub that a family converts."""
+    """A model on the Hugging Face hub that a family converts.
+
+    Attributes:
+        repo_id: its name there.
+        config: the keys of its config.json that decide tensor names and shapes; long values that
+            decide neither (rope factors) are left out.
+    """
 
     repo_id: str
     config: Mapping[str, Any]
-    """The keys of its config.json that decide tensor names and shapes; long values that decide
-    neither (rope factors) are left out."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -121,13 +121,21 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of a field table; made by the functions of this module."""
+    """One line of a field table; made by the functions of this module.
 
-    to: tuple[str, ...]  # target keys that it produces
-    doc: str  # the line as documentation
+    Attributes:
+        to: target keys it produces.
+        doc: the line as documentation.
+        apply: applies it.
+        where: file and line that made it, for error messages.
+        inner: the entries of both branches of :func:`when`.
+    """
+
+    to: tuple[str, ...]
+    doc: str
     apply: Callable[[_Run], None]
-    where: str  # file and line that made it, for error messages
-    inner: tuple[Entry, ...] = ()  # the entries of both branches of when()
+    where: str
+    inner: tuple[Entry, ...] = ()
 
 
 _UNSET: Any = object()  # no default, None being a possible value

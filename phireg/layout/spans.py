@@ -65,10 +65,15 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of a target tensor as an index map."""
+    """One axis of a target tensor as an index map.
 
-    parts: tuple[Part, ...]  # the segments, in target order
-    sources: tuple[tuple[str, int], ...]  # every one, with the number of rows it must have
+    Attributes:
+        parts: the segments, in target order.
+        sources: every source the map reads, with the number of rows it must have.
+    """
+
+    parts: tuple[Part, ...]
+    sources: tuple[tuple[str, int], ...]
 
     @property
     def length(self) -> int:

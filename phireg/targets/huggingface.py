@@ -90,9 +90,13 @@ def modules_of(rules: Rules) -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFace(Target):
-    """A directory of the published layout; subclasses add what their quantized ones have."""
+    """A directory of the published layout; subclasses add what their quantized ones have.
 
-    form: str | None = None  # the class that it is written as: the source's own (None) or "llama"
+    Attributes:
+        form: the class of models that it is written as: the source's own (None) or ``llama``.
+    """
+
+    form: str | None = None
 
     def written_as(self, form: str | None) -> Target:
         """Return the target that writes models as Llama's class, for ``llama``."""

@@ -194,24 +194,40 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """What is quantized in one directory."""
+    """What is quantized in one directory.
+
+    Attributes:
+        format: of the linears.
+        layout: of the same.
+        kv_cache: ``fp8``, ``int8`` or None.
+        linears: the modules that are quantized.
+        excluded: linears of the same kinds that are not.
+    """
 
     format: Format
     layout: Layout
-    kv_cache: str | None  # "fp8" or "int8"
-    linears: tuple[str, ...]  # the modules that are quantized
-    excluded: tuple[str, ...]  # linears of the same kinds that are not
+    kv_cache: str | None
+    linears: tuple[str, ...]
+    excluded: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenModel:
-    """The model of one directory, as its config files tell it."""
+    """The model of one directory, as its config files tell it.
 
-    fields: Mapping[str, Any]  # the translated config, by TensorRT-LLM's names
-    hf: HFConfig  # the source's config.json
-    dtype: str  # of what is not quantized
+    Attributes:
+        fields: the translated config, by TensorRT-LLM's names.
+        hf: the source's config.json.
+        dtype: of what is not quantized.
+        quantized: what is.
+        ranks: that the model is divided over.
+    """
+
+    fields: Mapping[str, Any]
+    hf: HFConfig
+    dtype: str
     quantized: Quantized | None
-    ranks: Ranks  # that the model is divided over
+    ranks: Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
