@@ -36,28 +36,21 @@ class LinearScales:
     overflowed: dict[str, int] = field(default_factory=dict)  # lost in the cast, by source tensor
 
 
+@dataclass(eq=False)
 class LinearScaler:
     """Reads weights; its methods are called by all threads."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        reader: Reader,
-        statistics: Statistics,
-        alpha: float,
-        device: str,
-        block_bytes: int,
-        progress: Progress,
-    ) -> None:
-        self.plan = plan
-        self.reader = reader
-        self.statistics = statistics
-        self.alpha = alpha
-        self.device = device
-        self.block_bytes = block_bytes
-        self.progress = progress
-        self.code = WEIGHT_DTYPES[plan.options.dtype]
-        self.stop = Event()
+    plan: Plan
+    reader: Reader
+    statistics: Statistics
+    alpha: float
+    device: str
+    block_bytes: int
+    progress: Progress
+    stop: Event = field(default_factory=Event, init=False)
+
+    def __post_init__(self) -> None:
+        self.code = WEIGHT_DTYPES[self.plan.options.dtype]
 
     def compute(self, linear: QuantizedLinear, inputs: Float32) -> LinearScales:
         """Compute the scales of one linear; a failure stops the other workers."""

@@ -249,24 +249,16 @@ def collect(running: list[Future[_Result]]) -> list[_Result]:
     return [future.result() for future in running]
 
 
+@dataclass(frozen=True, eq=False)
 class _Carrier:
     """One run; its methods are called by all workers."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        reader: Reader,
-        sink: Sink,
-        stop: Event,
-        quantizer: WeightQuantizer | None,
-        block_bytes: int,
-    ) -> None:
-        self.plan = plan
-        self.reader = reader
-        self.sink = sink
-        self.stop = stop
-        self.quantizer = quantizer
-        self.block_bytes = block_bytes
+    plan: Plan
+    reader: Reader
+    sink: Sink
+    stop: Event
+    quantizer: WeightQuantizer | None
+    block_bytes: int
 
     def scales(self) -> None:
         """Pass on all scales; they are in memory."""

@@ -189,25 +189,16 @@ class _Layer:
         return carrying, columns
 
 
+@dataclass(frozen=True, eq=False)
 class _Linear:
     """One linear of the blueprint (of one expert) and its modules."""
 
-    def __init__(
-        self,
-        result: Comparison,
-        name: str,
-        modules: tuple[Module, ...],
-        parts: list[Stored],
-        norm: Tensor | None = None,
-        order: Order = "plain",
-    ) -> None:
-        self.result = result
-        self.name = name
-        self.modules = modules
-        self.parts = parts
-        self.norm = norm
-        self.order = order
-        self.code = WEIGHT_DTYPES[result.plan.options.dtype]
+    result: Comparison
+    name: str
+    modules: tuple[Module, ...]
+    parts: list[Stored]
+    norm: Tensor | None = None
+    order: Order = "plain"
 
     def inferred_columns(self, rows: Tensor) -> Tensor | None:
         """Return what each column is multiplied by after its stored smoothing, by least squares."""
@@ -247,7 +238,8 @@ class _Linear:
             values = part.values
             whole.append((values, expected))
             self.result.compared += 1
-            slack = _FOLDED / 3 if inferred else 4 * UNIT_ROUNDOFF[self.code]
+            code = WEIGHT_DTYPES[self.result.plan.options.dtype]
+            slack = _FOLDED / 3 if inferred else 4 * UNIT_ROUNDOFF[code]
             distance = (values - expected).abs()
             step = steps(part, module, expected)
             off = ~(distance <= step + slack * expected.abs() + 1e-30)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -155,24 +156,19 @@ def _prompt_result(actual: Tensor, expected: Tensor, prompt: Prompt, slack: floa
     )
 
 
+@dataclass(eq=False)
 class _LayerComparer:
     """Compares every part of the executor with the reference's, as the reference computes it."""
 
-    def __init__(
-        self,
-        executor: Executor,
-        ids: Tensor,
-        errors: dict[Place, float],
-        progress: Callable[[int], None],
-        quantized: tuple[str, ...],
-    ) -> None:
-        self.executor = executor
-        self.ids = ids
-        self.errors = errors
-        self.progress = progress
-        self.quantized = quantized
+    executor: Executor
+    ids: Tensor
+    errors: dict[Place, float]
+    progress: Callable[[int], None]
+    quantized: tuple[str, ...]
+
+    def __post_init__(self) -> None:
         self.states: list[Tensor] = []  # on the CPU: the largest thing kept
-        self.ends = executor.end_weights()
+        self.ends = self.executor.end_weights()
         self.own_errors: list[float] = []
         self.after = self.final = torch.empty(0)
 
