@@ -109,7 +109,6 @@ def family_of(directories: Iterable[Path]) -> str | None:
 
 
 def _written_by(checkpoint_dir: Path) -> object:
-    """Return the family that a manifest names, if there is one."""
     with suppress(SourceError):
         block = (read_manifest(checkpoint_dir) or {}).get("family")
         return block.get("name") if isinstance(block, dict) else None

@@ -261,14 +261,12 @@ class _Largest:
         self._cached: dict[tuple[str, int], Tensor] = {}
 
     def cached(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Record keys and values that go into the cache."""
         for what, states in (("key", key), ("value", value)):
             amax = states.abs().amax()
             before = self._cached.get((what, layer), amax)
             self._cached[what, layer] = torch.maximum(before, amax)
 
     def record(self, name: str, inputs: Tensor) -> None:
-        """Record the inputs of a linear."""
         magnitudes = inputs.detach().abs()
         amax = magnitudes.flatten(0, -2).amax(0)
         before = self._running.get(name, amax)
@@ -279,7 +277,6 @@ class _Largest:
 
     @contextmanager
     def watching(self, layer: nn.Module, prefix: str) -> Iterator[None]:
-        """Record the inputs of all linears below a layer."""
         linears = linears_of(layer, prefix)
         self._sizes |= {name: linear.in_features for name, linear in linears.items()}
         with inputs_seen(linears, self.record):
@@ -315,6 +312,5 @@ class _Largest:
         return means
 
     def of(self, what: str) -> tuple[float, ...]:
-        """Maxima of keys or of values, by layer."""
         maxima = {layer: float(x) for (kind, layer), x in self._cached.items() if kind == what}
         return tuple(maxima[layer] for layer in range(len(maxima)))

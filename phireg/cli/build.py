@@ -42,7 +42,6 @@ class _PassingOn(Command):
     """A command whose arguments after ``--`` go to another program."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Set the arguments after ``--`` aside."""
         if "--" in args:
             end = args.index("--")
             ctx.meta[_EXTRA] = tuple(args[end + 1 :])
@@ -50,7 +49,6 @@ class _PassingOn(Command):
         return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
-        """Show that there may be such arguments."""
         return [*super().collect_usage_pieces(ctx), "[-- FLAGS]"]
 
 

@@ -241,7 +241,6 @@ def _folded(words: list[str]) -> str:
 
 
 def _comparison(article: Article, summary: str, scores: dict[str, Any]) -> str:
-    """Show the summary beside its reference, and the model's scores."""
     width = min(_WIDTH, shutil.get_terminal_size().columns) if results().isatty() else _WIDTH
     half = max(20, (width - 3) // 2)
     cells = [

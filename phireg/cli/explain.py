@@ -105,7 +105,6 @@ def _origin(plan: Plan, output: Output, source: str) -> str:
 
 
 def _added(tensor: SourceTensor) -> str:
-    """The LoRA layers that are added to a tensor, in words."""
     return "".join(
         f"; plus a LoRA layer of rank {delta.up.shape[delta.transposed - 1]} in {delta.up.file} at "
         f"rows {delta.row}:{delta.row + delta.count}"
@@ -114,7 +113,6 @@ def _added(tensor: SourceTensor) -> str:
 
 
 def _formula(plan: Plan, name: str) -> str:
-    """The computation of a scale, in words."""
     from phireg.targets import target as names
 
     owner, _, companion = name.rpartition(".")

@@ -221,7 +221,6 @@ class _Events:
         }
 
     def progress(self, stage: str, more: int, total: int) -> None:
-        """Advance the bar of a stage."""
         if stage == "preparing":
             self._started = time.monotonic()
             self.bars.spinner("preparing the calibration")
@@ -247,8 +246,6 @@ class _Events:
 
 @dataclass(slots=True)
 class _Result:
-    """A finished quantization."""
-
     plan: Plan
     converted: Converted
     alpha: float
@@ -344,7 +341,6 @@ def _calibration_rows(calibrated: Calibrated | None) -> list[tuple[str, str]]:
 
 
 def _document(result: _Result) -> dict[str, Any]:
-    """Return the document of ``--json``; docs/command-line.md describes it."""
     plan, calibrated = result.plan, result.converted.calibrated
     return {
         **conversion_document(plan, result.converted),

@@ -234,8 +234,6 @@ def _choose(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The options for prompts and for output."""
-
     texts: Sequence[str]
     input_file: str | None
     chat: bool
@@ -330,7 +328,6 @@ def _run(generator: Generator, inputs: _Inputs) -> None:
 
 @contextmanager
 def _open(generator: Generator) -> Iterator[Backend]:
-    """Load the model under a spinner."""
     with ExitStack() as stack:
         with spinner(_LOADING):
             backend = stack.enter_context(generator.open())

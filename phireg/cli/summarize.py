@@ -289,7 +289,6 @@ def _thresholds(
 
 
 def _emit_scores(summarization: Summarization, report: Path | None) -> None:
-    """Print the data, the scores of each backend, and the checks."""
     count = len(summarization.samples)
     emit(f"{summarization.data}: {counted(count, 'article')}")
     if summarization.note is not None:
@@ -325,7 +324,6 @@ def _row(summarization: Summarization, result: BackendResult) -> list[str]:
 
 
 def _document(summarization: Summarization) -> dict[str, Any]:
-    """Build the document of ``--json``; docs/command-line.md describes it."""
     return {
         "data": summarization.data,
         "note": summarization.note,

@@ -261,7 +261,6 @@ class _Carrier:
     block_bytes: int
 
     def scales(self) -> None:
-        """Pass on all scales; they are in memory."""
         for index, output in enumerate(self.plan.outputs):
             if isinstance(output.origin, Scale):
                 assert self.quantizer is not None
@@ -333,7 +332,6 @@ class _Carrier:
         return loss
 
     def fill(self, step: Step) -> None:
-        """Pass on zero rows."""
         for write in step.writes:
             output = self.plan.outputs[write.output]
             zeros = np.zeros((step.count, output.matrix[1]), BITS[output.dtype])

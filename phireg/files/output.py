@@ -295,7 +295,6 @@ class OutputDirectory:
         self._release()
 
     def _release(self) -> None:
-        """Remove the partial directory and release the lock."""
         assert self._lock is not None
         try:
             self._recover()
@@ -355,7 +354,6 @@ def _names(directory: Path) -> list[str]:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Return whether the open file is still the one at ``path``."""
     try:
         return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except FileNotFoundError:

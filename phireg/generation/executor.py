@@ -85,7 +85,6 @@ def run_worker(directory: Path, options: Options) -> None:
 
 
 def _serve(model: Executor) -> None:
-    """Worker loop: run requests broadcast by rank 0."""
     while (request := _exchange()) is not None:
         function, arguments = request
         with suppress(NotFiniteError):  # rank 0 reports the same

@@ -244,5 +244,4 @@ class _Steps:
         self._has_prompt = True
 
     def end(self) -> None:
-        """Mark the end."""
         self.queue.put(None)

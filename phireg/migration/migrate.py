@@ -200,7 +200,6 @@ class _Migration:
         self.pieces = invert(self.forward)
 
     def check_config(self, config: Mapping[str, Any]) -> None:
-        """Raise a CheckError if the checkpoint is of another model."""
         if self.forward.options.qformat is None:  # what the builder is to do does not matter
             config = {**config, "quantization": self.forward.config["quantization"]}
         problems, _ = compare_configs(config, self.forward.config)
@@ -237,7 +236,6 @@ class _Migration:
         return dataclasses.replace(plan, source=source, outputs=outputs, linears=(), tasks=tasks)
 
     def scales(self, files: RankFiles) -> dict[str, Bits]:
-        """Return the directory's scales, by their names in its plan."""
         places = self._places(files)
         groups = {
             span.source: output.origin.groups

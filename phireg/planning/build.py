@@ -192,12 +192,10 @@ class _Builder:
         return self.rules(fields) if ties.tied else untied
 
     def rules(self, fields: Mapping[str, Any]) -> Rules:
-        """The family's rules, for a config that ties as the fields say."""
         hf = self.hf.having(TIES, fields[TIES]) if TIES in fields else self.hf
         return self.family.weight_rules(fields, hf)
 
     def documents(self, fields: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
-        """The JSON files of the directory."""
         model = WrittenModel(fields, self.hf, dtype, self.quantization.facts(), self.options.ranks)
         files = ask(self.target, Target.config_files, model)
         check_files(self.target, files)
@@ -322,7 +320,6 @@ class _Builder:
             yield Output(rank, own, code, sizes, 0, origin)
 
     def check_ranks(self, rules: Rules) -> None:
-        """Every part must be divisible."""
         ranks = self.options.ranks
         mixtures = [rule for rule in rules.values() if rule.experts]
         if self.options.moe_ep_size is not None and not mixtures:

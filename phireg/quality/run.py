@@ -120,7 +120,6 @@ def measure(
         planned = [_planned_tensors(unquantized, rank, reader) for rank in ranks]
 
         def opened(**how: Any) -> Iterator[Executor]:
-            """Yield the unquantized model and the quantized one."""
             before = parse_spec(dict(unquantized.config))
             yield Executor(before, planned, ranks, device=device, **how)
             yield load(directory, device, **how)
@@ -207,7 +206,6 @@ def held_back(settings: Settings, directory: Path, encode: Encode) -> Text | Non
 
 
 def _continue(models: Iterator[Executor], text: Text, directory: Path) -> Continuation | str:
-    """Let both models write, one after the other."""
     tokenizer = find_tokenizer(directory)
     if tokenizer is None:
         return "the model has no tokenizer"

@@ -176,7 +176,6 @@ _QUANTIFIERS = 4
 
 
 def _compressed(block: Config) -> Layout:
-    """Read ``quantization_config`` of compressed-tensors."""
     for key in ("sparsity_config", "transform_config"):
         value = block.values.get(key)
         is_dense = isinstance(value, Mapping) and value.get("format") in (None, "dense")

@@ -127,7 +127,6 @@ def _pieces(summary: str, reference: str) -> list[_Piece]:
 
 
 def _marked(pieces: list[_Piece], others: list[_Piece]) -> list[_Piece]:
-    """Mark the pieces that are not the others'."""
     own, other = ([piece.text for piece in row] for row in (pieces, others))
     marked = list(pieces)
     for tag, start, end, _, _ in SequenceMatcher(None, own, other, autojunk=False).get_opcodes():

@@ -43,8 +43,6 @@ _PACKAGES = ("phireg", "torch", "transformers", "rouge-score")
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """The input of all backends."""
-
     samples: Sequence[Sample]
     settings: Settings
     tokenizer: Tokenizer
@@ -205,7 +203,6 @@ def _perplexities(
 
 
 def _provenance(models: Sequence[ModelRun], task: _Task, data: str) -> tuple[tuple[str, str], ...]:
-    """Return label and value pairs about data, settings, models and versions."""
     settings = ", ".join(f"{key} {value}" for key, value in asdict(task.settings).items())
     return (
         ("data", f"{data}: {len(task.samples)} articles"),

@@ -132,7 +132,6 @@ class _Decoder:
         self.rope_positions, self.tables = self._rope()
 
     def build(self) -> None:
-        """Describe everything, from the embedding to the logits."""
         graph, spec = self.graph, self.spec
         x = graph.add("gather", self.parameters.value(EMBEDDING), self.ids, 0)
         if spec.embedding_multiplier != 1:
@@ -301,7 +300,6 @@ class _Decoder:
         return self.graph.binary("SUM", x, self.parameters.value(f"{name}.bias", (1, -1)))
 
     def _reduced(self, x: Value) -> Value:
-        """Return the sum over all ranks."""
         ranks, trt = self.spec.tp_size, self.graph.trt
         if ranks == 1:
             return x

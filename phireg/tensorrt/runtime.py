@@ -189,7 +189,6 @@ class EngineDecoder:
         past += 1
 
     def _captured(self) -> Any:
-        """Capture a step, without running it."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream(self.session.device)):
             self._step()

@@ -231,7 +231,6 @@ class _Translation:
         return (total_length(self.options) or self.positions()) - 1
 
     def positions(self) -> int:
-        """Return the positions of the model."""
         return Config(self.config).integer("max_position_embeddings")
 
     def dense_tokens(self) -> int | None:

@@ -125,7 +125,6 @@ class ComputedChecks:
             raise Skipped(f"out of memory on {self.device}: {advice}") from error
 
     def _logits(self, plan: Plan) -> Outcome:
-        """Compare with the source's own model."""
         reference, notes = self._filled_reference(plan)
         if problems := list(_size_problems(self.spec, reference)):
             return Outcome("the source's model has other sizes", problems, [])
@@ -176,7 +175,6 @@ class ComputedChecks:
         )
 
     def _ranks(self) -> Outcome:
-        """Compare the ranks with the same ranks merged."""
         executor, sources = self.opened
         quantized = self.spec.quantization != Quantization()
         if quantized:

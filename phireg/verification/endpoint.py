@@ -106,8 +106,6 @@ def verify_endpoint(
 
 
 class _Checker:
-    """Makes the checks of one server."""
-
     def __init__(
         self,
         server: Server,
@@ -132,12 +130,10 @@ class _Checker:
         return self._right
 
     def prompts(self) -> Outcome:
-        """Score a short prompt."""
         length = _SHORT if self.subject.original is None else min(_SHORT, self.subject.original)
         return self._scored("prompts", [length], [] if self.subject.original is None else ["long"])
 
     def long_rope(self) -> Outcome:
-        """Score prompts on both sides of the switch."""
         original = self.subject.original
         if original is None:
             raise NotNeeded("the model has no long rope")
@@ -168,7 +164,6 @@ class _Checker:
         return Outcome(summary, [Problem("neighbors", text, "serve one request at a time")], [])
 
     def block_sparse(self) -> Outcome:
-        """Score a prompt past the block-sparse window."""
         sparse = self.subject.spec.sparse
         if sparse is None:
             raise NotNeeded("the model has no block-sparse layers")
@@ -178,7 +173,6 @@ class _Checker:
         return self._scored("block-sparse", [tokens], ["dense"], first=window)
 
     def sliding_window(self) -> Outcome:
-        """Score a prompt past the sliding window."""
         sliding = self.subject.sliding
         if sliding is None:
             raise NotNeeded("the model has no sliding window that binds")

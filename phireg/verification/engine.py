@@ -126,8 +126,6 @@ def _compared(make: Callable[[], Outcome]) -> Outcome:
 
 
 class _Verifier:
-    """Makes the checks of one engine."""
-
     def __init__(
         self,
         engine: NativeEngine,
@@ -287,7 +285,6 @@ class _Verifier:
             )
 
     def provenance(self) -> Iterator[tuple[str, str]]:
-        """Yield label and value pairs."""
         yield "engine", str(self.engine.directory)
         yield "checkpoint", str(self.checkpoint)
         yield "built by", f"{self.engine.backend} {self.engine.version}"

@@ -153,7 +153,6 @@ class _Layer:
         return _Linear(self.result, whole, modules, parts, norm, self.directory.order(name))
 
     def _norm_name(self, name: str) -> str:
-        """Return the norm that feeds a linear."""
         sequential = self.directory.spec.architecture.residual == "sequential"
         after = name == "mlp.fc" and sequential
         return layer_prefix(self.layer) + ("post_layernorm" if after else "input_layernorm")
@@ -215,7 +214,6 @@ class _Linear:
         return relative_error(values, expected / norm) <= relative_error(values, expected)
 
     def inferred_rows(self, rows: Tensor) -> Tensor:
-        """Return what each row is multiplied by."""
         values = torch.cat([part.values for part in self.parts])
         return fit(values, self._expected(rows, self.parts[0]), 1)
 

@@ -198,7 +198,6 @@ class _LayerComparer:
         self.compare((None, "lm_head"), logits[..., seen], expected)
 
     def own_run(self, layer: int, what: str, x: Tensor) -> None:
-        """Compare the hidden states of the executor running on its own."""
         if what == "hidden":
             self.own_errors.append(overall(token_errors(x, self.states[layer].to(x.device))))
             self.progress(1)

@@ -76,7 +76,6 @@ def _candidates(module: str, expected: Ranks, heads: Heads) -> Iterator[Candidat
 
 
 def _qkv_candidates(expected: Ranks, heads: Heads) -> Iterator[Candidate]:
-    """Yield mistakes with the parts of a fused qkv."""
     ranks = len(expected)
     own = heads.heads // ranks * heads.size
     kv = max(1, heads.kv_heads // ranks) * heads.size
@@ -113,7 +112,6 @@ def _qkv_candidates(expected: Ranks, heads: Heads) -> Iterator[Candidate]:
 
 
 def _fc_candidates(expected: Ranks, heads: Heads) -> Iterator[Candidate]:
-    """Yield mistakes with the two halves of a gated MLP's first linear."""
     ranks = len(expected)
     if heads.activation == "swiglu":
         halves = [np.split(rows, 2) for rows in expected]

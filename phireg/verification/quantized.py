@@ -154,7 +154,6 @@ def compare_quantized(
 
 
 def _open(plan: Plan, files: RankFiles, linear: QuantizedLinear) -> LinearComparison:
-    """Read a linear's scales."""
     outputs = [o for o in plan.outputs if o.name.rpartition(".")[0] == linear.target]
     weights = tuple(output for output in outputs if output.name.endswith(".weight"))
     name = f"{linear.target}.{WEIGHT_SCALE}"
@@ -206,7 +205,6 @@ class _GridComparison(RowComparison):
         return ~self.tolerance.weights(levels, unrounded), levels, unrounded
 
     def of(self, name: str) -> tuple[Difference, ...]:
-        """Return the differences of a weight, by rank."""
         ordered = sorted(self.differences.items())
         return tuple(difference for _, difference in ordered if difference.output.name == name)
 

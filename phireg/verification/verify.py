@@ -287,7 +287,6 @@ def compare_weights(
 
 
 def _unreadable(files: RankFiles) -> list[Problem]:
-    """Return why rank files cannot be read."""
     return [
         Problem(files.paths[rank].name, error.message.removeprefix(f"{files.paths[rank]}: "))
         for rank, error in files.errors.items()
