@@ -146,20 +146,25 @@ def _neighbors(path: Path) -> list[Path]:
 
 def _other_samples(statistics: Statistics, plan: Plan, settings: Settings) -> str | None:
     """Return why a calibration now would see other samples, with the same settings; or None."""
-    count = statistics.provenance.get("samples")
-    with quiet():
-        samples = read_samples(
-            settings.source,
-            encoder(plan.source.directory),
-            size=settings.size,
-            max_length=min(settings.max_length, int(plan.config["max_position_embeddings"])),
-            vocab_size=int(plan.config["vocab_size"]),
-        )
+    count, config = statistics.provenance.get("samples"), plan.config
+    positions, vocab_size = int(config["max_position_embeddings"]), int(config["vocab_size"])
+    samples = _samples(settings, plan.source, positions, vocab_size)
     if isinstance(count, int) and samples.first(count).digest == statistics.provenance.get(
         "data_digest"
     ):
         return None
     return f"it was made from other samples, those of {statistics.provenance.get('data')}"
+
+
+def _samples(settings: Settings, source: Source, positions: int, vocab_size: int) -> Samples:
+    with quiet():
+        return read_samples(
+            settings.source,
+            encoder(source.directory),
+            size=settings.size,
+            max_length=min(settings.max_length, positions),
+            vocab_size=vocab_size,
+        )
 
 
 def run_calibration(
@@ -194,14 +199,8 @@ def run_calibration(
         tie=readings.tie,
     )
     config = reference.model.config
-    with quiet():
-        samples = read_samples(
-            settings.source,
-            encoder(source.directory),
-            size=settings.size,
-            max_length=min(settings.max_length, int(config.max_position_embeddings)),
-            vocab_size=int(config.vocab_size),
-        )
+    positions, vocab_size = int(config.max_position_embeddings), int(config.vocab_size)
+    samples = _samples(settings, source, positions, vocab_size)
     price = None
     if device.type == "cpu":
         cost = measure(reference, samples.rows, device=device, batch_size=settings.batch_size or 1)

@@ -12,20 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import phireg
-from phireg.cli import engines
+from phireg.cli import engines, options
 from phireg.cli.errors import interruptible, warn
 from phireg.cli.help import ENGINE, MODEL, OUTPUT, RANKS, RUNNING, Command, documented
-from phireg.cli.options import (
-    COUNT,
-    Directory,
-    Dtype,
-    PluginName,
-    checkpoint_argument,
-    json_option,
-    output_dir_option,
-    overwrite_option,
-    quiet_option,
-)
 from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json, printable
 from phireg.dtypes import WEIGHT_DTYPES
 from phireg.errors import EngineError, UsageError
@@ -61,8 +50,8 @@ _BACKENDS = ("auto", "tensorrt-llm", "tensorrt", "tensorrt-rtx")
     cls=_PassingOn,
     waits="reading the checkpoint",
 )
-@checkpoint_argument("checkpoint_dir", "[CKPT]", required=False)
-@output_dir_option("engine")
+@options.checkpoint_argument("checkpoint_dir", "[CKPT]", required=False)
+@options.output_dir_option("engine")
 @ENGINE.option(
     "--backend",
     type=click.Choice(_BACKENDS),
@@ -81,15 +70,15 @@ _BACKENDS = ("auto", "tensorrt-llm", "tensorrt", "tensorrt-rtx")
     type=click.Choice(("embedded", "separate")),
     help="Without TensorRT-LLM: in the engine (the default), or fed to it when it runs.",
 )
-@ENGINE.option("--max-batch-size", type=COUNT, help="Rows of a batch at most.")
-@ENGINE.option("--max-input-len", type=COUNT, help="Tokens of a prompt at most.")
+@ENGINE.option("--max-batch-size", type=options.COUNT, help="Rows of a batch at most.")
+@ENGINE.option("--max-input-len", type=options.COUNT, help="Tokens of a prompt at most.")
 @ENGINE.option(
     *("--max-new-tokens", "max_output_len"),
     aliases=("--max-output-len",),
-    type=COUNT,
+    type=options.COUNT,
     help="New tokens at most.",
 )
-@ENGINE.option("--max-seq-len", type=COUNT, help="Tokens of both together at most.")
+@ENGINE.option("--max-seq-len", type=options.COUNT, help="Tokens of both together at most.")
 @ENGINE.option(
     "--gemm-plugin",
     type=click.Choice(("auto", *WEIGHT_DTYPES, "fp8", "disable")),
@@ -103,28 +92,34 @@ _BACKENDS = ("auto", "tensorrt-llm", "tensorrt", "tensorrt-rtx")
 @ENGINE.option("--context-fmha", type=_SWITCH, help="Fused attention for prompts.")
 @ENGINE.option("--context-fmha-fp32-acc", type=_SWITCH, help="float32 accumulation in it.")
 @ENGINE.option("--use-fp8-context-fmha", type=_SWITCH, help="FP8 arithmetic in it.")
-@RUNNING.option("--workers", type=COUNT, help="Ranks built side by side, a GPU each.")
-@RANKS.option("--tp-size", type=COUNT, help="Ranks, with --dummy-weights.")
-@RANKS.option("--pp-size", type=COUNT, help="Pipeline stages; only 1 is possible.", rare=True)
+@RUNNING.option("--workers", type=options.COUNT, help="Ranks built side by side, a GPU each.")
+@RANKS.option("--tp-size", type=options.COUNT, help="Ranks, with --dummy-weights.")
+@RANKS.option(
+    "--pp-size", type=options.COUNT, help="Pipeline stages; only 1 is possible.", rare=True
+)
 @MODEL.option(
     "--dummy-weights", is_flag=True, help="Build without weights, from a config.json alone."
 )
 @MODEL.option(
-    "--model-dir", type=Directory(), help="With --dummy-weights: where the model's config.json is."
+    "--model-dir",
+    type=options.Directory(),
+    help="With --dummy-weights: where the model's config.json is.",
 )
 @MODEL.option(
-    "--family", type=PluginName("families", "auto"), help="With --dummy-weights: as for convert."
+    "--family",
+    type=options.PluginName("families", "auto"),
+    help="With --dummy-weights: as for convert.",
 )
-@MODEL.option("--dtype", type=Dtype("auto"), help="With --dummy-weights.")
-@overwrite_option("engine")
+@MODEL.option("--dtype", type=options.Dtype("auto"), help="With --dummy-weights.")
+@options.overwrite_option("engine")
 @OUTPUT.option("--print-command", is_flag=True, help="Show what would run, and do not run it.")
 @OUTPUT.option(
     "--trtllm-version",
     metavar="V",
     help="With --print-command: for this release instead of the installed one.",
 )
-@quiet_option("No output of the builder and no summary.")
-@json_option
+@options.quiet_option("No output of the builder and no summary.")
+@options.json_option
 @click.pass_context
 def command(ctx: click.Context, /, **options: Any) -> None:
     """Build an engine from the checkpoint in CKPT.

@@ -9,19 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import phireg
-from phireg.cli import engines
+from phireg.cli import engines, options
 from phireg.cli.errors import findings_text, interruptible
 from phireg.cli.help import QUANTIZATION, documented
-from phireg.cli.options import (
-    allow_overflow_option,
-    form_option,
-    json_option,
-    model_dir_option,
-    output_dir_option,
-    overwrite_option,
-    quiet_option,
-    source_options,
-)
 from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json, next_steps
 from phireg.cli.plan import family_text, provider_document, values_text, warnings_text
 from phireg.errors import UsageError
@@ -40,10 +30,10 @@ if TYPE_CHECKING:
     "phireg convert --model-dir ./phi-3-mini --output-dir ckpt --tp-size 2",
     waits="reading the model",
 )
-@model_dir_option(required=True)
-@output_dir_option("checkpoint")
-@source_options
-@form_option
+@options.model_dir_option(required=True)
+@options.output_dir_option("checkpoint")
+@options.source_options
+@options.form_option
 @QUANTIZATION.option(
     "--use-weight-only", is_flag=True, help="phireg quantize --qformat int8_wo does it.", rare=True
 )
@@ -53,10 +43,10 @@ if TYPE_CHECKING:
     help="With --use-weight-only.  [default: int8]",
     rare=True,
 )
-@overwrite_option("checkpoint")
-@allow_overflow_option
-@quiet_option()
-@json_option
+@options.overwrite_option("checkpoint")
+@options.allow_overflow_option
+@options.quiet_option()
+@options.json_option
 def command(
     model_dir: str,
     output_dir: str,

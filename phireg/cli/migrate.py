@@ -6,21 +6,10 @@ import time
 from typing import Any
 
 import phireg
+from phireg.cli import options
 from phireg.cli.convert import run_after
 from phireg.cli.errors import interruptible
 from phireg.cli.help import documented
-from phireg.cli.options import (
-    checkpoint_argument,
-    family_option,
-    json_option,
-    model_dir_option,
-    output_dir_option,
-    overwrite_option,
-    quiet_option,
-    revision_option,
-    shard_option,
-    target_option,
-)
 from phireg.cli.output import ProgressBars, columns, emit, emit_json, next_steps
 from phireg.files.sizes import size
 
@@ -30,16 +19,18 @@ from phireg.files.sizes import size
     "phireg migrate ckpt --model-dir microsoft/phi-2 --output-dir phi2",
     waits="reading the checkpoint",
 )
-@checkpoint_argument("checkpoint_dir", "CKPT")
-@model_dir_option("The model it was made from: its config.json and tokenizer.", required=True)
-@output_dir_option("directory")
-@target_option("auto")
-@shard_option
-@family_option
-@revision_option
-@overwrite_option("directory")
-@quiet_option()
-@json_option
+@options.checkpoint_argument("checkpoint_dir", "CKPT")
+@options.model_dir_option(
+    "The model it was made from: its config.json and tokenizer.", required=True
+)
+@options.output_dir_option("directory")
+@options.target_option("auto")
+@options.shard_option
+@options.family_option
+@options.revision_option
+@options.overwrite_option("directory")
+@options.quiet_option()
+@options.json_option
 def command(
     checkpoint_dir: str,
     model_dir: str,

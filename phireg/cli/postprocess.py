@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import phireg
+from phireg.cli import options
 from phireg.cli.errors import interruptible
 from phireg.cli.help import CHECKPOINT, OUTPUT, documented
-from phireg.cli.options import (
-    Directory,
-    checkpoint_argument,
-    family_option,
-    json_option,
-    model_dir_option,
-    quiet_option,
-    revision_option,
-)
 from phireg.cli.output import ProgressBars, columns, counted, emit, emit_json
 from phireg.errors import CheckError, UsageError
 from phireg.files.sizes import size
@@ -33,10 +26,10 @@ if TYPE_CHECKING:
     page="postprocess.md",
     waits="reading the checkpoint",
 )
-@checkpoint_argument("checkpoint_dir", "CKPT")
-@model_dir_option("The model it was made from: its rows tell the order for certain.")
-@family_option
-@revision_option
+@options.checkpoint_argument("checkpoint_dir", "CKPT")
+@options.model_dir_option("The model it was made from: its rows tell the order for certain.")
+@options.family_option
+@options.revision_option
 @OUTPUT.option("--check", is_flag=True, help="Only tell; ends with 4 if there is something to do.")
 @CHECKPOINT.option(
     "--in-source-order",
@@ -45,12 +38,12 @@ if TYPE_CHECKING:
 )
 @OUTPUT.option(
     "--output-dir",
-    type=Directory(),
+    type=options.Directory(),
     help="Write a new checkpoint.  [default: CKPT is replaced once the new one is complete]",
 )
 @OUTPUT.option("--overwrite", is_flag=True, help="Replace a checkpoint that --output-dir names.")
-@quiet_option()
-@json_option
+@options.quiet_option()
+@options.json_option
 def command(
     checkpoint_dir: str,
     *,
@@ -80,7 +73,7 @@ def command(
     if check:
         rows = phireg.row_order(checkpoint_dir, **options)
         if as_json:
-            emit_json({"checkpoint_dir": checkpoint_dir, **_order_document(rows)})
+            emit_json({"checkpoint_dir": checkpoint_dir, **asdict(rows)})
         elif not quiet:
             emit(_verdict(checkpoint_dir, rows))
         if rows.needed:
@@ -100,8 +93,8 @@ def command(
     if as_json:
         document = {
             "checkpoint_dir": checkpoint_dir,
-            "output_dir": str(result.output_dir),
-            **_order_document(result.rows),
+            "output_dir": result.output_dir,
+            **asdict(result.rows),
             "tensors": result.tensors,
             "files": dict(result.files),
             "seconds": round(seconds, 3),
@@ -115,16 +108,6 @@ def command(
 def _verdict(checkpoint_dir: str, rows: RowOrder) -> str:
     verdict = "needs post-processing" if rows.needed else "needs no post-processing"
     return columns([("check", f"{checkpoint_dir} {verdict}"), *_evidence(rows)])
-
-
-def _order_document(rows: RowOrder) -> dict[str, Any]:
-    return {
-        "family": rows.family,
-        "needed": rows.needed,
-        "order": rows.order,
-        "linears": rows.linears,
-        "evidence": list(rows.evidence),
-    }
 
 
 def _evidence(rows: RowOrder) -> list[tuple[str, str]]:

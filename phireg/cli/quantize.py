@@ -10,27 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import phireg
+from phireg.cli import options
 from phireg.cli.convert import conversion_document, file_rows, loss_findings, steps_after
 from phireg.cli.errors import findings_text, identity, interruptible
 from phireg.cli.help import CALIBRATION, OUTPUT, QUANTIZATION, documented
-from phireg.cli.options import (
-    COUNT,
-    allow_overflow_option,
-    check_file,
-    compose,
-    device_option,
-    exclude_option,
-    head_option,
-    json_option,
-    kv_cache_option,
-    model_dir_option,
-    output_dir_option,
-    overwrite_option,
-    qformat_option,
-    quiet_option,
-    report_option,
-    source_options,
-)
 from phireg.cli.output import ProgressBars, columns, emit, emit_json, folded, page_facts, printable
 from phireg.cli.plan import family_text, format_text, warnings_text
 from phireg.cli.quality import quality_document, quality_text
@@ -46,7 +29,7 @@ if TYPE_CHECKING:
 
 _SETTINGS = ("dataset", "file", "size", "max_length", "batch_size", "seed", "device")
 
-calibration_options = compose(
+calibration_options = options.compose(
     CALIBRATION.option(
         "--calib-dataset",
         "dataset",
@@ -62,22 +45,27 @@ calibration_options = compose(
         help="Text of your own: .txt, .jsonl, .csv or .parquet; rows may have input_ids.",
     ),
     CALIBRATION.option(
-        "--calib-size", "size", type=COUNT, help="Samples.  [default: 512; on a CPU what ends]"
+        "--calib-size",
+        "size",
+        type=options.COUNT,
+        help="Samples.  [default: 512; on a CPU what ends]",
     ),
     CALIBRATION.option(
         "--calib-max-seq-length",
         "max_length",
-        type=COUNT,
+        type=options.COUNT,
         default=512,
         help="Tokens of a sample at most.",
     ),
     CALIBRATION.option(
-        "--batch-size", type=COUNT, help="Of calibration.  [default: what a GPU takes; 1 on a CPU]"
+        "--batch-size",
+        type=options.COUNT,
+        help="Of calibration.  [default: what a GPU takes; 1 on a CPU]",
     ),
     CALIBRATION.option(
         "--seed", type=int, default=1234, metavar="N", help="Recorded; nothing is drawn.", rare=True
     ),
-    device_option,
+    options.device_option,
     CALIBRATION.option(
         "--calib-stats",
         type=click.Path(),
@@ -94,30 +82,30 @@ calibration_options = compose(
     page="quantize.md",
     waits="reading the model",
 )
-@model_dir_option(required=True)
-@output_dir_option("checkpoint")
-@qformat_option(required=True)
-@kv_cache_option
-@exclude_option
-@head_option
+@options.model_dir_option(required=True)
+@options.output_dir_option("checkpoint")
+@options.qformat_option(required=True)
+@options.kv_cache_option
+@options.exclude_option
+@options.head_option
 @QUANTIZATION.option(
     "--alpha",
     type=click.FloatRange(0, 1),
     metavar="X",
     help="int8_sq: how much of the inputs' range moves into the weights.  [default: 1]",
 )
-@source_options
+@options.source_options
 @calibration_options
-@overwrite_option("checkpoint")
-@allow_overflow_option
+@options.overwrite_option("checkpoint")
+@options.allow_overflow_option
 @OUTPUT.option(
     "--measure/--no-measure",
     default=None,
     help="Compare with the unquantized model.  [default: if that takes minutes at most]",
 )
-@report_option
-@quiet_option("No progress bars and no summary.")
-@json_option
+@options.report_option
+@options.quiet_option("No progress bars and no summary.")
+@options.json_option
 def command(
     output_dir: str,
     alpha: float | None,
@@ -195,7 +183,7 @@ def _check(
 ) -> None:
     """Check what phireg.quantize does not check, or only after the checkpoint is written."""
     if calib_stats and plan.options.calibrated and not Path(calib_stats).is_file():
-        check_file(Path(calib_stats), "--calib-stats")
+        options.check_file(Path(calib_stats), "--calib-stats")
     if report and measure is False:
         raise UsageError("--report has no effect with --no-measure", hint="leave one out.")
     if plan.options.calibrated or measure is not False:

@@ -13,22 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from phireg.cli import options
 from phireg.cli.completions import completions_document, emit_numbered, stream_text
 from phireg.cli.errors import stopped
 from phireg.cli.help import MODEL, PROMPTS, RUNNING, TEXT, documented
-from phireg.cli.options import (
-    COUNT,
-    Directory,
-    Dtype,
-    Whole,
-    checkpoint_argument,
-    compute_dtype,
-    device_option,
-    json_option,
-    model_dir_option,
-    offload_option,
-    processes_option,
-)
 from phireg.cli.output import emit_generated, emit_json, end_waiting, note, spinner
 from phireg.cli.streams import give_back
 from phireg.errors import UsageError
@@ -56,17 +44,19 @@ _EXCLUSIVE = (
     "phireg run ckpt --chat",
     waits="loading the model",
 )
-@checkpoint_argument("place", "[CKPT|ENGINE|MODEL]", required=False)
+@options.checkpoint_argument("place", "[CKPT|ENGINE|MODEL]", required=False)
 @RUNNING.option(
     "--backend",
     metavar="NAME",
     help="executor, tensorrt, tensorrt-llm or hf.  [default: what runs the directory]",
 )
-@MODEL.option("--engine-dir", type=Directory(), help="Another way to give ENGINE.", rare=True)
-@model_dir_option("Another way to give MODEL, which may be owner/name on the hub here.")
+@MODEL.option(
+    "--engine-dir", type=options.Directory(), help="Another way to give ENGINE.", rare=True
+)
+@options.model_dir_option("Another way to give MODEL, which may be owner/name on the hub here.")
 @MODEL.option(
     "--weights-dir",
-    type=Directory(),
+    type=options.Directory(),
     metavar="CKPT",
     help="The weights of an engine without.  [default: the checkpoint that it was built from]",
     rare=True,
@@ -88,7 +78,7 @@ _EXCLUSIVE = (
 @TEXT.option(
     "--max-new-tokens",
     aliases=("--max-output-len",),
-    type=COUNT,
+    type=options.COUNT,
     help="New tokens at most.  [default: 128, with --chat 1024, or as many as fit]",
 )
 @TEXT.option(
@@ -96,34 +86,34 @@ _EXCLUSIVE = (
     type=float,
     help="Divides the logits; 0 takes the most likely token.  [default: 0; 1 with top-k or top-p]",
 )
-@TEXT.option("--top-k", type=Whole(), help="Draw among the N most likely tokens.")
+@TEXT.option("--top-k", type=options.Whole(), help="Draw among the N most likely tokens.")
 @TEXT.option("--top-p", type=float, metavar="P", help="Draw among the tokens that hold P.")
 @TEXT.option(
     "--seed", aliases=("--random-seed",), type=int, default=0, metavar="N", help="Of drawing."
 )
 @TEXT.option(
-    "--num-beams", type=COUNT, default=1, help="The best of N beams; not with the executor."
+    "--num-beams", type=options.COUNT, default=1, help="The best of N beams; not with the executor."
 )
 @TEXT.option(
     "--streaming", is_flag=True, help="Insist on text as it comes, which one prompt always gets."
 )
 @RUNNING.option(
     "--batch-size",
-    type=COUNT,
+    type=options.COUNT,
     help="Prompts continued side by side.  [default: 8, or as many as an engine takes]",
 )
-@MODEL.option("--tokenizer-dir", type=Directory(), help="[default: where the model is]")
-@device_option
+@MODEL.option("--tokenizer-dir", type=options.Directory(), help="[default: where the model is]")
+@options.device_option
 @MODEL.option(
     "--dtype",
     aliases=("--data-type",),
-    type=Dtype("auto"),
+    type=options.Dtype("auto"),
     default="auto",
     help="To compute in; auto is the model's own.",
 )
-@offload_option
-@processes_option
-@json_option
+@options.offload_option
+@options.processes_option
+@options.json_option
 def command(
     place: str | None,
     backend: str | None,
@@ -156,14 +146,14 @@ def command(
 
     name, directory = _choose(place, backend, engine_dir, model_dir)
     weights = None if weights_dir is None else Path(weights_dir)
-    compute = Options(device, compute_dtype(dtype), offload, weights)
+    compute = Options(device, options.compute_dtype(dtype), offload, weights)
     if served_as_worker(name, directory, compute):
         return
     with spinner(_LOADING):
         description = describe_runnable(name, directory, compute, tp_size)
     sampling = _sampling(temperature, top_k, top_p, seed)
-    options = _Inputs(**inputs)
-    _check_options(options, num_beams)
+    arguments = _Inputs(**inputs)
+    _check_options(arguments, num_beams)
     if tp_size and tp_size > opener(name).process_rank()[1]:
         end_waiting()
         give_back()
@@ -180,7 +170,7 @@ def command(
         batch_size=batch_size,
     )
     try:
-        _run(generator, options)
+        _run(generator, arguments)
     except KeyboardInterrupt as interrupt:
         raise stopped(interrupt, "the text is not complete") from None
 

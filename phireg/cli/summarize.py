@@ -13,23 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import phireg
+from phireg.cli import options
 from phireg.cli.errors import stopped
 from phireg.cli.help import ACCURACY, MODEL, PROMPTS, RUNNING, TEXT, documented
-from phireg.cli.options import (
-    COUNT,
-    Directory,
-    Dtype,
-    Whole,
-    checkpoint_argument,
-    compute_dtype,
-    device_option,
-    json_option,
-    model_dir_option,
-    offload_option,
-    processes_option,
-    quiet_option,
-    report_option,
-)
 from phireg.cli.output import (
     ProgressBars,
     counted,
@@ -58,12 +44,12 @@ THRESHOLD = 15.0
     page="summarize.md",
     waits="loading the models",
 )
-@checkpoint_argument("place", "[CKPT|ENGINE]", required=False)
-@MODEL.option("--engine-dir", type=Directory(), help="The engine (or checkpoint).")
-@model_dir_option("The source model, for backend hf; may be owner/name on the hub.")
+@options.checkpoint_argument("place", "[CKPT|ENGINE]", required=False)
+@MODEL.option("--engine-dir", type=options.Directory(), help="The engine (or checkpoint).")
+@options.model_dir_option("The source model, for backend hf; may be owner/name on the hub.")
 @MODEL.option(
     "--tokenizer-dir",
-    type=Directory(),
+    type=options.Directory(),
     help="Where the tokenizer is.  [default: CKPT, or the source model]",
 )
 @RUNNING.option(
@@ -81,7 +67,7 @@ THRESHOLD = 15.0
     metavar="FILE|NAME",
     help="JSONL, CSV or parquet with article, highlights; or cnn_dailymail, or demo.",
 )
-@PROMPTS.option("--dataset-dir", type=Directory(), help="cnn_dailymail on this disk.")
+@PROMPTS.option("--dataset-dir", type=options.Directory(), help="cnn_dailymail on this disk.")
 @PROMPTS.option(
     "--eval-task",
     type=click.Choice(("summarize",)),
@@ -90,30 +76,30 @@ THRESHOLD = 15.0
     help="There is no other.",
     rare=True,
 )
-@RUNNING.option("--batch-size", type=COUNT, default=1, help="Articles side by side.")
-@PROMPTS.option("--max-ite", type=COUNT, default=20, help="Batches at most.")
+@RUNNING.option("--batch-size", type=options.COUNT, default=1, help="Articles side by side.")
+@PROMPTS.option("--max-ite", type=options.COUNT, default=20, help="Batches at most.")
 @PROMPTS.option(
     *("--max-input-len", "max_input_length"),
     aliases=("--max-input-length",),
-    type=Whole(2),
+    type=options.Whole(2),
     default=923,
     help="Tokens of a prompt at most; its beginning is cut off.",
 )
 @PROMPTS.option(
     *("--min-input-len", "min_input_length"),
     aliases=("--min-input-length",),
-    type=Whole(0),
+    type=options.Whole(0),
     default=0,
     help="Leave out articles whose prompt has no more tokens.",
 )
 @TEXT.option(
     *("--max-new-tokens", "output_len"),
     aliases=("--output-len", "--max-output-len"),
-    type=COUNT,
+    type=options.COUNT,
     default=100,
     help="New tokens at most.",
 )
-@TEXT.option("--num-beams", type=COUNT, default=1, help="The best of N beams.")
+@TEXT.option("--num-beams", type=options.COUNT, default=1, help="The best of N beams.")
 @ACCURACY.option("--eval-ppl", is_flag=True, help="Also compute perplexity.")
 @ACCURACY.option("--check-accuracy", is_flag=True, help="End with 4 if a threshold is missed.")
 @ACCURACY.option(
@@ -139,23 +125,23 @@ THRESHOLD = 15.0
 @RUNNING.option(
     "--dtype",
     aliases=("--data-type",),
-    type=Dtype("auto"),
+    type=options.Dtype("auto"),
     default="auto",
     help="What the executor computes in; auto is the checkpoint's.",
 )
 @RUNNING.option(
     "--hf-data-type",
-    type=Dtype("auto"),
+    type=options.Dtype("auto"),
     default="auto",
     rare=True,
     help="What the source model computes in; auto is its own.",
 )
-@device_option
-@offload_option
-@processes_option
-@report_option
-@quiet_option("No progress bar.")
-@json_option
+@options.device_option
+@options.offload_option
+@options.processes_option
+@options.report_option
+@options.quiet_option("No progress bar.")
+@options.json_option
 def command(
     place: str | None,
     engine_dir: str | None,
@@ -200,8 +186,8 @@ def command(
         [Path(directory) for directory in (place, engine_dir) if directory is not None],
         hf_dir,
         [*backends, *([ENGINE_BACKEND] if test_trt_llm else [])],
-        phireg.Options(device, compute_dtype(dtype), offload),
-        hf_dtype=compute_dtype(hf_data_type),
+        phireg.Options(device, options.compute_dtype(dtype), offload),
+        hf_dtype=options.compute_dtype(hf_data_type),
         also_hf=test_hf,
     )
     if any(map(is_worker, models)):

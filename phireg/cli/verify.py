@@ -10,20 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import phireg
+from phireg.cli import options
 from phireg.cli.help import MODEL, RUNNING, SERVER, documented
-from phireg.cli.options import (
-    Dtype,
-    Whole,
-    checkpoint_argument,
-    device_option,
-    family_option,
-    json_option,
-    model_dir_option,
-    quiet_option,
-    reading_options,
-    report_option,
-    revision_option,
-)
 from phireg.cli.output import (
     ProgressBars,
     Styled,
@@ -50,23 +38,25 @@ _SIZES = ("architecture", "hidden_size", "num_layers", "num_hidden_layers", "voc
     page="verify.md",
     waits="reading the checkpoint",
 )
-@checkpoint_argument("checkpoint_dir", "CKPT|ENGINE", required=False)
-@model_dir_option("The model that CKPT was made from; of an engine, perhaps the checkpoint.")
-@family_option
-@revision_option
-@reading_options
+@options.checkpoint_argument("checkpoint_dir", "CKPT|ENGINE", required=False)
+@options.model_dir_option(
+    "The model that CKPT was made from; of an engine, perhaps the checkpoint."
+)
+@options.family_option
+@options.revision_option
+@options.reading_options
 @RUNNING.option("--quick", is_flag=True, help="Stop before anything is computed.")
-@device_option
+@options.device_option
 @MODEL.option(
     "--dtype",
-    type=Dtype(),
+    type=options.Dtype(),
     default="float32",
     help="In which dtype to compute; float32 compares sharpest.",
 )
 @RUNNING.option(
     *("--max-input-len", "max_tokens"),
     aliases=("--max-tokens",),
-    type=Whole(),
+    type=options.Whole(),
     help="Longest prompt.  [default: what crosses the model's thresholds, within a budget]",
 )
 @SERVER.option("--endpoint", metavar="URL", help="Verify a server that serves MODEL instead.")
@@ -78,9 +68,9 @@ _SIZES = ("architecture", "hidden_size", "num_layers", "num_hidden_layers", "voc
     default="bfloat16",
     help="What the server computes in, for how near its answers must be.",
 )
-@report_option
-@quiet_option("No progress bar.")
-@json_option
+@options.report_option
+@options.quiet_option("No progress bar.")
+@options.json_option
 def command(
     checkpoint_dir: str | None,
     *,

@@ -53,18 +53,17 @@ def observed(model: Any, observer: Observer) -> Iterator[None]:
         return hook
 
     with ExitStack() as stack:
-        handles = []
         for index, layer in enumerate(model.model.layers):
-            handles += [
+            for handle in (
                 layer.register_forward_pre_hook(enter(index), with_kwargs=True),
                 layer.self_attn.register_forward_hook(keep("attention")),
                 layer.mlp.register_forward_hook(keep("mlp")),
                 layer.register_forward_hook(leave(index)),
-            ]
+            ):
+                stack.callback(handle.remove)
         head = model.get_output_embeddings()
-        handles.append(head.register_forward_pre_hook(lambda _, inputs: observer.normed(inputs[0])))
-        for handle in handles:
-            stack.callback(handle.remove)
+        handle = head.register_forward_pre_hook(lambda _, inputs: observer.normed(inputs[0]))
+        stack.callback(handle.remove)
         yield
 
 

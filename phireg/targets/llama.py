@@ -32,6 +32,13 @@ _SEPARATED = {
 }
 """Llama's modules by the parts of the fused ones, as Phi-3's rules name them."""
 
+_SAME = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+    "tie_word_embeddings",
+)
+"""Keys of config.json that are TensorRT-LLM's, too."""
+
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "use_cache")
 
 
@@ -72,21 +79,14 @@ def llama_config(fields: Mapping[str, Any], hf: HFConfig) -> dict[str, Any]:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": fields["vocab_size"],
-        "hidden_size": fields["hidden_size"],
-        "intermediate_size": fields["intermediate_size"],
-        "num_hidden_layers": fields["num_hidden_layers"],
-        "num_attention_heads": fields["num_attention_heads"],
-        "num_key_value_heads": fields["num_key_value_heads"],
+        **{key: fields[key] for key in _SAME},
         "head_dim": fields["head_size"],
         "hidden_act": "silu",
-        "max_position_embeddings": fields["max_position_embeddings"],
         "rms_norm_eps": fields["norm_epsilon"],
         "rope_theta": fields["rotary_base"],
         "rope_scaling": None,
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": fields["tie_word_embeddings"],
     }
     if fields["position_embedding_type"] == "long_rope":
         original = fields["original_max_position_embeddings"]
