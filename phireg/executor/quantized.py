@@ -217,8 +217,7 @@ def linear(weights: Mapping[str, Tensor], name: str, x: Tensor, bias: Tensor | N
     packed = find_packed(weights, name)
     if packed is not None and scale is not None and multiplies_e4m3(packed, x.dtype):
         stored = (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-        y = stored_product(stored, packed, scale, x.dtype)
-        return y if bias is None else y + bias
+        return stored_product(stored, packed, scale, x.dtype, bias)
     if scale is not None:
         smoothing = weights.get(f"{name}.prequant_scaling_factor")
         grid: Grid = "fp8" if smoothing is None else "int8"
@@ -250,12 +249,15 @@ def multiplies_e4m3(weight: Packed, dtype: torch.dtype) -> bool:
     )
 
 
-def stored_product(x: Tensor, weight: Packed, x_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return X W^T of e4m3 values, times both float32 [1] scales; see ``multiplies_e4m3``."""
+def stored_product(
+    x: Tensor, weight: Packed, x_scale: Tensor, dtype: torch.dtype, bias: Tensor | None
+) -> Tensor:
+    """Return X W^T + b of e4m3 values, times both float32 [1] scales; see ``multiplies_e4m3``."""
     scale = weight.scale
     if scale is not None and scale.data_ptr() % 16:
         scale = scale.clone()  # one expert's, out of a stack
     y = torch._scaled_mm(
-        x.flatten(0, -2), weight.data.t(), scale_a=x_scale, scale_b=scale, out_dtype=dtype
-    )
+        x.flatten(0, -2), weight.data.t(), scale_a=x_scale, scale_b=scale, bias=bias,
+        out_dtype=dtype,
+    )  # fmt: skip
     return y.unflatten(0, x.shape[:-1])

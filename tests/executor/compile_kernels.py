@@ -63,7 +63,7 @@ def weight(grid, group=0, scales=2):
 
 
 def of_levels(case):
-    return {**case, "types": {**case["types"], "x_ptr": "*i8", "out_ptr": "*bf16"}}
+    return {**case, "types": {**case["types"], "x_ptr": "*i8", "out_ptr": "*i8"}}
 
 
 def in_float32(case):
@@ -80,7 +80,10 @@ VECTOR = {
 MATVEC = {**VECTOR, "ROWS": 4, "BLOCK": 1024}
 INTEGERS = {**VECTOR, "WARPS": 4}
 TILES = {**INTEGERS, "TOGETHER": 1}
-FEW = {**LINEAR, "TOKENS": 32, "SPLITS": 4}
+FEW = {
+    **LINEAR, "KIND": "none", "SMOOTH": False, "OUT": "none", "TYPE": HALF_TYPE, "TOKENS": 32,
+    "SPLITS": 4,
+}  # fmt: skip
 PRODUCT = {**FEW, "ROWS": 64, "BLOCK": 128}
 TILE_PRODUCT = {**FEW, "TILES": 4, "TOGETHER": 4}
 TALL_PRODUCT = {**TILE_PRODUCT, "TILES": 8, "TOKENS": 64, "SPLITS": 1, "num_warps": 8}
@@ -109,17 +112,26 @@ CASES = [
     ("tile_matvec", {**TILES, **weight("e2m1", 16, 1), "OUT": "int8", "SMOOTH": True}),
     ("tile_matvec", {**TILES, **in_float32(weight("e2m1", 16, 1)), "TYPE": FLOAT_TYPE}),
     ("product", {**PRODUCT, **weight("e4m3")}),
-    ("product", {**PRODUCT, **in_float32(weight("e4m3"))}),
+    ("product", {**PRODUCT, **in_float32(weight("e4m3")), "TYPE": FLOAT_TYPE}),
+    ("product", {
+        **PRODUCT, **weight("e4m3", scales=1), "KIND": "swiglu", "OUT": "fp8", "SPLITS": 1,
+        "types": {"weight_ptr": "*fp8e4nv", "x_ptr": "*fp8e4nv", "out_ptr": "*fp8e4nv"},
+    }),
     ("product", {
         **PRODUCT, **weight("int8"), "TOKENS": 64,
         "types": {"weight_ptr": "*i32"},
     }),
-    ("product", {**PRODUCT, **of_levels(weight("int8")), "ROWS": 128, "TOKENS": 128, "SPLITS": 1}),
+    ("product", {
+        **PRODUCT, **of_levels(weight("int8")), "ROWS": 128, "TOKENS": 128, "SPLITS": 1,
+        "KIND": "gegelu", "OUT": "int8", "SMOOTH": True,
+    }),
     ("tile_product", {**TILE_PRODUCT, **weight("int4", 128, 0), "SPLITS": 1}),
-    ("tile_product", {**TILE_PRODUCT, **in_float32(weight("int4", 32, 0)), "num_stages": 2}),
-    ("tile_product", {**TALL_PRODUCT, **weight("int4")}),
+    ("tile_product", {
+        **TILE_PRODUCT, **in_float32(weight("int4", 32, 0)), "TYPE": FLOAT_TYPE, "num_stages": 2,
+    }),
+    ("tile_product", {**TALL_PRODUCT, **weight("int4"), "KIND": "swiglu"}),
     ("tile_product", {**TALL_PRODUCT, **weight("int4", 32, 0), "num_stages": 2}),
-    ("tile_product", {**TILE_PRODUCT, **weight("e2m1", 16, 1), "TOKENS": 64, "num_stages": 2}),
+    ("tile_product", {**TILE_PRODUCT, **weight("e2m1", 16, 1), "TOKENS": 64, "KIND": "gegelu", "num_stages": 2}),
     ("expand", {"INPUTS": 3072, **weight("int8"), "BLOCK": 1024}),
     ("tile_expand", {"INPUTS": 3072, **weight("e2m1", 16, 1), "TILES": 4}),
     ("route", {"BLOCK": 16}),

@@ -186,11 +186,13 @@ def _linear(
             rounding=rounding,
         )  # fmt: skip
     packed = find_packed(weights, name)
+    if packed is not None and (tokens <= linears.FEW_TOKENS or x.dtype == torch.int8):
+        return linears.product(
+            *(weights, name, x, bias, dtype), x_scale=x_scale, activation=activation, limit=limit,
+            rounding=rounding,
+        )  # fmt: skip
     if own is not None and packed is not None and quantized.multiplies_e4m3(packed, dtype):
-        y = quantized.stored_product(x, packed, own.scale, dtype)
-        y = y if bias is None else y + bias
-    elif packed is not None and (tokens <= linears.FEW_TOKENS or x.dtype == torch.int8):
-        y = linears.product(weights, name, x, bias, dtype, x_scale)
+        y = quantized.stored_product(x, packed, own.scale, dtype, bias)
     else:
         x = x if own is None else launch.quantize(x, own, levels=False)
         weight = linears.expanded(weights, name, x.shape[-1], dtype)

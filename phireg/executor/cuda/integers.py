@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from phireg.executor.cuda.kernels import _rounding, _store_levels, _wait
-from phireg.executor.cuda.products import _ending, _finish, _of_words, _own_expert
+from phireg.executor.cuda.products import _ending, _finish, _of_words, _own_expert, _pair
 from phireg.executor.cuda.tiles import _RUN
 
 
@@ -44,14 +44,8 @@ def integer_matvec_kernel(
         stacked = expert * outputs * PARTS
         weight_ptr += stacked * (INPUTS // EACH)
         scale_ptr += stacked if SCALES == 2 else expert
-    first, second = row, row
-    rows = (own,)
-    if KIND == "swiglu":
-        second = row + outputs
-        rows += (own + outputs,)
-    if KIND == "gegelu":
-        first, second = 2 * row, 2 * row + 1
-        rows = (2 * own, 2 * own + 1)
+    first, second = _pair(row, outputs, KIND)
+    rows = _pair(own, outputs, KIND)
     columns = lane // 8 % WARPS * (64 // EACH) + tl.arange(0, 64 // EACH)[None, :]
     # Weights are on their way while the kernel before this one ends.
     weights = ()

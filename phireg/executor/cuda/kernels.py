@@ -79,12 +79,15 @@ def _rounded(y, smoothing, scale, dtype: tl.constexpr, SMOOTH: tl.constexpr, GRI
 
 
 @triton.jit
-def _store_levels(out_ptr, place, y, mask, lost_ptr):
-    """Store a linear's inputs. A NaN, which int8 does not have, goes into the hidden states."""
+def _store_levels(out_ptr, place, y, mask, lost_ptr, AXIS: tl.constexpr = None):
+    """Store a linear's inputs, of one token or those along ``AXIS`` of each.
+
+    A NaN, which int8 does not have, goes into the token's hidden states.
+    """
     kept: tl.constexpr = out_ptr.dtype.element_ty
     tl.store(out_ptr + place, y.to(kept), mask=mask)
     if kept == tl.int8:
-        tl.store(lost_ptr, float("nan"), mask=tl.max(((y != y) & mask).to(tl.int32)) > 0)
+        tl.store(lost_ptr, float("nan"), mask=tl.max(((y != y) & mask).to(tl.int32), AXIS) > 0)
 
 
 @triton.jit

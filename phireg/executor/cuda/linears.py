@@ -166,15 +166,18 @@ def product(
     x: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    *,
     x_scale: Tensor | None = None,
+    activation: str = "none",
+    limit: float | None = None,
+    rounding: Rounding | None = None,
 ) -> Tensor:
-    """Return X W^T + b of a few tokens [..., inputs], or of any number of levels in int8.
-
-    Otherwise like ``matvec``.
-    """
+    """Return ``matvec`` of a few tokens [..., inputs], or of any number of levels in int8."""
     stored = _stored(weights, name, x.shape[-1])
     tokens = x.numel() // stored.inputs
-    out = torch.empty((*x.shape[:-1], stored.rows), dtype=dtype, device=x.device)
+    outputs = stored.rows // 2 if activation in GATED else stored.rows
+    kept = Rounding.kept_in(rounding, dtype)
+    out = torch.empty((*x.shape[:-1], outputs), dtype=kept, device=x.device)
     rows, block, stages, share, least = _of_few(stored, x, tokens)
     # Inputs in float32 would take more shared memory than Ada's multiprocessors have.
     widest = 32 if x.dtype == torch.float32 else 64 if tokens <= FEW_TOKENS else 128
@@ -182,12 +185,16 @@ def product(
     programs, splits = triton.cdiv(stored.rows, rows) * triton.cdiv(tokens, tile), 1
     while programs * splits < least and splits < 16 and 2 * splits * share <= stored.inputs:
         splits *= 2
-    parts = out if splits == 1 else out.new_empty(splits * out.numel(), dtype=torch.float32)
+    parts = out
+    if splits > 1:
+        parts = out.new_empty(splits * tokens * stored.rows, dtype=torch.float32)
     arguments = (
-        *stored.pointers(x, x_scale, bias), out, parts, counters(x.device), tokens, stored.rows,
+        *stored.pointers(x, x_scale, bias), *Rounding.arguments(rounding, x), out, parts,
+        counters(x.device), tokens, outputs, math.inf if limit is None else limit,
     )  # fmt: skip
-    constants = stored.constants | {
-        "X_SCALE": x_scale is not None, "BIAS": bias is not None, "TOKENS": tile, "SPLITS": splits,
+    constants = stored.constants | Rounding.constants(rounding, "OUT") | {
+        "X_SCALE": x_scale is not None, "BIAS": bias is not None, "KIND": activation,
+        "TYPE": TYPES[dtype], "TOKENS": tile, "SPLITS": splits,
     }  # fmt: skip
     if stored.grid in TILED:
         tiles.tile_product_kernel[(programs, splits)](

@@ -60,6 +60,18 @@ def _finish(
 
 
 @triton.jit
+def _pair(row, outputs, KIND: tl.constexpr):
+    """Return the two rows of a weight that make a gated output; another has one row, twice."""
+    first, second = row, row
+    if KIND == "swiglu":
+        second = row + outputs
+    if KIND == "gegelu":
+        first = 2 * row
+        second = first + 1
+    return first, second
+
+
+@triton.jit
 def _own_expert(expert_ptr, first_expert, experts):
     """Return a program's pair of a token and an expert, this rank's number of it, and if it is one.
 
@@ -109,12 +121,7 @@ def matvec_kernel(
         rank_rows = expert * outputs * (2 if GATED else 1)
         weight_ptr += rank_rows * INPUTS
         scale_ptr += rank_rows if SCALES == 2 else expert
-    first, second = rows, rows
-    if KIND == "swiglu":
-        second = rows + outputs
-    if KIND == "gegelu":
-        first = 2 * rows
-        second = first + 1
+    first, second = _pair(rows, outputs, KIND)
     columns = tl.arange(0, BLOCK)
     left = weight_ptr + first.to(tl.int64)[:, None] * INPUTS
     right = weight_ptr + second.to(tl.int64)[:, None] * INPUTS
@@ -172,9 +179,9 @@ def _of_words(words, dtype: tl.constexpr, RUN: tl.constexpr):
 
 
 @triton.jit
-def _place(tokens, outputs, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+def _place(tokens, rows, ROWS: tl.constexpr, TOKENS: tl.constexpr):
     """Return a program's tiles of rows and of tokens: eight of rows at once share their inputs."""
-    row_tiles = tl.cdiv(outputs, ROWS)
+    row_tiles = tl.cdiv(rows, ROWS)
     several = 8 * tl.cdiv(tokens, TOKENS)
     first = tl.program_id(0) // several * 8
     height = min(row_tiles - first, 8)
@@ -184,13 +191,18 @@ def _place(tokens, outputs, ROWS: tl.constexpr, TOKENS: tl.constexpr):
 
 @triton.jit
 def product_kernel(
-    x_ptr, weight_ptr, scale_ptr, x_scale_ptr, bias_ptr, out_ptr, part_ptr, count_ptr, tokens,
-    outputs,
+    x_ptr, weight_ptr, scale_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr, lost_ptr,
+    lost_width, out_ptr, part_ptr, count_ptr, tokens, outputs, limit,
     INPUTS: tl.constexpr, SCALES: tl.constexpr, X_SCALE: tl.constexpr, BIAS: tl.constexpr,
+    KIND: tl.constexpr, SMOOTH: tl.constexpr, OUT: tl.constexpr, TYPE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """``BLOCK`` inputs a step; int8 for half-precision inputs come as words of four."""
+    """``BLOCK`` inputs a step; int8 for half-precision inputs come as words of four.
+
+    The two rows of a gated output are eight apart, where one lane has both of their sums.
+    """
+    PARTS: tl.constexpr = 2 if KIND == "swiglu" or KIND == "gegelu" else 1
     STEPS: tl.constexpr = (INPUTS + BLOCK - 1) // BLOCK
     FULL: tl.constexpr = INPUTS % BLOCK == 0
     SHARE: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
@@ -199,31 +211,29 @@ def product_kernel(
     WORDS: tl.constexpr = weight_ptr.dtype.element_ty == tl.int32
     WIDTH: tl.constexpr = INPUTS // 4 if WORDS else INPUTS
     split = tl.program_id(1)
-    row_tile, token_tile = _place(tokens, outputs, ROWS, TOKENS)
-    row = row_tile * ROWS + tl.arange(0, ROWS)
-    inside = row < outputs
+    row_tile, token_tile = _place(tokens, outputs * PARTS, ROWS, TOKENS)
     token = token_tile * TOKENS + tl.arange(0, TOKENS)
     real = (token < tokens)[None, :]
-    ending = _ending(
-        row[:, None], row[:, None], inside[:, None], scale_ptr, x_scale_ptr, bias_ptr, SCALES,
-        X_SCALE, BIAS,
+    ending, rounding, output = _ends(
+        row_tile, outputs, scale_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr, ROWS,
+        SCALES, X_SCALE, BIAS, KIND, SMOOTH, OUT,
     )  # fmt: skip
     inputs = tl.arange(0, BLOCK)
+    row, inside = _rows(row_tile * ROWS + tl.arange(0, ROWS), outputs, KIND, 8)
+    own, present, columns = row, inside, inputs[None, :]
     if WORDS:
         # A lane's words of a block of 64 inputs, and of the next ones, are rows of a load.
         place = tl.arange(0, ROWS * BLOCK // 64)
         own = place % (ROWS // 2) // 8 * 16 + place % ROWS // (ROWS // 2) * 8 + place % 8
-        own += row_tile * ROWS
+        own, present = _rows(row_tile * ROWS + own, outputs, KIND, 8)
         columns = (place // ROWS * 16)[:, None] + tl.arange(0, 16)[None, :]
-    else:
-        own, columns = row, inputs[None, :]
     weights = weight_ptr + own.to(tl.int64)[:, None] * WIDTH + columns
     xs = x_ptr + token.to(tl.int64)[None, :] * INPUTS + inputs[:, None]
     _wait(EARLY)
     acc = tl.zeros([ROWS, TOKENS], tl.int32 if LEVELS else tl.float32)
     for step in range(split * SHARE, min(split * SHARE + SHARE, STEPS)):
         start = step * (BLOCK * WIDTH // INPUTS)
-        mask, known = (own < outputs)[:, None], real
+        mask, known = present[:, None], real
         if not FULL:
             mask = mask & (start + columns < WIDTH)
             known = known & (step * BLOCK + inputs < INPUTS)[:, None]
@@ -231,6 +241,9 @@ def product_kernel(
         x = tl.load(xs + step * BLOCK, mask=known, other=0.0)
         if LEVELS:
             acc = tl.dot(weight, x, acc, out_dtype=tl.int32)
+        elif x_dtype == tl.float8e4nv:
+            # Matrix units keep fewer bits of a sum than float32, to which each 128 are added.
+            acc = tl.dot(weight, x, acc, max_num_imprecise_acc=128)
         elif WORDS:
             words = tl.reshape(weight, [BLOCK // 64, 2, ROWS // 16, 8, 4, 4])
             x = tl.reshape(x, [BLOCK // 64, 4, 4, 2, 2, TOKENS])
@@ -238,34 +251,79 @@ def product_kernel(
             acc = tl.dot(tl.reshape(_of_words(words, x_dtype, 2), [ROWS, BLOCK]), x, acc)
         else:
             acc = tl.dot(_decode(weight, x_dtype), x, acc, input_precision="ieee")
-    place = token[None, :].to(tl.int64) * outputs + row[:, None]
-    _store(
-        acc.to(tl.float32) * (2.0**13 if WORDS else 1.0), ending, out_ptr, part_ptr, count_ptr,
-        tl.program_id(0), split, tokens.to(tl.int64) * outputs, place, real & inside[:, None],
-        SPLITS,
+    _store_outputs(
+        acc.to(tl.float32) * (2.0**13 if WORDS else 1.0), ending, rounding, limit, out_ptr,
+        lost_ptr, lost_width, part_ptr, count_ptr, split, row, inside, output, token, tokens,
+        outputs, TYPE, KIND, SMOOTH, OUT, SPLITS, 8,
     )  # fmt: skip
 
 
 @triton.jit
-def _store(
-    sums, ending, out_ptr, part_ptr, count_ptr, tile, split, size, place, real,
-    SPLITS: tl.constexpr,
+def _rows(number, outputs, KIND: tl.constexpr, APART: tl.constexpr):
+    """Return a weight's rows in the programs' order, by number, and which of them there are."""
+    if KIND == "swiglu" or KIND == "gegelu":
+        output = number // (2 * APART) * APART + number % APART
+        first, second = _pair(output, outputs, KIND)
+        return tl.where(number // APART % 2 == 0, first, second), output < outputs
+    return number, number < outputs
+
+
+@triton.jit
+def _ends(
+    row_tile, outputs, scale_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr,
+    ROWS: tl.constexpr, SCALES: tl.constexpr, X_SCALE: tl.constexpr, BIAS: tl.constexpr,
+    KIND: tl.constexpr, SMOOTH: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """Store a program's outputs; the last of a tile's splits to arrive adds all, in order."""
-    dtype = out_ptr.dtype.element_ty
-    if SPLITS == 1:
-        tl.store(out_ptr + place, (sums * ending[0] + ending[2]).to(dtype), mask=real)
-    else:
-        tl.store(part_ptr + split * size + place, sums, mask=real)
+    """Return what follows a program's sums, and the outputs that these give."""
+    EACH: tl.constexpr = ROWS // 2 if KIND == "swiglu" or KIND == "gegelu" else ROWS
+    output = row_tile * EACH + tl.arange(0, EACH)
+    column, inside = output[:, None], (output < outputs)[:, None]
+    first, second = _pair(column, outputs, KIND)
+    ending = _ending(first, second, inside, scale_ptr, x_scale_ptr, bias_ptr, SCALES, X_SCALE, BIAS)
+    return ending, _rounding(column, inside, smoothing_ptr, out_scale_ptr, SMOOTH, OUT), output
+
+
+@triton.jit
+def _store_outputs(
+    sums, ending, rounding, limit, out_ptr, lost_ptr, lost_width, part_ptr, count_ptr, split, row,
+    inside, output, token, tokens, outputs,
+    TYPE: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr, OUT: tl.constexpr,
+    SPLITS: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """Store a program's outputs; the last of a tile's splits to arrive adds all, in order.
+
+    ``sums`` are those of the weight's rows ``row`` [rows, tokens]; the two of a gated output are
+    ``APART``.
+    """
+    GATED: tl.constexpr = KIND == "swiglu" or KIND == "gegelu"
+    real = (token < tokens)[None, :]
+    number = token[None, :].to(tl.int64)
+    if SPLITS > 1:
+        width = outputs * (2 if GATED else 1)
+        place, known = number * width + row[:, None], real & inside[:, None]
+        size = tokens.to(tl.int64) * width
+        tl.store(part_ptr + split * size + place, sums, mask=known)
         tl.debug_barrier()
-        if tl.atomic_add(count_ptr + tile, 1) == SPLITS - 1:
-            tl.store(count_ptr + tile, 0)
-            total = tl.zeros(sums.shape, tl.float32)
+        before = tl.atomic_add(count_ptr + tl.program_id(0), 1)
+        if before == SPLITS - 1:
+            tl.store(count_ptr + tl.program_id(0), 0)
+            sums = tl.zeros(sums.shape, tl.float32)
             for other in tl.static_range(SPLITS):
-                total += tl.load(
-                    part_ptr + other * size + place, mask=real, other=0.0, cache_modifier=".cg"
+                sums += tl.load(
+                    part_ptr + other * size + place, mask=known, other=0.0, cache_modifier=".cg"
                 )
-            tl.store(out_ptr + place, (total * ending[0] + ending[2]).to(dtype), mask=real)
+        real = real & (before + tl.zeros(real.shape, tl.int32) == SPLITS - 1)
+    y, z = sums, sums
+    if GATED:
+        pairs = tl.reshape(sums, [sums.shape[0] // (2 * APART), 2, APART, sums.shape[1]])
+        y, z = tl.split(tl.permute(pairs, [0, 2, 3, 1]))
+        y = tl.reshape(y, [sums.shape[0] // 2, sums.shape[1]])
+        z = tl.reshape(z, [sums.shape[0] // 2, sums.shape[1]])
+    y = _finish(y, z, ending, rounding, limit, TYPE, KIND, SMOOTH, OUT)
+    mask = real & (output < outputs)[:, None]
+    _store_levels(
+        out_ptr, number * outputs + output[:, None], y, mask, lost_ptr + token * lost_width, 0
+    )
 
 
 @triton.jit

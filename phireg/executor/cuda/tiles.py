@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 
 from phireg.executor.cuda.kernels import _rounding, _store_levels, _wait
-from phireg.executor.cuda.products import _ending, _finish, _own_expert, _place, _store
+from phireg.executor.cuda.products import (
+    _ending,
+    _ends,
+    _finish,
+    _own_expert,
+    _pair,
+    _place,
+    _rows,
+    _store_outputs,
+)
 
 # Successive inputs that a lane has of a row, as Triton's releases assign them to one token's
 # product. The other number is as right, but what a lane read goes to other lanes then.
@@ -170,15 +179,8 @@ def tile_matvec_kernel(
         weight_ptr += stacked // 16 * (STRIDE * 128)
         group_ptr += stacked * (STRIDE * 4 if GRID == "e2m1" else GROUPS)
         scale_ptr += stacked if SCALES == 2 else expert
-    first, second = row, row
-    tiles = (number.to(tl.int64),)
-    if KIND == "swiglu":
-        second = row + outputs
-        tiles += (number.to(tl.int64) + outputs // 16,)
-    if KIND == "gegelu":
-        first = 2 * row
-        second = first + 1
-        tiles = (2 * number.to(tl.int64), 2 * number.to(tl.int64) + 1)
+    first, second = _pair(row, outputs, KIND)
+    tiles = _pair(number.to(tl.int64), outputs // 16, KIND)
     warp = tl.arange(0, WARPS)[:, None]
     lane = tl.arange(0, 128)[None, :]
     # Weights are on their way while the kernel before this one ends.
@@ -256,13 +258,18 @@ def tile_matvec_kernel(
 
 @triton.jit
 def tile_product_kernel(
-    x_ptr, weight_ptr, scale_ptr, group_ptr, x_scale_ptr, bias_ptr, out_ptr, part_ptr, count_ptr,
-    tokens, outputs,
+    x_ptr, weight_ptr, scale_ptr, group_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr,
+    lost_ptr, lost_width, out_ptr, part_ptr, count_ptr, tokens, outputs, limit,
     INPUTS: tl.constexpr, GRID: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr,
-    X_SCALE: tl.constexpr, BIAS: tl.constexpr, TILES: tl.constexpr, TOGETHER: tl.constexpr,
+    X_SCALE: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr,
+    OUT: tl.constexpr, TYPE: tl.constexpr, TILES: tl.constexpr, TOGETHER: tl.constexpr,
     TOKENS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A few tokens' product: a program has ``TILES`` of rows and one of ``SPLITS`` of inputs."""
+    """A few tokens' product: a program has ``TILES`` of rows and one of ``SPLITS`` of inputs.
+
+    Of swiglu's two tiles of rows for one of outputs, each second of a program's tiles is the other.
+    """
+    PARTS: tl.constexpr = 2 if KIND == "swiglu" or KIND == "gegelu" else 1
     ROWS: tl.constexpr = 16 * TILES
     SMALL: tl.constexpr = GROUP > 0 and GROUP < 64
     # Tiles that have one scale.
@@ -283,20 +290,20 @@ def tile_product_kernel(
         (2.0**7 if HALF else 2.0**16) if GRID == "e2m1" else 2.0**13 / UP if SMALL else 2.0**13
     )
     split = tl.program_id(1)
-    row_tile, token_tile = _place(tokens, outputs, ROWS, TOKENS)
-    row = row_tile * ROWS + tl.arange(0, ROWS)
-    inside = row < outputs
+    row_tile, token_tile = _place(tokens, outputs * PARTS, ROWS, TOKENS)
+    APART: tl.constexpr = 16 if KIND == "swiglu" else 1
+    row, inside = _rows(row_tile * ROWS + tl.arange(0, ROWS), outputs, KIND, APART)
     token = token_tile * TOKENS + tl.arange(0, TOKENS)
     real = token < tokens
-    ending = _ending(
-        row[:, None], row[:, None], inside[:, None], scale_ptr, x_scale_ptr, bias_ptr, SCALES,
-        X_SCALE, BIAS,
+    ending, rounding, output = _ends(
+        row_tile, outputs, scale_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr, ROWS,
+        SCALES, X_SCALE, BIAS, KIND, SMOOTH, OUT,
     )  # fmt: skip
     _wait(EARLY)
-    number = (row_tile.to(tl.int64) * TILES + tl.arange(0, TILES))[:, None]
+    number = row_tile.to(tl.int64) * TILES + tl.arange(0, TILES)[:, None]
+    number, present = _rows(number, outputs // 16, KIND, 1)
     lane, own = tl.arange(0, 128)[None, :], tl.arange(0, 256)[None, :]
     weights = weight_ptr + number * (STRIDE * 128) + lane
-    present = number * 16 < outputs
     inputs = x_ptr + token.to(tl.int64)[None, :] * INPUTS
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
     for step in range(split * SHARE, min(split * SHARE + SHARE, STEPS)):
@@ -340,10 +347,10 @@ def tile_product_kernel(
                 acc += total * scale[:, None]
         if GROUP == 0 or SMALL:
             acc = total
-    place = token[None, :].to(tl.int64) * outputs + row[:, None]
-    _store(
-        acc * UNIT, ending, out_ptr, part_ptr, count_ptr, tl.program_id(0), split,
-        tokens.to(tl.int64) * outputs, place, real[None, :] & inside[:, None], SPLITS,
+    _store_outputs(
+        acc * UNIT, ending, rounding, limit, out_ptr, lost_ptr, lost_width, part_ptr, count_ptr,
+        split, row, inside, output, token, tokens, outputs, TYPE, KIND, SMOOTH, OUT, SPLITS,
+        APART,
     )  # fmt: skip
 
 
