@@ -118,9 +118,11 @@ CASES = [
         "types": {"weight_ptr": "*fp8e4nv", "x_ptr": "*fp8e4nv", "out_ptr": "*fp8e4nv"},
     }),
     ("product", {
-        **PRODUCT, **weight("int8"), "TOKENS": 64,
+        **PRODUCT, **weight("int8"), "ROWS": 128, "TOKENS": 64, "num_warps": 8,
         "types": {"weight_ptr": "*i32"},
     }),
+    ("product", {**PRODUCT, **of_levels(weight("int8")), "BLOCK": 256, "num_stages": 4}),
+    ("product", {**PRODUCT, **of_levels(weight("int8")), "BLOCK": 256, "TOKENS": 64}),
     ("product", {
         **PRODUCT, **of_levels(weight("int8")), "ROWS": 128, "TOKENS": 128, "SPLITS": 1,
         "KIND": "gegelu", "OUT": "int8", "SMOOTH": True,
@@ -131,7 +133,7 @@ CASES = [
     }),
     ("tile_product", {**TALL_PRODUCT, **weight("int4"), "KIND": "swiglu"}),
     ("tile_product", {**TALL_PRODUCT, **weight("int4", 32, 0), "num_stages": 2}),
-    ("tile_product", {**TILE_PRODUCT, **weight("e2m1", 16, 1), "TOKENS": 64, "KIND": "gegelu", "num_stages": 2}),
+    ("tile_product", {**TILE_PRODUCT, **weight("e2m1", 16, 1), "TOKENS": 64, "KIND": "gegelu"}),
     ("expand", {"INPUTS": 3072, **weight("int8"), "BLOCK": 1024}),
     ("tile_expand", {"INPUTS": 3072, **weight("e2m1", 16, 1), "TILES": 4}),
     ("route", {"BLOCK": 16}),

@@ -15,6 +15,7 @@ from phireg.executor.cuda.kernels import (
     _decode,
     _rounded,
     _rounding,
+    _start_next,
     _store_levels,
     _wait,
 )
@@ -168,7 +169,7 @@ def head_attend_kernel(
         at = (of_sum + 32 * c)[:, None]
         column = head * SIZE + at
         roundings += (_rounding(column, at < SIZE, smoothing_ptr, scale_ptr, SMOOTH, GRID),)
-    _wait(EARLY)
+    _wait(EARLY, False)
     query_ptr = qkv_ptr + row.to(tl.int64) * 3 * HEADS * SIZE + head * SIZE
     start = query_ptr + HEADS * SIZE
     # The scale of a cache of levels goes with the scores, and with the sum of values at the end.
@@ -212,6 +213,7 @@ def head_attend_kernel(
         best = new_best
         accs = _add(values, weight, fade, accs, KEPT, DOT)
         values = _read(values_ptr, at + 32, slot, VALUES, SIZE, PER)
+    _start_next(EARLY)
     score = tl.sum(tl.reshape(score, [8, 4]), 1) * scale
     top = tl.maximum(best, score, propagate_nan=_KEEP)
     fade, weight = tl.exp2(best - top), tl.exp2(score - top)

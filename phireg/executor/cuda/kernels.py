@@ -16,12 +16,25 @@ import triton.language as tl
 _KEEP: tl.constexpr = tl.constexpr(tl.PropagateNan.ALL)
 
 
+import os
+
+_ALWAYS: tl.constexpr = tl.constexpr(os.environ.get("M") == "early")
+
+
 @triton.jit
-def _wait(EARLY: tl.constexpr):
-    """Wait until the kernel launched before has written its results."""
+def _wait(EARLY: tl.constexpr, NEXT: tl.constexpr = True):
+    """Wait until the kernel launched before has written its results, after ``_start_next``."""
+    if EARLY:
+        if NEXT or _ALWAYS:
+            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _start_next(EARLY: tl.constexpr):
+    """Let the next kernel begin, once all programs have called this."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

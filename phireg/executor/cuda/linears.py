@@ -178,7 +178,7 @@ def product(
     outputs = stored.rows // 2 if activation in GATED else stored.rows
     kept = Rounding.kept_in(rounding, dtype)
     out = torch.empty((*x.shape[:-1], outputs), dtype=kept, device=x.device)
-    rows, block, stages, share, least = _of_few(stored, x, tokens)
+    rows, block, stages, share, least, warps = _of_few(stored, x, tokens)
     # Inputs in float32 would take more shared memory than Ada's multiprocessors have.
     widest = 32 if x.dtype == torch.float32 else 64 if tokens <= FEW_TOKENS else 128
     tile = min(widest, max(16, triton.next_power_of_2(tokens)))
@@ -199,35 +199,37 @@ def product(
     if stored.grid in TILED:
         tiles.tile_product_kernel[(programs, splits)](
             *arguments, **constants, TILES=rows // 16, TOGETHER=_TOGETHER, num_stages=stages,
-            **launch_options(x.device, rows // 16),
+            **launch_options(x.device, warps),
         )  # fmt: skip
     else:
         products.product_kernel[(programs, splits)](
             *arguments, **constants, ROWS=rows, BLOCK=block, num_stages=stages,
-            **launch_options(x.device, 4),
+            **launch_options(x.device, warps),
         )  # fmt: skip
     return out
 
 
-def _of_few(stored: _Stored, x: Tensor, tokens: int) -> tuple[int, int, int, int, int]:
-    """Return the fastest of some ten tried on an H100 for the linears of Phi-3-mini and -small.
+def _of_few(stored: _Stored, x: Tensor, tokens: int) -> tuple[int, int, int, int, int, int]:
+    """Return the fastest of some ten tried on an H200 for the linears of Phi-3-mini and -small.
 
-    They are rows and inputs of a step, steps in flight, the least inputs of a split, and the
-    programs up to which a product is split, which fill a GPU.
+    They are rows and inputs of a step, steps in flight, the least inputs of a split, the programs
+    up to which a product is split, which fill a GPU, and the warps of one.
     """
-    tall = stored.rows > 12_000
-    if stored.grid == "e2m1":
-        return 64, 64 * _TOGETHER, 2, 64 * _TOGETHER, 640
-    if stored.grid == "int4":
+    large = stored.rows * stored.inputs > 55_000_000
+    if stored.grid in TILED:
         # Fewer rows and steps where Ada's multiprocessors have no shared memory for more.
         halves = x.element_size() == 2
-        rows = 128 if halves and (tall or stored.inputs > 10_000) else 64
-        return rows, 64 * _TOGETHER, 3 if halves and stored.group != 32 else 2, 768, 200
+        rows = 128 if halves and large and stored.grid == "int4" else 64
+        stages = 3 if halves and stored.group != 32 else 2
+        return rows, 64 * _TOGETHER, stages, 768, 200, rows // 16
     if stored.in_words(x):
-        return (64, 256, 3, 256, 160) if tall else (64, 128, 3, 128, 320)
+        tall = stored.rows > 12_000
+        return (128, 128, 3, 128, 160, 8) if tall else (64, 128, 3, 128, 320, 4)
     if tokens > FEW_TOKENS:
-        return 128, 128, 3, 128, 160
-    return 64, 128, 4 if x.dtype == torch.int8 else 3, 128, 160
+        return 128, 128, 3, 128, 160, 4
+    block = 256 if large and x.element_size() == 1 else 128
+    several = x.element_size() == 1 and (block == 128 or tokens <= 32)
+    return 64, block, 4 if several else 3, block, 160, 4
 
 
 def expanded(weights: Weights, name: str, inputs: int, dtype: torch.dtype) -> Tensor:

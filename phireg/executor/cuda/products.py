@@ -14,6 +14,7 @@ from phireg.executor.cuda.kernels import (
     _decode,
     _rounded,
     _rounding,
+    _start_next,
     _store_levels,
     _wait,
 )
@@ -229,7 +230,7 @@ def product_kernel(
         columns = (place // ROWS * 16)[:, None] + tl.arange(0, 16)[None, :]
     weights = weight_ptr + own.to(tl.int64)[:, None] * WIDTH + columns
     xs = x_ptr + token.to(tl.int64)[None, :] * INPUTS + inputs[:, None]
-    _wait(EARLY)
+    _wait(EARLY, False)
     acc = tl.zeros([ROWS, TOKENS], tl.int32 if LEVELS else tl.float32)
     for step in range(split * SHARE, min(split * SHARE + SHARE, STEPS)):
         start = step * (BLOCK * WIDTH // INPUTS)
@@ -251,6 +252,7 @@ def product_kernel(
             acc = tl.dot(tl.reshape(_of_words(words, x_dtype, 2), [ROWS, BLOCK]), x, acc)
         else:
             acc = tl.dot(_decode(weight, x_dtype), x, acc, input_precision="ieee")
+    _start_next(EARLY)
     _store_outputs(
         acc.to(tl.float32) * (2.0**13 if WORDS else 1.0), ending, rounding, limit, out_ptr,
         lost_ptr, lost_width, part_ptr, count_ptr, split, row, inside, output, token, tokens,
@@ -320,10 +322,8 @@ def _store_outputs(
         y = tl.reshape(y, [sums.shape[0] // 2, sums.shape[1]])
         z = tl.reshape(z, [sums.shape[0] // 2, sums.shape[1]])
     y = _finish(y, z, ending, rounding, limit, TYPE, KIND, SMOOTH, OUT)
-    mask = real & (output < outputs)[:, None]
-    _store_levels(
-        out_ptr, number * outputs + output[:, None], y, mask, lost_ptr + token * lost_width, 0
-    )
+    place, mask = number * outputs + output[:, None], real & (output < outputs)[:, None]
+    _store_levels(out_ptr, place, y, mask, lost_ptr + token.to(tl.int64) * lost_width, 0)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ fewer inputs than a tile are small; then a step is two tiles.
 import triton
 import triton.language as tl
 
-from phireg.executor.cuda.kernels import _rounding, _store_levels, _wait
+from phireg.executor.cuda.kernels import _rounding, _start_next, _store_levels, _wait
 from phireg.executor.cuda.products import (
     _ending,
     _ends,
@@ -299,7 +299,7 @@ def tile_product_kernel(
         row_tile, outputs, scale_ptr, x_scale_ptr, bias_ptr, smoothing_ptr, out_scale_ptr, ROWS,
         SCALES, X_SCALE, BIAS, KIND, SMOOTH, OUT,
     )  # fmt: skip
-    _wait(EARLY)
+    _wait(EARLY, False)
     number = row_tile.to(tl.int64) * TILES + tl.arange(0, TILES)[:, None]
     number, present = _rows(number, outputs // 16, KIND, 1)
     lane, own = tl.arange(0, 128)[None, :], tl.arange(0, 256)[None, :]
@@ -347,6 +347,7 @@ def tile_product_kernel(
                 acc += total * scale[:, None]
         if GROUP == 0 or SMALL:
             acc = total
+    _start_next(EARLY)
     _store_outputs(
         acc * UNIT, ending, rounding, limit, out_ptr, lost_ptr, lost_width, part_ptr, count_ptr,
         split, row, inside, output, token, tokens, outputs, TYPE, KIND, SMOOTH, OUT, SPLITS,
