@@ -25,7 +25,7 @@ _ALWAYS: tl.constexpr = tl.constexpr(os.environ.get("M") == "early")
 def _wait(EARLY: tl.constexpr, NEXT: tl.constexpr = True):
     """Wait until the kernel launched before has written its results, after ``_start_next``."""
     if EARLY:
-        if NEXT or _ALWAYS:
+        if NEXT:
             tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 

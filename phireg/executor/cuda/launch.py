@@ -207,7 +207,9 @@ def attend_step(
     if splits == group == 1 and pattern is None:
         head_attention.head_attend_kernel[(batch * heads,)](
             *inputs, slot, pads, out, *ending, **constants, HEADS=heads, num_stages=1,
-            **launch_options(device, 1),
+            # What reads more has more registers: beside the last kernel's programs it would not be
+            # spread evenly over the GPU.
+            **launch_options(device, 1, early=keys.element_size() == 1),
         )  # fmt: skip
         return out
     parts = torch.empty((batch * heads * splits, size), dtype=torch.float32, device=device)
@@ -222,7 +224,7 @@ def attend_step(
         PADDED=triton.next_power_of_2(group), TILE=32 if dtype == torch.float32 else 64,
         BLOCK=max(16, triton.next_power_of_2(size)),
         num_stages=3 if splits == 1 and keys.element_size() == 1 else 2,
-        **launch_options(device, 4),
+        NEXT=batch == 1, **launch_options(device, 4),
     )  # fmt: skip
     return out
 
@@ -286,9 +288,9 @@ def counters(device: torch.device) -> Tensor:
     return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
-def launch_options(device: torch.device, num_warps: int) -> dict[str, Any]:
-    """Return a launch's options: threads, and an early start on GPUs that can."""
-    early = _can_start_early(device)
+def launch_options(device: torch.device, num_warps: int, early: bool = True) -> dict[str, Any]:
+    """Return a launch's options: threads, and an early start, if wanted, on GPUs that can."""
+    early = early and _can_start_early(device)
     options: dict[str, Any] = {"num_warps": num_warps, "EARLY": early}
     return options | {"launch_pdl": True} if early else options
 
