@@ -6,7 +6,9 @@ in capitals are constants of a compilation.
 
 On GPUs that can (compute capability 9 and more) a kernel is launched while the one before it ends
 (programmatic dependent launch). It may read at once what no kernel of the same step writes, weights
-and the cache of earlier tokens, and calls ``_wait`` before it reads or writes anything else.
+and the cache of earlier tokens, and calls ``_wait`` before it reads or writes anything else. A
+kernel of a batch lets the next one begin when it ends itself, with ``_start_next``: programs that
+begin sooner take whatever places are free, and are not spread evenly over the GPU.
 """
 
 import triton
@@ -16,14 +18,9 @@ import triton.language as tl
 _KEEP: tl.constexpr = tl.constexpr(tl.PropagateNan.ALL)
 
 
-import os
-
-_ALWAYS: tl.constexpr = tl.constexpr(os.environ.get("M") == "early")
-
-
 @triton.jit
 def _wait(EARLY: tl.constexpr, NEXT: tl.constexpr = True):
-    """Wait until the kernel launched before has written its results, after ``_start_next``."""
+    """Wait until the kernel launched before has written its results; ``NEXT`` may begin first."""
     if EARLY:
         if NEXT:
             tl.extra.cuda.gdc_launch_dependents()
