@@ -204,12 +204,13 @@ def attend_step(
         "SIZE": size, "HALF": cos.shape[-1],
         "KV_GRID": "none" if kv_scale is None else spec.quantization.kv_cache,
     }  # fmt: skip
+    # Programs of a batch that read 16-bit keys take so many registers that they would not be spread
+    # evenly over the GPU beside those of the kernel before.
+    early = batch == 1 or keys.element_size() == 1
     if splits == group == 1 and pattern is None:
         head_attention.head_attend_kernel[(batch * heads,)](
             *inputs, slot, pads, out, *ending, **constants, HEADS=heads, num_stages=1,
-            # What reads more has more registers: beside the last kernel's programs it would not be
-            # spread evenly over the GPU.
-            **launch_options(device, 1, early=keys.element_size() == 1),
+            **launch_options(device, 1, early),
         )  # fmt: skip
         return out
     parts = torch.empty((batch * heads * splits, size), dtype=torch.float32, device=device)
@@ -223,8 +224,8 @@ def attend_step(
         STEP=pattern.head_step if pattern else 0,
         PADDED=triton.next_power_of_2(group), TILE=32 if dtype == torch.float32 else 64,
         BLOCK=max(16, triton.next_power_of_2(size)),
-        num_stages=3 if splits == 1 and keys.element_size() == 1 else 2,
-        NEXT=batch == 1, **launch_options(device, 4),
+        num_stages=3 if batch > 1 and keys.element_size() == 1 else 2,
+        NEXT=batch == 1, **launch_options(device, 4, early),
     )  # fmt: skip
     return out
 
