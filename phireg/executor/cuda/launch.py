@@ -31,6 +31,8 @@ TYPES = {
 _LOG2_E = math.log2(math.e)
 # Of one token's attention; twice as many or half as many are no faster on an H200.
 _PROGRAMS_PER_PROCESSOR = 2
+# The last of a head's splits to arrive merges all of them.
+_MOST_SPLITS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +196,7 @@ def attend_step(
     out = torch.empty((batch, 1, heads * size), dtype=kept, device=device)
     # Enough programs to fill the GPU, whatever the batch; a split without tiles costs nothing.
     programs = _PROGRAMS_PER_PROCESSOR * _processors(device) // (batch * kv_heads)
-    splits = 1 << max(0, programs.bit_length() - 1)
+    splits = 1 << max(0, min(programs, _MOST_SPLITS).bit_length() - 1)
     inputs = (qkv, cos, sin, keys, values, cos if kv_scale is None else kv_scale)
     ending = (
         *Rounding.arguments(rounding, qkv), spec.attention_scale * _LOG2_E, capacity,
@@ -204,13 +206,10 @@ def attend_step(
         "SIZE": size, "HALF": cos.shape[-1],
         "KV_GRID": "none" if kv_scale is None else spec.quantization.kv_cache,
     }  # fmt: skip
-    # Programs of a batch that read 16-bit keys take so many registers that they would not be spread
-    # evenly over the GPU beside those of the kernel before.
-    early = batch == 1 or keys.element_size() == 1
     if splits == group == 1 and pattern is None:
         head_attention.head_attend_kernel[(batch * heads,)](
             *inputs, slot, pads, out, *ending, **constants, HEADS=heads, num_stages=1,
-            **launch_options(device, 1, early),
+            **launch_options(device, 1, keys.element_size() == 1),
         )  # fmt: skip
         return out
     parts = torch.empty((batch * heads * splits, size), dtype=torch.float32, device=device)
@@ -225,7 +224,7 @@ def attend_step(
         PADDED=triton.next_power_of_2(group), TILE=32 if dtype == torch.float32 else 64,
         BLOCK=max(16, triton.next_power_of_2(size)),
         num_stages=3 if batch > 1 and keys.element_size() == 1 else 2,
-        NEXT=batch == 1, **launch_options(device, 4, early),
+        NEXT=batch == 1, **launch_options(device, 4, batch == 1),
     )  # fmt: skip
     return out
 
