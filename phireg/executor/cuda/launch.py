@@ -31,7 +31,7 @@ TYPES = {
 _LOG2_E = math.log2(math.e)
 # Of one token's attention; twice as many or half as many are no faster on an H200.
 _PROGRAMS_PER_PROCESSOR = 2
-# The last of a head's splits to arrive merges all of them.
+# Splits of a short cache's attention: the last of them to arrive merges all.
 _MOST_SPLITS = 16
 
 
@@ -196,7 +196,8 @@ def attend_step(
     out = torch.empty((batch, 1, heads * size), dtype=kept, device=device)
     # Enough programs to fill the GPU, whatever the batch; a split without tiles costs nothing.
     programs = _PROGRAMS_PER_PROCESSOR * _processors(device) // (batch * kv_heads)
-    splits = 1 << max(0, min(programs, _MOST_SPLITS).bit_length() - 1)
+    most = max(_MOST_SPLITS, capacity // 64)
+    splits = 1 << max(0, min(programs, most).bit_length() - 1)
     inputs = (qkv, cos, sin, keys, values, cos if kv_scale is None else kv_scale)
     ending = (
         *Rounding.arguments(rounding, qkv), spec.attention_scale * _LOG2_E, capacity,
