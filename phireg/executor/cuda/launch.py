@@ -25,9 +25,6 @@ from phireg.reader.spec import BlockSparse, ModelSpec
 # Block sizes that the kernel of prompts takes are multiples of this.
 SPARSE_TILE = 64
 GATED = ("swiglu", "gegelu")
-TYPES = {
-    torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16
-}  # fmt: skip
 _LOG2_E = math.log2(math.e)
 # Of one token's attention; twice as many or half as many are no faster on an H200.
 _PROGRAMS_PER_PROCESSOR = 2

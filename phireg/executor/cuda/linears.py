@@ -13,18 +13,21 @@ from typing import Any, TypeVar
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from phireg.executor.blocks import Weights
 from phireg.executor.cuda import integers, kernels, products, tiles
-from phireg.executor.cuda.launch import GATED, TYPES, Rounding, counters, launch_options
+from phireg.executor.cuda.launch import GATED, Rounding, counters, launch_options
 from phireg.executor.levels import TILED, find_packed
 
 # Tokens up to which reading the packed weight once more for every so many is the fastest.
 FEW_TOKENS = 64
 # Tiles of inputs that a program of a few tokens' product takes in one step.
 _TOGETHER = 4
-
+_TYPES = {
+    torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16
+}  # fmt: skip
 
 # Of one token's product: the fastest of some thirty tried on an H100 for each linear of Phi-3-mini.
 # Many rows, few rows, two rows for an output, and many inputs.
@@ -132,7 +135,7 @@ def matvec(
     )  # fmt: skip
     constants = stored.constants | Rounding.constants(rounding, "OUT") | {
         "X_SCALE": x_scale is not None, "BIAS": bias is not None, "KIND": activation,
-        "TYPE": TYPES[dtype], "PER_TOKEN": experts.per_token if experts else 0,
+        "TYPE": _TYPES[dtype], "PER_TOKEN": experts.per_token if experts else 0,
     }  # fmt: skip
     if stored.grid in TILED:
         table = _STEPS["groups" if stored.group >= 32 else stored.grid]
@@ -194,7 +197,7 @@ def product(
     )  # fmt: skip
     constants = stored.constants | Rounding.constants(rounding, "OUT") | {
         "X_SCALE": x_scale is not None, "BIAS": bias is not None, "KIND": activation,
-        "TYPE": TYPES[dtype], "TOKENS": tile, "SPLITS": splits,
+        "TYPE": _TYPES[dtype], "TOKENS": tile, "SPLITS": splits,
     }  # fmt: skip
     if stored.grid in TILED:
         tiles.tile_product_kernel[(programs, splits)](
