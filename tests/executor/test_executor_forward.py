@@ -5,7 +5,7 @@ import torch
 from checkpoints_by_hand import random_ids, reference_logits, relative_error, write_checkpoint
 from helpers.tiny_models import phi2, phi3, phi3_small
 
-from phireg.executor import load
+from phireg.executor import blocks, load
 
 MODELS = {
     "phi2": (phi2, {}),
@@ -45,3 +45,20 @@ def test_logits_are_the_source_models(name, ranks, tmp_path):
         assert actual.dtype == torch.float32
         assert actual.shape == expected.shape
         assert relative_error(actual, expected) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_keys_that_are_no_numbers_are_not_lost(tokens, dtype):
+    """PyTorch's attention drops them where there are few."""
+    query, key, value = torch.randn(3, 1, 2, tokens, 8).to(dtype)
+    key[0, 0] = torch.nan
+
+    def mask(first, last, keys):
+        return torch.ones(tokens, tokens, dtype=torch.bool).tril()[first:last, :keys]
+
+    causal = blocks.causal_attention(query, key, value, 0.5)
+    for y in (causal, blocks.masked_attention(query, key, value, 0.5, mask)):
+        assert y[0, 0].isnan().all()
+        assert torch.equal(y[0, 1], causal[0, 1])
+        assert y[0, 1].isfinite().all()
