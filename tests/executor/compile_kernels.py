@@ -6,6 +6,8 @@ Prints, for each, its name, the compute capability, and the shared memory it tak
 
 import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -167,33 +169,42 @@ CASES = [
 ]  # fmt: skip
 
 
+def build(number):
+    """Compile a case for two GPUs, and return a line on each."""
+    warnings.simplefilter("ignore")
+    name, constants = CASES[number]
+    modules = (attention, head_attention, integers, kernels, products, tiles)
+    kernel = next(filter(None, (getattr(m, f"{name}_kernel", None) for m in modules)))
+    types = {**TYPES, **constants.get("types", {})}
+    lines = []
+    # Ampere has no e4m3; Ada is the first that has, and otherwise runs what Ampere does.
+    first = 89 if "*fp8e4nv" in types.values() else 80
+    for capability in (first, 90):
+        fixed = {k: v for k, v in constants.items() if k == k.upper()}
+        fixed["EARLY"] = capability >= 90
+        signature = {
+            argument: "constexpr" if argument in fixed else types.get(argument, HALF)
+            for argument in kernel.arg_names
+        }
+        # Pointers, strides and the cache's capacity are multiples of sixteen, as at run time.
+        aligned = {
+            (position,): [["tt.divisibility", 16]]
+            for position, argument in enumerate(kernel.arg_names)
+            if argument.endswith("_ptr") or argument in ("capacity", *STRIDES)
+        }
+        source = ASTSource(kernel, signature, constexprs=fixed, attrs=aligned)
+        options = {"num_warps": 4, "num_stages": 3}
+        options |= {k: v for k, v in constants.items() if k in options}
+        built = triton.compile(source, GPUTarget("cuda", capability, 32), options=options)
+        lines.append(f"{name} {capability} {built.metadata.shared}")
+    return lines
+
+
 def main():
-    for name, constants in CASES:
-        modules = (attention, head_attention, integers, kernels, products, tiles)
-        kernel = next(filter(None, (getattr(m, f"{name}_kernel", None) for m in modules)))
-        types = {**TYPES, **constants.get("types", {})}
-        # Ampere has no e4m3; Ada is the first that has, and otherwise runs what Ampere does.
-        first = 89 if "*fp8e4nv" in types.values() else 80
-        for capability in (first, 90):
-            fixed = {k: v for k, v in constants.items() if k == k.upper()}
-            fixed["EARLY"] = capability >= 90
-            signature = {
-                argument: "constexpr" if argument in fixed else types.get(argument, HALF)
-                for argument in kernel.arg_names
-            }
-            # Pointers, strides and the cache's capacity are multiples of sixteen, as at run time.
-            aligned = {
-                (position,): [["tt.divisibility", 16]]
-                for position, argument in enumerate(kernel.arg_names)
-                if argument.endswith("_ptr") or argument in ("capacity", *STRIDES)
-            }
-            source = ASTSource(kernel, signature, constexprs=fixed, attrs=aligned)
-            options = {"num_warps": 4, "num_stages": 3}
-            options |= {k: v for k, v in constants.items() if k in options}
-            built = triton.compile(source, GPUTarget("cuda", capability, 32), options=options)
-            print(name, capability, built.metadata.shared)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for lines in pool.map(build, range(len(CASES))):
+            print(*lines, sep="\n", flush=True)
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
     sys.exit(main())
