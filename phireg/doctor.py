@@ -240,10 +240,10 @@ def _mpi() -> Iterator[Part]:
         yield _part("MPI", BROKEN, _last_line(code, output))
 
 
-def _package(name: str, *distributions: str) -> Iterator[Part]:
-    """Check a package whose metadata suffices; it has one of several names."""
-    versions = [version for version in map(installed_version, distributions) if version]
-    yield _part(name, OK, versions[0]) if versions else _part(name, MISSING)
+def _package(name: str, distribution: str) -> Iterator[Part]:
+    """Check a package whose metadata suffices."""
+    version = installed_version(distribution)
+    yield _part(name, OK, version) if version else _part(name, MISSING)
 
 
 def _native(backend: Backend) -> Iterator[Part]:

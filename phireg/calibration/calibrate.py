@@ -121,9 +121,8 @@ def calibrate(
                     report(f"no calibration: {other} has this model's statistics on these samples")
                     return Calibrated(statistics, other, True)
     check_writable(path, STATISTICS)
-    family = plan.chosen.family
     statistics = run_calibration(
-        family,
+        plan.chosen.family,
         plan.source,
         settings,
         readings=plan.options.readings,
@@ -233,14 +232,13 @@ def run_calibration(
     report(f"calibration: {describe(provenance)}")
     if price is not None:
         report(price)
-    batch_size = settings.batch_size
     advice = "lower --batch-size or --calib-max-seq-length, or take --device cpu."
     with within_memory(device, advice):
         statistics = collect(
             reference,
             samples.rows,
             device=device,
-            batch_size=batch_size,
+            batch_size=settings.batch_size,
             progress=progress,
             search=search,
         )

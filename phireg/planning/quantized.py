@@ -117,17 +117,14 @@ class Quantization:
         if not self.target.by_rank:
             head = (HEAD,) if self.options.quantize_lm_head and HEAD in rules else ()
             linears = (*chosen.linears, *head)
-            kept = tuple(name for name in linears if not self.is_excluded(name))
+            patterns = self.options.exclude
+            kept = tuple(x for x in linears if not any(fnmatchcase(x, p) for p in patterns))
             others = {name for name, rule in rules.items() if rule.cols is not None}
             left = sorted(others.union(linears, (HEAD,)).difference(kept))
             chosen = replace(chosen, linears=kept, exclude_modules=tuple(left), notes=())
         self.rules = chosen
         awq = self.format is not None and self.format.smoothing == "awq"
         self.folding = fold(self.target, family, fields, chosen.linears, awq=awq)
-
-    def is_excluded(self, name: str) -> bool:
-        """Whether a pattern of ``--exclude`` is a module's."""
-        return any(fnmatchcase(name, pattern) for pattern in self.options.exclude)
 
     def facts(self) -> Quantized | None:
         """What config files tell of it."""

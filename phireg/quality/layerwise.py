@@ -155,15 +155,11 @@ class LinearMeter:
             "inputs_e4m3_tensor": "fp8",
             "inputs_int8_tensor": "int8",
         }
-        self._scale: Tensor | None
-        self._scale, self._grid = next(
-            (
-                (quantized[0][f"{linear}.{part}"], grid)
-                for part, grid in static.items()
-                if f"{linear}.{part}" in quantized[0]
-            ),
-            (None, usual),
-        )
+        self._scale: Tensor | None = None
+        self._grid = usual
+        for part, grid in static.items():
+            if self._scale is None and f"{linear}.{part}" in quantized[0]:
+                self._scale, self._grid = quantized[0][f"{linear}.{part}"], grid
         self._dynamic = any(name.startswith(f"{linear}.inputs_") for name in quantized[0])
         self._noise = self._power = 0.0
         self._beyond = self._values = 0

@@ -99,11 +99,6 @@ class LogPlot:
             low, high = math.floor(low), math.ceil(high)
         return cls(low, max(high, low + 0.3), first, last, 0 in numbers)
 
-    @property
-    def bottom(self) -> float:
-        """The place of the lowest value above zero."""
-        return 90.0 if self.exact else 100.0
-
     def x(self, value: float) -> float:
         """Return the horizontal place of a value."""
         return 100 * (value - self.first) / ((self.last - self.first) or 1)
@@ -117,7 +112,7 @@ class LogPlot:
         share = (min(max(math.log10(value), self.low), self.high) - self.low) / (
             self.high - self.low
         )
-        return self.bottom * (1 - share)
+        return (90.0 if self.exact else 100.0) * (1 - share)
 
     def ticks(self) -> Iterator[tuple[float, float]]:
         """Yield the values to label and their vertical places."""

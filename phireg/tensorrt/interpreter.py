@@ -142,7 +142,10 @@ class Interpreter:
             attention = layer.attention
             tensors = [*map(attention.get_input, range(3)), attention.mask]
         names = tuple(None if tensor is None else tensor.name for tensor in tensors)
-        joins = kind == "DIST_COLLECTIVE" and _joins(layer)
+        # The bindings do not give a collective's operation back.
+        joins = kind == "DIST_COLLECTIVE" and (
+            layer.num_ranks > 1 or tuple(tensors[0].shape) != tuple(outputs[0].shape)
+        )
         return _Step(name, names, tuple(t.name for t in outputs), dtypes, compute, joins)
 
     # What each type of layer computes, after NvInfer.h.
@@ -385,10 +388,3 @@ def _along(scale: Tensor, axis: int, x: Tensor) -> Tensor:
     for dimension, size in enumerate(x.shape):
         scale = scale.repeat_interleave(size // scale.shape[dimension], dim=dimension)
     return scale
-
-
-def _joins(layer: Any) -> bool:
-    """Return whether a collective joins parts: the bindings do not give its operation back."""
-    return layer.num_ranks > 1 or tuple(layer.get_input(0).shape) != tuple(
-        layer.get_output(0).shape
-    )

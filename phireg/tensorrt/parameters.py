@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -13,16 +14,14 @@ from phireg.reader.tensors import Kind
 from phireg.tensorrt.graph import Graph, Value
 
 
+@dataclass(frozen=True, eq=False)
 class Parameters:
     """Makes each tensor, or an input for it, a part of the network when it is asked for."""
 
-    def __init__(
-        self, graph: Graph, kinds: Mapping[str, Kind], source: Callable[[str], Tensor] | None
-    ) -> None:
-        self.graph = graph
-        self.kinds = kinds
-        self.source = source
-        self._values: dict[str, Value] = {}
+    graph: Graph
+    kinds: Mapping[str, Kind]
+    source: Callable[[str], Tensor] | None
+    _values: dict[str, Value] = field(default_factory=dict, init=False)
 
     def __contains__(self, name: str) -> bool:
         return name in self.kinds

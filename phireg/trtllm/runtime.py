@@ -327,8 +327,7 @@ def _runner_class(release: str, in_flight: bool) -> Any:
     try:
         runtime = import_module("tensorrt_llm.runtime")
     except Exception as error:  # a missing driver or library shows in any way
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "tensorrt_llm.runtime"
-        if not missing:
+        if not isinstance(error, ModuleNotFoundError) or error.name != "tensorrt_llm.runtime":
             raise PhiregError(
                 f"TensorRT-LLM {release} cannot be imported: {type(error).__name__}: {error}",
                 hint="phireg doctor says what is missing.",

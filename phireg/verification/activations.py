@@ -21,11 +21,6 @@ _MOST_RANGE, _LEAST_RANGE = 2.0, 1 / 16
 """Inputs differ from those of the calibration, so only ranges far from it are noted."""
 
 
-def _largest(inputs: Inputs) -> float:
-    """Return the largest input over its calibrated scale that the format has."""
-    return LARGEST[inputs.grid] * (LARGEST["e4m3"] if inputs.scale == "group" else 1)
-
-
 class ActivationRanges:
     """Observes the inputs of quantized linears."""
 
@@ -40,7 +35,10 @@ class ActivationRanges:
         """Take a linear's input, before smoothing; see ``Executor.forward``."""
         for inputs, scale, smoothing in self._calibrated(layer, linear):
             factors = 1 if smoothing is None else smoothing.float().to(x.device)
-            used = float((x.float() * factors).abs().amax()) / (scale * _largest(inputs))
+            largest = scale * LARGEST[inputs.grid]
+            if inputs.scale == "group":  # times the scale of a group
+                largest *= LARGEST["e4m3"]
+            used = float((x.float() * factors).abs().amax()) / largest
             self.used[layer, linear] = max(used, self.used.get((layer, linear), 0.0))
         cached = linear == "attention.qkv" and self.spec.quantization.kv_cache is not None
         if cached and isinstance(self.sources[0], DirectorySource):
