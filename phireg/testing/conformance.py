@@ -297,7 +297,7 @@ def logits_problems(model: TinyModel, tp_size: int) -> str | None:
     plan = model.plan(tp_size)
     directory = model.convert(model.source_dir, tp_size)
     family = model.family.name
-    checks = ComputedChecks(directory, plan.config, device="cpu")
+    checks = ComputedChecks(directory, plan.config, torch.device("cpu"))
     try:
         summary, problems, *_ = checks.run("logits", plan)
         if tp_size > 1 and not problems:

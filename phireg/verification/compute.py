@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from phireg.device import pick_device
 from phireg.errors import CheckError, SourceError
 from phireg.executor import Executor, ModelSpec, read_meaning
 from phireg.executor.directories import DirectorySource
@@ -46,26 +45,18 @@ _WITHOUT_ROUNDING = (
 _TENSOR = re.compile(r"(transformer|lm_head)[\w.]+")
 
 
+@dataclass(eq=False)
 class ComputedChecks:
-    """The checks of one checkpoint that compute; ``result`` has the numbers of the logits."""
+    """The checks of one checkpoint that compute."""
 
-    def __init__(
-        self,
-        directory: Path,
-        config: Mapping[str, Any],
-        device: str = "auto",
-        dtype: str = "float32",
-        max_tokens: int | None = None,
-        progress: Progress = lambda check, more, total: None,
-    ) -> None:
-        self.directory = directory
-        self.config = dict(config)
-        self.device = pick_device(device)
-        self.dtype = dtype
-        self.max_tokens = max_tokens
-        self.progress = progress
-        self.result: LogitsResult | None = None
-        self._reference: Reference | None = None
+    directory: Path
+    config: Mapping[str, Any]
+    device: torch.device
+    dtype: str = "float32"
+    max_tokens: int | None = None
+    progress: Progress = lambda check, more, total: None
+    result: LogitsResult | None = None  # the numbers of the logits
+    _reference: Reference | None = None
 
     @property
     def description(self) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -105,29 +107,22 @@ def verify_endpoint(
     )
 
 
+@dataclass(eq=False)
 class _Checker:
-    def __init__(
-        self,
-        server: Server,
-        subject: Subject,
-        tolerance: float,
-        most: int | None,
-        progress: Progress,
-    ) -> None:
-        self.server, self.subject, self.tolerance = server, subject, tolerance
-        self.positions = subject.spec.max_position_embeddings
-        self.most = self.positions - 1 if most is None else most
-        self.progress = progress
-        self.has_cache_scales = subject.spec.quantization.kv_cache is not None
-        self._right: Logits | None = None
-        self._changes: dict[str, float] = {}  # by fault: how much it changed the last prompts
+    server: Server
+    subject: Subject
+    tolerance: float
+    most: int | None  # tokens of a prompt
+    progress: Progress
+    _changes: dict[str, float] = field(default_factory=dict)  # by fault, of the last prompts
 
-    @property
+    def __post_init__(self) -> None:
+        self.positions = self.subject.spec.max_position_embeddings
+
+    @cached_property
     def right(self) -> Logits:
         """The model without a fault, which stays in memory."""
-        if self._right is None:
-            self._right = self.subject.logits(None)
-        return self._right
+        return self.subject.logits(None)
 
     def prompts(self) -> Outcome:
         length = _SHORT if self.subject.original is None else min(_SHORT, self.subject.original)
@@ -153,10 +148,7 @@ class _Checker:
         summary = f"a prompt of {original} tokens alone and beside a longer one: {difference:.3f}"
         if difference <= self.tolerance:
             change = self._changes.get("long", math.inf)
-            untold = change <= 2 * self.tolerance
-            return Outcome(
-                summary, [], [], (_untold("neighbors", "long", change),) if untold else ()
-            )
+            return Outcome(summary, [], [], self._untold("neighbors", {"long": change}))
         text = (
             f"its log probabilities differ by {difference:.2f} nats (tolerance {self.tolerance:g}) "
             "when a longer prompt is in the same batch: the whole batch takes the long factors"
@@ -196,14 +188,12 @@ class _Checker:
         distance = _distance(answer.scores, scores)
         summary = f"{len(answer.scores)} tokens; mean difference {distance:.3f} nats"
         dropped: list[float] = []  # what dropped cache scales would give
-        if self.has_cache_scales:
+        if self.subject.spec.quantization.kv_cache is not None:
             faulty = _greedy(self.subject.logits("cache"), ids, len(scores), frozenset())
             dropped = [score for _, score, _ in faulty]
         if distance <= self.tolerance:
             apart = _distance(scores, dropped) if dropped else math.inf
-            untold = apart <= 2 * self.tolerance
-            undone = (_untold("generation", "cache", apart),) if untold else ()
-            return Outcome(summary, [], [], undone)
+            return Outcome(summary, [], [], self._untold("generation", {"cache": apart}))
         # Behind two tokens that are nearly as likely as each other, the texts may part.
         close = next((n for n, (_, _, gap) in enumerate(expected) if gap <= self.tolerance), None)
         if close is not None and _distance(answer.scores[:close], scores[:close]) <= self.tolerance:
@@ -280,12 +270,16 @@ class _Checker:
         tokens = ", ".join(map(str, lengths))
         summary = f"prompts of {tokens} tokens; mean difference {largest:.3f} nats"
         self._changes |= changes
-        undone = tuple(
-            _untold(name, fault, change)
+        return Outcome(summary, problems, [], self._untold(name, changes))
+
+    def _untold(self, name: str, changes: Mapping[str, float]) -> tuple[str, ...]:
+        """Say which faults change too little, by so many nats, to be told from the right model."""
+        return tuple(
+            f"{name}: it cannot be told whether {FAULTS[fault]}: with this model that would change "
+            f"only {change:.2f} nats"
             for fault, change in changes.items()
             if change <= 2 * self.tolerance
         )
-        return Outcome(summary, problems, [], undone)
 
     def _problem(
         self,
@@ -308,8 +302,9 @@ class _Checker:
         return Problem(f"{name}, {length} tokens", text)
 
     def _fits(self, tokens: int) -> None:
-        if tokens > self.most or tokens >= self.positions:
-            raise Skipped(f"a prompt of {tokens} tokens is longer than allowed ({self.most})")
+        most = self.positions - 1 if self.most is None else self.most
+        if tokens > most or tokens >= self.positions:
+            raise Skipped(f"a prompt of {tokens} tokens is longer than allowed ({most})")
 
     def _ids(self, tokens: int) -> list[int]:
         """Return a prompt: text where there is a tokenizer, else ids at random."""
@@ -353,10 +348,3 @@ def _distance(actual: Sequence[float], expected: Sequence[float]) -> float:
         return math.inf
     differences = [abs(a - b) for a, b in zip(actual, expected, strict=True)]
     return sum(differences) / max(1, len(differences))
-
-
-def _untold(name: str, fault: str, apart: float) -> str:
-    return (
-        f"{name}: it cannot be told whether {FAULTS[fault]}: with this model that would change "
-        f"only {apart:.2f} nats"
-    )

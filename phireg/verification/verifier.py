@@ -39,10 +39,11 @@ class Verifier(ABC):
 
     def open_computed(self, device: str, dtype: str, max_tokens: int | None) -> None:
         """Prepare the checks that run the model; an unknown device is an error here."""
+        from phireg.device import pick_device
         from phireg.verification.compute import ComputedChecks
 
         self.computed = ComputedChecks(
-            self.path, self.config, device, dtype, max_tokens, self.progress
+            self.path, self.config, pick_device(device), dtype, max_tokens, self.progress
         )
 
     def plan_source(

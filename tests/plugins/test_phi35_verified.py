@@ -21,7 +21,8 @@ ROUTER = "transformer.layers.1.mlp.router.weight"
 
 def problems(source, checkpoint, dtype):
     plan = planned(PHI35_MOE, source, dtype=dtype)
-    return ComputedChecks(checkpoint, plan.config, device="cpu").run("logits", plan)[1]
+    checks = ComputedChecks(checkpoint, plan.config, torch.device("cpu"))
+    return checks.run("logits", plan)[1]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
