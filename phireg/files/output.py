@@ -42,8 +42,7 @@ class OutputDirectory:
     """Context manager that publishes a checkpoint directory atomically.
 
     Entering gives the directory to write into. Leaving without an exception makes it durable
-    (fsync) and renames it to ``target``; leaving with one removes it. After a kill at any moment
-    ``target`` is absent, or complete; the next run into it cleans up.
+    (fsync) and renames it to ``target``; leaving with one removes it.
 
     ``target`` may be missing (parents are created) or empty; a symbolic link is followed. With
     ``overwrite`` a target that is of ``kind`` (None is any) and holds nothing else is replaced.

@@ -17,12 +17,7 @@ FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 _PROBE = "The tokens of a text, 1 to 20"
 _LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
-_LLAMA_MODELS = (
-    "LlamaForCausalLM",
-    "Phi3ForCausalLM",
-    "PhiMoEForCausalLM",
-    "PhimoeForCausalLM",
-)
+_LLAMA_MODELS = ("LlamaForCausalLM", "Phi3ForCausalLM", "PhiMoEForCausalLM", "PhimoeForCausalLM")
 
 
 def load_files(directory: Path) -> Any:

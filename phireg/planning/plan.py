@@ -31,10 +31,7 @@ _LLAMAFIED = (
     '"architectures": ["Phi3ForCausalLM"] and "model_type": "phi3" (separate projections are '
     "converted). TensorRT-LLM's own LLaMA converter takes it as it is."
 )
-_ADVICE = {
-    "LlamaForCausalLM": _LLAMAFIED,
-    "MistralForCausalLM": _LLAMAFIED,
-}
+_ADVICE = {"LlamaForCausalLM": _LLAMAFIED, "MistralForCausalLM": _LLAMAFIED}
 """What to do with models of other classes, by the class that config.json names."""
 
 

@@ -153,12 +153,7 @@ class ModelSpec(Dimensions):
 
 
 def read_spec(checkpoint_dir: Path) -> ModelSpec:
-    """Read ``config.json`` of a TensorRT-LLM checkpoint directory.
-
-    Raises:
-        SourceError: there is no readable config.json.
-        CheckError: it asks for something unknown.
-    """
+    """Read a checkpoint's config.json; a CheckError if it asks for something unknown."""
     path = checkpoint_dir / "config.json"
     return parse_spec(read_json_object(path), str(path))
 

@@ -49,9 +49,7 @@ _LAYOUTS = {
         "weight_packed",
     ),
 }
-_KV_CACHES = {
-    "fp8": {KEY_SCALE: Stored("k_scale", None), VALUE_SCALE: Stored("v_scale", None)},
-}
+_KV_CACHES = {"fp8": {KEY_SCALE: Stored("k_scale", None), VALUE_SCALE: Stored("v_scale", None)}}
 _VERSION = "0.20.1"
 """The release of compressed-tensors whose layout this is."""
 

@@ -123,12 +123,7 @@ def write_random_model(family: Family, config: Mapping[str, Any], directory: Pat
 
     Names and shapes are the first alternatives of the family's rules. Tensors repeat a pool of four
     million values, each from a random offset on, so writing runs at disk speed and no two rows are
-    alike.
-
-    Args:
-        family: whose rules to use.
-        config: the source config.json.
-        directory: created if missing.
+    alike. The directory is created if missing.
     """
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)

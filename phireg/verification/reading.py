@@ -100,10 +100,7 @@ def _rows(config: Mapping[str, Any], spec: ModelSpec, reference: Reference) -> I
             config.get("norm_epsilon", spec.norm_epsilon),
             ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
         ),
-        "rotary_base": (
-            rope.base,
-            (*_in_rope("rope_theta"), "rope_theta", "rope_embedding_base"),
-        ),
+        "rotary_base": (rope.base, (*_in_rope("rope_theta"), "rope_theta", "rope_embedding_base")),
         "gegelu_limit": (spec.gegelu_limit, ("gegelu_limit",)),
         "mup_embedding_multiplier": (spec.embedding_multiplier, ("mup_embedding_multiplier",)),
         "mup_width_multiplier": (spec.logits_divisor, ("mup_width_multiplier",)),
@@ -111,11 +108,8 @@ def _rows(config: Mapping[str, Any], spec: ModelSpec, reference: Reference) -> I
         LONG_FACTORS: (rope.long and list(rope.long), _in_rope("long_factor")),
     }
     if rope.short is not None:
-        keys = (
-            *_in_rope("original_max_position_embeddings"),
-            "original_max_position_embeddings",
-        )
-        settings["original_max_position_embeddings"] = rope.original, keys
+        name = "original_max_position_embeddings"
+        settings[name] = rope.original, (*_in_rope(name), name)
     for key, (value, names) in settings.items():
         if (setting := _read(theirs, names)) is not None:
             yield key, value, *setting
