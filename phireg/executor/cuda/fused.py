@@ -1,4 +1,4 @@
-"""The layers of generation on a GPU: as ``Executor.run_layer`` computes them, in seven kernels each.
+"""The layers of generation on a GPU: as ``Executor.run_layer`` computes them, by seven kernels.
 
 ``verify`` does not use them. A residual that is still to be added is passed beside the hidden
 states to the next norm, which adds it.
