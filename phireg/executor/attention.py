@@ -90,10 +90,14 @@ def current_device(device: torch.device) -> AbstractContextManager[Any]:
 def has_kernels(device: torch.device) -> bool:
     """Return whether the kernels of ``executor.cuda`` run there; the first call builds one.
 
-    PyTorch's CUDA builds bring Triton on Linux; it needs a C compiler and Python's headers. Without
-    them one warning says so, and everything is computed one operation at a time.
+    Triton has integer products from compute capability 8.0 on. PyTorch's CUDA builds bring it on
+    Linux; it needs a C compiler and Python's headers. Without these one warning says so, and
+    everything is computed one operation at a time.
     """
     if device.type != "cuda":
+        return False
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        _warn_of_no_kernels("they need a GPU of compute capability 8.0 or more")
         return False
     try:
         from phireg.executor.cuda import launch
@@ -102,12 +106,18 @@ def has_kernels(device: torch.device) -> bool:
             launch.activate("gelu_tanh", torch.zeros(1, 16, device=device), None)
     except Exception as error:  # Triton's own errors, and those of the compiler it calls
         reason = " ".join(str(error).split())
-        warnings.warn(
-            "the kernels for generation on a GPU cannot be built, so that it will take several "
-            f"times as long ({type(error).__name__}: {reason}); Triton needs a C compiler and "
-            "Python's headers: apt-get install gcc python3-dev",
-            PhiregWarning,
-            stacklevel=2,
+        _warn_of_no_kernels(
+            f"{type(error).__name__}: {reason}; Triton needs a C compiler and Python's headers: "
+            "apt-get install gcc python3-dev"
         )
         return False
     return True
+
+
+def _warn_of_no_kernels(reason: str) -> None:
+    warnings.warn(
+        "generation on this GPU goes without kernels of its own, so that it will take several "
+        f"times as long: {reason}",
+        PhiregWarning,
+        stacklevel=3,
+    )

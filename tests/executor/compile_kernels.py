@@ -41,7 +41,7 @@ TYPES = {
 ATTEND = {
     "KV_HEADS": 8, "GROUP": 4, "SIZE": 128, "SPLITS": 8, "BLOCK_SIZE": 64, "LOCAL": 16, "STRIDE": 8,
     "STEP": 1, "PADDED": 4, "TILE": 64, "BLOCK": 128, "SMOOTH": False, "GRID": "none",
-    "HALF": 48, "KV_GRID": "none", "NEXT": True,
+    "HALF": 48, "KV_GRID": "none",
 }  # fmt: skip
 HEAD_ATTEND = {
     "HEADS": 32, "SIZE": 80, "SMOOTH": False, "GRID": "none", "HALF": 16, "KV_GRID": "none",

@@ -278,6 +278,16 @@ def test_a_gpu_without_a_compiler_says_so_and_goes_on(kind, monkeypatch):
     assert not has_kernels(torch.device("cpu"))
 
 
+def test_an_old_gpu_goes_without_kernels(monkeypatch):
+    """One of compute capability 7.5, for which Triton builds some of them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    has_kernels.cache_clear()
+    with pytest.warns(UserWarning, match=r"compute capability 8\.0"):
+        assert not has_kernels(torch.device("cuda"))
+    has_kernels.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("prompts", "count"),
     [([], 1), ([[1], []], 1), ([[1]], 0), ([[1, 101]], 1), ([[-1]], 1), ([[1] * 100], 29)],

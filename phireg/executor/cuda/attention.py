@@ -12,7 +12,6 @@ from phireg.executor.cuda.kernels import (
     _on_grid,
     _rounded,
     _rounding,
-    _start_next,
     _store_levels,
     _wait,
 )
@@ -159,7 +158,7 @@ def attend_kernel(
     KV_GRID: tl.constexpr, SPLITS: tl.constexpr, SPARSE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     LOCAL: tl.constexpr, STRIDE: tl.constexpr, STEP: tl.constexpr, PADDED: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, SMOOTH: tl.constexpr, GRID: tl.constexpr,
-    NEXT: tl.constexpr, EARLY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     HEADS: tl.constexpr = KV_HEADS * GROUP
     ROWS: tl.constexpr = max(16, PADDED)  # the matrix units take sixteen at least
@@ -197,7 +196,7 @@ def attend_kernel(
     columns = (group * GROUP + head) * SIZE + dim[None, :]
     inside = (head < GROUP) & (dim < SIZE)[None, :]
     smoothing, grid_scale = _rounding(columns, inside, smoothing_ptr, scale_ptr, SMOOTH, GRID)
-    _wait(EARLY, NEXT)
+    _wait(EARLY)
     qkv_ptr += row.to(tl.int64) * (HEADS + 2 * KV_HEADS) * SIZE
     wide = dim < SIZE
     turned = wide & (dim < 2 * HALF)
@@ -241,8 +240,6 @@ def attend_kernel(
         total = total * fade + weight
         acc = acc * fade[:, None] + weight[:, None] * new_value.to(tl.float32)[None, :]
         best = new_best
-    if not NEXT:
-        _start_next(EARLY)
     if STORED:
         acc *= kv_scale
     last_arrived = True

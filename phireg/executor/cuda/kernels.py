@@ -6,9 +6,10 @@ in capitals are constants of a compilation.
 
 On GPUs that can (compute capability 9 and more) a kernel is launched while the one before it ends
 (programmatic dependent launch). It may read at once what no kernel of the same step writes, weights
-and the cache of earlier tokens, and calls ``_wait`` before it reads or writes anything else. A
-kernel of a batch lets the next one begin when it ends itself, with ``_start_next``: programs that
-begin sooner take whatever places are free, and are not spread evenly over the GPU.
+and the cache of earlier tokens, and calls ``_wait`` before it reads or writes anything else. Most
+let the next kernel begin there. The long ones of a batch let it begin when they end, with
+``_start_next``: programs that begin sooner take whatever places are free, and are not spread evenly
+over the GPU.
 """
 
 import triton

@@ -204,6 +204,8 @@ def attend_step(
         "SIZE": size, "HALF": cos.shape[-1],
         "KV_GRID": "none" if kv_scale is None else spec.quantization.kv_cache,
     }  # fmt: skip
+    # Programs of a batch begin late, to be spread evenly over the GPU. Those of one warp that read
+    # 8-bit keys were in any case.
     if splits == group == 1 and pattern is None:
         head_attention.head_attend_kernel[(batch * heads,)](
             *inputs, slot, pads, out, *ending, **constants, HEADS=heads, num_stages=1,
@@ -222,7 +224,7 @@ def attend_step(
         PADDED=triton.next_power_of_2(group), TILE=32 if dtype == torch.float32 else 64,
         BLOCK=max(16, triton.next_power_of_2(size)),
         num_stages=3 if batch > 1 and keys.element_size() == 1 else 2,
-        NEXT=batch == 1, **launch_options(device, 4, batch == 1),
+        **launch_options(device, 4, batch == 1),
     )  # fmt: skip
     return out
 

@@ -175,18 +175,18 @@ def product(
     limit: float | None = None,
     rounding: Rounding | None = None,
 ) -> Tensor:
-    """Return ``matvec`` of a few tokens [..., inputs], or of any number of levels in int8."""
+    """Return ``matvec`` of a few tokens, two at least, or of any number of levels in int8."""
     stored = _stored(weights, name, x.shape[-1])
     tokens = x.numel() // stored.inputs
     outputs = stored.rows // 2 if activation in GATED else stored.rows
     kept = Rounding.kept_in(rounding, dtype)
     out = torch.empty((*x.shape[:-1], outputs), dtype=kept, device=x.device)
-    rows, block, stages, share, least, warps = _of_few(stored, x, tokens)
+    rows, block, stages, share, enough, warps = _of_few(stored, x, tokens)
     # Inputs in float32 would take more shared memory than Ada's multiprocessors have.
     widest = 32 if x.dtype == torch.float32 else 64 if tokens <= FEW_TOKENS else 128
     tile = min(widest, max(16, triton.next_power_of_2(tokens)))
     programs, splits = triton.cdiv(stored.rows, rows) * triton.cdiv(tokens, tile), 1
-    while programs * splits < least and splits < 16 and 2 * splits * share <= stored.inputs:
+    while programs * splits < enough and splits < 16 and 2 * splits * share <= stored.inputs:
         splits *= 2
     parts = out
     if splits > 1:
@@ -231,8 +231,8 @@ def _of_few(stored: _Stored, x: Tensor, tokens: int) -> tuple[int, int, int, int
     if tokens > FEW_TOKENS:
         return 128, 128, 3, 128, 160, 4
     block = 256 if large and x.element_size() == 1 else 128
-    several = x.element_size() == 1 and (block == 128 or tokens <= 32)
-    return 64, block, 4 if several else 3, block, 160, 4
+    stages = 4 if x.element_size() == 1 and (block == 128 or tokens <= 32) else 3
+    return 64, block, stages, block, 160, 4
 
 
 def expanded(weights: Weights, name: str, inputs: int, dtype: torch.dtype) -> Tensor:
