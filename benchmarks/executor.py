@@ -1,6 +1,7 @@
 """How fast the executor generates on a GPU, beside what it is measured against.
 
     python benchmarks/executor.py [--only check|decode|formats|experts|batch|sparse ...]
+    python benchmarks/executor.py --only formats --models Phi-3-small --formats INT4 NVFP4
 
 Weights are random, at the published shapes, made on the GPU. Times are the median of several runs
 after a warm-up, whole calls by the wall clock: compilation is outside, everything else inside.
@@ -61,6 +62,7 @@ PHI3_SMALL = {
     "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8, "blocksparse_num_local_blocks": 16,
 }  # fmt: skip
+MODELS = {"Phi-3-mini": PHI3_MINI, "Phi-3-small": PHI3_SMALL}
 # The attention of one rank of the published Phi-3-small at TP 1.
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
 PHI3_SMALL_PATTERN = {
@@ -221,7 +223,8 @@ def generation(sections: set[str], results: dict[str, Any]) -> None:
 
 # Rows: name, quant_algo, kv_cache_quant_algo; or the grid and the group size of weights of formats
 # that TensorRT-LLM checkpoints of phireg do not have.
-FORMATS = {
+FORMATS: dict[str, tuple[str | None, str | int | None]] = {
+    "bfloat16": (None, None),
     "FP8, FP8 cache": ("FP8", "FP8"),
     "INT8 SmoothQuant, INT8 cache": ("W8A8_SQ_PER_CHANNEL", "INT8"),
     "INT8 weights": ("W8A16", None),
@@ -231,7 +234,7 @@ FORMATS = {
 }
 
 
-def of_format(algorithm: str, cache: str | int | None, shape: dict[str, Any]) -> Executor:
+def of_format(algorithm: str | None, cache: str | int | None, shape: dict[str, Any]) -> Executor:
     """A random model; its weights are replaced by packed ones of a grid for formats of groups."""
     if not isinstance(cache, int):
         block = {"quant_algo": algorithm, "kv_cache_quant_algo": cache}
@@ -254,15 +257,16 @@ def of_format(algorithm: str, cache: str | int | None, shape: dict[str, Any]) ->
     return executor
 
 
-def formats(results: dict[str, Any]) -> None:
+def formats(models: list[str], wanted: list[str], results: dict[str, Any]) -> None:
     """Every format's decode step against its floor, its memory, a batch, and prompts."""
-    for model, shape in (("Phi-3-mini", PHI3_MINI), ("Phi-3-small", PHI3_SMALL)):
+    for model in models:
         print(model)
-        for name, (algorithm, cache) in {"bfloat16": (None, None), **FORMATS}.items():
+        for name in wanted:
             torch.cuda.empty_cache()
             before = torch.cuda.memory_allocated()
             found = results.setdefault(model, {})
-            of_model(name, of_format(algorithm, cache, shape), before, found, results)
+            executor = of_format(*FORMATS[name], MODELS[model])
+            of_model(name, executor, before, found, results)
 
 
 def of_model(
@@ -350,6 +354,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of the executor on a GPU.")
     names = ["check", "decode", "formats", "experts", "batch", "sparse"]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--formats", nargs="+", metavar="TEXT", default=[""], help="in their names")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -364,7 +370,8 @@ def main() -> None:
     if "sparse" in sections:
         sparse(results)
     if "formats" in sections:
-        formats(results)
+        wanted = [name for name in FORMATS if any(text in name for text in options.formats)]
+        formats(options.models, wanted, results)
     if "experts" in sections:
         experts(results)
     if sections & {"decode", "batch"}:
