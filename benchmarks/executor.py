@@ -265,8 +265,8 @@ def formats(models: list[str], wanted: list[str], results: dict[str, Any]) -> No
             torch.cuda.empty_cache()
             before = torch.cuda.memory_allocated()
             found = results.setdefault(model, {})
-            executor = of_format(*FORMATS[name], MODELS[model])
-            of_model(name, executor, before, found, results)
+            # No name for the model here: the next one's memory is counted when this one is gone.
+            of_model(name, of_format(*FORMATS[name], MODELS[model]), before, found, results)
 
 
 def of_model(
