@@ -224,6 +224,7 @@ def masked_attention(
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Return PyTorch's attention, in which what is no number stays so."""
     y = functional.scaled_dot_product_attention(query, key, value, **options)
     if key.shape[2] < 16 and key.device.type == "cpu":
         # PyTorch takes a row of fewer scores than 16 that are all NaN for one that sees no key.

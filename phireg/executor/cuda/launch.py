@@ -28,7 +28,7 @@ GATED = ("swiglu", "gegelu")
 _LOG2_E = math.log2(math.e)
 # Of one token's attention; twice as many or half as many are no faster on an H200.
 _PROGRAMS_PER_PROCESSOR = 2
-# Splits of a short cache's attention: the last of them to arrive merges all.
+# Splits of one token's attention over a short cache: the last of them to arrive merges all.
 _MOST_SPLITS = 16
 
 
@@ -209,7 +209,7 @@ def attend_step(
     if splits == group == 1 and pattern is None:
         head_attention.head_attend_kernel[(batch * heads,)](
             *inputs, slot, pads, out, *ending, **constants, HEADS=heads, num_stages=1,
-            **launch_options(device, 1, keys.element_size() == 1),
+            **launch_options(device, 1, early=keys.element_size() == 1),
         )  # fmt: skip
         return out
     parts = torch.empty((batch * heads * splits, size), dtype=torch.float32, device=device)
@@ -224,7 +224,7 @@ def attend_step(
         PADDED=triton.next_power_of_2(group), TILE=32 if dtype == torch.float32 else 64,
         BLOCK=max(16, triton.next_power_of_2(size)),
         num_stages=3 if batch > 1 and keys.element_size() == 1 else 2,
-        **launch_options(device, 4, batch == 1),
+        **launch_options(device, 4, early=batch == 1),
     )  # fmt: skip
     return out
 
@@ -288,7 +288,7 @@ def counters(device: torch.device) -> Tensor:
     return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
-def launch_options(device: torch.device, num_warps: int, early: bool = True) -> dict[str, Any]:
+def launch_options(device: torch.device, num_warps: int, *, early: bool = True) -> dict[str, Any]:
     """Return a launch's options: threads, and an early start, if wanted, on GPUs that can."""
     early = early and _can_start_early(device)
     options: dict[str, Any] = {"num_warps": num_warps, "EARLY": early}
