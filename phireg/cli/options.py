@@ -54,6 +54,8 @@ class Directory(click.types.StringParamType):
 class Whole(click.IntRange):
     """A whole number that is not out of all proportion; help says only the minimum."""
 
+    name = "whole number"
+
     def __init__(self, minimum: int | None = None) -> None:
         super().__init__(minimum, largest(""))
 
