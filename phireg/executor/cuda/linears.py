@@ -29,19 +29,19 @@ _TYPES = {
     torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16
 }  # fmt: skip
 
-# Of one token's product: the fastest of some thirty tried on an H100 for each linear of Phi-3-mini.
-# Many rows, few rows, two rows for an output, and many inputs.
+# Of one token's product: the fastest of those tried in a whole step of Phi-3-mini and -small, on an
+# H200. Many rows, few rows, two rows for an output, and many inputs.
 _BLOCKS = {
     "none": ((4, 1024, 1, 4), (4, 1024, 1, 4), (4, 1024, 1, 4), (4, 1024, 2, 4)),
     "e4m3": ((4, 1024, 2, 2), (4, 1024, 2, 2), (2, 512, 2, 1), (4, 1024, 2, 2)),
 }
 # Warps, and steps asked for in advance, of int8.
-_WARPS = ((4, 6), (4, 6), (4, 3), (8, 8))
-# The same, and steps whose inputs are read at once. Groups are int4's.
+_WARPS = ((4, 6), (4, 12), (4, 4), (8, 8))
+# The same, and the most steps whose inputs are read at once. Groups are int4's.
 _STEPS = {
-    "int4": ((4, 12, 12), (4, 12, 12), (4, 4, 12), (8, 12, 12)),
-    "groups": ((8, 2, 2), (8, 6, 3), (4, 2, 6), (8, 6, 3)),
-    "e2m1": ((4, 2, 2), (4, 6, 6), (4, 2, 1), (8, 2, 2)),
+    "int4": ((4, 12, 12), (4, 12, 12), (4, 8, 12), (8, 16, 16)),
+    "groups": ((8, 4, 2), (8, 6, 3), (4, 2, 6), (8, 16, 4)),
+    "e2m1": ((4, 2, 2), (4, 6, 6), (4, 3, 1), (8, 4, 2)),
 }
 # In float32 inputs take shared memory, of which there is so much.
 _STEPS_IN_FLOAT32 = (4, 1, 1)
@@ -140,7 +140,10 @@ def matvec(
     if stored.grid in TILED:
         table = _STEPS["groups" if stored.group >= 32 else stored.grid]
         chosen = _chosen(table, stored, activation in GATED)
-        warps, depth, together = _STEPS_IN_FLOAT32 if dtype == torch.float32 else chosen
+        warps, depth, most = _STEPS_IN_FLOAT32 if dtype == torch.float32 else chosen
+        # Rounds of as many steps each: what a round has beyond the last input is computed, too.
+        steps = triton.cdiv(stored.inputs, warps * (128 if 0 < stored.group < 64 else 64))
+        together = triton.cdiv(steps, triton.cdiv(steps, most))
         tiles.tile_matvec_kernel[(outputs // 16, pairs)](
             *arguments, **constants, WARPS=warps, DEPTH=depth, TOGETHER=together, num_stages=1,
             **launch_options(x.device, warps),
