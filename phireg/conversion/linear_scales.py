@@ -76,7 +76,7 @@ class LinearScaler:
         for number, modules in enumerate(self.linear.groups):
             for module in modules:
                 for _, block in self.blocks(module):
-                    amax = np.float32(self.tensor(block).abs().max().item())
+                    amax = np.float32(self.smooth(block).abs().max().item())
                     largest[number] = np.maximum(largest[number], amax)  # a NaN stays one
         self.put(WEIGHT_SCALE, _divided(largest, E4M3_MAX))
         self.put(INPUT_SCALE, _divided(self.inputs.max(), E4M3_MAX))
@@ -87,8 +87,9 @@ class LinearScaler:
             # In one piece: small arrays between large ones would keep the allocator's memory.
             amax = np.empty(self.height(module), np.float32)
             for row, block in self.blocks(module):
-                weight = self.tensor(block) if self.inverse is None else self.smooth(block)
-                amax[row : row + len(block)] = weight.abs().amax(1).float().cpu().numpy()
+                amax[row : row + len(block)] = (
+                    self.smooth(block).abs().amax(1).float().cpu().numpy()
+                )
             self.put(WEIGHT_SCALE, _divided(amax, top), module)
 
     def put(self, companion: str, values: npt.ArrayLike, module: str | None = None) -> None:
@@ -115,7 +116,7 @@ class LinearScaler:
         """A scale for each group of the weight as it is, and the weight's shape."""
         for module in self.linear.sources:
             found = [
-                int4_scales(self.tensor(block), form.group_size or 1).cpu().numpy()
+                int4_scales(self.smooth(block), form.group_size or 1).cpu().numpy()
                 for _, block in self.blocks(module)
             ]
             self.put(WEIGHT_SCALE, np.concatenate(found), module)
@@ -231,7 +232,7 @@ class LinearScaler:
             wmax = torch.zeros(self.linear.columns)
             for module in self.linear.sources:
                 for _, block in self.blocks(module):
-                    wmax = torch.maximum(wmax, self.tensor(block).abs().amax(0).float().cpu())
+                    wmax = torch.maximum(wmax, self.smooth(block).abs().amax(0).float().cpu())
             smoother = wmax.pow(1 - self.alpha) / amax.pow(self.alpha)
         if self.alpha > 0:
             smoother[amax == 0] = LARGEST_SMOOTHER
@@ -242,13 +243,8 @@ class LinearScaler:
         """Float32 values in the checkpoint's dtype."""
         return cast(values.view(BITS["F32"]), "F32", self.code)[0]
 
-    def tensor(self, block: Bits) -> Any:
-        """Rows of a weight on the device, as a torch tensor."""
-        return as_torch(block, self.code).to(self.device)
-
     def smooth(self, block: Bits, rows: Float32 | None = None) -> Any:
-        """Rows of the weight by the smoothing vector, and by their own factors."""
-        assert self.inverse is not None
+        """Rows of a weight on the device, with factors of columns and rows where there are any."""
         return smooth(block, self.code, self.inverse, self.device, rows)
 
     def blocks(self, module: str) -> Iterator[tuple[int, Bits]]:
