@@ -193,7 +193,7 @@ RULES = {
 PLUGIN = Rule(("phireg.api",))
 PLUGIN_MODELS = Rule(("phireg.api", "torch", "transformers", "tokenizers"))
 """A plugin's reference model and tokenizer, which are imported only where they are run."""
-MODEL_FILES = (["reference"], ["reference_config"], ["tokenizer"])
+MODEL_FILES = ("reference", "reference_config", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def rule_for(module: str) -> tuple[str, Rule] | None:
         return module, Rule()
     if below(module, "phireg_plugins"):
         package = ".".join(module.split(".")[:2])
-        return package, PLUGIN_MODELS if module.split(".")[2:3] in MODEL_FILES else PLUGIN
+        return package, PLUGIN_MODELS if module.rpartition(".")[2] in MODEL_FILES else PLUGIN
     return next(
         ((package, rule) for package, rule in RULES.items() if below(module, package)), None
     )

@@ -276,11 +276,7 @@ def rotary_dim(fields: Fields, _: HFConfig) -> int:
 
 def same_as(source: str, to: str) -> Entry:
     """Write ``to`` with the value of ``source``, for releases of readers that use that name."""
-
-    def value(fields: Fields, _: HFConfig) -> Any:
-        return fields[source]
-
-    return derive(to, value, source)
+    return derive(to, lambda fields, _: fields[source], source)
 
 
 CONSTANTS = (

@@ -100,17 +100,17 @@ class _Run:
         entry.apply(self)
         self.where = outer
 
-    def compute(self, subject: str, function: Callable[[], Any]) -> Any:
+    def compute(self, subject: str, function: Callable[[Fields, HFConfig], Any]) -> Any:
         """Return the result of ``function``; ``_SKIPPED`` after noting or reporting a failure."""
         try:
-            return function()
+            return function(self.fields, self.hf)
         except KeyError as lacking:
             self.skipped.append((subject, str(lacking), self.where))
         except ConfigError as problem:
             self.report(Severity.ERROR, subject, str(problem))
         return _SKIPPED
 
-    def set(self, to: str, function: Callable[[], Any]) -> None:
+    def set(self, to: str, function: Callable[[Fields, HFConfig], Any]) -> None:
         value = self.compute(to, function)
         if value is not _SKIPPED:
             self.fields[to] = value
@@ -187,10 +187,8 @@ def field(
                 others = f" (or spelled {', '.join(keys[1:])})" if len(keys) > 1 else ""
                 run.report(Severity.ERROR, keys[0], f"missing{others}")
             else:
-                run.set(
-                    target,
-                    lambda: default(run.fields) if callable(default) else copy.deepcopy(default),
-                )
+                computed = callable(default)
+                run.set(target, lambda x, _: default(x) if computed else copy.deepcopy(default))
             return
         key, value = next(iter(present.items()))
         for other, second in list(present.items())[1:]:
@@ -219,11 +217,7 @@ def derive(to: str, function: Callable[[Fields, HFConfig], Any], doc: str) -> En
     ``function`` may raise :class:`ConfigError`. A field it needs that could not be read is a
     problem already reported, so the entry is skipped; without such a report it is an error.
     """
-
-    def apply(run: _Run) -> None:
-        run.set(to, lambda: function(run.fields, run.hf))
-
-    return _entry((to,), f"{to} = {doc}", apply)
+    return _entry((to,), f"{to} = {doc}", lambda run: run.set(to, function))
 
 
 def check(
@@ -235,7 +229,7 @@ def check(
     """Report the text that ``function`` returns, if any; skipped like :func:`derive`."""
 
     def apply(run: _Run) -> None:
-        detail = run.compute(subject, lambda: function(run.fields, run.hf))
+        detail = run.compute(subject, function)
         if detail and detail is not _SKIPPED:
             run.report(severity, subject, detail)
 

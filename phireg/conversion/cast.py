@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -41,13 +42,7 @@ class Loss:
     def __add__(self, other: Loss) -> Loss:
         if other is NO_LOSS:  # of nearly every block
             return self
-        return Loss(
-            self.overflowed + other.overflowed,
-            self.flushed + other.flushed,
-            self.saturated + other.saturated,
-            self.nan + other.nan,
-            self.infinite + other.infinite,
-        )
+        return Loss(*map(add, astuple(self), astuple(other)))
 
 
 NO_LOSS = Loss()

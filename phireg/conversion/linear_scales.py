@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Event
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,20 +26,9 @@ SMALLEST_SMOOTHER, LARGEST_SMOOTHER = 1e-4, 1e4
 it saw none of the linear's."""
 
 
-@dataclass(slots=True)
-class LinearScales:
-    """The scales of one linear."""
-
-    target: str
-    values: dict[str, Bits] = field(default_factory=dict)  # by name
-    inverse: Float32 | None = None  # 1 / s, for SmoothQuant
-    rows: dict[str, Float32] = field(default_factory=dict)  # factors of rows, by source module
-    overflowed: dict[str, int] = field(default_factory=dict)  # lost in the cast, by source tensor
-
-
 @dataclass(eq=False)
 class LinearScaler:
-    """Reads weights; its methods are called by all threads."""
+    """Computes the scales of one linear, in one thread; fields below ``compute`` are the result."""
 
     plan: Plan
     reader: Reader
@@ -47,135 +37,128 @@ class LinearScaler:
     device: str
     block_bytes: int
     progress: Progress
-    stop: Event = field(default_factory=Event, init=False)
+    stop: Event
+    linear: QuantizedLinear
+    inputs: Float32  # maxima of its input channels; empty where the format takes none
 
     def __post_init__(self) -> None:
         self.code = WEIGHT_DTYPES[self.plan.options.dtype]
+        self.target = self.linear.target
+        self.values: dict[str, Bits] = {}  # the scales by name
+        self.inverse: Float32 | None = None  # 1 / s, for SmoothQuant
+        self.rows: dict[str, Float32] = {}  # factors of rows, by source module
+        self.overflowed: dict[str, int] = {}  # lost in the cast, by source tensor
 
-    def compute(self, linear: QuantizedLinear, inputs: Float32) -> LinearScales:
-        """Compute the scales of one linear; a failure stops the other workers."""
-        scales = LinearScales(linear.target)
+    def compute(self) -> LinearScaler:
+        """Compute the scales; a failure stops the other workers."""
         try:
             form = self.plan.options.format
             if self.plan.smoothed:
-                self.smoothquant(linear, inputs, scales)
+                self.smoothquant()
             elif form is not None and form.weight == "int4" and form.smoothing is None:
-                self.int4(linear, scales, form)
+                self.int4(form)
             elif form is not None and form.weight == "int4":
-                self.awq(linear, inputs, scales, form)
+                self.awq(form)
             elif form is not None and form.weight == "e2m1":
-                self.nvfp4(linear, inputs, scales, form)
+                self.nvfp4(form)
             elif form is not None and form.per == "channel":
-                self.channels(linear, scales, form)
+                self.channels(LARGEST[form.weight])
             else:
-                self.fp8(linear, inputs, scales)
+                self.fp8()
         except BaseException:
             self.stop.set()
             raise
-        return scales
+        return self
 
-    def fp8(self, linear: QuantizedLinear, inputs: Float32, scales: LinearScales) -> None:
+    def fp8(self) -> None:
         """One scale for the whole weight, fused or not, or each expert's, and one for its input."""
-        largest = np.zeros(len(linear.groups), np.float32)
-        for number, modules in enumerate(linear.groups):
+        largest = np.zeros(len(self.linear.groups), np.float32)
+        for number, modules in enumerate(self.linear.groups):
             for module in modules:
-                for _, block in self.blocks(module, scales):
-                    amax = as_torch(block, self.code).to(self.device).abs().max().item()
-                    largest[number] = np.maximum(largest[number], np.float32(amax))
-        per_group = np.where(largest == 0, np.float32(1), largest / np.float32(E4M3_MAX))
-        self.put(scales, f"{linear.target}.weights_scaling_factor", per_group)
-        scale = inputs.max() / np.float32(E4M3_MAX) if inputs.any() else np.float32(1)
-        self.put(scales, f"{linear.target}.activation_scaling_factor", scale)
+                for _, block in self.blocks(module):
+                    amax = np.float32(self.smooth(block).abs().max().item())
+                    largest[number] = np.maximum(largest[number], amax)  # a NaN stays one
+        self.put(WEIGHT_SCALE, _divided(largest, E4M3_MAX))
+        self.put(INPUT_SCALE, _divided(self.inputs.max(), E4M3_MAX))
 
-    def channels(self, linear: QuantizedLinear, scales: LinearScales, form: Format) -> None:
+    def channels(self, top: float) -> None:
         """A scale for each row of the weight."""
-        top = np.float32(LARGEST[form.weight])
-        for module in linear.sources:
-            amax = [
-                as_torch(block, self.code).to(self.device).abs().amax(1).float().cpu().numpy()
-                for _, block in self.blocks(module, scales)
-            ]
-            largest = np.concatenate(amax)
-            self.put(scales, f"{module}.{WEIGHT_SCALE}", np.where(largest == 0, 1, largest / top))
+        for module in self.linear.sources:
+            # In one piece: small arrays between large ones would keep the allocator's memory.
+            amax = np.empty(self.height(module), np.float32)
+            for row, block in self.blocks(module):
+                amax[row : row + len(block)] = (
+                    self.smooth(block).abs().amax(1).float().cpu().numpy()
+                )
+            self.put(WEIGHT_SCALE, _divided(amax, top), module)
 
-    def put(self, scales: LinearScales, name: str, values: npt.ArrayLike) -> None:
-        """Add a scale in the dtype that it is stored in."""
-        code = self.plan.scales[name].dtype
+    def put(self, companion: str, values: npt.ArrayLike, module: str | None = None) -> None:
+        """Add a scale of the linear, or of a source module, in the dtype that it is stored in."""
+        name = f"{module or self.target}.{companion}"
         bits = np.asarray(values, np.float32).reshape(-1).view(BITS["F32"])
-        scales.values[name] = cast(bits, "F32", code)[0]
+        self.values[name] = cast(bits, "F32", self.plan.scales[name].dtype)[0]
 
-    def smoothquant(self, linear: QuantizedLinear, inputs: Float32, scales: LinearScales) -> None:
+    def smoothquant(self) -> None:
         """A smoothing vector for the input, then a scale for each row of the smoothed weight."""
-        smoother = self.smoother(linear, inputs, scales)
-        scales.inverse = np.float32(1) / smoother
-        scales.values[f"{linear.target}.prequant_scaling_factor"] = self.rounded(smoother)
+        smoother = self.smoother()
+        self.inverse = np.float32(1) / smoother
+        self.values[f"{self.target}.{PRE_SCALE}"] = self.rounded(smoother)
         with np.errstate(over="ignore"):  # an infinite scale is refused by name
-            largest = as_torch(self.rounded((inputs * smoother).max(keepdims=True)), self.code)
-        self.put(
-            scales,
-            f"{linear.target}.activation_scaling_factor",
-            largest.float().numpy() / np.float32(INT8_MAX) if inputs.any() else np.float32(1),
-        )
-        for module in linear.sources:
-            amax = np.empty(self.plan.source.tensors[f"{module}.weight"].shape[0], np.float32)
-            for row, block in self.blocks(module, scales):
-                smoothed = smooth(block, self.code, scales.inverse, self.device).float()
-                amax[row : row + len(block)] = smoothed.abs().amax(1).cpu().numpy()
-            per_row = np.where(amax == 0, np.float32(1), amax / np.float32(INT8_MAX))
-            self.put(scales, f"{module}.weights_scaling_factor", per_row)
+            self.put_input_scale((self.inputs * smoother).max(keepdims=True), INT8_MAX)
+        self.channels(INT8_MAX)
 
-    def int4(self, linear: QuantizedLinear, scales: LinearScales, form: Format) -> None:
+    def put_input_scale(self, largest: Float32, top: float) -> None:
+        """Add the scale of smoothed inputs up to ``largest``; 1 where calibration saw zeros."""
+        amax = as_torch(self.rounded(largest), self.code).float().numpy()
+        self.put(INPUT_SCALE, amax / np.float32(top) if self.inputs.any() else np.float32(1))
+
+    def int4(self, form: Format) -> None:
         """A scale for each group of the weight as it is, and the weight's shape."""
-        for module in linear.sources:
+        for module in self.linear.sources:
             found = [
-                int4_scales(as_torch(block, self.code).to(self.device), form.group_size or 1)
-                for _, block in self.blocks(module, scales)
+                int4_scales(self.smooth(block), form.group_size or 1).cpu().numpy()
+                for _, block in self.blocks(module)
             ]
-            values = np.concatenate([x.cpu().numpy() for x in found])
-            self.put(scales, f"{module}.{WEIGHT_SCALE}", values)
-        self.put_shape(linear, scales)
+            self.put(WEIGHT_SCALE, np.concatenate(found), module)
+        self.put_shape()
 
-    def awq(
-        self, linear: QuantizedLinear, inputs: Float32, scales: LinearScales, form: Format
-    ) -> None:
+    def awq(self, form: Format) -> None:
         """The factors that calibration found, then a scale for each group of the smoothed one.
 
         Where a norm has the factors of several linears, they are the mean of what was found for
         each; the range of the inputs is the largest that any of these would give them.
         """
-        group = self.sharing(linear)
-        own = [self.factors(other) for other in group]
-        smoother = self.smoother_of(linear)
-        scales.inverse = np.float32(1) / smoother
-        for fed, spans in linear.feeds:
+        group = self.sharing(self.linear)
+        smoother = self.smoother_of(self.linear)
+        self.inverse = np.float32(1) / smoother
+        for fed, spans in self.linear.feeds:
             following = self.smoother_of(next(x for x in self.plan.linears if x.target == fed))
             for span in spans:
                 module = span.source or ""
-                rows = scales.rows.setdefault(module, np.ones(self.height(module), np.float32))
+                rows = self.rows.setdefault(module, np.ones(self.height(module), np.float32))
                 rows[span.start : span.stop], following = np.split(following, [span.count])
-        if (name := f"{linear.target}.{PRE_SCALE}") in self.plan.scales:
-            scales.values[name] = self.rounded(smoother)
+        if (name := f"{self.target}.{PRE_SCALE}") in self.plan.scales:
+            self.values[name] = self.rounded(smoother)
         largest = np.float32(0)
-        for other in group if form.levels == 2 else (linear,):
+        for other in group if form.levels == 2 else (self.linear,):
             for module in other.sources:
                 found = []
-                for row, block in self.blocks(module, scales):
-                    of_rows = scales.rows.get(module)
+                for row, block in self.blocks(module):
+                    of_rows = self.rows.get(module)
                     own_rows = None if of_rows is None else of_rows[row : row + len(block)]
-                    smoothed = smooth(block, self.code, scales.inverse, self.device, own_rows)
+                    smoothed = self.smooth(block, own_rows)
                     largest = np.maximum(largest, np.float32(smoothed.abs().max().item()))
-                    if other is linear:
+                    if other is self.linear:
                         found.append(int4_scales(smoothed, form.group_size or 1).cpu().numpy())
                 if found:
-                    self.put(scales, f"{module}.{WEIGHT_SCALE}", np.concatenate(found))
-        self.put_shape(linear, scales)
+                    self.put(WEIGHT_SCALE, np.concatenate(found), module)
+        self.put_shape()
         if form.levels == 2:
-            self.put(scales, f"{linear.target}.{SECOND_SCALE}", largest / np.float32(E4M3_MAX))
+            self.put(SECOND_SCALE, largest / np.float32(E4M3_MAX))
         if form.inputs is not None:
-            beyond = max((inputs * factors).max(keepdims=True) for factors in own)
-            amax = as_torch(self.rounded(beyond), self.code)
-            scale = amax.float().numpy() / np.float32(E4M3_MAX) if inputs.any() else np.float32(1)
-            self.put(scales, f"{linear.target}.{INPUT_SCALE}", scale)
+            own = (self.factors(other) for other in group)
+            beyond = max((self.inputs * factors).max(keepdims=True) for factors in own)
+            self.put_input_scale(beyond, E4M3_MAX)
 
     def sharing(self, linear: QuantizedLinear) -> list[QuantizedLinear]:
         """The linears that have their factors in one norm with this one, or this one alone."""
@@ -194,11 +177,11 @@ class LinearScaler:
         """The rows of a module's weight."""
         return self.plan.source.tensors[f"{module}.weight"].shape[0]
 
-    def put_shape(self, linear: QuantizedLinear, scales: LinearScales) -> None:
+    def put_shape(self) -> None:
         """Add the size of a weight where its scales have that."""
-        if (name := f"{linear.target}.{SHAPE}") in self.plan.scales:
-            rows = sum(map(self.height, linear.sources))
-            scales.values[name] = np.array([rows, linear.columns], BITS["I64"])
+        if (name := f"{self.target}.{SHAPE}") in self.plan.scales:
+            rows = sum(map(self.height, self.linear.sources))
+            self.values[name] = np.array([rows, self.linear.columns], BITS["I64"])
 
     def factors(self, linear: QuantizedLinear) -> Float32:
         """AWQ's factors of a linear's inputs; of several source modules their mean."""
@@ -211,9 +194,7 @@ class LinearScaler:
         mean: Float32 = np.mean(stored, axis=0, dtype=np.float32)
         return as_torch(self.rounded(mean), self.code).float().numpy()  # type: ignore[no-any-return]
 
-    def nvfp4(
-        self, linear: QuantizedLinear, inputs: Float32, scales: LinearScales, form: Format
-    ) -> None:
+    def nvfp4(self, form: Format) -> None:
         """A scale for the whole weight, one for each group of it, and one for the input."""
         import torch
 
@@ -221,39 +202,37 @@ class LinearScaler:
         largest = max(
             as_torch(block, self.code).abs().max().item()
             for other in self.plan.linears
-            if other.target in (linear.target, *linear.alike)
+            if other.target in (self.target, *self.linear.alike)
             for module in other.sources
-            for _, block in self.blocks(module, scales)
+            for _, block in self.blocks(module)
         )
         second = nvfp4_second_scale(largest or 1.0, divides=divides)
-        self.put(scales, f"{linear.target}.{SECOND_SCALE}", second.numpy())
-        for module in linear.sources:
+        self.put(SECOND_SCALE, second.numpy())
+        size = form.group_size or 1
+        for module in self.linear.sources:
             found = [
-                nvfp4_scales(
-                    as_torch(block, self.code), second, form.group_size or 1, divides=divides
-                )
-                for _, block in self.blocks(module, scales)
+                nvfp4_scales(as_torch(block, self.code), second, size, divides=divides)
+                for _, block in self.blocks(module)
             ]
             bits = [x.view(torch.uint8).numpy() for x in found]
-            scales.values[f"{module}.{WEIGHT_SCALE}"] = np.concatenate(bits).reshape(-1)
-        scale = nvfp4_second_scale(float(inputs.max()) or 1.0, divides=divides)
-        self.put(scales, f"{linear.target}.{INPUT_SCALE}", scale.numpy())
+            self.values[f"{module}.{WEIGHT_SCALE}"] = np.concatenate(bits).reshape(-1)
+        scale = nvfp4_second_scale(float(self.inputs.max()) or 1.0, divides=divides)
+        self.put(INPUT_SCALE, scale.numpy())
 
-    def smoother(self, linear: QuantizedLinear, inputs: Float32, scales: LinearScales) -> Float32:
+    def smoother(self) -> Float32:
         """Per column wmax^(1 - alpha) / amax^alpha: the factor of the input."""
         import torch
 
-        amax = torch.tensor(inputs)  # a copy: the statistics cannot be written to
-        if not inputs.any():
-            return np.ones(linear.columns, np.float32)
+        amax = torch.tensor(self.inputs)  # a copy: the statistics cannot be written to
+        if not self.inputs.any():
+            return np.ones(self.linear.columns, np.float32)
         if self.alpha == 1:
             smoother = 1 / amax
         else:
-            wmax = torch.zeros(linear.columns)
-            for module in linear.sources:
-                for _, block in self.blocks(module, scales):
-                    columns = as_torch(block, self.code).to(self.device).abs().amax(0).float()
-                    wmax = torch.maximum(wmax, columns.cpu())
+            wmax = torch.zeros(self.linear.columns)
+            for module in self.linear.sources:
+                for _, block in self.blocks(module):
+                    wmax = torch.maximum(wmax, self.smooth(block).abs().amax(0).float().cpu())
             smoother = wmax.pow(1 - self.alpha) / amax.pow(self.alpha)
         if self.alpha > 0:
             smoother[amax == 0] = LARGEST_SMOOTHER
@@ -264,7 +243,11 @@ class LinearScaler:
         """Float32 values in the checkpoint's dtype."""
         return cast(values.view(BITS["F32"]), "F32", self.code)[0]
 
-    def blocks(self, module: str, scales: LinearScales) -> Iterator[tuple[int, Bits]]:
+    def smooth(self, block: Bits, rows: Float32 | None = None) -> Any:
+        """Rows of a weight on the device, with factors of columns and rows where there are any."""
+        return smooth(block, self.code, self.inverse, self.device, rows)
+
+    def blocks(self, module: str) -> Iterator[tuple[int, Bits]]:
         """A module's weight in the checkpoint's dtype: the first row, and the rows."""
         source = self.plan.source.tensors[f"{module}.weight"]
         overflowed = 0
@@ -282,4 +265,9 @@ class LinearScaler:
                 yield row + piece.start, block[piece]
             self.progress(len(block) * row_bytes(source))
         if overflowed:
-            scales.overflowed[source.name] = overflowed
+            self.overflowed[source.name] = overflowed
+
+
+def _divided(largest: npt.ArrayLike, top: float) -> npt.NDArray[Any]:
+    """Float32 maxima by the largest level; 1 where all is zero."""
+    return np.where(np.equal(largest, 0), 1, np.divide(largest, np.float32(top)))

@@ -111,23 +111,19 @@ class WeightQuantizer:
         groups = block.shape[1] // (self._form.group_size or 1)
         name = f"{module}.{WEIGHT_SCALE}"
         own = self._scales.values[name][row * groups : (row + len(block)) * groups]
+        inverse, rows = self._scales.inverse.get(linear), self._scales.rows.get(module)
         stored, saturated = [], 0
         for piece in pieces(block, self.device, 2):
             part = own[piece.start * groups : piece.stop * groups]
+            own_rows = None if rows is None else rows[row + piece.start :][: len(block[piece])]
+            weight = smooth(block[piece], self._code, inverse, self.device, own_rows)
             if self._form.weight == "e2m1":
                 scales = as_torch(part, "F8_E4M3").to(self.device).reshape(-1, groups)
                 second = torch.from_numpy(self._scales.float32(f"{linear}.{SECOND_SCALE}"))
-                weight = as_torch(block[piece], self._code).to(self.device)
                 divides = self._layout.scales[SECOND_SCALE].divides
                 levels, beyond = to_e2m1(weight, scales, second.to(self.device), divides=divides)
             else:
                 scales = as_torch(part, self._codes[name].dtype).float().reshape(-1, groups)
-                inverse = self._scales.inverse.get(linear)
-                weight = as_torch(block[piece], self._code).to(self.device)
-                if inverse is not None:
-                    rows = self._scales.rows.get(module)
-                    own_rows = None if rows is None else rows[row + piece.start :][: len(weight)]
-                    weight = smooth(block[piece], self._code, inverse, self.device, own_rows)
                 levels, beyond = to_int4(weight, scales.to(self.device))
             saturated += beyond
             stored.append(_PACKED[self._layout.packing or ""](levels).cpu().numpy())
@@ -178,12 +174,7 @@ def to_int8(
     saturated = 0
     by_row = torch.from_numpy(scales)[:, None].to(device)
     for piece in pieces(block, device):
-        rows = block[piece]
-        weight = (
-            as_torch(rows, code).to(device)
-            if inverse is None
-            else smooth(rows, code, inverse, device)
-        )
+        weight = smooth(block[piece], code, inverse, device)
         levels = (weight.float() / by_row[piece]).round()
         saturated += int(((levels > 127) | (levels < -128)).sum())
         quantized[piece] = levels.clamp(-128, 127).to(torch.int8).view(torch.uint8).cpu().numpy()
@@ -191,12 +182,17 @@ def to_int8(
 
 
 def smooth(
-    block: Bits, code: str, inverse: Float32, device: str = CPU, rows: Float32 | None = None
+    block: Bits, code: str, inverse: Float32 | None, device: str = CPU, rows: Float32 | None = None
 ) -> Any:
-    """W * (1 / s) per column, times factors of rows, rounded to W's dtype: a torch tensor of it."""
+    """W * (1 / s) per column, times factors of rows, rounded to W's dtype: a torch tensor of it.
+
+    Without 1 / s it is W.
+    """
     import torch
 
     weight = as_torch(block, code).to(device)
+    if inverse is None:
+        return weight
     smoothed = weight.float() * torch.from_numpy(inverse).to(device)
     if rows is not None:
         smoothed *= torch.from_numpy(rows)[:, None].to(device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import xxhash
@@ -46,20 +47,15 @@ def compute_scales(
     inputs, idle = statistics.of_experts()
     maxima = _input_maxima(plan, statistics, inputs) if plan.options.calibrated else {}
     workers, block_bytes = share(device, WORKERS)
+    stop, tell = Event(), progress or (lambda count: None)
     with plan.source.open() as reader, one_thread_each(workers):
-        worker = LinearScaler(
-            plan, reader, statistics, alpha, device, block_bytes, progress or (lambda count: None)
-        )
+        given = (plan, reader, statistics, alpha, device, block_bytes, tell, stop)
+        scalers = [LinearScaler(*given, x, maxima.get(x.target, _NO_INPUTS)) for x in plan.linears]
         with ThreadPoolExecutor(workers) as pool:
             try:
-                results = collect(
-                    [
-                        pool.submit(worker.compute, x, maxima.get(x.target, _NO_INPUTS))
-                        for x in plan.linears
-                    ]
-                )
+                results = collect([pool.submit(scaler.compute) for scaler in scalers])
             except BaseException:
-                worker.stop.set()
+                stop.set()
                 raise
     values: dict[str, Bits] = {}
     overflowed: dict[str, int] = {}

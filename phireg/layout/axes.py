@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from phireg.layout.spans import Axis, LayoutError, Part, Span, take
+from phireg.layout.spans import Axis, LayoutError, Part, Span, change_parts, take
 
 
 def src(name: str, rows: int, *, unit: int = 1) -> Axis:
@@ -40,12 +40,7 @@ def parts(axis: Axis, *, unit: int = 1, **lengths: int) -> Axis:
             f"{_names(axis)}: parts {lengths} add up to {sum(lengths.values())}, "
             f"not to {axis.length} rows"
         )
-    named = []
-    start = 0
-    for name, length in lengths.items():
-        named.append(Part(name, take(axis.spans, start, start + length), _unit(unit, axis)))
-        start += length
-    return replace(axis, parts=tuple(named))
+    return _segments(axis, 1, lengths, _unit(unit, axis))
 
 
 def order(axis: Axis, *names: str) -> Axis:
@@ -89,32 +84,20 @@ def ungroup(axis: Axis, *, groups: int, unit: int, **heads: int) -> Axis:
             f"{_names(axis)}: {groups} groups of {group} rows are {groups * group}, "
             f"not {axis.length} rows"
         )
-    named = []
-    first = 0
-    for name, count in heads.items():
-        spans: list[Span] = []
-        for index in range(groups):
-            start = index * group + first
-            spans += take(axis.spans, start, start + count * unit)
-        named.append(Part(name, tuple(spans), unit))
-        first += count * unit
-    return replace(axis, parts=tuple(named))
+    return _segments(axis, groups, {name: count * unit for name, count in heads.items()}, unit)
 
 
 def tied(axis: Axis) -> Axis:
     """Use rows that another target owns (lm_head of a model with tied embeddings)."""
-    return replace(
+    return change_parts(
         axis,
-        parts=tuple(
-            replace(part, spans=tuple(replace(span, shared=True) for span in part.spans))
-            for part in axis.parts
-        ),
+        lambda part: replace(part, spans=tuple(replace(span, shared=True) for span in part.spans)),
     )
 
 
 def pad(axis: Axis) -> Axis:
     """Append zero rows, at sharding, until every rank holds the same number (vocabularies)."""
-    return replace(axis, parts=tuple(replace(part, padded=True) for part in axis.parts))
+    return change_parts(axis, lambda part: replace(part, padded=True))
 
 
 def replicable(axis: Axis, *names: str) -> Axis:
@@ -126,11 +109,8 @@ def replicable(axis: Axis, *names: str) -> Axis:
     missing = set(names) - {part.name for part in axis.parts}
     if missing:
         raise LayoutError(f"{_names(axis)} has no part {sorted(missing)}")
-    return replace(
-        axis,
-        parts=tuple(
-            replace(part, replicable=part.replicable or part.name in names) for part in axis.parts
-        ),
+    return change_parts(
+        axis, lambda part: replace(part, replicable=part.replicable or part.name in names)
     )
 
 
@@ -158,6 +138,17 @@ def columns(count: int, *, unit: int = 1) -> Axis:
 
 OWN_COLUMNS = ""
 """The source name of a column axis: the columns of whichever tensor the rows come from."""
+
+
+def _segments(axis: Axis, groups: int, lengths: Mapping[str, int], unit: int) -> Axis:
+    """Return an axis whose parts are the segments of so many groups of such ``lengths``."""
+    named, first, group = [], 0, sum(lengths.values())
+    for name, length in lengths.items():
+        starts = (index * group + first for index in range(groups))
+        spans = (span for start in starts for span in take(axis.spans, start, start + length))
+        named.append(Part(name, tuple(spans), unit))
+        first += length
+    return replace(axis, parts=tuple(named))
 
 
 def _sources(*axes: Axis) -> tuple[tuple[str, int], ...]:

@@ -7,7 +7,7 @@ feature or a vocabulary entry.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 
@@ -114,6 +114,24 @@ def take(spans: Iterable[Span], start: int, stop: int) -> tuple[Span, ...]:
             taken.append(span.cut(first, last))
         position += span.count
     return coalesce(taken)
+
+
+def change_parts(axis: Axis, change: Callable[[Part], Part]) -> Axis:
+    """Return the map with every part changed."""
+    return replace(axis, parts=tuple(map(change, axis.parts)))
+
+
+def aligned(left: Sequence[Span], right: Sequence[Span]) -> Iterator[tuple[Span, Span]]:
+    """Cut two maps of the same rows where either is cut."""
+    ours, theirs = list(reversed(left)), list(reversed(right))
+    while ours and theirs:
+        a, b = ours.pop(), theirs.pop()
+        count = min(a.count, b.count)
+        yield a.cut(0, count), b.cut(0, count)
+        if count < a.count:
+            ours.append(a.cut(count, a.count))
+        if count < b.count:
+            theirs.append(b.cut(count, b.count))
 
 
 def possible_ranks(part: Part, tp_size: int) -> bool:

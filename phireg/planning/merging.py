@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from phireg.findings import Finding, Severity
 from phireg.layout.rules import Rules
-from phireg.layout.spans import Axis
+from phireg.layout.spans import aligned
 from phireg.source.adapter import Adapter, Layer
 from phireg.source.model import Source
 from phireg.source.tensors import Delta
@@ -58,29 +58,16 @@ def _places(layer: Layer, source: Source, rules: Rules) -> Iterator[tuple[str, D
 
     own = f"{layer.module}.weight"
     if own in source.tensors:
-        rows = source.tensors[own].shape[0] if source.tensors[own].shape else 0
-        yield own, delta(0, 0, max(rows, layer.shape[0]))
+        height = source.tensors[own].shape[0] if source.tensors[own].shape else 0
+        yield own, delta(0, 0, max(height, layer.shape[0]))
         return
     for rule in rules.values():
         for axis in rule.weight:
             if (layer.module, layer.shape[0]) in axis.sources:
                 for stored in rule.weight:
                     if all(f"{name}.weight" in source.tensors for name, _ in stored.sources):
-                        for module, row, first, count in _corresponding(axis, layer.module, stored):
-                            yield f"{module}.weight", delta(row, first, count)
+                        for ours, held in aligned(axis.spans, stored.spans):
+                            if ours.source == layer.module and held.source is not None:
+                                rows = delta(held.start, ours.start, ours.count)
+                                yield f"{held.source}.weight", rows
                         return
-
-
-def _corresponding(axis: Axis, module: str, stored: Axis) -> Iterator[tuple[str, int, int, int]]:
-    """Yield (source, its row, row of ``module``, count) for rows at the same place of a target."""
-    start = 0
-    for span in axis.spans:
-        if span.source == module:
-            other = 0
-            for part in stored.spans:
-                low, high = max(start, other), min(start + span.count, other + part.count)
-                if low < high and part.source is not None:
-                    row, first = part.start + low - other, span.start + low - start
-                    yield part.source, row, first, high - low
-                other += part.count
-        start += span.count

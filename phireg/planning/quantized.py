@@ -123,7 +123,7 @@ class Quantization:
             left = sorted(others.union(linears, (HEAD,)).difference(kept))
             chosen = replace(chosen, linears=kept, exclude_modules=tuple(left), notes=())
         self.rules = chosen
-        awq = self.format is not None and self.format.smoothing == "awq"
+        awq = self.options.searched
         self.folding = fold(self.target, family, fields, chosen.linears, awq=awq)
 
     def facts(self) -> Quantized | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
@@ -65,11 +65,8 @@ class Readings:
 
     def over(self, other: Readings) -> Readings:
         """Return these choices, and those of ``other`` where there is none."""
-        return Readings(
-            self.weights if self.weights is not None else other.weights,
-            self.adapter if self.adapter is not None else other.adapter,
-            self.tie if self.tie is not None else other.tie,
-        )
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Readings(*(own if own is not None else others for own, others in pairs))
 
 
 NO_CHOICE = Readings()

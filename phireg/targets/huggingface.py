@@ -14,7 +14,7 @@ from typing import Any
 from phireg.config.hf import HFConfig
 from phireg.layout.axes import columns, src
 from phireg.layout.rules import Policy, QuantRules, Rule, Rules
-from phireg.layout.spans import Axis, Part, Span, coalesce
+from phireg.layout.spans import Axis, Part, Span, aligned, change_parts, coalesce
 from phireg.targets.llama import llama_config, llama_problems, llama_rules
 from phireg.targets.target import Target, WrittenModel
 
@@ -44,27 +44,15 @@ def _pull(first: Axis, other: Axis, module: str, count: int) -> Axis:
     """Return the rows of a module of ``first`` by where ``other`` has them."""
     if other is first:
         return src(module, count)
-    pieces: list[tuple[int, Span]] = []
-    for ours, theirs in _aligned(first.spans, other.spans):
-        if ours.source == module and not ours.shared:
-            pieces.append((ours.start, theirs))
+    pieces = [
+        (ours.start, theirs)
+        for ours, theirs in aligned(first.spans, other.spans)
+        if ours.source == module and not ours.shared
+    ]
     spans = coalesce(span for _, span in sorted(pieces, key=lambda piece: piece[0]))
     used = {span.source for span in spans}
     sources = tuple(source for source in other.sources if source[0] in used)
     return Axis((Part("rows", spans),), sources)
-
-
-def _aligned(left: Sequence[Span], right: Sequence[Span]) -> Iterator[tuple[Span, Span]]:
-    """Cut two maps of the same rows where either is cut."""
-    ours, theirs = list(reversed(left)), list(reversed(right))
-    while ours and theirs:
-        a, b = ours.pop(), theirs.pop()
-        count = min(a.count, b.count)
-        yield a.cut(0, count), b.cut(0, count)
-        if count < a.count:
-            ours.append(a.cut(count, a.count))
-        if count < b.count:
-            theirs.append(b.cut(count, b.count))
 
 
 def published_rules(rules: Rules) -> Rules:
@@ -185,11 +173,8 @@ def _owned(rules: Rules) -> Iterator[Rule]:
     for rule in rules.values():
         if published(rule.weight):
             # Ranks' padding of the vocabulary has no place here.
-            weight = tuple(
-                replace(axis, parts=tuple(replace(part, padded=False) for part in axis.parts))
-                for axis in rule.weight
-            )
-            yield replace(rule, weight=weight)
+            axes = (change_parts(x, lambda part: replace(part, padded=False)) for x in rule.weight)
+            yield replace(rule, weight=tuple(axes))
 
 
 TARGET = HuggingFace(name="hf", summary="an unquantized Hugging Face directory", api=1)

@@ -3,7 +3,8 @@
 transformers 5 has a class for it, but it renames the published tensors and stays with the short
 rope factors for long sequences; versions before it name the parts of a layer otherwise. This one
 has the published names and is the witness that ``phireg verify`` compares with. It uses nothing of
-phireg. Shapes: batch B, new tokens T, all tokens K = cached + T, heads H, key/value heads G.
+phireg but what references share.
+Shapes: batch B, new tokens T, all tokens K = cached + T, heads H, key/value heads G.
 """
 
 from __future__ import annotations
@@ -11,13 +12,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from phireg_plugins.reference import CausalLM, own_values
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
-
-# What transformers calls the cache in what its models take and return.
-_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+from transformers import PretrainedConfig
 
 # An absent key has the source class's value.
 # fmt: off
@@ -41,13 +39,7 @@ class PhiMoEConfig(PretrainedConfig):  # type: ignore[misc]
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)
-        own = {key: kwargs.pop(key, default) for key, default in _DEFAULTS.items()}
-        if (parameters := kwargs.pop("rope_parameters", None)) is not None:
-            own["rope_scaling"] = own["rope_scaling"] or parameters
-            own["rope_theta"] = parameters.get("rope_theta", own["rope_theta"])
-        scaling = own["rope_scaling"] or {}
-        if (scaling.get("rope_type") or scaling.get("type") or "default") == "default":
-            own["rope_scaling"] = None
+        own = own_values(kwargs, _DEFAULTS, "rope_theta")
         super().__init__(**kwargs)
         for key, value in own.items():  # after the base class, which has defaults of its own
             setattr(self, key, value)
@@ -214,10 +206,14 @@ class PhiMoEModel(nn.Module):  # type: ignore[misc]
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, real_tokens: Tensor | None, cache: Any) -> Tensor:
-        """The final norm's output [B, T, hidden]; ``real_tokens`` [B, K] is zero for padding."""
+    def forward(
+        self, input_ids: Tensor, real_tokens: Tensor | None, cache: Any, keep_states: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """The final norm's output; ``real_tokens`` [B, K] is zero for padding. See CausalLM."""
         past = 0 if cache is None else int(cache.get_seq_length())
         length = past + input_ids.shape[1]
+        if real_tokens is not None and real_tokens.shape != (len(input_ids), length):
+            raise ValueError(f"attention_mask is {tuple(real_tokens.shape)}, not [B, {length}]")
         x = self.embed_tokens(input_ids)
         cos, sin = rotary_tables(self.config, length, x)
         mask = None
@@ -230,79 +226,21 @@ class PhiMoEModel(nn.Module):  # type: ignore[misc]
         elif past and input_ids.shape[1] > 1:
             mask = stored <= stored[past:, None]
         shared = Shared(cos[past:], sin[past:], mask, cache)
+        states: tuple[Tensor, ...] = ()
         for layer in self.layers:
+            states = (*states, x) if keep_states else ()
             x = layer(x, shared)
-        return self.norm(x)
+        x = self.norm(x)
+        return x, (*states, x) if keep_states else None
 
 
-class PhiMoEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """The published Phi-3.5-MoE with transformers' ``generate``."""
+class PhiMoEForCausalLM(CausalLM):
+    """The published Phi-3.5-MoE."""
 
     config_class = PhiMoEConfig
-    base_model_prefix = "model"
-    _supports_sdpa = True
-    _supports_cache_class = True  # asked for by transformers 4
 
     def __init__(self, config: PhiMoEConfig) -> None:
         super().__init__(config)
         self.model = PhiMoEModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
-        return self.model.embed_tokens
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The output projection."""
-        return self.lm_head
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        return_dict: bool = True,
-        cache: Any = None,
-    ) -> Any:
-        """Float32 logits [B, T, vocab_size] of ``input_ids`` [B, T].
-
-        ``attention_mask`` [B, K] is zero for padding on the left. ``cache`` is today's name of
-        ``past_key_values``; its keys keep the rope factors that they were rotated with.
-        """
-        cache = past_key_values if cache is None else cache
-        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
-            cache = DynamicCache()
-        x = self.model(input_ids, attention_mask, cache)
-        logits = self.lm_head(x[:, -logits_to_keep:]).float()
-        output = CausalLMOutputWithPast(logits=logits, **{_CACHE: cache})
-        return output if return_dict else output.to_tuple()
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
-        use_cache: bool = True,
-        logits_to_keep: int = 0,
-        cache: Any = None,
-        **_: Any,
-    ) -> dict[str, Any]:
-        """Inputs of one generation step: the tokens the cache does not hold yet."""
-        cache = past_key_values if cache is None else cache
-        past = 0 if cache is None else int(cache.get_seq_length())
-        return {
-            "input_ids": input_ids[:, past:],
-            "attention_mask": attention_mask,
-            _CACHE: cache,
-            "use_cache": use_cache,
-            "logits_to_keep": logits_to_keep,
-        }

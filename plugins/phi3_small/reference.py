@@ -8,7 +8,7 @@ function from the published math, reads the published directory as it is (config
     model = Phi3SmallForCausalLM.from_pretrained(directory)
     model.generate(**tokenizer(prompt, return_tensors="pt"))
 
-Conversions are verified against it, so it imports nothing else of phireg.
+Conversions are verified against it, so it imports nothing of phireg but what references share.
 Shapes: batch B, new tokens T, all tokens K = cached + T, heads H, key/value heads G, head size D.
 """
 
@@ -18,15 +18,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from phireg_plugins.phi3_small.reference_config import Phi3SmallConfig
+from phireg_plugins.reference import CausalLM
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 __all__ = ["Phi3SmallConfig", "Phi3SmallForCausalLM"]
-
-# transformers' name for the cache in its models' inputs and outputs.
-_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def rotary_tables(
@@ -225,23 +221,19 @@ class Phi3SmallModel(nn.Module):  # type: ignore[misc]
         return x, (*states, x) if keep_states else None
 
 
-class Phi3SmallForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """The published Phi-3-small with transformers' loading, saving and ``generate``.
+class Phi3SmallForCausalLM(CausalLM):
+    """The published Phi-3-small.
 
-    Linears and norms have the checkpoint's names, so hooks and recording caches see what they see
-    in transformers' own models: ``cache.update`` gets ``key_states`` (after rotation),
-    ``value_states`` and ``layer_idx`` by keyword.
+    Beyond the original length a cache must have been made beyond it too, with the long factors;
+    ``generate`` sees to that: where a sequence grows beyond it the cache is recomputed.
     """
 
     config_class = Phi3SmallConfig
-    base_model_prefix = "model"
     _no_split_modules: ClassVar[list[str]] = ["Phi3SmallDecoderLayer"]
     # A mapping for transformers 5; transformers 4 reads only its keys.
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     # In the 8k files, and rounded to their dtype; computed here instead.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq$"]
-    _supports_sdpa = True
-    _supports_cache_class = True  # asked for by transformers 4
 
     def __init__(self, config: Phi3SmallConfig) -> None:
         super().__init__(config)
@@ -249,82 +241,16 @@ class Phi3SmallForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
-        return self.model.embed_tokens
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The output projection, which shares the token embedding's weight unless untied."""
-        return self.lm_head
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-        if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        logits_to_keep: int = 0,
-        return_dict: bool = True,
-        cache: Any = None,
-    ) -> Any:
-        """Logits [B, T, vocab_size] of ``input_ids`` [B, T], float32 (float64 in a float64 model).
-
-        Arguments mean what they mean in transformers' own models, and:
-
-        ``attention_mask`` [B, cached + T] is zero for padding and never moves positions; another
-        shape raises ValueError. ``cache`` is today's name of ``past_key_values``. Its keys keep the
-        long-rope factors they were rotated with, so beyond the original length the cache must have
-        been made beyond it too; ``generate`` sees to that. ``logits_to_keep`` asks for the last
-        positions only; 0 for all.
-        """
-        cache = past_key_values if cache is None else cache
-        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
-            cache = DynamicCache()
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        x, states = self.model(input_ids, attention_mask, cache, output_hidden_states)
-        logits = self.lm_head(x[:, -logits_to_keep:])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits [B, T, vocab_size] of the final norm's output [B, T, hidden]."""
+        logits = super().logits(x)
         if self.config.mup_width_multiplier:
             logits = logits / self.config.mup_width_multiplier
         if dummies := self.config.masked_token_indices():
             logits[..., dummies] = torch.finfo(torch.float32).min
-        output = CausalLMOutputWithPast(logits=logits, hidden_states=states, **{_CACHE: cache})
-        return output if return_dict else output.to_tuple()
+        return logits
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
-        use_cache: bool = True,
-        logits_to_keep: int = 0,
-        cache: Any = None,
-        **_: Any,
-    ) -> dict[str, Any]:
-        """Inputs of one generation step: the tokens the cache does not hold yet.
-
-        At the step where a long-rope model switches to the long factors the cache is recomputed.
-        """
-        cache = past_key_values if cache is None else cache
-        past = 0 if cache is None else int(cache.get_seq_length())
+    def is_outdated(self, past: int, length: int) -> bool:
+        """Whether the tokens go beyond the original length, and the cache does not."""
         long_rope = self.config.long_rope()
-        switch = long_rope.original_max_position_embeddings if long_rope else past - 1
-        if 0 < past <= switch < input_ids.shape[1]:
-            past, cache = 0, DynamicCache()
-        return {
-            "input_ids": input_ids[:, past:],
-            "attention_mask": attention_mask,
-            _CACHE: cache,
-            "use_cache": use_cache,
-            "logits_to_keep": logits_to_keep,
-        }
+        return bool(long_rope) and 0 < past <= long_rope.original_max_position_embeddings < length

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from phireg_plugins.reference import own_values, rope_type
 from transformers import PretrainedConfig
 
 PUBLISHED_VOCAB_SIZE = 100352
@@ -55,12 +56,7 @@ class Phi3SmallConfig(PretrainedConfig):  # type: ignore[misc]
     rope_scaling = None
 
     def __init__(self, **kwargs: Any) -> None:
-        own = {key: kwargs.pop(key, default) for key, default in _DEFAULTS.items()}
-        if (parameters := kwargs.pop("rope_parameters", None)) is not None:
-            own["rope_scaling"] = own["rope_scaling"] or parameters
-            own["rope_embedding_base"] = parameters.get("rope_theta", own["rope_embedding_base"])
-        if _rope_type(own["rope_scaling"] or {}) == "default":
-            own["rope_scaling"] = None
+        own = own_values(kwargs, _DEFAULTS, "rope_embedding_base")
         super().__init__(**kwargs)
         for key, value in own.items():  # after the base class, which has defaults of its own
             setattr(self, key, value)
@@ -99,7 +95,7 @@ class Phi3SmallConfig(PretrainedConfig):  # type: ignore[misc]
         if self.rope_scaling is None:
             return None
         values = dict(self.rope_scaling)
-        if (kind := _rope_type(values)) not in ("su", "longrope"):
+        if (kind := rope_type(values)) not in ("su", "longrope"):
             raise ValueError(f"rope_scaling is of type {kind!r}; Phi-3-small has su or longrope")
         for spelled_elsewhere in ("type", "rope_type", "rope_theta"):
             values.pop(spelled_elsewhere, None)
@@ -123,7 +119,3 @@ class Phi3SmallConfig(PretrainedConfig):  # type: ignore[misc]
             long=(long, long_mscale if long_mscale > 0 else by_formula),
             original_max_position_embeddings=original,
         )
-
-
-def _rope_type(scaling: dict[str, Any]) -> str:
-    return str(scaling.get("rope_type") or scaling.get("type") or "default")
