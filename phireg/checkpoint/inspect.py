@@ -20,17 +20,24 @@ from phireg.reader.tensors import Kind
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """The content of a checkpoint directory."""
+    """The content of a checkpoint directory.
 
-    config: Mapping[str, Any]  # its config.json
+    Attributes:
+        config: its config.json.
+        weights: dtype and shape by tensor name, by file name: every rank file in order, or the
+            shards of a Hugging Face directory; none of a file that cannot be read.
+        sizes: bytes of every file.
+        manifest: its ``phireg.json``, or None if it has none.
+        problems: what the reader would reject, and (if asked for) what differs from the manifest.
+        layout: the quantization of a Hugging Face directory.
+    """
+
+    config: Mapping[str, Any]
     weights: Mapping[str, Mapping[str, Kind]]
-    """Dtype and shape by tensor name, by file name: every rank file in order, or the shards of a
-    Hugging Face directory; none of a file that cannot be read."""
-    sizes: Mapping[str, int]  # bytes of every file
-    manifest: Mapping[str, Any] | None  # its ``phireg.json``, or None if it has none
+    sizes: Mapping[str, int]
+    manifest: Mapping[str, Any] | None
     problems: tuple[str, ...]
-    """What the reader would reject, and (if asked for) what differs from the manifest."""
-    layout: Layout | None = None  # the quantization of a Hugging Face directory
+    layout: Layout | None = None
 
     @property
     def ranks(self) -> tuple[Mapping[str, Kind], ...]:

@@ -29,16 +29,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """A finished conversion."""
+    """A finished conversion.
 
-    output_dir: Path  # the checkpoint
-    files: Mapping[str, int]  # every file written, with its size in bytes
+    Attributes:
+        output_dir: the checkpoint.
+        files: every file written, with its size in bytes.
+        losses: values that became infinite or zero in a cast, were cut off when quantized, or were
+            NaN or infinite in the source, by source tensor.
+        calibrated: statistics that were taken or read for it.
+        quantization: the manifest's record of the scales.
+        findings: warnings about the scales.
+    """
+
+    output_dir: Path
+    files: Mapping[str, int]
     losses: Mapping[str, Loss]
-    """By source tensor, of values that became infinite or zero in a cast, were cut off when
-    quantized, or were NaN or infinite in the source."""
-    calibrated: Calibrated | None = None  # statistics that were taken or read for it
-    quantization: Mapping[str, Any] | None = None  # the manifest's record of the scales
-    findings: tuple[Finding, ...] = ()  # warnings about the scales
+    calibrated: Calibrated | None = None
+    quantization: Mapping[str, Any] | None = None
+    findings: tuple[Finding, ...] = ()
 
 
 def convert(

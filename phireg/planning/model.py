@@ -213,23 +213,41 @@ class QuantizedLinear:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything a conversion does, and every reason why it cannot be done."""
+    """Everything a conversion does, and every reason why it cannot be done.
 
-    chosen: FamilyChoice  # with the distribution that provides it
-    model_dir: str  # the source as the user called it, a directory or a hub repository
-    options: Options  # the user's choices, with ``dtype`` resolved
+    Attributes:
+        chosen: the family, and the distribution that provides it.
+        model_dir: the source as the user called it, a directory or a hub repository.
+        options: the user's choices, with ``dtype`` resolved.
+        source: the source model.
+        target: what is written, and for which readers.
+        documents: the JSON files by name, config.json among them.
+        outputs: all tensors of all files; empty if there are errors.
+        files: names of the files with tensors.
+        headers: the safetensors header of each.
+        tasks: the work on source rows, in source order; scales are no part of it.
+        findings: errors, warnings and notes.
+        linears: the quantized ones; empty unless the scheme quantizes weights.
+        kv_caches: attention modules whose KV cache gets a scale, in the order of the layers.
+        scales: the scales that a run computes before it writes, by name.
+        tp_sizes: the numbers of ranks that can divide the model; empty if that is not known.
+    """
+
+    chosen: FamilyChoice
+    model_dir: str
+    options: Options
     source: Source
-    target: Target  # what is written, and for which readers
-    documents: Mapping[str, Mapping[str, Any]]  # the JSON files by name, config.json among them
-    outputs: tuple[Output, ...]  # all tensors of all files; empty if there are errors
-    files: tuple[str, ...]  # names of the files with tensors
-    headers: tuple[bytes, ...]  # the safetensors header of each
-    tasks: tuple[Task, ...]  # the work on source rows, in source order; scales are no part of it
-    findings: tuple[Finding, ...]  # errors, warnings and notes
-    linears: tuple[QuantizedLinear, ...] = ()  # empty unless the scheme quantizes weights
-    kv_caches: tuple[str, ...] = ()  # attention modules whose cache gets a scale, by layer
-    scales: Mapping[str, ScaleTensor] = field(default_factory=dict)  # computed before writing
-    tp_sizes: tuple[int, ...] = ()  # numbers of ranks that can divide it; empty if not known
+    target: Target
+    documents: Mapping[str, Mapping[str, Any]]
+    outputs: tuple[Output, ...]
+    files: tuple[str, ...]
+    headers: tuple[bytes, ...]
+    tasks: tuple[Task, ...]
+    findings: tuple[Finding, ...]
+    linears: tuple[QuantizedLinear, ...] = ()
+    kv_caches: tuple[str, ...] = ()
+    scales: Mapping[str, ScaleTensor] = field(default_factory=dict)
+    tp_sizes: tuple[int, ...] = ()
 
     @property
     def config(self) -> Mapping[str, Any]:
